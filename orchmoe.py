@@ -1,0 +1,460 @@
+"""OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
+reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
+(arXiv 2401.10559), whose equations in the letters of this file are
+
+    x_hat = mean_L(X + P X),  P = softmax((X Wq)(X Wk)^T / sqrt(d_r))     TaskRouter.features
+    w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
+    Zhat  = sigmoid(Z), each row divided by its sum            (N,K,S)    Adapters.allocation_weights
+    c     = w Zhat                                             (N,B,S)    Adapters.route
+    y     = W0 x + scale * sum_s c_s B_s A_s x                            SkillLinear.forward, mix_skills
+
+X are the RMS-normalised embeddings of the source; B batch, L length, D d_in, O d_out, K abstract tasks, S
+skills, R rank, N adapted Linears.  Test: pytest tests/test_orchmoe.py
+
+    adapters = attach(model, OrchMoEConfig())      # freezes the model, puts skills into its q and v
+    with adapters.routed(model.embed(ids), mask):  # until after backward, or for a whole generate
+        model.loss(ids, mask, labels).backward()
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+T5_LINEARS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")  # what the target `all` stands for
+
+
+@dataclass(frozen=True)
+class OrchMoEConfig:
+    """Adapters: what is put into the frozen base."""
+
+    tasks: int = 8  # K, abstract tasks of the router
+    skills: int = 4  # S, LoRA skills in each adapted Linear
+    rank: int = 2  # R, rank of one skill
+    alpha: float | None = None  # the skills' output is scaled by alpha / rank; left out: alpha = rank
+    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = q,k,v,o,wi,wo
+    router: Literal["sample", "token", "none"] = "sample"  # on the source; on each token; w = 1/K
+    router_attention: bool = True  # self-attention before the mean over the sample
+    router_dim: int = 64  # d_r, width of that attention's queries and keys
+    router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W x_hat + b as it stands
+    router_init: Literal["kmeans", "normal"] = "kmeans"  # start of W_task
+    allocation_init: str = "normal:3"  # start of Z: normal:SD or uniform:BOUND
+    gumbel: bool = False  # relaxed Bernoulli noise on Z in training
+    tau: float = 1.0  # temperature of that noise
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "skills", "rank", "router_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        if not self.targets:
+            raise ValueError("targets: name at least one Linear")
+        if not self.tau > 0:
+            raise ValueError(f"tau: {self.tau} must be above 0")
+        kind, _, size = self.allocation_init.partition(":")
+        if kind not in ("normal", "uniform") or not size.replace(".", "", 1).replace("e-", "", 1).isdigit():
+            raise ValueError(f"allocation_init: {self.allocation_init!r} must be normal:SD or uniform:BOUND")
+
+    @property
+    def bias_start(self) -> float:
+        return 0.0 if self.router_norm == "softmax" else 1 / self.tasks
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class Routing(NamedTuple):
+    """What `routed` computed: w is None for the token router, whose c exists only inside each Linear."""
+
+    w: Tensor | None  # (B,K), or (1,K) where it is the same for every sample
+    allocation: Tensor  # Zhat (1,N,K,S), or (B,N,K,S) with noise
+    c: Tensor | None  # (N,B,S), or (N,1,S)
+    shared: bool  # the same for every sample, so that any number of rows may come
+
+
+# -------------------------------------------------------------------------------------------- the task router
+
+
+class TaskRouter(nn.Module):
+    """Weights of K abstract tasks for each source sample; computed in float32 whatever the base's dtype."""
+
+    def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.query = nn.Parameter(_normal((width, config.router_dim), width**-0.5, generator))
+        self.key = nn.Parameter(_normal((width, config.router_dim), width**-0.5, generator))
+        self.task = nn.Parameter(_normal((config.tasks, width), 0.02, generator))
+        self.bias = nn.Parameter(torch.full((config.tasks,), config.bias_start))
+        self.register_buffer("mu", torch.zeros(width))
+        self.register_buffer("sd", torch.ones(width))
+
+    def features(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
+        X = F.rms_norm(embeddings.float(), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
+        mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
+        mean = mask / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
+        if self.config.router_attention:
+            scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.config.router_dim)  # (B,L,L)
+            P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
+            mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
+        return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
+
+    def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+        """w (B,K) of embeddings (B,L,D) and mask (B,L)."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x_hat = (self.features(embeddings, mask) - self.mu) / self.sd
+            logits = F.linear(x_hat, self.task, self.bias)
+        return logits.softmax(-1) if self.config.router_norm == "softmax" else logits
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, generator: torch.Generator | None = None) -> None:
+        """Sets mu, sd and, with router_init kmeans, W_task from x_hat (M,D) of M training sources, without
+        any label: rows along the centres of a spherical k-means, as long as makes the mean entropy of w a
+        third of ln K."""
+        self.mu.copy_(features.mean(0))
+        self.sd.copy_(features.std(0, correction=0).clamp(min=1e-6))
+        if self.config.router_init != "kmeans":
+            return
+        x_hat = (features - self.mu) / self.sd
+        logits = x_hat @ (centres := spherical_kmeans(x_hat, self.config.tasks, generator)).T  # (M,K)
+        if self.config.router_norm == "none":
+            length = 1 / self.config.tasks / logits.std().clamp(min=1e-6)
+        else:
+            length = _length_for_entropy(logits, math.log(self.config.tasks) / 3)
+        self.task.copy_(length * centres)
+
+
+def spherical_kmeans(points: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """Unit centres (k,D) that maximise the sum over points (M,D) of the cosine to the nearest; k-means++
+    start."""
+    points = F.normalize(points, dim=-1)
+    distance, picks = torch.ones(len(points)), []
+    for _ in range(k):
+        picks.append(int(torch.multinomial(distance.clamp(min=1e-9), 1, generator=generator)))
+        distance = torch.minimum(distance, 1 - (points @ points[picks[-1]]).cpu())
+    centres = points[picks]
+    for _ in range(50):
+        nearest = F.one_hot((points @ centres.T).argmax(1), k).to(points.dtype)  # (M,k)
+        moved = F.normalize(nearest.T @ points, dim=-1)
+        moved = torch.where(nearest.sum(0).unsqueeze(1) > 0, moved, centres)  # an empty cluster stays
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def _length_for_entropy(logits: Tensor, target: float) -> float:
+    """Factor on `logits` (M,K) that makes the mean entropy of their softmax `target` nats, by bisection of
+    its logarithm."""
+    low, high = -12.0, 12.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        entropy = torch.special.entr((math.exp(middle) * logits).softmax(-1)).sum(-1).mean()
+        low, high = (middle, high) if entropy > target else (low, middle)
+    return math.exp(low)
+
+
+def _normal(shape: tuple[int, ...], sd: float, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(shape).normal_(0, sd, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------- the skills
+
+
+def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+    """scale * sum_s c_s B_s A_s x as two GEMMs of the concatenated rank S R: skills mix their outputs (Eq.
+    3).
+
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S) per sample, (1,S) for all, or (B,L,S) per token -> (B,L,O) in x's
+    dtype."""
+    S, R, D = A.shape
+    h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR)
+    c = (scale * c).to(x.dtype)
+    c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B,1 or L,SR)
+    return (h * c) @ B.reshape(S * R, -1).to(x.dtype)
+
+
+class SkillLinear(nn.Linear):
+    """A frozen Linear with S skills of rank R beside it. Keeps the base's own weight and bias, and their
+    names."""
+
+    def __init__(self, base: nn.Linear, skills: int, rank: int, scale: float, mix: Mix,
+                 generator: torch.Generator | None = None):
+        nn.Module.__init__(self)  # not nn.Linear's: W0 is the base's parameter, never a copy
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself is U(-1/sqrt D, 1/sqrt D); float32 over a
+        # bf16 base
+        bound, device = 1 / math.sqrt(self.in_features), self.weight.device
+        A = torch.empty(skills, rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.skill_A = nn.Parameter(A.to(device))
+        self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=device))
+        self.skill_scale, self.skill_mix = scale, mix
+        self.skill_routing: Tensor | None = None  # set by Adapters.routed: c (B,S), or Zhat (B,K,S)
+        self.skill_shared, self.skill_beams, self.skill_visited = False, 1, False
+
+    def add_token_router(self, config: OrchMoEConfig, generator: torch.Generator | None = None) -> None:
+        """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K), as `--router token` has
+        it."""
+        task, device = _normal((config.tasks, self.in_features), 0.02, generator), self.weight.device
+        self.skill_softmax = config.router_norm == "softmax"
+        self.skill_task = nn.Parameter(task.to(device))
+        self.skill_bias = nn.Parameter(torch.full((config.tasks,), config.bias_start, device=device))
+
+    def skill_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("skill_")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,..,D) -> W0 x + bias + scale * sum_s c_s B_s A_s x, (B,..,O)."""
+        rows = x.reshape(x.shape[0], -1, self.in_features)  # (B,L,D)
+        mixed = self.skill_mix(rows, self.skill_A, self.skill_B, self._weights(rows), self.skill_scale)
+        self.skill_visited = True
+        return F.linear(x, self.weight, self.bias) + mixed.reshape(*x.shape[:-1], self.out_features)
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """c for x (B,L,D): (B,S) or (1,S) as handed over, repeated for beams, or (B,L,S) from the token
+        router."""
+        routing = self.skill_routing
+        if routing is None:
+            raise RuntimeError("a Linear with skills was called outside `with adapters.routed(...)`")
+        if not self.skill_shared and routing.shape[0] != x.shape[0]:
+            if routing.shape[0] * self.skill_beams != x.shape[0]:
+                raise ValueError(f"{x.shape[0]} rows in a Linear routed for {routing.shape[0]} samples of "
+                                 f"{self.skill_beams} beams; route this very batch, or give beams=")
+            routing = routing.repeat_interleave(self.skill_beams, dim=0)
+        if routing.dim() == 2:
+            return routing
+        logits = F.linear(x, self.skill_task.to(x.dtype), self.skill_bias.to(x.dtype)).float()  # (B,L,K)
+        return (logits.softmax(-1) if self.skill_softmax else logits) @ routing  # (B,L,S)
+
+
+# ---------------------------------------------------------------------------------------- router + allocation
+
+
+class Adapters(nn.Module):
+    """Router and allocation matrices Z (N,K,S) of all adapted Linears, and the one door through which these
+    get their c."""
+
+    def __init__(self, linears: dict[str, SkillLinear], config: OrchMoEConfig, width: int,
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.linears = linears  # a plain dict: they are registered where they stand in the base
+        device = next(iter(linears.values())).weight.device
+        kind, _, size = config.allocation_init.partition(":")
+        Z = torch.empty(len(linears), config.tasks, config.skills)
+        Z = Z.normal_(0, float(size), generator=generator) if kind == "normal" else \
+            Z.uniform_(-float(size), float(size), generator=generator)
+        self.allocation = nn.Parameter(Z.to(device))
+        self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None
+        if config.router == "token":
+            for linear in linears.values():
+                linear.add_token_router(config, generator)
+        self._routing: Routing | None = None
+        self._reported = False
+
+    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
+        """Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli (Maddison et al.
+        2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z), without an
+        epsilon."""
+        Z = self.allocation.unsqueeze(0)
+        if noise is not None:
+            Z = (Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()) / self.config.tau
+        return F.logsigmoid(Z).softmax(-1)
+
+    def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
+              task_ids: Tensor | None = None, noise: Tensor | None = None,
+              w: Tensor | None = None) -> Routing:
+        """w, Zhat and c of all Linears at once; arguments as for `routed`. task_ids are not used: OrchMoE
+        needs none."""
+        noise = self._noise(embeddings, noise)
+        allocation = self.allocation_weights(noise)
+        if w is None and self.config.router == "token":
+            return Routing(None, allocation, None, noise is None)
+        if w is None:
+            w = self._task_weights(embeddings, mask)
+        c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
+        return Routing(w, allocation, c, w.dim() == 1 and noise is None)
+
+    def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.config.router == "none":
+            return self.allocation.new_full((self.config.tasks,), 1 / self.config.tasks)
+        if embeddings is None:
+            raise ValueError("embeddings: the sample router reads the source's embeddings (B,L,D)")
+        return self.router(embeddings, mask)
+
+    def _noise(self, embeddings: Tensor | None, noise: Tensor | None) -> Tensor | None:
+        """u (B,N,K,S) for this batch, or None where the allocation is not relaxed: no gumbel, or not
+        training."""
+        if not (self.config.gumbel and self.training):
+            return None
+        if noise is None and embeddings is None:
+            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B")
+        return torch.rand(len(embeddings), *self.allocation.shape) if noise is None else noise
+
+    @contextmanager
+    def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
+               task_ids: Tensor | None = None, noise: Tensor | None = None, w: Tensor | None = None,
+               beams: int = 1) -> Iterator[Routing]:
+        """Routes one batch: inside, every SkillLinear has its c; leaving clears. Stay inside until after
+        backward (checkpointed blocks run again there) or for a whole generate.
+
+        embeddings (B,L,D) of the SOURCE, mask (B,L) true at tokens; noise u (B,N,K,S) for gumbel, drawn here
+        if left out; w (K,) or (B,K) fixes the routing; beams: rows a sample may have instead of one. Nesting
+        raises RuntimeError."""
+        if self._routing is not None:
+            raise RuntimeError("routed() inside routed(): leave the first batch before routing the next")
+        self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, w=w), beams)
+        try:
+            yield self._routing
+            self._report_unvisited()
+        finally:
+            self._routing = None
+            for linear in self.linears.values():
+                linear.skill_routing = None
+
+    def _hand_out(self, routing: Routing, beams: int) -> None:
+        """Gives each Linear its slice: a tensor attribute, which torch.compile takes as an input and not as a
+        constant."""
+        self._routing = routing
+        parts = routing.allocation.unbind(1) if routing.c is None else routing.c.unbind(0)
+        for linear, part in zip(self.linears.values(), parts, strict=True):
+            linear.skill_routing, linear.skill_shared, linear.skill_beams = part, routing.shared, beams
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all but the given rows (positions among the current samples) from here on: for T5.generate's
+        on_keep."""
+        routing = self.routing()
+        if not routing.shared:  # c or, for the token router with noise, the allocation has a row a sample
+            allocation = routing.allocation if len(routing.allocation) == 1 else routing.allocation[rows]
+            w = routing.w if routing.w is None or routing.w.dim() == 1 else routing.w[rows]
+            c = None if routing.c is None else routing.c[:, rows]
+            self._hand_out(Routing(w, allocation, c, False), 1)
+
+    def routing(self) -> Routing:
+        """w, Zhat and c of the batch being routed; RuntimeError outside `routed`."""
+        if self._routing is None:
+            raise RuntimeError("no batch is being routed; call inside `with adapters.routed(...)`")
+        return self._routing
+
+    def _report_unvisited(self) -> None:
+        """After the first forward: Linears whose owner bypasses them (say, a fused kernel) would silently
+        stay unadapted."""
+        unvisited = [name for name, linear in self.linears.items() if not linear.skill_visited]
+        if unvisited and not self._reported:
+            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first forward: "
+                          f"{', '.join(unvisited[:3])}{', ...' if len(unvisited) > 3 else ''}", stacklevel=4)
+        self._reported = True
+
+    @torch.no_grad()
+    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
+                   generator: torch.Generator | None = None) -> None:
+        """Before the first step: mu, sd and the k-means start of the sample router from batches of training
+        sources, embeddings (B,L,D) and masks (B,L). One pass, no labels; other routers need none."""
+        if self.router is not None:
+            batches = zip(embeddings, masks, strict=True)
+            self.router.fit(torch.cat([self.router.features(e, m) for e, m in batches]), generator)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters under skills, router and allocation: each has a learning rate of its own."""
+        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "allocation": [self.allocation]}
+        if self.router is not None:
+            groups["router"] += self.router.parameters()
+        for linear in self.linears.values():
+            for name, parameter in linear.skill_parameters().items():
+                groups["skills" if name in ("skill_A", "skill_B") else "router"].append(parameter)
+        return groups
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
+        """Everything that training changes and nothing of the base: router, Z, and the skills under their
+        Linears' names. Inside the base's own state_dict (destination given) router and Z only, since the
+        Linears are the base's there."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if destination is None:
+            for owner, linear in self.linears.items():
+                state |= {f"{owner}.{name}": parameter if keep_vars else parameter.detach()
+                          for name, parameter in linear.skill_parameters().items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """Copies what `state_dict` gave into place. ValueError naming the first difference of names or
+        shapes; strict=False lets names differ, never shapes."""
+        own = self.state_dict(keep_vars=True)
+        odd = sorted(own.keys() ^ state.keys())
+        if odd and strict:
+            kind = "missing" if odd[0] in own else "unknown"
+            raise ValueError(f"adapter state: {odd[0]} is {kind} ({len(odd)} names differ)")
+        common = sorted(own.keys() & state.keys())
+        for name in common:  # all checks before the first copy: a refused state changes nothing
+            if (given := tuple(state[name].shape)) != (wanted := tuple(own[name].shape)):
+                raise ValueError(f"adapter state: {name} is {given}, not {wanted}")
+        for name in common:
+            own[name].copy_(state[name])
+
+
+# ----------------------------------------------------------------------------------------------------- attach
+
+
+def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *,
+           generator: torch.Generator | None = None) -> Adapters:
+    """Freezes `module`, puts skills into its Linears named in config.targets and registers the router as
+    `module.skill_adapters`. Base key names survive; every new name carries `skill_`. Inputs must be
+    batch-first.
+
+    mix: mix_skills, or kernels.mix_skills. generator: of the initial values, on the CPU. ValueError where
+    nothing matches, where adapters are there already, and for owners or Linears whose own forward would go
+    round the skills."""
+    def with_skills(base: nn.Linear) -> SkillLinear:
+        return SkillLinear(base, config.skills, config.rank, config.scale, mix, generator)
+
+    linears = replace_linears(module, config.targets, with_skills)
+    adapters = Adapters(linears, config, router_width(module), generator)
+    module.skill_adapters = adapters
+    return adapters
+
+
+def replace_linears(module: nn.Module, targets: Iterable[str],
+                    make: Callable[[nn.Linear], SkillLinear]) -> dict[str, SkillLinear]:
+    """Freezes `module` and replaces its target Linears by make(Linear); returns them by name, in the module's
+    order."""
+    if hasattr(module, "skill_adapters"):
+        raise ValueError("module: it has adapters already; attach to a fresh copy")
+    names = set(T5_LINEARS if "all" in targets else targets)
+    children = [(owner, path, name, child) for path, owner in module.named_modules()
+                for name, child in owner.named_children() if isinstance(child, nn.Linear)]
+    found = [row for row in children if row[2] in names]
+    if not found:
+        have = ", ".join(sorted({name for _, _, name, _ in children})) or "none"
+        raise ValueError(f"targets: no Linear is named {', '.join(sorted(names))}; there are {have}")
+    for owner, path, name, child in found:
+        fused = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        if fused or type(child) is not nn.Linear:
+            kinds = f"{type(child).__name__} in {type(owner).__name__}"
+            raise ValueError(f"targets: {path}.{name} ({kinds}) would bypass its skills; only a plain nn.Linear "
+                             "that its owner calls can be adapted")
+    module.requires_grad_(False)
+    linears = {}
+    for owner, path, name, child in found:
+        linears[f"{path}.{name}" if path else name] = replacement = make(child)
+        replacement.train(child.training)
+        setattr(owner, name, replacement)
+    return linears
+
+
+def router_width(module: nn.Module) -> int:
+    """D of the embeddings that `routed` gets: that of the first nn.Embedding, without one that of the first
+    Linear."""
+    of_embeddings = (m.embedding_dim for m in module.modules() if isinstance(m, nn.Embedding))
+    of_linears = (m.in_features for m in module.modules() if isinstance(m, nn.Linear))
+    return next(of_embeddings, None) or next(of_linears)

@@ -1,0 +1,243 @@
+"""What the programs need from the machine, each thing in one place: whole files or none, flags from
+dataclasses, one line for bad input, device and dtype, seeds and noise, the JSONL log, signals. Level 0:
+imports nothing of this project."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the
+    folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """JSON value in `path`; a ValueError that names the file where there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
+
+
+class Log:
+    """JSON lines in `path`, one record a call; with `resume_step`, records of later steps and half lines are
+    dropped first."""
+
+    def __init__(self, path: str | Path, resume_step: int | None = None):
+        path = Path(path)
+        if resume_step is not None and path.exists():
+            kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= resume_step]
+            with atomic_write(path) as file:
+                file.writelines(line + b"\n" for line in kept)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+# ---------------------------------------------------------------------------------- flags, messages, progress
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose flags come from dataclasses and whose errors are one line on stderr and exit code
+    2."""
+
+    def __init__(self, description: str, example: str):
+        super().__init__(description=description, epilog=f"example:\n  {example}", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+    def add_dataclass(self, cls: type) -> None:
+        """One flag a field, named as the field; its help is the comment behind the field. Flags left out stay
+        unset."""
+        helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        hints = typing.get_type_hints(cls)
+        group = self.add_argument_group(cls.__doc__.split(":")[0].split("\n")[0].lower())
+        for field in dataclasses.fields(cls):
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            shown = "" if default in ("", None) else f" (default: {default})"
+            options = dict(dest=field.name, default=argparse.SUPPRESS,
+                           help=(helps.get(field.name, "") + shown).replace("%", "%%"))
+            group.add_argument("--" + field.name.replace("_", "-"), **options, **_argument(hints[field.name]))
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """argparse options of one type hint: bool, Literal, tuple[str, ...], `X | None`, or a plain
+    constructor."""
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "A,B,.."}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, hint.__name__.upper())}
+
+
+def from_flags(cls: type, flags: dict[str, Any]) -> Any:
+    """The dataclass `cls` with those of `flags` that are its fields; lists, as JSON has them, become
+    tuples."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items() if k in names})
+
+
+def run_program(main: Callable[[], None]) -> typing.NoReturn:
+    """Runs `main`. Bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is exit code
+    130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        named = isinstance(error, OSError) and error.filename
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
+        sys.exit(2)
+    sys.exit(0)
+
+
+def say(text: str = "") -> None:
+    """One line on stdout, at once, without breaking a progress bar."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """One line on stderr for what the run survives."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def progress(iterable: Iterable | None, desc: str, total: int | None = None, unit: str = "it",
+             **options: Any) -> tqdm:
+    """tqdm on stderr; silent where stderr is not a terminal."""
+    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True,
+                disable=not sys.stderr.isatty(), **options)
+
+
+# ------------------------------------------------------------------------------------------- device and dtype
+
+
+class Device(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of the base; adapters stay float32
+    reason: str  # one line for the user
+
+
+def pick_device(gpu: int | None = None, device: str = "", dtype: str = "auto") -> Device:
+    """`--gpu N` or `--device cpu|cuda:N`; with no CUDA at all the CPU, said in `reason`. bf16 on CUDA and
+    float32 on the CPU unless `dtype` says otherwise. ValueError for a GPU beyond those there are and for
+    float16, in which T5 overflows."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: several processes are not supported; start without torchrun")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype}: choose auto, float32 or bfloat16 (T5 overflows in float16)")
+    if gpu is not None and device:
+        raise ValueError(f"--gpu {gpu} --device {device}: give one of the two")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device and device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: choose cpu or cuda:N")
+    wanted = int(device.partition(":")[2] or 0) if device.startswith("cuda") else gpu
+    if device.startswith("cuda") and not count:
+        raise ValueError(f"--device {device}: no CUDA here or in this torch; use --device cpu")
+    if wanted is not None and (wanted < 0 or 0 < count <= wanted):
+        raise ValueError(f"--gpu {wanted}: there are {count} GPUs, numbered from 0")
+    on_gpu = device != "cpu" and count > 0
+    place = torch.device("cuda", wanted or 0) if on_gpu else torch.device("cpu")
+    kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else torch.float32
+    name = torch.cuda.get_device_name(place) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    note = "" if on_gpu or device == "cpu" else " (no CUDA here)"
+    return Device(place, kind, f"device: {name}{note}, {str(kind)[6:]}, torch {torch.__version__}")
+
+
+# ------------------------------------------------------------------------------------------ seeds and signals
+
+
+def generator(*seed: int) -> torch.Generator:
+    """CPU generator whose stream is a pure function of the numbers given, e.g. (seed, step, sample)."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in seed:  # splitmix64's finaliser after each number, so that neighbouring seeds share nothing
+        mixed = (mixed + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed >> 1)
+
+
+def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """u (B, *shape) in [0, 1) on the CPU, row b from (seed, step, sample b) alone: the same whatever the
+    ranks, the accumulation or the device."""
+    return torch.stack([torch.rand(shape, generator=generator(seed, step, sample)) for sample in samples])
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields `asked()`, true once SIGTERM or Ctrl-C has come, so that a loop can finish its step; a second
+    one interrupts."""
+    received: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        warn("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,74 @@
+"""metrics.py against rows of the official code, against rouge_score, and against a quadratic LCS."""
+
+import json
+import random
+
+import pytest
+
+import metrics
+
+
+def test_golden_rows(golden_dir):
+    rows = [json.loads(line) for line in open(golden_dir / "metrics.jsonl", encoding="utf-8")]
+    assert len(rows) == 311
+    for row in rows:
+        arguments = row["prediction"], row["references"]
+        assert metrics.exact_match(*arguments) == float(row["exact_match"])
+        assert metrics.rouge_1(*arguments) == pytest.approx(row["rouge1"], abs=1e-9)
+        assert metrics.rouge_l(*arguments) == pytest.approx(row["rougeL"], abs=1e-9)
+
+
+def random_text(rng: random.Random) -> str:
+    words = ["running", "runs", "Run", "the", "it's", "ABC-12", "", "\n", "über", "flies", "12.5", "!?"]
+    return " ".join(rng.choices(words, k=rng.randrange(0, 90)))
+
+
+def test_equals_rouge_score():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    rng = random.Random(0)
+    for _ in range(300):
+        prediction, reference = random_text(rng), random_text(rng)
+        wanted = scorer.score(reference, prediction)
+        assert metrics.rouge_1(prediction, [reference]) == pytest.approx(wanted["rouge1"].fmeasure, abs=1e-12)
+        assert metrics.rouge_l(prediction, [reference]) == pytest.approx(wanted["rougeL"].fmeasure, abs=1e-12)
+
+
+def test_lcs_equals_the_quadratic_programme():
+    rng = random.Random(1)
+    for _ in range(300):
+        a, b = (rng.choices("abcd", k=rng.randrange(0, 150)) for _ in range(2))
+        row = [0] * (len(b) + 1)
+        for x in a:
+            previous = row[:]
+            for j, y in enumerate(b):
+                row[j + 1] = previous[j] + 1 if x == y else max(previous[j + 1], row[j])
+        assert metrics._lcs(a, b) == row[-1]
+
+
+def test_exact_match_keeps_articles_and_drops_punctuation():
+    assert metrics.exact_match(" The  cat. ", ["no", "the cat"]) == 1
+    assert metrics.exact_match("cat", ["the cat"]) == 0
+
+
+def test_texts_without_a_token_score_zero_even_when_equal():
+    assert metrics.rouge_l("?!", ["?!"]) == metrics.rouge_1("", [""]) == 0
+    assert metrics.exact_match("", [""]) == 1
+
+
+def test_score_takes_the_best_reference_and_averages_over_instances():
+    def record(task, category, prediction, references):
+        return {"task": task, "category": category, "prediction": prediction, "references": references}
+
+    scores = metrics.score([record("t1", "c", "a b", ["x", "a b"]), record("t1", "c", "", ["y"]),
+                            record("t2", "c", "q w", ["q"]), record("t3", "d", "n", ["n"])])
+    assert scores["tasks"]["t1"] == {"exact_match": 50, "rouge1": 50, "rougeL": 50}
+    assert scores["tasks"]["t2"]["rougeL"] == pytest.approx(200 / 3)
+    assert scores["categories"]["c"]["rougeL"] == pytest.approx((100 + 0 + 200 / 3) / 3)
+    assert scores["overall"]["rougeL"] == pytest.approx((100 + 0 + 200 / 3 + 100) / 4)
+    assert list(scores) == ["overall", "tasks", "categories"] and list(scores["categories"]) == ["c", "d"]
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="no instance"):
+        metrics.score([])
