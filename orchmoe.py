@@ -4,8 +4,8 @@ reads the source sample, a task-skill allocation matrix in each Linear. Unoffici
 
     x_hat = mean_L(X + P X),  P = softmax((X Wq)(X Wk)^T / sqrt(d_r))     TaskRouter.features
     w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
-    Zhat  = sigmoid(Z), each row divided by its sum            (N,K,S)    Adapters.allocation_weights
-    c     = w Zhat                                             (N,B,S)    Adapters.route
+    Zhat  = sigmoid(Z), each row divided by its sum            (N,K,S)    OrchMoE.allocation_weights
+    c     = w Zhat                                             (N,B,S)    OrchMoE.route
     y     = W0 x + scale * sum_s c_s B_s A_s x                            SkillLinear.forward, mix_skills
 
 X are the RMS-normalised embeddings of the source; B batch, L length, D d_in, O d_out, K abstract tasks, S
@@ -76,7 +76,7 @@ class Routing(NamedTuple):
     """What `routed` computed: w is None for the token router, whose c exists only inside each Linear."""
 
     w: Tensor | None  # (B,K), or (1,K) where it is the same for every sample
-    allocation: Tensor  # Zhat (1,N,K,S), or (B,N,K,S) with noise
+    allocation: Tensor | None  # Zhat (1,N,K,S), or (B,N,K,S) with noise
     c: Tensor | None  # (N,B,S), or (N,1,S)
     shared: bool  # the same for every sample, so that any number of rows may come
 
@@ -201,15 +201,17 @@ class SkillLinear(nn.Linear):
         self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=device))
         self.skill_scale, self.skill_mix = scale, mix
         self.skill_routing: Tensor | None = None  # set by Adapters.routed: c (B,S), or Zhat (B,K,S)
+        self.skill_task = self.skill_bias = None  # of the token router
         self.skill_shared, self.skill_beams, self.skill_visited = False, 1, False
 
-    def add_token_router(self, config: OrchMoEConfig, generator: torch.Generator | None = None) -> None:
-        """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K), as `--router token` has
-        it."""
-        task, device = _normal((config.tasks, self.in_features), 0.02, generator), self.weight.device
-        self.skill_softmax = config.router_norm == "softmax"
-        self.skill_task = nn.Parameter(task.to(device))
-        self.skill_bias = nn.Parameter(torch.full((config.tasks,), config.bias_start, device=device))
+    def add_token_router(self, tasks: int, norm: str, bias_start: float | None,
+                         generator: torch.Generator | None = None) -> None:
+        """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K); without b where None."""
+        device = self.weight.device
+        self.skill_norm = norm
+        self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator).to(device))
+        if bias_start is not None:
+            self.skill_bias = nn.Parameter(torch.full((tasks,), bias_start, device=device))
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("skill_")}
@@ -232,75 +234,37 @@ class SkillLinear(nn.Linear):
                 raise ValueError(f"{x.shape[0]} rows in a Linear routed for {routing.shape[0]} samples of "
                                  f"{self.skill_beams} beams; route this very batch, or give beams=")
             routing = routing.repeat_interleave(self.skill_beams, dim=0)
-        if routing.dim() == 2:
+        if self.skill_task is None or routing.dim() == 2:
             return routing
-        logits = F.linear(x, self.skill_task.to(x.dtype), self.skill_bias.to(x.dtype)).float()  # (B,L,K)
-        return (logits.softmax(-1) if self.skill_softmax else logits) @ routing  # (B,L,S)
+        bias = None if self.skill_bias is None else self.skill_bias.to(x.dtype)
+        logits = F.linear(x, self.skill_task.to(x.dtype), bias).float()  # (B,L,K)
+        return (logits.softmax(-1) if self.skill_norm == "softmax" else logits) @ routing  # (B,L,S)
 
 
 # ---------------------------------------------------------------------------------------- router + allocation
 
 
 class Adapters(nn.Module):
-    """Router and allocation matrices Z (N,K,S) of all adapted Linears, and the one door through which these
-    get their c."""
+    """The one door through which the adapted Linears get their weights of skills. A method says in `route`
+    what these are."""
 
-    def __init__(self, linears: dict[str, SkillLinear], config: OrchMoEConfig, width: int,
-                 generator: torch.Generator | None = None):
+    noise_shape: tuple[int, ...] | None = None  # of one sample's noise, where training wants noise
+
+    def __init__(self, linears: dict[str, SkillLinear]):
         super().__init__()
-        self.config = config
         self.linears = linears  # a plain dict: they are registered where they stand in the base
-        device = next(iter(linears.values())).weight.device
-        kind, _, size = config.allocation_init.partition(":")
-        Z = torch.empty(len(linears), config.tasks, config.skills)
-        Z = Z.normal_(0, float(size), generator=generator) if kind == "normal" else \
-            Z.uniform_(-float(size), float(size), generator=generator)
-        self.allocation = nn.Parameter(Z.to(device))
-        self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None
-        if config.router == "token":
-            for linear in linears.values():
-                linear.add_token_router(config, generator)
         self._routing: Routing | None = None
         self._reported = False
-
-    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli (Maddison et al.
-        2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z), without an
-        epsilon."""
-        Z = self.allocation.unsqueeze(0)
-        if noise is not None:
-            Z = (Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()) / self.config.tau
-        return F.logsigmoid(Z).softmax(-1)
 
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
               task_ids: Tensor | None = None, noise: Tensor | None = None,
               w: Tensor | None = None) -> Routing:
-        """w, Zhat and c of all Linears at once; arguments as for `routed`. task_ids are not used: OrchMoE
-        needs none."""
-        noise = self._noise(embeddings, noise)
-        allocation = self.allocation_weights(noise)
-        if w is None and self.config.router == "token":
-            return Routing(None, allocation, None, noise is None)
-        if w is None:
-            w = self._task_weights(embeddings, mask)
-        c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
-        return Routing(w, allocation, c, w.dim() == 1 and noise is None)
+        """What all Linears need for one batch; arguments as for `routed`."""
+        raise NotImplementedError
 
-    def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
-        if self.config.router == "none":
-            return self.allocation.new_full((self.config.tasks,), 1 / self.config.tasks)
-        if embeddings is None:
-            raise ValueError("embeddings: the sample router reads the source's embeddings (B,L,D)")
-        return self.router(embeddings, mask)
-
-    def _noise(self, embeddings: Tensor | None, noise: Tensor | None) -> Tensor | None:
-        """u (B,N,K,S) for this batch, or None where the allocation is not relaxed: no gumbel, or not
-        training."""
-        if not (self.config.gumbel and self.training):
-            return None
-        if noise is None and embeddings is None:
-            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B")
-        return torch.rand(len(embeddings), *self.allocation.shape) if noise is None else noise
+    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
+                   generator: torch.Generator | None = None) -> None:
+        """Prepares a router that starts from training sources; most methods have none."""
 
     @contextmanager
     def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
@@ -336,8 +300,9 @@ class Adapters(nn.Module):
         on_keep."""
         routing = self.routing()
         if not routing.shared:  # c or, for the token router with noise, the allocation has a row a sample
-            allocation = routing.allocation if len(routing.allocation) == 1 else routing.allocation[rows]
-            w = routing.w if routing.w is None or routing.w.dim() == 1 else routing.w[rows]
+            w, allocation = routing.w, routing.allocation
+            allocation = allocation if allocation is None or len(allocation) == 1 else allocation[rows]
+            w = w if w is None or w.dim() == 1 else w[rows]
             c = None if routing.c is None else routing.c[:, rows]
             self._hand_out(Routing(w, allocation, c, False), 1)
 
@@ -356,20 +321,11 @@ class Adapters(nn.Module):
                           f"{', '.join(unvisited[:3])}{', ...' if len(unvisited) > 3 else ''}", stacklevel=4)
         self._reported = True
 
-    @torch.no_grad()
-    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
-                   generator: torch.Generator | None = None) -> None:
-        """Before the first step: mu, sd and the k-means start of the sample router from batches of training
-        sources, embeddings (B,L,D) and masks (B,L). One pass, no labels; other routers need none."""
-        if self.router is not None:
-            batches = zip(embeddings, masks, strict=True)
-            self.router.fit(torch.cat([self.router.features(e, m) for e, m in batches]), generator)
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters under skills, router and allocation: each has a learning rate of its own."""
-        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "allocation": [self.allocation]}
-        if self.router is not None:
-            groups["router"] += self.router.parameters()
+        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "allocation": []}
+        for name, parameter in self.named_parameters():
+            groups["allocation" if name.startswith("allocation") else "router"].append(parameter)
         for linear in self.linears.values():
             for name, parameter in linear.skill_parameters().items():
                 groups["skills" if name in ("skill_A", "skill_B") else "router"].append(parameter)
@@ -403,6 +359,75 @@ class Adapters(nn.Module):
             own[name].copy_(state[name])
 
 
+class OrchMoE(Adapters):
+    """Task Router and allocation matrices Z (N,K,S) of all adapted Linears."""
+
+    def __init__(self, linears: dict[str, SkillLinear], config: OrchMoEConfig, width: int,
+                 generator: torch.Generator | None = None):
+        super().__init__(linears)
+        self.config = config
+        device = next(iter(linears.values())).weight.device
+        Z = torch.empty(len(linears), config.tasks, config.skills)
+        kind, _, size = config.allocation_init.partition(":")
+        if kind == "normal":
+            Z.normal_(0, float(size), generator=generator)
+        else:
+            Z.uniform_(-float(size), float(size), generator=generator)
+        self.allocation = nn.Parameter(Z.to(device))
+        self.noise_shape = tuple(Z.shape) if config.gumbel else None
+        self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None
+        if config.router == "token":
+            for linear in linears.values():
+                linear.add_token_router(config.tasks, config.router_norm, config.bias_start, generator)
+
+    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
+        """Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli (Maddison et al.
+        2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z), without an
+        epsilon."""
+        Z = self.allocation.unsqueeze(0)
+        if noise is not None:
+            Z = (Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()) / self.config.tau
+        return F.logsigmoid(Z).softmax(-1)
+
+    def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
+              task_ids: Tensor | None = None, noise: Tensor | None = None,
+              w: Tensor | None = None) -> Routing:
+        """w, Zhat and c of all Linears at once. task_ids are not used: OrchMoE needs none."""
+        noise = self._noise(embeddings, noise)
+        allocation = self.allocation_weights(noise)
+        if w is None and self.config.router == "token":
+            return Routing(None, allocation, None, noise is None)
+        if w is None:
+            w = self._task_weights(embeddings, mask)
+        c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
+        return Routing(w, allocation, c, w.dim() == 1 and noise is None)
+
+    def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.config.router == "none":
+            return self.allocation.new_full((self.config.tasks,), 1 / self.config.tasks)
+        if embeddings is None:
+            raise ValueError("embeddings: the sample router reads the source's embeddings (B,L,D)")
+        return self.router(embeddings, mask)
+
+    def _noise(self, embeddings: Tensor | None, noise: Tensor | None) -> Tensor | None:
+        """u (B,N,K,S) for this batch, or None where the allocation is not relaxed: no gumbel, or not
+        training."""
+        if not (self.config.gumbel and self.training):
+            return None
+        if noise is None and embeddings is None:
+            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B")
+        return torch.rand(len(embeddings), *self.allocation.shape) if noise is None else noise
+
+    @torch.no_grad()
+    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
+                   generator: torch.Generator | None = None) -> None:
+        """Before the first step: mu, sd and the k-means start of the sample router from batches of training
+        sources, embeddings (B,L,D) and masks (B,L). One pass, no labels; other routers need none."""
+        if self.router is not None:
+            batches = zip(embeddings, masks, strict=True)
+            self.router.fit(torch.cat([self.router.features(e, m) for e, m in batches]), generator)
+
+
 # ----------------------------------------------------------------------------------------------------- attach
 
 
@@ -419,9 +444,8 @@ def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *,
         return SkillLinear(base, config.skills, config.rank, config.scale, mix, generator)
 
     linears = replace_linears(module, config.targets, with_skills)
-    adapters = Adapters(linears, config, router_width(module), generator)
-    module.skill_adapters = adapters
-    return adapters
+    module.skill_adapters = OrchMoE(linears, config, router_width(module), generator)
+    return module.skill_adapters
 
 
 def replace_linears(module: nn.Module, targets: Iterable[str],
@@ -441,8 +465,8 @@ def replace_linears(module: nn.Module, targets: Iterable[str],
         fused = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         if fused or type(child) is not nn.Linear:
             kinds = f"{type(child).__name__} in {type(owner).__name__}"
-            raise ValueError(f"targets: {path}.{name} ({kinds}) would bypass its skills; only a plain nn.Linear "
-                             "that its owner calls can be adapted")
+            raise ValueError(f"targets: {path}.{name} ({kinds}) would bypass its skills; only a plain "
+                             "nn.Linear that its owner calls can be adapted")
     module.requires_grad_(False)
     linears = {}
     for owner, path, name, child in found:

@@ -1,0 +1,165 @@
+"""The methods OrchMoE is compared with, behind its own interface: `attach_method(name, module, config)`
+freezes the module and returns Adapters, whatever the method. All adapt the same Linears and follow one scale
+rule, alpha / (the rank that adds up).
+
+B batch, L length, D d_in, O d_out, T real tasks, S skills, R rank, H heads, N adapted Linears.  Test: pytest
+tests/test_baselines.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from orchmoe import Adapters, Mix, OrchMoEConfig, Routing, SkillLinear, attach, replace_linears
+
+METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full")
+
+
+class Unadapted(Adapters):
+    """No adapters: the frozen base, or with `full` every weight of it training."""
+
+    def __init__(self, module: nn.Module, *, full: bool):
+        super().__init__({})
+        self._module = [module]  # in a list, so that it is not registered below itself
+        module.requires_grad_(full)
+
+    @contextmanager
+    def routed(self, *_args, **_kwargs) -> Iterator[Routing]:
+        yield Routing(None, None, None, True)
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"full": [p for p in self._module[0].parameters() if p.requires_grad]}
+
+    def state_dict(self, *_args, **_kwargs) -> dict[str, Tensor]:
+        return self._module[0].state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        self._module[0].load_state_dict(state, strict=strict)
+
+
+class LoRA(Adapters):
+    """One adapter of rank S R everywhere (Hu et al. 2021, arXiv 2106.09685), started and scaled as the skills
+    are, so that a mixture with c = 1/S is this very function."""
+
+    def __init__(self, linears: dict[str, SkillLinear]):
+        super().__init__(linears)
+        self.register_buffer("ones", torch.ones(len(linears), 1, 1, device=_device(linears)), persistent=False)
+
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        return Routing(None, None, self.ones, True)
+
+
+class MoELoRA(Adapters):
+    """A softmax over all S experts for each token (MoLoRA, Zadouri et al. 2023, arXiv 2309.05444): soft
+    merging of outputs, router weight N(0, .02), no bias, softmax in float32, no balance loss. The paper's
+    experts are those of (IA)^3 or LoRA; LoRA here. It is OrchMoE's token router with K = S and the identity
+    for Zhat."""
+
+    def __init__(self, linears: dict[str, SkillLinear], skills: int, generator: torch.Generator | None):
+        super().__init__(linears)
+        for linear in linears.values():
+            linear.add_token_router(skills, "softmax", None, generator)
+        identity = torch.eye(skills, device=_device(linears)).expand(1, len(linears), -1, -1)
+        self.register_buffer("identity", identity, persistent=False)
+
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        return Routing(None, self.identity, None, True)
+
+
+class Poly(Adapters):
+    """Z of the sample's task (Polytropon, Ponti et al. 2023, arXiv 2202.13914): rows Z[task] in each Linear,
+    relaxed Bernoulli in training and sigmoid in evaluation, divided by their sum; FACTORS are mixed. With
+    heads H > 1 a mixture for each head: Multi-Head Routing (MHR, Caccia et al. 2023, arXiv 2211.03831). An
+    unseen task, id -1, gets the mean of the learnt rows.
+
+    Departure from both papers: no separate learning of allocations on new tasks, since the comparison trains
+    on none."""
+
+    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int, heads: int,
+                 generator: torch.Generator | None):
+        super().__init__(linears)
+        Z = torch.empty(len(linears), tasks, heads, skills).uniform_(-1e-3, 1e-3, generator=generator)
+        self.allocation = nn.Parameter(Z.to(_device(linears)))
+        self.noise_shape = (len(linears), heads, skills)
+
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        """task_ids (B,), -1 where unseen; noise u (B,N,H,S) in training -> c (N,B,H,S)."""
+        c = mix_rows(self.allocation, task_ids, noise if self.training else None)
+        return Routing(None, None, c, False)
+
+
+class CPoly(Adapters):
+    """Common and private skills (C-Poly, Wang et al. 2024, arXiv 2312.03248): S-1 common skills shared as in
+    Poly, one private skill a task whose weights start at the identity and are used as they stand; OUTPUTS are
+    mixed. An unseen task has the common part alone. Grows with the number of tasks, so it cannot stand in a
+    comparison at equal total size."""
+
+    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int, generator: torch.Generator | None):
+        super().__init__(linears)
+        Z = torch.empty(len(linears), tasks, 1, skills - 1).uniform_(-1e-3, 1e-3, generator=generator)
+        self.allocation = nn.Parameter(Z.to(_device(linears)))
+        private = torch.eye(tasks, device=_device(linears)).repeat(len(linears), 1, 1)
+        self.allocation_private = nn.Parameter(private)  # (N,T,T)
+        self.noise_shape = (len(linears), 1, skills - 1)
+
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        """task_ids (B,), -1 where unseen; noise u (B,N,1,S-1) in training -> c (N,B,S-1+T)."""
+        common = mix_rows(self.allocation, task_ids, noise if self.training else None).squeeze(2)  # (N,B,S-1)
+        seen = (task_ids >= 0).unsqueeze(-1)
+        private = self.allocation_private[:, task_ids.clamp(min=0)] * seen  # (N,B,T)
+        return Routing(None, None, torch.cat([common, private], dim=-1), False)
+
+
+def mix_rows(Z: Tensor, task_ids: Tensor | None, noise: Tensor | None) -> Tensor:
+    """Z (N,T,H,S), task_ids (B,), noise u (B,N,H,S) or None -> each sample's row, normalised (N,B,H,S); mean
+    row for id -1. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z)."""
+    if task_ids is None:
+        raise ValueError("task_ids: this method needs the task of each sample (B,), -1 where it is unseen")
+    rows = Z[:, task_ids.clamp(min=0)]
+    if noise is not None:
+        rows = rows + noise.transpose(0, 1).to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
+    unseen = F.logsigmoid(Z).softmax(-1).mean(1, keepdim=True)
+    return torch.where((task_ids >= 0).view(1, -1, 1, 1), F.logsigmoid(rows).softmax(-1), unseen)
+
+
+def _device(linears: dict[str, SkillLinear]) -> torch.device:
+    return next(iter(linears.values())).weight.device
+
+
+def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_tasks: int = 0, heads: int = 4,
+                  mix: Mix = kernels.mix_skills, generator: torch.Generator | None = None) -> Adapters:
+    """Freezes `module` and attaches the method `name` of METHODS with S = config.skills, R = config.rank.
+
+    num_tasks: T, for the methods with task ids. mix: for those that mix outputs. ValueError for an unknown
+    name or a missing T."""
+    S, R = config.skills, config.rank
+    if name not in METHODS:
+        raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    if name in ("poly", "mhr", "c-poly") and num_tasks < 1:
+        raise ValueError(f"num_tasks: {name} routes by task id and needs the number of training tasks")
+    if name == "orchmoe":
+        return attach(module, config, mix, generator=generator)
+    if name == "full":
+        return Unadapted(module, full=True)
+
+    def linears(skills: int, rank: int, scale: float, mix: Mix) -> dict[str, SkillLinear]:
+        return replace_linears(module, config.targets,
+                               lambda base: SkillLinear(base, skills, rank, scale, mix, generator))
+
+    make: dict[str, Callable[[], Adapters]] = {
+        "lora": lambda: LoRA(linears(1, S * R, config.scale / S, mix)),
+        "moe-lora": lambda: MoELoRA(linears(S, R, config.scale, mix), S, generator),
+        "poly": lambda: Poly(linears(S, R, config.scale, kernels.mix_factors), num_tasks, S, 1, generator),
+        "mhr": lambda: Poly(linears(S, R, config.scale, kernels.mix_factors), num_tasks, S, heads, generator),
+        "c-poly": lambda: CPoly(linears(S - 1 + num_tasks, R, config.scale, mix), num_tasks, S, generator),
+    }
+    module.skill_adapters = make[name]()
+    return module.skill_adapters

@@ -1,0 +1,230 @@
+"""Scores a run, a bare model or a model-free heuristic with Super-NaturalInstructions' official metric.
+Writes predictions.jsonl, the official script's own input, and scores.json.
+
+    python eval.py --run runs/orchmoe-1 --split test --data sni/
+    python eval.py --heuristic copy-demo --data natural-instructions/"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import data
+import metrics
+import model
+import runtime
+from baselines import Unadapted, attach_method
+from orchmoe import Adapters, OrchMoEConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: what is scored, on what, and where."""
+
+    run: str = ""  # folder of a run of train.py
+    model: str = ""  # or a Hugging Face T5 folder, scored as it is
+    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or output of the first positive example, or the input
+    split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
+    out: str = ""  # folder of predictions.jsonl and scores.json (default: RUN/eval-SPLIT, else eval-SPLIT)
+    limit: int = 0  # at most this many instances, evenly over the set (0: all)
+    batch_size: int = 64  # samples generated at once
+    max_new_tokens: int = 127  # the official 128 less the start token
+    seed: int = 0  # of the split into train, dev and seen; a run brings its own
+    gpu: int | None = None  # number of the GPU
+    device: str = ""  # cpu or cuda:N instead
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+
+
+# ---------------------------------------------------------------------------------------- one pass over a set
+
+
+def evenly(examples: Sequence[data.Example], limit: int) -> list[data.Example]:
+    """At most `limit` of the examples, evenly spaced; all of them for 0."""
+    count = min(limit, len(examples)) if limit else len(examples)
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def batches(examples: Sequence[data.Example], size: int, device: torch.device, desc: str
+            ) -> Iterator[tuple[list[int], data.Batch]]:
+    """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
+    once."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
+    with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
+        for start in range(0, len(order), size):
+            rows = order[start:start + size]
+            yield rows, data.collate([examples[i] for i in rows]).to(device)
+            bar.update(len(rows))
+
+
+def routed(base: model.T5, adapters: Adapters, batch: data.Batch, **options: Any):
+    """The routing context of one batch: embeddings and mask of the sources, task ids for the methods that
+    want them."""
+    return adapters.routed(base.embed(batch.input_ids), batch.attention_mask, task_ids=batch.task_ids, **options)
+
+
+@torch.no_grad()
+def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], tokenizer: data.Tokenizer, *,
+            batch_size: int = 64, max_new_tokens: int = 127, desc: str = "generate") -> list[str]:
+    """Greedy predictions, in the order of the examples."""
+    base.eval()
+    texts = [""] * len(examples)
+    for rows, batch in batches(examples, batch_size, base.device, desc):
+        with routed(base, adapters, batch):
+            tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
+                                   on_keep=adapters.keep)
+        for i, ids in zip(rows, tokens.tolist(), strict=True):
+            texts[i] = tokenizer.decode(ids)
+    return texts
+
+
+def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
+    return metrics.score({"task": example.task, "category": example.category, "prediction": prediction,
+                          "references": example.references}
+                         for example, prediction in zip(examples, predictions, strict=True))
+
+
+@torch.no_grad()
+def mean_loss(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
+              desc: str = "dev loss") -> float:
+    """Cross-entropy per target token of the first references, in nats."""
+    base.eval()
+    total, tokens = 0.0, 0
+    for _, batch in batches(examples, batch_size, base.device, desc):
+        with routed(base, adapters, batch):
+            total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
+        tokens += batch.target_tokens
+    return total / tokens
+
+
+# --------------------------------------------------------------------------------------- what the router does
+
+
+class RouterReport(NamedTuple):
+    """How w (M,K) spreads over M samples of several tasks; nan where a method has no w."""
+
+    entropy: float  # mean entropy of w, nats
+    between: float  # standard deviation over tasks of their mean w, mean over K
+    within: float  # standard deviation of w within a task, mean over tasks and K
+    largest: float  # largest mean weight of one abstract task
+
+    def warning(self, tasks: int) -> str:
+        """One line when w is uniform or collapsed to one abstract task, else empty."""
+        if self.entropy > 0.98 * math.log(max(tasks, 2)):
+            return "the router is uniform: w hardly depends on the sample; see --router-init and --lr-router"
+        if self.largest > 0.9 and tasks > 1:
+            return "the router has collapsed to one abstract task; lower --lr-router"
+        return ""
+
+
+@torch.no_grad()
+def router_weights(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
+                   ) -> Tensor | None:
+    """w (M,K) of the examples on the CPU; None for a method without one router for the sample."""
+    base.eval()
+    rows_of: dict[int, Tensor] = {}
+    for rows, batch in batches(examples, batch_size, base.device, "router"):
+        with routed(base, adapters, batch) as routing:
+            if routing.w is None or routing.shared:
+                return None
+            rows_of.update(zip(rows, routing.w.float().cpu(), strict=True))
+    return torch.stack([rows_of[i] for i in range(len(examples))])
+
+
+def report_router(w: Tensor | None, examples: Sequence[data.Example]) -> RouterReport:
+    if w is None:
+        return RouterReport(*[math.nan] * 4)
+    tasks = np.array([example.task for example in examples])
+    groups = [w[tasks == task] for task in sorted(set(tasks))]
+    means = torch.stack([group.mean(0) for group in groups])  # (T,K)
+    return RouterReport(torch.special.entr(w).sum(-1).mean().item(), means.std(0, correction=0).mean().item(),
+                        torch.stack([group.std(0, correction=0).mean() for group in groups]).mean().item(),
+                        w.mean(0).max().item())
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapters, dict]:
+    """Base with the run's best adapters attached, on the device; and the run's config.json."""
+    folder = Path(folder)
+    config = runtime.read_json(checkpoint.existing(folder / "config.json", "name the folder of a run of train.py"))
+    if config["train"]["method"] == "full":
+        base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
+        return base, Unadapted(base, full=False), config
+    state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
+    if (have := checkpoint.fingerprint(config["train"]["model"])) != info["base"]:
+        raise ValueError(f"{folder / 'adapter.safetensors'}: trained on the base {info['base']}, but "
+                         f"{config['train']['model']} is {have}; restore that model")
+    base = checkpoint.load_t5(config["train"]["model"], dtype=place.dtype, device=place.device)
+    adapters = attach_method(info["method"], base, runtime.from_flags(OrchMoEConfig, info["config"]),
+                             num_tasks=info["num_tasks"])
+    adapters.load_state_dict(state)
+    return base, adapters, config
+
+
+def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
+    """copy-demo: the output of the task's first positive example; copy-input: the instance's own input."""
+    predictions: list[str] = []
+    name, task, inputs = "", {}, {}
+    for example in runtime.progress(examples, kind, unit="ex"):
+        if example.task != name:
+            name = example.task
+            task = data.read_task(Path(root) / "tasks" / f"{name}.json")
+            inputs = {row["id"]: row["input"] for row in task["instances"]}
+        predictions.append(task["positive"][0]["output"] if kind == "copy-demo" else inputs[example.id])
+    return predictions
+
+
+def write_results(folder: Path, examples: Sequence[data.Example], predictions: Sequence[str], scores: dict) -> None:
+    with runtime.atomic_write(folder / "predictions.jsonl") as file:
+        for example, prediction in zip(examples, predictions, strict=True):
+            row = {"id": example.id, "prediction": prediction}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    runtime.write_json(folder / "scores.json", scores)
+
+
+def main() -> None:
+    parser = runtime.Parser(__doc__.split("\n\n")[0], "python eval.py --run runs/orchmoe-1 --split test")
+    for cls in (EvalConfig, data.DataConfig):
+        parser.add_dataclass(cls)
+    flags = vars(parser.parse_args())
+    config = runtime.from_flags(EvalConfig, flags)
+    if sum(map(bool, (config.run, config.model, config.heuristic))) != 1:
+        raise ValueError("give one of --run, --model and --heuristic")
+    seed, saved, base = config.seed, {}, None
+    if not config.heuristic:
+        place = runtime.pick_device(config.gpu, config.device, config.dtype)
+        runtime.say(place.reason)
+    if config.run:
+        base, adapters, run = load_run(config.run, place)
+        seed, saved = run["train"]["seed"], run["data"]
+    elif config.model:
+        base = checkpoint.load_t5(config.model, dtype=place.dtype, device=place.device)
+        adapters = Unadapted(base, full=False)
+    data_config = runtime.from_flags(data.DataConfig, {**saved, **flags})
+    tokenizer = data.Tokenizer(config.model or (run["train"]["model"] if config.run else "tiny/"))
+    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)
+    if base is None:
+        predictions = copy_heuristic(config.heuristic, data_config.data, examples)
+    else:
+        predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
+                              max_new_tokens=config.max_new_tokens)
+    scores = score(examples, predictions)
+    folder = Path(config.out or Path(config.run) / f"eval-{config.split}")
+    write_results(folder, examples, predictions, {**scores, "config": asdict(config)})
+    overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
+    runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {config.split} tasks: {overall}")
+    runtime.say(f"written: {folder / 'predictions.jsonl'}, {folder / 'scores.json'}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,586 @@
+"""data.py: tokenizer, task files, sets, prompt, cache, batches, span corruption. Hermetic, but for the tests
+that take `sni_dir` or `golden_dir`."""
+
+import json
+import lzma
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import data
+from data import (
+    DataConfig,
+    TextStream,
+    Tokenizer,
+    batch_at,
+    batch_order,
+    collate,
+    corrupt_spans,
+    load_examples,
+    read_splits,
+    read_task,
+    render_prompt,
+    split_instances,
+)
+
+WORDS = ("river stone window garden letter morning teacher yellow simple answer number little people under "
+         "travel orange silver market doctor planet summer winter bridge don't isn't we're I've").split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 25))).capitalize() + rng.choice([".", "?", ", yes!"])
+            for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """Folder with a small T5-like spiece.model."""
+    folder = tmp_path_factory.mktemp("model")
+    lines = [*sentences(2000), "Definition: Input: Output: Positive Example 1 - 2"]
+    (folder / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "spiece"), vocab_size=200,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>",
+        unk_piece="<unk>", minloglevel=2, num_threads=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    return Tokenizer(model_dir)
+
+
+def task_json(n: int = 10, **changes) -> dict:
+    example = {"input": "river", "output": "stone", "explanation": "So it is."}
+    instances = [{"id": f"id-{i}", "input": sentence, "output": ["yes", "no", "maybe so"][:1 + i % 3]}
+                 for i, sentence in enumerate(sentences(n))]
+    return {"Categories": ["Sorting"], "Definition": ["Sort the words."], "URL": [float("nan")],
+            "Positive Examples": [example, example], "Negative Examples": [example],
+            "Instances": instances, **changes}
+
+
+def write_task(folder: Path, name: str, task: dict | bytes) -> Path:
+    path = folder / "tasks" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(task if isinstance(task, bytes) else json.dumps(task).encode())
+    return path
+
+
+def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
+    lists = folder / "splits" / "default"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "train_tasks.txt").write_text("\n".join(train) + "\n")
+    (lists / "test_tasks.txt").write_text("\n".join(test))
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Three training tasks, of 10, 30 and 150 instances, and a test task of 130, and files that are no tasks."""
+    for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 150), ("task9_t", 130)):
+        write_task(tmp_path / "sni", name, task_json(n))
+    for name in ("README.md", ".DS_Store", "task1_a.json.swp"):
+        (tmp_path / "sni" / "tasks" / name).write_bytes(b"\xff not a task")
+    write_lists(tmp_path / "sni", ["task3_c", "task1_a", "task2_b"], ["task9_t"])
+    return tmp_path / "sni"
+
+
+@pytest.fixture
+def config(repository, tmp_path):
+    return DataConfig(data=str(repository), cache=str(tmp_path / "cache"))
+
+
+class Bytes:
+    """The tokenizer with which golden/prompts.jsonl was made."""
+
+    def encode(self, text):
+        return [*text.encode(), 256]
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="ignore")
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer(model_dir):
+    pytest.importorskip("google.protobuf", reason="transformers reads spiece.model with protobuf")
+    return pytest.importorskip("transformers").T5Tokenizer.from_pretrained(model_dir)
+
+
+def test_encode_equals_transformers(tokenizer, t5_tokenizer):
+    texts = [*sentences(300, seed=1), "", "  two  spaces\n\nand\tlines ", "\u4e16\u754c x", "\ufb01 \u00a0 x"]
+    assert [tokenizer.encode(text) for text in texts] == t5_tokenizer(texts)["input_ids"]
+    assert len(tokenizer) == len(t5_tokenizer)
+
+
+def test_decode_equals_transformers(tokenizer, t5_tokenizer):
+    rng = random.Random(0)
+    rows = [[rng.randrange(len(tokenizer)) for _ in range(rng.randrange(30))] for _ in range(300)]
+    rows += [tokenizer.encode("the river . the ? the ! the , we do n't , he 's I 'm they 've we 're the ' s")]
+    theirs = t5_tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    assert [tokenizer.decode(row) for row in rows] == [text.strip() for text in theirs]
+    assert tokenizer.decode(np.array(rows[-1], np.int32)) == theirs[-1].strip()
+
+
+def test_sentinels_are_the_last_hundred_ids(tokenizer, t5_tokenizer):
+    names = [f"<extra_id_{k}>" for k in range(100)]
+    assert [tokenizer.sentinel(k) for k in range(100)] == t5_tokenizer.convert_tokens_to_ids(names)
+    assert tokenizer.sentinel(0) == len(tokenizer) - 1 and tokenizer.sentinel(99) == tokenizer.size
+
+
+def test_spelt_out_special_tokens_stay_text(tokenizer):
+    ids = tokenizer.encode("</s> <pad> <extra_id_0>")
+    assert ids[-1] == 1 and not {0, 1} & set(ids[:-1]) and max(ids) < tokenizer.size
+
+
+def test_bad_tokenizer_is_one_line(tmp_path, model_dir):
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(model_dir / "text"), model_prefix=str(tmp_path / "other"), vocab_size=100, minloglevel=2)
+    for path, words in ((tmp_path, "spiece.model"), (tmp_path / "bad.model", "not a SentencePiece model"),
+                        (tmp_path / "empty.model", "model"), (tmp_path / "other.model", "pieces 0 to 2")):
+        with pytest.raises(ValueError, match=words) as caught:
+            Tokenizer(path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ tasks, sets
+
+ODD = {"definition a str": ({"Definition": "Sort them."}, lambda t: t["definition"] == "Sort them."),
+       "two definitions": ({"Definition": ["One.", "Two."]}, lambda t: t["definition"] == "One."),
+       "no id": ({"Instances": [{"input": "a", "output": ["b"]}] * 2},
+                 lambda t: [i["id"] for i in t["instances"]] == ["task1_x-0", "task1_x-1"]),
+       "output a str": ({"Instances": [{"output": "b", "input": "a", "id": "x"}]},
+                        lambda t: t["instances"] == [{"id": "x", "input": "a", "output": ["b"]}]),
+       "no explanation": ({"Positive Examples": [{"input": "a", "output": "b"}]},
+                          lambda t: t["positive"] == [{"input": "a", "output": "b"}]),
+       "blank texts": ({"Instances": [{"id": "x", "input": "", "output": ["", " \r\n\u00a0\x00"]}]},
+                       lambda t: t["instances"][0]["output"] == ["", " \r\n\u00a0\x00"]),
+       "no categories": ({"Categories": []}, lambda t: t["category"] == "Unknown"),
+       "category": ({}, lambda t: (t["name"], t["category"]) == ("task1_x", "Sorting"))}
+
+
+@pytest.mark.parametrize("changes, holds", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+def test_irregular_files_are_read(tmp_path, changes, holds, mark):
+    path = write_task(tmp_path, "task1_x", mark + json.dumps(task_json(**changes)).encode())
+    assert b"NaN" in path.read_bytes() and holds(read_task(path))
+
+
+def without(key: str) -> dict:
+    return {name: value for name, value in task_json().items() if name != key}
+
+
+def instance(**row) -> dict:
+    return task_json(Instances=[{"input": "b", "output": ["c"]}, {"input": "y", **row}])
+
+
+BAD = {"not JSON": (b"{", "not JSON"),
+       "not UTF-8": (b'{"a": "\xff"}', "UTF-8"),
+       "a list": (b"[]", "top level"),
+       "too deep": (b"[" * 200_000, "not JSON"),
+       "no definition": (without("Definition"), "Definition"),
+       "definition a number": (task_json(Definition=[3]), "Definition"),
+       "no instances": (without("Instances"), "Instances"),
+       "instances an object": (task_json(Instances={"a": 1}), "Instances"),
+       "instances empty": (task_json(Instances=[]), "Instances"),
+       "instance a str": (task_json(Instances=["a"]), "Instances"),
+       "no output": (instance(), r"Instances\[1\].output"),
+       "output empty": (instance(output=[]), r"Instances\[1\].output"),
+       "output a number": (instance(output=3), r"Instances\[1\].output"),
+       "output of numbers": (instance(output=["a", 3]), r"Instances\[1\].output"),
+       "input null": (instance(input=None, output="a"), r"Instances\[1\].input"),
+       "lone surrogate": (instance(output=["a\ud800"]), r"Instances\[1\].output.*surrogate"),
+       "examples a str": (task_json(**{"Positive Examples": "a"}), "Positive Examples"),
+       "no example output": (task_json(**{"Negative Examples": [{"input": "a"}]}), r"Examples\[0\].output")}
+
+
+@pytest.mark.parametrize("content, words", BAD.values(), ids=BAD)
+def test_bad_file_is_one_line_with_file_and_field(tmp_path, content, words):
+    path = write_task(tmp_path, "task1_x", content)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_task(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_splits_skip_missing_tasks_with_one_warning(repository, caplog):
+    write_lists(repository, ["task3_c", "task404_gone", "", "task1_a", "task3_c"], ["task9_t", "task5_gone"])
+    for _ in range(2):
+        assert read_splits(repository) == {"train": ["task3_c", "task1_a"], "test": ["task9_t"]}
+    assert [record.getMessage().endswith("2 of the 5 tasks of splits/default are missing")
+            for record in caplog.records] == [True]
+
+
+def test_splits_without_lists_or_tasks(repository, tmp_path):
+    write_lists(repository, [], ["task9_t"])
+    assert read_splits(repository) == {"train": [], "test": ["task9_t"]}
+    write_lists(repository, ["task404_gone"], [])
+    with pytest.raises(ValueError, match="none of the 1 tasks"):
+        read_splits(repository)
+    with pytest.raises(ValueError, match="train_tasks.txt.*git clone"):
+        read_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd"])
+def test_names_do_not_leave_their_folder(repository, name):
+    write_lists(repository, [name], ["task9_t"])
+    with pytest.raises(ValueError, match="plain name"):
+        read_splits(repository)
+    with pytest.raises(ValueError, match="plain name"):
+        DataConfig(splits=name)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 30, 99, 100, 139, 140, 1000])
+def test_sets_are_disjoint_nested_and_fixed(n):
+    sets = {size: split_instances(n, 7, "task1_a", size) for size in (10, 30, 100, 500)}
+    for size, (train, dev, seen) in sets.items():
+        assert len({*train, *dev, *seen}) == len(train) + len(dev) + len(seen)
+        assert {*train, *dev, *seen} <= set(range(n))
+        assert len(train) == min(size, n - len(dev) - len(seen))
+        assert (dev, seen) == sets[100][1:] and len(dev) == len(seen) == (20 if n >= 140 else n // 5)
+        assert (dev != [] and seen != []) == (n >= 5) and set(train) <= set(sets[500][0])
+    assert set(sets[10][0]) <= set(sets[30][0]) <= set(sets[100][0])
+    if n > 20:
+        assert split_instances(n, 8, "task1_a", 100) != sets[100] != split_instances(n, 7, "task1_b", 100)
+
+
+# ----------------------------------------------------------------------------------------------------- prompt
+
+
+def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
+    rows = [json.loads(line) for line in open(golden_dir / "prompts.jsonl", encoding="utf-8")]
+    for row in rows:
+        path = sni_dir / "tasks" / f"{row['task']}.json"
+        names = row["encoding"].split("_")
+        options = dict(definition="def" in names, explanation="expl" in names, num_pos=2 * ("pos2" in names),
+                       num_neg=2 * ("neg2" in names), max_source_length=row["max_source_length"])
+        for task, field in ((json.loads(path.read_bytes()), "Instances"), (read_task(path), "instances")):
+            source = render_prompt(task, task[field][row["instance"]], Bytes(), **options)
+            assert source == row["source"], row["id"]
+    assert len(rows) == 240
+
+
+def test_examples_are_taken_while_the_whole_fits():
+    task = task_json(**{"Positive Examples": [{"input": "a", "output": "b"}] * 3})
+    full = len(Bytes().encode(render_prompt(task, {"input": "x"}, Bytes(), num_pos=3)))
+    for limit, count in ((full + 1, 3), (full, 2)):  # with three, the check has one space more
+        source = render_prompt(task, {"input": "x"}, Bytes(), num_pos=3, max_source_length=limit)
+        assert source.count("Positive Example") == count and source.endswith("Input: x.\nOutput: ")
+    cut = render_prompt(task, {"input": "x" * 50}, Bytes(), max_source_length=60)
+    assert cut.startswith("Definition: Sort the words.\n\nNow complete") and len(cut) == 60
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def contents(examples) -> list:
+    return [(e.id, e.task, e.category, e.source_ids.tolist(), [ids.tolist() for ids in e.target_ids],
+             e.references, e.task_index) for e in examples]
+
+
+def load_all(config, tokenizer, **options) -> dict[str, list]:
+    return {split: contents(load_examples(config, tokenizer, split, **options)) for split in data.SETS}
+
+
+def count_encodes(monkeypatch) -> list:
+    calls, original = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+def test_sets_hold_what_the_files_say(config, repository, tokenizer):
+    sets = load_all(config, tokenizer)
+    sizes = {split: len(rows) for split, rows in sets.items()}
+    assert sizes == dict(train=6 + 18 + 100, dev=2 + 6 + 20, seen=2 + 6 + 20, test=100)
+    train = load_examples(config, tokenizer, "train")
+    assert train.tasks == ["task1_a", "task2_b", "task3_c"] and len(list(train)) == len(train)
+    assert train.source_lengths.tolist() == [len(e.source_ids) for e in train]
+    task = read_task(repository / "tasks" / "task2_b.json")
+    example = [e for e in train if e.task == "task2_b"][5]
+    instance = task["instances"][split_instances(150, 0, "task2_b", 100)[0][5]]
+    assert (example.id, example.references, example.task_index) == (instance["id"], instance["output"], 1)
+    assert example.source_ids.dtype == np.int32
+    assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
+    assert [t.tolist() for t in example.target_ids] == [tokenizer.encode(text) for text in instance["output"]]
+    assert [row[0] for row in sets["test"]] == [f"id-{i}" for i in range(100)]
+    assert {row[-1] for row in sets["test"]} == {-1}
+
+
+def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tokenizer):
+    config = DataConfig(data=str(repository), cache=str(tmp_path), max_source_length=20, max_target_length=3)
+    for example in load_examples(config, tokenizer, "train"):
+        assert len(example.source_ids) <= 20 and example.source_ids[-1] == 1
+        assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
+
+
+def test_second_load_does_not_tokenise(config, tokenizer, monkeypatch):
+    calls = count_encodes(monkeypatch)
+    first = load_all(config, tokenizer)
+    assert calls
+    calls.clear()
+    assert load_all(config, tokenizer) == first and not calls
+
+
+def test_train_dev_and_seen_share_one_cache_file(config, tokenizer, tmp_path, monkeypatch):
+    load_examples(config, tokenizer, "train")
+    calls = count_encodes(monkeypatch)
+    load_examples(config, tokenizer, "dev"), load_examples(config, tokenizer, "seen")
+    assert not calls and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [
+    dict(num_pos=1), dict(num_neg=1), dict(definition=False), dict(explanation=True), dict(max_tasks=1),
+    dict(max_source_length=50), dict(max_target_length=2), dict(train_instances=5)], ids=str)
+def test_the_cache_tells_options_apart(config, tokenizer, change):
+    before = load_all(config, tokenizer)
+    changed = replace(config, **change)
+    fresh = replace(changed, cache=config.cache + "2")
+    assert before != load_all(changed, tokenizer) == load_all(fresh, tokenizer)
+
+
+def test_the_cache_tells_seeds_apart(config, tokenizer):
+    first, second = (load_all(config, tokenizer, seed=seed) for seed in (0, 1))
+    assert first["test"] == second["test"] and all(first[name] != second[name] for name in data.SETS[:3])
+
+
+def test_a_changed_file_is_read_anew_and_replaces_its_cache(config, repository, tokenizer, tmp_path):
+    before = load_all(config, tokenizer)
+    write_task(repository, "task3_c", task_json(Definition="Count the words."))
+    after = load_all(config, tokenizer)
+    assert after["train"] != before["train"] and after["test"] == before["test"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+DAMAGE = {"short": lambda raw: raw[:-1], "stub": lambda raw: raw[:20], "empty": lambda raw: b"",
+          "bit": lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], "long": lambda raw: raw + b"x"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_remade(config, tokenizer, tmp_path, damage):
+    first = load_all(config, tokenizer)
+    for path in (tmp_path / "cache").iterdir():
+        whole = path.read_bytes()
+        path.unlink()  # the maps of the first load live on
+        path.write_bytes(damage(whole))
+        assert load_all(config, tokenizer) == first and path.read_bytes() == whole
+
+
+def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        first = load_all(config, tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert "No space left" in caplog.text and load_all(config, tokenizer) == first
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert load_all(replace(config, cache=str(tmp_path / "file")), tokenizer) == load_all(config, tokenizer)
+    assert ["no token cache" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_worker_processes_give_the_same(config, tokenizer, monkeypatch, caplog):
+    alone = contents(load_examples(config, tokenizer, "train"))
+    monkeypatch.setattr(data, "POOL_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    encodes = count_encodes(monkeypatch)  # of this process
+    assert contents(load_examples(replace(config, cache=config.cache + "2"), tokenizer, "train")) == alone
+    assert not encodes and not caplog.records
+
+    def refuse(*_):
+        raise OSError("no processes to be had")
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", refuse)
+    assert contents(load_examples(replace(config, cache=config.cache + "3"), tokenizer, "train")) == alone
+    assert encodes and "worker processes failed" in caplog.text
+
+
+def test_a_bad_file_in_a_worker_is_the_same_one_line(config, repository, tokenizer, monkeypatch):
+    path = write_task(repository, "task1_a", b"{")
+    monkeypatch.setattr(data, "POOL_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    with pytest.raises(ValueError, match=f"^{path}: not JSON"):
+        load_examples(config, tokenizer, "train")
+
+
+def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
+    for name, value in dict(num_pos=-1, train_instances=0, text_ratio=1.5, max_source_length=1).items():
+        with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
+            DataConfig(**{name: value})
+    with pytest.raises(ValueError, match="--split"):
+        load_examples(config, tokenizer, "validation")
+    write_lists(repository, [], ["task9_t"])
+    with pytest.raises(ValueError, match="train_tasks.txt"):
+        load_examples(config, tokenizer, "train")
+
+
+def test_all_real_files_are_read(sni_dir):
+    assert {split: len(names) for split, names in read_splits(sni_dir).items()} == {"train": 687, "test": 58}
+    paths = sorted((sni_dir / "tasks").glob("task*.json"))
+    counts = [len(read_task(path)["instances"]) for path in paths]
+    assert len(paths) == 745 and max(counts) == 100 and sum(count == 100 for count in counts) > 700
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+LENGTHS = np.random.default_rng(0).integers(10, 1000, 1003)
+
+
+def test_an_epoch_has_each_example_once_and_is_pure():
+    for epoch in range(3):
+        batches = batch_order(LENGTHS, 8, 5, epoch)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+        assert sorted(map(len, batches)) == [3] + [8] * 125
+        for step, batch in enumerate(batches, epoch * 126):
+            assert batch_at(LENGTHS, 8, 5, step).tolist() == batch.tolist()
+    assert batch_order(LENGTHS, 8, 5, 0)[0].tolist() != batch_order(LENGTHS, 8, 6, 0)[0].tolist()
+    assert batch_order(LENGTHS, 8, 5, 0)[0].tolist() != batch_order(LENGTHS, 8, 5, 1)[0].tolist()
+
+
+def test_batch_at_forgets_nothing_and_mixes_nothing_up():
+    asked = [batch_at(lengths, 8, seed, step).tolist()
+             for seed in (0, 1) for lengths in (LENGTHS, LENGTHS[::-1]) for step in (3, 400, 3)]
+    data._epoch_order.cache_clear()
+    assert asked[::3] == asked[2::3] and len(set(map(tuple, asked))) == 8
+    assert asked[-1] == batch_at(LENGTHS[::-1], 8, 1, 3).tolist()
+
+
+def test_bucketing_pads_far_less_than_random_batches():
+    def padded(batches: list) -> int:
+        return sum(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum() for batch in batches)
+
+    order = np.random.default_rng(1).permutation(len(LENGTHS))
+    bucketed = batch_order(LENGTHS, 8, 0, 0)
+    assert padded(bucketed) < 0.2 * padded([order[i:i + 8] for i in range(0, len(order), 8)])
+    means = [LENGTHS[batch].mean() for batch in bucketed]
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # batches are not served by length
+
+
+def example(name: str, source: list[int], targets: list[list[int]], index: int = 0) -> data.Example:
+    ids, target_ids = np.array(source, np.int32), [np.array(target, np.int32) for target in targets]
+    return data.Example(name, "task1_a", "category", ids, target_ids, ["reference"] * len(targets), index)
+
+
+def test_collate_pads_masks_and_shifts():
+    rows = [example("a", [5, 6, 1], [[7, 0, 1]], 3), example("b", [8, 1], [[1], [9, 1]], -1)]
+    batch = collate(rows, pad_id=4)
+    assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]] and batch.input_ids.dtype == torch.int64
+    assert batch.attention_mask.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.labels.tolist() == [[7, 0, 1], [1, -100, -100]] and batch.labels.dtype == torch.int64
+    assert batch.decoder_input_ids.tolist() == [[0, 7, 0], [0, 1, 4]]
+    assert batch.task_ids.tolist() == [3, -1] and batch.ids == ["a", "b"]
+
+
+def test_reference_drawing_is_pure_and_reaches_all():
+    examples = [example(f"e{i}", [1], [[10 + k, 1] for k in range(3)]) for i in range(8)]
+
+    def drawn(rows, seed, step):
+        return collate(rows, seed=seed, step=step).labels[:, 0].tolist()
+
+    assert collate(examples).labels[:, 0].tolist() == [10] * 8
+    draws = [drawn(examples, 0, step) for step in range(60)]
+    assert draws == [drawn(examples, 0, step) for step in range(60)]
+    assert draws[7] == [drawn([e], 0, 7)[0] for e in examples] != drawn(examples, 1, 7)
+    counts = np.bincount(np.concatenate(draws) - 10)
+    assert len(counts) == 3 and counts.min() > 120  # 160 expected
+
+
+# -------------------------------------------------------------------------------------------- span corruption
+
+
+def restore(source: list[int], target: list[int], tokenizer) -> list[int]:
+    """The window, from a source and a target that ends with one sentinel more and EOS."""
+    assert source[-1] == target[-1] == 1
+    spans, k = {}, 0
+    for token in target[:-1]:
+        if token == tokenizer.sentinel(k):
+            spans[token], k = [], k + 1
+        else:
+            spans[tokenizer.sentinel(k - 1)].append(token)
+    assert spans.pop(tokenizer.sentinel(k - 1)) == [] and all(spans.values())
+    assert [token for token in source if token >= tokenizer.size] == list(spans)
+    return [token for place in source[:-1] for token in spans.get(place, [place])]
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 20, 512, 4000])
+def test_corruption_loses_nothing(tokenizer, length):
+    for seed in range(20):
+        window = np.random.default_rng(seed).integers(3, tokenizer.size, length).astype(np.uint16)
+        source, target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))
+        assert restore(source.tolist(), target.tolist(), tokenizer) == window.tolist()
+        lost = sum(2 < token < tokenizer.size for token in target.tolist())
+        assert lost == max(1, round(0.15 * length))
+        if length == 512:
+            assert len(target) - lost - 2 == round(lost / 3)  # spans of 3 tokens on average
+
+
+def test_spans_lie_anywhere_in_the_window(tokenizer):
+    window, lost = np.arange(3, 103), np.zeros(103)
+    assert tokenizer.size > 103
+    for seed in range(500):
+        target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))[1]
+        lost[[token for token in target if 3 <= token < 103]] += 1
+    assert lost[20:90].min() > 25 and lost[20:90].max() < 150  # 75 expected
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(sentences(400)))
+    return path
+
+
+def test_text_stream_is_pure_and_covers_the_text(text, tokenizer, tmp_path):
+    stream = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    tokens = [token for line in sentences(400) for token in tokenizer.encode(line)[:-1]]
+    windows, steps = len(tokens) // 32, -(-(len(tokens) // 32) // 8)
+    batches = [stream.batch_at(step, 8) for step in range(2 * steps)]
+    again = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    for step in (2 * steps - 1, 0, 5):
+        both = zip(batches[step][:5], again.batch_at(step, 8)[:5], strict=True)
+        assert all(torch.equal(one, other) for one, other in both)
+    names = [name for batch in batches for name in batch.ids]
+    assert len(set(names[:windows])) == windows and set(names[windows:2 * windows]) == set(names[:windows])
+    assert names[:windows] != names[windows:2 * windows]
+    for row, name in enumerate(batches[0].ids):
+        source = batches[0].input_ids[row][batches[0].attention_mask[row]].tolist()
+        target = [token for token in batches[0].labels[row].tolist() if token != -100]
+        start = 32 * int(name.removeprefix("text-"))
+        assert restore(source, target, tokenizer) == tokens[start:start + 32]
+    other = TextStream(text, tokenizer, length=32, seed=4, cache=str(tmp_path / "cache")).batch_at(0, 8)
+    assert other.ids != batches[0].ids and batches[0].task_ids.tolist() == [-1] * 8
+
+
+def test_text_is_tokenised_once_and_xz_is_the_same(text, tokenizer, tmp_path, monkeypatch):
+    plain = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    (tmp_path / "text.xz").write_bytes(lzma.compress(text.read_bytes()))
+    packed = TextStream(tmp_path / "text.xz", tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    assert torch.equal(plain.batch_at(1, 4).input_ids, packed.batch_at(1, 4).input_ids)
+    calls = count_encodes(monkeypatch)
+    again = TextStream(text, tokenizer, length=64, seed=0, cache=str(tmp_path / "cache"))
+    assert not calls and again.batch_at(0, 2).input_ids.shape[0] == 2
+    text.write_text("\n".join(sentences(300, seed=9)))
+    TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    assert calls
+
+
+def test_bad_text_is_one_line(tokenizer, tmp_path):
+    whole = lzma.compress(b"a line\n" * 999)
+    files = {"a.txt": b"\xff\xfe", "b.xz": b"no xz", "c.xz": whole[:-99], "d.txt": b"", "e.txt": b"few"}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=name) as caught:
+            TextStream(tmp_path / name, tokenizer, length=512, seed=0, cache=str(tmp_path / "cache"))
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,313 @@
+"""Trains adapters (or with --method full every weight) of a T5 on Super-NaturalInstructions; ends with a
+table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
+metrics.jsonl, checkpoint.pt (the last state), and the adapter that was best on dev as adapter.safetensors
+(--method full: model/).
+
+    python train.py --data sni/ --gpu 0"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import checkpoint
+import data
+import eval as evaluation
+import model
+import runtime
+from baselines import Unadapted, attach_method
+from orchmoe import Adapters, OrchMoEConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training: model, method, steps and rates."""
+
+    model: str = "tiny/"  # Hugging Face T5 folder: config.json, weights, spiece.model
+    method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # full: every weight
+    from_scratch: bool = False  # random weights instead of those in --model; with --method full
+    seed: int = 0  # of everything: splits, order, initial values, noise
+    steps: int = 600  # optimiser steps
+    batch_size: int = 16  # examples of one optimiser step
+    accumulate: int = 1  # micro-batches that a step is computed in
+    lr_skills: float = 1e-3  # peak learning rate of A and B
+    lr_router: float = 2e-5  # of the router
+    lr_allocation: float = 1e-2  # of the allocation matrices
+    lr_full: float = 5e-5  # of every weight, with --method full
+    warmup: int = 50  # steps of linear warm-up
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level
+    weight_decay: float = 0.0  # of A, B and full weights; router and allocation have none
+    clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    dropout: float = 0.0  # with --method full
+    text_length: int = 256  # tokens of one row of --text
+    eval_every: int = 100  # steps between dev losses and checkpoints
+    eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
+    eval_batch_size: int = 64  # samples evaluated at once
+    checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
+
+
+@dataclass(frozen=True)
+class PlaceConfig:
+    """Place: where the run computes and what it writes; none of it changes the result."""
+
+    out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
+    resume: bool = False  # go on with the run in --out, with its own settings
+    gpu: int | None = None  # number of the GPU
+    device: str = ""  # cpu or cuda:N instead
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+
+
+CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
+
+
+def read_configs(flags: dict[str, Any], place: PlaceConfig) -> tuple[Path, dict[str, Any]]:
+    """Run folder and the configs by name; with --resume those of the run, which flags must not contradict."""
+    configs = {name: runtime.from_flags(cls, flags) for name, cls in CONFIGS.items()}
+    if not place.resume:
+        method = configs["train"].method
+        free = (Path("runs") / f"{method}-{n}" for n in range(1, 10**6))
+        folder = Path(place.out) if place.out else next(path for path in free if not path.exists())
+        if (folder / "config.json").exists():
+            raise ValueError(f"--out {folder}: holds a run already; add --resume, or name another folder")
+        return folder, configs
+    folder = Path(place.out)
+    saved = runtime.read_json(checkpoint.existing(folder / "config.json", "name the run to go on with by --out"))
+    for name, cls in CONFIGS.items():
+        kept = runtime.from_flags(cls, saved[name])
+        for field, value in flags.items():
+            if hasattr(kept, field) and getattr(kept, field) != value:
+                raise ValueError(f"--{field.replace('_', '-')} {value}: the run in {folder} has "
+                                 f"{getattr(kept, field)}; leave it out to resume")
+        configs[name] = kept
+    return folder, configs
+
+
+def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
+    """The T5 of --model; with --method full in float32, whose small updates bf16 weights would lose."""
+    if config.from_scratch and config.method != "full":
+        raise ValueError(f"--from-scratch --method {config.method}: random weights go with --method full")
+    if not config.from_scratch:
+        dtype = torch.float32 if config.method == "full" else place.dtype
+        return checkpoint.load_t5(config.model, dtype=dtype, device=place.device)
+    base = model.T5(model.T5Config.from_json(Path(config.model) / "config.json"))
+    base.init_weights(config.seed)
+    return base.to(place.device)
+
+
+def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW:
+    rates = {"skills": config.lr_skills, "router": config.lr_router, "allocation": config.lr_allocation,
+             "full": config.lr_full}
+    groups = [{"params": parameters, "lr": rates[name], "peak": rates[name],
+               "weight_decay": config.weight_decay if name in ("skills", "full") else 0.0}
+              for name, parameters in adapters.parameter_groups().items() if parameters]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def rate_factor(step: int, config: TrainConfig) -> float:
+    """Factor of the peak learning rates at `step`: linear warm-up, then linear to 0 or level."""
+    left = (config.steps - step) / max(1, config.steps - config.warmup) if config.schedule == "linear" else 1.0
+    return min(1.0, (step + 1) / max(1, config.warmup), left)
+
+
+class Source:
+    """Batch of each step, a pure function of (seed, step): examples, and a share of span-corrupted text where
+    given."""
+
+    def __init__(self, examples: data.Examples, config: TrainConfig, data_config: data.DataConfig,
+                 tokenizer: data.Tokenizer):
+        self.examples, self.config, self.ratio = examples, config, data_config.text_ratio if data_config.text else 0.0
+        self.text = data.TextStream(data_config.text, tokenizer, length=config.text_length, seed=config.seed,
+                                    cache=data_config.cache) if data_config.text else None
+
+    def batch(self, step: int) -> data.Batch:
+        texts_before = int(step * self.ratio)
+        if int((step + 1) * self.ratio) > texts_before:
+            return self.text.batch_at(texts_before, self.config.batch_size)
+        step -= texts_before
+        rows = data.batch_at(self.examples.source_lengths, self.config.batch_size, self.config.seed, step)
+        return data.collate([self.examples[i] for i in rows], seed=self.config.seed, step=step)
+
+
+def fit_router(adapters: Adapters, base: model.T5, examples: data.Examples, config: TrainConfig) -> None:
+    """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
+    if getattr(adapters, "router", None) is None:
+        return
+    parts = [batch for _, batch in evaluation.batches(evaluation.evenly(examples, 2000), config.eval_batch_size,
+                                                      base.device, "router start")]
+    adapters.fit_router((base.embed(part.input_ids) for part in parts), (part.attention_mask for part in parts),
+                        generator=runtime.generator(config.seed, 1))
+
+
+def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch, step: int,
+                   config: TrainConfig) -> dict[str, float]:
+    """One step: token-sum loss over all micro-batches divided by the token count of the whole step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, entropy = 0.0, math.nan
+    for rows, part in batch.split(config.accumulate):
+        noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows, adapters.noise_shape)
+        part = part.to(base.device)
+        with autocast(base, config), evaluation.routed(base, adapters, part, noise=noise) as routing:
+            part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
+            part_loss.backward()
+        loss += part_loss.item()
+        if routing.w is not None:
+            entropy = torch.special.entr(routing.w.detach()).sum(-1).mean().item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm} on {', '.join(batch.ids)}; the last checkpoint "
+                         "is untouched; lower the learning rates or use --dtype float32")
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate_factor(step, config)
+    optimizer.step()
+    return {"loss": loss, "norm": norm, "entropy": entropy, "target_tokens": batch.target_tokens}
+
+
+def autocast(base: model.T5, config: TrainConfig) -> contextlib.AbstractContextManager:
+    """bf16 arithmetic for full fine-tuning on a GPU, whose weights are float32; a frozen base is in its dtype
+    already."""
+    use = config.method == "full" and base.device.type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if use else contextlib.nullcontext()
+
+
+def train(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]], source: Source, folder: Path,
+          config: TrainConfig, keep_best: Callable[[], None]) -> bool:
+    """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
+    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far."""
+    optimizer = make_optimizer(adapters, config)
+    path, first, best = folder / "checkpoint.pt", 0, math.inf
+    if path.exists():
+        state = checkpoint.load_state(path)
+        adapters.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        first, best = state["step"], state["best"]
+    else:
+        fit_router(adapters, base, source.examples, config)
+    log = runtime.Log(folder / "metrics.jsonl", resume_step=first - 1)
+    tokens, began, steps = 0, time.monotonic(), range(first, config.steps)
+    with runtime.stop_signals() as asked, \
+            runtime.progress(steps, "train", total=config.steps, unit="step", initial=first) as bar:
+        for step in bar:
+            base.train()
+            batch = source.batch(step)
+            record = optimiser_step(base, adapters, optimizer, batch, step, config)
+            tokens += batch.input_ids.numel() + batch.labels.numel()
+            record["tokens_per_s"] = round(tokens / (time.monotonic() - began))
+            log.write(step=step, **record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=record["tokens_per_s"],
+                            H=f"{record['entropy']:.2f}", refresh=False)
+            stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+            if due:
+                dev = evaluation.mean_loss(base, adapters, sets["dev"], batch_size=config.eval_batch_size)
+                router = report_router(base, adapters, sets["dev"], config)
+                log.write(step=step, dev_loss=dev, **router)
+                if dev < best:
+                    best = dev
+                    keep_best()
+            if due or stopping:
+                checkpoint.save_state(path, {"step": step + 1, "best": best, "weights": adapters.state_dict(),
+                                             "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()})
+            if stopping:
+                return step + 1 == config.steps
+    return True
+
+
+def report_router(base: model.T5, adapters: Adapters, examples: list[data.Example], config: TrainConfig) -> dict:
+    """entropy, between, within, largest of w over the examples, with a warning on stderr where w says
+    nothing; {} for a method without such a router."""
+    w = evaluation.router_weights(base, adapters, examples, batch_size=config.eval_batch_size)
+    if w is None:
+        return {}
+    report = evaluation.report_router(w, examples)
+    if warning := report.warning(w.shape[1]):
+        runtime.warn(warning)
+    return {"router": report._asdict()}
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]], tokenizer: data.Tokenizer,
+                   config: TrainConfig, name: str) -> dict[str, dict]:
+    """{"seen": scores, "unseen": scores} of the model as it is, for those sets that hold anything."""
+    return {which: evaluation.score(sets[which], evaluation.predict(
+                base, adapters, sets[which], tokenizer, batch_size=config.eval_batch_size, desc=f"{name}, {which}"))
+            for which in ("seen", "unseen") if sets[which]}
+
+
+def table(rows: dict[str, dict[str, dict]]) -> str:
+    """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
+    lines = ["| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |", "|---|---|---|---|---|"]
+    for name, scores in rows.items():
+        cells = [f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
+                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
+    for cls in (PlaceConfig, *CONFIGS.values()):
+        parser.add_dataclass(cls)
+    flags = vars(parser.parse_args())
+    where = runtime.from_flags(PlaceConfig, flags)
+    place = runtime.pick_device(where.gpu, where.device, where.dtype)
+    folder, configs = read_configs(flags, where)
+    config: TrainConfig = configs["train"]
+    runtime.say(place.reason)
+    torch.manual_seed(config.seed)
+
+    tokenizer = data.Tokenizer(config.model)
+    train_set, dev, seen = (data.load_examples(configs["data"], tokenizer, split, seed=config.seed)
+                            for split in ("train", "dev", "seen"))
+    has_test = data.read_splits(configs["data"].data, configs["data"].splits)["test"]
+    unseen = data.load_examples(configs["data"], tokenizer, "test") if has_test else []
+    sets = {name: evaluation.evenly(examples, config.eval_instances)
+            for name, examples in (("dev", dev), ("seen", seen), ("unseen", unseen))}
+    source = Source(train_set, config, configs["data"], tokenizer)
+    base = load_base(config, place)
+    scores_file = folder / "scores.json"
+    scores = runtime.read_json(scores_file) if scores_file.exists() else {}
+    if not scores and not config.from_scratch:
+        scores["frozen base"] = closing_scores(base, Unadapted(base, full=False), sets, tokenizer, config, "frozen base")
+    adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
+                             generator=runtime.generator(config.seed, 0))
+    base.set_dropout(config.dropout if config.method == "full" else 0.0)
+    trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
+    runtime.say(f"{config.method}: {trained:,} parameters train, {sum(p.numel() for p in base.parameters()):,} in all; "
+                f"{len(train_set)} examples of {len(train_set.tasks)} tasks; run folder {folder}")
+
+    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
+    runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
+        "base": base_print, "torch": torch.__version__})
+    runtime.write_json(scores_file, scores)
+
+    def keep_best() -> None:
+        if config.method == "full":
+            checkpoint.save_t5(base, folder / "model")
+            tokenizer.save(folder / "model")
+        else:
+            checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(), method=config.method,
+                                    config=asdict(configs["adapter"]), num_tasks=len(train_set.tasks), base=base_print)
+
+    if not train(base, adapters, sets, source, folder, config, keep_best):
+        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
+        raise SystemExit(130)
+    base, adapters, _ = evaluation.load_run(folder, place)
+    scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
+    runtime.write_json(scores_file, scores)
+    runtime.say(table(scores))
+    runtime.say(f"in {folder}: scores.json, metrics.jsonl and the weights that were best on dev; "
+                f"next: python eval.py --run {folder}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
