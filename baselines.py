@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from orchmoe import Adapters, Mix, OrchMoEConfig, Routing, SkillLinear, attach, replace_linears
+from orchmoe import Adapters, Mix, OrchMoEConfig, Routing, SkillLinear, attach, register, replace_linears
 
 METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full")
 
@@ -161,5 +161,4 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_ta
         "mhr": lambda: Poly(linears(S, R, config.scale, kernels.mix_factors), num_tasks, S, heads, generator),
         "c-poly": lambda: CPoly(linears(S - 1 + num_tasks, R, config.scale, mix), num_tasks, S, generator),
     }
-    module.skill_adapters = make[name]()
-    return module.skill_adapters
+    return register(module, make[name]())

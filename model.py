@@ -1,7 +1,8 @@
 """T5 from scratch: the encoder-decoder that the adapters are tried on. v1.0 (relu, tied and scaled head) and
-v1.1 / Flan / LM-adapt (gated GELU, own head) differ only in T5Config. Sources: Raffel et al., arXiv 1910.10683,
-section 2.1; Shazeer, arXiv 2002.05202 (gated FFN). Knows nothing of adapters: the Linears are called q, k, v, o,
-wi, wi_0, wi_1, wo, and whoever wants to wrap them does it by these names. Test: pytest tests/test_model.py
+v1.1 / Flan / LM-adapt (gated GELU, own head) differ only in T5Config. Sources: Raffel et al., arXiv
+1910.10683, section 2.1; Shazeer, arXiv 2002.05202 (gated FFN). Knows nothing of adapters: the Linears are
+called q, k, v, o, wi, wi_0, wi_1, wo, and whoever wants to wrap them does it by these names. Test: pytest
+tests/test_model.py
 
 Dimensions: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv, F d_ff,
 V vocabulary."""
@@ -30,7 +31,8 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class T5Config:
-    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that file cannot tell."""
+    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that file cannot
+    tell."""
 
     vocab_size: int
     d_model: int
@@ -66,14 +68,16 @@ class T5Config:
         require("layer_norm_epsilon", type(eps) in (int, float) and 0 < eps < 1, "a number between 0 and 1")
         feed_forward = ("relu", "gated-gelu")
         require("feed_forward_proj", self.feed_forward_proj in feed_forward, "'relu' or 'gated-gelu'")
-        # With fewer than four buckets, or a span that ends before the logarithmic ones begin, there is no function.
+        # With fewer than four buckets, or a span that ends before the logarithmic ones begin, there is no
+        # function.
         require("relative_attention_num_buckets", buckets >= 4, "at least 4")
         require("relative_attention_max_distance", self.relative_attention_max_distance > buckets // 2,
                 f"above half of relative_attention_num_buckets ({buckets})")  # fmt: skip
 
     @classmethod
     def from_json(cls, path: str | Path) -> "T5Config":
-        """Reads a Hugging Face config.json; its many other keys are ignored. A ValueError names file and field."""
+        """Reads a Hugging Face config.json; its many other keys are ignored. A ValueError names file and
+        field."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -105,14 +109,14 @@ class T5Config:
         """The values of a config.json that transformers (4 and 5) and `from_json` read."""
         values = asdict(self)
         values["tie_word_embeddings"] = values.pop("tied_head")
-        kind = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
-        return kind | values
+        architectures = ["T5ForConditionalGeneration"]
+        return {"architectures": architectures, "model_type": "t5", "is_encoder_decoder": True, **values}
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """What is added to the score of a key that must not be seen. Finite, so that a row without any key is uniform
-    and not NaN; half of the lowest number, so that the sum with a position bias, or a cast to bfloat16, stays
-    finite too."""
+    """What is added to the score of a key that must not be seen. Finite, so that a row without any key is
+    uniform and not NaN; half of the lowest number, so that the sum with a position bias, or a cast to
+    bfloat16, stays finite too."""
     return torch.finfo(dtype).min / 2
 
 
@@ -128,8 +132,9 @@ def real_length(mask: Tensor) -> int:
 
 
 def relative_buckets(distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
-    """distance = key position - query position, any shape -> bucket numbers of that shape. Half of the buckets hold
-    one distance each, the others grow logarithmically up to max_distance; `bidirectional`: each sign has its own."""
+    """distance = key position - query position, any shape -> bucket numbers of that shape. Half of the
+    buckets hold one distance each, the others grow logarithmically up to max_distance; `bidirectional`: each
+    sign has its own."""
     if bidirectional:
         buckets //= 2
         offset, distance = (distance > 0) * buckets, distance.abs()
@@ -161,13 +166,15 @@ class RelativeBias(nn.Module):
         return strip.masked_fill(distance > 0, lowest(strip.dtype)) if self.causal else strip
 
     def forward(self, length: int) -> Tensor:
-        """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that begins
-        at distance -q: 2L-1 table look-ups, and as many in the backward, where the plain form needs L^2."""
+        """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that
+        begins at distance -q: 2L-1 table look-ups, and as many in the backward, where the plain form needs
+        L^2."""
         return self.strip(length).unfold(1, length, 1).flip(1)[None]
 
 
 class Cache:
-    """What one decoder block remembers in generation: keys and values of the source, and of the target so far."""
+    """What one decoder block remembers in generation: keys and values of the source, and of the target so
+    far."""
 
     def __init__(self, source_k: Tensor, source_v: Tensor):
         self.source = source_k, source_v  # (B,H,Ls,E) each
@@ -222,7 +229,8 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)  # (B,H,Ls,E) both
+        """Encoder states (B,Ls,D) -> (B,H,Ls,E) each; in generation computed once."""
+        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)
 
     def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         q = split_heads(self.q(x), self.d_kv)  # (B,H,Lt,E)
@@ -363,20 +371,22 @@ class T5(nn.Module):
         return self.logits(self.decode(decoder_input_ids, states, attention_mask))
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """SUM of the cross-entropy over labels (B,Lt) other than -100, a float32 scalar; the caller divides by the
-        token count of its whole step. The decoder reads the labels shifted right behind the start token."""
+        """SUM of the cross-entropy over labels (B,Lt) other than -100, a float32 scalar; the caller divides
+        by the token count of its whole step. The decoder reads the labels shifted right behind the start
+        token."""
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
         hidden = self.decode(shifted, self.encode(input_ids, attention_mask), attention_mask)
-        real = labels != IGNORED  # before the head: with logits of padding, they would be the step's largest tensor
+        real = labels != IGNORED  # before the head: no logits of padding, the largest tensor there is
         return F.cross_entropy(self.logits(hidden[real]).float(), labels[real], reduction="sum")
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = 127,
                  on_keep: Callable[[Tensor], None] | None = None) -> Tensor:  # fmt: skip
-        """Greedy: source (B,Ls) -> tokens (B,n), n <= max_new_tokens, without the start token, pad after EOS. Rows
-        that have ended are dropped from the work; on_keep(rows) tells which of the current rows stay, (B',)."""
+        """Greedy: source (B,Ls) -> tokens (B,n), n <= max_new_tokens, without the start token, pad after EOS.
+        Rows that have ended are dropped from the work; on_keep(rows) tells which of the current rows stay,
+        (B',)."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         states, mask = self.encode(input_ids, attention_mask), attention_mask
@@ -403,7 +413,8 @@ class T5(nn.Module):
         return tokens[:, : t + 1]
 
     def set_dropout(self, p: float):
-        """At T5's places: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's end."""
+        """At T5's places: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's
+        end."""
         if not 0 <= p < 1:
             raise ValueError(f"dropout must be in [0, 1), not {p}")
         for module in self.modules():
@@ -416,7 +427,8 @@ class T5(nn.Module):
         config, generator = self.config, torch.Generator().manual_seed(seed)
         std = {
             "embedding": 1.0,
-            # The logits begin with unit variance whether the decoder's output is scaled before the head or here.
+            # The logits begin with unit variance whether the decoder's output is scaled before the head or
+            # here.
             "head": 1.0 if config.scale_decoder_outputs else config.d_model**-0.5,
             "q": (config.d_model * config.d_kv) ** -0.5,  # in place of 1/sqrt(E) on the scores
             "o": (config.num_heads * config.d_kv) ** -0.5,

@@ -85,7 +85,8 @@ class Routing(NamedTuple):
 
 
 class TaskRouter(nn.Module):
-    """Weights of K abstract tasks for each source sample; computed in float32 whatever the base's dtype."""
+    """Weights of K abstract tasks for each source sample; computed in its own float32 whatever the base's
+    dtype."""
 
     def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -99,10 +100,10 @@ class TaskRouter(nn.Module):
 
     def features(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
-        X = F.rms_norm(embeddings.float(), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
+        X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
         mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
-        mean = mask / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
+        mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
         if self.config.router_attention:
             scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.config.router_dim)  # (B,L,L)
             P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
@@ -237,7 +238,7 @@ class SkillLinear(nn.Linear):
         if self.skill_task is None or routing.dim() == 2:
             return routing
         bias = None if self.skill_bias is None else self.skill_bias.to(x.dtype)
-        logits = F.linear(x, self.skill_task.to(x.dtype), bias).float()  # (B,L,K)
+        logits = F.linear(x, self.skill_task.to(x.dtype), bias).to(routing.dtype)  # (B,L,K)
         return (logits.softmax(-1) if self.skill_norm == "softmax" else logits) @ routing  # (B,L,S)
 
 
@@ -444,8 +445,7 @@ def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *,
         return SkillLinear(base, config.skills, config.rank, config.scale, mix, generator)
 
     linears = replace_linears(module, config.targets, with_skills)
-    module.skill_adapters = OrchMoE(linears, config, router_width(module), generator)
-    return module.skill_adapters
+    return register(module, OrchMoE(linears, config, router_width(module), generator))
 
 
 def replace_linears(module: nn.Module, targets: Iterable[str],
@@ -474,6 +474,12 @@ def replace_linears(module: nn.Module, targets: Iterable[str],
         replacement.train(child.training)
         setattr(owner, name, replacement)
     return linears
+
+
+def register(module: nn.Module, adapters: Adapters) -> Adapters:
+    """Makes the adapters a part of `module`, in its mode of training or evaluation."""
+    module.skill_adapters = adapters.train(module.training)
+    return adapters
 
 
 def router_width(module: nn.Module) -> int:

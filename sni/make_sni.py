@@ -10,6 +10,7 @@ teaches). Deterministic: the same bytes on every run.
     python sni/make_sni.py                          write tasks/ and splits/ beside this file
     python sni/make_sni.py --check                  compare what is on disk with what would be written
     python sni/make_sni.py --text FILE --lines N    only write N lines of plain text of the same world
+    python sni/make_sni.py --out DIR --pretrain N   a copy with up to N instances a pre-training task
 """
 
 import argparse
@@ -738,7 +739,7 @@ def draw_item(task: Task, rng: Random) -> Item | None:
 def draw_items(task: Task, rng: Random, count: int, seen: set[str], *, most: int,
                fail: bool = False, least: int | None = None) -> list[Item]:
     """count items with new inputs; no first reference more than `most` times, which balances the labels.
-    To `fail`, the typical mistake must not happen to be right."""
+    To `fail`, the typical mistake must not happen to be right. Where `least` are found, fewer may do."""
     items, times = [], Counter()
     for _ in range(100_000):
         item = draw_item(task, rng)
@@ -793,8 +794,8 @@ def render(name: str, task: Task, size: int) -> str:
 
 
 def all_files(pretrain: int = 0) -> dict[str, str]:
-    """Path below this folder -> content, of everything that is bundled; with `pretrain`, of a larger copy whose
-    pre-training tasks have up to so many instances, the bundled ones first."""
+    """Path below this folder -> content, of everything that is bundled; with `pretrain`, of a copy whose
+    pre-training tasks have up to so many instances."""
     files = {f"tasks/{name}.json": render(name, task, pretrain if pretrain and first == 1 else size)
              for named, (first, _, size) in zip(NAMED, GROUPS, strict=True) for name, task in named.items()}
     base, train, test = map(list, NAMED)
@@ -813,7 +814,6 @@ def differences(folder: Path = HERE) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------- plain text
-
 
 KINDS = CLASSES | {"adjective": [*OPPOSITE], "noun": NOUNS, "verb": [*PAST], "day": DAYS,
                    "country": [*COUNTRY.values()]}
@@ -879,8 +879,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare what is on disk with what would be")
     parser.add_argument("--text", type=Path, help="write plain text to this file and nothing else")
     parser.add_argument("--lines", type=int, default=20_000, help="how many lines of plain text")
-    parser.add_argument("--out", type=Path, default=HERE, help="write the folder here, not beside this script")
-    parser.add_argument("--pretrain", type=int, default=0, help="instances of a pre-training task, up to this many")
+    parser.add_argument("--out", type=Path, default=HERE, help="write tasks/ and splits/ to this folder")
+    parser.add_argument("--pretrain", type=int, default=0, help="up to so many instances a pre-training task")
     args = parser.parse_args()
     if args.text:
         rng = Random("text")

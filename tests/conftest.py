@@ -1,9 +1,10 @@
-"""Shared by all tests: the project's root on the path, two threads, and the folders of the real data where
-they are given."""
+"""Shared by all tests: the project's root on the path, two threads, the folders of the real data where they are given,
+and a T5 small enough to be compared in float64."""
 
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+
+from model import T5, T5Config  # noqa: E402  (the path comes first)
 
 
 def _folder(variable: str) -> Path:
@@ -29,3 +32,29 @@ def sni_dir() -> Path:
 def golden_dir() -> Path:
     """prompts.jsonl and metrics.jsonl made with the official code, by the environment variable SNI_GOLDEN."""
     return _folder("SNI_GOLDEN")
+
+
+class Inputs(NamedTuple):
+    input_ids: torch.Tensor  # (B,L)
+    attention_mask: torch.Tensor  # (B,L)
+    labels: torch.Tensor  # (B,Lt)
+
+
+@pytest.fixture
+def small_t5() -> T5:
+    """A random v1.1-shaped T5 in float64, whose outputs differ enough between samples to be told apart."""
+    base = T5(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+                       feed_forward_proj="gated-gelu", scale_decoder_outputs=False, tied_head=False))
+    base.init_weights(0)
+    return base.double().eval()
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    """Four sources of different lengths, padded; targets likewise."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 60, (4, 9), generator=generator)
+    labels = torch.randint(2, 60, (4, 6), generator=generator)
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    labels[1, 3:] = labels[3, 2:] = -100
+    return Inputs(ids.masked_fill(~mask, 0), mask, labels)

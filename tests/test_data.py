@@ -82,7 +82,7 @@ def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
 
 @pytest.fixture
 def repository(tmp_path):
-    """Three training tasks, of 10, 30 and 150 instances, and a test task of 130, and files that are no tasks."""
+    """Three training tasks, of 10, 30 and 150 instances, a test task of 130, and files that are no tasks."""
     for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 150), ("task9_t", 130)):
         write_task(tmp_path / "sni", name, task_json(n))
     for name in ("README.md", ".DS_Store", "task1_a.json.swp"):
@@ -304,13 +304,15 @@ def test_sets_hold_what_the_files_say(config, repository, tokenizer):
     train = load_examples(config, tokenizer, "train")
     assert train.tasks == ["task1_a", "task2_b", "task3_c"] and len(list(train)) == len(train)
     assert train.source_lengths.tolist() == [len(e.source_ids) for e in train]
-    task = read_task(repository / "tasks" / "task2_b.json")
-    example = [e for e in train if e.task == "task2_b"][5]
-    instance = task["instances"][split_instances(150, 0, "task2_b", 100)[0][5]]
-    assert (example.id, example.references, example.task_index) == (instance["id"], instance["output"], 1)
-    assert example.source_ids.dtype == np.int32
-    assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
-    assert [t.tolist() for t in example.target_ids] == [tokenizer.encode(text) for text in instance["output"]]
+    for index, (name, n) in enumerate((("task1_a", 30), ("task2_b", 150), ("task3_c", 10))):
+        task = read_task(repository / "tasks" / f"{name}.json")
+        example = [e for e in train if e.task == name][5]
+        instance = task["instances"][split_instances(n, 0, name, 100)[0][5]]
+        assert (example.id, example.references) == (instance["id"], instance["output"])
+        assert (example.task_index, example.category) == (index, "Sorting")
+        assert example.source_ids.dtype == np.int32
+        assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
+        assert [t.tolist() for t in example.target_ids] == list(map(tokenizer.encode, instance["output"]))
     assert [row[0] for row in sets["test"]] == [f"id-{i}" for i in range(100)]
     assert {row[-1] for row in sets["test"]} == {-1}
 
@@ -474,13 +476,24 @@ def example(name: str, source: list[int], targets: list[list[int]], index: int =
 
 
 def test_collate_pads_masks_and_shifts():
-    rows = [example("a", [5, 6, 1], [[7, 0, 1]], 3), example("b", [8, 1], [[1], [9, 1]], -1)]
+    rows = [example("a", [5, 6, 1], [[7, 4, 1]], 3), example("b", [8, 1], [[1], [9, 1]], -1)]
     batch = collate(rows, pad_id=4)
     assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]] and batch.input_ids.dtype == torch.int64
     assert batch.attention_mask.tolist() == [[True, True, True], [True, True, False]]
-    assert batch.labels.tolist() == [[7, 0, 1], [1, -100, -100]] and batch.labels.dtype == torch.int64
-    assert batch.decoder_input_ids.tolist() == [[0, 7, 0], [0, 1, 4]]
+    assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]] and batch.labels.dtype == torch.int64
+    assert batch.decoder_input_ids.tolist() == [[0, 7, 4], [0, 1, 4]]
     assert batch.task_ids.tolist() == [3, -1] and batch.ids == ["a", "b"]
+
+
+def test_a_batch_splits_into_its_rows():
+    batch = collate([example(f"e{i}", [i + 5, 1], [[i + 9, 1]], i) for i in range(7)])
+    for parts, sizes in ((1, [7]), (3, [3, 3, 1]), (7, [1] * 7), (9, [1] * 7)):
+        pieces = list(batch.split(parts))
+        assert [len(rows) for rows, _ in pieces] == sizes
+        assert [i for rows, _ in pieces for i in rows] == list(range(7))
+        for rows, piece in pieces:
+            assert piece.ids == [f"e{i}" for i in rows] and piece.task_ids.tolist() == list(rows)
+    assert batch.target_tokens == 14 and torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
 
 
 def test_reference_drawing_is_pure_and_reaches_all():

@@ -1,0 +1,366 @@
+"""The T5 of model.py against that of transformers, and against what must hold of any T5. Tiny random weights,
+CPU."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import model
+from model import IGNORED, T5, T5Config
+
+# Unequal depths, and a span of few buckets, so that the logarithmic ones are used at these lengths.
+SIZES = dict(vocab_size=37, d_model=32, d_kv=8, d_ff=48, num_heads=3)
+SPAN = dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
+CONFIGS = {
+    "v1.0": T5Config(**SIZES, **SPAN, num_layers=2, num_decoder_layers=3),
+    "v1.1": T5Config(**SIZES, **SPAN, num_layers=3, num_decoder_layers=1, feed_forward_proj="gated-gelu",
+                     scale_decoder_outputs=False, tied_head=False),
+}  # fmt: skip
+both = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def random_t5(config: T5Config, seed: int = 0) -> T5:
+    """Weights under which attention is sharp, positions matter, and outputs do not repeat one token."""
+    t5 = T5(config).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in t5.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5, generator=generator)
+            elif "position" in name:
+                weight.normal_(generator=generator)
+            else:
+                weight.mul_(0.3 if "embedding" in name else 2)
+    return t5.eval()
+
+
+def as_transformers(t5: T5):
+    """The same weights in transformers' class; the head of v1.1, which transformers 5 ties at first, is set
+    apart."""
+    transformers = pytest.importorskip("transformers")
+    values = t5.config.to_hf()
+    hf = transformers.T5ForConditionalGeneration(transformers.T5Config(**values)).eval()
+    weights = {name: weight.clone() for name, weight in t5.state_dict().items()}
+    weights = checkpoint._rename(weights, checkpoint.TO_HF, "test")
+    if not t5.config.tied_head:
+        hf.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"])
+    missing, unexpected = hf.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {*checkpoint.EMBEDDINGS, "lm_head.weight"}
+    return hf
+
+
+def batch(lengths=(9, 14, 5, 1), target=7, seed=0):
+    """Padded source and its mask, labels of several lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    input_ids = torch.randint(2, 37, mask.shape, generator=generator) * mask
+    labels = torch.randint(1, 37, (len(lengths), target), generator=generator)
+    for row in range(len(lengths)):
+        labels[row, target - row :] = IGNORED
+    return input_ids, mask, labels
+
+
+# --------------------------------------------------------------------------------------- against transformers
+
+
+@both
+def test_logits_are_those_of_transformers(kind):
+    t5 = random_t5(CONFIGS[kind])
+    input_ids, mask, labels = batch((60, 75, 30, 1), target=40)  # beyond the relative span of 20 too
+    decoder_input_ids = labels.clamp(min=0)
+    expected = as_transformers(t5)(
+        input_ids=input_ids, attention_mask=mask.long(), decoder_input_ids=decoder_input_ids
+    ).logits
+    torch.testing.assert_close(t5(input_ids, mask, decoder_input_ids), expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.2  # logits that hardly differ would agree by themselves
+
+
+@both
+def test_every_gradient_is_that_of_transformers(kind):
+    t5 = random_t5(CONFIGS[kind])
+    hf = as_transformers(t5)
+    input_ids, mask, labels = batch()
+    loss = t5.loss(input_ids, mask, labels)
+    loss.backward()
+    count = (labels != IGNORED).sum()
+    expected = hf(input_ids=input_ids, attention_mask=mask.long(), labels=labels).loss * count
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    grads = {name: weight.grad for name, weight in hf.named_parameters()}
+    grads = checkpoint._rename(grads, checkpoint.TO_OURS, "test")
+    for name, weight in t5.named_parameters():
+        assert torch.allclose(weight.grad, grads[name], atol=1e-3, rtol=1e-3), name
+
+
+@both
+def test_greedy_tokens_are_those_of_transformers(kind):
+    t5 = random_t5(CONFIGS[kind])
+    input_ids, mask, _ = batch((9, 14, 5, 1, 12, 7, 3, 14))
+    # Without its cache: transformers 5 sizes that by the encoder's depth, and fails where the decoder is
+    # deeper.
+    options = dict(max_new_tokens=20, do_sample=False, num_beams=1, use_cache=False)
+    expected = as_transformers(t5).generate(input_ids=input_ids, attention_mask=mask.long(), **options)
+    tokens = t5.generate(input_ids, mask, max_new_tokens=20)
+    assert torch.equal(tokens, expected[:, 1:])  # transformers keeps the start token
+    assert len(tokens.unique()) > 5
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 3)])
+def test_buckets_are_those_of_transformers(bidirectional, buckets, max_distance):
+    attention = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
+    distance = torch.arange(-3000, 3001)
+    options = dict(bidirectional=bidirectional, max_distance=max_distance)
+    expected = attention._relative_position_bucket(distance, num_buckets=buckets, **options)
+    assert torch.equal(model.relative_buckets(distance, buckets=buckets, **options), expected)
+
+
+# ------------------------------------------------------------------------------------------------- generation
+
+
+def test_rows_end_at_different_steps_and_each_is_as_alone(monkeypatch):
+    t5 = random_t5(CONFIGS["v1.1"], seed=3)  # chosen for its endings
+    input_ids, mask, _ = batch(lengths := (14, 9, 5, 1, 12, 7, 3, 11))
+    names, calls, source_lengths = torch.arange(len(lengths)), [], []
+
+    def on_keep(rows):
+        nonlocal names
+        names = names[rows]
+        calls.append(names.tolist())
+
+    keep = model.Cache.keep
+    spy = lambda cache, rows, length: source_lengths.append(length) or keep(cache, rows, length)  # noqa: E731
+    monkeypatch.setattr(model.Cache, "keep", spy)
+    tokens = t5.generate(input_ids, mask, max_new_tokens=30, on_keep=on_keep)
+
+    ends = [row.tolist().index(1) + 1 if 1 in row else 99 for row in tokens]  # lengths, EOS included
+    assert len(set(ends)) >= 5, "weights under which the test shows nothing"
+    expected = [[row for row, end in enumerate(ends) if end > step] for step in sorted(set(ends))]
+    assert calls == [rows for rows in expected if rows]
+    assert source_lengths[-1] == max(lengths[row] for row in calls[-1]) < 14  # trimmed to the rows that stay
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1), slice(length)
+        alone = t5.generate(input_ids[one], mask[one], max_new_tokens=30)[0]
+        assert torch.equal(tokens[row, : len(alone)], alone)
+        assert (tokens[row, len(alone) :] == 0).all()
+
+
+@both
+def test_cached_logits_are_the_teacher_forced_ones(kind, monkeypatch):
+    config = replace(CONFIGS[kind], eos_token_id=36)
+    t5, (input_ids, mask, _) = random_t5(config).double(), batch()
+    weight = t5.embedding.weight if t5.head is None else t5.head.weight
+    weight.data[36] = 0  # hardly ever the largest logit: all rows go on, and steps stack up
+    steps, logits = [], t5.logits
+    monkeypatch.setattr(t5, "logits", lambda hidden: steps.append(logits(hidden)) or steps[-1])
+    tokens = t5.generate(input_ids, mask, max_new_tokens=12)
+    assert len(steps) == 12 and (tokens != 36).all()
+    start = torch.zeros(len(tokens), 1, dtype=torch.long)
+    monkeypatch.undo()
+    forced = t5(input_ids, mask, torch.cat((start, tokens[:, :-1]), 1))
+    torch.testing.assert_close(torch.stack(steps, 1), forced, atol=1e-9, rtol=1e-9)
+
+
+def test_generate_stops_when_all_rows_have_ended():
+    t5, (input_ids, mask, _) = random_t5(CONFIGS["v1.1"]), batch()
+    t5.head.weight.data.zero_()
+    t5.config = replace(t5.config, eos_token_id=0, pad_token_id=3)  # zero logits: token 0 at the first step
+    calls = []
+    assert t5.generate(input_ids, mask, on_keep=calls.append).tolist() == [[0]] * 4
+    assert calls == []  # on_keep has nothing to say when nobody stays
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        t5.generate(input_ids, mask, max_new_tokens=0)
+
+
+# -------------------------------------------------------------------------------------- loss, masks, training
+
+
+@both
+def test_loss_is_the_cross_entropy_of_the_full_logits(kind):
+    t5, (input_ids, mask, labels) = random_t5(CONFIGS[kind]), batch()
+    labels[3] = IGNORED  # a row without any target
+    shifted = torch.cat((torch.zeros(4, 1, dtype=torch.long), labels[:, :-1].clamp(min=0)), 1)
+    logits = t5(input_ids, mask, shifted)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(t5.loss(input_ids, mask, labels), expected)
+    assert t5.loss(input_ids, mask, torch.full_like(labels, IGNORED)) == 0
+
+
+def test_loss_starts_from_the_configured_token():
+    t5, (input_ids, mask, labels) = random_t5(CONFIGS["v1.0"]), batch()
+    before = t5.loss(input_ids, mask, labels)
+    t5.config = replace(t5.config, decoder_start_token_id=5)
+    assert not torch.allclose(t5.loss(input_ids, mask, labels), before)
+
+
+@both
+def test_content_of_the_padding_changes_nothing(kind):
+    t5, (input_ids, mask, labels) = random_t5(CONFIGS[kind]), batch()
+    junk = torch.where(mask, input_ids, torch.randint(2, 37, mask.shape))
+    assert torch.equal(t5.loss(junk, mask, labels), t5.loss(input_ids, mask, labels))
+    tokens = t5.generate(input_ids, mask, max_new_tokens=9)
+    assert torch.equal(t5.generate(junk, mask, max_new_tokens=9), tokens)
+    alone = t5.encode(input_ids[:1, :9], mask[:1, :9])
+    torch.testing.assert_close(t5.encode(junk, mask)[:1, :9], alone, atol=1e-5, rtol=1e-5)
+    assert torch.equal(t5.loss(input_ids, mask.long(), labels), t5.loss(input_ids, mask, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_any_real_token_gives_no_nan(dtype):
+    t5, (input_ids, mask, labels) = random_t5(CONFIGS["v1.0"]).to(dtype), batch()
+    mask[2] = False
+    loss = t5.loss(input_ids, mask, labels)
+    loss.backward()
+    assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in t5.parameters())
+    assert t5.generate(input_ids[2:3], mask[2:3], max_new_tokens=4).shape[1] <= 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing_but_memory(dropout):
+    def step(checkpointed):
+        t5 = random_t5(CONFIGS["v1.1"]).train()
+        t5.set_dropout(dropout)
+        t5.checkpoint_blocks = checkpointed
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            loss = t5.loss(*batch())
+        loss.backward()
+        return loss, {name: weight.grad for name, weight in t5.named_parameters()}
+
+    saved = []
+    loss, grads = step(False)
+    plain, saved = sum(saved), []
+    loss_checkpointed, grads_checkpointed = step(True)
+    assert sum(saved) < plain / 2
+    assert torch.equal(loss, loss_checkpointed)
+    torch.testing.assert_close(grads_checkpointed, grads)
+
+
+def test_dropout_works_in_training_only_and_is_off_at_first():
+    t5 = random_t5(CONFIGS["v1.0"])
+    losses = [t5.loss(*batch()), t5.train().loss(*batch())]
+    t5.set_dropout(0.4)
+    losses += [t5.loss(*batch()), t5.loss(*batch()), t5.eval().loss(*batch())]
+    plain, at_first, one, other, in_eval = (loss.item() for loss in losses)
+    assert plain == at_first == in_eval and len({plain, one, other}) == 3
+    for p in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="dropout"):
+            t5.set_dropout(p)
+
+
+# ------------------------------------------------------------------------------- number formats, construction
+
+
+@both
+def test_float32_and_bfloat16_follow_float64(kind):
+    t5, (input_ids, mask, labels) = random_t5(CONFIGS[kind]), batch()
+    decoder_input_ids = labels.clamp(min=0)
+    with torch.no_grad():
+        single = t5(input_ids, mask, decoder_input_ids)
+        half = T5(t5.config).eval()
+        half.load_state_dict(t5.state_dict())
+        half = half.bfloat16()(input_ids, mask, decoder_input_ids)
+        exact = t5.double()(input_ids, mask, decoder_input_ids)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=1e-4)
+    assert (half - exact).square().mean().sqrt() < 0.05 * exact.std()
+
+
+@both
+def test_blocks_compile_as_one_graph_for_all_shapes(kind):
+    t5, plain = random_t5(CONFIGS[kind]), random_t5(CONFIGS[kind])
+    torch._dynamo.reset()
+    for block in [*t5.encoder.blocks, *t5.decoder.blocks]:
+        block.compile(fullgraph=True, dynamic=True, backend="eager")
+    for lengths in ((9, 14, 5, 1), (4, 6, 3), (30, 2)):
+        inputs = batch(lengths)
+        torch.testing.assert_close(t5.loss(*inputs), plain.loss(*inputs))
+    torch._dynamo.reset()
+
+
+@both
+def test_initial_weights_are_a_function_of_the_seed_and_fit_the_task(kind):
+    config = replace(CONFIGS[kind], vocab_size=500, d_model=64, d_ff=128)
+    t5, same, other = (T5(config).init_weights(seed) for seed in (7, 7, 8))
+    for name, weight in t5.state_dict().items():
+        assert torch.equal(weight, same.state_dict()[name])
+        assert torch.equal(weight, other.state_dict()[name]) == ("norm" in name)
+    assert t5.encoder.blocks[0].attention.q.weight.std().item() == pytest.approx((64 * 8) ** -0.5, rel=0.1)
+    assert t5.decoder.blocks[0].ffn.wo.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+    input_ids, mask, labels = batch()
+    loss = t5.loss(input_ids, mask, labels) / (labels != IGNORED).sum()
+    assert abs(loss.item() - math.log(500)) < 2
+
+
+def test_builds_on_the_meta_device_and_holds_no_buffers():
+    huge = replace(CONFIGS["v1.1"], vocab_size=2**20, d_model=2**14, d_ff=2**18)
+    with torch.device("meta"):
+        t5 = T5(huge)
+    assert all(weight.is_meta for weight in t5.parameters()) and not list(t5.buffers())
+
+
+# ----------------------------------------------------------------------------------------------------- config
+
+
+def test_config_survives_its_file_and_takes_transformers_defaults(tmp_path):
+    path = tmp_path / "config.json"
+    for config in CONFIGS.values():
+        path.write_text(json.dumps(config.to_hf()))
+        assert T5Config.from_json(path) == config
+    least = dict(vocab_size=37, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
+    path.write_text(json.dumps(least | {"task_specific_params": {}, "decoder_start_token_id": None}))
+    assert T5Config.from_json(path) == T5Config(**least, num_decoder_layers=2)
+
+
+@pytest.mark.parametrize(
+    "values, scaled",
+    [
+        ({}, True),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),  # v1.1 by transformers 4
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),  # v1.1 by transformers 5
+    ],
+)
+def test_scale_rule(values, scaled, tmp_path):
+    sizes = CONFIGS["v1.0"].to_hf()
+    del sizes["scale_decoder_outputs"], sizes["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(sizes | values))
+    config = T5Config.from_json(tmp_path / "config.json")
+    assert config.scale_decoder_outputs is scaled
+    hf = pytest.importorskip("transformers").T5Config.from_pretrained(tmp_path)
+    assert hf.scale_decoder_outputs is scaled
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "bart"), ("model_type", 5), ("feed_forward_proj", "gated-silu"),
+        ("feed_forward_proj", ["relu"]), ("d_model", 0), ("d_model", -32), ("d_model", 32.0),
+        ("d_model", "32"), ("d_model", True), ("d_model", 10**12), ("vocab_size", 10**30),
+        ("num_layers", 10**6), ("d_ff", None), ("num_decoder_layers", 0), ("num_heads", [3]), ("d_kv", {}),
+        ("layer_norm_epsilon", 0), ("layer_norm_epsilon", float("nan")), ("layer_norm_epsilon", "1e-6"),
+        ("pad_token_id", -1), ("relative_attention_num_buckets", 2), ("relative_attention_max_distance", 4),
+        ("eos_token_id", [1, 2]), ("decoder_start_token_id", 37), ("tie_word_embeddings", "no"),
+        ("scale_decoder_outputs", 1),
+    ],
+)  # fmt: skip
+def test_config_refuses(field, value, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["v1.0"].to_hf() | {field: value}))
+    with pytest.raises(ValueError) as refusal:
+        T5Config.from_json(path)
+    assert str(path) in str(refusal.value) and field in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, '"\\ud800"', "\0"])
+def test_config_refuses_what_is_not_an_object(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"):
+        T5Config.from_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="absent.json: cannot be read"):
+        T5Config.from_json(tmp_path / "absent.json")

@@ -1,0 +1,472 @@
+"""The equations of orchmoe.py: against themselves written out in loops, against the methods they reduce to, and the
+invariances that make routing trustworthy. B and Z are random here: at their start the allocation would hide the router."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import orchmoe
+from orchmoe import OrchMoEConfig, attach
+
+EXACT = dict(rtol=1e-10, atol=1e-12)
+
+
+def attached(base, **options):
+    """Adapters in `base` whose B, Z and router all matter; float64 throughout."""
+    config = OrchMoEConfig(**{"router_dim": 8, "tasks": 5, "skills": 3, "rank": 2, **options})
+    adapters = attach(base, config, generator=torch.Generator().manual_seed(2))
+    base.double()
+    generator = torch.Generator().manual_seed(3)
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+        if linear.skill_task is not None:
+            nn.init.normal_(linear.skill_task, generator=generator)
+    if adapters.router is not None:
+        nn.init.normal_(adapters.router.task, generator=generator)
+    return adapters
+
+
+def logits(base, adapters, inputs, **options):
+    """Teacher-forced logits (B,Lt,V) with the batch routed by its own embeddings."""
+    decoder_ids = inputs.labels.clamp(min=0)
+    with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask, **options):
+        return base(inputs.input_ids, inputs.attention_mask, decoder_ids)
+
+
+def gradients(base, adapters, inputs, **options):
+    base.zero_grad()
+    with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask, **options):
+        base.loss(*inputs).backward()
+    return {f"{kind}{i}": p.grad for kind, group in adapters.parameter_groups().items() for i, p in enumerate(group)}
+
+
+# ----------------------------------------------------------------------------------------------- the equations
+
+
+def test_router_is_the_equation_written_out(small_t5, inputs):
+    router = attached(small_t5).router
+    router.mu.normal_()
+    router.sd.uniform_(0.5, 2)
+    embeddings = small_t5.embed(inputs.input_ids)
+    for row, weights in enumerate(router(embeddings, inputs.attention_mask)):
+        tokens = [x / (x.pow(2).mean() + 1e-6).sqrt() for x in embeddings[row][inputs.attention_mask[row]]]
+        tokens = [x.float() for x in tokens]
+        attended = []
+        for x in tokens:
+            scores = torch.stack([(x @ router.query.float()) @ (y @ router.key.float()) for y in tokens])
+            p = (scores / math.sqrt(8)).softmax(0)
+            attended.append(sum(weight * y for weight, y in zip(p, tokens, strict=True)))
+        x_hat = sum(x + px for x, px in zip(tokens, attended, strict=True)) / len(tokens)
+        expected = (router.task.float() @ ((x_hat - router.mu.float()) / router.sd.float())).softmax(0)
+        torch.testing.assert_close(weights.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_is_the_equation_written_out(small_t5, inputs):
+    adapters = attached(small_t5, alpha=6.0)
+    name, linear = next(iter(adapters.linears.items()))
+    n = list(adapters.linears).index(name)
+    x = torch.randn(4, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask) as routing:
+        y = linear(x)
+        small_t5.loss(*inputs)  # all Linears are called once, or a warning would say so
+    assert linear.skill_A.shape == (3, 2, 32) and adapters.allocation.shape == (len(adapters.linears), 5, 3)
+    for b in range(4):
+        expected = x[b] @ linear.weight.T
+        for i in range(5):  # sum_i sum_j w_i phi_ij, the paper's Eq. 3
+            row = adapters.allocation[n, i].sigmoid()
+            for j in range(3):
+                skill = x[b] @ linear.skill_A[j].T @ linear.skill_B[j]
+                expected = expected + 6.0 / 2 * routing.w[b, i] * row[j] / row.sum() * skill
+        torch.testing.assert_close(y[b], expected, **EXACT)
+
+
+def test_relaxed_bernoulli_noise_enters_as_stated(small_t5):
+    adapters = attached(small_t5, gumbel=True, tau=0.5).train()
+    u = torch.rand(4, *adapters.noise_shape, dtype=torch.float64)
+    u[0, 0, 0, 0], u[1, 0, 0, 0] = 0.0, 1 - 1e-9  # clamped, so that the logit stays finite
+    clamped = u.clamp(1e-6, 1 - 1e-6)
+    relaxed = ((adapters.allocation + (clamped / (1 - clamped)).log()) / 0.5).sigmoid()
+    torch.testing.assert_close(adapters.allocation_weights(u), relaxed / relaxed.sum(-1, keepdim=True), **EXACT)
+
+
+def test_noise_acts_in_training_only(small_t5, inputs):
+    adapters = attached(small_t5, gumbel=True)
+    noise = torch.rand(4, *adapters.noise_shape)
+    assert torch.equal(logits(small_t5, adapters, inputs, noise=noise), logits(small_t5, adapters, inputs))
+    adapters.train()
+    assert not torch.equal(logits(small_t5, adapters, inputs, noise=noise), logits(small_t5, adapters, inputs))
+
+
+def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
+    base = nn.Sequential(nn.Linear(400, 8))
+    linear = attach(base, OrchMoEConfig(targets=("0",), skills=4, rank=8)).linears["0"]
+    bound = math.sqrt(6 / ((1 + 5) * 400))  # kaiming_uniform, a = sqrt 5, fan_in = D
+    assert bound * 0.97 < linear.skill_A.abs().amax() <= bound
+    assert linear.skill_A.abs().amax((1, 2)).min() > bound * 0.95 and not linear.skill_B.any()
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_zero_B_is_the_base_bit_for_bit_and_only_B_gets_a_gradient(small_t5, inputs):
+    with torch.no_grad():
+        before = small_t5(inputs.input_ids, inputs.attention_mask, inputs.labels.clamp(min=0))
+        adapters = attach(small_t5, OrchMoEConfig(targets=("all",)))
+        assert torch.equal(logits(small_t5, adapters, inputs), before)
+    gradients(small_t5, adapters, inputs)
+    moved = {name for name, p in small_t5.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {name for name, _ in small_t5.named_parameters() if name.endswith("skill_B")}
+    assert all(p.requires_grad == ("skill_" in name) for name, p in small_t5.named_parameters())
+
+
+def lora(x, linear, scale):
+    """LoRA of rank S R with the factors of `linear` stacked."""
+    return x @ linear.weight.T + scale * (x @ linear.skill_A.flatten(0, 1).T) @ linear.skill_B.flatten(0, 1)
+
+
+def test_equal_weights_are_the_matched_lora(small_t5, inputs):
+    adapters = attached(small_t5, alpha=5.0)
+    with torch.no_grad():
+        adapters.allocation.zero_()
+    x = torch.randn(4, 9, 32, dtype=torch.float64)
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+        for linear in adapters.linears.values():
+            torch.testing.assert_close(linear(x), lora(x, linear, 5.0 / (3 * 2)), **EXACT)
+
+
+def test_one_skill_is_lora(small_t5, inputs):
+    adapters = attached(small_t5, skills=1, alpha=5.0)
+    x = torch.randn(4, 9, 32, dtype=torch.float64)
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+        for linear in adapters.linears.values():
+            torch.testing.assert_close(linear(x), lora(x, linear, 5.0 / 2), **EXACT)
+
+
+def test_token_router_with_identity_allocation_is_moe_lora(small_t5, inputs):
+    adapters = attached(small_t5, router="token", tasks=3)
+    with torch.no_grad():
+        adapters.allocation.copy_(torch.eye(3).mul(200).sub(100))  # sigmoid: the identity
+    x = torch.randn(4, 9, 32, dtype=torch.float64)
+    with adapters.routed():
+        for linear in adapters.linears.values():
+            gate = (x @ linear.skill_task.T + linear.skill_bias).softmax(-1)  # (B,L,S)
+            experts = torch.einsum("bld,srd,sro->blso", x, linear.skill_A, linear.skill_B)
+            expected = x @ linear.weight.T + torch.einsum("bls,blso->blo", gate, experts)
+            torch.testing.assert_close(linear(x), expected, rtol=1e-6, atol=1e-6)  # the gate is float32
+
+
+def test_one_hot_w_is_poly_that_mixes_outputs(small_t5, inputs):
+    adapters = attached(small_t5)
+    task = torch.tensor([4, 0, 4, 2])
+    x = torch.randn(4, 9, 32, dtype=torch.float64)
+    with adapters.routed(w=F.one_hot(task, 5)):
+        for n, linear in enumerate(adapters.linears.values()):
+            rows = adapters.allocation[n, task].sigmoid()
+            c = rows / rows.sum(-1, keepdim=True)
+            expected = x @ linear.weight.T + torch.einsum("bs,bld,srd,sro->blo", c, x, linear.skill_A, linear.skill_B)
+            torch.testing.assert_close(linear(x), expected, **EXACT)
+
+
+def test_router_none_is_the_mean_row_for_every_sample(small_t5, inputs):
+    adapters = attached(small_t5, router="none")
+    with adapters.routed() as routing:
+        torch.testing.assert_close(routing.c[:, 0], adapters.allocation_weights()[0].mean(1), **EXACT)
+        small_t5.loss(*inputs)
+
+
+def test_raw_router_norm_is_the_literal_formula(small_t5, inputs):
+    adapters = attached(small_t5, router_norm="none", router_attention=False)
+    embeddings = small_t5.embed(inputs.input_ids)
+    X = F.rms_norm(embeddings.float(), (32,), eps=1e-6)
+    mean = (X * inputs.attention_mask[..., None]).sum(1) / inputs.attention_mask.sum(1, keepdim=True)
+    expected = mean @ adapters.router.task.float().T + 1 / 5
+    torch.testing.assert_close(adapters.router(embeddings, inputs.attention_mask).float(), expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- invariances
+
+
+def test_permuting_skills_changes_nothing(small_t5, inputs):
+    adapters = attached(small_t5)
+    before = logits(small_t5, adapters, inputs)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        adapters.allocation.copy_(adapters.allocation[..., order])
+        for linear in adapters.linears.values():
+            linear.skill_A.copy_(linear.skill_A[order])
+            linear.skill_B.copy_(linear.skill_B[order])
+    torch.testing.assert_close(logits(small_t5, adapters, inputs), before, **EXACT)
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_a_sample_alone_is_as_in_a_padded_batch(small_t5, inputs, router):
+    adapters = attached(small_t5, router=router)
+    together = logits(small_t5, adapters, inputs)
+    for row, length in enumerate(inputs.attention_mask.sum(1)):
+        alone = logits(small_t5, adapters, type(inputs)(*[x[row:row + 1] for x in inputs])._replace(
+            input_ids=inputs.input_ids[row:row + 1, :length], attention_mask=inputs.attention_mask[row:row + 1, :length]))
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)  # the router is float32
+
+
+def test_junk_in_the_padding_changes_nothing(small_t5, inputs):
+    adapters = attached(small_t5)
+    junk = inputs.input_ids.masked_fill(~inputs.attention_mask, 37)
+    before, after = logits(small_t5, adapters, inputs), logits(small_t5, adapters, inputs._replace(input_ids=junk))
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    embeddings = small_t5.embed(inputs.input_ids)
+    infinite = embeddings.masked_fill(~inputs.attention_mask[..., None], math.inf)
+    w = adapters.router(embeddings, inputs.attention_mask)
+    torch.testing.assert_close(adapters.router(infinite, inputs.attention_mask), w, **EXACT)
+
+
+def test_evaluation_is_deterministic(small_t5, inputs):
+    adapters = attached(small_t5, gumbel=True)
+    assert torch.equal(logits(small_t5, adapters, inputs), logits(small_t5, adapters, inputs))
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_cached_generation_is_teacher_forced(small_t5, inputs, router):
+    adapters = attached(small_t5, router=router)
+    with torch.no_grad(), adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+        tokens = small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=12, on_keep=adapters.keep)
+    shifted = torch.cat([tokens.new_zeros(4, 1), tokens[:, :-1]], 1)
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+        expected = small_t5(inputs.input_ids, inputs.attention_mask, shifted).argmax(-1)
+    alive = (tokens == 1).cumsum(1) - (tokens == 1).int() == 0  # up to and with EOS
+    assert torch.equal(tokens[alive], expected[alive]) and tokens[alive].unique().numel() > 3
+
+
+def test_rows_dropped_while_generating_keep_their_own_routing(small_t5, inputs):
+    adapters = attached(small_t5)
+    with torch.no_grad():
+        small_t5.head.weight[1] *= 6  # EOS comes early, at different steps
+    kept = []
+
+    def on_keep(rows):
+        kept.append(rows)
+        adapters.keep(rows)
+
+    def generate(batch, hook):
+        with torch.no_grad(), adapters.routed(small_t5.embed(batch.input_ids), batch.attention_mask):
+            return small_t5.generate(batch.input_ids, batch.attention_mask, max_new_tokens=20, on_keep=hook)
+
+    together = generate(inputs, on_keep)
+    assert kept, "no row was dropped: the test shows nothing"
+    for row in range(4):
+        alone = generate(type(inputs)(*[x[row:row + 1] for x in inputs]), adapters.keep)[0]
+        assert torch.equal(alone[alone != 0], together[row][together[row] != 0])
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_gradient_checkpointing_changes_nothing(small_t5, inputs, router):
+    adapters = attached(small_t5, router=router, gumbel=True)
+    small_t5.train()
+    noise = torch.rand(4, *adapters.noise_shape)
+    plain = gradients(small_t5, adapters, inputs, noise=noise)
+    small_t5.checkpoint_blocks = True
+    again = gradients(small_t5, adapters, inputs, noise=noise)
+    assert plain.keys() == again.keys() and all(grad.any() for grad in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, **EXACT)
+
+
+@torch.no_grad()
+def loss64(base, adapters, inputs):
+    """T5.loss in float64, which itself takes the cross-entropy in float32."""
+    shifted = torch.cat([inputs.labels.new_zeros(4, 1), inputs.labels[:, :-1].clamp(min=0)], 1)
+    with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask):
+        found = base(inputs.input_ids, inputs.attention_mask, shifted)
+    return F.cross_entropy(found.transpose(1, 2), inputs.labels, reduction="sum").item()
+
+
+def test_gradients_equal_finite_differences(small_t5, inputs):
+    adapters = attached(small_t5)
+    found = gradients(small_t5, adapters, inputs)
+    for kind, group in adapters.parameter_groups().items():
+        flat, index, step, losses = group[0].data.view(-1), int(found[f"{kind}0"].abs().argmax()), 1e-5, []
+        for sign in (1, -1):
+            flat[index] += sign * step
+            losses.append(loss64(small_t5, adapters, inputs))
+            flat[index] -= sign * step
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert slope == pytest.approx(found[f"{kind}0"].view(-1)[index].item(), rel=1e-4), kind
+
+
+# ----------------------------------------------------------------------------------------------- the one door
+
+
+def test_outside_routed_a_linear_raises(small_t5, inputs):
+    adapters = attached(small_t5)
+    with pytest.raises(RuntimeError, match="outside"):
+        small_t5.loss(*inputs)
+    logits(small_t5, adapters, inputs)
+    with pytest.raises(RuntimeError, match="outside"):  # leaving clears
+        small_t5.loss(*inputs)
+    with pytest.raises(RuntimeError, match="inside"):
+        adapters.routing()
+
+
+def test_nesting_raises_and_an_error_inside_clears(small_t5, inputs):
+    adapters = attached(small_t5)
+    embeddings = small_t5.embed(inputs.input_ids)
+    with pytest.raises(RuntimeError, match="inside routed"), adapters.routed(embeddings):
+        with adapters.routed(embeddings):
+            pass
+    logits(small_t5, adapters, inputs)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_rows_of_another_batch_are_refused(small_t5, inputs, samples):
+    adapters = attached(small_t5)
+    with pytest.raises(ValueError, match="4 rows"), adapters.routed(small_t5.embed(inputs.input_ids[:samples])):
+        small_t5.loss(*inputs)
+
+
+def test_beams_share_their_sample(small_t5, inputs):
+    adapters = attached(small_t5)
+    expected = logits(small_t5, adapters, inputs).repeat_interleave(3, 0)
+    rows = type(inputs)(*[x.repeat_interleave(3, 0) for x in inputs])
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask, beams=3):
+        found = small_t5(rows.input_ids, rows.attention_mask, rows.labels.clamp(min=0))
+        small_t5.encode(inputs.input_ids, inputs.attention_mask)  # the encoder runs before beams are made
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_the_sample_router_wants_embeddings(small_t5):
+    with pytest.raises(ValueError, match="embeddings"), attached(small_t5).routed():
+        pass
+
+
+def test_linears_that_are_never_called_are_reported_once():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.linear(self.used(x), self.bypassed.weight)
+
+    base = Bypass()
+    adapters = attach(base, OrchMoEConfig(targets=("used", "bypassed")))
+    with pytest.warns(UserWarning, match="1 adapted Linears .*bypassed"), adapters.routed(torch.randn(2, 3, 4)):
+        base(torch.randn(2, 3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with adapters.routed(torch.randn(2, 3, 4)):
+            base(torch.randn(2, 3, 4))
+
+
+# ------------------------------------------------------------------------------------------- attach and state
+
+
+def test_base_names_survive_and_new_ones_carry_skill(small_t5):
+    before = set(small_t5.state_dict())
+    weights = {name: p.data_ptr() for name, p in small_t5.named_parameters()}
+    attach(small_t5, OrchMoEConfig())
+    after = set(small_t5.state_dict())
+    assert before < after and all("skill_" in name for name in after - before)
+    assert all(p.data_ptr() == weights[name] for name, p in small_t5.named_parameters() if name in weights)
+
+
+@pytest.mark.parametrize("module, targets, message", [
+    (nn.Sequential(nn.Linear(2, 2)), ("q",), "there are 0"),
+    (nn.MultiheadAttention(4, 2), ("out_proj",), "bypass"),
+    (nn.TransformerEncoderLayer(4, 2), ("linear1",), "bypass"),
+])
+def test_attach_refuses_what_it_cannot_adapt(module, targets, message):
+    with pytest.raises(ValueError, match=message):
+        attach(module, OrchMoEConfig(targets=targets))
+    assert all(p.requires_grad for p in module.parameters())  # refused before anything was changed
+
+
+def test_attach_refuses_a_second_time(small_t5):
+    attach(small_t5, OrchMoEConfig())
+    with pytest.raises(ValueError, match="already"):
+        attach(small_t5, OrchMoEConfig())
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"tasks": 0}, "tasks"), ({"tau": 0.0}, "tau"), ({"allocation_init": "normal"}, "allocation_init"),
+    ({"allocation_init": "uniform:x"}, "allocation_init"), ({"targets": ()}, "targets")])
+def test_config_refuses_nonsense(options, message):
+    with pytest.raises(ValueError, match=message):
+        OrchMoEConfig(**options)
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_adapter_state_alone_restores_the_function(small_t5, inputs, router):
+    adapters = attached(small_t5, router=router)
+    expected = logits(small_t5, adapters, inputs)
+    state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    assert not any(name.endswith((".weight", "q.bias")) for name in state)
+    with torch.no_grad():
+        for group in adapters.parameter_groups().values():
+            for p in group:
+                p.normal_()
+    assert not torch.allclose(logits(small_t5, adapters, inputs), expected)
+    adapters.load_state_dict(state)
+    assert torch.equal(logits(small_t5, adapters, inputs), expected)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(small_t5):
+    adapters = attached(small_t5)
+    state = adapters.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    odd = {name: tensor + 1 for name, tensor in state.items()}
+    odd["allocation"] = torch.zeros(1, 5, 3)
+    with pytest.raises(ValueError, match=r"allocation is \(1, 5, 3\)"):
+        adapters.load_state_dict(odd)
+    with pytest.raises(ValueError, match="router.bias is missing"):
+        adapters.load_state_dict({name: tensor for name, tensor in state.items() if name != "router.bias"})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------- the router's start
+
+
+def clustered(seed=0):
+    """96 features in 4 clusters of different sizes, and the cluster of each."""
+    generator = torch.Generator().manual_seed(seed)
+    cluster = torch.arange(4).repeat_interleave(torch.tensor([12, 24, 24, 36]))
+    centres = 3 * torch.randn(4, 32, generator=generator)
+    return centres[cluster] + 0.3 * torch.randn(96, 32, generator=generator), cluster
+
+
+def test_kmeans_start_tells_clusters_apart_without_labels(small_t5):
+    features, cluster = clustered()
+    router = attach(small_t5, OrchMoEConfig(tasks=4)).router
+    router.fit(features, torch.Generator().manual_seed(0))
+    w = F.linear((features - router.mu) / router.sd, router.task, router.bias).softmax(-1)
+    winners = {tuple(w[cluster == c].argmax(1).unique().tolist()) for c in range(4)}
+    assert len(winners) == 4 and all(len(winner) == 1 for winner in winners)
+    assert torch.special.entr(w).sum(-1).mean().item() == pytest.approx(math.log(4) / 3, rel=1e-3)
+
+
+def test_normal_start_only_standardises(small_t5):
+    features, _ = clustered()
+    router = attach(small_t5, OrchMoEConfig(tasks=4, router_init="normal")).router
+    before = router.task.clone()
+    router.fit(features)
+    assert torch.equal(router.task, before)
+    torch.testing.assert_close(router.mu, features.mean(0))
+    torch.testing.assert_close(router.sd, features.std(0, correction=0))
+
+
+def test_fit_router_reads_padded_batches(small_t5, inputs):
+    adapters = attached(small_t5, tasks=2)
+    embeddings = small_t5.embed(inputs.input_ids)
+    adapters.fit_router([embeddings[:3], embeddings[3:]], [inputs.attention_mask[:3], inputs.attention_mask[3:]],
+                        generator=torch.Generator().manual_seed(0))
+    features = adapters.router.features(embeddings, inputs.attention_mask)
+    torch.testing.assert_close(adapters.router.mu.float(), features.mean(0).float())
+    one = OrchMoEConfig(tasks=1)
+    orchmoe.TaskRouter(32, one).fit(features.float())  # K = 1: nothing to tell apart, and no error
+
+
+def test_kmeans_survives_fewer_points_than_centres():
+    centres = orchmoe.spherical_kmeans(torch.eye(3), 8, torch.Generator().manual_seed(0))
+    assert centres.shape == (8, 3) and torch.isfinite(centres).all()
