@@ -23,6 +23,7 @@ import os
 import pickle
 import random
 import string
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -450,11 +451,18 @@ def _map_tasks(function: Callable[[Path], Any], paths: list[Path]) -> list:
     bar = functools.partial(progress, desc="tokenising", total=len(paths), unit="task")
     if cores > 1 and sum(path.stat().st_size for path in paths) > POOL_BYTES:
         try:  # spawned: a fork of a process in which torch has started threads can hang
-            with ProcessPoolExecutor(min(cores, 32), multiprocessing.get_context("spawn")) as pool:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(cores, 32), spawn, _end_with_parent) as pool:
                 return list(bar(pool.map(function, paths, chunksize=4)))
         except (BrokenExecutor, OSError, ImportError, pickle.PicklingError) as error:
             warn_once(f"worker processes failed ({type(error).__name__}); tokenising in this one")
     return [function(path) for path in bar(paths)]
+
+
+def _end_with_parent() -> None:
+    """Lets no worker outlive a parent that was killed outright: an orphan would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -40,7 +40,8 @@ class TrainConfig:
     lr_skills: float = 1e-3  # peak learning rate of A and B
     lr_router: float = 2e-5  # of the router
     lr_allocation: float = 1e-2  # of the allocation matrices
-    lr_full: float = 5e-5  # of every weight, with --method full
+    lr_full: float = 5e-5  # of every weight, with --method full; with --from-scratch relative to its size
+    beta2: float = 0.999  # of AdamW
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level
     weight_decay: float = 0.0  # of A, B and full weights; router and allocation have none
@@ -102,12 +103,19 @@ def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a peak rate for each kind of parameter. From scratch each tensor's rate is also multiplied
+    by the root mean square of its start (the relative steps of Adafactor, Shazeer and Stern 2018): T5 starts
+    its embeddings at 1.0 and its queries at 0.01, and no one rate serves both."""
     rates = {"skills": config.lr_skills, "router": config.lr_router, "allocation": config.lr_allocation,
              "full": config.lr_full}
-    groups = [{"params": parameters, "lr": rates[name], "peak": rates[name],
-               "weight_decay": config.weight_decay if name in ("skills", "full") else 0.0}
-              for name, parameters in adapters.parameter_groups().items() if parameters]
-    return torch.optim.AdamW(groups, fused=True)
+    groups = []
+    for kind, parameters in adapters.parameter_groups().items():
+        decay = config.weight_decay if kind in ("skills", "full") else 0.0
+        for part in [[p] for p in parameters] if config.from_scratch else filter(None, [parameters]):
+            size = part[0].detach().pow(2).mean().sqrt().item() if config.from_scratch else 1.0
+            peak = rates[kind] * max(size, 1e-3)
+            groups.append({"params": part, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -149,7 +157,7 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
                    config: TrainConfig) -> dict[str, float]:
     """One step: token-sum loss over all micro-batches divided by the token count of the whole step."""
     optimizer.zero_grad(set_to_none=True)
-    loss, entropy = 0.0, math.nan
+    loss, entropy = 0.0, None
     for rows, part in batch.split(config.accumulate):
         noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows, adapters.noise_shape)
         part = part.to(base.device)
@@ -202,8 +210,8 @@ def train(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]
             tokens += batch.input_ids.numel() + batch.labels.numel()
             record["tokens_per_s"] = round(tokens / (time.monotonic() - began))
             log.write(step=step, **record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=record["tokens_per_s"],
-                            H=f"{record['entropy']:.2f}", refresh=False)
+            entropy = {} if record["entropy"] is None else {"entropy": f"{record['entropy']:.2f}"}
+            bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=record["tokens_per_s"], **entropy, refresh=False)
             stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
             if due:
                 dev = evaluation.mean_loss(base, adapters, sets["dev"], batch_size=config.eval_batch_size)

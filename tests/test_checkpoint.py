@@ -1,0 +1,416 @@
+"""Files in and out: against the safetensors package, folders of transformers, and hostile files."""
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import CONFIGS, as_transformers, batch, both, random_t5
+
+import checkpoint
+from checkpoint import fingerprint, load_t5, read_folder, read_safetensors, save_t5, write_safetensors
+
+DTYPES = list(checkpoint.DTYPES.values())
+UNUSED_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    tensors = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
+    return tensors | {"strided": torch.randn(4, 6).T[::2]}
+
+
+def check_equal(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def check_logits(t5, hf):
+    input_ids, mask, labels = batch()
+    decoder_input_ids = labels.clamp(min=0)
+    expected = hf(input_ids=input_ids, attention_mask=mask.long(), decoder_input_ids=decoder_input_ids).logits
+    torch.testing.assert_close(t5(input_ids, mask, decoder_input_ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8), **more) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets} | more
+
+
+# ------------------------------------------------------------------------------------------------ safetensors
+
+
+def test_safetensors_files_come_back_and_the_package_agrees(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    tensors, path = some_tensors(), tmp_path / "a.safetensors"
+    write_safetensors(path, tensors, {"who": "we", "any": "é"})
+    found, metadata = read_safetensors(path)
+    check_equal(found, tensors)
+    assert metadata == {"who": "we", "any": "é"}
+    check_equal(package.load_file(path), tensors)
+    package.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    check_equal(read_safetensors(path)[0], tensors)
+
+
+def test_written_bytes_are_deterministic_and_aligned(tmp_path):
+    tensors = some_tensors()
+    write_safetensors(tmp_path / "a", tensors)
+    write_safetensors(tmp_path / "b", dict(reversed(tensors.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    length = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+    assert length % 8 == 0
+    tensors, _ = read_safetensors(tmp_path / "a")
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1  # no copy to align
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    write_safetensors(tmp_path / "a", {"x": torch.ones(2)})
+    before = (tmp_path / "a").read_bytes()
+    ones = torch.ones(2, 2)
+    for bad in (ones.to("meta"), ones.to(torch.complex64), ones.to_sparse()):
+        with pytest.raises(ValueError, match="'x' cannot be stored"):
+            write_safetensors(tmp_path / "a", {"x": bad})
+    assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_misaligned_tensors_are_read(tmp_path):
+    header = {"a": entry("U8", [1], [0, 1]), "b": entry("F32", [2], [1, 9]), "c": entry("F64", [1], [9, 17])}
+    data = b"\7" + torch.tensor([1.5, -2]).numpy().tobytes() + torch.tensor([3.25]).double().numpy().tobytes()
+    for spaces in range(8):
+        raw = json.dumps(header).encode() + b" " * spaces
+        (tmp_path / "a").write_bytes(safetensors_bytes(raw, data))
+        tensors, _ = read_safetensors(tmp_path / "a")
+        assert [tensors[name].tolist() for name in "abc"] == [[7], [1.5, -2], [3.25]]
+
+
+def test_tensors_are_mapped_and_writing_to_them_stays_here(tmp_path):
+    path = tmp_path / "a"
+    write_safetensors(path, {"x": torch.zeros(1000), "y": torch.ones(1000)})
+    before, (tensors, _) = path.read_bytes(), read_safetensors(path)
+    assert tensors["x"].untyped_storage().data_ptr() == tensors["y"].untyped_storage().data_ptr()  # no copy
+    tensors["x"].fill_(5)
+    assert path.read_bytes() == before and read_safetensors(path)[0]["x"].sum() == 0
+
+
+HOSTILE = {
+    "empty file": b"",
+    "four bytes": b"abcd",
+    "header beyond the file": struct.pack("<Q", 10**6) + b"{}",
+    "header of 2^64-1 bytes": b"\xff" * 8 + b"{}",
+    "not UTF-8": safetensors_bytes(b"\xff\xfe"),
+    "not JSON": safetensors_bytes(b"{"),
+    "not an object": safetensors_bytes([1]),
+    "deep nesting": safetensors_bytes(b"[" * 100_000),
+    "a number of 5000 digits": safetensors_bytes(b'{"x":' + b"9" * 5000 + b"}"),
+    "twice the same name": safetensors_bytes(b'{"x":{},"x":{}}'),
+    "twice the same field": safetensors_bytes(
+        b'{"x":{"dtype":"U8","dtype":"I8","shape":[],"data_offsets":[0,1]}}', b"1"
+    ),
+    "entry is no object": safetensors_bytes({"x": 3}),
+    "missing field": safetensors_bytes({"x": {"dtype": "F32", "shape": [0]}}),
+    "extra field": safetensors_bytes({"x": entry(code="os")}, bytes(8)),
+    "unknown dtype": safetensors_bytes({"x": entry("F8_E4M3", [8])}, bytes(8)),
+    "dtype is a list": safetensors_bytes({"x": entry(["F32"])}, bytes(8)),
+    "shape is no list": safetensors_bytes({"x": entry(shape=2)}, bytes(8)),
+    "negative sizes whose product fits": safetensors_bytes({"x": entry(shape=[-1, -2])}, bytes(8)),
+    "fractional size": safetensors_bytes({"x": entry(shape=[2.0])}, bytes(8)),
+    "boolean size": safetensors_bytes({"x": entry(shape=[True, 2])}, bytes(8)),
+    "product wraps to 2 in 64 bits": safetensors_bytes({"x": entry(shape=[2**63 + 1, 2])}, bytes(8)),
+    "empty, strides that overflow": safetensors_bytes({"x": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}),
+    "a thousand axes": safetensors_bytes({"x": entry(shape=[1] * 1000, offsets=[0, 4])}, bytes(4)),
+    "offsets of three": safetensors_bytes({"x": entry(offsets=[0, 4, 8])}, bytes(8)),
+    "negative offset": safetensors_bytes({"x": entry(offsets=[-8, 0])}, bytes(8)),
+    "offsets reversed": safetensors_bytes({"x": entry(offsets=[8, 0])}, bytes(8)),
+    "extent too short": safetensors_bytes({"x": entry(offsets=[0, 4])}, bytes(4)),
+    "beyond the end": safetensors_bytes({"x": entry(shape=[2**40], offsets=[0, 2**42])}, bytes(8)),
+    "begins after the end": safetensors_bytes({"x": entry(offsets=[2**40, 2**40 + 8])}, bytes(8)),
+    "data cut": safetensors_bytes({"x": entry()}, bytes(7)),
+    "bytes left over": safetensors_bytes({"x": entry()}, bytes(9)),
+    "gap": safetensors_bytes({"x": entry(), "y": entry(offsets=[16, 24])}, bytes(24)),
+    "overlap": safetensors_bytes({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)),
+    "the same bytes twice": safetensors_bytes({"x": entry(), "y": entry()}, bytes(8)),
+    "metadata is a list": safetensors_bytes({"__metadata__": []}),
+    "metadata of numbers": safetensors_bytes({"__metadata__": {"a": 1}}),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_safetensors_are_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        read_safetensors(path)
+    message = str(refusal.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 250
+
+
+# ---------------------------------------------------------------------------------- folders from transformers
+
+
+def rewrite_as_bin(folder: Path, *, legacy: bool = False, **more: torch.Tensor):
+    """The folder as transformers 4 wrote it: a torch file, with every name that shares a tensor."""
+    weights = {name: tensor.clone() for name, tensor in read_folder(folder).items()}
+    weights |= {f"{stack}.embed_tokens.weight": weights["shared.weight"] for stack in ("encoder", "decoder")}
+    weights = {"lm_head.weight": weights["shared.weight"]} | weights | more
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+
+
+@both
+@pytest.mark.parametrize("stored", ["whole", "sharded", "bin", "legacy bin", "sharded bin"])
+def test_folders_of_transformers_load_and_agree(kind, stored, tmp_path):
+    t5 = random_t5(CONFIGS[kind])
+    hf = as_transformers(t5)
+    hf.save_pretrained(tmp_path, max_shard_size="20KB" if stored == "sharded" else "1GB")
+    whole = fingerprint(tmp_path)
+    if "bin" in stored:
+        rewrite_as_bin(tmp_path, legacy="legacy" in stored, **{UNUSED_KEY: torch.zeros(8, 3)})
+    if stored == "sharded bin":
+        weights, shard_of = read_folder(tmp_path), {}
+        for number, name in enumerate(weights):
+            shard_of[name] = f"pytorch_model-{number % 2}.bin"
+        for shard in set(shard_of.values()):
+            torch.save({name: weights[name] for name in weights if shard_of[name] == shard}, tmp_path / shard)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
+        (tmp_path / "pytorch_model.bin").unlink()
+    assert (tmp_path / "model.safetensors.index.json").exists() == (stored == "sharded")
+    loaded = load_t5(tmp_path)
+    assert loaded.config == t5.config and not loaded.training
+    check_equal(loaded.state_dict(), t5.state_dict())
+    assert fingerprint(tmp_path) == whole
+    check_logits(loaded, hf)
+
+
+@both
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_transformers_reads_what_save_t5_writes(kind, dtype, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    t5 = random_t5(CONFIGS[kind])
+    save_t5(t5, tmp_path, dtype=dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert {tensor.dtype for tensor in read_folder(tmp_path).values()} == {dtype or torch.float32}
+    hf = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    loaded = load_t5(tmp_path, dtype=torch.float32)
+    rounded = {name: weight.to(dtype or weight.dtype).float() for name, weight in t5.state_dict().items()}
+    check_equal(loaded.state_dict(), rounded)
+    check_logits(loaded, hf)
+
+
+@pytest.mark.parametrize(
+    "stored, asked, expected",
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, None, torch.float32),  # T5 overflows in half precision
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype_of_loaded_weights(stored, asked, expected, tmp_path):
+    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path, dtype=stored)
+    assert {weight.dtype for weight in load_t5(tmp_path, dtype=asked).parameters()} == {expected}
+
+
+def test_one_float32_tensor_among_halves_makes_all_float32(tmp_path):
+    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path, dtype=torch.bfloat16)
+    weights = {name: w.float() if "wo" in name else w.clone() for name, w in read_folder(tmp_path).items()}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    assert {weight.dtype for weight in load_t5(tmp_path).parameters()} == {torch.float32}
+
+
+@both
+def test_full_fine_tuning_of_a_loaded_base_works_and_leaves_the_file_alone(kind, tmp_path):
+    save_t5(random_t5(CONFIGS[kind]), tmp_path)
+    before, t5 = (tmp_path / "model.safetensors").read_bytes(), load_t5(tmp_path).train()
+    optimiser = torch.optim.SGD(t5.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        losses.append(t5.loss(*batch()))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[2] < losses[0]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    save_t5(t5, tmp_path)  # over the file that the weights are mapped from
+    check_equal(load_t5(tmp_path).state_dict(), t5.state_dict())
+
+
+@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_the_table_may_be_stored_under_either_stack(name, tmp_path):
+    t5 = random_t5(CONFIGS["v1.0"])
+    save_t5(t5, tmp_path)
+    weights = {key: tensor.clone() for key, tensor in read_folder(tmp_path).items()}
+    weights[name] = weights.pop("shared.weight")
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    check_equal(load_t5(tmp_path).state_dict(), t5.state_dict())
+
+
+def test_a_head_that_equals_the_table_is_tied_unless_the_config_says_otherwise(tmp_path):
+    t5 = random_t5(CONFIGS["v1.0"])
+    save_t5(t5, tmp_path)
+    weights = {name: tensor.clone() for name, tensor in read_folder(tmp_path).items()}
+    head = weights["shared.weight"]
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head})
+    assert load_t5(tmp_path).config.tied_head
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    assert not load_t5(tmp_path).config.tied_head
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head + 1})
+    assert not load_t5(tmp_path).config.tied_head
+
+
+def test_the_key_table_reads_both_ways():
+    for config in CONFIGS.values():
+        weights = random_t5(config).state_dict()
+        there = checkpoint._rename(weights, checkpoint.TO_HF, "test")
+        check_equal(checkpoint._rename(there, checkpoint.TO_OURS, "test"), weights)
+        assert not there.keys() & weights.keys()
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoder.final_layer_norm.weight": None}, "missing .*'encoder.final_layer_norm.weight'$"),
+        ({"shared.weight": None}, "missing .*'shared.weight'"),
+        ({"encoder.block.3.layer.0.SelfAttention.q.weight": (24, 32)}, "unexpected .*block.3"),
+        ({"encoder.block.01.layer.0.SelfAttention.q.weight": (24, 32)}, "unexpected .*block.01"),
+        ({f"junk{i}": (2,) for i in range(5)}, "'junk0', 'junk1', 'junk2' and 2 more"),
+        ({"decoder.block.0.layer.2.DenseReluDense.wi_0.weight": (48, 31)}, r"wi_0.* \[48, 31\].*\[48, 32\]"),
+        ({"lm_head.weight": (38, 32)}, r"lm_head.weight is .*\[38, 32\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, message, folder):
+    weights = {name: tensor.clone() for name, tensor in read_folder(folder).items()}
+    weights |= {name: shape and torch.zeros(shape) for name, shape in change.items()}
+    tensors = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_t5(folder)
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_integer_weights_are_refused(folder):
+    weights = {name: tensor.long() for name, tensor in read_folder(folder).items()}
+    write_safetensors(folder / "model.safetensors", weights)
+    with pytest.raises(ValueError, match="asks for floats"):
+        load_t5(folder)
+
+
+def test_save_t5_refuses_foreign_tensors(folder):
+    t5 = random_t5(CONFIGS["v1.0"])
+    t5.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'extra.bias', 'extra.weight'"):
+        save_t5(t5, folder)
+
+
+def test_a_folder_without_weights_or_config_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        load_t5(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: cannot be read"):
+        load_t5(folder)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"weight_map": {"x": "../model.safetensors"}}, "not a plain file name"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "not a plain file name"),
+        ({"weight_map": {"x": ".."}}, "not a plain file name"),
+        ({"weight_map": {"x": "a\\b"}}, "not a plain file name"),
+        ({"weight_map": {"x": ""}}, "not a plain file name"),
+        ({"weight_map": {"x": "a\0b"}}, "not a plain file name"),
+        ({"weight_map": {"x": "shard-1"}}, "shard-1: cannot be read"),
+        ({"weight_map": {"x": "shard-0", "y": "shard-0"}}, "shard-0: not the tensors the index names: 'y'"),
+        ({"weight_map": {"y": "shard-0"}}, "'x', 'y'"),
+        ({"weight_map": ["shard-0"]}, "weight_map"),
+        ({"weight_map": {"x": 0}}, "weight_map"),
+        ({}, "weight_map"),
+        ([], "weight_map"),
+    ],
+)
+def test_bad_shard_indices_are_refused(index, message, tmp_path):
+    write_safetensors(tmp_path / "shard-0", {"x": torch.ones(2)})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message.replace("\\", "\\\\")):
+        read_folder(tmp_path)
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "plain pickle", "legacy"])
+def test_a_malicious_pickle_does_not_run(form, folder):
+    (folder / "model.safetensors").unlink()
+    bomb, path = {"shared.weight": Bomb(folder / "ran")}, folder / "pytorch_model.bin"
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(bomb, path, _use_new_zipfile_serialization=form == "torch.save")
+    with pytest.raises(ValueError, match="pytorch_model.bin: refused") as refusal:
+        load_t5(folder)
+    assert not (folder / "ran").exists() and "\n" not in str(refusal.value)
+    pickle.loads(pickle.dumps(bomb))
+    assert (folder / "ran").exists()  # it would have run
+
+
+ONES = torch.ones(2, 2)
+NO_TENSORS = [[ONES], {1: ONES}, {"x": 3}, {"x": ONES.to_sparse()}, {"x": ONES.to("meta")}]
+
+
+@pytest.mark.parametrize("content", NO_TENSORS)
+def test_torch_files_of_anything_but_named_dense_tensors_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: "):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"junk" * 100, pickle.dumps(None)])
+def test_damaged_torch_files_are_refused(content, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="pytorch_model.bin: "):
+        read_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+def test_fingerprint_tells_bases_apart_and_reads_little(folder, monkeypatch):
+    first = fingerprint(folder)
+    assert len(first) == 16 and fingerprint(folder) == first
+    weights = {name: tensor.clone() for name, tensor in read_folder(folder).items()}
+    weights["decoder.final_layer_norm.weight"][0] += 1e-3
+    write_safetensors(folder / "model.safetensors", weights)
+    second = fingerprint(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"layer_norm_epsilon": 1e-5}))
+    third = fingerprint(folder)
+    assert len({first, second, third}) == 3
+    (folder / "config.json").write_text(json.dumps(values | {"use_cache": False, "dropout_rate": 0.5}))
+    assert fingerprint(folder) == second  # keys that change nothing here
+    hashed, raw = [], checkpoint._raw
+    monkeypatch.setattr(checkpoint, "_raw", lambda tensor: hashed.append(tensor.numel()) or raw(tensor))
+    fingerprint(folder)
+    assert max(hashed) <= 1024 and len(hashed) == len(weights)
