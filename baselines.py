@@ -51,7 +51,8 @@ class LoRA(Adapters):
 
     def __init__(self, linears: dict[str, SkillLinear]):
         super().__init__(linears)
-        self.register_buffer("ones", torch.ones(len(linears), 1, 1, device=_device(linears)), persistent=False)
+        ones = torch.ones(len(linears), 1, 1, device=_device(linears))
+        self.register_buffer("ones", ones, persistent=False)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
         return Routing(None, None, self.ones, True)
@@ -102,7 +103,8 @@ class CPoly(Adapters):
     mixed. An unseen task has the common part alone. Grows with the number of tasks, so it cannot stand in a
     comparison at equal total size."""
 
-    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int, generator: torch.Generator | None):
+    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int,
+                 generator: torch.Generator | None):
         super().__init__(linears)
         Z = torch.empty(len(linears), tasks, 1, skills - 1).uniform_(-1e-3, 1e-3, generator=generator)
         self.allocation = nn.Parameter(Z.to(_device(linears)))

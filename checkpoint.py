@@ -299,7 +299,7 @@ def save_t5(model: T5, path: str | Path, *, dtype: torch.dtype | None = None):
     write_safetensors(
         folder / "model.safetensors",
         {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()},
-        {"format": "pt"},  # transformers refuses a file without it
+        {"format": "pt"},  # transformers 4 refuses a file without it
     )
     runtime.write_json(folder / "config.json", model.config.to_hf())
 
@@ -320,7 +320,8 @@ def fingerprint(path: str | Path) -> str:
 # ----------------------------------------------------------------------------------- adapters, training state
 
 
-def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, config: dict, num_tasks: int, base: str):
+def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, config: dict, num_tasks: int,
+                 base: str):
     """One safetensors file that says what it is: method, its config, number of real tasks, fingerprint of the
     base."""
     info = {"method": method, "config": json.dumps(config), "num_tasks": str(num_tasks), "base": base}
@@ -334,7 +335,7 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return state, {**info, "config": json.loads(info["config"]), "num_tasks": int(info["num_tasks"]),
                        "method": info["method"], "base": info["base"]}
     except (KeyError, ValueError):
-        raise ValueError(f"{path}: not an adapter of this project: its metadata lacks method, config or base") from None
+        raise ValueError(f"{path}: not an adapter of this project (no method, config, base)") from None
 
 
 def save_state(path: str | Path, state: dict):

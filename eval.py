@@ -32,7 +32,7 @@ class EvalConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # or a Hugging Face T5 folder, scored as it is
-    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or output of the first positive example, or the input
+    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or the first example's output, or the input
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
     out: str = ""  # folder of predictions.jsonl and scores.json (default: RUN/eval-SPLIT, else eval-SPLIT)
     limit: int = 0  # at most this many instances, evenly over the set (0: all)
@@ -68,12 +68,14 @@ def batches(examples: Sequence[data.Example], size: int, device: torch.device, d
 def routed(base: model.T5, adapters: Adapters, batch: data.Batch, **options: Any):
     """The routing context of one batch: embeddings and mask of the sources, task ids for the methods that
     want them."""
-    return adapters.routed(base.embed(batch.input_ids), batch.attention_mask, task_ids=batch.task_ids, **options)
+    embeddings = base.embed(batch.input_ids)
+    return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
 
 @torch.no_grad()
-def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], tokenizer: data.Tokenizer, *,
-            batch_size: int = 64, max_new_tokens: int = 127, desc: str = "generate") -> list[str]:
+def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example],
+            tokenizer: data.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
+            desc: str = "generate") -> list[str]:
     """Greedy predictions, in the order of the examples."""
     base.eval()
     texts = [""] * len(examples)
@@ -126,8 +128,8 @@ class RouterReport(NamedTuple):
 
 
 @torch.no_grad()
-def router_weights(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
-                   ) -> Tensor | None:
+def router_weights(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *,
+                   batch_size: int = 64) -> Tensor | None:
     """w (M,K) of the examples on the CPU; None for a method without one router for the sample."""
     base.eval()
     rows_of: dict[int, Tensor] = {}
@@ -156,7 +158,7 @@ def report_router(w: Tensor | None, examples: Sequence[data.Example]) -> RouterR
 def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapters, dict]:
     """Base with the run's best adapters attached, on the device; and the run's config.json."""
     folder = Path(folder)
-    config = runtime.read_json(checkpoint.existing(folder / "config.json", "name the folder of a run of train.py"))
+    config = runtime.read_json(checkpoint.existing(folder / "config.json", "name the folder of a run"))
     if config["train"]["method"] == "full":
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
         return base, Unadapted(base, full=False), config
@@ -184,7 +186,8 @@ def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> li
     return predictions
 
 
-def write_results(folder: Path, examples: Sequence[data.Example], predictions: Sequence[str], scores: dict) -> None:
+def write_results(folder: Path, examples: Sequence[data.Example], predictions: Sequence[str],
+                  scores: dict) -> None:
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}

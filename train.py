@@ -31,7 +31,7 @@ class TrainConfig:
     """Training: model, method, steps and rates."""
 
     model: str = "tiny/"  # Hugging Face T5 folder: config.json, weights, spiece.model
-    method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # full: every weight
+    method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # what trains
     from_scratch: bool = False  # random weights instead of those in --model; with --method full
     seed: int = 0  # of everything: splits, order, initial values, noise
     steps: int = 600  # optimiser steps
@@ -79,7 +79,7 @@ def read_configs(flags: dict[str, Any], place: PlaceConfig) -> tuple[Path, dict[
             raise ValueError(f"--out {folder}: holds a run already; add --resume, or name another folder")
         return folder, configs
     folder = Path(place.out)
-    saved = runtime.read_json(checkpoint.existing(folder / "config.json", "name the run to go on with by --out"))
+    saved = runtime.read_json(checkpoint.existing(folder / "config.json", "name the run to resume by --out"))
     for name, cls in CONFIGS.items():
         kept = runtime.from_flags(cls, saved[name])
         for field, value in flags.items():
@@ -120,42 +120,44 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW
 
 def rate_factor(step: int, config: TrainConfig) -> float:
     """Factor of the peak learning rates at `step`: linear warm-up, then linear to 0 or level."""
-    left = (config.steps - step) / max(1, config.steps - config.warmup) if config.schedule == "linear" else 1.0
-    return min(1.0, (step + 1) / max(1, config.warmup), left)
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    left = (config.steps - step) / max(1, config.steps - config.warmup)
+    return min(warm, left) if config.schedule == "linear" else warm
 
 
 class Source:
-    """Batch of each step, a pure function of (seed, step): examples, and a share of span-corrupted text where
-    given."""
+    """Batch of each step, a pure function of (seed, step): examples, and a share of text where given."""
 
-    def __init__(self, examples: data.Examples, config: TrainConfig, data_config: data.DataConfig,
-                 tokenizer: data.Tokenizer):
-        self.examples, self.config, self.ratio = examples, config, data_config.text_ratio if data_config.text else 0.0
-        self.text = data.TextStream(data_config.text, tokenizer, length=config.text_length, seed=config.seed,
-                                    cache=data_config.cache) if data_config.text else None
+    def __init__(self, examples: data.Examples, tokenizer: data.Tokenizer, config: TrainConfig,
+                 data_config: data.DataConfig):
+        self.examples, self.config = examples, config
+        self.text, self.ratio = None, 0.0
+        if data_config.text:
+            self.text = data.TextStream(data_config.text, tokenizer, length=config.text_length,
+                                        seed=config.seed, cache=data_config.cache)
+            self.ratio = data_config.text_ratio
 
     def batch(self, step: int) -> data.Batch:
-        texts_before = int(step * self.ratio)
+        config, texts_before = self.config, int(step * self.ratio)
         if int((step + 1) * self.ratio) > texts_before:
-            return self.text.batch_at(texts_before, self.config.batch_size)
+            return self.text.batch_at(texts_before, config.batch_size)
         step -= texts_before
-        rows = data.batch_at(self.examples.source_lengths, self.config.batch_size, self.config.seed, step)
-        return data.collate([self.examples[i] for i in rows], seed=self.config.seed, step=step)
+        rows = data.batch_at(self.examples.source_lengths, config.batch_size, config.seed, step)
+        return data.collate([self.examples[i] for i in rows], seed=config.seed, step=step)
 
 
-def fit_router(adapters: Adapters, base: model.T5, examples: data.Examples, config: TrainConfig) -> None:
+def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
     """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
-    if getattr(adapters, "router", None) is None:
-        return
-    parts = [batch for _, batch in evaluation.batches(evaluation.evenly(examples, 2000), config.eval_batch_size,
-                                                      base.device, "router start")]
-    adapters.fit_router((base.embed(part.input_ids) for part in parts), (part.attention_mask for part in parts),
-                        generator=runtime.generator(config.seed, 1))
+    sources = evaluation.evenly(examples, 2000)
+    batches = evaluation.batches(sources, config.eval_batch_size, base.device, "router start")
+    parts = [part for _, part in batches]
+    adapters.fit_router((base.embed(part.input_ids) for part in parts),
+                        (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
-def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch, step: int,
-                   config: TrainConfig) -> dict[str, float]:
-    """One step: token-sum loss over all micro-batches divided by the token count of the whole step."""
+def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
+                   step: int, config: TrainConfig) -> dict[str, float | None]:
+    """One step: the loss is the sum over the target tokens of all micro-batches, divided by their count."""
     optimizer.zero_grad(set_to_none=True)
     loss, entropy = 0.0, None
     for rows, part in batch.split(config.accumulate):
@@ -170,8 +172,8 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm} on {', '.join(batch.ids)}; the last checkpoint "
-                         "is untouched; lower the learning rates or use --dtype float32")
+        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm} on {', '.join(batch.ids)}; the "
+                         "last checkpoint is untouched; lower the learning rates or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate_factor(step, config)
     optimizer.step()
@@ -185,12 +187,12 @@ def autocast(base: model.T5, config: TrainConfig) -> contextlib.AbstractContextM
     return torch.autocast("cuda", torch.bfloat16) if use else contextlib.nullcontext()
 
 
-def train(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]], source: Source, folder: Path,
+def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
           config: TrainConfig, keep_best: Callable[[], None]) -> bool:
     """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
     each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far."""
-    optimizer = make_optimizer(adapters, config)
-    path, first, best = folder / "checkpoint.pt", 0, math.inf
+    optimizer, path = make_optimizer(adapters, config), folder / "checkpoint.pt"
+    first, best = 0, math.inf
     if path.exists():
         state = checkpoint.load_state(path)
         adapters.load_state_dict(state["weights"])
@@ -198,9 +200,9 @@ def train(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]
         torch.set_rng_state(state["random"])
         first, best = state["step"], state["best"]
     else:
-        fit_router(adapters, base, source.examples, config)
+        fit_router(base, adapters, source.examples, config)
     log = runtime.Log(folder / "metrics.jsonl", resume_step=first - 1)
-    tokens, began, steps = 0, time.monotonic(), range(first, config.steps)
+    steps, tokens, began = range(first, config.steps), 0, time.monotonic()
     with runtime.stop_signals() as asked, \
             runtime.progress(steps, "train", total=config.steps, unit="step", initial=first) as bar:
         for step in bar:
@@ -210,31 +212,31 @@ def train(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]
             tokens += batch.input_ids.numel() + batch.labels.numel()
             record["tokens_per_s"] = round(tokens / (time.monotonic() - began))
             log.write(step=step, **record)
-            entropy = {} if record["entropy"] is None else {"entropy": f"{record['entropy']:.2f}"}
-            bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=record["tokens_per_s"], **entropy, refresh=False)
+            bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
+                             if record[name] is not None}, refresh=False)
             stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
             if due:
-                dev = evaluation.mean_loss(base, adapters, sets["dev"], batch_size=config.eval_batch_size)
-                router = report_router(base, adapters, sets["dev"], config)
-                log.write(step=step, dev_loss=dev, **router)
-                if dev < best:
-                    best = dev
+                dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
+                log.write(step=step, dev_loss=dev_loss, **router_record(base, adapters, dev, config))
+                if dev_loss < best:
+                    best = dev_loss
                     keep_best()
             if due or stopping:
-                checkpoint.save_state(path, {"step": step + 1, "best": best, "weights": adapters.state_dict(),
-                                             "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()})
+                checkpoint.save_state(path, {
+                    "step": step + 1, "best": best, "weights": adapters.state_dict(),
+                    "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()})
             if stopping:
                 return step + 1 == config.steps
     return True
 
 
-def report_router(base: model.T5, adapters: Adapters, examples: list[data.Example], config: TrainConfig) -> dict:
-    """entropy, between, within, largest of w over the examples, with a warning on stderr where w says
-    nothing; {} for a method without such a router."""
-    w = evaluation.router_weights(base, adapters, examples, batch_size=config.eval_batch_size)
+def router_record(base: model.T5, adapters: Adapters, dev: list[data.Example], config: TrainConfig) -> dict:
+    """What the router does on dev, for the log, with a warning where it does nothing; {} for methods
+    without."""
+    w = evaluation.router_weights(base, adapters, dev, batch_size=config.eval_batch_size)
     if w is None:
         return {}
-    report = evaluation.report_router(w, examples)
+    report = evaluation.report_router(w, dev)
     if warning := report.warning(w.shape[1]):
         runtime.warn(warning)
     return {"router": report._asdict()}
@@ -243,22 +245,44 @@ def report_router(base: model.T5, adapters: Adapters, examples: list[data.Exampl
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]], tokenizer: data.Tokenizer,
-                   config: TrainConfig, name: str) -> dict[str, dict]:
-    """{"seen": scores, "unseen": scores} of the model as it is, for those sets that hold anything."""
-    return {which: evaluation.score(sets[which], evaluation.predict(
-                base, adapters, sets[which], tokenizer, batch_size=config.eval_batch_size, desc=f"{name}, {which}"))
-            for which in ("seen", "unseen") if sets[which]}
+def load_sets(tokenizer: data.Tokenizer, config: TrainConfig, data_config: data.DataConfig
+              ) -> tuple[data.Examples, dict[str, list[data.Example]]]:
+    """The training set, and {"dev", "seen", "unseen"} of at most --eval-instances; no unseen where the split
+    has no test tasks."""
+    held_out = {"dev": "dev", "seen": "seen"}
+    if data.read_splits(data_config.data, data_config.splits)["test"]:
+        held_out["unseen"] = "test"
+    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=config.seed),
+                                    config.eval_instances) for name, split in held_out.items()}
+    if not sets["dev"]:
+        raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
+    return data.load_examples(data_config, tokenizer, "train", seed=config.seed), sets
+
+
+def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]],
+                   tokenizer: data.Tokenizer, config: TrainConfig, name: str) -> dict[str, dict]:
+    """{"seen": scores, "unseen": scores} of the model as it is."""
+    scores = {}
+    for which in sets.keys() - {"dev"}:
+        predictions = evaluation.predict(base, adapters, sets[which], tokenizer, desc=f"{name}, {which}",
+                                         batch_size=config.eval_batch_size)
+        scores[which] = evaluation.score(sets[which], predictions)
+    return dict(sorted(scores.items()))
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
-    lines = ["| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |", "|---|---|---|---|---|"]
+    columns = [(which, metric) for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
+    lines = ["| model | " + " | ".join(f"{which} {TITLES[metric]}" for which, metric in columns) + " |",
+             "|---|" + "---|" * len(columns)]
     for name, scores in rows.items():
         cells = [f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
-                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+                 for which, metric in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
 def main() -> None:
@@ -269,44 +293,42 @@ def main() -> None:
     where = runtime.from_flags(PlaceConfig, flags)
     place = runtime.pick_device(where.gpu, where.device, where.dtype)
     folder, configs = read_configs(flags, where)
-    config: TrainConfig = configs["train"]
+    config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
     runtime.say(place.reason)
     torch.manual_seed(config.seed)
 
     tokenizer = data.Tokenizer(config.model)
-    train_set, dev, seen = (data.load_examples(configs["data"], tokenizer, split, seed=config.seed)
-                            for split in ("train", "dev", "seen"))
-    has_test = data.read_splits(configs["data"].data, configs["data"].splits)["test"]
-    unseen = data.load_examples(configs["data"], tokenizer, "test") if has_test else []
-    sets = {name: evaluation.evenly(examples, config.eval_instances)
-            for name, examples in (("dev", dev), ("seen", seen), ("unseen", unseen))}
-    source = Source(train_set, config, configs["data"], tokenizer)
+    train_set, sets = load_sets(tokenizer, config, data_config)
     base = load_base(config, place)
+    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
     scores_file = folder / "scores.json"
     scores = runtime.read_json(scores_file) if scores_file.exists() else {}
-    if not scores and not config.from_scratch:
-        scores["frozen base"] = closing_scores(base, Unadapted(base, full=False), sets, tokenizer, config, "frozen base")
-    adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
+    if not (scores or config.from_scratch):
+        frozen = Unadapted(base, full=False)
+        scores["frozen base"] = closing_scores(base, frozen, sets, tokenizer, config, "frozen base")
+
+    adapters = attach_method(config.method, base, adapter_config, num_tasks=len(train_set.tasks),
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
+    base.checkpoint_blocks = config.checkpoint_blocks
     trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
-    runtime.say(f"{config.method}: {trained:,} parameters train, {sum(p.numel() for p in base.parameters()):,} in all; "
-                f"{len(train_set)} examples of {len(train_set.tasks)} tasks; run folder {folder}")
-
-    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
+    parameters = sum(p.numel() for p in base.parameters())
+    runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} examples of {len(train_set.tasks)} tasks; run folder {folder}")
     runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
         "base": base_print, "torch": torch.__version__})
     runtime.write_json(scores_file, scores)
 
     def keep_best() -> None:
         if config.method == "full":
-            checkpoint.save_t5(base, folder / "model")
             tokenizer.save(folder / "model")
+            checkpoint.save_t5(base, folder / "model")
         else:
-            checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(), method=config.method,
-                                    config=asdict(configs["adapter"]), num_tasks=len(train_set.tasks), base=base_print)
+            checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
+                                    method=config.method, config=asdict(adapter_config),
+                                    num_tasks=len(train_set.tasks), base=base_print)
 
-    if not train(base, adapters, sets, source, folder, config, keep_best):
+    source = Source(train_set, tokenizer, config, data_config)
+    if not train(base, adapters, sets["dev"], source, folder, config, keep_best):
         runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
         raise SystemExit(130)
     base, adapters, _ = evaluation.load_run(folder, place)

@@ -1,5 +1,5 @@
-"""Shared by all tests: the project's root on the path, two threads, the folders of the real data where they are given,
-and a T5 small enough to be compared in float64."""
+"""Shared by all tests: the project's root on the path, two threads, the folders of the real data where they
+are given, and a T5 small enough to be compared in float64."""
 
 import os
 import sys
@@ -43,8 +43,20 @@ class Inputs(NamedTuple):
 @pytest.fixture
 def small_t5() -> T5:
     """A random v1.1-shaped T5 in float64, whose outputs differ enough between samples to be told apart."""
-    base = T5(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
-                       feed_forward_proj="gated-gelu", scale_decoder_outputs=False, tied_head=False))
+    base = T5(
+        T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            scale_decoder_outputs=False,
+            tied_head=False,
+        )
+    )
     base.init_weights(0)
     return base.double().eval()
 

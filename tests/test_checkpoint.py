@@ -151,6 +151,14 @@ def test_hostile_safetensors_are_refused_in_one_line(content, tmp_path):
     assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 250
 
 
+def test_an_endless_header_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        file.write(struct.pack("<Q", 2**40))
+        file.truncate(2**41)  # sparse: it takes no room
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        read_safetensors(tmp_path / "a")
+
+
 # ---------------------------------------------------------------------------------- folders from transformers
 
 
@@ -196,6 +204,9 @@ def test_transformers_reads_what_save_t5_writes(kind, dtype, tmp_path):
     save_t5(t5, tmp_path, dtype=dtype)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert {tensor.dtype for tensor in read_folder(tmp_path).values()} == {dtype or torch.float32}
+    assert read_safetensors(tmp_path / "model.safetensors")[1] == {
+        "format": "pt"
+    }  # asked for by transformers 4
     hf = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     loaded = load_t5(tmp_path, dtype=torch.float32)
     rounded = {name: weight.to(dtype or weight.dtype).float() for name, weight in t5.state_dict().items()}

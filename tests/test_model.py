@@ -85,6 +85,7 @@ def test_every_gradient_is_that_of_transformers(kind):
     t5 = random_t5(CONFIGS[kind])
     hf = as_transformers(t5)
     input_ids, mask, labels = batch()
+    labels[0, 2] = IGNORED  # read as padding by the decoder, with targets behind it
     loss = t5.loss(input_ids, mask, labels)
     loss.backward()
     count = (labels != IGNORED).sum()
@@ -214,6 +215,9 @@ def test_content_of_the_padding_changes_nothing(kind):
 def test_a_row_without_any_real_token_gives_no_nan(dtype):
     t5, (input_ids, mask, labels) = random_t5(CONFIGS["v1.0"]).to(dtype), batch()
     mask[2] = False
+    bias = model.padding_bias(mask, dtype) + t5.encoder.position(14)
+    assert bias.isfinite().all() and bias.bfloat16().isfinite().all()  # the latter under autocast
+    assert model.real_length(mask) == 14 and model.real_length(mask[2:3]) == 1
     loss = t5.loss(input_ids, mask, labels)
     loss.backward()
     assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in t5.parameters())

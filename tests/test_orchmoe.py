@@ -1,5 +1,6 @@
-"""The equations of orchmoe.py: against themselves written out in loops, against the methods they reduce to, and the
-invariances that make routing trustworthy. B and Z are random here: at their start the allocation would hide the router."""
+"""The equations of orchmoe.py: against themselves written out in loops, against the methods they reduce to,
+and the invariances that make routing trustworthy. B and Z are random here: at their start the allocation
+would hide the router."""
 
 import math
 import warnings
@@ -41,10 +42,14 @@ def gradients(base, adapters, inputs, **options):
     base.zero_grad()
     with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask, **options):
         base.loss(*inputs).backward()
-    return {f"{kind}{i}": p.grad for kind, group in adapters.parameter_groups().items() for i, p in enumerate(group)}
+    return {
+        f"{kind}{i}": p.grad
+        for kind, group in adapters.parameter_groups().items()
+        for i, p in enumerate(group)
+    }
 
 
-# ----------------------------------------------------------------------------------------------- the equations
+# --------------------------------------------------------------------------------------------- the equations
 
 
 def test_router_is_the_equation_written_out(small_t5, inputs):
@@ -90,7 +95,9 @@ def test_relaxed_bernoulli_noise_enters_as_stated(small_t5):
     u[0, 0, 0, 0], u[1, 0, 0, 0] = 0.0, 1 - 1e-9  # clamped, so that the logit stays finite
     clamped = u.clamp(1e-6, 1 - 1e-6)
     relaxed = ((adapters.allocation + (clamped / (1 - clamped)).log()) / 0.5).sigmoid()
-    torch.testing.assert_close(adapters.allocation_weights(u), relaxed / relaxed.sum(-1, keepdim=True), **EXACT)
+    torch.testing.assert_close(
+        adapters.allocation_weights(u), relaxed / relaxed.sum(-1, keepdim=True), **EXACT
+    )
 
 
 def test_noise_acts_in_training_only(small_t5, inputs):
@@ -98,7 +105,9 @@ def test_noise_acts_in_training_only(small_t5, inputs):
     noise = torch.rand(4, *adapters.noise_shape)
     assert torch.equal(logits(small_t5, adapters, inputs, noise=noise), logits(small_t5, adapters, inputs))
     adapters.train()
-    assert not torch.equal(logits(small_t5, adapters, inputs, noise=noise), logits(small_t5, adapters, inputs))
+    assert not torch.equal(
+        logits(small_t5, adapters, inputs, noise=noise), logits(small_t5, adapters, inputs)
+    )
 
 
 def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
@@ -109,7 +118,7 @@ def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
     assert linear.skill_A.abs().amax((1, 2)).min() > bound * 0.95 and not linear.skill_B.any()
 
 
-# ------------------------------------------------------------------------------------------------ closed forms
+# ---------------------------------------------------------------------------------------------- closed forms
 
 
 def test_zero_B_is_the_base_bit_for_bit_and_only_B_gets_a_gradient(small_t5, inputs):
@@ -167,7 +176,9 @@ def test_one_hot_w_is_poly_that_mixes_outputs(small_t5, inputs):
         for n, linear in enumerate(adapters.linears.values()):
             rows = adapters.allocation[n, task].sigmoid()
             c = rows / rows.sum(-1, keepdim=True)
-            expected = x @ linear.weight.T + torch.einsum("bs,bld,srd,sro->blo", c, x, linear.skill_A, linear.skill_B)
+            expected = x @ linear.weight.T + torch.einsum(
+                "bs,bld,srd,sro->blo", c, x, linear.skill_A, linear.skill_B
+            )
             torch.testing.assert_close(linear(x), expected, **EXACT)
 
 
@@ -184,10 +195,12 @@ def test_raw_router_norm_is_the_literal_formula(small_t5, inputs):
     X = F.rms_norm(embeddings.float(), (32,), eps=1e-6)
     mean = (X * inputs.attention_mask[..., None]).sum(1) / inputs.attention_mask.sum(1, keepdim=True)
     expected = mean @ adapters.router.task.float().T + 1 / 5
-    torch.testing.assert_close(adapters.router(embeddings, inputs.attention_mask).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        adapters.router(embeddings, inputs.attention_mask).float(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
-# ------------------------------------------------------------------------------------------------- invariances
+# ----------------------------------------------------------------------------------------------- invariances
 
 
 def test_permuting_skills_changes_nothing(small_t5, inputs):
@@ -207,15 +220,24 @@ def test_a_sample_alone_is_as_in_a_padded_batch(small_t5, inputs, router):
     adapters = attached(small_t5, router=router)
     together = logits(small_t5, adapters, inputs)
     for row, length in enumerate(inputs.attention_mask.sum(1)):
-        alone = logits(small_t5, adapters, type(inputs)(*[x[row:row + 1] for x in inputs])._replace(
-            input_ids=inputs.input_ids[row:row + 1, :length], attention_mask=inputs.attention_mask[row:row + 1, :length]))
+        alone = logits(
+            small_t5,
+            adapters,
+            type(inputs)(*[x[row : row + 1] for x in inputs])._replace(
+                input_ids=inputs.input_ids[row : row + 1, :length],
+                attention_mask=inputs.attention_mask[row : row + 1, :length],
+            ),
+        )
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)  # the router is float32
 
 
 def test_junk_in_the_padding_changes_nothing(small_t5, inputs):
     adapters = attached(small_t5)
     junk = inputs.input_ids.masked_fill(~inputs.attention_mask, 37)
-    before, after = logits(small_t5, adapters, inputs), logits(small_t5, adapters, inputs._replace(input_ids=junk))
+    before, after = (
+        logits(small_t5, adapters, inputs),
+        logits(small_t5, adapters, inputs._replace(input_ids=junk)),
+    )
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
     embeddings = small_t5.embed(inputs.input_ids)
     infinite = embeddings.masked_fill(~inputs.attention_mask[..., None], math.inf)
@@ -232,7 +254,9 @@ def test_evaluation_is_deterministic(small_t5, inputs):
 def test_cached_generation_is_teacher_forced(small_t5, inputs, router):
     adapters = attached(small_t5, router=router)
     with torch.no_grad(), adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
-        tokens = small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=12, on_keep=adapters.keep)
+        tokens = small_t5.generate(
+            inputs.input_ids, inputs.attention_mask, max_new_tokens=12, on_keep=adapters.keep
+        )
     shifted = torch.cat([tokens.new_zeros(4, 1), tokens[:, :-1]], 1)
     with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
         expected = small_t5(inputs.input_ids, inputs.attention_mask, shifted).argmax(-1)
@@ -257,7 +281,7 @@ def test_rows_dropped_while_generating_keep_their_own_routing(small_t5, inputs):
     together = generate(inputs, on_keep)
     assert kept, "no row was dropped: the test shows nothing"
     for row in range(4):
-        alone = generate(type(inputs)(*[x[row:row + 1] for x in inputs]), adapters.keep)[0]
+        alone = generate(type(inputs)(*[x[row : row + 1] for x in inputs]), adapters.keep)[0]
         assert torch.equal(alone[alone != 0], together[row][together[row] != 0])
 
 
@@ -322,7 +346,10 @@ def test_nesting_raises_and_an_error_inside_clears(small_t5, inputs):
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_rows_of_another_batch_are_refused(small_t5, inputs, samples):
     adapters = attached(small_t5)
-    with pytest.raises(ValueError, match="4 rows"), adapters.routed(small_t5.embed(inputs.input_ids[:samples])):
+    with (
+        pytest.raises(ValueError, match="4 rows"),
+        adapters.routed(small_t5.embed(inputs.input_ids[:samples])),
+    ):
         small_t5.loss(*inputs)
 
 
@@ -352,7 +379,10 @@ def test_linears_that_are_never_called_are_reported_once():
 
     base = Bypass()
     adapters = attach(base, OrchMoEConfig(targets=("used", "bypassed")))
-    with pytest.warns(UserWarning, match="1 adapted Linears .*bypassed"), adapters.routed(torch.randn(2, 3, 4)):
+    with (
+        pytest.warns(UserWarning, match="1 adapted Linears .*bypassed"),
+        adapters.routed(torch.randn(2, 3, 4)),
+    ):
         base(torch.randn(2, 3, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -372,11 +402,14 @@ def test_base_names_survive_and_new_ones_carry_skill(small_t5):
     assert all(p.data_ptr() == weights[name] for name, p in small_t5.named_parameters() if name in weights)
 
 
-@pytest.mark.parametrize("module, targets, message", [
-    (nn.Sequential(nn.Linear(2, 2)), ("q",), "there are 0"),
-    (nn.MultiheadAttention(4, 2), ("out_proj",), "bypass"),
-    (nn.TransformerEncoderLayer(4, 2), ("linear1",), "bypass"),
-])
+@pytest.mark.parametrize(
+    "module, targets, message",
+    [
+        (nn.Sequential(nn.Linear(2, 2)), ("q",), "there are 0"),
+        (nn.MultiheadAttention(4, 2), ("out_proj",), "bypass"),
+        (nn.TransformerEncoderLayer(4, 2), ("linear1",), "bypass"),
+    ],
+)
 def test_attach_refuses_what_it_cannot_adapt(module, targets, message):
     with pytest.raises(ValueError, match=message):
         attach(module, OrchMoEConfig(targets=targets))
@@ -389,9 +422,16 @@ def test_attach_refuses_a_second_time(small_t5):
         attach(small_t5, OrchMoEConfig())
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"tasks": 0}, "tasks"), ({"tau": 0.0}, "tau"), ({"allocation_init": "normal"}, "allocation_init"),
-    ({"allocation_init": "uniform:x"}, "allocation_init"), ({"targets": ()}, "targets")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": 0}, "tasks"),
+        ({"tau": 0.0}, "tau"),
+        ({"allocation_init": "normal"}, "allocation_init"),
+        ({"allocation_init": "uniform:x"}, "allocation_init"),
+        ({"targets": ()}, "targets"),
+    ],
+)
 def test_config_refuses_nonsense(options, message):
     with pytest.raises(ValueError, match=message):
         OrchMoEConfig(**options)
@@ -459,8 +499,11 @@ def test_normal_start_only_standardises(small_t5):
 def test_fit_router_reads_padded_batches(small_t5, inputs):
     adapters = attached(small_t5, tasks=2)
     embeddings = small_t5.embed(inputs.input_ids)
-    adapters.fit_router([embeddings[:3], embeddings[3:]], [inputs.attention_mask[:3], inputs.attention_mask[3:]],
-                        generator=torch.Generator().manual_seed(0))
+    adapters.fit_router(
+        [embeddings[:3], embeddings[3:]],
+        [inputs.attention_mask[:3], inputs.attention_mask[3:]],
+        generator=torch.Generator().manual_seed(0),
+    )
     features = adapters.router.features(embeddings, inputs.attention_mask)
     torch.testing.assert_close(adapters.router.mu.float(), features.mean(0).float())
     one = OrchMoEConfig(tasks=1)

@@ -1,5 +1,5 @@
-"""Trains tiny/'s SentencePiece model as T5's was trained (unigram; pad 0, EOS 1, unknown 2) on lines of text and on the
-pre-training tasks.
+"""Trains tiny/'s SentencePiece model as T5's was trained (unigram; pad 0, EOS 1, unknown 2) on lines of text
+and on the pre-training tasks.
 
     python tiny/make_tokenizer.py TEXT SNI SPIECE_MODEL"""
 
@@ -28,8 +28,8 @@ def lines(text: Path, sni: Path) -> Iterator[str]:
 
 
 def candidates(corpus: list[str]) -> Counter[str]:
-    """Whole words, their beginnings and ends: in so small a world most words have one form, and the trainer itself proposes
-    only what stands in two different words."""
+    """Whole words, their beginnings and ends: in so small a world most words have one form, and the trainer
+    itself proposes only what stands in two different words."""
     counts: Counter[str] = Counter()
     for word, count in Counter(re.findall(r"\w+", " ".join(corpus))).items():
         marked = "\u2581" + word

@@ -1,0 +1,249 @@
+"""The baselines against their equations written out, against OrchMoE where they coincide, against peft where
+it is installed, and their parameter counts against closed forms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from baselines import METHODS, attach_method
+from model import T5, T5Config
+from orchmoe import OrchMoEConfig
+
+S, R, T, D = 3, 2, 5, 32
+CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0, router_dim=8)
+TASK_IDS = torch.tensor([4, 0, -1, 2])
+EXACT = dict(rtol=1e-10, atol=1e-12)
+
+
+def attached(name, base, **options):
+    """The method with random B and allocation, in float64, and one of its Linears with an input for it."""
+    generator = torch.Generator().manual_seed(0)
+    adapters = attach_method(name, base, CONFIG, num_tasks=T, generator=generator, **options)
+    base.double()
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+    if hasattr(adapters, "allocation"):
+        nn.init.normal_(adapters.allocation, generator=generator)
+    linear = next(iter(adapters.linears.values()))
+    return adapters, linear, torch.randn(4, 7, D, dtype=torch.float64, generator=generator)
+
+
+def normalised(z):
+    return z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+
+
+def task_rows(z):
+    """Rows of Z (T,..) for TASK_IDS; the mean of the normalised rows for the unseen task."""
+    rows = normalised(z)
+    return torch.stack([rows[i] if i >= 0 else rows.mean(0) for i in TASK_IDS])
+
+
+def test_lora_is_one_adapter_of_the_whole_rank(small_t5):
+    adapters, linear, x = attached("lora", small_t5)
+    assert linear.skill_A.shape == (1, S * R, D)
+    with adapters.routed():
+        expected = x @ linear.weight.T + 5.0 / (S * R) * x @ linear.skill_A[0].T @ linear.skill_B[0]
+        torch.testing.assert_close(linear(x), expected, **EXACT)
+
+
+def test_moe_lora_is_a_softmax_over_experts_for_each_token(small_t5):
+    adapters, linear, x = attached("moe-lora", small_t5)
+    assert linear.skill_task.shape == (S, D) and linear.skill_bias is None
+    with adapters.routed():
+        gate = (x @ linear.skill_task.T).softmax(-1)
+        mixed = torch.einsum("bls,bld,srd,sro->blo", gate, x, linear.skill_A, linear.skill_B)
+        torch.testing.assert_close(linear(x), x @ linear.weight.T + 5.0 / R * mixed, **EXACT)
+
+
+def test_poly_mixes_factors_by_task(small_t5):
+    adapters, linear, x = attached("poly", small_t5)
+    c = task_rows(adapters.allocation[0, :, 0])
+    with adapters.routed(task_ids=TASK_IDS):
+        y = linear(x)
+    for b in range(4):
+        A, B = (torch.tensordot(c[b], bank, 1) for bank in (linear.skill_A, linear.skill_B))
+        torch.testing.assert_close(y[b], x[b] @ linear.weight.T + 5.0 / R * x[b] @ A.T @ B, **EXACT)
+
+
+def test_mhr_mixes_factors_by_task_and_head(small_t5):
+    adapters, linear, x = attached("mhr", small_t5, heads=4)
+    c = task_rows(adapters.allocation[0])  # (B,H,S)
+    with adapters.routed(task_ids=TASK_IDS):
+        y = linear(x)
+    for b in range(4):
+        A, B = (
+            torch.cat([torch.tensordot(c[b, h], part, 1) for h, part in enumerate(bank.chunk(4, -1))], -1)
+            for bank in (linear.skill_A, linear.skill_B)
+        )
+        torch.testing.assert_close(y[b], x[b] @ linear.weight.T + 5.0 / R * x[b] @ A.T @ B, **EXACT)
+
+
+def test_c_poly_adds_a_private_skill_to_common_ones(small_t5):
+    adapters, linear, x = attached("c-poly", small_t5)
+    assert torch.equal(adapters.allocation_private[0], torch.eye(T, dtype=torch.float64))
+    with torch.no_grad():
+        adapters.allocation_private.normal_()
+    common = task_rows(adapters.allocation[0, :, 0])  # (B,S-1)
+    private = torch.stack([adapters.allocation_private[0, i] * (i >= 0) for i in TASK_IDS])
+    with adapters.routed(task_ids=TASK_IDS):
+        mixed = torch.einsum(
+            "bs,bld,srd,sro->blo", torch.cat([common, private], 1), x, linear.skill_A, linear.skill_B
+        )
+        torch.testing.assert_close(linear(x), x @ linear.weight.T + 5.0 / R * mixed, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr", "c-poly"])
+def test_noise_relaxes_the_rows_in_training_only(small_t5, name):
+    adapters, linear, x = attached(name, small_t5)
+    noise = torch.rand(4, *adapters.noise_shape)
+    with adapters.routed(task_ids=TASK_IDS, noise=noise) as quiet:
+        pass
+    adapters.train()
+    with adapters.routed(task_ids=TASK_IDS, noise=noise) as noisy, torch.no_grad():
+        z = adapters.allocation[:, TASK_IDS.clamp(min=0)] + noise.double().clamp(
+            1e-6, 1 - 1e-6
+        ).logit().transpose(0, 1)
+        wanted = normalised(z)[:, 0]  # sample 0, a seen task
+    found = noisy.c[:, 0] if name != "c-poly" else noisy.c[:, 0, None, : S - 1]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(noisy.c, quiet.c)
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr", "c-poly"])
+def test_methods_with_ids_ask_for_them(small_t5, name):
+    with pytest.raises(ValueError, match="num_tasks"):
+        attach_method(name, small_t5, CONFIG)
+    adapters, *_ = attached(name, small_t5)
+    with pytest.raises(ValueError, match="task_ids"), adapters.routed():
+        pass
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_start_as_the_base_train_and_generate(small_t5, inputs, name):
+    small_t5.requires_grad_(False)
+    before = small_t5.loss(*inputs)
+    adapters = attach_method(name, small_t5, CONFIG, num_tasks=T, generator=torch.Generator().manual_seed(0))
+    embeddings = small_t5.embed(inputs.input_ids)
+    with adapters.routed(embeddings, inputs.attention_mask, task_ids=TASK_IDS):
+        loss = small_t5.loss(*inputs)
+        loss.backward()
+    torch.testing.assert_close(loss, before)
+    groups = adapters.parameter_groups()
+    assert any(p.grad is not None and p.grad.any() for p in groups["full" if name == "full" else "skills"])
+    with torch.no_grad(), adapters.routed(embeddings, inputs.attention_mask, task_ids=TASK_IDS):
+        small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=4, on_keep=adapters.keep)
+
+
+def test_unknown_method_is_refused(small_t5):
+    with pytest.raises(ValueError, match="loraa"):
+        attach_method("loraa", small_t5, CONFIG)
+
+
+COUNTS = {  # parameters of one Linear, D -> O: the table of the methods
+    "lora": lambda d, o: S * R * (d + o),
+    "moe-lora": lambda d, o: S * R * (d + o) + S * d,
+    "poly": lambda d, o: S * R * (d + o) + T * S,
+    "mhr": lambda d, o: S * R * (d + o) + T * S * 4,
+    "c-poly": lambda d, o: (S - 1 + T) * R * (d + o) + T * (S - 1) + T * T,
+    "orchmoe": lambda d, o: S * R * (d + o) + 4 * S,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_closed_forms(small_t5, name):
+    adapters = attach_method(name, small_t5, CONFIG, num_tasks=T)
+    found = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
+    expected = sum(
+        COUNTS[name](linear.in_features, linear.out_features) for linear in adapters.linears.values()
+    )
+    router = 2 * D * 8 + 4 * D + 4 if name == "orchmoe" else 0
+    assert found == expected + router
+
+
+def test_mhr_on_flan_t5_xl_has_the_published_size():
+    config = T5Config(
+        vocab_size=32128,
+        d_model=2048,
+        d_kv=64,
+        d_ff=5120,
+        num_layers=24,
+        num_decoder_layers=24,
+        num_heads=32,
+        feed_forward_proj="gated-gelu",
+        scale_decoder_outputs=False,
+        tied_head=False,
+    )
+    with torch.device("meta"):
+        base = T5(config)
+    adapters = attach_method("mhr", base, OrchMoEConfig(skills=2, rank=8), num_tasks=4, heads=4)
+    assert len(adapters.linears) == 144
+    assert sum(p.numel() for group in adapters.parameter_groups().values() for p in group) == 9_441_792
+
+
+def peft_twin(base, kind):
+    """The same Linear under peft, with the factors and allocation of ours copied in."""
+    peft = pytest.importorskip("peft")
+    if kind == "lora":
+        return peft.get_peft_model(
+            base, peft.LoraConfig(r=S * R, lora_alpha=5, target_modules=["q"], lora_dropout=0)
+        )
+    heads = 4 if kind == "mhr" else 1
+    return peft.get_peft_model(
+        base, peft.PolyConfig(r=R, n_tasks=T, n_skills=S, n_splits=heads, target_modules=["q"])
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "poly", "mhr"])
+def test_output_and_gradients_equal_peft(kind):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(D, 24, bias=False)
+
+        def forward(self, x, task_ids=None):
+            return self.q(x)
+
+    torch.manual_seed(0)
+    base = One()
+    twin = peft_twin(One(), kind)
+    alpha = 5.0 if kind == "lora" else float(R)  # peft's Poly does not scale
+    config = OrchMoEConfig(skills=S, rank=R, targets=("q",), alpha=alpha)
+    adapters = attach_method(kind, base, config, num_tasks=T, heads=4)
+    adapters.eval()
+    twin.eval()
+    linear = base.q
+    nn.init.normal_(linear.skill_B)
+    layer = twin.base_model.model.q
+    layer.base_layer.weight.data.copy_(linear.weight)
+    with torch.no_grad():
+        if kind == "lora":
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a.copy_(linear.skill_A[0])
+            b.copy_(linear.skill_B[0].T)
+            pairs = [(linear.skill_A, a, lambda g: g[None]), (linear.skill_B, b, lambda g: g.T[None])]
+        else:
+            heads = 4 if kind == "mhr" else 1
+            nn.init.normal_(adapters.allocation)
+            a, b = layer.poly_lora_A["default"], layer.poly_lora_B["default"]  # (H,S,D/H,R), (H,S,R,O/H)
+            z = layer.poly_router["default"].module_logits  # (T,H S)
+            a.copy_(linear.skill_A.view(S, R, heads, -1).permute(2, 0, 3, 1))
+            b.copy_(linear.skill_B.view(S, R, heads, -1).permute(2, 0, 1, 3))
+            z.copy_(adapters.allocation[0].flatten(1))
+            pairs = [
+                (linear.skill_A, a, lambda g: g.permute(1, 3, 0, 2).flatten(2)),
+                (linear.skill_B, b, lambda g: g.permute(1, 2, 0, 3).flatten(2)),
+                (adapters.allocation, z, lambda g: g.view(1, T, heads, S)),
+            ]
+    x, task_ids = torch.randn(4, 6, D), torch.tensor([4, 0, 1, 4])
+    with adapters.routed(task_ids=task_ids):
+        y = base(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    twin_y = twin(x) if kind == "lora" else twin(x, task_ids=task_ids)
+    (twin_y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    torch.testing.assert_close(y, twin_y, rtol=1e-5, atol=1e-5)
+    for ours, theirs, arrange in pairs:
+        torch.testing.assert_close(ours.grad, arrange(theirs.grad), rtol=1e-5, atol=1e-5)
+    assert not F.cosine_similarity(y.flatten(), (x @ linear.weight.T).flatten(), dim=0).isclose(
+        torch.tensor(1.0)
+    )

@@ -1,0 +1,76 @@
+"""The shape of the repository: imports point down only, orchmoe.py stands alone, nothing else is imported at
+run time."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVEL = {
+    "orchmoe": 0,
+    "kernels": 0,
+    "model": 0,
+    "metrics": 0,
+    "runtime": 0,
+    "checkpoint": 1,
+    "data": 1,
+    "baselines": 1,
+    "eval": 2,
+    "plot": 2,
+    "train": 3,
+    "compare": 4,
+    "bench": 4,
+}
+PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "nltk"}
+FILES = sorted(path for path in ROOT.glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    below = {name for name, level in LEVEL.items() if level < LEVEL[path.stem]}
+    assert imported(path) & LEVEL.keys() <= below
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem not in ("bench", "plot")], ids=lambda path: path.stem
+)
+def test_no_other_package_is_imported(path):
+    assert imported(path) - LEVEL.keys() - sys.stdlib_module_names <= PACKAGES
+
+
+def test_orchmoe_works_alone_in_an_empty_folder(tmp_path):
+    (tmp_path / "orchmoe.py").write_bytes((ROOT / "orchmoe.py").read_bytes())
+    program = (
+        "import torch, orchmoe; from torch import nn\n"
+        "m = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2));"
+        "a = orchmoe.attach(m, orchmoe.OrchMoEConfig(targets=('0', '2'))); x = torch.randn(3, 5, 4)\n"
+        "with a.routed(x): m(x).sum().backward()\n"
+        "print(sorted(k for k in __import__('sys').modules if k in ('transformers', 'model', 'kernels')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "[]\n", done.stderr
+
+
+def test_no_file_is_wider_than_a_page():
+    wide = [
+        f"{path.name}:{i}"
+        for path in ROOT.rglob("*.py")
+        for i, line in enumerate(open(path, encoding="utf-8"), 1)
+        if len(line) > 111 and ".venv" not in path.parts
+    ]
+    assert not wide

@@ -1,0 +1,207 @@
+"""train.py and eval.py as a user runs them, on the bundled data and, where it is given, on the real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = [
+    "--device",
+    "cpu",
+    "--max-tasks",
+    "4",
+    "--eval-instances",
+    "16",
+    "--steps",
+    "8",
+    "--eval-every",
+    "4",
+    "--batch-size",
+    "8",
+    "--warmup",
+    "2",
+]
+
+
+def command(program, *arguments):
+    return [sys.executable, str(ROOT / program), *map(str, arguments)]
+
+
+def run(program, *arguments, cwd, code=0):
+    """stdout of a program that must end with `code`; run outside the repository, with a token cache of its
+    own."""
+    done = subprocess.run(
+        command(program, *arguments),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def home(tmp_path):
+    """An empty folder from which the bundled data and base can be named as the README names them."""
+    for name in ("sni", "tiny"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def records(folder):
+    return [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+
+
+def trace(folder):
+    """The losses of all steps and the dev losses: what must not depend on interruptions."""
+    return [(row["step"], row.get("loss"), row.get("norm"), row.get("dev_loss")) for row in records(folder)]
+
+
+def test_a_run_from_start_to_scores(home):
+    out = run("train.py", "--data", "sni/", "--gpu", "0", *SHORT[2:], "--out", "run", cwd=home)
+    assert "| frozen base |" in out and "| orchmoe |" in out
+    folder = home / "run"
+    assert [row["step"] for row in records(folder) if "loss" in row] == list(range(8))
+    assert {"entropy", "between", "within", "largest"} == records(folder)[-1]["router"].keys()
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores.keys() == {"frozen base", "orchmoe"} and scores["orchmoe"].keys() == {"seen", "unseen"}
+    state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
+    assert info["method"] == "orchmoe" and "allocation" in state
+
+    out = run("eval.py", "--run", "run", "--split", "seen", "--limit", "16", "--device", "cpu", cwd=home)
+    again = json.loads((folder / "eval-seen" / "scores.json").read_text())
+    assert again["overall"] == scores["orchmoe"]["seen"]["overall"]
+    predictions = [
+        json.loads(line) for line in open(folder / "eval-seen" / "predictions.jsonl", encoding="utf-8")
+    ]
+    assert len(predictions) == 16 and all(row.keys() == {"id", "prediction"} for row in predictions)
+
+
+def test_a_killed_run_resumes_bit_for_bit(home):
+    run("train.py", *SHORT, "--gumbel", "--out", "whole", cwd=home)
+    process = subprocess.Popen(
+        command("train.py", *SHORT, "--gumbel", "--out", "killed"),
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")},
+    )
+    while (
+        len(trace(home / "killed") if (home / "killed/metrics.jsonl").exists() else []) < 6
+    ):  # past a checkpoint
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (home / "killed/checkpoint.pt").exists() and len(trace(home / "killed")) < 10
+    run("train.py", "--resume", "--out", "killed", "--device", "cpu", cwd=home)
+    assert trace(home / "killed") == trace(home / "whole")
+    for name in ("adapter.safetensors", "scores.json"):
+        assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
+    process = subprocess.Popen(
+        command("train.py", *SHORT, "--steps", "4000", "--out", "run"),
+        cwd=home,
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")},
+    )
+    while not (home / "run/metrics.jsonl").exists() or not records(home / "run"):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "train.py --resume --out run" in out
+    saved = checkpoint.load_state(home / "run/checkpoint.pt")["step"]
+    assert saved == records(home / "run")[-1]["step"] + 1
+
+
+@pytest.mark.parametrize("method", ["lora", "moe-lora", "poly", "mhr", "c-poly", "full"])
+def test_every_method_trains_and_is_scored(home, method):
+    run("train.py", *SHORT, "--method", method, "--steps", "2", "--out", "run", cwd=home)
+    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
+    scores = json.loads((home / "run/scores.json").read_text())
+    again = json.loads((home / "run/eval-test/scores.json").read_text())
+    assert scores[method]["unseen"]["overall"].keys() == again["overall"].keys()
+
+
+def test_accumulation_does_not_change_the_step(home):
+    for parts in (1, 3):
+        run("train.py", *SHORT, "--gumbel", "--accumulate", parts, "--out", f"run{parts}", cwd=home)
+    for one, three in zip(trace(home / "run1"), trace(home / "run3"), strict=True):
+        assert one == pytest.approx(three, rel=1e-4)
+
+
+MESSAGES = [  # program, arguments, words that the one line must have
+    ("train.py", ["--data", "nowhere"], ["nowhere/splits/default/train_tasks.txt", "missing"]),
+    ("train.py", ["--model", "nowhere"], ["nowhere"]),
+    ("train.py", ["--steps", "many"], ["--steps", "many"]),
+    ("train.py", ["--stepz", "3"], ["--stepz"]),
+    ("train.py", ["--dtype", "float16"], ["--dtype", "float16"]),
+    ("train.py", ["--device", "tpu"], ["--device tpu"]),
+    ("train.py", ["--gpu", "-1"], ["--gpu -1"]),
+    ("train.py", ["--resume", "--out", "nowhere"], ["nowhere/config.json"]),
+    ("train.py", ["--method", "lora", "--from-scratch"], ["--from-scratch"]),
+    ("train.py", ["--targets", "z"], ["targets", "z"]),
+    ("train.py", ["--num-pos", "-1"], ["--num-pos -1"]),
+    ("eval.py", [], ["--run", "--model", "--heuristic"]),
+    ("eval.py", ["--run", "nowhere"], ["nowhere/config.json"]),
+    ("eval.py", ["--heuristic", "copy-demo", "--data", "nowhere"], ["nowhere/splits"]),
+    ("eval.py", ["--split", "all", "--heuristic", "copy-demo"], ["--split", "all"]),
+]
+
+
+@pytest.mark.parametrize(
+    "program, arguments, words", MESSAGES, ids=lambda value: " ".join(value) if value else "none"
+)
+def test_bad_input_is_one_line_and_exit_code_2(home, program, arguments, words):
+    error = run(program, *arguments, cwd=home, code=2)
+    assert error.count("\n") == 1 and error.startswith(f"{program}: error: "), error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "kind, rouge_l, exact", [("copy-demo", 29.6919, 23.3748), ("copy-input", 16.5341, 0.3112)]
+)
+def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind, rouge_l, exact):
+    run("eval.py", "--heuristic", kind, "--data", sni_dir, "--out", "out", cwd=home)
+    overall = json.loads((home / "out/scores.json").read_text())["overall"]
+    assert overall["rougeL"] == pytest.approx(rouge_l, abs=5e-5)
+    assert overall["exact_match"] == pytest.approx(exact, abs=5e-5)
+
+
+@pytest.mark.slow
+def test_thirty_steps_on_the_real_tasks(home, sni_dir):
+    arguments = [
+        "--data",
+        sni_dir,
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "15",
+        "--eval-instances",
+        "32",
+        "--eval-batch-size",
+        "16",
+        "--warmup",
+        "5",
+        "--out",
+        "run",
+    ]
+    run("train.py", *arguments, "--steps", "30", cwd=home)
+    assert [row["step"] for row in records(home / "run") if "loss" in row] == list(range(30))
+    run("eval.py", "--run", "run", "--max-tasks", "3", "--limit", "24", "--device", "cpu", cwd=home)
+    assert len(json.loads((home / "run/eval-test/scores.json").read_text())["tasks"]) == 3
