@@ -44,7 +44,7 @@ class OrchMoEConfig:
     targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = q,k,v,o,wi,wo
     router: Literal["sample", "token", "none"] = "sample"  # on the source; on each token; w = 1/K
     router_attention: bool = True  # self-attention before the mean over the sample
-    router_dim: int = 64  # d_r, width of that attention's queries and keys
+    router_dim: int | None = None  # d_r, width of that attention; left out: a tenth of D, at most 64
     router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W x_hat + b as it stands
     router_init: Literal["kmeans", "normal"] = "kmeans"  # start of W_task
     allocation_init: str = "normal:3"  # start of Z: normal:SD or uniform:BOUND
@@ -53,8 +53,8 @@ class OrchMoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "skills", "rank", "router_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: {value} must be at least 1")
         if not self.targets:
             raise ValueError("targets: name at least one Linear")
         if not self.tau > 0:
@@ -91,8 +91,9 @@ class TaskRouter(nn.Module):
     def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.query = nn.Parameter(_normal((width, config.router_dim), width**-0.5, generator))
-        self.key = nn.Parameter(_normal((width, config.router_dim), width**-0.5, generator))
+        d_r = config.router_dim or max(1, min(64, width // 10))
+        self.query = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
+        self.key = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
         self.task = nn.Parameter(_normal((config.tasks, width), 0.02, generator))
         self.bias = nn.Parameter(torch.full((config.tasks,), config.bias_start))
         self.register_buffer("mu", torch.zeros(width))
@@ -105,7 +106,7 @@ class TaskRouter(nn.Module):
         X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
         mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
         if self.config.router_attention:
-            scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.config.router_dim)  # (B,L,L)
+            scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.query.shape[1])  # (B,L,L)
             P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
             mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
         return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)

@@ -313,7 +313,8 @@ def main() -> None:
     base.checkpoint_blocks = config.checkpoint_blocks
     trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
     parameters = sum(p.numel() for p in base.parameters())
-    runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} examples of {len(train_set.tasks)} tasks; run folder {folder}")
+    runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
+                f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
     runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
         "base": base_print, "torch": torch.__version__})
     runtime.write_json(scores_file, scores)

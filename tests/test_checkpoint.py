@@ -206,7 +206,7 @@ def test_transformers_reads_what_save_t5_writes(kind, dtype, tmp_path):
     assert {tensor.dtype for tensor in read_folder(tmp_path).values()} == {dtype or torch.float32}
     assert read_safetensors(tmp_path / "model.safetensors")[1] == {
         "format": "pt"
-    }  # asked for by transformers 4
+    }  # for transformers 4
     hf = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     loaded = load_t5(tmp_path, dtype=torch.float32)
     rounded = {name: weight.to(dtype or weight.dtype).float() for name, weight in t5.state_dict().items()}
