@@ -258,6 +258,10 @@ class Adapters(nn.Module):
         self._routing: Routing | None = None
         self._reported = False
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x as it is: an nn.Sequential calls whatever is registered on it, its adapters too."""
+        return x
+
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
               task_ids: Tensor | None = None, noise: Tensor | None = None,
               w: Tensor | None = None) -> Routing:
@@ -318,10 +322,13 @@ class Adapters(nn.Module):
         """After the first forward: Linears whose owner bypasses them (say, a fused kernel) would silently
         stay unadapted."""
         unvisited = [name for name, linear in self.linears.items() if not linear.skill_visited]
-        if unvisited and not self._reported:
-            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first forward: "
-                          f"{', '.join(unvisited[:3])}{', ...' if len(unvisited) > 3 else ''}", stacklevel=4)
+        if self._reported or len(unvisited) == len(self.linears):  # said before, or no forward yet
+            return
         self._reported = True
+        if unvisited:
+            dots = ", ..." if len(unvisited) > 3 else ""
+            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first forward: "
+                          f"{', '.join(unvisited[:3])}{dots}", stacklevel=4)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters under skills, router and allocation: each has a learning rate of its own."""

@@ -22,7 +22,7 @@ import data
 import eval as evaluation
 import model
 import runtime
-from baselines import Unadapted, attach_method
+from baselines import attach_method
 from orchmoe import Adapters, OrchMoEConfig
 
 
@@ -34,10 +34,10 @@ class TrainConfig:
     method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # what trains
     from_scratch: bool = False  # random weights instead of those in --model; with --method full
     seed: int = 0  # of everything: splits, order, initial values, noise
-    steps: int = 600  # optimiser steps
+    steps: int = 1000  # optimiser steps
     batch_size: int = 16  # examples of one optimiser step
     accumulate: int = 1  # micro-batches that a step is computed in
-    lr_skills: float = 1e-3  # peak learning rate of A and B
+    lr_skills: float = 3e-3  # peak learning rate of A and B
     lr_router: float = 2e-5  # of the router
     lr_allocation: float = 1e-2  # of the allocation matrices
     lr_full: float = 5e-5  # of every weight, with --method full; with --from-scratch relative to its size
@@ -301,12 +301,7 @@ def main() -> None:
     train_set, sets = load_sets(tokenizer, config, data_config)
     base = load_base(config, place)
     base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
-    scores_file = folder / "scores.json"
-    scores = runtime.read_json(scores_file) if scores_file.exists() else {}
-    if not (scores or config.from_scratch):
-        frozen = Unadapted(base, full=False)
-        scores["frozen base"] = closing_scores(base, frozen, sets, tokenizer, config, "frozen base")
-
+    source = Source(train_set, tokenizer, config, data_config)
     adapters = attach_method(config.method, base, adapter_config, num_tasks=len(train_set.tasks),
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
@@ -315,9 +310,13 @@ def main() -> None:
     parameters = sum(p.numel() for p in base.parameters())
     runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
                 f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
+    scores_file = folder / "scores.json"
+    scores = runtime.read_json(scores_file) if scores_file.exists() else {}
+    if not (scores or config.from_scratch):  # every method starts as the base, bit for bit
+        scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
+        runtime.write_json(scores_file, scores)
     runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
         "base": base_print, "torch": torch.__version__})
-    runtime.write_json(scores_file, scores)
 
     def keep_best() -> None:
         if config.method == "full":
@@ -328,7 +327,6 @@ def main() -> None:
                                     method=config.method, config=asdict(adapter_config),
                                     num_tasks=len(train_set.tasks), base=base_print)
 
-    source = Source(train_set, tokenizer, config, data_config)
     if not train(base, adapters, sets["dev"], source, folder, config, keep_best):
         runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
         raise SystemExit(130)

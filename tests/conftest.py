@@ -1,4 +1,4 @@
-"""Shared by all tests: the project's root on the path, two threads, the folders of the real data where they
+"""Shared by all tests: the project's root on the path, one thread, the folders of the real data where they
 are given, and a T5 small enough to be compared in float64."""
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 from model import T5, T5Config  # noqa: E402  (the path comes first)
 

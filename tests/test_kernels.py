@@ -76,6 +76,7 @@ def test_backward_keeps_two_hidden_matrices_beside_x(function):
 @pytest.mark.parametrize("function", [kernels._mix_skills, kernels._mix_factors])
 def test_one_graph_without_breaks_for_all_shapes(function):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (5, 7, 9):
         x, A, B_, c, scale = arguments((B, S))
