@@ -64,7 +64,8 @@ def records(folder):
 
 def trace(folder):
     """The losses of all steps and the dev losses: what must not depend on interruptions."""
-    return [tuple(row.get(name, 0.0) for name in ("step", "loss", "norm", "dev_loss")) for row in records(folder)]
+    names = ("step", "loss", "norm", "dev_loss")
+    return [tuple(row.get(name, 0.0) for name in names) for row in records(folder)]
 
 
 def test_a_run_from_start_to_scores(home):
