@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes tiny/: the tokenizer, and a T5 v1.1-shaped base of 2.7 M parameters pre-trained from scratch on the miniature's
-# pre-training tasks and on span corruption of its text. Some 30 minutes on two CPU cores.
+# pre-training tasks and on span corruption of its text. Some 20 minutes on two CPU cores.
 #
 #     bash tiny/make_tiny.sh [WORK_FOLDER]
 set -euo pipefail

@@ -5,6 +5,7 @@ and on the pre-training tasks.
 
 import io
 import json
+import os
 import re
 import string
 import sys
@@ -39,16 +40,18 @@ def candidates(corpus: list[str]) -> Counter[str]:
 
 
 def main() -> None:
-    text, sni, target = map(Path, sys.argv[1:])
+    text, sni, target = (Path(argument).resolve() for argument in sys.argv[1:])
     corpus, model = list(lines(text, sni)), io.BytesIO()
-    with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as seeds:
-        seeds.writelines(f"{piece}\t{count}\n" for piece, count in sorted(candidates(corpus).items()))
-        seeds.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # the model keeps the name of the file of candidates: a relative one is always the same
+        with open("candidates.tsv", "w", encoding="utf-8") as file:
+            file.writelines(f"{piece}\t{count}\n" for piece, count in sorted(candidates(corpus).items()))
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(corpus), model_writer=model, vocab_size=PIECES, model_type="unigram",
-            seed_sentencepieces_file=seeds.name, hard_vocab_limit=False, character_coverage=1.0,
-            required_chars=string.printable.strip(), pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=2,
+            seed_sentencepieces_file="candidates.tsv", hard_vocab_limit=False, character_coverage=1.0,
+            required_chars=string.printable.strip(), pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1,
             minloglevel=1)
+        os.chdir(target.parent)
     target.write_bytes(model.getvalue())
 
 
