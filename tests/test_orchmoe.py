@@ -92,7 +92,8 @@ def test_linear_is_the_equation_written_out(small_t5, inputs):
 def test_relaxed_bernoulli_noise_enters_as_stated(small_t5):
     adapters = attached(small_t5, gumbel=True, tau=0.5).train()
     u = torch.rand(4, *adapters.noise_shape, dtype=torch.float64)
-    u[0, 0, 0, 0], u[1, 0, 0, 0] = 0.0, 1 - 1e-9  # clamped, so that the logit stays finite
+    u[0, 0, 0] = 0.0  # clamped: a row of infinite logits would be NaN
+    u[1, 0, 0, 0] = 1 - 1e-9
     clamped = u.clamp(1e-6, 1 - 1e-6)
     relaxed = ((adapters.allocation + (clamped / (1 - clamped)).log()) / 0.5).sigmoid()
     torch.testing.assert_close(
@@ -268,6 +269,8 @@ def test_rows_dropped_while_generating_keep_their_own_routing(small_t5, inputs):
     adapters = attached(small_t5)
     with torch.no_grad():
         small_t5.head.weight[1] *= 6  # EOS comes early, at different steps
+        for linear in adapters.linears.values():
+            linear.skill_B *= 5  # another sample's routing gives other tokens
     kept = []
 
     def on_keep(rows):
@@ -508,6 +511,14 @@ def test_fit_router_reads_padded_batches(small_t5, inputs):
     torch.testing.assert_close(adapters.router.mu.float(), features.mean(0).float())
     one = OrchMoEConfig(tasks=1)
     orchmoe.TaskRouter(32, one).fit(features.float())  # K = 1: nothing to tell apart, and no error
+
+
+def test_kmeans_centres_are_those_of_the_clusters():
+    features, cluster = clustered()
+    centres = orchmoe.spherical_kmeans(features, 4, torch.Generator().manual_seed(0))
+    points = F.normalize(features, dim=-1)
+    means = F.normalize(torch.stack([points[cluster == c].sum(0) for c in range(4)]), dim=-1)
+    torch.testing.assert_close((means @ centres.T).amax(1), torch.ones(4))
 
 
 def test_kmeans_survives_fewer_points_than_centres():

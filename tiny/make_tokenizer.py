@@ -43,9 +43,10 @@ def main() -> None:
     text, sni, target = (Path(argument).resolve() for argument in sys.argv[1:])
     corpus, model = list(lines(text, sni)), io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # the model keeps the name of the file of candidates: a relative one is always the same
+        os.chdir(folder)  # the model keeps the name of the candidates' file: a relative one
         with open("candidates.tsv", "w", encoding="utf-8") as file:
-            file.writelines(f"{piece}\t{count}\n" for piece, count in sorted(candidates(corpus).items()))
+            rows = sorted(candidates(corpus).items())
+            file.writelines(f"{piece}\t{count}\n" for piece, count in rows)
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(corpus), model_writer=model, vocab_size=PIECES, model_type="unigram",
             seed_sentencepieces_file="candidates.tsv", hard_vocab_limit=False, character_coverage=1.0,
