@@ -55,6 +55,7 @@ class LoRA(Adapters):
         self.register_buffer("ones", ones, persistent=False)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        refuse_w(w)
         return Routing(None, None, self.ones, True)
 
 
@@ -72,6 +73,7 @@ class MoELoRA(Adapters):
         self.register_buffer("identity", identity, persistent=False)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+        refuse_w(w)
         return Routing(None, self.identity, None, True)
 
 
@@ -93,8 +95,8 @@ class Poly(Adapters):
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,H,S) in training -> c (N,B,H,S)."""
-        c = mix_rows(self.allocation, task_ids, noise if self.training else None)
-        return Routing(None, None, c, False)
+        refuse_w(w)
+        return Routing(None, None, mix_rows(self.allocation, task_ids, noise, relaxed=self.training), False)
 
 
 class CPoly(Adapters):
@@ -114,22 +116,30 @@ class CPoly(Adapters):
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,1,S-1) in training -> c (N,B,S-1+T)."""
-        common = mix_rows(self.allocation, task_ids, noise if self.training else None).squeeze(2)  # (N,B,S-1)
+        refuse_w(w)
+        common = mix_rows(self.allocation, task_ids, noise, relaxed=self.training).squeeze(2)  # (N,B,S-1)
         seen = (task_ids >= 0).unsqueeze(-1)
         private = self.allocation_private[:, task_ids.clamp(min=0)] * seen  # (N,B,T)
         return Routing(None, None, torch.cat([common, private], dim=-1), False)
 
 
-def mix_rows(Z: Tensor, task_ids: Tensor | None, noise: Tensor | None) -> Tensor:
-    """Z (N,T,H,S), task_ids (B,), noise u (B,N,H,S) or None -> each sample's row, normalised (N,B,H,S); mean
-    row for id -1. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z)."""
+def mix_rows(Z: Tensor, task_ids: Tensor | None, noise: Tensor | None, *, relaxed: bool) -> Tensor:
+    """Z (N,T,H,S), task_ids (B,) -> each sample's row, normalised (N,B,H,S); the mean row for id -1. With
+    `relaxed`, noise u (B,N,H,S) enters, drawn here if left out. softmax of logsigmoid is sigmoid(z) / sum
+    sigmoid(z)."""
     if task_ids is None:
         raise ValueError("task_ids: this method needs the task of each sample (B,), -1 where it is unseen")
     rows = Z[:, task_ids.clamp(min=0)]
-    if noise is not None:
-        rows = rows + noise.transpose(0, 1).to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
+    if relaxed:
+        u = torch.rand(len(task_ids), len(Z), *Z.shape[2:]) if noise is None else noise
+        rows = rows + u.transpose(0, 1).to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
     unseen = F.logsigmoid(Z).softmax(-1).mean(1, keepdim=True)
     return torch.where((task_ids >= 0).view(1, -1, 1, 1), F.logsigmoid(rows).softmax(-1), unseen)
+
+
+def refuse_w(w: Tensor | None) -> None:
+    if w is not None:
+        raise ValueError("w: only OrchMoE routes by weights of abstract tasks")
 
 
 def _device(linears: dict[str, SkillLinear]) -> torch.device:

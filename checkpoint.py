@@ -320,22 +320,23 @@ def fingerprint(path: str | Path) -> str:
 # ----------------------------------------------------------------------------------- adapters, training state
 
 
-def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, config: dict, num_tasks: int,
+def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, config: dict, tasks: list[str],
                  base: str):
-    """One safetensors file that says what it is: method, its config, number of real tasks, fingerprint of the
-    base."""
-    info = {"method": method, "config": json.dumps(config), "num_tasks": str(num_tasks), "base": base}
+    """One safetensors file that says what it is: method, its config, the training tasks in the order of their
+    ids, fingerprint of the base."""
+    info = {"method": method, "config": json.dumps(config), "tasks": json.dumps(tasks), "base": base}
     write_safetensors(path, state, info)
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """State and {method, config, num_tasks, base} of a file of save_adapter."""
+    """State and {method, config, tasks, base} of a file of save_adapter."""
     state, info = read_safetensors(existing(path, "name the folder of a run that has kept an adapter"))
     try:
-        return state, {**info, "config": json.loads(info["config"]), "num_tasks": int(info["num_tasks"]),
-                       "method": info["method"], "base": info["base"]}
-    except (KeyError, ValueError):
-        raise ValueError(f"{path}: not an adapter of this project (no method, config, base)") from None
+        read = {"method": info["method"], "base": info["base"], "config": json.loads(info["config"]),
+                "tasks": json.loads(info["tasks"])}
+    except (KeyError, ValueError, RecursionError):
+        raise ValueError(f"{path}: not an adapter of this project (no method, config, tasks, base)") from None
+    return state, read
 
 
 def save_state(path: str | Path, state: dict):

@@ -36,7 +36,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from runtime import atomic_write, progress
+from runtime import atomic_write, progress, require_least
 
 CACHE_VERSION = 1  # part of every cache key: raise it when a prompt, a set or the layout changes
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
@@ -64,10 +64,8 @@ class DataConfig:
     text_ratio: float = 0.5  # share of the batches that comes from --text
 
     def __post_init__(self) -> None:
-        for name, least in (("num_pos", 0), ("num_neg", 0), ("max_tasks", 0), ("train_instances", 1),
-                            ("max_source_length", 2), ("max_target_length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
+        require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1, max_source_length=2,
+                      max_target_length=2)
         if not 0 <= self.text_ratio <= 1:
             raise ValueError(f"--text-ratio {self.text_ratio}: give a share between 0 and 1")
         _plain_name(self.splits, "--splits")
@@ -472,7 +470,6 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor  # (B,L) int64
     attention_mask: torch.Tensor  # (B,L) bool
     labels: torch.Tensor  # (B,Lt) int64, -100 at padding
-    decoder_input_ids: torch.Tensor  # (B,Lt) int64: start token 0, then the target but for its last token
     task_ids: torch.Tensor  # (B,) int64, -1 where it is no training task
     ids: list[str]
 
@@ -531,9 +528,7 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
 def _batch(sources: list, targets: list, task_ids: list[int], ids: list[str], pad_id: int) -> Batch:
     input_ids, mask = _pad(sources, pad_id)
     labels, real = _pad(targets, pad_id)
-    start = labels.new_zeros(len(labels), 1)
-    return Batch(input_ids, mask, labels.masked_fill(~real, -100), torch.cat([start, labels[:, :-1]], 1),
-                 torch.tensor(task_ids), ids)
+    return Batch(input_ids, mask, labels.masked_fill(~real, -100), torch.tensor(task_ids), ids)
 
 
 def _pad(rows: list[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

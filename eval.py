@@ -43,6 +43,9 @@ class EvalConfig:
     device: str = ""  # cpu or cuda:N instead
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
+    def __post_init__(self) -> None:
+        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1)
+
 
 # ---------------------------------------------------------------------------------------- one pass over a set
 
@@ -110,19 +113,29 @@ def mean_loss(base: model.T5, adapters: Adapters, examples: Sequence[data.Exampl
 # --------------------------------------------------------------------------------------- what the router does
 
 
-class RouterReport(NamedTuple):
-    """How w (M,K) spreads over M samples of several tasks; nan where a method has no w."""
+def mean_entropy(w: Tensor) -> float | None:
+    """Mean entropy of the rows of w (M,K) in nats; None where they are no distributions (--router-norm
+    none)."""
+    if w.min() < 0 or not torch.allclose(w.sum(-1), w.new_ones(len(w)), atol=1e-3):
+        return None
+    return torch.special.entr(w).sum(-1).mean().item()
 
-    entropy: float  # mean entropy of w, nats
+
+class RouterReport(NamedTuple):
+    """How w (M,K) spreads over M samples of several tasks."""
+
+    entropy: float | None  # mean entropy of w, nats; None where w is no distribution
     between: float  # standard deviation over tasks of their mean w, mean over K
     within: float  # standard deviation of w within a task, mean over tasks and K
     largest: float  # largest mean weight of one abstract task
 
     def warning(self, tasks: int) -> str:
         """One line when w is uniform or collapsed to one abstract task, else empty."""
-        if self.entropy > 0.98 * math.log(max(tasks, 2)):
+        if self.entropy is None or tasks == 1:
+            return ""
+        if self.entropy > 0.98 * math.log(tasks):
             return "the router is uniform: w hardly depends on the sample; see --router-init and --lr-router"
-        if self.largest > 0.9 and tasks > 1:
+        if self.largest > 0.9:
             return "the router has collapsed to one abstract task; lower --lr-router"
         return ""
 
@@ -141,47 +154,64 @@ def router_weights(base: model.T5, adapters: Adapters, examples: Sequence[data.E
     return torch.stack([rows_of[i] for i in range(len(examples))])
 
 
-def report_router(w: Tensor | None, examples: Sequence[data.Example]) -> RouterReport:
-    if w is None:
-        return RouterReport(*[math.nan] * 4)
+def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
+    """The report on w (M,K) of the examples, grouped by their real tasks."""
     tasks = np.array([example.task for example in examples])
     groups = [w[tasks == task] for task in sorted(set(tasks))]
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
-    return RouterReport(torch.special.entr(w).sum(-1).mean().item(), means.std(0, correction=0).mean().item(),
-                        torch.stack([group.std(0, correction=0).mean() for group in groups]).mean().item(),
+    spreads = torch.stack([group.std(0, correction=0).mean() for group in groups])
+    return RouterReport(mean_entropy(w), means.std(0, correction=0).mean().item(), spreads.mean().item(),
                         w.mean(0).max().item())
 
 
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapters, dict]:
-    """Base with the run's best adapters attached, on the device; and the run's config.json."""
-    folder = Path(folder)
-    config = runtime.read_json(checkpoint.existing(folder / "config.json", "name the folder of a run"))
-    if config["train"]["method"] == "full":
+def read_run(folder: str | Path) -> dict:
+    """config.json of a run: {"train", "data", "adapter", "base", "tasks", ..}."""
+    path = checkpoint.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
+    config = runtime.read_json(path)
+    sections = {"train": dict, "data": dict, "adapter": dict, "base": str, "tasks": list}
+    for name, kind in sections.items():
+        if not (isinstance(config, dict) and isinstance(config.get(name), kind)):
+            raise ValueError(f"{path}: {name} is missing or of another type; restore the file")
+    return config
+
+
+def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapters]:
+    """The base with the run's best adapters attached, or the run's best full weights, on the device."""
+    folder, train = Path(folder), read_run(folder)["train"]
+    if train["method"] == "full":
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
-        return base, Unadapted(base, full=False), config
+        return base, Unadapted(base, full=False)
     state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
-    if (have := checkpoint.fingerprint(config["train"]["model"])) != info["base"]:
+    if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
         raise ValueError(f"{folder / 'adapter.safetensors'}: trained on the base {info['base']}, but "
-                         f"{config['train']['model']} is {have}; restore that model")
-    base = checkpoint.load_t5(config["train"]["model"], dtype=place.dtype, device=place.device)
+                         f"{train['model']} is {have}; restore that model")
+    base = checkpoint.load_t5(train["model"], dtype=place.dtype, device=place.device)
     adapters = attach_method(info["method"], base, runtime.from_flags(OrchMoEConfig, info["config"]),
-                             num_tasks=info["num_tasks"])
+                             num_tasks=len(info["tasks"]))
     adapters.load_state_dict(state)
-    return base, adapters, config
+    return base, adapters.eval()
+
+
+def with_task_ids(examples: Sequence[data.Example], tasks: Sequence[str]) -> list[data.Example]:
+    """The examples with the task ids that a run over `tasks` gave, -1 for tasks that it did not train on."""
+    index = {task: i for i, task in enumerate(tasks)}
+    return [example._replace(task_index=index.get(example.task, -1)) for example in examples]
 
 
 def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
     """copy-demo: the output of the task's first positive example; copy-input: the instance's own input."""
     predictions: list[str] = []
-    name, task, inputs = "", {}, {}
+    name, path, task, inputs = "", Path(), {}, {}
     for example in runtime.progress(examples, kind, unit="ex"):
         if example.task != name:
-            name = example.task
-            task = data.read_task(Path(root) / "tasks" / f"{name}.json")
-            inputs = {row["id"]: row["input"] for row in task["instances"]}
+            name, path = example.task, Path(root) / "tasks" / f"{example.task}.json"
+            task = data.read_task(path)
+            inputs = {row["id"]: row["input"] for row in reversed(task["instances"])}
+        if kind == "copy-demo" and not task["positive"]:
+            raise ValueError(f"{path}: Positive Examples: none to copy from; add one or use copy-input")
         predictions.append(task["positive"][0]["output"] if kind == "copy-demo" else inputs[example.id])
     return predictions
 
@@ -203,19 +233,22 @@ def main() -> None:
     config = runtime.from_flags(EvalConfig, flags)
     if sum(map(bool, (config.run, config.model, config.heuristic))) != 1:
         raise ValueError("give one of --run, --model and --heuristic")
-    seed, saved, base = config.seed, {}, None
+    run = read_run(config.run) if config.run else {"train": {"seed": config.seed}, "data": {}, "tasks": []}
+    base, bundled = None, Path(__file__).parent / "tiny"  # whose tokenizer serves the heuristics
     if not config.heuristic:
         place = runtime.pick_device(config.gpu, config.device, config.dtype)
         runtime.say(place.reason)
     if config.run:
-        base, adapters, run = load_run(config.run, place)
-        seed, saved = run["train"]["seed"], run["data"]
+        base, adapters = load_run(config.run, place)
     elif config.model:
         base = checkpoint.load_t5(config.model, dtype=place.dtype, device=place.device)
         adapters = Unadapted(base, full=False)
-    data_config = runtime.from_flags(data.DataConfig, {**saved, **flags})
-    tokenizer = data.Tokenizer(config.model or (run["train"]["model"] if config.run else "tiny/"))
-    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)
+    own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
+    tokenizer = data.Tokenizer(config.model or own or bundled)
+    data_config = runtime.from_flags(data.DataConfig, {**run["data"], **flags})
+    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=run["train"]["seed"]),
+                      config.limit)
+    examples = with_task_ids(examples, run["tasks"])
     if base is None:
         predictions = copy_heuristic(config.heuristic, data_config.data, examples)
     else:

@@ -34,12 +34,14 @@ def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Te
 
 @cache
 def _compiled(function):
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True)
 
 
 def _fast(function, x: Tensor, *rest):
-    """Compiled where x is on CUDA; inside a compiled block, and on the CPU, the function as it stands."""
-    return (_compiled(function) if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *rest)
+    """Compiled for training on CUDA. Not for generation, where rows come and go and a batch of one is a graph
+    of its own; not inside a compiled block, which takes the function as it is; not on the CPU."""
+    worth = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
+    return (_compiled(function) if worth and not torch.compiler.is_compiling() else function)(x, *rest)
 
 
 def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:

@@ -59,9 +59,18 @@ class OrchMoEConfig:
             raise ValueError("targets: name at least one Linear")
         if not self.tau > 0:
             raise ValueError(f"tau: {self.tau} must be above 0")
+        _ = self.allocation_start  # raises where it cannot be read
+
+    @property
+    def allocation_start(self) -> tuple[str, float]:
+        """("normal", SD) or ("uniform", BOUND)."""
         kind, _, size = self.allocation_init.partition(":")
-        if kind not in ("normal", "uniform") or not size.replace(".", "", 1).replace("e-", "", 1).isdigit():
-            raise ValueError(f"allocation_init: {self.allocation_init!r} must be normal:SD or uniform:BOUND")
+        try:
+            if kind in ("normal", "uniform") and 0 <= float(size) < math.inf:
+                return kind, float(size)
+        except ValueError:
+            pass
+        raise ValueError(f"allocation_init: {self.allocation_init!r} must be normal:SD or uniform:BOUND")
 
     @property
     def bias_start(self) -> float:
@@ -75,7 +84,7 @@ class OrchMoEConfig:
 class Routing(NamedTuple):
     """What `routed` computed: w is None for the token router, whose c exists only inside each Linear."""
 
-    w: Tensor | None  # (B,K), or (1,K) where it is the same for every sample
+    w: Tensor | None  # (B,K), or (K,) where it is the same for every sample
     allocation: Tensor | None  # Zhat (1,N,K,S), or (B,N,K,S) with noise
     c: Tensor | None  # (N,B,S), or (N,1,S)
     shared: bool  # the same for every sample, so that any number of rows may come
@@ -238,8 +247,8 @@ class SkillLinear(nn.Linear):
             routing = routing.repeat_interleave(self.skill_beams, dim=0)
         if self.skill_task is None or routing.dim() == 2:
             return routing
-        bias = None if self.skill_bias is None else self.skill_bias.to(x.dtype)
-        logits = F.linear(x, self.skill_task.to(x.dtype), bias).to(routing.dtype)  # (B,L,K)
+        with torch.autocast(x.device.type, enabled=False):  # the router is float32, whatever x is
+            logits = F.linear(x.to(routing.dtype), self.skill_task, self.skill_bias)  # (B,L,K)
         return (logits.softmax(-1) if self.skill_norm == "softmax" else logits) @ routing  # (B,L,S)
 
 
@@ -305,6 +314,8 @@ class Adapters(nn.Module):
         """Drops all but the given rows (positions among the current samples) from here on: for T5.generate's
         on_keep."""
         routing = self.routing()
+        if any(linear.skill_beams > 1 for linear in self.linears.values()):
+            raise ValueError("keep() counts samples, and with beams a sample has several rows")
         if not routing.shared:  # c or, for the token router with noise, the allocation has a row a sample
             w, allocation = routing.w, routing.allocation
             allocation = allocation if allocation is None or len(allocation) == 1 else allocation[rows]
@@ -377,11 +388,11 @@ class OrchMoE(Adapters):
         self.config = config
         device = next(iter(linears.values())).weight.device
         Z = torch.empty(len(linears), config.tasks, config.skills)
-        kind, _, size = config.allocation_init.partition(":")
+        kind, size = config.allocation_start
         if kind == "normal":
-            Z.normal_(0, float(size), generator=generator)
+            Z.normal_(0, size, generator=generator)
         else:
-            Z.uniform_(-float(size), float(size), generator=generator)
+            Z.uniform_(-size, size, generator=generator)
         self.allocation = nn.Parameter(Z.to(device))
         self.noise_shape = tuple(Z.shape) if config.gumbel else None
         self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None

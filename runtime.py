@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -135,6 +136,24 @@ def from_flags(cls: type, flags: dict[str, Any]) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items() if k in names})
 
 
+def from_json(cls: type, values: Any, path: str | Path) -> Any:
+    """The dataclass `cls` as a run saved it in the file `path`; ValueError unless every field is there and no
+    other."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or values.keys() != names:
+        odd = sorted(names ^ values.keys()) if isinstance(values, dict) else sorted(names)
+        raise ValueError(f"{path}: {cls.__name__} does not fit this version ({odd[0]}); restore the file")
+    return from_flags(cls, values)
+
+
+def require_least(config: Any, **least: int) -> None:
+    """ValueError that names the flag for the first field of `config` below its least value."""
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(config, name)}: give {smallest} or more")
+
+
 def run_program(main: Callable[[], None]) -> typing.NoReturn:
     """Runs `main`. Bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is exit code
     130."""
@@ -156,8 +175,9 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
+@functools.cache
 def warn(text: str) -> None:
-    """One line on stderr for what the run survives."""
+    """One line on stderr for what the run survives; each text once."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

@@ -7,7 +7,6 @@ metrics.jsonl, checkpoint.pt (the last state), and the adapter that was best on 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -52,48 +51,55 @@ class TrainConfig:
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+
+    def __post_init__(self) -> None:
+        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
+                              text_length=2, eval_instances=0, warmup=0)
+        if self.from_scratch and self.method != "full":
+            raise ValueError(f"--from-scratch --method {self.method}: random weights go with --method full")
 
 
 @dataclass(frozen=True)
 class PlaceConfig:
-    """Place: where the run computes and what it writes; none of it changes the result."""
+    """Place: where the run computes and what it writes."""
 
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # go on with the run in --out, with its own settings
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 
 
-def read_configs(flags: dict[str, Any], place: PlaceConfig) -> tuple[Path, dict[str, Any]]:
+def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[str, Any]]:
     """Run folder and the configs by name; with --resume those of the run, which flags must not contradict."""
     configs = {name: runtime.from_flags(cls, flags) for name, cls in CONFIGS.items()}
-    if not place.resume:
-        method = configs["train"].method
-        free = (Path("runs") / f"{method}-{n}" for n in range(1, 10**6))
-        folder = Path(place.out) if place.out else next(path for path in free if not path.exists())
+    if where.resume:
+        folder, saved = Path(where.out), evaluation.read_run(where.out)
+        configs = {name: runtime.from_json(cls, saved[name], folder / "config.json")
+                   for name, cls in CONFIGS.items()}
+        kept = {field: value for config in configs.values() for field, value in vars(config).items()}
+        for field, value in flags.items():
+            if kept.get(field, value) != value:
+                flag = "--" + field.replace("_", "-")
+                raise ValueError(f"{flag} {value}: the run in {folder} has {kept[field]}; leave it out")
+    else:
+        folder = Path(where.out) if where.out else first_free(f"runs/{configs['train'].method}")
         if (folder / "config.json").exists():
             raise ValueError(f"--out {folder}: holds a run already; add --resume, or name another folder")
-        return folder, configs
-    folder = Path(place.out)
-    saved = runtime.read_json(checkpoint.existing(folder / "config.json", "name the run to resume by --out"))
-    for name, cls in CONFIGS.items():
-        kept = runtime.from_flags(cls, saved[name])
-        for field, value in flags.items():
-            if hasattr(kept, field) and getattr(kept, field) != value:
-                raise ValueError(f"--{field.replace('_', '-')} {value}: the run in {folder} has "
-                                 f"{getattr(kept, field)}; leave it out to resume")
-        configs[name] = kept
+    if configs["data"].text and configs["train"].method != "full":
+        raise ValueError("--text: span corruption goes with --method full")
     return folder, configs
+
+
+def first_free(name: str) -> Path:
+    return next(path for n in range(1, 10**6) if not (path := Path(f"{name}-{n}")).exists())
 
 
 def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
     """The T5 of --model; with --method full in float32, whose small updates bf16 weights would lose."""
-    if config.from_scratch and config.method != "full":
-        raise ValueError(f"--from-scratch --method {config.method}: random weights go with --method full")
     if not config.from_scratch:
         dtype = torch.float32 if config.method == "full" else place.dtype
         return checkpoint.load_t5(config.model, dtype=dtype, device=place.device)
@@ -163,12 +169,12 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
     for rows, part in batch.split(config.accumulate):
         noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows, adapters.noise_shape)
         part = part.to(base.device)
-        with autocast(base, config), evaluation.routed(base, adapters, part, noise=noise) as routing:
+        with evaluation.routed(base, adapters, part, noise=noise) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
             part_loss.backward()
         loss += part_loss.item()
         if routing.w is not None:
-            entropy = torch.special.entr(routing.w.detach()).sum(-1).mean().item()
+            entropy = evaluation.mean_entropy(routing.w.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -180,24 +186,17 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
     return {"loss": loss, "norm": norm, "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
-def autocast(base: model.T5, config: TrainConfig) -> contextlib.AbstractContextManager:
-    """bf16 arithmetic for full fine-tuning on a GPU, whose weights are float32; a frozen base is in its dtype
-    already."""
-    use = config.method == "full" and base.device.type == "cuda"
-    return torch.autocast("cuda", torch.bfloat16) if use else contextlib.nullcontext()
-
-
 def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
-          config: TrainConfig, keep_best: Callable[[], None]) -> bool:
+          config: TrainConfig, bf16: bool, keep_best: Callable[[], None]) -> bool:
     """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
-    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far."""
+    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far. bf16: of
+    the arithmetic, where the weights themselves are float32."""
     optimizer, path = make_optimizer(adapters, config), folder / "checkpoint.pt"
     first, best = 0, math.inf
     if path.exists():
         state = checkpoint.load_state(path)
         adapters.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
         first, best = state["step"], state["best"]
     else:
         fit_router(base, adapters, source.examples, config)
@@ -208,7 +207,9 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
         for step in bar:
             base.train()
             batch = source.batch(step)
-            record = optimiser_step(base, adapters, optimizer, batch, step, config)
+            torch.manual_seed(runtime.generator(config.seed, 2, step).initial_seed())  # for dropout
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
+                record = optimiser_step(base, adapters, optimizer, batch, step, config)
             tokens += batch.input_ids.numel() + batch.labels.numel()
             record["tokens_per_s"] = round(tokens / (time.monotonic() - began))
             log.write(step=step, **record)
@@ -222,9 +223,8 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
                     best = dev_loss
                     keep_best()
             if due or stopping:
-                checkpoint.save_state(path, {
-                    "step": step + 1, "best": best, "weights": adapters.state_dict(),
-                    "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()})
+                checkpoint.save_state(path, {"step": step + 1, "best": best, "weights": adapters.state_dict(),
+                                             "optimizer": optimizer.state_dict()})
             if stopping:
                 return step + 1 == config.steps
     return True
@@ -270,6 +270,9 @@ def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data
     return dict(sorted(scores.items()))
 
 
+TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
+
+
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
     columns = [(which, metric) for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
@@ -282,26 +285,22 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
-
-
 def main() -> None:
     parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
     for cls in (PlaceConfig, *CONFIGS.values()):
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())
     where = runtime.from_flags(PlaceConfig, flags)
-    place = runtime.pick_device(where.gpu, where.device, where.dtype)
     folder, configs = read_configs(flags, where)
     config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
+    place = runtime.pick_device(where.gpu, where.device, config.dtype)
     runtime.say(place.reason)
     torch.manual_seed(config.seed)
 
     tokenizer = data.Tokenizer(config.model)
     train_set, sets = load_sets(tokenizer, config, data_config)
-    base = load_base(config, place)
-    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
     source = Source(train_set, tokenizer, config, data_config)
+    base = load_base(config, place)
     adapters = attach_method(config.method, base, adapter_config, num_tasks=len(train_set.tasks),
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
@@ -310,13 +309,19 @@ def main() -> None:
     parameters = sum(p.numel() for p in base.parameters())
     runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
                 f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
+
+    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
+    facts = {"base": base_print, "tasks": train_set.tasks}
+    if where.resume:
+        check_unchanged(evaluation.read_run(folder), facts, config, data_config)
+    else:
+        runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()}
+                           | facts | {"torch": torch.__version__})
     scores_file = folder / "scores.json"
-    scores = runtime.read_json(scores_file) if scores_file.exists() else {}
+    scores = runtime.read_json(scores_file) if where.resume and scores_file.exists() else {}
     if not (scores or config.from_scratch):  # every method starts as the base, bit for bit
         scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
-        runtime.write_json(scores_file, scores)
-    runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
-        "base": base_print, "torch": torch.__version__})
+    runtime.write_json(scores_file, scores)
 
     def keep_best() -> None:
         if config.method == "full":
@@ -324,18 +329,29 @@ def main() -> None:
             checkpoint.save_t5(base, folder / "model")
         else:
             checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
-                                    method=config.method, config=asdict(adapter_config),
-                                    num_tasks=len(train_set.tasks), base=base_print)
+                                    method=config.method, config=asdict(adapter_config), **facts)
 
-    if not train(base, adapters, sets["dev"], source, folder, config, keep_best):
-        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
+    bf16 = config.method == "full" and place.dtype == torch.bfloat16
+    if not train(base, adapters, sets["dev"], source, folder, config, bf16, keep_best):
+        device = f" --gpu {where.gpu}" if where.gpu is not None else ""
+        device += f" --device {where.device}" if where.device else ""
+        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")
         raise SystemExit(130)
-    base, adapters, _ = evaluation.load_run(folder, place)
+    adapters.load_state_dict(checkpoint.load_t5(folder / "model").state_dict() if config.method == "full"
+                             else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
     runtime.write_json(scores_file, scores)
     runtime.say(table(scores))
     runtime.say(f"in {folder}: scores.json, metrics.jsonl and the weights that were best on dev; "
                 f"next: python eval.py --run {folder}")
+
+
+def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: data.DataConfig) -> None:
+    """ValueError where base or training tasks are not those that the run began with."""
+    if saved["base"] != facts["base"]:
+        raise ValueError(f"{config.model}: not the base that the run began with; restore it to resume")
+    if saved["tasks"] != facts["tasks"]:
+        raise ValueError(f"{data_config.data}: not the training tasks that the run began with; restore them")
 
 
 if __name__ == "__main__":

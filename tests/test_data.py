@@ -481,7 +481,6 @@ def test_collate_pads_masks_and_shifts():
     assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]] and batch.input_ids.dtype == torch.int64
     assert batch.attention_mask.tolist() == [[True, True, True], [True, True, False]]
     assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]] and batch.labels.dtype == torch.int64
-    assert batch.decoder_input_ids.tolist() == [[0, 7, 4], [0, 1, 4]]
     assert batch.task_ids.tolist() == [3, -1] and batch.ids == ["a", "b"]
 
 
@@ -562,7 +561,7 @@ def test_text_stream_is_pure_and_covers_the_text(text, tokenizer, tmp_path):
     batches = [stream.batch_at(step, 8) for step in range(2 * steps)]
     again = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
     for step in (2 * steps - 1, 0, 5):
-        both = zip(batches[step][:5], again.batch_at(step, 8)[:5], strict=True)
+        both = zip(batches[step][:4], again.batch_at(step, 8)[:4], strict=True)
         assert all(torch.equal(one, other) for one, other in both)
     names = [name for batch in batches for name in batch.ids]
     assert len(set(names[:windows])) == windows and set(names[windows:2 * windows]) == set(names[:windows])

@@ -35,6 +35,12 @@ def command(program, *arguments):
     return [sys.executable, str(ROOT / program), *map(str, arguments)]
 
 
+def environment(home):
+    """No GPU, so that two runs are equal to the last bit, and a token cache of the test's own."""
+    own = {"XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
+
+
 def run(program, *arguments, cwd, code=0):
     """stdout of a program that must end with `code`; run outside the repository, with a token cache of its
     own."""
@@ -44,7 +50,7 @@ def run(program, *arguments, cwd, code=0):
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")},
+        env=environment(cwd),
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -94,7 +100,7 @@ def test_a_killed_run_resumes_bit_for_bit(home):
         command("train.py", *SHORT, "--gumbel", "--out", "killed"),
         cwd=home,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")},
+        env=environment(home),
     )
     while (
         len(trace(home / "killed") if (home / "killed/metrics.jsonl").exists() else []) < 6
@@ -116,7 +122,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
         cwd=home,
         text=True,
         stdout=subprocess.PIPE,
-        env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")},
+        env=environment(home),
     )
     while not (home / "run/metrics.jsonl").exists() or not records(home / "run"):
         time.sleep(0.02)
@@ -130,11 +136,33 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
 
 @pytest.mark.parametrize("method", ["lora", "moe-lora", "poly", "mhr", "c-poly", "full"])
 def test_every_method_trains_and_is_scored(home, method):
-    run("train.py", *SHORT, "--method", method, "--steps", "2", "--out", "run", cwd=home)
-    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
+    rate = "--lr-full" if method == "full" else "--lr-skills"
+    run("train.py", *SHORT, "--method", method, rate, "0.01", "--out", "run", cwd=home)
+    losses = [row["dev_loss"] for row in records(home / "run") if "dev_loss" in row]
+    assert losses[1] < losses[0]
+    run("eval.py", "--run", "run", "--limit", "16", "--device", "cpu", cwd=home)
     scores = json.loads((home / "run/scores.json").read_text())
     again = json.loads((home / "run/eval-test/scores.json").read_text())
-    assert scores[method]["unseen"]["overall"].keys() == again["overall"].keys()
+    assert scores[method]["unseen"]["overall"] == again["overall"]
+
+
+def test_task_ids_are_those_of_the_run_whatever_is_evaluated(home):
+    run("train.py", *SHORT, "--method", "poly", "--out", "run", cwd=home)
+    run("eval.py", "--run", "run", "--split", "seen", "--max-tasks", "6", "--device", "cpu", cwd=home)
+    scores = json.loads((home / "run/eval-seen/scores.json").read_text())
+    assert len(scores["tasks"]) == 6  # two of them without an id
+
+
+def test_a_run_is_not_resumed_on_another_base_or_other_tasks(home):
+    run("train.py", *SHORT, "--out", "run", cwd=home)
+    config = json.loads((home / "run/config.json").read_text())
+    for field, value, named in (("base", "0" * 16, "tiny"), ("tasks", config["tasks"][1:], "sni")):
+        (home / "run/config.json").write_text(json.dumps({**config, field: value}))
+        assert named in run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    for damaged in ("[]", "{}", "nonsense"):
+        (home / "run/config.json").write_text(damaged)
+        for program in (["train.py", "--resume", "--out"], ["eval.py", "--device", "cpu", "--run"]):
+            assert "run/config.json" in run(*program, "run", cwd=home, code=2)
 
 
 def test_accumulation_does_not_change_the_step(home):
@@ -156,6 +184,13 @@ MESSAGES = [  # program, arguments, words that the one line must have
     ("train.py", ["--method", "lora", "--from-scratch"], ["--from-scratch"]),
     ("train.py", ["--targets", "z"], ["targets", "z"]),
     ("train.py", ["--num-pos", "-1"], ["--num-pos -1"]),
+    ("train.py", ["--batch-size", "0"], ["--batch-size 0"]),
+    ("train.py", ["--accumulate", "0"], ["--accumulate 0"]),
+    ("train.py", ["--eval-every", "0"], ["--eval-every 0"]),
+    ("train.py", ["--steps", "0"], ["--steps 0"]),
+    ("train.py", ["--text", "words.txt"], ["--text", "--method full"]),
+    ("train.py", ["--allocation-init", "normal:3e-"], ["allocation_init", "normal:3e-"]),
+    ("eval.py", ["--heuristic", "copy-demo", "--batch-size", "0"], ["--batch-size 0"]),
     ("eval.py", [], ["--run", "--model", "--heuristic"]),
     ("eval.py", ["--run", "nowhere"], ["nowhere/config.json"]),
     ("eval.py", ["--heuristic", "copy-demo", "--data", "nowhere"], ["nowhere/splits"]),
