@@ -2,6 +2,7 @@
 run time."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,27 @@ def test_no_file_is_wider_than_a_page():
         if len(line) > 111 and ".venv" not in path.parts
     ]
     assert not wide
+
+
+def test_the_snippet_of_the_readme_runs_as_printed(tmp_path):
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert len(snippet.splitlines()) <= 12
+    (tmp_path / "orchmoe.py").write_bytes((ROOT / "orchmoe.py").read_bytes())
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "adapter.pt").exists(), done.stderr
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pages_name_what_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    assert "@@" not in text
+    links, files = re.findall(r"\]\((?!http)([^)#]+)\)", text), re.findall(r"`(\w+\.py)`", text)
+    for target in links + files:
+        assert (page.parent / target).exists(), target
+    flags = set(re.findall(r"--[a-z][a-z0-9-]+", text)) - {"--local-dir"}
+    sources = "".join(path.read_text(encoding="utf-8") for path in FILES + sorted(ROOT.glob("*/make*")))
+    for flag in flags:
+        assert flag in sources or flag[2:].replace("-", "_") + ":" in sources, flag
