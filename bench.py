@@ -1,7 +1,7 @@
-"""How fast this code is beside what a user would take instead. Each figure is a ratio of two times taken in one
-process, in turns (A B B A ...), so that whatever slows the machine slows both; the ratio comes first, then its
-quartiles over the rounds. transformers, peft and rouge-score are measured where they are installed; a row whose
-other side is missing is left out and named.
+"""How fast this code is beside what a user would take instead. Each figure is a ratio of two times taken in
+one process, in turns (A B B A ...), so that whatever slows the machine slows both; the ratio comes first,
+then its quartiles over the rounds. transformers, peft and rouge-score are measured where they are installed;
+rows whose other side is missing are left out, and that is said.
 
     python bench.py                                   # all on the CPU, sni/ and tiny/: a Markdown table, JSON
     python bench.py --only kernels,step --gpu 0
@@ -74,7 +74,7 @@ class Row:
     bar: str = ""  # what the ratio should be
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------ measuring
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -114,7 +114,7 @@ def ratio(part: str, over: str, under: str, times: dict[str, list[float]], bar: 
                factor * statistics.median(times[over]), factor * statistics.median(times[under]), unit, bar)
 
 
-# ------------------------------------------------------------------------------------------------------ kernels
+# -------------------------------------------------------------------------------------------------- kernels
 
 
 def einsum_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
@@ -172,7 +172,7 @@ def bench_kernels(config: BenchConfig, place: runtime.Device) -> list[Row]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------- training
 
 
 def make_base(config: BenchConfig, place: runtime.Device) -> model.T5:
@@ -284,7 +284,8 @@ def bench_step(config: BenchConfig, place: runtime.Device) -> list[Row]:
     steps[many] = steps[OURS]  # the very same code: no task id enters it
     batch, alone = random_batch(config), random_batch(config, tasks=1)
     first = {name: steps[name](batch) for name in names}
-    if max(first.values()) - min(first.values()) > 1e-3 * max(first.values()) and place.dtype == torch.float32:
+    spread = max(first.values()) - min(first.values())
+    if spread > 1e-3 * max(first.values()) and place.dtype == torch.float32:
         raise ValueError(f"contestants disagree on the first loss: {first}")
     sides = {name: lambda step=step, name=name: step(alone if name == OURS else batch)
              for name, step in steps.items()}
@@ -331,7 +332,8 @@ def bench_epoch(config: BenchConfig, place: runtime.Device) -> list[Row]:
     chosen = [examples[i] for i in rng.permutation(len(examples))[:count]]
     tasks = len(examples.tasks)
     lengths = np.array([len(example.source_ids) for example in chosen])
-    orders = {OURS: data.batch_order(lengths, size, 0, 0), POLY: np.split(rng.permutation(count), count // size)}
+    orders = {OURS: data.batch_order(lengths, size, 0, 0),
+              POLY: np.split(rng.permutation(count), count // size)}
     steps = {name: trainer(name, config, place, tasks) for name in orders}
     pieces, place_in = min(5, count // size), count // size // min(5, count // size)
     times: dict[str, list[float]] = {name: [] for name in orders}
@@ -352,7 +354,7 @@ def bench_epoch(config: BenchConfig, place: runtime.Device) -> list[Row]:
                 "s", row.bar)]
 
 
-# --------------------------------------------------------------------------------- generation, metrics, data
+# ----------------------------------------------------------------------------- generation, metrics, data
 
 
 def bench_generate(config: BenchConfig, place: runtime.Device) -> list[Row]:
@@ -383,7 +385,8 @@ def bench_generate(config: BenchConfig, place: runtime.Device) -> list[Row]:
         sides["transformers, file order"] = theirs
         times = in_turns(sides, config.rounds or (1 if config.quick else 3), place.device)
         same = sum(a[:len(b)] == b[:len(a)] for a, b in zip(tokens["ours"], tokens["theirs"], strict=True))
-        part = f"greedy generation, {count} test prompts, batches of {size}, {most} tokens, {same} outputs equal"
+        part = (f"greedy generation, {count} test prompts, batches of {size}, {most} tokens, "
+                f"{same} outputs equal")
         rows.append(ratio(part, "transformers, file order", "ours, longest first", times, ">= 1.5", "s", 1))
     adapters = attach_method("orchmoe", base, OrchMoEConfig(skills=S, rank=R, tasks=count, targets=("all",)),
                              generator=runtime.generator(0)).eval()
@@ -421,8 +424,8 @@ def bench_metrics(config: BenchConfig, place: runtime.Device) -> list[Row]:
     def theirs() -> None:
         scores["theirs"] = [scorer.score(wanted, said)["rougeL"].fmeasure for said, wanted in pairs]
 
-    times = in_turns({"metrics.rouge_l": ours, "rouge_score": theirs}, config.rounds or (1 if config.quick else 5),
-                     torch.device("cpu"))
+    times = in_turns({"metrics.rouge_l": ours, "rouge_score": theirs},
+                     config.rounds or (1 if config.quick else 5), torch.device("cpu"))
     worst = max(abs(a - b) for a, b in zip(scores["ours"], scores["theirs"], strict=True))
     part = f"ROUGE-L of {len(pairs)} pairs of references, largest difference {worst:.0e}"
     return [ratio(part, "rouge_score", "metrics.rouge_l", times, ">= 10", "s", 1)]
@@ -455,7 +458,7 @@ def bench_data(config: BenchConfig, place: runtime.Device) -> list[Row]:
                 "second <= 8 s")]
 
 
-# ------------------------------------------------------------------------------------------------- the program
+# --------------------------------------------------------------------------------------------- the program
 
 PARTS = {"kernels": bench_kernels, "step": bench_step, "epoch": bench_epoch, "generate": bench_generate,
          "metrics": bench_metrics, "data": bench_data}
@@ -498,7 +501,8 @@ def main() -> None:
     for part in config.only:
         rows += (found := PARTS[part](config, place))
         runtime.say(table(found) if len(config.only) == 1 else f"{part}: {len(found)} rows")
-        runtime.write_json(config.out, {"machine": about, "quick": config.quick, "rows": [*map(asdict, rows)]})
+        runtime.write_json(config.out, {"machine": about, "quick": config.quick,
+                                        "rows": [*map(asdict, rows)]})
     if len(config.only) > 1:
         runtime.say(table(rows))
     runtime.say(f"written: {config.out}")
