@@ -56,13 +56,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PlaceConfig:
-    """Place: where the run computes and what it writes; none of it changes the result."""
+    """Place: where the run computes and what it writes; none of it changes the result beyond rounding."""
 
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # go on with the run in --out, with its own settings
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+    compile: bool = False  # compile each block of the T5 (torch.compile; needs a C++ compiler on the CPU)
 
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
@@ -306,6 +307,8 @@ def main() -> None:
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
     base.checkpoint_blocks = config.checkpoint_blocks
+    if where.compile:
+        base.compile_blocks()
     trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
     parameters = sum(p.numel() for p in base.parameters())
     runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
