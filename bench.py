@@ -327,7 +327,7 @@ def tokenizer() -> data.Tokenizer:
 def bench_epoch(config: BenchConfig, place: runtime.Device) -> list[Row]:
     if not has("peft"):
         return []
-    examples, count, size = load(config, "train"), 16 if config.quick else 400, 4 if config.quick else 8
+    examples, count, size = load(config, "train"), 16 if config.quick else 400, 4 if config.quick else 16
     rng = np.random.default_rng(0)
     chosen = [examples[i] for i in rng.permutation(len(examples))[:count]]
     tasks = len(examples.tasks)
