@@ -329,7 +329,7 @@ class Decoder(nn.Module):
         """One more token: x (B,1,D), bias (1,H,1,Lt) = the causal row of this token -> (B,1,D)."""
         states_bias = padding_bias(mask, x.dtype)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, bias, None, states_bias, cache)
+            x = block.forward(x, bias, None, states_bias, cache)  # never compiled: the cache grows by a token
         return self.norm(x)
 
 
@@ -411,6 +411,12 @@ class T5(nn.Module):
                 if on_keep is not None:
                     on_keep(rows)
         return tokens[:, : t + 1]
+
+    def compile_blocks(self, backend: str = "inductor"):
+        """Compiles each block as one graph for all lengths; all encoder blocks share their code, all decoder
+        blocks theirs. Call it when the adapters are attached; generation decodes uncompiled."""
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
+            block.compile(dynamic=True, fullgraph=True, backend=backend)
 
     def set_dropout(self, p: float):
         """At T5's places: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's

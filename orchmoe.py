@@ -232,7 +232,8 @@ class SkillLinear(nn.Linear):
         rows = x.reshape(x.shape[0], -1, self.in_features)  # (B,L,D)
         mixed = self.skill_mix(rows, self.skill_A, self.skill_B, self._weights(rows), self.skill_scale)
         self.skill_visited = True
-        return F.linear(x, self.weight, self.bias) + mixed.reshape(*x.shape[:-1], self.out_features)
+        y = F.linear(x, self.weight, self.bias)
+        return y.add_(mixed.view_as(y))  # in place: one (B,L,O) less to allocate and to write
 
     def _weights(self, x: Tensor) -> Tensor:
         """c for x (B,L,D): (B,S) or (1,S) as handed over, repeated for beams, or (B,L,S) from the token

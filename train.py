@@ -51,6 +51,7 @@ class TrainConfig:
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
+    compile: bool = False  # compile each block of the T5 (torch.compile needs a C++ compiler)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
     def __post_init__(self) -> None:
@@ -305,6 +306,8 @@ def main() -> None:
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
     base.checkpoint_blocks = config.checkpoint_blocks
+    if config.compile:
+        base.compile_blocks()
     trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
     parameters = sum(p.numel() for p in base.parameters())
     runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "

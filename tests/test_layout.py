@@ -78,7 +78,8 @@ def test_no_file_is_wider_than_a_page():
 
 
 def test_the_snippet_of_the_readme_runs_as_printed(tmp_path):
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert len(snippet.splitlines()) <= 12
     (tmp_path / "orchmoe.py").write_bytes((ROOT / "orchmoe.py").read_bytes())
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)

@@ -1,0 +1,80 @@
+"""The blocks of an adapted T5, compiled: one graph without breaks for all lengths, and the same numbers."""
+
+import pytest
+import torch
+
+import kernels
+from orchmoe import OrchMoEConfig, attach
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def adapted(small_t5, router):
+    generator = torch.Generator().manual_seed(0)
+    config = OrchMoEConfig(targets=("all",), router=router)
+    adapters = attach(small_t5, config, kernels.mix_skills, generator=generator)
+    small_t5.double()
+    for linear in adapters.linears.values():  # B = 0 would hide the skills
+        torch.nn.init.normal_(linear.skill_B, 0, 0.3, generator=generator)
+    return adapters
+
+
+def losses_and_gradients(t5, adapters, inputs, sizes):
+    found = []
+    parameters = [p for group in adapters.parameter_groups().values() for p in group]
+    for source, target in sizes:
+        ids, mask = inputs.input_ids[:, :source], inputs.attention_mask[:, :source]
+        with adapters.routed(t5.embed(ids), mask):
+            loss = t5.loss(ids, mask, inputs.labels[:, :target])
+            found += [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)]
+    return [t for t in found if t is not None]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_compiled_blocks_give_the_same_loss_and_gradients(small_t5, inputs, router, checkpointed):
+    adapters = adapted(small_t5, router)
+    small_t5.train()
+    small_t5.checkpoint_blocks = checkpointed
+    sizes = [(9, 6), (7, 5), (5, 4), (8, 3), (6, 6)]
+    expected = losses_and_gradients(small_t5, adapters, inputs, sizes)
+    small_t5.compile_blocks("aot_eager")
+    found = losses_and_gradients(small_t5, adapters, inputs, sizes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"], counters["graph_break"]
+    # encoder and decoder, and the first block of the encoder, whose input needs no gradient
+    assert counters["stats"]["unique_graphs"] <= 5, counters["stats"]
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_a_training_forward_has_no_graph_breaks(small_t5, inputs, router):
+    adapters = adapted(small_t5, router)
+    small_t5.train()
+    with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+        states = small_t5.encode(inputs.input_ids, inputs.attention_mask)
+        seen = [torch._dynamo.explain(small_t5.encode)(inputs.input_ids, inputs.attention_mask),
+                torch._dynamo.explain(small_t5.decode)(inputs.labels.clamp(min=0), states,
+                                                       inputs.attention_mask)]
+    assert [(part.graph_count, part.graph_break_count) for part in seen] == [(1, 0), (1, 0)]
+
+
+def test_generation_is_the_same_and_decodes_uncompiled(small_t5, inputs):
+    adapters = adapted(small_t5, "sample")
+
+    def generate():
+        with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
+            return small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=12,
+                                     on_keep=adapters.keep)
+
+    expected = generate()
+    small_t5.compile_blocks("aot_eager")
+    assert torch.equal(generate(), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of the encoder alone
