@@ -22,7 +22,7 @@ import data
 import eval as evaluation
 import model
 import runtime
-from baselines import attach_method
+from baselines import METHODS, attach_method, count
 from orchmoe import Adapters, OrchMoEConfig
 
 
@@ -31,9 +31,10 @@ class TrainConfig:
     """Training: model, method, steps and rates."""
 
     model: str = "tiny/"  # Hugging Face T5 folder: config.json, weights, spiece.model
-    method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # what trains
+    method: Literal[METHODS] = "orchmoe"  # what trains
     from_scratch: bool = False  # random weights instead of those in --model; with --method full
     seed: int = 0  # of everything: splits, order, initial values, noise
+    split_seed: int | None = None  # of the splits into train, dev and seen alone (default: the seed)
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # examples of one optimiser step
     accumulate: int = 1  # micro-batches that a step is computed in
@@ -65,6 +66,8 @@ class PlaceConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
 
+# Named settings: lineage starts and relaxes the allocation as Poly does, whose line of papers OrchMoE is in.
+PRESETS = {"lineage": {"allocation_init": "uniform:0.001", "gumbel": True}}
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 
 
@@ -249,14 +252,15 @@ def load_sets(tokenizer: data.Tokenizer, config: TrainConfig, data_config: data.
               ) -> tuple[data.Examples, dict[str, list[data.Example]]]:
     """The training set, and {"dev", "seen", "unseen"} of at most --eval-instances; no unseen where the split
     has no test tasks."""
+    seed = config.seed if config.split_seed is None else config.split_seed
     held_out = {"dev": "dev", "seen": "seen"}
     if data.read_splits(data_config.data, data_config.splits)["test"]:
         held_out["unseen"] = "test"
-    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=config.seed),
+    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=seed),
                                     config.eval_instances) for name, split in held_out.items()}
     if not sets["dev"]:
         raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
-    return data.load_examples(data_config, tokenizer, "train", seed=config.seed), sets
+    return data.load_examples(data_config, tokenizer, "train", seed=seed), sets
 
 
 def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]],
@@ -285,18 +289,11 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
 TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
-def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
-    for cls in (PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls)
-    flags = vars(parser.parse_args())
-    where = runtime.from_flags(PlaceConfig, flags)
-    place = runtime.pick_device(where.gpu, where.device, where.dtype)
-    folder, configs = read_configs(flags, where)
+def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True) -> bool:
+    """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it.
+    closing: score the frozen base and the trained model on seen and unseen tasks, and say so."""
     config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
-    runtime.say(place.reason)
     torch.manual_seed(config.seed)
-
     tokenizer = data.Tokenizer(config.model)
     train_set, sets = load_sets(tokenizer, config, data_config)
     base = load_base(config, place)
@@ -306,13 +303,12 @@ def main() -> None:
                              generator=runtime.generator(config.seed, 0))
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
     base.checkpoint_blocks = config.checkpoint_blocks
-    trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
-    parameters = sum(p.numel() for p in base.parameters())
-    runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
-                f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
+    rank = "" if config.method == "full" else f", S R = {adapter_config.skills * adapter_config.rank}"
+    runtime.say(f"{config.method}: {count(adapters)} parameters train{rank}; on {len(train_set)} examples of "
+                f"{len(train_set.tasks)} tasks; run folder {folder}")
     scores_file = folder / "scores.json"
     scores = runtime.read_json(scores_file) if scores_file.exists() else {}
-    if not (scores or config.from_scratch):  # every method starts as the base, bit for bit
+    if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
         scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
         runtime.write_json(scores_file, scores)
     runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()} | {
@@ -328,14 +324,32 @@ def main() -> None:
                                     num_tasks=len(train_set.tasks), base=base_print)
 
     if not train(base, adapters, sets["dev"], source, folder, config, keep_best):
-        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
-        raise SystemExit(130)
+        return False
+    if not closing:
+        return True
     base, adapters, _ = evaluation.load_run(folder, place)
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
     runtime.write_json(scores_file, scores)
     runtime.say(table(scores))
     runtime.say(f"in {folder}: scores.json, metrics.jsonl and the weights that were best on dev; "
                 f"next: python eval.py --run {folder}")
+    return True
+
+
+def main() -> None:
+    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
+    parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-init uniform:0.001 --gumbel")
+    for cls in (PlaceConfig, *CONFIGS.values()):
+        parser.add_dataclass(cls)
+    flags = vars(parser.parse_args())
+    flags = PRESETS.get(flags.pop("preset"), {}) | flags
+    where = runtime.from_flags(PlaceConfig, flags)
+    place = runtime.pick_device(where.gpu, where.device, where.dtype)
+    folder, configs = read_configs(flags, where)
+    runtime.say(place.reason)
+    if not run(folder, configs, place):
+        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
