@@ -354,7 +354,7 @@ def markdown(summary: Sequence[dict], reference: str, rates: dict) -> str:
                   for entry in routed]
     lines += ["", "± sd over seeds; differences in ROUGE-L with 95 % bootstrap intervals over tasks."]
     if any(entry["row"] == "c-poly" for entry in summary):
-        lines += ["", "* c-poly stands at equal S R, not at equal total: its private skills grow with the tasks."]
+        lines += ["", "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."]
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -428,7 +428,8 @@ def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Devic
         name, reference = "results", "orchmoe"
         cells, rates = method_cells(config, configs, place, num_tasks)
     run_cells([cell for cell in cells if not cell.mean_of], config, place)
-    run_cells(cells, config, place)
+    if any(cell.mean_of for cell in cells):  # these need the runs above
+        run_cells(cells, config, place)
     results = [cell.result() for cell in cells]
     summary = summarise(results, reference)
     text = markdown(summary, reference, rates)

@@ -109,7 +109,7 @@ def category_bars(cells: Sequence[dict], path: Path, which: str = "seen") -> Pat
         axes.bar(place, values, 0.8 / len(rows), color=COLOURS[(i - 1) % 8], label=row)
     axes.set_xticks(range(len(categories)), categories, rotation=35, ha="right")
     axes.set(ylabel="ROUGE-L (%)", ylim=(0, 100), title=f"{which.capitalize()} instances by category")
-    axes.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.5), fontsize=8)
+    axes.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8)
     return _save(figure, path)
 
 
@@ -133,7 +133,7 @@ def router_map(learnt: dict, path: Path) -> Path:
 
 
 def allocation_map(learnt: dict, path: Path) -> Path:
-    """Zhat of each adapted Linear, a row of skills for each abstract task, and the skills' use."""
+    """Zhat of each adapted Linear, a row of skills for each abstract task; and the skills' use, mean c."""
     names, Zhat = list(learnt["skill_use"]), np.array(learnt["allocation"])  # (N,K,S)
     use, (N, K, S) = np.array(list(learnt["skill_use"].values())), Zhat.shape  # (N,S)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(3 + 0.14 * K * S, 1.2 + 0.2 * N), sharey=True,
@@ -146,7 +146,7 @@ def allocation_map(learnt: dict, path: Path) -> Path:
     left.set(xlabel=f"abstract task, {S} skills each", title="Allocation Zhat")
     image = right.imshow(use, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     right.set_xticks(range(S), range(1, S + 1))
-    right.set(xlabel="skill", title="Skill use, mean c")
+    right.set(xlabel="skill", title="Mean c")
     figure.colorbar(image, ax=(left, right), label="share", shrink=0.6, pad=0.02)
     return _save(figure, path)
 
