@@ -7,17 +7,29 @@ tests/test_baselines.py"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from orchmoe import Adapters, Mix, OrchMoEConfig, Routing, SkillLinear, attach, register, replace_linears
+from orchmoe import (
+    T5_LINEARS,
+    Adapters,
+    Mix,
+    OrchMoEConfig,
+    Routing,
+    SkillLinear,
+    attach,
+    register,
+    replace_linears,
+)
 
-METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full")
+METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
 
 
 class Unadapted(Adapters):
@@ -150,8 +162,9 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_ta
                   mix: Mix = kernels.mix_skills, generator: torch.Generator | None = None) -> Adapters:
     """Freezes `module` and attaches the method `name` of METHODS with S = config.skills, R = config.rank.
 
-    num_tasks: T, for the methods with task ids. mix: for those that mix outputs. ValueError for an unknown
-    name or a missing T."""
+    num_tasks: T, for the methods with task ids. mix: for those that mix outputs. orchmoe-factors: OrchMoE
+    whose skills mix factors, as Poly's do, for the ablation. ValueError for an unknown name or a missing T.
+    """
     S, R = config.skills, config.rank
     if name not in METHODS:
         raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -159,18 +172,99 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_ta
         raise ValueError(f"num_tasks: {name} routes by task id and needs the number of training tasks")
     if name == "orchmoe":
         return attach(module, config, mix, generator=generator)
+    if name == "orchmoe-factors":
+        if config.router == "token":
+            raise ValueError("--method orchmoe-factors --router token: factors are mixed once per sample")
+        return attach(module, config, kernels.mix_factors, generator=generator)
     if name == "full":
         return Unadapted(module, full=True)
 
-    def linears(skills: int, rank: int, scale: float, mix: Mix) -> dict[str, SkillLinear]:
-        return replace_linears(module, config.targets,
-                               lambda base: SkillLinear(base, skills, rank, scale, mix, generator))
+    def linears(skills: int, rank: int, mix: Mix) -> dict[str, SkillLinear]:
+        def make(base: nn.Linear, extra: int) -> SkillLinear:
+            return SkillLinear(base, skills, rank + extra, config.scale(rank + extra), mix, generator)
+
+        return replace_linears(module, config, make)
 
     make: dict[str, Callable[[], Adapters]] = {
-        "lora": lambda: LoRA(linears(1, S * R, config.scale / S, mix)),
-        "moe-lora": lambda: MoELoRA(linears(S, R, config.scale, mix), S, generator),
-        "poly": lambda: Poly(linears(S, R, config.scale, kernels.mix_factors), num_tasks, S, 1, generator),
-        "mhr": lambda: Poly(linears(S, R, config.scale, kernels.mix_factors), num_tasks, S, heads, generator),
-        "c-poly": lambda: CPoly(linears(S - 1 + num_tasks, R, config.scale, mix), num_tasks, S, generator),
+        "lora": lambda: LoRA(linears(1, S * R, mix)),
+        "moe-lora": lambda: MoELoRA(linears(S, R, mix), S, generator),
+        "poly": lambda: Poly(linears(S, R, kernels.mix_factors), num_tasks, S, 1, generator),
+        "mhr": lambda: Poly(linears(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
+        "c-poly": lambda: CPoly(linears(S - 1 + num_tasks, R, mix), num_tasks, S, generator),
     }
     return register(module, make[name]())
+
+
+# ------------------------------------------------------------------------------------------------- accounting
+
+
+class Count(NamedTuple):
+    """Parameters that train: A and B of all skills, and what routes them."""
+
+    skills: int
+    routing: int
+
+    @property
+    def total(self) -> int:
+        return self.skills + self.routing
+
+    def __str__(self) -> str:
+        return f"{self.skills:,} in skills + {self.routing:,} in routing = {self.total:,}"
+
+
+def count(adapters: Adapters) -> Count:
+    """The true count, of the tensors that are there; --method full has skills alone."""
+    sizes = {kind: sum(p.numel() for p in group) for kind, group in adapters.parameter_groups().items()}
+    routing = sizes.get("router", 0) + sizes.get("allocation", 0)
+    return Count(sum(sizes.values()) - routing, routing)
+
+
+def shapes_of(module: nn.Module, config: OrchMoEConfig) -> list[tuple[int, int]]:
+    """(D, O) of the Linears that config.targets names, in the order in which they are adapted."""
+    names = set(T5_LINEARS if "all" in config.targets else config.targets)
+    return [(child.in_features, child.out_features) for owner in module.modules()
+            for name, child in owner.named_children() if isinstance(child, nn.Linear) and name in names]
+
+
+def closed_form(name: str, config: OrchMoEConfig, shapes: Sequence[tuple[int, int]], *, width: int,
+                num_tasks: int = 0, heads: int = 4) -> Count:
+    """The same from shapes (D, O) of the N adapted Linears and the width of the embeddings, for the methods
+    that adapt."""
+    N, S, R, K, T, H = len(shapes), config.skills, config.rank, config.tasks, num_tasks, heads
+    in_features = sum(D for D, _ in shapes)
+    rank_one = sum(map(sum, shapes))  # D + O over all Linears
+    extra = sum(e * sum(shape) for e, shape in zip(config.extra_ranks(N), shapes, strict=True))
+    skill = R * rank_one + extra  # one skill of every Linear
+    attention = 2 * width * config.attention_width(width) if config.router_attention else 0
+    router = {"sample": attention + K * (width + 1), "token": K * (in_features + N), "none": 0}[config.router]
+    return {
+        "orchmoe": Count(S * skill, N * K * S + router),
+        "orchmoe-factors": Count(S * skill, N * K * S + router),
+        "lora": Count(S * R * rank_one + extra, 0),
+        "moe-lora": Count(S * skill, S * in_features),
+        "poly": Count(S * skill, N * T * S),
+        "mhr": Count(S * skill, N * T * S * H),
+        "c-poly": Count((S - 1 + T) * skill, N * T * (S - 1 + T)),
+    }[name]
+
+
+def budget(names: Sequence[str], config: OrchMoEConfig, shapes: Sequence[tuple[int, int]],
+           **sizes: int) -> dict[str, OrchMoEConfig]:
+    """Configs of equal total size: the budget is the least total that every method reaches with S and R as
+    they are, hence that of the method with the dearest routing; the others come as near to it as whole extra
+    ranks can, one Linear at a time. c-poly, which grows with T, cannot stand in it."""
+    def total(name: str, extra: int) -> int:
+        return closed_form(name, replace(config, extra_rank=extra), shapes, **sizes).total
+
+    target = max(total(name, 0) for name in names)
+    chosen = {}
+    for name in names:
+        low, high = 0, 1  # total(low) <= target < total(high)
+        while total(name, high) <= target:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total(name, middle) <= target else (low, middle)
+        extra = min(low, high, key=lambda extra: abs(total(name, extra) - target))
+        chosen[name] = replace(config, extra_rank=extra)
+    return chosen

@@ -23,7 +23,6 @@ import os
 import pickle
 import random
 import string
-import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -36,7 +35,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from runtime import atomic_write, progress, require_least
+from runtime import atomic_write, end_with_parent, progress, require_least
 
 CACHE_VERSION = 1  # part of every cache key: raise it when a prompt, a set or the layout changes
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
@@ -450,17 +449,11 @@ def _map_tasks(function: Callable[[Path], Any], paths: list[Path]) -> list:
     if cores > 1 and sum(path.stat().st_size for path in paths) > POOL_BYTES:
         try:  # spawned: a fork of a process in which torch has started threads can hang
             spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(cores, 32), spawn, _end_with_parent) as pool:
+            with ProcessPoolExecutor(min(cores, 32), spawn, end_with_parent) as pool:
                 return list(bar(pool.map(function, paths, chunksize=4)))
         except (BrokenExecutor, OSError, ImportError, pickle.PicklingError) as error:
             warn_once(f"worker processes failed ({type(error).__name__}); tokenising in this one")
     return [function(path) for path in bar(paths)]
-
-
-def _end_with_parent() -> None:
-    """Lets no worker outlive a parent that was killed outright: an orphan would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -78,12 +78,12 @@ def routed(base: model.T5, adapters: Adapters, batch: data.Batch, **options: Any
 @torch.no_grad()
 def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example],
             tokenizer: data.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
-            desc: str = "generate") -> list[str]:
-    """Greedy predictions, in the order of the examples."""
+            desc: str = "generate", w: Tensor | None = None) -> list[str]:
+    """Greedy predictions, in the order of the examples; with w (K,) that in place of the router's own."""
     base.eval()
     texts = [""] * len(examples)
     for rows, batch in batches(examples, batch_size, base.device, desc):
-        with routed(base, adapters, batch):
+        with routed(base, adapters, batch, w=w):
             tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                    on_keep=adapters.keep)
         for i, ids in zip(rows, tokens.tolist(), strict=True):
@@ -162,6 +162,44 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
     spreads = torch.stack([group.std(0, correction=0).mean() for group in groups])
     return RouterReport(mean_entropy(w), means.std(0, correction=0).mean().item(), spreads.mean().item(),
                         w.mean(0).max().item())
+
+
+def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
+    """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
+    w does not depend on the label, at most the smaller of their two entropies."""
+    rows = np.unique(np.array(labels), return_inverse=True)[1]
+    joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
+    joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)
+    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    return torch.special.xlogy(joint, joint / apart.clamp(min=1e-300)).sum().item()
+
+
+@torch.no_grad()
+def routing_report(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *,
+                   batch_size: int = 64) -> dict[str, Any]:
+    """What the router learnt, as numbers for a JSON file: RouterReport's, mutual information with the real
+    category, mean w of each real task (K), mean c of each Linear (S), Zhat (N,K,S) and `distance`, the mean
+    |c - 1/S|. {} for methods whose c is not one for the sample."""
+    base.eval()
+    use, distance, report = 0.0, 0.0, {}
+    for rows, batch in batches(examples, batch_size, base.device, "skills in use"):
+        with routed(base, adapters, batch) as routing:
+            if routing.c is None or routing.allocation is None:
+                return {}
+            c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
+            use = use + c.sum(1) / len(examples)
+            distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
+            report["allocation"] = routing.allocation[0].float().cpu().numpy().round(4).tolist()
+    names = adapters.linears.keys()
+    report |= {"distance": distance, "skill_use": dict(zip(names, use.cpu().tolist(), strict=True))}
+    w = router_weights(base, adapters, examples, batch_size=batch_size)
+    if w is not None:
+        tasks = np.array([example.task for example in examples])
+        report |= report_router(w, examples)._asdict()
+        report["mutual_information"] = mutual_information(w, [example.category for example in examples])
+        report["w"] = {str(task): w[tasks == task].mean(0).tolist() for task in sorted(set(tasks))}
+        report["category"] = {example.task: example.category for example in examples}
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -246,8 +284,9 @@ def main() -> None:
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
     tokenizer = data.Tokenizer(config.model or own or bundled)
     data_config = runtime.from_flags(data.DataConfig, {**run["data"], **flags})
-    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=run["train"]["seed"]),
-                      config.limit)
+    split_seed = run["train"].get("split_seed")
+    seed = run["train"]["seed"] if split_seed is None else split_seed
+    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)
     examples = with_task_ids(examples, run["tasks"])
     if base is None:
         predictions = copy_heuristic(config.heuristic, data_config.data, examples)

@@ -40,6 +40,7 @@ class OrchMoEConfig:
     tasks: int = 8  # K, abstract tasks of the router
     skills: int = 4  # S, LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
+    extra_rank: int = 0  # ranks handed out on top, evenly over the Linears: for comparisons at equal size
     alpha: float | None = None  # the skills' output is scaled by alpha / rank; left out: alpha = rank
     targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = q,k,v,o,wi,wo
     router: Literal["sample", "token", "none"] = "sample"  # on the source; on each token; w = 1/K
@@ -55,6 +56,8 @@ class OrchMoEConfig:
         for name in ("tasks", "skills", "rank", "router_dim"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: {value} must be at least 1")
+        if self.extra_rank < 0:
+            raise ValueError(f"extra_rank: {self.extra_rank} must be at least 0")
         if not self.targets:
             raise ValueError("targets: name at least one Linear")
         if not self.tau > 0:
@@ -76,9 +79,17 @@ class OrchMoEConfig:
     def bias_start(self) -> float:
         return 0.0 if self.router_norm == "softmax" else 1 / self.tasks
 
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    def scale(self, total_rank: int) -> float:
+        """alpha / the rank that adds up in one Linear, whatever the method."""
+        return (self.rank if self.alpha is None else self.alpha) / total_rank
+
+    def attention_width(self, width: int) -> int:
+        """d_r, the router attention's width for embeddings of `width`."""
+        return self.router_dim or max(1, min(64, width // 10))
+
+    def extra_ranks(self, linears: int) -> list[int]:
+        """How many of the extra ranks each of N Linears gets."""
+        return [(n + 1) * self.extra_rank // linears - n * self.extra_rank // linears for n in range(linears)]
 
 
 class Routing(NamedTuple):
@@ -100,9 +111,10 @@ class TaskRouter(nn.Module):
     def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        d_r = config.router_dim or max(1, min(64, width // 10))
-        self.query = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
-        self.key = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
+        d_r = config.attention_width(width)
+        if config.router_attention:
+            self.query = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
+            self.key = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
         self.task = nn.Parameter(_normal((config.tasks, width), 0.02, generator))
         self.bias = nn.Parameter(torch.full((config.tasks,), config.bias_start))
         self.register_buffer("mu", torch.zeros(width))
@@ -175,8 +187,21 @@ def _length_for_entropy(logits: Tensor, target: float) -> float:
     return math.exp(low)
 
 
-def _normal(shape: tuple[int, ...], sd: float, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(shape).normal_(0, sd, generator=generator)
+def _normal(shape: tuple[int, ...], sd: float, generator: torch.Generator | None,
+            device: torch.device | str = "cpu") -> Tensor:
+    return _drawn(shape, device, lambda values: values.normal_(0, sd, generator=generator))
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None,
+             device: torch.device | str = "cpu") -> Tensor:
+    return _drawn(shape, device, lambda values: values.uniform_(-bound, bound, generator=generator))
+
+
+def _drawn(shape: tuple[int, ...], device: torch.device | str, fill: Callable[[Tensor], Tensor]) -> Tensor:
+    """Drawn on the CPU, so that no device changes the start; on meta nothing is drawn, or allocated."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, device="meta")
+    return fill(torch.empty(shape)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------- the skills
@@ -207,8 +232,7 @@ class SkillLinear(nn.Linear):
         # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself is U(-1/sqrt D, 1/sqrt D); float32 over a
         # bf16 base
         bound, device = 1 / math.sqrt(self.in_features), self.weight.device
-        A = torch.empty(skills, rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.skill_A = nn.Parameter(A.to(device))
+        self.skill_A = nn.Parameter(_uniform((skills, rank, self.in_features), bound, generator, device))
         self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=device))
         self.skill_scale, self.skill_mix = scale, mix
         self.skill_routing: Tensor | None = None  # set by Adapters.routed: c (B,S), or Zhat (B,K,S)
@@ -220,7 +244,7 @@ class SkillLinear(nn.Linear):
         """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K); without b where None."""
         device = self.weight.device
         self.skill_norm = norm
-        self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator).to(device))
+        self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator, device))
         if bias_start is not None:
             self.skill_bias = nn.Parameter(torch.full((tasks,), bias_start, device=device))
 
@@ -388,14 +412,10 @@ class OrchMoE(Adapters):
         super().__init__(linears)
         self.config = config
         device = next(iter(linears.values())).weight.device
-        Z = torch.empty(len(linears), config.tasks, config.skills)
         kind, size = config.allocation_start
-        if kind == "normal":
-            Z.normal_(0, size, generator=generator)
-        else:
-            Z.uniform_(-size, size, generator=generator)
-        self.allocation = nn.Parameter(Z.to(device))
-        self.noise_shape = tuple(Z.shape) if config.gumbel else None
+        draw, shape = _normal if kind == "normal" else _uniform, (len(linears), config.tasks, config.skills)
+        self.allocation = nn.Parameter(draw(shape, size, generator, device))
+        self.noise_shape = shape if config.gumbel else None
         self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None
         if config.router == "token":
             for linear in linears.values():
@@ -461,20 +481,21 @@ def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *,
     mix: mix_skills, or kernels.mix_skills. generator: of the initial values, on the CPU. ValueError where
     nothing matches, where adapters are there already, and for owners or Linears whose own forward would go
     round the skills."""
-    def with_skills(base: nn.Linear) -> SkillLinear:
-        return SkillLinear(base, config.skills, config.rank, config.scale, mix, generator)
+    def with_skills(base: nn.Linear, extra: int) -> SkillLinear:
+        rank = config.rank + extra
+        return SkillLinear(base, config.skills, rank, config.scale(rank), mix, generator)
 
-    linears = replace_linears(module, config.targets, with_skills)
+    linears = replace_linears(module, config, with_skills)
     return register(module, OrchMoE(linears, config, router_width(module), generator))
 
 
-def replace_linears(module: nn.Module, targets: Iterable[str],
-                    make: Callable[[nn.Linear], SkillLinear]) -> dict[str, SkillLinear]:
-    """Freezes `module` and replaces its target Linears by make(Linear); returns them by name, in the module's
-    order."""
+def replace_linears(module: nn.Module, config: OrchMoEConfig,
+                    make: Callable[[nn.Linear, int], SkillLinear]) -> dict[str, SkillLinear]:
+    """Freezes `module` and replaces its target Linears by make(Linear, its extra rank); returns them by name,
+    in the module's order."""
     if hasattr(module, "skill_adapters"):
         raise ValueError("module: it has adapters already; attach to a fresh copy")
-    names = set(T5_LINEARS if "all" in targets else targets)
+    names = set(T5_LINEARS if "all" in config.targets else config.targets)
     children = [(owner, path, name, child) for path, owner in module.named_modules()
                 for name, child in owner.named_children() if isinstance(child, nn.Linear)]
     found = [row for row in children if row[2] in names]
@@ -489,8 +510,8 @@ def replace_linears(module: nn.Module, targets: Iterable[str],
                              "nn.Linear that its owner calls can be adapted")
     module.requires_grad_(False)
     linears = {}
-    for owner, path, name, child in found:
-        linears[f"{path}.{name}" if path else name] = replacement = make(child)
+    for (owner, path, name, child), extra in zip(found, config.extra_ranks(len(found)), strict=True):
+        linears[f"{path}.{name}" if path else name] = replacement = make(child, extra)
         replacement.train(child.training)
         setattr(owner, name, replacement)
     return linears

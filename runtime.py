@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import secrets
 import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -261,3 +263,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def end_with_parent() -> None:
+    """Lets no worker outlive a parent that was killed outright: an orphan would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

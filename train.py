@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import model
 import runtime
-from baselines import attach_method
+from baselines import METHODS, attach_method, count
 from orchmoe import Adapters, OrchMoEConfig
 
 
@@ -30,9 +30,10 @@ class TrainConfig:
     """Training: model, method, steps and rates."""
 
     model: str = "tiny/"  # Hugging Face T5 folder: config.json, weights, spiece.model
-    method: Literal["orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full"] = "orchmoe"  # what trains
+    method: Literal[METHODS] = "orchmoe"  # what trains
     from_scratch: bool = False  # random weights instead of those in --model; with --method full
     seed: int = 0  # of everything: splits, order, initial values, noise
+    split_seed: int | None = None  # of the splits into train, dev and seen alone (default: the seed)
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # examples of one optimiser step
     accumulate: int = 1  # micro-batches that a step is computed in
@@ -71,6 +72,8 @@ class PlaceConfig:
     device: str = ""  # cpu or cuda:N instead
 
 
+# Named settings: lineage starts and relaxes the allocation as Poly does, whose line of papers OrchMoE is in.
+PRESETS = {"lineage": {"allocation_init": "uniform:0.001", "gumbel": True}}
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 
 
@@ -250,14 +253,15 @@ def load_sets(tokenizer: data.Tokenizer, config: TrainConfig, data_config: data.
               ) -> tuple[data.Examples, dict[str, list[data.Example]]]:
     """The training set, and {"dev", "seen", "unseen"} of at most --eval-instances; no unseen where the split
     has no test tasks."""
+    seed = config.seed if config.split_seed is None else config.split_seed
     held_out = {"dev": "dev", "seen": "seen"}
     if data.read_splits(data_config.data, data_config.splits)["test"]:
         held_out["unseen"] = "test"
-    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=config.seed),
+    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=seed),
                                     config.eval_instances) for name, split in held_out.items()}
     if not sets["dev"]:
         raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
-    return data.load_examples(data_config, tokenizer, "train", seed=config.seed), sets
+    return data.load_examples(data_config, tokenizer, "train", seed=seed), sets
 
 
 def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]],
@@ -286,18 +290,19 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
-    for cls in (PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls)
-    flags = vars(parser.parse_args())
-    where = runtime.from_flags(PlaceConfig, flags)
-    folder, configs = read_configs(flags, where)
-    config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
-    place = runtime.pick_device(where.gpu, where.device, config.dtype)
-    runtime.say(place.reason)
-    torch.manual_seed(config.seed)
+def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: data.DataConfig) -> None:
+    """ValueError where base or training tasks are not those that the run began with."""
+    if saved["base"] != facts["base"]:
+        raise ValueError(f"{config.model}: not the base that the run began with; restore it to resume")
+    if saved["tasks"] != facts["tasks"]:
+        raise ValueError(f"{data_config.data}: not the training tasks that the run began with; restore them")
 
+
+def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True) -> bool:
+    """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it.
+    closing: score the frozen base and the trained model on seen and unseen tasks, and say so."""
+    config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
+    torch.manual_seed(config.seed)
     tokenizer = data.Tokenizer(config.model)
     train_set, sets = load_sets(tokenizer, config, data_config)
     source = Source(train_set, tokenizer, config, data_config)
@@ -308,23 +313,22 @@ def main() -> None:
     base.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
         base.compile_blocks()
-    trained = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
-    parameters = sum(p.numel() for p in base.parameters())
-    runtime.say(f"{config.method}: {trained:,} of {parameters:,} parameters train on {len(train_set)} "
-                f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
+    rank = "" if config.method == "full" else f", S R = {adapter_config.skills * adapter_config.rank}"
+    runtime.say(f"{config.method}: {count(adapters)} parameters train{rank}; on {len(train_set)} examples of "
+                f"{len(train_set.tasks)} tasks; run folder {folder}")
 
     base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
     facts = {"base": base_print, "tasks": train_set.tasks}
-    if where.resume:
+    scores_file, scores = folder / "scores.json", {}
+    if (folder / "config.json").exists():
         check_unchanged(evaluation.read_run(folder), facts, config, data_config)
+        scores = runtime.read_json(scores_file) if scores_file.exists() else {}
     else:
         runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()}
                            | facts | {"torch": torch.__version__})
-    scores_file = folder / "scores.json"
-    scores = runtime.read_json(scores_file) if where.resume and scores_file.exists() else {}
-    if not (scores or config.from_scratch):  # every method starts as the base, bit for bit
+    if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
         scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
-    runtime.write_json(scores_file, scores)
+        runtime.write_json(scores_file, scores)
 
     def keep_best() -> None:
         if config.method == "full":
@@ -336,10 +340,9 @@ def main() -> None:
 
     bf16 = config.method == "full" and place.dtype == torch.bfloat16
     if not train(base, adapters, sets["dev"], source, folder, config, bf16, keep_best):
-        device = f" --gpu {where.gpu}" if where.gpu is not None else ""
-        device += f" --device {where.device}" if where.device else ""
-        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")
-        raise SystemExit(130)
+        return False
+    if not closing:
+        return True
     adapters.load_state_dict(checkpoint.load_t5(folder / "model").state_dict() if config.method == "full"
                              else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
@@ -347,14 +350,25 @@ def main() -> None:
     runtime.say(table(scores))
     runtime.say(f"in {folder}: scores.json, metrics.jsonl and the weights that were best on dev; "
                 f"next: python eval.py --run {folder}")
+    return True
 
 
-def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: data.DataConfig) -> None:
-    """ValueError where base or training tasks are not those that the run began with."""
-    if saved["base"] != facts["base"]:
-        raise ValueError(f"{config.model}: not the base that the run began with; restore it to resume")
-    if saved["tasks"] != facts["tasks"]:
-        raise ValueError(f"{data_config.data}: not the training tasks that the run began with; restore them")
+def main() -> None:
+    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
+    parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-init uniform:0.001 --gumbel")
+    for cls in (PlaceConfig, *CONFIGS.values()):
+        parser.add_dataclass(cls)
+    flags = vars(parser.parse_args())
+    flags = PRESETS.get(flags.pop("preset"), {}) | flags
+    where = runtime.from_flags(PlaceConfig, flags)
+    folder, configs = read_configs(flags, where)
+    place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
+    runtime.say(place.reason)
+    if not run(folder, configs, place):
+        device = f" --gpu {where.gpu}" if where.gpu is not None else ""
+        device += f" --device {where.device}" if where.device else ""
+        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""The comparison: parameter counts against closed forms, budgets, the bootstrap, mutual information, cells
+that are not run twice, and figures."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import compare
+import eval as evaluation
+import plot
+from baselines import attach_method, budget, closed_form, count, shapes_of
+from model import T5, T5Config
+from orchmoe import OrchMoEConfig, router_width
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = T5Config(64, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
+                 tied_head=False)  # fmt: skip
+T = 5
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return T5(config)
+
+
+@pytest.mark.parametrize("size", [SMALL, compare.SIZES["t5-xl"]], ids=["small", "t5-xl"])
+@pytest.mark.parametrize("options", [
+    {}, {"targets": ("all",), "extra_rank": 7}, {"router": "token", "tasks": 3, "extra_rank": 100},
+    {"router": "none"}, {"router_attention": False, "skills": 2}, {"router_dim": 5, "skills": 1},
+])  # fmt: skip
+def test_closed_forms_are_the_true_counts(size, options):
+    config = OrchMoEConfig(**options)
+    for name in compare.ADAPTED if config.skills > 1 else ("orchmoe", "lora", "moe-lora", "poly", "mhr"):
+        base = on_meta(size)
+        shapes, width = shapes_of(base, config), router_width(base)
+        adapters = attach_method(name, base, config, num_tasks=T)
+        assert all(p.is_meta for group in adapters.parameter_groups().values() for p in group if p.dim() > 2)
+        assert shapes == [(linear.in_features, linear.out_features) for linear in adapters.linears.values()]
+        assert count(adapters) == closed_form(name, config, shapes, width=width, num_tasks=T), name
+
+
+def test_mhr_on_flan_t5_xl_has_the_known_count():
+    config = OrchMoEConfig(skills=2, rank=8)
+    shapes = shapes_of(on_meta(compare.SIZES["t5-xl"]), config)
+    assert closed_form("mhr", config, shapes, width=2048, num_tasks=4).total == 9_441_792
+
+
+@pytest.mark.parametrize("size", ["tiny", "t5-small", "t5-xxl"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
+def test_totals_are_equal_within_three_per_cent(size, targets):
+    t5 = compare.SIZES.get(size) or T5Config.from_json(ROOT / "tiny" / "config.json")
+    config, base = OrchMoEConfig(targets=targets), on_meta(t5)
+    shapes, sizes = shapes_of(base, config), {"width": router_width(base), "num_tasks": 28}
+    names = [name for name in compare.ADAPTED if name != "c-poly"]
+    configs = budget(names, config, shapes, **sizes)
+    totals = {name: closed_form(name, configs[name], shapes, **sizes).total for name in names}
+    least = max(closed_form(name, config, shapes, **sizes).total for name in names)
+    assert max(totals.values()) <= 1.03 * min(totals.values())
+    assert all(abs(total - least) <= 0.03 * least for total in totals.values())
+    for name in names:  # the models that these configs make, and the scale: alpha / the rank that adds up
+        adapters = attach_method(name, on_meta(t5), configs[name], num_tasks=28)
+        assert count(adapters).total == totals[name]
+        for linear in adapters.linears.values():
+            assert linear.skill_scale == config.rank / linear.skill_A.shape[1]
+
+
+def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(compare.SIZES["t5-xxl"].to_hf()))  # the config alone
+    program = [sys.executable, str(ROOT / "compare.py"), "--dry-run", "--model", str(tmp_path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "base: 11,135,332,352 parameters" in done.stdout and "| moe-lora | 8 | 0 |" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    assert after.ru_maxrss < 2e6  # kB, of the largest child so far
+
+
+def test_an_unknown_model_is_one_line(tmp_path):
+    program = [sys.executable, str(ROOT / "compare.py"), "--dry-run", "--model", "t5-xxs"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "t5-xxl" in done.stderr
+
+
+def test_bootstrap_of_known_differences():
+    assert compare.bootstrap([2.0] * 9) == (2.0, 2.0, 2.0)
+    generator = torch.Generator().manual_seed(0)
+    values = (1 + torch.randn(400, generator=generator)).tolist()
+    mean, low, high = compare.bootstrap(values)
+    error = torch.tensor(values).std().item() / 20  # of the mean of 400
+    assert mean == pytest.approx(sum(values) / 400)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert compare.bootstrap(values) == (mean, low, high)
+
+
+def test_summary_pairs_tasks_and_averages_seeds_first():
+    def cell(row, seed, scores):
+        tasks = {task: {"rougeL": value, "exact_match": 0.0} for task, value in scores.items()}
+        overall = {"rougeL": sum(scores.values()) / len(scores), "exact_match": 0.0}
+        return {"row": row, "size": 9, "seed": seed, "seen": {"overall": overall, "tasks": tasks}}
+
+    cells = [cell("orchmoe", 0, {"a": 10, "b": 90}), cell("orchmoe", 1, {"a": 20, "b": 92}),
+             cell("lora", 0, {"b": 80, "a": 5}), cell("lora", 1, {"b": 80, "a": 5})]  # fmt: skip
+    own, lora = compare.summarise(cells, "orchmoe")
+    assert own["seen rougeL"] == {"mean": 53, "sd": pytest.approx(3 * math.sqrt(2)), "difference": None}
+    assert lora["seen rougeL"]["difference"] == (10.5, 10, 11)  # of a: 15 - 5, of b: 91 - 80
+
+
+def test_mutual_information_of_known_tables():
+    labels = ["x", "x", "y", "y"]
+    assert evaluation.mutual_information(torch.eye(2)[[0, 0, 1, 1]], labels) == pytest.approx(math.log(2))
+    assert evaluation.mutual_information(torch.eye(4), labels) == pytest.approx(math.log(2))
+    assert evaluation.mutual_information(torch.eye(2)[[0, 1, 0, 1]], labels) == pytest.approx(0)
+    assert evaluation.mutual_information(torch.full((4, 8), 1 / 8), labels) == pytest.approx(0)
+    soft = torch.tensor([[0.75, 0.25]] * 2 + [[0.25, 0.75]] * 2)  # ln 2 less the entropy of (3/4, 1/4)
+    expected = math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
+    assert evaluation.mutual_information(soft, labels) == pytest.approx(expected)
+
+
+def test_every_ablation_is_one_difference_that_exists():
+    fields = {name for cls in compare.train.CONFIGS.values() for name in cls.__dataclass_fields__}
+    default = OrchMoEConfig()
+    for row, changes in compare.ABLATIONS.items():
+        assert changes.keys() <= fields, row
+        adapter = replace(default, **{k: v for k, v in changes.items() if hasattr(default, k)})
+        assert adapter.skills * adapter.rank == default.skills * default.rank
+        assert (adapter != default) or "method" in changes or "lr_router" in changes or not changes
+        assert len(changes) <= 1 or row.startswith(("S =", "preset"))
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A comparison of two methods at two sizes with tuning, and its arguments."""
+    home = tmp_path_factory.mktemp("compare")
+    for name in ("sni", "tiny"):
+        (home / name).symlink_to(ROOT / name)
+    arguments = ("--device cpu --max-tasks 3 --eval-instances 6 --steps 3 --eval-every 2 --batch-size 4 "
+                 "--methods orchmoe,lora --seeds 1 --sizes 4,8 --grid 1e-3,3e-3 --jobs 1 --out out").split()
+    return home, arguments, run_compare(home, arguments)
+
+
+def run_compare(home, arguments, code=0):
+    program = [sys.executable, str(ROOT / "compare.py"), *arguments]
+    done = subprocess.run(program, cwd=home, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")})  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_comparison_from_start_to_table(small_run):
+    home, _, out = small_run
+    results = json.loads((home / "out/results.json").read_text())
+    assert "| lora | " in out and (home / "out/results.md").read_text().strip() in out
+    assert len(results["cells"]) == 5 and len(results["summary"]) == 5  # the frozen base, and 2 x 2
+    rates = json.loads((home / "out/rates.json").read_text())
+    for name in ("orchmoe", "lora"):  # equal effort, and the best on dev is the one that is used
+        losses = rates[name]["dev_loss"]
+        assert list(losses) == ["1e-3", "3e-3"]
+        assert rates[name]["lr_skills"] == min((loss, float(rate)) for rate, loss in losses.items())[1]
+        config = json.loads((home / f"out/cells/{name}-n8-s0/config.json").read_text())
+        assert config["train"]["lr_skills"] == rates[name]["lr_skills"] and config["train"]["split_seed"] == 0
+    totals = [sum(cell["parameters"].values()) for cell in results["cells"] if cell.get("parameters")]
+    assert len(totals) == 4 and max(totals) <= 1.03 * min(totals)
+    learnt = results["cells"][1]["learnt"]
+    assert len(learnt["w"]) == 3 and len(learnt["skill_use"]) == 20 and learnt["distance"] > 0
+    assert all(abs(sum(row) - 1) < 1e-5 for row in [*learnt["w"].values(), *learnt["skill_use"].values()])
+
+
+def test_finished_cells_are_not_run_again_and_lost_ones_are(small_run):
+    home, arguments, _ = small_run
+    files = sorted((home / "out").rglob("scores.json"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    logs = {log: log.stat().st_mtime_ns for log in (home / "out").rglob("metrics.jsonl")}
+    lost = home / "out/cells/lora-n4-s0/scores.json"
+    kept = json.loads(lost.read_text())
+    lost.unlink()  # as if it had been stopped before the end
+    run_compare(home, arguments)
+    assert len(files) == 9  # 4 of tuning, 5 of the comparison
+    assert {p for p in files if p.stat().st_mtime_ns != before[p]} == {lost}
+    assert {p.parent for p, time in logs.items() if p.stat().st_mtime_ns != time} <= {lost.parent}
+    assert json.loads(lost.read_text()) | {"seconds": 0} == kept | {"seconds": 0}
+    assert "made with steps 3, not 4" in run_compare(home, [*arguments, "--steps", "4"], code=2)
+
+
+def test_w_replaced_by_its_mean_needs_no_training(small_run):
+    home, arguments, _ = small_run
+    out = run_compare(home, [*arguments, "--ablations", "--rows", "w replaced by its mean,router: none"])
+    assert "| w replaced by its mean |" in out and "| router: none |" in out
+    assert not (home / "out/ablations/w_replaced_by_its_mean-s0/metrics.jsonl").exists()
+    assert len(json.loads((home / "out/ablations.json").read_text())["cells"]) == 3
+
+
+def test_figures_are_written(small_run):
+    pytest.importorskip("matplotlib")
+    home, _, _ = small_run
+    for path in (home / "out").glob("*.png"):
+        path.unlink()
+    names = ["loss", "sizes", "categories-seen", "categories-unseen", "router", "allocation"]
+    done = subprocess.run([sys.executable, str(ROOT / "plot.py"), "--results", "out"], cwd=home, text=True,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert (home / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(done.stdout.splitlines()) == len(names)
+
+
+def test_without_matplotlib_plot_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        plot.pyplot()
