@@ -18,7 +18,7 @@ import eval as evaluation
 import plot
 from baselines import attach_method, budget, closed_form, count, shapes_of
 from model import T5, T5Config
-from orchmoe import OrchMoEConfig, router_width
+from orchmoe import OrchMoE, OrchMoEConfig, router_width
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = T5Config(64, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
@@ -45,6 +45,15 @@ def test_closed_forms_are_the_true_counts(size, options):
         assert all(p.is_meta for group in adapters.parameter_groups().values() for p in group if p.dim() > 2)
         assert shapes == [(linear.in_features, linear.out_features) for linear in adapters.linears.values()]
         assert count(adapters) == closed_form(name, config, shapes, width=width, num_tasks=T), name
+
+
+def test_nothing_is_drawn_on_meta():
+    for name in compare.ADAPTED[:3]:
+        generator = torch.Generator().manual_seed(3)
+        before = generator.get_state()
+        config = OrchMoEConfig(router="token" if name == "orchmoe" else "sample")
+        attach_method(name, on_meta(SMALL), config, num_tasks=T, generator=generator)
+        assert torch.equal(generator.get_state(), before)
 
 
 def test_mhr_on_flan_t5_xl_has_the_known_count():
@@ -195,8 +204,25 @@ def test_w_replaced_by_its_mean_needs_no_training(small_run):
     home, arguments, _ = small_run
     out = run_compare(home, [*arguments, "--ablations", "--rows", "w replaced by its mean,router: none"])
     assert "| w replaced by its mean |" in out and "| router: none |" in out
+    assert out.count("run folder out/ablations/default-s0") == 1  # trained once, for both
     assert not (home / "out/ablations/w_replaced_by_its_mean-s0/metrics.jsonl").exists()
     assert len(json.loads((home / "out/ablations.json").read_text())["cells"]) == 3
+
+
+def test_the_mean_that_replaces_w_is_one_for_all_samples(small_run, monkeypatch):
+    home, _, _ = small_run
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    folder, given, route = Path("out/cells/orchmoe-n8-s0"), [], OrchMoE.route
+    saved = json.loads((folder / "config.json").read_text())
+    configs = {name: compare.runtime.from_flags(cls, saved[name])
+               for name, cls in compare.train.CONFIGS.items()}  # fmt: skip
+    monkeypatch.setattr(OrchMoE, "route", lambda *a, w=None, **k: given.append(w) or route(*a, w=w, **k))
+    cell = compare.Cell("mean", Path("out/mean"), configs, mean_of=folder)
+    compare.run_cell(cell, compare.runtime.pick_device(device="cpu"))
+    means = [w for w in given if w is not None]
+    assert given[0] is None and len(means) == 2  # its own on dev; then seen, unseen
+    assert means[0].shape == (8,) and means[0].sum().item() == pytest.approx(1)
 
 
 def test_figures_are_written(small_run):
