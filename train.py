@@ -159,7 +159,8 @@ class Source:
 def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
     """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
     sources = evaluation.evenly(examples, 2000)
-    batches = evaluation.batches(sources, config.eval_batch_size, base.device, "router start")
+    size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
+    batches = evaluation.batches(sources, size, base.device, "router start")
     parts = [part for _, part in batches]
     adapters.fit_router((base.embed(part.input_ids) for part in parts),
                         (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
