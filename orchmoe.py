@@ -127,10 +127,8 @@ class TaskRouter(nn.Module):
         X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
         mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
         if self.config.router_attention:
-            # The padding is one more dimension of queries and keys, so the softmax alone passes over (B,L,L).
-            padding = X.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(X.dtype).min / 2).unsqueeze(-1)
-            Q = torch.cat([X @ self.query / math.sqrt(self.query.shape[1]), torch.ones_like(padding)], -1)
-            P = (Q @ torch.cat([X @ self.key, padding], -1).mT).softmax(-1)  # (B,L,L)
+            scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.query.shape[1])  # (B,L,L)
+            P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
             mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
         return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
 
