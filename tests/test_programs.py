@@ -116,20 +116,22 @@ def test_a_killed_run_resumes_bit_for_bit(home):
         assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
-def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
-    process = subprocess.Popen(
-        command("train.py", *SHORT, "--steps", "4000", "--out", "run"),
-        cwd=home,
-        text=True,
-        stdout=subprocess.PIPE,
-        env=environment(home),
-    )
-    while not (home / "run/metrics.jsonl").exists() or not records(home / "run"):
+def terminate_after(steps, *arguments, cwd):
+    """Output of a run of train.py into `run` that gets a SIGTERM once it has logged so many steps."""
+    process = subprocess.Popen(command("train.py", *arguments, "--out", "run"), cwd=cwd, text=True,
+                               stdout=subprocess.PIPE, env=environment(cwd))  # fmt: skip
+    while not (cwd / "run/metrics.jsonl").exists() or len(records(cwd / "run")) < steps:
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "train.py --resume --out run" in out
+    assert process.returncode == 130
+    return out
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
+    out = terminate_after(1, *SHORT, "--steps", "4000", cwd=home)
+    assert "train.py --resume --out run" in out
     saved = checkpoint.load_state(home / "run/checkpoint.pt")["step"]
     assert saved == records(home / "run")[-1]["step"] + 1
 
@@ -168,8 +170,10 @@ def test_a_run_is_not_resumed_on_another_base_or_other_tasks(home):
 def test_accumulation_does_not_change_the_step(home):
     for parts in (1, 3):
         run("train.py", *SHORT, "--gumbel", "--accumulate", parts, "--out", f"run{parts}", cwd=home)
-    for one, three in zip(trace(home / "run1"), trace(home / "run3"), strict=True):
-        assert one[0] == three[0] and one[1:] == pytest.approx(three[1:], rel=1e-4)
+    whole, parts = trace(home / "run1"), trace(home / "run3")
+    assert whole[0] == pytest.approx(parts[0], rel=1e-5)  # loss and gradient norm before any update
+    for one, three in zip(whole, parts, strict=True):  # Adam makes whole steps of the rounding of tiny gradients
+        assert (one[0], one[1], one[3]) == pytest.approx((three[0], three[1], three[3]), rel=1e-4)
 
 
 MESSAGES = [  # program, arguments, words that the one line must have
@@ -219,25 +223,10 @@ def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind, rouge_l, exa
 
 @pytest.mark.slow
 def test_thirty_steps_on_the_real_tasks(home, sni_dir):
-    arguments = [
-        "--data",
-        sni_dir,
-        "--device",
-        "cpu",
-        "--batch-size",
-        "4",
-        "--eval-every",
-        "15",
-        "--eval-instances",
-        "32",
-        "--eval-batch-size",
-        "16",
-        "--warmup",
-        "5",
-        "--out",
-        "run",
-    ]
-    run("train.py", *arguments, "--steps", "30", cwd=home)
+    """All training tasks, definition and 2 examples, 1,024 / 128 tokens: stopped, resumed and evaluated."""
+    sizes = "--steps 30 --batch-size 4 --warmup 5 --eval-every 15 --eval-instances 32 --eval-batch-size 16"
+    terminate_after(4, "--data", sni_dir, "--device", "cpu", *sizes.split(), cwd=home)
+    run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home)
     assert [row["step"] for row in records(home / "run") if "loss" in row] == list(range(30))
     run("eval.py", "--run", "run", "--max-tasks", "3", "--limit", "24", "--device", "cpu", cwd=home)
     assert len(json.loads((home / "run/eval-test/scores.json").read_text())["tasks"]) == 3
