@@ -172,7 +172,8 @@ def test_accumulation_does_not_change_the_step(home):
         run("train.py", *SHORT, "--gumbel", "--accumulate", parts, "--out", f"run{parts}", cwd=home)
     whole, parts = trace(home / "run1"), trace(home / "run3")
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)  # loss and gradient norm before any update
-    for one, three in zip(whole, parts, strict=True):  # Adam makes whole steps of the rounding of tiny gradients
+    # Adam makes whole steps of the rounding of tiny gradients
+    for one, three in zip(whole, parts, strict=True):
         assert (one[0], one[1], one[3]) == pytest.approx((three[0], three[1], three[3]), rel=1e-4)
 
 
