@@ -1,5 +1,6 @@
 """metrics.py against rows of the official code, against rouge_score, and against a quadratic LCS."""
 
+import itertools
 import json
 import random
 
@@ -19,7 +20,8 @@ def test_golden_rows(golden_dir):
 
 
 def random_text(rng: random.Random) -> str:
-    words = ["running", "runs", "Run", "the", "it's", "ABC-12", "", "\n", "über", "flies", "12.5", "!?"]
+    words = ["running", "runs", "Run", "the", "it's", "ABC-12", "", "\n", "über", "flies", "12.5", "!?",
+             "dying", "die", "oings", "o", "ueds", "Die", "adding", "ADS", "ad"]
     return " ".join(rng.choices(words, k=rng.randrange(0, 90)))
 
 
@@ -32,6 +34,17 @@ def test_equals_rouge_score():
         wanted = scorer.score(reference, prediction)
         assert metrics.rouge_1(prediction, [reference]) == pytest.approx(wanted["rouge1"].fmeasure, abs=1e-12)
         assert metrics.rouge_l(prediction, [reference]) == pytest.approx(wanted["rougeL"].fmeasure, abs=1e-12)
+
+
+def test_stems_keep_the_first_two_letters():
+    """Which is why words that share none with the other text are never stemmed."""
+    endings = """s es ies sses ed eed ing ied ational tional enci anci izer bli abli alli entli eli ousli
+        ization ation ator alism iveness fulness ousness aliti iviti fulli logi icate ative alize iciti ical
+        ful ness al ance ence er ic able ible ant ement ment ent sion tion ou ism ate iti ous ive ize e y"""
+    starts = ["".join(letters) for n in (1, 2) for letters in itertools.product("aeiouybtlz0", repeat=n)]
+    words = {"".join(parts) for parts in itertools.product(starts, endings.split(), ("", "s", "ed"))}
+    changed = {word for word in words if len(word) > 3 and metrics._porter(word)[:2] != word[:2]}
+    assert len(words) > 20000 and len(changed) > 10 and changed <= metrics._IRREGULAR.keys()
 
 
 def test_lcs_equals_the_quadratic_programme():
