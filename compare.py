@@ -38,6 +38,7 @@ from baselines import METHODS, Unadapted, attach_method, budget, closed_form, co
 from orchmoe import OrchMoEConfig, router_width
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
+UNTRAINED = ("frozen base", "copy-demo", "copy-input")  # rows without a run
 SIZES = {name: model.T5Config(32128, d_model, 64, d_ff, layers, layers, heads, feed_forward_proj="gated-gelu",
                               scale_decoder_outputs=False, tied_head=False)
          for name, d_model, d_ff, layers, heads in [  # T5 v1.1, for --dry-run
@@ -57,6 +58,7 @@ class CompareConfig:
     budget: Literal["total", "rank"] = "total"  # equal total parameters within 3 %, or equal S R
     tune: bool = True  # choose --lr-skills on dev where OUT/rates.json does not say it; else as given
     grid: tuple[str, ...] = ("1e-3", "3e-3", "1e-2", "3e-2")  # rates that are tried for each method
+    full_grid: tuple[str, ...] = ("1e-4", "3e-4", "1e-3", "3e-3")  # and as --lr-full, for --methods full
     ablations: bool = False  # OrchMoE with one thing changed at a time, instead of the methods
     rows: tuple[str, ...] = ()  # of these ablations (default: all)
     quick: bool = False  # three methods, two seeds, one size, 200 steps, no tuning
@@ -111,7 +113,7 @@ def dry_run(config: CompareConfig, base_config: model.T5Config, adapter: OrchMoE
              f"bfloat16; {linears} adapted Linears, T = {num_tasks}, --budget {config.budget}", "",
              "| method | S R | extra ranks | skills | routing | total | of the base | weights | gradients "
              "| AdamW |", "|---|" + "---:|" * 9]
-    for name in (*config.methods, "full"):
+    for name in dict.fromkeys((*config.methods, "full")):
         own = configs.get(name, adapter)
         adapters = attach_method(name, fresh(), own, num_tasks=num_tasks)
         true = count(adapters)
@@ -138,7 +140,8 @@ def _bytes(n: float) -> str:
 def equal_configs(config: CompareConfig, adapter: OrchMoEConfig, shapes: Sequence[tuple[int, int]],
                   width: int, num_tasks: int) -> dict[str, OrchMoEConfig]:
     """The adapter config of each method at the budget; c-poly's is as given, whatever the budget."""
-    equal = [name for name in config.methods if name != "c-poly" and config.budget == "total"]
+    free = ("c-poly", "full") if config.budget == "total" else config.methods
+    equal = [name for name in config.methods if name not in free]
     rest = {name: adapter for name in config.methods}
     return rest | (budget(equal, adapter, shapes, width=width, num_tasks=num_tasks) if equal else {})
 
@@ -148,7 +151,7 @@ def equal_configs(config: CompareConfig, adapter: OrchMoEConfig, shapes: Sequenc
 
 class Cell(NamedTuple):
     """One run. Without `closing` it ends with the dev loss; `mean_of` names the run whose w is replaced by
-    its mean; the method "frozen base" is not trained."""
+    its mean; the rows of UNTRAINED are not trained."""
 
     row: str
     folder: Path
@@ -172,7 +175,7 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     began, result = time.monotonic(), {}
     config, data_config, adapter = (cell.configs[name] for name in ("train", "data", "adapter"))
     tokenizer = data.Tokenizer(config.model)
-    if cell.row == "frozen base":
+    if cell.row in UNTRAINED:
         base = train.load_base(config, place)
         adapters = Unadapted(base, full=False)
     else:
@@ -191,9 +194,12 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
             w = evaluation.router_weights(base, adapters, sets["dev"], batch_size=size)
             w = w.mean(0).to(base.device)
         for which in sorted(sets.keys() - {"dev"}):
-            said = evaluation.predict(base, adapters, sets[which], tokenizer, batch_size=size, w=w)
+            if cell.row.startswith("copy"):
+                said = evaluation.copy_heuristic(cell.row, data_config.data, sets[which])
+            else:
+                said = evaluation.predict(base, adapters, sets[which], tokenizer, batch_size=size, w=w)
             result[which] = evaluation.score(sets[which], said)
-        if config.method.startswith("orchmoe") and cell.row != "frozen base" and not cell.mean_of:
+        if config.method.startswith("orchmoe") and cell.row not in UNTRAINED and not cell.mean_of:
             result["learnt"] = evaluation.routing_report(base, adapters, sets["seen"], batch_size=size)
             start = attach_method(config.method, fresh := train.load_base(config, place), adapter,
                                   generator=runtime.generator(config.seed, 0))
@@ -258,17 +264,19 @@ def _say_done(cell: Cell) -> bool:
 
 
 def choose_rates(methods: Sequence[str], cell_of, config: CompareConfig, place: runtime.Device) -> dict:
-    """{method: {lr_skills, dev_loss by rate}} from OUT/rates.json, tuned first where it is missing: each
-    method gets one run, seed 0 and the largest size, at every rate of the grid; the lowest dev loss wins."""
+    """{method: {rate, dev_loss by rate}} from OUT/rates.json, tuned first where it is missing: each method
+    gets one run, seed 0 and the largest size, at every rate of its grid; the lowest dev loss wins."""
     path = Path(config.out) / "rates.json"
     rates = runtime.read_json(path) if path.exists() else {}
     missing = [name for name in methods if name not in rates]
     if config.tune and missing:
-        cells = {(name, rate): cell_of(name, rate) for name in missing for rate in config.grid}
+        cells = {(name, rate): cell_of(name, rate) for name in missing
+                 for rate in (config.full_grid if name == "full" else config.grid)}
         run_cells(list(cells.values()), config, place)
         for name in missing:
-            losses = {rate: runtime.read_json(cells[name, rate].scores)["dev_loss"] for rate in config.grid}
-            rates[name] = {"lr_skills": float(min(losses, key=losses.get)), "dev_loss": losses}
+            losses = {rate: runtime.read_json(cell.scores)["dev_loss"]
+                      for (of, rate), cell in cells.items() if of == name}
+            rates[name] = {"rate": float(min(losses, key=losses.get)), "dev_loss": losses}
         runtime.write_json(path, rates)
     return rates
 
@@ -335,7 +343,7 @@ def markdown(summary: Sequence[dict], reference: str, rates: dict) -> str:
             sizes = entry["parameters"]
             cells = [entry["row"] + ("*" if entry["row"] == "c-poly" else ""),
                      f"{sizes['skills']:,} + {sizes['routing']:,}" if sizes else "-",
-                     f"{rates[entry['row']]['lr_skills']:g}" if entry["row"] in rates else "-"]
+                     f"{rates[entry['row']]['rate']:g}" if entry["row"] in rates else "-"]
             cells += [f"{entry[c]['mean']:.2f} ± {entry[c]['sd']:.2f}" for c in columns]
             for column in compared:
                 difference = entry[column]["difference"]
@@ -369,21 +377,23 @@ def method_cells(config: CompareConfig, configs: dict[str, Any], place: runtime.
     adapters = equal_configs(config, configs["adapter"], shapes, router_width(base), num_tasks)
     sizes, out = sorted(map(int, config.sizes)), Path(config.out)
 
-    def cell(method: str, size: int, seed: int, folder: str, closing: bool = True, **rates: float) -> Cell:
+    def cell(method: str, size: int, seed: int, folder: str, rate: float | None,
+             closing: bool = True) -> Cell:
+        chosen = {"lr_full" if method == "full" else "lr_skills": rate} if rate else {}
         return Cell(method, out / folder, {
-            "train": replace(configs["train"], method=method, seed=seed, **rates),
+            "train": replace(configs["train"], method=method, seed=seed, **chosen),
             "data": replace(configs["data"], train_instances=size), "adapter": adapters[method]}, closing)
 
     rates = choose_rates(config.methods, lambda method, rate: cell(
-        method, sizes[-1], 0, f"tune/{method}-{rate}", False, lr_skills=float(rate)), config, place)
-    cells = [Cell("frozen base", out / "cells" / "base", {
-        **configs, "data": replace(configs["data"], train_instances=sizes[-1])})]
+        method, sizes[-1], 0, f"tune/{method}-{rate}", float(rate), closing=False), config, place)
+    largest = {**configs, "data": replace(configs["data"], train_instances=sizes[-1])}
+    cells = [Cell(row, out / "cells" / row.replace(" ", "-"), largest) for row in UNTRAINED]
     for size in reversed(sizes):
         for method in config.methods:
             if size < sizes[-1] and method not in config.curve:
                 continue
-            own = {"lr_skills": rates[method]["lr_skills"]} if method in rates else {}
-            cells += [cell(method, size, seed, f"cells/{method}-n{size}-s{seed}", **own)
+            rate = rates.get(method, {}).get("rate")
+            cells += [cell(method, size, seed, f"cells/{method}-n{size}-s{seed}", rate)
                       for seed in range(config.seeds)]
     return cells, rates
 
@@ -405,7 +415,7 @@ def ablation_cells(config: CompareConfig, configs: dict[str, Any], place: runtim
         raise ValueError(f"--rows {sorted(unknown)[0]}: choose of {', '.join(ABLATIONS)}")
     rates = choose_rates(["orchmoe"], lambda method, rate: cell(
         method, 0, f"tune/default-{rate}", False, lr_skills=float(rate)), config, place)
-    rate = {"lr_skills": rates["orchmoe"]["lr_skills"]} if "orchmoe" in rates else {}
+    rate = {"lr_skills": rates["orchmoe"]["rate"]} if "orchmoe" in rates else {}
     rows = [row for row in ABLATIONS if not config.rows or row in ("default", *config.rows)]
     return [cell(row, seed, f"ablations/{_slug(row)}-s{seed}", **rate, **ABLATIONS[row])
             for row in rows for seed in range(config.seeds)], {}
@@ -451,8 +461,8 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')}: the comparison sets this itself; see --help")
     flags = DEFAULTS | (QUICK if flags.get("quick") else {}) | flags
     config = runtime.from_flags(CompareConfig, flags)
-    if unknown := set(config.methods) - set(ADAPTED):
-        raise ValueError(f"--methods {sorted(unknown)[0]}: choose of {', '.join(ADAPTED)}")
+    if unknown := set(config.methods) - {*ADAPTED, "full"}:
+        raise ValueError(f"--methods {sorted(unknown)[0]}: choose of {', '.join(ADAPTED)}, full")
     configs = {name: runtime.from_flags(cls, flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]

@@ -221,7 +221,7 @@ def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapt
     folder, train = Path(folder), read_run(folder)["train"]
     if train["method"] == "full":
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
-        return base, Unadapted(base, full=False)
+        return base, Unadapted(base, full=True)
     state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
     if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
         raise ValueError(f"{folder / 'adapter.safetensors'}: trained on the base {info['base']}, but "

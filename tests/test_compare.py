@@ -153,7 +153,8 @@ def small_run(tmp_path_factory):
     for name in ("sni", "tiny"):
         (home / name).symlink_to(ROOT / name)
     arguments = ("--device cpu --max-tasks 3 --eval-instances 6 --steps 3 --eval-every 2 --batch-size 4 "
-                 "--methods orchmoe,lora --seeds 1 --sizes 4,8 --grid 1e-3,3e-3 --jobs 1 --out out").split()
+                 "--methods orchmoe,lora,full --seeds 1 --sizes 4,8 --grid 1e-3,3e-3 --full-grid 1e-4 "
+                 "--jobs 1 --out out").split()
     return home, arguments, run_compare(home, arguments)
 
 
@@ -169,17 +170,19 @@ def test_a_comparison_from_start_to_table(small_run):
     home, _, out = small_run
     results = json.loads((home / "out/results.json").read_text())
     assert "| lora | " in out and (home / "out/results.md").read_text().strip() in out
-    assert len(results["cells"]) == 5 and len(results["summary"]) == 5  # the frozen base, and 2 x 2
+    assert len(results["cells"]) == len(results["summary"]) == 8  # base, two heuristics, 2 x 2, and full
     rates = json.loads((home / "out/rates.json").read_text())
     for name in ("orchmoe", "lora"):  # equal effort, and the best on dev is the one that is used
         losses = rates[name]["dev_loss"]
         assert list(losses) == ["1e-3", "3e-3"]
-        assert rates[name]["lr_skills"] == min((loss, float(rate)) for rate, loss in losses.items())[1]
+        assert rates[name]["rate"] == min((loss, float(rate)) for rate, loss in losses.items())[1]
         config = json.loads((home / f"out/cells/{name}-n8-s0/config.json").read_text())
-        assert config["train"]["lr_skills"] == rates[name]["lr_skills"] and config["train"]["split_seed"] == 0
-    totals = [sum(cell["parameters"].values()) for cell in results["cells"] if cell.get("parameters")]
+        assert config["train"]["lr_skills"] == rates[name]["rate"] and config["train"]["split_seed"] == 0
+    sizes = [cell["parameters"] for cell in results["cells"] if cell.get("parameters")]
+    totals = sorted(sum(size.values()) for size in sizes)
+    assert totals.pop() == 2_699_040  # every weight of tiny/
     assert len(totals) == 4 and max(totals) <= 1.03 * min(totals)
-    learnt = results["cells"][1]["learnt"]
+    learnt = results["cells"][3]["learnt"]
     assert len(learnt["w"]) == 3 and len(learnt["skill_use"]) == 20 and learnt["distance"] > 0
     assert all(abs(sum(row) - 1) < 1e-5 for row in [*learnt["w"].values(), *learnt["skill_use"].values()])
 
@@ -193,7 +196,7 @@ def test_finished_cells_are_not_run_again_and_lost_ones_are(small_run):
     kept = json.loads(lost.read_text())
     lost.unlink()  # as if it had been stopped before the end
     run_compare(home, arguments)
-    assert len(files) == 9  # 4 of tuning, 5 of the comparison
+    assert len(files) == 13  # 5 of tuning, 8 of the comparison
     assert {p for p in files if p.stat().st_mtime_ns != before[p]} == {lost}
     assert {p.parent for p, time in logs.items() if p.stat().st_mtime_ns != time} <= {lost.parent}
     assert json.loads(lost.read_text()) | {"seconds": 0} == kept | {"seconds": 0}
