@@ -154,7 +154,7 @@ routers = pytest.mark.parametrize("router", ["sample", "token"])
 
 @every_case
 @torch.no_grad()
-def test_merged_is_the_routed_model_under_the_base_own_names(make):
+def test_merged_is_the_routed_model_under_the_names_of_the_base(make):
     case = make()
     names, before = list(case.base.state_dict()), case.logits()
     adapters = attached(case)
@@ -176,10 +176,10 @@ def test_merged_is_the_routed_model_under_the_base_own_names(make):
 def test_our_t5_merged_is_the_routed_one(small_t5, inputs):
     small_t5.float()
     names = list(small_t5.state_dict())
-    case = Case(small_t5, ("all",), {}, {})
-    adapters = attach(small_t5, OrchMoEConfig(targets=case.targets), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    adapters = attach(small_t5, OrchMoEConfig(targets=("all",)))
     for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.2, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(linear.skill_B, std=0.2)
     one = [tensor[:1] for tensor in inputs]
     embeddings = small_t5.embed(one[0])
     with adapters.routed(embeddings, one[1]):
@@ -246,7 +246,7 @@ def test_a_tied_weight_is_merged_in_its_linear_alone():
     torch.testing.assert_close(base(ids), expected, **CLOSE)
 
 
-# --------------------------------------------------------------------------------- each sample as if by itself
+# -------------------------------------------------------------------------------- each sample as if by itself
 
 
 @every_case
@@ -269,10 +269,10 @@ def test_generation_is_that_of_the_model_merged_for_each_sample(make, beams):
     adapters = attached(case)
     with adapters.routed(*case.embeddings(), beams=beams):
         together = case.generate(num_beams=beams)
-    rows = [case.generate(case.merged(adapters, row), slice(row, row + 1), num_beams=beams) for row in range(3)]
-    for row, alone in enumerate(rows):
+    for row in range(3):
+        alone = case.generate(case.merged(adapters, row), slice(row, row + 1), num_beams=beams)
         assert torch.equal(together[row], alone[0])
-    assert len({tuple(row.flatten().tolist()) for row in rows}) == 3
+    assert len(together.unique(dim=0)) == 3
     if beams > 1:
         with pytest.raises(ValueError, match="beams"), adapters.routed(*case.embeddings()):
             case.generate(num_beams=beams)
@@ -301,9 +301,10 @@ def test_a_token_router_cannot_see_the_future():
     assert not torch.allclose(after[:, -1], before[:, -1])
 
 
-# --------------------------------------------------------------- checkpointed, compiled, in bfloat16
+# ------------------------------------------------------------------------ checkpointed, compiled, in bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @routers
 @every_case
 def test_gradient_checkpointing_changes_nothing(make, router):
@@ -318,7 +319,8 @@ def test_gradient_checkpointing_changes_nothing(make, router):
     case.base.train()
     expected = gradients(case, adapters)
     once = len(calls)
-    case.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = case.base.gradient_checkpointing_enable  # in transformers 6 activation_checkpointing_enable
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     found = gradients(case, adapters)
     assert len(calls) > 2 * once, "nothing was computed a second time"
     assert all(gradient is not None and gradient.any() for gradient in expected.values())
@@ -334,7 +336,7 @@ def test_compiled_it_is_the_same(make, router):
     case = make()
     adapters = attached(case, router)
     case.base.train()
-    compiled = torch.compile(case.base, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(case.base, backend="eager", fullgraph=True)  # tests/test_compile.py goes further
     expected = gradients(case, adapters)
     for _ in range(2):  # the second routing is another tensor, not the first one's constant
         found = gradients(case, adapters, lambda: case.logits(compiled))
@@ -343,7 +345,7 @@ def test_compiled_it_is_the_same(make, router):
         with torch.no_grad():
             adapters.allocation.mul_(-1)
         expected = gradients(case, adapters)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
 
@@ -370,3 +372,59 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
     if router == "sample":
         twin = case.merged(adapters, 0)
         assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+
+
+# --------------------------------------------------------------------------- the README's snippets as printed
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_printed(about, folder, checks):
+    """Runs the one snippet about something, and behind it our checks, in a folder that has orchmoe.py and
+    what the test put there: the names that the Hub would resolve are local folders here."""
+    [snippet] = [snippet for snippet in SNIPPETS if about in snippet]
+    shutil.copy(ROOT / "orchmoe.py", folder)
+    done = subprocess.run([sys.executable, "-c", snippet + checks], cwd=folder, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TRAINED = "assert all(linear.skill_B.grad.any() for linear in adapters.linears.values())\n"
+
+
+def test_snippets_are_short():
+    assert len(SNIPPETS) == 4 and all(len(snippet.splitlines()) <= 12 for snippet in SNIPPETS)
+
+
+def test_the_snippet_of_a_sequential_runs(tmp_path):
+    run_printed("torch.nn.Sequential", tmp_path, TRAINED)
+    assert torch.load(tmp_path / "adapter.pt", weights_only=True).keys() > {"allocation", "0.skill_A"}
+
+
+def test_the_snippet_of_t5_runs(tmp_path):
+    case, folder = t5(), tmp_path / "google" / "flan-t5-base"
+    case.base.resize_token_embeddings(1024 + 100)
+    case.base.save_pretrained(folder)
+    shutil.copy(ROOT / "tiny" / "spiece.model", folder)
+    assert run_printed("T5ForConditionalGeneration", tmp_path, TRAINED).startswith("[")
+
+
+def test_the_snippet_of_a_llama_runs(tmp_path):
+    case, folder = llama(), tmp_path / "HuggingFaceTB" / "SmolLM2-135M"
+    case.base.resize_token_embeddings(257)
+    case.base.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    assert run_printed("LlamaForCausalLM", tmp_path, TRAINED).startswith("['Hot is not")
+
+
+def byte_tokenizer():
+    """A tokenizer of the kind that Llama-type models come with, a token a byte."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
