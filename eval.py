@@ -273,8 +273,11 @@ ASKING = {"run", "model", "ask", "input", "max_source_length", "max_new_tokens",
 
 def check_asked(flags: dict[str, Any]) -> None:
     """ValueError for half a question, and for flags that it would not use."""
-    if not all(flags.get(name, "").strip() for name in ("ask", "input")):
-        raise ValueError('give both: --ask "instruction" and --input "text"')
+    for name in ("ask", "input"):
+        if not (text := flags.get(name, "")).strip():
+            raise ValueError('give both: --ask "instruction" and --input "text"')
+        if text.encode(errors="replace").decode() != text:  # bytes of another encoding arrive as surrogates
+            raise ValueError(f"--{name}: not UTF-8; give it in that encoding")
     if odd := sorted(flags.keys() - ASKING):
         raise ValueError(f"--{odd[0].replace('_', '-')}: not used with --ask; leave it out")
 

@@ -225,10 +225,11 @@ def test_what_cannot_be_one_weight_is_refused_and_left_alone():
         config = OrchMoEConfig(targets=("0", "2"), router="token")
         with pytest.raises(ValueError, match="every token has a w of its own"):
             attach_method(name, Sequential(), config).merge()
-    noisy = attach(Sequential(), OrchMoEConfig(targets=("0", "2"), gumbel=True, router="none"))
+    task = torch.tensor([1])
+    noisy = attach_method("poly", Sequential(), OrchMoEConfig(targets=("0",)), num_tasks=3)
     with pytest.raises(ValueError, match="noise"):
-        noisy.merge()
-    noisy.eval().merge()
+        noisy.merge(task_ids=task)
+    noisy.eval().merge(task_ids=task)
 
 
 @torch.no_grad()
