@@ -265,8 +265,8 @@ class SkillLinear(nn.Linear):
         A, plain = self.skill_A, nn.Linear(self.in_features, self.out_features, device="meta")
         eye = torch.eye(self.in_features, dtype=A.dtype, device=A.device).unsqueeze(0)
         update = self.skill_mix(eye, A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
-        plain.weight = nn.Parameter((self.weight + update).to(self.weight.dtype), requires_grad=False)
-        plain.bias = self.bias
+        weight = (self.weight + update).to(self.weight.dtype)
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return plain.train(self.training)
 
     def _weights(self, x: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_our_t5_merged_is_the_routed_one(small_t5, inputs):
 
 METHODS = {"orchmoe": {"w": torch.full((8,), 1 / 8)}, "orchmoe-factors": {"w": torch.eye(8)[2]}, "lora": {},
            "poly": {"task_ids": torch.tensor([1])}, "mhr": {"task_ids": torch.tensor([-1])},
-           "c-poly": {"task_ids": torch.tensor([2])}}  # fmt: skip
+           "c-poly": {"task_ids": torch.tensor([2])}, "full": {}}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
