@@ -47,6 +47,9 @@ class Unadapted(Adapters):
     def keep(self, rows: Tensor) -> None:
         pass
 
+    def merge(self, *_args, **_kwargs) -> None:
+        pass
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"full": [p for p in self._module[0].parameters() if p.requires_grad]}
 

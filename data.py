@@ -419,6 +419,15 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, split: str, *, seed:
     return Examples(*_cached(config.cache, key, is_fresh, make), split)
 
 
+def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
+    """An instruction and an input of one's own as an Example: prompted like every other, with no positive
+    examples, since there are none, and no references."""
+    options = {option: getattr(config, option) for option in PROMPT_OPTIONS}
+    source = render_prompt({"definition": definition}, {"input": text}, tokenizer, **options)
+    source_ids = np.array(_cut(tokenizer.encode(source), config.max_source_length), np.int32)
+    return Example("asked", "asked", "asked", source_ids, [np.array([tokenizer.eos_id], np.int32)], [], -1)
+
+
 def _encode_task(path: Path, tokenizer: Tokenizer, config: DataConfig,
                  draw: tuple[int, int] | None) -> tuple[str, str, Arrays]:
     """Digest and category of a task file and the columns of the instances kept, from one read of it."""

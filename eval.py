@@ -1,7 +1,9 @@
 """Scores a run, a bare model or a model-free heuristic with Super-NaturalInstructions' official metric.
-Writes predictions.jsonl, the official script's own input, and scores.json.
+Writes predictions.jsonl, the official script's own input, and scores.json. With --ask it answers one
+instruction of yours instead, and says which abstract tasks the router saw in it.
 
     python eval.py --run runs/orchmoe-1 --split test --data sni/
+    python eval.py --run runs/orchmoe-1 --ask "Write the first word of the list." --input "lion, June, wolf"
     python eval.py --heuristic copy-demo --data natural-instructions/"""
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +35,8 @@ class EvalConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # or a Hugging Face T5 folder, scored as it is
     heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or the first example's output, or the input
+    ask: str = ""  # an instruction to answer instead of a set, with --run or --model
+    input: str = ""  # the text that this instruction is about
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
     out: str = ""  # folder of predictions.jsonl and scores.json (default: RUN/eval-SPLIT, else eval-SPLIT)
     limit: int = 0  # at most this many instances, evenly over the set (0: all)
@@ -263,12 +267,41 @@ def write_results(folder: Path, examples: Sequence[data.Example], predictions: S
     runtime.write_json(folder / "scores.json", scores)
 
 
+# the flags that mean something beside --ask
+ASKING = {"run", "model", "ask", "input", "max_source_length", "max_new_tokens", "gpu", "device", "dtype"}
+
+
+def check_asked(flags: dict[str, Any]) -> None:
+    """ValueError for half a question, and for flags that it would not use."""
+    for name in ("ask", "input"):
+        if not (text := flags.get(name, "")).strip():
+            raise ValueError('give both: --ask "instruction" and --input "text"')
+        if text.encode(errors="replace").decode() != text:  # bytes of another encoding arrive as surrogates
+            raise ValueError(f"--{name}: not UTF-8; give it in that encoding")
+    if odd := sorted(flags.keys() - ASKING):
+        raise ValueError(f"--{odd[0].replace('_', '-')}: not used with --ask; leave it out")
+
+
+def answer(base: model.T5, adapters: Adapters, tokenizer: data.Tokenizer, config: EvalConfig,
+           data_config: data.DataConfig) -> None:
+    """Says what the model answers to --ask and --input and, where one router reads the sample, its w."""
+    example = data.asked(config.ask, config.input, tokenizer, data_config)
+    runtime.say("answer: " + predict(base, adapters, [example], tokenizer,
+                                     max_new_tokens=config.max_new_tokens)[0])
+    w = router_weights(base, adapters, [example])
+    if w is not None:
+        order = w[0].argsort(descending=True).tolist()
+        runtime.say("router, abstract tasks: " + ", ".join(f"{k} at {100 * w[0, k]:.1f} %" for k in order))
+
+
 def main() -> None:
     parser = runtime.Parser(__doc__.split("\n\n")[0], "python eval.py --run runs/orchmoe-1 --split test")
     for cls in (EvalConfig, data.DataConfig):
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())
     config = runtime.from_flags(EvalConfig, flags)
+    if {"ask", "input"} & flags.keys():
+        check_asked(flags)
     if sum(map(bool, (config.run, config.model, config.heuristic))) != 1:
         raise ValueError("give one of --run, --model and --heuristic")
     run = read_run(config.run) if config.run else {"train": {"seed": config.seed}, "data": {}, "tasks": []}
@@ -284,6 +317,8 @@ def main() -> None:
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
     tokenizer = data.Tokenizer(config.model or own or bundled)
     data_config = runtime.from_flags(data.DataConfig, {**run["data"], **flags})
+    if config.ask:
+        return answer(base, adapters, tokenizer, config, replace(data_config, definition=True))
     split_seed = run["train"].get("split_seed")
     seed = run["train"]["seed"] if split_seed is None else split_seed
     examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)

@@ -259,6 +259,16 @@ class SkillLinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         return y.add_(mixed.view_as(y))  # in place: one (B,L,O) less to allocate and to write
 
+    def merged(self, c: Tensor) -> nn.Linear:
+        """A plain Linear with the skills of c (1,S) in its weight: what they make of the rows of I is their
+        matrix, however they are mixed. A weight of its own, since the base's may be tied."""
+        A, plain = self.skill_A, nn.Linear(self.in_features, self.out_features, device="meta")
+        eye = torch.eye(self.in_features, dtype=A.dtype, device=A.device).unsqueeze(0)
+        update = self.skill_mix(eye, A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
+        weight = (self.weight + update).to(self.weight.dtype)
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return plain.train(self.training)
+
     def _weights(self, x: Tensor) -> Tensor:
         """c for x (B,L,D): (B,S) or (1,S) as handed over, repeated for beams, or (B,L,S) from the token
         router."""
@@ -289,6 +299,7 @@ class Adapters(nn.Module):
     def __init__(self, linears: dict[str, SkillLinear]):
         super().__init__()
         self.linears = linears  # a plain dict: they are registered where they stand in the base
+        self._module: list[nn.Module] = []  # the base; in a list, so that it is not registered below itself
         self._routing: Routing | None = None
         self._reported = False
 
@@ -316,8 +327,7 @@ class Adapters(nn.Module):
         embeddings (B,L,D) of the SOURCE, mask (B,L) true at tokens; noise u (B,N,K,S) for gumbel, drawn here
         if left out; w (K,) or (B,K) fixes the routing; beams: rows a sample may have instead of one. Nesting
         raises RuntimeError."""
-        if self._routing is not None:
-            raise RuntimeError("routed() inside routed(): leave the first batch before routing the next")
+        self._require_free()
         self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, w=w), beams)
         try:
             yield self._routing
@@ -327,6 +337,12 @@ class Adapters(nn.Module):
             for linear in self.linears.values():
                 linear.skill_routing = None
 
+    def _require_free(self) -> None:
+        if self._routing is not None:
+            raise RuntimeError("inside routed(): leave this batch before the next, or before merge()")
+        if not self.linears:
+            raise RuntimeError("the skills are merged: call the module as it is")
+
     def _hand_out(self, routing: Routing, beams: int) -> None:
         """Gives each Linear its slice: a tensor attribute, which torch.compile takes as an input and not as a
         constant."""
@@ -334,6 +350,27 @@ class Adapters(nn.Module):
         parts = routing.allocation.unbind(1) if routing.c is None else routing.c.unbind(0)
         for linear, part in zip(self.linears.values(), parts, strict=True):
             linear.skill_routing, linear.skill_shared, linear.skill_beams = part, routing.shared, beams
+
+    @torch.no_grad()
+    def merge(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
+              task_ids: Tensor | None = None) -> None:
+        """For good: adds scale * sum_s c_s B_s A_s of ONE routing to the weights (O,D) and puts plain Linears
+        back under the base's own names, to be served without this code; outputs as in `routed` with the same
+        arguments: w (K,), or embeddings (1,L,D) and mask (1,L), or task_ids (1,). ValueError for more
+        samples, for noise, and for routers of tokens."""
+        self._require_free()
+        if any(linear.skill_task is not None for linear in self.linears.values()):
+            raise ValueError("merge: every token has a w of its own here, so no single weight equals them")
+        if self.training and self.noise_shape:
+            raise ValueError("merge: training draws noise; call eval() first")
+        c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
+        if c.shape[1] != 1:
+            raise ValueError(f"merge: give one sample or one w, not {c.shape[1]}")
+        for (name, linear), part in zip(self.linears.items(), c, strict=True):
+            owner, _, child = name.rpartition(".")
+            setattr(self._module[0].get_submodule(owner), child, linear.merged(part))
+        del self._module[0].skill_adapters
+        self.linears = {}
 
     def keep(self, rows: Tensor) -> None:
         """Drops all but the given rows (positions among the current samples) from here on: for T5.generate's
@@ -519,7 +556,7 @@ def replace_linears(module: nn.Module, config: OrchMoEConfig,
 
 def register(module: nn.Module, adapters: Adapters) -> Adapters:
     """Makes the adapters a part of `module`, in its mode of training or evaluation."""
-    module.skill_adapters = adapters.train(module.training)
+    module.skill_adapters, adapters._module = adapters.train(module.training), [module]
     return adapters
 
 

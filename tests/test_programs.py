@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
+import data
+import eval as evaluation
+import runtime
+from baselines import Unadapted
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -177,6 +183,53 @@ def test_accumulation_does_not_change_the_step(home):
         assert (one[0], one[1], one[3]) == pytest.approx((three[0], three[1], three[3]), rel=1e-4)
 
 
+def ask(model, *arguments, cwd):
+    """What eval.py says behind the line about the device."""
+    question = ["--ask", "Write the first word of the list.", "--input", "lion, June, wolf"]
+    return run("eval.py", *model, *question, "--device", "cpu", *arguments, cwd=cwd).splitlines()[1:]
+
+
+def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
+    run("train.py", *SHORT, "--out", "run", cwd=home)
+    answer, verdict = ask(["--run", "run"], cwd=home)
+    base, adapters = evaluation.load_run(home / "run", runtime.pick_device(device="cpu"))
+    tokenizer = data.Tokenizer(home / "tiny")
+    source = ("Definition: Write the first word of the list.\n\n"
+              "Now complete the following example -\nInput: lion, June, wolf.\nOutput: ")  # fmt: skip
+    ids = torch.tensor([tokenizer.encode(source)])
+    with torch.no_grad(), adapters.routed(base.embed(ids)) as routing:
+        tokens = base.generate(ids, torch.ones_like(ids))[0]
+    assert answer == f"answer: {tokenizer.decode(tokens)}"
+    order = routing.w[0].argsort(descending=True).tolist()
+    shares = ", ".join(f"{k} at {100 * routing.w[0, k]:.1f} %" for k in order)
+    assert verdict == f"router, abstract tasks: {shares}"
+    [answer] = ask(["--model", "tiny"], "--max-new-tokens", "1", cwd=home)
+    bare = checkpoint.load_t5(home / "tiny")
+    first = bare.generate(ids, torch.ones_like(ids), max_new_tokens=1)[0]
+    assert answer == f"answer: {tokenizer.decode(first)}"
+
+
+def test_a_run_is_exported_as_the_readme_prints_it(home):
+    """Merged under the mean w of a task: the same predictions as from the run routed by that w."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [snippet] = [text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ".merge(" in text]
+    rates = ["--lr-skills", "0.03", "--steps", "20"]
+    run("train.py", *SHORT, *rates, "--out", "runs/orchmoe-1", cwd=home)
+    paths = {**environment(home), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", snippet], cwd=home, env=paths, check=True, timeout=300)
+    base, adapters = evaluation.load_run(home / "runs/orchmoe-1", runtime.pick_device(device="cpu"))
+    tokenizer, cache = data.Tokenizer(home / "merged"), str(home / "cache/orchmoe")
+    config = data.DataConfig(data=str(home / "sni"), max_tasks=1, cache=cache)
+    examples = evaluation.evenly(data.load_examples(config, tokenizer, "test"), 16)
+    w = evaluation.router_weights(base, adapters, data.load_examples(config, tokenizer, "test")).mean(0)
+    routed = evaluation.predict(base, adapters, examples, tokenizer, w=w)
+    merged = checkpoint.load_t5(home / "merged")
+    plain = evaluation.predict(merged, Unadapted(merged, full=False), examples, tokenizer)
+    assert plain == routed
+    bare = checkpoint.load_t5(home / "tiny")
+    assert plain != evaluation.predict(bare, Unadapted(bare, full=False), examples, tokenizer)
+
+
 MESSAGES = [  # program, arguments, words that the one line must have
     ("train.py", ["--data", "nowhere"], ["nowhere/splits/default/train_tasks.txt", "no such file"]),
     ("train.py", ["--model", "nowhere"], ["nowhere"]),
@@ -200,6 +253,14 @@ MESSAGES = [  # program, arguments, words that the one line must have
     ("eval.py", ["--run", "nowhere"], ["nowhere/config.json"]),
     ("eval.py", ["--heuristic", "copy-demo", "--data", "nowhere"], ["nowhere/splits"]),
     ("eval.py", ["--split", "all", "--heuristic", "copy-demo"], ["--split", "all"]),
+    ("eval.py", ["--model", "tiny", "--ask", "Say it."], ["--ask", "--input"]),
+    ("eval.py", ["--model", "tiny", "--ask", " ", "--input", "word"], ["--ask", "--input"]),
+    ("eval.py", ["--model", "tiny", "--input", "word"], ["--ask", "--input"]),
+    ("eval.py", ["--model", "tiny", "--ask", "Say it.", "--input", "\udcff"], ["--input", "UTF-8"]),
+    ("eval.py", ["--ask", "Say it.", "--input", "word"], ["--run", "--model"]),
+    ("eval.py", ["--heuristic", "copy-demo", "--ask", "Say it.", "--input", "word"], ["--heuristic"]),
+    ("eval.py", ["--run", "run", "--split", "test", "--ask", "Say it.", "--input", "word"], ["--split"]),
+    ("eval.py", ["--run", "nowhere", "--ask", "Say it.", "--input", "word"], ["nowhere/config.json"]),
 ]
 
 

@@ -1,0 +1,431 @@
+"""orchmoe.py in other people's models: an nn.Sequential, transformers' T5 and Llama, each with gradient
+checkpointing, compiled and in bfloat16; the skills merged for good; the snippets of the README as printed.
+
+The reference is a model merged for one sample: plain Linears, no code of ours in its forward."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+import orchmoe
+from baselines import attach_method
+from orchmoe import OrchMoEConfig, SkillLinear, attach
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY, WIDTH = 64, 32
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])  # padded on the left
+CLOSE = dict(rtol=1e-5, atol=1e-5)  # of two orders of summation in float32
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Sequential(nn.Sequential):
+    """A plain stack with what the tests call: `gradient_checkpointing_enable` as transformers has it."""
+
+    source = torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    checkpointed = False
+
+    def __init__(self):
+        super().__init__(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
+
+    def gradient_checkpointing_enable(self, **_options):
+        self.checkpointed = True
+
+    def forward(self, x):
+        layers = list(self)
+        if self.checkpointed:
+            return checkpoint_sequential(layers, 2, x, use_reentrant=False)
+        return super().forward(x)
+
+
+class Case(NamedTuple):
+    """A base, and how it is called on three samples."""
+
+    base: nn.Module
+    targets: tuple[str, ...]
+    inputs: dict[str, torch.Tensor]  # of forward, a row a sample
+    source: dict[str, torch.Tensor]  # of generate; empty where there is none
+
+    def embeddings(self):
+        """What the router reads: the source, never a target."""
+        if not self.source:
+            return self.inputs["x"], None
+        return self.base.get_input_embeddings()(self.source["input_ids"]), self.source["attention_mask"]
+
+    def logits(self, base=None, rows=slice(None)):
+        base = self.base if base is None else base
+        out = base(**{name: tensor[rows] for name, tensor in self.inputs.items()})
+        return getattr(out, "logits", out)
+
+    def generate(self, base=None, rows=slice(None), **options):
+        """The twelve new tokens of each row."""
+        source = {name: tensor[rows] for name, tensor in self.source.items()}
+        options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0) | options
+        base = self.base if base is None else base
+        return base.generate(**source, **options)[:, -12:]
+
+    def merged(self, adapters, row):
+        """A copy of the base, merged for the sample of this row."""
+        embeddings, mask = self.embeddings()
+        twin = copy.deepcopy(self.base)
+        row = slice(row, row + 1)
+        twin.skill_adapters.merge(embeddings=embeddings[row], mask=mask if mask is None else mask[row])
+        return twin
+
+
+def sequential():
+    torch.manual_seed(0)
+    return Case(Sequential(), ("0", "2"), {"x": Sequential.source.clone()}, {})
+
+
+def t5():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2,
+                                   num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                                   decoder_start_token_id=0)  # fmt: skip
+    base = transformers.T5ForConditionalGeneration(config)
+    with torch.no_grad():  # sharp attention, positions that matter: else it repeats one token
+        for name, weight in base.named_parameters():
+            weight.mul_(0.3 if "shared" in name else 1 if "norm" in name else 3)
+    source = {"input_ids": random_ids(3, 6) * MASK.flip(1), "attention_mask": MASK.flip(1)}
+    inputs = source | {"decoder_input_ids": random_ids(3, 5, seed=1)}
+    return Case(base, ("q", "v", "wo"), inputs, source)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48,
+                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      initializer_range=0.2)  # fmt: skip
+    base = transformers.LlamaForCausalLM(config)
+    source = {"input_ids": random_ids(3, 6) * MASK, "attention_mask": MASK}
+    answer = random_ids(3, 5, seed=1)
+    inputs = {"input_ids": torch.cat([source["input_ids"], answer], 1),
+              "attention_mask": torch.cat([MASK, torch.ones_like(answer)], 1)}  # fmt: skip
+    return Case(base, ("q_proj", "v_proj", "down_proj"), inputs, source)
+
+
+def attached(case, router="sample", mix=orchmoe.mix_skills):
+    """Adapters that change the outputs a lot, and differently for each sample."""
+    config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, router_dim=8, alpha=4.0)
+    adapters = attach(case.base.eval(), config, mix, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(3)
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+        if linear.skill_task is not None:
+            nn.init.normal_(linear.skill_task, generator=generator)
+    if adapters.router is not None:
+        embeddings, mask = case.embeddings()
+        mask = torch.ones(embeddings.shape[:2]) if mask is None else mask
+        adapters.fit_router([embeddings], [mask], generator=generator)
+    return adapters
+
+
+def gradients(case, adapters, forward=None):
+    """Of everything that trains, by name."""
+    case.base.zero_grad()
+    with adapters.routed(*case.embeddings()):
+        (forward or case.logits)().float().square().mean().backward()
+    return {name: p.grad for name, p in case.base.named_parameters() if "skill_" in name}
+
+
+CASES = {"sequential": sequential, "t5": t5, "llama": llama}
+every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+generators = pytest.mark.parametrize("make", [t5, llama], ids=["t5", "llama"])
+routers = pytest.mark.parametrize("router", ["sample", "token"])
+
+
+# -------------------------------------------------------------------------------------------- merged for good
+
+
+@every_case
+@torch.no_grad()
+def test_merged_is_the_routed_model_under_the_names_of_the_base(make):
+    case = make()
+    names, before = list(case.base.state_dict()), case.logits()
+    adapters = attached(case)
+    w = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
+    with adapters.routed(w=w):
+        expected = case.logits()
+    assert (expected - before).abs().max() > 0.1, "skills that change nothing would merge by themselves"
+    adapters.merge(w)
+    torch.testing.assert_close(case.logits(), expected, **CLOSE)
+    assert list(case.base.state_dict()) == names
+    assert not any(isinstance(module, SkillLinear | orchmoe.Adapters) for module in case.base.modules())
+    with pytest.raises(RuntimeError, match="merged"), adapters.routed(w=w):
+        pass
+    with pytest.raises(RuntimeError, match="merged"):
+        adapters.merge(w)
+
+
+@torch.no_grad()
+def test_our_t5_merged_is_the_routed_one(small_t5, inputs):
+    small_t5.float()
+    names = list(small_t5.state_dict())
+    torch.manual_seed(0)
+    adapters = attach(small_t5, OrchMoEConfig(targets=("all",)))
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.2)
+    one = [tensor[:1] for tensor in inputs]
+    embeddings = small_t5.embed(one[0])
+    with adapters.routed(embeddings, one[1]):
+        expected = small_t5(one[0], one[1], one[2].clamp(min=0))
+    adapters.merge(embeddings=embeddings, mask=one[1])
+    torch.testing.assert_close(small_t5(one[0], one[1], one[2].clamp(min=0)), expected, **CLOSE)
+    assert list(small_t5.state_dict()) == names
+
+
+METHODS = {"orchmoe": {"w": torch.full((8,), 1 / 8)}, "orchmoe-factors": {"w": torch.eye(8)[2]}, "lora": {},
+           "poly": {"task_ids": torch.tensor([1])}, "mhr": {"task_ids": torch.tensor([-1])},
+           "c-poly": {"task_ids": torch.tensor([2])}, "full": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_every_method_with_one_weight_for_a_sample_merges(name):
+    case, routing = sequential(), METHODS[name]
+    config = OrchMoEConfig(targets=case.targets, alpha=4.0)
+    adapters = attach_method(name, case.base.eval(), config, num_tasks=3)
+    for parameter in [p for group in adapters.parameter_groups().values() for p in group]:
+        nn.init.normal_(parameter, std=0.3)
+    with adapters.routed(**routing):
+        expected = case.base(case.inputs["x"][:1])
+    adapters.merge(**routing)
+    torch.testing.assert_close(case.base(case.inputs["x"][:1]), expected, **CLOSE)
+
+
+def test_what_cannot_be_one_weight_is_refused_and_left_alone():
+    case = sequential()
+    adapters = attached(case)
+    embeddings, _ = case.embeddings()
+    refusals = [(ValueError, "one sample", {"embeddings": embeddings}),
+                (ValueError, "one sample", {"w": torch.ones(2, 5)}),
+                (ValueError, "embeddings", {})]  # fmt: skip
+    for kind, words, routing in refusals:
+        with pytest.raises(kind, match=words):
+            adapters.merge(**routing)
+    with pytest.raises(RuntimeError, match="inside routed"), adapters.routed(w=torch.ones(5)):
+        adapters.merge(torch.ones(5))
+    assert isinstance(case.base[0], SkillLinear) and case.base.skill_adapters is adapters
+    for name in ("orchmoe", "moe-lora"):
+        config = OrchMoEConfig(targets=("0", "2"), router="token")
+        with pytest.raises(ValueError, match="every token has a w of its own"):
+            attach_method(name, Sequential(), config).merge()
+    task = torch.tensor([1])
+    noisy = attach_method("poly", Sequential(), OrchMoEConfig(targets=("0",)), num_tasks=3)
+    with pytest.raises(ValueError, match="noise"):
+        noisy.merge(task_ids=task)
+    noisy.eval().merge(task_ids=task)
+
+
+@torch.no_grad()
+def test_a_tied_weight_is_merged_in_its_linear_alone():
+    base = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
+    base[1].weight = base[0].weight
+    adapters = attach(base, OrchMoEConfig(targets=("1",)))
+    nn.init.normal_(adapters.linears["1"].skill_B)
+    before, w = base[0].weight.clone(), torch.eye(8)[0]
+    ids = torch.arange(10).reshape(2, 5)
+    with adapters.routed(w=w):
+        expected = base(ids)
+    adapters.merge(w)
+    assert torch.equal(base[0].weight, before)
+    torch.testing.assert_close(base(ids), expected, **CLOSE)
+
+
+# -------------------------------------------------------------------------------- each sample as if by itself
+
+
+@every_case
+@torch.no_grad()
+def test_each_sample_of_a_batch_is_as_in_the_model_merged_for_it(make):
+    case = make()
+    adapters = attached(case)
+    with adapters.routed(*case.embeddings()) as routing:
+        together = case.logits()
+    assert routing.w.std(0).max() > 0.05, "samples that are routed alike would show nothing"
+    for row in range(3):
+        alone = case.logits(case.merged(adapters, row), slice(row, row + 1))
+        torch.testing.assert_close(together[row : row + 1], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@generators
+def test_generation_is_that_of_the_model_merged_for_each_sample(make, beams):
+    case = make()
+    adapters = attached(case)
+    with adapters.routed(*case.embeddings(), beams=beams):
+        together = case.generate(num_beams=beams)
+    for row in range(3):
+        alone = case.generate(case.merged(adapters, row), slice(row, row + 1), num_beams=beams)
+        assert torch.equal(together[row], alone[0])
+    assert len(together.unique(dim=0)) == 3
+    if beams > 1:
+        with pytest.raises(ValueError, match="beams"), adapters.routed(*case.embeddings()):
+            case.generate(num_beams=beams)
+
+
+@routers
+@generators
+def test_cached_generation_is_that_without_a_cache(make, router):
+    case = make()
+    adapters = attached(case, router)
+    with adapters.routed(*case.embeddings()):
+        cached = case.generate()
+        assert torch.equal(case.generate(use_cache=False), cached)
+    assert cached.unique().numel() > 3
+
+
+@torch.no_grad()
+def test_a_token_router_cannot_see_the_future():
+    case = llama()
+    adapters = attached(case, "token")
+    with adapters.routed():
+        before = case.logits()
+        case.inputs["input_ids"][:, -1] = 5
+        after = case.logits()
+    torch.testing.assert_close(after[:, :-1], before[:, :-1], **CLOSE)
+    assert not torch.allclose(after[:, -1], before[:, -1])
+
+
+# ------------------------------------------------------------------------ checkpointed, compiled, in bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@routers
+@every_case
+def test_gradient_checkpointing_changes_nothing(make, router):
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return orchmoe.mix_skills(*arguments)
+
+    case = make()
+    adapters = attached(case, router, counting)
+    case.base.train()
+    expected = gradients(case, adapters)
+    once = len(calls)
+    enable = case.base.gradient_checkpointing_enable  # in transformers 6 activation_checkpointing_enable
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(case, adapters)
+    assert len(calls) > 2 * once, "nothing was computed a second time"
+    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+@routers
+@every_case
+def test_compiled_it_is_the_same(make, router):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case = make()
+    adapters = attached(case, router)
+    case.base.train()
+    compiled = torch.compile(case.base, backend="eager", fullgraph=True)  # tests/test_compile.py goes further
+    expected = gradients(case, adapters)
+    for _ in range(2):  # the second routing is another tensor, not the first one's constant
+        found = gradients(case, adapters, lambda: case.logits(compiled))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)
+        with torch.no_grad():
+            adapters.allocation.mul_(-1)
+        expected = gradients(case, adapters)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+@routers
+@every_case
+def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
+    exact, case = make(), make()
+    state = attached(exact, router).state_dict()
+    case.base.bfloat16()
+    case.inputs.update({name: x.bfloat16() for name, x in case.inputs.items() if x.is_floating_point()})
+    adapters = attached(case, router)
+    adapters.load_state_dict(state)
+    with torch.no_grad(), adapters.routed(*case.embeddings()):
+        found = case.logits()
+    with torch.no_grad(), exact.base.skill_adapters.routed(*exact.embeddings()):
+        expected = exact.logits()
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).square().mean() < 0.01 * expected.square().mean()
+    for name, gradient in gradients(case, adapters).items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any(), name
+    if case.source:
+        with adapters.routed(*case.embeddings(), beams=2):
+            case.generate(num_beams=2)
+    if router == "sample":
+        twin = case.merged(adapters, 0)
+        assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+
+
+# --------------------------------------------------------------------------- the README's snippets as printed
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_printed(about, folder, checks):
+    """Runs the one snippet about something, and behind it our checks, in a folder that has orchmoe.py and
+    what the test put there: the names that the Hub would resolve are local folders here."""
+    [snippet] = [snippet for snippet in SNIPPETS if about in snippet]
+    shutil.copy(ROOT / "orchmoe.py", folder)
+    done = subprocess.run([sys.executable, "-c", snippet + checks], cwd=folder, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TRAINED = "assert all(linear.skill_B.grad.any() for linear in adapters.linears.values())\n"
+
+
+def test_snippets_are_short():
+    assert len(SNIPPETS) == 4 and all(len(snippet.splitlines()) <= 12 for snippet in SNIPPETS)
+
+
+def test_the_snippet_of_a_sequential_runs(tmp_path):
+    run_printed("torch.nn.Sequential", tmp_path, TRAINED)
+    assert torch.load(tmp_path / "adapter.pt", weights_only=True).keys() > {"allocation", "0.skill_A"}
+
+
+def test_the_snippet_of_t5_runs(tmp_path):
+    case, folder = t5(), tmp_path / "google" / "flan-t5-base"
+    case.base.resize_token_embeddings(1024 + 100)
+    case.base.save_pretrained(folder)
+    shutil.copy(ROOT / "tiny" / "spiece.model", folder)
+    assert run_printed("T5ForConditionalGeneration", tmp_path, TRAINED).startswith("[")
+
+
+def test_the_snippet_of_a_llama_runs(tmp_path):
+    case, folder = llama(), tmp_path / "HuggingFaceTB" / "SmolLM2-135M"
+    case.base.resize_token_embeddings(257)
+    case.base.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    assert run_printed("LlamaForCausalLM", tmp_path, TRAINED).startswith("['Hot is not")
+
+
+def byte_tokenizer():
+    """A tokenizer of the kind that Llama-type models come with, a token a byte."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
