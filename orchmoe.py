@@ -477,6 +477,8 @@ class OrchMoE(Adapters):
             return Routing(None, allocation, None, noise is None)
         if w is None:
             w = self._task_weights(embeddings, mask)
+        if w.shape[-1] != self.config.tasks:
+            raise ValueError(f"w: (K,) or (B,K) with K = {self.config.tasks}, not {tuple(w.shape)}")
         c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
         return Routing(w, allocation, c, w.dim() == 1 and noise is None)
 

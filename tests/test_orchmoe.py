@@ -356,6 +356,12 @@ def test_rows_of_another_batch_are_refused(small_t5, inputs, samples):
         small_t5.loss(*inputs)
 
 
+@pytest.mark.parametrize("shape", [(3,), (16,), (4, 9)])  # K = 8: 16 would pass for two samples
+def test_a_w_of_another_length_is_refused(small_t5, shape):
+    with pytest.raises(ValueError, match=r"w: \(K,\)"), attached(small_t5).routed(w=torch.rand(shape)):
+        pass
+
+
 def test_beams_share_their_sample(small_t5, inputs):
     adapters = attached(small_t5)
     expected = logits(small_t5, adapters, inputs).repeat_interleave(3, 0)
