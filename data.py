@@ -484,11 +484,16 @@ class Batch(NamedTuple):
         return Batch(*[field.to(device, non_blocking=True) for field in self[:-1]], self.ids)
 
     def split(self, parts: int) -> Iterator[tuple[range, Batch]]:
-        """(rows, batch of these rows) for up to `parts` pieces of nearly equal size."""
+        """(rows, batch of these rows) for up to `parts` pieces of nearly equal size, each cut to its own
+        longest source and target: batches hold rows in order of length, so pieces pad less than the whole."""
         size = -(-len(self.ids) // parts)
         for start in range(0, len(self.ids), size):
             rows = slice(start, start + size)
-            yield range(*rows.indices(len(self.ids))), Batch(*[field[rows] for field in self])
+            piece = Batch(*[field[rows] for field in self])
+            source, target = piece.attention_mask.any(0).sum(), (piece.labels != -100).any(0).sum()
+            yield range(*rows.indices(len(self.ids))), piece._replace(
+                input_ids=piece.input_ids[:, :source], attention_mask=piece.attention_mask[:, :source],
+                labels=piece.labels[:, :target])
 
 
 def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -46,6 +46,7 @@ def test_every_part_gives_ratios_in_a_table_and_a_file(tmp_path):
         ("mix_skills, S 16", "mix_skills, S 4"),
         ("peft Poly", "OrchMoE"),
         ("peft LoRA", "OrchMoE"),
+        ("peft Poly", "OrchMoE, --accumulate 2"),
         ("transformers, file order", "ours, longest first"),
         ("rouge_score", "metrics.rouge_l"),
         ("first start", "second start"),

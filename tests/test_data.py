@@ -495,6 +495,15 @@ def test_a_batch_splits_into_its_rows():
     assert batch.target_tokens == 14 and torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
 
 
+def test_pieces_of_a_batch_are_cut_to_their_longest():
+    batch = collate([example(f"e{i}", [5] * (i + 1), [[9] * (4 - i)], i) for i in range(4)])
+    (_, short), (_, long) = batch.split(2)
+    assert short.input_ids.shape == short.attention_mask.shape == (2, 2) and short.labels.shape == (2, 4)
+    assert long.input_ids.shape == long.attention_mask.shape == (2, 4) and long.labels.shape == (2, 2)
+    assert short.attention_mask.tolist() == [[True, False], [True, True]]
+    assert short.target_tokens + long.target_tokens == batch.target_tokens
+
+
 def test_reference_drawing_is_pure_and_reaches_all():
     examples = [example(f"e{i}", [1], [[10 + k, 1] for k in range(3)]) for i in range(8)]
 
