@@ -166,6 +166,29 @@ def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, conf
                         (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
+def require_finite(base: model.T5, where: str, **values: float) -> None:
+    """ValueError that says where and names the tensor at fault, unless all values are finite numbers."""
+    if all(map(math.isfinite, values.values())):
+        return
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    raise ValueError(f"{where}: {said}; {offender(base)}; the last checkpoint is untouched; start anew with "
+                     "lower learning rates or --dtype float32")
+
+
+def offender(base: model.T5) -> str:
+    """Of the weights, or where these are finite of the gradients, that with the most values that are not;
+    without any, the gradient with the largest value."""
+    weights = {f"weight {name}": p for name, p in base.named_parameters()}
+    gradients = {f"gradient of {name}": p.grad for name, p in base.named_parameters() if p.grad is not None}
+    for tensors in (weights, gradients):
+        faults = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+        worst = max(faults, key=faults.get, default="")
+        if faults.get(worst):
+            return f"{worst}: {faults[worst]} of {tensors[worst].numel()} values are not finite"
+    sizes = {name: tensor.abs().max().item() for name, tensor in gradients.items()}
+    return "{}: largest value {:.3g}".format(*max(sizes.items(), key=lambda item: item[1]))
+
+
 def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
                    step: int, config: TrainConfig) -> dict[str, float | None]:
     """One step: the loss is the sum over the target tokens of all micro-batches, divided by their count."""
@@ -181,14 +204,14 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
         if routing.w is not None:
             entropy = evaluation.mean_entropy(routing.w.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm} on {', '.join(batch.ids)}; the "
-                         "last checkpoint is untouched; lower the learning rates or use --dtype float32")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    require_finite(base, f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
+    if config.clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate_factor(step, config)
     optimizer.step()
-    return {"loss": loss, "norm": norm, "entropy": entropy, "target_tokens": batch.target_tokens}
+    return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
 def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
@@ -221,8 +244,13 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)
             stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+            if due or stopping:  # a finite gradient and a rate too high may yet have broken the weights
+                where, weights = f"after step {step} on {', '.join(batch.ids)}", adapters.parameter_groups()
+                size = torch.nn.utils.get_total_norm([p for group in weights.values() for p in group])
+                require_finite(base, where, norm_of_weights=size.item())
             if due:
                 dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
+                require_finite(base, where, dev_loss=dev_loss)
                 log.write(step=step, dev_loss=dev_loss, **router_record(base, adapters, dev, config))
                 if dev_loss < best:
                     best = dev_loss

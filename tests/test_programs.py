@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
+import data
+import train
+from baselines import attach_method
+from orchmoe import OrchMoEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -35,13 +41,13 @@ def command(program, *arguments):
     return [sys.executable, str(ROOT / program), *map(str, arguments)]
 
 
-def environment(home):
+def environment(home, **more):
     """No GPU, so that two runs are equal to the last bit, and a token cache of the test's own."""
     own = {"XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own}
+    return {**os.environ, **own, **more}
 
 
-def run(program, *arguments, cwd, code=0):
+def run(program, *arguments, cwd, code=0, **more):
     """stdout of a program that must end with `code`; run outside the repository, with a token cache of its
     own."""
     done = subprocess.run(
@@ -50,7 +56,7 @@ def run(program, *arguments, cwd, code=0):
         capture_output=True,
         text=True,
         timeout=600,
-        env=environment(cwd),
+        env=environment(cwd, **more),
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -134,6 +140,61 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
     assert "train.py --resume --out run" in out
     saved = checkpoint.load_state(home / "run/checkpoint.pt")["step"]
     assert saved == records(home / "run")[-1]["step"] + 1
+
+
+@pytest.fixture
+def stopped(home):
+    """A run of 4,000 steps into `run` that a SIGTERM has ended, with a checkpoint and kept adapters."""
+    terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
+    return home / "run"
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_no_file_changes(home, stopped):
+    state = checkpoint.load_state(stopped / "checkpoint.pt")
+    name = "decoder.blocks.1.attention.v.skill_B"
+    state["weights"][name] = state["weights"][name].clone()
+    state["weights"][name][1, 0, 3] = float("inf")
+    checkpoint.save_state(stopped / "checkpoint.pt", state)
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert error.count("\n") == 1 and f"step {state['step']} on " in error and "loss nan" in error
+    assert f"weight {name}: 1 of 1280 values are not finite" in error
+    assert len(re.findall(r"task\d+-[0-9a-f]{32}", error)) == 8  # the ids of the batch
+    assert before == {path: path.read_bytes() for path in stopped.iterdir()}
+
+
+@pytest.mark.parametrize("factor, words", [
+    (float("nan"), "256 of 256 values are not finite"), (1e30, "largest value"),  # whose square overflows
+])  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(small_t5, inputs, factor, words):
+    adapters = attach_method("lora", small_t5, OrchMoEConfig())
+    optimizer = train.make_optimizer(adapters, train.TrainConfig())
+    adapters.linears["decoder.blocks.1.attention.v"].skill_B.register_hook(lambda gradient: gradient * factor)
+    before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    batch = data.Batch(*inputs, torch.zeros(4, dtype=torch.int64), ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="^step 7 on a, b, c, d: loss [0-9.]+, gradient norm (nan|inf); "
+                       f"gradient of decoder.blocks.1.attention.v.skill_B: {words}.*checkpoint is untouched"):
+        train.optimiser_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+
+
+def test_a_step_that_breaks_the_weights_is_not_saved(home):
+    options = [*SHORT, "--eval-every", "1", "--lr-skills", "3e38", "--warmup", "0", "--schedule", "constant"]
+    error = run("train.py", *options, "--out", "run", cwd=home, code=2)
+    assert error.count("\n") == 1 and "after step 0 on " in error and "norm of weights nan" in error
+    assert {path.name for path in (home / "run").iterdir()} <= {"config.json", "scores.json", "metrics.jsonl"}
+
+
+def test_one_seed_gives_the_same_bytes_and_another_other(home):
+    for out, seed, salt in (("one", 3, "1"), ("same", 3, "2"), ("other", 4, "1")):
+        run("train.py", *SHORT, "--gumbel", "--seed", seed, "--out", out, cwd=home, PYTHONHASHSEED=salt)
+    one, same, other = (home / name for name in ("one", "same", "other"))
+    for name in ("adapter.safetensors", "checkpoint.pt", "scores.json", "config.json"):
+        assert (one / name).read_bytes() == (same / name).read_bytes(), name
+        assert (one / name).read_bytes() != (other / name).read_bytes(), name
+    logs = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in records(folder)]
+            for folder in (one, same)]  # fmt: skip
+    assert logs[0] == logs[1] and trace(one) != trace(other)
 
 
 @pytest.mark.parametrize("method", ["lora", "moe-lora", "poly", "mhr", "c-poly", "full"])
