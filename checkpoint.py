@@ -342,7 +342,12 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def save_state(path: str | Path, state: dict):
     """Everything that training resumes from, whole or not at all."""
     with runtime.atomic_write(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's complaint about what a failed write left behind
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: str | Path) -> dict:

@@ -177,8 +177,9 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
         adapters = Unadapted(base, full=False)
     else:
         folder = cell.mean_of or cell.folder
-        if not (cell.mean_of or train.run(folder, cell.configs, place, closing=False)):
-            return False
+        with runtime.claimed(cell.folder):
+            if not (cell.mean_of or train.run(folder, cell.configs, place, closing=False)):
+                return False
         losses = [row["dev_loss"] for row in plot.records(folder) if "dev_loss" in row]
         result = {"dev_loss": min(losses), "parameters": None}
         if cell.closing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import inspect
 import json
@@ -32,16 +33,17 @@ from tqdm import tqdm
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the
-    folder."""
+    folder. An OSError names `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -50,6 +52,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets an OSError name `path`: writing to an open file names none, and a temporary name tells nobody
+    anything."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        kept = "not written, what was saved before is whole; make room or mend the folder, and go on"
+        raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from None
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
+    the lock however its holder ends, kill -9 included."""
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing this run; wait until it ends, or name "
+                             "another folder by --out") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
+        yield
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -75,11 +107,11 @@ class Log:
             kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= resume_step]
             with atomic_write(path) as file:
                 file.writelines(line + b"\n" for line in kept)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path = path
 
     def write(self, **record: Any) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path), open(self._path, "ab") as file:
+            file.write((json.dumps(record) + "\n").encode())
 
 
 def _step_of(line: bytes) -> float:

@@ -99,7 +99,7 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[
 
 
 def first_free(name: str) -> Path:
-    return next(path for n in range(1, 10**6) if not (path := Path(f"{name}-{n}")).exists())
+    return next(path for n in range(1, 10**6) if not ((path := Path(f"{name}-{n}")) / "config.json").exists())
 
 
 def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
@@ -393,7 +393,9 @@ def main() -> None:
     folder, configs = read_configs(flags, where)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
-    if not run(folder, configs, place):
+    with runtime.claimed(folder):
+        whole = run(folder, configs, place)
+    if not whole:
         device = f" --gpu {where.gpu}" if where.gpu is not None else ""
         device += f" --device {where.device}" if where.device else ""
         runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")

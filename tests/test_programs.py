@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import data
+import runtime
 import train
 from baselines import attach_method
 from orchmoe import OrchMoEConfig
@@ -122,11 +123,11 @@ def test_a_killed_run_resumes_bit_for_bit(home):
         assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
-def terminate_after(steps, *arguments, cwd):
-    """Output of a run of train.py into `run` that gets a SIGTERM once it has logged so many steps."""
-    process = subprocess.Popen(command("train.py", *arguments, "--out", "run"), cwd=cwd, text=True,
+def terminate_after(steps, *arguments, cwd, out="run"):
+    """Output of a run of train.py into `out` that gets a SIGTERM once it has logged so many steps."""
+    process = subprocess.Popen(command("train.py", *arguments, "--out", out), cwd=cwd, text=True,
                                stdout=subprocess.PIPE, env=environment(cwd))  # fmt: skip
-    while not (cwd / "run/metrics.jsonl").exists() or len(records(cwd / "run")) < steps:
+    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -182,7 +183,7 @@ def test_a_step_that_breaks_the_weights_is_not_saved(home):
     options = [*SHORT, "--eval-every", "1", "--lr-skills", "3e38", "--warmup", "0", "--schedule", "constant"]
     error = run("train.py", *options, "--out", "run", cwd=home, code=2)
     assert error.count("\n") == 1 and "after step 0 on " in error and "norm of weights nan" in error
-    assert {path.name for path in (home / "run").iterdir()} <= {"config.json", "scores.json", "metrics.jsonl"}
+    assert not {"checkpoint.pt", "adapter.safetensors"} & {path.name for path in (home / "run").iterdir()}
 
 
 def test_one_seed_gives_the_same_bytes_and_another_other(home):
@@ -195,6 +196,33 @@ def test_one_seed_gives_the_same_bytes_and_another_other(home):
     logs = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in records(folder)]
             for folder in (one, same)]  # fmt: skip
     assert logs[0] == logs[1] and trace(one) != trace(other)
+
+
+def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(home):
+    first = subprocess.Popen(command("train.py", *SHORT, "--steps", "4000", "--out", "run"), cwd=home,
+                             stdout=subprocess.DEVNULL, env=environment(home))  # fmt: skip
+    while not (home / "run/checkpoint.pt").exists():
+        time.sleep(0.02)
+        assert first.poll() is None
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert error.count("\n") == 1 and "run: another process is writing this run" in error
+    first.kill()
+    first.wait()
+    with runtime.claimed(home / "run"):  # nobody is left to free the lock, and it is free
+        error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert "another process" in error
+    with runtime.claimed(home / "new"):  # before there is a config.json to be seen
+        assert "new: another process" in run("train.py", *SHORT, "--out", "new", cwd=home, code=2)
+    assert not (home / "new/config.json").exists()
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runtime.fcntl, "flock", refuse)
+    with runtime.claimed(tmp_path):
+        assert "no lock (Function not implemented)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "moe-lora", "poly", "mhr", "c-poly", "full"])
