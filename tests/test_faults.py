@@ -6,6 +6,7 @@ import resource
 import subprocess
 
 import pytest
+import torch
 from test_programs import SHORT, command, environment, home, run, terminate_after, trace  # noqa: F401
 
 import checkpoint
@@ -88,3 +89,20 @@ def test_a_full_disk_costs_the_token_cache_alone(home):  # noqa: F811
     finally:
         subprocess.run(["umount", "-l", str(home / "disk")], check=True)
     assert (home / "one/predictions.jsonl").read_bytes() == (home / "two/predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("save", [
+    lambda path, ones: checkpoint.save_state(path, {"step": 1, "x": ones}),  # torch answers with its own error
+    lambda path, ones: checkpoint.write_safetensors(path, {"x": ones}),
+], ids=["torch.save", "safetensors"])  # fmt: skip
+def test_a_write_that_fails_is_an_error_of_the_file(tmp_path, save):
+    save(tmp_path / "file", torch.ones(9))
+    before, limits = (tmp_path / "file").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large; not written") as refusal:
+            save(tmp_path / "file", torch.ones(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refusal.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
