@@ -10,6 +10,7 @@ import fcntl
 import functools
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,6 +27,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from tqdm import tqdm
+
+LARGEST_JSON = 2**28  # bytes; a task file of a million short instances, and a bound on memory
 
 # ------------------------------------------------------------------------------------------------------ files
 
@@ -90,11 +93,24 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """JSON value in `path`; a ValueError that names the file where there is none."""
+    """JSON value in `path`; a ValueError that names the file where there is none, or too much."""
+    with open(path, "rb") as file:
+        raw = file.read(LARGEST_JSON + 1)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if len(raw) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON} bytes")
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
+
+
+def without_duplicates(pairs: list[tuple]) -> dict:
+    """The dictionary of a JSON object, for json.loads; two readers may see two files where a name occurs
+    twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
 
 
 class Log:
@@ -173,34 +189,57 @@ def from_flags(cls: type, flags: dict[str, Any]) -> Any:
 def from_json(cls: type, values: Any, path: str | Path) -> Any:
     """The dataclass `cls` as a run saved it in the file `path`; ValueError unless every field is there and no
     other."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or values.keys() != names:
-        odd = sorted(names ^ values.keys()) if isinstance(values, dict) else sorted(names)
+    hints = typing.get_type_hints(cls)
+    odd = sorted(hints.keys() ^ values.keys()) if isinstance(values, dict) else sorted(hints)
+    odd = odd or [name for name, hint in hints.items() if not _fits(values[name], hint)]
+    if odd:
         raise ValueError(f"{path}: {cls.__name__} does not fit this version ({odd[0]}); restore the file")
-    return from_flags(cls, values)
+    try:
+        return from_flags(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type that a field's hint asks for."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return type(value) is hint or (hint is float and type(value) is int)  # and no bool for an int
 
 
 def require_least(config: Any, **least: int) -> None:
-    """ValueError that names the flag for the first field of `config` below its least value."""
+    """ValueError that names the flag for the first field of `config` below its least value, or not finite."""
     for name, smallest in least.items():
-        if getattr(config, name) < smallest:
+        if not smallest <= getattr(config, name) < math.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(config, name)}: give {smallest} or more")
 
 
 def run_program(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs `main`. Bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is exit code
-    130."""
+    """Runs `main`. Bad input (ValueError, OSError) and a lack of memory are one line on stderr and exit code
+    2; Ctrl-C is exit code 130."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
-        sys.exit(2)
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except (MemoryError, RuntimeError) as error:
+        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (lacking or "DefaultCPUAllocator" in str(error)):
+            raise
+        _fail(f"out of memory ({error!s:.120}); lower the batch sizes or the ranks, or use a smaller model")
     sys.exit(0)
+
+
+def _fail(text: str) -> typing.NoReturn:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
+    sys.exit(2)
 
 
 def say(text: str = "") -> None:

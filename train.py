@@ -8,6 +8,7 @@ metrics.jsonl, checkpoint.pt (the last state), and the adapter that was best on 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -57,7 +58,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
-                              text_length=2, eval_instances=0, warmup=0)
+                              text_length=2, eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0,
+                              lr_allocation=0, lr_full=0, weight_decay=0, clip=0)
+        for name in ("beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more, and less than 1")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: give less than 2^63")
         if self.from_scratch and self.method != "full":
             raise ValueError(f"--from-scratch --method {self.method}: random weights go with --method full")
 
@@ -107,7 +114,14 @@ def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
     if not config.from_scratch:
         dtype = torch.float32 if config.method == "full" else place.dtype
         return checkpoint.load_t5(config.model, dtype=dtype, device=place.device)
-    base = model.T5(model.T5Config.from_json(Path(config.model) / "config.json"))
+    path = Path(config.model) / "config.json"
+    t5_config = model.T5Config.from_json(path)
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in model.T5(t5_config).parameters())
+    if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(f"{path}: describes {size:.3g} bytes of weights, but this machine has {memory:.3g}; "
+                         "give a smaller model")
+    base = model.T5(t5_config)
     base.init_weights(config.seed)
     return base.to(place.device)
 
@@ -126,6 +140,15 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW
             peak = rates[kind] * max(size, 1e-3)
             groups.append({"params": part, "lr": peak, "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """load_state_dict, and a ValueError where a moment is not of its parameter's shape, which torch lets
+    pass."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("the optimizer's moments are of other shapes")
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -223,8 +246,11 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
     first, best = 0, math.inf
     if path.exists():
         state = checkpoint.load_state(path)
-        adapters.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            adapters.load_state_dict(state["weights"])
+            load_optimizer(optimizer, state["optimizer"])
+        except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
+            raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
         first, best = state["step"], state["best"]
     else:
         fit_router(base, adapters, source.examples, config)
