@@ -73,7 +73,8 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
     """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
-    the lock however its holder ends, kill -9 included."""
+    the lock however its holder ends, kill -9 included; what a holder killed inside a save has left half
+    written, in the folder or in its model/, is removed."""
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
@@ -84,6 +85,9 @@ def claimed(folder: str | Path) -> Iterator[None]:
                              "another folder by --out") from None
         except OSError as error:  # a file system without locks
             warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
+        else:
+            for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
+                stale.unlink()
         yield
 
 
