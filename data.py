@@ -104,8 +104,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            first = [self.sp.id_to_piece(i) for i in range(3)]
-        except (RuntimeError, IndexError):
+            first = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())][:3]  # all are text
+        except (RuntimeError, IndexError, UnicodeDecodeError):
             raise ValueError(f"{self.path}: not a SentencePiece model; download it again") from None
         if first != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"{self.path}: pieces 0 to 2 are {first}; a T5 model has <pad>, </s>, <unk>")
@@ -238,8 +238,8 @@ def _task_path(root: Path, name: str) -> Path:
 
 def _plain_name(name: str, field: str) -> str:
     """`name`, if it cannot lead out of its folder."""
-    if not name or ".." in name or set(name) & set("/\\\0"):
-        raise ValueError(f"{field}: {name!r} is no plain name; give one without '/', '\\' and '..'")
+    if not name or ".." in name or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
+        raise ValueError(f"{field}: {name!r:.80} is no plain name; give a short one, no '/', '\\' or '..'")
     return name
 
 

@@ -235,7 +235,7 @@ def test_splits_without_lists_or_tasks(repository, tmp_path):
         read_splits(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd", "\0", "a" * 999])
 def test_names_do_not_leave_their_folder(repository, name):
     write_lists(repository, [name], ["task9_t"])
     with pytest.raises(ValueError, match="plain name"):

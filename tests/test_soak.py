@@ -12,8 +12,8 @@ from test_programs import ROOT, SHORT, command, environment, home, run, trace  #
 
 OPTIONS = [*SHORT, "--steps", "48", "--eval-every", "4", "--eval-instances", "8", "--gumbel"]
 
-# train.py in a process that kills itself when it reaches a stage of a save for the n-th time: half-way through
-# some bytes, before they are on the disk, before they get their name, or right after.
+# train.py in a process that kills itself when it reaches a stage of a save for the n-th time: half-way
+# through some bytes, before they are on the disk, before they get their name, or right after.
 DYING = """
 import io, os, runpy, signal, sys
 folder, stage, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
