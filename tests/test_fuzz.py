@@ -143,8 +143,8 @@ entries = st.fixed_dictionaries({
     "dtype": st.sampled_from([*checkpoint.DTYPES, "F8"]) | leaves,
     "shape": st.lists(sizes, max_size=4) | values,
     "data_offsets": st.lists(sizes, min_size=2, max_size=2) | values})  # fmt: skip
-consistent = st.builds(lambda dtype, shape: entry(  # fits together, if not with the file
-    dtype, shape, [0, math.prod(shape) * checkpoint.DTYPES[dtype].itemsize]),
+consistent = st.builds(  # what fits together, if not with the file
+    lambda dtype, shape: entry(dtype, shape, [0, math.prod(shape) * checkpoint.DTYPES[dtype].itemsize]),
     st.sampled_from(sorted(checkpoint.DTYPES)), st.lists(sizes, max_size=4))
 headers = st.dictionaries(texts, consistent | entries | values, max_size=3).map(lambda h: json.dumps(h).encode())
 
