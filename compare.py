@@ -72,6 +72,8 @@ class CompareConfig:
         for name, choices in known.items():
             if unknown := set(getattr(self, name)) - set(choices):
                 raise ValueError(f"--{name} {sorted(unknown)[0]}: choose of {', '.join(choices)}")
+        if not self.methods:
+            raise ValueError(f"--methods: name at least one of {', '.join(ADAPTED)}")
         for name, kind in (("sizes", int), ("grid", float)):
             try:
                 least = min(map(kind, getattr(self, name)), default=0)

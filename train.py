@@ -87,6 +87,8 @@ CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConf
 def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[str, Any]]:
     """Run folder and the configs by name; with --resume those of the run, which flags must not contradict."""
     configs = {name: runtime.from_flags(cls, flags) for name, cls in CONFIGS.items()}
+    if where.resume and not where.out:
+        raise ValueError("--resume: name the folder of the run by --out")
     if where.resume:
         folder, saved = Path(where.out), evaluation.read_run(where.out)
         configs = {name: runtime.from_json(cls, saved[name], folder / "config.json")
