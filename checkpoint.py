@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -66,19 +67,12 @@ def _read_header(path: str | Path) -> tuple[dict, int, int]:
             raise ValueError(f"{path}: not a safetensors file (header of {length} bytes, file of {size})")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=runtime.without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the safetensors header is not valid JSON ({error!s:.80})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header must be a JSON object")
     return header, 8 + length, size
-
-
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return values
 
 
 def _extent(path: str | Path, name: str, entry: object) -> tuple[torch.dtype, list[int], int, int]:
@@ -146,7 +140,9 @@ def _unpickle(path: str | Path) -> object:
     with _open(path) as file:
         mappable = zipfile.is_zipfile(file)  # the format before torch 1.6, of the oldest T5 files, is not
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol, on two lines of its own
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # of many types, whatever a damaged or hostile pickle provokes
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path}: refused, not a file of tensors alone ({reason:.120})") from None
@@ -332,24 +328,33 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """State and {method, config, tasks, base} of a file of save_adapter."""
     state, info = read_safetensors(existing(path, "name the folder of a run that has kept an adapter"))
     try:
-        read = {"method": info["method"], "base": info["base"], "config": json.loads(info["config"]),
-                "tasks": json.loads(info["tasks"])}
+        config, tasks = json.loads(info["config"]), json.loads(info["tasks"])
+        read = {"method": info["method"], "base": info["base"], "config": config, "tasks": tasks}
+        good = isinstance(config, dict) and isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)
     except (KeyError, ValueError, RecursionError):
-        raise ValueError(f"{path}: not an adapter of this project (no method, config, tasks, base)") from None
+        good = False
+    if not good:
+        raise ValueError(f"{path}: not an adapter of this project (no method, config, tasks, base)")
     return state, read
 
 
 def save_state(path: str | Path, state: dict):
     """Everything that training resumes from, whole or not at all."""
     with runtime.atomic_write(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's complaint about what a failed write left behind
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: str | Path) -> dict:
     """What save_state wrote; ValueError for anything else."""
     state = _unpickle(path)
-    if not (isinstance(state, dict) and "step" in state):
-        raise ValueError(f"{path}: not a training state of this project")
+    kinds = {"step": int, "best": float, "weights": dict, "optimizer": dict}
+    if not (isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in kinds.items())):
+        raise ValueError(f"{path}: not a training state of this project ({', '.join(kinds)}); restore it")
     return state
 
 

@@ -68,6 +68,25 @@ class CompareConfig:
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
 
+    def __post_init__(self) -> None:
+        runtime.require_least(self, seeds=1, num_tasks=0, jobs=0)
+        methods = (*ADAPTED, "full")
+        known = {"methods": methods, "curve": methods, "rows": ABLATIONS}
+        for name, choices in known.items():
+            if unknown := set(getattr(self, name)) - set(choices):
+                raise ValueError(f"--{name} {sorted(unknown)[0]}: choose of {', '.join(choices)}")
+        if not self.methods:
+            raise ValueError(f"--methods: name at least one of {', '.join(ADAPTED)}")
+        for name, kind in (("sizes", int), ("grid", float), ("full_grid", float)):
+            try:
+                least = min(map(kind, getattr(self, name)), default=0)
+            except ValueError:
+                least = 0
+            if not least > 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {','.join(getattr(self, name))}: give positive numbers, as in "
+                                 f"{','.join(vars(type(self))[name])}")
+
 
 DEFAULTS = {"steps": 600, "split_seed": 0}
 QUICK = {"methods": ("orchmoe", "lora", "moe-lora"), "seeds": 2, "sizes": ("100",), "tune": False,
@@ -180,8 +199,9 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
         adapters = Unadapted(base, full=False)
     else:
         folder = cell.mean_of or cell.folder
-        if not (cell.mean_of or train.run(folder, cell.configs, place, closing=False)):
-            return False
+        with runtime.claimed(cell.folder):
+            if not (cell.mean_of or train.run(folder, cell.configs, place, closing=False)):
+                return False
         losses = [row["dev_loss"] for row in plot.records(folder) if "dev_loss" in row]
         result = {"dev_loss": min(losses), "parameters": None}
         if cell.closing:
@@ -213,7 +233,7 @@ def check_cell(cell: Cell) -> None:
     """ValueError where the cell's folder is of other settings than those now asked for."""
     if not (cell.folder / "config.json").exists():
         return
-    kept = runtime.read_json(cell.folder / "config.json")
+    kept = evaluation.read_run(cell.folder)
     for name, wanted in cell.configs.items():
         for field, value in json.loads(json.dumps(asdict(wanted))).items():
             if kept[name].get(field) != value:
@@ -411,8 +431,6 @@ def ablation_cells(config: CompareConfig, configs: dict[str, Any], place: runtim
         default = out / "ablations" / f"default-s{seed}"
         return Cell(row, out / folder, own, closing, default if row == "w replaced by its mean" else None)
 
-    if unknown := set(config.rows) - ABLATIONS.keys():
-        raise ValueError(f"--rows {sorted(unknown)[0]}: choose of {', '.join(ABLATIONS)}")
     rates = choose_rates(["orchmoe"], lambda method, rate: cell(
         method, 0, f"tune/default-{rate}", False, lr_skills=float(rate)), config, place)
     rate = {"lr_skills": rates["orchmoe"]["rate"]} if "orchmoe" in rates else {}
@@ -461,8 +479,6 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')}: the comparison sets this itself; see --help")
     flags = DEFAULTS | (QUICK if flags.get("quick") else {}) | flags
     config = runtime.from_flags(CompareConfig, flags)
-    if unknown := set(config.methods) - {*ADAPTED, "full"}:
-        raise ValueError(f"--methods {sorted(unknown)[0]}: choose of {', '.join(ADAPTED)}, full")
     configs = {name: runtime.from_flags(cls, flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]

@@ -35,9 +35,18 @@ import numpy as np
 import sentencepiece
 import torch
 
-from runtime import atomic_write, end_with_parent, progress, require_least
+from runtime import (
+    LARGEST_JSON,
+    atomic_write,
+    end_with_parent,
+    progress,
+    require_least,
+    without_duplicates,
+)
 
 CACHE_VERSION = 1  # part of every cache key: raise it when a prompt, a set or the layout changes
+LARGEST_MODEL = 1e8  # bytes of a SentencePiece model; T5's has 8e5, mT5's 4e6
+LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
 PROMPT_OPTIONS = ("definition", "num_pos", "num_neg", "explanation", "max_source_length")
@@ -89,12 +98,14 @@ class Tokenizer:
         self.path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file; give a T5 folder with spiece.model, or that file")
+        if self.path.stat().st_size > LARGEST_MODEL:
+            raise ValueError(f"{self.path}: larger than {LARGEST_MODEL:.0f} bytes; download it again")
         model = self.path.read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            first = [self.sp.id_to_piece(i) for i in range(3)]
-        except (RuntimeError, IndexError):
+            first = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())][:3]  # all are text
+        except (RuntimeError, IndexError, UnicodeDecodeError):
             raise ValueError(f"{self.path}: not a SentencePiece model; download it again") from None
         if first != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"{self.path}: pieces 0 to 2 are {first}; a T5 model has <pad>, </s>, <unk>")
@@ -151,6 +162,7 @@ def read_task(path: str | os.PathLike, raw: bytes | None = None) -> dict:
 
     def text(value: Any, field: str) -> str:
         check(isinstance(value, str), field, "a string")
+        check(len(value) <= LONGEST_TEXT, field, f"at most {LONGEST_TEXT} characters")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -176,7 +188,8 @@ def read_task(path: str | os.PathLike, raw: bytes | None = None) -> dict:
                 "output": [text(reference, f"{field}.output") for reference in output]}
 
     try:
-        task = json.loads((path.read_bytes() if raw is None else raw).decode("utf-8-sig"))
+        raw = _read_task_file(path) if raw is None else raw
+        task = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON in UTF-8 ({error}); restore the file") from None
     check(isinstance(task, dict), "top level", "an object")
@@ -186,6 +199,12 @@ def read_task(path: str | os.PathLike, raw: bytes | None = None) -> dict:
             "definition": text(_first(task.get("Definition")), "Definition"),
             "positive": examples("Positive Examples"), "negative": examples("Negative Examples"),
             "instances": [instance(i, row) for i, row in enumerate(rows("Instances"))]}
+
+
+def _read_task_file(path: Path) -> bytes:
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: larger than {LARGEST_JSON} bytes; split it into several tasks")
+    return path.read_bytes()
 
 
 def _first(value: Any) -> Any:
@@ -219,8 +238,8 @@ def _task_path(root: Path, name: str) -> Path:
 
 def _plain_name(name: str, field: str) -> str:
     """`name`, if it cannot lead out of its folder."""
-    if not name or ".." in name or set(name) & set("/\\\0"):
-        raise ValueError(f"{field}: {name!r} is no plain name; give one without '/', '\\' and '..'")
+    if not name or ".." in name or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
+        raise ValueError(f"{field}: {name!r:.80} is no plain name; give a short one, no '/', '\\' or '..'")
     return name
 
 
@@ -310,12 +329,15 @@ def _read_arrays(path: Path) -> tuple[dict, Arrays] | None:
         return None
     if hashlib.sha256(view[32:]).digest() != view[:32]:
         return None
-    at = 40 + int.from_bytes(view[32:40], "little")
-    head, arrays = json.loads(bytes(view[40:at])), {}
-    for name, dtype, size in head["layout"]:
-        arrays[name] = np.frombuffer(view, dtype, size, at)
-        at += arrays[name].nbytes + -arrays[name].nbytes % 8
-    return head["header"], arrays
+    at, arrays = 40 + int.from_bytes(view[32:40], "little"), {}
+    try:
+        head = json.loads(bytes(view[40:at]))
+        for name, dtype, size in head["layout"]:
+            arrays[name] = np.frombuffer(view, dtype, size, at)
+            at += arrays[name].nbytes + -arrays[name].nbytes % 8
+        return head["header"], arrays
+    except (ValueError, KeyError, TypeError):  # of somebody else: the sum is right, the content is not ours
+        return None
 
 
 def _cached(folder: str, key: list, is_fresh: Callable[[dict], bool],
@@ -431,7 +453,7 @@ def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) 
 def _encode_task(path: Path, tokenizer: Tokenizer, config: DataConfig,
                  draw: tuple[int, int] | None) -> tuple[str, str, Arrays]:
     """Digest and category of a task file and the columns of the instances kept, from one read of it."""
-    raw = path.read_bytes()
+    raw = _read_task_file(path)
     task = read_task(path, raw)
     n = len(task["instances"])
     sets = split_instances(n, draw[0], path.stem, draw[1]) if draw else ([], [], [], range(min(n, 100)))

@@ -48,7 +48,7 @@ class EvalConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1)
+        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1, seed=0)
 
 
 # ---------------------------------------------------------------------------------------- one pass over a set
@@ -217,6 +217,12 @@ def read_run(folder: str | Path) -> dict:
     for name, kind in sections.items():
         if not (isinstance(config, dict) and isinstance(config.get(name), kind)):
             raise ValueError(f"{path}: {name} is missing or of another type; restore the file")
+    fields = {"model": str, "method": str, "seed": int, "split_seed": int | None}
+    for name, kind in fields.items():
+        if not isinstance(config["train"].get(name), kind):
+            raise ValueError(f"{path}: {name} is missing or of another type; restore the file")
+    if not all(isinstance(task, str) for task in config["tasks"]):
+        raise ValueError(f"{path}: tasks must be names; restore the file")
     return config
 
 
@@ -226,13 +232,20 @@ def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapt
     if train["method"] == "full":
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
         return base, Unadapted(base, full=True)
-    state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
+    path = folder / "adapter.safetensors"
+    state, info = checkpoint.load_adapter(path)
     if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
-        raise ValueError(f"{folder / 'adapter.safetensors'}: trained on the base {info['base']}, but "
-                         f"{train['model']} is {have}; restore that model")
+        raise ValueError(f"{path}: trained on the base {info['base']}, but {train['model']} is {have}; "
+                         "restore that model")
     base = checkpoint.load_t5(train["model"], dtype=place.dtype, device=place.device)
-    adapters = attach_method(info["method"], base, runtime.from_flags(OrchMoEConfig, info["config"]),
-                             num_tasks=len(info["tasks"]))
+    config, num_tasks = runtime.from_json(OrchMoEConfig, info["config"], path), len(info["tasks"])
+    with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
+        bare = model.T5(base.config)
+    try:
+        attach_method(info["method"], bare, config, num_tasks=num_tasks).load_state_dict(state)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
+        raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
+    adapters = attach_method(info["method"], base, config, num_tasks=num_tasks)
     adapters.load_state_dict(state)
     return base, adapters.eval()
 
@@ -304,7 +317,10 @@ def main() -> None:
         check_asked(flags)
     if sum(map(bool, (config.run, config.model, config.heuristic))) != 1:
         raise ValueError("give one of --run, --model and --heuristic")
-    run = read_run(config.run) if config.run else {"train": {"seed": config.seed}, "data": {}, "tasks": []}
+    run, saved = {"train": {"seed": config.seed}, "tasks": []}, data.DataConfig()
+    if config.run:
+        run = read_run(config.run)
+        saved = runtime.from_json(data.DataConfig, run["data"], Path(config.run) / "config.json")
     base, bundled = None, Path(__file__).parent / "tiny"  # whose tokenizer serves the heuristics
     if not config.heuristic:
         place = runtime.pick_device(config.gpu, config.device, config.dtype)
@@ -316,7 +332,7 @@ def main() -> None:
         adapters = Unadapted(base, full=False)
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
     tokenizer = data.Tokenizer(config.model or own or bundled)
-    data_config = runtime.from_flags(data.DataConfig, {**run["data"], **flags})
+    data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
     if config.ask:
         return answer(base, adapters, tokenizer, config, replace(data_config, definition=True))
     split_seed = run["train"].get("split_seed")

@@ -29,6 +29,9 @@ LARGEST = {
 }  # fmt: skip
 
 
+LARGEST_CONFIG = 2**20  # bytes of a config.json
+
+
 @dataclass(frozen=True)
 class T5Config:
     """Field names are those of Hugging Face's config.json, but for `tied_head`, which that file cannot
@@ -79,7 +82,8 @@ class T5Config:
         """Reads a Hugging Face config.json; its many other keys are ignored. A ValueError names file and
         field."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                values = json.loads(file.read(LARGEST_CONFIG + 1)[:LARGEST_CONFIG].decode())  # cut: not JSON
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError):

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 T5_LINEARS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")  # what the target `all` stands for
 
+LARGEST = 2**12  # of K, S, R and d_r: a typing error must not ask for terabytes
+
 
 @dataclass(frozen=True)
 class OrchMoEConfig:
@@ -54,14 +56,15 @@ class OrchMoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "skills", "rank", "router_dim"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: {value} must be at least 1")
-        if self.extra_rank < 0:
-            raise ValueError(f"extra_rank: {self.extra_rank} must be at least 0")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= LARGEST:
+                raise ValueError(f"{name}: {value} must be from 1 to {LARGEST}")
+        if not 0 <= self.extra_rank <= LARGEST**2:
+            raise ValueError(f"extra_rank: {self.extra_rank} must be from 0 to {LARGEST**2}")
         if not self.targets:
             raise ValueError("targets: name at least one Linear")
-        if not self.tau > 0:
-            raise ValueError(f"tau: {self.tau} must be above 0")
+        for name in ("tau", "alpha"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value} must be a number above 0")
         _ = self.allocation_start  # raises where it cannot be read
 
     @property

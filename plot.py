@@ -45,7 +45,13 @@ def pyplot() -> Any:
 def records(folder: str | Path) -> list[dict]:
     """The log of a run."""
     path = checkpoint.existing(Path(folder) / "metrics.jsonl", "name the folder of a run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON lines ({error}); resume the run, which mends it") from None
+    if not all(any(isinstance(row, dict) and name in row for row in rows) for name in ("loss", "dev_loss")):
+        raise ValueError(f"{path}: no loss or no dev loss yet; wait for --eval-every steps")
+    return rows
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -157,6 +163,8 @@ def figures(out: Path) -> list[Path]:
     if not path.exists():
         return []
     results = runtime.read_json(path)
+    if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
+        raise ValueError(f"{path}: cells and summary are missing; run compare.py again")
     cells, written = results["cells"], []
     largest = max(cell["size"] for cell in cells)
     firsts = {cell["row"]: cell for cell in reversed(cells) if cell["size"] == largest}  # the lowest seed's

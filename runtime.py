@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,22 +28,25 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from tqdm import tqdm
 
+LARGEST_JSON = 2**28  # bytes; a task file of a million short instances, and a bound on memory
+
 # ------------------------------------------------------------------------------------------------------ files
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the
-    folder."""
+    folder. An OSError names `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -52,17 +57,64 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets an OSError name `path`: writing to an open file names none, and a temporary name tells nobody
+    anything."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        kept = "not written, what was saved before is whole; make room or mend the folder, and go on"
+        raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from None
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
+    the lock however its holder ends, kill -9 included; what a holder killed inside a save has left half
+    written, in the folder or in its model/, is removed."""
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing this run; wait until it ends, or name "
+                             "another folder by --out") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
+        else:
+            for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
+                stale.unlink()
+        yield
+
+
 def write_json(path: str | Path, value: Any) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> Any:
-    """JSON value in `path`; a ValueError that names the file where there is none."""
+    """JSON value in `path`; a ValueError that names the file where there is none, or too much."""
+    with open(path, "rb") as file:
+        raw = file.read(LARGEST_JSON + 1)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if len(raw) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON} bytes")
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
+
+
+def without_duplicates(pairs: list[tuple]) -> dict:
+    """The dictionary of a JSON object, for json.loads; two readers may see two files where a name occurs
+    twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
 
 
 class Log:
@@ -75,18 +127,19 @@ class Log:
             kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= resume_step]
             with atomic_write(path) as file:
                 file.writelines(line + b"\n" for line in kept)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path = path
 
     def write(self, **record: Any) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path), open(self._path, "ab") as file:
+            file.write((json.dumps(record) + "\n").encode())
 
 
 def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int else math.inf
 
 
 # ---------------------------------------------------------------------------------- flags, messages, progress
@@ -141,34 +194,57 @@ def from_flags(cls: type, flags: dict[str, Any]) -> Any:
 def from_json(cls: type, values: Any, path: str | Path) -> Any:
     """The dataclass `cls` as a run saved it in the file `path`; ValueError unless every field is there and no
     other."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or values.keys() != names:
-        odd = sorted(names ^ values.keys()) if isinstance(values, dict) else sorted(names)
+    hints = typing.get_type_hints(cls)
+    odd = sorted(hints.keys() ^ values.keys()) if isinstance(values, dict) else sorted(hints)
+    odd = odd or [name for name, hint in hints.items() if not _fits(values[name], hint)]
+    if odd:
         raise ValueError(f"{path}: {cls.__name__} does not fit this version ({odd[0]}); restore the file")
-    return from_flags(cls, values)
+    try:
+        return from_flags(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type that a field's hint asks for."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return type(value) is hint or (hint is float and type(value) is int)  # and no bool for an int
 
 
 def require_least(config: Any, **least: int) -> None:
-    """ValueError that names the flag for the first field of `config` below its least value."""
+    """ValueError that names the flag for the first field of `config` below its least value, or not finite."""
     for name, smallest in least.items():
-        if getattr(config, name) < smallest:
+        if not smallest <= getattr(config, name) < math.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(config, name)}: give {smallest} or more")
 
 
 def run_program(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs `main`. Bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is exit code
-    130."""
+    """Runs `main`. Bad input (ValueError, OSError) and a lack of memory are one line on stderr and exit code
+    2; Ctrl-C is exit code 130."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
-        sys.exit(2)
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except (MemoryError, RuntimeError) as error:
+        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (lacking or "DefaultCPUAllocator" in str(error)):
+            raise
+        _fail(f"out of memory ({error!s:.120}); lower the batch sizes or the ranks, or use a smaller model")
     sys.exit(0)
+
+
+def _fail(text: str) -> typing.NoReturn:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
+    sys.exit(2)
 
 
 def say(text: str = "") -> None:

@@ -8,6 +8,7 @@ metrics.jsonl, checkpoint.pt (the last state), and the adapter that was best on 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -57,7 +58,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
-                              text_length=2, eval_instances=0, warmup=0)
+                              text_length=2, eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0,
+                              lr_allocation=0, lr_full=0, weight_decay=0, clip=0)
+        for name in ("beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more, and less than 1")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: give less than 2^63")
         if self.from_scratch and self.method != "full":
             raise ValueError(f"--from-scratch --method {self.method}: random weights go with --method full")
 
@@ -80,6 +87,8 @@ CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConf
 def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[str, Any]]:
     """Run folder and the configs by name; with --resume those of the run, which flags must not contradict."""
     configs = {name: runtime.from_flags(cls, flags) for name, cls in CONFIGS.items()}
+    if where.resume and not where.out:
+        raise ValueError("--resume: name the folder of the run by --out")
     if where.resume:
         folder, saved = Path(where.out), evaluation.read_run(where.out)
         configs = {name: runtime.from_json(cls, saved[name], folder / "config.json")
@@ -99,7 +108,7 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[
 
 
 def first_free(name: str) -> Path:
-    return next(path for n in range(1, 10**6) if not (path := Path(f"{name}-{n}")).exists())
+    return next(path for n in range(1, 10**6) if not ((path := Path(f"{name}-{n}")) / "config.json").exists())
 
 
 def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
@@ -107,7 +116,14 @@ def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
     if not config.from_scratch:
         dtype = torch.float32 if config.method == "full" else place.dtype
         return checkpoint.load_t5(config.model, dtype=dtype, device=place.device)
-    base = model.T5(model.T5Config.from_json(Path(config.model) / "config.json"))
+    path = Path(config.model) / "config.json"
+    t5_config = model.T5Config.from_json(path)
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in model.T5(t5_config).parameters())
+    if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(f"{path}: describes {size:.3g} bytes of weights, but this machine has {memory:.3g}; "
+                         "give a smaller model")
+    base = model.T5(t5_config)
     base.init_weights(config.seed)
     return base.to(place.device)
 
@@ -126,6 +142,15 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW
             peak = rates[kind] * max(size, 1e-3)
             groups.append({"params": part, "lr": peak, "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """load_state_dict, and a ValueError where a moment is not of its parameter's shape, which torch lets
+    pass."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("the optimizer's moments are of other shapes")
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -166,6 +191,29 @@ def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, conf
                         (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
+def require_finite(base: model.T5, where: str, **values: float) -> None:
+    """ValueError that says where and names the tensor at fault, unless all values are finite numbers."""
+    if all(map(math.isfinite, values.values())):
+        return
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    raise ValueError(f"{where}: {said}; {offender(base)}; the last checkpoint is untouched; start anew with "
+                     "lower learning rates or --dtype float32")
+
+
+def offender(base: model.T5) -> str:
+    """Of the weights, or where these are finite of the gradients, that with the most values that are not;
+    without any, the gradient with the largest value."""
+    weights = {f"weight {name}": p for name, p in base.named_parameters()}
+    gradients = {f"gradient of {name}": p.grad for name, p in base.named_parameters() if p.grad is not None}
+    for tensors in (weights, gradients):
+        faults = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+        worst = max(faults, key=faults.get, default="")
+        if faults.get(worst):
+            return f"{worst}: {faults[worst]} of {tensors[worst].numel()} values are not finite"
+    sizes = {name: tensor.abs().max().item() for name, tensor in gradients.items()}
+    return "{}: largest value {:.3g}".format(*max(sizes.items(), key=lambda item: item[1]))
+
+
 def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
                    step: int, config: TrainConfig) -> dict[str, float | None]:
     """One step: the loss is the sum over the target tokens of all micro-batches, divided by their count."""
@@ -181,14 +229,14 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
         if routing.w is not None:
             entropy = evaluation.mean_entropy(routing.w.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm} on {', '.join(batch.ids)}; the "
-                         "last checkpoint is untouched; lower the learning rates or use --dtype float32")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    require_finite(base, f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
+    if config.clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate_factor(step, config)
     optimizer.step()
-    return {"loss": loss, "norm": norm, "entropy": entropy, "target_tokens": batch.target_tokens}
+    return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
 def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
@@ -200,8 +248,11 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
     first, best = 0, math.inf
     if path.exists():
         state = checkpoint.load_state(path)
-        adapters.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            adapters.load_state_dict(state["weights"])
+            load_optimizer(optimizer, state["optimizer"])
+        except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
+            raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
         first, best = state["step"], state["best"]
     else:
         fit_router(base, adapters, source.examples, config)
@@ -221,8 +272,13 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)
             stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+            if due or stopping:  # a finite gradient and a rate too high may yet have broken the weights
+                where, weights = f"after step {step} on {', '.join(batch.ids)}", adapters.parameter_groups()
+                size = torch.nn.utils.get_total_norm([p for group in weights.values() for p in group])
+                require_finite(base, where, norm_of_weights=size.item())
             if due:
                 dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
+                require_finite(base, where, dev_loss=dev_loss)
                 log.write(step=step, dev_loss=dev_loss, **router_record(base, adapters, dev, config))
                 if dev_loss < best:
                     best = dev_loss
@@ -365,7 +421,9 @@ def main() -> None:
     folder, configs = read_configs(flags, where)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
-    if not run(folder, configs, place):
+    with runtime.claimed(folder):
+        whole = run(folder, configs, place)
+    if not whole:
         device = f" --gpu {where.gpu}" if where.gpu is not None else ""
         device += f" --device {where.device}" if where.device else ""
         runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")

@@ -15,6 +15,16 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 
 from model import T5, T5Config  # noqa: E402  (the path comes first)
 
+try:  # pytest tests/test_fuzz.py --hypothesis-profile=long
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("long", max_examples=10_000, deadline=5000)
+    settings.register_profile("short", max_examples=500, deadline=None, derandomize=True, database=None,
+                              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    settings.load_profile("short")
+except ImportError:
+    pass
+
 
 def _folder(variable: str) -> Path:
     if not os.environ.get(variable):

@@ -188,6 +188,11 @@ BAD = {"not JSON": (b"{", "not JSON"),
        "not UTF-8": (b'{"a": "\xff"}', "UTF-8"),
        "a list": (b"[]", "top level"),
        "too deep": (b"[" * 200_000, "not JSON"),
+       "a name twice": (b'{"Definition": "a", "Definition": "b"}', "a name occurs twice"),
+       "a name twice below": (b'{"Instances": [{"input": "a", "input": "b"}]}', "a name occurs twice"),
+       "a number of 5000 digits": (b"[" + b"9" * 5000 + b"]", "not JSON"),
+       "text without end": (instance(input="a" * 1_000_001, output="a"),
+                            r"Instances\[1\].input: .* at most 1000000 characters"),
        "no definition": (without("Definition"), "Definition"),
        "definition a number": (task_json(Definition=[3]), "Definition"),
        "no instances": (without("Instances"), "Instances"),
@@ -230,7 +235,7 @@ def test_splits_without_lists_or_tasks(repository, tmp_path):
         read_splits(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd", "\0", "a" * 999])
 def test_names_do_not_leave_their_folder(repository, name):
     write_lists(repository, [name], ["task9_t"])
     with pytest.raises(ValueError, match="plain name"):

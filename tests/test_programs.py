@@ -1,8 +1,10 @@
 """train.py and eval.py as a user runs them, on the bundled data and, where it is given, on the real one."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import task_json
 
 import checkpoint
 import data
 import eval as evaluation
 import runtime
-from baselines import Unadapted
+import train
+from baselines import Unadapted, attach_method
+from orchmoe import OrchMoEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -41,13 +46,13 @@ def command(program, *arguments):
     return [sys.executable, str(ROOT / program), *map(str, arguments)]
 
 
-def environment(home):
+def environment(home, **more):
     """No GPU, so that two runs are equal to the last bit, and a token cache of the test's own."""
     own = {"XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own}
+    return {**os.environ, **own, **more}
 
 
-def run(program, *arguments, cwd, code=0):
+def run(program, *arguments, cwd, code=0, **more):
     """stdout of a program that must end with `code`; run outside the repository, with a token cache of its
     own."""
     done = subprocess.run(
@@ -56,7 +61,7 @@ def run(program, *arguments, cwd, code=0):
         capture_output=True,
         text=True,
         timeout=600,
-        env=environment(cwd),
+        env=environment(cwd, **more),
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -122,11 +127,11 @@ def test_a_killed_run_resumes_bit_for_bit(home):
         assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
-def terminate_after(steps, *arguments, cwd):
-    """Output of a run of train.py into `run` that gets a SIGTERM once it has logged so many steps."""
-    process = subprocess.Popen(command("train.py", *arguments, "--out", "run"), cwd=cwd, text=True,
+def terminate_after(steps, *arguments, cwd, out="run"):
+    """Output of a run of train.py into `out` that gets a SIGTERM once it has logged so many steps."""
+    process = subprocess.Popen(command("train.py", *arguments, "--out", out), cwd=cwd, text=True,
                                stdout=subprocess.PIPE, env=environment(cwd))  # fmt: skip
-    while not (cwd / "run/metrics.jsonl").exists() or len(records(cwd / "run")) < steps:
+    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -140,6 +145,88 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
     assert "train.py --resume --out run" in out
     saved = checkpoint.load_state(home / "run/checkpoint.pt")["step"]
     assert saved == records(home / "run")[-1]["step"] + 1
+
+
+@pytest.fixture
+def stopped(home):
+    """A run of 4,000 steps into `run` that a SIGTERM has ended, with a checkpoint and kept adapters."""
+    terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
+    return home / "run"
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_no_file_changes(home, stopped):
+    state = checkpoint.load_state(stopped / "checkpoint.pt")
+    name = "decoder.blocks.1.attention.v.skill_B"
+    state["weights"][name] = state["weights"][name].clone()
+    state["weights"][name][1, 0, 3] = float("inf")
+    checkpoint.save_state(stopped / "checkpoint.pt", state)
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert error.count("\n") == 1 and f"step {state['step']} on " in error and "loss nan" in error
+    assert f"weight {name}: 1 of 1280 values are not finite" in error
+    assert len(re.findall(r"task\d+-[0-9a-f]{32}", error)) == 8  # the ids of the batch
+    assert before == {path: path.read_bytes() for path in stopped.iterdir()}
+
+
+@pytest.mark.parametrize("factor, words", [
+    (float("nan"), "256 of 256 values are not finite"), (1e30, "largest value"),  # whose square overflows
+])  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(small_t5, inputs, factor, words):
+    adapters = attach_method("lora", small_t5, OrchMoEConfig())
+    optimizer = train.make_optimizer(adapters, train.TrainConfig())
+    adapters.linears["decoder.blocks.1.attention.v"].skill_B.register_hook(lambda gradient: gradient * factor)
+    before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    batch = data.Batch(*inputs, torch.zeros(4, dtype=torch.int64), ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="^step 7 on a, b, c, d: loss [0-9.]+, gradient norm (nan|inf); "
+                       f"gradient of decoder.blocks.1.attention.v.skill_B: {words}.*checkpoint is untouched"):
+        train.optimiser_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+
+
+def test_a_step_that_breaks_the_weights_is_not_saved(home):
+    options = [*SHORT, "--eval-every", "1", "--lr-skills", "3e38", "--warmup", "0", "--schedule", "constant"]
+    error = run("train.py", *options, "--out", "run", cwd=home, code=2)
+    assert error.count("\n") == 1 and "after step 0 on " in error and "norm of weights nan" in error
+    assert not {"checkpoint.pt", "adapter.safetensors"} & {path.name for path in (home / "run").iterdir()}
+
+
+def test_one_seed_gives_the_same_bytes_and_another_other(home):
+    for out, seed, salt in (("one", 3, "1"), ("same", 3, "2"), ("other", 4, "1")):
+        run("train.py", *SHORT, "--gumbel", "--seed", seed, "--out", out, cwd=home, PYTHONHASHSEED=salt)
+    one, same, other = (home / name for name in ("one", "same", "other"))
+    for name in ("adapter.safetensors", "checkpoint.pt", "scores.json", "config.json"):
+        assert (one / name).read_bytes() == (same / name).read_bytes(), name
+        assert (one / name).read_bytes() != (other / name).read_bytes(), name
+    logs = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in records(folder)]
+            for folder in (one, same)]  # fmt: skip
+    assert logs[0] == logs[1] and trace(one) != trace(other)
+
+
+def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(home):
+    first = subprocess.Popen(command("train.py", *SHORT, "--steps", "4000", "--out", "run"), cwd=home,
+                             stdout=subprocess.DEVNULL, env=environment(home))  # fmt: skip
+    while not (home / "run/checkpoint.pt").exists():
+        time.sleep(0.02)
+        assert first.poll() is None
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert error.count("\n") == 1 and "run: another process is writing this run" in error
+    first.kill()
+    first.wait()
+    with runtime.claimed(home / "run"):  # nobody is left to free the lock, and it is free
+        error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+    assert "another process" in error
+    with runtime.claimed(home / "new"):  # before there is a config.json to be seen
+        assert "new: another process" in run("train.py", *SHORT, "--out", "new", cwd=home, code=2)
+    assert not (home / "new/config.json").exists()
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runtime.fcntl, "flock", refuse)
+    with runtime.claimed(tmp_path):
+        assert "no lock (Function not implemented)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "moe-lora", "poly", "mhr", "c-poly", "full"])
@@ -230,47 +317,197 @@ def test_a_run_is_exported_as_the_readme_prints_it(home):
     assert plain != evaluation.predict(bare, Unadapted(bare, full=False), examples, tokenizer)
 
 
-MESSAGES = [  # program, arguments, words that the one line must have
-    ("train.py", ["--data", "nowhere"], ["nowhere/splits/default/train_tasks.txt", "no such file"]),
-    ("train.py", ["--model", "nowhere"], ["nowhere"]),
-    ("train.py", ["--steps", "many"], ["--steps", "many"]),
-    ("train.py", ["--stepz", "3"], ["--stepz"]),
-    ("train.py", ["--dtype", "float16"], ["--dtype", "float16"]),
-    ("train.py", ["--device", "tpu"], ["--device tpu"]),
-    ("train.py", ["--gpu", "-1"], ["--gpu -1"]),
-    ("train.py", ["--resume", "--out", "nowhere"], ["nowhere/config.json"]),
-    ("train.py", ["--method", "lora", "--from-scratch"], ["--from-scratch"]),
-    ("train.py", ["--targets", "z"], ["targets", "z"]),
-    ("train.py", ["--num-pos", "-1"], ["--num-pos -1"]),
-    ("train.py", ["--batch-size", "0"], ["--batch-size 0"]),
-    ("train.py", ["--accumulate", "0"], ["--accumulate 0"]),
-    ("train.py", ["--eval-every", "0"], ["--eval-every 0"]),
-    ("train.py", ["--steps", "0"], ["--steps 0"]),
-    ("train.py", ["--text", "words.txt"], ["--text", "--method full"]),
-    ("train.py", ["--allocation-init", "normal:3e-"], ["allocation_init", "normal:3e-"]),
-    ("eval.py", ["--heuristic", "copy-demo", "--batch-size", "0"], ["--batch-size 0"]),
-    ("eval.py", [], ["--run", "--model", "--heuristic"]),
-    ("eval.py", ["--run", "nowhere"], ["nowhere/config.json"]),
-    ("eval.py", ["--heuristic", "copy-demo", "--data", "nowhere"], ["nowhere/splits"]),
-    ("eval.py", ["--split", "all", "--heuristic", "copy-demo"], ["--split", "all"]),
-    ("eval.py", ["--model", "tiny", "--ask", "Say it."], ["--ask", "--input"]),
-    ("eval.py", ["--model", "tiny", "--ask", " ", "--input", "word"], ["--ask", "--input"]),
-    ("eval.py", ["--model", "tiny", "--input", "word"], ["--ask", "--input"]),
-    ("eval.py", ["--model", "tiny", "--ask", "Say it.", "--input", "\udcff"], ["--input", "UTF-8"]),
-    ("eval.py", ["--ask", "Say it.", "--input", "word"], ["--run", "--model"]),
-    ("eval.py", ["--heuristic", "copy-demo", "--ask", "Say it.", "--input", "word"], ["--heuristic"]),
-    ("eval.py", ["--run", "run", "--split", "test", "--ask", "Say it.", "--input", "word"], ["--split"]),
-    ("eval.py", ["--run", "nowhere", "--ask", "Say it.", "--input", "word"], ["nowhere/config.json"]),
+CHOICE = "invalid choice: "  # argparse's own; what follows differs between versions of Python
+MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
+    "train.py --data nowhere": "nowhere/splits/default/train_tasks.txt: no such file; --data takes a folder",
+    "train.py --splits nowhere": "sni/splits/nowhere/train_tasks.txt: no such file; --data takes a folder",
+    "train.py --splits ../x": "--splits: '../x' is no plain name; give a short one",
+    "train.py --model nowhere": "nowhere: no such file; give a T5 folder with spiece.model",
+    "train.py --model file": "file: not a SentencePiece model; download it again",
+    "train.py --out file": "file: File exists",
+    "train.py --out file/run": "file/run: Not a directory",
+    "train.py --resume": "--resume: name the folder of the run by --out",
+    "train.py --resume --out nowhere": "nowhere/config.json: not there; name the folder of a run of train.py",
+    "train.py --steps": "argument --steps: expected one argument; see --help",
+    "train.py --steps many": "argument --steps: invalid int value: 'many'; see --help",
+    "train.py --steps 1.5": "argument --steps: invalid int value: '1.5'; see --help",
+    "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
+    "train.py sni": "unrecognized arguments: sni; see --help",
+    "train.py --lr-skills fast": "argument --lr-skills: invalid float value: 'fast'; see --help",
+    "train.py --dtype float16": f"argument --dtype: {CHOICE}'float16'",
+    "train.py --method loha": f"argument --method: {CHOICE}'loha'",
+    "train.py --preset fast": f"argument --preset: {CHOICE}'fast'",
+    "train.py --schedule cosine": f"argument --schedule: {CHOICE}'cosine'",
+    "train.py --router oracle": f"argument --router: {CHOICE}'oracle'",
+    "train.py --router-norm sigmoid": f"argument --router-norm: {CHOICE}'sigmoid'",
+    "train.py --router-init zeros": f"argument --router-init: {CHOICE}'zeros'",
+    "train.py --device tpu": "--device tpu: choose cpu or cuda:N",
+    "train.py --gpu one": "argument --gpu: invalid int value: 'one'; see --help",
+    "train.py --gpu -1": "--gpu -1: there are ",
+    "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
+    "train.py --from-scratch --method lora": "--from-scratch --method lora: random weights go with --method",
+    "train.py --text words.txt": "--text: span corruption goes with --method full",
+    "train.py --text words.txt --method full": "words.txt: No such file or directory",
+    "train.py --text-ratio 1.5": "--text-ratio 1.5: give a share between 0 and 1",
+    "train.py --text-ratio nan": "--text-ratio nan: give a share between 0 and 1",
+    "train.py --beta2 1": "--beta2 1.0: give 0 or more, and less than 1",
+    "train.py --dropout nan": "--dropout nan: give 0 or more, and less than 1",
+    "train.py --seed 9223372036854775808": "--seed 9223372036854775808: give less than 2^63",
+    "train.py --targets z": "targets: no Linear is named z; there are head, k, o, q, v, wi_0, wi_1, wo",
+    "train.py --targets ,": "targets: name at least one Linear",
+    "train.py --tasks 0": "tasks: 0 must be from 1 to 4096",
+    "train.py --skills 4097": "skills: 4097 must be from 1 to 4096",
+    "train.py --rank 0": "rank: 0 must be from 1 to 4096",
+    "train.py --router-dim 0": "router_dim: 0 must be from 1 to 4096",
+    "train.py --extra-rank -1": "extra_rank: -1 must be from 0 to ",
+    "train.py --alpha 0": "alpha: 0.0 must be a number above 0",
+    "train.py --tau nan": "tau: nan must be a number above 0",
+    "train.py --allocation-init normal:3e-": "allocation_init: 'normal:3e-' must be normal:SD or uniform:",
+    "train.py --method orchmoe-factors --router token": "--method orchmoe-factors --router token: factors",
+    "eval.py": "give one of --run, --model and --heuristic",
+    "eval.py --run a --model b": "give one of --run, --model and --heuristic",
+    "eval.py --run nowhere": "nowhere/config.json: not there; name the folder of a run of train.py",
+    "eval.py --model nowhere": "nowhere/config.json: cannot be read (No such file or directory)",
+    "eval.py --heuristic copy": f"argument --heuristic: {CHOICE}'copy'",
+    "eval.py --heuristic copy-demo --split all": f"argument --split: {CHOICE}'all'",
+    "eval.py --heuristic copy-demo --data nowhere": "nowhere/splits/default/train_tasks.txt: no such file",
+    "eval.py --heuristic copy-demo --limit 1 --out file": "file: File exists",
+    "eval.py --heuristic copy-demo --batch-size 0": "--batch-size 0: give 1 or more",
+    "eval.py --heuristic copy-demo --limit -1": "--limit -1: give 0 or more",
+    "eval.py --heuristic copy-demo --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
+    "eval.py --heuristic copy-demo --seed -1": "--seed -1: give 0 or more",
+    "eval.py --model tiny --ask Go": 'give both: --ask "instruction" and --input "text"',
+    "eval.py --model tiny --input word": 'give both: --ask "instruction" and --input "text"',
+    "eval.py --model tiny --ask ' ' --input word": 'give both: --ask "instruction" and --input "text"',
+    "eval.py --model tiny --ask Go --input \udcff": "--input: not UTF-8; give it in that encoding",
+    "eval.py --ask Go --input word": "give one of --run, --model and --heuristic",
+    "eval.py --heuristic copy-demo --ask Go --input word": "--heuristic: not used with --ask; leave it out",
+    "eval.py --run r --split test --ask Go --input word": "--split: not used with --ask; leave it out",
+    "eval.py --run nowhere --ask Go --input word": "nowhere/config.json: not there; name the folder",
+    "compare.py --methods nope": "--methods nope: choose of orchmoe, lora, moe-lora, poly, mhr, c-poly",
+    "compare.py --methods ,": "--methods: name at least one of orchmoe, lora, moe-lora, poly, mhr, c-poly",
+    "compare.py --full-grid 0": "--full-grid 0: give positive numbers, as in 1e-4,3e-4,1e-3,3e-3",
+    "compare.py --curve nope": "--curve nope: choose of orchmoe, lora, moe-lora, poly, mhr, c-poly",
+    "compare.py --rows nope": "--rows nope: choose of default, router: token",
+    "compare.py --sizes ten": "--sizes ten: give positive numbers, as in 10,30,100",
+    "compare.py --sizes 0,10": "--sizes 0,10: give positive numbers, as in 10,30,100",
+    "compare.py --sizes ,": "--sizes : give positive numbers, as in 10,30,100",
+    "compare.py --grid fast": "--grid fast: give positive numbers, as in 1e-3,3e-3,1e-2,3e-2",
+    "compare.py --seeds 0": "--seeds 0: give 1 or more",
+    "compare.py --jobs -1": "--jobs -1: give 0 or more",
+    "compare.py --num-tasks -1": "--num-tasks -1: give 0 or more",
+    "compare.py --budget equal": f"argument --budget: {CHOICE}'equal'",
+    "compare.py --method lora": "--method: the comparison sets this itself; see --help",
+    "compare.py --train-instances 5": "--train-instances: the comparison sets this itself; see --help",
+    "compare.py --dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a T5 folder, or one of",
+    "compare.py --model nowhere": "nowhere: no such file; give a T5 folder with spiece.model",
+    "plot.py": "give one of --run and --results",
+    "plot.py --run a --results b": "give one of --run and --results",
+    "plot.py --run nowhere": "nowhere/metrics.jsonl: not there; name the folder of a run",
+    "plot.py --results nowhere": "nowhere/results.json: not there; name the --out of a finished compare.py",
+}
+LEAST = {"steps": 1, "batch-size": 1, "accumulate": 1, "eval-every": 1, "eval-batch-size": 1,
+         "text-length": 2, "train-instances": 1, "max-source-length": 2, "max-target-length": 2, "num-pos": 0,
+         "num-neg": 0, "max-tasks": 0, "eval-instances": 0, "warmup": 0, "seed": 0}
+MESSAGES |= {f"train.py --{flag} {least - 1}": f"--{flag} {least - 1}: give {least} or more"
+             for flag, least in LEAST.items()}
+MESSAGES |= {f"train.py --{flag} {value}": f"--{flag} {value}: give 0 or more"
+             for flag in ("lr-skills", "lr-router", "lr-allocation", "lr-full", "weight-decay", "clip")
+             for value in ("-0.5", "nan", "inf")}  # fmt: skip
+
+
+@pytest.fixture
+def refusal(home, monkeypatch, capsys):
+    """The line on stderr of a command line that must end with exit code 2 and nothing but that line; in this
+    process, which spares the imports."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    (home / "file").write_text("a file")
+
+    def refused(line):
+        program, *arguments = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runtime.run_program(importlib.import_module(program.removesuffix(".py")).main)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1, error
+        return error.removeprefix(f"{program}: error: ")
+
+    return refused
+
+
+@pytest.mark.parametrize("line, words", MESSAGES.items(), ids=MESSAGES)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(refusal, line, words):
+    assert refusal(line).startswith(words)
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "compare.py", "plot.py"])
+def test_the_process_says_so_and_ends_with_2(home, program):
+    assert run(program, "--stepz", cwd=home, code=2).startswith(f"{program}: error: unrecognized arguments: ")
+
+
+def task(**changes):
+    return json.dumps(task_json(**changes)).encode()
+
+
+def t5_config(**changes):
+    return json.dumps(json.loads((ROOT / "tiny/config.json").read_text()) | changes).encode()
+
+
+TASK, LISTS = "d/tasks/task1_a.json", "d/splits/default/"
+TRAIN, BASE = "train.py --data d", "train.py --model m"
+ROW = {"id": "x", "input": "a", "output": ["b"]}
+FILES = [  # a file and its content (None: it is gone), the command line, how the message goes on
+    (TASK, b"{", TRAIN, f"{TASK}: not JSON in UTF-8 ("),
+    (TASK, b"[]", TRAIN, f"{TASK}: top level: expected an object; mend it or take the task off the list"),
+    (TASK, task(Definition=3), TRAIN, f"{TASK}: Definition: expected a string; mend it"),
+    (TASK, task(Categories=[3]), TRAIN, f"{TASK}: Categories: expected a string; mend it"),
+    (TASK, task(Instances=[]), TRAIN, f"{TASK}: Instances: expected a list of objects, not empty; mend it"),
+    (TASK, task(Instances=[ROW | {"input": 3}]), TRAIN, f"{TASK}: Instances[0].input: expected a string"),
+    (TASK, task(Instances=[ROW | {"output": []}]), TRAIN, f"{TASK}: Instances[0].output: expected a string"),
+    (TASK, task(Instances=[ROW]), TRAIN, "d: no training task has the 5 instances that a dev set needs"),
+    (TASK, task(**{"Positive Examples": [{"input": "a"}]}), TRAIN, f"{TASK}: Positive Examples[0].output:"),
+    (TASK, task(**{"Positive Examples": []}), "eval.py --heuristic copy-demo --data d",
+     f"{TASK}: Positive Examples: none to copy from; add one or use copy-input"),
+    (TASK, None, TRAIN, "d/tasks: has none of the 2 tasks of splits/default; complete it"),
+    (LISTS + "train_tasks.txt", b"../task1_a", TRAIN, f"{LISTS}train_tasks.txt: '../task1_a' is no plain"),
+    (LISTS + "train_tasks.txt", b"", TRAIN, "d/tasks: no task of splits/default/train_tasks.txt; complete"),
+    (LISTS + "test_tasks.txt", None, TRAIN, f"{LISTS}test_tasks.txt: no such file; --data takes a folder"),
+    ("m/config.json", None, BASE, "m/config.json: cannot be read (No such file or directory)"),
+    ("m/config.json", b"{", BASE, "m/config.json: not JSON"),
+    ("m/config.json", b"[]", BASE, "m/config.json: must hold a JSON object"),
+    ("m/config.json", b"{}", BASE, "m/config.json: vocab_size is missing"),
+    ("m/config.json", t5_config(d_model=10**12), BASE, "m/config.json: d_model must be a whole number from"),
+    ("m/config.json", t5_config(model_type="bart"), BASE, "m/config.json: model_type is 'bart'; only 't5'"),
+    ("m/config.json", t5_config(d_ff=8), BASE, "m: decoder.block.0.layer.2.DenseReluDense.wi_0.weight is"),
+    ("m/config.json", t5_config(num_layers=9), BASE, "m: missing tensors: 'encoder.block."),
+    ("m/model.safetensors", None, BASE, "m: no weights (model.safetensors or pytorch_model.bin"),
+    ("m/model.safetensors", b"abcd", BASE, "m/model.safetensors: not a safetensors file (header of"),
+    ("m/spiece.model", None, BASE, "m/spiece.model: no such file; give a T5 folder with"),
+    ("m/spiece.model", b"abcd", BASE, "m/spiece.model: not a SentencePiece model; download it again"),
+    ("r/config.json", b"{", "train.py --resume --out r", "r/config.json: not readable as JSON ("),
+    ("r/config.json", b"{}", "train.py --resume --out r", "r/config.json: train is missing or of another"),
+    ("r/config.json", b"{}", "eval.py --run r", "r/config.json: train is missing or of another type;"),
+    ("r/config.json", b"{}", "train.py --out r", "--out r: holds a run already; add --resume, or name"),
+    ("r/metrics.jsonl", b"{", "plot.py --run r", "r/metrics.jsonl: not JSON lines ("),
+    ("r/metrics.jsonl", b"", "plot.py --run r", "r/metrics.jsonl: no loss or no dev loss yet; wait for"),
+    ("r/results.json", b"{}", "plot.py --results r", "r/results.json: cells and summary are missing; run"),
 ]
 
 
-@pytest.mark.parametrize(
-    "program, arguments, words", MESSAGES, ids=lambda value: " ".join(value) if value else "none"
-)
-def test_bad_input_is_one_line_and_exit_code_2(home, program, arguments, words):
-    error = run(program, *arguments, cwd=home, code=2)
-    assert error.count("\n") == 1 and error.startswith(f"{program}: error: "), error
-    assert all(word in error for word in words), error
+@pytest.mark.parametrize("name, content, line, words", FILES, ids=[row[3] for row in FILES])
+def test_a_mistake_in_a_file_is_one_line_and_exit_code_2(home, refusal, name, content, line, words):
+    for folder in ("d/tasks", LISTS, "m", "r"):
+        (home / folder).mkdir(parents=True)
+    (home / TASK).write_bytes(task())
+    for split in ("train", "test"):
+        (home / LISTS / f"{split}_tasks.txt").write_text("task1_a")
+    for part in ("config.json", "model.safetensors", "spiece.model"):
+        (home / "m" / part).symlink_to(ROOT / "tiny" / part)
+    (home / name).unlink(missing_ok=True)
+    if content is not None:
+        (home / name).write_bytes(content)
+    assert refusal(f"{line} --device cpu" if not line.startswith("plot") else line).startswith(words)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,364 @@
+"""What must not be lost, and what must not get in: a full disk, hostile files, code in a pickle. Everything
+is refused in one line, in bounded time and memory, and the last good state stays."""
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_programs import ROOT, SHORT, command, environment, home, run, terminate_after, trace  # noqa: F401
+
+import checkpoint
+import data
+import eval as evaluation
+import plot
+import runtime
+import train
+from model import T5Config
+
+CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
+
+# -------------------------------------------------------------------------------------------------- full disk
+
+
+def mounted(folder, size):
+    """The empty folder as a file system of `size` bytes; skips where this user may not mount."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    try:
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs is not permitted here")
+    except OSError:
+        pytest.skip("no mount here")
+
+
+@pytest.fixture
+def small_disk(home):  # noqa: F811
+    """A file system of 4 MB."""
+    mounted(home / "disk", 4_000_000)
+    yield home / "disk"
+    subprocess.run(["umount", "-l", str(home / "disk")], check=True)
+
+
+LONG = [*SHORT, "--steps", "40"]
+
+
+def check_kept(folder, before, error, named):
+    """The error is one line that names the file, nothing half-written is there, the last state loads."""
+    assert error.count("\n") == 1 and re.search(named, error), error
+    assert not list(folder.rglob("*.tmp"))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert checkpoint.load_state(folder / "checkpoint.pt")["step"] < 40
+
+
+@pytest.mark.parametrize("room, named", [
+    (0, r"disk/run/metrics.jsonl: No space left on device; not written"),
+    (100_000, r"disk/run/(adapter.safetensors|checkpoint.pt): No space left on device; not written"),
+])  # fmt: skip
+def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk, room, named):  # noqa: F811
+    run("train.py", *LONG, "--out", "whole", cwd=home)
+    terminate_after(1, *LONG, cwd=home, out="disk/run")
+    folder = small_disk / "run"
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(OSError), open(small_disk / "junk", "wb", buffering=0) as junk:
+        while True:
+            assert junk.write(bytes(4096)), "full"
+    with open(small_disk / "junk", "r+b") as junk:
+        junk.truncate((small_disk / "junk").stat().st_size - room)
+    resume = ["train.py", "--resume", "--out", "disk/run", "--device", "cpu"]
+    check_kept(folder, before, run(*resume, cwd=home, code=2), named)
+    (small_disk / "junk").unlink()
+    run(*resume, cwd=home)
+    assert trace(folder) == trace(home / "whole")
+
+
+def test_a_limit_on_file_sizes_keeps_the_last_state(home):  # noqa: F811
+    """As a quota does it; a checkpoint is larger than that, adapters and log are smaller."""
+    terminate_after(1, *LONG, cwd=home)
+    before = (home / "run/checkpoint.pt").read_bytes()
+    done = subprocess.run(command("train.py", "--resume", "--out", "run", "--device", "cpu"), cwd=home,
+                          env=environment(home), capture_output=True, text=True, timeout=600,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)))
+    assert done.returncode == 2, done.stderr
+    check_kept(home / "run", before, done.stderr, "run/checkpoint.pt: File too large; not written")
+
+
+def test_a_full_disk_costs_the_token_cache_alone(home):  # noqa: F811
+    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3"]
+    run(*heuristic, "--out", "one", cwd=home)
+    mounted(home / "disk", 40_000)
+    try:
+        done = subprocess.run(command(*heuristic, "--out", "two", "--cache", "disk"), cwd=home, text=True,
+                              capture_output=True, env=environment(home), timeout=600)
+        assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+        assert "disk: no token cache (No space left on device" in done.stderr
+        assert not list((home / "disk").iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(home / "disk")], check=True)
+    assert (home / "one/predictions.jsonl").read_bytes() == (home / "two/predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("save", [
+    lambda path, ones: checkpoint.save_state(path, {"step": 1, "x": ones}),  # torch's own error
+    lambda path, ones: checkpoint.write_safetensors(path, {"x": ones}),
+], ids=["torch.save", "safetensors"])  # fmt: skip
+def test_a_write_that_fails_is_an_error_of_the_file(tmp_path, save):
+    save(tmp_path / "file", torch.ones(9))
+    before, limits = (tmp_path / "file").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large; not written") as refusal:
+            save(tmp_path / "file", torch.ones(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refusal.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------- hostile files
+
+
+@pytest.fixture
+def bounded():
+    """Whatever the test does takes at most 5 seconds of its own time and 500 MB."""
+    peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    yield
+    assert time.process_time() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000  # kB
+
+
+def sparse(path, size, head=b""):
+    """A file that claims `size` bytes and takes none."""
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(size)
+
+
+def test_the_largest_config_that_is_believed_is_refused_before_it_allocates(tmp_path, bounded):
+    config = json.loads((ROOT / "tiny/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"d_model": 2**16, "vocab_size": 2**22}))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: describes .* bytes of weights, but"):
+        train.load_base(train.TrainConfig(model=str(tmp_path), method="full", from_scratch=True), CPU)
+
+
+def read_run_of(path):
+    return evaluation.read_run(path.parent)
+
+
+def read_folder_of(path):
+    return checkpoint.read_folder(path.parent)
+
+
+def read_text(path):
+    return data.TextStream(path, data.Tokenizer("tiny"), length=8, seed=0, cache=f"{path}.cache")
+
+
+DEEP, SURROGATE = b"[" * 100_000, b'{"model_type": "\\ud800"}'
+TEXTS = {"deep": DEEP, "surrogate": SURROGATE, "NUL": b"\0", "not UTF-8": b'{"a": "\xff"}', "empty": b"",
+         "digits": b"9" * 10_000, "list": b"[]", "pickle": pickle.dumps({})}
+
+
+@pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("read", [T5Config.from_json, data.read_task, read_run_of],
+                         ids=["model", "task", "run"])
+def test_what_is_no_config_is_refused_in_one_line(tmp_path, bounded, read, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: ") as refusal:
+        read(tmp_path / "config.json")
+    assert "\n" not in str(refusal.value) and str(refusal.value).isprintable()
+
+
+ENDLESS = {"config.json": T5Config.from_json, "run.json": runtime.read_json, "task1_a.json": data.read_task,
+           "spiece.model": data.Tokenizer, "a.safetensors": checkpoint.read_safetensors,
+           "checkpoint.pt": checkpoint.load_state, "pytorch_model.bin": read_folder_of}
+
+
+@pytest.mark.parametrize("name, read", ENDLESS.items(), ids=ENDLESS)
+def test_files_of_a_terabyte_are_refused_before_they_are_read(tmp_path, bounded, name, read):
+    sparse(tmp_path / name, 2**40, b'{"a": "')
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}: "):
+        read(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------- code in a pickle
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def pickled(value, form):
+    if form == "pickle":
+        return pickle.dumps(value)
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=form == "torch.save")
+    return buffer.getvalue()
+
+
+def with_sum(raw):
+    """As a token cache has it: the bytes behind their own digest, the head's length right."""
+    raw = len(raw).to_bytes(8, "little") + raw
+    return hashlib.sha256(raw).digest() + raw
+
+
+def load_cached(path):
+    """The examples of sni/, whose token cache, whatever its name, is the content of `path`."""
+    raw, config = path.read_bytes(), data.DataConfig(data="sni", max_tasks=1, cache=str(path.parent / "c"))
+    tokenizer = data.Tokenizer("tiny")
+    whole = [example.id for example in data.load_examples(config, tokenizer, "dev")]
+    (cache,) = (path.parent / "c").iterdir()
+    for content in (raw, with_sum(raw)):
+        cache.write_bytes(content)
+        assert [example.id for example in data.load_examples(config, tokenizer, "dev")] == whole
+    raise ValueError("the cache was made again")
+
+
+PLACES = {
+    "pytorch_model.bin": read_folder_of,
+    "model.safetensors": read_folder_of,
+    "model.safetensors.index.json": read_folder_of,
+    "adapter.safetensors": checkpoint.load_adapter,
+    "checkpoint.pt": checkpoint.load_state,
+    "config.json": read_run_of,
+    "model/config.json": T5Config.from_json,
+    "spiece.model": data.Tokenizer,
+    "task1_a.json": data.read_task,
+    "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
+    "scores.json": runtime.read_json,
+    "metrics.jsonl": lambda path: plot.records(path.parent),
+    "text.txt": read_text,
+    "text.xz": read_text,
+    "x.tokens": load_cached,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch.save", "legacy"])
+@pytest.mark.parametrize("name", PLACES)
+def test_no_file_that_is_read_runs_code(home, monkeypatch, form, name):  # noqa: F811
+    monkeypatch.chdir(home)
+    path = home / "hostile" / name
+    path.parent.mkdir(parents=True)
+    bomb = {"step": 1, "weights": Bomb(home / "ran")}
+    path.write_bytes(pickled(bomb, form))
+    with pytest.raises(ValueError):
+        PLACES[name](path)
+    assert not (home / "ran").exists()
+    pickle.loads(pickle.dumps(bomb))
+    assert (home / "ran").exists()  # it would have run
+
+
+def test_there_is_no_other_way_in():
+    """torch.load with weights_only alone, and nothing else that could run what a file says."""
+    for path in ROOT.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert source.count("torch.load(") == source.count("weights_only=True"), path
+        called = r"pickle\.loads?|np\.load|marshal\.\w+|(?<![.\w])eval|(?<![.\w])exec"
+        assert not re.search(rf"\b(?:{called})\(", source), path
+
+
+# ---------------------------------------------------------------------------------------- hostile run folders
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with `run`, a finished run of OrchMoE on the bundled data; not to be changed."""
+    home = tmp_path_factory.mktemp("finished")  # noqa: F811
+    for name in ("sni", "tiny"):
+        (home / name).symlink_to(ROOT / name)
+    run("train.py", *SHORT, "--eval-instances", "4", "--out", "run", cwd=home)
+    return home
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    """A copy of that run, to be changed, from a working folder where its paths hold."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    monkeypatch.chdir(finished)
+    return tmp_path / "run"
+
+
+ADAPTERS = {  # what the file says of itself -> words of the refusal
+    "method": ({"method": "prefix"}, "'prefix' is unknown"),
+    "another method": ({"method": "lora"}, "adapter state: allocation is unknown"),
+    "base": ({"base": "0" * 16}, "trained on the base 0{16}, but tiny/ is"),
+    "rank": ({"rank": 3}, "skill_A is .*, not .*not what its config describes"),
+    "K": ({"tasks": 9}, "allocation is .*, not "),
+    "S a terabyte": ({"skills": 4096, "rank": 4096}, "adapter state: .* is "),
+    "S beyond": ({"skills": 10**12}, "skills: 1000000000000 must be from 1 to"),
+    "S a text": ({"skills": "4"}, r"does not fit this version \(skills\)"),
+    "S true": ({"skills": True}, r"does not fit this version \(skills\)"),
+    "targets a text": ({"targets": "q"}, r"does not fit this version \(targets\)"),
+    "a target that is nowhere": ({"targets": ["z"]}, "no Linear is named z"),
+    "router": ({"router": "oracle"}, r"does not fit this version \(router\)"),
+    "tau": ({"tau": -1.0}, "tau: -1.0 must be"),
+    "unknown field": ({"code": "os"}, r"does not fit this version \(code\)"),
+}
+
+
+@pytest.mark.parametrize("change, words", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_that_are_not_what_they_say_are_refused_by_name(copied, bounded, change, words):
+    path = copied / "adapter.safetensors"
+    state, info = checkpoint.load_adapter(path)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    outer = {name: value for name, value in change.items() if name in info and name != "tasks"}
+    inner = {name: value for name, value in change.items() if name not in outer}
+    checkpoint.save_adapter(path, state, **{**info, "config": {**info["config"], **inner}, **outer})
+    with pytest.raises(ValueError, match=words) as refusal:
+        evaluation.load_run(copied, CPU)
+    assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
+
+
+STATES = {  # a training state of the right type, but not of this run
+    "no step": lambda state: state.pop("step"),
+    "step a text": lambda state: state.update(step="5"),
+    "weights a list": lambda state: state.update(weights=[]),
+    "a name missing": lambda state: state["weights"].pop("allocation"),
+    "no tensor": lambda state: state["weights"].update(allocation=3),
+    "a shape": lambda state: state["weights"].update(allocation=torch.zeros(2, 2)),
+    "no groups": lambda state: state["optimizer"].pop("param_groups"),
+    "a moment's shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "a moment missing": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
+}
+
+
+@pytest.mark.parametrize("change", STATES.values(), ids=STATES)
+def test_training_states_of_something_else_are_refused(copied, change):
+    path = copied / "checkpoint.pt"
+    state = checkpoint.load_state(path)
+    change(state)
+    checkpoint.save_state(path, state)
+    saved = evaluation.read_run(copied)
+    configs = {name: runtime.from_json(cls, saved[name], "") for name, cls in train.CONFIGS.items()}
+    with pytest.raises(ValueError) as refusal:
+        train.run(copied, configs, CPU)
+    assert str(refusal.value).startswith(f"{path}: not ") and "\n" not in str(refusal.value)
+
+
+RUNS = {("train", "seed"): "0", ("train", "steps"): "8", ("train", "batch_size"): 8.0, ("train", "method"): 3,
+        ("train", "lr_skills"): None, ("train", "dtype"): "float16", ("data", "num_pos"): [2],
+        ("data", "data"): 7, ("data", "num_neg"): -1, ("adapter", "rank"): 10**12,
+        ("adapter", "targets"): [1], ("tasks",): [["task1"]], ("base",): 0}
+
+
+@pytest.mark.parametrize("field, value", RUNS.items(), ids=str)
+def test_a_run_with_other_types_or_sizes_is_refused_by_name(copied, bounded, field, value):
+    config = json.loads((copied / "config.json").read_text())
+    section = config
+    for name in field[:-1]:
+        section = section[name]
+    section[field[-1]] = value
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config.json: .*{field[-1].replace('_', '.')}"):
+        train.read_configs({}, train.PlaceConfig(out=str(copied), resume=True))

@@ -1,0 +1,322 @@
+"""Every reader against input that nobody meant, and the batcher and the metric against any input. What comes
+out is a right answer or a ValueError of one line that names the file, never another exception. 500 inputs
+each; by hand 10,000 each, at most 5 s an input: pytest tests/test_fuzz.py --hypothesis-profile=long"""
+
+import io
+import json
+import math
+import resource
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoint import entry, safetensors_bytes
+from test_data import Bytes, example, task_json
+from test_programs import ROOT
+
+import checkpoint
+import data
+import metrics
+import runtime
+from model import T5Config
+from orchmoe import OrchMoEConfig
+
+pytest.importorskip("hypothesis")
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_memory():
+    """All of this file together makes the process grow by less than 500 MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    print(f"\npeak memory grew by {grown:.0f} MB")
+    assert grown < 500
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+texts = st.text(max_size=40) | st.sampled_from(["", "\ud800", "\0", "../x", "NaN", "\u2028", "a" * 3000])
+numbers = st.integers() | st.sampled_from([2**31, 2**63, -1, 10**400]) | st.floats()
+leaves = st.none() | st.booleans() | numbers | texts
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4)
+                      | st.dictionaries(texts, inner, max_size=4), max_leaves=8)  # fmt: skip
+
+
+@st.composite
+def damaged(draw, whole: bytes):
+    """`whole` with some bytes changed, some cut out or doubled, the end cut off, or something added."""
+    raw = bytearray(whole)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, max(0, len(raw) - 1)))
+        kind, size = draw(st.sampled_from(["set", "cut", "double", "end", "add"])), draw(st.integers(1, 40))
+        if kind == "set" and raw:
+            raw[at] = draw(st.integers(0, 255))
+        elif kind == "cut":
+            del raw[at:at + size]
+        elif kind == "double":
+            raw[at:at] = raw[at:at + size]
+        elif kind == "end":
+            del raw[at:]
+        else:
+            raw[at:at] = draw(st.binary(max_size=20))
+    return bytes(raw)
+
+
+def changed(whole: dict):
+    """`whole` as JSON, with some of its fields, or fields within them, replaced by anything, or gone."""
+    @st.composite
+    def draw_one(draw):
+        result = json.loads(json.dumps(whole))
+        for _ in range(draw(st.integers(0, 3))):
+            place = result
+            while True:
+                keys = sorted(place) if isinstance(place, dict) else range(len(place))
+                key = draw(st.sampled_from(list(keys))) if keys else None
+                inner = place[key] if keys else None
+                if not (isinstance(inner, dict | list) and inner and draw(st.booleans())):
+                    break
+                place = inner
+            if keys and draw(st.integers(0, 4)):
+                place[key] = draw(values)
+            elif keys:
+                del place[key]
+        return json.dumps(result).encode()
+
+    return draw_one()
+
+
+def read(reader, path, raw: bytes):
+    """What the reader makes of these bytes; None where it refuses them as it should."""
+    path.write_bytes(raw)
+    try:
+        return reader(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error).strip() and len(str(error)) < 1000
+        return None
+
+
+# --------------------------------------------------------------------------------------------------- readers
+
+TASK = task_json(3, URL=[])
+
+
+@given(damaged(json.dumps(TASK).encode()) | changed(TASK) | st.binary(max_size=60))
+def test_tasks(folder, raw):
+    task = read(data.read_task, folder / "task1_a.json", raw)
+    if task is not None:
+        assert task["instances"] and all(row["output"] for row in task["instances"])
+        for row in task["instances"]:
+            json.dumps(data.render_prompt(task, row, Bytes()), ensure_ascii=False).encode()
+
+
+@given(st.lists(texts | st.sampled_from(["task1_a", "task2_b"]), max_size=5).map("\n".join),
+       st.binary(max_size=20))  # fmt: skip
+def test_split_lists(folder, lines, junk):
+    for name in ("splits/default", "tasks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "tasks/task1_a.json").write_text("{}")
+    lists = folder / "splits/default"
+    (lists / "test_tasks.txt").write_text("task1_a")
+    (lists / "train_tasks.txt").write_bytes(lines.encode(errors="surrogatepass") + junk)
+    try:
+        found = data.read_splits(folder)
+    except ValueError as error:
+        assert str(lists) in str(error) and "\n" not in str(error)
+    else:
+        assert found["test"] == ["task1_a"] and found["train"] in ([], ["task1_a"])
+
+
+def small_safetensors() -> bytes:
+    header = {"a": entry("F32", [2], [0, 8]), "b": entry("I8", [2, 2], [8, 12]), "__metadata__": {"x": "y"}}
+    return safetensors_bytes(header, bytes(range(12)))
+
+
+sizes = st.integers(-2, 9) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
+entries = st.fixed_dictionaries({
+    "dtype": st.sampled_from([*checkpoint.DTYPES, "F8"]) | leaves,
+    "shape": st.lists(sizes, max_size=4) | values,
+    "data_offsets": st.lists(sizes, min_size=2, max_size=2) | values})  # fmt: skip
+consistent = st.builds(  # what fits together, if not with the file
+    lambda dtype, shape: entry(dtype, shape, [0, math.prod(shape) * checkpoint.DTYPES[dtype].itemsize]),
+    st.sampled_from(sorted(checkpoint.DTYPES)), st.lists(sizes, max_size=4))
+headers = st.dictionaries(texts, consistent | entries | values, max_size=3)
+
+
+@given(damaged(small_safetensors()) | st.builds(safetensors_bytes, headers, st.binary(max_size=16)))
+def test_safetensors(folder, raw):
+    found = read(checkpoint.read_safetensors, folder / "a.safetensors", raw)
+    if found is not None:
+        tensors, metadata = found
+        assert sum(t.nbytes for t in tensors.values()) <= len(raw)
+        assert all(t.clone().shape == t.shape for t in tensors.values())  # every value can be read
+        assert all(isinstance(value, str) for value in metadata.values())
+
+
+@given(st.dictionaries(st.sampled_from(["method", "config", "tasks", "base"]), texts | changed({"a": [1]})))
+def test_adapters(folder, info):
+    info = {name: value if isinstance(value, str) else value.decode() for name, value in info.items()}
+    header = {"__metadata__": info, "a": entry("F32", [2], [0, 8])}
+    found = read(checkpoint.load_adapter, folder / "a.safetensors", safetensors_bytes(header, bytes(8)))
+    if found is not None:
+        assert isinstance(found[1]["config"], dict) and isinstance(found[1]["tasks"], list)
+
+
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@given(damaged(saved({"step": 1, "best": 0.5, "weights": {"a": torch.ones(3)}, "optimizer": {}})))
+def test_training_states(folder, raw):
+    state = read(checkpoint.load_state, folder / "checkpoint.pt", raw)
+    assert state is None or isinstance(state["step"], int)
+
+
+T5_JSON = json.loads((ROOT / "tiny/config.json").read_text())
+
+
+@given(damaged(json.dumps(T5_JSON).encode()) | changed(T5_JSON))
+def test_model_configs(folder, raw):
+    config = read(T5Config.from_json, folder / "config.json", raw)
+    assert config is None or 0 < config.d_model <= 2**16
+
+
+ADAPTER_JSON = json.loads(json.dumps(vars(OrchMoEConfig())))
+
+
+@given(damaged(json.dumps(ADAPTER_JSON).encode()) | changed(ADAPTER_JSON))
+def test_adapter_configs(folder, raw):
+    def reader(path):
+        return runtime.from_json(OrchMoEConfig, runtime.read_json(path), path)
+
+    config = read(reader, folder / "adapter.json", raw)
+    if config is not None:
+        assert all(type(getattr(config, name)) is int for name in ("tasks", "skills", "rank"))
+        assert config.scale(2) > 0
+
+
+SPIECE = (ROOT / "tiny/spiece.model").read_bytes()
+
+
+places = st.integers(0, 400) | st.integers(0, len(SPIECE) - 1)
+
+
+@given(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6),
+       st.just(len(SPIECE)) | st.integers(0, len(SPIECE)))  # fmt: skip
+def test_tokenizers(folder, edits, end):
+    raw = bytearray(SPIECE)
+    for at, value in edits:
+        raw[at] = value
+    tokenizer = read(data.Tokenizer, folder / "spiece.model", bytes(raw[:end]))
+    if tokenizer is not None:
+        assert tokenizer.encode("a small test")[-1] == 1 and isinstance(tokenizer.decode(range(9)), str)
+
+
+@given(st.data())
+def test_token_caches(folder, draw):
+    path, arrays = folder / "a.tokens", {"a": np.arange(5, dtype=np.int32), "b": np.arange(3, dtype=np.int8)}
+    data._write_arrays(path, {"tasks": ["x"]}, arrays)
+    whole = path.read_bytes()
+    raw = draw.draw(damaged(whole))
+    path.write_bytes(raw)
+    found = data._read_arrays(path)
+    assert (found is not None) == (raw == whole)
+
+
+@given(st.lists(changed({"step": 3, "loss": 0.5}) | st.binary(max_size=30), max_size=6), st.integers(-1, 5))
+def test_logs(folder, lines, last):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    runtime.Log(path, resume_step=last).write(step=last + 1)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert all(row["step"] <= last for row in rows[:-1]) and rows[-1] == {"step": last + 1}
+
+
+# ------------------------------------------------------------------------------------ prompt, batches, metric
+
+plain = st.text(st.characters(codec="utf-8"), max_size=60)
+shown = st.lists(st.fixed_dictionaries({"input": plain, "output": plain}, optional={"explanation": plain}),
+                 max_size=4)  # fmt: skip
+
+
+@given(plain, shown, shown, plain, st.integers(0, 5), st.integers(0, 5), st.booleans(), st.booleans(),
+       st.integers(2, 500))  # fmt: skip
+def test_prompts(definition, positive, negative, text, num_pos, num_neg, explanation, with_definition, limit):
+    task = {"definition": definition, "positive": positive, "negative": negative}
+    prompt = data.render_prompt(task, {"input": text}, Bytes(), definition=with_definition, num_pos=num_pos,
+                                num_neg=num_neg, explanation=explanation, max_source_length=limit)
+    assert len(Bytes().encode(prompt)) <= max(limit, 2) + 1
+    bare = data.render_prompt(task, {"input": text}, Bytes(), definition=with_definition, num_pos=0,
+                              max_source_length=10**6)
+    if len(Bytes().encode(bare)) <= limit:  # it fits: nothing of it is lost, and examples come in between
+        head, tail = bare.split("Now complete the following example -\n", 1)
+        assert prompt.startswith(head) and prompt.endswith(tail) and len(prompt) >= len(bare)
+    else:
+        assert bare.encode().startswith(prompt.encode())
+
+
+@given(st.integers(1, 600), st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 5))
+def test_each_example_is_in_an_epoch_once(count, batch_size, seed, epoch):
+    lengths, steps = np.random.default_rng(seed).integers(1, 50, count), -(-count // batch_size)
+    batches = [data.batch_at(lengths, batch_size, seed, epoch * steps + step) for step in range(steps)]
+    assert Counter(np.concatenate(batches).tolist()) == Counter(range(len(lengths)))
+    assert all(len(batch) <= batch_size for batch in batches)
+
+
+rows = st.lists(st.integers(2, 99), min_size=1, max_size=9)
+
+
+@given(st.lists(st.tuples(rows, st.lists(rows, min_size=1, max_size=3)), min_size=1, max_size=9),
+       st.none() | st.integers(0, 9), st.integers(1, 12))  # fmt: skip
+def test_a_batch_holds_its_examples_and_nothing_else(drawn, seed, parts):
+    examples = [example(f"e{i}", *row, i) for i, row in enumerate(drawn)]
+    batch = data.collate(examples, seed=seed, step=3)
+    for i, (source, targets) in enumerate(drawn):
+        assert batch.input_ids[i][batch.attention_mask[i]].tolist() == source
+        assert batch.labels[i][batch.labels[i] != -100].tolist() in targets
+    pieces = list(batch.split(parts))
+    for field in ("input_ids", "labels"):  # each piece as wide as its longest row, the rest padding
+        whole = getattr(batch, field)
+        for rows, piece in pieces:
+            part = getattr(piece, field)
+            cut = whole[rows.start:rows.stop, part.shape[1]:]
+            assert torch.equal(part, whole[rows.start:rows.stop, :part.shape[1]])
+            assert (cut == (0 if field == "input_ids" else -100)).all()
+    assert [name for _, piece in pieces for name in piece.ids] == batch.ids
+
+
+words = st.lists(st.sampled_from(["the", "cat", "cats", "running", "runs", "x1", "\u00fcber", "!?", "A-b"]),
+                 max_size=12)  # fmt: skip
+said = words.map(" ".join) | st.text(max_size=40)
+
+
+def slow_lcs(a, b) -> int:
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, x in enumerate(a, 1):
+        for j, y in enumerate(b, 1):
+            table[i, j] = table[i - 1, j - 1] + 1 if x == y else max(table[i - 1, j], table[i, j - 1])
+    return int(table[-1, -1])
+
+
+@given(said, said, st.lists(said, max_size=3))
+def test_metric(one, other, more):
+    ours, theirs = ([metrics._stems[word] for word in metrics._words(text)[0]] for text in (one, other))
+    common = slow_lcs(ours, theirs)
+    expected = 2 * common / (len(ours) + len(theirs)) if common else 0.0
+    assert metrics.rouge_l(one, [other]) == pytest.approx(expected, abs=1e-12)
+    overlap = sum(min(ours.count(token), theirs.count(token)) for token in set(ours))
+    expected = 2 * overlap / (len(ours) + len(theirs)) if overlap else 0.0
+    assert metrics.rouge_1(one, [other]) == pytest.approx(expected, abs=1e-12)
+    for metric in metrics.METRICS.values():
+        assert 0 <= metric(one, [other]) <= 1 and metric(one, [other]) == pytest.approx(metric(other, [one]))
+        assert metric(one, [other, *more]) == max(metric(one, [reference]) for reference in (other, *more))
+    assert metrics.exact_match(one, [*more, one]) == 1
+    assert metrics.rouge_1(one, [one]) == metrics.rouge_l(one, [one]) == float(bool(ours))
