@@ -77,7 +77,7 @@ def test_no_file_is_wider_than_a_page():
     assert not wide
 
 
-FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile"}  # of other programs
+FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile"}  # others'
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
 
 
