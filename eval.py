@@ -92,9 +92,9 @@ def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example]
 
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
+    pairs = runtime.progress(zip(examples, predictions, strict=True), "score", len(examples), "ex")
     return metrics.score({"task": example.task, "category": example.category, "prediction": prediction,
-                          "references": example.references}
-                         for example, prediction in zip(examples, predictions, strict=True))
+                          "references": example.references} for example, prediction in pairs)
 
 
 @torch.no_grad()
@@ -264,7 +264,7 @@ def write_results(folder: Path, examples: Sequence[data.Example], predictions: S
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python eval.py --run runs/orchmoe-1 --split test")
+    parser = runtime.Parser(__doc__)
     for cls in (EvalConfig, data.DataConfig):
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())

@@ -178,7 +178,7 @@ def figures(out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python plot.py --results results/compare")
+    parser = runtime.Parser(__doc__)
     parser.add_dataclass(PlotConfig)
     config = runtime.from_flags(PlotConfig, vars(parser.parse_args()))
     if bool(config.run) == bool(config.results):
