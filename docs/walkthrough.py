@@ -64,8 +64,7 @@ def page() -> str:
                 if row.task in (TASK, OTHER)]
         seen.sort(key=lambda row: row.task != TASK)
         shown = follow(base, adapters, tokenizer, seen)
-    sections = (opening, prompt, features, task_weights, allocation, skill_weights, two_gemms, loss,
-                backward, closing)
+    sections = (opening, prompt, features, task_weights, allocation, skill_weights, two_gemms, loss, backward)
     with torch.no_grad():
         return "\n\n".join(section(shown).strip() for section in sections) + "\n"
 
@@ -107,7 +106,7 @@ the paper fixes of it and what was chosen is graded in the README:
 ![The Task Router makes w of the source's embeddings; w and the allocation matrices give each Linear its
 weights of skills.](architecture.svg)
 
-B batch, L length, D d_in, O d_out, K abstract tasks, S skills, R rank, N adapted Linears. Here B = 1."""
+The letters are those of the figure; here B = 1."""
 
 
 def prompt(s: Shown) -> str:
@@ -187,8 +186,8 @@ w = softmax(W_task x̂ + b), with W_task {shape(router.task)}: {shape(w)}. Below
 that they are two tasks.
 
 {table(["abstract task", *map(str, range(1, w.shape[1] + 1))],
-       [["W_task x̂ + b", *numbers(logits[0])], ["**w**", *numbers(w[0])], ["its task, mean w", *numbers(own)],
-        ["the other, mean w", *numbers(other)]])}
+       [["W_task x̂ + b", *numbers(logits[0])], ["**w**", *numbers(w[0])],
+        ["its task, mean w", *numbers(own)], ["the other, mean w", *numbers(other)]])}
 
 Entropy of w: {evaluation.mean_entropy(w):.3f} nats; were it uniform, ln K = {math.log(w.shape[1]):.3f}."""
 
@@ -242,15 +241,8 @@ def two_gemms(s: Shown) -> str:
 
 y = W₀ x + (α/R) Σ_s c_s B_s A_s x. In `{LINEAR}` x is {shape(x)}, the encoder's
 states; W₀ is {shape(linear.weight)}, A {shape(linear.skill_A)}, B {shape(linear.skill_B)}, α/R = {scale:g}.
-The sum over skills is two matrix products:
-
-| step | shapes |
-|---|---|
-| h = x A_catᵀ | {shape(x)} {shape(A.T)} → {shape(h)} |
-| h ← (α/R) c h, each c_s for its {R} ranks | {shape(h)} |
-| h B_cat | {shape(h)} {shape(B)} → {shape(skills)} |
-
-At the source's last token, column s.r being rank r of skill s:
+The sum over skills is two matrix products:h = x A_catᵀ, {shape(x)} {shape(A.T)} → {shape(h)}; then (α/R) c h, each c_s for its {R} ranks; then the product with B_cat,
+{shape(h)} {shape(B)} → {shape(skills)}. At the source's last token, column s.r being rank r of skill s:
 
 {table(["", *names], [["h", *numbers(h[-1])], ["(α/R) c", *numbers(scale * c.repeat_interleave(R))],
                       ["(α/R) c h", *numbers(weighted[-1])]])}
@@ -302,16 +294,9 @@ and gets none.
 {table(["", *groups], [["norm of the gradient", *numbers(groups.values(), 4)],
                        ["peak learning rate", *(f"{rate:g}" for rate in rates)]])}
 
-AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`)."""
-
-
-def closing(s: Shown) -> str:
-    return """
-## What next
-
-- `python plot.py --run RUN` draws w of every real task, Ẑ of every Linear and the use of the skills.
-- The closed forms that must hold are tests: B = 0 is the base, c = 1/S is LoRA.
-- Change one thing at a time with `python compare.py --ablations`."""
+AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`). To see w of every
+task and Ẑ of every Linear: `python plot.py --run RUN`; to change one thing at a time:
+`python compare.py --ablations`."""
 
 
 # -------------------------------------------------------------------------------------------------- Markdown
