@@ -241,8 +241,15 @@ def two_gemms(s: Shown) -> str:
 
 y = W₀ x + (α/R) Σ_s c_s B_s A_s x. In `{LINEAR}` x is {shape(x)}, the encoder's
 states; W₀ is {shape(linear.weight)}, A {shape(linear.skill_A)}, B {shape(linear.skill_B)}, α/R = {scale:g}.
-The sum over skills is two matrix products:h = x A_catᵀ, {shape(x)} {shape(A.T)} → {shape(h)}; then (α/R) c h, each c_s for its {R} ranks; then the product with B_cat,
-{shape(h)} {shape(B)} → {shape(skills)}. At the source's last token, column s.r being rank r of skill s:
+The sum over skills is two matrix products:
+
+```
+h = x A_catᵀ      {shape(x)} {shape(A.T)} → {shape(h)}
+h ← (α/R) c h     each c_s for the {R} ranks of its skill
+h B_cat           {shape(h)} {shape(B)} → {shape(skills)}
+```
+
+At the source's last token, column s.r being rank r of skill s:
 
 {table(["", *names], [["h", *numbers(h[-1])], ["(α/R) c", *numbers(scale * c.repeat_interleave(R))],
                       ["(α/R) c h", *numbers(weighted[-1])]])}
@@ -294,9 +301,8 @@ and gets none.
 {table(["", *groups], [["norm of the gradient", *numbers(groups.values(), 4)],
                        ["peak learning rate", *(f"{rate:g}" for rate in rates)]])}
 
-AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`). To see w of every
-task and Ẑ of every Linear: `python plot.py --run RUN`; to change one thing at a time:
-`python compare.py --ablations`."""
+AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`). To see w of
+every task and Ẑ of every Linear: `python plot.py --run RUN`."""
 
 
 # -------------------------------------------------------------------------------------------------- Markdown
