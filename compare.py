@@ -311,8 +311,8 @@ def summarise(cells: Sequence[dict[str, Any]], reference: str) -> list[dict[str,
                                               "difference": difference}
         for when in ("start", "learnt"):
             for name in ("entropy", "mutual_information", "distance", "largest"):
-                have = [cell[when][name] for cell in group if name in cell.get(when, {})]
-                if have:
+                have = [value for cell in group if (value := cell.get(when, {}).get(name)) is not None]
+                if have:  # w that is no distribution has no entropy
                     entry[f"{when} {name}"] = float(np.mean(have))
         summary.append(entry)
     return summary

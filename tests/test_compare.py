@@ -124,6 +124,13 @@ def test_summary_pairs_tasks_and_averages_seeds_first():
     assert lora["seen rougeL"]["difference"] == (10.5, 10, 11)  # of a: 15 - 5, of b: 91 - 80
 
 
+def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
+    cell = {"row": "w without softmax", "size": 9, "learnt": {"entropy": None, "distance": 0.1, "largest": 2.0}}
+    (entry,) = compare.summarise([cell, cell], "default")
+    assert "learnt entropy" not in entry and entry["learnt distance"] == pytest.approx(0.1)
+    assert "| w without softmax | 9 | - | - | - | 2.000 | 0.100 |" in compare.markdown([entry], "default", {})
+
+
 def test_mutual_information_of_known_tables():
     labels = ["x", "x", "y", "y"]
     assert evaluation.mutual_information(torch.eye(2)[[0, 0, 1, 1]], labels) == pytest.approx(math.log(2))
