@@ -164,9 +164,12 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
                         w.mean(0).max().item())
 
 
-def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
+def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
     """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
-    w does not depend on the label, at most the smaller of their two entropies."""
+    w does not depend on the label, at most the smaller of their two entropies. None where the rows of w are
+    no distributions."""
+    if mean_entropy(w) is None:
+        return None
     rows = np.unique(np.array(labels), return_inverse=True)[1]
     joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
     joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)

@@ -125,7 +125,9 @@ def test_summary_pairs_tasks_and_averages_seeds_first():
 
 
 def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
-    cell = {"row": "w without softmax", "size": 9, "learnt": {"entropy": None, "distance": 0.1, "largest": 2.0}}
+    learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
+    learnt["mutual_information"] = evaluation.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
+    cell = {"row": "w without softmax", "size": 9, "learnt": learnt}
     (entry,) = compare.summarise([cell, cell], "default")
     assert "learnt entropy" not in entry and entry["learnt distance"] == pytest.approx(0.1)
     assert "| w without softmax | 9 | - | - | - | 2.000 | 0.100 |" in compare.markdown([entry], "default", {})
