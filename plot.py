@@ -178,7 +178,7 @@ def ablation_intervals(summary: Sequence[dict], path: Path) -> Path:
             axes.plot([low, high], [i, i], color=colour, linewidth=2)
             axes.plot(mean, i, color=colour, marker="o", markersize=5)
         axes.axvline(0, color="0.4", linewidth=1, zorder=0)
-        axes.set(xlabel="points of ROUGE-L; right of 0 the default is better", title=f"{which} tasks")
+        axes.set(xlabel="points of ROUGE-L; right: default better", title=f"{which} tasks")
     panels[0].set_yticks(range(len(rows)), [entry["row"] for entry in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     return _save(figure, path)
