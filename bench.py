@@ -56,7 +56,7 @@ class BenchConfig:
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
     data: str = "sni/"  # Super-NaturalInstructions, or a folder of that shape
     rounds: int = 0  # turns of each side (0: as many as the part needs)
-    out: str = "results/bench.json"  # all rows and the machine
+    out: str = "results/bench.json"  # JSON file of all rows and the machine
     gpu: int | None = None  # number of the GPU; left out: the CPU
     peak: str = ""  # used by bench.py itself: print the peak memory of this contestant's training step
 
@@ -499,7 +499,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python bench.py --only kernels,step")
+    parser = runtime.Parser(__doc__)
     parser.add_dataclass(BenchConfig)
     config = runtime.from_flags(BenchConfig, vars(parser.parse_args()))
     place = runtime.pick_device(config.gpu, "" if config.gpu is not None else "cpu")

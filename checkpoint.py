@@ -283,7 +283,8 @@ def load_t5(path: str | Path, *, dtype: torch.dtype | None = None, device: str |
     with torch.device("meta"):
         model = T5(config)
     # One by one, so that no more than one tensor exists twice.
-    weights = {name: weights.pop(name).to(device, dtype).contiguous() for name in list(weights)}
+    weights = {name: weights.pop(name).to(device, dtype).contiguous()
+               for name in runtime.progress(list(weights), "reading weights", unit="tensor")}
     model.load_state_dict(weights, assign=True)
     return model.eval()
 

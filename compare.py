@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -254,8 +255,9 @@ def run_cells(cells: Sequence[Cell], config: CompareConfig, place: runtime.Devic
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = max(1, min(config.jobs or (1 if place.device.type == "cuda" else min(cores, 8)), len(todo)))
     runtime.say(f"{len(cells)} cells, {len(cells) - len(todo)} finished before; {jobs} at a time")
+    bar = runtime.progress(None, "cells", len(todo), "cell")
     if jobs == 1:
-        whole = all(run_cell(cell, place) and _say_done(cell) for cell in todo)  # ends at the first stopped
+        whole = all(run_cell(cell, place) and _say_done(cell, bar) for cell in todo)  # until one is stopped
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, spawn, _worker, (max(1, cores // jobs),)) as pool:
@@ -263,18 +265,20 @@ def run_cells(cells: Sequence[Cell], config: CompareConfig, place: runtime.Devic
             try:
                 whole = True
                 for cell, future in zip(todo, futures, strict=True):
-                    whole = whole and future.result() and _say_done(cell)
+                    whole = whole and future.result() and _say_done(cell, bar)
                     if not whole:
                         break
             except KeyboardInterrupt:  # the workers have it too: they finish their step and save
                 whole = False
             pool.shutdown(cancel_futures=True)
+    bar.close()
     if not whole:
         runtime.say("stopped; the same command goes on")
         raise SystemExit(130)
 
 
-def _say_done(cell: Cell) -> bool:
+def _say_done(cell: Cell, bar: tqdm) -> bool:
+    bar.update()
     result = runtime.read_json(cell.scores)
     what = [f"dev loss {result['dev_loss']:.4f}"] if "dev_loss" in result else []
     what += [f"{which} ROUGE-L {result[which]['overall']['rougeL']:.2f}" for which in ("seen", "unseen")
@@ -335,8 +339,8 @@ def summarise(cells: Sequence[dict[str, Any]], reference: str) -> list[dict[str,
                                               "difference": difference}
         for when in ("start", "learnt"):
             for name in ("entropy", "mutual_information", "distance", "largest"):
-                have = [cell[when][name] for cell in group if name in cell.get(when, {})]
-                if have:
+                have = [value for cell in group if (value := cell.get(when, {}).get(name)) is not None]
+                if have:  # w that is no distribution has no entropy
                     entry[f"{when} {name}"] = float(np.mean(have))
         summary.append(entry)
     return summary
@@ -470,9 +474,9 @@ def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Devic
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python compare.py --quick")
+    parser = runtime.Parser(__doc__)
     for cls in (CompareConfig, *train.CONFIGS.values()):
-        parser.add_dataclass(cls)
+        parser.add_dataclass(cls, DEFAULTS, FIXED)
     flags = vars(parser.parse_args())
     for name in FIXED:
         if name in flags:

@@ -68,7 +68,7 @@ class DataConfig:
     train_instances: int = 100  # training instances of each task
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
     cache: str = ""  # folder of the token cache; empty for $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe
-    text: str = ""  # lines of plain text (.xz accepted) for span corruption, with --method full
+    text: str = ""  # file of plain text lines (.xz accepted) for span corruption, with --method full
     text_ratio: float = 0.5  # share of the batches that comes from --text
 
     def __post_init__(self) -> None:
@@ -425,7 +425,7 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, split: str, *, seed:
 
     def is_fresh(header: dict) -> bool:
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            return header["files"] == list(pool.map(_digest, paths))
+            return header["files"] == list(progress(pool.map(_digest, paths), "reading", len(paths), "task"))
 
     def make() -> tuple[dict, Arrays]:
         encode = functools.partial(_encode_task, tokenizer=tokenizer, config=config, draw=draw)

@@ -96,9 +96,9 @@ def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example]
 
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
+    pairs = runtime.progress(zip(examples, predictions, strict=True), "score", len(examples), "ex")
     return metrics.score({"task": example.task, "category": example.category, "prediction": prediction,
-                          "references": example.references}
-                         for example, prediction in zip(examples, predictions, strict=True))
+                          "references": example.references} for example, prediction in pairs)
 
 
 @torch.no_grad()
@@ -168,9 +168,12 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
                         w.mean(0).max().item())
 
 
-def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
+def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
     """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
-    w does not depend on the label, at most the smaller of their two entropies."""
+    w does not depend on the label, at most the smaller of their two entropies. None where the rows of w are
+    no distributions."""
+    if mean_entropy(w) is None:
+        return None
     rows = np.unique(np.array(labels), return_inverse=True)[1]
     joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
     joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)
@@ -308,7 +311,7 @@ def answer(base: model.T5, adapters: Adapters, tokenizer: data.Tokenizer, config
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python eval.py --run runs/orchmoe-1 --split test")
+    parser = runtime.Parser(__doc__)
     for cls in (EvalConfig, data.DataConfig):
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())

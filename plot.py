@@ -1,13 +1,13 @@
 """Figures of a run and of a comparison, as PNG files beside their numbers. Needs matplotlib, which nothing
 else does; draws without a display, in colours that the colour-blind can tell apart (Okabe and Ito; cividis).
 
-    python plot.py --run runs/orchmoe-1          # loss.png
-    python plot.py --results results/compare     # loss, sizes, categories, router, allocation"""
+    python plot.py --run runs/orchmoe-1          # loss, categories, router, allocation
+    python plot.py --results results/compare     # these, and sizes; ablations, where they were run"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import runtime
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
+WIDTH = 8.5  # inches at 150 dots: a page shows it at 850 pixels, and 9 points are 12 pixels there
+MOST_ROWS = 100  # tasks of the router's map; beyond them it has one row a category
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PlotConfig:
     """Figures: of a run, or of a comparison."""
 
     run: str = ""  # folder of a run of train.py
-    results: str = ""  # or --out of compare.py
+    results: str = ""  # or folder of a comparison, the --out of compare.py
 
 
 def pyplot() -> Any:
@@ -38,7 +40,8 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
+                         "axes.titlesize": 9, "legend.frameon": False})
     return plt
 
 
@@ -54,33 +57,41 @@ def records(folder: str | Path) -> list[dict]:
     return rows
 
 
+def _canvas(title: str, of: Path, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Figure and axes of a page's width; the title's second line is the folder whose figure it is."""
+    figure, axes = pyplot().subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **options)
+    figure.suptitle(f"{title}\n{of}", fontsize=10)
+    return figure, axes
+
+
 def _save(figure: Any, path: Path) -> Path:
     with runtime.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+        figure.savefig(file, format="png", dpi=150)
     pyplot().close(figure)
     return path
 
 
 def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
     """Running mean of the training loss (thin), and the dev loss (marked), of each named run."""
-    figure, axes = pyplot().subplots(figsize=(6, 3.6))
+    figure, axes = _canvas("Loss: dev (marked), running mean of training (thin)", path.parent, 4)
     for i, (name, log) in enumerate(runs.items()):
         steps, losses = zip(*((row["step"], row["loss"]) for row in log if "loss" in row), strict=True)
         window = max(1, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1:], smooth, color=COLOURS[i % 8], alpha=0.45, linewidth=1)
+        axes.plot(steps[window - 1:], smooth, color=COLOURS[i % 8], alpha=0.5, linewidth=1)
         dev = [(row["step"] + 1, row["dev_loss"]) for row in log if "dev_loss" in row]
-        axes.plot(*zip(*dev, strict=True), color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4,
-                  label=name)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)",
-             title="Loss: dev (marked), training (thin)")
-    axes.legend(frameon=False)
+        if dev:
+            axes.plot(*zip(*dev, strict=True), color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4,
+                      label=name)
+    axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    axes.legend()
     return _save(figure, path)
 
 
 def size_curves(summary: Sequence[dict], path: Path) -> Path:
     """ROUGE-L against training instances, band of one sd over seeds; methods that have several sizes."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(8.5, 3.6))
+    title = "Sample efficiency: mean over seeds, band of one standard deviation"
+    figure, panels = _canvas(title, path.parent, 4, columns=2)
     rows = [row for row in dict.fromkeys(entry["row"] for entry in summary)
             if sum(entry["row"] == row for entry in summary) > 1]
     for axes, which in zip(panels, ("seen", "unseen"), strict=True):
@@ -89,115 +100,158 @@ def size_curves(summary: Sequence[dict], path: Path) -> Path:
                             for entry in summary if entry["row"] == row and f"{which} rougeL" in entry)
             if points:
                 size, mean, sd = np.array(points).T
-                axes.plot(size, mean, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4, label=row)
+                axes.plot(size, mean, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=5, label=row)
                 axes.fill_between(size, mean - sd, mean + sd, color=COLOURS[i % 8], alpha=0.18, linewidth=0)
         ticks = sorted({entry["size"] for entry in summary if entry["row"] in rows})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set(xlabel="training instances a task", ylabel="ROUGE-L (%)", title=f"{which} tasks")
-    panels[0].legend(frameon=False)
-    figure.suptitle("Sample efficiency: mean and standard deviation over seeds", y=1.02)
+    panels[0].legend()
     return _save(figure, path)
 
 
-def category_bars(cells: Sequence[dict], path: Path, which: str = "seen") -> Path:
-    """ROUGE-L of each category, mean over seeds, of the methods at the largest size."""
-    largest = max(cell["size"] for cell in cells)
-    cells = [cell for cell in cells if cell["size"] == largest and which in cell]
-    rows = list(dict.fromkeys(cell["row"] for cell in cells))
-    categories = sorted(cells[0][which]["categories"])
-    figure, axes = pyplot().subplots(figsize=(1.5 + 0.13 * len(rows) * len(categories), 3.8))
-    for i, row in enumerate(rows):
-        mine = [cell[which]["categories"] for cell in cells if cell["row"] == row]
-        values = [np.mean([scores[category]["rougeL"] for scores in mine]) for category in categories]
-        place = np.arange(len(categories)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
-        axes.bar(place, values, 0.8 / len(rows), color=COLOURS[(i - 1) % 8], label=row)
-    axes.set_xticks(range(len(categories)), categories, rotation=35, ha="right")
-    axes.set(ylabel="ROUGE-L (%)", ylim=(0, 100), title=f"{which.capitalize()} instances by category")
-    axes.legend(frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8)
+def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path:
+    """ROUGE-L of each category, mean over the seeds; scores: those of each row's runs on seen or unseen."""
+    categories = sorted({name for runs in scores.values() for name in runs[0]["categories"]})
+    height = 1.4 + len(categories) * (0.1 + 0.075 * len(scores))
+    figure, axes = _canvas(f"ROUGE-L on {which} tasks by category (in brackets: over all)", path.parent,
+                           height)
+    for i, (row, runs) in enumerate(scores.items()):
+        values = [np.mean([run["categories"][name]["rougeL"] for run in runs]) for name in categories]
+        place = np.arange(len(categories)) + (i - (len(scores) - 1) / 2) * 0.8 / len(scores)
+        overall = np.mean([run["overall"]["rougeL"] for run in runs])
+        axes.barh(place, values, 0.8 / len(scores), color=COLOURS[(i - 1) % 8],  # black: the frozen base
+                  label=f"{row} ({overall:.1f})")
+    axes.set_yticks(range(len(categories)), categories)
+    axes.grid(axis="x", color="0.85", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set(xlabel="ROUGE-L (%)", xlim=(0, 100), ylim=(len(categories) - 0.5, -0.5))
+    figure.legend(loc="outside lower center", ncols=min(4, len(scores)))
     return _save(figure, path)
 
 
-def router_map(learnt: dict, path: Path) -> Path:
-    """Mean w of each real task, grouped by category."""
+def router_map(learnt: dict, path: Path, of: Path) -> Path:
+    """Mean w of each real task, grouped by category; with many tasks, of each category."""
     tasks = sorted(learnt["w"], key=lambda task: (learnt["category"][task], task))
-    w = np.array([learnt["w"][task] for task in tasks])  # (T,K)
-    figure, axes = pyplot().subplots(figsize=(1.5 + 0.45 * w.shape[1], 1 + 0.2 * len(tasks)))
-    image = axes.imshow(w, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     categories = [learnt["category"][task] for task in tasks]
-    for i in range(1, len(tasks)):
-        if categories[i] != categories[i - 1]:
-            axes.axhline(i - 0.5, color="white", linewidth=1.2)
-    labels = [task if i and categories[i] == categories[i - 1] else f"{categories[i]}:  {task}"
-              for i, task in enumerate(tasks)]
-    axes.set_yticks(range(len(tasks)), labels, fontsize=6.5)
+    w = np.array([learnt["w"][task] for task in tasks])  # (T,K)
+    starts = [i for i in range(len(tasks)) if not i or categories[i] != categories[i - 1]]
+    labels = [f"{categories[i]}:  {task}" if i in starts else task for i, task in enumerate(tasks)]
+    if len(tasks) > MOST_ROWS:
+        w = np.array([rows.mean(0) for rows in np.split(w, starts[1:])])
+        labels, starts = [categories[i] for i in starts], []
+    figure, axes = _canvas("Weight w of the abstract tasks, mean over seen instances", of,
+                           1.2 + 0.19 * len(labels))
+    image = axes.imshow(w, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i in starts[1:]:
+        axes.axhline(i - 0.5, color="white", linewidth=1.2)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_xticks(range(w.shape[1]), range(1, w.shape[1] + 1))
-    axes.set(xlabel="abstract task", title="Mean weight w of each real task's instances")
-    figure.colorbar(image, ax=axes, label="w", shrink=0.6)
+    axes.set(xlabel="abstract task")
+    figure.colorbar(image, ax=axes, label="w", aspect=40)
     return _save(figure, path)
 
 
-def allocation_map(learnt: dict, path: Path) -> Path:
+def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
     """Zhat of each adapted Linear, a row of skills for each abstract task; and the skills' use, mean c."""
     names, Zhat = list(learnt["skill_use"]), np.array(learnt["allocation"])  # (N,K,S)
     use, (N, K, S) = np.array(list(learnt["skill_use"].values())), Zhat.shape  # (N,S)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(3 + 0.14 * K * S, 1.2 + 0.2 * N), sharey=True,
-                                              gridspec_kw={"width_ratios": [K * S, 2 * S], "wspace": 0.05})
-    left.imshow(Zhat.reshape(N, K * S), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure, (left, right) = _canvas("Skills of each adapted Linear", of, 1.6 + 0.19 * N, columns=2,
+                                    sharey=True, width_ratios=[2, 1])
+    image = left.imshow(Zhat.reshape(N, K * S), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for k in range(1, K):
         left.axvline(k * S - 0.5, color="white", linewidth=1.2)
     left.set_xticks([k * S + (S - 1) / 2 for k in range(K)], range(1, K + 1))
-    left.set_yticks(range(N), names, fontsize=6.5)
-    left.set(xlabel=f"abstract task, {S} skills each", title="Allocation Zhat")
-    image = right.imshow(use, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    right.set_xticks(range(S), range(1, S + 1))
-    right.set(xlabel="skill", title="Mean c")
-    figure.colorbar(image, ax=(left, right), label="share", shrink=0.6, pad=0.02)
+    left.set_yticks(range(N), names, fontsize=8)
+    left.set(xlabel=f"abstract task, {S} skills each", title="Ẑ, shares of one abstract task")
+    for s in range(S):
+        right.barh(range(N), use[:, s], 0.9, use[:, :s].sum(1), color=COLOURS[s % 8], edgecolor="white")
+    right.set(xlabel=f"skills 1 to {S}, from left to right", title="Use: mean c over seen instances",
+              xlim=(0, max(1, use.sum(1).max())))
+    figure.colorbar(image, ax=left, label="share", location="bottom", aspect=50)
     return _save(figure, path)
 
 
-def figures(out: Path) -> list[Path]:
-    """Every figure that OUT/results.json of compare.py has the numbers for."""
-    path = out / "results.json"
-    if not path.exists():
-        return []
-    results = runtime.read_json(path)
-    if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
-        raise ValueError(f"{path}: cells and summary are missing; run compare.py again")
-    cells, written = results["cells"], []
-    largest = max(cell["size"] for cell in cells)
-    firsts = {cell["row"]: cell for cell in reversed(cells) if cell["size"] == largest}  # the lowest seed's
-    runs = {row: records(cell["folder"]) for row, cell in reversed(firsts.items())
-            if (Path(cell["folder"]) / "metrics.jsonl").exists()}
-    if runs:
-        written.append(loss_curves(runs, out / "loss.png"))
-    if len({cell["size"] for cell in cells}) > 1:
-        written.append(size_curves(results["summary"], out / "sizes.png"))
-    for which in ("seen", "unseen"):
-        if which in cells[0]:
-            written.append(category_bars(cells, out / f"categories-{which}.png", which))
-    learnt = firsts.get("orchmoe", {}).get("learnt", {})
+def ablation_intervals(summary: Sequence[dict], path: Path) -> Path:
+    """What each change costs: the difference default - row in ROUGE-L, with its interval over tasks."""
+    rows = [entry for entry in summary if entry["row"] != "default"]
+    figure, panels = _canvas("Ablations: ROUGE-L of the default less that of the row, 95 % interval",
+                             path.parent, 1.4 + 0.24 * len(rows), columns=2, sharey=True)
+    for axes, which, colour in zip(panels, ("seen", "unseen"), COLOURS, strict=False):
+        for i, entry in enumerate(rows):
+            mean, low, high = entry.get(f"{which} rougeL", {}).get("difference") or (np.nan,) * 3
+            axes.plot([low, high], [i, i], color=colour, linewidth=2)
+            axes.plot(mean, i, color=colour, marker="o", markersize=5)
+        axes.axvline(0, color="0.4", linewidth=1, zorder=0)
+        axes.set(xlabel="points of ROUGE-L; right: default better", title=f"{which} tasks")
+    panels[0].set_yticks(range(len(rows)), [entry["row"] for entry in rows])
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    return _save(figure, path)
+
+
+def routing_figures(learnt: dict, folder: Path, of: Path) -> Iterator[Path]:
+    """The maps of the routing report of the run in `of`, as far as the method has what they show."""
     if "w" in learnt:
-        written.append(router_map(learnt, out / "router.png"))
+        yield router_map(learnt, folder / "router.png", of)
     if "allocation" in learnt:
-        written.append(allocation_map(learnt, out / "allocation.png"))
-    return written
+        yield allocation_map(learnt, folder / "allocation.png", of)
+
+
+def run_figures(folder: Path) -> Iterator[Path]:
+    """Every figure that a run's folder has the numbers for."""
+    yield loss_curves({folder.name: records(folder)}, folder / "loss.png")
+    scores = runtime.read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+    for which in ("seen", "unseen"):
+        if any(which in sets for sets in scores.values()):
+            yield category_bars({row: [sets[which]] for row, sets in scores.items()},
+                                folder / f"categories-{which}.png", which)
+    if (folder / "routing.json").exists():
+        yield from routing_figures(runtime.read_json(folder / "routing.json"), folder, folder)
+
+
+def figures(out: Path) -> Iterator[Path]:
+    """Every figure that OUT/results.json and OUT/ablations.json of compare.py have the numbers for."""
+    if (out / "ablations.json").exists():
+        summary = runtime.read_json(out / "ablations.json")["summary"]
+        yield ablation_intervals(summary, out / "ablations.png")
+    if not (out / "results.json").exists():
+        return
+    results = runtime.read_json(out / "results.json")
+    if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
+        raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run compare.py again")
+    largest = max(cell["size"] for cell in results["cells"])
+    cells: dict[str, list[dict]] = {}  # of each row at the largest size, the lowest seed first
+    for cell in results["cells"]:
+        if cell["size"] == largest:
+            cells.setdefault(cell["row"], []).append(cell)
+    logs = {row: Path(group[0]["folder"]) for row, group in cells.items()}
+    runs = {row: records(folder) for row, folder in logs.items() if (folder / "metrics.jsonl").exists()}
+    if runs:
+        yield loss_curves(runs, out / "loss.png")
+    if len({cell["size"] for cell in results["cells"]}) > 1:
+        yield size_curves(results["summary"], out / "sizes.png")
+    for which in ("seen", "unseen"):
+        scores = {row: [cell[which] for cell in group] for row, group in cells.items() if which in group[0]}
+        if scores:
+            yield category_bars(scores, out / f"categories-{which}.png", which)
+    if "orchmoe" in cells:
+        yield from routing_figures(cells["orchmoe"][0].get("learnt", {}), out, logs["orchmoe"])
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python plot.py --results results/compare")
+    parser = runtime.Parser(__doc__)
     parser.add_dataclass(PlotConfig)
     config = runtime.from_flags(PlotConfig, vars(parser.parse_args()))
     if bool(config.run) == bool(config.results):
         raise ValueError("give one of --run and --results")
-    if config.run:
-        written = [loss_curves({Path(config.run).name: records(config.run)}, Path(config.run) / "loss.png")]
-    else:
-        checkpoint.existing(Path(config.results) / "results.json", "name the --out of a finished compare.py")
-        written = figures(Path(config.results))
+    written = run_figures(Path(config.run)) if config.run else figures(Path(config.results))
+    found = False
     for path in written:
+        found = True
         runtime.say(f"written: {path}")
+    if not found:
+        raise ValueError(f"{config.results}: no results.json or ablations.json; name the --out of compare.py")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import types
 import typing
@@ -145,43 +147,70 @@ def _step_of(line: bytes) -> float:
 # ---------------------------------------------------------------------------------- flags, messages, progress
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose flags come from dataclasses and whose errors are one line on stderr and exit code
-    2."""
+class _Page(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, a flag that has a --no- form on one line."""
 
-    def __init__(self, description: str, example: str):
-        super().__init__(description=description, epilog=f"example:\n  {example}", allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=31)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose flags come from dataclasses, whose help is the program's docstring (its first
+    paragraph, then the indented ones as examples) and whose errors are one line on stderr and exit code 2."""
+
+    def __init__(self, doc: str):
+        about, *rest = doc.strip().split("\n\n")
+        examples = [part.rstrip() for part in rest if part.startswith("    ")]
+        super().__init__(usage="%(prog)s [options]", epilog="\n".join(["examples:", *examples]),
+                         description=textwrap.fill(about, shutil.get_terminal_size().columns - 2),
+                         allow_abbrev=False, formatter_class=_Page)
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
-    def add_dataclass(self, cls: type) -> None:
-        """One flag a field, named as the field; its help is the comment behind the field. Flags left out stay
-        unset."""
+    def add_dataclass(self, cls: type, defaults: dict[str, Any] | None = None,
+                      hidden: Iterable[str] = ()) -> None:
+        """One flag a field, named as the field; its help is the comment behind the field and the default,
+        from `defaults` where the program has its own. Flags left out stay unset; `hidden` fields are not in
+        the help."""
         helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         hints = typing.get_type_hints(cls)
         group = self.add_argument_group(cls.__doc__.split(":")[0].split("\n")[0].lower())
         for field in dataclasses.fields(cls):
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            shown = "" if default in ("", None) else f" (default: {default})"
-            options = dict(dest=field.name, default=argparse.SUPPRESS,
-                           help=(helps.get(field.name, "") + shown).replace("%", "%%"))
-            group.add_argument("--" + field.name.replace("_", "-"), **options, **_argument(hints[field.name]))
+            text = helps.get(field.name, "")
+            shown = "" if "default:" in text else _shown((defaults or {}).get(field.name, field.default))
+            whole = argparse.SUPPRESS if field.name in hidden else (text + shown).replace("%", "%%")
+            group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=whole,
+                               default=argparse.SUPPRESS, **_argument(hints[field.name], text))
 
 
-def _argument(hint: Any) -> dict[str, Any]:
-    """argparse options of one type hint: bool, Literal, tuple[str, ...], `X | None`, or a plain
-    constructor."""
+def _shown(default: Any) -> str:
+    """A default as the help has it; nothing where it is empty."""
+    if default in ("", (), None):
+        return ""
+    if isinstance(default, bool):
+        return f" (default: {'on' if default else 'off'})"
+    return f" (default: {','.join(default) if isinstance(default, tuple) else default})"
+
+
+def _argument(hint: Any, text: str) -> dict[str, Any]:
+    """argparse options of one type hint: bool, Literal, tuple[str, ...], `X | None`, or a plain constructor;
+    a string is a folder or a file where the help `text` says so."""
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is typing.Literal:
-        return {"choices": typing.get_args(hint)}
+        return {"choices": tuple(filter(None, typing.get_args(hint)))}
     if typing.get_origin(hint) is tuple:
         return {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "A,B,.."}
-    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, hint.__name__.upper())}
+    kind = next((word.upper() for word in ("folder", "file") if word in text), "NAME")
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, kind)}
 
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
@@ -261,9 +290,11 @@ def warn(text: str) -> None:
 
 def progress(iterable: Iterable | None, desc: str, total: int | None = None, unit: str = "it",
              **options: Any) -> tqdm:
-    """tqdm on stderr; silent where stderr is not a terminal."""
-    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True,
-                disable=not sys.stderr.isatty(), **options)
+    """tqdm on stderr, of what takes longer than a second; silent where stderr is no terminal, and in worker
+    processes, whose bars would overwrite each other."""
+    silent = multiprocessing.parent_process() is not None or not sys.stderr.isatty()
+    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, delay=1,
+                disable=silent, **options)
 
 
 # ------------------------------------------------------------------------------------------- device and dtype

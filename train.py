@@ -1,9 +1,11 @@
 """Trains adapters (or with --method full every weight) of a T5 on Super-NaturalInstructions; ends with a
 table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
-metrics.jsonl, checkpoint.pt (the last state), and the adapter that was best on dev as adapter.safetensors
-(--method full: model/).
+metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev as adapter.safetensors
+(--method full: model/), scores.json, and what the router does as routing.json.
 
-    python train.py --data sni/ --gpu 0"""
+    python train.py --data sni/ --gpu 0
+    python train.py --method lora --steps 200 --device cpu --out runs/lora
+    python train.py --resume --out runs/lora --device cpu    # after an interruption"""
 
 from __future__ import annotations
 
@@ -404,14 +406,23 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
                              else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
     runtime.write_json(scores_file, scores)
+    report = evaluation.routing_report(base, adapters, sets["seen"], batch_size=config.eval_batch_size)
+    if report:
+        runtime.write_json(folder / "routing.json", report)
     runtime.say(table(scores))
-    runtime.say(f"in {folder}: scores.json, metrics.jsonl and the weights that were best on dev; "
-                f"next: python eval.py --run {folder}")
     return True
 
 
+def closing_words(folder: Path, method: str, device: str) -> str:
+    """Where things are, and what to do next; `device` is the flag that the run was given, if any."""
+    weights = "model/" if method == "full" else "adapter.safetensors"
+    return (f"in {folder}: {weights} (best on dev), scores.json, metrics.jsonl, checkpoint.pt (last step)\n"
+            f"next:  python eval.py --run {folder} --split test{device}    # predictions.jsonl, all scores\n"
+            f"       python plot.py --run {folder}    # figures; needs matplotlib")
+
+
 def main() -> None:
-    parser = runtime.Parser(__doc__.split("\n\n")[0], "python train.py --data sni/ --gpu 0")
+    parser = runtime.Parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-init uniform:0.001 --gumbel")
     for cls in (PlaceConfig, *CONFIGS.values()):
         parser.add_dataclass(cls)
@@ -421,13 +432,16 @@ def main() -> None:
     folder, configs = read_configs(flags, where)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
+    device = f" --gpu {where.gpu}" if where.gpu is not None else ""
+    device += f" --device {where.device}" if where.device else ""
+    resume = f"python train.py --resume --out {folder}{device}"
     with runtime.claimed(folder):
+        runtime.say(f"should it be interrupted, go on with: {resume}")
         whole = run(folder, configs, place)
     if not whole:
-        device = f" --gpu {where.gpu}" if where.gpu is not None else ""
-        device += f" --device {where.device}" if where.device else ""
-        runtime.say(f"stopped; go on with: python train.py --resume --out {folder}{device}")
+        runtime.say(f"stopped; go on with: {resume}")
         raise SystemExit(130)
+    runtime.say(closing_words(folder, configs["train"].method, device))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,15 @@ def test_summary_pairs_tasks_and_averages_seeds_first():
     assert lora["seen rougeL"]["difference"] == (10.5, 10, 11)  # of a: 15 - 5, of b: 91 - 80
 
 
+def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
+    learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
+    learnt["mutual_information"] = evaluation.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
+    cell = {"row": "w without softmax", "size": 9, "learnt": learnt}
+    (entry,) = compare.summarise([cell, cell], "default")
+    assert "learnt entropy" not in entry and entry["learnt distance"] == pytest.approx(0.1)
+    assert "| w without softmax | 9 | - | - | - | 2.000 | 0.100 |" in compare.markdown([entry], "default", {})
+
+
 def test_mutual_information_of_known_tables():
     labels = ["x", "x", "y", "y"]
     assert evaluation.mutual_information(torch.eye(2)[[0, 0, 1, 1]], labels) == pytest.approx(math.log(2))
@@ -234,6 +243,7 @@ def test_figures_are_written(small_run):
     for path in (home / "out").glob("*.png"):
         path.unlink()
     names = ["loss", "sizes", "categories-seen", "categories-unseen", "router", "allocation"]
+    names += ["ablations"] * (home / "out/ablations.json").exists()  # of the test before, where it has run
     done = subprocess.run([sys.executable, str(ROOT / "plot.py"), "--results", "out"], cwd=home, text=True,
                           capture_output=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -77,18 +77,36 @@ def test_no_file_is_wider_than_a_page():
     assert not wide
 
 
-FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile"}  # others'
+FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile", "evaluation.py"}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
+SOURCES = "".join(path.read_text(encoding="utf-8") for path in FILES + sorted(ROOT.glob("*/make*")))
+METHODS = {node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+           for path in FILES for node in ast.parse(path.read_text(encoding="utf-8")).body
+           if isinstance(node, ast.ClassDef)}  # fmt: skip
+
+
+def anchors(page):
+    """The names that a page's headings have in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_pages_name_what_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert "@@" not in text
-    links, files = re.findall(r"\]\((?!http)([^)#]+)\)", text), re.findall(r"`(\w+\.py)`", text)
-    for target in links + files:
-        assert (page.parent / target).exists(), target
+    for target, _, heading in re.findall(r"\]\((?!http)([^)#]*)(#?)([^)]*)\)", text):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not heading or heading in anchors(there), heading
+    for name in re.findall(r"(?:`|python )(\w+\.py)\b", text):
+        assert (page.parent / name).exists() or (ROOT / name).exists() or name in FOREIGN, name
+    for name in re.findall(r"python -m ([a-z.]+)", text):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+    for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
+        assert name in METHODS.get(owner, ()), f"{owner}.{name}"
+    for name in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text):
+        assert re.search(rf"\b{name}\b", SOURCES), name
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", text)) - FOREIGN
-    sources = "".join(path.read_text(encoding="utf-8") for path in FILES + sorted(ROOT.glob("*/make*")))
     for flag in flags:
-        assert flag in sources or flag[2:].replace("-", "_") + ":" in sources, flag
+        assert flag in SOURCES or flag[2:].replace("-", "_") + ":" in SOURCES, flag

@@ -95,6 +95,10 @@ def test_a_run_from_start_to_scores(home):
     assert scores.keys() == {"frozen base", "orchmoe"} and scores["orchmoe"].keys() == {"seen", "unseen"}
     state, info = checkpoint.load_adapter(folder / "adapter.safetensors")
     assert info["method"] == "orchmoe" and "allocation" in state
+    routing = json.loads((folder / "routing.json").read_text())
+    assert routing["category"].keys() == routing["w"].keys() and len(routing["w"]) == 4
+    assert "python train.py --resume --out run --gpu 0" in out
+    assert "python eval.py --run run --split test --gpu 0" in out and "python plot.py --run run" in out
 
     out = run("eval.py", "--run", "run", "--split", "seen", "--limit", "16", "--device", "cpu", cwd=home)
     again = json.loads((folder / "eval-seen" / "scores.json").read_text())
