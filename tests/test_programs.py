@@ -408,7 +408,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "plot.py": "give one of --run and --results",
     "plot.py --run a --results b": "give one of --run and --results",
     "plot.py --run nowhere": "nowhere/metrics.jsonl: not there; name the folder of a run",
-    "plot.py --results nowhere": "nowhere/results.json: not there; name the --out of a finished compare.py",
+    "plot.py --results nowhere": "nowhere: no results.json or ablations.json; name the --out of compare.py",
 }
 LEAST = {"steps": 1, "batch-size": 1, "accumulate": 1, "eval-every": 1, "eval-batch-size": 1,
          "text-length": 2, "train-instances": 1, "max-source-length": 2, "max-target-length": 2, "num-pos": 0,
