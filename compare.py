@@ -108,8 +108,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "allocation start: normal:1": {"allocation_init": "normal:1"},
     "allocation start: uniform:0.001": {"allocation_init": "uniform:0.001"},
     "K = 1": {"tasks": 1}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16},
-    "S = 1, R = 8": {"skills": 1, "rank": 8}, "S = 2, R = 4": {"skills": 2, "rank": 4},
-    "S = 8, R = 1": {"skills": 8, "rank": 1},
+    "S = 1 with R = 8": {"skills": 1, "rank": 8}, "S = 2 with R = 4": {"skills": 2, "rank": 4},
+    "S = 8 with R = 1": {"skills": 8, "rank": 1},
     "factors mixed": {"method": "orchmoe-factors"},
     "preset lineage": train.PRESETS["lineage"],
 }  # fmt: skip
