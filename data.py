@@ -12,6 +12,7 @@ Letters: B batch, L source length, Lt target length.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -356,7 +357,9 @@ def _cached(folder: str, key: list, is_fresh: Callable[[dict], bool],
     made = make()
     try:
         _write_arrays(path, *made)
-    except OSError as error:
+    except OSError as error:  # a folder that may not be written costs the cache alone
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}; or name another by --cache", str(path)) from None
         warn_once(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
         return made
     return _read_arrays(path) or made  # mapped, so that processes share the memory

@@ -91,19 +91,29 @@ def test_a_limit_on_file_sizes_keeps_the_last_state(home):  # noqa: F811
     check_kept(home / "run", before, done.stderr, "run/checkpoint.pt: File too large; not written")
 
 
-def test_a_full_disk_costs_the_token_cache_alone(home):  # noqa: F811
-    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3"]
-    run(*heuristic, "--out", "one", cwd=home)
+def test_a_full_disk_under_the_token_cache_says_so_and_costs_nothing(home):  # noqa: F811
+    run("train.py", *SHORT, "--steps", "2", "--out", "one", cwd=home)
+    evaluate = ["eval.py", "--run", "one", "--limit", "8", "--device", "cpu"]
+    before = {path.name: path.read_bytes() for path in (home / "one").iterdir()}
     mounted(home / "disk", 40_000)
     try:
-        done = subprocess.run(command(*heuristic, "--out", "two", "--cache", "disk"), cwd=home, text=True,
-                              capture_output=True, env=environment(home), timeout=600)
-        assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-        assert "disk: no token cache (No space left on device" in done.stderr
+        error = run(*evaluate, "--cache", "disk", cwd=home, code=2)
+        assert error.count("\n") == 1 and error.endswith("; or name another by --cache\n")
+        assert re.search(r"disk/\w+\.tokens: No space left on device; not written", error), error
         assert not list((home / "disk").iterdir())
     finally:
         subprocess.run(["umount", "-l", str(home / "disk")], check=True)
-    assert (home / "one/predictions.jsonl").read_bytes() == (home / "two/predictions.jsonl").read_bytes()
+    assert {path.name: path.read_bytes() for path in (home / "one").iterdir()} == before
+    run(*evaluate, cwd=home)
+
+
+def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):  # noqa: F811
+    (home / "file").write_text("no folder can be made below it")
+    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3", "--cache", "file/x"]
+    done = subprocess.run(command(*heuristic), cwd=home, text=True, capture_output=True,
+                          env=environment(home), timeout=600)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert "file/x: no token cache (" in done.stderr
 
 
 @pytest.mark.parametrize("save", [
