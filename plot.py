@@ -19,6 +19,7 @@ import runtime
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
+GREYS = {"frozen base": "0", "copy-demo": "0.5", "copy-input": "0.78"}  # rows that nothing was trained for
 WIDTH = 8.5  # inches at 150 dots: a page shows it at 850 pixels, and 9 points are 12 pixels there
 MOST_ROWS = 100  # tasks of the router's map; beyond them it has one row a category
 
@@ -117,12 +118,13 @@ def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path
     height = 1.4 + len(categories) * (0.1 + 0.075 * len(scores))
     figure, axes = _canvas(f"ROUGE-L on {which} tasks by category (in brackets: over all)", path.parent,
                            height)
+    coloured = [row for row in scores if row not in GREYS]
     for i, (row, runs) in enumerate(scores.items()):
         values = [np.mean([run["categories"][name]["rougeL"] for run in runs]) for name in categories]
         place = np.arange(len(categories)) + (i - (len(scores) - 1) / 2) * 0.8 / len(scores)
         overall = np.mean([run["overall"]["rougeL"] for run in runs])
-        axes.barh(place, values, 0.8 / len(scores), color=COLOURS[(i - 1) % 8],  # black: the frozen base
-                  label=f"{row} ({overall:.1f})")
+        axes.barh(place, values, 0.8 / len(scores), label=f"{row} ({overall:.1f})",
+                  color=GREYS.get(row) or COLOURS[coloured.index(row) % 8])
     axes.set_yticks(range(len(categories)), categories)
     axes.grid(axis="x", color="0.85", linewidth=0.6)
     axes.set_axisbelow(True)
