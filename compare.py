@@ -105,6 +105,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "w without softmax": {"router_norm": "none"},
     "router start: normal": {"router_init": "normal"},
     "router rate 1e-3": {"lr_router": 1e-3},
+    "router rate 1e-2": {"lr_router": 1e-2},
     "allocation start: normal:1": {"allocation_init": "normal:1"},
     "allocation start: uniform:0.001": {"allocation_init": "uniform:0.001"},
     "K = 1": {"tasks": 1}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16},
