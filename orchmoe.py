@@ -365,7 +365,7 @@ class Adapters(nn.Module):
         if any(linear.skill_task is not None for linear in self.linears.values()):
             raise ValueError("merge: every token has a w of its own here, so no single weight equals them")
         if self.training and self.noise_shape:
-            raise ValueError("merge: training draws noise; call eval() first")
+            raise ValueError("merge: training draws noise; call .eval() first")
         c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
         if c.shape[1] != 1:
             raise ValueError(f"merge: give one sample or one w, not {c.shape[1]}")
