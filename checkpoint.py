@@ -137,9 +137,9 @@ def _open(path: str | Path):
 
 def _unpickle(path: str | Path) -> object:
     """What torch.save wrote, tensors mapped and not read. weights_only: unpickling it runs no code."""
-    with _open(path) as file:
-        mappable = zipfile.is_zipfile(file)  # the format before torch 1.6, of the oldest T5 files, is not
+    _open(path).close()
     try:
+        mappable = zipfile.is_zipfile(path)  # the format before torch 1.6, of the oldest T5 files, is not
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol, on two lines of its own
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)

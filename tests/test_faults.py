@@ -269,6 +269,16 @@ def test_no_file_that_is_read_runs_code(home, monkeypatch, form, name):  # noqa:
     assert (home / "ran").exists()  # it would have run
 
 
+def test_an_archive_on_several_disks_is_refused(tmp_path):
+    """Of which zipfile itself complains, when it is only asked whether the file is an archive."""
+    checkpoint.save_state(tmp_path / "state.pt", {"step": 1})
+    raw = bytearray((tmp_path / "state.pt").read_bytes())
+    raw[raw.rindex(b"PK\x06\x07") + 16] = 7  # the number of disks in zip64's locator
+    (tmp_path / "state.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match="state.pt: refused, not a file of tensors alone"):
+        checkpoint.load_state(tmp_path / "state.pt")
+
+
 def test_there_is_no_other_way_in():
     """torch.load with weights_only alone, and nothing else that could run what a file says."""
     for path in ROOT.glob("*.py"):
