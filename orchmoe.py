@@ -1,6 +1,6 @@
 """OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
 reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
-(arXiv 2401.10559), whose equations in the letters of this file are
+(arXiv 2401.10559), as read here: the README grades what is stated, inferred and chosen.
 
     x_hat = mean_L(X + P X),  P = softmax((X Wq)(X Wk)^T / sqrt(d_r))     TaskRouter.features
     w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
@@ -60,8 +60,12 @@ class OrchMoEConfig:
                 raise ValueError(f"{name}: {value} must be from 1 to {LARGEST}")
         if not 0 <= self.extra_rank <= LARGEST**2:
             raise ValueError(f"extra_rank: {self.extra_rank} must be from 0 to {LARGEST**2}")
-        if not self.targets:
-            raise ValueError("targets: name at least one Linear")
+        if not self.targets or isinstance(self.targets, str):
+            raise ValueError(f"targets: name at least one Linear, in a tuple, not {self.targets!r}")
+        for name, choices in (("router", ("sample", "token", "none")), ("router_norm", ("softmax", "none")),
+                              ("router_init", ("kmeans", "normal"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
         for name in ("tau", "alpha"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value} must be a number above 0")
@@ -540,10 +544,10 @@ def replace_linears(module: nn.Module, config: OrchMoEConfig,
     names = set(T5_LINEARS if "all" in config.targets else config.targets)
     children = [(owner, path, name, child) for path, owner in module.named_modules()
                 for name, child in owner.named_children() if isinstance(child, nn.Linear)]
-    found = [row for row in children if row[2] in names]
-    if not found:
-        have = ", ".join(sorted({name for _, _, name, _ in children})) or "none"
-        raise ValueError(f"targets: no Linear is named {', '.join(sorted(names))}; there are {have}")
+    found, have = [row for row in children if row[2] in names], {name for _, _, name, _ in children}
+    if not found or ("all" not in config.targets and names - have):
+        absent, there = ", ".join(sorted(names - have)), ", ".join(sorted(have)) or "none"
+        raise ValueError(f"targets: no Linear is named {absent}; there are {there}")
     for owner, path, name, child in found:
         fused = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         if fused or type(child) is not nn.Linear:

@@ -356,6 +356,16 @@ def test_rows_of_another_batch_are_refused(small_t5, inputs, samples):
         small_t5.loss(*inputs)
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"targets": ("q", "value")}, "no Linear is named value"), ({"targets": "q"}, "targets"),
+    ({"router": "tokens"}, "router: 'tokens'"), ({"router_norm": "sigmoid"}, "router_norm: 'sigmoid'"),
+    ({"router_init": "kmean"}, "router_init: 'kmean'"),
+])  # fmt: skip
+def test_a_config_with_a_typing_error_is_refused(small_t5, options, words):
+    with pytest.raises(ValueError, match=words):
+        attach(small_t5, OrchMoEConfig(**options))
+
+
 @pytest.mark.parametrize("shape", [(3,), (16,), (4, 9)])  # K = 8: 16 would pass for two samples
 def test_a_w_of_another_length_is_refused(small_t5, shape):
     with pytest.raises(ValueError, match=r"w: \(K,\)"), attached(small_t5).routed(w=torch.rand(shape)):
