@@ -502,6 +502,7 @@ def main() -> None:
     parser = runtime.Parser(__doc__)
     parser.add_dataclass(BenchConfig)
     config = runtime.from_flags(BenchConfig, vars(parser.parse_args()))
+    runtime.require_alone()
     place = runtime.pick_device(config.gpu, "" if config.gpu is not None else "cpu")
     if unknown := [part for part in config.only if part not in PARTS]:
         raise ValueError(f"--only {unknown[0]}: choose from {', '.join(PARTS)}")

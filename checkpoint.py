@@ -3,6 +3,7 @@ header is checked before anything is believed), torch files (weights_only), and 
 layout, loaded through a key table that accounts for every tensor. Whatever is wrong with a file is a
 ValueError of one line. Test: pytest tests/test_checkpoint.py"""
 
+import functools
 import hashlib
 import json
 import math
@@ -271,22 +272,28 @@ def _read_t5(path: str | Path) -> tuple[T5Config, dict[str, Tensor]]:
     return config, _rename(tensors, TO_OURS, folder)
 
 
+def map_t5(path: str | Path) -> T5:
+    """The T5 in a Hugging Face folder, in eval mode on the CPU, in the dtypes of its files: the weights are
+    views of the mapped files, of which nothing is read before it is used."""
+    config, weights = _read_t5(path)
+    with torch.device("meta"):
+        model = T5(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
 def load_t5(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> T5:
     """The T5 in a Hugging Face folder, in eval mode. dtype None keeps the file's, but a float16 file becomes
     float32: T5 overflows in half precision. On the CPU, weights that need no conversion stay views of the
     mapped file."""
-    config, weights = _read_t5(path)
-    if dtype is None:
-        for weight in weights.values():  # one dtype for all, wide enough for each
-            dtype = torch.promote_types(dtype or weight.dtype, weight.dtype)
+    model = map_t5(path)
+    weights = list(model.parameters())
+    if dtype is None:  # one for all, wide enough for each
+        dtype = functools.reduce(torch.promote_types, {weight.dtype for weight in weights})
         dtype = torch.float32 if dtype == torch.float16 else dtype
-    with torch.device("meta"):
-        model = T5(config)
-    # One by one, so that no more than one tensor exists twice.
-    weights = {name: weights.pop(name).to(device, dtype).contiguous()
-               for name in runtime.progress(list(weights), "reading weights", unit="tensor")}
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    for weight in runtime.progress(weights, "reading weights", unit="tensor"):
+        weight.data = weight.data.to(device, dtype).contiguous()  # no more than one tensor exists twice
+    return model
 
 
 def save_t5(model: T5, path: str | Path, *, dtype: torch.dtype | None = None):

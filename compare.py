@@ -483,6 +483,7 @@ def main() -> None:
         if name in flags:
             raise ValueError(f"--{name.replace('_', '-')}: the comparison sets this itself; see --help")
     flags = DEFAULTS | (QUICK if flags.get("quick") else {}) | flags
+    runtime.require_alone()
     config = runtime.from_flags(CompareConfig, flags)
     configs = {name: runtime.from_flags(cls, flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:

@@ -40,6 +40,7 @@ from runtime import (
     LARGEST_JSON,
     atomic_write,
     end_with_parent,
+    first_of_node_first,
     progress,
     require_least,
     without_duplicates,
@@ -317,7 +318,7 @@ def _write_arrays(path: Path, header: dict, arrays: Arrays) -> None:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    with atomic_write(path) as file:
+    with atomic_write(path, each_node=True) as file:
         file.writelines([digest.digest(), *parts])
 
 
@@ -351,18 +352,20 @@ def _cached(folder: str, key: list, is_fresh: Callable[[dict], bool],
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(json.dumps([CACHE_VERSION, *key]).encode()).hexdigest()[:32]
     path = Path(folder or os.path.join(base, "orchmoe")) / f"{name}.tokens"
-    found = _read_arrays(path)
-    if found and is_fresh(found[0]):
-        return found
-    made = make()
-    try:
-        _write_arrays(path, *made)
-    except OSError as error:  # a folder that may not be written costs the cache alone
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{error.strerror}; or name another by --cache", str(path)) from None
-        warn_once(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
-        return made
-    return _read_arrays(path) or made  # mapped, so that processes share the memory
+    with first_of_node_first():
+        found = _read_arrays(path)
+        if found and is_fresh(found[0]):
+            return found
+        made = make()
+        try:
+            _write_arrays(path, *made)
+        except OSError as error:  # a folder that may not be written costs the cache alone
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(error.errno, f"{error.strerror}; or name another by --cache",
+                              str(path)) from None
+            warn_once(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
+            return made
+        return _read_arrays(path) or made  # mapped, so that processes share the memory
 
 
 def _digest(path: Path) -> str:
@@ -508,17 +511,22 @@ class Batch(NamedTuple):
         """The same batch with its tensors on `device`."""
         return Batch(*[field.to(device, non_blocking=True) for field in self[:-1]], self.ids)
 
-    def split(self, parts: int) -> Iterator[tuple[range, Batch]]:
+    def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, Batch]]:
         """(rows, batch of these rows) for up to `parts` pieces of nearly equal size, each cut to its own
-        longest source and target: batches hold rows in order of length, so pieces pad less than the whole."""
+        longest source and target: batches hold rows in order of length, so pieces pad less than the whole.
+        Of each piece process `rank` takes every `ranks`-th row; where none is left for it the first one,
+        without its target, since all processes must take the same steps: then the rows are empty."""
         size = -(-len(self.ids) // parts)
         for start in range(0, len(self.ids), size):
-            rows = slice(start, start + size)
-            piece = Batch(*[field[rows] for field in self])
+            rows = range(start, min(start + size, len(self.ids)))[rank::ranks]
+            piece = Batch(*[field[start:start + size][rank::ranks] if rows else field[start:start + 1]
+                            for field in self])
+            if not rows:
+                piece = piece._replace(labels=torch.full_like(piece.labels, -100))
             source, target = piece.attention_mask.any(0).sum(), (piece.labels != -100).any(0).sum()
-            yield range(*rows.indices(len(self.ids))), piece._replace(
+            yield rows, piece._replace(
                 input_ids=piece.input_ids[:, :source], attention_mask=piece.attention_mask[:, :source],
-                labels=piece.labels[:, :target])
+                labels=piece.labels[:, :max(1, target)])
 
 
 def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

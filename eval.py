@@ -46,6 +46,7 @@ class EvalConfig:
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+    shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
         runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1, seed=0)
@@ -60,15 +61,18 @@ def evenly(examples: Sequence[data.Example], limit: int) -> list[data.Example]:
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
-def batches(examples: Sequence[data.Example], size: int, device: torch.device, desc: str
-            ) -> Iterator[tuple[list[int], data.Batch]]:
+def batches(examples: Sequence[data.Example], size: int, device: torch.device, desc: str,
+            rank: int = 0, ranks: int = 1) -> Iterator[tuple[list[int], data.Batch]]:
     """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
-    once."""
+    once. Of several processes each takes its part of every batch of size * ranks, see Batch.split; no
+    positions where none is left for it."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
     with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
-        for start in range(0, len(order), size):
-            rows = order[start:start + size]
-            yield rows, data.collate([examples[i] for i in rows]).to(device)
+        for start in range(0, len(order), size * ranks):
+            rows = order[start:start + size * ranks]
+            whole = data.collate([examples[i] for i in rows])
+            mine, part = next(whole.split(1, rank, ranks))
+            yield [rows[i] for i in mine], part.to(device)
             bar.update(len(rows))
 
 
@@ -85,14 +89,15 @@ def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example]
             desc: str = "generate", w: Tensor | None = None) -> list[str]:
     """Greedy predictions, in the order of the examples; with w (K,) that in place of the router's own."""
     base.eval()
-    texts = [""] * len(examples)
-    for rows, batch in batches(examples, batch_size, base.device, desc):
+    texts: dict[int, str] = {}
+    agree = runtime.any_rank if runtime.is_sharded(base) else bool
+    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
         with routed(base, adapters, batch, w=w):
             tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
-                                   on_keep=adapters.keep)
-        for i, ids in zip(rows, tokens.tolist(), strict=True):
-            texts[i] = tokenizer.decode(ids)
-    return texts
+                                   on_keep=adapters.keep, agree=agree)
+        texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, tokens.tolist(), strict=bool(rows)))
+    texts = {i: text for part in runtime.gather(texts) for i, text in part.items()}
+    return [texts[i] for i in range(len(examples))]
 
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
@@ -107,10 +112,11 @@ def mean_loss(base: model.T5, adapters: Adapters, examples: Sequence[data.Exampl
     """Cross-entropy per target token of the first references, in nats."""
     base.eval()
     total, tokens = 0.0, 0
-    for _, batch in batches(examples, batch_size, base.device, desc):
+    for _, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
         with routed(base, adapters, batch):
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
+    total, tokens = runtime.sum_ranks([], total, tokens)
     return total / tokens
 
 
@@ -229,10 +235,12 @@ def read_run(folder: str | Path) -> dict:
     return config
 
 
-def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapters]:
-    """The base with the run's best adapters attached, or the run's best full weights, on the device."""
+def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> tuple[model.T5, Adapters]:
+    """The base with the run's best adapters attached, or the run's best full weights, on the device; with
+    `shard` the base is split over all processes."""
     folder, train = Path(folder), read_run(folder)["train"]
     if train["method"] == "full":
+        require_frozen(shard, "full")
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
         return base, Unadapted(base, full=True)
     path = folder / "adapter.safetensors"
@@ -240,7 +248,7 @@ def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapt
     if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
         raise ValueError(f"{path}: trained on the base {info['base']}, but {train['model']} is {have}; "
                          "restore that model")
-    base = checkpoint.load_t5(train["model"], dtype=place.dtype, device=place.device)
+    base = load_base(train["model"], place, shard)
     config, num_tasks = runtime.from_json(OrchMoEConfig, info["config"], path), len(info["tasks"])
     with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
         bare = model.T5(base.config)
@@ -250,7 +258,21 @@ def load_run(folder: str | Path, place: runtime.Device) -> tuple[model.T5, Adapt
         raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
     adapters = attach_method(info["method"], base, config, num_tasks=num_tasks)
     adapters.load_state_dict(state)
+    if shard:
+        runtime.shard(base, base.blocks, place)
     return base, adapters.eval()
+
+
+def load_base(path: str | Path, place: runtime.Device, shard: bool) -> model.T5:
+    """The frozen T5 of a folder on the device; with `shard` still in its files, for runtime.shard."""
+    if shard:
+        return checkpoint.map_t5(path)
+    return checkpoint.load_t5(path, dtype=place.dtype, device=place.device)
+
+
+def require_frozen(shard: bool, method: str) -> None:
+    if shard and method == "full":
+        raise ValueError("--shard: splits a frozen base; not with --method full")
 
 
 def with_task_ids(examples: Sequence[data.Example], tasks: Sequence[str]) -> list[data.Example]:
@@ -284,7 +306,8 @@ def write_results(folder: Path, examples: Sequence[data.Example], predictions: S
 
 
 # the flags that mean something beside --ask
-ASKING = {"run", "model", "ask", "input", "max_source_length", "max_new_tokens", "gpu", "device", "dtype"}
+ASKING = {"run", "model", "ask", "input", "max_source_length", "max_new_tokens", "gpu", "device", "dtype",
+          "shard"}
 
 
 def check_asked(flags: dict[str, Any]) -> None:
@@ -324,18 +347,28 @@ def main() -> None:
     if config.run:
         run = read_run(config.run)
         saved = runtime.from_json(data.DataConfig, run["data"], Path(config.run) / "config.json")
-    base, bundled = None, Path(__file__).parent / "tiny"  # whose tokenizer serves the heuristics
-    if not config.heuristic:
+    data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
+    if config.heuristic:
+        place = runtime.pick_device(device="cpu")
+    else:
         place = runtime.pick_device(config.gpu, config.device, config.dtype)
         runtime.say(place.reason)
+    with runtime.joined(place):
+        evaluate(config, run, data_config, place)
+
+
+def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place: runtime.Device) -> None:
+    """What main does once its flags are read; `run` is the config.json of the run, if it is one."""
+    base, bundled = None, Path(__file__).parent / "tiny"  # whose tokenizer serves the heuristics
     if config.run:
-        base, adapters = load_run(config.run, place)
+        base, adapters = load_run(config.run, place, config.shard)
     elif config.model:
-        base = checkpoint.load_t5(config.model, dtype=place.dtype, device=place.device)
+        base = load_base(config.model, place, config.shard)
         adapters = Unadapted(base, full=False)
+        if config.shard:
+            runtime.shard(base, base.blocks, place)
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
     tokenizer = data.Tokenizer(config.model or own or bundled)
-    data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
     if config.ask:
         return answer(base, adapters, tokenizer, config, replace(data_config, definition=True))
     split_seed = run["train"].get("split_seed")

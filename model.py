@@ -276,6 +276,8 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    entries = ("start", "step")  # methods that are called from outside and compute with weights, as forward
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm, self.attention = norm(config), SelfAttention(config)
@@ -283,10 +285,19 @@ class DecoderBlock(nn.Module):
         self.ffn_norm, self.ffn = norm(config), FeedForward(config)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, bias: Tensor, states: Tensor | None, states_bias: Tensor,
-                cache: Cache | None = None) -> Tensor:  # fmt: skip
-        """With a cache x is the newest token alone, and the encoder's `states` are not needed any more."""
-        keys_values = self.cross_attention.keys_values(states) if cache is None else cache.source
+    def forward(self, x: Tensor, bias: Tensor, states: Tensor, states_bias: Tensor) -> Tensor:
+        return self.layers(x, bias, self.cross_attention.keys_values(states), states_bias)
+
+    def start(self, states: Tensor) -> Cache:
+        """The cache of a generation from encoder states (B,Ls,D)."""
+        return Cache(*self.cross_attention.keys_values(states))
+
+    def step(self, x: Tensor, bias: Tensor, states_bias: Tensor, cache: Cache) -> Tensor:
+        """The newest token alone, x (B,1,D). Never compiled: the cache grows by a token."""
+        return self.layers(x, bias, cache.source, states_bias, cache)
+
+    def layers(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
+               cache: Cache | None = None) -> Tensor:  # fmt: skip
         x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache))
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Lt,D)
@@ -333,11 +344,13 @@ class Decoder(nn.Module):
         """One more token: x (B,1,D), bias (1,H,1,Lt) = the causal row of this token -> (B,1,D)."""
         states_bias = padding_bias(mask, x.dtype)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.forward(x, bias, None, states_bias, cache)  # never compiled: the cache grows by a token
+            x = block.step(x, bias, states_bias, cache)
         return self.norm(x)
 
 
 class T5(nn.Module):
+    entries = ("embed", "loss", "generate")  # as in DecoderBlock; none of them calls another
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
@@ -351,18 +364,23 @@ class T5(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return (*self.encoder.blocks, *self.decoder.blocks)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids)  # (B,L) -> (B,L,D)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Source (B,Ls), mask true (or 1) at real tokens -> encoder states (B,Ls,D)."""
         checkpointed = self.checkpoint_blocks and self.training
-        return self.encoder(self.embed(input_ids), attention_mask, checkpointed=checkpointed)
+        return self.encoder(self.embedding(input_ids), attention_mask, checkpointed=checkpointed)
 
     def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Target so far (B,Lt), encoder states and their mask -> hidden states (B,Lt,D) for `logits`."""
         checkpointed = self.checkpoint_blocks and self.training
-        return self.decoder(self.embed(decoder_input_ids), states, attention_mask, checkpointed=checkpointed)
+        x = self.embedding(decoder_input_ids)
+        return self.decoder(x, states, attention_mask, checkpointed=checkpointed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.config.scale_decoder_outputs:
@@ -387,26 +405,32 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = 127,
-                 on_keep: Callable[[Tensor], None] | None = None) -> Tensor:  # fmt: skip
+                 on_keep: Callable[[Tensor], None] | None = None,
+                 agree: Callable[[bool], bool] = bool) -> Tensor:  # fmt: skip
         """Greedy: source (B,Ls) -> tokens (B,n), n <= max_new_tokens, without the start token, pad after EOS.
         Rows that have ended are dropped from the work; on_keep(rows) tells which of the current rows stay,
-        (B',)."""
+        (B',). agree(whether any row goes on) says after each token whether to compute another: where
+        processes share the weights, all of them must take the same number of steps."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         states, mask = self.encode(input_ids, attention_mask), attention_mask
-        caches = [Cache(*block.cross_attention.keys_values(states)) for block in self.decoder.blocks]
+        caches = [block.start(states) for block in self.decoder.blocks]
         strip = self.decoder.position.strip(max_new_tokens)[None, :, None]  # (1,H,1,2n-1)
         tokens = input_ids.new_full((len(input_ids), max_new_tokens), self.config.pad_token_id)
         alive = torch.arange(len(input_ids), device=input_ids.device)
-        newest = torch.full_like(alive, self.config.decoder_start_token_id)
+        newest, ended = torch.full_like(alive, self.config.decoder_start_token_id), False
         for t in range(max_new_tokens):
             bias = strip[..., max_new_tokens - 1 - t : max_new_tokens]  # distances -t ... 0: (1,H,1,t+1)
-            hidden = self.decoder.step(self.embed(newest[:, None]), bias, mask, caches)
+            hidden = self.decoder.step(self.embedding(newest[:, None]), bias, mask, caches)
             newest = self.logits(hidden[:, 0]).argmax(-1)  # (B')
-            tokens[alive, t] = newest
-            rows = (newest != self.config.eos_token_id).nonzero()[:, 0]
-            if len(rows) == 0:
+            if not ended:
+                tokens[alive, t] = newest
+                rows = (newest != self.config.eos_token_id).nonzero()[:, 0]
+                ended = len(rows) == 0
+            if not agree(not ended):
                 break
+            if ended:  # one row keeps step with the other processes; nothing of it is kept
+                rows = rows.new_zeros(1)
             if len(rows) < len(alive):
                 alive, newest, mask = alive[rows], newest[rows], mask[rows]
                 mask = mask[:, : real_length(mask)]
@@ -419,7 +443,7 @@ class T5(nn.Module):
     def compile_blocks(self, backend: str = "inductor"):
         """Compiles each block as one graph for all lengths; all encoder blocks share their code, all decoder
         blocks theirs. Call it when the adapters are attached; generation decodes uncompiled."""
-        for block in (*self.encoder.blocks, *self.decoder.blocks):
+        for block in self.blocks:
             block.compile(dynamic=True, fullgraph=True, backend=backend)
 
     def set_dropout(self, p: float):

@@ -1,6 +1,6 @@
 """What the programs need from the machine, each thing in one place: whole files or none, flags from
-dataclasses, one line for bad input, device and dtype, seeds and noise, the JSONL log, signals. Level 0:
-imports nothing of this project."""
+dataclasses, one line for bad input, device and dtype, several processes, seeds and noise, the JSONL log,
+signals. Level 0: imports nothing of this project."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,14 +21,18 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 LARGEST_JSON = 2**28  # bytes; a task file of a million short instances, and a bound on memory
@@ -36,10 +41,15 @@ LARGEST_JSON = 2**28  # bytes; a task file of a million short instances, and a b
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, *, each_node: bool = False) -> Iterator[BinaryIO]:
     """Binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the
-    folder. An OSError names `path`."""
+    folder. An OSError names `path`. Of several processes only the first writes, or the first of each
+    node."""
     path = Path(path)
+    if (local_rank() if each_node else rank()) != 0:
+        with open(os.devnull, "wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -76,7 +86,10 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def claimed(folder: str | Path) -> Iterator[None]:
     """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
     the lock however its holder ends, kill -9 included; what a holder killed inside a save has left half
-    written, in the folder or in its model/, is removed."""
+    written, in the folder or in its model/, is removed. Of several processes the first holds it for all."""
+    if rank() != 0:
+        yield
+        return
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
@@ -125,13 +138,15 @@ class Log:
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         path = Path(path)
-        if resume_step is not None and path.exists():
+        if resume_step is not None and path.exists() and rank() == 0:
             kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= resume_step]
             with atomic_write(path) as file:
                 file.writelines(line + b"\n" for line in kept)
         self._path = path
 
     def write(self, **record: Any) -> None:
+        if rank() != 0:
+            return
         with naming(self._path), open(self._path, "ab") as file:
             file.write((json.dumps(record) + "\n").encode())
 
@@ -171,7 +186,7 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, formatter_class=_Page)
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n" if local_rank() == 0 else None)
 
     def add_dataclass(self, cls: type, defaults: dict[str, Any] | None = None,
                       hidden: Iterable[str] = ()) -> None:
@@ -272,27 +287,32 @@ def run_program(main: Callable[[], None]) -> typing.NoReturn:
 
 
 def _fail(text: str) -> typing.NoReturn:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}\n")
+    if local_rank() == 0 or _joined():  # before they join, all processes of a node meet the same error
+        who = f" on rank {rank()}" if rank() else ""
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {' '.join(text.split())}\n")
     sys.exit(2)
 
 
 def say(text: str = "") -> None:
-    """One line on stdout, at once, without breaking a progress bar."""
+    """One line on stdout, of the first process, at once, without breaking a progress bar."""
+    if rank() != 0:
+        return
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)
 
 
 @functools.cache
 def warn(text: str) -> None:
-    """One line on stderr for what the run survives; each text once."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    """One line on stderr, of the first process, for what the run survives; each text once."""
+    if rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def progress(iterable: Iterable | None, desc: str, total: int | None = None, unit: str = "it",
              **options: Any) -> tqdm:
-    """tqdm on stderr, of what takes longer than a second; silent where stderr is no terminal, and in worker
-    processes, whose bars would overwrite each other."""
-    silent = multiprocessing.parent_process() is not None or not sys.stderr.isatty()
+    """tqdm on stderr, of what takes longer than a second; silent where stderr is no terminal, and in all
+    processes but the first, whose bars would overwrite each other."""
+    silent = multiprocessing.parent_process() is not None or rank() != 0 or not sys.stderr.isatty()
     return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, delay=1,
                 disable=silent, **options)
 
@@ -307,11 +327,9 @@ class Device(NamedTuple):
 
 
 def pick_device(gpu: int | None = None, device: str = "", dtype: str = "auto") -> Device:
-    """`--gpu N` or `--device cpu|cuda:N`; with no CUDA at all the CPU, said in `reason`. bf16 on CUDA and
-    float32 on the CPU unless `dtype` says otherwise. ValueError for a GPU beyond those there are and for
-    float16, in which T5 overflows."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: several processes are not supported; start without torchrun")
+    """`--gpu N` or `--device cpu|cuda:N`; with no CUDA at all the CPU, said in `reason`. Under torchrun each
+    process takes the GPU of its LOCAL_RANK. bf16 on CUDA and float32 on the CPU unless `dtype` says
+    otherwise. ValueError for a GPU beyond those there are and for float16, in which T5 overflows."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype}: choose auto, float32 or bfloat16 (T5 overflows in float16)")
     if gpu is not None and device:
@@ -320,16 +338,231 @@ def pick_device(gpu: int | None = None, device: str = "", dtype: str = "auto") -
     if device and device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: choose cpu or cuda:N")
     wanted = int(device.partition(":")[2] or 0) if device.startswith("cuda") else gpu
+    wanted = local_rank() if ranks() > 1 else wanted
     if device.startswith("cuda") and not count:
         raise ValueError(f"--device {device}: no CUDA here or in this torch; use --device cpu")
-    if wanted is not None and (wanted < 0 or 0 < count <= wanted):
-        raise ValueError(f"--gpu {wanted}: there are {count} GPUs, numbered from 0")
     on_gpu = device != "cpu" and count > 0
+    if wanted is not None and (wanted < 0 or (on_gpu or ranks() == 1) and 0 < count <= wanted):
+        remedy = "; start as many processes on a node, or give --device cpu" if ranks() > 1 else ""
+        raise ValueError(f"--gpu {wanted}: there are {count} GPUs, numbered from 0{remedy}")
     place = torch.device("cuda", wanted or 0) if on_gpu else torch.device("cpu")
     kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else torch.float32
     name = torch.cuda.get_device_name(place) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     note = "" if on_gpu or device == "cpu" else " (no CUDA here)"
-    return Device(place, kind, f"device: {name}{note}, {str(kind)[6:]}, torch {torch.__version__}")
+    name += f"{note}, {ranks()} processes" if ranks() > 1 else note
+    return Device(place, kind, f"device: {name}, {str(kind)[6:]}, torch {torch.__version__}")
+
+
+# ------------------------------------------------------------------------------------------ several processes
+# Under torchrun every process runs the whole program on its share of each batch; the rest of the code asks
+# here. Without torchrun there is one process, rank 0 of 1, and all of this does nothing.
+
+SILENCE = 15  # seconds without a sign of life after which a process is given up
+LONGEST_WAIT = timedelta(hours=2)  # for one another, while all are alive: a first start tokenises for long
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher() -> str:
+    """What starts this program again."""
+    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if ranks() > 1 else "python"
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def require_alone() -> None:
+    """ValueError under torchrun, for programs of one process."""
+    if ranks() > 1:
+        raise ValueError(f"WORLD_SIZE {ranks()}: this program runs in one process; start it without torchrun")
+
+
+@contextmanager
+def joined(place: Device | None, remedy: str = "start it again") -> Iterator[None]:
+    """Joins the processes that torchrun has started, for the body: NCCL between GPUs, gloo on the CPU. When
+    one of them is lost the others end within SILENCE seconds and say which it was, and `remedy`."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    on_gpu = place is not None and place.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(place.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
+    pulse = _Pulse(remedy)
+    try:
+        meet()  # from here on every process shows its pulse
+        pulse.start()
+        yield
+        meet()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise pulse.verdict(error) from None
+    finally:
+        pulse.stop()
+    dist.destroy_process_group()  # after an error it would wait for the lost
+
+
+class _Pulse(threading.Thread):
+    """A second thread that tells the others once a second, through torchrun's key-value store, that this
+    process is alive, and ends it when another falls silent: stopped, killed, or cut off. A collective that
+    waits for a dead partner would not return by itself."""
+
+    def __init__(self, remedy: str):
+        super().__init__(daemon=True)
+        self._remedy, self._ended = remedy, threading.Event()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        self._keys = [f"pulse/{number}" for number in range(ranks())]
+        self._beat("0")
+
+    def _beat(self, value: str) -> None:
+        self._store.set(self._keys[rank()], value)
+
+    def run(self) -> None:
+        seen, quiet = [b""] * ranks(), [0] * ranks()
+        for count in itertools.count(1):
+            if self._ended.wait(1):
+                return
+            try:
+                self._beat(str(count))
+                now = self._store.multi_get(self._keys)
+            except RuntimeError:  # the store is torchrun's own process
+                self._end(f"rank {rank()}: torchrun itself was lost; {self._remedy}")
+            quiet = [n + 1 if old == new != b"left" else 0
+                     for n, old, new in zip(quiet, seen, now, strict=True)]
+            seen = now
+            if max(quiet) >= SILENCE:
+                self._end(self._epitaph([number for number, n in enumerate(quiet) if n >= SILENCE]))
+
+    def verdict(self, error: Exception) -> BaseException:
+        """What to raise in place of an error: where a collective failed, that another process was lost;
+        nothing more to say where another process has said the same."""
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            before = self._store.multi_get(self._keys)
+            time.sleep(3)  # those that live beat at least twice
+            pairs = enumerate(zip(before, self._store.multi_get(self._keys), strict=True))
+            lost = [number for number, (old, new) in pairs if old == new and number != rank()]
+            error = ValueError(self._epitaph(lost) if lost else f"{error!s:.200}; {self._remedy}")
+        said_by = self._store.add(f"said/{error}", 1)
+        return error if said_by == 1 else SystemExit(2)
+
+    def _epitaph(self, lost: list[int]) -> str:
+        which = f"rank {lost[0]} was" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} were"
+        return f"{which} lost (stopped, killed or failed); what was saved is whole; {self._remedy}"
+
+    def _end(self, text: str) -> None:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error on rank {rank()}: {text}\n")
+        sys.stderr.flush()
+        os._exit(2)  # the main thread hangs in a collective that nothing can interrupt
+
+    def stop(self) -> None:
+        self._ended.set()
+        with suppress(RuntimeError):
+            self._beat("left")
+
+
+def meet() -> None:
+    """Waits until all processes are here."""
+    any_rank(False)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true in any process."""
+    if not _joined():
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags)
+    return bool(flags.item())
+
+
+def sum_ranks(tensors: Sequence[torch.Tensor], *numbers: float) -> list[float]:
+    """Replaces the tensors, all of one dtype, by their sums over all processes, and returns those of the
+    numbers: one flat all_reduce."""
+    if not _joined():
+        return list(numbers)
+    like = tensors[0] if tensors else torch.empty(0, dtype=torch.float64)
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), like.new_tensor(numbers)])
+    dist.all_reduce(flat)
+    *sums, numbers = flat.split([*(tensor.numel() for tensor in tensors), len(numbers)])
+    for tensor, total in zip(tensors, sums, strict=True):
+        tensor.copy_(total.view_as(tensor))
+    return numbers.tolist()
+
+
+def copy_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Replaces the tensors of every process by those of the first."""
+    for tensor in tensors if _joined() else ():
+        dist.broadcast(tensor, 0)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    values = [value]
+    if _joined():
+        values *= ranks()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(hasattr(parameter, "to_local") for parameter in module.parameters())
+
+
+@contextmanager
+def first_of_node_first() -> Iterator[None]:
+    """Lets the first process of each node through the body alone, so that the others find what it cached."""
+    if local_rank() != 0:
+        meet()
+    yield
+    if local_rank() == 0:
+        meet()
+
+
+def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
+    """Splits the frozen weights of `root` over all processes by FSDP2, each unit's apart and gathered only
+    while it computes; those outside the units stay gathered from the forward to the backward. Weights may be
+    views of mapped files, of which each process reads its share alone. What trains is whole in every process,
+    on the device. Methods in a module's `entries` gather its weights as its forward does."""
+    # Imported here: they take half a second, which no other run need wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not _joined():
+        raise ValueError("--shard: splits the base over the processes of torchrun; start it by that")
+    frozen = {name: p.detach() for name, p in root.named_parameters() if not p.requires_grad}
+    trained = {p for p in root.parameters() if p.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(place.device)
+    for name, weight in frozen.items():
+        owner, _, child = name.rpartition(".")
+        empty = torch.empty(weight.shape, dtype=place.dtype, device="meta")
+        setattr(root.get_submodule(owner), child, nn.Parameter(empty, requires_grad=False))
+    mesh = init_device_mesh(place.device.type, (ranks(),))
+    for module in (*units, root):
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+        for name in getattr(module, "entries", ()):
+            register_fsdp_forward_method(module, name)
+
+    def share(weight: torch.Tensor) -> DTensor:
+        parts = weight.chunk(ranks())  # along the first dimension, as FSDP2 does; the last may be smaller
+        mine = parts[rank()] if rank() < len(parts) else weight[:0]
+        mine = mine.to(place.device, place.dtype, copy=True).contiguous()
+        return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=weight.shape,
+                                  stride=weight.stride())
+
+    shares = {name: share(frozen.pop(name)) for name in progress(list(frozen), "sharding", unit="tensor")}
+    root.load_state_dict(shares, strict=False, assign=True)
 
 
 # ------------------------------------------------------------------------------------------ seeds and signals

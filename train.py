@@ -79,6 +79,7 @@ class PlaceConfig:
     resume: bool = False  # go on with the run in --out, with its own settings
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
+    shard: bool = False  # split the frozen base over the processes of torchrun
 
 
 # Named settings: lineage starts and relaxes the allocation as Poly does, whose line of papers OrchMoE is in.
@@ -104,6 +105,7 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[
         folder = Path(where.out) if where.out else first_free(f"runs/{configs['train'].method}")
         if (folder / "config.json").exists():
             raise ValueError(f"--out {folder}: holds a run already; add --resume, or name another folder")
+    evaluation.require_frozen(where.shard, configs["train"].method)
     if configs["data"].text and configs["train"].method != "full":
         raise ValueError("--text: span corruption goes with --method full")
     return folder, configs
@@ -113,11 +115,11 @@ def first_free(name: str) -> Path:
     return next(path for n in range(1, 10**6) if not ((path := Path(f"{name}-{n}")) / "config.json").exists())
 
 
-def load_base(config: TrainConfig, place: runtime.Device) -> model.T5:
+def load_base(config: TrainConfig, place: runtime.Device, shard: bool = False) -> model.T5:
     """The T5 of --model; with --method full in float32, whose small updates bf16 weights would lose."""
     if not config.from_scratch:
-        dtype = torch.float32 if config.method == "full" else place.dtype
-        return checkpoint.load_t5(config.model, dtype=dtype, device=place.device)
+        place = place._replace(dtype=torch.float32) if config.method == "full" else place
+        return evaluation.load_base(config.model, place, shard)
     path = Path(config.model) / "config.json"
     t5_config = model.T5Config.from_json(path)
     with torch.device("meta"):
@@ -205,7 +207,8 @@ def require_finite(base: model.T5, where: str, **values: float) -> None:
 def offender(base: model.T5) -> str:
     """Of the weights, or where these are finite of the gradients, that with the most values that are not;
     without any, the gradient with the largest value."""
-    weights = {f"weight {name}": p for name, p in base.named_parameters()}
+    weights = {f"weight {name}": p.to_local() if hasattr(p, "to_local") else p  # of a sharded base its share
+               for name, p in base.named_parameters()}
     gradients = {f"gradient of {name}": p.grad for name, p in base.named_parameters() if p.grad is not None}
     for tensors in (weights, gradients):
         faults = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
@@ -218,11 +221,13 @@ def offender(base: model.T5) -> str:
 
 def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
                    step: int, config: TrainConfig) -> dict[str, float | None]:
-    """One step: the loss is the sum over the target tokens of all micro-batches, divided by their count."""
+    """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
+    their count."""
     optimizer.zero_grad(set_to_none=True)
     loss, entropy = 0.0, None
-    for rows, part in batch.split(config.accumulate):
-        noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows, adapters.noise_shape)
+    for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.ranks()):
+        noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows or [0],
+                                                               adapters.noise_shape)
         part = part.to(base.device)
         with evaluation.routed(base, adapters, part, noise=noise) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
@@ -231,7 +236,9 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
         if routing.w is not None:
             entropy = evaluation.mean_entropy(routing.w.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    loss, = runtime.sum_ranks(gradients, loss)  # of all processes
+    norm = torch.nn.utils.get_total_norm(gradients)
     require_finite(base, f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
     if config.clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
@@ -258,6 +265,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
         first, best = state["step"], state["best"]
     else:
         fit_router(base, adapters, source.examples, config)
+    runtime.copy_first(adapters.state_dict().values())  # processes that begin alike stay alike
     log = runtime.Log(folder / "metrics.jsonl", resume_step=first - 1)
     steps, tokens, began = range(first, config.steps), 0, time.monotonic()
     with runtime.stop_signals() as asked, \
@@ -265,7 +273,8 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
         for step in bar:
             base.train()
             batch = source.batch(step)
-            torch.manual_seed(runtime.generator(config.seed, 2, step).initial_seed())  # for dropout
+            for_dropout = runtime.generator(config.seed, 2, step, runtime.rank())
+            torch.manual_seed(for_dropout.initial_seed())
             with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
                 record = optimiser_step(base, adapters, optimizer, batch, step, config)
             tokens += batch.input_ids.numel() + batch.labels.numel()
@@ -273,7 +282,8 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             log.write(step=step, **record)
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)
-            stopping, due = asked(), (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+            stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
+            due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
             if due or stopping:  # a finite gradient and a rate too high may yet have broken the weights
                 where, weights = f"after step {step} on {', '.join(batch.ids)}", adapters.parameter_groups()
                 size = torch.nn.utils.get_total_norm([p for group in weights.values() for p in group])
@@ -327,11 +337,11 @@ def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data
                    tokenizer: data.Tokenizer, config: TrainConfig, name: str) -> dict[str, dict]:
     """{"seen": scores, "unseen": scores} of the model as it is."""
     scores = {}
-    for which in sets.keys() - {"dev"}:
+    for which in sorted(sets.keys() - {"dev"}):  # in this order in every process
         predictions = evaluation.predict(base, adapters, sets[which], tokenizer, desc=f"{name}, {which}",
                                          batch_size=config.eval_batch_size)
         scores[which] = evaluation.score(sets[which], predictions)
-    return dict(sorted(scores.items()))
+    return scores
 
 
 TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
@@ -357,17 +367,21 @@ def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: 
         raise ValueError(f"{data_config.data}: not the training tasks that the run began with; restore them")
 
 
-def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True) -> bool:
+def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
+        shard: bool = False) -> bool:
     """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it.
-    closing: score the frozen base and the trained model on seen and unseen tasks, and say so."""
+    closing: score the frozen base and the trained model on seen and unseen tasks, and say so. shard: split
+    the base over all processes."""
     config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
     torch.manual_seed(config.seed)
     tokenizer = data.Tokenizer(config.model)
     train_set, sets = load_sets(tokenizer, config, data_config)
     source = Source(train_set, tokenizer, config, data_config)
-    base = load_base(config, place)
+    base = load_base(config, place, shard)
     adapters = attach_method(config.method, base, adapter_config, num_tasks=len(train_set.tasks),
                              generator=runtime.generator(config.seed, 0))
+    if shard:
+        runtime.shard(base, base.blocks, place)
     base.set_dropout(config.dropout if config.method == "full" else 0.0)
     base.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
@@ -402,6 +416,7 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
         return False
     if not closing:
         return True
+    runtime.meet()  # the first process has written what all read now
     adapters.load_state_dict(checkpoint.load_t5(folder / "model").state_dict() if config.method == "full"
                              else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
@@ -434,10 +449,10 @@ def main() -> None:
     runtime.say(place.reason)
     device = f" --gpu {where.gpu}" if where.gpu is not None else ""
     device += f" --device {where.device}" if where.device else ""
-    resume = f"python train.py --resume --out {folder}{device}"
-    with runtime.claimed(folder):
+    resume = f"{runtime.launcher()} train.py --resume --out {folder}{device}{' --shard' * where.shard}"
+    with runtime.joined(place, f"go on with: {resume}"), runtime.claimed(folder):
         runtime.say(f"should it be interrupted, go on with: {resume}")
-        whole = run(folder, configs, place)
+        whole = run(folder, configs, place, shard=where.shard)
     if not whole:
         runtime.say(f"stopped; go on with: {resume}")
         raise SystemExit(130)
