@@ -393,15 +393,17 @@ class T5(nn.Module):
         return self.logits(self.decode(decoder_input_ids, states, attention_mask))
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """SUM of the cross-entropy over labels (B,Lt) other than -100, a float32 scalar; the caller divides
-        by the token count of its whole step. The decoder reads the labels shifted right behind the start
-        token."""
+        """SUM of the cross-entropy over labels (B,Lt) other than -100, a scalar of at least float32; the
+        caller divides by the token count of its whole step. The decoder reads the labels shifted right behind
+        the start token."""
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
         hidden = self.decode(shifted, self.encode(input_ids, attention_mask), attention_mask)
         real = labels != IGNORED  # before the head: no logits of padding, the largest tensor there is
-        return F.cross_entropy(self.logits(hidden[real]).float(), labels[real], reduction="sum")
+        logits = self.logits(hidden[real])  # (M,V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels[real], reduction="sum")
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = 127,

@@ -288,9 +288,14 @@ def run_program(main: Callable[[], None]) -> typing.NoReturn:
 
 def _fail(text: str) -> typing.NoReturn:
     if local_rank() == 0 or _joined():  # before they join, all processes of a node meet the same error
-        who = f" on rank {rank()}" if rank() else ""
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {' '.join(text.split())}\n")
+        _complain(text)
     sys.exit(2)
+
+
+def _complain(text: str) -> None:
+    who = f" on rank {rank()}" if rank() else ""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {' '.join(text.split())}\n")
+    sys.stderr.flush()
 
 
 def say(text: str = "") -> None:
@@ -437,7 +442,7 @@ class _Pulse(threading.Thread):
                 self._beat(str(count))
                 now = self._store.multi_get(self._keys)
             except RuntimeError:  # the store is torchrun's own process
-                self._end(f"rank {rank()}: torchrun itself was lost; {self._remedy}")
+                self._end(f"torchrun itself was lost; {self._remedy}")
             quiet = [n + 1 if old == new != b"left" else 0
                      for n, old, new in zip(quiet, seen, now, strict=True)]
             seen = now
@@ -448,6 +453,7 @@ class _Pulse(threading.Thread):
         """What to raise in place of an error: where a collective failed, that another process was lost;
         nothing more to say where another process has said the same."""
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has noticed too
             before = self._store.multi_get(self._keys)
             time.sleep(3)  # those that live beat at least twice
             pairs = enumerate(zip(before, self._store.multi_get(self._keys), strict=True))
@@ -461,8 +467,7 @@ class _Pulse(threading.Thread):
         return f"{which} lost (stopped, killed or failed); what was saved is whole; {self._remedy}"
 
     def _end(self, text: str) -> None:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error on rank {rank()}: {text}\n")
-        sys.stderr.flush()
+        _complain(text)
         os._exit(2)  # the main thread hangs in a collective that nothing can interrupt
 
     def stop(self) -> None:
