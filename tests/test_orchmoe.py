@@ -456,6 +456,24 @@ def test_config_refuses_nonsense(options, message):
         OrchMoEConfig(**options)
 
 
+def test_a_source_of_another_shape_is_refused_with_what_came(small_t5, inputs):
+    adapters = attached(small_t5)
+    embeddings, mask = small_t5.embed(inputs.input_ids), inputs.attention_mask
+    refusals = [(inputs.input_ids, mask, r"embeddings: \(B,L,D\) .* D = 32, not \(4, 9\); token ids must be"),
+                (embeddings[0], mask[0], r"embeddings: .* not \(9, 32\)"),
+                (embeddings[..., :31], mask, r"embeddings: .* not \(4, 9, 31\)"),
+                (embeddings, mask[:, :8], r"mask: \(B,L\) = \(4, 9\), not \(4, 8\)"),
+                (embeddings, mask[0], r"mask: .* not \(9,\)"),
+                (embeddings, mask[..., None], r"mask: .* not \(4, 9, 1\)")]  # fmt: skip
+    for source, of, message in refusals:
+        with pytest.raises(ValueError, match=message), adapters.routed(source, of):
+            pass
+        with pytest.raises(ValueError, match=message):
+            adapters.fit_router([source], [of])
+    router = torch.compile(adapters.router, backend="eager", fullgraph=True)
+    torch.testing.assert_close(router(embeddings, mask), adapters.router(embeddings, mask), **EXACT)
+
+
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_adapter_state_alone_restores_the_function(small_t5, inputs, router):
     adapters = attached(small_t5, router=router)
