@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import stir
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -124,10 +125,7 @@ def attached(case, router="sample", mix=orchmoe.mix_skills):
     config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, router_dim=8, alpha=4.0)
     adapters = attach(case.base.eval(), config, mix, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_task is not None:
-            nn.init.normal_(linear.skill_task, generator=generator)
+    stir(adapters, generator)
     if adapters.router is not None:
         embeddings, mask = case.embeddings()
         mask = torch.ones(embeddings.shape[:2]) if mask is None else mask

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stir
 from torch import nn
 
 import orchmoe
@@ -22,10 +23,7 @@ def attached(base, **options):
     adapters = attach(base, config, generator=torch.Generator().manual_seed(2))
     base.double()
     generator = torch.Generator().manual_seed(3)
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_task is not None:
-            nn.init.normal_(linear.skill_task, generator=generator)
+    stir(adapters, generator)
     if adapters.router is not None:
         nn.init.normal_(adapters.router.task, generator=generator)
     return adapters
