@@ -23,7 +23,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -76,21 +76,47 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def claimed(folder: str | Path) -> Iterator[None]:
     """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
     the lock however its holder ends, kill -9 included; what a holder killed inside a save has left half
-    written, in the folder or in its model/, is removed."""
+    written, in the folder or in its model/, is removed. At the end the lock's file goes, and of the folders
+    made for it those that are still empty."""
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    made = [part for part in path.parents if not part.exists()]
+    with _locked(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing this run; wait until it ends, or name "
-                             "another folder by --out") from None
-        except OSError as error:  # a file system without locks
-            warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
-        else:
-            for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
-                stale.unlink()
-        yield
+            yield
+        finally:
+            with suppress(OSError):
+                if _is_at(path, file):
+                    path.unlink()  # still locked: who has opened it by now will see that it is gone
+                for part in made:
+                    part.rmdir()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file `path`, made with its folder, for this process alone until it is closed."""
+    for _ in range(100):  # a holder that ends takes file and folder away at any moment
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "wb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise ValueError(f"{path.parent}: another process is writing this run; wait until it ends, "
+                                 "or name another folder by --out") from None
+            except OSError as error:  # a file system without locks
+                warn(f"{path.parent}: no lock ({error.strerror}); start no second run on this folder")
+                return file
+            if _is_at(path, file):
+                for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
+                    stale.unlink()
+                return file
+            file.close()
+    raise ValueError(f"{path.parent}: cannot be locked; name another folder by --out")
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether `path` names the open file, and not another or none."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def write_json(path: str | Path, value: Any) -> None:

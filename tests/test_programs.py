@@ -1,5 +1,6 @@
 """train.py and eval.py as a user runs them, on the bundled data and, where it is given, on the real one."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,50 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(home):
     assert not (home / "new/config.json").exists()
 
 
+def test_a_claim_that_ends_leaves_nothing_but_what_was_written(tmp_path):
+    with runtime.claimed(tmp_path / "runs/empty"):
+        assert (tmp_path / "runs/empty/.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="bad"), runtime.claimed(tmp_path / "runs/run"):
+        (tmp_path / "runs/run/config.json").touch()
+        raise ValueError("bad")
+    assert list((tmp_path / "runs/run").iterdir()) == [tmp_path / "runs/run/config.json"]
+
+
+def test_a_lock_whose_file_was_taken_away_meanwhile_is_none(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def slow(*arguments):  # before it, the holder whose file was opened ends
+        calls.append(arguments)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr(runtime.fcntl, "flock", slow)
+    with runtime.claimed(tmp_path), pytest.raises(ValueError, match="another process"):
+        with runtime.claimed(tmp_path):
+            pass
+    assert len(calls) == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_of_many_that_claim_one_folder_one_at_a_time_has_it(tmp_path):
+    def claim_often(_):
+        held = 0
+        for _ in range(200):
+            try:
+                with runtime.claimed(tmp_path / "runs/run"):
+                    (tmp_path / "held").touch(exist_ok=False)
+                    (tmp_path / "held").unlink()
+                    held += 1
+            except ValueError as error:
+                assert "another process" in str(error)
+        return held
+
+    with ThreadPoolExecutor(4) as pool:  # a lock is of an open file, whatever thread or process opened it
+        assert min(pool.map(claim_often, range(4))) > 0
+    assert not list(tmp_path.rglob(".lock"))
+
+
 def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
@@ -422,19 +468,24 @@ MESSAGES |= {f"train.py --{flag} {value}": f"--{flag} {value}: give 0 or more"
 
 @pytest.fixture
 def refusal(home, monkeypatch, capsys):
-    """The line on stderr of a command line that must end with exit code 2 and nothing but that line; in this
-    process, which spares the imports."""
+    """The line on stderr of a command line that must end with exit code 2, nothing but that line, and no file
+    left behind; in this process, which spares the imports."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     (home / "file").write_text("a file")
 
+    def files():
+        return [path for path in sorted(home.rglob("*")) if home / "cache" not in (path, *path.parents)]
+
     def refused(line):
         program, *arguments = shlex.split(line)
         monkeypatch.setattr(sys, "argv", [program, *arguments])
+        before = files()
         with pytest.raises(SystemExit) as end:
             runtime.run_program(importlib.import_module(program.removesuffix(".py")).main)
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.count("\n") == 1, error
+        assert files() == before
         return error.removeprefix(f"{program}: error: ")
 
     return refused
