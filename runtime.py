@@ -119,6 +119,13 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
+def require_model(path: str | Path) -> None:
+    """ValueError with the remedy where nothing is at `path`, say because it is a model's name on the Hub."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such folder; name a local one, nothing is downloaded here; "
+                         "`hf download NAME --local-dir DIR` gets a model from the Hub")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -368,11 +368,12 @@ def test_a_run_is_exported_as_the_readme_prints_it(home):
 
 
 CHOICE = "invalid choice: "  # argparse's own; what follows differs between versions of Python
+DOWNLOAD = "no such folder; name a local one, nothing is downloaded here; `hf download NAME --local-dir DIR`"
 MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --data nowhere": "nowhere/splits/default/train_tasks.txt: no such file; --data takes a folder",
     "train.py --splits nowhere": "sni/splits/nowhere/train_tasks.txt: no such file; --data takes a folder",
     "train.py --splits ../x": "--splits: '../x' is no plain name; give a short one",
-    "train.py --model nowhere": "nowhere: no such file; give a T5 folder with spiece.model",
+    "train.py --model google/flan-t5-base": f"google/flan-t5-base: {DOWNLOAD}",
     "train.py --model file": "file: not a SentencePiece model; download it again",
     "train.py --out file": "file: File exists",
     "train.py --out file/run": "file/run: Not a directory",
@@ -417,7 +418,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "eval.py": "give one of --run, --model and --heuristic",
     "eval.py --run a --model b": "give one of --run, --model and --heuristic",
     "eval.py --run nowhere": "nowhere/config.json: not there; name the folder of a run of train.py",
-    "eval.py --model nowhere": "nowhere/config.json: cannot be read (No such file or directory)",
+    "eval.py --model google/flan-t5-base": f"google/flan-t5-base: {DOWNLOAD}",
     "eval.py --heuristic copy": f"argument --heuristic: {CHOICE}'copy'",
     "eval.py --heuristic copy-demo --split all": f"argument --split: {CHOICE}'all'",
     "eval.py --heuristic copy-demo --data nowhere": "nowhere/splits/default/train_tasks.txt: no such file",
@@ -450,7 +451,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "compare.py --method lora": "--method: the comparison sets this itself; see --help",
     "compare.py --train-instances 5": "--train-instances: the comparison sets this itself; see --help",
     "compare.py --dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a T5 folder, or one of",
-    "compare.py --model nowhere": "nowhere: no such file; give a T5 folder with spiece.model",
+    "compare.py --model nowhere": f"nowhere: {DOWNLOAD}",
     "plot.py": "give one of --run and --results",
     "plot.py --run a --results b": "give one of --run and --results",
     "plot.py --run nowhere": "nowhere/metrics.jsonl: not there; name the folder of a run",
