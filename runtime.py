@@ -216,6 +216,8 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(cls.__doc__.split(":")[0].split("\n")[0].lower())
         for field in dataclasses.fields(cls):
             text = helps.get(field.name, "")
+            if field.name in (defaults or {}):
+                text = re.sub(r" \(default: .*?\)", "", text)
             shown = "" if "default:" in text else _shown((defaults or {}).get(field.name, field.default))
             whole = argparse.SUPPRESS if field.name in hidden else (text + shown).replace("%", "%%")
             group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=whole,
