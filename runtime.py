@@ -235,7 +235,7 @@ def _shown(default: Any) -> str:
 
 def _argument(hint: Any, text: str) -> dict[str, Any]:
     """argparse options of one type hint: bool, Literal, tuple[str, ...], `X | None`, or a plain constructor;
-    a string is a folder or a file where the help `text` says so."""
+    a string is a folder, a file or a text where the help `text` says so."""
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
     if hint is bool:
@@ -244,7 +244,7 @@ def _argument(hint: Any, text: str) -> dict[str, Any]:
         return {"choices": tuple(filter(None, typing.get_args(hint)))}
     if typing.get_origin(hint) is tuple:
         return {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "A,B,.."}
-    kind = next((word.upper() for word in ("folder", "file") if word in text), "NAME")
+    kind = next((word.upper() for word in ("folder", "file", "text") if word in text), "NAME")
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, kind)}
 
 

@@ -178,6 +178,7 @@ def test_figures_of_a_run(tmp_path, drawn):
     assert [row.get_label() for row in bars] == ["frozen base (15.0)", "orchmoe (40.0)"]
     router = drawn["router.png"].axes[0]
     assert [text.get_text() for text in router.get_yticklabels()] == ["A:  a1", "a2", "B:  b1"]
+    assert [text.get_text() for text in router.get_xticklabels()] == ["1", "2"]  # as eval.py --ask counts
     assert router.images[0].get_array().tolist() == [[0.4, 0.6], [0.2, 0.8], [0.9, 0.1]]
     left, right = drawn["allocation.png"].axes[:2]
     assert left.images[0].get_array().tolist() == [[0.25, 0.75, 0.5, 0.5]]

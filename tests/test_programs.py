@@ -328,7 +328,9 @@ def ask(model, *arguments, cwd):
 
 def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
     run("train.py", *SHORT, "--out", "run", cwd=home)
-    answer, verdict = ask(["--run", "run"], cwd=home)
+    said, answer, verdict = ask(["--run", "run"], cwd=home)
+    alone = "the prompt is instruction and input alone, without examples"
+    assert said == f"asked: run (orchmoe on tiny/); {alone}"
     base, adapters = evaluation.load_run(home / "run", runtime.pick_device(device="cpu"))
     tokenizer = data.Tokenizer(home / "tiny")
     source = ("Definition: Write the first word of the list.\n\n"
@@ -338,9 +340,10 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
         tokens = base.generate(ids, torch.ones_like(ids))[0]
     assert answer == f"answer: {tokenizer.decode(tokens)}"
     order = routing.w[0].argsort(descending=True).tolist()
-    shares = ", ".join(f"{k} at {100 * routing.w[0, k]:.1f} %" for k in order)
-    assert verdict == f"router, abstract tasks: {shares}"
-    [answer] = ask(["--model", "tiny"], "--max-new-tokens", "1", cwd=home)
+    shares = ", ".join(f"{k + 1} at {100 * routing.w[0, k]:.1f} %" for k in order)
+    assert verdict == f"router: abstract task {shares} (numbered as in plot.py's figures)"
+    said, answer = ask(["--model", "tiny"], "--max-new-tokens", "1", cwd=home)
+    assert said == f"asked: tiny; {alone}"
     bare = checkpoint.load_t5(home / "tiny")
     first = bare.generate(ids, torch.ones_like(ids), max_new_tokens=1)[0]
     assert answer == f"answer: {tokenizer.decode(first)}"
