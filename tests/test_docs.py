@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import compare
@@ -20,6 +22,7 @@ import eval as evaluation
 import plot
 import runtime
 import train
+from orchmoe import SkillLinear, mix_skills
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train": train, "eval": evaluation, "compare": compare, "plot": plot, "bench": bench}
@@ -54,6 +57,22 @@ def test_the_drawing_is_what_its_script_draws():
     assert width <= 900 and int(root.get("font-size")) >= 14  # readable where a page scales it to 850 pixels
     drawn = {text.text for text in root.iter(f"{name}text")}
     assert {"(B,L,D)", "(B,K)", "(N,K,S)", "(N,B,S)", "(B,L,S R)", "(B,L,O)"} <= drawn
+
+
+def test_the_matrices_of_the_drawing_are_those_of_the_code():
+    """As they stand before a column of inputs, and as they are kept."""
+    letters = {"D": 3, "O": 5, "S": 7, "R": 11}
+    linear = SkillLinear(torch.nn.Linear(3, 5), 7, 11, 1.0, mix_skills)
+    drawn = script("architecture").drawing()
+
+    def shapes(pattern):
+        return {name: tuple(math.prod(letters[letter] for letter in part.split()) for part in shape)
+                for name, *shape in re.findall(pattern, drawn)}  # fmt: skip
+
+    A, B = linear.skill_A, linear.skill_B
+    assert shapes(r"(A|B) (?:is kept )?as \((\w),(\w),(\w)\)") == {"A": A.shape, "B": B.shape}
+    assert shapes(r"(A|B|weight)[:,] ([SRDO ]+) × ([SRDO ]+)<") == {
+        "A": A.flatten(0, 1).shape, "B": B.flatten(0, 1).T.shape, "weight": linear.weight.shape}  # fmt: skip
 
 
 def help_page(name, monkeypatch, capsys):
