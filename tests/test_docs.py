@@ -205,6 +205,7 @@ def test_figures_of_a_run(tmp_path, drawn):
     assert [bar[0].get_x() for bar in right.containers] == [0, 0.3]
     (_, dev) = drawn["loss.png"].axes[0].lines
     assert dev.get_xydata().tolist() == [[3, 1.5]]
+    assert all(step == round(step) for step in drawn["loss.png"].axes[0].get_xticks())
 
 
 def test_the_map_of_many_tasks_has_a_row_a_category(tmp_path, drawn, monkeypatch):
