@@ -569,14 +569,17 @@ def test_a_mistake_in_a_file_is_one_line_and_exit_code_2(home, refusal, name, co
     assert refusal(f"{line} --device cpu" if not line.startswith("plot") else line).startswith(words)
 
 
-@pytest.mark.parametrize(
-    "kind, rouge_l, exact", [("copy-demo", 29.6919, 23.3748), ("copy-input", 16.5341, 0.3112)]
-)
-def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind, rouge_l, exact):
+@pytest.mark.parametrize("kind, rouge_l, exact, published", [
+    ("copy-demo", 29.6919, 23.3748, 28.54), ("copy-input", 16.5341, 0.3112, 14.20)])  # fmt: skip
+def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind, rouge_l, exact, published):
     run("eval.py", "--heuristic", kind, "--data", sni_dir, "--out", "out", cwd=home)
-    overall = json.loads((home / "out/scores.json").read_text())["overall"]
-    assert overall["rougeL"] == pytest.approx(rouge_l, abs=5e-5)
-    assert overall["exact_match"] == pytest.approx(exact, abs=5e-5)
+    scores = json.loads((home / "out/scores.json").read_text())
+    if len(scores["tasks"]) == 119:  # all of them: as published
+        assert scores["overall"]["rougeL"] == pytest.approx(published, abs=0.05)
+    else:  # the sample: as the official code scored it
+        assert len(scores["tasks"]) == 58
+        assert scores["overall"]["rougeL"] == pytest.approx(rouge_l, abs=5e-5)
+        assert scores["overall"]["exact_match"] == pytest.approx(exact, abs=5e-5)
 
 
 @pytest.mark.slow
