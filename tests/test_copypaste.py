@@ -375,7 +375,8 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
 
 # --------------------------------------------------------------------------- the README's snippets as printed
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run_printed(about, folder, checks):
@@ -396,9 +397,19 @@ def test_snippets_are_short():
     assert len(SNIPPETS) == 4 and all(len(snippet.splitlines()) <= 12 for snippet in SNIPPETS)
 
 
-def test_the_snippet_of_a_sequential_runs(tmp_path):
-    run_printed("torch.nn.Sequential", tmp_path, TRAINED)
-    assert torch.load(tmp_path / "adapter.pt", weights_only=True).keys() > {"allocation", "0.skill_A"}
+LOADED = """
+taught = [linear.skill_B for linear in adapters.linears.values()]
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+{line}
+assert model.skill_adapters.config == adapters.config
+found = [linear.skill_B for linear in model.skill_adapters.linears.values()]
+assert all(B.any() and torch.equal(B, other) for B, other in zip(taught, found, strict=True))
+"""
+
+
+def test_the_snippet_of_a_sequential_runs_and_what_it_saves_loads(tmp_path):
+    [line] = re.findall(r"`(saved = torch.load.*?)`", README)
+    run_printed("torch.nn.Sequential", tmp_path, TRAINED + LOADED.format(line=line))
 
 
 def test_the_snippet_of_t5_runs(tmp_path):
