@@ -93,30 +93,37 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
 def _locked(path: Path) -> BinaryIO:
     """The file `path`, made with its folder, for this process alone until it is closed."""
-    for _ in range(100):  # a holder that ends takes file and folder away at any moment
-        with suppress(FileNotFoundError):
+    for left in reversed(range(100)):  # a holder that ends takes file and folder away at any moment
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "wb")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise ValueError(f"{path.parent}: another process is writing this run; wait until it ends, "
-                                 "or name another folder by --out") from None
-            except OSError as error:  # a file system without locks
-                warn(f"{path.parent}: no lock ({error.strerror}); start no second run on this folder")
-                return file
-            if _is_at(path, file):
-                for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
-                    stale.unlink()
-                return file
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.close()
+            raise ValueError(f"{path.parent}: another process is writing this run; wait until it ends, or "
+                             "name another folder by --out") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{path.parent}: no lock ({error.strerror}); start no second run on this folder")
+            return file
+        if _is_at(path, file):
+            for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
+                stale.unlink()
+            return file
+        file.close()
     raise ValueError(f"{path.parent}: cannot be locked; name another folder by --out")
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
     """Whether `path` names the open file, and not another or none."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def require_model(path: str | Path) -> None:
