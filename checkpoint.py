@@ -247,7 +247,7 @@ def _rename(tensors: dict[str, Tensor], keys: Iterable[tuple[str, str]], source:
 def _read_t5(path: str | Path) -> tuple[T5Config, dict[str, Tensor]]:
     """Config and weights (our names, the file's dtypes) of a Hugging Face folder: complete, and of the right
     shapes."""
-    folder = Path(path)
+    runtime.require_model(folder := Path(path))
     config = T5Config.from_json(folder / "config.json")
     tensors = {name: tensor for name, tensor in read_folder(folder).items() if name not in IGNORED}
     tables = [tensors.pop(name) for name in EMBEDDINGS if name in tensors]

@@ -43,6 +43,7 @@ from runtime import (
     first_of_node_first,
     progress,
     require_least,
+    require_model,
     without_duplicates,
 )
 
@@ -97,6 +98,7 @@ class Tokenizer:
                 " n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}
 
     def __init__(self, path: str | os.PathLike):
+        require_model(path)
         self.path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file; give a T5 folder with spiece.model, or that file")

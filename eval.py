@@ -1,6 +1,7 @@
 """Scores a run, a bare model or a model-free heuristic with Super-NaturalInstructions' official metric.
 Writes predictions.jsonl, the official script's own input, and scores.json. With --ask it answers one
-instruction of yours instead, and says which abstract tasks the router saw in it.
+instruction of yours instead, and says which abstract tasks the router saw in it. A run brings its own
+settings of the data, as far as no flag says otherwise.
 
     python eval.py --run runs/orchmoe-1 --split test --data sni/
     python eval.py --run runs/orchmoe-1 --ask "Write the first word of the list." --input "lion, June, wolf"
@@ -35,7 +36,7 @@ class EvalConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # or a Hugging Face T5 folder, scored as it is
     heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or the first example's output, or the input
-    ask: str = ""  # an instruction to answer instead of a set, with --run or --model
+    ask: str = ""  # text of an instruction to answer instead of a set, with --run or --model
     input: str = ""  # the text that this instruction is about
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
     out: str = ""  # folder of predictions.jsonl and scores.json (default: RUN/eval-SPLIT, else eval-SPLIT)
@@ -322,15 +323,18 @@ def check_asked(flags: dict[str, Any]) -> None:
 
 
 def answer(base: model.T5, adapters: Adapters, tokenizer: data.Tokenizer, config: EvalConfig,
-           data_config: data.DataConfig) -> None:
-    """Says what the model answers to --ask and --input and, where one router reads the sample, its w."""
+           data_config: data.DataConfig, who: str) -> None:
+    """Says what the model, `who`, answers to --ask and --input and, where one router reads the sample, its w
+    by abstract tasks, which are counted from 1 here as in the figures."""
     example = data.asked(config.ask, config.input, tokenizer, data_config)
+    runtime.say(f"asked: {who}; the prompt is instruction and input alone, without examples")
     runtime.say("answer: " + predict(base, adapters, [example], tokenizer,
                                      max_new_tokens=config.max_new_tokens)[0])
     w = router_weights(base, adapters, [example])
     if w is not None:
         order = w[0].argsort(descending=True).tolist()
-        runtime.say("router, abstract tasks: " + ", ".join(f"{k} at {100 * w[0, k]:.1f} %" for k in order))
+        shares = ", ".join(f"{k + 1} at {100 * w[0, k]:.1f} %" for k in order)
+        runtime.say(f"router: abstract task {shares} (numbered as in plot.py's figures)")
 
 
 def main() -> None:
@@ -370,7 +374,8 @@ def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place:
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
     tokenizer = data.Tokenizer(config.model or own or bundled)
     if config.ask:
-        return answer(base, adapters, tokenizer, config, replace(data_config, definition=True))
+        who = config.model or f"{config.run} ({run['train']['method']} on {run['train']['model']})"
+        return answer(base, adapters, tokenizer, config, replace(data_config, definition=True), who)
     split_seed = run["train"].get("split_seed")
     seed = run["train"]["seed"] if split_seed is None else split_seed
     examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)

@@ -129,6 +129,11 @@ class TaskRouter(nn.Module):
 
     def features(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
+        if embeddings.dim() != 3 or embeddings.shape[-1] != len(self.mu):
+            raise ValueError(f"embeddings: (B,L,D) of the source with D = {len(self.mu)}, not "
+                             f"{tuple(embeddings.shape)}; token ids must be embedded first")
+        if mask is not None and mask.shape != embeddings.shape[:2]:
+            raise ValueError(f"mask: (B,L) = {tuple(embeddings.shape[:2])}, not {tuple(mask.shape)}")
         X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
         mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum

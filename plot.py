@@ -85,6 +85,7 @@ def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
             axes.plot(*zip(*dev, strict=True), color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4,
                       label=name)
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return _save(figure, path)
 

@@ -86,24 +86,64 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def claimed(folder: str | Path) -> Iterator[None]:
     """Holds `folder` for this process alone; ValueError where another one that lives does. The kernel frees
     the lock however its holder ends, kill -9 included; what a holder killed inside a save has left half
-    written, in the folder or in its model/, is removed. Of several processes the first holds it for all."""
+    written, in the folder or in its model/, is removed. At the end the lock's file goes, and of the folders
+    made for it those that are still empty. Of several processes the first holds it for all."""
     if rank() != 0:
         yield
         return
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    made = [part for part in path.parents if not part.exists()]
+    with _locked(path) as file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if _is_at(path, file):
+                    path.unlink()  # still locked: who has opened it by now will see that it is gone
+                for part in made:
+                    part.rmdir()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file `path`, made with its folder, for this process alone until it is closed."""
+    for left in reversed(range(100)):  # a holder that ends takes file and folder away at any moment
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "wb")
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing this run; wait until it ends, or name "
-                             "another folder by --out") from None
+            file.close()
+            raise ValueError(f"{path.parent}: another process is writing this run; wait until it ends, or "
+                             "name another folder by --out") from None
         except OSError as error:  # a file system without locks
-            warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
-        else:
+            warn(f"{path.parent}: no lock ({error.strerror}); start no second run on this folder")
+            return file
+        if _is_at(path, file):
             for stale in (*path.parent.glob(".*.tmp"), *path.parent.glob("model/.*.tmp")):
                 stale.unlink()
-        yield
+            return file
+        file.close()
+    raise ValueError(f"{path.parent}: cannot be locked; name another folder by --out")
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether `path` names the open file, and not another or none."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def require_model(path: str | Path) -> None:
+    """ValueError with the remedy where nothing is at `path`, say because it is a model's name on the Hub."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such folder; name a local one, nothing is downloaded here; "
+                         "`hf download NAME --local-dir DIR` gets a model from the Hub")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -198,6 +238,8 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(cls.__doc__.split(":")[0].split("\n")[0].lower())
         for field in dataclasses.fields(cls):
             text = helps.get(field.name, "")
+            if field.name in (defaults or {}):
+                text = re.sub(r" \(default: .*?\)", "", text)
             shown = "" if "default:" in text else _shown((defaults or {}).get(field.name, field.default))
             whole = argparse.SUPPRESS if field.name in hidden else (text + shown).replace("%", "%%")
             group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=whole,
@@ -215,7 +257,7 @@ def _shown(default: Any) -> str:
 
 def _argument(hint: Any, text: str) -> dict[str, Any]:
     """argparse options of one type hint: bool, Literal, tuple[str, ...], `X | None`, or a plain constructor;
-    a string is a folder or a file where the help `text` says so."""
+    a string is a folder, a file or a text where the help `text` says so."""
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
     if hint is bool:
@@ -224,7 +266,7 @@ def _argument(hint: Any, text: str) -> dict[str, Any]:
         return {"choices": tuple(filter(None, typing.get_args(hint)))}
     if typing.get_origin(hint) is tuple:
         return {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "A,B,.."}
-    kind = next((word.upper() for word in ("folder", "file") if word in text), "NAME")
+    kind = next((word.upper() for word in ("folder", "file", "text") if word in text), "NAME")
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, kind)}
 
 

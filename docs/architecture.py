@@ -60,10 +60,11 @@ def drawing() -> str:
     ]
     linear = [
         frame(10, 280, 840, 250, "One of the N adapted Linears"),
+        text(838, 301, "A is kept as (S,R,D), B as (S,R,O)", anchor="end"),
         box(26, 380, 90, 60, FROZEN, "x", "(B,L,D)"),
         box(176, 320, 140, 80, SKILLS, "h = A x", "A: S R × D", "(B,L,S R)"),
         box(362, 320, 140, 80, ALLOCATION, "α/R · c · h", "c_s for R ranks", "(B,L,S R)"),
-        box(548, 320, 140, 80, SKILLS, "B h", "B: S R × O", "(B,L,O)"),
+        box(548, 320, 140, 80, SKILLS, "B h", "B: O × S R", "(B,L,O)"),
         box(176, 432, 512, 80, FROZEN, "W₀ x", "the frozen weight, O × D", "(B,L,O)"),
         '<circle cx="722" cy="410" r="14" fill="white" stroke="black"/>', text(722, 415, "+", bold=True),
         box(756, 380, 82, 60, FROZEN, "y", "(B,L,O)"),

@@ -1,5 +1,5 @@
 """Shared by all tests: the project's root on the path, one thread, the folders of the real data where they
-are given, and a T5 small enough to be compared in float64."""
+are given, `stir` for adapters, and a T5 small enough to be compared in float64."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,6 +43,14 @@ def sni_dir() -> Path:
 def golden_dir() -> Path:
     """prompts.jsonl and metrics.jsonl made with the official code, by the environment variable SNI_GOLDEN."""
     return _folder("SNI_GOLDEN")
+
+
+def stir(adapters: nn.Module, generator: torch.Generator) -> None:
+    """Values that matter for B and for the routers of tokens: at their start they would hide the routing."""
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+        if linear.skill_task is not None:
+            nn.init.normal_(linear.skill_task, generator=generator)
 
 
 class Inputs(NamedTuple):

@@ -4,6 +4,7 @@ it is installed, and their parameter counts against closed forms."""
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stir
 from torch import nn
 
 from baselines import METHODS, attach_method
@@ -22,8 +23,7 @@ def attached(name, base, **options):
     generator = torch.Generator().manual_seed(0)
     adapters = attach_method(name, base, CONFIG, num_tasks=T, generator=generator, **options)
     base.double()
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+    stir(adapters, generator)
     if hasattr(adapters, "allocation"):
         nn.init.normal_(adapters.allocation, generator=generator)
     linear = next(iter(adapters.linears.values()))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import stir
 
 import kernels
 from orchmoe import OrchMoEConfig, attach
@@ -20,8 +21,7 @@ def adapted(small_t5, router):
     config = OrchMoEConfig(targets=("all",), router=router)
     adapters = attach(small_t5, config, kernels.mix_skills, generator=generator)
     small_t5.double()
-    for linear in adapters.linears.values():  # B = 0 would hide the skills
-        torch.nn.init.normal_(linear.skill_B, 0, 0.3, generator=generator)
+    stir(adapters, generator)
     return adapters
 
 

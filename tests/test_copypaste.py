@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import stir
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -124,10 +125,7 @@ def attached(case, router="sample", mix=orchmoe.mix_skills):
     config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, router_dim=8, alpha=4.0)
     adapters = attach(case.base.eval(), config, mix, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_task is not None:
-            nn.init.normal_(linear.skill_task, generator=generator)
+    stir(adapters, generator)
     if adapters.router is not None:
         embeddings, mask = case.embeddings()
         mask = torch.ones(embeddings.shape[:2]) if mask is None else mask
@@ -377,7 +375,8 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
 
 # --------------------------------------------------------------------------- the README's snippets as printed
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run_printed(about, folder, checks):
@@ -398,9 +397,19 @@ def test_snippets_are_short():
     assert len(SNIPPETS) == 4 and all(len(snippet.splitlines()) <= 12 for snippet in SNIPPETS)
 
 
-def test_the_snippet_of_a_sequential_runs(tmp_path):
-    run_printed("torch.nn.Sequential", tmp_path, TRAINED)
-    assert torch.load(tmp_path / "adapter.pt", weights_only=True).keys() > {"allocation", "0.skill_A"}
+LOADED = """
+taught = [linear.skill_B for linear in adapters.linears.values()]
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+{line}
+assert model.skill_adapters.config == adapters.config
+found = [linear.skill_B for linear in model.skill_adapters.linears.values()]
+assert all(B.any() and torch.equal(B, other) for B, other in zip(taught, found, strict=True))
+"""
+
+
+def test_the_snippet_of_a_sequential_runs_and_what_it_saves_loads(tmp_path):
+    [line] = re.findall(r"`(saved = torch.load.*?)`", README)
+    run_printed("torch.nn.Sequential", tmp_path, TRAINED + LOADED.format(line=line))
 
 
 def test_the_snippet_of_t5_runs(tmp_path):

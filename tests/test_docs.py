@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import compare
@@ -20,6 +22,7 @@ import eval as evaluation
 import plot
 import runtime
 import train
+from orchmoe import SkillLinear, mix_skills
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train": train, "eval": evaluation, "compare": compare, "plot": plot, "bench": bench}
@@ -54,6 +57,22 @@ def test_the_drawing_is_what_its_script_draws():
     assert width <= 900 and int(root.get("font-size")) >= 14  # readable where a page scales it to 850 pixels
     drawn = {text.text for text in root.iter(f"{name}text")}
     assert {"(B,L,D)", "(B,K)", "(N,K,S)", "(N,B,S)", "(B,L,S R)", "(B,L,O)"} <= drawn
+
+
+def test_the_matrices_of_the_drawing_are_those_of_the_code():
+    """As they stand before a column of inputs, and as they are kept."""
+    letters = {"D": 3, "O": 5, "S": 7, "R": 11}
+    linear = SkillLinear(torch.nn.Linear(3, 5), 7, 11, 1.0, mix_skills)
+    drawn = script("architecture").drawing()
+
+    def shapes(pattern):
+        return {name: tuple(math.prod(letters[letter] for letter in part.split()) for part in shape)
+                for name, *shape in re.findall(pattern, drawn)}  # fmt: skip
+
+    A, B = linear.skill_A, linear.skill_B
+    assert shapes(r"(A|B) (?:is kept )?as \((\w),(\w),(\w)\)") == {"A": A.shape, "B": B.shape}
+    assert shapes(r"(A|B|weight)[:,] ([SRDO ]+) × ([SRDO ]+)<") == {
+        "A": A.flatten(0, 1).shape, "B": B.flatten(0, 1).T.shape, "weight": linear.weight.shape}  # fmt: skip
 
 
 def help_page(name, monkeypatch, capsys):
@@ -97,6 +116,7 @@ def test_help_of_every_default(monkeypatch, capsys):
 def test_help_of_compare_has_its_own_defaults_and_not_what_it_sets_itself(monkeypatch, capsys):
     told = entries(help_page("compare", monkeypatch, capsys))
     assert told["--steps"].endswith("(default: 600)")
+    assert told["--split-seed"].endswith("into train, dev and seen alone (default: 0)")
     assert not told.keys() & {"--method", "--seed", "--train-instances", "--extra-rank"}
 
 
@@ -177,6 +197,7 @@ def test_figures_of_a_run(tmp_path, drawn):
     assert [row.get_label() for row in bars] == ["frozen base (15.0)", "orchmoe (40.0)"]
     router = drawn["router.png"].axes[0]
     assert [text.get_text() for text in router.get_yticklabels()] == ["A:  a1", "a2", "B:  b1"]
+    assert [text.get_text() for text in router.get_xticklabels()] == ["1", "2"]  # as eval.py --ask counts
     assert router.images[0].get_array().tolist() == [[0.4, 0.6], [0.2, 0.8], [0.9, 0.1]]
     left, right = drawn["allocation.png"].axes[:2]
     assert left.images[0].get_array().tolist() == [[0.25, 0.75, 0.5, 0.5]]
@@ -184,6 +205,7 @@ def test_figures_of_a_run(tmp_path, drawn):
     assert [bar[0].get_x() for bar in right.containers] == [0, 0.3]
     (_, dev) = drawn["loss.png"].axes[0].lines
     assert dev.get_xydata().tolist() == [[3, 1.5]]
+    assert all(step == round(step) for step in drawn["loss.png"].axes[0].get_xticks())
 
 
 def test_the_map_of_many_tasks_has_a_row_a_category(tmp_path, drawn, monkeypatch):

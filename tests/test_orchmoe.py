@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stir
 from torch import nn
 
 import orchmoe
@@ -22,10 +23,7 @@ def attached(base, **options):
     adapters = attach(base, config, generator=torch.Generator().manual_seed(2))
     base.double()
     generator = torch.Generator().manual_seed(3)
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_task is not None:
-            nn.init.normal_(linear.skill_task, generator=generator)
+    stir(adapters, generator)
     if adapters.router is not None:
         nn.init.normal_(adapters.router.task, generator=generator)
     return adapters
@@ -454,6 +452,24 @@ def test_attach_refuses_a_second_time(small_t5):
 def test_config_refuses_nonsense(options, message):
     with pytest.raises(ValueError, match=message):
         OrchMoEConfig(**options)
+
+
+def test_a_source_of_another_shape_is_refused_with_what_came(small_t5, inputs):
+    adapters = attached(small_t5)
+    embeddings, mask = small_t5.embed(inputs.input_ids), inputs.attention_mask
+    refusals = [(inputs.input_ids, mask, r"embeddings: \(B,L,D\) .* D = 32, not \(4, 9\); token ids must be"),
+                (embeddings[0], mask[0], r"embeddings: .* not \(9, 32\)"),
+                (embeddings[..., :31], mask, r"embeddings: .* not \(4, 9, 31\)"),
+                (embeddings, mask[:, :8], r"mask: \(B,L\) = \(4, 9\), not \(4, 8\)"),
+                (embeddings, mask[0], r"mask: .* not \(9,\)"),
+                (embeddings, mask[..., None], r"mask: .* not \(4, 9, 1\)")]  # fmt: skip
+    for source, of, message in refusals:
+        with pytest.raises(ValueError, match=message), adapters.routed(source, of):
+            pass
+        with pytest.raises(ValueError, match=message):
+            adapters.fit_router([source], [of])
+    router = torch.compile(adapters.router, backend="eager", fullgraph=True)
+    torch.testing.assert_close(router(embeddings, mask), adapters.router(embeddings, mask), **EXACT)
 
 
 @pytest.mark.parametrize("router", ["sample", "token"])

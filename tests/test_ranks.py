@@ -271,7 +271,7 @@ def test_generation_keeps_step_with_others(small_t5, inputs):
         return True
 
     first = small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=1)[0].item()
-    small_t5.config = dataclasses.replace(small_t5.config, eos_token_id=first)  # so all rows end, not all at once
+    small_t5.config = dataclasses.replace(small_t5.config, eos_token_id=first)  # then all rows end
     wanted = small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=40)
     found = small_t5.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=40, agree=agree)
     assert 2 < wanted.shape[1] < 40 == found.shape[1] == len(calls) and not calls[-1]
