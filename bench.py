@@ -349,8 +349,8 @@ def bench_epoch(config: BenchConfig, place: runtime.Device) -> list[Row]:
         for rows in orders[name][piece * place_in:(piece + 1) * place_in]:
             steps[name](data.collate([chosen[i] for i in rows]))
 
-    for name in orders:
-        run(name, 0)  # warm
+    for name, order in orders.items():
+        steps[name](data.collate([chosen[i] for i in order[0]]))  # warm
     for piece in range(pieces):
         for name in list(orders)[:: 1 if piece % 2 else -1]:
             times[name].append(seconds(lambda: run(name, piece), place.device))  # noqa: B023

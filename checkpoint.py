@@ -360,7 +360,7 @@ def save_state(path: str | Path, state: dict):
 def load_state(path: str | Path) -> dict:
     """What save_state wrote; ValueError for anything else."""
     state = _unpickle(path)
-    kinds = {"step": int, "best": float, "weights": dict, "optimizer": dict}
+    kinds = {"step": int, "best": float, "tokens": int, "weights": dict, "optimizer": dict}
     if not (isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in kinds.items())):
         raise ValueError(f"{path}: not a training state of this project ({', '.join(kinds)}); restore it")
     return state

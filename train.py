@@ -254,7 +254,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
     each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far. bf16: of
     the arithmetic, where the weights themselves are float32."""
     optimizer, path = make_optimizer(adapters, config), folder / "checkpoint.pt"
-    first, best = 0, math.inf
+    first, best, tokens = 0, math.inf, 0  # seen, of sources and targets, padding included
     if path.exists():
         state = checkpoint.load_state(path)
         try:
@@ -262,12 +262,12 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             load_optimizer(optimizer, state["optimizer"])
         except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
             raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
-        first, best = state["step"], state["best"]
+        first, best, tokens = state["step"], state["best"], state["tokens"]
     else:
         fit_router(base, adapters, source.examples, config)
     runtime.copy_first(adapters.state_dict().values())  # processes that begin alike stay alike
     log = runtime.Log(folder / "metrics.jsonl", resume_step=first - 1)
-    steps, tokens, began = range(first, config.steps), 0, time.monotonic()
+    steps, before, began = range(first, config.steps), tokens, time.monotonic()
     with runtime.stop_signals() as asked, \
             runtime.progress(steps, "train", total=config.steps, unit="step", initial=first) as bar:
         for step in bar:
@@ -278,7 +278,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
                 record = optimiser_step(base, adapters, optimizer, batch, step, config)
             tokens += batch.input_ids.numel() + batch.labels.numel()
-            record["tokens_per_s"] = round(tokens / (time.monotonic() - began))
+            record |= {"tokens": tokens, "tokens_per_s": round((tokens - before) / (time.monotonic() - began))}
             log.write(step=step, **record)
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)
@@ -296,7 +296,8 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
                     best = dev_loss
                     keep_best()
             if due or stopping:
-                checkpoint.save_state(path, {"step": step + 1, "best": best, "weights": adapters.state_dict(),
+                checkpoint.save_state(path, {"step": step + 1, "best": best, "tokens": tokens,
+                                             "weights": adapters.state_dict(),
                                              "optimizer": optimizer.state_dict()})
             if stopping:
                 return step + 1 == config.steps

@@ -174,7 +174,7 @@ def saved(value) -> bytes:
     return buffer.getvalue()
 
 
-@given(damaged(saved({"step": 1, "best": 0.5, "weights": {"a": torch.ones(3)}, "optimizer": {}})))
+@given(damaged(saved({"step": 1, "best": 0.5, "tokens": 9, "weights": {"a": torch.ones(3)}, "optimizer": {}})))
 def test_training_states(folder, raw):
     state = read(checkpoint.load_state, folder / "checkpoint.pt", raw)
     assert state is None or isinstance(state["step"], int)
