@@ -278,7 +278,8 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
             with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
                 record = optimiser_step(base, adapters, optimizer, batch, step, config)
             tokens += batch.input_ids.numel() + batch.labels.numel()
-            record |= {"tokens": tokens, "tokens_per_s": round((tokens - before) / (time.monotonic() - began))}
+            record["tokens"] = tokens
+            record["tokens_per_s"] = round((tokens - before) / (time.monotonic() - began))
             log.write(step=step, **record)
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)

@@ -50,15 +50,15 @@ def facts(out: Path, scale: str) -> str:
         f"{sizes.d_model}, {sizes.num_layers} + {sizes.num_decoder_layers} layers, {sizes.num_heads} heads, "
         f"d_ff {sizes.d_ff}, a vocabulary of {sizes.vocab_size:,}), prompts of {with_text}, at most "
         f"{prompt['max_source_length']} / {prompt['max_target_length']} tokens.", "",
-        "| stage | steps, batch | tokens of text | examples of tasks | tasks | first dev loss | best dev loss "
-        "| tokens/s at the end |", "|---|" + "---:|" * 7,
+        "| stage | steps, batch | tokens of text | examples of tasks | tasks | first dev loss "
+        "| best dev loss | tokens/s at the end |", "|---|" + "---:|" * 7,
         stage("base, span corruption", out / "base"), stage("instructed, full", out / "instructed"), "",
         f"Stage 2 and 3 saw {len(splits['instruct']['train'])} training tasks of {categories['instruct']} "
         f"categories. The comparison adapts to {len(splits['adapt']['train'])} training tasks of "
         f"{categories['adapt']} other categories and is scored on held-out instances of these (seen) and on "
         f"{len(splits['adapt']['test'])} official test tasks (unseen), at most {config['eval_instances']} "
-        f"instances of each set, evenly over the tasks. {config['steps']} steps of batch {config['batch_size']}"
-        f" for every method; {len(tuned)} runs for the rates ({tuning / 60:.0f} minutes of one core) and "
+        f"instances of each set, evenly over the tasks. {config['steps']} steps of batch "
+        f"{config['batch_size']} for every method; {len(tuned)} runs for the rates ({tuning / 60:.0f} minutes of one core) and "
         f"{len(results['cells'])} cells ({seconds / 60:.0f} minutes)."])
 
 
@@ -80,11 +80,11 @@ def page(out: Path, scale: str) -> str:
     return "\n".join([
         "# The comparison on real data", "",
         f"The official prompts, tasks and metric of Super-NaturalInstructions on a base that was pre-trained "
-        f"for it on real text; **scale: {scale}**. Written by `recipes/report.py` from what these commands leave "
-        "(`recipes/settings.sh` has the sizes):", "", "```", commands, "```", "",
+        f"for it on real text; **scale: {scale}**. Written by `recipes/report.py` from what these "
+        "commands leave (`recipes/settings.sh` has the sizes):", "", "```", commands, "```", "",
         "## What was trained", "", facts(out, scale), "",
-        "## Learning rates", "", "Of A and B (full: of every weight), by the lowest dev loss, equal effort for "
-        "each method:", "", rates(results), "",
+        "## Learning rates", "", "Of A and B (full: of every weight), by the lowest dev loss, equal effort "
+        "for each method:", "", rates(results), "",
         "## Methods", "", (out / "compare/results.md").read_text(encoding="utf-8"),
         pictures[0], "", pictures[1], "",
         "## Ablations", "", ablations, pictures[2], ""])

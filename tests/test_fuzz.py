@@ -174,7 +174,10 @@ def saved(value) -> bytes:
     return buffer.getvalue()
 
 
-@given(damaged(saved({"step": 1, "best": 0.5, "tokens": 9, "weights": {"a": torch.ones(3)}, "optimizer": {}})))
+STATE = {"step": 1, "best": 0.5, "tokens": 9, "weights": {"a": torch.ones(3)}, "optimizer": {}}
+
+
+@given(damaged(saved(STATE)))
 def test_training_states(folder, raw):
     state = read(checkpoint.load_state, folder / "checkpoint.pt", raw)
     assert state is None or isinstance(state["step"], int)
