@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
@@ -258,6 +259,20 @@ def random_batch(config: BenchConfig, tasks: int = 8) -> data.Batch:
     return data.collate(examples)
 
 
+def floor(step: Callable[[data.Batch], float], batch: data.Batch, place: runtime.Device, rounds: int
+          ) -> tuple[str, list[float]]:
+    """The floor of a training step and its seconds: the floating point operations of its matrix products and
+    attention over the rate of one large GEMM, measured as often as the step."""
+    with FlopCounterMode(display=False) as counter:
+        step(batch)
+    n = 2048
+    a, b = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
+    times = in_turns({"GEMM": lambda: [a @ b for _ in range(4)]}, rounds, place.device)["GEMM"]
+    flops = counter.get_total_flops()
+    return (f"its {flops / 1e9:.0f} GFLOP at the rate of a {n} x {n} GEMM",
+            [flops * taken / (4 * 2 * n**3) for taken in times])
+
+
 def peak_memory(name: str, config: BenchConfig, place: runtime.Device) -> float:
     """MiB that three training steps add to what stood before them: anonymous resident set, or CUDA's own
     count."""
@@ -301,6 +316,9 @@ def bench_step(config: BenchConfig, place: runtime.Device) -> list[Row]:
         *batch.input_ids.shape, batch.labels.shape[1])
     rows = [ratio(part, name, ours, times, ">= 1.10") for ours in (IN_PARTS, OURS) for name in names[1:-1]]
     rows.append(ratio(part, many, OURS, times, "<= 1.05"))
+    for name in names[:2]:  # how far above the floor each is, and so how much is left to gain
+        under, floors = floor(steps[name], batch, place, len(times[name]))
+        rows.append(ratio(part, name, under, {name: times[name], under: floors}))
     if Path("/proc/self/status").exists():
         peaks = {name: [float(own_output("--peak", name, *(["--quick"] if config.quick else []), *(
             ["--gpu", str(config.gpu)] if config.gpu is not None else [])))] for name in names[:-1]}

@@ -58,8 +58,9 @@ def facts(out: Path, scale: str) -> str:
         f"{categories['adapt']} other categories and is scored on held-out instances of these (seen) and on "
         f"{len(splits['adapt']['test'])} official test tasks (unseen), at most {config['eval_instances']} "
         f"instances of each set, evenly over the tasks. {config['steps']} steps of batch "
-        f"{config['batch_size']} for every method; {len(tuned)} runs for the rates ({tuning / 60:.0f} minutes of one core) and "
-        f"{len(results['cells'])} cells ({seconds / 60:.0f} minutes)."])
+        f"{config['batch_size']} for every method; {len(tuned)} runs for the rates ({tuning / 60:.0f} "
+        f"minutes of one core) and {len(results['cells'])} cells "
+        f"({seconds / 60:.0f} minutes)."])
 
 
 def rates(results: dict) -> str:
