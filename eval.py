@@ -387,7 +387,8 @@ def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place:
                               max_new_tokens=config.max_new_tokens)
     scores = score(examples, predictions)
     folder = Path(config.out or Path(config.run) / f"eval-{config.split}")
-    write_results(folder, examples, predictions, {**scores, "config": asdict(config)})
+    settings = {**asdict(config), **asdict(data_config), "seed": seed, "instances": len(examples)}
+    write_results(folder, examples, predictions, {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {config.split} tasks: {overall}")
     runtime.say(f"written: {folder / 'predictions.jsonl'}, {folder / 'scores.json'}")

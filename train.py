@@ -289,6 +289,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
                 where, weights = f"after step {step} on {', '.join(batch.ids)}", adapters.parameter_groups()
                 size = torch.nn.utils.get_total_norm([p for group in weights.values() for p in group])
                 require_finite(base, where, norm_of_weights=size.item())
+            paused = time.monotonic()
             if due:
                 dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
                 require_finite(base, where, dev_loss=dev_loss)
@@ -300,6 +301,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
                 checkpoint.save_state(path, {"step": step + 1, "best": best, "tokens": tokens,
                                              "weights": adapters.state_dict(),
                                              "optimizer": optimizer.state_dict()})
+            began += time.monotonic() - paused  # tokens_per_s is of training alone
             if stopping:
                 return step + 1 == config.steps
     return True
@@ -370,10 +372,10 @@ def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: 
 
 
 def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
-        shard: bool = False) -> bool:
+        shard: bool = False, resume: str = "") -> bool:
     """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it.
     closing: score the frozen base and the trained model on seen and unseen tasks, and say so. shard: split
-    the base over all processes."""
+    the base over all processes. resume: the command to say that goes on with the run."""
     config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
     torch.manual_seed(config.seed)
     tokenizer = data.Tokenizer(config.model)
@@ -401,6 +403,8 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
     else:
         runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()}
                            | facts | {"torch": torch.__version__})
+    if resume:
+        runtime.say(f"should it be interrupted, go on with: {resume}")
     if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
         scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
         runtime.write_json(scores_file, scores)
@@ -427,6 +431,8 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
     if report:
         runtime.write_json(folder / "routing.json", report)
     runtime.say(table(scores))
+    sizes = ", ".join(f"{len(sets[which])} {which}" for which in scores[config.method])
+    runtime.say(f"on {sizes} instances; --eval-instances 0 takes all")
     return True
 
 
@@ -453,8 +459,7 @@ def main() -> None:
     device += f" --device {where.device}" if where.device else ""
     resume = f"{runtime.launcher()} train.py --resume --out {folder}{device}{' --shard' * where.shard}"
     with runtime.joined(place, f"go on with: {resume}"), runtime.claimed(folder):
-        runtime.say(f"should it be interrupted, go on with: {resume}")
-        whole = run(folder, configs, place, shard=where.shard)
+        whole = run(folder, configs, place, shard=where.shard, resume=resume)
     if not whole:
         runtime.say(f"stopped; go on with: {resume}")
         raise SystemExit(130)
