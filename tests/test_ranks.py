@@ -51,7 +51,7 @@ def torchrun(processes, *arguments, cwd, wait=True, timeout=300):
 def python(*arguments, cwd, **environment):
     """The same in one process: its standard error and exit code."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=120)  # fmt: skip
     return done.stderr, done.returncode
 
 
@@ -299,8 +299,19 @@ def test_what_cannot_be_sharded(flags, message, tmp_path):
 @pytest.mark.parametrize("program", ["compare.py", "bench.py"])
 def test_programs_of_one_process_refuse_torchrun(program, tmp_path):
     message = "WORLD_SIZE 2: this program runs in one process; start it without torchrun"
-    said = python(ROOT / program, cwd=tmp_path, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    said = python(ROOT / program, cwd=tmp_path, **variables)
     assert said == (f"{program}: error: {message}\n", 2)
+
+
+def test_what_a_cluster_left_in_the_environment_is_not_torchrun(monkeypatch):
+    left = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert (runtime.rank(), runtime.local_rank(), runtime.ranks()) == (0, 0, 1)
+    assert runtime.launcher() == "python"
+    with runtime.joined(None):
+        assert runtime.gather("alone") == ["alone"]
 
 
 def test_bad_input_is_said_once_under_torchrun(tmp_path):
