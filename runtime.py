@@ -408,21 +408,25 @@ SILENCE = 15  # seconds without a sign of life after which a process is given up
 LONGEST_WAIT = timedelta(hours=2)  # for one another, while all are alive: a first start tokenises for long
 
 
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # clusters set RANK and WORLD_SIZE for a lone process too
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if _under_torchrun() else 0
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ["LOCAL_RANK"]) if _under_torchrun() else 0
 
 
 def ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else 1
 
 
 def launcher() -> str:
     """What starts this program again."""
-    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if ranks() > 1 else "python"
+    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if _under_torchrun() else "python"
 
 
 def _joined() -> bool:
@@ -439,7 +443,7 @@ def require_alone() -> None:
 def joined(place: Device | None, remedy: str = "start it again") -> Iterator[None]:
     """Joins the processes that torchrun has started, for the body: NCCL between GPUs, gloo on the CPU. When
     one of them is lost the others end within SILENCE seconds and say which it was, and `remedy`."""
-    if "RANK" not in os.environ:
+    if not _under_torchrun():
         yield
         return
     on_gpu = place is not None and place.device.type == "cuda"

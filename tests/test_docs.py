@@ -19,10 +19,12 @@ import torch
 import bench
 import compare
 import eval as evaluation
+import model
 import plot
 import runtime
 import train
-from orchmoe import SkillLinear, mix_skills
+from baselines import attach_method, count
+from orchmoe import OrchMoEConfig, SkillLinear, mix_skills
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train": train, "eval": evaluation, "compare": compare, "plot": plot, "bench": bench}
@@ -233,3 +235,17 @@ def test_a_folder_without_results_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path)])
     with pytest.raises(ValueError, match="no results.json"):
         plot.main()
+
+
+def test_the_memory_of_the_scaling_page_is_recounted():
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    for name, config in compare.SIZES.items():
+        with torch.device("meta"):
+            base, *adapted = (model.T5(config) for _ in range(3))
+        size = sum(p.numel() for p in base.parameters())
+        blocks = [sum(p.numel() for p in block.parameters()) for block in base.blocks]
+        configs = OrchMoEConfig(), OrchMoEConfig(targets=("all",), skills=8, rank=4)
+        trained = [count(attach_method("orchmoe", *of)).total for of in zip(adapted, configs, strict=True)]
+        shard = 2 * size / 8, 2 * (size - sum(blocks)), 2 * max(blocks)  # embedding and head: outside blocks
+        memory = map(compare._bytes, (2 * size, 4 * size, *(16 * n for n in trained), *shard))
+        assert " | ".join([f"| {name}", *(f"{n:,}" for n in (size, *trained)), *memory]) + " |" in page

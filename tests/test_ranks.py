@@ -27,8 +27,12 @@ from orchmoe import OrchMoEConfig
 
 SMALL = model.T5Config(1000, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
                        tied_head=False)  # fmt: skip
-WAYS = [(shard, accumulate, "orchmoe") for shard in (False, True) for accumulate in (1, 2, 4)]
-WAYS.append((True, 1, "poly"))
+# By the number of processes: --shard, --accumulate, method. With and without --shard there are 1, 2 and 4
+# micro-batches, and a process that has no row of one.
+WAYS = {1: [(False, 4, "orchmoe"), (True, 1, "orchmoe")],
+        2: [(False, 2, "orchmoe"), (True, 1, "orchmoe"), (True, 4, "orchmoe")],
+        3: [(False, 1, "orchmoe"), (False, 4, "orchmoe"), (True, 2, "orchmoe"), (True, 4, "orchmoe"),
+            (True, 1, "poly")]}  # fmt: skip
 
 
 def torchrun(processes, *arguments, cwd, wait=True, timeout=300):
@@ -47,7 +51,7 @@ def torchrun(processes, *arguments, cwd, wait=True, timeout=300):
 def python(*arguments, cwd, **environment):
     """The same in one process: its standard error and exit code."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=120)  # fmt: skip
     return done.stderr, done.returncode
 
 
@@ -121,13 +125,18 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------- the tests
 
 
+@pytest.fixture(scope="module")
+def wanted():
+    """The traces of one process, started without torchrun."""
+    return {method: trace(False, 1, method) for method in ("orchmoe", "poly")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_the_trace_is_that_of_one_process(processes, tmp_path):
-    ways = WAYS[::3] if processes == 1 else WAYS
+@pytest.mark.parametrize("processes", WAYS)
+def test_the_trace_is_that_of_one_process(processes, wanted, tmp_path):
+    ways = WAYS[processes]
     torchrun(processes, __file__, "trace", tmp_path / "results.pt", json.dumps(ways), cwd=tmp_path)
     results = torch.load(tmp_path / "results.pt")
-    wanted = {method: trace(False, 1, method) for method in ("orchmoe", "poly")}
     assert wanted["orchmoe"][0][-1] < wanted["orchmoe"][0][0]
     assert list(results) == ways
     for way, (losses, state) in results.items():
@@ -290,8 +299,19 @@ def test_what_cannot_be_sharded(flags, message, tmp_path):
 @pytest.mark.parametrize("program", ["compare.py", "bench.py"])
 def test_programs_of_one_process_refuse_torchrun(program, tmp_path):
     message = "WORLD_SIZE 2: this program runs in one process; start it without torchrun"
-    said = python(ROOT / program, cwd=tmp_path, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    said = python(ROOT / program, cwd=tmp_path, **variables)
     assert said == (f"{program}: error: {message}\n", 2)
+
+
+def test_what_a_cluster_left_in_the_environment_is_not_torchrun(monkeypatch):
+    left = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert (runtime.rank(), runtime.local_rank(), runtime.ranks()) == (0, 0, 1)
+    assert runtime.launcher() == "python"
+    with runtime.joined(None):
+        assert runtime.gather("alone") == ["alone"]
 
 
 def test_bad_input_is_said_once_under_torchrun(tmp_path):
