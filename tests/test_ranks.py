@@ -59,11 +59,13 @@ def python(*arguments, cwd, **environment):
 
 
 def trace(shard, accumulate, method, steps=60):
-    """Losses and final adapter of 60 steps on bundled data in float64, with Gumbel noise. Of 7 rows, 3
-    processes and 4 micro-batches some processes have none."""
+    """Losses, norms of the gradient and final adapter of 60 steps on bundled data in float64, with Gumbel
+    noise and gradients that are clipped. Of 7 rows, 3 processes and 4 micro-batches some processes have
+    none."""
     torch.manual_seed(0)
     place = runtime.Device(torch.device("cpu"), torch.float64, "")
-    config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method)
+    config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method,
+                               clip=0.1)  # fmt: skip
     tokenizer = data.Tokenizer(ROOT / "tiny")
     data_config = data.DataConfig(data=str(ROOT / "sni"), max_tasks=6, max_source_length=48)
     source = train.Source(data.load_examples(data_config, tokenizer, "train"), tokenizer, config, data_config)
@@ -79,7 +81,8 @@ def trace(shard, accumulate, method, steps=60):
     base.train()
     steps = (train.optimiser_step(base, adapters, optimizer, source.batch(step), step, config)
              for step in range(steps))  # fmt: skip
-    return [record["loss"] for record in steps], adapters.state_dict()
+    records = list(steps)
+    return [[record[name] for record in records] for name in ("loss", "norm")], adapters.state_dict()
 
 
 def loading(folder):
@@ -137,11 +140,13 @@ def test_the_trace_is_that_of_one_process(processes, wanted, tmp_path):
     ways = WAYS[processes]
     torchrun(processes, __file__, "trace", tmp_path / "results.pt", json.dumps(ways), cwd=tmp_path)
     results = torch.load(tmp_path / "results.pt")
-    assert wanted["orchmoe"][0][-1] < wanted["orchmoe"][0][0]
+    (first, *_, last), _ = wanted["orchmoe"][0]
+    assert last < first
     assert list(results) == ways
-    for way, (losses, state) in results.items():
+    for way, (found, state) in results.items():
         expected, final = wanted[way[2]]
-        assert losses == pytest.approx(expected, abs=1e-10), way
+        for numbers, right in zip(found, expected, strict=True):
+            assert numbers == pytest.approx(right, abs=1e-10), way
         for name, tensor in final.items():
             torch.testing.assert_close(state[name], tensor, atol=1e-7, rtol=0, msg=f"{way}: {name}")
 
