@@ -408,7 +408,8 @@ assert all(B.any() and torch.equal(B, other) for B, other in zip(taught, found, 
 
 def test_the_snippet_of_a_sequential_runs_and_what_it_saves_loads(tmp_path):
     [line] = re.findall(r"`(saved = torch.load.*?)`", README)
-    run_printed("torch.nn.Sequential", tmp_path, TRAINED + LOADED.format(line=line))
+    printed = run_printed("torch.nn.Sequential", tmp_path, TRAINED + LOADED.format(line=line))
+    assert re.fullmatch(r"tensor\(\[(\d(, )?){8}\]\)\n", printed)
 
 
 def test_the_snippet_of_t5_runs(tmp_path):
