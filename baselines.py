@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import kernels
 from orchmoe import (
-    T5_LINEARS,
     Adapters,
     Mix,
     OrchMoEConfig,
@@ -27,6 +26,7 @@ from orchmoe import (
     attach,
     register,
     replace_linears,
+    target_linears,
 )
 
 METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
@@ -224,9 +224,7 @@ def count(adapters: Adapters) -> Count:
 
 def shapes_of(module: nn.Module, config: OrchMoEConfig) -> list[tuple[int, int]]:
     """(D, O) of the Linears that config.targets names, in the order in which they are adapted."""
-    names = set(T5_LINEARS if "all" in config.targets else config.targets)
-    return [(child.in_features, child.out_features) for owner in module.modules()
-            for name, child in owner.named_children() if isinstance(child, nn.Linear) and name in names]
+    return [(linear.in_features, linear.out_features) for *_, linear in target_linears(module, config)]
 
 
 def closed_form(name: str, config: OrchMoEConfig, shapes: Sequence[tuple[int, int]], *, width: int,

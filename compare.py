@@ -94,7 +94,8 @@ QUICK = {"methods": ("orchmoe", "lora", "moe-lora"), "seeds": 2, "sizes": ("100"
          "steps": 200, "eval_instances": 280, "out": "results/quick"}
 FIXED = ("method", "seed", "train_instances", "extra_rank", "from_scratch")  # what the comparison itself sets
 
-# Each row's one difference from the first. S R stays 8; lineage is two differences, a preset of train.py.
+# Each row's one difference from the first; lineage is two, a preset of train.py. S R stays 8, and alpha the
+# default's 2: left out it would be the row's own R, and alpha / (S R), the scale of a rank, another.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "router: token": {"router": "token"},
@@ -109,8 +110,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "allocation start: normal:1": {"allocation_init": "normal:1"},
     "allocation start: uniform:0.001": {"allocation_init": "uniform:0.001"},
     "K = 1": {"tasks": 1}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16},
-    "S = 1 with R = 8": {"skills": 1, "rank": 8}, "S = 2 with R = 4": {"skills": 2, "rank": 4},
-    "S = 8 with R = 1": {"skills": 8, "rank": 1},
+    "S = 1 with R = 8": {"skills": 1, "rank": 8, "alpha": 2.0},
+    "S = 2 with R = 4": {"skills": 2, "rank": 4, "alpha": 2.0},
+    "S = 8 with R = 1": {"skills": 8, "rank": 1, "alpha": 2.0},
     "factors mixed": {"method": "orchmoe-factors"},
     "preset lineage": train.PRESETS["lineage"],
 }  # fmt: skip
@@ -384,7 +386,8 @@ def markdown(summary: Sequence[dict], reference: str, rates: dict) -> str:
         lines += [f"| {entry['row']} | {entry['size']} | "
                   + " | ".join(f"{entry[name]:.3f}" if name in entry else "-" for name in names) + " |"
                   for entry in routed]
-    lines += ["", "± sd over seeds; differences in ROUGE-L with 95 % bootstrap intervals over tasks."]
+    lines += ["", "± sd over seeds; differences in ROUGE-L with 95 % bootstrap intervals over tasks alone: "
+              "the variance over seeds and the number of comparisons are outside them."]
     if any(entry["row"] == "c-poly" for entry in summary):
         lines += ["", "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."]
     return "\n".join(lines[1:]) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 def _mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
     S, R, D = A.shape
     h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR): both concatenations are free views
-    c = (scale * c).to(x.dtype)
+    c = (scale * c).to(x)
     c = (c if c.dim() == 3 else c.unsqueeze(1)).unsqueeze(-1)  # (B,1 or L,S,1)
     return (h.unflatten(-1, (S, R)) * c).flatten(-2) @ B.reshape(S * R, -1).to(x.dtype)
 
@@ -26,7 +26,7 @@ def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Te
     S, R, D = A.shape
     c = c.unsqueeze(1) if c.dim() == 2 else c  # (B,H,S)
     H = c.shape[1]
-    c = c.to(x.dtype)
+    c = c.to(x)
     A_mix = torch.einsum("bhs,srhd->brhd", c, A.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,D)
     B_mix = torch.einsum("bhs,srho->brho", c, B.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,O)
     return torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)

@@ -1,6 +1,7 @@
 """OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
 reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
-(arXiv 2401.10559), as read here: the README grades what is stated, inferred and chosen.
+(arXiv 2401.10559), as read here: the README grades what is stated, inferred and chosen. Python >= 3.10,
+torch >= 2.6, MIT licence.
 
     x_hat = mean_L(X + P X),  P = softmax((X Wq)(X Wk)^T / sqrt(d_r))     TaskRouter.features
     w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
@@ -8,8 +9,9 @@ reads the source sample, a task-skill allocation matrix in each Linear. Unoffici
     c     = w Zhat                                             (N,B,S)    OrchMoE.route
     y     = W0 x + scale * sum_s c_s B_s A_s x                            SkillLinear.forward, mix_skills
 
-X are the RMS-normalised embeddings of the source; B batch, L length, D d_in, O d_out, K abstract tasks, S
-skills, R rank, N adapted Linears.  Test: pytest tests/test_orchmoe.py
+X = rmsnorm(E), E the embeddings of the source; B batch, L length, D d_in (of the router: the width of E), O
+d_out, K abstract tasks, S skills, R rank, N adapted Linears, d_r width of the router's attention.  Test:
+pytest tests/test_orchmoe.py
 
     adapters = attach(model, OrchMoEConfig())      # freezes the model, puts skills into its q and v
     with adapters.routed(model.embed(ids), mask):  # until after backward, or for a whole generate
@@ -87,7 +89,8 @@ class OrchMoEConfig:
         return 0.0 if self.router_norm == "softmax" else 1 / self.tasks
 
     def scale(self, total_rank: int) -> float:
-        """alpha / the rank that adds up in one Linear, whatever the method."""
+        """alpha / total_rank. Methods that weigh their skills by c pass the rank of one skill, LoRA, whose
+        ranks all add up unweighted, S R: so c = 1/S is LoRA. Extra ranks count in both."""
         return (self.rank if self.alpha is None else self.alpha) / total_rank
 
     def attention_width(self, width: int) -> int:
@@ -103,7 +106,7 @@ class Routing(NamedTuple):
     """What `routed` computed: w is None for the token router, whose c exists only inside each Linear."""
 
     w: Tensor | None  # (B,K), or (K,) where it is the same for every sample
-    allocation: Tensor | None  # Zhat (1,N,K,S), or (B,N,K,S) with noise
+    allocation: Tensor | None  # Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise
     c: Tensor | None  # (N,B,S), or (N,1,S)
     shared: bool  # the same for every sample, so that any number of rows may come
 
@@ -131,22 +134,25 @@ class TaskRouter(nn.Module):
         """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
         if embeddings.dim() != 3 or embeddings.shape[-1] != len(self.mu):
             raise ValueError(f"embeddings: (B,L,D) of the source with D = {len(self.mu)}, not "
-                             f"{tuple(embeddings.shape)}; token ids must be embedded first")
+                             f"{tuple(embeddings.shape)}; token ids must be embedded first, and another D is "
+                             "given by attach(..., width=D)")
         if mask is not None and mask.shape != embeddings.shape[:2]:
             raise ValueError(f"mask: (B,L) = {tuple(embeddings.shape[:2])}, not {tuple(mask.shape)}")
-        X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
-        mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
-        mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
-        if self.config.router_attention:
-            scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.query.shape[1])  # (B,L,L)
-            P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
-            mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
-        return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
+        with _without_autocast(embeddings):
+            X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
+            mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
+            mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
+            if self.config.router_attention:
+                scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.query.shape[1])  # (B,L,L)
+                P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
+                mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
+            return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """w (B,K) of embeddings (B,L,D) and mask (B,L)."""
-        with torch.autocast(embeddings.device.type, enabled=False):
+        """w (B,K) of embeddings (B,L,D) and mask (B,L): rows sum to 1, but with router_norm none they are
+        any numbers."""
+        with _without_autocast(embeddings):
             x_hat = (self.features(embeddings, mask) - self.mu) / self.sd
             logits = F.linear(x_hat, self.task, self.bias)
         return logits.softmax(-1) if self.config.router_norm == "softmax" else logits
@@ -170,8 +176,8 @@ class TaskRouter(nn.Module):
 
 
 def spherical_kmeans(points: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Unit centres (k,D) that maximise the sum over points (M,D) of the cosine to the nearest; k-means++
-    start."""
+    """Unit centres (k,D) at a local maximum of the sum over points (M,D) of the cosine to the nearest;
+    k-means++ start."""
     points = F.normalize(points, dim=-1)
     distance, picks = torch.ones(len(points)), []
     for _ in range(k):
@@ -216,18 +222,23 @@ def _drawn(shape: tuple[int, ...], device: torch.device | str, fill: Callable[[T
     return fill(torch.empty(shape)).to(device)
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """The router and c are float32, whatever the base computes in."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # ------------------------------------------------------------------------------------------------- the skills
 
 
 def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
-    """scale * sum_s c_s B_s A_s x as two GEMMs of the concatenated rank S R: skills mix their outputs (Eq.
-    3).
+    """scale * sum_s c_s B_s A_s x as two GEMMs of the concatenated rank S R: skills mix their outputs
+    (Eq. 3, as summarised).
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S) per sample, (1,S) for all, or (B,L,S) per token -> (B,L,O) in x's
     dtype."""
     S, R, D = A.shape
     h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR)
-    c = (scale * c).to(x.dtype)
+    c = (scale * c).to(x)  # of x's device too: a large base may be spread over several
     c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B,1 or L,SR)
     return (h * c) @ B.reshape(S * R, -1).to(x.dtype)
 
@@ -264,8 +275,8 @@ class SkillLinear(nn.Linear):
         return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("skill_")}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,..,D) -> W0 x + bias + scale * sum_s c_s B_s A_s x, (B,..,O)."""
-        rows = x.reshape(x.shape[0], -1, self.in_features)  # (B,L,D)
+        """x (B,..,D) -> W0 x + bias + scale * sum_s c_s B_s A_s x, (B,..,O); x (D,) is one sample."""
+        rows = x.reshape(x.shape[:-1][:1].numel(), x.shape[1:-1].numel(), self.in_features)  # (B,L,D)
         mixed = self.skill_mix(rows, self.skill_A, self.skill_B, self._weights(rows), self.skill_scale)
         self.skill_visited = True
         y = F.linear(x, self.weight, self.bias)
@@ -294,9 +305,10 @@ class SkillLinear(nn.Linear):
             routing = routing.repeat_interleave(self.skill_beams, dim=0)
         if self.skill_task is None or routing.dim() == 2:
             return routing
-        with torch.autocast(x.device.type, enabled=False):  # the router is float32, whatever x is
+        with _without_autocast(x):
             logits = F.linear(x.to(routing.dtype), self.skill_task, self.skill_bias)  # (B,L,K)
-        return (logits.softmax(-1) if self.skill_norm == "softmax" else logits) @ routing  # (B,L,S)
+            w = logits.softmax(-1) if self.skill_norm == "softmax" else logits
+            return w @ routing.to(x.device)  # (B,L,S)
 
 
 # ---------------------------------------------------------------------------------------- router + allocation
@@ -325,7 +337,7 @@ class Adapters(nn.Module):
         """What all Linears need for one batch; arguments as for `routed`."""
         raise NotImplementedError
 
-    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
+    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
                    generator: torch.Generator | None = None) -> None:
         """Prepares a router that starts from training sources; most methods have none."""
 
@@ -334,14 +346,17 @@ class Adapters(nn.Module):
                task_ids: Tensor | None = None, noise: Tensor | None = None, w: Tensor | None = None,
                beams: int = 1) -> Iterator[Routing]:
         """Routes one batch: inside, every SkillLinear has its c; leaving clears. Stay inside until after
-        backward (checkpointed blocks run again there) or for a whole generate.
+        backward or for a whole generate. One backward each, and where gradients accumulate one `routed` for
+        each micro-batch: checkpointed blocks run again in backward, with the c that they find then, and
+        inside another `routed` that would be silently wrong.
 
-        embeddings (B,L,D) of the SOURCE, mask (B,L) true at tokens; noise u (B,N,K,S) for gumbel, drawn here
+        embeddings (B,L,D) of the SOURCE; mask (B,L), 1 or true at tokens and 0 at padding: neither PyTorch's
+        key_padding_mask, which is the reverse, nor an additive one. noise u (B,N,K,S) for gumbel, drawn here
         if left out; w (K,) or (B,K) fixes the routing; beams: rows a sample may have instead of one. Nesting
         raises RuntimeError."""
         self._require_free()
-        self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, w=w), beams)
         try:
+            self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, w=w), beams)
             yield self._routing
             self._report_unvisited()
         finally:
@@ -351,7 +366,7 @@ class Adapters(nn.Module):
 
     def _require_free(self) -> None:
         if self._routing is not None:
-            raise RuntimeError("inside routed(): leave this batch before the next, or before merge()")
+            raise RuntimeError("routed() is already open: leave it before the next batch, or before merge()")
         if not self.linears:
             raise RuntimeError("the skills are merged: call the module as it is")
 
@@ -372,7 +387,8 @@ class Adapters(nn.Module):
         samples, for noise, and for routers of tokens."""
         self._require_free()
         if any(linear.skill_task is not None for linear in self.linears.values()):
-            raise ValueError("merge: every token has a w of its own here, so no single weight equals them")
+            raise ValueError("merge: with a token router every token has a w of its own, which no one weight "
+                             "equals")
         if self.training and self.noise_shape:
             raise ValueError("merge: training draws noise; call .eval() first")
         c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
@@ -404,15 +420,15 @@ class Adapters(nn.Module):
         return self._routing
 
     def _report_unvisited(self) -> None:
-        """After the first forward: Linears whose owner bypasses them (say, a fused kernel) would silently
-        stay unadapted."""
+        """After the first routed batch: Linears whose owner bypasses them (say, a fused kernel) would
+        silently stay unadapted."""
         unvisited = [name for name, linear in self.linears.items() if not linear.skill_visited]
         if self._reported or len(unvisited) == len(self.linears):  # said before, or no forward yet
             return
         self._reported = True
         if unvisited:
             dots = ", ..." if len(unvisited) > 3 else ""
-            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first forward: "
+            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first routed batch: "
                           f"{', '.join(unvisited[:3])}{dots}", stacklevel=4)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -439,12 +455,14 @@ class Adapters(nn.Module):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copies what `state_dict` gave into place. ValueError naming the first difference of names or
-        shapes; strict=False lets names differ, never shapes."""
+        shapes; strict=False lets names differ, never shapes. A whole model's state goes into the model."""
         own = self.state_dict(keep_vars=True)
         odd = sorted(own.keys() ^ state.keys())
         if odd and strict:
             kind = "missing" if odd[0] in own else "unknown"
-            raise ValueError(f"adapter state: {odd[0]} is {kind} ({len(odd)} names differ)")
+            whole = any(name.startswith("skill_adapters.") for name in state)
+            hint = "; a whole model's state goes into model.load_state_dict" if whole else ""
+            raise ValueError(f"adapter state: {odd[0]} is {kind} ({len(odd)} names differ){hint}")
         common = sorted(own.keys() & state.keys())
         for name in common:  # all checks before the first copy: a refused state changes nothing
             if (given := tuple(state[name].shape)) != (wanted := tuple(own[name].shape)):
@@ -471,9 +489,9 @@ class OrchMoE(Adapters):
                 linear.add_token_router(config.tasks, config.router_norm, config.bias_start, generator)
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli (Maddison et al.
-        2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum sigmoid(z), without an
-        epsilon."""
+        """Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli
+        (Maddison et al. 2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum
+        sigmoid(z), without an epsilon."""
         Z = self.allocation.unsqueeze(0)
         if noise is not None:
             Z = (Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()) / self.config.tau
@@ -491,7 +509,8 @@ class OrchMoE(Adapters):
             w = self._task_weights(embeddings, mask)
         if w.shape[-1] != self.config.tasks:
             raise ValueError(f"w: (K,) or (B,K) with K = {self.config.tasks}, not {tuple(w.shape)}")
-        c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
+        with _without_autocast(allocation):
+            c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
         return Routing(w, allocation, c, w.dim() == 1 and noise is None)
 
     def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -507,37 +526,48 @@ class OrchMoE(Adapters):
         if not (self.config.gumbel and self.training):
             return None
         if noise is None and embeddings is None:
-            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B")
+            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B, "
+                             "with a token router too")
         return torch.rand(len(embeddings), *self.allocation.shape) if noise is None else noise
 
     @torch.no_grad()
-    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor], *,
+    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
                    generator: torch.Generator | None = None) -> None:
-        """Before the first step: mu, sd and the k-means start of the sample router from batches of training
-        sources, embeddings (B,L,D) and masks (B,L). One pass, no labels; other routers need none."""
-        if self.router is not None:
-            batches = zip(embeddings, masks, strict=True)
-            self.router.fit(torch.cat([self.router.features(e, m) for e, m in batches]), generator)
+        """Once, before training: mu, sd and the k-means start of the sample router from batches of training
+        sources, embeddings (B,L,D) and, in the same order, masks (B,L); without masks there is no padding.
+        One pass, no labels; other routers need none. ValueError for fewer sources than K, or than 2."""
+        if self.router is None:
+            return
+        pairs = ((e, None) for e in embeddings) if masks is None else zip(embeddings, masks, strict=True)
+        features = [self.router.features(e, m) for e, m in pairs]
+        M, K = sum(map(len, features)), self.config.tasks
+        if M < (least := max(2, K) if self.config.router_init == "kmeans" else 2):
+            raise ValueError(f"fit_router: {M} sources for K = {K} abstract tasks; give at least {least}, "
+                             "better hundreds")
+        with _without_autocast(features[0]):
+            self.router.fit(torch.cat(features), generator)
 
 
 # ----------------------------------------------------------------------------------------------------- attach
 
 
-def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *,
+def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *, width: int | None = None,
            generator: torch.Generator | None = None) -> Adapters:
     """Freezes `module`, puts skills into its Linears named in config.targets and registers the router as
     `module.skill_adapters`. Base key names survive; every new name carries `skill_`. Inputs must be
-    batch-first.
+    batch-first. Cast the base to bf16 before, since the skills stay float32; a head of your own that is to
+    train gets its requires_grad_() after.
 
-    mix: mix_skills, or kernels.mix_skills. generator: of the initial values, on the CPU. ValueError where
-    nothing matches, where adapters are there already, and for owners or Linears whose own forward would go
-    round the skills."""
+    mix: mix_skills, or kernels.mix_skills. width: D of what `routed` gets, where the first nn.Embedding is
+    another. generator: of the initial values, on the CPU. ValueError where nothing matches, where adapters
+    are there already, and for owners or Linears whose own forward would go round the skills."""
     def with_skills(base: nn.Linear, extra: int) -> SkillLinear:
         rank = config.rank + extra
         return SkillLinear(base, config.skills, rank, config.scale(rank), mix, generator)
 
     linears = replace_linears(module, config, with_skills)
-    return register(module, OrchMoE(linears, config, router_width(module), generator))
+    width = router_width(module) if width is None else width
+    return register(module, OrchMoE(linears, config, width, generator))
 
 
 def replace_linears(module: nn.Module, config: OrchMoEConfig,
@@ -546,26 +576,39 @@ def replace_linears(module: nn.Module, config: OrchMoEConfig,
     in the module's order."""
     if hasattr(module, "skill_adapters"):
         raise ValueError("module: it has adapters already; attach to a fresh copy")
-    names = set(T5_LINEARS if "all" in config.targets else config.targets)
-    children = [(owner, path, name, child) for path, owner in module.named_modules()
+    found = target_linears(module, config)
+    module.requires_grad_(False)
+    linears = {}
+    for (owner, path, child), extra in zip(found, config.extra_ranks(len(found)), strict=True):
+        linears[path] = replacement = make(child, extra)
+        replacement.train(child.training)
+        setattr(owner, path.rpartition(".")[2], replacement)
+    return linears
+
+
+def target_linears(module: nn.Module, config: OrchMoEConfig) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(owner, its path with the Linear's name, Linear) for all that config.targets names, in the module's
+    order. ValueError for a name that is not there, and for what cannot be adapted."""
+    children = [(owner, f"{path}.{name}".lstrip("."), child) for path, owner in module.named_modules()
                 for name, child in owner.named_children() if isinstance(child, nn.Linear)]
-    found, have = [row for row in children if row[2] in names], {name for _, _, name, _ in children}
-    if not found or ("all" not in config.targets and names - have):
-        absent, there = ", ".join(sorted(names - have)), ", ".join(sorted(have)) or "none"
+    have = {path.rpartition(".")[2] for _, path, _ in children}
+    own = set(config.targets) - {"all"}
+    names = own.union(T5_LINEARS if "all" in config.targets else ())
+    found = [row for row in children if row[1].rpartition(".")[2] in names]
+    if own - have or not found:
+        absent, there = ", ".join(sorted(own - have or names)), ", ".join(sorted(have)) or "none"
         raise ValueError(f"targets: no Linear is named {absent}; there are {there}")
-    for owner, path, name, child in found:
+    for owner, path, child in found:
         fused = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         if fused or type(child) is not nn.Linear:
             kinds = f"{type(child).__name__} in {type(owner).__name__}"
-            raise ValueError(f"targets: {path}.{name} ({kinds}) would bypass its skills; only a plain "
-                             "nn.Linear that its owner calls can be adapted")
-    module.requires_grad_(False)
-    linears = {}
-    for (owner, path, name, child), extra in zip(found, config.extra_ranks(len(found)), strict=True):
-        linears[f"{path}.{name}" if path else name] = replacement = make(child, extra)
-        replacement.train(child.training)
-        setattr(owner, name, replacement)
-    return linears
+            raise ValueError(f"targets: {path} ({kinds}) would bypass its skills; only a plain nn.Linear "
+                             "that its owner calls can be adapted")
+        hooked = child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)
+        if hooked or not isinstance(child.weight, nn.Parameter):  # weight_norm, prune, accelerate's offload
+            raise ValueError(f"targets: {path} has forward hooks, or a weight that is no Parameter, which "
+                             "skills would drop; remove them before attach")
+    return found
 
 
 def register(module: nn.Module, adapters: Adapters) -> Adapters:
@@ -577,6 +620,6 @@ def register(module: nn.Module, adapters: Adapters) -> Adapters:
 def router_width(module: nn.Module) -> int:
     """D of the embeddings that `routed` gets: that of the first nn.Embedding, without one that of the first
     Linear."""
-    of_embeddings = (m.embedding_dim for m in module.modules() if isinstance(m, nn.Embedding))
-    of_linears = (m.in_features for m in module.modules() if isinstance(m, nn.Linear))
-    return next(of_embeddings, None) or next(of_linears)
+    if embeddings := [m for m in module.modules() if isinstance(m, nn.Embedding)]:
+        return embeddings[0].embedding_dim
+    return next(m.in_features for m in module.modules() if isinstance(m, nn.Linear))

@@ -46,8 +46,8 @@ def drawing() -> str:
     once = [
         frame(316, 8, 390, 126, "Task Router: one, reads the source alone"),
         box(10, 42, 120, 80, FROZEN, "source", "tokens", "(B,L)"),
-        box(164, 42, 130, 80, FROZEN, "X", "embeddings", "(B,L,D)"),
-        box(328, 42, 190, 80, ROUTER, "x̂", "mean(X + P X), scaled", "(B,D)"),
+        box(164, 42, 130, 80, FROZEN, "E", "embeddings", "(B,L,D)"),
+        box(328, 42, 190, 80, ROUTER, "x̂", "X = rmsnorm(E)", "mean(X + P X), scaled", "(B,D)"),
         box(548, 42, 146, 80, ROUTER, "w", "softmax(W x̂ + b)", "(B,K)"),
         box(730, 42, 120, 80, ALLOCATION, "c = w Ẑ", "skill weights", "(N,B,S)"),
         arrow((130, 82), (164, 82)), arrow((294, 82), (328, 82)), arrow((518, 82), (548, 82)),

@@ -150,7 +150,7 @@ def features(s: Shown) -> str:
     return f"""
 ## 2. What the router reads: `TaskRouter.features`
 
-X = rmsnorm(embeddings of the source), {shape(X)}: before the encoder, so nothing of the target can
+X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder, so nothing of the target can
 reach the router.
 
 P = softmax((X Wq)(X Wk)ᵀ / √d_r), {shape(P)}, with d_r = {router.query.shape[1]}. Its mean over the
@@ -161,13 +161,13 @@ P = softmax((X Wq)(X Wk)ᵀ / √d_r), {shape(P)}, with d_r = {router.query.shap
 
 Equal tokens are read equally: the router's attention knows no positions.
 
-x̂ = mean_L(X + P X), {shape(x_hat)}, then standardised by μ and σ, which one pass over the training
+x̂ = mean_L(X + P X), {shape(x_hat)}, then standardised by μ and sd, which one pass over the training
 sources set before the first step (`TaskRouter.fit`). The first four of its {x_hat.shape[1]} numbers, and its
 length:
 
 {table(["", "1", "2", "3", "4", "length"],
        [["x̂", *numbers([*x_hat[0, :4], x_hat.norm()])],
-        ["(x̂ − μ) / σ", *numbers([*standard[0, :4], standard.norm()])]])}"""
+        ["(x̂ − μ) / sd", *numbers([*standard[0, :4], standard.norm()])]])}"""
 
 
 def task_weights(s: Shown) -> str:

@@ -147,10 +147,12 @@ def test_mutual_information_of_known_tables():
 def test_every_ablation_is_one_difference_that_exists():
     fields = {name for cls in compare.train.CONFIGS.values() for name in cls.__dataclass_fields__}
     default = OrchMoEConfig()
+    of_a_rank = default.scale(default.rank) / default.skills  # alpha / (S R)
     for row, changes in compare.ABLATIONS.items():
         assert changes.keys() <= fields, row
         adapter = replace(default, **{k: v for k, v in changes.items() if hasattr(default, k)})
         assert adapter.skills * adapter.rank == default.skills * default.rank
+        assert adapter.scale(adapter.rank) / adapter.skills == of_a_rank, row
         assert (adapter != default) or "method" in changes or "lr_router" in changes or not changes
         assert len(changes) <= 1 or row.startswith(("S =", "preset"))
 

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import stir
 from torch import nn
+from torch.nn.utils import prune
 
+import kernels
 import orchmoe
+from baselines import shapes_of
 from orchmoe import OrchMoEConfig, attach
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
@@ -79,7 +82,7 @@ def test_linear_is_the_equation_written_out(small_t5, inputs):
     assert linear.skill_A.shape == (3, 2, 32) and adapters.allocation.shape == (len(adapters.linears), 5, 3)
     for b in range(4):
         expected = x[b] @ linear.weight.T
-        for i in range(5):  # sum_i sum_j w_i phi_ij, the paper's Eq. 3
+        for i in range(5):  # sum_i sum_j w_i phi_ij: Eq. 3, as summarised
             row = adapters.allocation[n, i].sigmoid()
             for j in range(3):
                 skill = x[b] @ linear.skill_A[j].T @ linear.skill_B[j]
@@ -338,10 +341,62 @@ def test_outside_routed_a_linear_raises(small_t5, inputs):
 def test_nesting_raises_and_an_error_inside_clears(small_t5, inputs):
     adapters = attached(small_t5)
     embeddings = small_t5.embed(inputs.input_ids)
-    with pytest.raises(RuntimeError, match="inside routed"), adapters.routed(embeddings):
+    with pytest.raises(RuntimeError, match="already open"), adapters.routed(embeddings):
         with adapters.routed(embeddings):
             pass
     logits(small_t5, adapters, inputs)
+
+
+def test_a_routing_that_cannot_be_handed_out_clears_too(small_t5, inputs, monkeypatch):
+    adapters = attached(small_t5)
+    routing = adapters.route(w=torch.ones(5))
+    with monkeypatch.context() as patch, pytest.raises(ValueError):
+        patch.setattr(adapters, "route", lambda *_args, **_kwargs: routing._replace(c=routing.c[:2]))
+        with adapters.routed():
+            pass
+    assert adapters.linears and all(linear.skill_routing is None for linear in adapters.linears.values())
+    logits(small_t5, adapters, inputs)
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_under_autocast_routing_stays_float32(router):
+    base = nn.Sequential(nn.Linear(16, 16))
+    adapters = attach(base, OrchMoEConfig(targets=("0",), router=router))
+    stir(adapters, torch.Generator().manual_seed(0))
+    x = torch.randn(12, 5, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            adapters.fit_router([x], generator=torch.Generator().manual_seed(2))
+            with adapters.routed(x) as routing:
+                c = base[0]._weights(x) if router == "token" else routing.c
+        fitted = [adapters.router.mu, adapters.router.task] if router == "sample" else []
+        found.append([tensor.clone() for tensor in (c, *fitted)])
+    for half, exact in zip(*found, strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, exact, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16), (3, 16), (3, 2, 5, 16), (16,)])
+def test_all_shapes_that_a_linear_takes(shape):
+    base = nn.Sequential(nn.Linear(16, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("0",)))
+    stir(adapters, torch.Generator().manual_seed(0))
+    x, A, B = torch.randn(shape), base[0].skill_A, base[0].skill_B
+    samples = shape[0] if len(shape) > 1 else 1
+    with adapters.routed(w=torch.eye(8)[torch.arange(samples) % 8]) as routing:
+        y = base[0](x)
+    c = routing.c[0].view(*(samples, *[1] * (len(shape) - 2)) if len(shape) > 1 else (), 4)
+    expected = F.linear(x, base[0].weight, base[0].bias) + torch.einsum("...d,srd,sro,...s->...o", x, A, B, c)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", [orchmoe.mix_skills, kernels.mix_skills])
+def test_c_goes_to_the_device_of_its_linear(mix):
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4, device="meta"))
+    adapters = attach(base, OrchMoEConfig(targets=("0", "1")), mix)
+    with adapters.routed(torch.randn(3, 5, 16)):
+        assert base[1](base[0](torch.randn(3, 5, 16)).to("meta")).shape == (3, 5, 4)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -356,6 +411,7 @@ def test_rows_of_another_batch_are_refused(small_t5, inputs, samples):
 
 @pytest.mark.parametrize("options, words", [
     ({"targets": ("q", "value")}, "no Linear is named value"), ({"targets": "q"}, "targets"),
+    ({"targets": ("all", "lm_haed")}, "no Linear is named lm_haed"),
     ({"router": "tokens"}, "router: 'tokens'"), ({"router_norm": "sigmoid"}, "router_norm: 'sigmoid'"),
     ({"router_init": "kmean"}, "router_init: 'kmean'"),
 ])  # fmt: skip
@@ -419,12 +475,50 @@ def test_base_names_survive_and_new_ones_carry_skill(small_t5):
     assert all(p.data_ptr() == weights[name] for name, p in small_t5.named_parameters() if name in weights)
 
 
+def hooked(linear):
+    linear.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    return linear
+
+
+def replaced_forward(linear):  # as accelerate does where it offloads
+    linear.forward = linear.forward
+    return linear
+
+
+def fixed_weight(linear):
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    return linear
+
+
+def test_all_can_be_joined_by_other_names():
+    base = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q", "wo", "lm_head", "other")})
+    config = OrchMoEConfig(targets=("all", "lm_head"))
+    assert len(shapes_of(base, config)) == 3
+    assert list(attach(base, config).linears) == ["q", "wo", "lm_head"]
+
+
+def test_the_width_can_be_given():
+    base = nn.Sequential(nn.Embedding(9, 3), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"attach\(..., width=D\)"):
+        attach(base, OrchMoEConfig(targets=("1",))).route(torch.randn(2, 5, 16))
+    base = nn.Sequential(nn.Embedding(9, 3), nn.Linear(16, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("1",)), width=16)
+    assert adapters.route(torch.randn(2, 5, 16)).c.shape == (1, 2, 4)
+
+
 @pytest.mark.parametrize(
     "module, targets, message",
     [
         (nn.Sequential(nn.Linear(2, 2)), ("q",), "there are 0"),
         (nn.MultiheadAttention(4, 2), ("out_proj",), "bypass"),
-        (nn.TransformerEncoderLayer(4, 2), ("linear1",), "bypass"),
+        (nn.TransformerEncoderLayer(4, 2), ("linear1",), "targets: linear1 .*bypass"),
+        (nn.Sequential(hooked(nn.Linear(2, 2))), ("0",), "targets: 0 has forward hooks"),
+        (nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2))), ("0",), "targets: 0 has forward hooks"),
+        (nn.Sequential(prune.identity(nn.Linear(2, 2), "weight")), ("0",), "targets: 0 has forward hooks"),
+        (nn.Sequential(replaced_forward(nn.Linear(2, 2))), ("0",), "targets: 0 has forward hooks"),
+        (nn.Sequential(fixed_weight(nn.Linear(2, 2))), ("0",), "weight that is no Parameter"),
     ],
 )
 def test_attach_refuses_what_it_cannot_adapt(module, targets, message):
@@ -497,6 +591,8 @@ def test_a_state_that_does_not_fit_changes_nothing(small_t5):
         adapters.load_state_dict(odd)
     with pytest.raises(ValueError, match="router.bias is missing"):
         adapters.load_state_dict({name: tensor for name, tensor in state.items() if name != "router.bias"})
+    with pytest.raises(ValueError, match="a whole model's state goes into model.load_state_dict"):
+        adapters.load_state_dict(small_t5.state_dict())
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
 
 
@@ -543,6 +639,28 @@ def test_fit_router_reads_padded_batches(small_t5, inputs):
     torch.testing.assert_close(adapters.router.mu.float(), features.mean(0).float())
     one = OrchMoEConfig(tasks=1)
     orchmoe.TaskRouter(32, one).fit(features.float())  # K = 1: nothing to tell apart, and no error
+
+
+def test_without_masks_there_is_no_padding(small_t5):
+    adapters, x = attached(small_t5), torch.randn(6, 7, 32)
+    found = []
+    for masks in (None, iter([torch.ones(6, 7)])):
+        adapters.fit_router(iter([x]), masks, generator=torch.Generator().manual_seed(0))
+        found.append(adapters.router.task.clone())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options, sources, least", [
+    ({}, 0, 8), ({}, 7, 8), ({"tasks": 1}, 1, 2), ({"router_init": "normal"}, 1, 2)])  # fmt: skip
+def test_too_few_sources_are_refused(small_t5, options, sources, least):
+    adapters = attach(small_t5.float(), OrchMoEConfig(**options))
+    before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    K = adapters.config.tasks
+    words = f"{sources} sources for K = {K} abstract tasks; give at least {least}, better hundreds"
+    with pytest.raises(ValueError, match=f"fit_router: {words}"):
+        adapters.fit_router(torch.randn(sources, 1, 7, 32))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+    adapters.fit_router(torch.randn(least, 1, 7, 32))
 
 
 def test_kmeans_centres_are_those_of_the_clusters():
