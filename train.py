@@ -432,7 +432,8 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
         runtime.write_json(folder / "routing.json", report)
     runtime.say(table(scores))
     sizes = ", ".join(f"{len(sets[which])} {which}" for which in scores[config.method])
-    runtime.say(f"on {sizes} instances; --eval-instances 0 takes all")
+    limited = any(len(sets[which]) == config.eval_instances for which in scores[config.method])
+    runtime.say(f"on {sizes} instances" + "; --eval-instances 0 takes all" * limited)
     return True
 
 

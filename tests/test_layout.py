@@ -110,4 +110,5 @@ def test_pages_name_what_is_there(page):
         assert re.search(rf"\b{name}\b", SOURCES), name
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", text)) - FOREIGN
     for flag in flags:
-        assert flag in SOURCES or flag[2:].replace("-", "_") + ":" in SOURCES, flag
+        field = flag[2:].removeprefix("no-").replace("-", "_")  # of a switch there is a --no- form
+        assert flag in SOURCES or field + ":" in SOURCES, flag
