@@ -32,7 +32,7 @@ def stage(name: str, folder: Path) -> str:
             f"{len(run['tasks'])} | {losses[0]:.3f} | {min(losses):.3f} | {speed:,} |")
 
 
-def facts(out: Path, scale: str) -> str:
+def facts(out: Path) -> str:
     results = runtime.read_json(out / "compare/results.json")
     config, prompt = results["train"], results["data"]
     base = checkpoint.map_t5(out / "instructed/model")
@@ -83,7 +83,7 @@ def page(out: Path, scale: str) -> str:
         f"The official prompts, tasks and metric of Super-NaturalInstructions on a base that was pre-trained "
         f"for it on real text; **scale: {scale}**. Written by `recipes/report.py` from what these "
         "commands leave (`recipes/settings.sh` has the sizes):", "", "```", commands, "```", "",
-        "## What was trained", "", facts(out, scale), "",
+        "## What was trained", "", facts(out), "",
         "## Learning rates", "", "Of A and B (full: of every weight), by the lowest dev loss, equal effort "
         "for each method:", "", rates(results), "",
         "## Methods", "", (out / "compare/results.md").read_text(encoding="utf-8"),
