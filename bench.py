@@ -37,8 +37,8 @@ import data
 import eval as evaluation
 import kernels
 import metrics
-import model
 import runtime
+import t5
 from baselines import attach_method
 from orchmoe import OrchMoEConfig
 
@@ -178,18 +178,18 @@ def bench_kernels(config: BenchConfig, place: runtime.Device) -> list[Row]:
 # ------------------------------------------------------------------------------------------------- training
 
 
-def make_base(config: BenchConfig, place: runtime.Device) -> model.T5:
+def make_base(config: BenchConfig, place: runtime.Device) -> t5.T5:
     """T5 v1.1-small shapes with random weights."""
     if config.quick:
-        shape = model.T5Config(1124, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu",
+        shape = t5.T5Config(1124, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu",
                                scale_decoder_outputs=False, tied_head=False)
     else:
-        shape = model.T5Config(32128, 512, 64, 1024, 8, 8, 6, feed_forward_proj="gated-gelu",
+        shape = t5.T5Config(32128, 512, 64, 1024, 8, 8, 6, feed_forward_proj="gated-gelu",
                                scale_decoder_outputs=False, tied_head=False)
-    return model.T5(shape).init_weights(0).to(place.device, place.dtype)
+    return t5.T5(shape).init_weights(0).to(place.device, place.dtype)
 
 
-def as_transformers(base: model.T5) -> torch.nn.Module:
+def as_transformers(base: t5.T5) -> torch.nn.Module:
     """The same T5, same weights, of transformers."""
     from transformers import T5ForConditionalGeneration, logging
 

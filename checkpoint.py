@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import runtime
-from model import T5, T5Config
+from t5 import T5, T5Config
 
 # ------------------------------------------------------------------------------------------------ safetensors
 

@@ -31,16 +31,16 @@ from tqdm import tqdm
 import checkpoint
 import data
 import eval as evaluation
-import model
 import plot
 import runtime
+import t5
 import train
 from baselines import METHODS, Unadapted, attach_method, budget, closed_form, count, shapes_of
 from orchmoe import OrchMoEConfig, router_width
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
 UNTRAINED = ("frozen base", "copy-demo", "copy-input")  # rows without a run
-SIZES = {name: model.T5Config(32128, d_model, 64, d_ff, layers, layers, heads, feed_forward_proj="gated-gelu",
+SIZES = {name: t5.T5Config(32128, d_model, 64, d_ff, layers, layers, heads, feed_forward_proj="gated-gelu",
                               scale_decoder_outputs=False, tied_head=False)
          for name, d_model, d_ff, layers, heads in [  # T5 v1.1, for --dry-run
              ("t5-small", 512, 1024, 8, 6), ("t5-base", 768, 2048, 12, 12), ("t5-large", 1024, 2816, 24, 16),
@@ -121,13 +121,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------------- accounting
 
 
-def dry_run(config: CompareConfig, base_config: model.T5Config, adapter: OrchMoEConfig,
+def dry_run(config: CompareConfig, base_config: t5.T5Config, adapter: OrchMoEConfig,
             num_tasks: int) -> str:
     """Parameters and memory of each method as Markdown, of models on the meta device: nothing is
     allocated."""
-    def fresh() -> model.T5:
+    def fresh() -> t5.T5:
         with torch.device("meta"):
-            return model.T5(base_config)
+            return t5.T5(base_config)
 
     base = fresh()
     configs = equal_configs(config, adapter, shapes_of(base, adapter), router_width(base), num_tasks)
@@ -400,7 +400,7 @@ def method_cells(config: CompareConfig, configs: dict[str, Any], place: runtime.
                  ) -> tuple[list[Cell], dict]:
     """Cells of the comparison, whose rates are chosen first; and the rates."""
     with torch.device("meta"):
-        base = model.T5(model.T5Config.from_json(Path(configs["train"].model) / "config.json"))
+        base = t5.T5(t5.T5Config.from_json(Path(configs["train"].model) / "config.json"))
     shapes = shapes_of(base, configs["adapter"])
     adapters = equal_configs(config, configs["adapter"], shapes, router_width(base), num_tasks)
     sizes, out = sorted(map(int, config.sizes)), Path(config.out)
@@ -491,7 +491,7 @@ def main() -> None:
     configs = {name: runtime.from_flags(cls, flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]
-        sizes = SIZES.get(name) or model.T5Config.from_json(checkpoint.existing(
+        sizes = SIZES.get(name) or t5.T5Config.from_json(checkpoint.existing(
             Path(name) / "config.json", f"name a T5 folder, or one of {', '.join(SIZES)}"))
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
         runtime.say(dry_run(config, sizes, configs["adapter"], config.num_tasks or len(tasks)))

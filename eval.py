@@ -23,9 +23,9 @@ from torch import Tensor
 import checkpoint
 import data
 import metrics
-import model
 import runtime
 from baselines import Unadapted, attach_method
+from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
 
@@ -77,7 +77,7 @@ def batches(examples: Sequence[data.Example], size: int, device: torch.device, d
             bar.update(len(rows))
 
 
-def routed(base: model.T5, adapters: Adapters, batch: data.Batch, **options: Any):
+def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any):
     """The routing context of one batch: embeddings and mask of the sources, task ids for the methods that
     want them."""
     embeddings = base.embed(batch.input_ids)
@@ -85,7 +85,7 @@ def routed(base: model.T5, adapters: Adapters, batch: data.Batch, **options: Any
 
 
 @torch.no_grad()
-def predict(base: model.T5, adapters: Adapters, examples: Sequence[data.Example],
+def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
             tokenizer: data.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
             desc: str = "generate", w: Tensor | None = None) -> list[str]:
     """Greedy predictions, in the order of the examples; with w (K,) that in place of the router's own."""
@@ -108,7 +108,7 @@ def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[
 
 
 @torch.no_grad()
-def mean_loss(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
+def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
               desc: str = "dev loss") -> float:
     """Cross-entropy per target token of the first references, in nats."""
     base.eval()
@@ -152,7 +152,7 @@ class RouterReport(NamedTuple):
 
 
 @torch.no_grad()
-def router_weights(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *,
+def router_weights(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *,
                    batch_size: int = 64) -> Tensor | None:
     """w (M,K) of the examples on the CPU; None for a method without one router for the sample."""
     base.eval()
@@ -189,7 +189,7 @@ def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
 
 
 @torch.no_grad()
-def routing_report(base: model.T5, adapters: Adapters, examples: Sequence[data.Example], *,
+def routing_report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *,
                    batch_size: int = 64) -> dict[str, Any]:
     """What the router learnt, as numbers for a JSON file: RouterReport's, mutual information with the real
     category, mean w of each real task (K), mean c of each Linear (S), Zhat (N,K,S) and `distance`, the mean
@@ -236,7 +236,7 @@ def read_run(folder: str | Path) -> dict:
     return config
 
 
-def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> tuple[model.T5, Adapters]:
+def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> tuple[Backbone, Adapters]:
     """The base with the run's best adapters attached, or the run's best full weights, on the device; with
     `shard` the base is split over all processes."""
     folder, train = Path(folder), read_run(folder)["train"]
@@ -252,7 +252,7 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
     base = load_base(train["model"], place, shard)
     config, num_tasks = runtime.from_json(OrchMoEConfig, info["config"], path), len(info["tasks"])
     with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
-        bare = model.T5(base.config)
+        bare = type(base)(base.config)
     try:
         attach_method(info["method"], bare, config, num_tasks=num_tasks).load_state_dict(state)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
@@ -264,7 +264,7 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
     return base, adapters.eval()
 
 
-def load_base(path: str | Path, place: runtime.Device, shard: bool) -> model.T5:
+def load_base(path: str | Path, place: runtime.Device, shard: bool) -> Backbone:
     """The frozen T5 of a folder on the device; with `shard` still in its files, for runtime.shard."""
     if shard:
         return checkpoint.map_t5(path)
@@ -322,7 +322,7 @@ def check_asked(flags: dict[str, Any]) -> None:
         raise ValueError(f"--{odd[0].replace('_', '-')}: not used with --ask; leave it out")
 
 
-def answer(base: model.T5, adapters: Adapters, tokenizer: data.Tokenizer, config: EvalConfig,
+def answer(base: Backbone, adapters: Adapters, tokenizer: data.Tokenizer, config: EvalConfig,
            data_config: data.DataConfig, who: str) -> None:
     """Says what the model, `who`, answers to --ask and --input and, where one router reads the sample, its w
     by abstract tasks, which are counted from 1 here as in the figures."""

@@ -1,17 +1,10 @@
-"""T5 from scratch: the encoder-decoder that the adapters are tried on. v1.0 (relu, tied and scaled head) and
-v1.1 / Flan / LM-adapt (gated GELU, own head) differ only in T5Config. Sources: Raffel et al., arXiv
-1910.10683, section 2.1; Shazeer, arXiv 2002.05202 (gated FFN). Knows nothing of adapters: the Linears are
-called q, k, v, o, wi, wi_0, wi_1, wo, and whoever wants to wrap them does it by these names. Test: pytest
-tests/test_model.py
+"""The contract of every transformer here: what the programs ask of it, and the one greedy generation that all
+families share. Knows no family and no adapters; t5.py is the first family. Test: pytest tests/test_model.py
 
-Dimensions: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv, F d_ff,
-V vocabulary."""
+Dimensions: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary."""
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,345 +13,25 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label of positions that carry no loss
 
-# The largest value believed for each size; T5-11B has d_ff 65,536 and 128 heads of 128. A typing error or a
-# hostile file is refused by these before it can ask for memory.
-LARGEST = {
-    "vocab_size": 2**22, "d_model": 2**16, "d_kv": 2**12, "d_ff": 2**20, "num_layers": 1024,
-    "num_decoder_layers": 1024, "num_heads": 1024, "relative_attention_num_buckets": 4096,
-    "relative_attention_max_distance": 2**20,
-}  # fmt: skip
 
+class State(Protocol):
+    """What a family remembers between the steps of a generation: its cache, its masks."""
 
-LARGEST_CONFIG = 2**20  # bytes of a config.json
+    def keep(self, rows: Tensor) -> None:
+        """Drops all but the given rows (B',), positions among the current ones."""
 
 
-@dataclass(frozen=True)
-class T5Config:
-    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that file cannot
-    tell."""
+class Backbone(nn.Module):
+    """A family defines `embedding` (nn.Embedding), `blocks`, `logits`, `loss`, `start` and `step`. Its config
+    has `eos_ids`, a tuple, and `pad_token_id`, which fills up what `generate` returns, be it one of them."""
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_decoder_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"  # or "gated-gelu", whose GELU is the tanh form
-    scale_decoder_outputs: bool = True  # by d_model^-0.5 before the head
-    tied_head: bool = True  # the head is the embedding table
-    pad_token_id: int = 0
-    eos_token_id: int = 1
-    decoder_start_token_id: int = 0
+    entries = ("embed", "loss", "generate")  # called from outside, compute with weights; none calls another
 
-    def __post_init__(self):
-        def require(name: str, good: bool, what: str):
-            if not good:
-                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r:.60}")
-
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            require(name, type(value) is int and 1 <= value <= largest, f"a whole number from 1 to {largest}")
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            value = getattr(self, name)
-            require(name, type(value) is int and 0 <= value < self.vocab_size, "a token id below vocab_size")
-        for name in ("scale_decoder_outputs", "tied_head"):
-            require(name, isinstance(getattr(self, name), bool), "true or false")
-        eps, buckets = self.layer_norm_epsilon, self.relative_attention_num_buckets
-        require("layer_norm_epsilon", type(eps) in (int, float) and 0 < eps < 1, "a number between 0 and 1")
-        feed_forward = ("relu", "gated-gelu")
-        require("feed_forward_proj", self.feed_forward_proj in feed_forward, "'relu' or 'gated-gelu'")
-        # With fewer than four buckets, or a span that ends before the logarithmic ones begin, there is no
-        # function.
-        require("relative_attention_num_buckets", buckets >= 4, "at least 4")
-        require("relative_attention_max_distance", self.relative_attention_max_distance > buckets // 2,
-                f"above half of relative_attention_num_buckets ({buckets})")  # fmt: skip
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "T5Config":
-        """Reads a Hugging Face config.json; its many other keys are ignored. A ValueError names file and
-        field."""
-        try:
-            with open(path, "rb") as file:
-                values = json.loads(file.read(LARGEST_CONFIG + 1)[:LARGEST_CONFIG].decode())  # cut: not JSON
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not JSON") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: must hold a JSON object")
-        if values.get("model_type", "t5") != "t5":
-            kind = values["model_type"]
-            raise ValueError(f"{path}: model_type is {kind!r:.60}; only 't5' (T5, Flan-T5) is supported")
-        values = {name: value for name, value in values.items() if value is not None}
-        values["tied_head"] = tied = values.get("tie_word_embeddings", True)
-        if not isinstance(tied, bool):
-            raise ValueError(f"{path}: tie_word_embeddings must be true or false, not {tied!r:.60}")
-        # Files of transformers 4 say only through the untied head that T5 v1.1 does not scale its output.
-        values.setdefault("scale_decoder_outputs", tied)
-        values.setdefault("num_decoder_layers", values.get("num_layers"))
-        values.setdefault("decoder_start_token_id", values.get("pad_token_id", 0))
-        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            if name not in values:
-                raise ValueError(f"{path}: {name} is missing")
-        try:
-            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def to_hf(self) -> dict:
-        """The values of a config.json that transformers (4 and 5) and `from_json` read."""
-        values = asdict(self)
-        values["tie_word_embeddings"] = values.pop("tied_head")
-        architectures = ["T5ForConditionalGeneration"]
-        return {"architectures": architectures, "model_type": "t5", "is_encoder_decoder": True, **values}
-
-
-def lowest(dtype: torch.dtype) -> float:
-    """What is added to the score of a key that must not be seen. Finite, so that a row without any key is
-    uniform and not NaN; half of the lowest number, so that the sum with a position bias, or a cast to
-    bfloat16, stays finite too."""
-    return torch.finfo(dtype).min / 2
-
-
-def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """mask (B,L), true at real tokens -> additive bias (B,1,1,L)."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask.bool(), lowest(dtype))[:, None, None, :]
-
-
-def real_length(mask: Tensor) -> int:
-    """mask (B,L) -> columns up to the last real token of any row, at least 1; beyond them all is padding."""
-    return int((mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
-
-
-def relative_buckets(distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
-    """distance = key position - query position, any shape -> bucket numbers of that shape. Half of the
-    buckets hold one distance each, the others grow logarithmically up to max_distance; `bidirectional`: each
-    sign has its own."""
-    if bidirectional:
-        buckets //= 2
-        offset, distance = (distance > 0) * buckets, distance.abs()
-    else:
-        offset, distance = 0, (-distance).clamp(min=0)
-    exact = buckets // 2
-    # In float32 and in this order: the truncation decides, and published weights were trained with it.
-    log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (log_ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return offset + torch.where(distance < exact, distance, far)
-
-
-class RelativeBias(nn.Module):
-    """The position bias of one stack, shared by its blocks; in the decoder causal, with the future masked."""
-
-    def __init__(self, config: T5Config, *, causal: bool):
-        super().__init__()
-        self.causal = causal
-        self.max_distance = config.relative_attention_max_distance
-        self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
-
-    def strip(self, length: int) -> Tensor:
-        """The bias of every distance from 1 - length to length - 1: (H, 2 length - 1)."""
-        distance = torch.arange(1 - length, length, device=self.weight.device)
-        numbers = relative_buckets(
-            distance, bidirectional=not self.causal, buckets=len(self.weight), max_distance=self.max_distance
-        )
-        strip = F.embedding(numbers, self.weight).T  # (H, 2L-1)
-        return strip.masked_fill(distance > 0, lowest(strip.dtype)) if self.causal else strip
-
-    def forward(self, length: int) -> Tensor:
-        """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that
-        begins at distance -q: 2L-1 table look-ups, and as many in the backward, where the plain form needs
-        L^2."""
-        return self.strip(length).unfold(1, length, 1).flip(1)[None]
-
-
-class Cache:
-    """What one decoder block remembers in generation: keys and values of the source, and of the target so
-    far."""
-
-    def __init__(self, source_k: Tensor, source_v: Tensor):
-        self.source = source_k, source_v  # (B,H,Ls,E) each
-        self.target = source_k[:, :, :0], source_v[:, :, :0]  # (B,H,Lt,E) each
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.target = torch.cat((self.target[0], k), 2), torch.cat((self.target[1], v), 2)
-        return self.target
-
-    def keep(self, rows: Tensor, source_length: int):
-        self.source = tuple(x[:, :, :source_length].index_select(0, rows) for x in self.source)
-        self.target = tuple(x.index_select(0, rows) for x in self.target)
-
-
-def split_heads(x: Tensor, d_kv: int) -> Tensor:
-    return x.unflatten(-1, (-1, d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    # T5 has no 1/sqrt(E): its initialisation of q absorbs it.
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
-    return x.transpose(1, 2).flatten(2)  # (B,H,L,E) -> (B,L,HE)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, bias: Tensor, cache: Cache | None = None) -> Tensor:
-        q = split_heads(self.q(x), self.d_kv)  # (B,H,L,E)
-        k = split_heads(self.k(x), self.d_kv)
-        v = split_heads(self.v(x), self.d_kv)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.o(attend(q, k, v, bias, self.dropout.p if self.training else 0.0))  # (B,L,D)
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
-
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states (B,Ls,D) -> (B,H,Ls,E) each; in generation computed once."""
-        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)
-
-    def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        q = split_heads(self.q(x), self.d_kv)  # (B,H,Lt,E)
-        return self.o(attend(q, *keys_values, bias, self.dropout.p if self.training else 0.0))  # (B,Lt,D)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.gated = config.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B,L,F)
-        else:
-            x = F.relu(self.wi(x))
-        return self.wo(self.dropout(x))  # (B,L,D)
-
-
-def norm(config: T5Config) -> nn.RMSNorm:
-    # T5's layer norm: no mean, no bias, accumulated in float32 for bfloat16 inputs too.
-    return nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
-
-
-class EncoderBlock(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.attention_norm, self.attention = norm(config), SelfAttention(config)
-        self.ffn_norm, self.ffn = norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Ls,D)
-
-
-class DecoderBlock(nn.Module):
-    entries = ("start", "step")  # methods that are called from outside and compute with weights, as forward
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.attention_norm, self.attention = norm(config), SelfAttention(config)
-        self.cross_norm, self.cross_attention = norm(config), CrossAttention(config)
-        self.ffn_norm, self.ffn = norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, bias: Tensor, states: Tensor, states_bias: Tensor) -> Tensor:
-        return self.layers(x, bias, self.cross_attention.keys_values(states), states_bias)
-
-    def start(self, states: Tensor) -> Cache:
-        """The cache of a generation from encoder states (B,Ls,D)."""
-        return Cache(*self.cross_attention.keys_values(states))
-
-    def step(self, x: Tensor, bias: Tensor, states_bias: Tensor, cache: Cache) -> Tensor:
-        """The newest token alone, x (B,1,D). Never compiled: the cache grows by a token."""
-        return self.layers(x, bias, cache.source, states_bias, cache)
-
-    def layers(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
-               cache: Cache | None = None) -> Tensor:  # fmt: skip
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache))
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Lt,D)
-
-
-def run(block: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
-    """The block; with `checkpointed` one that keeps only its inputs and is computed again in the backward."""
-    if not checkpointed:
-        return block(*inputs)
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.dropout.p > 0)
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.position = RelativeBias(config, causal=False)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
-        self.norm, self.dropout = norm(config), nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, mask: Tensor, *, checkpointed: bool = False) -> Tensor:
-        bias = self.position(x.shape[1]) + padding_bias(mask, x.dtype)  # (B,H,Ls,Ls), once for all blocks
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = run(block, x, bias, checkpointed=checkpointed)
-        return self.dropout(self.norm(x))  # (B,Ls,D)
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.position = RelativeBias(config, causal=True)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_decoder_layers))
-        self.norm, self.dropout = norm(config), nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor, *, checkpointed: bool = False) -> Tensor:
-        # Target padding needs no mask: it comes last, so no real target position sees it.
-        bias, states_bias = self.position(x.shape[1]), padding_bias(mask, x.dtype)  # (1,H,Lt,Lt), (B,1,1,Ls)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = run(block, x, bias, states, states_bias, checkpointed=checkpointed)
-        return self.dropout(self.norm(x))  # (B,Lt,D)
-
-    def step(self, x: Tensor, bias: Tensor, mask: Tensor, caches: list[Cache]) -> Tensor:
-        """One more token: x (B,1,D), bias (1,H,1,Lt) = the causal row of this token -> (B,1,D)."""
-        states_bias = padding_bias(mask, x.dtype)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(x, bias, states_bias, cache)
-        return self.norm(x)
-
-
-class T5(nn.Module):
-    entries = ("embed", "loss", "generate")  # as in DecoderBlock; none of them calls another
-
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False  # in training, trade each block's activations for a second forward
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout_rate = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -366,115 +39,82 @@ class T5(nn.Module):
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        return (*self.encoder.blocks, *self.decoder.blocks)
+        raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids)  # (B,L) -> (B,L,D)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Source (B,Ls), mask true (or 1) at real tokens -> encoder states (B,Ls,D)."""
-        checkpointed = self.checkpoint_blocks and self.training
-        return self.encoder(self.embedding(input_ids), attention_mask, checkpointed=checkpointed)
-
-    def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Target so far (B,Lt), encoder states and their mask -> hidden states (B,Lt,D) for `logits`."""
-        checkpointed = self.checkpoint_blocks and self.training
-        x = self.embedding(decoder_input_ids)
-        return self.decoder(x, states, attention_mask, checkpointed=checkpointed)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        if self.config.scale_decoder_outputs:
-            hidden = hidden * self.config.d_model**-0.5
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        """(B,Ls), (B,Ls), (B,Lt) -> logits (B,Lt,V)."""
-        states = self.encode(input_ids, attention_mask)  # (B,Ls,D)
-        return self.logits(self.decode(decoder_input_ids, states, attention_mask))
+        raise NotImplementedError  # (...,D) -> (...,V)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """SUM of the cross-entropy over labels (B,Lt) other than -100, a scalar of at least float32; the
-        caller divides by the token count of its whole step. The decoder reads the labels shifted right behind
-        the start token."""
-        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
-        shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
-        shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
-        hidden = self.decode(shifted, self.encode(input_ids, attention_mask), attention_mask)
-        real = labels != IGNORED  # before the head: no logits of padding, the largest tensor there is
+        """SUM of the cross-entropy over labels (B,Lt) other than -100, given sources (B,Ls) whose mask is
+        true (or 1) at real tokens; the caller divides by the token count of its whole step."""
+        raise NotImplementedError
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
+        """Reads the sources (B,Ls); returns the tokens (B,) that the first step reads, and the state."""
+        raise NotImplementedError
+
+    def step(self, newest: Tensor, state: State) -> Tensor:
+        """Reads one more token a row (B,), also into the state; returns the logits of the next (B,V)."""
+        raise NotImplementedError
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Hidden states (B,L,D), labels (B,L) -> sum over labels other than -100, of at least float32."""
+        real = labels != IGNORED  # before the head: full logits are the largest tensor there is
         logits = self.logits(hidden[real])  # (M,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels[real], reduction="sum")
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """The block; in training with `checkpoint_blocks` it keeps its inputs alone."""
+        if not (self.checkpoint_blocks and self.training):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = 127,
                  on_keep: Callable[[Tensor], None] | None = None,
                  agree: Callable[[bool], bool] = bool) -> Tensor:  # fmt: skip
-        """Greedy: source (B,Ls) -> tokens (B,n), n <= max_new_tokens, without the start token, pad after EOS.
-        Rows that have ended are dropped from the work; on_keep(rows) tells which of the current rows stay,
-        (B',). agree(whether any row goes on) says after each token whether to compute another: where
-        processes share the weights, all of them must take the same number of steps."""
+        """Greedy: sources (B,Ls) -> new tokens alone (B,n), n <= max_new_tokens, padded after EOS. Rows that
+        have ended are dropped from the work; on_keep(rows) tells which of the current rows stay, (B',).
+        agree(whether any row goes on) says after each token whether to compute another: where processes share
+        the weights, all of them must take the same number of steps."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        states, mask = self.encode(input_ids, attention_mask), attention_mask
-        caches = [block.start(states) for block in self.decoder.blocks]
-        strip = self.decoder.position.strip(max_new_tokens)[None, :, None]  # (1,H,1,2n-1)
-        tokens = input_ids.new_full((len(input_ids), max_new_tokens), self.config.pad_token_id)
-        alive = torch.arange(len(input_ids), device=input_ids.device)
-        newest, ended = torch.full_like(alive, self.config.decoder_start_token_id), False
+        newest, state = self.start(input_ids, attention_mask, max_new_tokens)
+        tokens = newest.new_full((len(newest), max_new_tokens), self.config.pad_token_id)
+        eos_ids = newest.new_tensor(self.config.eos_ids)
+        alive, ended = torch.arange(len(newest), device=newest.device), False
         for t in range(max_new_tokens):
-            bias = strip[..., max_new_tokens - 1 - t : max_new_tokens]  # distances -t ... 0: (1,H,1,t+1)
-            hidden = self.decoder.step(self.embedding(newest[:, None]), bias, mask, caches)
-            newest = self.logits(hidden[:, 0]).argmax(-1)  # (B')
+            newest = self.step(newest, state).argmax(-1)  # (B')
             if not ended:
                 tokens[alive, t] = newest
-                rows = (newest != self.config.eos_token_id).nonzero()[:, 0]
+                rows = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
                 ended = len(rows) == 0
             if not agree(not ended):
                 break
             if ended:  # one row keeps step with the other processes; nothing of it is kept
                 rows = rows.new_zeros(1)
             if len(rows) < len(alive):
-                alive, newest, mask = alive[rows], newest[rows], mask[rows]
-                mask = mask[:, : real_length(mask)]
-                for cache in caches:
-                    cache.keep(rows, mask.shape[1])
+                alive, newest = alive[rows], newest[rows]
+                state.keep(rows)
                 if on_keep is not None:
                     on_keep(rows)
         return tokens[:, : t + 1]
 
-    def compile_blocks(self, backend: str = "inductor"):
-        """Compiles each block as one graph for all lengths; all encoder blocks share their code, all decoder
-        blocks theirs. Call it when the adapters are attached; generation decodes uncompiled."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block as one graph for all lengths; blocks of a kind share their code. Call it when
+        the adapters are attached; generation decodes uncompiled."""
         for block in self.blocks:
             block.compile(dynamic=True, fullgraph=True, backend=backend)
 
-    def set_dropout(self, p: float):
-        """At T5's places: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's
-        end."""
+    def set_dropout(self, p: float) -> None:
+        """At the places where the family has dropout; 0 at first."""
         if not 0 <= p < 1:
             raise ValueError(f"dropout must be in [0, 1), not {p}")
+        self.dropout_rate = p
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> "T5":
-        """T5's own initialisation, for training from scratch: a function of the seed alone, on any device."""
-        config, generator = self.config, torch.Generator().manual_seed(seed)
-        std = {
-            "embedding": 1.0,
-            # The logits begin with unit variance whether the decoder's output is scaled before the head or
-            # here.
-            "head": 1.0 if config.scale_decoder_outputs else config.d_model**-0.5,
-            "q": (config.d_model * config.d_kv) ** -0.5,  # in place of 1/sqrt(E) on the scores
-            "o": (config.num_heads * config.d_kv) ** -0.5,
-            "wo": config.d_ff**-0.5,
-        }
-        for name, weight in self.named_parameters():
-            owner = name.split(".")[-2]
-            if owner.endswith("norm"):
-                weight.fill_(1.0)
-            else:
-                values = torch.randn(weight.shape, generator=generator)
-                weight.copy_(values * std.get(owner, config.d_model**-0.5))
-        return self

@@ -22,9 +22,10 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
-import model
 import runtime
+import t5
 from baselines import METHODS, attach_method, count
+from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
 
@@ -115,19 +116,19 @@ def first_free(name: str) -> Path:
     return next(path for n in range(1, 10**6) if not ((path := Path(f"{name}-{n}")) / "config.json").exists())
 
 
-def load_base(config: TrainConfig, place: runtime.Device, shard: bool = False) -> model.T5:
+def load_base(config: TrainConfig, place: runtime.Device, shard: bool = False) -> Backbone:
     """The T5 of --model; with --method full in float32, whose small updates bf16 weights would lose."""
     if not config.from_scratch:
         place = place._replace(dtype=torch.float32) if config.method == "full" else place
         return evaluation.load_base(config.model, place, shard)
     path = Path(config.model) / "config.json"
-    t5_config = model.T5Config.from_json(path)
+    t5_config = t5.T5Config.from_json(path)
     with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in model.T5(t5_config).parameters())
+        size = 4 * sum(p.numel() for p in t5.T5(t5_config).parameters())
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(f"{path}: describes {size:.3g} bytes of weights, but this machine has {memory:.3g}; "
                          "give a smaller model")
-    base = model.T5(t5_config)
+    base = t5.T5(t5_config)
     base.init_weights(config.seed)
     return base.to(place.device)
 
@@ -185,7 +186,7 @@ class Source:
         return data.collate([self.examples[i] for i in rows], seed=config.seed, step=step)
 
 
-def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
+def fit_router(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
     """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
     sources = evaluation.evenly(examples, 2000)
     size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
@@ -195,7 +196,7 @@ def fit_router(base: model.T5, adapters: Adapters, examples: data.Examples, conf
                         (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
-def require_finite(base: model.T5, where: str, **values: float) -> None:
+def require_finite(base: Backbone, where: str, **values: float) -> None:
     """ValueError that says where and names the tensor at fault, unless all values are finite numbers."""
     if all(map(math.isfinite, values.values())):
         return
@@ -204,7 +205,7 @@ def require_finite(base: model.T5, where: str, **values: float) -> None:
                      "lower learning rates or --dtype float32")
 
 
-def offender(base: model.T5) -> str:
+def offender(base: Backbone) -> str:
     """Of the weights, or where these are finite of the gradients, that with the most values that are not;
     without any, the gradient with the largest value."""
     weights = {f"weight {name}": p.to_local() if hasattr(p, "to_local") else p  # of a sharded base its share
@@ -219,7 +220,7 @@ def offender(base: model.T5) -> str:
     return "{}: largest value {:.3g}".format(*max(sizes.items(), key=lambda item: item[1]))
 
 
-def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
+def optimiser_step(base: Backbone, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
                    step: int, config: TrainConfig) -> dict[str, float | None]:
     """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
     their count."""
@@ -248,7 +249,7 @@ def optimiser_step(base: model.T5, adapters: Adapters, optimizer: torch.optim.Op
     return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
-def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
+def train(base: Backbone, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
           config: TrainConfig, bf16: bool, keep_best: Callable[[], None]) -> bool:
     """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
     each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far. bf16: of
@@ -307,7 +308,7 @@ def train(base: model.T5, adapters: Adapters, dev: list[data.Example], source: S
     return True
 
 
-def router_record(base: model.T5, adapters: Adapters, dev: list[data.Example], config: TrainConfig) -> dict:
+def router_record(base: Backbone, adapters: Adapters, dev: list[data.Example], config: TrainConfig) -> dict:
     """What the router does on dev, for the log, with a warning where it does nothing; {} for methods
     without."""
     w = evaluation.router_weights(base, adapters, dev, batch_size=config.eval_batch_size)
@@ -337,7 +338,7 @@ def load_sets(tokenizer: data.Tokenizer, config: TrainConfig, data_config: data.
     return data.load_examples(data_config, tokenizer, "train", seed=seed), sets
 
 
-def closing_scores(base: model.T5, adapters: Adapters, sets: dict[str, list[data.Example]],
+def closing_scores(base: Backbone, adapters: Adapters, sets: dict[str, list[data.Example]],
                    tokenizer: data.Tokenizer, config: TrainConfig, name: str) -> dict[str, dict]:
     """{"seen": scores, "unseen": scores} of the model as it is."""
     scores = {}

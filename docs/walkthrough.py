@@ -21,9 +21,9 @@ from torch.testing import assert_close
 import checkpoint
 import data
 import eval as evaluation
-import model
 import runtime
 import train
+from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, Routing, SkillLinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +37,8 @@ CONFIGS = {"train": train.TrainConfig(model=str(ROOT / "tiny"), steps=100, eval_
 class Shown(NamedTuple):
     """The run, and the sample that is followed through it."""
 
-    frozen: model.T5
-    base: model.T5
+    frozen: Backbone
+    base: Backbone
     adapters: Adapters
     tokenizer: data.Tokenizer
     seen: list[data.Example]  # of TASK and OTHER
@@ -69,7 +69,7 @@ def page() -> str:
         return "\n\n".join(section(shown).strip() for section in sections) + "\n"
 
 
-def follow(base: model.T5, adapters: Adapters, tokenizer: data.Tokenizer, seen: list[data.Example]) -> Shown:
+def follow(base: Backbone, adapters: Adapters, tokenizer: data.Tokenizer, seen: list[data.Example]) -> Shown:
     """Forward and backward of the first of the `seen` instances, as train.optimiser_step does it."""
     batch, calls = data.collate(seen[:1]), []
     hook = adapters.linears[LINEAR].register_forward_hook(
@@ -263,7 +263,7 @@ and of the {O} outputs the first four, and the length of the vector:
 This costs S R (D + O) = {S * R * (D + O):,} multiplications a token beside the D O = {D * O:,} of W₀."""
 
 
-def token_losses(base: model.T5, batch: data.Batch) -> Tensor:
+def token_losses(base: Backbone, batch: data.Batch) -> Tensor:
     """−ln p of each target token, (Lt,)."""
     start = batch.labels.new_full((1, 1), base.config.decoder_start_token_id)
     logits = base(batch.input_ids, batch.attention_mask, torch.cat((start, batch.labels[:, :-1]), 1))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
-from model import T5, T5Config  # noqa: E402  (the path comes first)
+from t5 import T5, T5Config  # noqa: E402  (the path comes first)
 
 try:  # pytest tests/test_fuzz.py --hypothesis-profile=long
     from hypothesis import HealthCheck, settings

@@ -8,8 +8,8 @@ from conftest import stir
 from torch import nn
 
 from baselines import METHODS, attach_method
-from model import T5, T5Config
 from orchmoe import OrchMoEConfig
+from t5 import T5, T5Config
 
 S, R, T, D = 3, 2, 5, 32
 CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0, router_dim=8)

@@ -17,8 +17,8 @@ import compare
 import eval as evaluation
 import plot
 from baselines import attach_method, budget, closed_form, count, shapes_of
-from model import T5, T5Config
 from orchmoe import OrchMoE, OrchMoEConfig, router_width
+from t5 import T5, T5Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = T5Config(64, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,

@@ -19,9 +19,9 @@ import torch
 import bench
 import compare
 import eval as evaluation
-import model
 import plot
 import runtime
+import t5
 import train
 from baselines import attach_method, count
 from orchmoe import OrchMoEConfig, SkillLinear, mix_skills
@@ -241,7 +241,7 @@ def test_the_memory_of_the_scaling_page_is_recounted():
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     for name, config in compare.SIZES.items():
         with torch.device("meta"):
-            base, *adapted = (model.T5(config) for _ in range(3))
+            base, *adapted = (t5.T5(config) for _ in range(3))
         size = sum(p.numel() for p in base.parameters())
         blocks = [sum(p.numel() for p in block.parameters()) for block in base.blocks]
         configs = OrchMoEConfig(), OrchMoEConfig(targets=("all",), skills=8, rank=4)

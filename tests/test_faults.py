@@ -22,7 +22,7 @@ import eval as evaluation
 import plot
 import runtime
 import train
-from model import T5Config
+from t5 import T5Config
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 

@@ -19,8 +19,8 @@ import checkpoint
 import data
 import metrics
 import runtime
-from model import T5Config
 from orchmoe import OrchMoEConfig
+from t5 import T5Config
 
 pytest.importorskip("hypothesis")
 from hypothesis import given  # noqa: E402

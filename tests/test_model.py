@@ -1,17 +1,19 @@
-"""The T5 of model.py against that of transformers, and against what must hold of any T5. Tiny random weights,
+"""The T5 of t5.py against that of transformers, and against what must hold of any T5. Tiny random weights,
 CPU."""
 
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoint
-import model
-from model import IGNORED, T5, T5Config
+import t5 as modules
+from model import IGNORED, Backbone
+from t5 import T5, T5Config
 
 # Unequal depths, and a span of few buckets, so that the logarithmic ones are used at these lengths.
 SIZES = dict(vocab_size=37, d_model=32, d_kv=8, d_ff=48, num_heads=3)
@@ -118,7 +120,7 @@ def test_buckets_are_those_of_transformers(bidirectional, buckets, max_distance)
     distance = torch.arange(-3000, 3001)
     options = dict(bidirectional=bidirectional, max_distance=max_distance)
     expected = attention._relative_position_bucket(distance, num_buckets=buckets, **options)
-    assert torch.equal(model.relative_buckets(distance, buckets=buckets, **options), expected)
+    assert torch.equal(modules.relative_buckets(distance, buckets=buckets, **options), expected)
 
 
 # ------------------------------------------------------------------------------------------------- generation
@@ -134,9 +136,9 @@ def test_rows_end_at_different_steps_and_each_is_as_alone(monkeypatch):
         names = names[rows]
         calls.append(names.tolist())
 
-    keep = model.Cache.keep
+    keep = modules.Cache.keep
     spy = lambda cache, rows, length: source_lengths.append(length) or keep(cache, rows, length)  # noqa: E731
-    monkeypatch.setattr(model.Cache, "keep", spy)
+    monkeypatch.setattr(modules.Cache, "keep", spy)
     tokens = t5.generate(input_ids, mask, max_new_tokens=30, on_keep=on_keep)
 
     ends = [row.tolist().index(1) + 1 if 1 in row else 99 for row in tokens]  # lengths, EOS included
@@ -178,6 +180,32 @@ def test_generate_stops_when_all_rows_have_ended():
         t5.generate(input_ids, mask, max_new_tokens=0)
 
 
+class Countdown(Backbone):
+    """Row b counts from its last real token down; the state's cache is written in place."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = torch.nn.Embedding(20, 1)
+
+    def start(self, input_ids, attention_mask, max_new_tokens):
+        self.state = SimpleNamespace(cache=torch.zeros(len(input_ids), max_new_tokens), read=0)
+        self.state.keep = lambda rows: vars(self.state).update(cache=self.state.cache[rows])
+        return input_ids.gather(1, attention_mask.sum(1, keepdim=True) - 1)[:, 0], self.state
+
+    def step(self, newest, state):
+        state.cache[:, state.read] = newest
+        state.read += 1
+        return F.one_hot(newest - 1, 20).float()
+
+
+def test_any_of_several_eos_ids_ends_a_row_and_the_padding_may_be_one_of_them():
+    backbone = Countdown(SimpleNamespace(eos_ids=(3, 7), pad_token_id=3))
+    input_ids, mask = torch.tensor([[9, 12], [6, 3], [5, 3]]), torch.tensor([[1, 1], [1, 0], [1, 0]])
+    tokens = backbone.generate(input_ids, mask, max_new_tokens=8)
+    assert tokens.tolist() == [[11, 10, 9, 8, 7], [5, 4, 3, 3, 3], [4, 3, 3, 3, 3]]
+    assert backbone.state.cache.tolist() == [[12, 11, 10, 9, 8, 0, 0, 0]]
+
+
 # -------------------------------------------------------------------------------------- loss, masks, training
 
 
@@ -215,9 +243,9 @@ def test_content_of_the_padding_changes_nothing(kind):
 def test_a_row_without_any_real_token_gives_no_nan(dtype):
     t5, (input_ids, mask, labels) = random_t5(CONFIGS["v1.0"]).to(dtype), batch()
     mask[2] = False
-    bias = model.padding_bias(mask, dtype) + t5.encoder.position(14)
+    bias = modules.padding_bias(mask, dtype) + t5.encoder.position(14)
     assert bias.isfinite().all() and bias.bfloat16().isfinite().all()  # the latter under autocast
-    assert model.real_length(mask) == 14 and model.real_length(mask[2:3]) == 1
+    assert modules.real_length(mask) == 14 and modules.real_length(mask[2:3]) == 1
     loss = t5.loss(input_ids, mask, labels)
     loss.backward()
     assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in t5.parameters())

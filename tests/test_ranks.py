@@ -19,13 +19,13 @@ from conftest import ROOT
 
 import checkpoint
 import data
-import model
 import runtime
+import t5
 import train
 from baselines import attach_method
 from orchmoe import OrchMoEConfig
 
-SMALL = model.T5Config(1000, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
+SMALL = t5.T5Config(1000, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
                        tied_head=False)  # fmt: skip
 # By the number of processes: --shard, --accumulate, method. With and without --shard there are 1, 2 and 4
 # micro-batches, and a process that has no row of one.
@@ -69,7 +69,7 @@ def trace(shard, accumulate, method, steps=60):
     tokenizer = data.Tokenizer(ROOT / "tiny")
     data_config = data.DataConfig(data=str(ROOT / "sni"), max_tasks=6, max_source_length=48)
     source = train.Source(data.load_examples(data_config, tokenizer, "train"), tokenizer, config, data_config)
-    base = model.T5(SMALL).init_weights(0).double()
+    base = t5.T5(SMALL).init_weights(0).double()
     options = OrchMoEConfig(gumbel=True, router_init="normal", targets=("all",))
     adapters = attach_method(method, base, options, num_tasks=6, generator=runtime.generator(0))
     for parameter in base.parameters():
@@ -96,7 +96,7 @@ def loading(folder):
 
     watcher = threading.Thread(target=watch)
     with torch.device("meta"):  # imports and thread pools, before anything is counted
-        warm = model.T5(SMALL)
+        warm = t5.T5(SMALL)
     warm = warm.to_empty(device="cpu").requires_grad_(False)
     runtime.shard(warm, warm.blocks, place)
     peak[:] = [resident()]
@@ -252,10 +252,10 @@ def test_a_stopped_process_ends_the_run_within_a_minute(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_loading_a_sharded_xl_holds_a_share(tmp_path):
     """Layers of T5-XL's size, one in each stack; the file is bfloat16, the share float32."""
-    config = model.T5Config(32128, 2048, 64, 5120, 1, 1, 32, feed_forward_proj="gated-gelu",
+    config = t5.T5Config(32128, 2048, 64, 5120, 1, 1, 32, feed_forward_proj="gated-gelu",
                             scale_decoder_outputs=False, tied_head=False)  # fmt: skip
     with torch.device("meta"):
-        base = model.T5(config)
+        base = t5.T5(config)
     checkpoint.save_t5(base.bfloat16().to_empty(device="cpu"), tmp_path)
     lines = torchrun(2, __file__, "loading", tmp_path, cwd=tmp_path).splitlines()
     assert len(lines) == 2

@@ -13,7 +13,7 @@ import data
 import plot
 import runtime
 import train
-from model import T5Config
+from t5 import T5Config
 
 
 def script(name):
