@@ -285,15 +285,15 @@ def with_task_ids(examples: Sequence[data.Example], tasks: Sequence[str]) -> lis
 def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
     """copy-demo: the output of the task's first positive example; copy-input: the instance's own input."""
     predictions: list[str] = []
-    name, path, task, inputs = "", Path(), {}, {}
+    name, path, task = "", Path(), {}
     for example in runtime.progress(examples, kind, unit="ex"):
         if example.task != name:
             name, path = example.task, Path(root) / "tasks" / f"{example.task}.json"
             task = data.read_task(path)
-            inputs = {row["id"]: row["input"] for row in reversed(task["instances"])}
         if kind == "copy-demo" and not task["positive"]:
             raise ValueError(f"{path}: Positive Examples: none to copy from; add one or use copy-input")
-        predictions.append(task["positive"][0]["output"] if kind == "copy-demo" else inputs[example.id])
+        predictions.append(task["positive"][0]["output"] if kind == "copy-demo" else
+                           task["instances"][example.place]["input"])
     return predictions
 
 

@@ -25,6 +25,7 @@ import eval as evaluation
 import runtime
 import t5
 from baselines import METHODS, attach_method, count
+from experiments import spans
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
@@ -173,8 +174,8 @@ class Source:
         self.examples, self.config = examples, config
         self.text, self.ratio = None, 0.0
         if data_config.text:
-            self.text = data.TextStream(data_config.text, tokenizer, length=config.text_length,
-                                        seed=config.seed, cache=data_config.cache)
+            self.text = spans.TextStream(data_config.text, tokenizer, length=config.text_length,
+                                         seed=config.seed, cache=data_config.cache)
             self.ratio = data_config.text_ratio
 
     def batch(self, step: int) -> data.Batch:

@@ -1,11 +1,11 @@
-"""data.py: tokenizer, task files, sets, prompt, cache, batches, span corruption. Hermetic, but for the tests
-that take `sni_dir` or `golden_dir`."""
+"""tokenizer.py and data.py: task files, sets, prompt, cache, batches. Hermetic, but for the tests that take
+`sni_dir` or `golden_dir`."""
 
 import errno
 import json
-import lzma
 import os
 import random
+import re
 from dataclasses import replace
 from itertools import accumulate, groupby
 from operator import itemgetter
@@ -17,21 +17,20 @@ import sentencepiece
 import torch
 
 import data
+import tokenizer as tokenizers
 from data import (
     DataConfig,
-    TextStream,
-    Tokenizer,
     batch_at,
     batch_order,
     collate,
-    corrupt_spans,
-    load_examples,
+    load_sets,
     read_splits,
     read_task,
     render_prompt,
     split_instances,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("river stone window garden letter morning teacher yellow simple answer number little people under "
          "travel orange silver market doctor planet summer winter bridge don't isn't we're I've").split()
 
@@ -57,7 +56,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(model_dir):
-    return Tokenizer(model_dir)
+    return tokenizers.load(model_dir)
 
 
 def task_json(n: int = 10, **changes) -> dict:
@@ -152,7 +151,7 @@ def test_bad_tokenizer_is_one_line(tmp_path, model_dir):
     for path, words in ((tmp_path, "spiece.model"), (tmp_path / "bad.model", "not a SentencePiece model"),
                         (tmp_path / "empty.model", "model"), (tmp_path / "other.model", "pieces 0 to 2")):
         with pytest.raises(ValueError, match=words) as caught:
-            Tokenizer(path)
+            tokenizers.load(path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -187,13 +186,13 @@ def instance(**row) -> dict:
     return task_json(Instances=[{"input": "b", "output": ["c"]}, {"input": "y", **row}])
 
 
-BAD = {"not JSON": (b"{", "not JSON"),
-       "not UTF-8": (b'{"a": "\xff"}', "UTF-8"),
+BAD = {"not JSON": (b"{", "not readable as JSON"),
+       "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
        "a list": (b"[]", "top level"),
-       "too deep": (b"[" * 200_000, "not JSON"),
+       "too deep": (b"[" * 200_000, "not readable as JSON"),
        "a name twice": (b'{"Definition": "a", "Definition": "b"}', "a name occurs twice"),
        "a name twice below": (b'{"Instances": [{"input": "a", "input": "b"}]}', "a name occurs twice"),
-       "a number of 5000 digits": (b"[" + b"9" * 5000 + b"]", "not JSON"),
+       "a number of 5000 digits": (b"[" + b"9" * 5000 + b"]", "not readable as JSON"),
        "text without end": (instance(input="a" * 1_000_001, output="a"),
                             r"Instances\[1\].input: .* at most 1000000 characters"),
        "no definition": (without("Definition"), "Definition"),
@@ -220,12 +219,12 @@ def test_bad_file_is_one_line_with_file_and_field(tmp_path, content, words):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_splits_skip_missing_tasks_with_one_warning(repository, caplog):
+def test_splits_skip_missing_tasks_with_one_warning(repository, capsys):
     write_lists(repository, ["task3_c", "task404_gone", "", "task1_a", "task3_c"], ["task9_t", "task5_gone"])
     for _ in range(2):
         assert read_splits(repository) == {"train": ["task3_c", "task1_a"], "test": ["task9_t"]}
-    assert [record.getMessage().endswith("2 of the 5 tasks of splits/default are missing")
-            for record in caplog.records] == [True]
+    warning, = capsys.readouterr().err.splitlines()
+    assert warning.endswith("2 of the 5 tasks of splits/default are missing")
 
 
 def test_splits_without_lists_or_tasks(repository, tmp_path):
@@ -236,6 +235,12 @@ def test_splits_without_lists_or_tasks(repository, tmp_path):
         read_splits(repository)
     with pytest.raises(ValueError, match="train_tasks.txt.*git clone"):
         read_splits(tmp_path)
+
+
+def test_a_task_on_both_lists_is_refused(repository):
+    write_lists(repository, ["task1_a", "task9_t", "task2_b"], ["task9_t"])
+    with pytest.raises(ValueError, match="test_tasks.txt: task9_t is in train_tasks.txt too; take it off"):
+        read_splits(repository)
 
 
 @pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd", "\0", "a" * 999])
@@ -249,7 +254,7 @@ def test_names_do_not_leave_their_folder(repository, name):
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 30, 99, 100, 139, 140, 1000])
 def test_sets_are_disjoint_nested_and_fixed(n):
-    sets = {size: split_instances(n, 7, "task1_a", size) for size in (10, 30, 100, 500)}
+    sets = {size: split_instances(range(n), "task1_a", size) for size in (10, 30, 100, 500)}
     for size, (train, dev, seen) in sets.items():
         assert len({*train, *dev, *seen}) == len(train) + len(dev) + len(seen)
         assert {*train, *dev, *seen} <= set(range(n))
@@ -258,7 +263,21 @@ def test_sets_are_disjoint_nested_and_fixed(n):
         assert (dev != [] and seen != []) == (n >= 5) and set(train) <= set(sets[500][0])
     assert set(sets[10][0]) <= set(sets[30][0]) <= set(sets[100][0])
     if n > 20:
-        assert split_instances(n, 8, "task1_a", 100) != sets[100] != split_instances(n, 7, "task1_b", 100)
+        assert sets[100] != split_instances(range(n), "task1_b", 100)
+
+
+def test_a_split_is_the_same_for_ever():
+    """A run that is evaluated, or resumed, years later must find its own sets."""
+    assert split_instances(range(12), "task1_a", 5) == ([6, 7, 8, 9, 2], [5, 4], [1, 10])
+
+
+def test_repeated_instances_are_on_one_side():
+    """Half of the contents are there three times: none is in two sets, those held out are there once."""
+    contents = [*range(100), *range(50), *range(50)]
+    train, dev, seen = ([contents[i] for i in part] for part in split_instances(contents, "task1_a", 500))
+    assert not {*train} & {*dev} and not {*train} & {*seen} and {*train, *dev, *seen} == {*range(100)}
+    assert len({*dev, *seen}) == len(dev) + len(seen) == 40
+    assert all(train.count(content) == (3 if content < 50 else 1) for content in train)
 
 
 # ----------------------------------------------------------------------------------------------------- prompt
@@ -268,8 +287,8 @@ def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
     rows = [json.loads(line) for line in open(golden_dir / "prompts.jsonl", encoding="utf-8")]
     rows.sort(key=itemgetter("task"))
     for name, of_task in groupby(rows, itemgetter("task")):  # a whole file takes seconds to read
-        raw = (path := sni_dir / "tasks" / f"{name}.json").read_bytes()
-        tasks = (json.loads(raw), "Instances"), (read_task(path, raw), "instances")
+        path = sni_dir / "tasks" / f"{name}.json"
+        tasks = (json.loads(path.read_bytes()), "Instances"), (read_task(path), "instances")
         for row in of_task:
             names = row["encoding"].split("_")
             options = dict(definition="def" in names, explanation="expl" in names,
@@ -299,41 +318,76 @@ def contents(examples) -> list:
              e.references, e.task_index) for e in examples]
 
 
-def load_all(config, tokenizer, **options) -> dict[str, list]:
-    return {split: contents(load_examples(config, tokenizer, split, **options)) for split in data.SETS}
+def load_all(config, tokenizer) -> dict[str, list]:
+    return {name: contents(examples) for name, examples in load_sets(config, tokenizer).items()}
 
 
 def count_encodes(monkeypatch) -> list:
-    calls, original = [], Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda *args: calls.append(args) or original(*args))
+    calls, original = [], tokenizers.Tokenizer.encode
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode", lambda *args: calls.append(args) or original(*args))
     return calls
 
 
 def test_sets_hold_what_the_files_say(config, repository, tokenizer):
-    sets = load_all(config, tokenizer)
-    sizes = {split: len(rows) for split, rows in sets.items()}
+    sets = load_sets(config, tokenizer)
+    sizes = {name: len(examples) for name, examples in sets.items()}
     assert sizes == dict(train=6 + 18 + 100, dev=2 + 6 + 20, seen=2 + 6 + 20, test=100)
-    train = load_examples(config, tokenizer, "train")
-    assert train.tasks == ["task1_a", "task2_b", "task3_c"] and len(list(train)) == len(train)
-    assert train.source_lengths.tolist() == [len(e.source_ids) for e in train]
-    for index, (name, n) in enumerate((("task1_a", 30), ("task2_b", 150), ("task3_c", 10))):
-        task = read_task(repository / "tasks" / f"{name}.json")
-        example = [e for e in train if e.task == name][5]
-        instance = task["instances"][split_instances(n, 0, name, 100)[0][5]]
-        assert (example.id, example.references) == (instance["id"], instance["output"])
-        assert (example.task_index, example.category) == (index, "Sorting")
-        assert example.source_ids.dtype == np.int32
-        assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
-        assert [t.tolist() for t in example.target_ids] == list(map(tokenizer.encode, instance["output"]))
-    assert [row[0] for row in sets["test"]] == [f"id-{i}" for i in range(100)]
-    assert {row[-1] for row in sets["test"]} == {-1}
+    for which, examples in enumerate((sets["train"], sets["dev"], sets["seen"])):
+        assert examples.tasks == ["task1_a", "task2_b", "task3_c"] and len(list(examples)) == len(examples)
+        assert examples.source_lengths.tolist() == [len(e.source_ids) for e in examples]
+        for index, (name, n) in enumerate((("task1_a", 30), ("task2_b", 150), ("task3_c", 10))):
+            task = read_task(repository / "tasks" / f"{name}.json")
+            of_task = [e for e in examples if e.task == name]
+            assert [e.place for e in of_task] == split_instances(range(n), name, 100)[which]
+            example, instance = of_task[1], task["instances"][of_task[1].place]
+            assert (example.id, example.references) == (instance["id"], instance["output"])
+            assert (example.task_index, example.category) == (index, "Sorting")
+            assert example.source_ids.dtype == np.int32
+            assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
+            assert [t.tolist() for t in example.target_ids] == list(map(tokenizer.encode, instance["output"]))
+    assert [e.id for e in sets["test"]] == [f"id-{i}" for i in range(100)]
+    assert {e.task_index for e in sets["test"]} == {-1}
+
+
+def test_task_ids_are_those_of_the_run(config, tokenizer):
+    run = ["task0_x", "task2_b", "task3_c"]
+    seen = load_sets(config, tokenizer, ["seen"], training=run)["seen"]
+    assert {(e.task, e.task_index) for e in seen} == {("task1_a", -1), ("task2_b", 1), ("task3_c", 2)}
 
 
 def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tokenizer):
     config = DataConfig(data=str(repository), cache=str(tmp_path), max_source_length=20, max_target_length=3)
-    for example in load_examples(config, tokenizer, "train"):
+    for example in load_sets(config, tokenizer)["train"]:
         assert len(example.source_ids) <= 20 and example.source_ids[-1] == 1
         assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
+
+
+def test_sources_that_a_cut_makes_equal_are_counted(config, repository, tokenizer, capsys):
+    few = replace(config, max_source_length=12)
+    for _ in range(2):  # made, and from the cache
+        sets = load_sets(few, tokenizer, ["train", "dev", "seen"])
+        assert len({tuple(e.source_ids) for examples in sets.values() for e in examples}) == 1
+    kept = sum(map(len, sets.values()))
+    warning, = capsys.readouterr().err.splitlines()
+    assert f"--max-source-length 12: cuts {kept - 3} sources to what another of their task" in warning
+    load_sets(config, tokenizer)
+    assert not capsys.readouterr().err
+
+
+def test_repeats_are_counted(config, repository, tokenizer, capsys):
+    instances = task_json(20)["Instances"]
+    twins = [*instances, {**instances[3], "id": "another"}, {**instances[4], "output": ["else"]}]
+    write_task(repository, "task1_a", task_json(Instances=twins))
+    load_sets(config, tokenizer)
+    assert "tasks: 1 instances repeat another of their task; none is on two sides" in capsys.readouterr().err
+
+
+def test_equal_ids_are_told_apart_by_place(config, repository, tokenizer):
+    instances = [{"id": "same", "input": f"{i}", "output": [f"{i}"]} for i in range(30)]
+    write_task(repository, "task1_a", task_json(Instances=instances))
+    of_task = [e for e in load_sets(config, tokenizer)["train"] if e.task == "task1_a"]
+    assert len({e.place for e in of_task}) == 18
+    assert all(e.references == [str(e.place)] for e in of_task)
 
 
 def test_second_load_does_not_tokenise(config, tokenizer, monkeypatch):
@@ -345,9 +399,9 @@ def test_second_load_does_not_tokenise(config, tokenizer, monkeypatch):
 
 
 def test_train_dev_and_seen_share_one_cache_file(config, tokenizer, tmp_path, monkeypatch):
-    load_examples(config, tokenizer, "train")
+    load_sets(config, tokenizer, ["train"])
     calls = count_encodes(monkeypatch)
-    load_examples(config, tokenizer, "dev"), load_examples(config, tokenizer, "seen")
+    load_sets(config, tokenizer, ["dev", "seen"])
     assert not calls and len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -361,21 +415,37 @@ def test_the_cache_tells_options_apart(config, tokenizer, change):
     assert before != load_all(changed, tokenizer) == load_all(fresh, tokenizer)
 
 
-def test_the_cache_tells_seeds_apart(config, tokenizer):
-    first, second = (load_all(config, tokenizer, seed=seed) for seed in (0, 1))
-    assert first["test"] == second["test"] and all(first[name] != second[name] for name in data.SETS[:3])
+def test_the_cache_tells_tokenizers_apart(config, tokenizer):
+    other, before = tokenizers.load(ROOT / "tiny"), load_all(config, tokenizer)
+    assert before != load_all(config, other) == load_all(replace(config, cache=config.cache + "2"), other)
 
 
 def test_a_changed_file_is_read_anew_and_replaces_its_cache(config, repository, tokenizer, tmp_path):
     before = load_all(config, tokenizer)
-    write_task(repository, "task3_c", task_json(Definition="Count the words."))
+    path, size = repository / "tasks/task3_c.json", (repository / "tasks/task3_c.json").stat().st_size
+    write_task(repository, "task3_c", task_json(Definition=["Swap the words."]))
+    assert path.stat().st_size == size
     after = load_all(config, tokenizer)
     assert after["train"] != before["train"] and after["test"] == before["test"]
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_the_digest_is_of_the_contents_of_the_tasks(config, repository, tokenizer):
+    def digests() -> dict[str, str]:
+        return {name: examples.digest for name, examples in load_sets(config, tokenizer).items()}
+
+    first = digests()
+    assert re.fullmatch("[0-9a-f]{16}", first["train"]) and first["train"] == first["dev"] == first["seen"]
+    path = repository / "tasks/task2_b.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"maybe so", b"maybe no"))
+    assert digests()["train"] != first["train"] and digests()["test"] == first["test"] != first["train"]
+    path.write_bytes(whole)
+    assert digests() == first
+
+
 DAMAGE = {"short": lambda raw: raw[:-1], "stub": lambda raw: raw[:20], "empty": lambda raw: b"",
-          "bit": lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], "long": lambda raw: raw + b"x"}
+          "bit": lambda raw: raw[:9000] + bytes([raw[9000] ^ 1]) + raw[9001:]}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -389,7 +459,7 @@ def test_a_damaged_cache_is_remade(config, tokenizer, tmp_path, damage):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, monkeypatch, caplog, number):
+def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, monkeypatch, capsys, number):
     def breaks(*_):
         raise OSError(number, os.strerror(number))
 
@@ -399,50 +469,52 @@ def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, mon
             with pytest.raises(OSError, match="No space left on device.*--cache"):
                 load_all(config, tokenizer)
         else:  # goes on without a cache
-            assert load_all(config, tokenizer) and "no token cache" in caplog.text
+            assert load_all(config, tokenizer) and "no token cache" in capsys.readouterr().err
     assert list((tmp_path / "cache").iterdir()) == []
     assert load_all(config, tokenizer)
 
 
-def test_a_cache_folder_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, caplog):
+def test_a_cache_folder_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert load_all(replace(config, cache=str(tmp_path / "file")), tokenizer) == load_all(config, tokenizer)
-    assert ["no token cache" in record.getMessage() for record in caplog.records] == [True]
+    warning, = capsys.readouterr().err.splitlines()
+    assert "no token cache" in warning
 
 
-def test_worker_processes_give_the_same(config, tokenizer, monkeypatch, caplog):
-    alone = contents(load_examples(config, tokenizer, "train"))
+def test_worker_processes_give_the_same(config, tokenizer, monkeypatch, capsys):
+    alone = load_all(config, tokenizer)
     monkeypatch.setattr(data, "POOL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     encodes = count_encodes(monkeypatch)  # of this process
-    assert contents(load_examples(replace(config, cache=config.cache + "2"), tokenizer, "train")) == alone
-    assert not encodes and not caplog.records
+    train = load_sets(replace(config, cache=config.cache + "2"), tokenizer, ["train"])["train"]
+    assert contents(train) == alone["train"] and not encodes and not capsys.readouterr().err
 
     def refuse(*_):
         raise OSError("no processes to be had")
 
     monkeypatch.setattr(data, "ProcessPoolExecutor", refuse)
-    assert contents(load_examples(replace(config, cache=config.cache + "3"), tokenizer, "train")) == alone
-    assert encodes and "worker processes failed" in caplog.text
+    assert load_all(replace(config, cache=config.cache + "3"), tokenizer) == alone
+    assert encodes and "worker processes failed" in capsys.readouterr().err
 
 
 def test_a_bad_file_in_a_worker_is_the_same_one_line(config, repository, tokenizer, monkeypatch):
     path = write_task(repository, "task1_a", b"{")
     monkeypatch.setattr(data, "POOL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    with pytest.raises(ValueError, match=f"^{path}: not JSON"):
-        load_examples(config, tokenizer, "train")
+    with pytest.raises(ValueError, match=f"^{path}: not readable as JSON"):
+        load_sets(config, tokenizer, ["train"])
 
 
 def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
-    for name, value in dict(num_pos=-1, train_instances=0, text_ratio=1.5, max_source_length=1).items():
+    for name, value in dict(num_pos=-1, train_instances=0, max_source_length=1).items():
         with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
             DataConfig(**{name: value})
     with pytest.raises(ValueError, match="--split"):
-        load_examples(config, tokenizer, "validation")
+        load_sets(config, tokenizer, ["validation"])
     write_lists(repository, [], ["task9_t"])
     with pytest.raises(ValueError, match="train_tasks.txt"):
-        load_examples(config, tokenizer, "train")
+        load_sets(config, tokenizer, ["train"])
+    assert load_sets(config, tokenizer, ["test"])
 
 
 def test_real_files_are_read(sni_dir):
@@ -541,92 +613,5 @@ def test_reference_drawing_is_pure_and_reaches_all():
     assert draws[7] == [drawn([e], 0, 7)[0] for e in examples] != drawn(examples, 1, 7)
     counts = np.bincount(np.concatenate(draws) - 10)
     assert len(counts) == 3 and counts.min() > 120  # 160 expected
-
-
-# -------------------------------------------------------------------------------------------- span corruption
-
-
-def restore(source: list[int], target: list[int], tokenizer) -> list[int]:
-    """The window, from a source and a target that ends with one sentinel more and EOS."""
-    assert source[-1] == target[-1] == 1
-    spans, k = {}, 0
-    for token in target[:-1]:
-        if token == tokenizer.sentinel(k):
-            spans[token], k = [], k + 1
-        else:
-            spans[tokenizer.sentinel(k - 1)].append(token)
-    assert spans.pop(tokenizer.sentinel(k - 1)) == [] and all(spans.values())
-    assert [token for token in source if token >= tokenizer.size] == list(spans)
-    return [token for place in source[:-1] for token in spans.get(place, [place])]
-
-
-@pytest.mark.parametrize("length", [2, 3, 7, 20, 512, 4000])
-def test_corruption_loses_nothing(tokenizer, length):
-    for seed in range(20):
-        window = np.random.default_rng(seed).integers(3, tokenizer.size, length).astype(np.uint16)
-        source, target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))
-        assert restore(source.tolist(), target.tolist(), tokenizer) == window.tolist()
-        lost = sum(2 < token < tokenizer.size for token in target.tolist())
-        assert lost == max(1, round(0.15 * length))
-        if length == 512:
-            assert len(target) - lost - 2 == round(lost / 3)  # spans of 3 tokens on average
-
-
-def test_spans_lie_anywhere_in_the_window(tokenizer):
-    window, lost = np.arange(3, 103), np.zeros(103)
-    assert tokenizer.size > 103
-    for seed in range(500):
-        target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))[1]
-        lost[[token for token in target if 3 <= token < 103]] += 1
-    assert lost[20:90].min() > 25 and lost[20:90].max() < 150  # 75 expected
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(sentences(400)))
-    return path
-
-
-def test_text_stream_is_pure_and_covers_the_text(text, tokenizer, tmp_path):
-    stream = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
-    tokens = [token for line in sentences(400) for token in tokenizer.encode(line)[:-1]]
-    windows, steps = len(tokens) // 32, -(-(len(tokens) // 32) // 8)
-    batches = [stream.batch_at(step, 8) for step in range(2 * steps)]
-    again = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
-    for step in (2 * steps - 1, 0, 5):
-        both = zip(batches[step][:4], again.batch_at(step, 8)[:4], strict=True)
-        assert all(torch.equal(one, other) for one, other in both)
-    names = [name for batch in batches for name in batch.ids]
-    assert len(set(names[:windows])) == windows and set(names[windows:2 * windows]) == set(names[:windows])
-    assert names[:windows] != names[windows:2 * windows]
-    for row, name in enumerate(batches[0].ids):
-        source = batches[0].input_ids[row][batches[0].attention_mask[row]].tolist()
-        target = [token for token in batches[0].labels[row].tolist() if token != -100]
-        start = 32 * int(name.removeprefix("text-"))
-        assert restore(source, target, tokenizer) == tokens[start:start + 32]
-    other = TextStream(text, tokenizer, length=32, seed=4, cache=str(tmp_path / "cache")).batch_at(0, 8)
-    assert other.ids != batches[0].ids and batches[0].task_ids.tolist() == [-1] * 8
-
-
-def test_text_is_tokenised_once_and_xz_is_the_same(text, tokenizer, tmp_path, monkeypatch):
-    plain = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
-    (tmp_path / "text.xz").write_bytes(lzma.compress(text.read_bytes()))
-    packed = TextStream(tmp_path / "text.xz", tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
-    assert torch.equal(plain.batch_at(1, 4).input_ids, packed.batch_at(1, 4).input_ids)
-    calls = count_encodes(monkeypatch)
-    again = TextStream(text, tokenizer, length=64, seed=0, cache=str(tmp_path / "cache"))
-    assert not calls and again.batch_at(0, 2).input_ids.shape[0] == 2
-    text.write_text("\n".join(sentences(300, seed=9)))
-    TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
-    assert calls
-
-
-def test_bad_text_is_one_line(tokenizer, tmp_path):
-    whole = lzma.compress(b"a line\n" * 999)
-    files = {"a.txt": b"\xff\xfe", "b.xz": b"no xz", "c.xz": whole[:-99], "d.txt": b"", "e.txt": b"few"}
-    for name, raw in files.items():
-        (tmp_path / name).write_bytes(raw)
-        with pytest.raises(ValueError, match=name) as caught:
-            TextStream(tmp_path / name, tokenizer, length=512, seed=0, cache=str(tmp_path / "cache"))
-        assert "\n" not in str(caught.value)
+    elsewhere = [e._replace(task="task2_b") for e in examples]  # tasks may share ids
+    assert draws != [drawn(elsewhere, 0, step) for step in range(60)]

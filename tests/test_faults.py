@@ -1,7 +1,6 @@
 """What must not be lost, and what must not get in: a full disk, hostile files, code in a pickle. Everything
 is refused in one line, in bounded time and memory, and the last good state stays."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -21,7 +20,9 @@ import data
 import eval as evaluation
 import plot
 import runtime
+import tokenizer
 import train
+from experiments import spans
 from t5 import T5Config
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
@@ -168,7 +169,7 @@ def read_folder_of(path):
 
 
 def read_text(path):
-    return data.TextStream(path, data.Tokenizer("tiny"), length=8, seed=0, cache=f"{path}.cache")
+    return spans.TextStream(path, tokenizer.load("tiny"), length=8, seed=0, cache=f"{path}.cache")
 
 
 DEEP, SURROGATE = b"[" * 100_000, b'{"model_type": "\\ud800"}'
@@ -187,7 +188,7 @@ def test_what_is_no_config_is_refused_in_one_line(tmp_path, bounded, read, conte
 
 
 ENDLESS = {"config.json": T5Config.from_json, "run.json": runtime.read_json, "task1_a.json": data.read_task,
-           "spiece.model": data.Tokenizer, "a.safetensors": checkpoint.read_safetensors,
+           "spiece.model": tokenizer.load, "a.safetensors": checkpoint.read_safetensors,
            "checkpoint.pt": checkpoint.load_state, "pytorch_model.bin": read_folder_of}
 
 
@@ -217,21 +218,14 @@ def pickled(value, form):
     return buffer.getvalue()
 
 
-def with_sum(raw):
-    """As a token cache has it: the bytes behind their own digest, the head's length right."""
-    raw = len(raw).to_bytes(8, "little") + raw
-    return hashlib.sha256(raw).digest() + raw
-
-
 def load_cached(path):
     """The examples of sni/, whose token cache, whatever its name, is the content of `path`."""
     raw, config = path.read_bytes(), data.DataConfig(data="sni", max_tasks=1, cache=str(path.parent / "c"))
-    tokenizer = data.Tokenizer("tiny")
-    whole = [example.id for example in data.load_examples(config, tokenizer, "dev")]
+    words = tokenizer.load("tiny")
+    whole = [example.id for example in data.load_sets(config, words, ["dev"])["dev"]]
     (cache,) = (path.parent / "c").iterdir()
-    for content in (raw, with_sum(raw)):
-        cache.write_bytes(content)
-        assert [example.id for example in data.load_examples(config, tokenizer, "dev")] == whole
+    cache.write_bytes(raw)
+    assert [example.id for example in data.load_sets(config, words, ["dev"])["dev"]] == whole
     raise ValueError("the cache was made again")
 
 
@@ -243,7 +237,7 @@ PLACES = {
     "checkpoint.pt": checkpoint.load_state,
     "config.json": read_run_of,
     "model/config.json": T5Config.from_json,
-    "spiece.model": data.Tokenizer,
+    "spiece.model": tokenizer.load,
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
     "scores.json": runtime.read_json,

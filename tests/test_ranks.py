@@ -265,7 +265,7 @@ def test_loading_a_sharded_xl_holds_a_share(tmp_path):
 
 def test_every_row_is_in_one_share():
     rows = [torch.arange(2, 9)[: 2 + i].numpy() for i in range(7)]
-    batch = data._batch(rows, rows, [0] * 7, list("abcdefg"), 0)
+    batch = data.collate([data.Example(f"e{len(row)}", "", "", row, [row], []) for row in rows])
     for parts, ranks in ((1, 1), (1, 3), (4, 3), (2, 8)):
         shares = [list(batch.split(parts, rank, ranks)) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1  # as many steps in every process
