@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,20 @@ import kernels
 from orchmoe import (
     Adapters,
     Mix,
+    OrchMoE,
     OrchMoEConfig,
     Routing,
     SkillLinear,
-    attach,
+    add_skills,
     register,
-    replace_linears,
+    router_width,
     target_linears,
 )
 
 METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
 
 
-class Unadapted(Adapters):
+class NoAdapter(Adapters):
     """No adapters: the frozen base, or with `full` every weight of it training."""
 
     def __init__(self, module: nn.Module, *, full: bool):
@@ -44,11 +44,14 @@ class Unadapted(Adapters):
     def routed(self, *_args, **_kwargs) -> Iterator[Routing]:
         yield Routing(None, None, None, True)
 
-    def keep(self, rows: Tensor) -> None:
-        pass
+    @contextmanager
+    def folded(self, *_args, **_kwargs) -> Iterator[None]:
+        yield
 
-    def merge(self, *_args, **_kwargs) -> None:
-        pass
+    def keep(self, *_args, **_kwargs) -> None:
+        """Nothing to drop, to merge or to take out."""
+
+    merge = detach = keep
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"full": [p for p in self._module[0].parameters() if p.requires_grad]}
@@ -69,7 +72,7 @@ class LoRA(Adapters):
         ones = torch.ones(len(linears), 1, 1, device=_device(linears))
         self.register_buffer("ones", ones, persistent=False)
 
-    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         refuse_w(w)
         return Routing(None, None, self.ones, True)
 
@@ -83,11 +86,11 @@ class MoELoRA(Adapters):
     def __init__(self, linears: dict[str, SkillLinear], skills: int, generator: torch.Generator | None):
         super().__init__(linears)
         for linear in linears.values():
-            linear.add_token_router(skills, "softmax", None, generator)
+            linear.skill_token_router(skills, "softmax", None, generator)
         identity = torch.eye(skills, device=_device(linears)).expand(1, len(linears), -1, -1)
         self.register_buffer("identity", identity, persistent=False)
 
-    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         refuse_w(w)
         return Routing(None, self.identity, None, True)
 
@@ -108,7 +111,7 @@ class Poly(Adapters):
         self.allocation = nn.Parameter(Z.to(_device(linears)))
         self.noise_shape = (len(linears), heads, skills)
 
-    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,H,S) in training -> c (N,B,H,S)."""
         refuse_w(w)
         return Routing(None, None, mix_rows(self.allocation, task_ids, noise, relaxed=self.training), False)
@@ -129,7 +132,7 @@ class CPoly(Adapters):
         self.allocation_private = nn.Parameter(private)  # (N,T,T)
         self.noise_shape = (len(linears), 1, skills - 1)
 
-    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, w=None) -> Routing:
+    def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,1,S-1) in training -> c (N,B,S-1+T)."""
         refuse_w(w)
         common = mix_rows(self.allocation, task_ids, noise, relaxed=self.training).squeeze(2)  # (N,B,S-1)
@@ -161,10 +164,12 @@ def _device(linears: dict[str, SkillLinear]) -> torch.device:
     return next(iter(linears.values())).weight.device
 
 
-def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_tasks: int = 0, heads: int = 4,
-                  mix: Mix = kernels.mix_skills, generator: torch.Generator | None = None) -> Adapters:
+def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_rank: int = 0,
+                  num_tasks: int = 0, heads: int = 4, mix: Mix = kernels.mix_skills,
+                  generator: torch.Generator | None = None) -> Adapters:
     """Freezes `module` and attaches the method `name` of METHODS with S = config.skills, R = config.rank.
 
+    extra_rank: ranks of a skill on top, handed out evenly over the Linears, for comparisons at equal size.
     num_tasks: T, for the methods with task ids. mix: for those that mix outputs. orchmoe-factors: OrchMoE
     whose skills mix factors, as Poly's do, for the ablation. ValueError for an unknown name or a missing T.
     """
@@ -173,27 +178,25 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, num_ta
         raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
     if name in ("poly", "mhr", "c-poly") and num_tasks < 1:
         raise ValueError(f"num_tasks: {name} routes by task id and needs the number of training tasks")
-    if name == "orchmoe":
-        return attach(module, config, mix, generator=generator)
-    if name == "orchmoe-factors":
-        if config.router == "token":
-            raise ValueError("--method orchmoe-factors --router token: factors are mixed once per sample")
-        return attach(module, config, kernels.mix_factors, generator=generator)
+    if name == "orchmoe-factors" and config.router == "token":
+        raise ValueError("--method orchmoe-factors --router token: factors are mixed once per sample")
     if name == "full":
-        return Unadapted(module, full=True)
+        return NoAdapter(module, full=True)
+    found, width = target_linears(module, config.targets), router_width(module)
+    N = len(found)
+    extra = [(n + 1) * extra_rank // N - n * extra_rank // N for n in range(N)]
 
-    def linears(skills: int, rank: int, mix: Mix) -> dict[str, SkillLinear]:
-        def make(base: nn.Linear, extra: int) -> SkillLinear:
-            return SkillLinear(base, skills, rank + extra, config.scale(rank + extra), mix, generator)
-
-        return replace_linears(module, config, make)
+    def skills(count: int, rank: int, mix: Mix = mix) -> dict[str, SkillLinear]:
+        return add_skills(found, [rank + e for e in extra], config, mix, generator, skills=count)
 
     make: dict[str, Callable[[], Adapters]] = {
-        "lora": lambda: LoRA(linears(1, S * R, mix)),
-        "moe-lora": lambda: MoELoRA(linears(S, R, mix), S, generator),
-        "poly": lambda: Poly(linears(S, R, kernels.mix_factors), num_tasks, S, 1, generator),
-        "mhr": lambda: Poly(linears(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
-        "c-poly": lambda: CPoly(linears(S - 1 + num_tasks, R, mix), num_tasks, S, generator),
+        "orchmoe": lambda: OrchMoE(skills(S, R), config, width, generator),
+        "orchmoe-factors": lambda: OrchMoE(skills(S, R, kernels.mix_factors), config, width, generator),
+        "lora": lambda: LoRA(skills(1, S * R)),
+        "moe-lora": lambda: MoELoRA(skills(S, R), S, generator),
+        "poly": lambda: Poly(skills(S, R, kernels.mix_factors), num_tasks, S, 1, generator),
+        "mhr": lambda: Poly(skills(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
+        "c-poly": lambda: CPoly(skills(S - 1 + num_tasks, R), num_tasks, S, generator),
     }
     return register(module, make[name]())
 
@@ -218,44 +221,27 @@ class Count(NamedTuple):
 def count(adapters: Adapters) -> Count:
     """The true count, of the tensors that are there; --method full has skills alone."""
     sizes = {kind: sum(p.numel() for p in group) for kind, group in adapters.parameter_groups().items()}
-    routing = sizes.get("router", 0) + sizes.get("allocation", 0)
-    return Count(sum(sizes.values()) - routing, routing)
+    skills = sizes.get("skills", 0) + sizes.get("full", 0)
+    return Count(skills, sum(sizes.values()) - skills)
 
 
-def shapes_of(module: nn.Module, config: OrchMoEConfig) -> list[tuple[int, int]]:
-    """(D, O) of the Linears that config.targets names, in the order in which they are adapted."""
-    return [(linear.in_features, linear.out_features) for *_, linear in target_linears(module, config)]
+def parameters(name: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> Count:
+    """What attach_method(name, module, config, **options) would train. The module, best one on the meta
+    device, is left as it was."""
+    adapters = attach_method(name, module, config, **options)
+    counted = count(adapters)
+    adapters.detach()
+    return counted
 
 
-def closed_form(name: str, config: OrchMoEConfig, shapes: Sequence[tuple[int, int]], *, width: int,
-                num_tasks: int = 0, heads: int = 4) -> Count:
-    """The same from shapes (D, O) of the N adapted Linears and the width of the embeddings, for the methods
-    that adapt."""
-    N, S, R, K, T, H = len(shapes), config.skills, config.rank, config.tasks, num_tasks, heads
-    in_features = sum(D for D, _ in shapes)
-    rank_one = sum(map(sum, shapes))  # D + O over all Linears
-    extra = sum(e * sum(shape) for e, shape in zip(config.extra_ranks(N), shapes, strict=True))
-    skill = R * rank_one + extra  # one skill of every Linear
-    attention = 2 * width * config.attention_width(width) if config.router_attention else 0
-    router = {"sample": attention + K * (width + 1), "token": K * (in_features + N), "none": 0}[config.router]
-    return {
-        "orchmoe": Count(S * skill, N * K * S + router),
-        "orchmoe-factors": Count(S * skill, N * K * S + router),
-        "lora": Count(S * R * rank_one + extra, 0),
-        "moe-lora": Count(S * skill, S * in_features),
-        "poly": Count(S * skill, N * T * S),
-        "mhr": Count(S * skill, N * T * S * H),
-        "c-poly": Count((S - 1 + T) * skill, N * T * (S - 1 + T)),
-    }[name]
-
-
-def budget(names: Sequence[str], config: OrchMoEConfig, shapes: Sequence[tuple[int, int]],
-           **sizes: int) -> dict[str, OrchMoEConfig]:
-    """Configs of equal total size: the budget is the least total that every method reaches with S and R as
-    they are, hence that of the method with the dearest routing; the others come as near to it as whole extra
-    ranks can, one Linear at a time. c-poly, which grows with T, cannot stand in it."""
+def budget(names: Sequence[str], module: nn.Module, config: OrchMoEConfig,
+           num_tasks: int = 0) -> dict[str, int]:
+    """The extra_rank of each method that makes all of one total size: the budget is the least total that
+    every method reaches with S and R as they are, hence that of the method with the dearest routing; the
+    others come as near to it as whole extra ranks can, one Linear at a time. c-poly, which grows with T,
+    cannot stand in it. module: best one on the meta device."""
     def total(name: str, extra: int) -> int:
-        return closed_form(name, replace(config, extra_rank=extra), shapes, **sizes).total
+        return parameters(name, module, config, extra_rank=extra, num_tasks=num_tasks).total
 
     target = max(total(name, 0) for name in names)
     chosen = {}
@@ -266,6 +252,5 @@ def budget(names: Sequence[str], config: OrchMoEConfig, shapes: Sequence[tuple[i
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if total(name, middle) <= target else (low, middle)
-        extra = min(low, high, key=lambda extra: abs(total(name, extra) - target))
-        chosen[name] = replace(config, extra_rank=extra)
+        chosen[name] = min(low, high, key=lambda extra: abs(total(name, extra) - target))
     return chosen

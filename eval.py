@@ -24,7 +24,7 @@ import checkpoint
 import data
 import metrics
 import runtime
-from baselines import Unadapted, attach_method
+from baselines import NoAdapter, attach_method
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
@@ -243,21 +243,22 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
     if train["method"] == "full":
         require_frozen(shard, "full")
         base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
-        return base, Unadapted(base, full=True)
+        return base, NoAdapter(base, full=True)
     path = folder / "adapter.safetensors"
     state, info = checkpoint.load_adapter(path)
     if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
         raise ValueError(f"{path}: trained on the base {info['base']}, but {train['model']} is {have}; "
                          "restore that model")
     base = load_base(train["model"], place, shard)
-    config, num_tasks = runtime.from_json(OrchMoEConfig, info["config"], path), len(info["tasks"])
+    config = runtime.from_json(OrchMoEConfig, info["config"], path)
+    sizes = {"num_tasks": len(info["tasks"]), "extra_rank": train.get("extra_rank", 0)}
     with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
         bare = type(base)(base.config)
     try:
-        attach_method(info["method"], bare, config, num_tasks=num_tasks).load_state_dict(state)
+        attach_method(info["method"], bare, config, **sizes).load_state_dict(state)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
         raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
-    adapters = attach_method(info["method"], base, config, num_tasks=num_tasks)
+    adapters = attach_method(info["method"], base, config, **sizes)
     adapters.load_state_dict(state)
     if shard:
         runtime.shard(base, base.blocks, place)
@@ -368,7 +369,7 @@ def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place:
         base, adapters = load_run(config.run, place, config.shard)
     elif config.model:
         base = load_base(config.model, place, config.shard)
-        adapters = Unadapted(base, full=False)
+        adapters = NoAdapter(base, full=False)
         if config.shard:
             runtime.shard(base, base.blocks, place)
     own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")

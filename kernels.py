@@ -1,9 +1,9 @@
-"""The batched adapter matmuls made fast. `attach(..., mix=kernels.mix_skills)` takes the place of
-orchmoe.mix_skills: the same function, compiled on CUDA. mix_factors is the other function of the family:
-skills mix their factors (Poly, MHR). Each has a slow twin with the same signature, the plain sum over skills,
-which is its specification.
+"""The batched adapter matmuls made fast: `attach(..., mix=kernels.mix_skills)` in place of orchmoe.mix_skills,
+the specification, whose signature all share. A frozen Linear and its skills are ONE function with a backward
+of its own; on CUDA it is compiled. mix_factors is the other function of the family: skills mix their factors
+(Poly, MHR).
 
-B batch, L length, D d_in, O d_out, S skills, R rank, H heads.  Test: pytest tests/test_kernels.py"""
+B batch, L length, D d_in, O d_out, S skills, R rank, H heads, N = B L.  Test: pytest tests/test_kernels.py"""
 
 from __future__ import annotations
 
@@ -12,24 +12,72 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def _mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+class _SkillLinear(torch.autograd.Function):
+    """y = W0 x + b + ((x A_cat) * c) B_cat with A_cat (D,SR), B_cat (SR,O): the concatenations are free views.
+
+    Autograd alone would keep what it needs as well, but write y and dx twice: here W0's products and those of
+    the skills accumulate in place. Nothing of shape (N,S,O) exists, and W0 gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, c: Tensor, weight: Tensor | None,
+                bias: Tensor | None) -> Tensor:
+        """x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), all of one dtype -> (B,L,O)."""
+        rows = x.flatten(0, 1)  # (N,D)
+        h = rows @ A.T  # (N,SR)
+        hc = (h.view(*x.shape[:2], -1) * c).flatten(0, 1)  # (N,SR)
+        y = hc @ B if weight is None else F.linear(rows, weight, bias).addmm_(hc, B)
+        ctx.save_for_backward(rows, A, B, c, h, hc, weight)
+        return y.view(*x.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        rows, A, B, c, h, hc, weight = ctx.saved_tensors
+        dx = dA = dB = dc = None
+        shape, dy = dy.shape[:2], dy.flatten(0, 1)  # (B,L), (N,O)
+        if ctx.needs_input_grad[2]:
+            dB = hc.T @ dy
+        if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
+            dhc = dy @ B.T  # (N,SR)
+            if ctx.needs_input_grad[3]:
+                dc = (dhc * h).view(*shape, -1).sum_to_size(c.shape)  # over L and B where c is shared
+            dh = (dhc.view(*shape, -1) * c).flatten(0, 1)
+            if ctx.needs_input_grad[1]:
+                dA = dh.T @ rows
+            if ctx.needs_input_grad[0]:
+                dx = dh @ A if weight is None else (dy @ weight).addmm_(dh, A)
+                dx = dx.view(*shape, -1)
+        return dx, dA, dB, dc, None, None
+
+
+def _mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+                bias: Tensor | None = None) -> Tensor:
     S, R, D = A.shape
-    h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR): both concatenations are free views
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # Autocast sees single operations; this is one function, whose inputs must be of one dtype.
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    # Weights of the skills are cast to x's dtype, never x to theirs.
+    A, B = A.reshape(S * R, D).to(x.dtype), B.reshape(S * R, -1).to(x.dtype)
     c = (scale * c).to(x)
-    c = (c if c.dim() == 3 else c.unsqueeze(1)).unsqueeze(-1)  # (B,1 or L,S,1)
-    return (h.unflatten(-1, (S, R)) * c).flatten(-2) @ B.reshape(S * R, -1).to(x.dtype)
+    c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B or 1,L or 1,SR)
+    return _SkillLinear.apply(x, A, B, c, weight, bias)
 
 
-def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+                 bias: Tensor | None = None) -> Tensor:
     S, R, D = A.shape
     c = c.unsqueeze(1) if c.dim() == 2 else c  # (B,H,S)
     H = c.shape[1]
     c = c.to(x)
     A_mix = torch.einsum("bhs,srhd->brhd", c, A.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,D)
     B_mix = torch.einsum("bhs,srho->brho", c, B.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,O)
-    return torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)
+    mixed = torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)
+    return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
 
 
 @cache
@@ -44,38 +92,21 @@ def _fast(function, x: Tensor, *rest):
     return (_compiled(function) if worth and not torch.compiler.is_compiling() else function)(x, *rest)
 
 
-def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
-    """scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs of the concatenated rank S R.
+def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs of
+    the concatenated rank S R.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Weights and c are cast
-    to x's dtype. Saves 2 B L S R elements for backward beside x."""
-    return _fast(_mix_skills, x, A, B, c, scale)
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Backward keeps x and 2
+    N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""
+    return _fast(_mix_skills, x, A, B, c, scale, weight, bias)
 
 
-def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
-    """scale * (sum_s c_s B_s)(sum_s c_s A_s) x: factors mixed once per sample, then two batched GEMMs (Ponti
-    et al. 2023).
+def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+                bias: Tensor | None = None) -> Tensor:
+    """The same with scale * (sum_s c_s B_s)(sum_s c_s A_s) x: factors mixed once per sample, then two batched
+    GEMMs (Ponti et al. 2023).
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with a mixture for each of H heads, which split A
     over D and B over O (Caccia et al. 2023); 1 for B where all samples share it -> (B,L,O) in x's dtype."""
-    return _fast(_mix_factors, x, A, B, c, scale)
-
-
-def mix_skills_slow(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
-    """mix_skills as the equation has it: a loop over skills."""
-    c = c if c.dim() == 3 else c.unsqueeze(1)  # (B,1 or L,S)
-    return scale * sum(c[..., s, None] * (x @ A[s].T @ B[s]) for s in range(len(A)))
-
-
-def mix_factors_slow(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
-    """mix_factors as the equation has it: a loop over samples and heads that builds each pair of factors."""
-    c = c.unsqueeze(1) if c.dim() == 2 else c  # (B,H,S)
-    outputs = []
-    for b, row in enumerate(c.expand(x.shape[0], -1, -1)):  # row (H,S)
-        parts_A, parts_B = A.chunk(len(row), dim=-1), B.chunk(len(row), dim=-1)
-        A_mix = torch.cat([sum(w * a for w, a in zip(head, part, strict=True))
-                           for head, part in zip(row, parts_A, strict=True)], dim=-1)  # (R,D)
-        B_mix = torch.cat([sum(w * b for w, b in zip(head, part, strict=True))
-                           for head, part in zip(row, parts_B, strict=True)], dim=-1)  # (R,O)
-        outputs.append(scale * x[b] @ A_mix.T @ B_mix)
-    return torch.stack(outputs)
+    return _fast(_mix_factors, x, A, B, c, scale, weight, bias)

@@ -1,17 +1,16 @@
 """OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
 reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
-(arXiv 2401.10559), as read here: the README grades what is stated, inferred and chosen. Python >= 3.10,
-torch >= 2.6, MIT licence.
+(arXiv 2401.10559), as read here: docs/paper.md grades what is stated, secondary, inferred and chosen.
+Python >= 3.10, torch >= 2.6, MIT licence.
 
-    x_hat = mean_L(X + P X),  P = softmax((X Wq)(X Wk)^T / sqrt(d_r))     TaskRouter.features
+    x_hat = mean_L(softmax(X X^T / sqrt D) X + X)              (B,D)      TaskRouter.features
     w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
     Zhat  = sigmoid(Z), each row divided by its sum            (N,K,S)    OrchMoE.allocation_weights
     c     = w Zhat                                             (N,B,S)    OrchMoE.route
     y     = W0 x + scale * sum_s c_s B_s A_s x                            SkillLinear.forward, mix_skills
 
 X = rmsnorm(E), E the embeddings of the source; B batch, L length, D d_in (of the router: the width of E), O
-d_out, K abstract tasks, S skills, R rank, N adapted Linears, d_r width of the router's attention.  Test:
-pytest tests/test_orchmoe.py
+d_out, K abstract tasks, S skills, R rank, N adapted Linears.  Test: pytest tests/test_orchmoe.py
 
     adapters = attach(model, OrchMoEConfig())      # freezes the model, puts skills into its q and v
     with adapters.routed(model.embed(ids), mask):  # until after backward, or for a whole generate
@@ -20,9 +19,11 @@ pytest tests/test_orchmoe.py
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -31,10 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Mix = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-T5_LINEARS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")  # what the target `all` stands for
-
-LARGEST = 2**12  # of K, S, R and d_r: a typing error must not ask for terabytes
+Mix = Callable[..., Tensor]  # mix_skills, or a function of its signature
+ALL = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "down")  # the target `all`
 
 
 @dataclass(frozen=True)
@@ -44,62 +43,33 @@ class OrchMoEConfig:
     tasks: int = 8  # K, abstract tasks of the router
     skills: int = 4  # S, LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
-    extra_rank: int = 0  # ranks handed out on top, evenly over the Linears: for comparisons at equal size
     alpha: float | None = None  # the skills' output is scaled by alpha / rank; left out: alpha = rank
-    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = q,k,v,o,wi,wo
+    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = every one of a block
     router: Literal["sample", "token", "none"] = "sample"  # on the source; on each token; w = 1/K
     router_attention: bool = True  # self-attention before the mean over the sample
-    router_dim: int | None = None  # d_r, width of that attention; left out: a tenth of D, at most 64
     router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W x_hat + b as it stands
     router_init: Literal["kmeans", "normal"] = "kmeans"  # start of W_task
-    allocation_init: str = "normal:3"  # start of Z: normal:SD or uniform:BOUND
+    router_dropout: float = 0.0  # share of the training samples whose w is 1/K
+    allocation_std: float = 3.0  # start of Z: N(0, this)
     gumbel: bool = False  # relaxed Bernoulli noise on Z in training
-    tau: float = 1.0  # temperature of that noise
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "skills", "rank", "router_dim"):
-            if (value := getattr(self, name)) is not None and not 1 <= value <= LARGEST:
-                raise ValueError(f"{name}: {value} must be from 1 to {LARGEST}")
-        if not 0 <= self.extra_rank <= LARGEST**2:
-            raise ValueError(f"extra_rank: {self.extra_rank} must be from 0 to {LARGEST**2}")
+        for name in ("tasks", "skills", "rank"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
         if not self.targets or isinstance(self.targets, str):
             raise ValueError(f"targets: name at least one Linear, in a tuple, not {self.targets!r}")
         for name, choices in (("router", ("sample", "token", "none")), ("router_norm", ("softmax", "none")),
                               ("router_init", ("kmeans", "normal"))):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
-        for name in ("tau", "alpha"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: {value} must be a number above 0")
-        _ = self.allocation_start  # raises where it cannot be read
-
-    @property
-    def allocation_start(self) -> tuple[str, float]:
-        """("normal", SD) or ("uniform", BOUND)."""
-        kind, _, size = self.allocation_init.partition(":")
-        try:
-            if kind in ("normal", "uniform") and 0 <= float(size) < math.inf:
-                return kind, float(size)
-        except ValueError:
-            pass
-        raise ValueError(f"allocation_init: {self.allocation_init!r} must be normal:SD or uniform:BOUND")
-
-    @property
-    def bias_start(self) -> float:
-        return 0.0 if self.router_norm == "softmax" else 1 / self.tasks
-
-    def scale(self, total_rank: int) -> float:
-        """alpha / total_rank. Methods that weigh their skills by c pass the rank of one skill, LoRA, whose
-        ranks all add up unweighted, S R: so c = 1/S is LoRA. Extra ranks count in both."""
-        return (self.rank if self.alpha is None else self.alpha) / total_rank
-
-    def attention_width(self, width: int) -> int:
-        """d_r, the router attention's width for embeddings of `width`."""
-        return self.router_dim or max(1, min(64, width // 10))
-
-    def extra_ranks(self, linears: int) -> list[int]:
-        """How many of the extra ranks each of N Linears gets."""
-        return [(n + 1) * self.extra_rank // linears - n * self.extra_rank // linears for n in range(linears)]
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: {self.alpha} must be a number above 0")
+        if not 0 <= self.allocation_std < math.inf:
+            raise ValueError(f"allocation_std: {self.allocation_std} must be a number from 0")
+        if not 0 <= self.router_dropout <= 1 or self.router_dropout and self.router != "sample":
+            raise ValueError(f"router_dropout: {self.router_dropout} must be a share from 0 to 1, and of the "
+                             "sample router")
 
 
 class Routing(NamedTuple):
@@ -116,17 +86,13 @@ class Routing(NamedTuple):
 
 class TaskRouter(nn.Module):
     """Weights of K abstract tasks for each source sample; computed in its own float32 whatever the base's
-    dtype."""
+    dtype. Its parameters are W_task (K,D) and b (K): the attention has none."""
 
     def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        d_r = config.attention_width(width)
-        if config.router_attention:
-            self.query = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
-            self.key = nn.Parameter(_normal((width, d_r), width**-0.5, generator))
         self.task = nn.Parameter(_normal((config.tasks, width), 0.02, generator))
-        self.bias = nn.Parameter(torch.full((config.tasks,), config.bias_start))
+        self.bias = nn.Parameter(torch.full((config.tasks,), _bias_start(config)))
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
 
@@ -142,9 +108,9 @@ class TaskRouter(nn.Module):
             X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
             mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
-            mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L)
+            mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L); a row may be all padding
             if self.config.router_attention:
-                scores = (X @ self.query) @ (X @ self.key).mT / math.sqrt(self.query.shape[1])  # (B,L,L)
+                scores = X @ X.mT / math.sqrt(X.shape[-1])  # (B,L,L)
                 P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
                 mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
             return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
@@ -163,7 +129,9 @@ class TaskRouter(nn.Module):
         any label: rows along the centres of a spherical k-means, as long as makes the mean entropy of w a
         third of ln K."""
         self.mu.copy_(features.mean(0))
-        self.sd.copy_(features.std(0, correction=0).clamp(min=1e-6))
+        sd = features.std(0, correction=0)
+        # A feature that is constant here and alive later would be divided by nothing, and alone decide w.
+        self.sd.copy_(sd.clamp(min=max(0.1 * sd.median().item(), 1e-6)))
         if self.config.router_init != "kmeans":
             return
         x_hat = (features - self.mu) / self.sd
@@ -205,21 +173,12 @@ def _length_for_entropy(logits: Tensor, target: float) -> float:
     return math.exp(low)
 
 
-def _normal(shape: tuple[int, ...], sd: float, generator: torch.Generator | None,
-            device: torch.device | str = "cpu") -> Tensor:
-    return _drawn(shape, device, lambda values: values.normal_(0, sd, generator=generator))
+def _bias_start(config: OrchMoEConfig) -> float:
+    return 0.0 if config.router_norm == "softmax" else 1 / config.tasks
 
 
-def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None,
-             device: torch.device | str = "cpu") -> Tensor:
-    return _drawn(shape, device, lambda values: values.uniform_(-bound, bound, generator=generator))
-
-
-def _drawn(shape: tuple[int, ...], device: torch.device | str, fill: Callable[[Tensor], Tensor]) -> Tensor:
-    """Drawn on the CPU, so that no device changes the start; on meta nothing is drawn, or allocated."""
-    if torch.device(device).type == "meta":
-        return torch.empty(shape, device="meta")
-    return fill(torch.empty(shape)).to(device)
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(shape).normal_(0, std, generator=generator)  # on the CPU: no device changes the start
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -227,12 +186,23 @@ def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _at_least_float32(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function of a Module._apply, which moves and casts; what it would round below float32 only moves.
+    """
+    def apply(tensor: Tensor) -> Tensor:
+        done = function(tensor)
+        return tensor.to(done.device) if done.dtype in (torch.bfloat16, torch.float16) else done
+
+    return apply
+
+
 # ------------------------------------------------------------------------------------------------- the skills
 
 
-def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
     """scale * sum_s c_s B_s A_s x as two GEMMs of the concatenated rank S R: skills mix their outputs
-    (Eq. 3, as summarised).
+    (Eq. 3, as summarised); with weight (O,D), and bias (O,) if there is one, on top of weight x + bias.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S) per sample, (1,S) for all, or (B,L,S) per token -> (B,L,O) in x's
     dtype."""
@@ -240,34 +210,40 @@ def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tens
     h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR)
     c = (scale * c).to(x)  # of x's device too: a large base may be spread over several
     c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B,1 or L,SR)
-    return (h * c) @ B.reshape(S * R, -1).to(x.dtype)
+    mixed = (h * c) @ B.reshape(S * R, -1).to(x.dtype)
+    return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
 
 
 class SkillLinear(nn.Linear):
-    """A frozen Linear with S skills of rank R beside it. Keeps the base's own weight and bias, and their
-    names."""
+    """A Linear of the base that has been given S skills of rank R. It stays the object it was: its weight,
+    hooks, parametrisation and names; only its class becomes this one, in front of its own."""
 
-    def __init__(self, base: nn.Linear, skills: int, rank: int, scale: float, mix: Mix,
-                 generator: torch.Generator | None = None):
-        nn.Module.__init__(self)  # not nn.Linear's: W0 is the base's parameter, never a copy
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+    skill_base: type = nn.Linear  # the class before
+
+    def skill_start(self, skills: int, rank: int, alpha: float, mix: Mix,
+                    generator: torch.Generator | None) -> None:
+        weight = self.weight
         # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself is U(-1/sqrt D, 1/sqrt D); float32 over a
         # bf16 base
-        bound, device = 1 / math.sqrt(self.in_features), self.weight.device
-        self.skill_A = nn.Parameter(_uniform((skills, rank, self.in_features), bound, generator, device))
-        self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=device))
-        self.skill_scale, self.skill_mix = scale, mix
+        bound = 1 / math.sqrt(self.in_features)
+        A = torch.empty(skills, rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.skill_A = nn.Parameter(A.to(weight.device))
+        self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=weight.device))
+        self.skill_scale, self.skill_mix = alpha / rank, mix
+        # Where the Linear computes W0 x + b and nothing else, `mix` does it together with the skills.
+        self.skill_plain = (type(self).skill_base.forward is nn.Linear.forward
+                            and type(self._parameters.get("weight")) is nn.Parameter
+                            and weight.is_floating_point())
         self.skill_routing: Tensor | None = None  # set by Adapters.routed: c (B,S), or Zhat (B,K,S)
         self.skill_task = self.skill_bias = None  # of the token router
         self.skill_shared, self.skill_beams, self.skill_visited = False, 1, False
 
-    def add_token_router(self, tasks: int, norm: str, bias_start: float | None,
-                         generator: torch.Generator | None = None) -> None:
+    def skill_token_router(self, tasks: int, norm: str, bias_start: float | None,
+                           generator: torch.Generator | None = None) -> None:
         """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K); without b where None."""
         device = self.weight.device
         self.skill_norm = norm
-        self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator, device))
+        self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator).to(device))
         if bias_start is not None:
             self.skill_bias = nn.Parameter(torch.full((tasks,), bias_start, device=device))
 
@@ -277,22 +253,14 @@ class SkillLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (B,..,D) -> W0 x + bias + scale * sum_s c_s B_s A_s x, (B,..,O); x (D,) is one sample."""
         rows = x.reshape(x.shape[:-1][:1].numel(), x.shape[1:-1].numel(), self.in_features)  # (B,L,D)
-        mixed = self.skill_mix(rows, self.skill_A, self.skill_B, self._weights(rows), self.skill_scale)
+        skills = rows, self.skill_A, self.skill_B, self._skill_weights(rows), self.skill_scale
         self.skill_visited = True
-        y = F.linear(x, self.weight, self.bias)
-        return y.add_(mixed.view_as(y))  # in place: one (B,L,O) less to allocate and to write
+        if self.skill_plain and not any(p.requires_grad for p in (self.weight, self.bias) if p is not None):
+            return self.skill_mix(*skills, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        y = super().forward(x)  # its own: quantised, parametrised, of a subclass, or training
+        return y + self.skill_mix(*skills).view_as(y).to(y.dtype)
 
-    def merged(self, c: Tensor) -> nn.Linear:
-        """A plain Linear with the skills of c (1,S) in its weight: what they make of the rows of I is their
-        matrix, however they are mixed. A weight of its own, since the base's may be tied."""
-        A, plain = self.skill_A, nn.Linear(self.in_features, self.out_features, device="meta")
-        eye = torch.eye(self.in_features, dtype=A.dtype, device=A.device).unsqueeze(0)
-        update = self.skill_mix(eye, A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
-        weight = (self.weight + update).to(self.weight.dtype)
-        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), self.bias
-        return plain.train(self.training)
-
-    def _weights(self, x: Tensor) -> Tensor:
+    def _skill_weights(self, x: Tensor) -> Tensor:
         """c for x (B,L,D): (B,S) or (1,S) as handed over, repeated for beams, or (B,L,S) from the token
         router."""
         routing = self.skill_routing
@@ -310,8 +278,36 @@ class SkillLinear(nn.Linear):
             w = logits.softmax(-1) if self.skill_norm == "softmax" else logits
             return w @ routing.to(x.device)  # (B,L,S)
 
+    def skill_folded(self, c: Tensor) -> nn.Parameter:
+        """The weight (O,D) with the skills of c (1,S) in it: what they make of the rows of I is their matrix,
+        however they are mixed."""
+        eye = torch.eye(self.in_features, dtype=self.skill_A.dtype, device=self.skill_A.device).unsqueeze(0)
+        update = self.skill_mix(eye, self.skill_A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
+        return nn.Parameter((self.weight + update).to(self.weight.dtype), requires_grad=False)
+
+    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        """.to(dtype) and the like: of the base's own tensors; the skills stay float32."""
+        skills = {id(t) for p in self.skill_parameters().values() for t in (p, p.grad)}
+        wide = _at_least_float32(function)
+        return super()._apply(lambda t: wide(t) if id(t) in skills else function(t), recurse)
+
+    def __reduce_ex__(self, protocol: int):  # pickle and deepcopy: the class has no name to be found by
+        return _unpickled, (type(self).skill_base,), self.__dict__
+
+
+@functools.cache  # one class for all Linears of a kind, else torch.compile would compile each apart
+def _with_skills(base: type) -> type:
+    return SkillLinear if base is nn.Linear else type("Skill" + base.__name__, (SkillLinear, base),
+                                                      {"skill_base": base})
+
+
+def _unpickled(base: type) -> SkillLinear:
+    return SkillLinear.__new__(_with_skills(base))
+
 
 # ---------------------------------------------------------------------------------------- router + allocation
+
+_CLAIM = threading.Lock()  # look and take are one step: the second of two threads is refused, not mixed up
 
 
 class Adapters(nn.Module):
@@ -319,11 +315,14 @@ class Adapters(nn.Module):
     what these are."""
 
     noise_shape: tuple[int, ...] | None = None  # of one sample's noise, where training wants noise
+    router_dropout = 0.0  # share of the samples that training routes by w = 1/K
 
     def __init__(self, linears: dict[str, SkillLinear]):
         super().__init__()
         self.linears = linears  # a plain dict: they are registered where they stand in the base
         self._module: list[nn.Module] = []  # the base; in a list, so that it is not registered below itself
+        self._trained: list[str] = []  # names of the base's parameters that required gradients
+        self._open = ""  # the verb that holds the door
         self._routing: Routing | None = None
         self._reported = False
 
@@ -332,7 +331,7 @@ class Adapters(nn.Module):
         return x
 
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
-              task_ids: Tensor | None = None, noise: Tensor | None = None,
+              task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
               w: Tensor | None = None) -> Routing:
         """What all Linears need for one batch; arguments as for `routed`."""
         raise NotImplementedError
@@ -343,32 +342,136 @@ class Adapters(nn.Module):
 
     @contextmanager
     def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
-               task_ids: Tensor | None = None, noise: Tensor | None = None, w: Tensor | None = None,
-               beams: int = 1) -> Iterator[Routing]:
+               task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
+               w: Tensor | None = None, beams: int = 1) -> Iterator[Routing]:
         """Routes one batch: inside, every SkillLinear has its c; leaving clears. Stay inside until after
         backward or for a whole generate. One backward each, and where gradients accumulate one `routed` for
         each micro-batch: checkpointed blocks run again in backward, with the c that they find then, and
         inside another `routed` that would be silently wrong.
 
         embeddings (B,L,D) of the SOURCE; mask (B,L), 1 or true at tokens and 0 at padding: neither PyTorch's
-        key_padding_mask, which is the reverse, nor an additive one. noise u (B,N,K,S) for gumbel, drawn here
-        if left out; w (K,) or (B,K) fixes the routing; beams: rows a sample may have instead of one. Nesting
-        raises RuntimeError."""
-        self._require_free()
-        try:
-            self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, w=w), beams)
-            yield self._routing
-            self._report_unvisited()
-        finally:
-            self._routing = None
-            for linear in self.linears.values():
-                linear.skill_routing = None
+        key_padding_mask, which is the reverse, nor an additive one. noise u (B,N,K,S) for gumbel and drop
+        (B,), true where w is to be 1/K, for router_dropout, both drawn here if left out; w (K,) or (B,K)
+        fixes the routing; beams: rows a sample may have instead of one. RuntimeError inside another."""
+        with self._claimed("routed()"):
+            trains = torch.is_grad_enabled()
+            try:
+                routing = self.route(embeddings, mask, task_ids=task_ids, noise=noise, drop=drop, w=w)
+                self._hand_out(routing, beams)
+                yield routing
+                self._report_unvisited(trains)
+            finally:
+                self._routing = None
+                for linear in self.linears.values():
+                    linear.skill_routing = None
 
-    def _require_free(self) -> None:
-        if self._routing is not None:
-            raise RuntimeError("routed() is already open: leave it before the next batch, or before merge()")
-        if not self.linears:
-            raise RuntimeError("the skills are merged: call the module as it is")
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the base as it was before attach, to the bit. RuntimeError inside `routed`."""
+        with self._claimed("disabled()"), self._bare():
+            yield
+
+    @contextmanager
+    def folded(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
+               task_ids: Tensor | None = None) -> Iterator[None]:
+        """Inside, the skills of ONE routing are in the weights (O,D), W0 + scale * sum_s (c_s B_s A_s)^T, so
+        that the model runs at the base's speed, for any number of rows; leaving puts the very weights of
+        before back. The routing is that of w (K,), or of one sample: embeddings (1,L,D) and mask (1,L), or
+        task_ids (1,). ValueError for more samples, for noise, for routers of tokens and for Linears that
+        compute with more than a weight; RuntimeError inside `routed`."""
+        with self._claimed("folded()"):
+            folded = self._folded(w, embeddings, mask, task_ids)
+            before = [linear.weight for linear in self.linears.values()]
+            with self._bare():
+                try:
+                    self._set_weights(folded)
+                    yield
+                finally:
+                    self._set_weights(before)
+
+    def merge(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
+              task_ids: Tensor | None = None) -> None:
+        """`folded` for good, to be served without this code: the module of before with other weights. A tied
+        weight gets a value of its own."""
+        with self._claimed("merge()"):
+            self._set_weights(self._folded(w, embeddings, mask, task_ids))
+            self._leave()
+
+    def detach(self) -> None:
+        """Takes the skills out: the module of before, its classes and what trained included."""
+        with self._claimed("detach()"):
+            self._leave()
+
+    def unfoldable(self) -> str:
+        """Why the skills of one routing cannot go into the weights; empty where they can."""
+        for name, linear in self.linears.items():
+            if linear.skill_task is not None:
+                return "with a token router every token has a w of its own, which no one weight equals"
+            if not linear.skill_plain:
+                return f"{name}: a {linear.skill_base.__name__} computes with more than a plain weight"
+        return ""
+
+    @contextmanager
+    def _claimed(self, verb: str) -> Iterator[None]:
+        with _CLAIM:
+            if self._open:
+                raise RuntimeError(f"{verb}: {self._open} is already open; leave it first, and of several "
+                                   "threads let one at a time use the model")
+            if not self.linears:
+                raise RuntimeError("the skills are merged or detached: call the module as it is")
+            self._open = verb
+        try:
+            yield
+        finally:
+            self._open = ""
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The adapted Linears under their own classes: nothing of ours runs, and nothing takes time."""
+        self._require_own_classes()
+        try:
+            for linear in self.linears.values():
+                linear.__class__ = linear.skill_base
+            yield
+        finally:
+            for linear in self.linears.values():
+                linear.__class__ = _with_skills(type(linear))
+
+    def _require_own_classes(self) -> None:
+        for name, linear in self.linears.items():
+            if type(linear) is not _with_skills(linear.skill_base):  # say, parametrised since
+                raise ValueError(f"{name}: became a {type(linear).__name__} after attach; undo that first")
+
+    @torch.no_grad()
+    def _folded(self, w: Tensor | None, embeddings: Tensor | None, mask: Tensor | None,
+                task_ids: Tensor | None) -> list[nn.Parameter]:
+        """The weights of all Linears with the skills of one routing in them."""
+        if reason := self.unfoldable():
+            raise ValueError(f"{self._open.rstrip('()')}: {reason}")
+        self._require_own_classes()
+        if self.training and (self.noise_shape or self.router_dropout):
+            raise ValueError("training draws noise, and one routing has none; call .eval() first")
+        c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
+        if c.shape[1] != 1:
+            raise ValueError(f"give one sample or one w (K,), not {c.shape[1]}")
+        return [linear.skill_folded(part) for linear, part in zip(self.linears.values(), c, strict=True)]
+
+    def _set_weights(self, weights: Sequence[nn.Parameter]) -> None:
+        for linear, weight in zip(self.linears.values(), weights, strict=True):
+            linear.weight = weight
+
+    def _leave(self) -> None:
+        self._require_own_classes()
+        for linear in self.linears.values():
+            linear.__class__ = linear.skill_base
+            for name in [*linear._parameters, *vars(linear)]:
+                if name.startswith("skill_"):
+                    delattr(linear, name)
+        module = self._module[0]
+        del module.skill_adapters
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in self._trained)
+        self.linears = {}
 
     def _hand_out(self, routing: Routing, beams: int) -> None:
         """Gives each Linear its slice: a tensor attribute, which torch.compile takes as an input and not as a
@@ -378,31 +481,11 @@ class Adapters(nn.Module):
         for linear, part in zip(self.linears.values(), parts, strict=True):
             linear.skill_routing, linear.skill_shared, linear.skill_beams = part, routing.shared, beams
 
-    @torch.no_grad()
-    def merge(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-              task_ids: Tensor | None = None) -> None:
-        """For good: adds scale * sum_s c_s B_s A_s of ONE routing to the weights (O,D) and puts plain Linears
-        back under the base's own names, to be served without this code; outputs as in `routed` with the same
-        arguments: w (K,), or embeddings (1,L,D) and mask (1,L), or task_ids (1,). ValueError for more
-        samples, for noise, and for routers of tokens."""
-        self._require_free()
-        if any(linear.skill_task is not None for linear in self.linears.values()):
-            raise ValueError("merge: with a token router every token has a w of its own, which no one weight "
-                             "equals")
-        if self.training and self.noise_shape:
-            raise ValueError("merge: training draws noise; call .eval() first")
-        c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
-        if c.shape[1] != 1:
-            raise ValueError(f"merge: give one sample or one w, not {c.shape[1]}")
-        for (name, linear), part in zip(self.linears.items(), c, strict=True):
-            owner, _, child = name.rpartition(".")
-            setattr(self._module[0].get_submodule(owner), child, linear.merged(part))
-        del self._module[0].skill_adapters
-        self.linears = {}
-
     def keep(self, rows: Tensor) -> None:
-        """Drops all but the given rows (positions among the current samples) from here on: for T5.generate's
-        on_keep."""
+        """Drops all but the given rows (positions among the current samples) from here on: for on_keep of a
+        Backbone's generate. Without effect in `folded`, where all rows are routed alike."""
+        if self._open == "folded()":
+            return
         routing = self.routing()
         if any(linear.skill_beams > 1 for linear in self.linears.values()):
             raise ValueError("keep() counts samples, and with beams a sample has several rows")
@@ -419,26 +502,29 @@ class Adapters(nn.Module):
             raise RuntimeError("no batch is being routed; call inside `with adapters.routed(...)`")
         return self._routing
 
-    def _report_unvisited(self) -> None:
-        """After the first routed batch: Linears whose owner bypasses them (say, a fused kernel) would
-        silently stay unadapted."""
+    def _report_unvisited(self, trains: bool) -> None:
+        """After the first routed batch: Linears whose owner computes with their weights itself (say, a fused
+        kernel) would silently stay unadapted."""
         unvisited = [name for name, linear in self.linears.items() if not linear.skill_visited]
-        if self._reported or len(unvisited) == len(self.linears):  # said before, or no forward yet
+        if self._reported or (len(unvisited) == len(self.linears) and not trains):  # said, or no forward yet
             return
         self._reported = True
         if unvisited:
             dots = ", ..." if len(unvisited) > 3 else ""
-            warnings.warn(f"{len(unvisited)} adapted Linears were not called in the first routed batch: "
-                          f"{', '.join(unvisited[:3])}{dots}", stacklevel=4)
+            warnings.warn(f"{len(unvisited)} of {len(self.linears)} adapted Linears were not called in the "
+                          f"first routed batch, so their skills cannot train: {', '.join(unvisited[:3])}"
+                          f"{dots}", stacklevel=4)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters under skills, router and allocation: each has a learning rate of its own."""
-        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "allocation": []}
+        """Trainable parameters by kind, each with a learning rate of its own: the skills, the router of the
+        sample (on standardised features), the routers of tokens (on raw ones), the allocation."""
+        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "token_router": [],
+                                                 "allocation": []}
         for name, parameter in self.named_parameters():
             groups["allocation" if name.startswith("allocation") else "router"].append(parameter)
         for linear in self.linears.values():
             for name, parameter in linear.skill_parameters().items():
-                groups["skills" if name in ("skill_A", "skill_B") else "router"].append(parameter)
+                groups["skills" if name in ("skill_A", "skill_B") else "token_router"].append(parameter)
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
@@ -470,6 +556,10 @@ class Adapters(nn.Module):
         for name in common:
             own[name].copy_(state[name])
 
+    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        """.to(dtype) of the base moves router, mu, sd and Z and leaves them float32."""
+        return super()._apply(_at_least_float32(function), recurse)
+
 
 class OrchMoE(Adapters):
     """Task Router and allocation matrices Z (N,K,S) of all adapted Linears."""
@@ -477,28 +567,27 @@ class OrchMoE(Adapters):
     def __init__(self, linears: dict[str, SkillLinear], config: OrchMoEConfig, width: int,
                  generator: torch.Generator | None = None):
         super().__init__(linears)
-        self.config = config
+        self.config, self.router_dropout = config, config.router_dropout
         device = next(iter(linears.values())).weight.device
-        kind, size = config.allocation_start
-        draw, shape = _normal if kind == "normal" else _uniform, (len(linears), config.tasks, config.skills)
-        self.allocation = nn.Parameter(draw(shape, size, generator, device))
+        shape = (len(linears), config.tasks, config.skills)
+        self.allocation = nn.Parameter(_normal(shape, config.allocation_std, generator).to(device))
         self.noise_shape = shape if config.gumbel else None
         self.router = TaskRouter(width, config, generator).to(device) if config.router == "sample" else None
         if config.router == "token":
             for linear in linears.values():
-                linear.add_token_router(config.tasks, config.router_norm, config.bias_start, generator)
+                linear.skill_token_router(config.tasks, config.router_norm, _bias_start(config), generator)
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli
-        (Maddison et al. 2017), each row divided by its sum. softmax of logsigmoid is sigmoid(z) / sum
-        sigmoid(z), without an epsilon."""
+        """Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli of
+        temperature 1 (Maddison et al. 2017), each row divided by its sum. softmax of logsigmoid is
+        sigmoid(z) / sum sigmoid(z), without an epsilon."""
         Z = self.allocation.unsqueeze(0)
         if noise is not None:
-            Z = (Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()) / self.config.tau
+            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
         return F.logsigmoid(Z).softmax(-1)
 
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
-              task_ids: Tensor | None = None, noise: Tensor | None = None,
+              task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
               w: Tensor | None = None) -> Routing:
         """w, Zhat and c of all Linears at once. task_ids are not used: OrchMoE needs none."""
         noise = self._noise(embeddings, noise)
@@ -506,19 +595,23 @@ class OrchMoE(Adapters):
         if w is None and self.config.router == "token":
             return Routing(None, allocation, None, noise is None)
         if w is None:
-            w = self._task_weights(embeddings, mask)
+            w = self._task_weights(embeddings, mask, drop)
         if w.shape[-1] != self.config.tasks:
             raise ValueError(f"w: (K,) or (B,K) with K = {self.config.tasks}, not {tuple(w.shape)}")
         with _without_autocast(allocation):
             c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, self.config.tasks), allocation)
         return Routing(w, allocation, c, w.dim() == 1 and noise is None)
 
-    def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _task_weights(self, embeddings: Tensor | None, mask: Tensor | None, drop: Tensor | None) -> Tensor:
         if self.config.router == "none":
             return self.allocation.new_full((self.config.tasks,), 1 / self.config.tasks)
         if embeddings is None:
             raise ValueError("embeddings: the sample router reads the source's embeddings (B,L,D)")
-        return self.router(embeddings, mask)
+        w = self.router(embeddings, mask)
+        if self.training and self.router_dropout:  # skills that serve the mean routing serve unseen tasks
+            drop = torch.rand(len(w)) < self.router_dropout if drop is None else drop
+            w = torch.where(drop.to(w.device).unsqueeze(1), 1 / self.config.tasks, w)
+        return w
 
     def _noise(self, embeddings: Tensor | None, noise: Tensor | None) -> Tensor | None:
         """u (B,N,K,S) for this batch, or None where the allocation is not relaxed: no gumbel, or not
@@ -553,66 +646,64 @@ class OrchMoE(Adapters):
 
 def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *, width: int | None = None,
            generator: torch.Generator | None = None) -> Adapters:
-    """Freezes `module`, puts skills into its Linears named in config.targets and registers the router as
-    `module.skill_adapters`. Base key names survive; every new name carries `skill_`. Inputs must be
-    batch-first. Cast the base to bf16 before, since the skills stay float32; a head of your own that is to
-    train gets its requires_grad_() after.
+    """Freezes `module`, gives skills to its Linears named in config.targets, where they stand, and registers
+    the router as `module.skill_adapters`. Base key names survive; every new name carries `skill_`. Inputs
+    must be batch-first. A head of your own that is to train gets its requires_grad_() after.
 
     mix: mix_skills, or kernels.mix_skills. width: D of what `routed` gets, where the first nn.Embedding is
     another. generator: of the initial values, on the CPU. ValueError where nothing matches, where adapters
-    are there already, and for owners or Linears whose own forward would go round the skills."""
-    def with_skills(base: nn.Linear, extra: int) -> SkillLinear:
-        rank = config.rank + extra
-        return SkillLinear(base, config.skills, rank, config.scale(rank), mix, generator)
-
-    linears = replace_linears(module, config, with_skills)
+    are there already, and for owners or Linears whose own forward would go round the skills: the module is
+    then as before."""
+    found = target_linears(module, config.targets)
     width = router_width(module) if width is None else width
+    linears = add_skills(found, [config.rank] * len(found), config, mix, generator)
     return register(module, OrchMoE(linears, config, width, generator))
 
 
-def replace_linears(module: nn.Module, config: OrchMoEConfig,
-                    make: Callable[[nn.Linear, int], SkillLinear]) -> dict[str, SkillLinear]:
-    """Freezes `module` and replaces its target Linears by make(Linear, its extra rank); returns them by name,
-    in the module's order."""
-    if hasattr(module, "skill_adapters"):
-        raise ValueError("module: it has adapters already; attach to a fresh copy")
-    found = target_linears(module, config)
-    module.requires_grad_(False)
-    linears = {}
-    for (owner, path, child), extra in zip(found, config.extra_ranks(len(found)), strict=True):
-        linears[path] = replacement = make(child, extra)
-        replacement.train(child.training)
-        setattr(owner, path.rpartition(".")[2], replacement)
-    return linears
-
-
-def target_linears(module: nn.Module, config: OrchMoEConfig) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, its path with the Linear's name, Linear) for all that config.targets names, in the module's
-    order. ValueError for a name that is not there, and for what cannot be adapted."""
+def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """{path: Linear} of all that `targets` names, in the module's order. ValueError for a name that is not
+    there, for what cannot be adapted, and where adapters are already."""
     children = [(owner, f"{path}.{name}".lstrip("."), child) for path, owner in module.named_modules()
                 for name, child in owner.named_children() if isinstance(child, nn.Linear)]
     have = {path.rpartition(".")[2] for _, path, _ in children}
-    own = set(config.targets) - {"all"}
-    names = own.union(T5_LINEARS if "all" in config.targets else ())
-    found = [row for row in children if row[1].rpartition(".")[2] in names]
-    if own - have or not found:
+    own = set(targets) - {"all"}
+    names = own.union(ALL if "all" in targets else ())
+    if own - have or not have & names:
         absent, there = ", ".join(sorted(own - have or names)), ", ".join(sorted(have)) or "none"
         raise ValueError(f"targets: no Linear is named {absent}; there are {there}")
-    for owner, path, child in found:
-        fused = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-        if fused or type(child) is not nn.Linear:
-            kinds = f"{type(child).__name__} in {type(owner).__name__}"
-            raise ValueError(f"targets: {path} ({kinds}) would bypass its skills; only a plain nn.Linear "
-                             "that its owner calls can be adapted")
-        hooked = child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)
-        if hooked or not isinstance(child.weight, nn.Parameter):  # weight_norm, prune, accelerate's offload
-            raise ValueError(f"targets: {path} has forward hooks, or a weight that is no Parameter, which "
-                             "skills would drop; remove them before attach")
-    return found
+    found: dict[nn.Linear, str] = {}
+    for owner, path, child in children:
+        if isinstance(child, SkillLinear):
+            raise ValueError(f"module: {path} has skills already; detach() them, or attach to a fresh copy")
+        if path.rpartition(".")[2] not in names:
+            continue
+        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            raise ValueError(f"targets: {path} in a {type(owner).__name__} would bypass its skills; only a "
+                             "Linear that its owner calls can be adapted")
+        if "forward" in vars(child):
+            raise ValueError(f"targets: {path} has a forward of its instance, as of accelerate's hooks, which "
+                             "would bypass its skills; remove it before attach")
+        found.setdefault(child, path)  # a Linear in two places is one, under its first name
+    return {path: child for child, path in found.items()}
+
+
+def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: OrchMoEConfig, mix: Mix,
+               generator: torch.Generator | None, *, skills: int | None = None) -> dict[str, SkillLinear]:
+    """Gives each Linear S skills of its rank, scaled by alpha / rank: the ranks of one skill, weighted by c,
+    or for LoRA, the one skill, all of S R."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    for linear, rank in zip(linears.values(), ranks, strict=True):
+        linear.__class__ = _with_skills(type(linear))
+        linear.skill_start(skills or config.skills, rank, alpha, mix, generator)
+    return linears
 
 
 def register(module: nn.Module, adapters: Adapters) -> Adapters:
-    """Makes the adapters a part of `module`, in its mode of training or evaluation."""
+    """Makes the adapters a part of `module`, in its mode of training or evaluation, and freezes the rest."""
+    own = {name: p for name, p in module.named_parameters() if "skill_" not in name}
+    adapters._trained = [name for name, p in own.items() if p.requires_grad]
+    for parameter in own.values():
+        parameter.requires_grad_(False)
     module.skill_adapters, adapters._module = adapters.train(module.training), [module]
     return adapters
 

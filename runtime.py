@@ -630,10 +630,12 @@ def generator(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed >> 1)
 
 
-def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...]) -> torch.Tensor:
+def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...],
+                  *stream: int) -> torch.Tensor:
     """u (B, *shape) in [0, 1) on the CPU, row b from (seed, step, sample b) alone: the same whatever the
     ranks, the accumulation or the device."""
-    return torch.stack([torch.rand(shape, generator=generator(seed, step, sample)) for sample in samples])
+    rows = (generator(seed, step, sample, *stream) for sample in samples)
+    return torch.stack([torch.rand(shape, generator=row) for row in rows])
 
 
 @contextmanager

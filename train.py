@@ -43,7 +43,8 @@ class TrainConfig:
     batch_size: int = 16  # examples of one optimiser step
     accumulate: int = 1  # micro-batches that a step is computed in
     lr_skills: float = 3e-3  # peak learning rate of A and B
-    lr_router: float = 2e-5  # of the router
+    lr_router: float = 2e-5  # of the router of samples, whose features are standardised
+    lr_token_router: float = 1e-2  # of routers of tokens, on raw features: --router token, moe-lora
     lr_allocation: float = 1e-2  # of the allocation matrices
     lr_full: float = 5e-5  # of every weight, with --method full; with --from-scratch relative to its size
     beta2: float = 0.999  # of AdamW
@@ -57,13 +58,15 @@ class TrainConfig:
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
+    extra_rank: int = 0  # ranks on top, evenly over the Linears: for comparisons at equal size
     compile: bool = False  # compile each block of the T5 (torch.compile needs a C++ compiler)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
                               text_length=2, eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0,
-                              lr_allocation=0, lr_full=0, weight_decay=0, clip=0)
+                              lr_token_router=0, lr_allocation=0, lr_full=0, extra_rank=0, weight_decay=0,
+                              clip=0)
         for name in ("beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more, and less than 1")
@@ -85,7 +88,7 @@ class PlaceConfig:
 
 
 # Named settings: lineage starts and relaxes the allocation as Poly does, whose line of papers OrchMoE is in.
-PRESETS = {"lineage": {"allocation_init": "uniform:0.001", "gumbel": True}}
+PRESETS = {"lineage": {"allocation_std": 0.001, "gumbel": True}}
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 
 
@@ -138,8 +141,8 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW
     """AdamW with a peak rate for each kind of parameter. From scratch each tensor's rate is also multiplied
     by the root mean square of its start (the relative steps of Adafactor, Shazeer and Stern 2018): T5 starts
     its embeddings at 1.0 and its queries at 0.01, and no one rate serves both."""
-    rates = {"skills": config.lr_skills, "router": config.lr_router, "allocation": config.lr_allocation,
-             "full": config.lr_full}
+    rates = {"skills": config.lr_skills, "router": config.lr_router, "token_router": config.lr_token_router,
+             "allocation": config.lr_allocation, "full": config.lr_full}
     groups = []
     for kind, parameters in adapters.parameter_groups().items():
         decay = config.weight_decay if kind in ("skills", "full") else 0.0
@@ -230,8 +233,10 @@ def optimiser_step(base: Backbone, adapters: Adapters, optimizer: torch.optim.Op
     for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.ranks()):
         noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows or [0],
                                                                adapters.noise_shape)
+        share = adapters.router_dropout
+        drop = runtime.uniform_noise(config.seed, step, rows or [0], (), 1) < share if share else None
         part = part.to(base.device)
-        with evaluation.routed(base, adapters, part, noise=noise) as routing:
+        with evaluation.routed(base, adapters, part, noise=noise, drop=drop) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
             part_loss.backward()
         loss += part_loss.item()
@@ -384,7 +389,8 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
     train_set, sets = load_sets(tokenizer, config, data_config)
     source = Source(train_set, tokenizer, config, data_config)
     base = load_base(config, place, shard)
-    adapters = attach_method(config.method, base, adapter_config, num_tasks=len(train_set.tasks),
+    adapters = attach_method(config.method, base, adapter_config, extra_rank=config.extra_rank,
+                             num_tasks=len(train_set.tasks),
                              generator=runtime.generator(config.seed, 0))
     if shard:
         runtime.shard(base, base.blocks, place)
@@ -449,7 +455,7 @@ def closing_words(folder: Path, method: str, device: str) -> str:
 
 def main() -> None:
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-init uniform:0.001 --gumbel")
+    parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-std 0.001 --gumbel")
     for cls in (PlaceConfig, *CONFIGS.values()):
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())

@@ -12,7 +12,7 @@ from orchmoe import OrchMoEConfig
 from t5 import T5, T5Config
 
 S, R, T, D = 3, 2, 5, 32
-CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0, router_dim=8)
+CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0)
 TASK_IDS = torch.tensor([4, 0, -1, 2])
 EXACT = dict(rtol=1e-10, atol=1e-12)
 pytestmark = pytest.mark.filterwarnings("ignore:.*adapted Linears were not called")  # one is enough here
@@ -158,7 +158,7 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name):
     expected = sum(
         COUNTS[name](linear.in_features, linear.out_features) for linear in adapters.linears.values()
     )
-    router = 2 * D * 8 + 4 * D + 4 if name == "orchmoe" else 0
+    router = 4 * D + 4 if name == "orchmoe" else 0
     assert found == expected + router
 
 

@@ -122,7 +122,7 @@ def llama():
 
 def attached(case, router="sample", mix=orchmoe.mix_skills):
     """Adapters that change the outputs a lot, and differently for each sample."""
-    config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, router_dim=8, alpha=4.0)
+    config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, alpha=4.0)
     adapters = attach(case.base.eval(), config, mix, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
     stir(adapters, generator)
@@ -373,7 +373,7 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
         assert {name for name, _, _ in seen} == wanted.linears.keys()
         for name, x, y in seen:
             linear, twin = adapters.linears[name], wanted.linears[name]
-            torch.testing.assert_close(linear._weights(x), twin._weights(x.float()))
+            torch.testing.assert_close(linear._skill_weights(x), twin._skill_weights(x.float()))
             assert y.dtype == torch.bfloat16 and error(y, twin(x.float())) < 1e-4, name
     assert found.dtype == torch.bfloat16
     if make is not t5:
