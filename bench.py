@@ -120,6 +120,12 @@ def ratio(part: str, over: str, under: str, times: dict[str, list[float]], bar: 
 # -------------------------------------------------------------------------------------------------- kernels
 
 
+def mix_skills_loop(x, A, B, c, scale):
+    """As the equation has it: a loop over skills."""
+    c = c if c.dim() == 3 else c.unsqueeze(1)  # (B,1 or L,S)
+    return scale * sum(c[..., s, None] * (x @ A[s].T @ B[s]) for s in range(len(A)))
+
+
 def einsum_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
     """The form that keeps the expert axis, as in MoLoRA and peft's Arrow: every skill's output is stored."""
     outputs = torch.einsum("blsr,sro->blso", torch.einsum("bld,srd->blsr", x, A), B)
@@ -161,7 +167,7 @@ def bench_kernels(config: BenchConfig, place: runtime.Device) -> list[Row]:
     rounds, rows = config.rounds or (3 if config.quick else 21), []
     for shape in shapes:
         forms = {"frozen Linear": None, "one LoRA of rank S R": one_lora, "mix_skills": kernels.mix_skills,
-                 "loop over skills": kernels.mix_skills_slow, "einsum with expert axis": einsum_skills}
+                 "loop over skills": mix_skills_loop, "einsum with expert axis": einsum_skills}
         sides = {name: adapted(form, shape, S, R, place.device, place.dtype) for name, form in forms.items()}
         wide = {f"mix_skills, S {s}": adapted(kernels.mix_skills, shape, s, R, place.device, place.dtype)
                 for s in (4, 16)}

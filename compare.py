@@ -35,8 +35,8 @@ import plot
 import runtime
 import t5
 import train
-from baselines import METHODS, Unadapted, attach_method, budget, closed_form, count, shapes_of
-from orchmoe import OrchMoEConfig, router_width
+from baselines import METHODS, NoAdapter, attach_method, budget, count
+from orchmoe import OrchMoEConfig, target_linears
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
 UNTRAINED = ("frozen base", "copy-demo", "copy-input")  # rows without a run
@@ -107,8 +107,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "router start: normal": {"router_init": "normal"},
     "router rate 1e-3": {"lr_router": 1e-3},
     "router rate 1e-2": {"lr_router": 1e-2},
-    "allocation start: normal:1": {"allocation_init": "normal:1"},
-    "allocation start: uniform:0.001": {"allocation_init": "uniform:0.001"},
+    "allocation start: N(0, 1)": {"allocation_std": 1.0},
+    "allocation start: N(0, 0.001)": {"allocation_std": 0.001},
     "K = 1": {"tasks": 1}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16},
     "S = 1 with R = 8": {"skills": 1, "rank": 8, "alpha": 2.0},
     "S = 2 with R = 4": {"skills": 2, "rank": 4, "alpha": 2.0},
@@ -130,21 +130,17 @@ def dry_run(config: CompareConfig, base_config: t5.T5Config, adapter: OrchMoECon
             return t5.T5(base_config)
 
     base = fresh()
-    configs = equal_configs(config, adapter, shapes_of(base, adapter), router_width(base), num_tasks)
-    size, linears = sum(p.numel() for p in base.parameters()), len(shapes_of(base, adapter))
+    extra = extra_ranks(config, adapter, fresh(), num_tasks)
+    size, linears = sum(p.numel() for p in base.parameters()), len(target_linears(base, adapter.targets))
     lines = [f"base: {size:,} parameters, frozen: {_bytes(4 * size)} in float32, {_bytes(2 * size)} in "
              f"bfloat16; {linears} adapted Linears, T = {num_tasks}, --budget {config.budget}", "",
              "| method | S R | extra ranks | skills | routing | total | of the base | weights | gradients "
              "| AdamW |", "|---|" + "---:|" * 9]
     for name in dict.fromkeys((*config.methods, "full")):
-        own = configs.get(name, adapter)
-        adapters = attach_method(name, fresh(), own, num_tasks=num_tasks)
-        true = count(adapters)
-        if name != "full":
-            assert true == closed_form(name, own, shapes_of(base, own), width=router_width(base),
-                                       num_tasks=num_tasks), name
+        true = count(attach_method(name, fresh(), adapter, extra_rank=extra.get(name, 0),
+                                   num_tasks=num_tasks))
         mark = "*" if name == "c-poly" and config.budget == "total" else ""
-        ranks = ("-", "-") if name == "full" else (own.skills * own.rank, own.extra_rank)
+        ranks = ("-", "-") if name == "full" else (adapter.skills * adapter.rank, extra[name])
         cells = [name + mark, *ranks, f"{true.skills:,}", f"{true.routing:,}", f"{true.total:,}",
                  f"{100 * true.total / size:.3f} %", *(_bytes(4 * k * true.total) for k in (1, 1, 2))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -160,13 +156,13 @@ def _bytes(n: float) -> str:
     return f"{n:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def equal_configs(config: CompareConfig, adapter: OrchMoEConfig, shapes: Sequence[tuple[int, int]],
-                  width: int, num_tasks: int) -> dict[str, OrchMoEConfig]:
-    """The adapter config of each method at the budget; c-poly's is as given, whatever the budget."""
+def extra_ranks(config: CompareConfig, adapter: OrchMoEConfig, base: t5.T5,
+                num_tasks: int) -> dict[str, int]:
+    """The extra ranks of each method at the budget; c-poly has none, whatever the budget."""
     free = ("c-poly", "full") if config.budget == "total" else config.methods
     equal = [name for name in config.methods if name not in free]
-    rest = {name: adapter for name in config.methods}
-    return rest | (budget(equal, adapter, shapes, width=width, num_tasks=num_tasks) if equal else {})
+    rest = dict.fromkeys(config.methods, 0)
+    return rest | (budget(equal, base, adapter, num_tasks) if equal else {})
 
 
 # ------------------------------------------------------------------------------------------------------ cells
@@ -200,7 +196,7 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     tokenizer = data.Tokenizer(config.model)
     if cell.row in UNTRAINED:
         base = train.load_base(config, place)
-        adapters = Unadapted(base, full=False)
+        adapters = NoAdapter(base, full=False)
     else:
         folder = cell.mean_of or cell.folder
         with runtime.claimed(cell.folder):
@@ -401,16 +397,15 @@ def method_cells(config: CompareConfig, configs: dict[str, Any], place: runtime.
     """Cells of the comparison, whose rates are chosen first; and the rates."""
     with torch.device("meta"):
         base = t5.T5(t5.T5Config.from_json(Path(configs["train"].model) / "config.json"))
-    shapes = shapes_of(base, configs["adapter"])
-    adapters = equal_configs(config, configs["adapter"], shapes, router_width(base), num_tasks)
+    extra = extra_ranks(config, configs["adapter"], base, num_tasks)
     sizes, out = sorted(map(int, config.sizes)), Path(config.out)
 
     def cell(method: str, size: int, seed: int, folder: str, rate: float | None,
              closing: bool = True) -> Cell:
         chosen = {"lr_full" if method == "full" else "lr_skills": rate} if rate else {}
         return Cell(method, out / folder, {
-            "train": replace(configs["train"], method=method, seed=seed, **chosen),
-            "data": replace(configs["data"], train_instances=size), "adapter": adapters[method]}, closing)
+            "train": replace(configs["train"], method=method, seed=seed, extra_rank=extra[method], **chosen),
+            "data": replace(configs["data"], train_instances=size), "adapter": configs["adapter"]}, closing)
 
     rates = choose_rates(config.methods, lambda method, rate: cell(
         method, sizes[-1], 0, f"tune/{method}-{rate}", float(rate), closing=False), config, place)

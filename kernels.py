@@ -1,5 +1,5 @@
-"""The batched adapter matmuls made fast: `attach(..., mix=kernels.mix_skills)` in place of orchmoe.mix_skills,
-the specification, whose signature all share. A frozen Linear and its skills are ONE function with a backward
+"""The batched adapter matmuls made fast: `attach(..., mix=kernels.mix_skills)` in place of the specification,
+orchmoe.mix_skills, whose signature all share. A frozen Linear and its skills are ONE function with a backward
 of its own; on CUDA it is compiled. mix_factors is the other function of the family: skills mix their factors
 (Poly, MHR).
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _SkillLinear(torch.autograd.Function):
-    """y = W0 x + b + ((x A_cat) * c) B_cat with A_cat (D,SR), B_cat (SR,O): the concatenations are free views.
+    """y = W0 x + b + ((x A_cat) * c) B_cat with A_cat (D,SR), B_cat (SR,O): both are free views.
 
     Autograd alone would keep what it needs as well, but write y and dx twice: here W0's products and those of
     the skills accumulate in place. Nothing of shape (N,S,O) exists, and W0 gets no gradient."""
@@ -94,8 +94,8 @@ def _fast(function, x: Tensor, *rest):
 
 def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
-    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs of
-    the concatenated rank S R.
+    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs
+    of the concatenated rank S R.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Backward keeps x and 2
     N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""

@@ -681,7 +681,7 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
             raise ValueError(f"targets: {path} in a {type(owner).__name__} would bypass its skills; only a "
                              "Linear that its owner calls can be adapted")
         if "forward" in vars(child):
-            raise ValueError(f"targets: {path} has a forward of its instance, as of accelerate's hooks, which "
+            raise ValueError(f"targets: {path} has a forward of its instance, as accelerate gives, which "
                              "would bypass its skills; remove it before attach")
         found.setdefault(child, path)  # a Linear in two places is one, under its first name
     return {path: child for child, path in found.items()}

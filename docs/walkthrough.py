@@ -140,7 +140,7 @@ target, both with EOS:
 def features(s: Shown) -> str:
     router, embeddings = s.adapters.router, s.base.embed(s.batch.input_ids)
     X = F.rms_norm(embeddings, embeddings.shape[-1:], eps=1e-6)  # (1,L,D)
-    scores = (X @ router.query) @ (X @ router.key).mT / math.sqrt(router.query.shape[1])
+    scores = X @ X.mT / math.sqrt(X.shape[-1])
     P = scores.softmax(-1)  # (1,L,L)
     x_hat = (X + P @ X).mean(1)  # (1,D)
     assert_close(x_hat, router.features(embeddings, s.batch.attention_mask))
@@ -153,7 +153,7 @@ def features(s: Shown) -> str:
 X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder, so nothing of the target can
 reach the router.
 
-P = softmax((X Wq)(X Wk)ᵀ / √d_r), {shape(P)}, with d_r = {router.query.shape[1]}. Its mean over the
+P = softmax(X Xᵀ / √D), {shape(P)}, with D = {X.shape[-1]} and nothing learned. Its mean over the
 {P.shape[1]} queries says how much of each token is added to the plain mean; evenly spread that would be
 {1 / P.shape[1]:.4f} a token. The most read:
 
@@ -289,7 +289,7 @@ Nothing else is in it: no balance loss, no task labels.
 
 def backward(s: Shown) -> str:
     groups = {name: torch.cat([p.grad.flatten() for p in group]).norm()
-              for name, group in s.adapters.parameter_groups().items()}
+              for name, group in s.adapters.parameter_groups().items() if group}
     assert all(p.grad is None for name, p in s.base.named_parameters() if "skill_" not in name)
     rates = (CONFIGS["train"].lr_skills, CONFIGS["train"].lr_router, CONFIGS["train"].lr_allocation)
     return f"""

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from conftest import stir
 from torch import nn
 
-from baselines import METHODS, attach_method
-from orchmoe import OrchMoEConfig
+from baselines import METHODS, attach_method, budget, parameters
+from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
 
 S, R, T, D = 3, 2, 5, 32
@@ -151,15 +151,36 @@ COUNTS = {  # parameters of one Linear, D -> O: the table of the methods
 }
 
 
+@pytest.mark.parametrize("extra", [0, 7])
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_are_the_closed_forms(small_t5, name):
-    adapters = attach_method(name, small_t5, CONFIG, num_tasks=T)
-    found = sum(p.numel() for group in adapters.parameter_groups().values() for p in group)
-    expected = sum(
-        COUNTS[name](linear.in_features, linear.out_features) for linear in adapters.linears.values()
-    )
-    router = 4 * D + 4 if name == "orchmoe" else 0
-    assert found == expected + router
+def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
+    before = {key: value.clone() for key, value in small_t5.state_dict().items()}
+    found = parameters(name, small_t5, CONFIG, num_tasks=T, extra_rank=extra)
+    shapes = [(linear.in_features, linear.out_features)
+              for linear in target_linears(small_t5, CONFIG.targets).values()]
+    expected = sum(COUNTS[name](*shape) for shape in shapes) + (4 * D + 4 if name == "orchmoe" else 0)
+    ends = [(n + 1) * extra // len(shapes) for n in range(len(shapes))]  # handed out evenly
+    banks = {"lora": 1, "c-poly": S - 1 + T}.get(name, S)  # a rank more in each of so many skills
+    expected += sum((end - start) * banks * sum(shape)
+                    for start, end, shape in zip([0, *ends], ends, shapes, strict=False))
+    assert found.total == expected
+    after = small_t5.state_dict()  # as it was before anything was counted
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
+def test_a_budget_makes_totals_equal_within_three_per_cent(small_t5, targets):
+    names, config = ["orchmoe", "lora", "moe-lora", "poly", "mhr"], OrchMoEConfig(targets=targets)
+    extra = budget(names, small_t5, config, num_tasks=28)
+    totals = [parameters(name, small_t5, config, extra_rank=extra[name], num_tasks=28).total
+              for name in names]
+    least = max(parameters(name, small_t5, config, num_tasks=28).total for name in names)
+    assert max(totals) <= 1.03 * min(totals) and all(abs(total - least) <= 0.03 * least for total in totals)
+    for name in names:  # the scale: alpha / the rank that adds up
+        adapters = attach_method(name, small_t5, config, extra_rank=extra[name], num_tasks=28)
+        for linear in adapters.linears.values():
+            assert linear.skill_scale == config.rank / linear.skill_A.shape[1]
+        adapters.detach()
 
 
 def test_mhr_on_flan_t5_xl_has_the_published_size():
