@@ -316,7 +316,7 @@ ADAPTERS = {  # what the file says of itself -> words of the refusal
     "targets a text": ({"targets": "q"}, r"does not fit this version \(targets\)"),
     "a target that is nowhere": ({"targets": ["z"]}, "no Linear is named z"),
     "router": ({"router": "oracle"}, r"does not fit this version \(router\)"),
-    "tau": ({"tau": -1.0}, "tau: -1.0 must be"),
+    "alpha": ({"alpha": -1.0}, "alpha: -1.0 must be"),
     "unknown field": ({"code": "os"}, r"does not fit this version \(code\)"),
 }
 

@@ -22,7 +22,7 @@ import data
 import eval as evaluation
 import runtime
 import train
-from baselines import Unadapted, attach_method
+from baselines import NoAdapter, attach_method
 from orchmoe import OrchMoEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,10 +364,10 @@ def test_a_run_is_exported_as_the_readme_prints_it(home):
     w = evaluation.router_weights(base, adapters, data.load_examples(config, tokenizer, "test")).mean(0)
     routed = evaluation.predict(base, adapters, examples, tokenizer, w=w)
     merged = checkpoint.load_t5(home / "merged")
-    plain = evaluation.predict(merged, Unadapted(merged, full=False), examples, tokenizer)
+    plain = evaluation.predict(merged, NoAdapter(merged, full=False), examples, tokenizer)
     assert plain == routed
     bare = checkpoint.load_t5(home / "tiny")
-    assert plain != evaluation.predict(bare, Unadapted(bare, full=False), examples, tokenizer)
+    assert plain != evaluation.predict(bare, NoAdapter(bare, full=False), examples, tokenizer)
 
 
 CHOICE = "invalid choice: "  # argparse's own; what follows differs between versions of Python
@@ -412,11 +412,11 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --tasks 0": "tasks: 0 must be from 1 to 4096",
     "train.py --skills 4097": "skills: 4097 must be from 1 to 4096",
     "train.py --rank 0": "rank: 0 must be from 1 to 4096",
-    "train.py --router-dim 0": "router_dim: 0 must be from 1 to 4096",
-    "train.py --extra-rank -1": "extra_rank: -1 must be from 0 to ",
+    "train.py --skills 0": "skills: 0 must be 1 or more",
+    "train.py --extra-rank -1": "--extra-rank -1: give 0 or more",
     "train.py --alpha 0": "alpha: 0.0 must be a number above 0",
-    "train.py --tau nan": "tau: nan must be a number above 0",
-    "train.py --allocation-init normal:3e-": "allocation_init: 'normal:3e-' must be normal:SD or uniform:",
+    "train.py --alpha nan": "alpha: nan must be a number above 0",
+    "train.py --allocation-std -1": "allocation_std: -1.0 must be a number from 0",
     "train.py --method orchmoe-factors --router token": "--method orchmoe-factors --router token: factors",
     "eval.py": "give one of --run, --model and --heuristic",
     "eval.py --run a --model b": "give one of --run, --model and --heuristic",
