@@ -1,11 +1,10 @@
-"""OrchMoE against its baselines at equal size: methods x seeds x training sizes, each cell a run of train.py
-in a folder of its own, in the same order of data and with the same number of steps. Learning rates are chosen
-on dev instances with equal effort for each method; results are of seen and unseen instances, which nothing is
-chosen by. Interrupted, the same command goes on; finished cells are not run again.
+"""OrchMoE against its baselines at equal size: methods x seeds, each cell a run of train.py in a folder of
+its own, in the same order of data and with the same number of steps. First every method is tuned over all
+that it trains, rates and scale, with the same number of trials, on dev; results are of seen and unseen
+instances, which nothing is chosen by. Interrupted, the same command goes on; finished cells stay.
 
-    python compare.py                            # rates (rates.json), all methods, curve over training sizes
-    python compare.py --ablations                # then: OrchMoE with one thing changed at a time
-    python compare.py --quick                    # five minutes, for a look
+    python compare.py                            # tuning, then all methods
+    python compare.py --ablations                # OrchMoE with one thing changed at a time, tuned likewise
     python compare.py --dry-run --model t5-xxl   # sizes and memory alone; a folder with config.json will do
 
 Writes OUT/results.json and OUT/results.md (ablations.json, ablations.md), and figures where matplotlib is
@@ -14,19 +13,22 @@ there. Test: pytest tests/test_compare.py"""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import checkpoint
 import data
@@ -34,11 +36,13 @@ import eval as evaluation
 import plot
 import runtime
 import t5
+import tokenizer as tokenizers
 import train
-from baselines import METHODS, NoAdapter, attach_method, budget, count
-from orchmoe import OrchMoEConfig, target_linears
+from baselines import METHODS, NoAdapter, budget, count, parameters
+from orchmoe import OrchMoEConfig, TaskRouter
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
+EQUAL = tuple(name for name in ADAPTED if name != "c-poly")  # c-poly's private skills grow with the tasks
 UNTRAINED = ("frozen base", "copy-demo", "copy-input")  # rows without a run
 SIZES = {name: t5.T5Config(32128, d_model, 64, d_ff, layers, layers, heads, feed_forward_proj="gated-gelu",
                               scale_decoder_outputs=False, tied_head=False)
@@ -52,99 +56,72 @@ class CompareConfig:
     """Comparison: what is compared, and where it computes."""
 
     out: str = "results/compare"  # folder of the cells and the results
-    methods: tuple[str, ...] = ADAPTED  # methods at the largest size
-    seeds: int = 3  # runs of each cell: initial values, order, noise; the splits stay those of seed 0
-    sizes: tuple[str, ...] = ("10", "30", "100")  # training instances of a task
-    curve: tuple[str, ...] = ("orchmoe", "lora", "moe-lora")  # methods at all sizes
-    budget: Literal["total", "rank"] = "total"  # equal total parameters within 3 %, or equal S R
-    tune: bool = True  # choose --lr-skills on dev where OUT/rates.json does not say it; else as given
-    grid: tuple[str, ...] = ("1e-3", "3e-3", "1e-2", "3e-2")  # rates that are tried for each method
-    full_grid: tuple[str, ...] = ("1e-4", "3e-4", "1e-3", "3e-3")  # and as --lr-full, for --methods full
+    methods: tuple[str, ...] = ADAPTED  # methods to compare
+    seeds: int = 3  # runs of each cell: initial values, order, noise
+    tune: bool = True  # choose rates and scale on dev; else as given
+    trials: int = 12  # runs, of seed 0, that each method is tuned by
     ablations: bool = False  # OrchMoE with one thing changed at a time, instead of the methods
     rows: tuple[str, ...] = ()  # of these ablations (default: all)
-    quick: bool = False  # three methods, two seeds, one size, 200 steps, no tuning
     dry_run: bool = False  # print parameters and memory, and stop
-    num_tasks: int = 0  # T of --dry-run (default: the training tasks of --data)
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core, of one thread, at most 8)
     gpu: int | None = None  # number of the GPU
     device: str = ""  # cpu or cuda:N instead
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, seeds=1, num_tasks=0, jobs=0)
-        methods = (*ADAPTED, "full")
-        known = {"methods": methods, "curve": methods, "rows": ABLATIONS}
-        for name, choices in known.items():
-            if unknown := set(getattr(self, name)) - set(choices):
-                raise ValueError(f"--{name} {sorted(unknown)[0]}: choose of {', '.join(choices)}")
+        runtime.require_least(self, seeds=1, trials=1, jobs=0)
+        for name, choices in {"methods": (*ADAPTED, "full"), "rows": tuple(ABLATIONS)}.items():
+            given = getattr(self, name)
+            if odd := set(given) - set(choices) or {row for row in given if given.count(row) > 1}:
+                raise ValueError(f"--{name} {sorted(odd)[0]}: choose, once each, of {', '.join(choices)}")
         if not self.methods:
             raise ValueError(f"--methods: name at least one of {', '.join(ADAPTED)}")
-        for name, kind in (("sizes", int), ("grid", float), ("full_grid", float)):
-            try:
-                least = min(map(kind, getattr(self, name)), default=0)
-            except ValueError:
-                least = 0
-            if not least > 0:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {','.join(getattr(self, name))}: give positive numbers, as in "
-                                 f"{','.join(vars(type(self))[name])}")
 
 
-DEFAULTS = {"steps": 600, "split_seed": 0}
-QUICK = {"methods": ("orchmoe", "lora", "moe-lora"), "seeds": 2, "sizes": ("100",), "tune": False,
-         "steps": 200, "eval_instances": 280, "out": "results/quick"}
-FIXED = ("method", "seed", "train_instances", "extra_rank", "from_scratch")  # what the comparison itself sets
+DEFAULTS = {"steps": 300, "lr_skills": 1e-2}
+FIXED = ("method", "seed", "extra_rank", "from_scratch")  # what the comparison itself sets
 
-# Each row's one difference from the first; lineage is two, a preset of train.py. S R stays 8, and alpha the
-# default's 2: left out it would be the row's own R, and alpha / (S R), the scale of a rank, another.
+# Each row's one difference from the first; S R and the scale alpha / (S R) stay what they are in it.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "router: token": {"router": "token"},
+    "router: token": {"router": "token"},  # its rate, lr_token_router, is tuned by trials of its own
     "router: none": {"router": "none"},
-    "w replaced by its mean": {},  # at evaluation; no training of its own
-    "attention off": {"router_attention": False},
-    "Gumbel noise on": {"gumbel": True},
-    "w without softmax": {"router_norm": "none"},
+    "router: random": {},  # `random_forward` in place of the router, in training and evaluation
+    "w replaced by its mean": {},  # at evaluation, as the next: they score the default's runs
+    "w of another sample": {},
     "router start: normal": {"router_init": "normal"},
-    "router rate 1e-3": {"lr_router": 1e-3},
-    "router rate 1e-2": {"lr_router": 1e-2},
+    "attention off": {"router_attention": False},
+    "w without softmax": {"router_norm": "none"},
+    "w = 1/K for half of the samples": {"router_dropout": 0.5},
+    "Gumbel noise on": {"gumbel": True},
     "allocation start: N(0, 1)": {"allocation_std": 1.0},
-    "allocation start: N(0, 0.001)": {"allocation_std": 0.001},
+    "allocation start: N(0, 0.001)": {"allocation_std": 1e-3},
     "K = 1": {"tasks": 1}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16},
-    "S = 1 with R = 8": {"skills": 1, "rank": 8, "alpha": 2.0},
-    "S = 2 with R = 4": {"skills": 2, "rank": 4, "alpha": 2.0},
-    "S = 8 with R = 1": {"skills": 8, "rank": 1, "alpha": 2.0},
+    "S = 1": {"skills": 1}, "S = 2": {"skills": 2}, "S = 8": {"skills": 8},
     "factors mixed": {"method": "orchmoe-factors"},
-    "preset lineage": train.PRESETS["lineage"],
 }  # fmt: skip
+SCORED_ONLY = ("w replaced by its mean", "w of another sample")
 
 
 # ------------------------------------------------------------------------------------------------- accounting
 
 
-def dry_run(config: CompareConfig, base_config: t5.T5Config, adapter: OrchMoEConfig,
-            num_tasks: int) -> str:
-    """Parameters and memory of each method as Markdown, of models on the meta device: nothing is
-    allocated."""
-    def fresh() -> t5.T5:
-        with torch.device("meta"):
-            return t5.T5(base_config)
-
-    base = fresh()
-    extra = extra_ranks(config, adapter, fresh(), num_tasks)
-    size, linears = sum(p.numel() for p in base.parameters()), len(target_linears(base, adapter.targets))
+def dry_run(methods: Sequence[str], base_config: t5.T5Config, adapter: OrchMoEConfig, num_tasks: int) -> str:
+    """Parameters and memory of each method as Markdown, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        base = t5.T5(base_config)
+    extra_ranks, size = budget(EQUAL, base, adapter, num_tasks), sum(p.numel() for p in base.parameters())
     lines = [f"base: {size:,} parameters, frozen: {_bytes(4 * size)} in float32, {_bytes(2 * size)} in "
-             f"bfloat16; {linears} adapted Linears, T = {num_tasks}, --budget {config.budget}", "",
+             f"bfloat16; T = {num_tasks}", "",
              "| method | S R | extra ranks | skills | routing | total | of the base | weights | gradients "
              "| AdamW |", "|---|" + "---:|" * 9]
-    for name in dict.fromkeys((*config.methods, "full")):
-        true = count(attach_method(name, fresh(), adapter, extra_rank=extra.get(name, 0),
-                                   num_tasks=num_tasks))
-        mark = "*" if name == "c-poly" and config.budget == "total" else ""
-        ranks = ("-", "-") if name == "full" else (adapter.skills * adapter.rank, extra[name])
-        cells = [name + mark, *ranks, f"{true.skills:,}", f"{true.routing:,}", f"{true.total:,}",
-                 f"{100 * true.total / size:.3f} %", *(_bytes(4 * k * true.total) for k in (1, 1, 2))]
+    for name in methods:
+        extra = extra_ranks.get(name, 0)
+        sizes = parameters(name, base, adapter, extra_rank=extra, num_tasks=num_tasks)
+        cells = [name + "*" * (name == "c-poly"), adapter.skills * adapter.rank, extra, f"{sizes.skills:,}",
+                 f"{sizes.routing:,}", f"{sizes.total:,}", f"{100 * sizes.total / size:.3f} %",
+                 *(_bytes(4 * k * sizes.total) for k in (1, 1, 2))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if any("c-poly*" in line for line in lines):
+    if "c-poly" in methods:
         lines += ["", "* at equal S R only: its private skills grow with the number of tasks"]
     return "\n".join(lines)
 
@@ -156,89 +133,108 @@ def _bytes(n: float) -> str:
     return f"{n:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def extra_ranks(config: CompareConfig, adapter: OrchMoEConfig, base: t5.T5,
-                num_tasks: int) -> dict[str, int]:
-    """The extra ranks of each method at the budget; c-poly has none, whatever the budget."""
-    free = ("c-poly", "full") if config.budget == "total" else config.methods
-    equal = [name for name in config.methods if name not in free]
-    rest = dict.fromkeys(config.methods, 0)
-    return rest | (budget(equal, base, adapter, num_tasks) if equal else {})
-
-
 # ------------------------------------------------------------------------------------------------------ cells
 
 
 class Cell(NamedTuple):
-    """One run. Without `closing` it ends with the dev loss; `mean_of` names the run whose w is replaced by
-    its mean; the rows of UNTRAINED are not trained."""
+    """One run, or with `of` another scoring of that run. Without `closing` it ends with the dev loss."""
 
     row: str
     folder: Path
     configs: dict[str, Any]
+    facts: dict[str, str]  # what else its numbers depend on: base, data, device, torch
     closing: bool = True
-    mean_of: Path | None = None
+    of: Path | None = None
 
     @property
-    def scores(self) -> Path:
-        return self.folder / "scores.json"
+    def scores(self) -> dict[str, Any] | None:
+        """What scores.json holds, which is written last: None before the cell is finished."""
+        path = self.folder / "scores.json"
+        return runtime.read_json(path) if path.exists() else None
 
-    def result(self) -> dict[str, Any]:
-        config = self.configs["train"]
-        return {"row": self.row, "method": config.method, "seed": config.seed, "folder": str(self.folder),
-                "size": self.configs["data"].train_instances, **runtime.read_json(self.scores)}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the numbers depend on, as JSON has it."""
+        fields = {name: value for config in self.configs.values() for name, value in asdict(config).items()}
+        return json.loads(json.dumps({"row": self.row} | fields | self.facts))
+
+    def check(self) -> None:
+        """ValueError where the folder is of other settings than those now asked for."""
+        path, made = self.folder / "cell.json", ("cell.json", "config.json", "scores.json")
+        if not any((self.folder / name).exists() for name in made):
+            return
+        kept = runtime.read_json(path) if path.exists() else {}
+        for name, value in self.settings.items():
+            if kept.get(name) != value:
+                raise ValueError(f"{self.folder}: made with {name} {kept.get(name)}, not {value}; "
+                                 "name another folder by --out, or delete this one")
 
 
 def run_cell(cell: Cell, place: runtime.Device) -> bool:
-    """Trains and scores one cell, from where it was stopped; false if it was stopped again. scores.json comes
-    last, so a cell that has it is finished."""
+    """Trains and scores one cell, from where it was stopped; false if it was stopped again."""
     began, result = time.monotonic(), {}
-    config, data_config, adapter = (cell.configs[name] for name in ("train", "data", "adapter"))
-    tokenizer = data.Tokenizer(config.model)
+    random = mock.patch.object(TaskRouter, "forward", random_forward)
+    with runtime.claimed(cell.folder), random if cell.row == "router: random" else nullcontext():
+        runtime.write_json(cell.folder / "cell.json", cell.settings)
+        if not cell.of and cell.row not in UNTRAINED:
+            if not train.run(cell.folder, cell.configs, place, closing=False):
+                return False
+            log = plot.records(cell.folder)
+            result["dev_loss"] = min(record["dev_loss"] for record in log if "dev_loss" in record)
+        if cell.closing:
+            result |= closing_scores(cell, place)
+        result["seconds"] = round(time.monotonic() - began)
+        runtime.write_json(cell.folder / "scores.json", result)
+    return True
+
+
+def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
+    """Scores on seen and unseen instances, of each task too the loss per target token; parameters, and what
+    the router does."""
+    config, result, size = cell.configs["train"], {}, cell.configs["train"].eval_batch_size
+    tokenizer = tokenizers.load(config.model)
+    _, sets = train.load_sets(tokenizer, config, cell.configs["data"])
+    if cell.row.startswith("copy"):
+        root = cell.configs["data"].data
+        return {which: evaluation.score(sets[which], evaluation.copy_heuristic(cell.row, root, sets[which]))
+                for which in ("seen", "unseen") if which in sets}
     if cell.row in UNTRAINED:
         base = train.load_base(config, place)
         adapters = NoAdapter(base, full=False)
     else:
-        folder = cell.mean_of or cell.folder
-        with runtime.claimed(cell.folder):
-            if not (cell.mean_of or train.run(folder, cell.configs, place, closing=False)):
-                return False
-        losses = [row["dev_loss"] for row in plot.records(folder) if "dev_loss" in row]
-        result = {"dev_loss": min(losses), "parameters": None}
-        if cell.closing:
-            base, adapters = evaluation.load_run(folder, place)
-            result["parameters"] = count(adapters)._asdict()
-    if cell.closing:
-        train_set, sets = train.load_sets(tokenizer, config, data_config)
-        size, w = config.eval_batch_size, None
-        if cell.mean_of:
+        base, adapters = evaluation.load_run(cell.of or cell.folder, place)
+        result["parameters"] = count(adapters)._asdict()
+    for which in sorted(sets.keys() - {"dev"}):
+        examples, w = sets[which], None
+        if cell.row == "w replaced by its mean":
             w = evaluation.router_weights(base, adapters, sets["dev"], batch_size=size)
-            w = w.mean(0).to(base.device)
-        for which in sorted(sets.keys() - {"dev"}):
-            if cell.row.startswith("copy"):
-                said = evaluation.copy_heuristic(cell.row, data_config.data, sets[which])
-            else:
-                said = evaluation.predict(base, adapters, sets[which], tokenizer, batch_size=size, w=w)
-            result[which] = evaluation.score(sets[which], said)
-        if config.method.startswith("orchmoe") and cell.row not in UNTRAINED and not cell.mean_of:
-            result["learnt"] = evaluation.routing_report(base, adapters, sets["seen"], batch_size=size)
-            start = attach_method(config.method, fresh := train.load_base(config, place), adapter,
-                                  generator=runtime.generator(config.seed, 0))
-            train.fit_router(fresh, start, train_set, config)
-            result["start"] = evaluation.routing_report(fresh, start, sets["seen"], batch_size=size)
-    runtime.write_json(cell.scores, result | {"seconds": round(time.monotonic() - began)})
-    return True
+            w = w.mean(0).expand(len(examples), -1)
+        elif cell.row == "w of another sample":
+            w = evaluation.router_weights(base, adapters, examples, batch_size=size)
+            w = w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
+        said = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size, w=w)
+        result[which] = evaluation.score(examples, said)
+        for task, scores in result[which]["tasks"].items():
+            rows = [i for i, example in enumerate(examples) if example.task == task]
+            scores["loss"] = evaluation.mean_loss(base, adapters, [examples[i] for i in rows],
+                                                  batch_size=size, w=w if w is None else w[rows])
+        losses = [scores["loss"] for scores in result[which]["tasks"].values()]
+        result[which]["overall"]["loss"] = sum(losses) / len(losses)
+    if config.method.startswith("orchmoe") and not (cell.of or cell.row in UNTRAINED):
+        result["learnt"] = evaluation.routing_report(base, adapters, sets["seen"], batch_size=size)
+    return result
 
 
-def check_cell(cell: Cell) -> None:
-    """ValueError where the cell's folder is of other settings than those now asked for."""
-    if not (cell.folder / "config.json").exists():
-        return
-    kept = evaluation.read_run(cell.folder)
-    for name, wanted in cell.configs.items():
-        for field, value in json.loads(json.dumps(asdict(wanted))).items():
-            if kept[name].get(field) != value:
-                raise ValueError(f"{cell.folder}: made with {field} {kept[name].get(field)}, not {value}; "
-                                 "name another folder by --out, or delete this one")
+def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+    """w (B,K) that says nothing of the sample, but is always the same for it: phases of projections of its
+    features, so steep that neighbours share nothing; as sharp as a router starts, entropy ln K / 3."""
+    features = router.features(embeddings, mask)
+    K, D = router.task.shape
+    steep = 1e3 * torch.randn(K, D, generator=runtime.generator(0)).to(features)
+    return (SHARPNESS * torch.sin(features @ steep.T)).softmax(-1)
+
+
+SHARPNESS = 8.5
 
 
 def _worker(threads: int) -> None:
@@ -246,230 +242,392 @@ def _worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def run_cells(cells: Sequence[Cell], config: CompareConfig, place: runtime.Device) -> None:
-    """All cells that have no scores yet, --jobs at a time; SystemExit where a signal stopped them."""
-    for cell in cells:
-        check_cell(cell)
-    todo = [cell for cell in cells if not cell.scores.exists()]
+class InProcess(Executor):
+    """Runs what is submitted at once."""
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: runtime.Device) -> None:
+    """All cells that have no scores yet, --jobs at a time; those of one queue in turn, each asked for when
+    the one before it is finished. SystemExit where a signal stopped them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = max(1, min(config.jobs or (1 if place.device.type == "cuda" else min(cores, 8)), len(todo)))
-    runtime.say(f"{len(cells)} cells, {len(cells) - len(todo)} finished before; {jobs} at a time")
-    bar = runtime.progress(None, "cells", len(todo), "cell")
-    if jobs == 1:
-        whole = all(run_cell(cell, place) and _say_done(cell, bar) for cell in todo)  # until one is stopped
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, spawn, _worker, (max(1, cores // jobs),)) as pool:
-            futures = [pool.submit(run_cell, cell, place) for cell in todo]
-            try:
-                whole = True
-                for cell, future in zip(todo, futures, strict=True):
-                    whole = whole and future.result() and _say_done(cell, bar)
-                    if not whole:
-                        break
-            except KeyboardInterrupt:  # the workers have it too: they finish their step and save
-                whole = False
-            pool.shutdown(cancel_futures=True)
-    bar.close()
+    jobs = min(config.jobs or (1 if place.device.type == "cuda" else min(cores, 8)), len(queues))
+    spawn = multiprocessing.get_context("spawn")
+    pool = InProcess() if jobs == 1 else ProcessPoolExecutor(jobs, spawn, _worker, (max(1, cores // jobs),))
+    waiting, running, whole = [iter(queue) for queue in queues], {}, True
+    try:
+        while whole and (waiting or running):
+            while waiting and len(running) < jobs:
+                if (cell := next(waiting[0], None)) is None:
+                    waiting.pop(0)
+                    continue
+                cell.check()
+                if cell.scores is None:
+                    running[pool.submit(run_cell, cell, place)] = cell, waiting.pop(0)
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                cell, queue = running.pop(future)
+                waiting.append(queue)
+                whole = whole and future.result()
+                if cell.scores is not None:
+                    _say_done(cell)
+    except KeyboardInterrupt:  # the workers have it too: they finish their step and save
+        whole = False
+    pool.shutdown()
     if not whole:
         runtime.say("stopped; the same command goes on")
         raise SystemExit(130)
 
 
-def _say_done(cell: Cell, bar: tqdm) -> bool:
-    bar.update()
-    result = runtime.read_json(cell.scores)
+def _say_done(cell: Cell) -> None:
+    result = cell.scores
     what = [f"dev loss {result['dev_loss']:.4f}"] if "dev_loss" in result else []
     what += [f"{which} ROUGE-L {result[which]['overall']['rougeL']:.2f}" for which in ("seen", "unseen")
              if which in result]
     runtime.say(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
-    return True
 
 
-def choose_rates(methods: Sequence[str], cell_of, config: CompareConfig, place: runtime.Device) -> dict:
-    """{method: {rate, dev_loss by rate}} from OUT/rates.json, tuned first where it is missing: each method
-    gets one run, seed 0 and the largest size, at every rate of its grid; the lowest dev loss wins."""
-    path = Path(config.out) / "rates.json"
-    rates = runtime.read_json(path) if path.exists() else {}
-    missing = [name for name in methods if name not in rates]
-    if config.tune and missing:
-        cells = {(name, rate): cell_of(name, rate) for name in missing
-                 for rate in (config.full_grid if name == "full" else config.grid)}
-        run_cells(list(cells.values()), config, place)
-        for name in missing:
-            losses = {rate: runtime.read_json(cell.scores)["dev_loss"]
-                      for (of, rate), cell in cells.items() if of == name}
-            rates[name] = {"rate": float(min(losses, key=losses.get)), "dev_loss": losses}
-        runtime.write_json(path, rates)
-    return rates
+# ----------------------------------------------------------------------------------------------------- tuning
+
+
+def axes_of(method: str, adapter: OrchMoEConfig) -> tuple[str, ...]:
+    """What the method is tuned over: the rates of all that it trains, and its scale."""
+    if method == "full":
+        return ("lr_full",)
+    router = {"sample": ("lr_router",), "token": ("lr_token_router",), "none": ()}[adapter.router]
+    own = {"orchmoe": (*router, "lr_allocation"), "lora": (), "moe-lora": ("lr_token_router",)}
+    return "lr_skills", "alpha", *own.get(method, ("lr_allocation",))
+
+
+class Search:
+    """Local search on a grid around the values given: rates in steps of a factor sqrt(10), alpha of 2. The
+    next trial is the untried neighbour of the best so far; it yields the cells of the trials in turn, each to
+    be finished before the next is asked for, and spends all trials."""
+
+    def __init__(self, axes: Sequence[str], start: dict[str, float], trials: int,
+                 cell_of: Callable[[dict[str, float]], Cell]):
+        self.axes, self.start, self.trials, self.cell_of = axes, start, trials, cell_of
+        self.losses: dict[tuple[int, ...], float] = {}  # dev loss at each point, in steps from the start
+        for axis in axes:
+            if not start[axis] > 0:
+                raise ValueError(f"--{axis.replace('_', '-')} {start[axis]}: tuning starts from a value "
+                                 "above 0; give one, or --no-tune")
+
+    def __iter__(self) -> Iterator[Cell]:
+        self.losses = {}
+        while len(self.losses) < self.trials:
+            point = self.next_point()
+            cell = self.cell_of(self.values(point))
+            yield cell
+            self.losses[point] = cell.scores["dev_loss"]
+
+    @property
+    def best(self) -> tuple[int, ...]:
+        return min(self.losses, key=self.losses.get)
+
+    def values(self, point: tuple[int, ...]) -> dict[str, float]:
+        steps = zip(self.axes, point, strict=True)
+        return {axis: float(f"{self.start[axis] * (2 if axis == 'alpha' else 10**0.5) ** i:.3g}")
+                for axis, i in steps}
+
+    def next_point(self) -> tuple[int, ...]:
+        """Neighbours along one axis come before diagonal ones, and both before points two steps away; among
+        the neighbours those whose value of the axis was tried least."""
+        if not self.losses:
+            return (0,) * len(self.axes)
+
+        def cost(point: tuple[int, ...]) -> tuple:
+            moves = [abs(a - b) for a, b in zip(point, self.best, strict=True)]
+            tried = sum(other[i] == point[i] for i, move in enumerate(moves) if move for other in self.losses)
+            return sum(moves), tried, [-move for move in moves], point
+
+        for reach in itertools.count(1):
+            near = itertools.product(*(range(i - reach, i + reach + 1) for i in self.best))
+            if untried := [point for point in near if point not in self.losses]:
+                return min(untried, key=cost)
+
+    def edges(self) -> list[str]:
+        """The axes of which no trial had the next value on one side of the best's."""
+        tried = [set(values) for values in zip(*self.losses, strict=True)]
+        return [axis for axis, values, i in zip(self.axes, tried, self.best, strict=True)
+                if not {i - 1, i + 1} <= values]
+
+    def report(self) -> dict[str, Any]:
+        return {"best": self.values(self.best), "dev_loss": self.losses[self.best], "edges": self.edges(),
+                "trials": [{**self.values(point), "dev_loss": loss} for point, loss in self.losses.items()]}
 
 
 # ---------------------------------------------------------------------------------------------------- results
 
 
-def bootstrap(differences: Sequence[float], *, seed: int = 0,
-              draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean of the paired differences over tasks, and the bounds of its 95 % bootstrap interval."""
-    values = np.asarray(differences, dtype=float)
-    rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+def interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean of the paired differences (T tasks, seeds) and its 95 % confidence interval over both: t on the
+    variance of the mean in the two-way random model, with Satterthwaite's degrees of freedom. One seed: over
+    tasks alone."""
+    T, seeds = differences.shape
+    mean = differences.mean()
+    by_task, by_seed = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    tasks = seeds * by_task.var(ddof=1) if T > 1 else 0.0  # mean squares
+    if seeds == 1:
+        terms = [(tasks, T - 1)]
+    else:
+        rest = ((differences - by_task - by_seed + mean) ** 2).sum() / max(1, (T - 1) * (seeds - 1))
+        terms = [(tasks, T - 1), (T * by_seed.var(ddof=1), seeds - 1), (-rest, (T - 1) * (seeds - 1))]
+    total = max(sum(square for square, _ in terms), *(square for square, _ in terms))  # never below either's
+    if not total > 0:
+        return float(mean), float(mean), float(mean)
+    freedom = total**2 / sum(square**2 / dof for square, dof in terms if dof)
+    freedom = max(freedom, min(dof for _, dof in terms if dof))  # it lies above the least of its parts
+    half = t_quantile(freedom) * (total / differences.size) ** 0.5
+    return float(mean), float(mean - half), float(mean + half)
 
 
-def summarise(cells: Sequence[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
-    """For each row and size: mean and sd over seeds of the overall scores, and the difference reference - row
-    over tasks, each task's score being its mean over the seeds."""
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for cell in cells:
-        groups.setdefault((cell["row"], cell["size"]), []).append(cell)
-    summary = []
-    for (row, size), group in groups.items():
-        entry: dict[str, Any] = {"row": row, "size": size, "seeds": len(group),
-                                 "parameters": group[0].get("parameters")}
-        for which in ("seen", "unseen"):
-            for metric in ("rougeL", "exact_match") if which in group[0] else ():
-                values = [cell[which]["overall"][metric] for cell in group]
-                sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-                difference = None
-                if row != reference and (reference, size) in groups:
-                    one, other = (_by_task(g, which, metric) for g in (groups[reference, size], group))
-                    difference = bootstrap([one[task] - other[task] for task in one])
-                entry[f"{which} {metric}"] = {"mean": float(np.mean(values)), "sd": sd,
-                                              "difference": difference}
-        for when in ("start", "learnt"):
-            for name in ("entropy", "mutual_information", "distance", "largest"):
-                have = [value for cell in group if (value := cell.get(when, {}).get(name)) is not None]
-                if have:  # w that is no distribution has no entropy
-                    entry[f"{when} {name}"] = float(np.mean(have))
+def t_quantile(freedom: float) -> float:
+    """97.5 % point of Student's t: with t = sqrt(dof) tan(angle) its density is cos(angle)^(dof - 1)."""
+    angles = np.linspace(0, np.pi / 2, 200_001)
+    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return float(freedom**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
+
+
+METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
+
+
+def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """For each row, whose cells are one a seed: mean and sd over seeds of the overall scores, and the
+    difference first row - row with its interval."""
+    reference, summary = next(iter(rows)), []
+    for row, cells in rows.items():
+        entry: dict[str, Any] = {"row": row, "seeds": len(cells), "parameters": cells[0].get("parameters")}
+        if losses := [cell["dev_loss"] for cell in cells if "dev_loss" in cell]:
+            entry["dev loss"] = _spread(losses)
+        for which, metric in itertools.product(("seen", "unseen"), METRICS):
+            if metric not in cells[0].get(which, {}).get("overall", {}):
+                continue
+            entry[f"{which} {metric}"] = _spread([cell[which]["overall"][metric] for cell in cells])
+            if row != reference:  # what was not trained has one cell, and stands against every seed
+                one, other = (_by_task(group, which, metric) for group in (rows[reference], cells))
+                entry[f"{which} {metric}"]["difference"] = interval(one - other)
+        for name in ("entropy", "mutual_information", "distance", "largest"):
+            have = [value for cell in cells if (value := cell.get("learnt", {}).get(name)) is not None]
+            if have:  # w that is no distribution has no entropy
+                entry[f"learnt {name}"] = float(np.mean(have))
         summary.append(entry)
     return summary
 
 
-def _by_task(group: Sequence[dict], which: str, metric: str) -> dict[str, float]:
-    return {task: float(np.mean([cell[which]["tasks"][task][metric] for cell in group]))
-            for task in group[0][which]["tasks"]}
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
-def markdown(summary: Sequence[dict], reference: str, rates: dict) -> str:
-    """The results as tables: scores with sd over seeds, and reference - row with its 95 % interval."""
-    columns = [f"{which} {metric}" for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
-    columns = [column for column in columns if any(column in entry for entry in summary)]
-    titles = [column.replace("rougeL", "ROUGE-L").replace("exact_match", "exact match") for column in columns]
-    compared = [column for column in columns if "rougeL" in column]
-    lines = []
-    for size in sorted({entry["size"] for entry in summary}, reverse=True):
-        head = [*titles, *(f"{reference} - row, {column.split()[0]}" for column in compared)]
-        lines += ["", f"{size} training instances a task", "",
-                  f"| row | parameters: skills + routing | rate | {' | '.join(head)} |",
-                  "|---|" + "---:|" * (2 + len(head))]
-        for entry in (entry for entry in summary if entry["size"] == size):
-            sizes = entry["parameters"]
-            cells = [entry["row"] + ("*" if entry["row"] == "c-poly" else ""),
-                     f"{sizes['skills']:,} + {sizes['routing']:,}" if sizes else "-",
-                     f"{rates[entry['row']]['rate']:g}" if entry["row"] in rates else "-"]
-            cells += [f"{entry[c]['mean']:.2f} ± {entry[c]['sd']:.2f}" for c in columns]
-            for column in compared:
-                difference = entry[column]["difference"]
-                cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if difference else "-")
-            lines.append("| " + " | ".join(cells) + " |")
+def _by_task(cells: Sequence[dict], which: str, metric: str) -> np.ndarray:
+    """(T, seeds), the tasks in the order of their names."""
+    tasks = sorted(cells[0][which]["tasks"])
+    return np.array([[cell[which]["tasks"][task][metric] for cell in cells] for task in tasks])
+
+
+def markdown(summary: Sequence[dict], tuning: dict[str, dict]) -> str:
+    """The results as tables: what was tuned, scores with sd over seeds, first row - row with its interval."""
+    lines, reference = [], summary[0]["row"]
+    if tuning:
+        lines += ["| row | trials | best on dev | dev loss | on the edge of what was tried |",
+                  "|---|---:|---|---:|---|"]
+    for row, found in tuning.items():
+        best = ", ".join(f"{axis} {value:g}" for axis, value in found["best"].items())
+        lines.append(f"| {row} | {len(found['trials'])} | {best} | {found['dev_loss']:.4f} | "
+                     f"{', '.join(found['edges']) or 'none: the next values on both sides are worse'} |")
+    columns = [column for column in ("dev loss", *(f"{which} {metric}" for which in ("seen", "unseen")
+                                                   for metric in METRICS))
+               if any(column in entry for entry in summary)]
+    titles = [" ".join(METRICS.get(word, word) for word in column.split()) for column in columns]
+    lines += ["", f"| row | skills + routing | {' | '.join(titles)} |",
+              "|---|" + "---:|" * (1 + len(columns))]
+    for entry in summary:
+        sizes = entry["parameters"]
+        cells = [entry["row"] + "*" * (entry["row"] == "c-poly"),
+                 f"{sizes['skills']:,} + {sizes['routing']:,}" if sizes else "-"]
+        cells += [_number("{mean:.*f} ({sd:.*f})", column, **entry[column]) if column in entry else "-"
+                  for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    compared = [column for column in columns
+                if any("difference" in entry.get(column, {}) for entry in summary)]
+    titles = [title for column, title in zip(columns, titles, strict=True) if column in compared]
+    lines += ["", f"| {reference} - row | {' | '.join(titles)} |", "|---|" + "---:|" * len(compared)]
+    for entry in summary[1:]:
+        found = [entry.get(column, {}).get("difference") for column in compared]
+        cells = [_number("{0:+.*f} [{1:+.*f}, {2:+.*f}]", column, *difference) if difference else "-"
+                 for column, difference in zip(compared, found, strict=True)]
+        lines.append(f"| {entry['row']} | " + " | ".join(cells) + " |")
     routed = [entry for entry in summary if "learnt distance" in entry]
+    names = ("mutual_information", "entropy", "largest", "distance")
     if routed:
-        names = ("start mutual_information", "learnt mutual_information", "learnt entropy", "learnt largest",
-                 "learnt distance")
-        lines += ["", "What the router learnt, on seen instances (nats):", "",
-                  "| row | size | information on the category, start | end | entropy of w | largest mean w "
-                  "| mean abs(c - 1/S) |", "|---|" + "---:|" * 6]
-        lines += [f"| {entry['row']} | {entry['size']} | "
-                  + " | ".join(f"{entry[name]:.3f}" if name in entry else "-" for name in names) + " |"
-                  for entry in routed]
-    lines += ["", "± sd over seeds; differences in ROUGE-L with 95 % bootstrap intervals over tasks alone: "
-              "the variance over seeds and the number of comparisons are outside them."]
+        lines += ["", "| row, on seen instances | information on the category | entropy of w "
+                  "| largest mean w | mean abs(c - 1/S) |", "|---|" + "---:|" * 4]
+    for entry in routed:
+        cells = [f"{entry[f'learnt {name}']:.3f}" if f"learnt {name}" in entry else "-" for name in names]
+        lines.append(f"| {entry['row']} | " + " | ".join(cells) + " |")
+    number = sum("difference" in entry.get(column, {}) for entry in summary for column in compared)
+    lines += ["", "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
+              f"together; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
+              "differed. ROUGE-L and exact match in per cent; loss: nats per target token, of seen and "
+              "unseen the mean over tasks."]
     if any(entry["row"] == "c-poly" for entry in summary):
         lines += ["", "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."]
-    return "\n".join(lines[1:]) + "\n"
+    return "\n".join(lines).strip() + "\n"
+
+
+def _number(form: str, column: str, *values: float, **named: float) -> str:
+    """Losses with three digits behind the point, per cents with two."""
+    return form.replace("*", "3" if "loss" in column else "2").format(*values, **named)
 
 
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def method_cells(config: CompareConfig, configs: dict[str, Any], place: runtime.Device, num_tasks: int
-                 ) -> tuple[list[Cell], dict]:
-    """Cells of the comparison, whose rates are chosen first; and the rates."""
-    with torch.device("meta"):
-        base = t5.T5(t5.T5Config.from_json(Path(configs["train"].model) / "config.json"))
-    extra = extra_ranks(config, configs["adapter"], base, num_tasks)
-    sizes, out = sorted(map(int, config.sizes)), Path(config.out)
-
-    def cell(method: str, size: int, seed: int, folder: str, rate: float | None,
-             closing: bool = True) -> Cell:
-        chosen = {"lr_full" if method == "full" else "lr_skills": rate} if rate else {}
-        return Cell(method, out / folder, {
-            "train": replace(configs["train"], method=method, seed=seed, extra_rank=extra[method], **chosen),
-            "data": replace(configs["data"], train_instances=size), "adapter": configs["adapter"]}, closing)
-
-    rates = choose_rates(config.methods, lambda method, rate: cell(
-        method, sizes[-1], 0, f"tune/{method}-{rate}", float(rate), closing=False), config, place)
-    largest = {**configs, "data": replace(configs["data"], train_instances=sizes[-1])}
-    cells = [Cell(row, out / "cells" / row.replace(" ", "-"), largest) for row in UNTRAINED]
-    for size in reversed(sizes):
-        for method in config.methods:
-            if size < sizes[-1] and method not in config.curve:
-                continue
-            rate = rates.get(method, {}).get("rate")
-            cells += [cell(method, size, seed, f"cells/{method}-n{size}-s{seed}", rate)
-                      for seed in range(config.seeds)]
-    return cells, rates
+def changed(configs: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The configs with these fields, whichever of them has each."""
+    return {name: replace(config, **{k: v for k, v in fields.items() if hasattr(config, k)})
+            for name, config in configs.items()}
 
 
-def ablation_cells(config: CompareConfig, configs: dict[str, Any], place: runtime.Device
-                   ) -> tuple[list[Cell], dict]:
-    """Cells of the ablations, at OrchMoE's rate; cells that evaluate another's run come behind it."""
-    out, size = Path(config.out), max(map(int, config.sizes))
+class Study(NamedTuple):
+    """What all cells share."""
 
-    def cell(row: str, seed: int, folder: str, closing: bool = True, **changes: Any) -> Cell:
-        base = {**configs, "data": replace(configs["data"], train_instances=size)}
-        fields = {"method": "orchmoe", "seed": seed, **changes}
-        own = {name: replace(value, **{k: v for k, v in fields.items() if hasattr(value, k)})
-               for name, value in base.items()}
-        default = out / "ablations" / f"default-s{seed}"
-        return Cell(row, out / folder, own, closing, default if row == "w replaced by its mean" else None)
+    config: CompareConfig
+    configs: dict[str, Any]
+    place: runtime.Device
+    facts: dict[str, str]
+    num_tasks: int
 
-    rates = choose_rates(["orchmoe"], lambda method, rate: cell(
-        method, 0, f"tune/default-{rate}", False, lr_skills=float(rate)), config, place)
-    rate = {"lr_skills": rates["orchmoe"]["rate"]} if "orchmoe" in rates else {}
-    rows = [row for row in ABLATIONS if not config.rows or row in ("default", *config.rows)]
-    return [cell(row, seed, f"ablations/{_slug(row)}-s{seed}", **rate, **ABLATIONS[row])
-            for row in rows for seed in range(config.seeds)], {}
+    def cell(self, row: str, folder: str, fields: dict[str, Any], **options: Any) -> Cell:
+        configs = changed(self.configs, **fields)
+        return Cell(row, Path(self.config.out, folder), configs, self.facts, **options)
+
+    def search(self, row: str, axes: Sequence[str], trials: int, fields: dict[str, Any]) -> Search:
+        configs = changed(self.configs, **fields)
+        start = {axis: getattr(configs["adapter" if axis == "alpha" else "train"], axis) for axis in axes}
+        if start.get("alpha", 0) is None:
+            start["alpha"] = float(configs["adapter"].rank)
+
+        def cell_of(values: dict[str, float]) -> Cell:
+            name = "_".join(f"{value:g}" for value in values.values())
+            return self.cell(row, f"tune/{slug(row)}/{name}", fields | values, closing=False)
+
+        return Search(axes, start, trials, cell_of)
+
+    def tuned(self, searches: dict[str, Search]) -> dict[str, dict]:
+        run_cells(list(searches.values()), self.config, self.place)
+        return {row: search.report() for row, search in searches.items()}
+
+    def fields_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What each method sets, at equal totals; c-poly's and full's size is as it is."""
+        path = Path(self.configs["train"].model) / "config.json"
+        with torch.device("meta"):
+            base = t5.T5(t5.T5Config.from_json(path))
+        extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)  # whichever are compared
+        return {name: {"method": name, "extra_rank": extra.get(name, 0), "seed": 0} for name in methods}
 
 
-def _slug(row: str) -> str:
+def tune_methods(study: Study, methods: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """{method: its fields with the best values}, and the reports; nothing is tuned with --no-tune."""
+    fields, adapter = study.fields_of(methods), study.configs["adapter"]
+    if not study.config.tune:
+        return fields, {}
+    searches = {name: study.search(name, axes_of(name, adapter), study.config.trials, fields[name])
+                for name in methods}
+    reports = study.tuned(searches)
+    return {name: fields[name] | reports[name]["best"] for name in methods}, reports
+
+
+def method_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
+    """Queues of one cell each, and the reports on the tuning."""
+    fields, reports = tune_methods(study, study.config.methods)
+    queues = [[study.cell(name, f"cells/{name}-s{seed}", fields[name] | {"seed": seed})]
+              for name in study.config.methods for seed in range(study.config.seeds)]
+    return [*queues, *([study.cell(row, f"cells/{slug(row)}", {})] for row in UNTRAINED)], reports
+
+
+def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
+    """The same for the ablations, at what is best for OrchMoE in the comparison but with no extra ranks."""
+    found, reports = tune_methods(study, ["orchmoe"])
+    default = found["orchmoe"] | {"extra_rank": 0}
+    rows = [row for row in ABLATIONS if not study.config.rows or row in ("default", *study.config.rows)]
+    fields = {row: default | ablation(row, changed(study.configs, **default)["adapter"]) for row in rows}
+    if "router: token" in rows and study.config.tune:
+        search = study.search("router: token", ["lr_token_router"], max(3, study.config.trials // 3),
+                              fields["router: token"])
+        reports |= study.tuned({"router: token": search})
+        fields["router: token"] |= reports["router: token"]["best"]
+    queues = []
+    for seed, row in itertools.product(range(study.config.seeds), rows):
+        folder, scored = f"ablations/{slug(row)}-s{seed}", row in SCORED_ONLY
+        of = Path(study.config.out, f"ablations/default-s{seed}") if scored else None
+        cell = study.cell(row, folder, fields[row] | {"seed": seed}, of=of)
+        if scored:
+            queues[-1 - [queue[0].row for queue in reversed(queues)].index("default")].append(cell)
+        else:
+            queues.append([cell])
+    return queues, reports
+
+
+def ablation(row: str, adapter: OrchMoEConfig) -> dict[str, Any]:
+    """The row's changes; with another S, R such that S R and the scale stay. ValueError where it is none."""
+    changes = dict(ABLATIONS[row])
+    if changes and all(getattr(adapter, name, None) == value for name, value in changes.items()):
+        raise ValueError(f"--rows {row}: the settings given have that already; leave out the row or the flag")
+    if skills := changes.get("skills"):
+        total = adapter.skills * adapter.rank
+        if total % skills:
+            raise ValueError(f"--rows {row}: S R = {total} is no multiple of {skills}; leave out the row")
+        alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+        changes |= {"rank": total // skills, "alpha": alpha}
+    return changes
+
+
+def slug(row: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row)
 
 
 def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Device) -> str:
     """Runs what is missing, writes the results and returns the tables."""
-    tokenizer = data.Tokenizer(configs["train"].model)
-    for size in map(int, config.sizes):  # the token cache, before several workers want it
-        sized = replace(configs["data"], train_instances=size)
-        num_tasks = len(train.load_sets(tokenizer, configs["train"], sized)[0].tasks)
-    if config.ablations:
-        name, reference, (cells, rates) = "ablations", "default", ablation_cells(config, configs, place)
-    else:
-        name, reference = "results", "orchmoe"
-        cells, rates = method_cells(config, configs, place, num_tasks)
-    run_cells([cell for cell in cells if not cell.mean_of], config, place)
-    if any(cell.mean_of for cell in cells):  # these need the runs above
-        run_cells(cells, config, place)
-    results = [cell.result() for cell in cells]
-    summary = summarise(results, reference)
-    text = markdown(summary, reference, rates)
+    tokenizer = tokenizers.load(configs["train"].model)
+    lists = data.read_splits(configs["data"].data, configs["data"].splits)
+    sets = data.load_sets(configs["data"], tokenizer, [name for name in ("train", "test") if lists[name]])
+    facts = {"base": checkpoint.fingerprint(configs["train"].model), "tokenizer": tokenizer.fingerprint,
+             **{f"{name}_tasks": part.digest for name, part in sets.items()},
+             "torch": torch.__version__, "computed": f"{place.device.type}, {place.dtype}"}
+    study = Study(config, configs, place, facts, len(sets["train"].tasks))
+    queues, tuning = (ablation_cells if config.ablations else method_cells)(study)
+    run_cells(queues, config, place)
+    rows: dict[str, list[dict]] = {}
+    for cell in itertools.chain(*queues):
+        rows.setdefault(cell.row, []).append({"row": cell.row, "folder": str(cell.folder), **cell.scores})
+    first = "default" if config.ablations else "orchmoe" if "orchmoe" in rows else config.methods[0]
+    rows = {row: rows[row] for row in sorted(rows, key=lambda row: row != first)}
+    summary = summarise(rows)
+    text, name = markdown(summary, tuning), "ablations" if config.ablations else "results"
     runtime.write_json(Path(config.out) / f"{name}.json", {
-        "comparison": asdict(config), **{key: asdict(value) for key, value in configs.items()},
-        "rates": rates, "torch": torch.__version__, "device": place.reason, "summary": summary,
-        "cells": results})
+        "comparison": asdict(config), **{key: asdict(value) for key, value in configs.items()}, **facts,
+        "tuning": tuning, "summary": summary, "cells": [cell for cells in rows.values() for cell in cells]})
     with runtime.atomic_write(Path(config.out) / f"{name}.md") as file:
         file.write(text.encode())
     return text
+
+
+def require_used(flags: dict[str, Any]) -> None:
+    """ValueError for a flag that would do nothing."""
+    useless = dict.fromkeys(FIXED, "the comparison sets this itself")
+    if flags.get("ablations"):
+        useless["methods"] = "not with --ablations"
+    else:
+        useless["rows"] = "goes with --ablations"
+    if not flags.get("tune", True):
+        useless["trials"] = "not used with --no-tune"
+    for name, why in useless.items():
+        if name in flags:
+            raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
 
 
 def main() -> None:
@@ -477,19 +635,16 @@ def main() -> None:
     for cls in (CompareConfig, *train.CONFIGS.values()):
         parser.add_dataclass(cls, DEFAULTS, FIXED)
     flags = vars(parser.parse_args())
-    for name in FIXED:
-        if name in flags:
-            raise ValueError(f"--{name.replace('_', '-')}: the comparison sets this itself; see --help")
-    flags = DEFAULTS | (QUICK if flags.get("quick") else {}) | flags
+    require_used(flags)
     runtime.require_alone()
     config = runtime.from_flags(CompareConfig, flags)
-    configs = {name: runtime.from_flags(cls, flags) for name, cls in train.CONFIGS.items()}
+    configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]
         sizes = SIZES.get(name) or t5.T5Config.from_json(checkpoint.existing(
             Path(name) / "config.json", f"name a T5 folder, or one of {', '.join(SIZES)}"))
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
-        runtime.say(dry_run(config, sizes, configs["adapter"], config.num_tasks or len(tasks)))
+        runtime.say(dry_run(config.methods, sizes, configs["adapter"], len(tasks)))
         return
     place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype)
     runtime.say(place.reason)

@@ -88,12 +88,12 @@ def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
             tokenizer: data.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
             desc: str = "generate", w: Tensor | None = None) -> list[str]:
-    """Greedy predictions, in the order of the examples; with w (K,) that in place of the router's own."""
+    """Greedy predictions, in the order of the examples; w (M,K), a row for each, instead of the router's."""
     base.eval()
     texts: dict[int, str] = {}
     agree = runtime.any_rank if runtime.is_sharded(base) else bool
     for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
-        with routed(base, adapters, batch, w=w):
+        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                    on_keep=adapters.keep, agree=agree)
         texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, tokens.tolist(), strict=bool(rows)))
@@ -109,12 +109,12 @@ def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[
 
 @torch.no_grad()
 def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
-              desc: str = "dev loss") -> float:
-    """Cross-entropy per target token of the first references, in nats."""
+              desc: str = "dev loss", w: Tensor | None = None) -> float:
+    """Cross-entropy per target token of the first references, in nats; w (M,K) as in `predict`."""
     base.eval()
     total, tokens = 0.0, 0
-    for _, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
-        with routed(base, adapters, batch):
+    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
+        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
     total, tokens = runtime.sum_ranks([], total, tokens)

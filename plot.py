@@ -2,7 +2,7 @@
 else does; draws without a display, in colours that the colour-blind can tell apart (Okabe and Ito; cividis).
 
     python plot.py --run runs/orchmoe-1          # loss, categories, router, allocation
-    python plot.py --results results/compare     # these, and sizes; ablations, where they were run"""
+    python plot.py --results results/compare     # these; ablations, where they were run"""
 
 from __future__ import annotations
 
@@ -90,29 +90,6 @@ def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def size_curves(summary: Sequence[dict], path: Path) -> Path:
-    """ROUGE-L against training instances, band of one sd over seeds; methods that have several sizes."""
-    title = "Sample efficiency: mean over seeds, band of one standard deviation"
-    figure, panels = _canvas(title, path.parent, 4, columns=2)
-    rows = [row for row in dict.fromkeys(entry["row"] for entry in summary)
-            if sum(entry["row"] == row for entry in summary) > 1]
-    for axes, which in zip(panels, ("seen", "unseen"), strict=True):
-        for i, row in enumerate(rows):
-            points = sorted((entry["size"], *(entry[f"{which} rougeL"][k] for k in ("mean", "sd")))
-                            for entry in summary if entry["row"] == row and f"{which} rougeL" in entry)
-            if points:
-                size, mean, sd = np.array(points).T
-                axes.plot(size, mean, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=5, label=row)
-                axes.fill_between(size, mean - sd, mean + sd, color=COLOURS[i % 8], alpha=0.18, linewidth=0)
-        ticks = sorted({entry["size"] for entry in summary if entry["row"] in rows})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set(xlabel="training instances a task", ylabel="ROUGE-L (%)", title=f"{which} tasks")
-    panels[0].legend()
-    return _save(figure, path)
-
-
 def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path:
     """ROUGE-L of each category, mean over the seeds; scores: those of each row's runs on seen or unseen."""
     categories = sorted({name for runs in scores.values() for name in runs[0]["categories"]})
@@ -177,7 +154,7 @@ def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
 
 
 def ablation_intervals(summary: Sequence[dict], path: Path) -> Path:
-    """What each change costs: the difference default - row in ROUGE-L, with its interval over tasks."""
+    """What each change costs: the difference default - row in ROUGE-L, with its interval."""
     rows = [entry for entry in summary if entry["row"] != "default"]
     figure, panels = _canvas("Ablations: ROUGE-L of the default less that of the row, 95 % interval",
                              path.parent, 1.4 + 0.24 * len(rows), columns=2, sharey=True)
@@ -223,17 +200,13 @@ def figures(out: Path) -> Iterator[Path]:
     results = runtime.read_json(out / "results.json")
     if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
         raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run compare.py again")
-    largest = max(cell["size"] for cell in results["cells"])
-    cells: dict[str, list[dict]] = {}  # of each row at the largest size, the lowest seed first
+    cells: dict[str, list[dict]] = {}  # of each row, the lowest seed first
     for cell in results["cells"]:
-        if cell["size"] == largest:
-            cells.setdefault(cell["row"], []).append(cell)
+        cells.setdefault(cell["row"], []).append(cell)
     logs = {row: Path(group[0]["folder"]) for row, group in cells.items()}
     runs = {row: records(folder) for row, folder in logs.items() if (folder / "metrics.jsonl").exists()}
     if runs:
         yield loss_curves(runs, out / "loss.png")
-    if len({cell["size"] for cell in results["cells"]}) > 1:
-        yield size_curves(results["summary"], out / "sizes.png")
     for which in ("seen", "unseen"):
         scores = {row: [cell[which] for cell in group] for row, group in cells.items() if which in group[0]}
         if scores:

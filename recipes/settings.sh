@@ -14,7 +14,7 @@ if [ "$SCALE" = small ]; then
     PIECES=8000 D_MODEL=128 D_KV=32 D_FF=320 LAYERS=3 HEADS=4          # 3.4 M parameters
     TEXT_STEPS=6000 TEXT_BATCH=16 INSTRUCT_STEPS=1500 STEPS=200
     TRAIN_TASKS=60 TEST_TASKS=20 SOURCE=256 DEVICE="--device cpu"
-    PROMPT="--num-pos 0" EXTRA="--eval-instances 400 --grid 3e-3,1e-2,3e-2,1e-1"
+    PROMPT="--num-pos 0" EXTRA="--eval-instances 400"
 else
     PIECES=8000 D_MODEL=384 D_KV=64 D_FF=1024 LAYERS=5 HEADS=6         # 27 M parameters
     TEXT_STEPS=20000 TEXT_BATCH=128 INSTRUCT_STEPS=4000 STEPS=3000

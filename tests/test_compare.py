@@ -1,28 +1,46 @@
-"""The comparison: parameter counts against closed forms, budgets, the bootstrap, mutual information, cells
-that are not run twice, and figures."""
+"""The comparison: equal sizes, a search that spends the same for all, intervals, cells that carry their
+settings and are not run twice, the controls of the router, and figures."""
 
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import compare
 import eval as evaluation
 import plot
-from orchmoe import OrchMoE, OrchMoEConfig
-from t5 import T5Config
+import runtime
+import t5
+from baselines import attach_method, budget, count
+from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = T5Config(64, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
-                 tied_head=False)  # fmt: skip
-T = 5
+
+def on_meta(config):
+    with torch.device("meta"):
+        return t5.T5(config)
+
+
+@pytest.mark.parametrize("size", ["tiny", "t5-small", "t5-xxl"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
+def test_totals_are_equal_within_three_per_cent(size, targets):
+    config = compare.SIZES.get(size) or t5.T5Config.from_json(ROOT / "tiny" / "config.json")
+    adapter = OrchMoEConfig(targets=targets)
+    extra = budget(compare.EQUAL, on_meta(config), adapter, 28)
+    totals = []
+    for name in compare.EQUAL:
+        adapters = attach_method(name, on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
+        totals.append(count(adapters).total)
+        for linear in adapters.linears.values():  # the scale: alpha / the rank that adds up
+            assert linear.skill_scale == adapter.rank / linear.skill_A.shape[1]
+    assert max(totals) <= 1.03 * min(totals)
 
 
 def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
@@ -37,44 +55,112 @@ def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
     assert after.ru_maxrss < 2e6  # kB, of the largest child so far
 
 
-def test_an_unknown_model_is_one_line(tmp_path):
-    program = [sys.executable, str(ROOT / "compare.py"), "--dry-run", "--model", "t5-xxs"]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "t5-xxl" in done.stderr
+# ------------------------------------------------------------------------------------------------- the search
 
 
-def test_bootstrap_of_known_differences():
-    assert compare.bootstrap([2.0] * 9) == (2.0, 2.0, 2.0)
-    generator = torch.Generator().manual_seed(0)
-    values = (1 + torch.randn(400, generator=generator)).tolist()
-    mean, low, high = compare.bootstrap(values)
-    error = torch.tensor(values).std().item() / 20  # of the mean of 400
-    assert mean == pytest.approx(sum(values) / 400)
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
-    assert compare.bootstrap(values) == (mean, low, high)
+def searched(axes, optimum, trials=12, start=1e-2):
+    """A search of a bowl whose lowest point is `optimum`, in steps from the start."""
+    search = compare.Search(axes, dict.fromkeys(axes, start), trials, cell_of=None)
+    while len(search.losses) < trials:
+        point = search.next_point()
+        search.losses[point] = sum((a - b) ** 2 for a, b in zip(point, optimum, strict=True))
+    return search
 
 
-def test_summary_pairs_tasks_and_averages_seeds_first():
-    def cell(row, seed, scores):
-        tasks = {task: {"rougeL": value, "exact_match": 0.0} for task, value in scores.items()}
-        overall = {"rougeL": sum(scores.values()) / len(scores), "exact_match": 0.0}
-        return {"row": row, "size": 9, "seed": seed, "seen": {"overall": overall, "tasks": tasks}}
+@pytest.mark.parametrize("optimum", [(0, 0), (1, 2), (-1, 1, 0), (0, 1, -1), (1, 1, 0, 0), (-1, 2, 1, 0)])
+def test_a_search_finds_the_best_inside_of_what_it_tried_and_spends_all_trials(optimum):
+    axes = ["lr_skills", "alpha", "lr_router", "lr_allocation"][:len(optimum)]
+    search = searched(axes, optimum)
+    assert search.best == optimum and search.edges() == []
+    assert len(search.losses) == len(set(search.losses)) == 12
+    assert list(search.losses) == list(searched(axes, optimum).losses)
 
-    cells = [cell("orchmoe", 0, {"a": 10, "b": 90}), cell("orchmoe", 1, {"a": 20, "b": 92}),
-             cell("lora", 0, {"b": 80, "a": 5}), cell("lora", 1, {"b": 80, "a": 5})]  # fmt: skip
-    own, lora = compare.summarise(cells, "orchmoe")
-    assert own["seen rougeL"] == {"mean": 53, "sd": pytest.approx(3 * math.sqrt(2)), "difference": None}
-    assert lora["seen rougeL"]["difference"] == (10.5, 10, 11)  # of a: 15 - 5, of b: 91 - 80
+
+def test_a_best_on_the_edge_is_said():
+    search = searched(["lr_skills", "alpha"], (0, 5), trials=6)
+    assert search.best == (0, 2) and search.edges() == ["alpha"]
+    assert "| lora | 6 | lr_skills 0.01, alpha 0.04 | 9.0000 | alpha |" in compare.markdown(
+        [{"row": "lora", "parameters": None}], {"lora": search.report()})
+
+
+def test_neighbours_come_before_diagonals_and_these_before_two_steps():
+    points = list(searched(["lr_skills", "alpha"], (0, 0)).losses)
+    assert points[0] == (0, 0)
+    assert [sum(map(abs, point)) for point in points[1:9]] == [1] * 4 + [2] * 4
+    assert all(max(map(abs, point)) == 1 for point in points[1:9])
+    assert all(max(map(abs, point)) == 2 for point in points[9:])
+
+
+def test_values_of_a_point_are_its_steps_from_the_start():
+    search = compare.Search(["lr_skills", "alpha"], {"lr_skills": 1e-2, "alpha": 2.0}, 1, cell_of=None)
+    assert search.values((1, -1)) == {"lr_skills": 0.0316, "alpha": 1.0}
+    assert search.values((-2, 2)) == {"lr_skills": 0.001, "alpha": 8.0}
+    with pytest.raises(ValueError, match="--lr-skills 0: tuning starts from a value above 0"):
+        compare.Search(["lr_skills"], {"lr_skills": 0}, 1, cell_of=None)
+
+
+def test_every_method_is_tuned_over_what_it_trains():
+    base = t5.T5Config.from_json(ROOT / "tiny" / "config.json")
+    rates = {"skills": "lr_skills", "router": "lr_router", "token_router": "lr_token_router",
+             "allocation": "lr_allocation"}  # fmt: skip
+    for name in compare.ADAPTED:
+        for router in ("sample", "token", "none") if name == "orchmoe" else ("sample",):
+            adapter = OrchMoEConfig(router=router)
+            groups = attach_method(name, on_meta(base), adapter, num_tasks=3).parameter_groups()
+            trained = {rates[kind] for kind, parameters in groups.items() if parameters}
+            assert set(compare.axes_of(name, adapter)) == trained | {"alpha"}, name
+
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+
+def test_quantiles_of_students_t():
+    for freedom, point in {1: 12.706, 2: 4.303, 5: 2.571, 11: 2.201, 30: 2.042}.items():
+        assert compare.t_quantile(freedom) == pytest.approx(point, abs=1e-3)
+
+
+@pytest.mark.parametrize("sd", [(1, 0, 1), (1, 0.3, 1), (1, 1, 1), (0, 1, 1)], ids=str)
+def test_intervals_cover_two_way_data(sd, monkeypatch):
+    """Effects of 12 tasks, of 3 seeds and of each cell, with these standard deviations and mean 0."""
+    grid = np.arange(1, 40, 0.25)
+    table = [compare.t_quantile(freedom) for freedom in grid]  # once, since 2,000 draws ask for it
+    monkeypatch.setattr(compare, "t_quantile", lambda freedom: np.interp(freedom, grid, table))
+    rng, covered, draws = np.random.default_rng(0), 0, 2000
+    for _ in range(draws):
+        parts = rng.normal(size=(12, 1)), rng.normal(size=(1, 3)), rng.normal(size=(12, 3))
+        _, low, high = compare.interval(sum(s * part for s, part in zip(sd, parts, strict=True)))
+        covered += low <= 0 <= high
+    assert 0.93 <= covered / draws <= 0.98
+
+
+def test_intervals_of_known_differences():
+    assert compare.interval(np.full((9, 3), 2.0)) == (2.0, 2.0, 2.0)
+    values = np.random.default_rng(0).normal(1, 1, size=(400, 1))  # one seed: over tasks alone
+    mean, low, high = compare.interval(values)
+    half = compare.t_quantile(399) * values.std(ddof=1) / 20
+    assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half))
+
+
+def test_summary_pairs_tasks_and_seeds():
+    def cell(seed, scores):
+        tasks = {task: {"rougeL": value} for task, value in scores.items()}
+        return {"seed": seed, "seen": {"overall": {"rougeL": sum(scores.values()) / 2}, "tasks": tasks}}
+
+    rows = {"orchmoe": [cell(0, {"a": 10, "b": 90}), cell(1, {"a": 20, "b": 92})],
+            "lora": [cell(0, {"b": 80, "a": 5}), cell(1, {"b": 80, "a": 5})]}  # fmt: skip
+    own, lora = compare.summarise(rows)
+    assert own["seen rougeL"] == {"mean": 53, "sd": pytest.approx(3 * math.sqrt(2))}
+    assert lora["seen rougeL"]["difference"] == compare.interval(np.array([[5.0, 15.0], [10.0, 12.0]]))
+    text = compare.markdown([own, lora], {})
+    assert "of the 1 here about 0 would exclude zero" in text and text.isascii()
 
 
 def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
     learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
     learnt["mutual_information"] = evaluation.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
-    cell = {"row": "w without softmax", "size": 9, "learnt": learnt}
-    (entry,) = compare.summarise([cell, cell], "default")
+    (entry,) = compare.summarise({"w without softmax": [{"learnt": learnt}, {"learnt": learnt}]})
     assert "learnt entropy" not in entry and entry["learnt distance"] == pytest.approx(0.1)
-    assert "| w without softmax | 9 | - | - | - | 2.000 | 0.100 |" in compare.markdown([entry], "default", {})
+    assert "| w without softmax | - | - | 2.000 | 0.100 |" in compare.markdown([entry], {})
 
 
 def test_mutual_information_of_known_tables():
@@ -88,115 +174,224 @@ def test_mutual_information_of_known_tables():
     assert evaluation.mutual_information(soft, labels) == pytest.approx(expected)
 
 
-def test_every_ablation_is_one_difference_that_exists():
+# ------------------------------------------------------------------------------------------------- ablations
+
+
+@pytest.mark.parametrize("given", [{}, {"rank": 4}, {"alpha": 8.0}], ids=str)
+def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
+    default = OrchMoEConfig(**given)
+
+    def scale(adapter):  # of one rank
+        adapters = attach_method("orchmoe", on_meta(base), adapter)
+        return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
+
+    base = t5.T5Config.from_json(ROOT / "tiny" / "config.json")
     fields = {name for cls in compare.train.CONFIGS.values() for name in cls.__dataclass_fields__}
-    default = OrchMoEConfig()
-    of_a_rank = 1 / default.skills  # alpha / (S R), with alpha = R
-    for row, changes in compare.ABLATIONS.items():
+    for row in compare.ABLATIONS:
+        changes = compare.ablation(row, default)
         assert changes.keys() <= fields, row
         adapter = replace(default, **{k: v for k, v in changes.items() if hasattr(default, k)})
         assert adapter.skills * adapter.rank == default.skills * default.rank
-        alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-        assert alpha / (adapter.skills * adapter.rank) == of_a_rank, row
-        assert (adapter != default) or "method" in changes or "lr_router" in changes or not changes
-        assert len(changes) <= 1 or row.startswith(("S =", "preset"))
+        assert scale(adapter) == scale(default) and len(scale(default)) == 1
+        evaluated = row in ("default", "router: random", *compare.SCORED_ONLY)
+        assert evaluated == (not changes) and len(compare.ABLATIONS[row]) <= 1
+
+
+def test_an_ablation_that_changes_nothing_or_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="--rows K = 4: the settings given have that already"):
+        compare.ablation("K = 4", OrchMoEConfig(tasks=4))
+    with pytest.raises(ValueError, match="--rows S = 8: S R = 12 is no multiple of 8"):
+        compare.ablation("S = 8", OrchMoEConfig(rank=3))
+
+
+def test_random_routing_is_of_the_sample_alone_and_as_sharp_as_a_start():
+    config = OrchMoEConfig()
+    router = TaskRouter(32, config)
+    rng = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, 9, 32, generator=rng) + 0.1 * torch.randn(400, 9, 32, generator=rng)
+    mask = torch.ones(400, 9)
+    mask[::2, 6:] = 0
+    w = compare.random_forward(router, embeddings, mask)
+    alone = compare.random_forward(router, embeddings[2:3, :6], mask[2:3, :6])
+    assert torch.allclose(w[2:3], alone, atol=5e-2)  # no padding, no neighbours
+    assert torch.special.entr(w).sum(-1).mean() == pytest.approx(math.log(config.tasks) / 3, rel=0.1)
+    assert torch.corrcoef(w.T).fill_diagonal_(0).abs().max() < 0.35  # 1/7 apart from the sum of one
+    assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2  # like samples, unlike w
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+SMALL = ("--device cpu --max-tasks 3 --eval-instances 6 --steps 3 --eval-every 2 --batch-size 4 "
+         "--methods orchmoe,lora,full --seeds 1 --train-instances 8 --trials 2 --jobs 1 --out out").split()
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    """A comparison of two methods at two sizes with tuning, and its arguments."""
-    home = tmp_path_factory.mktemp("compare")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
     for name in ("sni", "tiny"):
-        (home / name).symlink_to(ROOT / name)
-    arguments = ("--device cpu --max-tasks 3 --eval-instances 6 --steps 3 --eval-every 2 --batch-size 4 "
-                 "--methods orchmoe,lora,full --seeds 1 --sizes 4,8 --grid 1e-3,3e-3 --full-grid 1e-4 "
-                 "--jobs 1 --out out").split()
-    return home, arguments, run_compare(home, arguments)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
-def run_compare(home, arguments, code=0):
-    program = [sys.executable, str(ROOT / "compare.py"), *arguments]
-    done = subprocess.run(program, cwd=home, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")})  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture
+def run(home, monkeypatch, capsys):
+    """compare.py in this process: what it says, on stderr if it is to fail."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runtime.run_program(compare.main)
+        said = capsys.readouterr()
+        assert (end.value.code or 0) == code, said
+        return said.out if code == 0 else said.err
+
+    return run
 
 
-def test_a_comparison_from_start_to_table(small_run):
-    home, _, out = small_run
-    results = json.loads((home / "out/results.json").read_text())
-    assert "| lora | " in out and (home / "out/results.md").read_text().strip() in out
-    assert len(results["cells"]) == len(results["summary"]) == 8  # base, two heuristics, 2 x 2, and full
-    rates = json.loads((home / "out/rates.json").read_text())
-    for name in ("orchmoe", "lora"):  # equal effort, and the best on dev is the one that is used
-        losses = rates[name]["dev_loss"]
-        assert list(losses) == ["1e-3", "3e-3"]
-        assert rates[name]["rate"] == min((loss, float(rate)) for rate, loss in losses.items())[1]
-        config = json.loads((home / f"out/cells/{name}-n8-s0/config.json").read_text())
-        assert config["train"]["lr_skills"] == rates[name]["rate"] and config["train"]["split_seed"] == 0
+@pytest.fixture
+def small(run, home):
+    """A finished comparison of three methods; where it is finished nothing runs."""
+    return home / "out", run(*SMALL)
+
+
+def test_a_comparison_from_start_to_table(small):
+    folder, out = small
+    results = json.loads((folder / "results.json").read_text())
+    assert "| lora | " in out and (folder / "results.md").read_text().strip() in out
+    assert len(results["cells"]) == len(results["summary"]) == 6  # base, two heuristics, three methods
+    for name, found in results["tuning"].items():  # equal effort; the best on dev is the one that is used
+        assert len(found["trials"]) == 2 == len(list((folder / "tune" / name).iterdir()))
+        best = min(found["trials"], key=lambda trial: trial["dev_loss"])
+        assert found["best"].items() < best.items()
+        config = json.loads((folder / f"cells/{name}-s0/config.json").read_text())
+        settings = config["train"] | config["adapter"]
+        assert found["best"].items() <= settings.items() and f"| {name} | 2 | " in out
     sizes = [cell["parameters"] for cell in results["cells"] if cell.get("parameters")]
     totals = sorted(sum(size.values()) for size in sizes)
     assert totals.pop() == 2_699_040  # every weight of tiny/
-    assert len(totals) == 4 and max(totals) <= 1.03 * min(totals)
-    learnt = results["cells"][3]["learnt"]
+    assert len(totals) == 2 and max(totals) <= 1.03 * min(totals)
+    learnt = results["cells"][0]["learnt"]
     assert len(learnt["w"]) == 3 and len(learnt["skill_use"]) == 20 and learnt["distance"] > 0
-    assert all(abs(sum(row) - 1) < 1e-5 for row in [*learnt["w"].values(), *learnt["skill_use"].values()])
+    for cell in results["cells"][:3]:
+        tasks = cell["seen"]["tasks"].values()
+        mean = sum(task["loss"] for task in tasks) / len(tasks)
+        assert cell["seen"]["overall"]["loss"] == pytest.approx(mean) and mean > 0
 
 
-def test_finished_cells_are_not_run_again_and_lost_ones_are(small_run):
-    home, arguments, _ = small_run
-    files = sorted((home / "out").rglob("scores.json"))
+def test_finished_cells_are_not_run_again_and_lost_ones_are(small, run):
+    folder, _ = small
+    files = sorted(folder.rglob("scores.json"))
     before = {path: path.stat().st_mtime_ns for path in files}
-    logs = {log: log.stat().st_mtime_ns for log in (home / "out").rglob("metrics.jsonl")}
-    lost = home / "out/cells/lora-n4-s0/scores.json"
+    logs = {log: log.stat().st_mtime_ns for log in folder.rglob("metrics.jsonl")}
+    lost = folder / "cells/lora-s0/scores.json"
     kept = json.loads(lost.read_text())
     lost.unlink()  # as if it had been stopped before the end
-    run_compare(home, arguments)
-    assert len(files) == 13  # 5 of tuning, 8 of the comparison
+    run(*SMALL)
+    assert len(files) == 12  # 6 of tuning, 6 of the comparison
     assert {p for p in files if p.stat().st_mtime_ns != before[p]} == {lost}
     assert {p.parent for p, time in logs.items() if p.stat().st_mtime_ns != time} <= {lost.parent}
     assert json.loads(lost.read_text()) | {"seconds": 0} == kept | {"seconds": 0}
-    assert "made with steps 3, not 4" in run_compare(home, [*arguments, "--steps", "4"], code=2)
 
 
-def test_w_replaced_by_its_mean_needs_no_training(small_run):
-    home, arguments, _ = small_run
-    out = run_compare(home, [*arguments, "--ablations", "--rows", "w replaced by its mean,router: none"])
-    assert "| w replaced by its mean |" in out and "| router: none |" in out
-    assert out.count("run folder out/ablations/default-s0") == 1  # trained once, for both
-    assert not (home / "out/ablations/w_replaced_by_its_mean-s0/metrics.jsonl").exists()
-    assert len(json.loads((home / "out/ablations.json").read_text())["cells"]) == 3
+@pytest.mark.parametrize("flags, told", [
+    (["--steps", "4"], "out/tune/orchmoe/0.01_2_2e-05_0.01: made with steps 3, not 4; name another folder"),
+    (["--max-tasks", "4"], "0.01_2_2e-05_0.01: made with max_tasks 3, not 4"),
+    (["--no-tune", "--lr-skills", "5e-3"], "out/cells/orchmoe-s0: made with "),
+    (["--rank", "4"], "0.01_2_2e-05_0.01: made with rank 2, not 4"),
+    (["--num-pos", "1"], "made with num_pos 2, not 1"),
+])  # fmt: skip
+def test_cells_of_other_settings_are_refused_by_name(small, run, flags, told):
+    at = SMALL.index("--trials")
+    arguments = SMALL[:at] + SMALL[at + 2:] if "--no-tune" in flags else SMALL
+    if "--rank" in flags:  # the alpha that is left out follows the rank, hence the trial's name
+        flags = [*flags, "--alpha", "2"]
+    error = run(*arguments, *flags, code=2)
+    assert told in error and error.count("\n") == 1
 
 
-def test_the_mean_that_replaces_w_is_one_for_all_samples(small_run, monkeypatch):
-    home, _, _ = small_run
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    folder, given, route = Path("out/cells/orchmoe-n8-s0"), [], OrchMoE.route
-    saved = json.loads((folder / "config.json").read_text())
-    configs = {name: compare.runtime.from_flags(cls, saved[name])
-               for name, cls in compare.train.CONFIGS.items()}  # fmt: skip
+def test_a_folder_that_no_settings_are_known_of_is_refused(small, run):
+    folder, _ = small
+    (folder / "cells/copy-demo/cell.json").rename(folder / "kept")
+    assert "cells/copy-demo: made with row None, not copy-demo" in run(*SMALL, code=2)
+    (folder / "kept").rename(folder / "cells/copy-demo/cell.json")
+
+
+def test_controls_of_the_router_need_no_training(small, run, monkeypatch):
+    folder, _ = small
+    given, route = [], OrchMoE.route
     monkeypatch.setattr(OrchMoE, "route", lambda *a, w=None, **k: given.append(w) or route(*a, w=w, **k))
-    cell = compare.Cell("mean", Path("out/mean"), configs, mean_of=folder)
-    compare.run_cell(cell, compare.runtime.pick_device(device="cpu"))
-    means = [w for w in given if w is not None]
-    assert given[0] is None and len(means) == 2  # its own on dev; then seen, unseen
-    assert means[0].shape == (8,) and means[0].sum().item() == pytest.approx(1)
+    at = SMALL.index("--methods")
+    arguments = SMALL[:at] + SMALL[at + 2:]
+    rows = "w replaced by its mean,w of another sample,router: none"
+    out = run(*arguments, "--ablations", "--rows", rows)
+    assert "| w replaced by its mean |" in out and "| router: none |" in out
+    assert out.count("run folder out/ablations/default-s0") == 1  # trained once, for all
+    trained = {path.parent.name for path in folder.glob("ablations/*/metrics.jsonl")}
+    assert trained == {"default-s0", "router__none-s0"}
+    means = [w for w in given if w is not None and torch.equal(w, w[:1].expand_as(w)) and len(w) > 1]
+    others = [w for w in given if w is not None and not any(w is mean for mean in means)]
+    assert means and others and all(w.shape[1] == 8 for w in (*means, *others))
+    scores = [json.loads((folder / f"ablations/{row}-s0/scores.json").read_text())
+              for row in ("default", "w_replaced_by_its_mean", "w_of_another_sample")]
+    assert len({score["seen"]["overall"]["loss"] for score in scores}) == 3
 
 
-def test_figures_are_written(small_run):
+def test_several_workers_run_the_cells_of_a_queue_in_turn(home, tmp_path, monkeypatch):
+    began = tmp_path / "order"
+
+    def queue(name):
+        for i in range(2):
+            yield compare.Cell(name, tmp_path / f"{name}{i}", {}, {})
+            began.open("a").write(f"{name}{i} {(tmp_path / f'{name}{i}/scores.json').exists()}\n")
+
+    monkeypatch.setattr(compare, "run_cell", finish)
+    place = runtime.pick_device(device="cpu")
+    compare.run_cells([queue("a"), queue("b"), queue("c")], compare.CompareConfig(jobs=2), place)
+    lines = began.read_text().split("\n")[:-1]
+    assert sorted(lines) == sorted(f"{name}{i} True" for name in "abc" for i in range(2))
+
+
+def finish(cell, place):
+    runtime.write_json(cell.folder / "scores.json", {"seconds": 0})
+    return True
+
+
+def test_a_stopped_cell_ends_the_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_cell", lambda cell, place: finish(cell, place) and cell.row != "b")
+    queues = [[compare.Cell(name, tmp_path / name, {}, {})] for name in "abc"]
+    with pytest.raises(SystemExit) as end:
+        compare.run_cells(queues, compare.CompareConfig(jobs=1), runtime.pick_device(device="cpu"))
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("flags, told", {
+    "--method lora": "--method: the comparison sets this itself",
+    "--extra-rank 3": "--extra-rank: the comparison sets this itself",
+    "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
+    "--ablations --rows default,default": "--rows default: choose, once each, of default, router: token",
+    "--ablations --methods lora": "--methods: not with --ablations",
+    "--rows default": "--rows: goes with --ablations",
+    "--no-tune --trials 3": "--trials: not used with --no-tune",
+    "--trials 0": "--trials 0: give 1 or more",
+}.items())
+def test_flags_that_would_do_nothing_are_refused(run, flags, told):
+    assert run(*flags.split(), code=2).startswith(f"compare.py: error: {told}")
+
+
+def test_figures_are_written(small, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    home, _, _ = small_run
-    for path in (home / "out").glob("*.png"):
+    folder, _ = small
+    for path in folder.glob("*.png"):
         path.unlink()
-    names = ["loss", "sizes", "categories-seen", "categories-unseen", "router", "allocation"]
-    names += ["ablations"] * (home / "out/ablations.json").exists()  # of the test before, where it has run
-    done = subprocess.run([sys.executable, str(ROOT / "plot.py"), "--results", "out"], cwd=home, text=True,
-                          capture_output=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for name in names:
-        assert (home / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(done.stdout.splitlines()) == len(names)
+    names = ["loss", "categories-seen", "categories-unseen", "router", "allocation"]
+    names += ["ablations"] * (folder / "ablations.json").exists()  # of the test before, where it has run
+    written = list(plot.figures(Path("out")))
+    assert [path.stem for path in written].sort() == names.sort()
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_without_matplotlib_plot_says_what_to_do(monkeypatch):

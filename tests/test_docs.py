@@ -117,9 +117,8 @@ def test_help_of_every_default(monkeypatch, capsys):
 
 def test_help_of_compare_has_its_own_defaults_and_not_what_it_sets_itself(monkeypatch, capsys):
     told = entries(help_page("compare", monkeypatch, capsys))
-    assert told["--steps"].endswith("(default: 600)")
-    assert told["--split-seed"].endswith("into train, dev and seen alone (default: 0)")
-    assert not told.keys() & {"--method", "--seed", "--train-instances", "--extra-rank"}
+    assert told["--steps"].endswith("(default: 300)") and told["--lr-skills"].endswith("(default: 0.01)")
+    assert not told.keys() & {"--method", "--seed", "--extra-rank"}
 
 
 class Terminal(io.StringIO):

@@ -1,7 +1,6 @@
 """The recipes' own helpers on the bundled miniature; and that each stage names flags that exist."""
 
 import importlib.util
-import json
 import re
 import subprocess
 
@@ -11,7 +10,6 @@ from conftest import ROOT
 import compare
 import data
 import plot
-import runtime
 import train
 from t5 import T5Config
 
@@ -44,16 +42,6 @@ def test_tokenizer_and_config_make_a_shape(tmp_path):
     config = T5Config.from_json(tmp_path / "shape/config.json")
     assert config.vocab_size == 300 + prepare.SENTINELS and not config.tied_head
     assert tokenizer.decode(tokenizer.encode("The base is frozen.")) == "The base is frozen."
-
-
-def test_the_report_counts_what_a_stage_saw(tmp_path):
-    run = {"train": {"steps": 10, "batch_size": 4, "text_length": 100}, "tasks": ["a", "b"],
-           "data": {"text": "t.xz", "text_ratio": 0.9}}  # fmt: skip
-    runtime.write_json(tmp_path / "config.json", run)
-    rows = [{"loss": 2.0, "tokens_per_s": 1234}, {"dev_loss": 1.5}, {"dev_loss": 1.25}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = script("report").stage("base", tmp_path)
-    assert row == "| base | 10 of 4 | 0.0 M | 4 | 2 | 1.500 | 1.250 | 1,234 |"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.stem)
