@@ -1,34 +1,23 @@
 """Super-NaturalInstructions' metric: exact match, ROUGE-1 and ROUGE-L, each the maximum over an instance's
 references, averaged over instances, in per cent. Same numbers as the official script (rouge_score with NLTK's
-Porter stemmer), made fast by a bit-parallel longest common subsequence and by stemming each word once, and
-only where it can match. `pytest tests/test_metrics.py` compares both."""
+Porter stemmer), made fast by a bit-parallel longest common subsequence and by stemming each word once.
+`pytest tests/test_metrics.py` compares both."""
 
 from __future__ import annotations
 
+import os
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from nltk.stem.porter import PorterStemmer
+if os.path.expanduser("~") == "~":  # no HOME and an unknown user: NLTK's import would fail
+    os.environ["HOME"] = os.sep
+from nltk.stem.porter import PorterStemmer  # noqa: E402
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORD_BYTES = bytes(i if chr(i).isascii() and chr(i).isalnum() else ord(" ") for i in range(256))
-_porter = PorterStemmer().stem
-# Porter's stemmer keeps the first two letters of every word but these, whose stems stand here.
-_IRREGULAR = {word: _porter(word) for word in (
-    "dying", "lying", "tying", *(vowel + ending for vowel in "aeiou" for ending in ("ing", "ings", "eds")))}
-
-
-class _Stems(dict):
-    """{word: its stem}, filled as it is read; words of up to three letters are their own stems."""
-
-    def __missing__(self, word: str) -> str:
-        stem = self[word] = _porter(word) if len(word) > 3 else word
-        return stem
-
-
-_stems = _Stems()
+_porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # words come again and again
 
 
 def _normalise(text: str) -> str:
@@ -36,13 +25,11 @@ def _normalise(text: str) -> str:
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
-@lru_cache(maxsize=65536)
-def _words(text: str) -> tuple[list[str], set[str]]:
-    """Runs of [a-z0-9] in the lower-case text, and the first two letters of each."""
+@lru_cache(maxsize=2**16)
+def _stems(text: str) -> list[str]:
+    """Runs of [a-z0-9] in the lower-case text; those of more than three characters stemmed."""
     words = text.lower().encode("ascii", "replace").translate(_WORD_BYTES).decode().split()
-    if not _IRREGULAR.keys().isdisjoint(words):
-        words = [_IRREGULAR.get(word, word) for word in words]
-    return words, {word[:2] for word in words}
+    return [_porter(word) if len(word) > 3 else word for word in words]
 
 
 def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
@@ -65,14 +52,10 @@ def _unigrams(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _f_measure(prediction: str, reference: str, overlap: Callable[[list[str], list[str]], int]) -> float:
-    """F-measure of the overlap of two texts' stems. Only words whose first two letters both texts have can
-    match, so that only these, few of all, are stemmed."""
-    (said, firsts), (wanted, others) = _words(prediction), _words(reference)
-    if not (both := firsts & others):
-        return 0.0
-    common = overlap([_stems[word] for word in said if word[:2] in both],
-                     [_stems[word] for word in wanted if word[:2] in both])
-    if not common:
+    """2 P R / (P + R), where P and R are the share of the prediction's and of the reference's stems that
+    `overlap` counts."""
+    said, wanted = _stems(prediction), _stems(reference)
+    if not (common := overlap(said, wanted)):
         return 0.0
     precision, recall = common / len(said), common / len(wanted)
     return 2 * precision * recall / (precision + recall)

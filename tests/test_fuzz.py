@@ -325,7 +325,7 @@ def slow_lcs(a, b) -> int:
 
 @given(said, said, st.lists(said, max_size=3))
 def test_metric(one, other, more):
-    ours, theirs = ([metrics._stems[word] for word in metrics._words(text)[0]] for text in (one, other))
+    ours, theirs = metrics._stems(one), metrics._stems(other)
     common = slow_lcs(ours, theirs)
     expected = 2 * common / (len(ours) + len(theirs)) if common else 0.0
     assert metrics.rouge_l(one, [other]) == pytest.approx(expected, abs=1e-12)

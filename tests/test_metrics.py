@@ -1,8 +1,10 @@
 """metrics.py against rows of the official code, against rouge_score, and against a quadratic LCS."""
 
-import itertools
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,17 +36,6 @@ def test_equals_rouge_score():
         wanted = scorer.score(reference, prediction)
         assert metrics.rouge_1(prediction, [reference]) == pytest.approx(wanted["rouge1"].fmeasure, abs=1e-12)
         assert metrics.rouge_l(prediction, [reference]) == pytest.approx(wanted["rougeL"].fmeasure, abs=1e-12)
-
-
-def test_stems_keep_the_first_two_letters():
-    """Which is why words that share none with the other text are never stemmed."""
-    endings = """s es ies sses ed eed ing ied ational tional enci anci izer bli abli alli entli eli ousli
-        ization ation ator alism iveness fulness ousness aliti iviti fulli logi icate ative alize iciti ical
-        ful ness al ance ence er ic able ible ant ement ment ent sion tion ou ism ate iti ous ive ize e y"""
-    starts = ["".join(letters) for n in (1, 2) for letters in itertools.product("aeiouybtlz0", repeat=n)]
-    words = {"".join(parts) for parts in itertools.product(starts, endings.split(), ("", "s", "ed"))}
-    changed = {word for word in words if len(word) > 3 and metrics._porter(word)[:2] != word[:2]}
-    assert len(words) > 20000 and len(changed) > 10 and changed <= metrics._IRREGULAR.keys()
 
 
 def test_lcs_equals_the_quadratic_programme():
@@ -85,3 +76,13 @@ def test_score_takes_the_best_reference_and_averages_over_instances():
 def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="no instance"):
         metrics.score([])
+
+
+def test_a_user_without_home_or_name_can_score():
+    """As in a container that runs under any number: no HOME, no entry in the table of users."""
+    program = ("import pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
+               "print(metrics.rouge_l('running dogs', ['run dog']))")
+    root = Path(metrics.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(root)}, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
