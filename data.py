@@ -25,21 +25,14 @@ import zipfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from runtime import (
-    atomic_write,
-    end_with_parent,
-    first_of_node_first,
-    progress,
-    read_json,
-    require_least,
-    warn,
-)
+import runtime
 from tokenizer import load as Tokenizer  # until every caller has moved
 
 CACHE_VERSION = 2  # part of every cache key: raise it when a prompt, a set or the layout changes
@@ -68,8 +61,8 @@ class DataConfig:
     text_ratio: float = 0.5  # share of the batches that comes from --text
 
     def __post_init__(self) -> None:
-        require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1, max_source_length=2,
-                      max_target_length=2)
+        runtime.require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1,
+                              max_source_length=2, max_target_length=2)
         if not 0 <= self.text_ratio <= 1:
             raise ValueError(f"--text-ratio {self.text_ratio}: give a share between 0 and 1")
         _plain_name(self.splits, "--splits")
@@ -86,7 +79,7 @@ def read_task(path: str | os.PathLike) -> dict:
     lone surrogate, \\ud800) is refused, not repaired: a repair would change prompts and references unseen.
     """
     path = Path(path)
-    task = read_json(path)
+    task = runtime.read_json(path)
     try:
         _require(isinstance(task, dict), "top level", "an object")
         _require(bool(task.get("Instances")), "Instances", "a list of objects, not empty")
@@ -153,17 +146,14 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         listed[split] = list(dict.fromkeys(names))
     if both := set(listed["train"]) & set(listed["test"]):
         raise ValueError(f"{path}: {min(both)} is in train_tasks.txt too; take it off one of the two")
-    found = {split: [name for name in listed[split] if _task_path(root, name).is_file()] for split in listed}
+    found = {split: [name for name in names if (root / "tasks" / f"{name}.json").is_file()]
+             for split, names in listed.items()}
     total, there = (sum(map(len, names.values())) for names in (listed, found))
     if total and not there:
         raise ValueError(f"{root / 'tasks'}: has none of the {total} tasks of splits/{splits}; complete it")
     if there < total:
-        warn(f"{root / 'tasks'}: {total - there} of the {total} tasks of splits/{splits} are missing")
+        runtime.warn(f"{root / 'tasks'}: {total - there} of the {total} tasks of splits/{splits} are missing")
     return found
-
-
-def _task_path(root: Path, name: str) -> Path:
-    return root / "tasks" / f"{name}.json"
 
 
 def _plain_name(name: str, field: str) -> str:
@@ -254,20 +244,20 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
     key = [CACHE_VERSION, *key, list(map(str, files))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(folder or os.path.join(base, "orchmoe")) / f"{name}.tokens"
-    with first_of_node_first():
+    with runtime.first_of_node_first():
         stats = [path.stat() for path in files]
         key.append([[stat.st_size, stat.st_mtime_ns] for stat in stats])
         if found := _read_cache(path, key):
             return found
         made = {"key": key, **make()}
         try:
-            with atomic_write(path, each_node=True) as file:
+            with runtime.atomic_write(path, each_node=True) as file:
                 torch.save(made, file)
         except OSError as error:  # a folder that may not be written costs the cache alone
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 remedy = f"{error.strerror}; or name another by --cache"
                 raise OSError(error.errno, remedy, str(path)) from None
-            warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
+            runtime.warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
         return _read_cache(path, key) or made  # mapped, so that processes share the memory
 
 
@@ -297,30 +287,13 @@ class Example(NamedTuple):
     place: int = -1  # among the Instances of its task file, where ids may repeat
 
 
-class Examples(Sequence):
-    """One set, its tokens mapped: len(), [i] -> Example, `tasks` (sorted), `source_lengths` (int64), `digest`
-    (16 hex digits of the contents of these tasks' files)."""
+class Examples(list[Example]):
+    """The examples of one set. tasks: sorted names; digest: 16 hex digits of the contents of their files."""
 
-    def __init__(self, content: dict, split: str, training: Sequence[str]):
-        self.tasks, self.digest, self._content = content["tasks"], content["digest"], content
-        self._task_ids = [training.index(task) if task in training else -1 for task in self.tasks]
-        self._rows = [i for i, row in enumerate(content["rows"]) if row[0] == split]
-        self._targets_at = np.cumsum([0, *(len(row[-1]) for row in content["rows"])])
-        self.source_lengths = np.diff(content["sources_at"])[self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Example:
-        row = self._rows[i]
-        _, task, place, own_id, references = self._content["rows"][row]
-        targets = [self._part("targets", k) for k in range(*self._targets_at[row:row + 2])]
-        return Example(own_id, self.tasks[task], self._content["categories"][task],
-                       self._part("sources", row), targets, references, self._task_ids[task], place)
-
-    def _part(self, name: str, i: int) -> np.ndarray:
-        start, end = self._content[f"{name}_at"][i:i + 2]
-        return self._content[name][start:end].numpy()
+    def __init__(self, examples: Sequence[Example], tasks: list[str], digest: str):
+        super().__init__(examples)
+        self.tasks, self.digest = tasks, digest
+        self.source_lengths = np.array([len(example.source_ids) for example in examples], np.int64)
 
 
 def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = SETS, *,
@@ -334,76 +307,74 @@ def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = S
         raise ValueError(f"--split {min(odd)}: choose one of {', '.join(SETS)}")
     listed = {kind: sorted(tasks[:config.max_tasks or None])
               for kind, tasks in read_splits(config.data, config.splits).items()}
-    training = listed["train"] if training is None else training
-    kinds = {name: "test" if name == "test" else "train" for name in names}
-    loaded = {kind: _load_tasks(config, tokenizer, kind, listed[kind]) for kind in sorted({*kinds.values()})}
-    return {name: Examples(loaded[kind], name, training) for name, kind in kinds.items()}
+    index = {task: i for i, task in enumerate(listed["train"] if training is None else training)}
+    sets = {}
+    if set(names) & set(SETS[:3]):
+        sets |= _load_tasks(config, tokenizer, "train", listed["train"], index)
+    if "test" in names:
+        sets |= _load_tasks(config, tokenizer, "test", listed["test"], index)
+    return {name: sets[name] for name in names}
 
 
-def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list[str]) -> dict:
-    """Tokens, texts and digest of the training or the test tasks, from the cache where it has them."""
-    root = Path(config.data)
+def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list[str],
+                index: dict[str, int]) -> dict[str, Examples]:
+    """The sets of the training or of the test tasks, their tokens from the cache where it has them."""
+    folder = Path(config.data) / "tasks"
     if not tasks:
-        raise ValueError(f"{root / 'tasks'}: no task of splits/{config.splits}/{kind}_tasks.txt; complete it")
-    paths = [_task_path(root.resolve(), task) for task in tasks]
-
-    def make() -> dict:
-        encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
-        done = _map_tasks(encode, paths)
-        rows = [(row[0], i, *row[1:]) for i, task in enumerate(done) for row in task.rows]
-        content = {"tasks": tasks, "categories": [task.category for task in done],
-                   "digest": hashlib.sha256("".join(task.digest for task in done).encode()).hexdigest()[:16],
-                   "copies": sum(task.copies for task in done), "alike": sum(task.alike for task in done),
-                   "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
-        for name in ("sources", "targets"):
-            parts = [ids for task in done for ids in getattr(task, name)]
-            content[name] = torch.from_numpy(np.concatenate(parts))
-            content[f"{name}_at"] = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        return content
-
+        raise ValueError(f"{folder}: no task of splits/{config.splits}/{kind}_tasks.txt; complete it")
+    paths = [folder.resolve() / f"{task}.json" for task in tasks]
     options = {name: value for name, value in vars(config).items() if name not in WHERE}
-    content = cached(config.cache, ["examples", kind, options, tokenizer.fingerprint], paths, make)
-    if content["copies"]:
-        warn(f"{root / 'tasks'}: {content['copies']} instances repeat another of their task; none is on two "
-             "sides of train, dev and seen")
-    if content["alike"]:
-        warn(f"--max-source-length {config.max_source_length}: cuts {content['alike']} sources to what "
-             f"another of their task is cut to (of the {kind} tasks); give more tokens")
-    return content | {"rows": json.loads(content["rows"].numpy().tobytes())}
+    made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths,
+                  lambda: _encode_tasks(paths, kind, tokenizer, config))
+    if made["copies"]:
+        runtime.warn(f"{folder}: {made['copies']} instances repeat another of their task; none is on two "
+                     "sides of train, dev and seen")
+    if made["alike"]:
+        runtime.warn(f"--max-source-length {config.max_source_length}: cuts {made['alike']} sources of the "
+                     f"{kind} tasks to what another of their task is cut to; give more tokens")
+    sources, targets = (iter(np.split(made[name].numpy(), made[f"{name}_at"]))
+                        for name in ("source", "target"))
+    examples: dict[str, list[Example]] = {name: [] for name in (SETS[3:] if kind == "test" else SETS[:3])}
+    for name, task, place, own_id, references in json.loads(made["rows"].numpy().tobytes()):
+        examples[name].append(Example(
+            own_id, tasks[task], made["categories"][task], next(sources), [next(targets) for _ in references],
+            references, index.get(tasks[task], -1), place))
+    return {name: Examples(rows, tasks, made["digest"]) for name, rows in examples.items()}
 
 
-class _Encoded(NamedTuple):
-    """The instances kept of one task file."""
+def _encode_tasks(paths: list[Path], kind: str, tokenizer: Tokenizer, config: DataConfig) -> dict:
+    """What the cache keeps of these tasks: all ids in one row each, the texts as JSON."""
+    encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
+    digests, categories, copies, alike, rows, sources, targets = zip(*_map_tasks(encode, paths), strict=True)
+    rows = [(name, task, *row) for task, of_task in enumerate(rows) for name, *row in of_task]
+    made = {"digest": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
+            "categories": list(categories), "copies": sum(copies), "alike": sum(alike),
+            "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
+    for name, parts in (("source", list(chain(*sources))), ("target", list(chain(*targets)))):
+        made[name] = torch.from_numpy(np.concatenate(parts))
+        made[f"{name}_at"] = torch.tensor([len(part) for part in parts]).cumsum(0)[:-1]
+    return made
 
-    digest: str  # of the whole file
-    category: str
-    rows: list[tuple[str, int, str, list[str]]]  # set, place, id, references
-    sources: list[np.ndarray]
-    targets: list[np.ndarray]  # of all references, in this order
-    copies: int  # instances that repeat another
-    alike: int  # sources that their cut made equal to another
 
-
-def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig) -> _Encoded:
+def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig) -> tuple:
+    """Of a task file: its digest, its category, how many instances repeat another, how many sources are
+    another's by their cut; of the instances kept (set, place, id, references), sources and all targets."""
     task = read_task(path)
-    contents = [(instance["input"], *instance["output"]) for instance in task["instances"]]
+    instances = task["instances"]
+    contents = [(instance["input"], *instance["output"]) for instance in instances]
     sets, copies = {"test": range(min(len(contents), 100))}, 0
     if kind == "train":
         sets = dict(zip(SETS, split_instances(contents, path.stem, config.train_instances), strict=False))
         copies = len(contents) - len(set(contents))
-    rows, prompts = [], []
-    for name, places in sets.items():
-        for place in places:
-            instance = task["instances"][place]
-            rows.append((name, place, instance["id"], instance["output"]))
-            prompts.append(_prompt(task, instance, tokenizer, config))
-    cut = {(task["instances"][row[1]]["input"], prompt)  # a whole prompt ends as the encoding does
-           for row, prompt in zip(rows, prompts, strict=True) if not prompt.endswith("Output: ")}
-    outputs = [reference for row in rows for reference in row[-1]]
-    return _Encoded(hashlib.sha256(path.read_bytes()).hexdigest(), task["category"], rows,
-                    [_cut(tokenizer.source(prompt), config.max_source_length) for prompt in prompts],
-                    [_cut(tokenizer.target(output), config.max_target_length) for output in outputs],
-                    copies, len(cut) - len({prompt for _, prompt in cut}))
+    rows = [(name, i, instances[i]["id"], instances[i]["output"]) for name in sets for i in sets[name]]
+    prompts = [_prompt(task, instances[row[1]], tokenizer, config) for row in rows]
+    cut = {(instances[row[1]]["input"], prompt) for row, prompt in zip(rows, prompts, strict=True)
+           if not prompt.endswith("Output: ")}  # as every whole prompt does
+    alike = len(cut) - len({prompt for _, prompt in cut})
+    sources = [_cut(tokenizer.source(prompt), config.max_source_length) for prompt in prompts]
+    targets = [_cut(tokenizer.target(text), config.max_target_length) for row in rows for text in row[-1]]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest, task["category"], copies, alike, rows, sources, targets
 
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
@@ -417,14 +388,14 @@ def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) 
 def _map_tasks(function: Callable[[Path], Any], paths: list[Path]) -> list:
     """[function(path), ...], in worker processes where the files are large enough and a pool can be had."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bar = functools.partial(progress, desc="tokenising", total=len(paths), unit="task")
+    bar = functools.partial(runtime.progress, desc="tokenising", total=len(paths), unit="task")
     if cores > 1 and sum(path.stat().st_size for path in paths) > POOL_BYTES:
         try:  # spawned: a fork of a process in which torch has started threads can hang
             spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(cores, 32), spawn, end_with_parent) as pool:
+            with ProcessPoolExecutor(min(cores, 32), spawn, runtime.end_with_parent) as pool:
                 return list(bar(pool.map(function, paths, chunksize=4)))
         except (BrokenExecutor, OSError, ImportError, pickle.PicklingError) as error:
-            warn(f"worker processes failed ({type(error).__name__}); tokenising in this one")
+            runtime.warn(f"worker processes failed ({type(error).__name__}); tokenising in this one")
     return [function(path) for path in bar(paths)]
 
 

@@ -369,7 +369,7 @@ def test_sources_that_a_cut_makes_equal_are_counted(config, repository, tokenize
         assert len({tuple(e.source_ids) for examples in sets.values() for e in examples}) == 1
     kept = sum(map(len, sets.values()))
     warning, = capsys.readouterr().err.splitlines()
-    assert f"--max-source-length 12: cuts {kept - 3} sources to what another of their task" in warning
+    assert f"--max-source-length 12: cuts {kept - 3} sources of the train tasks to what another" in warning
     load_sets(config, tokenizer)
     assert not capsys.readouterr().err
 
