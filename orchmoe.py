@@ -1,7 +1,6 @@
 """OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
 reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
-(arXiv 2401.10559), as read here: docs/paper.md grades what is stated, secondary, inferred and chosen.
-Python >= 3.10, torch >= 2.6, MIT licence.
+(arXiv 2401.10559); docs/paper.md grades what is stated, secondary, inferred and chosen. MIT licence.
 
     x_hat = mean_L(softmax(X X^T / sqrt D) X + X)              (B,D)      TaskRouter.features
     w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
@@ -30,7 +29,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 Mix = Callable[..., Tensor]  # mix_skills, or a function of its signature
 ALL = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "down")  # the target `all`
@@ -54,22 +53,19 @@ class OrchMoEConfig:
     gumbel: bool = False  # relaxed Bernoulli noise on Z in training
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "skills", "rank"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
-        if not self.targets or isinstance(self.targets, str):
-            raise ValueError(f"targets: name at least one Linear, in a tuple, not {self.targets!r}")
-        for name, choices in (("router", ("sample", "token", "none")), ("router_norm", ("softmax", "none")),
-                              ("router_init", ("kmeans", "normal"))):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha: {self.alpha} must be a number above 0")
-        if not 0 <= self.allocation_std < math.inf:
-            raise ValueError(f"allocation_std: {self.allocation_std} must be a number from 0")
-        if not 0 <= self.router_dropout <= 1 or self.router_dropout and self.router != "sample":
-            raise ValueError(f"router_dropout: {self.router_dropout} must be a share from 0 to 1, and of the "
-                             "sample router")
+        alpha, share = 1 if self.alpha is None else self.alpha, self.router_dropout
+        for name, good, what in (
+                ("tasks", self.tasks >= 1, "1 or more"), ("skills", self.skills >= 1, "1 or more"),
+                ("rank", self.rank >= 1, "1 or more"), ("alpha", 0 < alpha < math.inf, "a number above 0"),
+                ("targets", self.targets and not isinstance(self.targets, str), "a tuple of names"),
+                ("router", self.router in ("sample", "token", "none"), "sample, token or none"),
+                ("router_norm", self.router_norm in ("softmax", "none"), "softmax or none"),
+                ("router_init", self.router_init in ("kmeans", "normal"), "kmeans or normal"),
+                ("router_dropout", share == 0 or 0 < share <= 1 and self.router == "sample",
+                 "a share from 0 to 1, of the sample router"),
+                ("allocation_std", 0 <= self.allocation_std < math.inf, "a number from 0")):
+            if not good:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be {what}")
 
 
 class Routing(NamedTuple):
@@ -85,10 +81,10 @@ class Routing(NamedTuple):
 
 
 class TaskRouter(nn.Module):
-    """Weights of K abstract tasks for each source sample; computed in its own float32 whatever the base's
-    dtype. Its parameters are W_task (K,D) and b (K): the attention has none."""
+    """Weights of K abstract tasks for each source sample, in float32 whatever the base's dtype. Trains W_task
+    (K,D) and b (K): the attention has no parameters."""
 
-    def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
+    def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
         super().__init__()
         self.config = config
         self.task = nn.Parameter(_normal((config.tasks, width), 0.02, generator))
@@ -99,9 +95,8 @@ class TaskRouter(nn.Module):
     def features(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
         if embeddings.dim() != 3 or embeddings.shape[-1] != len(self.mu):
-            raise ValueError(f"embeddings: (B,L,D) of the source with D = {len(self.mu)}, not "
-                             f"{tuple(embeddings.shape)}; token ids must be embedded first, and another D is "
-                             "given by attach(..., width=D)")
+            raise ValueError(f"embeddings: (B,L,D) of the source with D = {len(self.mu)} (token ids must be "
+                             f"embedded; attach(..., width=D) for another), not {tuple(embeddings.shape)}")
         if mask is not None and mask.shape != embeddings.shape[:2]:
             raise ValueError(f"mask: (B,L) = {tuple(embeddings.shape[:2])}, not {tuple(mask.shape)}")
         with _without_autocast(embeddings):
@@ -124,10 +119,9 @@ class TaskRouter(nn.Module):
         return logits.softmax(-1) if self.config.router_norm == "softmax" else logits
 
     @torch.no_grad()
-    def fit(self, features: Tensor, generator: torch.Generator | None = None) -> None:
+    def fit(self, features: Tensor, generator: Generator | None = None) -> None:
         """Sets mu, sd and, with router_init kmeans, W_task from x_hat (M,D) of M training sources, without
-        any label: rows along the centres of a spherical k-means, as long as makes the mean entropy of w a
-        third of ln K."""
+        labels: centres of a spherical k-means, as long as makes the mean entropy of w a third of ln K."""
         self.mu.copy_(features.mean(0))
         sd = features.std(0, correction=0)
         # A feature that is constant here and alive later would be divided by nothing, and alone decide w.
@@ -136,14 +130,12 @@ class TaskRouter(nn.Module):
             return
         x_hat = (features - self.mu) / self.sd
         logits = x_hat @ (centres := spherical_kmeans(x_hat, self.config.tasks, generator)).T  # (M,K)
-        if self.config.router_norm == "none":
-            length = 1 / self.config.tasks / logits.std().clamp(min=1e-6)
-        else:
-            length = _length_for_entropy(logits, math.log(self.config.tasks) / 3)
-        self.task.copy_(length * centres)
+        softmax, K = self.config.router_norm == "softmax", self.config.tasks
+        self.task.copy_(centres * (_length_for_entropy(logits, math.log(K) / 3) if softmax
+                                   else 1 / K / logits.std().clamp(min=1e-6)))
 
 
-def spherical_kmeans(points: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None) -> Tensor:
     """Unit centres (k,D) at a local maximum of the sum over points (M,D) of the cosine to the nearest;
     k-means++ start."""
     points = F.normalize(points, dim=-1)
@@ -163,8 +155,7 @@ def spherical_kmeans(points: Tensor, k: int, generator: torch.Generator | None =
 
 
 def _length_for_entropy(logits: Tensor, target: float) -> float:
-    """Factor on `logits` (M,K) that makes the mean entropy of their softmax `target` nats, by bisection of
-    its logarithm."""
+    """Factor on `logits` (M,K) that makes the mean entropy of their softmax `target` nats, by bisection."""
     low, high = -12.0, 12.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -177,7 +168,7 @@ def _bias_start(config: OrchMoEConfig) -> float:
     return 0.0 if config.router_norm == "softmax" else 1 / config.tasks
 
 
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
+def _normal(shape: tuple[int, ...], std: float, generator: Generator | None) -> Tensor:
     return torch.empty(shape).normal_(0, std, generator=generator)  # on the CPU: no device changes the start
 
 
@@ -187,13 +178,12 @@ def _without_autocast(x: Tensor) -> torch.autocast:
 
 
 def _at_least_float32(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function of a Module._apply, which moves and casts; what it would round below float32 only moves.
-    """
-    def apply(tensor: Tensor) -> Tensor:
+    """The function of a Module._apply, .to(dtype) say; what it would round below float32 it only moves."""
+    def wide(tensor: Tensor) -> Tensor:
         done = function(tensor)
         return tensor.to(done.device) if done.dtype in (torch.bfloat16, torch.float16) else done
 
-    return apply
+    return wide
 
 
 # ------------------------------------------------------------------------------------------------- the skills
@@ -215,17 +205,14 @@ def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight:
 
 
 class SkillLinear(nn.Linear):
-    """A Linear of the base that has been given S skills of rank R. It stays the object it was: its weight,
-    hooks, parametrisation and names; only its class becomes this one, in front of its own."""
+    """A Linear of the base with S skills of rank R. It is the very object, with its weight, hooks and names:
+    only its class becomes this one, in front of its own."""
 
     skill_base: type = nn.Linear  # the class before
 
-    def skill_start(self, skills: int, rank: int, alpha: float, mix: Mix,
-                    generator: torch.Generator | None) -> None:
-        weight = self.weight
-        # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself is U(-1/sqrt D, 1/sqrt D); float32 over a
-        # bf16 base
-        bound = 1 / math.sqrt(self.in_features)
+    def skill_start(self, skills: int, rank: int, alpha: float, mix: Mix, generator: Generator | None) -> None:
+        weight, bound = self.weight, 1 / math.sqrt(self.in_features)
+        # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself; float32 over a bf16 base
         A = torch.empty(skills, rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.skill_A = nn.Parameter(A.to(weight.device))
         self.skill_B = nn.Parameter(torch.zeros(skills, rank, self.out_features, device=weight.device))
@@ -239,10 +226,9 @@ class SkillLinear(nn.Linear):
         self.skill_shared, self.skill_beams, self.skill_visited = False, 1, False
 
     def skill_token_router(self, tasks: int, norm: str, bias_start: float | None,
-                           generator: torch.Generator | None = None) -> None:
+                           generator: Generator | None = None) -> None:
         """Gives this Linear a router of its own, w = softmax(W_task x + b) (B,L,K); without b where None."""
-        device = self.weight.device
-        self.skill_norm = norm
+        device, self.skill_norm = self.weight.device, norm
         self.skill_task = nn.Parameter(_normal((tasks, self.in_features), 0.02, generator).to(device))
         if bias_start is not None:
             self.skill_bias = nn.Parameter(torch.full((tasks,), bias_start, device=device))
@@ -261,8 +247,7 @@ class SkillLinear(nn.Linear):
         return y + self.skill_mix(*skills).view_as(y).to(y.dtype)
 
     def _skill_weights(self, x: Tensor) -> Tensor:
-        """c for x (B,L,D): (B,S) or (1,S) as handed over, repeated for beams, or (B,L,S) from the token
-        router."""
+        """c for x (B,L,D): (B,S) or (1,S) as handed over, or (B,L,S) from the token router."""
         routing = self.skill_routing
         if routing is None:
             raise RuntimeError("a Linear with skills was called outside `with adapters.routed(...)`")
@@ -279,16 +264,13 @@ class SkillLinear(nn.Linear):
             return w @ routing.to(x.device)  # (B,L,S)
 
     def skill_folded(self, c: Tensor) -> nn.Parameter:
-        """The weight (O,D) with the skills of c (1,S) in it: what they make of the rows of I is their matrix,
-        however they are mixed."""
+        """The weight (O,D) with the skills of c (1,S): what they make of the rows of I is their matrix."""
         eye = torch.eye(self.in_features, dtype=self.skill_A.dtype, device=self.skill_A.device).unsqueeze(0)
         update = self.skill_mix(eye, self.skill_A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
         return nn.Parameter((self.weight + update).to(self.weight.dtype), requires_grad=False)
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        """.to(dtype) and the like: of the base's own tensors; the skills stay float32."""
-        skills = {id(t) for p in self.skill_parameters().values() for t in (p, p.grad)}
-        wide = _at_least_float32(function)
+        skills, wide = set(map(id, self.skill_parameters().values())), _at_least_float32(function)
         return super()._apply(lambda t: wide(t) if id(t) in skills else function(t), recurse)
 
     def __reduce_ex__(self, protocol: int):  # pickle and deepcopy: the class has no name to be found by
@@ -311,8 +293,8 @@ _CLAIM = threading.Lock()  # look and take are one step: the second of two threa
 
 
 class Adapters(nn.Module):
-    """The one door through which the adapted Linears get their weights of skills. A method says in `route`
-    what these are."""
+    """The one door through which the adapted Linears get their weights of skills, and the verbs. A method
+    says in `route` what these weights are."""
 
     noise_shape: tuple[int, ...] | None = None  # of one sample's noise, where training wants noise
     router_dropout = 0.0  # share of the samples that training routes by w = 1/K
@@ -330,15 +312,12 @@ class Adapters(nn.Module):
         """x as it is: an nn.Sequential calls whatever is registered on it, its adapters too."""
         return x
 
-    def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
-              task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
-              w: Tensor | None = None) -> Routing:
+    def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, **options) -> Routing:
         """What all Linears need for one batch; arguments as for `routed`."""
         raise NotImplementedError
 
-    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
-                   generator: torch.Generator | None = None) -> None:
-        """Prepares a router that starts from training sources; most methods have none."""
+    def fit_router(self, *_args, **_kwargs) -> None:
+        """Prepares a router that starts from training sources; most methods have none to prepare."""
 
     @contextmanager
     def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
@@ -352,13 +331,13 @@ class Adapters(nn.Module):
         embeddings (B,L,D) of the SOURCE; mask (B,L), 1 or true at tokens and 0 at padding: neither PyTorch's
         key_padding_mask, which is the reverse, nor an additive one. noise u (B,N,K,S) for gumbel and drop
         (B,), true where w is to be 1/K, for router_dropout, both drawn here if left out; w (K,) or (B,K)
-        fixes the routing; beams: rows a sample may have instead of one. RuntimeError inside another."""
+        fixes the routing; beams: rows a sample may have instead of one. RuntimeError inside another verb."""
         with self._claimed("routed()"):
             trains = torch.is_grad_enabled()
             try:
-                routing = self.route(embeddings, mask, task_ids=task_ids, noise=noise, drop=drop, w=w)
-                self._hand_out(routing, beams)
-                yield routing
+                self._hand_out(self.route(embeddings, mask, task_ids=task_ids, noise=noise, drop=drop, w=w),
+                               beams)
+                yield self._routing
                 self._report_unvisited(trains)
             finally:
                 self._routing = None
@@ -367,34 +346,24 @@ class Adapters(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the base as it was before attach, to the bit. RuntimeError inside `routed`."""
-        with self._claimed("disabled()"), self._bare():
+        """Inside, the base as it was before attach, to the bit. RuntimeError inside another verb."""
+        with self._claimed("disabled()"), self._own_classes({}):
             yield
 
     @contextmanager
-    def folded(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-               task_ids: Tensor | None = None) -> Iterator[None]:
-        """Inside, the skills of ONE routing are in the weights (O,D), W0 + scale * sum_s (c_s B_s A_s)^T, so
-        that the model runs at the base's speed, for any number of rows; leaving puts the very weights of
-        before back. The routing is that of w (K,), or of one sample: embeddings (1,L,D) and mask (1,L), or
-        task_ids (1,). ValueError for more samples, for noise, for routers of tokens and for Linears that
-        compute with more than a weight; RuntimeError inside `routed`."""
-        with self._claimed("folded()"):
-            folded = self._folded(w, embeddings, mask, task_ids)
-            before = [linear.weight for linear in self.linears.values()]
-            with self._bare():
-                try:
-                    self._set_weights(folded)
-                    yield
-                finally:
-                    self._set_weights(before)
+    def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
+        """Inside, the skills of ONE routing are in the weights, W0 + scale * sum_s c_s B_s A_s (O,D), so that
+        any number of rows runs at the base's speed; leaving puts the very weights of before back. The routing
+        is that of w (K,), or of one sample: embeddings= (1,L,D) and mask= (1,L), or task_ids= (1,).
+        ValueError for more samples, noise, and where `unfoldable` says why; RuntimeError inside another."""
+        with self._claimed("folded()"), self._own_classes(self._folded_weights(w, routing)):
+            yield
 
-    def merge(self, w: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-              task_ids: Tensor | None = None) -> None:
-        """`folded` for good, to be served without this code: the module of before with other weights. A tied
-        weight gets a value of its own."""
+    def merge(self, w: Tensor | None = None, **routing: Tensor | None) -> None:
+        """`folded` for good, to be served without this code; tied weights are no longer tied."""
         with self._claimed("merge()"):
-            self._set_weights(self._folded(w, embeddings, mask, task_ids))
+            for linear, weight in self._folded_weights(w, routing).items():
+                linear.weight = weight
             self._leave()
 
     def detach(self) -> None:
@@ -426,42 +395,34 @@ class Adapters(nn.Module):
             self._open = ""
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
-        """The adapted Linears under their own classes: nothing of ours runs, and nothing takes time."""
-        self._require_own_classes()
+    def _own_classes(self, weights: dict[SkillLinear, nn.Parameter]) -> Iterator[None]:
+        """The adapted Linears under the classes they had, with these weights: nothing of ours takes time."""
+        before = [(linear, type(linear), linear.weight) for linear in self.linears.values()]
         try:
-            for linear in self.linears.values():
+            for linear, _, _ in before:
                 linear.__class__ = linear.skill_base
+            for linear, weight in weights.items():
+                linear.weight = weight
             yield
         finally:
-            for linear in self.linears.values():
-                linear.__class__ = _with_skills(type(linear))
-
-    def _require_own_classes(self) -> None:
-        for name, linear in self.linears.items():
-            if type(linear) is not _with_skills(linear.skill_base):  # say, parametrised since
-                raise ValueError(f"{name}: became a {type(linear).__name__} after attach; undo that first")
+            for linear, adapted, weight in before:
+                linear.__class__ = adapted
+                if linear in weights:
+                    linear.weight = weight
 
     @torch.no_grad()
-    def _folded(self, w: Tensor | None, embeddings: Tensor | None, mask: Tensor | None,
-                task_ids: Tensor | None) -> list[nn.Parameter]:
-        """The weights of all Linears with the skills of one routing in them."""
+    def _folded_weights(self, w: Tensor | None, routing: dict) -> dict[SkillLinear, nn.Parameter]:
         if reason := self.unfoldable():
-            raise ValueError(f"{self._open.rstrip('()')}: {reason}")
-        self._require_own_classes()
+            raise ValueError(f"{self._open}: {reason}")
         if self.training and (self.noise_shape or self.router_dropout):
-            raise ValueError("training draws noise, and one routing has none; call .eval() first")
-        c = self.route(embeddings, mask, task_ids=task_ids, w=w).c
+            raise ValueError(f"{self._open}: training draws noise; call .eval() first")
+        c = self.route(w=w, **routing).c
         if c.shape[1] != 1:
-            raise ValueError(f"give one sample or one w (K,), not {c.shape[1]}")
-        return [linear.skill_folded(part) for linear, part in zip(self.linears.values(), c, strict=True)]
-
-    def _set_weights(self, weights: Sequence[nn.Parameter]) -> None:
-        for linear, weight in zip(self.linears.values(), weights, strict=True):
-            linear.weight = weight
+            raise ValueError(f"{self._open}: give one sample or one w (K,), not {c.shape[1]}")
+        return {linear: linear.skill_folded(part)
+                for linear, part in zip(self.linears.values(), c, strict=True)}
 
     def _leave(self) -> None:
-        self._require_own_classes()
         for linear in self.linears.values():
             linear.__class__ = linear.skill_base
             for name in [*linear._parameters, *vars(linear)]:
@@ -474,52 +435,44 @@ class Adapters(nn.Module):
         self.linears = {}
 
     def _hand_out(self, routing: Routing, beams: int) -> None:
-        """Gives each Linear its slice: a tensor attribute, which torch.compile takes as an input and not as a
-        constant."""
+        """Each Linear's slice: a tensor attribute is an input to torch.compile, and not a constant."""
         self._routing = routing
         parts = routing.allocation.unbind(1) if routing.c is None else routing.c.unbind(0)
         for linear, part in zip(self.linears.values(), parts, strict=True):
             linear.skill_routing, linear.skill_shared, linear.skill_beams = part, routing.shared, beams
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all but the given rows (positions among the current samples) from here on: for on_keep of a
-        Backbone's generate. Without effect in `folded`, where all rows are routed alike."""
+        """Drops all but the given rows (positions among the current samples) from here on: the on_keep of a
+        Backbone's generate. In `folded` all rows are routed alike, and nothing is dropped."""
         if self._open == "folded()":
             return
-        routing = self.routing()
-        if any(linear.skill_beams > 1 for linear in self.linears.values()):
-            raise ValueError("keep() counts samples, and with beams a sample has several rows")
-        if not routing.shared:  # c or, for the token router with noise, the allocation has a row a sample
-            w, allocation = routing.w, routing.allocation
-            allocation = allocation if allocation is None or len(allocation) == 1 else allocation[rows]
-            w = w if w is None or w.dim() == 1 else w[rows]
-            c = None if routing.c is None else routing.c[:, rows]
-            self._hand_out(Routing(w, allocation, c, False), 1)
+        for linear in () if self.routing().shared else self.linears.values():
+            if linear.skill_beams > 1:
+                raise ValueError("keep() counts samples, and with beams a sample has several rows")
+            if len(linear.skill_routing) > 1:  # else one allocation, of the token router
+                linear.skill_routing = linear.skill_routing[rows]
 
     def routing(self) -> Routing:
-        """w, Zhat and c of the batch being routed; RuntimeError outside `routed`."""
+        """w, Zhat and c of the batch being routed, as it came; RuntimeError outside `routed`."""
         if self._routing is None:
             raise RuntimeError("no batch is being routed; call inside `with adapters.routed(...)`")
         return self._routing
 
     def _report_unvisited(self, trains: bool) -> None:
-        """After the first routed batch: Linears whose owner computes with their weights itself (say, a fused
-        kernel) would silently stay unadapted."""
+        """Linears whose owner computes with their weights itself would silently stay unadapted."""
         unvisited = [name for name, linear in self.linears.items() if not linear.skill_visited]
         if self._reported or (len(unvisited) == len(self.linears) and not trains):  # said, or no forward yet
             return
         self._reported = True
         if unvisited:
-            dots = ", ..." if len(unvisited) > 3 else ""
+            few = ", ".join(unvisited[:3]) + ", ..." * (len(unvisited) > 3)
             warnings.warn(f"{len(unvisited)} of {len(self.linears)} adapted Linears were not called in the "
-                          f"first routed batch, so their skills cannot train: {', '.join(unvisited[:3])}"
-                          f"{dots}", stacklevel=4)
+                          f"first routed batch, so their skills cannot train: {few}", stacklevel=4)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by kind, each with a learning rate of its own: the skills, the router of the
-        sample (on standardised features), the routers of tokens (on raw ones), the allocation."""
-        groups: dict[str, list[nn.Parameter]] = {"skills": [], "router": [], "token_router": [],
-                                                 "allocation": []}
+        """What trains, by kind, each with a learning rate of its own: skills; the router of samples, on
+        standardised features; the routers of tokens, on raw ones; allocation."""
+        groups = {kind: [] for kind in ("skills", "router", "token_router", "allocation")}
         for name, parameter in self.named_parameters():
             groups["allocation" if name.startswith("allocation") else "router"].append(parameter)
         for linear in self.linears.values():
@@ -529,43 +482,37 @@ class Adapters(nn.Module):
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
         """Everything that training changes and nothing of the base: router, Z, and the skills under their
-        Linears' names. Inside the base's own state_dict (destination given) router and Z only, since the
-        Linears are the base's there."""
+        Linears' names; inside the base's own state_dict (destination given) router and Z only."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if destination is None:
-            for owner, linear in self.linears.items():
-                state |= {f"{owner}.{name}": parameter if keep_vars else parameter.detach()
-                          for name, parameter in linear.skill_parameters().items()}
+        for owner, linear in self.linears.items() if destination is None else ():
+            state |= {f"{owner}.{name}": parameter if keep_vars else parameter.detach()
+                      for name, parameter in linear.skill_parameters().items()}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copies what `state_dict` gave into place. ValueError naming the first difference of names or
-        shapes; strict=False lets names differ, never shapes. A whole model's state goes into the model."""
+        shapes, before anything is changed; strict=False lets names differ, never shapes."""
         own = self.state_dict(keep_vars=True)
-        odd = sorted(own.keys() ^ state.keys())
-        if odd and strict:
-            kind = "missing" if odd[0] in own else "unknown"
-            whole = any(name.startswith("skill_adapters.") for name in state)
-            hint = "; a whole model's state goes into model.load_state_dict" if whole else ""
-            raise ValueError(f"adapter state: {odd[0]} is {kind} ({len(odd)} names differ){hint}")
-        common = sorted(own.keys() & state.keys())
-        for name in common:  # all checks before the first copy: a refused state changes nothing
-            if (given := tuple(state[name].shape)) != (wanted := tuple(own[name].shape)):
-                raise ValueError(f"adapter state: {name} is {given}, not {wanted}")
-        for name in common:
-            own[name].copy_(state[name])
+        if strict and (odd := sorted(own.keys() ^ state.keys())):
+            raise ValueError(f"adapter state: {odd[0]} is {'missing' if odd[0] in own else 'unknown'} "
+                             f"({len(odd)} names differ; a whole model's goes into model.load_state_dict)")
+        pairs = {name: (own[name], state[name]) for name in sorted(own.keys() & state.keys())}
+        for name, (to, given) in pairs.items():
+            if given.shape != to.shape:
+                raise ValueError(f"adapter state: {name} is {tuple(given.shape)}, not {tuple(to.shape)}")
+        for to, given in pairs.values():
+            to.copy_(given)
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        """.to(dtype) of the base moves router, mu, sd and Z and leaves them float32."""
-        return super()._apply(_at_least_float32(function), recurse)
+        return super()._apply(_at_least_float32(function), recurse)  # router, mu, sd, Z stay float32
 
 
 class OrchMoE(Adapters):
     """Task Router and allocation matrices Z (N,K,S) of all adapted Linears."""
 
     def __init__(self, linears: dict[str, SkillLinear], config: OrchMoEConfig, width: int,
-                 generator: torch.Generator | None = None):
+                 generator: Generator | None = None):
         super().__init__(linears)
         self.config, self.router_dropout = config, config.router_dropout
         device = next(iter(linears.values())).weight.device
@@ -579,18 +526,22 @@ class OrchMoE(Adapters):
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
         """Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli of
-        temperature 1 (Maddison et al. 2017), each row divided by its sum. softmax of logsigmoid is
-        sigmoid(z) / sum sigmoid(z), without an epsilon."""
+        temperature 1 (Maddison et al. 2017), each row divided by its sum."""
         Z = self.allocation.unsqueeze(0)
         if noise is not None:
             Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
-        return F.logsigmoid(Z).softmax(-1)
+        return F.logsigmoid(Z).softmax(-1)  # sigmoid(z) / sum sigmoid(z), without an epsilon
 
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
               task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
               w: Tensor | None = None) -> Routing:
         """w, Zhat and c of all Linears at once. task_ids are not used: OrchMoE needs none."""
-        noise = self._noise(embeddings, noise)
+        if embeddings is None and noise is None and self.training and self.noise_shape:
+            raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings to know B")
+        if not (self.training and self.noise_shape):
+            noise = None
+        elif noise is None:
+            noise = torch.rand(len(embeddings), *self.noise_shape)
         allocation = self.allocation_weights(noise)
         if w is None and self.config.router == "token":
             return Routing(None, allocation, None, noise is None)
@@ -613,19 +564,9 @@ class OrchMoE(Adapters):
             w = torch.where(drop.to(w.device).unsqueeze(1), 1 / self.config.tasks, w)
         return w
 
-    def _noise(self, embeddings: Tensor | None, noise: Tensor | None) -> Tensor | None:
-        """u (B,N,K,S) for this batch, or None where the allocation is not relaxed: no gumbel, or not
-        training."""
-        if not (self.config.gumbel and self.training):
-            return None
-        if noise is None and embeddings is None:
-            raise ValueError("noise: with gumbel, training needs noise (B,N,K,S), or embeddings to know B, "
-                             "with a token router too")
-        return torch.rand(len(embeddings), *self.allocation.shape) if noise is None else noise
-
     @torch.no_grad()
     def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
-                   generator: torch.Generator | None = None) -> None:
+                   generator: Generator | None = None) -> None:
         """Once, before training: mu, sd and the k-means start of the sample router from batches of training
         sources, embeddings (B,L,D) and, in the same order, masks (B,L); without masks there is no padding.
         One pass, no labels; other routers need none. ValueError for fewer sources than K, or than 2."""
@@ -645,15 +586,14 @@ class OrchMoE(Adapters):
 
 
 def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *, width: int | None = None,
-           generator: torch.Generator | None = None) -> Adapters:
+           generator: Generator | None = None) -> Adapters:
     """Freezes `module`, gives skills to its Linears named in config.targets, where they stand, and registers
     the router as `module.skill_adapters`. Base key names survive; every new name carries `skill_`. Inputs
     must be batch-first. A head of your own that is to train gets its requires_grad_() after.
 
     mix: mix_skills, or kernels.mix_skills. width: D of what `routed` gets, where the first nn.Embedding is
-    another. generator: of the initial values, on the CPU. ValueError where nothing matches, where adapters
-    are there already, and for owners or Linears whose own forward would go round the skills: the module is
-    then as before."""
+    another. generator: of the initial values. ValueError where nothing matches, where adapters are already,
+    and for Linears that would go round their skills: the module is then as before."""
     found = target_linears(module, config.targets)
     width = router_width(module) if width is None else width
     linears = add_skills(found, [config.rank] * len(found), config, mix, generator)
@@ -675,22 +615,19 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
     for owner, path, child in children:
         if isinstance(child, SkillLinear):
             raise ValueError(f"module: {path} has skills already; detach() them, or attach to a fresh copy")
-        if path.rpartition(".")[2] not in names:
-            continue
-        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            raise ValueError(f"targets: {path} in a {type(owner).__name__} would bypass its skills; only a "
-                             "Linear that its owner calls can be adapted")
-        if "forward" in vars(child):
-            raise ValueError(f"targets: {path} has a forward of its instance, as accelerate gives, which "
-                             "would bypass its skills; remove it before attach")
-        found.setdefault(child, path)  # a Linear in two places is one, under its first name
+        if path.rpartition(".")[2] in names:
+            if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                raise ValueError(f"targets: {path}: a {type(owner).__name__} would bypass its skills")
+            if "forward" in vars(child):
+                raise ValueError(f"targets: {path} has a forward of its instance, as accelerate gives, which "
+                                 "would bypass its skills; remove it before attach")
+            found.setdefault(child, path)  # a Linear in two places is one, under its first name
     return {path: child for child, path in found.items()}
 
 
 def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: OrchMoEConfig, mix: Mix,
-               generator: torch.Generator | None, *, skills: int | None = None) -> dict[str, SkillLinear]:
-    """Gives each Linear S skills of its rank, scaled by alpha / rank: the ranks of one skill, weighted by c,
-    or for LoRA, the one skill, all of S R."""
+               generator: Generator | None, *, skills: int | None = None) -> dict[str, SkillLinear]:
+    """Gives each Linear S skills of its rank, scaled by alpha / rank; LoRA is one skill of rank S R."""
     alpha = config.rank if config.alpha is None else config.alpha
     for linear, rank in zip(linears.values(), ranks, strict=True):
         linear.__class__ = _with_skills(type(linear))
@@ -709,8 +646,6 @@ def register(module: nn.Module, adapters: Adapters) -> Adapters:
 
 
 def router_width(module: nn.Module) -> int:
-    """D of the embeddings that `routed` gets: that of the first nn.Embedding, without one that of the first
-    Linear."""
-    if embeddings := [m for m in module.modules() if isinstance(m, nn.Embedding)]:
-        return embeddings[0].embedding_dim
-    return next(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
+    """D of the embeddings that `routed` gets: of the first nn.Embedding, without one of the first Linear."""
+    embeddings = [m.embedding_dim for m in module.modules() if isinstance(m, nn.Embedding)]
+    return [*embeddings, *(m.in_features for m in module.modules() if isinstance(m, nn.Linear))][0]
