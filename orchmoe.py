@@ -210,7 +210,7 @@ class SkillLinear(nn.Linear):
 
     skill_base: type = nn.Linear  # the class before
 
-    def skill_start(self, skills: int, rank: int, alpha: float, mix: Mix, generator: Generator | None) -> None:
+    def skill_start(self, skills: int, rank: int, alpha: float, mix: Mix, generator: Generator | None):
         weight, bound = self.weight, 1 / math.sqrt(self.in_features)
         # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself; float32 over a bf16 base
         A = torch.empty(skills, rank, self.in_features).uniform_(-bound, bound, generator=generator)
