@@ -15,6 +15,7 @@ LEVEL = {
     "kernels": 0,
     "model": 0,
     "t5": 1,
+    "llama": 1,
     "metrics": 0,
     "runtime": 0,
     "checkpoint": 2,

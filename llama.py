@@ -1,0 +1,304 @@
+"""Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 from scratch, by one class: they differ in LlamaConfig alone.
+Sources: Touvron et al., arXiv 2302.13971; Su et al., arXiv 2104.09864 (rotary positions); Ainslie et al.,
+arXiv 2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU). Knows nothing of adapters: the
+Linears are called q, k, v, o, gate, up, down. Test: pytest tests/test_llama.py
+
+Dimensions: B batch, L length (Ls source, Lt target), D hidden_size, H heads of queries, G of keys and values,
+E head_dim, V vocabulary."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import IGNORED, Backbone
+
+# What fields of a config.json may say, if they say anything: other values describe other computations.
+ONLY = {
+    "hidden_act": ("silu",), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
+    "mlp_bias": (False,), "use_sliding_window": (False,), "layer_types": ("full_attention",),
+    "num_experts": (), "quantization_config": (), "full_attention": (),
+}  # fmt: skip
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Field names are those of Hugging Face's config.json, but for `eos_ids`."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int  # of the longest row; at most the window that Mistral 0.1 looks back on
+    num_key_value_heads: int
+    head_dim: int
+    eos_ids: tuple  # generation ends at any of them
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    factor: float = 1.0  # the four of Llama 3's scaling of the positions, see `rotation`; 1: none
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    attention_bias: bool = False  # of q, k, v and o; in Qwen2 q, k and v have one whatever this says
+    tie_word_embeddings: bool = False  # the head is the embedding table
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, number = getattr(self, field.name), field.type in (int, float)
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds or (number and not 0 < value < 1e12):
+                kind = field.type.__name__ + " above 0" * number
+                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
+        ends = [i for i in self.eos_ids if type(i) is int and 0 <= i < self.vocab_size]
+        for name, good, what in (
+            ("num_key_value_heads", self.num_attention_heads % self.num_key_value_heads == 0, "divide heads"),
+            ("head_dim", self.head_dim % 2 == 0, "be even: rotary positions turn pairs"),
+            ("low_freq_factor", self.low_freq_factor < self.high_freq_factor, "be below high_freq_factor"),
+            ("eos_ids", 0 < len(ends) == len(self.eos_ids), "be token ids below vocab_size (eos_token_id)"),
+        ):
+            if not good:
+                raise ValueError(f"{name} {getattr(self, name)!r:.60} must {what}")
+
+    @classmethod
+    def from_hf(cls, values: dict) -> "LlamaConfig":
+        """Of a config.json as transformers 4 or 5 writes it; ValueError names field and value of what is not
+        computed here."""
+        window = values.get("sliding_window", 4096) if values.get("model_type") == "mistral" else None
+        # Version 4 has rope_theta at the top and all else in rope_scaling, version 5 all in rope_parameters.
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters must be an object, not {rope!r:.60}")
+        rope = {"rope_type": rope.get("type", "default"), **rope}  # "type": before 2024
+        values = {name: value for name, value in (values | rope).items() if value is not None}
+        for name, known in ONLY.items():
+            given = values.get(name, [])
+            for value in given if isinstance(given, list) else [given]:
+                if value not in known:
+                    raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
+        values["sliding_window"] = window or values.get("max_position_embeddings")
+        needed = [field.name for field in fields(cls)[1:7]] + ["sliding_window"]
+        for name in needed + list(LLAMA3 if rope["rope_type"] == "llama3" else ()):
+            if type(value := values.get(name)) not in (int, float):
+                raise ValueError(f"{name} must be a number, not {value!r:.60}")
+        eos, heads = values.get("eos_token_id"), values["num_attention_heads"]
+        values["eos_ids"] = tuple(eos if isinstance(eos, list) else [eos])
+        values.setdefault("num_key_value_heads", heads)
+        qwen3 = values["model_type"] == "qwen3"
+        values.setdefault("head_dim", 128 if qwen3 else values["hidden_size"] // max(1, heads))
+        values["max_position_embeddings"] = min(values["max_position_embeddings"], values["sliding_window"])
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    def to_hf(self) -> dict:
+        """The values of a config.json that transformers (4 and 5) and `from_hf` read."""
+        values = asdict(self) | {"sliding_window": None, "hidden_act": "silu"}
+        values["eos_token_id"] = list(values.pop("eos_ids"))
+        rope = {"rope_type": "llama3", **{name: values.pop(name) for name in LLAMA3}}
+        rope = {"rope_type": "default"} if self.factor == 1 else rope
+        values |= {"rope_scaling": rope, "rope_parameters": {"rope_theta": self.rope_theta, **rope}}
+        return {"architectures": [self.model_type.capitalize() + "ForCausalLM"], **values}
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_hidden_layers
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.eos_ids[0]  # fills up the rows of `generate`; nothing reads it
+
+
+# Rotary positions: numbers i and i + E/2 of a head are one point of the plane. At position p it is turned by
+# the angle p f_i with f_i = theta^(-2i/E); for E = 8 and theta = 10,000:
+#
+#      number i + E/2                           point   numbers      f_i    a full turn in
+#        |     * at p + 1                         0      0 and 4     1           6 tokens
+#        |    /    * at p                         1      1 and 5     0.1        63
+#        |   / f_i                                2      2 and 6     0.01      628
+#        |  /  .                                  3      3 and 7     0.001   6,283
+#        +--------------> number i
+#
+# The product of q at p and k at p' depends on p - p' alone: turning both by one angle does not change it.
+def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
+    """Positions p (...) -> (2,...,1,E): cos(p f_i), and sin(p f_i) with the sign that `rotate` wants."""
+    i = torch.arange(config.head_dim // 2, device=positions.device)
+    f = config.rope_theta ** (-2 * i / config.head_dim)  # (E/2), float32
+    if config.factor != 1:
+        # Points that turn less than `low` times in the context of the pretraining are slowed by `factor`,
+        # those that turn more than `high` times are not, and those between are mixed.
+        low, high = config.low_freq_factor, config.high_freq_factor
+        turns = config.original_max_position_embeddings * f / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        f = kept * f + (1 - kept) * f / config.factor
+    angle = positions[..., None, None] * f  # (...,1,E/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    # (x_i, x_j) -> (x_i cos - x_j sin, x_j cos + x_i sin), j = i + E/2
+    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])  # (B,L,heads,E)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, E, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        qkv_bias, normed = bias or config.model_type == "qwen2", config.model_type == "qwen3"
+        self.head_dim = E
+        self.q = nn.Linear(D, H * E, bias=qkv_bias)
+        self.k = nn.Linear(D, G * E, bias=qkv_bias)
+        self.v = nn.Linear(D, G * E, bias=qkv_bias)
+        self.o = nn.Linear(H * E, D, bias=bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(E, eps) if normed else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, turn: Tensor, cache: Tensor | None = None,
+                at: Tensor | None = None) -> Tensor:  # fmt: skip
+        """x (B,L,D): whole rows, which fill the cache (2,B,columns,G,E) of keys and values if there is one;
+        with at (B): one token of each row, which goes to that column and sees it and all before."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
+        q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)  # (B,L,H,E), (B,L,G,E)
+        if at is None:
+            if cache is not None:
+                cache[0, :, : x.shape[1]], cache[1, :, : x.shape[1]] = k, v
+            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B,H or G,L,E)
+            # Padding stands behind all real tokens: the causal mask hides it, and no other is needed.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            rows = torch.arange(len(x), device=x.device)
+            cache[0, rows, at], cache[1, rows, at] = k[:, 0], v[:, 0]
+            k, v = cache.transpose(2, 3)  # (B,G,columns,E)
+            seen = torch.arange(k.shape[2], device=x.device) <= at[:, None, None, None]  # (B,1,1,columns)
+            # The H/G queries of one key stand where positions do, so that no key is repeated.
+            q = q[:, 0].unflatten(1, (k.shape[1], -1))  # (B,G,H/G,E)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(1, 2)[:, None]  # (B,1,H,E)
+        return self.o(y.flatten(2))  # (B,L,D)
+
+
+class Block(nn.Module):
+    entries = ("read",)  # called from outside and computes with weights, as forward
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        self.attention_norm, self.attention = nn.RMSNorm(D, eps), Attention(config)
+        self.ffn_norm = nn.RMSNorm(D, eps)
+        self.gate = nn.Linear(D, inner, bias=False)
+        self.up = nn.Linear(D, inner, bias=False)
+        self.down = nn.Linear(inner, D, bias=False)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, *where: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *where))
+        h = self.ffn_norm(x)
+        return x + self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))  # (B,L,D)
+
+    def read(self, x: Tensor, *where: Tensor | None) -> Tensor:
+        return self.forward(x, *where)  # in generation: never compiled, since rows and columns come and go
+
+
+class Decoding:
+    """The state of a generation: the cache of each block, and the column (B) of each row's next token."""
+
+    def __init__(self, caches: list[Tensor], at: Tensor):
+        self.caches, self.at = caches, at
+
+    def keep(self, rows: Tensor) -> None:
+        self.caches, self.at = [cache.index_select(1, rows) for cache in self.caches], self.at[rows]
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sources (B,Ls), targets (B,Lt) -> tokens and labels, (B,L) each: a row is its source and, right behind,
+    its target, with all padding at the end; labels are -100 but on the target."""
+    ids, real = torch.cat((input_ids, labels), 1), torch.cat((attention_mask.bool(), labels != IGNORED), 1)
+    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # real tokens first
+    ids, real = ids.gather(1, order), real.gather(1, order)
+    target = real & (order >= input_ids.shape[1])
+    if target[:, 0].any() or not real[:, 0].all():
+        raise ValueError("input_ids: a row has no source, from which alone a first token can be predicted")
+    return ids.masked_fill(~real, 0), ids.masked_fill(~target, IGNORED)
+
+
+class Llama(Backbone):
+    """Its dropout: what attention and FFN add."""
+
+    Config = LlamaConfig
+    renames = (
+        ("^embedding", "embed_tokens"), (r"^(?!head)", "model."), ("^head", "lm_head"),
+        ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+        (r"attention\.", "self_attn."), (r"\.([qkvo])\.", r".\1_proj."),
+        (r"(gate|up|down)\.", r"mlp.\1_proj."),
+    )  # fmt: skip
+
+    @staticmethod
+    def tidy(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
+        for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+            del tensors[name]  # of the first Llama files; follows from the config
+        head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if config.tie_word_embeddings and head is not None and table is not None and torch.equal(head, table):
+            del tensors["lm_head.weight"]
+        return config
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        D, V = config.hidden_size, config.vocab_size
+        self.embedding = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self.layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
+
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(ids)  # (B,L,D)
+        return x, rotation(self.config, positions).to(x.dtype)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Tokens (B,L), each row from position 0 on -> hidden states (B,L,D) for `logits`."""
+        x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block in self.layers:
+            x = self.run(block, x, turn)
+        return self.norm(x)
+
+    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        ids, labels = pack(input_ids, attention_mask, labels)
+        self.require_room(ids.shape[1])
+        return self.cross_entropy(self.hidden(ids[:, :-1]), labels[:, 1:])  # each token predicts the next
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> tuple[Tensor, Decoding]:
+        ids, _ = pack(input_ids, attention_mask, input_ids[:, :0])
+        columns = ids.shape[1] + max_new_tokens - 1
+        self.require_room(columns)
+        x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
+        # Zeros: a column that is not seen yet enters the sum of values with weight 0, and 0 times NaN is NaN.
+        shape = 2, len(x), columns, self.config.num_key_value_heads, self.config.head_dim
+        caches = [x.new_zeros(shape) for _ in self.layers]
+        for block, cache in zip(self.layers, caches, strict=True):
+            x = block.read(x, turn, cache)
+        # The first step reads the last token of each source once more, for its logits.
+        last = attention_mask.bool().sum(1) - 1  # (B)
+        return ids.gather(1, last[:, None])[:, 0], Decoding(caches, last)
+
+    def step(self, newest: Tensor, state: Decoding) -> Tensor:
+        x, turn = self.begin(newest[:, None], state.at[:, None])  # (B,1,D), (2,B,1,1,E)
+        columns = int(state.at.max()) + 1  # of the cache, that any row sees
+        for block, cache in zip(self.layers, state.caches, strict=True):
+            x = block.read(x, turn, cache[:, :, :columns], state.at)
+        state.at = state.at + 1
+        return self.logits(self.norm(x)[:, 0])  # (B,V)
+
+    def require_room(self, length: int) -> None:
+        if length > (longest := self.config.max_position_embeddings):
+            raise ValueError(f"a row of {length} tokens, but the model has {longest} positions; lower "
+                             "--max-source-length, --max-target-length or --max-new-tokens")  # fmt: skip

@@ -1,0 +1,315 @@
+"""Llama, Mistral, Qwen2, Qwen3: on random models of all families loss and greedy tokens equal transformers';
+rows feel neither one another nor their padding; the cache changes nothing; adapters work, and their router
+reads the prompt alone; configs that describe another computation are refused."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import stir
+
+import orchmoe
+from llama import Llama, LlamaConfig
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3,
+         "pad_token_id": None}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+FAMILIES = {
+    "llama2": ("llama", {"num_key_value_heads": 4}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16, "eos_token_id": [3, 5, 8]}),
+    "smollm2": ("llama", {"tie_word_embeddings": True, "rope_theta": 100_000}),
+    "mistral": ("mistral", {"head_dim": 12, "sliding_window": None, "max_position_embeddings": 8192}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def theirs(name: str) -> torch.nn.Module:
+    """A random model whose greedy choices are far enough apart to be compared."""
+    kind, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():  # biases and norms too
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def ours(model) -> Llama:
+    own = Llama(LlamaConfig.from_hf(model.config.to_dict())).eval()
+    tensors, names = model.state_dict(), {name: name for name in own.state_dict()}
+    for pattern, new in own.renames:
+        names = {a: re.sub(pattern, new, b) for a, b in names.items()}
+    own.tidy(own.config, tensors)
+    assert set(names.values()) == set(tensors)
+    own.load_state_dict({a: tensors[b] for a, b in names.items()})
+    return own
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def pair(request):
+    model = theirs(request.param)
+    return model, ours(model)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, 97, (4, 9), generator=generator)
+    labels = torch.randint(10, 97, (4, 6), generator=generator)
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    labels[1, 3:] = labels[3, 2:] = -100
+    return ids, mask, labels
+
+
+def rows_of(batch):
+    """(source, target) of each row, without padding, as batches of one."""
+    for ids, mask, labels in zip(*batch, strict=True):
+        yield ids[mask][None], labels[labels != -100][None]
+
+
+def test_loss_is_that_of_transformers(pair, batch):
+    model, own = pair
+    for row, (source, target) in enumerate(rows_of(batch)):
+        logits = model(torch.cat((source, target), 1)).logits[0, source.shape[1] - 1 : -1]
+        expected = F.cross_entropy(logits, target[0], reduction="sum")
+        one = own.loss(*(x[row : row + 1] for x in batch))  # padded, alone
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=0)
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_rows(pair, batch):
+    own = pair[1]
+    alone = sum(own.loss(source, torch.ones_like(source), target) for source, target in rows_of(batch))
+    torch.testing.assert_close(own.loss(*batch), alone, rtol=1e-5, atol=0)
+
+
+def test_greedy_tokens_are_those_of_transformers(pair, batch):
+    model, own = pair
+    got, options = own.generate(*batch[:2], max_new_tokens=20), {"do_sample": False, "pad_token_id": 0}
+    for tokens, (source, _) in zip(got.tolist(), rows_of(batch), strict=True):
+        mask = torch.ones_like(source)
+        whole = model.generate(source, attention_mask=mask, max_new_tokens=20, **options)
+        expected = whole[0, source.shape[1] :].tolist()
+        assert tokens[: len(expected)] == expected
+        assert set(tokens[len(expected) :]) <= {own.config.pad_token_id}
+
+
+def until(config: LlamaConfig, *eos_ids: int) -> LlamaConfig:
+    return dataclasses.replace(config, eos_ids=eos_ids)
+
+
+def test_rows_end_at_any_eos_and_are_dropped(pair, batch):
+    own = Llama(pair[1].config)
+    own.load_state_dict(pair[1].state_dict())
+    free = pair[1].generate(*batch[:2], max_new_tokens=6).tolist()
+    own.config = until(own.config, free[1][0], free[2][2])
+    ends = [next((i for i, token in enumerate(row) if token in own.config.eos_ids), 5) for row in free]
+    kept = []
+    got = own.generate(*batch[:2], max_new_tokens=6, on_keep=lambda rows: kept.append(len(rows)))
+    for row, expected, end in zip(got.tolist(), free, ends, strict=True):
+        assert row[: end + 1] == expected[: end + 1]
+        assert set(row[end + 1 :]) <= {free[1][0]}
+    assert kept and kept[0] < 4
+
+
+def test_cached_is_teacher_forced(pair, batch):
+    own, targets = pair[1], batch[2].clamp(min=10)
+    newest, state = own.start(*batch[:2], 6)
+    for t in range(6):
+        logits = own.step(newest, state)
+        for row, (source, _) in enumerate(rows_of(batch)):
+            whole = own.hidden(torch.cat((source, targets[row : row + 1, :t]), 1))
+            torch.testing.assert_close(logits[row], own.logits(whole)[0, -1], rtol=1e-4, atol=1e-4)
+        newest = targets[:, t]
+
+
+def test_a_sample_alone_generates_as_in_a_mixed_batch(pair, batch):
+    own = pair[1]
+    mixed = own.generate(*batch[:2], max_new_tokens=12).tolist()
+    for row, (source, _) in zip(mixed, rows_of(batch), strict=True):
+        alone = own.generate(source, torch.ones_like(source), max_new_tokens=12)[0].tolist()
+        assert row[: len(alone)] == alone
+
+
+def test_neither_junk_in_the_padding_nor_its_side_matters(pair, batch):
+    own, (ids, mask, labels) = pair[1], batch
+    junk = torch.where(mask, ids, torch.randint(0, 97, ids.shape))
+    left, left_mask = ids.clone(), mask.flip(1)
+    for row in range(4):
+        left[row, left_mask[row]] = ids[row, mask[row]]
+    loss, tokens = own.loss(ids, mask, labels), own.generate(ids, mask, max_new_tokens=5)
+    for other_ids, other_mask in ((junk, mask), (left, left_mask), (ids, mask.long())):
+        assert torch.equal(own.loss(other_ids, other_mask, labels), loss)
+        assert torch.equal(own.generate(other_ids, other_mask, max_new_tokens=5), tokens)
+
+
+def test_checkpointed_and_compiled_blocks_give_the_same_gradients(batch):
+    model = theirs("qwen3")
+    gradients = []
+    for way in ("plain", "checkpointed", "compiled"):
+        own = ours(model).train()
+        own.checkpoint_blocks = way == "checkpointed"
+        if way == "compiled":
+            own.compile_blocks(backend="eager")
+        for part in (batch, tuple(x[:2] for x in batch)):
+            own.loss(*part).backward()
+        own.eval().generate(*batch[:2], max_new_tokens=2)
+        gradients.append({name: p.grad for name, p in own.named_parameters()})
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32(pair, batch):
+    own = ours(pair[0]).bfloat16()
+    loss = own.loss(*batch)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, pair[1].loss(*batch), rtol=0.1, atol=0)
+
+
+def test_dropout_acts_in_training_alone(batch):
+    own = ours(theirs("llama2"))
+    still = own.loss(*batch)
+    own.set_dropout(0.5)
+    assert torch.equal(own.loss(*batch), still)
+    assert not torch.equal(own.train().loss(*batch), still)
+
+
+def test_rows_that_cannot_be_computed_are_refused(batch):
+    own, (ids, mask, labels) = ours(theirs("llama2")), batch
+    mask = mask.clone()
+    mask[1] = False
+    with pytest.raises(ValueError, match="a row has no source"):
+        own.loss(ids, mask, labels)
+    with pytest.raises(ValueError, match="a row has no source"):
+        own.generate(ids, mask)
+    long = torch.full((1, 60), 9)
+    own.loss(long, long > 0, long[:, :4])
+    with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
+        own.loss(long, long > 0, long[:, :5])
+    own.generate(long, long > 0, max_new_tokens=5)
+    with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
+        own.generate(long, long > 0, max_new_tokens=6)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def adapted(model, **changes):
+    own, generator = ours(model), torch.Generator().manual_seed(0)
+    return own, orchmoe.attach(own, orchmoe.OrchMoEConfig(**changes), generator=generator)
+
+
+def test_adapters_start_as_the_base_and_then_train(pair, batch):
+    own, adapters = adapted(pair[0])
+    with adapters.routed(own.embed(batch[0]), batch[1]):
+        loss = own.loss(*batch)
+        assert torch.equal(loss, pair[1].loss(*batch))
+        loss.backward()
+    assert len(adapters.linears) == 4  # q and v of two blocks
+    assert all(linear.skill_B.grad.abs().sum() > 0 for linear in adapters.linears.values())
+
+
+def test_the_router_reads_the_prompt_alone(pair, batch):
+    ids, mask, labels = batch
+    own, adapters = adapted(pair[0])
+    weights, losses = [], []
+    stir(adapters, torch.Generator().manual_seed(2))
+    for target in (labels, labels.where(labels == -100, 7)):
+        with adapters.routed(own.embed(ids), mask) as routing:
+            losses.append(own.loss(ids, mask, target))
+            weights.append(routing.w)
+    assert torch.equal(*weights) and not torch.equal(*losses)
+    with adapters.routed(own.embed(ids.flip(1)), mask.flip(1)) as routing:  # another prompt's w is another
+        assert torch.allclose(routing.w, weights[0])
+    with adapters.routed(own.embed(ids + 1), mask) as routing:
+        assert not torch.allclose(routing.w, weights[0])
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_adapted_samples_do_not_feel_one_another(pair, batch, router):
+    own, adapters = adapted(pair[0], router=router, targets=("all",))
+    stir(adapters.eval(), torch.Generator().manual_seed(2))
+    with adapters.routed(own.embed(batch[0]), batch[1]):
+        mixed = own.loss(*batch)
+    with adapters.routed(own.embed(batch[0]), batch[1]):
+        tokens = own.generate(*batch[:2], max_new_tokens=8, on_keep=adapters.keep).tolist()
+    alone = 0
+    for row, (source, target) in zip(tokens, rows_of(batch), strict=True):
+        mask = torch.ones_like(source)
+        with adapters.routed(own.embed(source), mask):
+            alone = alone + own.loss(source, mask, target)
+            expected = own.generate(source, mask, max_new_tokens=8)[0].tolist()
+        assert row[: len(expected)] == expected
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=0)
+
+
+# -------------------------------------------------------------------------------------------------- configs
+
+
+def test_configs_survive_the_way_out_and_back(pair):
+    model, own = pair
+    values = own.config.to_hf()
+    assert LlamaConfig.from_hf(values) == own.config
+    assert LlamaConfig.from_hf(json.loads(json.dumps(values))) == own.config
+    again = transformers.AutoConfig.for_model(**values)
+    assert LlamaConfig.from_hf(again.to_dict()) == own.config
+    assert again.rope_parameters == pytest.approx(model.config.rope_parameters)
+
+
+SAID = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "eos_token_id": 3}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{"rope_theta": 500}, {"rope_parameters": {"rope_theta": 500, "rope_type": "default"}},
+     {"rope_scaling": None, "rope_theta": 500}, {"rope_scaling": {"rope_theta": 500, "type": "default"}}],
+)  # fmt: skip
+def test_theta_is_read_wherever_it_stands(place):
+    assert LlamaConfig.from_hf(SAID | place).rope_theta == 500
+
+
+def test_what_a_config_may_leave_out():
+    config = LlamaConfig.from_hf(SAID)
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 8, 10_000)
+    assert LlamaConfig.from_hf(SAID | {"model_type": "qwen3"}).head_dim == 128
+    mistral = SAID | {"model_type": "mistral", "max_position_embeddings": 32768}
+    assert LlamaConfig.from_hf(mistral).max_position_embeddings == 4096
+    assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).max_position_embeddings == 32768
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [({"rope_scaling": YARN}, "rope_type 'yarn'"),
+     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+     ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
+     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be a number, not None"),
+     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
+     ({"rope_scaling": 7}, "rope_parameters must be an object, not 7"),
+     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"mlp_bias": True}, "mlp_bias True"),
+     ({"use_sliding_window": True}, "use_sliding_window True"), ({"num_experts": 8}, "num_experts 8"),
+     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention'"),
+     ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),
+     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+     ({"eos_token_id": None}, "eos_token_id"), ({"eos_token_id": []}, "eos_token_id"),
+     ({"eos_token_id": [3, 97]}, "eos_token_id"), ({"head_dim": 7}, "head_dim 7 must be even"),
+     ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide"),
+     ({"hidden_size": None}, "hidden_size must be a number, not None"), ({"vocab_size": 9.5}, "vocab_size"),
+     ({"num_hidden_layers": 0}, "num_hidden_layers"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+     ({"rope_theta": float("nan")}, "rope_theta"), ({"tie_word_embeddings": 1}, "tie_word_embeddings")],
+)  # fmt: skip
+def test_a_config_of_another_computation_is_refused_by_field_and_value(change, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        LlamaConfig.from_hf(SAID | change)
