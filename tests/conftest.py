@@ -20,7 +20,7 @@ try:  # pytest tests/test_fuzz.py --hypothesis-profile=long
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("long", max_examples=10_000, deadline=5000)
-    settings.register_profile("short", max_examples=500, deadline=None, derandomize=True, database=None,
+    settings.register_profile("short", max_examples=150, deadline=None, derandomize=True, database=None,
                               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     settings.load_profile("short")
 except ImportError:

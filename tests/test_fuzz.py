@@ -1,5 +1,5 @@
 """Every reader against input that nobody meant, and the batcher and the metric against any input. What comes
-out is a right answer or a ValueError of one line that names the file, never another exception. 500 inputs
+out is a right answer or a ValueError of one line that names the file, never another exception. 150 inputs
 each; by hand 10,000 each, at most 5 s an input: pytest tests/test_fuzz.py --hypothesis-profile=long"""
 
 import io
