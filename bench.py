@@ -39,6 +39,7 @@ import kernels
 import metrics
 import runtime
 import t5
+import tokenizer
 from baselines import attach_method
 from orchmoe import OrchMoEConfig
 
@@ -348,11 +349,8 @@ def has(package: str) -> bool:
 
 def load(config: BenchConfig, split: str) -> data.Examples:
     few = 4 if config.quick else 0
-    return data.load_examples(data.DataConfig(data=config.data, max_tasks=few), tokenizer(), split)
-
-
-def tokenizer() -> data.Tokenizer:
-    return data.Tokenizer(Path(__file__).parent / "tiny")
+    words = tokenizer.load(Path(__file__).parent / "tiny")
+    return data.load_sets(data.DataConfig(data=config.data, max_tasks=few), words, [split])[split]
 
 
 def bench_epoch(config: BenchConfig, place: runtime.Device) -> list[Row]:

@@ -45,9 +45,9 @@ class Tokenizer:
     def __init__(self, model: bytes, path: Path):
         self.fingerprint, self._model = hashlib.sha256(model).hexdigest(), model
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.size = self._pieces.get_piece_size()
-            first = [self._pieces.id_to_piece(i) for i in range(self.size)][:3]  # all of them are text
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.size = self.sp.get_piece_size()
+            first = [self.sp.id_to_piece(i) for i in range(self.size)][:3]  # all of them are text
         except (RuntimeError, IndexError, UnicodeDecodeError):
             raise ValueError(f"{path}: not a SentencePiece model; download it again") from None
         if first != ["<pad>", "</s>", "<unk>"]:
@@ -58,13 +58,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, EOS last."""
-        return [*self._pieces.encode(text), *self.eos_ids]
+        return [*self.sp.encode(text), *self.eos_ids]
 
     source = target = encode  # T5 reads a prompt and writes an answer in the same way
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special and sentinel ids, spaces cleaned up, stripped."""
-        text = self._pieces.decode([i for i in map(int, ids) if self.unk_id < i < self.size])
+        text = self.sp.decode([i for i in map(int, ids) if self.unk_id < i < self.size])
         for spaced, tight in CLEAN_UP.items():
             text = text.replace(spaced, tight)
         return text.strip()

@@ -22,6 +22,7 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
+import tokenizer
 import train
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, Routing, SkillLinear
@@ -40,7 +41,7 @@ class Shown(NamedTuple):
     frozen: Backbone
     base: Backbone
     adapters: Adapters
-    tokenizer: data.Tokenizer
+    tokenizer: tokenizer.Tokenizer
     seen: list[data.Example]  # of TASK and OTHER
     batch: data.Batch  # the sample alone: B = 1
     routing: Routing
@@ -59,17 +60,17 @@ def page() -> str:
         place = runtime.pick_device(device="cpu")
         train.run(Path(folder, "run"), configs, place, closing=False)
         base, adapters = evaluation.load_run(Path(folder, "run"), place)
-        tokenizer = data.Tokenizer(ROOT / "tiny")
-        seen = [row for row in data.load_examples(configs["data"], tokenizer, "seen")
+        words = tokenizer.load(ROOT / "tiny")
+        seen = [row for row in data.load_sets(configs["data"], words, ["seen"])["seen"]
                 if row.task in (TASK, OTHER)]
         seen.sort(key=lambda row: row.task != TASK)
-        shown = follow(base, adapters, tokenizer, seen)
+        shown = follow(base, adapters, words, seen)
     sections = (opening, prompt, features, task_weights, allocation, skill_weights, two_gemms, loss, backward)
     with torch.no_grad():
         return "\n\n".join(section(shown).strip() for section in sections) + "\n"
 
 
-def follow(base: Backbone, adapters: Adapters, tokenizer: data.Tokenizer, seen: list[data.Example]) -> Shown:
+def follow(base: Backbone, adapters: Adapters, words: tokenizer.Tokenizer, seen: list[data.Example]) -> Shown:
     """Forward and backward of the first of the `seen` instances, as train.optimiser_step does it."""
     batch, calls = data.collate(seen[:1]), []
     hook = adapters.linears[LINEAR].register_forward_hook(
@@ -78,7 +79,7 @@ def follow(base: Backbone, adapters: Adapters, tokenizer: data.Tokenizer, seen: 
         loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / batch.target_tokens
         loss.backward()
     hook.remove()
-    return Shown(checkpoint.load_t5(ROOT / "tiny"), base, adapters, tokenizer, seen, batch,
+    return Shown(checkpoint.load_t5(ROOT / "tiny"), base, adapters, words, seen, batch,
                  routing, loss, *calls[0])
 
 
@@ -110,11 +111,11 @@ The letters are those of the figure; here B = 1."""
 
 
 def prompt(s: Shown) -> str:
-    example, tokenizer = s.seen[0], s.tokenizer
+    example, words = s.seen[0], s.tokenizer
     task = data.read_task(ROOT / "sni" / "tasks" / f"{TASK}.json")
     instance = next(row for row in task["instances"] if row["id"] == example.id)
-    text = data.render_prompt(task, instance, tokenizer)
-    assert tokenizer.encode(text) == example.source_ids.tolist() == s.batch.input_ids[0].tolist()
+    text = data.render_prompt(task, instance, words)
+    assert words.encode(text) == example.source_ids.tolist() == s.batch.input_ids[0].tolist()
     return f"""
 ## 1. Prompt and tokens: `render_prompt`, `Tokenizer.encode`, `collate`
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 import compare
 import data
 import plot
+import tokenizer
 import train
 from t5 import T5Config
 
@@ -38,10 +39,10 @@ def test_tokenizer_and_config_make_a_shape(tmp_path):
     prepare = script("prepare")
     prepare.make_tokenizer(ROOT / "README.md", 300, tmp_path / "shape")
     prepare.make_config(tmp_path / "shape", 300, 32, 8, 48, 2, 4)
-    tokenizer = data.Tokenizer(tmp_path / "shape")
+    words = tokenizer.load(tmp_path / "shape")
     config = T5Config.from_json(tmp_path / "shape/config.json")
     assert config.vocab_size == 300 + prepare.SENTINELS and not config.tied_head
-    assert tokenizer.decode(tokenizer.encode("The base is frozen.")) == "The base is frozen."
+    assert words.decode(words.encode("The base is frozen.")) == "The base is frozen."
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.stem)
