@@ -203,7 +203,7 @@ def as_transformers(base: t5.T5) -> torch.nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_t5(base, folder)
+        checkpoint.save(base, folder)
         return T5ForConditionalGeneration.from_pretrained(folder, dtype=base.embedding.weight.dtype,
                                                           dropout_rate=0.0).to(base.device)
 

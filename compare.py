@@ -523,9 +523,8 @@ class Study(NamedTuple):
 
     def fields_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What each method sets, at equal totals; c-poly's and full's size is as it is."""
-        path = Path(self.configs["train"].model) / "config.json"
         with torch.device("meta"):
-            base = t5.T5(t5.T5Config.from_json(path))
+            base = t5.T5(checkpoint.config(self.configs["train"].model))
         extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)  # whichever are compared
         return {name: {"method": name, "extra_rank": extra.get(name, 0), "seed": 0} for name in methods}
 
@@ -641,8 +640,8 @@ def main() -> None:
     configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]
-        sizes = SIZES.get(name) or t5.T5Config.from_json(checkpoint.existing(
-            Path(name) / "config.json", f"name a T5 folder, or one of {', '.join(SIZES)}"))
+        sizes = SIZES.get(name) or checkpoint.config(checkpoint.existing(
+            Path(name) / "config.json", f"name a T5 folder, or one of {', '.join(SIZES)}").parent)
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
         runtime.say(dry_run(config.methods, sizes, configs["adapter"], len(tasks)))
         return

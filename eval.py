@@ -242,7 +242,7 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
     folder, train = Path(folder), read_run(folder)["train"]
     if train["method"] == "full":
         require_frozen(shard, "full")
-        base = checkpoint.load_t5(folder / "model", dtype=place.dtype, device=place.device)
+        base = checkpoint.load(folder / "model", dtype=place.dtype, device=place.device)
         return base, NoAdapter(base, full=True)
     path = folder / "adapter.safetensors"
     state, info = checkpoint.load_adapter(path)
@@ -268,8 +268,8 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
 def load_base(path: str | Path, place: runtime.Device, shard: bool) -> Backbone:
     """The frozen T5 of a folder on the device; with `shard` still in its files, for runtime.shard."""
     if shard:
-        return checkpoint.map_t5(path)
-    return checkpoint.load_t5(path, dtype=place.dtype, device=place.device)
+        return checkpoint.load(path, mapped=True)
+    return checkpoint.load(path, dtype=place.dtype, device=place.device)
 
 
 def require_frozen(shard: bool, method: str) -> None:

@@ -4,7 +4,7 @@ families share. Knows no family and no adapters; t5.py is the first family. Test
 Dimensions: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,15 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100  # the label of positions that carry no loss
 
 
-class State(Protocol):
-    """What a family remembers between the steps of a generation: its cache, its masks."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops all but the given rows (B',), positions among the current ones."""
-
-
 class Backbone(nn.Module):
-    """A family defines `embedding` (nn.Embedding), `blocks`, `logits`, `loss`, `start` and `step`. Its config
-    has `eos_ids`, a tuple, and `pad_token_id`, which fills up what `generate` returns, be it one of them."""
+    """A family defines what is annotated below and each method that raises. Its config has `num_blocks`,
+    `eos_ids`, and `pad_token_id`, which fills up what `generate` returns and may be one of these."""
 
     entries = ("embed", "loss", "generate")  # called from outside, compute with weights; none calls another
+    Config: type  # from_hf(values of a config.json) -> config, config.to_hf() -> such values
+    renames: tuple[tuple[str, str], ...]  # our names -> Hugging Face's, for re.sub, in this order
+    embedding: nn.Embedding
+    blocks: tuple[nn.Module, ...]
 
     def __init__(self, config: Any):
         super().__init__()
@@ -33,13 +30,14 @@ class Backbone(nn.Module):
         self.checkpoint_blocks = False  # in training, trade each block's activations for a second forward
         self.dropout_rate = 0.0
 
+    @staticmethod
+    def tidy(config: Any, tensors: dict[str, Tensor]) -> Any:
+        """Takes what is unused or there twice out of a file's tensors; returns the config as they have it."""
+        return config
+
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        raise NotImplementedError
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids)  # (B,L) -> (B,L,D)
@@ -52,11 +50,12 @@ class Backbone(nn.Module):
         true (or 1) at real tokens; the caller divides by the token count of its whole step."""
         raise NotImplementedError
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
-        """Reads the sources (B,Ls); returns the tokens (B,) that the first step reads, and the state."""
+    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, Any]:
+        """Reads the sources (B,Ls); returns the tokens (B,) that the first step reads, and the state: caches,
+        masks, and keep(rows), which drops all but those rows, positions (B',) among the current ones."""
         raise NotImplementedError
 
-    def step(self, newest: Tensor, state: State) -> Tensor:
+    def step(self, newest: Tensor, state: Any) -> Tensor:
         """Reads one more token a row (B,), also into the state; returns the logits of the next (B,V)."""
         raise NotImplementedError
 

@@ -6,28 +6,15 @@ wrap them does it by these names. Test: pytest tests/test_model.py
 Dimensions: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv, F d_ff,
 V vocabulary."""
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import IGNORED, Backbone
-
-# The largest value believed for each size; T5-11B has d_ff 65,536 and 128 heads of 128. A typing error or a
-# hostile file is refused by these before it can ask for memory.
-LARGEST = {
-    "vocab_size": 2**22, "d_model": 2**16, "d_kv": 2**12, "d_ff": 2**20, "num_layers": 1024,
-    "num_decoder_layers": 1024, "num_heads": 1024, "relative_attention_num_buckets": 4096,
-    "relative_attention_max_distance": 2**20,
-}  # fmt: skip
-
-
-LARGEST_CONFIG = 2**20  # bytes of a config.json
 
 
 @dataclass(frozen=True)
@@ -53,66 +40,45 @@ class T5Config:
     decoder_start_token_id: int = 0
 
     def __post_init__(self):
-        def require(name: str, good: bool, what: str):
-            if not good:
-                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r:.60}")
-
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            require(name, type(value) is int and 1 <= value <= largest, f"a whole number from 1 to {largest}")
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            value = getattr(self, name)
-            require(name, type(value) is int and 0 <= value < self.vocab_size, "a token id below vocab_size")
-        for name in ("scale_decoder_outputs", "tied_head"):
-            require(name, isinstance(getattr(self, name), bool), "true or false")
-        eps, buckets = self.layer_norm_epsilon, self.relative_attention_num_buckets
-        require("layer_norm_epsilon", type(eps) in (int, float) and 0 < eps < 1, "a number between 0 and 1")
-        feed_forward = ("relu", "gated-gelu")
-        require("feed_forward_proj", self.feed_forward_proj in feed_forward, "'relu' or 'gated-gelu'")
-        # With fewer than four buckets, or a span that ends before the logarithmic ones begin, there is no
-        # function.
-        require("relative_attention_num_buckets", buckets >= 4, "at least 4")
-        require("relative_attention_max_distance", self.relative_attention_max_distance > buckets // 2,
-                f"above half of relative_attention_num_buckets ({buckets})")  # fmt: skip
+        ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in ids else 1
+            if type(value) is not field.type or (field.type is int and value < least):
+                kind = f"int from {least} on" if field.type is int else field.type.__name__
+                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r:.60} is not relu or gated-gelu")
+        if max(getattr(self, name) for name in ids) >= self.vocab_size:
+            raise ValueError(f"vocab_size {self.vocab_size} is not above {', '.join(ids)}")
+        # Logarithmic buckets begin above 0 and end beyond their beginning, see `relative_buckets`.
+        buckets, furthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if not 4 <= buckets < 2 * furthest:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets} and relative_attention_max_distance {furthest}: "
+                "at least 4 buckets, fewer than twice the distance"
+            )
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "T5Config":
-        """Reads a Hugging Face config.json; its many other keys are ignored. A ValueError names file and
-        field."""
-        try:
-            with open(path, "rb") as file:
-                values = json.loads(file.read(LARGEST_CONFIG + 1)[:LARGEST_CONFIG].decode())  # cut: not JSON
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not JSON") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: must hold a JSON object")
-        if values.get("model_type", "t5") != "t5":
-            kind = values["model_type"]
-            raise ValueError(f"{path}: model_type is {kind!r:.60}; only 't5' (T5, Flan-T5) is supported")
+    def from_hf(cls, values: dict) -> "T5Config":
+        """Of the values of a config.json, many of which mean nothing here."""
         values = {name: value for name, value in values.items() if value is not None}
-        values["tied_head"] = tied = values.get("tie_word_embeddings", True)
-        if not isinstance(tied, bool):
-            raise ValueError(f"{path}: tie_word_embeddings must be true or false, not {tied!r:.60}")
+        values["tied_head"] = values.get("tie_word_embeddings", True)
         # Files of transformers 4 say only through the untied head that T5 v1.1 does not scale its output.
-        values.setdefault("scale_decoder_outputs", tied)
+        values.setdefault("scale_decoder_outputs", values["tied_head"])
         values.setdefault("num_decoder_layers", values.get("num_layers"))
         values.setdefault("decoder_start_token_id", values.get("pad_token_id", 0))
-        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            if name not in values:
-                raise ValueError(f"{path}: {name} is missing")
-        try:
-            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         return (self.eos_token_id,)
 
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers + self.num_decoder_layers
+
     def to_hf(self) -> dict:
-        """The values of a config.json that transformers (4 and 5) and `from_json` read."""
+        """The values of a config.json that transformers (4 and 5) and `from_hf` read."""
         values = asdict(self)
         values["tie_word_embeddings"] = values.pop("tied_head")
         architectures = ["T5ForConditionalGeneration"]
@@ -120,21 +86,14 @@ class T5Config:
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """What is added to the score of a key that must not be seen. Finite, so that a row without any key is
-    uniform and not NaN; half of the lowest number, so that the sum with a position bias, or a cast to
-    bfloat16, stays finite too."""
+    # Added to the score of a key that must not be seen. Finite, so that a row without any key is uniform and
+    # not NaN; half of the lowest number, so that its sum with a position bias stays finite, in bfloat16 too.
     return torch.finfo(dtype).min / 2
 
 
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """mask (B,L), true at real tokens -> additive bias (B,1,1,L)."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask.bool(), lowest(dtype))[:, None, None, :]
-
-
-def real_length(mask: Tensor) -> int:
-    """mask (B,L) -> columns up to the last real token of any row, at least 1; beyond them all is padding."""
-    return int((mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)  # (B,L), mask true at real tokens
+    return bias.masked_fill_(~mask.bool(), lowest(dtype))[:, None, None, :]  # (B,1,1,L)
 
 
 def relative_buckets(distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
@@ -179,8 +138,7 @@ class RelativeBias(nn.Module):
 
 
 class Cache:
-    """What one decoder block remembers in generation: keys and values of the source, and of the target so
-    far."""
+    """Keys and values that one decoder block remembers: of the source, and of the target so far."""
 
     def __init__(self, source_k: Tensor, source_v: Tensor):
         self.source = source_k, source_v  # (B,H,Ls,E) each
@@ -199,32 +157,7 @@ def split_heads(x: Tensor, d_kv: int) -> Tensor:
     return x.unflatten(-1, (-1, d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    # T5 has no 1/sqrt(E): its initialisation of q absorbs it.
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
-    return x.transpose(1, 2).flatten(2)  # (B,H,L,E) -> (B,L,HE)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, bias: Tensor, cache: Cache | None = None) -> Tensor:
-        q = split_heads(self.q(x), self.d_kv)  # (B,H,L,E)
-        k = split_heads(self.k(x), self.d_kv)
-        v = split_heads(self.v(x), self.d_kv)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.o(attend(q, k, v, bias, self.dropout.p if self.training else 0.0))  # (B,L,D)
-
-
-class CrossAttention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
@@ -235,12 +168,19 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states (B,Ls,D) -> (B,H,Ls,E) each; in generation computed once."""
-        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)
+        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)  # (B,H,L,E)
 
-    def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        q = split_heads(self.q(x), self.d_kv)  # (B,H,Lt,E)
-        return self.o(attend(q, *keys_values, bias, self.dropout.p if self.training else 0.0))  # (B,Lt,D)
+    def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None = None,
+                cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """x (B,L,D) attends to the given keys and values (B,H,Ls,E), without them to itself and the cache."""
+        q = split_heads(self.q(x), self.d_kv)  # (B,H,L,E)
+        k, v = keys_values or self.keys_values(x)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        dropout = self.dropout.p if self.training else 0.0
+        # T5 has no 1/sqrt(E): its initialisation of q absorbs it.
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return self.o(x.transpose(1, 2).flatten(2))  # (B,H,L,E) -> (B,L,HE) -> (B,L,D)
 
 
 class FeedForward(nn.Module):
@@ -268,7 +208,7 @@ def norm(config: T5Config) -> nn.RMSNorm:
 class EncoderBlock(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
-        self.attention_norm, self.attention = norm(config), SelfAttention(config)
+        self.attention_norm, self.attention = norm(config), Attention(config)
         self.ffn_norm, self.ffn = norm(config), FeedForward(config)
         self.dropout = nn.Dropout(0.0)
 
@@ -278,73 +218,47 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    entries = ("start", "step")  # methods that are called from outside and compute with weights, as forward
+    entries = ("start", "step")  # called from outside and compute with weights, as forward
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.attention_norm, self.attention = norm(config), SelfAttention(config)
-        self.cross_norm, self.cross_attention = norm(config), CrossAttention(config)
+        self.attention_norm, self.attention = norm(config), Attention(config)
+        self.cross_norm, self.cross_attention = norm(config), Attention(config)
         self.ffn_norm, self.ffn = norm(config), FeedForward(config)
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, bias: Tensor, states: Tensor, states_bias: Tensor) -> Tensor:
-        return self.layers(x, bias, self.cross_attention.keys_values(states), states_bias)
+        return self.step(x, bias, self.cross_attention.keys_values(states), states_bias)
 
     def start(self, states: Tensor) -> Cache:
-        """The cache of a generation from encoder states (B,Ls,D)."""
         return Cache(*self.cross_attention.keys_values(states))
 
-    def step(self, x: Tensor, bias: Tensor, states_bias: Tensor, cache: Cache) -> Tensor:
-        """The newest token alone, x (B,1,D). Never compiled: the cache grows by a token."""
-        return self.layers(x, bias, cache.source, states_bias, cache)
-
-    def layers(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
-               cache: Cache | None = None) -> Tensor:  # fmt: skip
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache))
+    def step(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
+             cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """Also of one more token, x (B,1,D), with the cache; not compiled there, since the cache grows."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache=cache))
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Lt,D)
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: T5Config):
+class Stack(nn.Module):
+    """Encoder or decoder: the blocks, and the position bias that they share."""
+
+    def __init__(self, config: T5Config, block: type[nn.Module], count: int, *, causal: bool):
         super().__init__()
-        self.position = RelativeBias(config, causal=False)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
+        self.position = RelativeBias(config, causal=causal)
+        self.blocks = nn.ModuleList(block(config) for _ in range(count))
         self.norm, self.dropout = norm(config), nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, mask: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        bias = self.position(x.shape[1]) + padding_bias(mask, x.dtype)  # (B,H,Ls,Ls), once for all blocks
+    def forward(self, x: Tensor, *context: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.dropout(x)
         for block in self.blocks:
-            x = run(block, x, bias)
-        return self.dropout(self.norm(x))  # (B,Ls,D)
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.position = RelativeBias(config, causal=True)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_decoder_layers))
-        self.norm, self.dropout = norm(config), nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        # Target padding needs no mask: it comes last, so no real target position sees it.
-        bias, states_bias = self.position(x.shape[1]), padding_bias(mask, x.dtype)  # (1,H,Lt,Lt), (B,1,1,Ls)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = run(block, x, bias, states, states_bias)
-        return self.dropout(self.norm(x))  # (B,Lt,D)
-
-    def step(self, x: Tensor, bias: Tensor, mask: Tensor, caches: list[Cache]) -> Tensor:
-        """One more token: x (B,1,D), bias (1,H,1,Lt) = the causal row of this token -> (B,1,D)."""
-        states_bias = padding_bias(mask, x.dtype)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(x, bias, states_bias, cache)
-        return self.norm(x)
+            x = run(block, x, *context)
+        return self.dropout(self.norm(x))  # (B,L,D)
 
 
 class Decoding:
-    """The state of a generation: the mask of the sources, the caches, the position bias of all distances."""
+    """The state of a generation: mask of the sources, a cache a block, the position bias of all distances."""
 
     def __init__(self, mask: Tensor, caches: list[Cache], strip: Tensor):
         self.mask, self.caches, self.strip = mask, caches, strip
@@ -356,20 +270,44 @@ class Decoding:
         return self.strip[:, zero - t : zero + 1][None, :, None]
 
     def keep(self, rows: Tensor):
-        self.mask = self.mask[rows]
-        self.mask = self.mask[:, : real_length(self.mask)]
+        mask = self.mask[rows]
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        length = int((mask.bool() * columns).max().clamp(min=1))  # beyond the last real token all is padding
+        self.mask = mask[:, :length]
         for cache in self.caches:
-            cache.keep(rows, self.mask.shape[1])
+            cache.keep(rows, length)
+
+
+# Our names -> Hugging Face's: regular expressions, each of which replaces what it finds, from the first on.
+RENAMES = (
+    (r"^embedding", "shared"),
+    (r"^head", "lm_head"),
+    (r"^(encoder|decoder)\.norm", r"\1.final_layer_norm"),
+    (r"\.position\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.blocks\.", ".block."),
+    (r"attention_norm", "layer.0.layer_norm"),
+    (r"\.attention\.", ".layer.0.SelfAttention."),
+    (r"cross_norm", "layer.1.layer_norm"),
+    (r"cross_attention", "layer.1.EncDecAttention"),
+    (r"^(encoder.*)\.ffn", r"\1.layer.1.ffn"),
+    (r"^(decoder.*)\.ffn", r"\1.layer.2.ffn"),
+    (r"ffn_norm", "layer_norm"),
+    (r"ffn\.", "DenseReluDense."),
+)
+TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one and the same
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # of old files
 
 
 class T5(Backbone):
     """Its dropout: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's end"""
 
+    Config, renames = T5Config, RENAMES
+
     def __init__(self, config: T5Config):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Stack(config, EncoderBlock, config.num_layers, causal=False)
+        self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, causal=True)
         self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
@@ -378,11 +316,16 @@ class T5(Backbone):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Source (B,Ls), mask true (or 1) at real tokens -> encoder states (B,Ls,D)."""
-        return self.encoder(self.embedding(input_ids), attention_mask, self.run)
+        x = self.embedding(input_ids)
+        bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)  # (B,H,Ls,Ls)
+        return self.encoder(x, bias, run=self.run)
 
     def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Target so far (B,Lt), encoder states and their mask -> hidden states (B,Lt,D) for `logits`."""
-        return self.decoder(self.embedding(decoder_input_ids), states, attention_mask, self.run)
+        # Target padding needs no mask: it comes last, so no real target position sees it.
+        x = self.embedding(decoder_input_ids)
+        bias, states_bias = self.decoder.position(x.shape[1]), padding_bias(attention_mask, x.dtype)
+        return self.decoder(x, bias, states, states_bias, run=self.run)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.config.scale_decoder_outputs:
@@ -412,8 +355,27 @@ class T5(Backbone):
         return first, Decoding(attention_mask, caches, strip)
 
     def step(self, newest: Tensor, state: Decoding) -> Tensor:
-        x = self.embedding(newest[:, None])  # (B,1,D)
-        return self.logits(self.decoder.step(x, state.bias(), state.mask, state.caches)[:, 0])
+        x, bias = self.embedding(newest[:, None]), state.bias()  # (B,1,D), (1,H,1,t+1)
+        states_bias = padding_bias(state.mask, x.dtype)
+        for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
+            x = block.step(x, bias, cache.source, states_bias, cache)
+        return self.logits(self.decoder.norm(x)[:, 0])
+
+    @staticmethod
+    def tidy(config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
+        tables = [tensors.pop(name) for name in TABLES if name in tensors]
+        if tables:
+            tensors[TABLES[0]] = tables[0]
+        tensors.pop(UNUSED, None)
+        # The file decides whether there is a head of its own, not tie_word_embeddings, which transformers 5
+        # writes as true for every T5. Torch files store a tied head too: a copy of the table is no head.
+        head = tensors.get("lm_head.weight")
+        if head is None or not config.tied_head:
+            return config
+        if tables and torch.equal(head, tables[0]):
+            del tensors["lm_head.weight"]
+            return config
+        return replace(config, tied_head=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "T5":

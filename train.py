@@ -126,7 +126,7 @@ def load_base(config: TrainConfig, place: runtime.Device, shard: bool = False) -
         place = place._replace(dtype=torch.float32) if config.method == "full" else place
         return evaluation.load_base(config.model, place, shard)
     path = Path(config.model) / "config.json"
-    t5_config = t5.T5Config.from_json(path)
+    t5_config = checkpoint.config(config.model)
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in t5.T5(t5_config).parameters())
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
@@ -420,7 +420,7 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
     def keep_best() -> None:
         if config.method == "full":
             tokenizer.save(folder / "model")
-            checkpoint.save_t5(base, folder / "model")
+            checkpoint.save(base, folder / "model")
         else:
             checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
                                     method=config.method, config=asdict(adapter_config), **facts)
@@ -431,7 +431,7 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
     if not closing:
         return True
     runtime.meet()  # the first process has written what all read now
-    adapters.load_state_dict(checkpoint.load_t5(folder / "model").state_dict() if config.method == "full"
+    adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if config.method == "full"
                              else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
     scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
     runtime.write_json(scores_file, scores)

@@ -79,7 +79,7 @@ def follow(base: Backbone, adapters: Adapters, words: tokenizer.Tokenizer, seen:
         loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / batch.target_tokens
         loss.backward()
     hook.remove()
-    return Shown(checkpoint.load_t5(ROOT / "tiny"), base, adapters, words, seen, batch,
+    return Shown(checkpoint.load(ROOT / "tiny"), base, adapters, words, seen, batch,
                  routing, loss, *calls[0])
 
 

@@ -1,25 +1,22 @@
-"""Files in and out: against the safetensors package, folders of transformers, and hostile files."""
+"""Files in and out: folders of transformers, what two processes write, and hostile files."""
 
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_model import CONFIGS, as_transformers, batch, both, random_t5
 
 import checkpoint
-from checkpoint import fingerprint, load_t5, read_folder, read_safetensors, save_t5, write_safetensors
+import t5 as modules
+from checkpoint import fingerprint, load, read_folder, read_safetensors, save, write_safetensors
 
-DTYPES = list(checkpoint.DTYPES.values())
-UNUSED_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-
-def some_tensors() -> dict[str, torch.Tensor]:
-    tensors = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
-    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
-    return tensors | {"strided": torch.randn(4, 6).T[::2]}
+PT = {"format": "pt"}
 
 
 def check_equal(found: dict, expected: dict):
@@ -47,96 +44,59 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8),
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
-def test_safetensors_files_come_back_and_the_package_agrees(tmp_path):
-    package = pytest.importorskip("safetensors.torch")
-    tensors, path = some_tensors(), tmp_path / "a.safetensors"
-    write_safetensors(path, tensors, {"who": "we", "any": "é"})
-    found, metadata = read_safetensors(path)
-    check_equal(found, tensors)
-    assert metadata == {"who": "we", "any": "é"}
-    check_equal(package.load_file(path), tensors)
-    package.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    check_equal(read_safetensors(path)[0], tensors)
+PROGRAM = """
+import sys, torch, checkpoint
+tensors = {str(d): torch.arange(6).to(d) for d in (torch.float32, torch.bfloat16, torch.int64, torch.bool)}
+tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
+tensors |= {"strided": torch.arange(24.0).view(4, 6).T[::2]}
+state = dict(sorted(tensors.items(), reverse="reversed" in sys.argv))
+metadata = {"targets": ["q", "v"], "rank": 2, "alpha": None}
+checkpoint.save_adapter(sys.argv[1], state, method="é", config=metadata, tasks=["b", "a"], base="0" * 16)
+"""
 
 
-def test_written_bytes_are_deterministic_and_aligned(tmp_path):
-    tensors = some_tensors()
-    write_safetensors(tmp_path / "a", tensors)
-    write_safetensors(tmp_path / "b", dict(reversed(tensors.items())))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    length = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
-    assert length % 8 == 0
-    tensors, _ = read_safetensors(tmp_path / "a")
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1  # no copy to align
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    write_safetensors(tmp_path / "a", {"x": torch.ones(2)})
-    before = (tmp_path / "a").read_bytes()
-    ones = torch.ones(2, 2)
-    for bad in (ones.to("meta"), ones.to(torch.complex64), ones.to_sparse()):
-        with pytest.raises(ValueError, match="'x' cannot be stored"):
-            write_safetensors(tmp_path / "a", {"x": bad})
-    assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_misaligned_tensors_are_read(tmp_path):
-    header = {"a": entry("U8", [1], [0, 1]), "b": entry("F32", [2], [1, 9]), "c": entry("F64", [1], [9, 17])}
-    data = b"\7" + torch.tensor([1.5, -2]).numpy().tobytes() + torch.tensor([3.25]).double().numpy().tobytes()
-    for spaces in range(8):
-        raw = json.dumps(header).encode() + b" " * spaces
-        (tmp_path / "a").write_bytes(safetensors_bytes(raw, data))
-        tensors, _ = read_safetensors(tmp_path / "a")
-        assert [tensors[name].tolist() for name in "abc"] == [[7], [1.5, -2], [3.25]]
+def test_two_processes_write_the_same_bytes(tmp_path):
+    paths = tmp_path / "a", tmp_path / "b"
+    for path, order in zip(paths, ("sorted", "reversed"), strict=True):
+        subprocess.run([sys.executable, "-c", PROGRAM, path, order], cwd=ROOT, check=True)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    state, info = checkpoint.load_adapter(paths[0])
+    assert info == {"method": "é", "config": {"targets": ["q", "v"], "rank": 2, "alpha": None},
+                    "tasks": ["b", "a"], "base": "0" * 16}  # fmt: skip
+    assert state["scalar"] == 2.5 and state["empty"].shape == (0, 4)
+    assert torch.equal(state["strided"], torch.arange(24.0).view(4, 6).T[::2])
+    assert torch.equal(state["torch.bfloat16"], torch.arange(6).bfloat16())
 
 
 def test_tensors_are_mapped_and_writing_to_them_stays_here(tmp_path):
     path = tmp_path / "a"
-    write_safetensors(path, {"x": torch.zeros(1000), "y": torch.ones(1000)})
-    before, (tensors, _) = path.read_bytes(), read_safetensors(path)
-    assert tensors["x"].untyped_storage().data_ptr() == tensors["y"].untyped_storage().data_ptr()  # no copy
+    write_safetensors(path, {"x": torch.zeros(1000), "y": torch.ones(1000)}, PT)
+    before, (tensors, metadata) = path.read_bytes(), read_safetensors(path)
     tensors["x"].fill_(5)
-    assert path.read_bytes() == before and read_safetensors(path)[0]["x"].sum() == 0
+    assert path.read_bytes() == before and read_safetensors(path)[0]["x"].sum() == 0 and metadata == PT
 
 
 HOSTILE = {
     "empty file": b"",
-    "four bytes": b"abcd",
     "header beyond the file": struct.pack("<Q", 10**6) + b"{}",
     "header of 2^64-1 bytes": b"\xff" * 8 + b"{}",
     "not UTF-8": safetensors_bytes(b"\xff\xfe"),
     "not JSON": safetensors_bytes(b"{"),
-    "not an object": safetensors_bytes([1]),
     "deep nesting": safetensors_bytes(b"[" * 100_000),
-    "a number of 5000 digits": safetensors_bytes(b'{"x":' + b"9" * 5000 + b"}"),
-    "twice the same name": safetensors_bytes(b'{"x":{},"x":{}}'),
+    "a name of two lines": safetensors_bytes({"x\ny" * 999: entry(shape=[-1])}, bytes(8)),
     "twice the same field": safetensors_bytes(
         b'{"x":{"dtype":"U8","dtype":"I8","shape":[],"data_offsets":[0,1]}}', b"1"
     ),
-    "entry is no object": safetensors_bytes({"x": 3}),
     "missing field": safetensors_bytes({"x": {"dtype": "F32", "shape": [0]}}),
-    "extra field": safetensors_bytes({"x": entry(code="os")}, bytes(8)),
-    "unknown dtype": safetensors_bytes({"x": entry("F8_E4M3", [8])}, bytes(8)),
-    "dtype is a list": safetensors_bytes({"x": entry(["F32"])}, bytes(8)),
-    "shape is no list": safetensors_bytes({"x": entry(shape=2)}, bytes(8)),
+    "unknown dtype": safetensors_bytes({"x": entry("F9", [8])}, bytes(8)),
     "negative sizes whose product fits": safetensors_bytes({"x": entry(shape=[-1, -2])}, bytes(8)),
-    "fractional size": safetensors_bytes({"x": entry(shape=[2.0])}, bytes(8)),
-    "boolean size": safetensors_bytes({"x": entry(shape=[True, 2])}, bytes(8)),
     "product wraps to 2 in 64 bits": safetensors_bytes({"x": entry(shape=[2**63 + 1, 2])}, bytes(8)),
-    "empty, strides that overflow": safetensors_bytes({"x": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}),
-    "a thousand axes": safetensors_bytes({"x": entry(shape=[1] * 1000, offsets=[0, 4])}, bytes(4)),
-    "offsets of three": safetensors_bytes({"x": entry(offsets=[0, 4, 8])}, bytes(8)),
-    "negative offset": safetensors_bytes({"x": entry(offsets=[-8, 0])}, bytes(8)),
     "offsets reversed": safetensors_bytes({"x": entry(offsets=[8, 0])}, bytes(8)),
-    "extent too short": safetensors_bytes({"x": entry(offsets=[0, 4])}, bytes(4)),
     "beyond the end": safetensors_bytes({"x": entry(shape=[2**40], offsets=[0, 2**42])}, bytes(8)),
-    "begins after the end": safetensors_bytes({"x": entry(offsets=[2**40, 2**40 + 8])}, bytes(8)),
     "data cut": safetensors_bytes({"x": entry()}, bytes(7)),
     "bytes left over": safetensors_bytes({"x": entry()}, bytes(9)),
     "gap": safetensors_bytes({"x": entry(), "y": entry(offsets=[16, 24])}, bytes(24)),
     "overlap": safetensors_bytes({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)),
-    "the same bytes twice": safetensors_bytes({"x": entry(), "y": entry()}, bytes(8)),
-    "metadata is a list": safetensors_bytes({"__metadata__": []}),
     "metadata of numbers": safetensors_bytes({"__metadata__": {"a": 1}}),
 }
 
@@ -155,7 +115,7 @@ def test_an_endless_header_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "a", "wb") as file:
         file.write(struct.pack("<Q", 2**40))
         file.truncate(2**41)  # sparse: it takes no room
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         read_safetensors(tmp_path / "a")
 
 
@@ -179,7 +139,7 @@ def test_folders_of_transformers_load_and_agree(kind, stored, tmp_path):
     hf.save_pretrained(tmp_path, max_shard_size="20KB" if stored == "sharded" else "1GB")
     whole = fingerprint(tmp_path)
     if "bin" in stored:
-        rewrite_as_bin(tmp_path, legacy="legacy" in stored, **{UNUSED_KEY: torch.zeros(8, 3)})
+        rewrite_as_bin(tmp_path, legacy="legacy" in stored, **{modules.UNUSED: torch.zeros(8, 3)})
     if stored == "sharded bin":
         weights, shard_of = read_folder(tmp_path), {}
         for number, name in enumerate(weights):
@@ -189,7 +149,7 @@ def test_folders_of_transformers_load_and_agree(kind, stored, tmp_path):
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
         (tmp_path / "pytorch_model.bin").unlink()
     assert (tmp_path / "model.safetensors.index.json").exists() == (stored == "sharded")
-    loaded = load_t5(tmp_path)
+    loaded = load(tmp_path)
     assert loaded.config == t5.config and not loaded.training
     check_equal(loaded.state_dict(), t5.state_dict())
     assert fingerprint(tmp_path) == whole
@@ -197,21 +157,16 @@ def test_folders_of_transformers_load_and_agree(kind, stored, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_transformers_reads_what_save_t5_writes(kind, dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
     transformers = pytest.importorskip("transformers")
-    t5 = random_t5(CONFIGS[kind])
-    save_t5(t5, tmp_path, dtype=dtype)
+    t5 = random_t5(CONFIGS[kind]).to(dtype)
+    save(t5, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert {tensor.dtype for tensor in read_folder(tmp_path).values()} == {dtype or torch.float32}
-    assert read_safetensors(tmp_path / "model.safetensors")[1] == {
-        "format": "pt"
-    }  # for transformers 4
+    assert read_safetensors(tmp_path / "model.safetensors")[1] == PT  # for transformers 4
+    check_equal(load(tmp_path, mapped=True).state_dict(), t5.state_dict())
     hf = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    loaded = load_t5(tmp_path, dtype=torch.float32)
-    rounded = {name: weight.to(dtype or weight.dtype).float() for name, weight in t5.state_dict().items()}
-    check_equal(loaded.state_dict(), rounded)
-    check_logits(loaded, hf)
+    check_logits(load(tmp_path, dtype=torch.float32), hf)
 
 
 @pytest.mark.parametrize(
@@ -224,21 +179,21 @@ def test_transformers_reads_what_save_t5_writes(kind, dtype, tmp_path):
     ],
 )
 def test_dtype_of_loaded_weights(stored, asked, expected, tmp_path):
-    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path, dtype=stored)
-    assert {weight.dtype for weight in load_t5(tmp_path, dtype=asked).parameters()} == {expected}
+    save(random_t5(CONFIGS["v1.1"]).to(stored), tmp_path)
+    assert {weight.dtype for weight in load(tmp_path, dtype=asked).parameters()} == {expected}
 
 
 def test_one_float32_tensor_among_halves_makes_all_float32(tmp_path):
-    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path, dtype=torch.bfloat16)
+    save(random_t5(CONFIGS["v1.1"]).bfloat16(), tmp_path)
     weights = {name: w.float() if "wo" in name else w.clone() for name, w in read_folder(tmp_path).items()}
-    write_safetensors(tmp_path / "model.safetensors", weights)
-    assert {weight.dtype for weight in load_t5(tmp_path).parameters()} == {torch.float32}
+    write_safetensors(tmp_path / "model.safetensors", weights, PT)
+    assert {weight.dtype for weight in load(tmp_path).parameters()} == {torch.float32}
 
 
 @both
 def test_full_fine_tuning_of_a_loaded_base_works_and_leaves_the_file_alone(kind, tmp_path):
-    save_t5(random_t5(CONFIGS[kind]), tmp_path)
-    before, t5 = (tmp_path / "model.safetensors").read_bytes(), load_t5(tmp_path).train()
+    save(random_t5(CONFIGS[kind]), tmp_path)
+    before, t5 = (tmp_path / "model.safetensors").read_bytes(), load(tmp_path).train()
     optimiser = torch.optim.SGD(t5.parameters(), lr=1e-3)
     losses = []
     for _ in range(3):
@@ -248,41 +203,33 @@ def test_full_fine_tuning_of_a_loaded_base_works_and_leaves_the_file_alone(kind,
         optimiser.step()
     assert losses[2] < losses[0]
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    save_t5(t5, tmp_path)  # over the file that the weights are mapped from
-    check_equal(load_t5(tmp_path).state_dict(), t5.state_dict())
+    save(t5, tmp_path)  # over the file that the weights are mapped from
+    check_equal(load(tmp_path).state_dict(), t5.state_dict())
 
 
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
 def test_the_table_may_be_stored_under_either_stack(name, tmp_path):
     t5 = random_t5(CONFIGS["v1.0"])
-    save_t5(t5, tmp_path)
+    save(t5, tmp_path)
     weights = {key: tensor.clone() for key, tensor in read_folder(tmp_path).items()}
     weights[name] = weights.pop("shared.weight")
-    write_safetensors(tmp_path / "model.safetensors", weights)
-    check_equal(load_t5(tmp_path).state_dict(), t5.state_dict())
+    write_safetensors(tmp_path / "model.safetensors", weights, PT)
+    check_equal(load(tmp_path).state_dict(), t5.state_dict())
 
 
 def test_a_head_that_equals_the_table_is_tied_unless_the_config_says_otherwise(tmp_path):
     t5 = random_t5(CONFIGS["v1.0"])
-    save_t5(t5, tmp_path)
+    save(t5, tmp_path)
     weights = {name: tensor.clone() for name, tensor in read_folder(tmp_path).items()}
-    head = weights["shared.weight"]
-    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head})
-    assert load_t5(tmp_path).config.tied_head
+    head = weights["shared.weight"].clone()
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head}, PT)
+    assert load(tmp_path).config.tied_head
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
-    assert not load_t5(tmp_path).config.tied_head
+    assert not load(tmp_path).config.tied_head
     (tmp_path / "config.json").write_text(json.dumps(values))
-    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head + 1})
-    assert not load_t5(tmp_path).config.tied_head
-
-
-def test_the_key_table_reads_both_ways():
-    for config in CONFIGS.values():
-        weights = random_t5(config).state_dict()
-        there = checkpoint._rename(weights, checkpoint.TO_HF, "test")
-        check_equal(checkpoint._rename(there, checkpoint.TO_OURS, "test"), weights)
-        assert not there.keys() & weights.keys()
+    write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head + 1}, PT)
+    assert not load(tmp_path).config.tied_head
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -290,7 +237,7 @@ def test_the_key_table_reads_both_ways():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    save_t5(random_t5(CONFIGS["v1.1"]), tmp_path)
+    save(random_t5(CONFIGS["v1.1"]), tmp_path)
     return tmp_path
 
 
@@ -310,33 +257,52 @@ def test_weights_that_do_not_fit_are_named(change, message, folder):
     weights = {name: tensor.clone() for name, tensor in read_folder(folder).items()}
     weights |= {name: shape and torch.zeros(shape) for name, shape in change.items()}
     tensors = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    write_safetensors(folder / "model.safetensors", tensors)
+    write_safetensors(folder / "model.safetensors", tensors, PT)
     with pytest.raises(ValueError, match=message) as refusal:
-        load_t5(folder)
+        load(folder)
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_layers": 10**9}, f"config.json describes {10**9 + 1} blocks, but the weights are 47 tensors"),
+        ({"d_model": 2**40}, r"shared.weight is .*\[37, 32\]; .* asks for floats \[37, 1099511627776\]"),
+        ({"d_model": 2**62, "d_ff": 2**62}, "config.json: "),  # more bytes than 64 bits count
+        ({"d_model": 10**30}, "config.json: "),
+    ],
+)
+def test_what_a_config_describes_is_bounded_by_the_weights(change, message, folder):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(folder)
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_integer_weights_are_refused(folder):
     weights = {name: tensor.long() for name, tensor in read_folder(folder).items()}
-    write_safetensors(folder / "model.safetensors", weights)
+    write_safetensors(folder / "model.safetensors", weights, PT)
     with pytest.raises(ValueError, match="asks for floats"):
-        load_t5(folder)
+        load(folder)
 
 
-def test_save_t5_refuses_foreign_tensors(folder):
+def test_save_refuses_foreign_tensors(folder):
     t5 = random_t5(CONFIGS["v1.0"])
     t5.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'extra.bias', 'extra.weight'"):
-        save_t5(t5, folder)
+        save(t5, folder)
 
 
 def test_a_folder_without_weights_or_config_is_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights"):
-        load_t5(folder)
+        load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json: cannot be read"):
-        load_t5(folder)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load(folder)
+    with pytest.raises(ValueError, match="elsewhere: no such folder"):
+        load(folder / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +314,6 @@ def test_a_folder_without_weights_or_config_is_refused(folder):
         ({"weight_map": {"x": "a\\b"}}, "not a plain file name"),
         ({"weight_map": {"x": ""}}, "not a plain file name"),
         ({"weight_map": {"x": "a\0b"}}, "not a plain file name"),
-        ({"weight_map": {"x": "shard-1"}}, "shard-1: cannot be read"),
         ({"weight_map": {"x": "shard-0", "y": "shard-0"}}, "shard-0: not the tensors the index names: 'y'"),
         ({"weight_map": {"y": "shard-0"}}, "'x', 'y'"),
         ({"weight_map": ["shard-0"]}, "weight_map"),
@@ -358,7 +323,7 @@ def test_a_folder_without_weights_or_config_is_refused(folder):
     ],
 )
 def test_bad_shard_indices_are_refused(index, message, tmp_path):
-    write_safetensors(tmp_path / "shard-0", {"x": torch.ones(2)})
+    write_safetensors(tmp_path / "shard-0", {"x": torch.ones(2)}, PT)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message.replace("\\", "\\\\")):
         read_folder(tmp_path)
@@ -381,7 +346,7 @@ def test_a_malicious_pickle_does_not_run(form, folder):
     else:
         torch.save(bomb, path, _use_new_zipfile_serialization=form == "torch.save")
     with pytest.raises(ValueError, match="pytorch_model.bin: refused") as refusal:
-        load_t5(folder)
+        load(folder)
     assert not (folder / "ran").exists() and "\n" not in str(refusal.value)
     pickle.loads(pickle.dumps(bomb))
     assert (folder / "ran").exists()  # it would have run
@@ -408,12 +373,12 @@ def test_damaged_torch_files_are_refused(content, tmp_path):
 # ------------------------------------------------------------------------------------------------ fingerprint
 
 
-def test_fingerprint_tells_bases_apart_and_reads_little(folder, monkeypatch):
+def test_fingerprint_tells_bases_apart_and_reads_little(folder):
     first = fingerprint(folder)
     assert len(first) == 16 and fingerprint(folder) == first
     weights = {name: tensor.clone() for name, tensor in read_folder(folder).items()}
     weights["decoder.final_layer_norm.weight"][0] += 1e-3
-    write_safetensors(folder / "model.safetensors", weights)
+    write_safetensors(folder / "model.safetensors", weights, PT)
     second = fingerprint(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"layer_norm_epsilon": 1e-5}))
@@ -421,7 +386,6 @@ def test_fingerprint_tells_bases_apart_and_reads_little(folder, monkeypatch):
     assert len({first, second, third}) == 3
     (folder / "config.json").write_text(json.dumps(values | {"use_cache": False, "dropout_rate": 0.5}))
     assert fingerprint(folder) == second  # keys that change nothing here
-    hashed, raw = [], checkpoint._raw
-    monkeypatch.setattr(checkpoint, "_raw", lambda tensor: hashed.append(tensor.numel()) or raw(tensor))
-    fingerprint(folder)
-    assert max(hashed) <= 1024 and len(hashed) == len(weights)
+    weights["shared.weight"].view(-1)[1] += 1  # of 37 x 32 values every second is read
+    write_safetensors(folder / "model.safetensors", weights, PT)
+    assert fingerprint(folder) == second

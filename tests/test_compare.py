@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import checkpoint
 import compare
 import eval as evaluation
 import plot
@@ -31,7 +32,7 @@ def on_meta(config):
 @pytest.mark.parametrize("size", ["tiny", "t5-small", "t5-xxl"])
 @pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
 def test_totals_are_equal_within_three_per_cent(size, targets):
-    config = compare.SIZES.get(size) or t5.T5Config.from_json(ROOT / "tiny" / "config.json")
+    config = compare.SIZES.get(size) or checkpoint.config(ROOT / "tiny")
     adapter = OrchMoEConfig(targets=targets)
     extra = budget(compare.EQUAL, on_meta(config), adapter, 28)
     totals = []
@@ -100,7 +101,7 @@ def test_values_of_a_point_are_its_steps_from_the_start():
 
 
 def test_every_method_is_tuned_over_what_it_trains():
-    base = t5.T5Config.from_json(ROOT / "tiny" / "config.json")
+    base = checkpoint.config(ROOT / "tiny")
     rates = {"skills": "lr_skills", "router": "lr_router", "token_router": "lr_token_router",
              "allocation": "lr_allocation"}  # fmt: skip
     for name in compare.ADAPTED:
@@ -185,7 +186,7 @@ def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
         adapters = attach_method("orchmoe", on_meta(base), adapter)
         return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
 
-    base = t5.T5Config.from_json(ROOT / "tiny" / "config.json")
+    base = checkpoint.config(ROOT / "tiny")
     fields = {name for cls in compare.train.CONFIGS.values() for name in cls.__dataclass_fields__}
     for row in compare.ABLATIONS:
         changes = compare.ablation(row, default)

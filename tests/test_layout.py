@@ -29,7 +29,7 @@ LEVEL = {
     "compare": 5,
     "bench": 5,
 }
-PACKAGES = {"torch", "numpy", "sentencepiece", "tqdm", "nltk"}
+PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
 FILES = sorted(path for path in ROOT.glob("*.py"))
 
 

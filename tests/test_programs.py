@@ -344,7 +344,7 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
     assert verdict == f"router: abstract task {shares} (numbered as in plot.py's figures)"
     said, answer = ask(["--model", "tiny"], "--max-new-tokens", "1", cwd=home)
     assert said == f"asked: tiny; {alone}"
-    bare = checkpoint.load_t5(home / "tiny")
+    bare = checkpoint.load(home / "tiny")
     first = bare.generate(ids, torch.ones_like(ids), max_new_tokens=1)[0]
     assert answer == f"answer: {tokenizer.decode(first)}"
 
@@ -363,10 +363,10 @@ def test_a_run_is_exported_as_the_readme_prints_it(home):
     examples = evaluation.evenly(data.load_examples(config, tokenizer, "test"), 16)
     w = evaluation.router_weights(base, adapters, data.load_examples(config, tokenizer, "test")).mean(0)
     routed = evaluation.predict(base, adapters, examples, tokenizer, w=w)
-    merged = checkpoint.load_t5(home / "merged")
+    merged = checkpoint.load(home / "merged")
     plain = evaluation.predict(merged, NoAdapter(merged, full=False), examples, tokenizer)
     assert plain == routed
-    bare = checkpoint.load_t5(home / "tiny")
+    bare = checkpoint.load(home / "tiny")
     assert plain != evaluation.predict(bare, NoAdapter(bare, full=False), examples, tokenizer)
 
 

@@ -101,7 +101,7 @@ def loading(folder):
     runtime.shard(warm, warm.blocks, place)
     peak[:] = [resident()]
     watcher.start()
-    base = checkpoint.map_t5(folder)
+    base = checkpoint.load(folder, mapped=True)
     attach_method("orchmoe", base, OrchMoEConfig(), generator=runtime.generator(0))
     whole = sum(4 * p.numel() for p in base.parameters() if not p.requires_grad)
     runtime.shard(base, base.blocks, place)
@@ -256,7 +256,7 @@ def test_loading_a_sharded_xl_holds_a_share(tmp_path):
                             scale_decoder_outputs=False, tied_head=False)  # fmt: skip
     with torch.device("meta"):
         base = t5.T5(config)
-    checkpoint.save_t5(base.bfloat16().to_empty(device="cpu"), tmp_path)
+    checkpoint.save(base.bfloat16().to_empty(device="cpu"), tmp_path)
     lines = torchrun(2, __file__, "loading", tmp_path, cwd=tmp_path).splitlines()
     assert len(lines) == 2
     for added, share in map(json.loads, lines):

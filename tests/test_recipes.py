@@ -7,12 +7,12 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+import checkpoint
 import compare
 import data
 import plot
 import tokenizer
 import train
-from t5 import T5Config
 
 
 def script(name):
@@ -40,7 +40,7 @@ def test_tokenizer_and_config_make_a_shape(tmp_path):
     prepare.make_tokenizer(ROOT / "README.md", 300, tmp_path / "shape")
     prepare.make_config(tmp_path / "shape", 300, 32, 8, 48, 2, 4)
     words = tokenizer.load(tmp_path / "shape")
-    config = T5Config.from_json(tmp_path / "shape/config.json")
+    config = checkpoint.config(tmp_path / "shape")
     assert config.vocab_size == 300 + prepare.SENTINELS and not config.tied_head
     assert words.decode(words.encode("The base is frozen.")) == "The base is frozen."
 

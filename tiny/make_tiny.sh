@@ -16,4 +16,4 @@ python train.py --method full --from-scratch --model tiny --device cpu --out "$w
     --steps "${STEPS:-9000}" --batch-size 16 --lr-full 1e-2 --beta2 0.98 --warmup 200 --eval-every 1000 --eval-instances 860
 python -c "
 import torch, checkpoint
-checkpoint.save_t5(checkpoint.load_t5('$work/base/model'), 'tiny', dtype=torch.float16)"
+checkpoint.save(checkpoint.load('$work/base/model').half(), 'tiny')"
