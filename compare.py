@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -65,7 +65,7 @@ class CompareConfig:
     dry_run: bool = False  # print parameters and memory, and stop
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core, of one thread, at most 8)
     gpu: int | None = None  # number of the GPU
-    device: str = ""  # cpu or cuda:N instead
+    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
 
     def __post_init__(self) -> None:
         runtime.require_least(self, seeds=1, trials=1, jobs=0)
@@ -174,7 +174,7 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     """Trains and scores one cell, from where it was stopped; false if it was stopped again."""
     began, result = time.monotonic(), {}
     random = mock.patch.object(TaskRouter, "forward", random_forward)
-    with runtime.claimed(cell.folder), random if cell.row == "router: random" else nullcontext():
+    with random if cell.row == "router: random" else nullcontext():
         runtime.write_json(cell.folder / "cell.json", cell.settings)
         if not cell.of and cell.row not in UNTRAINED:
             if not train.run(cell.folder, cell.configs, place, closing=False):

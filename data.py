@@ -251,7 +251,7 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
             return found
         made = {"key": key, **make()}
         try:
-            with runtime.atomic_write(path, each_node=True) as file:
+            with runtime.atomic_write(path) as file:
                 torch.save(made, file)
         except OSError as error:  # a folder that may not be written costs the cache alone
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -45,7 +45,7 @@ class EvalConfig:
     max_new_tokens: int = 127  # the official 128 less the start token
     seed: int = 0  # of the split into train, dev and seen; a run brings its own
     gpu: int | None = None  # number of the GPU
-    device: str = ""  # cpu or cuda:N instead
+    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
     shard: bool = False  # split the frozen base over the processes of torchrun
 
@@ -92,12 +92,12 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
     base.eval()
     texts: dict[int, str] = {}
     agree = runtime.any_rank if runtime.is_sharded(base) else bool
-    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
+    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.world_size()):
         with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                    on_keep=adapters.keep, agree=agree)
         texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, tokens.tolist(), strict=bool(rows)))
-    texts = {i: text for part in runtime.gather(texts) for i, text in part.items()}
+    texts = {i: text for part in runtime.all_gather(texts) for i, text in part.items()}
     return [texts[i] for i in range(len(examples))]
 
 
@@ -113,11 +113,11 @@ def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Exampl
     """Cross-entropy per target token of the first references, in nats; w (M,K) as in `predict`."""
     base.eval()
     total, tokens = 0.0, 0
-    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.ranks()):
+    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.world_size()):
         with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
-    total, tokens = runtime.sum_ranks([], total, tokens)
+    total, tokens = runtime.all_reduce([], total, tokens)
     return total / tokens
 
 
@@ -254,10 +254,10 @@ def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> 
     sizes = {"num_tasks": len(info["tasks"]), "extra_rank": train.get("extra_rank", 0)}
     with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
         bare = type(base)(base.config)
-    try:
-        attach_method(info["method"], bare, config, **sizes).load_state_dict(state)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
-        raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
+        try:
+            attach_method(info["method"], bare, config, **sizes).load_state_dict(state)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
+            raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
     adapters = attach_method(info["method"], base, config, **sizes)
     adapters.load_state_dict(state)
     if shard:
@@ -388,6 +388,8 @@ def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place:
                               max_new_tokens=config.max_new_tokens)
     scores = score(examples, predictions)
     folder = Path(config.out or Path(config.run) / f"eval-{config.split}")
+    if runtime.rank() != 0:
+        return
     settings = {**asdict(config), **asdict(data_config), "seed": seed, "instances": len(examples)}
     write_results(folder, examples, predictions, {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())

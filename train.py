@@ -83,7 +83,7 @@ class PlaceConfig:
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # go on with the run in --out, with its own settings
     gpu: int | None = None  # number of the GPU
-    device: str = ""  # cpu or cuda:N instead
+    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
     shard: bool = False  # split the frozen base over the processes of torchrun
 
 
@@ -230,7 +230,7 @@ def optimiser_step(base: Backbone, adapters: Adapters, optimizer: torch.optim.Op
     their count."""
     optimizer.zero_grad(set_to_none=True)
     loss, entropy = 0.0, None
-    for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.ranks()):
+    for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
         noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows or [0],
                                                                adapters.noise_shape)
         share = adapters.router_dropout
@@ -244,7 +244,7 @@ def optimiser_step(base: Backbone, adapters: Adapters, optimizer: torch.optim.Op
             entropy = evaluation.mean_entropy(routing.w.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    loss, = runtime.sum_ranks(gradients, loss)  # of all processes
+    loss, = runtime.all_reduce(gradients, loss)  # of all processes
     norm = torch.nn.utils.get_total_norm(gradients)
     require_finite(base, f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
     if config.clip:
@@ -272,8 +272,10 @@ def train(base: Backbone, adapters: Adapters, dev: list[data.Example], source: S
         first, best, tokens = state["step"], state["best"], state["tokens"]
     else:
         fit_router(base, adapters, source.examples, config)
-    runtime.copy_first(adapters.state_dict().values())  # processes that begin alike stay alike
-    log = runtime.Log(folder / "metrics.jsonl", resume_step=first - 1)
+    runtime.broadcast(adapters.state_dict().values())  # processes that begin alike stay alike
+    log = folder / "metrics.jsonl"
+    if log.exists():
+        runtime.truncate_log(log, first)
     steps, before, began = range(first, config.steps), tokens, time.monotonic()
     with runtime.stop_signals() as asked, \
             runtime.progress(steps, "train", total=config.steps, unit="step", initial=first) as bar:
@@ -287,7 +289,7 @@ def train(base: Backbone, adapters: Adapters, dev: list[data.Example], source: S
             tokens += batch.input_ids.numel() + batch.labels.numel()
             record["tokens"] = tokens
             record["tokens_per_s"] = round((tokens - before) / (time.monotonic() - began))
-            log.write(step=step, **record)
+            runtime.append_json(log, step=step, **record)
             bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
                              if record[name] is not None}, refresh=False)
             stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
@@ -300,11 +302,12 @@ def train(base: Backbone, adapters: Adapters, dev: list[data.Example], source: S
             if due:
                 dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
                 require_finite(base, where, dev_loss=dev_loss)
-                log.write(step=step, dev_loss=dev_loss, **router_record(base, adapters, dev, config))
+                router = router_record(base, adapters, dev, config)
+                runtime.append_json(log, step=step, dev_loss=dev_loss, **router)
                 if dev_loss < best:
                     best = dev_loss
                     keep_best()
-            if due or stopping:
+            if (due or stopping) and runtime.rank() == 0:
                 checkpoint.save_state(path, {"step": step + 1, "best": best, "tokens": tokens,
                                              "weights": adapters.state_dict(),
                                              "optimizer": optimizer.state_dict()})
@@ -404,45 +407,48 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing
 
     base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
     facts = {"base": base_print, "tasks": train_set.tasks}
-    scores_file, scores = folder / "scores.json", {}
-    if (folder / "config.json").exists():
-        check_unchanged(evaluation.read_run(folder), facts, config, data_config)
-        scores = runtime.read_json(scores_file) if scores_file.exists() else {}
-    else:
-        runtime.write_json(folder / "config.json", {name: asdict(value) for name, value in configs.items()}
-                           | facts | {"torch": torch.__version__})
-    if resume:
-        runtime.say(f"should it be interrupted, go on with: {resume}")
-    if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
-        scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
-        runtime.write_json(scores_file, scores)
-
-    def keep_best() -> None:
-        if config.method == "full":
-            tokenizer.save(folder / "model")
-            checkpoint.save(base, folder / "model")
+    with runtime.locked(folder):
+        scores_file, scores = folder / "scores.json", {}
+        if (folder / "config.json").exists():
+            check_unchanged(evaluation.read_run(folder), facts, config, data_config)
+            scores = runtime.read_json(scores_file) if scores_file.exists() else {}
         else:
-            checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
-                                    method=config.method, config=asdict(adapter_config), **facts)
+            settings = {name: asdict(value) for name, value in configs.items()}
+            runtime.write_json(folder / "config.json", settings | facts | {"torch": torch.__version__})
+        if resume:
+            runtime.say(f"should it be interrupted, go on with: {resume}")
+        if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
+            scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
+            runtime.write_json(scores_file, scores)
 
-    bf16 = config.method == "full" and place.dtype == torch.bfloat16
-    if not train(base, adapters, sets["dev"], source, folder, config, bf16, keep_best):
-        return False
-    if not closing:
+        def keep_best() -> None:
+            if runtime.rank() != 0:
+                return
+            if config.method == "full":
+                tokenizer.save(folder / "model")
+                checkpoint.save(base, folder / "model")
+            else:
+                checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
+                                        method=config.method, config=asdict(adapter_config), **facts)
+
+        bf16 = config.method == "full" and place.dtype == torch.bfloat16
+        if not train(base, adapters, sets["dev"], source, folder, config, bf16, keep_best):
+            return False
+        if not closing:
+            return True
+        runtime.barrier()  # the first process has written what all read now
+        adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if config.method == "full"
+                                 else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
+        scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
+        runtime.write_json(scores_file, scores)
+        report = evaluation.routing_report(base, adapters, sets["seen"], batch_size=config.eval_batch_size)
+        if report:
+            runtime.write_json(folder / "routing.json", report)
+        runtime.say(table(scores))
+        sizes = ", ".join(f"{len(sets[which])} {which}" for which in scores[config.method])
+        limited = any(len(sets[which]) == config.eval_instances for which in scores[config.method])
+        runtime.say(f"on {sizes} instances" + "; --eval-instances 0 takes all" * limited)
         return True
-    runtime.meet()  # the first process has written what all read now
-    adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if config.method == "full"
-                             else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
-    scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
-    runtime.write_json(scores_file, scores)
-    report = evaluation.routing_report(base, adapters, sets["seen"], batch_size=config.eval_batch_size)
-    if report:
-        runtime.write_json(folder / "routing.json", report)
-    runtime.say(table(scores))
-    sizes = ", ".join(f"{len(sets[which])} {which}" for which in scores[config.method])
-    limited = any(len(sets[which]) == config.eval_instances for which in scores[config.method])
-    runtime.say(f"on {sizes} instances" + "; --eval-instances 0 takes all" * limited)
-    return True
 
 
 def closing_words(folder: Path, method: str, device: str) -> str:
@@ -467,7 +473,7 @@ def main() -> None:
     device = f" --gpu {where.gpu}" if where.gpu is not None else ""
     device += f" --device {where.device}" if where.device else ""
     resume = f"{runtime.launcher()} train.py --resume --out {folder}{device}{' --shard' * where.shard}"
-    with runtime.joined(place, f"go on with: {resume}"), runtime.claimed(folder):
+    with runtime.joined(place):
         whole = run(folder, configs, place, shard=where.shard, resume=resume)
     if not whole:
         runtime.say(f"stopped; go on with: {resume}")
