@@ -25,17 +25,17 @@ import zipfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import runtime
 from tokenizer import load as Tokenizer  # until every caller has moved
 
-CACHE_VERSION = 2  # part of every cache key: raise it when a prompt, a set or the layout changes
+CACHE_VERSION = 3  # part of every cache key: raise it when a prompt, a set or the layout changes
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
@@ -245,8 +245,7 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(folder or os.path.join(base, "orchmoe")) / f"{name}.tokens"
     with runtime.first_of_node_first():
-        stats = [path.stat() for path in files]
-        key.append([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+        key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
         if found := _read_cache(path, key):
             return found
         made = {"key": key, **make()}
@@ -264,11 +263,10 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
 def _read_cache(path: Path, key: list) -> dict | None:
     """The content of a whole cache file of this key, its tensors mapped; None for any other."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch writes a checksum of each tensor, but does not read it
-            if file.testzip():
-                return None
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch writes checksums, but does not look at them
         found = torch.load(path, mmap=True, weights_only=True)
-        return found if found["key"] == key else None
+        return None if damaged or found["key"] != key else found
     except Exception:  # of many types, whatever a damaged file or somebody else's provokes
         return None
 
@@ -288,12 +286,12 @@ class Example(NamedTuple):
 
 
 class Examples(list[Example]):
-    """The examples of one set. tasks: sorted names; digest: 16 hex digits of the contents of their files."""
+    """One set. tasks: their names, sorted; digest: 16 hex digits of the contents of their files."""
 
     def __init__(self, examples: Sequence[Example], tasks: list[str], digest: str):
         super().__init__(examples)
         self.tasks, self.digest = tasks, digest
-        self.source_lengths = np.array([len(example.source_ids) for example in examples], np.int64)
+        self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
 def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = SETS, *,
@@ -309,10 +307,8 @@ def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = S
               for kind, tasks in read_splits(config.data, config.splits).items()}
     index = {task: i for i, task in enumerate(listed["train"] if training is None else training)}
     sets = {}
-    if set(names) & set(SETS[:3]):
-        sets |= _load_tasks(config, tokenizer, "train", listed["train"], index)
-    if "test" in names:
-        sets |= _load_tasks(config, tokenizer, "test", listed["test"], index)
+    for kind in {"test" if name == "test" else "train": None for name in names}:
+        sets |= _load_tasks(config, tokenizer, kind, listed[kind], index)
     return {name: sets[name] for name in names}
 
 
@@ -323,42 +319,37 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     if not tasks:
         raise ValueError(f"{folder}: no task of splits/{config.splits}/{kind}_tasks.txt; complete it")
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
-    options = {name: value for name, value in vars(config).items() if name not in WHERE}
-    made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths,
-                  lambda: _encode_tasks(paths, kind, tokenizer, config))
-    if made["copies"]:
-        runtime.warn(f"{folder}: {made['copies']} instances repeat another of their task; none is on two "
-                     "sides of train, dev and seen")
-    if made["alike"]:
-        runtime.warn(f"--max-source-length {config.max_source_length}: cuts {made['alike']} sources of the "
-                     f"{kind} tasks to what another of their task is cut to; give more tokens")
-    sources, targets = (iter(np.split(made[name].numpy(), made[f"{name}_at"]))
-                        for name in ("source", "target"))
-    examples: dict[str, list[Example]] = {name: [] for name in (SETS[3:] if kind == "test" else SETS[:3])}
-    for name, task, place, own_id, references in json.loads(made["rows"].numpy().tobytes()):
-        examples[name].append(Example(
-            own_id, tasks[task], made["categories"][task], next(sources), [next(targets) for _ in references],
-            references, index.get(tasks[task], -1), place))
-    return {name: Examples(rows, tasks, made["digest"]) for name, rows in examples.items()}
-
-
-def _encode_tasks(paths: list[Path], kind: str, tokenizer: Tokenizer, config: DataConfig) -> dict:
-    """What the cache keeps of these tasks: all ids in one row each, the texts as JSON."""
     encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
-    digests, categories, copies, alike, rows, sources, targets = zip(*_map_tasks(encode, paths), strict=True)
-    rows = [(name, task, *row) for task, of_task in enumerate(rows) for name, *row in of_task]
-    made = {"digest": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
-            "categories": list(categories), "copies": sum(copies), "alike": sum(alike),
-            "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
-    for name, parts in (("source", list(chain(*sources))), ("target", list(chain(*targets)))):
-        made[name] = torch.from_numpy(np.concatenate(parts))
-        made[f"{name}_at"] = torch.tensor([len(part) for part in parts]).cumsum(0)[:-1]
-    return made
+    options = {name: value for name, value in vars(config).items() if name not in WHERE}
+    made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
+        {**facts, "source": torch.from_numpy(source), "target": torch.from_numpy(target)}
+        for facts, source, target in _map_tasks(encode, paths)]})["tasks"]
+    if copies := sum(task["copies"] for task in made):
+        runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "
+                     "train, dev and seen")
+    if alike := sum(task["alike"] for task in made):
+        runtime.warn(f"--max-source-length {config.max_source_length}: cuts {alike} sources of the {kind} "
+                     "tasks to what another of their task is cut to; give more tokens")
+    sets: dict[str, list[Example]] = {name: [] for name in SETS if (name == "test") == (kind == "test")}
+    for name, task in zip(tasks, made, strict=True):
+        rows = json.loads(task["rows"])
+        sources = _parts(task["source"], [row[-2] for row in rows])
+        targets = iter(_parts(task["target"], [size for row in rows for size in row[-1]]))
+        for (split, place, own_id, references, *_), source in zip(rows, sources, strict=True):
+            target_ids = [next(targets) for _ in references]
+            sets[split].append(Example(own_id, name, task["category"], source, target_ids, references,
+                                       index.get(name, -1), place))
+    digest = hashlib.sha256("".join(task["digest"] for task in made).encode()).hexdigest()[:16]
+    return {name: Examples(examples, tasks, digest) for name, examples in sets.items()}
 
 
-def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig) -> tuple:
-    """Of a task file: its digest, its category, how many instances repeat another, how many sources are
-    another's by their cut; of the instances kept (set, place, id, references), sources and all targets."""
+def _parts(ids: torch.Tensor, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(ids.numpy(), np.cumsum(sizes)[:-1])
+
+
+def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
+                 ) -> tuple[dict, np.ndarray, np.ndarray]:
+    """What is kept of a task file: facts, the ids of all its sources, those of all its targets."""
     task = read_task(path)
     instances = task["instances"]
     contents = [(instance["input"], *instance["output"]) for instance in instances]
@@ -366,15 +357,21 @@ def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
     if kind == "train":
         sets = dict(zip(SETS, split_instances(contents, path.stem, config.train_instances), strict=False))
         copies = len(contents) - len(set(contents))
-    rows = [(name, i, instances[i]["id"], instances[i]["output"]) for name in sets for i in sets[name]]
-    prompts = [_prompt(task, instances[row[1]], tokenizer, config) for row in rows]
-    cut = {(instances[row[1]]["input"], prompt) for row, prompt in zip(rows, prompts, strict=True)
-           if not prompt.endswith("Output: ")}  # as every whole prompt does
-    alike = len(cut) - len({prompt for _, prompt in cut})
-    sources = [_cut(tokenizer.source(prompt), config.max_source_length) for prompt in prompts]
-    targets = [_cut(tokenizer.target(text), config.max_target_length) for row in rows for text in row[-1]]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digest, task["category"], copies, alike, rows, sources, targets
+    rows, sources, targets, cut = [], [], [], set()
+    for split, place in [(split, place) for split, places in sets.items() for place in places]:
+        instance = instances[place]
+        prompt = _prompt(task, instance, tokenizer, config)
+        if not prompt.endswith("Output: "):  # as every whole prompt does
+            cut.add((instance["input"], prompt))
+        source = _cut(tokenizer.source(prompt), config.max_source_length)
+        outputs = [_cut(tokenizer.target(text), config.max_target_length) for text in instance["output"]]
+        rows.append((split, place, instance["id"], instance["output"], len(source), list(map(len, outputs))))
+        sources.append(source)
+        targets += outputs
+    facts = {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
+             "copies": copies, "alike": len(cut) - len({prompt for _, prompt in cut}),
+             "rows": json.dumps(rows)}
+    return facts, np.concatenate(sources), np.concatenate(targets)
 
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
@@ -462,25 +459,15 @@ def _epoch_order(lengths: bytes, batch_size: int, seed: int, epoch: int) -> list
 def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0, pad_id: int = 0) -> Batch:
     """Padded batch with one reference an example: the first, or with a seed one drawn from (seed, step, task,
     id), so the same whatever batch, micro-batch or rank the example is in."""
-    targets = []
+    sources, targets = [torch.from_numpy(example.source_ids).long() for example in examples], []
     for example in examples:
         name = f"{seed}/{step}/{example.task}/{example.id}".encode()
         draw = 0 if seed is None else int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
-        targets.append(example.target_ids[draw % len(example.target_ids)])
-    input_ids, mask = _pad([example.source_ids for example in examples], pad_id)
-    labels, real = _pad(targets, pad_id)
-    task_ids = torch.tensor([example.task_index for example in examples])
-    ids = [example.id for example in examples]
-    return Batch(input_ids, mask, labels.masked_fill(~real, -100), task_ids, ids)
-
-
-def _pad(rows: list[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one matrix, and the mask of where it holds them."""
-    sizes = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(sizes.max())) < sizes[:, None]
-    matrix = torch.full(mask.shape, pad_id)
-    matrix[mask] = torch.from_numpy(np.concatenate(rows, dtype=np.int64))
-    return matrix, mask
+        targets.append(torch.from_numpy(example.target_ids[draw % len(example.target_ids)]).long())
+    return Batch(pad_sequence(sources, batch_first=True, padding_value=pad_id),
+                 pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in sources], batch_first=True),
+                 pad_sequence(targets, batch_first=True, padding_value=-100),
+                 torch.tensor([example.task_index for example in examples]), [e.id for e in examples])
 
 
 def load_examples(config: DataConfig, tokenizer: Tokenizer, split: str, *, seed: int = 0) -> Examples:
