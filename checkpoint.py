@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 import runtime
+from llama import Llama
 from model import Backbone
 from t5 import T5
 
-FAMILIES: dict[str, type[Backbone]] = {"t5": T5}  # by model_type
+FAMILIES: dict[str, type[Backbone]] = {  # by model_type
+    "t5": T5, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama),
+}  # fmt: skip
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # ------------------------------------------------------------------------------------------ files of tensors

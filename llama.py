@@ -228,7 +228,7 @@ class Llama(Backbone):
 
     Config = LlamaConfig
     renames = (
-        ("^embedding", "embed_tokens"), (r"^(?!head)", "model."), ("^head", "lm_head"),
+        ("^embedding", "embed_tokens"), ("^blocks", "layers"), ("^(?!head)", "model."), ("^head", "lm_head"),
         ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
         (r"attention\.", "self_attn."), (r"\.([qkvo])\.", r".\1_proj."),
         (r"(gate|up|down)\.", r"mlp.\1_proj."),
@@ -247,13 +247,9 @@ class Llama(Backbone):
         super().__init__(config)
         D, V = config.hidden_size, config.vocab_size
         self.embedding = nn.Embedding(V, D)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        return tuple(self.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
@@ -265,7 +261,7 @@ class Llama(Backbone):
     def hidden(self, ids: Tensor) -> Tensor:
         """Tokens (B,L), each row from position 0 on -> hidden states (B,L,D) for `logits`."""
         x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
-        for block in self.layers:
+        for block in self.blocks:
             x = self.run(block, x, turn)
         return self.norm(x)
 
@@ -283,8 +279,8 @@ class Llama(Backbone):
         x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
         # Zeros: a column that is not seen yet enters the sum of values with weight 0, and 0 times NaN is NaN.
         shape = 2, len(x), columns, self.config.num_key_value_heads, self.config.head_dim
-        caches = [x.new_zeros(shape) for _ in self.layers]
-        for block, cache in zip(self.layers, caches, strict=True):
+        caches = [x.new_zeros(shape) for _ in self.blocks]
+        for block, cache in zip(self.blocks, caches, strict=True):
             x = block.read(x, turn, cache)
         # The first step reads the last token of each source once more, for its logits.
         last = attention_mask.bool().sum(1) - 1  # (B)
@@ -293,7 +289,7 @@ class Llama(Backbone):
     def step(self, newest: Tensor, state: Decoding) -> Tensor:
         x, turn = self.begin(newest[:, None], state.at[:, None])  # (B,1,D), (2,B,1,1,E)
         columns = int(state.at.max()) + 1  # of the cache, that any row sees
-        for block, cache in zip(self.layers, state.caches, strict=True):
+        for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block.read(x, turn, cache[:, :, :columns], state.at)
         state.at = state.at + 1
         return self.logits(self.norm(x)[:, 0])  # (B,V)

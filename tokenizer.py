@@ -1,5 +1,6 @@
-"""T5's tokenizer: the SentencePiece model of a Hugging Face folder, the same ids and texts as transformers'.
-Test: `pytest tests/test_data.py`.
+"""Tokenizers of Hugging Face folders, with the ids and texts of transformers: T5's SentencePiece; of decoders
+Llama's and Mistral's SentencePiece, or a tokenizer.json (by the package tokenizers). Special tokens that a
+text spells are text. Test: `pytest tests/test_tokenizer.py`.
 
     words = tokenizer.load("tiny/")
     words.decode(words.source("Sort the words."))
@@ -7,6 +8,7 @@ Test: `pytest tests/test_data.py`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable
@@ -14,66 +16,177 @@ from pathlib import Path
 
 import sentencepiece
 
-from runtime import atomic_write, require_model
+from runtime import atomic_write, read_json, require_model
 
-LARGEST_MODEL = 1e8  # bytes of a SentencePiece model; T5's has 8e5, mT5's 4e6
+LARGEST_FILE = 1e8  # bytes; T5's has 8e5, mT5's 4e6, Llama 3's 1.7e7
 # the English clean-up that Hugging Face calls clean_up_tokenization_spaces, in its order
 CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'",
             " n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}  # fmt: skip
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder or a .model file; ValueError where there is none or it is not T5's."""
+    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is none or it is not
+    whole."""
     require_model(folder)
-    path = Path(folder) / "spiece.model" if Path(folder).is_dir() else Path(folder)
+    kinds = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
+    path = next((path for name in kinds if (path := Path(folder) / name).is_file()), Path(folder))
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a T5 folder with spiece.model, or that file")
-    if path.stat().st_size > LARGEST_MODEL:
-        raise ValueError(f"{path}: larger than {LARGEST_MODEL:.0f} bytes; download it again")
-    return Tokenizer(path.read_bytes(), path)
+        raise ValueError(f"{path}: no {' or '.join(kinds)}; copy the model's own there")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than {LARGEST_FILE:.0f} bytes; download it again")
+    return kinds.get(path.name, T5Pieces)(path)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_once(path: Path) -> Tokenizer:
+    return load(path)
 
 
 class Tokenizer:
-    """The pieces of a SentencePiece model, then 100 sentinels in descending order, sentinel 0 last. Text
-    never yields pad, EOS or sentinels, even where it spells their names.
+    """What all have in common; a kind brings _read, _ids, _text and __len__. pad_id is for masked positions,
+    fingerprint 64 hex digits of all that ids depend on."""
 
-    model: the file's content; path: its name, for errors. fingerprint: sha256 of the content.
-    """
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    bos_ids: tuple[int, ...] = ()  # what a source begins with
+    lead = ""  # what a target begins with, in place of the space that its source has given away
 
-    pad_id, eos_ids, unk_id = 0, (1,), 2
+    def __init__(self, path: Path):
+        files = (path.with_name(name) for name in (path.name, "tokenizer_config.json"))
+        self.path, self._files = path, {file.name: file.read_bytes() for file in files if file.is_file()}
+        self._read(content := self._files[path.name])
+        habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
+        self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
 
-    def __init__(self, model: bytes, path: Path):
-        self.fingerprint, self._model = hashlib.sha256(model).hexdigest(), model
+    def __reduce__(self):  # a worker process reads the files once, not for every task that it is handed
+        return _load_once, (self.path,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, EOS last."""
+        return [*self.bos_ids, *self._ids(text), *self.eos_ids]
+
+    def source(self, text: str) -> list[int]:
+        """Ids of a prompt. A word of these vocabularies includes the space before it: the one that a prompt
+        ends with goes to what follows."""
+        return [*self.bos_ids, *self._ids(text.removesuffix(" "))]
+
+    def target(self, text: str) -> list[int]:
+        """Ids of an answer, EOS last."""
+        return [*self._ids(self.lead + text), *self.eos_ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without special ids, stripped; of T5's with the spaces cleaned up."""
+        return self._text([i for i in map(int, ids) if 0 <= i < len(self)]).strip()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the tokenizer's files into `folder`."""
+        for name, content in self._files.items():
+            with atomic_write(Path(folder) / name) as file:
+                file.write(content)
+
+    def _settings(self) -> dict:
+        path = self.path.with_name("tokenizer_config.json")
+        settings = read_json(path) if path.name in self._files else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: must hold an object")
+        return settings
+
+
+class Pieces(Tokenizer):
+    """A SentencePiece model."""
+
+    def _read(self, model: bytes) -> None:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.size = self.sp.get_piece_size()
-            first = [self.sp.id_to_piece(i) for i in range(self.size)][:3]  # all of them are text
+            self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         except (RuntimeError, IndexError, UnicodeDecodeError):
-            raise ValueError(f"{path}: not a SentencePiece model; download it again") from None
-        if first != ["<pad>", "</s>", "<unk>"]:
-            raise ValueError(f"{path}: pieces 0 to 2 are {first}; a T5 model has <pad>, </s>, <unk>")
+            raise ValueError(f"{self.path}: not a SentencePiece model; download it again") from None
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.sp.encode(text)
+
+    def _text(self, ids: list[int]) -> str:
+        ids = [i for i in ids if i < len(self.pieces)]  # beyond them are T5's sentinels
+        return self.sp.decode([i for i in ids if not self.sp.is_control(i) and not self.sp.is_unknown(i)])
+
+
+class T5Pieces(Pieces):
+    """After the pieces 100 sentinels, in descending order, sentinel 0 last; no text yields one."""
+
+    pad_id, eos_ids = 0, (1,)
+
+    def _read(self, model: bytes) -> None:
+        super()._read(model)
+        self._files, self.size = {"spiece.model": model}, len(self.pieces)
+        if self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
+            first = self.pieces[:3]
+            raise ValueError(f"{self.path}: pieces 0 to 2 are {first}; a T5 model has <pad>, </s>, <unk>")
 
     def __len__(self) -> int:
         return self.size + 100
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, EOS last."""
-        return [*self.sp.encode(text), *self.eos_ids]
+    source = target = Tokenizer.encode  # T5 reads a prompt and writes an answer in the same way
 
-    source = target = encode  # T5 reads a prompt and writes an answer in the same way
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special and sentinel ids, spaces cleaned up, stripped."""
-        text = self.sp.decode([i for i in map(int, ids) if self.unk_id < i < self.size])
+    def _text(self, ids: list[int]) -> str:
+        text = super()._text(ids)
         for spaced, tight in CLEAN_UP.items():
             text = text.replace(spaced, tight)
-        return text.strip()
+        return text
 
     def sentinel(self, k: int) -> int:
         """Id of <extra_id_k>, 0 <= k < 100."""
         return self.size + 99 - k
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes the model as spiece.model into `folder`."""
-        with atomic_write(Path(folder) / "spiece.model") as file:
-            file.write(self._model)
+
+class LlamaPieces(Pieces):
+    """It puts a space before every text by itself, so that no target needs one."""
+
+    def _read(self, model: bytes) -> None:
+        super()._read(model)
+        bos, eos = self.sp.bos_id(), self.sp.eos_id()
+        if min(bos, eos) < 0:
+            raise ValueError(f"{self.path}: has no BOS or no EOS, which Llama's and Mistral's have")
+        self.bos_ids = (bos,) if self._settings().get("add_bos_token", True) else ()
+        self.pad_id, self.eos_ids = eos, (eos,)
+
+
+class Words(Tokenizer):
+    """A tokenizer.json, with its EOS and its habits in tokenizer_config.json."""
+
+    def _read(self, content: bytes) -> None:
+        try:
+            import tokenizers  # not required: T5 and Llama 2 do without
+        except ImportError:
+            raise ValueError(f"{self.path}: needs the package tokenizers; pip install tokenizers") from None
+        try:
+            self._words = words = tokenizers.Tokenizer.from_buffer(content)
+            words.no_truncation()  # a file may ask for both
+            words.no_padding()
+            words.encode_special_tokens = True  # as text, where a text spells them
+            probe, bare = words.encode("a").ids, words.encode("a", add_special_tokens=False)
+        except Exception as error:  # the package knows no other type
+            raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
+        eos = self._settings().get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = words.token_to_id(eos) if isinstance(eos, str) else None
+        if eos is None:
+            raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
+        # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
+        begins = len(probe) - len(bare.ids)
+        if probe[begins:] != bare.ids:
+            raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
+        self.bos_ids, self.pad_id, self.eos_ids = tuple(probe[:begins]), eos, (eos,)
+        # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
+        self.lead = "" if bare.tokens[0][0] in "▁Ġ" else " "
+
+    def __len__(self) -> int:
+        return self._words.get_vocab_size()
+
+    def _ids(self, text: str) -> list[int]:
+        return self._words.encode(text, add_special_tokens=False).ids
+
+    def _text(self, ids: list[int]) -> str:
+        return self._words.decode(ids, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 rows feel neither one another nor their padding; the cache changes nothing; adapters work, and their router
 reads the prompt alone; configs that describe another computation are refused."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import stir
 
+import checkpoint
 import orchmoe
 from llama import Llama, LlamaConfig
 
@@ -42,21 +44,24 @@ def theirs(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-def ours(model) -> Llama:
-    own = Llama(LlamaConfig.from_hf(model.config.to_dict())).eval()
-    tensors, names = model.state_dict(), {name: name for name in own.state_dict()}
-    for pattern, new in own.renames:
-        names = {a: re.sub(pattern, new, b) for a, b in names.items()}
-    own.tidy(own.config, tensors)
-    assert set(names.values()) == set(tensors)
-    own.load_state_dict({a: tensors[b] for a, b in names.items()})
-    return own
-
-
 @pytest.fixture(params=FAMILIES, scope="module")
-def pair(request):
-    model = theirs(request.param)
-    return model, ours(model)
+def folder(request, tmp_path_factory):
+    """A folder in shards, as transformers writes it."""
+    path = tmp_path_factory.mktemp(request.param)
+    theirs(request.param).save_pretrained(path, max_shard_size="20KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model.eval(), checkpoint.load(folder)
+
+
+@pytest.fixture
+def plain(tmp_path) -> Llama:
+    theirs("llama2").save_pretrained(tmp_path / "plain")
+    return checkpoint.load(tmp_path / "plain")
 
 
 @pytest.fixture
@@ -106,8 +111,7 @@ def until(config: LlamaConfig, *eos_ids: int) -> LlamaConfig:
 
 
 def test_rows_end_at_any_eos_and_are_dropped(pair, batch):
-    own = Llama(pair[1].config)
-    own.load_state_dict(pair[1].state_dict())
+    own = copy.deepcopy(pair[1])
     free = pair[1].generate(*batch[:2], max_new_tokens=6).tolist()
     own.config = until(own.config, free[1][0], free[2][2])
     ends = [next((i for i, token in enumerate(row) if token in own.config.eos_ids), 5) for row in free]
@@ -150,11 +154,10 @@ def test_neither_junk_in_the_padding_nor_its_side_matters(pair, batch):
         assert torch.equal(own.generate(other_ids, other_mask, max_new_tokens=5), tokens)
 
 
-def test_checkpointed_and_compiled_blocks_give_the_same_gradients(batch):
-    model = theirs("qwen3")
+def test_checkpointed_and_compiled_blocks_give_the_same_gradients(pair, batch):
     gradients = []
     for way in ("plain", "checkpointed", "compiled"):
-        own = ours(model).train()
+        own = copy.deepcopy(pair[1]).train()
         own.checkpoint_blocks = way == "checkpointed"
         if way == "compiled":
             own.compile_blocks(backend="eager")
@@ -167,22 +170,21 @@ def test_checkpointed_and_compiled_blocks_give_the_same_gradients(batch):
 
 
 def test_bfloat16_is_near_float32(pair, batch):
-    own = ours(pair[0]).bfloat16()
+    own = copy.deepcopy(pair[1]).bfloat16()
     loss = own.loss(*batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, pair[1].loss(*batch), rtol=0.1, atol=0)
 
 
-def test_dropout_acts_in_training_alone(batch):
-    own = ours(theirs("llama2"))
-    still = own.loss(*batch)
+def test_dropout_acts_in_training_alone(plain, batch):
+    own, still = plain, plain.loss(*batch)
     own.set_dropout(0.5)
     assert torch.equal(own.loss(*batch), still)
     assert not torch.equal(own.train().loss(*batch), still)
 
 
-def test_rows_that_cannot_be_computed_are_refused(batch):
-    own, (ids, mask, labels) = ours(theirs("llama2")), batch
+def test_rows_that_cannot_be_computed_are_refused(plain, batch):
+    own, (ids, mask, labels) = plain, batch
     mask = mask.clone()
     mask[1] = False
     with pytest.raises(ValueError, match="a row has no source"):
@@ -202,12 +204,12 @@ def test_rows_that_cannot_be_computed_are_refused(batch):
 
 
 def adapted(model, **changes):
-    own, generator = ours(model), torch.Generator().manual_seed(0)
+    own, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     return own, orchmoe.attach(own, orchmoe.OrchMoEConfig(**changes), generator=generator)
 
 
 def test_adapters_start_as_the_base_and_then_train(pair, batch):
-    own, adapters = adapted(pair[0])
+    own, adapters = adapted(pair[1])
     with adapters.routed(own.embed(batch[0]), batch[1]):
         loss = own.loss(*batch)
         assert torch.equal(loss, pair[1].loss(*batch))
@@ -218,7 +220,7 @@ def test_adapters_start_as_the_base_and_then_train(pair, batch):
 
 def test_the_router_reads_the_prompt_alone(pair, batch):
     ids, mask, labels = batch
-    own, adapters = adapted(pair[0])
+    own, adapters = adapted(pair[1])
     weights, losses = [], []
     stir(adapters, torch.Generator().manual_seed(2))
     for target in (labels, labels.where(labels == -100, 7)):
@@ -234,7 +236,7 @@ def test_the_router_reads_the_prompt_alone(pair, batch):
 
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_adapted_samples_do_not_feel_one_another(pair, batch, router):
-    own, adapters = adapted(pair[0], router=router, targets=("all",))
+    own, adapters = adapted(pair[1], router=router, targets=("all",))
     stir(adapters.eval(), torch.Generator().manual_seed(2))
     with adapters.routed(own.embed(batch[0]), batch[1]):
         mixed = own.loss(*batch)
@@ -250,7 +252,32 @@ def test_adapted_samples_do_not_feel_one_another(pair, batch, router):
     torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------- configs
+# --------------------------------------------------------------------------------------- configs and folders
+
+
+def test_folders_go_to_transformers_and_back_bit_for_bit(pair, tmp_path):
+    model, own = pair
+    checkpoint.save(own, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    back = checkpoint.load(tmp_path)
+    assert back.config == own.config
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), back.parameters(), strict=True))
+
+
+def test_a_copy_of_a_tied_table_is_no_head_and_another_is_refused(tmp_path):
+    model = theirs("smollm2")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = model.state_dict()  # with lm_head.weight
+    torch.save(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+               tmp_path / "pytorch_model.bin")  # fmt: skip
+    assert checkpoint.load(tmp_path).head is None
+    torch.save(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="unexpected tensors: 'lm_head.weight'"):
+        checkpoint.load(tmp_path)
 
 
 def test_configs_survive_the_way_out_and_back(pair):

