@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -248,10 +249,11 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
         key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
         if found := _read_cache(path, key):
             return found
-        made = {"key": key, **make()}
+        made, buffer = {"key": key, **make()}, io.BytesIO()
+        torch.save(made, buffer)  # not into the file: torch turns errors of a full disk into its own
         try:
             with runtime.atomic_write(path) as file:
-                torch.save(made, file)
+                file.write(buffer.getbuffer())
         except OSError as error:  # a folder that may not be written costs the cache alone
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 remedy = f"{error.strerror}; or name another by --cache"
