@@ -29,7 +29,7 @@ class PlotConfig:
     """Figures: of a run, or of a comparison."""
 
     run: str = ""  # folder of a run of train.py
-    results: str = ""  # or folder of a comparison, the --out of compare.py
+    results: str = ""  # or folder of a comparison, the --out of experiments.compare
 
 
 def pyplot() -> Any:
@@ -191,7 +191,7 @@ def run_figures(folder: Path) -> Iterator[Path]:
 
 
 def figures(out: Path) -> Iterator[Path]:
-    """Every figure that OUT/results.json and OUT/ablations.json of compare.py have the numbers for."""
+    """Every figure that a comparison's OUT/results.json and OUT/ablations.json have the numbers for."""
     if (out / "ablations.json").exists():
         summary = runtime.read_json(out / "ablations.json")["summary"]
         yield ablation_intervals(summary, out / "ablations.png")
@@ -199,7 +199,7 @@ def figures(out: Path) -> Iterator[Path]:
         return
     results = runtime.read_json(out / "results.json")
     if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
-        raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run compare.py again")
+        raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run it again")
     cells: dict[str, list[dict]] = {}  # of each row, the lowest seed first
     for cell in results["cells"]:
         cells.setdefault(cell["row"], []).append(cell)
@@ -227,7 +227,7 @@ def main() -> None:
         found = True
         runtime.say(f"written: {path}")
     if not found:
-        raise ValueError(f"{config.results}: no results.json or ablations.json; name the --out of compare.py")
+        raise ValueError(f"{config.results}: no results.json or ablations.json; name a comparison's --out")
 
 
 if __name__ == "__main__":

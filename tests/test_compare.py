@@ -1,5 +1,5 @@
-"""The comparison: equal sizes, a search that spends the same for all, intervals, cells that carry their
-settings and are not run twice, the controls of the router, and figures."""
+"""The comparison: equal sizes, cells that carry their settings and are not run twice, ablations, the controls
+of the router, and figures."""
 
 import json
 import math
@@ -9,18 +9,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import checkpoint
-import compare
 import eval as evaluation
 import plot
 import runtime
 import t5
+import train
 from baselines import attach_method, budget, count
+from experiments import compare
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
@@ -46,7 +46,7 @@ def test_totals_are_equal_within_three_per_cent(size, targets):
 
 def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(compare.SIZES["t5-xxl"].to_hf()))  # the config alone
-    program = [sys.executable, str(ROOT / "compare.py"), "--dry-run", "--model", str(tmp_path)]
+    program = [sys.executable, "-m", "experiments.compare", "--dry-run", "--model", str(tmp_path)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -54,114 +54,6 @@ def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
     assert "base: 11,135,332,352 parameters" in done.stdout and "| moe-lora | 8 | 0 |" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
     assert after.ru_maxrss < 2e6  # kB, of the largest child so far
-
-
-# ------------------------------------------------------------------------------------------------- the search
-
-
-def searched(axes, optimum, trials=12, start=1e-2):
-    """A search of a bowl whose lowest point is `optimum`, in steps from the start."""
-    search = compare.Search(axes, dict.fromkeys(axes, start), trials, cell_of=None)
-    while len(search.losses) < trials:
-        point = search.next_point()
-        search.losses[point] = sum((a - b) ** 2 for a, b in zip(point, optimum, strict=True))
-    return search
-
-
-@pytest.mark.parametrize("optimum", [(0, 0), (1, 2), (-1, 1, 0), (0, 1, -1), (1, 1, 0, 0), (-1, 2, 1, 0)])
-def test_a_search_finds_the_best_inside_of_what_it_tried_and_spends_all_trials(optimum):
-    axes = ["lr_skills", "alpha", "lr_router", "lr_allocation"][:len(optimum)]
-    search = searched(axes, optimum)
-    assert search.best == optimum and search.edges() == []
-    assert len(search.losses) == len(set(search.losses)) == 12
-    assert list(search.losses) == list(searched(axes, optimum).losses)
-
-
-def test_a_best_on_the_edge_is_said():
-    search = searched(["lr_skills", "alpha"], (0, 5), trials=6)
-    assert search.best == (0, 2) and search.edges() == ["alpha"]
-    assert "| lora | 6 | lr_skills 0.01, alpha 0.04 | 9.0000 | alpha |" in compare.markdown(
-        [{"row": "lora", "parameters": None}], {"lora": search.report()})
-
-
-def test_neighbours_come_before_diagonals_and_these_before_two_steps():
-    points = list(searched(["lr_skills", "alpha"], (0, 0)).losses)
-    assert points[0] == (0, 0)
-    assert [sum(map(abs, point)) for point in points[1:9]] == [1] * 4 + [2] * 4
-    assert all(max(map(abs, point)) == 1 for point in points[1:9])
-    assert all(max(map(abs, point)) == 2 for point in points[9:])
-
-
-def test_values_of_a_point_are_its_steps_from_the_start():
-    search = compare.Search(["lr_skills", "alpha"], {"lr_skills": 1e-2, "alpha": 2.0}, 1, cell_of=None)
-    assert search.values((1, -1)) == {"lr_skills": 0.0316, "alpha": 1.0}
-    assert search.values((-2, 2)) == {"lr_skills": 0.001, "alpha": 8.0}
-    with pytest.raises(ValueError, match="--lr-skills 0: tuning starts from a value above 0"):
-        compare.Search(["lr_skills"], {"lr_skills": 0}, 1, cell_of=None)
-
-
-def test_every_method_is_tuned_over_what_it_trains():
-    base = checkpoint.config(ROOT / "tiny")
-    rates = {"skills": "lr_skills", "router": "lr_router", "token_router": "lr_token_router",
-             "allocation": "lr_allocation"}  # fmt: skip
-    for name in compare.ADAPTED:
-        for router in ("sample", "token", "none") if name == "orchmoe" else ("sample",):
-            adapter = OrchMoEConfig(router=router)
-            groups = attach_method(name, on_meta(base), adapter, num_tasks=3).parameter_groups()
-            trained = {rates[kind] for kind, parameters in groups.items() if parameters}
-            assert set(compare.axes_of(name, adapter)) == trained | {"alpha"}, name
-
-
-# ------------------------------------------------------------------------------------------------- intervals
-
-
-def test_quantiles_of_students_t():
-    for freedom, point in {1: 12.706, 2: 4.303, 5: 2.571, 11: 2.201, 30: 2.042}.items():
-        assert compare.t_quantile(freedom) == pytest.approx(point, abs=1e-3)
-
-
-@pytest.mark.parametrize("sd", [(1, 0, 1), (1, 0.3, 1), (1, 1, 1), (0, 1, 1)], ids=str)
-def test_intervals_cover_two_way_data(sd, monkeypatch):
-    """Effects of 12 tasks, of 3 seeds and of each cell, with these standard deviations and mean 0."""
-    grid = np.arange(1, 40, 0.25)
-    table = [compare.t_quantile(freedom) for freedom in grid]  # once, since 2,000 draws ask for it
-    monkeypatch.setattr(compare, "t_quantile", lambda freedom: np.interp(freedom, grid, table))
-    rng, covered, draws = np.random.default_rng(0), 0, 2000
-    for _ in range(draws):
-        parts = rng.normal(size=(12, 1)), rng.normal(size=(1, 3)), rng.normal(size=(12, 3))
-        _, low, high = compare.interval(sum(s * part for s, part in zip(sd, parts, strict=True)))
-        covered += low <= 0 <= high
-    assert 0.93 <= covered / draws <= 0.98
-
-
-def test_intervals_of_known_differences():
-    assert compare.interval(np.full((9, 3), 2.0)) == (2.0, 2.0, 2.0)
-    values = np.random.default_rng(0).normal(1, 1, size=(400, 1))  # one seed: over tasks alone
-    mean, low, high = compare.interval(values)
-    half = compare.t_quantile(399) * values.std(ddof=1) / 20
-    assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half))
-
-
-def test_summary_pairs_tasks_and_seeds():
-    def cell(seed, scores):
-        tasks = {task: {"rougeL": value} for task, value in scores.items()}
-        return {"seed": seed, "seen": {"overall": {"rougeL": sum(scores.values()) / 2}, "tasks": tasks}}
-
-    rows = {"orchmoe": [cell(0, {"a": 10, "b": 90}), cell(1, {"a": 20, "b": 92})],
-            "lora": [cell(0, {"b": 80, "a": 5}), cell(1, {"b": 80, "a": 5})]}  # fmt: skip
-    own, lora = compare.summarise(rows)
-    assert own["seen rougeL"] == {"mean": 53, "sd": pytest.approx(3 * math.sqrt(2))}
-    assert lora["seen rougeL"]["difference"] == compare.interval(np.array([[5.0, 15.0], [10.0, 12.0]]))
-    text = compare.markdown([own, lora], {})
-    assert "of the 1 here about 0 would exclude zero" in text and text.isascii()
-
-
-def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
-    learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
-    learnt["mutual_information"] = evaluation.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
-    (entry,) = compare.summarise({"w without softmax": [{"learnt": learnt}, {"learnt": learnt}]})
-    assert "learnt entropy" not in entry and entry["learnt distance"] == pytest.approx(0.1)
-    assert "| w without softmax | - | - | 2.000 | 0.100 |" in compare.markdown([entry], {})
 
 
 def test_mutual_information_of_known_tables():
@@ -187,7 +79,7 @@ def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
         return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
 
     base = checkpoint.config(ROOT / "tiny")
-    fields = {name for cls in compare.train.CONFIGS.values() for name in cls.__dataclass_fields__}
+    fields = {name for cls in train.CONFIGS.values() for name in cls.__dataclass_fields__}
     for row in compare.ABLATIONS:
         changes = compare.ablation(row, default)
         assert changes.keys() <= fields, row
@@ -378,9 +270,24 @@ def test_a_stopped_cell_ends_the_comparison(tmp_path, monkeypatch, capsys):
     "--rows default": "--rows: goes with --ablations",
     "--no-tune --trials 3": "--trials: not used with --no-tune",
     "--trials 0": "--trials 0: give 1 or more",
+    "--seeds 0": "--seeds 0: give 1 or more",
+    "--jobs -1": "--jobs -1: give 0 or more",
+    "--methods nope": "--methods nope: choose, once each, of orchmoe, lora, moe-lora",
+    "--methods ,": "--methods: name at least one of orchmoe, lora, moe-lora, poly, mhr, c-poly",
+    "--ablations --rows nope": "--rows nope: choose, once each, of default, router: token",
+    "--dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a T5 folder, or one of",
+    "--model nowhere": "nowhere: ",
 }.items())
-def test_flags_that_would_do_nothing_are_refused(run, flags, told):
-    assert run(*flags.split(), code=2).startswith(f"compare.py: error: {told}")
+def test_a_mistake_on_the_command_line_is_one_line(run, home, flags, told):
+    error = run(*flags.split(), code=2)
+    assert error.startswith(f"compare.py: error: {told}") and error.count("\n") == 1
+    assert not (home / "results").exists()
+
+
+def test_several_processes_are_refused(run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert "WORLD_SIZE 2: this program runs in one process" in run(code=2)
 
 
 def test_figures_are_written(small, monkeypatch, capsys):

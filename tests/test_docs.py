@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import bench
-import compare
 import eval as evaluation
 import plot
 import runtime
 import t5
 import train
 from baselines import attach_method, count
+from experiments import compare
 from orchmoe import OrchMoEConfig, SkillLinear, mix_skills
 
 ROOT = Path(__file__).resolve().parent.parent

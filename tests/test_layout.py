@@ -26,7 +26,6 @@ LEVEL = {
     "eval": 3,
     "plot": 3,
     "train": 4,
-    "compare": 5,
     "bench": 5,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}

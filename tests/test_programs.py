@@ -391,18 +391,10 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "eval.py --heuristic copy-demo --ask Go --input word": "--heuristic: not used with --ask; leave it out",
     "eval.py --run r --split test --ask Go --input word": "--split: not used with --ask; leave it out",
     "eval.py --run nowhere --ask Go --input word": "nowhere/config.json: not there; name the folder",
-    "compare.py --methods nope": "--methods nope: choose, once each, of orchmoe, lora, moe-lora",
-    "compare.py --methods ,": "--methods: name at least one of orchmoe, lora, moe-lora, poly, mhr, c-poly",
-    "compare.py --ablations --rows nope": "--rows nope: choose, once each, of default, router: token",
-    "compare.py --seeds 0": "--seeds 0: give 1 or more",
-    "compare.py --jobs -1": "--jobs -1: give 0 or more",
-    "compare.py --method lora": "--method: the comparison sets this itself; leave it out",
-    "compare.py --dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a T5 folder, or one of",
-    "compare.py --model nowhere": f"nowhere: {DOWNLOAD}",
     "plot.py": "give one of --run and --results",
     "plot.py --run a --results b": "give one of --run and --results",
     "plot.py --run nowhere": "nowhere/metrics.jsonl: not there; name the folder of a run",
-    "plot.py --results nowhere": "nowhere: no results.json or ablations.json; name the --out of compare.py",
+    "plot.py --results nowhere": "nowhere: no results.json or ablations.json; name a comparison's --out",
 }
 LEAST = {"steps": 1, "batch-size": 1, "accumulate": 1, "eval-every": 1, "eval-batch-size": 1,
          "text-length": 2, "train-instances": 1, "max-source-length": 2, "max-target-length": 2, "num-pos": 0,
@@ -444,7 +436,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(refusal, line
     assert refusal(line).startswith(words)
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py", "compare.py", "plot.py"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "plot.py"])
 def test_the_process_says_so_and_ends_with_2(home, program):
     assert run(program, "--stepz", cwd=home, code=2).startswith(f"{program}: error: unrecognized arguments: ")
 

@@ -285,7 +285,7 @@ def test_what_cannot_be_sharded(flags, message, tmp_path):
     assert said == (f"train.py: error: {message}\n", 2)
 
 
-@pytest.mark.parametrize("program", ["compare.py", "bench.py"])
+@pytest.mark.parametrize("program", ["bench.py"])
 def test_programs_of_one_process_refuse_torchrun(program, tmp_path):
     message = "WORLD_SIZE 2: this program runs in one process; start it without torchrun"
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}

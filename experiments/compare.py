@@ -3,12 +3,12 @@ its own, in the same order of data and with the same number of steps. First ever
 that it trains, rates and scale, with the same number of trials, on dev; results are of seen and unseen
 instances, which nothing is chosen by. Interrupted, the same command goes on; finished cells stay.
 
-    python compare.py                            # tuning, then all methods
-    python compare.py --ablations                # OrchMoE with one thing changed at a time, tuned likewise
-    python compare.py --dry-run --model t5-xxl   # sizes and memory alone; a folder with config.json will do
+    python -m experiments.compare                            # tuning, then all methods
+    python -m experiments.compare --ablations                # OrchMoE with one thing changed at a time
+    python -m experiments.compare --dry-run --model t5-xxl   # sizes and memory alone
 
 Writes OUT/results.json and OUT/results.md (ablations.json, ablations.md), and figures where matplotlib is
-there. Test: pytest tests/test_compare.py"""
+there. Test: `pytest tests/test_compare.py`"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +38,8 @@ import t5
 import tokenizer as tokenizers
 import train
 from baselines import METHODS, NoAdapter, budget, count, parameters
+from experiments.search import Search, axes_of
+from experiments.tables import markdown, summarise
 from orchmoe import OrchMoEConfig, TaskRouter
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
@@ -290,199 +291,6 @@ def _say_done(cell: Cell) -> None:
     runtime.say(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
 
 
-# ----------------------------------------------------------------------------------------------------- tuning
-
-
-def axes_of(method: str, adapter: OrchMoEConfig) -> tuple[str, ...]:
-    """What the method is tuned over: the rates of all that it trains, and its scale."""
-    if method == "full":
-        return ("lr_full",)
-    router = {"sample": ("lr_router",), "token": ("lr_token_router",), "none": ()}[adapter.router]
-    own = {"orchmoe": (*router, "lr_allocation"), "lora": (), "moe-lora": ("lr_token_router",)}
-    return "lr_skills", "alpha", *own.get(method, ("lr_allocation",))
-
-
-class Search:
-    """Local search on a grid around the values given: rates in steps of a factor sqrt(10), alpha of 2. The
-    next trial is the untried neighbour of the best so far; it yields the cells of the trials in turn, each to
-    be finished before the next is asked for, and spends all trials."""
-
-    def __init__(self, axes: Sequence[str], start: dict[str, float], trials: int,
-                 cell_of: Callable[[dict[str, float]], Cell]):
-        self.axes, self.start, self.trials, self.cell_of = axes, start, trials, cell_of
-        self.losses: dict[tuple[int, ...], float] = {}  # dev loss at each point, in steps from the start
-        for axis in axes:
-            if not start[axis] > 0:
-                raise ValueError(f"--{axis.replace('_', '-')} {start[axis]}: tuning starts from a value "
-                                 "above 0; give one, or --no-tune")
-
-    def __iter__(self) -> Iterator[Cell]:
-        self.losses = {}
-        while len(self.losses) < self.trials:
-            point = self.next_point()
-            cell = self.cell_of(self.values(point))
-            yield cell
-            self.losses[point] = cell.scores["dev_loss"]
-
-    @property
-    def best(self) -> tuple[int, ...]:
-        return min(self.losses, key=self.losses.get)
-
-    def values(self, point: tuple[int, ...]) -> dict[str, float]:
-        steps = zip(self.axes, point, strict=True)
-        return {axis: float(f"{self.start[axis] * (2 if axis == 'alpha' else 10**0.5) ** i:.3g}")
-                for axis, i in steps}
-
-    def next_point(self) -> tuple[int, ...]:
-        """Neighbours along one axis come before diagonal ones, and both before points two steps away; among
-        the neighbours those whose value of the axis was tried least."""
-        if not self.losses:
-            return (0,) * len(self.axes)
-
-        def cost(point: tuple[int, ...]) -> tuple:
-            moves = [abs(a - b) for a, b in zip(point, self.best, strict=True)]
-            tried = sum(other[i] == point[i] for i, move in enumerate(moves) if move for other in self.losses)
-            return sum(moves), tried, [-move for move in moves], point
-
-        for reach in itertools.count(1):
-            near = itertools.product(*(range(i - reach, i + reach + 1) for i in self.best))
-            if untried := [point for point in near if point not in self.losses]:
-                return min(untried, key=cost)
-
-    def edges(self) -> list[str]:
-        """The axes of which no trial had the next value on one side of the best's."""
-        tried = [set(values) for values in zip(*self.losses, strict=True)]
-        return [axis for axis, values, i in zip(self.axes, tried, self.best, strict=True)
-                if not {i - 1, i + 1} <= values]
-
-    def report(self) -> dict[str, Any]:
-        return {"best": self.values(self.best), "dev_loss": self.losses[self.best], "edges": self.edges(),
-                "trials": [{**self.values(point), "dev_loss": loss} for point, loss in self.losses.items()]}
-
-
-# ---------------------------------------------------------------------------------------------------- results
-
-
-def interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean of the paired differences (T tasks, seeds) and its 95 % confidence interval over both: t on the
-    variance of the mean in the two-way random model, with Satterthwaite's degrees of freedom. One seed: over
-    tasks alone."""
-    T, seeds = differences.shape
-    mean = differences.mean()
-    by_task, by_seed = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
-    tasks = seeds * by_task.var(ddof=1) if T > 1 else 0.0  # mean squares
-    if seeds == 1:
-        terms = [(tasks, T - 1)]
-    else:
-        rest = ((differences - by_task - by_seed + mean) ** 2).sum() / max(1, (T - 1) * (seeds - 1))
-        terms = [(tasks, T - 1), (T * by_seed.var(ddof=1), seeds - 1), (-rest, (T - 1) * (seeds - 1))]
-    total = max(sum(square for square, _ in terms), *(square for square, _ in terms))  # never below either's
-    if not total > 0:
-        return float(mean), float(mean), float(mean)
-    freedom = total**2 / sum(square**2 / dof for square, dof in terms if dof)
-    freedom = max(freedom, min(dof for _, dof in terms if dof))  # it lies above the least of its parts
-    half = t_quantile(freedom) * (total / differences.size) ** 0.5
-    return float(mean), float(mean - half), float(mean + half)
-
-
-def t_quantile(freedom: float) -> float:
-    """97.5 % point of Student's t: with t = sqrt(dof) tan(angle) its density is cos(angle)^(dof - 1)."""
-    angles = np.linspace(0, np.pi / 2, 200_001)
-    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
-    return float(freedom**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
-
-
-METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
-
-
-def summarise(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For each row, whose cells are one a seed: mean and sd over seeds of the overall scores, and the
-    difference first row - row with its interval."""
-    reference, summary = next(iter(rows)), []
-    for row, cells in rows.items():
-        entry: dict[str, Any] = {"row": row, "seeds": len(cells), "parameters": cells[0].get("parameters")}
-        if losses := [cell["dev_loss"] for cell in cells if "dev_loss" in cell]:
-            entry["dev loss"] = _spread(losses)
-        for which, metric in itertools.product(("seen", "unseen"), METRICS):
-            if metric not in cells[0].get(which, {}).get("overall", {}):
-                continue
-            entry[f"{which} {metric}"] = _spread([cell[which]["overall"][metric] for cell in cells])
-            if row != reference:  # what was not trained has one cell, and stands against every seed
-                one, other = (_by_task(group, which, metric) for group in (rows[reference], cells))
-                entry[f"{which} {metric}"]["difference"] = interval(one - other)
-        for name in ("entropy", "mutual_information", "distance", "largest"):
-            have = [value for cell in cells if (value := cell.get("learnt", {}).get(name)) is not None]
-            if have:  # w that is no distribution has no entropy
-                entry[f"learnt {name}"] = float(np.mean(have))
-        summary.append(entry)
-    return summary
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
-
-
-def _by_task(cells: Sequence[dict], which: str, metric: str) -> np.ndarray:
-    """(T, seeds), the tasks in the order of their names."""
-    tasks = sorted(cells[0][which]["tasks"])
-    return np.array([[cell[which]["tasks"][task][metric] for cell in cells] for task in tasks])
-
-
-def markdown(summary: Sequence[dict], tuning: dict[str, dict]) -> str:
-    """The results as tables: what was tuned, scores with sd over seeds, first row - row with its interval."""
-    lines, reference = [], summary[0]["row"]
-    if tuning:
-        lines += ["| row | trials | best on dev | dev loss | on the edge of what was tried |",
-                  "|---|---:|---|---:|---|"]
-    for row, found in tuning.items():
-        best = ", ".join(f"{axis} {value:g}" for axis, value in found["best"].items())
-        lines.append(f"| {row} | {len(found['trials'])} | {best} | {found['dev_loss']:.4f} | "
-                     f"{', '.join(found['edges']) or 'none: the next values on both sides are worse'} |")
-    columns = [column for column in ("dev loss", *(f"{which} {metric}" for which in ("seen", "unseen")
-                                                   for metric in METRICS))
-               if any(column in entry for entry in summary)]
-    titles = [" ".join(METRICS.get(word, word) for word in column.split()) for column in columns]
-    lines += ["", f"| row | skills + routing | {' | '.join(titles)} |",
-              "|---|" + "---:|" * (1 + len(columns))]
-    for entry in summary:
-        sizes = entry["parameters"]
-        cells = [entry["row"] + "*" * (entry["row"] == "c-poly"),
-                 f"{sizes['skills']:,} + {sizes['routing']:,}" if sizes else "-"]
-        cells += [_number("{mean:.*f} ({sd:.*f})", column, **entry[column]) if column in entry else "-"
-                  for column in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    compared = [column for column in columns
-                if any("difference" in entry.get(column, {}) for entry in summary)]
-    titles = [title for column, title in zip(columns, titles, strict=True) if column in compared]
-    lines += ["", f"| {reference} - row | {' | '.join(titles)} |", "|---|" + "---:|" * len(compared)]
-    for entry in summary[1:]:
-        found = [entry.get(column, {}).get("difference") for column in compared]
-        cells = [_number("{0:+.*f} [{1:+.*f}, {2:+.*f}]", column, *difference) if difference else "-"
-                 for column, difference in zip(compared, found, strict=True)]
-        lines.append(f"| {entry['row']} | " + " | ".join(cells) + " |")
-    routed = [entry for entry in summary if "learnt distance" in entry]
-    names = ("mutual_information", "entropy", "largest", "distance")
-    if routed:
-        lines += ["", "| row, on seen instances | information on the category | entropy of w "
-                  "| largest mean w | mean abs(c - 1/S) |", "|---|" + "---:|" * 4]
-    for entry in routed:
-        cells = [f"{entry[f'learnt {name}']:.3f}" if f"learnt {name}" in entry else "-" for name in names]
-        lines.append(f"| {entry['row']} | " + " | ".join(cells) + " |")
-    number = sum("difference" in entry.get(column, {}) for entry in summary for column in compared)
-    lines += ["", "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
-              f"together; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
-              "differed. ROUGE-L and exact match in per cent; loss: nats per target token, of seen and "
-              "unseen the mean over tasks."]
-    if any(entry["row"] == "c-poly" for entry in summary):
-        lines += ["", "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."]
-    return "\n".join(lines).strip() + "\n"
-
-
-def _number(form: str, column: str, *values: float, **named: float) -> str:
-    """Losses with three digits behind the point, per cents with two."""
-    return form.replace("*", "3" if "loss" in column else "2").format(*values, **named)
-
-
 # ------------------------------------------------------------------------------------------------ the program
 
 
@@ -560,14 +368,12 @@ def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
         reports |= study.tuned({"router: token": search})
         fields["router: token"] |= reports["router: token"]["best"]
     queues = []
-    for seed, row in itertools.product(range(study.config.seeds), rows):
-        folder, scored = f"ablations/{slug(row)}-s{seed}", row in SCORED_ONLY
-        of = Path(study.config.out, f"ablations/default-s{seed}") if scored else None
-        cell = study.cell(row, folder, fields[row] | {"seed": seed}, of=of)
-        if scored:
-            queues[-1 - [queue[0].row for queue in reversed(queues)].index("default")].append(cell)
-        else:
-            queues.append([cell])
+    for seed in range(study.config.seeds):
+        run = Path(study.config.out, f"ablations/default-s{seed}")
+        cells = [study.cell(row, f"ablations/{slug(row)}-s{seed}", fields[row] | {"seed": seed},
+                            of=run if row in SCORED_ONLY else None) for row in rows]
+        queues.append([cell for cell in cells if cell.of or cell.row == "default"])
+        queues += [[cell] for cell in cells if not (cell.of or cell.row == "default")]
     return queues, reports
 
 
