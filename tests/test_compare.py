@@ -285,7 +285,8 @@ def test_a_mistake_on_the_command_line_is_one_line(run, home, flags, told):
 
 
 def test_several_processes_are_refused(run, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+    two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in two.items():
         monkeypatch.setenv(name, value)
     assert "WORLD_SIZE 2: this program runs in one process" in run(code=2)
 
