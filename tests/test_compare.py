@@ -29,8 +29,7 @@ def on_meta(config):
         return t5.T5(config)
 
 
-@pytest.mark.parametrize("size", ["tiny", "t5-small", "t5-xxl"])
-@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
+@pytest.mark.parametrize("size, targets", [("tiny", ("q", "v")), ("t5-small", ("all",))])
 def test_totals_are_equal_within_three_per_cent(size, targets):
     config = compare.SIZES.get(size) or checkpoint.config(ROOT / "tiny")
     adapter = OrchMoEConfig(targets=targets)
