@@ -1,59 +1,98 @@
-"""bench.py runs on small shapes and reports every figure as a ratio; how large is not a matter for a test."""
+"""The benchmark runs on small shapes, its contestants compute the same, and it prints what docs/speed.md
+shows. How fast anything is, is not a matter for a test."""
 
-import json
-import math
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT
 
-pytest.importorskip("peft")
-pytest.importorskip("rouge_score")
-ROOT = Path(__file__).resolve().parent.parent
+import kernels
+import orchmoe
+import runtime
+from experiments import bench
 
-
-def bench(*flags, cwd, code=0):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench.py"), "--data", str(ROOT / "sni"), *flags],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "XDG_CACHE_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
+SIDE = r"(.+), [\d.e+-]+ \S+"
+LINE = re.compile(rf"\| \*\*([\d.]+)\*\* \| ([\d.]+) - ([\d.]+) \| [^|]*\| {SIDE} \| {SIDE} \| ")
 
 
-def test_every_part_gives_ratios_in_a_table_and_a_file(tmp_path):
-    out = bench("--quick", "--out", "bench.json", cwd=tmp_path)
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["quick"] is True and {"device", "threads", "dtype", "torch"} <= found["machine"].keys()
-    rows = found["rows"]
-    assert out.count("| **") == len(rows)
-    for row in rows:
-        low, high = row["quartiles"]
-        assert row["ratio"] > 0 and 0 < low <= high < math.inf, row
-        assert row["over_median"] > 0 and row["under_median"] > 0, row
-    pairs = {(row["over"], row["under"]) for row in rows}
-    assert pairs >= {
-        ("mix_skills", "frozen Linear"),
-        ("mix_skills", "one LoRA of rank S R"),
-        ("loop over skills", "mix_skills"),
-        ("einsum with expert axis", "mix_skills"),
-        ("mix_skills, S 16", "mix_skills, S 4"),
-        ("peft Poly", "OrchMoE"),
-        ("peft LoRA", "OrchMoE"),
-        ("peft Poly", "OrchMoE, --accumulate 2"),
-        ("transformers, file order", "ours, longest first"),
-        ("rouge_score", "metrics.rouge_l"),
-        ("first start", "second start"),
-    }
-    assert sum((row["over"], row["under"]) == ("peft Poly", "OrchMoE") for row in rows) == 3
+def rows(said):
+    """(of, to) of each line below the head."""
+    about, table = said.split(f"\n\n{bench.HEAD}\n")
+    assert "torch " in about and " threads, float32 " in about
+    found = [LINE.match(line).groups() for line in table.splitlines()]
+    for ratio, low, high, *_ in found:
+        assert 0 < float(low) <= float(ratio) <= float(high)
+    return [(of, to) for *_, of, to in found]
 
 
-def test_an_unknown_part_is_refused_in_one_line(tmp_path):
-    error = bench("--only", "kernel", cwd=tmp_path, code=2)
-    assert "--only kernel" in error and error.count("\n") == 1
+LINEAR = {("routed Linear", "frozen Linear"), ("routed Linear", "peft LoRA"), ("plain twin", "routed Linear"),
+          ("loop over skills", "routed Linear"), ("einsum with expert axis", "routed Linear"),
+          ("routed, S 16", "routed, S 4"), ("own forward, routed", "own forward, peft LoRA")}  # fmt: skip
+DECODE = {("folded", "bare base"), ("routed", "bare base"),
+          ("folding and restoring", "a token of the bare base"), ("a batch of 4 tasks", "a batch of one task")}  # fmt: skip
+OTHERS = {("peft Poly", "OrchMoE"), ("peft LoRA", "OrchMoE"), ("peft Poly", "OrchMoE, --accumulate 2"),
+          ("OrchMoE, every sample another task", "OrchMoE"), ("rouge_score", "metrics.rouge_l"),
+          ("transformers, file order", "ours, longest first"), ("first start", "second start")}  # fmt: skip
+
+
+def test_linear_and_decode_as_rows_of_the_page(monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "CPU", "model name : A\nflags : avx512_bf16")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--only", "linear,decode"])
+    bench.main()
+    said = capsys.readouterr().out
+    found = rows(said)
+    assert set(found) == LINEAR | DECODE | {("routed Linear", "peft LoRA all in bf16")}
+    assert found.count(("routed Linear", "peft LoRA")) == 2 and said.count(" in bfloat16, ") == 8
+    assert said.startswith("A, ") and "folded gives the same tokens as routed" in said
+    assert f"\n{bench.HEAD}\n" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_part(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("rouge_score")
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "experiments.bench", "--quick"]
+    done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout)
+    assert set(found) >= LINEAR | DECODE | OTHERS
+    assert found.count(("peft Poly", "OrchMoE")) == 3  # a step, its memory, an epoch
+
+
+@pytest.mark.parametrize("form", [bench.skills_loop, bench.skills_einsum])
+def test_contestants_compute_the_same(form):
+    x, A, B, c, weight = (torch.randn(s) for s in ((2, 3, 5), (4, 2, 5), (4, 2, 7), (2, 4), (7, 5)))
+    wanted = orchmoe.mix_skills(x, A, B, c, 0.5, weight)
+    torch.testing.assert_close(form(x, A, B, c, 0.5, weight), wanted)
+
+
+def test_products_in_place_are_counted():
+    """Of the fused function as many as of its plain twin."""
+    shapes = ((2, 3, 5), (4, 2, 5), (4, 2, 7), (2, 4))
+    x, A, B, c = (torch.randn(s, requires_grad=True) for s in shapes)
+    weight = torch.randn(7, 5)
+    plain, fused = (bench.flops(lambda mix=mix: mix(x, A, B, c, 0.5, weight).sum().backward())
+                    for mix in (orchmoe.mix_skills, kernels.mix_skills))  # fmt: skip
+    assert fused == plain == 2 * 2 * 6 * 5 * 7 + 3 * 2 * 6 * 8 * (5 + 7)
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--only", "kernel"], "bench.py: error: --only kernel: choose from linear, step, "),
+    ([], "bench.py: error: WORLD_SIZE 2: this program runs in one process"),
+])  # fmt: skip
+def test_what_is_refused_in_one_line(flags, told, monkeypatch, capsys):
+    if not flags:
+        two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+        for name, value in two.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        runtime.run_program(bench.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(told) and said.count("\n") == 1
