@@ -33,7 +33,8 @@ LINEAR = {("routed Linear", "frozen Linear"), ("routed Linear", "peft LoRA"), ("
           ("loop over skills", "routed Linear"), ("einsum with expert axis", "routed Linear"),
           ("routed, S 16", "routed, S 4"), ("own forward, routed", "own forward, peft LoRA")}  # fmt: skip
 DECODE = {("folded", "bare base"), ("routed", "bare base"),
-          ("folding and restoring", "a token of the bare base"), ("a batch of 4 tasks", "a batch of one task")}  # fmt: skip
+          ("folding and restoring", "a token of the bare base"),
+          ("a batch of 4 tasks", "a batch of one task")}  # fmt: skip
 OTHERS = {("peft Poly", "OrchMoE"), ("peft LoRA", "OrchMoE"), ("peft Poly", "OrchMoE, --accumulate 2"),
           ("OrchMoE, every sample another task", "OrchMoE"), ("rouge_score", "metrics.rouge_l"),
           ("transformers, file order", "ours, longest first"), ("first start", "second start")}  # fmt: skip

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
 import eval as evaluation
 import plot
 import runtime
 import t5
 import train
 from baselines import attach_method, count
-from experiments import compare
+from experiments import bench, compare
 from orchmoe import OrchMoEConfig, SkillLinear, mix_skills
 
 ROOT = Path(__file__).resolve().parent.parent

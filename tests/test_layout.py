@@ -26,7 +26,6 @@ LEVEL = {
     "eval": 3,
     "plot": 3,
     "train": 4,
-    "bench": 5,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
 FILES = sorted(path for path in ROOT.glob("*.py"))
@@ -48,9 +47,7 @@ def test_imports_point_down(path):
     assert imported(path) & LEVEL.keys() <= below
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stem not in ("bench", "plot")], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "plot"], ids=lambda path: path.stem)
 def test_no_other_package_is_imported(path):
     optional = {"tokenizers"} if path.stem == "tokenizer" else set()
     assert imported(path) - LEVEL.keys() - sys.stdlib_module_names <= PACKAGES | optional

@@ -285,14 +285,6 @@ def test_what_cannot_be_sharded(flags, message, tmp_path):
     assert said == (f"train.py: error: {message}\n", 2)
 
 
-@pytest.mark.parametrize("program", ["bench.py"])
-def test_programs_of_one_process_refuse_torchrun(program, tmp_path):
-    message = "WORLD_SIZE 2: this program runs in one process; start it without torchrun"
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    said = python(ROOT / program, cwd=tmp_path, **variables)
-    assert said == (f"{program}: error: {message}\n", 2)
-
-
 def test_what_a_cluster_left_in_the_environment_is_not_torchrun(monkeypatch):
     left = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere"}
     for name, value in left.items():
