@@ -24,9 +24,7 @@ from llama import Llama
 from model import Backbone
 from t5 import T5
 
-FAMILIES: dict[str, type[Backbone]] = {  # by model_type
-    "t5": T5, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama),
-}  # fmt: skip
+FAMILIES = {"t5": T5, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)}  # by model_type
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # ------------------------------------------------------------------------------------------ files of tensors
@@ -102,11 +100,9 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     for shard in sorted(set(shard_of.values())):
         if shard in ("", ".", "..") or re.search(r"[/\\:\0]", shard):  # nothing may lead out of the folder
             raise ValueError(f"{index}: the shard {shard!r:.60} is not a plain file name")
-        found = read(index.parent / shard)
-        named = {name for name, owner in shard_of.items() if owner == shard}
-        if differing := found.keys() ^ named:
-            raise ValueError(f"{index.parent / shard}: not the tensors the index names: {_few(differing)}")
-        tensors |= found
+        tensors |= read(index.parent / shard)
+    if differing := tensors.keys() ^ shard_of.keys():
+        raise ValueError(f"{index}: names other tensors than its shards hold: {_few(differing)}")
     return tensors
 
 
@@ -121,10 +117,6 @@ def _few(names: Iterable[str]) -> str:
 
 def config(path: str | Path) -> Any:
     """The config that the config.json of a Hugging Face folder describes; ValueError names file and field."""
-    return _describe(path)[1]
-
-
-def _describe(path: str | Path) -> tuple[type[Backbone], Any]:
     runtime.require_model(path)
     file = Path(path) / "config.json"
     values = runtime.read_json(file)
@@ -132,7 +124,7 @@ def _describe(path: str | Path) -> tuple[type[Backbone], Any]:
     if not (isinstance(kind, str) and kind in FAMILIES):
         raise ValueError(f"{file}: model_type is {kind!r:.60}; supported are {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[kind], FAMILIES[kind].Config.from_hf(values)
+        return FAMILIES[kind].Config.from_hf(values)
     except (TypeError, ValueError) as error:  # TypeError: a field is missing
         raise ValueError(f"{file}: {_line(error)}") from None
 
@@ -166,16 +158,15 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
 def _map(folder: Path) -> Backbone:
     """Compares the file with the config on the meta device, before anything of the size that config.json
     describes is allocated."""
-    family, config = _describe(folder)
-    tensors = read_folder(folder)
-    config = family.tidy(config, tensors)
+    described, tensors = config(folder), read_folder(folder)
+    family = next(family for family in FAMILIES.values() if isinstance(described, family.Config))
     # Modules take time and memory even without their weights, and each block has a tensor of its own.
-    if config.num_blocks > len(tensors):
-        found = f"but the weights are {len(tensors)} tensors"
-        raise ValueError(f"{folder}: config.json describes {config.num_blocks} blocks, {found}")
+    if (count := described.num_blocks) > len(tensors):
+        raise ValueError(f"{folder}: config.json has {count} blocks, the weights have {len(tensors)} tensors")
+    described = family.tidy(described, tensors)
     try:
         with torch.device("meta"):
-            backbone = family(config)
+            backbone = family(described)
     except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
         raise ValueError(f"{folder / 'config.json'}: {_line(error)}") from None
     names, expected = _names(backbone), backbone.state_dict()
@@ -200,8 +191,8 @@ def save(backbone: Backbone, folder: str | Path) -> None:
     if odd := weights.keys() ^ names:
         raise ValueError(f"{folder}: not saved, {_few(odd)} is no weight of the base; detach the adapters")
     tensors = {names[ours]: weight for ours, weight in weights.items()}
-    metadata = {"format": "pt"}  # transformers 4 refuses a file without it
-    write_safetensors(Path(folder) / "model.safetensors", tensors, metadata)
+    # transformers 4 refuses a file without this format
+    write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
     runtime.write_json(Path(folder) / "config.json", backbone.config.to_hf())
 
 

@@ -19,8 +19,7 @@ from model import IGNORED, Backbone
 
 @dataclass(frozen=True)
 class T5Config:
-    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that file cannot
-    tell."""
+    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that cannot tell."""
 
     vocab_size: int
     d_model: int
@@ -51,16 +50,11 @@ class T5Config:
         if max(getattr(self, name) for name in ids) >= self.vocab_size:
             raise ValueError(f"vocab_size {self.vocab_size} is not above {', '.join(ids)}")
         # Logarithmic buckets begin above 0 and end beyond their beginning, see `relative_buckets`.
-        buckets, furthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if not 4 <= buckets < 2 * furthest:
-            raise ValueError(
-                f"relative_attention_num_buckets {buckets} and relative_attention_max_distance {furthest}: "
-                "at least 4 buckets, fewer than twice the distance"
-            )
+        if not 4 <= self.relative_attention_num_buckets < 2 * self.relative_attention_max_distance:
+            raise ValueError("relative_attention_num_buckets not from 4 to 2 relative_attention_max_distance")
 
     @classmethod
     def from_hf(cls, values: dict) -> "T5Config":
-        """Of the values of a config.json, many of which mean nothing here."""
         values = {name: value for name, value in values.items() if value is not None}
         values["tied_head"] = values.get("tie_word_embeddings", True)
         # Files of transformers 4 say only through the untied head that T5 v1.1 does not scale its output.
@@ -78,11 +72,9 @@ class T5Config:
         return self.num_layers + self.num_decoder_layers
 
     def to_hf(self) -> dict:
-        """The values of a config.json that transformers (4 and 5) and `from_hf` read."""
-        values = asdict(self)
-        values["tie_word_embeddings"] = values.pop("tied_head")
-        architectures = ["T5ForConditionalGeneration"]
-        return {"architectures": architectures, "model_type": "t5", "is_encoder_decoder": True, **values}
+        values = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+        values |= {"is_encoder_decoder": True, **asdict(self)}
+        return values | {"tie_word_embeddings": values.pop("tied_head")}
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -97,9 +89,8 @@ def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def relative_buckets(distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
-    """distance = key position - query position, any shape -> bucket numbers of that shape. Half of the
-    buckets hold one distance each, the others grow logarithmically up to max_distance; `bidirectional`: each
-    sign has its own."""
+    """distance = key position - query position -> bucket numbers. Half of the buckets hold one distance each,
+    the others grow logarithmically up to max_distance; `bidirectional`: each sign has its own."""
     if bidirectional:
         buckets //= 2
         offset, distance = (distance > 0) * buckets, distance.abs()
@@ -132,25 +123,8 @@ class RelativeBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that
-        begins at distance -q: 2L-1 table look-ups, and as many in the backward, where the plain form needs
-        L^2."""
+        begins at distance -q: 2L-1 table look-ups, also in the backward, where the plain form needs L^2."""
         return self.strip(length).unfold(1, length, 1).flip(1)[None]
-
-
-class Cache:
-    """Keys and values that one decoder block remembers: of the source, and of the target so far."""
-
-    def __init__(self, source_k: Tensor, source_v: Tensor):
-        self.source = source_k, source_v  # (B,H,Ls,E) each
-        self.target = source_k[:, :, :0], source_v[:, :, :0]  # (B,H,Lt,E) each
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.target = torch.cat((self.target[0], k), 2), torch.cat((self.target[1], v), 2)
-        return self.target
-
-    def keep(self, rows: Tensor, source_length: int):
-        self.source = tuple(x[:, :, :source_length].index_select(0, rows) for x in self.source)
-        self.target = tuple(x.index_select(0, rows) for x in self.target)
 
 
 def split_heads(x: Tensor, d_kv: int) -> Tensor:
@@ -171,12 +145,12 @@ class Attention(nn.Module):
         return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)  # (B,H,L,E)
 
     def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None = None,
-                cache: Cache | None = None) -> Tensor:  # fmt: skip
+                cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """x (B,L,D) attends to the given keys and values (B,H,Ls,E), without them to itself and the cache."""
         q = split_heads(self.q(x), self.d_kv)  # (B,H,L,E)
         k, v = keys_values or self.keys_values(x)
         if cache is not None:
-            k, v = cache.extend(k, v)
+            cache[2:] = k, v = torch.cat((cache[2], k), 2), torch.cat((cache[3], v), 2)
         dropout = self.dropout.p if self.training else 0.0
         # T5 has no 1/sqrt(E): its initialisation of q absorbs it.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
@@ -230,11 +204,12 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, states: Tensor, states_bias: Tensor) -> Tensor:
         return self.step(x, bias, self.cross_attention.keys_values(states), states_bias)
 
-    def start(self, states: Tensor) -> Cache:
-        return Cache(*self.cross_attention.keys_values(states))
+    def start(self, states: Tensor) -> list[Tensor]:
+        k, v = self.cross_attention.keys_values(states)
+        return [k, v, k[:, :, :0], v[:, :, :0]]
 
     def step(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
-             cache: Cache | None = None) -> Tensor:  # fmt: skip
+             cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """Also of one more token, x (B,1,D), with the cache; not compiled there, since the cache grows."""
         x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache=cache))
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
@@ -257,15 +232,16 @@ class Stack(nn.Module):
         return self.dropout(self.norm(x))  # (B,L,D)
 
 
-class Decoding:
-    """The state of a generation: mask of the sources, a cache a block, the position bias of all distances."""
+class State:
+    """Of a generation: the mask of the sources; a cache for each block, keys and values of the source
+    (B,H,Ls,E) and of the target so far (B,H,t,E); the position bias of all distances."""
 
-    def __init__(self, mask: Tensor, caches: list[Cache], strip: Tensor):
+    def __init__(self, mask: Tensor, caches: list[list[Tensor]], strip: Tensor):
         self.mask, self.caches, self.strip = mask, caches, strip
 
     def bias(self) -> Tensor:
         """Of the next token, at distances -t ... 0: (1,H,1,t+1)."""
-        t = self.caches[0].target[0].shape[2]  # tokens read so far
+        t = self.caches[0][2].shape[2]  # tokens read so far
         zero = self.strip.shape[1] // 2  # where distance 0 stands
         return self.strip[:, zero - t : zero + 1][None, :, None]
 
@@ -275,7 +251,8 @@ class Decoding:
         length = int((mask.bool() * columns).max().clamp(min=1))  # beyond the last real token all is padding
         self.mask = mask[:, :length]
         for cache in self.caches:
-            cache.keep(rows, length)
+            cache[:2] = (x[:, :, :length] for x in cache[:2])
+            cache[:] = (x.index_select(0, rows) for x in cache)
 
 
 # Our names -> Hugging Face's: regular expressions, each of which replaces what it finds, from the first on.
@@ -345,37 +322,31 @@ class T5(Backbone):
         hidden = self.decode(shifted, self.encode(input_ids, attention_mask), attention_mask)
         return self.cross_entropy(hidden, labels)
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
-    ) -> tuple[Tensor, Decoding]:
+    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
         states = self.encode(input_ids, attention_mask)
         caches = [block.start(states) for block in self.decoder.blocks]
         strip = self.decoder.position.strip(max_new_tokens)  # (H, 2n-1)
         first = input_ids.new_full((len(input_ids),), self.config.decoder_start_token_id)
-        return first, Decoding(attention_mask, caches, strip)
+        return first, State(attention_mask, caches, strip)
 
-    def step(self, newest: Tensor, state: Decoding) -> Tensor:
+    def step(self, newest: Tensor, state: State) -> Tensor:
         x, bias = self.embedding(newest[:, None]), state.bias()  # (B,1,D), (1,H,1,t+1)
         states_bias = padding_bias(state.mask, x.dtype)
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block.step(x, bias, cache.source, states_bias, cache)
+            x = block.step(x, bias, (cache[0], cache[1]), states_bias, cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @staticmethod
     def tidy(config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
         tables = [tensors.pop(name) for name in TABLES if name in tensors]
-        if tables:
-            tensors[TABLES[0]] = tables[0]
+        tensors.update((TABLES[0], table) for table in tables[:1])
         tensors.pop(UNUSED, None)
         # The file decides whether there is a head of its own, not tie_word_embeddings, which transformers 5
         # writes as true for every T5. Torch files store a tied head too: a copy of the table is no head.
         head = tensors.get("lm_head.weight")
-        if head is None or not config.tied_head:
-            return config
-        if tables and torch.equal(head, tables[0]):
+        if head is not None and config.tied_head and tables and torch.equal(head, tables[0]):
             del tensors["lm_head.weight"]
-            return config
-        return replace(config, tied_head=False)
+        return replace(config, tied_head=config.tied_head and "lm_head.weight" not in tensors)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "T5":
@@ -383,8 +354,7 @@ class T5(Backbone):
         config, generator = self.config, torch.Generator().manual_seed(seed)
         std = {
             "embedding": 1.0,
-            # The logits begin with unit variance whether the decoder's output is scaled before the head or
-            # here.
+            # The logits begin with unit variance, be the decoder's output scaled before the head or here.
             "head": 1.0 if config.scale_decoder_outputs else config.d_model**-0.5,
             "q": (config.d_model * config.d_kv) ** -0.5,  # in place of 1/sqrt(E) on the scores
             "o": (config.num_heads * config.d_kv) ** -0.5,

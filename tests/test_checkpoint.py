@@ -169,6 +169,26 @@ def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
     check_logits(load(tmp_path, dtype=torch.float32), hf)
 
 
+@pytest.mark.parametrize("kind, tied", [("llama", 0), ("mistral", 1), ("qwen2", 0), ("qwen3", 1)])
+def test_folders_of_decoder_only_models_go_in_and_out(kind, tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours, ids = tmp_path / "theirs", tmp_path / "ours", torch.arange(2, 14).view(2, 6)
+    sizes = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                 num_attention_heads=4, num_key_value_heads=2, sliding_window=None)  # fmt: skip
+    more = dict(eos_token_id=[3, 5], tie_word_embeddings=bool(tied))
+    config = transformers.AutoConfig.for_model(kind, **sizes, **more)
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    hf.save_pretrained(theirs)
+    own = load(theirs)
+    assert own.config.model_type == kind and own.config.eos_ids == (3, 5) and (own.head is None) == tied
+    tokens = own.generate(ids, torch.ones_like(ids), max_new_tokens=1)
+    assert torch.equal(tokens[:, 0], hf(ids).logits[:, -1].argmax(-1))
+    save(own, ours)
+    assert fingerprint(ours) == fingerprint(theirs)
+    again = transformers.AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32).eval()
+    assert again.config.model_type == kind and torch.equal(again(ids).logits, hf(ids).logits)
+
+
 @pytest.mark.parametrize(
     "stored, asked, expected",
     [
@@ -266,7 +286,7 @@ def test_weights_that_do_not_fit_are_named(change, message, folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_layers": 10**9}, f"config.json describes {10**9 + 1} blocks, but the weights are 47 tensors"),
+        ({"num_layers": 10**9}, f"config.json has {10**9 + 1} blocks, the weights have 47 tensors"),
         ({"d_model": 2**40}, r"shared.weight is .*\[37, 32\]; .* asks for floats \[37, 1099511627776\]"),
         ({"d_model": 2**62, "d_ff": 2**62}, "config.json: "),  # more bytes than 64 bits count
         ({"d_model": 10**30}, "config.json: "),
@@ -314,7 +334,7 @@ def test_a_folder_without_weights_or_config_is_refused(folder):
         ({"weight_map": {"x": "a\\b"}}, "not a plain file name"),
         ({"weight_map": {"x": ""}}, "not a plain file name"),
         ({"weight_map": {"x": "a\0b"}}, "not a plain file name"),
-        ({"weight_map": {"x": "shard-0", "y": "shard-0"}}, "shard-0: not the tensors the index names: 'y'"),
+        ({"weight_map": {"x": "shard-0", "y": "shard-0"}}, "names other tensors than its shards hold: 'y'"),
         ({"weight_map": {"y": "shard-0"}}, "'x', 'y'"),
         ({"weight_map": ["shard-0"]}, "weight_map"),
         ({"weight_map": {"x": 0}}, "weight_map"),

@@ -136,9 +136,9 @@ def test_rows_end_at_different_steps_and_each_is_as_alone(monkeypatch):
         names = names[rows]
         calls.append(names.tolist())
 
-    keep = modules.Cache.keep
-    spy = lambda cache, rows, length: source_lengths.append(length) or keep(cache, rows, length)  # noqa: E731
-    monkeypatch.setattr(modules.Cache, "keep", spy)
+    keep = modules.State.keep
+    spy = lambda state, rows: keep(state, rows) or source_lengths.append(state.caches[0][0].shape[2])  # noqa: E731
+    monkeypatch.setattr(modules.State, "keep", spy)
     tokens = t5.generate(input_ids, mask, max_new_tokens=30, on_keep=on_keep)
 
     ends = [row.tolist().index(1) + 1 if 1 in row else 99 for row in tokens]  # lengths, EOS included
