@@ -236,15 +236,10 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, read
 
 
-def save_state(path: str | Path, state: dict):
+def save_state(path: str | Path, state: dict) -> None:
     """Everything that training resumes from, whole or not at all."""
     with runtime.atomic_write(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's complaint about what a failed write left behind
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        torch.save(state, file)
 
 
 def load_state(path: str | Path) -> dict:

@@ -169,26 +169,6 @@ def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
     check_logits(load(tmp_path, dtype=torch.float32), hf)
 
 
-@pytest.mark.parametrize("kind, tied", [("llama", 0), ("mistral", 1), ("qwen2", 0), ("qwen3", 1)])
-def test_folders_of_decoder_only_models_go_in_and_out(kind, tied, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs, ours, ids = tmp_path / "theirs", tmp_path / "ours", torch.arange(2, 14).view(2, 6)
-    sizes = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                 num_attention_heads=4, num_key_value_heads=2, sliding_window=None)  # fmt: skip
-    more = dict(eos_token_id=[3, 5], tie_word_embeddings=bool(tied))
-    config = transformers.AutoConfig.for_model(kind, **sizes, **more)
-    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
-    hf.save_pretrained(theirs)
-    own = load(theirs)
-    assert own.config.model_type == kind and own.config.eos_ids == (3, 5) and (own.head is None) == tied
-    tokens = own.generate(ids, torch.ones_like(ids), max_new_tokens=1)
-    assert torch.equal(tokens[:, 0], hf(ids).logits[:, -1].argmax(-1))
-    save(own, ours)
-    assert fingerprint(ours) == fingerprint(theirs)
-    again = transformers.AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32).eval()
-    assert again.config.model_type == kind and torch.equal(again(ids).logits, hf(ids).logits)
-
-
 @pytest.mark.parametrize(
     "stored, asked, expected",
     [
