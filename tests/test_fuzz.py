@@ -188,9 +188,14 @@ def test_training_states(folder, raw):
 
 
 T5_JSON = json.loads((ROOT / "tiny/config.json").read_text())
+LLAMA_JSON = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 160, "intermediate_size": 400,
+              "num_hidden_layers": 2, "num_attention_heads": 5, "max_position_embeddings": 64,
+              "eos_token_id": [1, 5],
+              "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
 
 
-@given(damaged(json.dumps(T5_JSON).encode()) | changed(T5_JSON))
+@given(damaged(json.dumps(T5_JSON).encode()) | changed(T5_JSON) | changed(LLAMA_JSON))
 def test_model_configs(folder, raw):
     model = folder / "model"
     if not model.exists():
