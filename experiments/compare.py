@@ -176,7 +176,7 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     began, result = time.monotonic(), {}
     random = mock.patch.object(TaskRouter, "forward", random_forward)
     with random if cell.row == "router: random" else nullcontext():
-        runtime.write_json(cell.folder / "cell.json", cell.settings)
+        runtime.write_json(cell.folder / "cell.json", cell.settings)  # first: no number without its settings
         if not cell.of and cell.row not in UNTRAINED:
             if not train.run(cell.folder, cell.configs, place, closing=False):
                 return False
@@ -185,7 +185,7 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
         if cell.closing:
             result |= closing_scores(cell, place)
         result["seconds"] = round(time.monotonic() - began)
-        runtime.write_json(cell.folder / "scores.json", result)
+        runtime.write_json(cell.folder / "scores.json", result)  # last: a cell that has it is finished
     return True
 
 
@@ -207,15 +207,15 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
         result["parameters"] = count(adapters)._asdict()
     for which in sorted(sets.keys() - {"dev"}):
         examples, w = sets[which], None
-        if cell.row == "w replaced by its mean":
+        if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored
             w = evaluation.router_weights(base, adapters, sets["dev"], batch_size=size)
             w = w.mean(0).expand(len(examples), -1)
-        elif cell.row == "w of another sample":
+        elif cell.row == "w of another sample":  # of the whole set, so most likely of another task
             w = evaluation.router_weights(base, adapters, examples, batch_size=size)
             w = w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
         said = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size, w=w)
         result[which] = evaluation.score(examples, said)
-        for task, scores in result[which]["tasks"].items():
+        for task, scores in result[which]["tasks"].items():  # per task, so that long targets weigh no more
             rows = [i for i, example in enumerate(examples) if example.task == task]
             scores["loss"] = evaluation.mean_loss(base, adapters, [examples[i] for i in rows],
                                                   batch_size=size, w=w if w is None else w[rows])
@@ -232,10 +232,7 @@ def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None =
     features = router.features(embeddings, mask)
     K, D = router.task.shape
     steep = 1e3 * torch.randn(K, D, generator=runtime.generator(0)).to(features)
-    return (SHARPNESS * torch.sin(features @ steep.T)).softmax(-1)
-
-
-SHARPNESS = 8.5
+    return (8.5 * torch.sin(features @ steep.T)).softmax(-1)
 
 
 def _worker(threads: int) -> None:
@@ -257,7 +254,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: ru
     the one before it is finished. SystemExit where a signal stopped them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(config.jobs or (1 if place.device.type == "cuda" else min(cores, 8)), len(queues))
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, locked
     pool = InProcess() if jobs == 1 else ProcessPoolExecutor(jobs, spawn, _worker, (max(1, cores // jobs),))
     waiting, running, whole = [iter(queue) for queue in queues], {}, True
     try:
@@ -333,7 +330,8 @@ class Study(NamedTuple):
         """What each method sets, at equal totals; c-poly's and full's size is as it is."""
         with torch.device("meta"):
             base = t5.T5(checkpoint.config(self.configs["train"].model))
-        extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)  # whichever are compared
+        # of all methods, whichever are compared: a method's size does not depend on the others named
+        extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)
         return {name: {"method": name, "extra_rank": extra.get(name, 0), "seed": 0} for name in methods}
 
 
@@ -362,7 +360,7 @@ def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
     default = found["orchmoe"] | {"extra_rank": 0}
     rows = [row for row in ABLATIONS if not study.config.rows or row in ("default", *study.config.rows)]
     fields = {row: default | ablation(row, changed(study.configs, **default)["adapter"]) for row in rows}
-    if "router: token" in rows and study.config.tune:
+    if "router: token" in rows and study.config.tune:  # the default's router rate means nothing to it
         search = study.search("router: token", ["lr_token_router"], max(3, study.config.trials // 3),
                               fields["router: token"])
         reports |= study.tuned({"router: token": search})

@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +42,13 @@ def test_totals_are_equal_within_three_per_cent(size, targets):
     assert max(totals) <= 1.03 * min(totals)
 
 
+def test_dry_run_says_sizes_and_memory(run):
+    out = run("--dry-run", "--methods", "lora,c-poly", "--model", "t5-small")
+    assert "base: 76,961,152 parameters" in out and "| lora | 8 | 110 | 442,624 | 0 | 442,624 |" in out
+    assert "1.77 MB" in out and "* at equal S R only" in out
+
+
+@pytest.mark.slow
 def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(compare.SIZES["t5-xxl"].to_hf()))  # the config alone
     program = [sys.executable, "-m", "experiments.compare", "--dry-run", "--model", str(tmp_path)]
@@ -69,7 +75,7 @@ def test_mutual_information_of_known_tables():
 # ------------------------------------------------------------------------------------------------- ablations
 
 
-@pytest.mark.parametrize("given", [{}, {"rank": 4}, {"alpha": 8.0}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"rank": 4, "alpha": 8.0}], ids=str)
 def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
     default = OrchMoEConfig(**given)
 
@@ -145,20 +151,21 @@ def run(home, monkeypatch, capsys):
 
 @pytest.fixture
 def small(run, home):
-    """A finished comparison of three methods; where it is finished nothing runs."""
-    return home / "out", run(*SMALL)
+    """The folder of a finished comparison of three methods."""
+    if not (home / "out/results.json").exists():
+        run(*SMALL)
+    return home / "out"
 
 
 def test_a_comparison_from_start_to_table(small):
-    folder, out = small
-    results = json.loads((folder / "results.json").read_text())
-    assert "| lora | " in out and (folder / "results.md").read_text().strip() in out
+    results, out = json.loads((small / "results.json").read_text()), (small / "results.md").read_text()
+    assert "| lora | " in out
     assert len(results["cells"]) == len(results["summary"]) == 6  # base, two heuristics, three methods
     for name, found in results["tuning"].items():  # equal effort; the best on dev is the one that is used
-        assert len(found["trials"]) == 2 == len(list((folder / "tune" / name).iterdir()))
+        assert len(found["trials"]) == 2 == len(list((small / "tune" / name).iterdir()))
         best = min(found["trials"], key=lambda trial: trial["dev_loss"])
         assert found["best"].items() < best.items()
-        config = json.loads((folder / f"cells/{name}-s0/config.json").read_text())
+        config = json.loads((small / f"cells/{name}-s0/config.json").read_text())
         settings = config["train"] | config["adapter"]
         assert found["best"].items() <= settings.items() and f"| {name} | 2 | " in out
     sizes = [cell["parameters"] for cell in results["cells"] if cell.get("parameters")]
@@ -174,14 +181,13 @@ def test_a_comparison_from_start_to_table(small):
 
 
 def test_finished_cells_are_not_run_again_and_lost_ones_are(small, run):
-    folder, _ = small
-    files = sorted(folder.rglob("scores.json"))
+    files = sorted(small.rglob("scores.json"))
     before = {path: path.stat().st_mtime_ns for path in files}
-    logs = {log: log.stat().st_mtime_ns for log in folder.rglob("metrics.jsonl")}
-    lost = folder / "cells/lora-s0/scores.json"
+    logs = {log: log.stat().st_mtime_ns for log in small.rglob("metrics.jsonl")}
+    lost = small / "cells/lora-s0/scores.json"
     kept = json.loads(lost.read_text())
     lost.unlink()  # as if it had been stopped before the end
-    run(*SMALL)
+    assert (small / "results.md").read_text().strip() in run(*SMALL)
     assert len(files) == 12  # 6 of tuning, 6 of the comparison
     assert {p for p in files if p.stat().st_mtime_ns != before[p]} == {lost}
     assert {p.parent for p, time in logs.items() if p.stat().st_mtime_ns != time} <= {lost.parent}
@@ -205,28 +211,40 @@ def test_cells_of_other_settings_are_refused_by_name(small, run, flags, told):
 
 
 def test_a_folder_that_no_settings_are_known_of_is_refused(small, run):
-    folder, _ = small
-    (folder / "cells/copy-demo/cell.json").rename(folder / "kept")
+    (small / "cells/copy-demo/cell.json").rename(small / "kept")
     assert "cells/copy-demo: made with row None, not copy-demo" in run(*SMALL, code=2)
-    (folder / "kept").rename(folder / "cells/copy-demo/cell.json")
+    (small / "kept").rename(small / "cells/copy-demo/cell.json")
 
 
-def test_controls_of_the_router_need_no_training(small, run, monkeypatch):
-    folder, _ = small
-    given, route = [], OrchMoE.route
+def test_a_cell_is_bound_to_its_data_and_its_base(tmp_path):
+    configs, facts = {"train": train.TrainConfig()}, {"base": "one", "train_tasks": "two"}
+    cell = compare.Cell("lora", tmp_path, configs, facts)
+    cell.check()
+    runtime.write_json(tmp_path / "cell.json", cell.settings)
+    cell.check()
+    for name in facts:
+        with pytest.raises(ValueError, match=f"made with {name} {facts[name]}, not other; name"):
+            cell._replace(facts=facts | {name: "other"}).check()
+
+
+def test_controls_of_the_router(small, run, monkeypatch):
+    given, route, random, trained = [], OrchMoE.route, compare.random_forward, []
+    monkeypatch.setattr(compare, "random_forward", lambda router, *of: trained.append(router.training)
+                        or random(router, *of))
     monkeypatch.setattr(OrchMoE, "route", lambda *a, w=None, **k: given.append(w) or route(*a, w=w, **k))
     at = SMALL.index("--methods")
     arguments = SMALL[:at] + SMALL[at + 2:]
-    rows = "w replaced by its mean,w of another sample,router: none"
+    rows = "w replaced by its mean,w of another sample,router: none,router: random"
     out = run(*arguments, "--ablations", "--rows", rows)
     assert "| w replaced by its mean |" in out and "| router: none |" in out
     assert out.count("run folder out/ablations/default-s0") == 1  # trained once, for all
-    trained = {path.parent.name for path in folder.glob("ablations/*/metrics.jsonl")}
-    assert trained == {"default-s0", "router__none-s0"}
+    assert {path.parent.name for path in small.glob("ablations/*/metrics.jsonl")} == {
+        "default-s0", "router__none-s0", "router__random-s0"}
+    assert sum(trained) == 3 and not all(trained)  # in each training step, and in evaluation
     means = [w for w in given if w is not None and torch.equal(w, w[:1].expand_as(w)) and len(w) > 1]
     others = [w for w in given if w is not None and not any(w is mean for mean in means)]
     assert means and others and all(w.shape[1] == 8 for w in (*means, *others))
-    scores = [json.loads((folder / f"ablations/{row}-s0/scores.json").read_text())
+    scores = [json.loads((small / f"ablations/{row}-s0/scores.json").read_text())
               for row in ("default", "w_replaced_by_its_mean", "w_of_another_sample")]
     assert len({score["seen"]["overall"]["loss"] for score in scores}) == 3
 
@@ -290,15 +308,14 @@ def test_several_processes_are_refused(run, monkeypatch):
     assert "WORLD_SIZE 2: this program runs in one process" in run(code=2)
 
 
-def test_figures_are_written(small, monkeypatch, capsys):
+def test_figures_are_written(small):
     pytest.importorskip("matplotlib")
-    folder, _ = small
-    for path in folder.glob("*.png"):
+    for path in small.glob("*.png"):
         path.unlink()
     names = ["loss", "categories-seen", "categories-unseen", "router", "allocation"]
-    names += ["ablations"] * (folder / "ablations.json").exists()  # of the test before, where it has run
-    written = list(plot.figures(Path("out")))
-    assert [path.stem for path in written].sort() == names.sort()
+    names += ["ablations"] * (small / "ablations.json").exists()  # of a test before, where it has run
+    written = list(plot.figures(small))
+    assert sorted(path.stem for path in written) == sorted(names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 

@@ -81,7 +81,8 @@ def test_no_file_is_wider_than_a_page():
 FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile", "evaluation.py",
            "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
-SOURCES = "".join(path.read_text(encoding="utf-8") for path in [*FILES, *(ROOT / "experiments").glob("*.py")])
+STUDY = [*ROOT.glob("experiments/*.py"), *ROOT.glob("*/make*")]
+SOURCES = "".join(path.read_text(encoding="utf-8") for path in [*FILES, *STUDY])
 METHODS = {node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
            for path in FILES for node in ast.parse(path.read_text(encoding="utf-8")).body
            if isinstance(node, ast.ClassDef)}  # fmt: skip
