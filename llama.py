@@ -49,10 +49,9 @@ class LlamaConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, number = getattr(self, field.name), field.type in (int, float)
-            kinds = (int, float) if field.type is float else (field.type,)
-            if type(value) not in kinds or (number and not 0 < value < 1e12):
-                kind = field.type.__name__ + " above 0" * number
+            value, kinds = getattr(self, field.name), (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds or (int in kinds and not 0 < value < 1e12):
+                kind = field.type.__name__ + " above 0" * (int in kinds)
                 raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
         ends = [i for i in self.eos_ids if type(i) is int and 0 <= i < self.vocab_size]
         for name, good, what in (
@@ -67,30 +66,30 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, values: dict) -> "LlamaConfig":
         """Of a config.json as transformers 4 or 5 writes it; ValueError names field and value of what is not
-        computed here."""
-        window = values.get("sliding_window", 4096) if values.get("model_type") == "mistral" else None
+        computed here, TypeError what is missing."""
+        mistral, qwen3 = (values.get("model_type") == name for name in ("mistral", "qwen3"))
+        window = values.get("sliding_window", 4096) if mistral else None
         # Version 4 has rope_theta at the top and all else in rope_scaling, version 5 all in rope_parameters.
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters must be an object, not {rope!r:.60}")
-        rope = {"rope_type": rope.get("type", "default"), **rope}  # "type": before 2024
-        values = {name: value for name, value in (values | rope).items() if value is not None}
+        values = {**values, "rope_type": rope.get("type", "default"), **rope}  # "type": before 2024
+        llama3 = values["rope_type"] == "llama3"
+        values = {k: v for k, v in values.items() if v is not None if llama3 or k not in LLAMA3}
         for name, known in ONLY.items():
             given = values.get(name, [])
             for value in given if isinstance(given, list) else [given]:
                 if value not in known:
                     raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
-        values["sliding_window"] = window or values.get("max_position_embeddings")
-        needed = [field.name for field in fields(cls)[1:7]] + ["sliding_window"]
-        for name in needed + list(LLAMA3 if rope["rope_type"] == "llama3" else ()):
-            if type(value := values.get(name)) not in (int, float):
-                raise ValueError(f"{name} must be a number, not {value!r:.60}")
-        eos, heads = values.get("eos_token_id"), values["num_attention_heads"]
+        if llama3 and (missing := [name for name in LLAMA3 if name not in rope]):
+            raise ValueError(f"{missing[0]} is missing beside rope_type 'llama3'")
+        eos, size, heads = (values.get(k) for k in ("eos_token_id", "hidden_size", "num_attention_heads"))
         values["eos_ids"] = tuple(eos if isinstance(eos, list) else [eos])
         values.setdefault("num_key_value_heads", heads)
-        qwen3 = values["model_type"] == "qwen3"
-        values.setdefault("head_dim", 128 if qwen3 else values["hidden_size"] // max(1, heads))
-        values["max_position_embeddings"] = min(values["max_position_embeddings"], values["sliding_window"])
+        whole = type(size) is type(heads) is int and heads > 0  # if not, these two are refused in a moment
+        values.setdefault("head_dim", 128 if qwen3 else size // heads if whole else 2)
+        if window is not None and window < values.get("max_position_embeddings", 0):
+            values["max_position_embeddings"] = window
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def to_hf(self) -> dict:
@@ -125,7 +124,7 @@ class LlamaConfig:
 def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
     """Positions p (...) -> (2,...,1,E): cos(p f_i), and sin(p f_i) with the sign that `rotate` wants."""
     i = torch.arange(config.head_dim // 2, device=positions.device)
-    f = config.rope_theta ** (-2 * i / config.head_dim)  # (E/2), float32
+    f = 1 / config.rope_theta ** (2 * i / config.head_dim)  # (E/2); in float32, as the weights were trained
     if config.factor != 1:
         # Points that turn less than `low` times in the context of the pretraining are slowed by `factor`,
         # those that turn more than `high` times are not, and those between are mixed.
@@ -201,11 +200,12 @@ class Block(nn.Module):
         return self.forward(x, *where)  # in generation: never compiled, since rows and columns come and go
 
 
+@dataclass
 class Decoding:
-    """The state of a generation: the cache of each block, and the column (B) of each row's next token."""
+    """The state of a generation."""
 
-    def __init__(self, caches: list[Tensor], at: Tensor):
-        self.caches, self.at = caches, at
+    caches: list[Tensor]  # of each block: keys and values (2,B,columns,G,E)
+    at: Tensor  # (B): the column of each row's next token
 
     def keep(self, rows: Tensor) -> None:
         self.caches, self.at = [cache.index_select(1, rows) for cache in self.caches], self.at[rows]
@@ -238,8 +238,9 @@ class Llama(Backbone):
     def tidy(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
         for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
             del tensors[name]  # of the first Llama files; follows from the config
-        head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if config.tie_word_embeddings and head is not None and table is not None and torch.equal(head, table):
+        head, table = (tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        both = head is not None and table is not None
+        if config.tie_word_embeddings and both and torch.equal(head, table):
             del tensors["lm_head.weight"]
         return config
 
@@ -254,15 +255,14 @@ class Llama(Backbone):
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
 
-    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, at: Tensor | None = None) -> Tensor:
+        """Tokens (B,L), whole rows, or with at (B) one of each row (B,1) -> hidden states (B,L,D), which
+        `logits` takes; see Attention.forward."""
         x = self.embedding(ids)  # (B,L,D)
-        return x, rotation(self.config, positions).to(x.dtype)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Tokens (B,L), each row from position 0 on -> hidden states (B,L,D) for `logits`."""
-        x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = self.run(block, x, turn)
+        positions = torch.arange(ids.shape[1], device=ids.device) if at is None else at[:, None]
+        turn = rotation(self.config, positions).to(x.dtype)  # (2,L,1,E) or (2,B,1,1,E)
+        for n, block in enumerate(self.blocks):
+            x = self.run(block, x, turn) if caches is None else block.read(x, turn, caches[n], at)
         return self.norm(x)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -274,25 +274,20 @@ class Llama(Backbone):
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
     ) -> tuple[Tensor, Decoding]:
         ids, _ = pack(input_ids, attention_mask, input_ids[:, :0])
-        columns = ids.shape[1] + max_new_tokens - 1
-        self.require_room(columns)
-        x, turn = self.begin(ids, torch.arange(ids.shape[1], device=ids.device))
+        self.require_room(columns := ids.shape[1] + max_new_tokens - 1)
         # Zeros: a column that is not seen yet enters the sum of values with weight 0, and 0 times NaN is NaN.
-        shape = 2, len(x), columns, self.config.num_key_value_heads, self.config.head_dim
-        caches = [x.new_zeros(shape) for _ in self.blocks]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.read(x, turn, cache)
+        shape = 2, len(ids), columns, self.config.num_key_value_heads, self.config.head_dim
+        caches = [self.embedding.weight.new_zeros(shape) for _ in self.blocks]
+        self.hidden(ids, caches)
         # The first step reads the last token of each source once more, for its logits.
         last = attention_mask.bool().sum(1) - 1  # (B)
         return ids.gather(1, last[:, None])[:, 0], Decoding(caches, last)
 
     def step(self, newest: Tensor, state: Decoding) -> Tensor:
-        x, turn = self.begin(newest[:, None], state.at[:, None])  # (B,1,D), (2,B,1,1,E)
-        columns = int(state.at.max()) + 1  # of the cache, that any row sees
-        for block, cache in zip(self.blocks, state.caches, strict=True):
-            x = block.read(x, turn, cache[:, :, :columns], state.at)
+        columns = int(state.at.max()) + 1  # beyond them no row has read anything
+        hidden = self.hidden(newest[:, None], [cache[:, :, :columns] for cache in state.caches], state.at)
         state.at = state.at + 1
-        return self.logits(self.norm(x)[:, 0])  # (B,V)
+        return self.logits(hidden[:, 0])  # (B,V)
 
     def require_room(self, length: int) -> None:
         if length > (longest := self.config.max_position_embeddings):

@@ -308,6 +308,8 @@ def test_what_a_config_may_leave_out():
     config = LlamaConfig.from_hf(SAID)
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 8, 10_000)
     assert LlamaConfig.from_hf(SAID | {"model_type": "qwen3"}).head_dim == 128
+    unused = {"rope_parameters": {"rope_type": "default", "factor": 8.0}}
+    assert LlamaConfig.from_hf(SAID | unused).factor == 1
     mistral = SAID | {"model_type": "mistral", "max_position_embeddings": 32768}
     assert LlamaConfig.from_hf(mistral).max_position_embeddings == 4096
     assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).max_position_embeddings == 32768
@@ -322,7 +324,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
      ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
      ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
-     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be a number, not None"),
+     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
      ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
      ({"rope_scaling": 7}, "rope_parameters must be an object, not 7"),
      ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"mlp_bias": True}, "mlp_bias True"),
@@ -333,9 +335,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"eos_token_id": None}, "eos_token_id"), ({"eos_token_id": []}, "eos_token_id"),
      ({"eos_token_id": [3, 97]}, "eos_token_id"), ({"head_dim": 7}, "head_dim 7 must be even"),
      ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide"),
-     ({"hidden_size": None}, "hidden_size must be a number, not None"), ({"vocab_size": 9.5}, "vocab_size"),
+     ({"hidden_size": "32"}, "hidden_size must be int above 0, not '32'"),
+     ({"vocab_size": 9.5}, "vocab_size"), ({"rope_theta": float("nan")}, "rope_theta"),
      ({"num_hidden_layers": 0}, "num_hidden_layers"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-     ({"rope_theta": float("nan")}, "rope_theta"), ({"tie_word_embeddings": 1}, "tie_word_embeddings")],
+     ({"tie_word_embeddings": 1}, "tie_word_embeddings")],
 )  # fmt: skip
 def test_a_config_of_another_computation_is_refused_by_field_and_value(change, said):
     with pytest.raises(ValueError, match=re.escape(said)):
