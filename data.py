@@ -335,18 +335,16 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     sets: dict[str, list[Example]] = {name: [] for name in SETS if (name == "test") == (kind == "test")}
     for name, task in zip(tasks, made, strict=True):
         rows = json.loads(task["rows"])
-        sources = _parts(task["source"], [row[-2] for row in rows])
-        targets = iter(_parts(task["target"], [size for row in rows for size in row[-1]]))
+        source_ends = np.cumsum([row[-2] for row in rows])
+        target_ends = np.cumsum([size for row in rows for size in row[-1]])
+        sources = np.split(task["source"].numpy(), source_ends[:-1])
+        targets = iter(np.split(task["target"].numpy(), target_ends[:-1]))
         for (split, place, own_id, references, *_), source in zip(rows, sources, strict=True):
             target_ids = [next(targets) for _ in references]
             sets[split].append(Example(own_id, name, task["category"], source, target_ids, references,
                                        index.get(name, -1), place))
     digest = hashlib.sha256("".join(task["digest"] for task in made).encode()).hexdigest()[:16]
     return {name: Examples(examples, tasks, digest) for name, examples in sets.items()}
-
-
-def _parts(ids: torch.Tensor, sizes: list[int]) -> list[np.ndarray]:
-    return np.split(ids.numpy(), np.cumsum(sizes)[:-1])
 
 
 def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
