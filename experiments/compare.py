@@ -40,6 +40,7 @@ import train
 from baselines import METHODS, NoAdapter, budget, count, parameters
 from experiments.search import Search, axes_of
 from experiments.tables import markdown, summarise
+from model import Backbone
 from orchmoe import OrchMoEConfig, TaskRouter
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
@@ -106,10 +107,15 @@ SCORED_ONLY = ("w replaced by its mean", "w of another sample")
 # ------------------------------------------------------------------------------------------------- accounting
 
 
-def dry_run(methods: Sequence[str], base_config: t5.T5Config, adapter: OrchMoEConfig, num_tasks: int) -> str:
-    """Parameters and memory of each method as Markdown, counted on the meta device: nothing is allocated."""
+def on_meta(described: Any) -> Backbone:
+    """The model that a family's config describes, without memory."""
+    family = next(kind for kind in checkpoint.FAMILIES.values() if isinstance(described, kind.Config))
     with torch.device("meta"):
-        base = t5.T5(base_config)
+        return family(described)
+
+
+def dry_run(methods: Sequence[str], base: Backbone, adapter: OrchMoEConfig, num_tasks: int) -> str:
+    """Parameters and memory of each method as Markdown, counted on the meta device: nothing is allocated."""
     extra_ranks, size = budget(EQUAL, base, adapter, num_tasks), sum(p.numel() for p in base.parameters())
     lines = [f"base: {size:,} parameters, frozen: {_bytes(4 * size)} in float32, {_bytes(2 * size)} in "
              f"bfloat16; T = {num_tasks}", "",
@@ -328,8 +334,7 @@ class Study(NamedTuple):
 
     def fields_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What each method sets, at equal totals; c-poly's and full's size is as it is."""
-        with torch.device("meta"):
-            base = t5.T5(checkpoint.config(self.configs["train"].model))
+        base = on_meta(checkpoint.config(self.configs["train"].model))
         # of all methods, whichever are compared: a method's size does not depend on the others named
         extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)
         return {name: {"method": name, "extra_rank": extra.get(name, 0), "seed": 0} for name in methods}
@@ -444,10 +449,10 @@ def main() -> None:
     configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]
-        sizes = SIZES.get(name) or checkpoint.config(checkpoint.existing(
-            Path(name) / "config.json", f"name a T5 folder, or one of {', '.join(SIZES)}").parent)
+        base = on_meta(SIZES.get(name) or checkpoint.config(checkpoint.existing(
+            Path(name) / "config.json", f"name a model's folder, or one of {', '.join(SIZES)}").parent))
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
-        runtime.say(dry_run(config.methods, sizes, configs["adapter"], len(tasks)))
+        runtime.say(dry_run(config.methods, base, configs["adapter"], len(tasks)))
         return
     place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype)
     runtime.say(place.reason)

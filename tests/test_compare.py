@@ -3,6 +3,7 @@ of the router, and figures."""
 
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -16,26 +17,20 @@ import checkpoint
 import eval as evaluation
 import plot
 import runtime
-import t5
 import train
 from baselines import attach_method, budget, count
 from experiments import compare
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
-def on_meta(config):
-    with torch.device("meta"):
-        return t5.T5(config)
-
-
 @pytest.mark.parametrize("size, targets", [("tiny", ("q", "v")), ("t5-small", ("all",))])
 def test_totals_are_equal_within_three_per_cent(size, targets):
     config = compare.SIZES.get(size) or checkpoint.config(ROOT / "tiny")
     adapter = OrchMoEConfig(targets=targets)
-    extra = budget(compare.EQUAL, on_meta(config), adapter, 28)
+    extra = budget(compare.EQUAL, compare.on_meta(config), adapter, 28)
     totals = []
     for name in compare.EQUAL:
-        adapters = attach_method(name, on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
+        adapters = attach_method(name, compare.on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
         totals.append(count(adapters).total)
         for linear in adapters.linears.values():  # the scale: alpha / the rank that adds up
             assert linear.skill_scale == adapter.rank / linear.skill_A.shape[1]
@@ -46,6 +41,19 @@ def test_dry_run_says_sizes_and_memory(run):
     out = run("--dry-run", "--methods", "lora,c-poly", "--model", "t5-small")
     assert "base: 76,961,152 parameters" in out and "| lora | 8 | 110 | 442,624 | 0 | 442,624 |" in out
     assert "1.77 MB" in out and "* at equal S R only" in out
+
+
+def test_dry_run_of_a_llama_needs_its_config_alone(run, tmp_path):
+    llama = {"model_type": "llama", "vocab_size": 500, "hidden_size": 48, "intermediate_size": 96,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2,
+             "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    out = run("--dry-run", "--methods", "lora,moe-lora", "--model", str(tmp_path))
+    ranks = int(re.search(r"\| lora \| 8 \| (\d+) \|", out)[1])
+    ends = [48 + 48, 48 + 24] * 2  # one rank of q and of v in two blocks; the extra ranks go evenly over these
+    skills = sum(end * (8 + (n + 1) * ranks // 4 - n * ranks // 4) for n, end in enumerate(ends))
+    assert f"| lora | 8 | {ranks} | {skills:,} | 0 | {skills:,} |" in out
+    assert re.search(rf"\| moe-lora \| 8 \| \d+ \| [\d,]+ \| {4 * 4 * 48} \|", out)
 
 
 @pytest.mark.slow
@@ -80,7 +88,7 @@ def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
     default = OrchMoEConfig(**given)
 
     def scale(adapter):  # of one rank
-        adapters = attach_method("orchmoe", on_meta(base), adapter)
+        adapters = attach_method("orchmoe", compare.on_meta(base), adapter)
         return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
 
     base = checkpoint.config(ROOT / "tiny")
@@ -292,7 +300,7 @@ def test_a_stopped_cell_ends_the_comparison(tmp_path, monkeypatch, capsys):
     "--methods nope": "--methods nope: choose, once each, of orchmoe, lora, moe-lora",
     "--methods ,": "--methods: name at least one of orchmoe, lora, moe-lora, poly, mhr, c-poly",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, router: token",
-    "--dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a T5 folder, or one of",
+    "--dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a model's folder, or one of",
     "--model nowhere": "nowhere: ",
 }.items())
 def test_a_mistake_on_the_command_line_is_one_line(run, home, flags, told):
