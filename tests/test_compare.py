@@ -50,7 +50,7 @@ def test_dry_run_of_a_llama_needs_its_config_alone(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama))
     out = run("--dry-run", "--methods", "lora,moe-lora", "--model", str(tmp_path))
     ranks = int(re.search(r"\| lora \| 8 \| (\d+) \|", out)[1])
-    ends = [48 + 48, 48 + 24] * 2  # one rank of q and of v in two blocks; the extra ranks go evenly over these
+    ends = [48 + 48, 48 + 24] * 2  # one rank of q and of v in two blocks; extra ones go evenly over these
     skills = sum(end * (8 + (n + 1) * ranks // 4 - n * ranks // 4) for n, end in enumerate(ends))
     assert f"| lora | 8 | {ranks} | {skills:,} | 0 | {skills:,} |" in out
     assert re.search(rf"\| moe-lora \| 8 \| \d+ \| [\d,]+ \| {4 * 4 * 48} \|", out)
