@@ -68,6 +68,13 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     assert torch.equal(state["torch.bfloat16"], torch.arange(6).bfloat16())
 
 
+def test_an_adapter_without_its_metadata_is_refused(tmp_path):
+    for metadata in (PT, {"adapter": "{"}, {"adapter": "[" * 100_000}, {"adapter": '{"method": "lora"}'}):
+        write_safetensors(tmp_path / "a", {"x": torch.ones(2)}, metadata)
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'a'}: no adapter of this version"):
+            checkpoint.load_adapter(tmp_path / "a")
+
+
 def test_tensors_are_mapped_and_writing_to_them_stays_here(tmp_path):
     path = tmp_path / "a"
     write_safetensors(path, {"x": torch.zeros(1000), "y": torch.ones(1000)}, PT)
