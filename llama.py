@@ -81,7 +81,7 @@ class LlamaConfig:
             for value in given if isinstance(given, list) else [given]:
                 if value not in known:
                     raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
-        if llama3 and (missing := [name for name in LLAMA3 if name not in rope]):
+        if llama3 and (missing := [name for name in LLAMA3 if rope.get(name) is None]):
             raise ValueError(f"{missing[0]} is missing beside rope_type 'llama3'")
         eos, size, heads = (values.get(k) for k in ("eos_token_id", "hidden_size", "num_attention_heads"))
         values["eos_ids"] = tuple(eos if isinstance(eos, list) else [eos])

@@ -325,6 +325,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
      ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
      ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+    ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor is missing"),
      ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
      ({"rope_scaling": 7}, "rope_parameters must be an object, not 7"),
      ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"mlp_bias": True}, "mlp_bias True"),
