@@ -40,6 +40,12 @@ def sni_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """What `python -m experiments.smollm2 --out DIR` makes, by the environment variable SMOLLM2_DIR."""
+    return _folder("SMOLLM2_DIR")
+
+
+@pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """prompts.jsonl and metrics.jsonl made with the official code, by the environment variable SNI_GOLDEN."""
     return _folder("SNI_GOLDEN")

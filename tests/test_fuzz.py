@@ -240,6 +240,44 @@ def test_tokenizers(folder, edits, end):
         assert found.encode("a small test")[-1] == 1 and isinstance(found.decode(range(9)), str)
 
 
+def small_words() -> dict:
+    """A tokenizer.json of 6 pieces."""
+    vocab = {"a": 0, "b": 1, "ab": 2, "\u0120": 3}
+    return {"version": "1.0", "added_tokens": [
+                {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
+                 "rstrip": False, "normalized": False} for i, name in ((4, "<s>"), (5, "</s>"))],
+            "truncation": None, "padding": None, "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                              "use_regex": True},
+            "post_processor": {"type": "TemplateProcessing", "pair": [],
+                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                          {"Sequence": {"id": "A", "type_id": 0}}],
+                               "special_tokens": {"<s>": {"id": "<s>", "ids": [4], "tokens": ["<s>"]}}},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                        "use_regex": True},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "unk_token": None,
+                      "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}}  # fmt: skip
+
+
+WORDS_JSON = small_words()
+SETTINGS_JSON = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+
+
+@given(damaged(json.dumps(WORDS_JSON).encode()) | changed(WORDS_JSON) | changed(WORDS_JSON["model"]).map(
+           lambda raw: json.dumps(WORDS_JSON | {"model": json.loads(raw)}).encode()),
+       changed(SETTINGS_JSON) | st.just(json.dumps(SETTINGS_JSON).encode()))  # fmt: skip
+def test_word_tokenizers(folder, raw, settings):
+    place = folder / "words"
+    place.mkdir(exist_ok=True)
+    (place / "tokenizer_config.json").write_bytes(settings)
+    found = read(tokenizer.load, place / "tokenizer.json", raw)
+    if found is not None:
+        ids = found.encode("ab ba </s>")
+        assert ids[-1] == found.eos_ids[0] and all(type(i) is int for i in ids)
+        assert type(found.decode(range(-1, len(found) + 1))) is str
+
+
 @pytest.fixture(scope="module")
 def cache_file(folder):
     """The only file of a token cache, its content, and a call that reads it or makes it anew."""

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from conftest import stir
 
 import checkpoint
+import data
 import orchmoe
+import tokenizer
 from llama import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
@@ -344,3 +346,27 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_a_config_of_another_computation_is_refused_by_field_and_value(change, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         LlamaConfig.from_hf(SAID | change)
+
+
+# ------------------------------------------------------------------------------------------------ a real base
+
+
+@pytest.mark.slow
+def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_dir):
+    own, words = checkpoint.load(smollm2_dir, dtype=torch.float32), tokenizer.load(smollm2_dir)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
+    prompts = []
+    for name in data.read_splits(sni_dir)["test"][:50]:
+        task = data.read_task(sni_dir / "tasks" / f"{name}.json")
+        prompts.append(data.render_prompt(task, task["instances"][0], words, max_source_length=400))
+    sources = [words.source(prompt) for prompt in prompts]
+    assert sources == [theirs(prompt.removesuffix(" "))["input_ids"] for prompt in prompts]
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
+    mask = torch.arange(rows.shape[1]) < torch.tensor(list(map(len, sources)))[:, None]
+    for start in range(0, 50, 5):
+        part = slice(start, start + 5)
+        got = own.generate(rows[part], mask[part], max_new_tokens=20).tolist()
+        for ids, tokens in zip(sources[part], got, strict=True):
+            whole = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0]
+            assert tokens[: len(whole) - len(ids)] == whole[len(ids) :].tolist()
