@@ -27,10 +27,10 @@ class _SkillLinear(torch.autograd.Function):
         """x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), all of one dtype -> (B,L,O)."""
         rows = x.flatten(0, 1)  # (N,D)
         h = rows @ A.T  # (N,SR)
-        hc = (h.view(*x.shape[:2], -1) * c).flatten(0, 1)  # (N,SR)
+        hc = (h.unflatten(0, x.shape[:2]) * c).flatten(0, 1)  # (N,SR)
         y = hc @ B if weight is None else F.linear(rows, weight, bias).addmm_(hc, B)
         ctx.save_for_backward(rows, A, B, c, h, hc, weight)
-        return y.view(*x.shape[:2], -1)
+        return y.unflatten(0, x.shape[:2])
 
     @staticmethod
     @once_differentiable
@@ -43,13 +43,13 @@ class _SkillLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
             dhc = dy @ B.T  # (N,SR)
             if ctx.needs_input_grad[3]:
-                dc = (dhc * h).view(*shape, -1).sum_to_size(c.shape)  # over L and B where c is shared
-            dh = (dhc.view(*shape, -1) * c).flatten(0, 1)
+                dc = (dhc * h).unflatten(0, shape).sum_to_size(c.shape)  # over L and B where c is shared
+            dh = (dhc.unflatten(0, shape) * c).flatten(0, 1)
             if ctx.needs_input_grad[1]:
                 dA = dh.T @ rows
             if ctx.needs_input_grad[0]:
                 dx = dh @ A if weight is None else (dy @ weight).addmm_(dh, A)
-                dx = dx.view(*shape, -1)
+                dx = dx.unflatten(0, shape)
         return dx, dA, dB, dc, None, None
 
 

@@ -266,12 +266,14 @@ class SkillLinear(nn.Linear):
     def skill_folded(self, c: Tensor) -> nn.Parameter:
         """The weight (O,D) with the skills of c (1,S): what they make of the rows of I is their matrix."""
         eye = torch.eye(self.in_features, dtype=self.skill_A.dtype, device=self.skill_A.device).unsqueeze(0)
-        update = self.skill_mix(eye, self.skill_A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
+        with _without_autocast(eye):
+            update = self.skill_mix(eye, self.skill_A, self.skill_B, c, self.skill_scale)[0].T  # (O,D)
         return nn.Parameter((self.weight + update).to(self.weight.dtype), requires_grad=False)
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        skills, wide = set(map(id, self.skill_parameters().values())), _at_least_float32(function)
-        return super()._apply(lambda t: wide(t) if id(t) in skills else function(t), recurse)
+        own = {id(t) for p in self.skill_parameters().values() for t in (p, p.grad)}
+        wide = _at_least_float32(function)
+        return super()._apply(lambda t: wide(t) if id(t) in own else function(t), recurse)
 
     def __reduce_ex__(self, protocol: int):  # pickle and deepcopy: the class has no name to be found by
         return _unpickled, (type(self).skill_base,), self.__dict__
@@ -443,8 +445,8 @@ class Adapters(nn.Module):
 
     def keep(self, rows: Tensor) -> None:
         """Drops all but the given rows (positions among the current samples) from here on: the on_keep of a
-        Backbone's generate. In `folded` all rows are routed alike, and nothing is dropped."""
-        if self._open == "folded()":
+        Backbone's generate. In `folded` and `disabled` all rows are alike, and nothing is dropped."""
+        if self._open in ("folded()", "disabled()"):
             return
         for linear in () if self.routing().shared else self.linears.values():
             if linear.skill_beams > 1:
@@ -618,6 +620,8 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
         if path.rpartition(".")[2] in names:
             if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
                 raise ValueError(f"targets: {path}: a {type(owner).__name__} would bypass its skills")
+            if nn.parameter.is_lazy(child.weight):
+                raise ValueError(f"targets: {path} has no shape yet; run the module once before attach")
             if "forward" in vars(child):
                 raise ValueError(f"targets: {path} has a forward of its instance, as accelerate gives, which "
                                  "would bypass its skills; remove it before attach")
