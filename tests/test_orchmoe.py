@@ -2,9 +2,11 @@
 and the invariances that make routing trustworthy. B and Z are random here: at their start the allocation
 would hide the router."""
 
+import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,21 +53,51 @@ def gradients(base, adapters, inputs, **options):
 # --------------------------------------------------------------------------------------------- the equations
 
 
-def test_router_is_the_equation_written_out(small_t5, inputs):
-    router = attached(small_t5).router
-    router.mu.normal_()
-    router.sd.uniform_(0.5, 2)
-    embeddings = small_t5.embed(inputs.input_ids)
-    for row, weights in enumerate(router(embeddings, inputs.attention_mask)):
-        tokens = [x / (x.pow(2).mean() + 1e-6).sqrt() for x in embeddings[row][inputs.attention_mask[row]]]
-        tokens = [x.float() for x in tokens]
-        attended = []
-        for x in tokens:
-            p = torch.stack([x @ y / math.sqrt(32) for y in tokens]).softmax(0)
-            attended.append(sum(weight * y for weight, y in zip(p, tokens, strict=True)))
-        x_hat = sum(x + px for x, px in zip(tokens, attended, strict=True)) / len(tokens)
-        expected = (router.task.float() @ ((x_hat - router.mu.float()) / router.sd.float())).softmax(0)
-        torch.testing.assert_close(weights.float(), expected, rtol=1e-4, atol=1e-5)
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def w_in_numpy(router, embeddings, mask):
+    """w (B,K) in float64 as the formula has it, a sample at a time, its real tokens alone."""
+    task, bias, mu, sd = (t.detach().double().numpy() for t in
+                          (router.task, router.bias, router.mu, router.sd))  # fmt: skip
+    rows = []
+    for E, real in zip(embeddings.double().numpy(), mask.numpy(), strict=True):
+        X = E[real]  # (L,D)
+        X = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6)
+        X_hat = softmax(X @ X.T / np.sqrt(X.shape[-1])) @ X + X if router.config.router_attention else X
+        logits = task @ ((X_hat.mean(0) - mu) / sd) + bias
+        rows.append(softmax(logits) if router.config.router_norm == "softmax" else logits)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"router_attention": False}, {"router_norm": "none"}])
+def test_w_is_the_formula_in_numpy(options):
+    generator = torch.Generator().manual_seed(0)
+    router = orchmoe.TaskRouter(24, OrchMoEConfig(tasks=5, **options))
+    assert {name: tuple(p.shape) for name, p in router.named_parameters()} == {"task": (5, 24), "bias": (5,)}
+    for tensor in (router.task.data, router.bias.data, router.mu):
+        tensor.normal_(0, 0.5, generator=generator)
+    router.sd.uniform_(0.5, 2, generator=generator)
+    embeddings = 3 * torch.randn(6, 11, 24, generator=generator)
+    mask = torch.rand(6, 11, generator=generator) < 0.6  # holes and both ends
+    mask[:, 4] = True
+    w = router(embeddings, mask).detach()
+    expected = torch.from_numpy(w_in_numpy(router, embeddings, mask))
+    assert w.dtype == torch.float32 and expected.std(0).min() > 0.02
+    torch.testing.assert_close(w.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_source_of_padding_alone_is_the_zero_feature(attention):
+    router = orchmoe.TaskRouter(16, OrchMoEConfig(router_attention=attention))
+    embeddings, mask = torch.randn(3, 5, 16), torch.tensor([[1], [0], [1]]).expand(3, 5)
+    assert not router.features(embeddings, mask)[1].any()
+    w = router(embeddings, mask)
+    torch.testing.assert_close(w[[0, 2]], router(embeddings[[0, 2]], mask[[0, 2]]))
+    w.log().sum().backward()
+    assert router.task.grad.isfinite().all() and router.task.grad.any()
 
 
 def test_linear_is_the_equation_written_out(small_t5, inputs):
@@ -188,15 +220,59 @@ def test_router_none_is_the_mean_row_for_every_sample(small_t5, inputs):
         small_t5.loss(*inputs)
 
 
-def test_raw_router_norm_is_the_literal_formula(small_t5, inputs):
-    adapters = attached(small_t5, router_norm="none", router_attention=False)
-    embeddings = small_t5.embed(inputs.input_ids)
-    X = F.rms_norm(embeddings.float(), (32,), eps=1e-6)
-    mean = (X * inputs.attention_mask[..., None]).sum(1) / inputs.attention_mask.sum(1, keepdim=True)
-    expected = mean @ adapters.router.task.float().T + 1 / 5
-    torch.testing.assert_close(
-        adapters.router(embeddings, inputs.attention_mask).float(), expected, rtol=1e-5, atol=1e-5
-    )
+@pytest.mark.parametrize("norm, start", [("softmax", 0.0), ("none", 1 / 5)])
+def test_b_starts_where_a_w_of_zero_features_is_uniform(norm, start):
+    router = orchmoe.TaskRouter(16, OrchMoEConfig(tasks=5, router_norm=norm))
+    assert router.bias.tolist() == pytest.approx([start] * 5)
+    torch.testing.assert_close(router(torch.zeros(1, 3, 16)), torch.full((1, 5), 1 / 5))
+
+
+# ------------------------------------------------------------------------------------------- routing dropout
+
+
+def routed_by(adapters, x, **options):
+    with torch.no_grad(), adapters.routed(x, **options) as routing:
+        return routing
+
+
+def small(**options):
+    generator = torch.Generator().manual_seed(0)
+    adapters = attach(nn.Sequential(nn.Linear(16, 4)), OrchMoEConfig(targets=("0",), **options),
+                      generator=generator)  # fmt: skip
+    nn.init.normal_(adapters.router.task, generator=generator)
+    return adapters
+
+
+def test_dropped_samples_have_the_mean_routing_exactly():
+    adapters, x = small(router_dropout=0.3).train(), torch.randn(3, 5, 16)
+    drop = torch.tensor([False, True, False])
+    quiet = routed_by(adapters, x, drop=torch.zeros(3, dtype=torch.bool))
+    routing = routed_by(adapters, x, drop=drop)
+    assert (routing.w[1] == 1 / 8).all() and torch.equal(routing.w[[0, 2]], quiet.w[[0, 2]])
+    torch.testing.assert_close(routing.c[0, 1], adapters.allocation_weights()[0, 0].mean(0))
+    assert torch.equal(quiet.w, adapters.router(x)) and not routing.shared
+    fixed = torch.eye(8)[:3]  # a w that is given is not dropped
+    assert torch.equal(routed_by(adapters, x, w=fixed, drop=drop).w, fixed)
+    adapters.route(x, drop=drop).w[1].square().sum().backward()
+    assert not adapters.router.task.grad.any()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_share_that_is_dropped_is_the_one_asked_for(share):
+    torch.manual_seed(0)
+    adapters = small(router_dropout=share).train()
+    w = routed_by(adapters, torch.randn(2000, 2, 16)).w
+    assert (w == 1 / 8).all(1).float().mean().item() == pytest.approx(share, abs=0.03)
+
+
+def test_nothing_is_dropped_in_evaluation_or_without_the_option(small_t5, inputs):
+    x, drop = torch.randn(3, 5, 16), torch.ones(3, dtype=torch.bool)
+    for adapters in (small(router_dropout=0.5).eval(), small().train()):
+        assert torch.equal(routed_by(adapters, x, drop=drop).w, adapters.router(x))
+    twin = copy.deepcopy(small_t5)  # so in evaluation every closed form holds as it does without
+    found = [logits(base, attached(base, router_dropout=share), inputs)
+             for base, share in ((small_t5, 0.5), (twin, 0.0))]  # fmt: skip
+    assert torch.equal(*found)
 
 
 # ----------------------------------------------------------------------------------------------- invariances
@@ -247,6 +323,32 @@ def test_junk_in_the_padding_changes_nothing(small_t5, inputs):
 def test_evaluation_is_deterministic(small_t5, inputs):
     adapters = attached(small_t5, gumbel=True)
     assert torch.equal(logits(small_t5, adapters, inputs), logits(small_t5, adapters, inputs))
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_keep_cuts_what_each_linear_has(router):
+    base = nn.Sequential(nn.Linear(16, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("0",), router=router), kernels.mix_skills)
+    stir(adapters, torch.Generator().manual_seed(0))
+    x, rows = torch.randn(4, 5, 16), torch.tensor([3, 1])
+    with torch.no_grad(), adapters.routed(x) as routing:
+        expected = base(x)
+        adapters.keep(rows)
+        torch.testing.assert_close(base(x[rows]), expected[rows])
+        if router == "sample":
+            assert torch.equal(base[0].skill_routing, routing.c[0, rows])
+            with pytest.raises(ValueError, match="4 rows in a Linear routed for 2 samples"):
+                base(x)
+        adapters.keep(torch.tensor([1]))  # counted among those that are left
+        torch.testing.assert_close(base(x[[1]]), expected[[1]])
+    with torch.no_grad(), adapters.routed(x, w=torch.full((8,), 1 / 8)):
+        adapters.keep(rows)
+        assert base(x).shape == (4, 5, 4)  # one w for all: any rows
+    if router == "sample":
+        with torch.no_grad(), adapters.routed(x, beams=2), pytest.raises(ValueError, match="beams"):
+            adapters.keep(rows)
+    with pytest.raises(RuntimeError, match="routed"):
+        adapters.keep(rows)
 
 
 @pytest.mark.parametrize("router", ["sample", "token"])
@@ -367,7 +469,7 @@ def test_under_autocast_routing_stays_float32(router):
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             adapters.fit_router([x], generator=torch.Generator().manual_seed(2))
-            with adapters.routed(x) as routing:
+            with torch.no_grad(), adapters.routed(x) as routing:
                 c = base[0]._skill_weights(x) if router == "token" else routing.c
         fitted = [adapters.router.mu, adapters.router.task] if router == "sample" else []
         found.append([tensor.clone() for tensor in (c, *fitted)])
@@ -376,10 +478,11 @@ def test_under_autocast_routing_stays_float32(router):
         torch.testing.assert_close(half, exact, **EXACT)
 
 
+@pytest.mark.parametrize("mix", [orchmoe.mix_skills, kernels.mix_skills])
 @pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16), (3, 16), (3, 2, 5, 16), (16,)])
-def test_all_shapes_that_a_linear_takes(shape):
+def test_all_shapes_that_a_linear_takes(shape, mix):
     base = nn.Sequential(nn.Linear(16, 4))
-    adapters = attach(base, OrchMoEConfig(targets=("0",)))
+    adapters = attach(base, OrchMoEConfig(targets=("0",)), mix)
     stir(adapters, torch.Generator().manual_seed(0))
     x, A, B = torch.randn(shape), base[0].skill_A, base[0].skill_B
     samples = shape[0] if len(shape) > 1 else 1
@@ -510,12 +613,6 @@ def test_attach_refuses_what_it_cannot_adapt(module, targets, message):
     assert all(p.requires_grad for p in module.parameters())  # refused before anything was changed
 
 
-def test_attach_refuses_a_second_time(small_t5):
-    attach(small_t5, OrchMoEConfig())
-    with pytest.raises(ValueError, match="already"):
-        attach(small_t5, OrchMoEConfig())
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -537,7 +634,7 @@ def test_config_refuses_nonsense(options, message):
 def test_a_source_of_another_shape_is_refused_with_what_came(small_t5, inputs):
     adapters = attached(small_t5)
     embeddings, mask = small_t5.embed(inputs.input_ids), inputs.attention_mask
-    refusals = [(inputs.input_ids, mask, r"embeddings: \(B,L,D\) .* D = 32 \(token ids must be .* not \(4, 9\)"),
+    refusals = [(inputs.input_ids, mask, r"embeddings: .* D = 32 \(token ids must be .* not \(4, 9\)"),
                 (embeddings[0], mask[0], r"embeddings: .* not \(9, 32\)"),
                 (embeddings[..., :31], mask, r"embeddings: .* not \(4, 9, 31\)"),
                 (embeddings, mask[:, :8], r"mask: \(B,L\) = \(4, 9\), not \(4, 8\)"),
@@ -657,6 +754,36 @@ def test_kmeans_centres_are_those_of_the_clusters():
     torch.testing.assert_close((means @ centres.T).amax(1), torch.ones(4))
 
 
-def test_kmeans_survives_fewer_points_than_centres():
-    centres = orchmoe.spherical_kmeans(torch.eye(3), 8, torch.Generator().manual_seed(0))
-    assert centres.shape == (8, 3) and torch.isfinite(centres).all()
+def test_a_centre_without_points_stays_where_it_was():
+    centres = orchmoe.spherical_kmeans(torch.eye(3), 8, torch.Generator().manual_seed(0))  # 5 have none
+    torch.testing.assert_close(centres.norm(dim=-1), torch.ones(8))
+    assert set(centres.argmax(-1).tolist()) == {0, 1, 2}
+
+
+def test_the_start_of_kmeans_looks_for_what_is_far_off():
+    crowd = torch.eye(32)[0] + 0.001 * torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    far = torch.eye(32)[1:4]  # one point each, which a start among the crowd would miss
+    for seed in range(5):
+        centres = orchmoe.spherical_kmeans(torch.cat([crowd, far]), 4, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close((far @ centres.T).amax(1), torch.ones(3))
+
+
+def test_a_feature_that_was_nearly_constant_does_not_decide():
+    features, cluster = clustered()
+    features[:, 5] = 1 + 1e-5 * torch.randn(96, generator=torch.Generator().manual_seed(1))
+    router = orchmoe.TaskRouter(32, OrchMoEConfig(tasks=4))
+    router.fit(features, torch.Generator().manual_seed(0))
+    sd = features.std(0, correction=0)
+    assert router.sd[5].item() == pytest.approx(0.1 * sd.median().item())
+    others = torch.arange(32) != 5
+    torch.testing.assert_close(router.sd[others], sd[others])
+
+    alive = features.clone()
+    alive[:, 5] += sd.median()  # alive now, as the others are
+    w = [F.linear((x - router.mu) / router.sd, router.task).softmax(-1) for x in (features, alive)]
+    before, after = (torch.special.entr(rows).sum(-1).mean().item() for rows in w)
+    assert after == pytest.approx(before, rel=0.1) and torch.equal(*(rows.argmax(1) for rows in w))
+    slope = torch.autograd.grad(w[1].log()[:, 0].sum(), router.task)[0].abs().amax(0)
+    assert slope[5] < 100 * slope[others].median()  # one step at the floor of before would saturate w
+    router.fit(torch.ones(4, 32), torch.Generator().manual_seed(0))  # all constant: nothing is divided by 0
+    assert router.sd.min() > 0 and router.task.isfinite().all()
