@@ -155,6 +155,7 @@ COUNTS = {  # parameters of one Linear, D -> O: the table of the methods
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     before = {key: value.clone() for key, value in small_t5.state_dict().items()}
+    anatomy = [(type(module), [p.requires_grad for p in module.parameters()]) for module in small_t5.modules()]
     found = parameters(name, small_t5, CONFIG, num_tasks=T, extra_rank=extra)
     shapes = [(linear.in_features, linear.out_features)
               for linear in target_linears(small_t5, CONFIG.targets).values()]
@@ -166,6 +167,8 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     assert found.total == expected
     after = small_t5.state_dict()  # as it was before anything was counted
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert anatomy == [(type(module), [p.requires_grad for p in module.parameters()])
+                       for module in small_t5.modules()]
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("all",)])

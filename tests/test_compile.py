@@ -18,8 +18,7 @@ def fresh_dynamo():
 
 def adapted(small_t5, router):
     generator = torch.Generator().manual_seed(0)
-    config = OrchMoEConfig(targets=("all",), router=router)
-    adapters = attach(small_t5, config, kernels.mix_skills, generator=generator)
+    adapters = attach(small_t5, OrchMoEConfig(router=router), kernels.mix_skills, generator=generator)
     small_t5.double()
     stir(adapters, generator)
     return adapters
@@ -36,15 +35,19 @@ def losses_and_gradients(t5, adapters, inputs, sizes):
     return [t for t in found if t is not None]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("router", ["sample", "token"])
-def test_compiled_blocks_give_the_same_loss_and_gradients(small_t5, inputs, router, checkpointed):
+WAYS = [("sample", True, "eager"), ("token", False, "eager"),
+        *(pytest.param(router, checkpointed, "aot_eager", marks=pytest.mark.slow)
+          for router in ("sample", "token") for checkpointed in (False, True))]  # fmt: skip
+
+
+@pytest.mark.parametrize("router, checkpointed, backend", WAYS)
+def test_compiled_blocks_give_the_same_loss_and_gradients(small_t5, inputs, router, checkpointed, backend):
     adapters = adapted(small_t5, router)
     small_t5.train()
     small_t5.checkpoint_blocks = checkpointed
-    sizes = [(9, 6), (7, 5), (5, 4), (8, 3), (6, 6)]
+    sizes = [(9, 6), (7, 5), (8, 3)]
     expected = losses_and_gradients(small_t5, adapters, inputs, sizes)
-    small_t5.compile_blocks("aot_eager")
+    small_t5.compile_blocks(backend)
     found = losses_and_gradients(small_t5, adapters, inputs, sizes)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
@@ -54,9 +57,8 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(small_t5, inputs, rout
     assert counters["stats"]["unique_graphs"] <= 5, counters["stats"]
 
 
-@pytest.mark.parametrize("router", ["sample", "token"])
-def test_a_training_forward_has_no_graph_breaks(small_t5, inputs, router):
-    adapters = adapted(small_t5, router)
+def test_a_training_forward_has_no_graph_breaks(small_t5, inputs):
+    adapters = adapted(small_t5, "sample")
     small_t5.train()
     with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
         states = small_t5.encode(inputs.input_ids, inputs.attention_mask)

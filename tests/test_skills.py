@@ -270,7 +270,7 @@ def test_a_change_of_dtype_leaves_what_trains_in_float32(router, dtype):
     assert {p.dtype for p in base.parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize("kind", ["plain", "own forward", "parametrized"])
+@pytest.mark.parametrize("kind", ["plain", "parametrized"])
 def test_one_graph_without_breaks(kind):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -330,6 +330,7 @@ def test_disabled_is_the_base_bit_for_bit(kind):
     assert not torch.allclose(adapted, expected)
     with torch.no_grad(), base.skill_adapters.disabled():
         assert torch.equal(base(x), expected) and type(base.v) is nn.Linear
+        base.skill_adapters.keep(torch.tensor([0]))  # a row that has ended: nothing to drop
     assert torch.equal(routed(base), adapted)
     assert_same(anatomy(base), before)
 
@@ -498,6 +499,12 @@ def test_a_fold_of_what_is_no_plain_weight_names_its_linear(kind, verb):
     assert adapters.unfoldable().startswith("q: ") and not attached(net()).unfoldable()
 
 
+def test_a_weight_of_whole_numbers_is_not_plain():
+    base = net()
+    base.q.weight = nn.Parameter(base.q.weight.to(torch.int8), requires_grad=False)
+    assert attached(base).unfoldable().startswith("q: a Linear computes with more")
+
+
 def test_a_second_attach_names_what_is_there_and_changes_nothing():
     base = net()
     attached(base)
@@ -535,14 +542,14 @@ def test_of_two_threads_the_second_is_refused(monkeypatch):
 
     def slow(*args, **options):
         computing.set()
-        assert refused.wait(60)
+        assert refused.wait(20)
         return route(*args, **options)
 
     expected = routed(base)
     monkeypatch.setattr(adapters, "route", slow)
     first = threading.Thread(target=lambda: found.append(routed(base)))
     first.start()
-    assert computing.wait(60)
+    assert computing.wait(20)
     with pytest.raises(RuntimeError, match=r"routed\(\): routed\(\) is already open.*threads"):
         with adapters.routed(x.flip(0)):
             pass
