@@ -155,7 +155,8 @@ COUNTS = {  # parameters of one Linear, D -> O: the table of the methods
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     before = {key: value.clone() for key, value in small_t5.state_dict().items()}
-    anatomy = [(type(module), [p.requires_grad for p in module.parameters()]) for module in small_t5.modules()]
+    anatomy = [(type(module), [p.requires_grad for p in module.parameters()])
+               for module in small_t5.modules()]
     found = parameters(name, small_t5, CONFIG, num_tasks=T, extra_rank=extra)
     shapes = [(linear.in_features, linear.out_features)
               for linear in target_linears(small_t5, CONFIG.targets).values()]
