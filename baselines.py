@@ -24,8 +24,6 @@ from orchmoe import (
     Routing,
     SkillLinear,
     add_skills,
-    register,
-    router_width,
     target_linears,
 )
 
@@ -36,8 +34,7 @@ class NoAdapter(Adapters):
     """No adapters: the frozen base, or with `full` every weight of it training."""
 
     def __init__(self, module: nn.Module, *, full: bool):
-        super().__init__({})
-        self._module = [module]  # in a list, so that it is not registered below itself
+        super().__init__(module, {})
         module.requires_grad_(full)
 
     @contextmanager
@@ -67,8 +64,8 @@ class LoRA(Adapters):
     """One adapter of rank S R everywhere (Hu et al. 2021, arXiv 2106.09685), started and scaled as the skills
     are, so that a mixture with c = 1/S is this very function."""
 
-    def __init__(self, linears: dict[str, SkillLinear]):
-        super().__init__(linears)
+    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
+        super().__init__(module, linears)
         ones = torch.ones(len(linears), 1, 1, device=_device(linears))
         self.register_buffer("ones", ones, persistent=False)
 
@@ -83,10 +80,12 @@ class MoELoRA(Adapters):
     experts are those of (IA)^3 or LoRA; LoRA here. It is OrchMoE's token router with K = S and the identity
     for Zhat."""
 
-    def __init__(self, linears: dict[str, SkillLinear], skills: int, generator: torch.Generator | None):
-        super().__init__(linears)
+    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], skills: int,
+                 generator: torch.Generator | None):
+        super().__init__(module, linears)
         for linear in linears.values():
-            linear.skill_token_router(skills, "softmax", None, generator)
+            W_task = torch.empty(skills, linear.in_features).normal_(0, 0.02, generator=generator)
+            linear.skill_task = nn.Parameter(W_task.to(linear.weight.device))
         identity = torch.eye(skills, device=_device(linears)).expand(1, len(linears), -1, -1)
         self.register_buffer("identity", identity, persistent=False)
 
@@ -104,9 +103,9 @@ class Poly(Adapters):
     Departure from both papers: no separate learning of allocations on new tasks, since the comparison trains
     on none."""
 
-    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int, heads: int,
-                 generator: torch.Generator | None):
-        super().__init__(linears)
+    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], tasks: int, skills: int,
+                 heads: int, generator: torch.Generator | None):
+        super().__init__(module, linears)
         Z = torch.empty(len(linears), tasks, heads, skills).uniform_(-1e-3, 1e-3, generator=generator)
         self.allocation = nn.Parameter(Z.to(_device(linears)))
         self.noise_shape = (len(linears), heads, skills)
@@ -123,9 +122,9 @@ class CPoly(Adapters):
     mixed. An unseen task has the common part alone. Grows with the number of tasks, so it cannot stand in a
     comparison at equal total size."""
 
-    def __init__(self, linears: dict[str, SkillLinear], tasks: int, skills: int,
+    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], tasks: int, skills: int,
                  generator: torch.Generator | None):
-        super().__init__(linears)
+        super().__init__(module, linears)
         Z = torch.empty(len(linears), tasks, 1, skills - 1).uniform_(-1e-3, 1e-3, generator=generator)
         self.allocation = nn.Parameter(Z.to(_device(linears)))
         private = torch.eye(tasks, device=_device(linears)).repeat(len(linears), 1, 1)
@@ -182,7 +181,7 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
         raise ValueError("--method orchmoe-factors --router token: factors are mixed once per sample")
     if name == "full":
         return NoAdapter(module, full=True)
-    found, width = target_linears(module, config.targets), router_width(module)
+    found = target_linears(module, config.targets)
     N = len(found)
     extra = [(n + 1) * extra_rank // N - n * extra_rank // N for n in range(N)]
 
@@ -190,15 +189,16 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
         return add_skills(found, [rank + e for e in extra], config, mix, generator, skills=count)
 
     make: dict[str, Callable[[], Adapters]] = {
-        "orchmoe": lambda: OrchMoE(skills(S, R), config, width, generator),
-        "orchmoe-factors": lambda: OrchMoE(skills(S, R, kernels.mix_factors), config, width, generator),
-        "lora": lambda: LoRA(skills(1, S * R)),
-        "moe-lora": lambda: MoELoRA(skills(S, R), S, generator),
-        "poly": lambda: Poly(skills(S, R, kernels.mix_factors), num_tasks, S, 1, generator),
-        "mhr": lambda: Poly(skills(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
-        "c-poly": lambda: CPoly(skills(S - 1 + num_tasks, R), num_tasks, S, generator),
+        "orchmoe": lambda: OrchMoE(module, skills(S, R), config, generator),
+        "orchmoe-factors": lambda: OrchMoE(module, skills(S, R, kernels.mix_factors), config, generator),
+        "lora": lambda: LoRA(module, skills(1, S * R)),
+        "moe-lora": lambda: MoELoRA(module, skills(S, R), S, generator),
+        "poly": lambda: Poly(module, skills(S, R, kernels.mix_factors), num_tasks, S, 1, generator),
+        "mhr": lambda: Poly(module, skills(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
+        "c-poly": lambda: CPoly(module, skills(S - 1 + num_tasks, R), num_tasks, S, generator),
     }
-    return register(module, make[name]())
+    module.skill_adapters = make[name]().train(module.training)
+    return module.skill_adapters
 
 
 # ------------------------------------------------------------------------------------------------- accounting
