@@ -69,12 +69,10 @@ def _unpickle(path: str | Path) -> object:
 def _read_torch(path: str | Path) -> dict[str, Tensor]:
     """A file of torch.save that holds nothing but named tensors."""
     tensors = _unpickle(path)
-    if not (isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)):
-        raise ValueError(f"{path}: must hold a dictionary of tensors")
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else [(0, None)]:
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not dense:
-            raise ValueError(f"{path}: entry {name!r:.60} is not a dense tensor")
+        if not (isinstance(name, str) and dense):
+            raise ValueError(f"{path}: holds more than dense tensors by name ({name!r:.60})")
     return tensors
 
 
@@ -156,14 +154,14 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
 
 
 def _map(folder: Path) -> Backbone:
-    """Compares the file with the config on the meta device, before anything of the size that config.json
-    describes is allocated."""
+    """The weights as views of the files, once every name and shape is that of the config."""
     described, tensors = config(folder), read_folder(folder)
     family = next(family for family in FAMILIES.values() if isinstance(described, family.Config))
     # Modules take time and memory even without their weights, and each block has a tensor of its own.
     if (count := described.num_blocks) > len(tensors):
         raise ValueError(f"{folder}: config.json has {count} blocks, the weights have {len(tensors)} tensors")
     described = family.tidy(described, tensors)
+    # On the meta device nothing of the size that config.json describes is allocated.
     try:
         with torch.device("meta"):
             backbone = family(described)
@@ -174,6 +172,7 @@ def _map(folder: Path) -> Backbone:
         raise ValueError(f"{folder}: missing tensors: {_few(missing)}")
     if unexpected := tensors.keys() - set(names.values()):
         raise ValueError(f"{folder}: unexpected tensors: {_few(unexpected)}")
+    # Shapes here and not by load_state_dict, whose message has a line for each tensor and our names.
     for ours, theirs in names.items():
         found, due = tensors[theirs], expected[ours]
         if found.shape != due.shape or found.dtype not in FLOATS:
