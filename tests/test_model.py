@@ -137,7 +137,11 @@ def test_rows_end_at_different_steps_and_each_is_as_alone(monkeypatch):
         calls.append(names.tolist())
 
     keep = modules.State.keep
-    spy = lambda state, rows: keep(state, rows) or source_lengths.append(state.caches[0][0].shape[2])  # noqa: E731
+
+    def spy(state, rows):
+        keep(state, rows)
+        source_lengths.append(state.caches[0][0].shape[2])
+
     monkeypatch.setattr(modules.State, "keep", spy)
     tokens = t5.generate(input_ids, mask, max_new_tokens=30, on_keep=on_keep)
 
