@@ -25,8 +25,7 @@ CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'",
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is none or it is not
-    whole."""
+    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is no whole one."""
     require_model(folder)
     kinds = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
     path = next((path for name in kinds if (path := Path(folder) / name).is_file()), Path(folder))
@@ -122,8 +121,7 @@ class T5Pieces(Pieces):
         super()._read(model)
         self._files, self.size = {"spiece.model": model}, len(self.pieces)
         if self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
-            first = self.pieces[:3]
-            raise ValueError(f"{self.path}: pieces 0 to 2 are {first}; a T5 model has <pad>, </s>, <unk>")
+            raise ValueError(f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>")
 
     def __len__(self) -> int:
         return self.size + 100
@@ -169,9 +167,9 @@ class Words(Tokenizer):
             probe, bare = words.encode("a").ids, words.encode("a", add_special_tokens=False)
         except Exception as error:  # the package knows no other type
             raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
-        eos = self._settings().get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        eos = words.token_to_id(eos) if isinstance(eos, str) else None
+        name = self._settings().get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        eos = words.token_to_id(name) if isinstance(name, str) else None
         if eos is None:
             raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
         # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
@@ -180,7 +178,7 @@ class Words(Tokenizer):
             raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
         self.bos_ids, self.pad_id, self.eos_ids = tuple(probe[:begins]), eos, (eos,)
         # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
-        self.lead = "" if bare.tokens[0][0] in "▁Ġ" else " "
+        self.lead = "" if "".join(bare.tokens).startswith(("▁", "Ġ")) else " "
 
     def __len__(self) -> int:
         return self._words.get_vocab_size()
