@@ -165,7 +165,9 @@ class Words(Tokenizer):
             words.no_padding()
             words.encode_special_tokens = True  # as text, where a text spells them
             probe, bare = words.encode("a").ids, words.encode("a", add_special_tokens=False)
-        except Exception as error:  # the package knows no other type
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the package's Rust is no Exception
             raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
         name = self._settings().get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name

@@ -161,7 +161,8 @@ def test_bad_files_are_one_line(tmp_path, corpus, monkeypatch):
         settings.write_text(content)
         refused(said)
     settings.write_text(json.dumps(SETTINGS))
-    for content in (b"", b"{}", b"\xff", whole[:-9], b"[" * 10**5):
+    panic = whole.replace(b'"continuing_subword_prefix": null', b'"continuing_subword_prefix": "long"')
+    for content in (b"", b"{}", b"\xff", whole[:-9], b"[" * 10**5, panic):
         words.write_bytes(content)
         refused("not a tokenizer")
     write_words(folder, corpus, post="$A </s>")
