@@ -40,14 +40,14 @@ CACHE_VERSION = 3  # part of every cache key: raise it when a prompt, a set or t
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
-WHERE = ("data", "splits", "max_tasks", "cache", "text", "text_ratio")  # options that no token depends on
+WHERE = ("data", "splits", "max_tasks", "cache")  # options that no token depends on
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Data: which tasks are read, how a prompt is built, where tokens are cached."""
 
-    data: str = "sni/"  # folder with tasks/*.json and splits/, e.g. the Super-NaturalInstructions repository
+    data: str = str(runtime.ROOT / "sni")  # folder with tasks/ and splits/ (default: this repository's sni/)
     splits: str = "default"  # folder of split lists under splits/
     definition: bool = True  # put the task definition into the prompt
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
@@ -58,14 +58,10 @@ class DataConfig:
     train_instances: int = 100  # training instances of each task
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
     cache: str = ""  # folder of the token cache; empty for $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe
-    text: str = ""  # file of plain text lines (.xz accepted) for span corruption, with --method full
-    text_ratio: float = 0.5  # share of the batches that comes from --text
 
     def __post_init__(self) -> None:
         runtime.require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1,
                               max_source_length=2, max_target_length=2)
-        if not 0 <= self.text_ratio <= 1:
-            raise ValueError(f"--text-ratio {self.text_ratio}: give a share between 0 and 1")
         _plain_name(self.splits, "--splits")
 
 
@@ -470,6 +466,21 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
                  torch.tensor([example.task_index for example in examples]), [e.id for e in examples])
 
 
-def load_examples(config: DataConfig, tokenizer: Tokenizer, split: str, *, seed: int = 0) -> Examples:
-    """One of load_sets, until every caller has moved."""
-    return load_sets(config, tokenizer, [split])[split]
+def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most `limit` of the examples, evenly spaced; all of them for 0."""
+    count = min(limit, len(examples)) if limit else len(examples)
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def batches(examples: Sequence[Example], size: int, device: torch.device, desc: str, rank: int = 0,
+            ranks: int = 1) -> Iterator[tuple[list[int], Batch]]:
+    """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
+    once. Of several processes each takes its part of every batch of size * ranks, see Batch.split; no
+    positions where none is left for it."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
+    with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
+        for start in range(0, len(order), size * ranks):
+            rows = order[start:start + size * ranks]
+            mine, part = next(collate([examples[i] for i in rows]).split(1, rank, ranks))
+            yield [rows[i] for i in mine], part.to(device)
+            bar.update(len(rows))

@@ -3,15 +3,16 @@ Writes predictions.jsonl, the official script's own input, and scores.json. With
 instruction of yours instead, and says which abstract tasks the router saw in it. A run brings its own
 settings of the data, as far as no flag says otherwise.
 
-    python eval.py --run runs/orchmoe-1 --split test --data sni/
+    python eval.py --run runs/orchmoe-1 --split test --gpu 0
     python eval.py --run runs/orchmoe-1 --ask "Write the first word of the list." --input "lion, June, wolf"
-    python eval.py --heuristic copy-demo --data natural-instructions/"""
+    python eval.py --heuristic copy-demo --data natural-instructions/
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ import checkpoint
 import data
 import metrics
 import runtime
+import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -34,47 +36,36 @@ class EvalConfig:
     """Evaluation: what is scored, on what, and where."""
 
     run: str = ""  # folder of a run of train.py
-    model: str = ""  # or a Hugging Face T5 folder, scored as it is
+    model: str = ""  # Hugging Face folder, scored as it is; with --run: where the run's base is now
     heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or the first example's output, or the input
-    ask: str = ""  # text of an instruction to answer instead of a set, with --run or --model
+    ask: str = ""  # an instruction to answer instead of a set, with --run or --model
     input: str = ""  # the text that this instruction is about
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
-    out: str = ""  # folder of predictions.jsonl and scores.json (default: RUN/eval-SPLIT, else eval-SPLIT)
+    out: str = ""  # folder of what is written (default: eval-.. that says what was evaluated, in the run's)
     limit: int = 0  # at most this many instances, evenly over the set (0: all)
     batch_size: int = 64  # samples generated at once
     max_new_tokens: int = 127  # the official 128 less the start token
-    seed: int = 0  # of the split into train, dev and seen; a run brings its own
     gpu: int | None = None  # number of the GPU
     device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1, seed=0)
+        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1)
+        if bool(self.run or self.model) == bool(self.heuristic):
+            raise ValueError("give one of --run, --model and --heuristic")
+        if bool(self.ask.strip()) != bool(self.input.strip()) or self.ask and self.heuristic:
+            raise ValueError('give both --ask "instruction" and --input "text", with --run or --model')
+
+    @property
+    def folder(self) -> Path:
+        """--out, or a name that tells this evaluation from others of the same run or model."""
+        bare = "" if self.run else self.heuristic or Path(self.model).resolve().name
+        parts = ("eval", bare, self.split, str(self.limit or ""))
+        return Path(self.out or Path(self.run) / "-".join(filter(None, parts)))
 
 
 # ---------------------------------------------------------------------------------------- one pass over a set
-
-
-def evenly(examples: Sequence[data.Example], limit: int) -> list[data.Example]:
-    """At most `limit` of the examples, evenly spaced; all of them for 0."""
-    count = min(limit, len(examples)) if limit else len(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
-
-
-def batches(examples: Sequence[data.Example], size: int, device: torch.device, desc: str,
-            rank: int = 0, ranks: int = 1) -> Iterator[tuple[list[int], data.Batch]]:
-    """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
-    once. Of several processes each takes its part of every batch of size * ranks, see Batch.split; no
-    positions where none is left for it."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
-    with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
-        for start in range(0, len(order), size * ranks):
-            rows = order[start:start + size * ranks]
-            whole = data.collate([examples[i] for i in rows])
-            mine, part = next(whole.split(1, rank, ranks))
-            yield [rows[i] for i in mine], part.to(device)
-            bar.update(len(rows))
 
 
 def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any):
@@ -86,13 +77,14 @@ def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 
 @torch.no_grad()
 def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
-            tokenizer: data.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
+            tokenizer: tokenizers.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
             desc: str = "generate", w: Tensor | None = None) -> list[str]:
     """Greedy predictions, in the order of the examples; w (M,K), a row for each, instead of the router's."""
     base.eval()
     texts: dict[int, str] = {}
-    agree = runtime.any_rank if runtime.is_sharded(base) else bool
-    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.world_size()):
+    agree = runtime.any_rank if runtime.is_sharded(base) else bool  # all gather the weights at each token
+    ours = runtime.rank(), runtime.world_size()
+    for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
         with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                    on_keep=adapters.keep, agree=agree)
@@ -102,6 +94,7 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
 
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
+    """{"overall", "tasks", "categories"}, see metrics.score."""
     pairs = runtime.progress(zip(examples, predictions, strict=True), "score", len(examples), "ex")
     return metrics.score({"task": example.task, "category": example.category, "prediction": prediction,
                           "references": example.references} for example, prediction in pairs)
@@ -113,7 +106,8 @@ def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Exampl
     """Cross-entropy per target token of the first references, in nats; w (M,K) as in `predict`."""
     base.eval()
     total, tokens = 0.0, 0
-    for rows, batch in batches(examples, batch_size, base.device, desc, runtime.rank(), runtime.world_size()):
+    ours = runtime.rank(), runtime.world_size()
+    for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
         with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
@@ -121,14 +115,34 @@ def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Exampl
     return total / tokens
 
 
+def evaluate(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
+             tokenizer: tokenizers.Tokenizer, **options: Any) -> dict[str, dict]:
+    """The scores of greedy predictions; options as for `predict`."""
+    return score(examples, predict(base, adapters, examples, tokenizer, **options))
+
+
+def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
+            ) -> dict[str, Any]:
+    """{"dev_loss", "router": RouterReport's} for the log, the second where there is a router for the sample,
+    with a warning where it does nothing."""
+    record: dict[str, Any] = {"dev_loss": mean_loss(base, adapters, examples, batch_size=batch_size)}
+    w = router_weights(base, adapters, examples, batch_size=batch_size)
+    if w is not None:
+        report = report_router(w, examples)
+        record["router"] = report._asdict()
+        if warning := report.warning(w.shape[1]):
+            runtime.warn(warning)
+    return record
+
+
 # --------------------------------------------------------------------------------------- what the router does
 
 
-def mean_entropy(w: Tensor) -> float | None:
-    """Mean entropy of the rows of w (M,K) in nats; None where they are no distributions (--router-norm
+def mean_entropy(w: Tensor) -> float:
+    """Mean entropy of the rows of w (M,K) in nats; NaN where they are no distributions (--router-norm
     none)."""
     if w.min() < 0 or not torch.allclose(w.sum(-1), w.new_ones(len(w)), atol=1e-3):
-        return None
+        return math.nan
     return torch.special.entr(w).sum(-1).mean().item()
 
 
@@ -157,7 +171,7 @@ def router_weights(base: Backbone, adapters: Adapters, examples: Sequence[data.E
     """w (M,K) of the examples on the CPU; None for a method without one router for the sample."""
     base.eval()
     rows_of: dict[int, Tensor] = {}
-    for rows, batch in batches(examples, batch_size, base.device, "router"):
+    for rows, batch in data.batches(examples, batch_size, base.device, "router"):
         with routed(base, adapters, batch) as routing:
             if routing.w is None or routing.shared:
                 return None
@@ -171,15 +185,16 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
     groups = [w[tasks == task] for task in sorted(set(tasks))]
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
     spreads = torch.stack([group.std(0, correction=0).mean() for group in groups])
-    return RouterReport(mean_entropy(w), means.std(0, correction=0).mean().item(), spreads.mean().item(),
-                        w.mean(0).max().item())
+    entropy = mean_entropy(w)
+    return RouterReport(None if math.isnan(entropy) else entropy, means.std(0, correction=0).mean().item(),
+                        spreads.mean().item(), w.mean(0).max().item())
 
 
 def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
     """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
     w does not depend on the label, at most the smaller of their two entropies. None where the rows of w are
     no distributions."""
-    if mean_entropy(w) is None:
+    if math.isnan(mean_entropy(w)):
         return None
     rows = np.unique(np.array(labels), return_inverse=True)[1]
     joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
@@ -196,7 +211,7 @@ def routing_report(base: Backbone, adapters: Adapters, examples: Sequence[data.E
     |c - 1/S|. {} for methods whose c is not one for the sample."""
     base.eval()
     use, distance, report = 0.0, 0.0, {}
-    for rows, batch in batches(examples, batch_size, base.device, "skills in use"):
+    for rows, batch in data.batches(examples, batch_size, base.device, "skills in use"):
         with routed(base, adapters, batch) as routing:
             if routing.c is None or routing.allocation is None:
                 return {}
@@ -219,68 +234,75 @@ def routing_report(base: Backbone, adapters: Adapters, examples: Sequence[data.E
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def read_run(folder: str | Path) -> dict:
-    """config.json of a run: {"train", "data", "adapter", "base", "tasks", ..}."""
-    path = checkpoint.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
-    config = runtime.read_json(path)
-    sections = {"train": dict, "data": dict, "adapter": dict, "base": str, "tasks": list}
-    for name, kind in sections.items():
-        if not (isinstance(config, dict) and isinstance(config.get(name), kind)):
-            raise ValueError(f"{path}: {name} is missing or of another type; restore the file")
-    fields = {"model": str, "method": str, "seed": int, "split_seed": int | None}
-    for name, kind in fields.items():
-        if not isinstance(config["train"].get(name), kind):
-            raise ValueError(f"{path}: {name} is missing or of another type; restore the file")
-    if not all(isinstance(task, str) for task in config["tasks"]):
-        raise ValueError(f"{path}: tasks must be names; restore the file")
-    return config
+@dataclass(frozen=True)
+class Run:
+    """config.json of a run: its settings, and what it is bound to."""
+
+    train: dict  # TrainConfig's fields, as the next two are DataConfig's and OrchMoEConfig's
+    data: dict
+    adapter: dict
+    tasks: tuple[str, ...]  # training tasks, in the order of their ids
+    base: str  # fingerprint
+    tokenizer: str  # fingerprint
+    digests: dict  # of the contents of the task files: {"train": .., "test": ..}
+    pretrain: dict | None = None  # of experiments/pretrain.py alone
+    torch: str = torch.__version__
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        path = checkpoint.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
+        return runtime.from_json(cls, runtime.read_json(path), path)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "method"):
+            if not isinstance(self.train.get(name), str):
+                raise ValueError(f"train: {name} must be a text")
+
+    def require_same(self, folder: str | Path, **found: Any) -> None:
+        """ValueError that names the first of the fields in `found` that is not the run's."""
+        what = {"base": self.train["model"], "tokenizer": self.train["model"], "tasks": self.data.get("data"),
+                "digests": self.data.get("data")}
+        for name, value in found.items():
+            if value != getattr(self, name):
+                raise ValueError(f"{what[name]}: not the {name} that the run in {folder} began with; restore "
+                                 "what was there, or start a new run")
 
 
-def load_run(folder: str | Path, place: runtime.Device, shard: bool = False) -> tuple[Backbone, Adapters]:
-    """The base with the run's best adapters attached, or the run's best full weights, on the device; with
-    `shard` the base is split over all processes."""
-    folder, train = Path(folder), read_run(folder)["train"]
+def load_run(folder: str | Path, place: runtime.Device, *, shard: bool = False, model: str | Path = ""
+             ) -> tuple[Backbone, Adapters]:
+    """The base with the run's best adapters attached, or the run's best full weights, on the device. shard:
+    split the base over all processes. model: where the base is now, if it has moved."""
+    folder, train = Path(folder), Run.read(folder).train
     if train["method"] == "full":
-        require_frozen(shard, "full")
         base = checkpoint.load(folder / "model", dtype=place.dtype, device=place.device)
         return base, NoAdapter(base, full=True)
     path = folder / "adapter.safetensors"
-    state, info = checkpoint.load_adapter(path)
-    if (have := checkpoint.fingerprint(train["model"])) != info["base"]:
-        raise ValueError(f"{path}: trained on the base {info['base']}, but {train['model']} is {have}; "
-                         "restore that model")
-    base = load_base(train["model"], place, shard)
-    config = runtime.from_json(OrchMoEConfig, info["config"], path)
-    sizes = {"num_tasks": len(info["tasks"]), "extra_rank": train.get("extra_rank", 0)}
-    with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
-        bare = type(base)(base.config)
-        try:
-            attach_method(info["method"], bare, config, **sizes).load_state_dict(state)
-        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond 64 bits
-            raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
-    adapters = attach_method(info["method"], base, config, **sizes)
+    state, saved = checkpoint.load_adapter(path)
+    model = model or train["model"]
+    if (have := checkpoint.fingerprint(model)) != saved["base"]:
+        raise ValueError(f"{path}: trained on the base {saved['base']}, but {model} is {have}; restore that "
+                         "model, or name its place by --model")
+    base = load_base(model, place, shard)
+    config = runtime.from_json(OrchMoEConfig, saved["config"], path)
+    sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": train.get("extra_rank", 0)}
+    try:
+        with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
+            bare = type(base)(base.config)
+            attach_method(saved["method"], bare, config, **sizes).load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError) as error:  # of types, names, and sizes beyond 64 bits
+        raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
+    adapters = attach_method(saved["method"], base, config, **sizes)
     adapters.load_state_dict(state)
     if shard:
         runtime.shard(base, base.blocks, place)
     return base, adapters.eval()
 
 
-def load_base(path: str | Path, place: runtime.Device, shard: bool) -> Backbone:
-    """The frozen T5 of a folder on the device; with `shard` still in its files, for runtime.shard."""
+def load_base(path: str | Path, place: runtime.Device, shard: bool = False) -> Backbone:
+    """The model of a folder on the device; with `shard` still in its files, for runtime.shard."""
     if shard:
         return checkpoint.load(path, mapped=True)
     return checkpoint.load(path, dtype=place.dtype, device=place.device)
-
-
-def require_frozen(shard: bool, method: str) -> None:
-    if shard and method == "full":
-        raise ValueError("--shard: splits a frozen base; not with --method full")
-
-
-def with_task_ids(examples: Sequence[data.Example], tasks: Sequence[str]) -> list[data.Example]:
-    """The examples with the task ids that a run over `tasks` gave, -1 for tasks that it did not train on."""
-    index = {task: i for i, task in enumerate(tasks)}
-    return [example._replace(task_index=index.get(example.task, -1)) for example in examples]
 
 
 def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
@@ -291,46 +313,31 @@ def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> li
         if example.task != name:
             name, path = example.task, Path(root) / "tasks" / f"{example.task}.json"
             task = data.read_task(path)
-        if kind == "copy-demo" and not task["positive"]:
+        if kind == "copy-input":
+            predictions.append(task["instances"][example.place]["input"])
+        elif task["positive"]:
+            predictions.append(task["positive"][0]["output"])
+        else:
             raise ValueError(f"{path}: Positive Examples: none to copy from; add one or use copy-input")
-        predictions.append(task["positive"][0]["output"] if kind == "copy-demo" else
-                           task["instances"][example.place]["input"])
     return predictions
 
 
-def write_results(folder: Path, examples: Sequence[data.Example], predictions: Sequence[str],
-                  scores: dict) -> None:
-    with runtime.atomic_write(folder / "predictions.jsonl") as file:
-        for example, prediction in zip(examples, predictions, strict=True):
-            row = {"id": example.id, "prediction": prediction}
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    runtime.write_json(folder / "scores.json", scores)
-
-
-# the flags that mean something beside --ask
-ASKING = {"run", "model", "ask", "input", "max_source_length", "max_new_tokens", "gpu", "device", "dtype",
-          "shard"}
-
-
-def check_asked(flags: dict[str, Any]) -> None:
-    """ValueError for half a question, and for flags that it would not use."""
-    for name in ("ask", "input"):
-        if not (text := flags.get(name, "")).strip():
-            raise ValueError('give both: --ask "instruction" and --input "text"')
-        if text.encode(errors="replace").decode() != text:  # bytes of another encoding arrive as surrogates
-            raise ValueError(f"--{name}: not UTF-8; give it in that encoding")
-    if odd := sorted(flags.keys() - ASKING):
-        raise ValueError(f"--{odd[0].replace('_', '-')}: not used with --ask; leave it out")
-
-
-def answer(base: Backbone, adapters: Adapters, tokenizer: data.Tokenizer, config: EvalConfig,
-           data_config: data.DataConfig, who: str) -> None:
-    """Says what the model, `who`, answers to --ask and --input and, where one router reads the sample, its w
-    by abstract tasks, which are counted from 1 here as in the figures."""
-    example = data.asked(config.ask, config.input, tokenizer, data_config)
-    runtime.say(f"asked: {who}; the prompt is instruction and input alone, without examples")
-    runtime.say("answer: " + predict(base, adapters, [example], tokenizer,
-                                     max_new_tokens=config.max_new_tokens)[0])
+def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, config: EvalConfig,
+           data_config: data.DataConfig) -> None:
+    """Says what the model answers to --ask and --input and, where one router reads the sample, its w by
+    abstract tasks, which are counted from 1 here as in the figures."""
+    example = data.asked(config.ask, config.input, tokenizer, replace(data_config, definition=True))
+    batch = data.collate([example]).to(base.device)
+    base.eval()
+    ids, mask = batch.input_ids, batch.attention_mask
+    if adapters.unfoldable() or runtime.is_sharded(base):
+        text, = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
+    else:  # one routing for all of the answer, so it goes into the weights
+        with adapters.folded(embeddings=base.embed(ids), mask=mask, task_ids=batch.task_ids):
+            tokens = base.generate(ids, mask, max_new_tokens=config.max_new_tokens)[0]
+        text = tokenizer.decode(tokens.tolist())
+    runtime.say(f"asked {config.run or config.model}: instruction and input alone, without examples")
+    runtime.say(f"answer: {text}")
     w = router_weights(base, adapters, [example])
     if w is not None:
         order = w[0].argsort(descending=True).tolist()
@@ -344,54 +351,72 @@ def main() -> None:
         parser.add_dataclass(cls)
     flags = vars(parser.parse_args())
     config = runtime.from_flags(EvalConfig, flags)
-    if {"ask", "input"} & flags.keys():
-        check_asked(flags)
-    if sum(map(bool, (config.run, config.model, config.heuristic))) != 1:
-        raise ValueError("give one of --run, --model and --heuristic")
-    run, saved = {"train": {"seed": config.seed}, "tasks": []}, data.DataConfig()
-    if config.run:
-        run = read_run(config.run)
-        saved = runtime.from_json(data.DataConfig, run["data"], Path(config.run) / "config.json")
+    run = Run.read(config.run) if config.run else None
+    saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()
     data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
-    if config.heuristic:
-        place = runtime.pick_device(device="cpu")
-    else:
-        place = runtime.pick_device(config.gpu, config.device, config.dtype)
-        runtime.say(place.reason)
+    place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype)
+    runtime.say(place.reason)
     with runtime.joined(place):
-        evaluate(config, run, data_config, place)
+        if config.heuristic:
+            tokenizer = tokenizers.load(runtime.ROOT / "tiny")  # of no consequence for what is copied
+            base = adapters = None
+        else:
+            base, adapters, tokenizer = load(config, run, place)
+        if config.ask:
+            return answer(base, adapters, tokenizer, config, data_config)
+        examples = load_examples(config, run, saved, data_config, tokenizer)
+        if config.heuristic:
+            predictions = copy_heuristic(config.heuristic, data_config.data, examples)
+        else:
+            predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
+                                  max_new_tokens=config.max_new_tokens)
+        if runtime.rank() == 0:
+            write_results(config, data_config, examples, predictions)
 
 
-def evaluate(config: EvalConfig, run: dict, data_config: data.DataConfig, place: runtime.Device) -> None:
-    """What main does once its flags are read; `run` is the config.json of the run, if it is one."""
-    base, bundled = None, Path(__file__).parent / "tiny"  # whose tokenizer serves the heuristics
-    if config.run:
-        base, adapters = load_run(config.run, place, config.shard)
-    elif config.model:
+def load(config: EvalConfig, run: Run | None, place: runtime.Device
+         ) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
+    """What --run and --model name."""
+    if run is None:
         base = load_base(config.model, place, config.shard)
         adapters = NoAdapter(base, full=False)
         if config.shard:
             runtime.shard(base, base.blocks, place)
-    own = Path(config.run) / "model" if run["train"].get("method") == "full" else run["train"].get("model")
-    tokenizer = data.Tokenizer(config.model or own or bundled)
-    if config.ask:
-        who = config.model or f"{config.run} ({run['train']['method']} on {run['train']['model']})"
-        return answer(base, adapters, tokenizer, config, replace(data_config, definition=True), who)
-    split_seed = run["train"].get("split_seed")
-    seed = run["train"]["seed"] if split_seed is None else split_seed
-    examples = evenly(data.load_examples(data_config, tokenizer, config.split, seed=seed), config.limit)
-    examples = with_task_ids(examples, run["tasks"])
-    if base is None:
-        predictions = copy_heuristic(config.heuristic, data_config.data, examples)
-    else:
-        predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
-                              max_new_tokens=config.max_new_tokens)
-    scores = score(examples, predictions)
-    folder = Path(config.out or Path(config.run) / f"eval-{config.split}")
-    if runtime.rank() != 0:
-        return
-    settings = {**asdict(config), **asdict(data_config), "seed": seed, "instances": len(examples)}
-    write_results(folder, examples, predictions, {**scores, "config": settings})
+        return base, adapters, tokenizers.load(config.model)
+    full = run.train["method"] == "full"
+    if full and config.shard:
+        raise ValueError("--shard: splits a frozen base; not with a run of --method full")
+    base, adapters = load_run(config.run, place, shard=config.shard, model=config.model)
+    tokenizer = tokenizers.load(Path(config.run) / "model" if full else config.model or run.train["model"])
+    run.require_same(config.run, tokenizer=tokenizer.fingerprint)
+    return base, adapters, tokenizer
+
+
+def load_examples(config: EvalConfig, run: Run | None, saved: data.DataConfig, data_config: data.DataConfig,
+                  tokenizer: tokenizers.Tokenizer) -> list[data.Example]:
+    """The set to evaluate, its task ids those of the run. Of the run's own data the task files must be those
+    of then; other data that flags name are only said to be other."""
+    training = run.tasks if run else None
+    examples = data.load_sets(data_config, tokenizer, [config.split], training=training)[config.split]
+    began = run and run.digests.get("test" if config.split == "test" else "train")
+    if began and examples.digest != began:
+        where = [(each.data, each.splits, each.max_tasks) for each in (saved, data_config)]
+        if where[0] == where[1]:
+            raise ValueError(f"{data_config.data}: the {config.split} tasks are not those that the run in "
+                             f"{config.run} began with; restore them, or name others by --data")
+        runtime.warn(f"{data_config.data}: other tasks than those of the run")
+    return data.subsample(examples, config.limit)
+
+
+def write_results(config: EvalConfig, data_config: data.DataConfig, examples: Sequence[data.Example],
+                  predictions: Sequence[str]) -> None:
+    scores, folder = score(examples, predictions), config.folder
+    with runtime.atomic_write(folder / "predictions.jsonl") as file:
+        for example, prediction in zip(examples, predictions, strict=True):
+            row = {"id": example.id, "prediction": prediction}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    settings = {**asdict(config), **asdict(data_config), "instances": len(examples)}
+    runtime.write_json(folder / "scores.json", {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {config.split} tasks: {overall}")
     runtime.say(f"written: {folder / 'predictions.jsonl'}, {folder / 'scores.json'}")

@@ -147,7 +147,7 @@ def append_json(path: Path, **record: Any) -> None:
 
 def truncate_log(path: Path, steps: int) -> None:
     """Cuts a log of JSON lines before the first that is of a step >= `steps`, damaged or half written."""
-    if rank() != 0:
+    if rank() != 0 or not path.exists():
         return
     with _naming(path), open(path, "r+b") as file:
         end = 0

@@ -347,24 +347,3 @@ class T5(Backbone):
         if head is not None and config.tied_head and tables and torch.equal(head, tables[0]):
             del tensors["lm_head.weight"]
         return replace(config, tied_head=config.tied_head and "lm_head.weight" not in tensors)
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> "T5":
-        """T5's own initialisation, for training from scratch: a function of the seed alone, on any device."""
-        config, generator = self.config, torch.Generator().manual_seed(seed)
-        std = {
-            "embedding": 1.0,
-            # The logits begin with unit variance, be the decoder's output scaled before the head or here.
-            "head": 1.0 if config.scale_decoder_outputs else config.d_model**-0.5,
-            "q": (config.d_model * config.d_kv) ** -0.5,  # in place of 1/sqrt(E) on the scores
-            "o": (config.num_heads * config.d_kv) ** -0.5,
-            "wo": config.d_ff**-0.5,
-        }
-        for name, weight in self.named_parameters():
-            owner = name.split(".")[-2]
-            if owner.endswith("norm"):
-                weight.fill_(1.0)
-            else:
-                values = torch.randn(weight.shape, generator=generator)
-                weight.copy_(values * std.get(owner, config.d_model**-0.5))
-        return self

@@ -1,31 +1,35 @@
-"""Trains adapters (or with --method full every weight) of a T5 on Super-NaturalInstructions; ends with a
-table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
+"""Trains adapters (or with --method full every weight) of a transformer on Super-NaturalInstructions; ends
+with a table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
 metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev as adapter.safetensors
 (--method full: model/), scores.json, and what the router does as routing.json.
 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
-    python train.py --resume --out runs/lora --device cpu    # after an interruption"""
+    python train.py --resume --out runs/lora --device cpu    # after an interruption
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 import checkpoint
 import data
 import eval as evaluation
 import runtime
-import t5
+import tokenizer as tokenizers
 from baselines import METHODS, attach_method, count
-from experiments import spans
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
@@ -34,46 +38,33 @@ from orchmoe import Adapters, OrchMoEConfig
 class TrainConfig:
     """Training: model, method, steps and rates."""
 
-    model: str = "tiny/"  # Hugging Face T5 folder: config.json, weights, spiece.model
+    model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of this repository)
     method: Literal[METHODS] = "orchmoe"  # what trains
-    from_scratch: bool = False  # random weights instead of those in --model; with --method full
-    seed: int = 0  # of everything: splits, order, initial values, noise
-    split_seed: int | None = None  # of the splits into train, dev and seen alone (default: the seed)
+    seed: int = 0  # of order, initial values, noise
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # examples of one optimiser step
     accumulate: int = 1  # micro-batches that a step is computed in
     lr_skills: float = 3e-3  # peak learning rate of A and B
-    lr_router: float = 2e-5  # of the router of samples, whose features are standardised
-    lr_token_router: float = 1e-2  # of routers of tokens, on raw features: --router token, moe-lora
+    lr_router: float = 2e-5  # of the sample's router, whose features are standardised
+    lr_token_router: float = 1e-2  # of routers that read raw tokens: --router token, moe-lora
     lr_allocation: float = 1e-2  # of the allocation matrices
-    lr_full: float = 5e-5  # of every weight, with --method full; with --from-scratch relative to its size
-    beta2: float = 0.999  # of AdamW
+    lr_full: float = 5e-5  # of every weight, with --method full
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level
-    weight_decay: float = 0.0  # of A, B and full weights; router and allocation have none
     clip: float = 1.0  # largest norm of the gradient (0: no clipping)
-    dropout: float = 0.0  # with --method full
-    text_length: int = 256  # tokens of one row of --text
     eval_every: int = 100  # steps between dev losses and checkpoints
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
-    extra_rank: int = 0  # ranks on top, evenly over the Linears: for comparisons at equal size
-    compile: bool = False  # compile each block of the T5 (torch.compile needs a C++ compiler)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+    extra_rank: int = 0  # ranks on top, for comparisons at equal size
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
-                              text_length=2, eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0,
-                              lr_token_router=0, lr_allocation=0, lr_full=0, extra_rank=0, weight_decay=0,
-                              clip=0)
-        for name in ("beta2", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give 0 or more, and less than 1")
+                              eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0, lr_token_router=0,
+                              lr_allocation=0, lr_full=0, clip=0, extra_rank=0)
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: give less than 2^63")
-        if self.from_scratch and self.method != "full":
-            raise ValueError(f"--from-scratch --method {self.method}: random weights go with --method full")
 
 
 @dataclass(frozen=True)
@@ -87,284 +78,258 @@ class PlaceConfig:
     shard: bool = False  # split the frozen base over the processes of torchrun
 
 
-# Named settings: lineage starts and relaxes the allocation as Poly does, whose line of papers OrchMoE is in.
-PRESETS = {"lineage": {"allocation_std": 0.001, "gumbel": True}}
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
+HIDDEN = ("extra_rank",)  # flags that only the comparison gives
+MOVABLE = {"model", "data", "text", "cache"}  # places may change from start to resume; what is there may not
+SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
+USED = {  # of the adapter's settings and the rates, what each method but orchmoe reads
+    "lora": SIZES, "moe-lora": SIZES | {"lr_token_router"}, "poly": SIZES | ROUTED, "mhr": SIZES | ROUTED,
+    "c-poly": SIZES | ROUTED, "full": {"lr_full"},
+}  # fmt: skip
 
 
-def read_configs(flags: dict[str, Any], where: PlaceConfig) -> tuple[Path, dict[str, Any]]:
-    """Run folder and the configs by name; with --resume those of the run, which flags must not contradict."""
-    configs = {name: runtime.from_flags(cls, flags) for name, cls in CONFIGS.items()}
-    if where.resume and not where.out:
-        raise ValueError("--resume: name the folder of the run by --out")
+def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, type] = CONFIGS
+                 ) -> dict[str, Any]:
+    """The configs by name; with --resume those of the run, which flags must not contradict."""
     if where.resume:
-        folder, saved = Path(where.out), evaluation.read_run(where.out)
-        configs = {name: runtime.from_json(cls, saved[name], folder / "config.json")
-                   for name, cls in CONFIGS.items()}
+        if not where.out:
+            raise ValueError("--resume: name the folder of the run by --out")
+        saved, path = evaluation.Run.read(where.out), Path(where.out) / "config.json"
+        configs = {name: runtime.from_json(cls, getattr(saved, name), path) for name, cls in classes.items()}
         kept = {field: value for config in configs.values() for field, value in vars(config).items()}
-        for field, value in flags.items():
-            if kept.get(field, value) != value:
-                flag = "--" + field.replace("_", "-")
-                raise ValueError(f"{flag} {value}: the run in {folder} has {kept[field]}; leave it out")
-    else:
-        folder = Path(where.out) if where.out else first_free(f"runs/{configs['train'].method}")
-        if (folder / "config.json").exists():
-            raise ValueError(f"--out {folder}: holds a run already; add --resume, or name another folder")
-    evaluation.require_frozen(where.shard, configs["train"].method)
-    if configs["data"].text and configs["train"].method != "full":
-        raise ValueError("--text: span corruption goes with --method full")
-    return folder, configs
+        for field in flags.keys() & kept.keys() - MOVABLE:
+            if kept[field] != flags[field]:
+                raise ValueError(f"--{field.replace('_', '-')} {flags[field]}: the run in {where.out} has "
+                                 f"{kept[field]}; leave it out")
+        moved = flags.keys() & MOVABLE
+        return {name: replace(config, **{field: flags[field] for field in vars(config).keys() & moved})
+                for name, config in configs.items()}
+    configs = {name: runtime.from_flags(cls, flags) for name, cls in classes.items()}
+    if where.out and (Path(where.out) / "config.json").exists():
+        raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
+    require_used(flags, configs["train"].method)
+    return configs
 
 
-def first_free(name: str) -> Path:
-    return next(path for n in range(1, 10**6) if not ((path := Path(f"{name}-{n}")) / "config.json").exists())
+def require_used(flags: dict[str, Any], method: str) -> None:
+    """ValueError for the first flag that the method would ignore."""
+    rates = {name for name in vars(TrainConfig()) if name.startswith("lr_")}
+    chosen = rates | vars(OrchMoEConfig()).keys()
+    used = USED.get(method, chosen - {"lr_full"})
+    if odd := sorted(flags.keys() & chosen - used):
+        raise ValueError(f"--{odd[0].replace('_', '-')}: not used by --method {method}; leave it out")
 
 
-def load_base(config: TrainConfig, place: runtime.Device, shard: bool = False) -> Backbone:
-    """The T5 of --model; with --method full in float32, whose small updates bf16 weights would lose."""
-    if not config.from_scratch:
-        place = place._replace(dtype=torch.float32) if config.method == "full" else place
-        return evaluation.load_base(config.model, place, shard)
-    path = Path(config.model) / "config.json"
-    t5_config = checkpoint.config(config.model)
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in t5.T5(t5_config).parameters())
-    if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise ValueError(f"{path}: describes {size:.3g} bytes of weights, but this machine has {memory:.3g}; "
-                         "give a smaller model")
-    base = t5.T5(t5_config)
-    base.init_weights(config.seed)
-    return base.to(place.device)
+# ----------------------------------------------------------------------------------------------------- pieces
 
 
-def make_optimizer(adapters: Adapters, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a peak rate for each kind of parameter. From scratch each tensor's rate is also multiplied
-    by the root mean square of its start (the relative steps of Adafactor, Shazeer and Stern 2018): T5 starts
-    its embeddings at 1.0 and its queries at 0.01, and no one rate serves both."""
-    rates = {"skills": config.lr_skills, "router": config.lr_router, "token_router": config.lr_token_router,
-             "allocation": config.lr_allocation, "full": config.lr_full}
-    groups = []
-    for kind, parameters in adapters.parameter_groups().items():
-        decay = config.weight_decay if kind in ("skills", "full") else 0.0
-        for part in [[p] for p in parameters] if config.from_scratch else filter(None, [parameters]):
-            size = part[0].detach().pow(2).mean().sqrt().item() if config.from_scratch else 1.0
-            peak = rates[kind] * max(size, 1e-3)
-            groups.append({"params": part, "lr": peak, "peak": peak, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+def fit_router(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
+    """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
+    size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
+    batches = data.batches(data.subsample(examples, 2000), size, base.device, "router start")
+    parts = [part for _, part in batches]
+    adapters.fit_router((base.embed(part.input_ids) for part in parts),
+                        (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """load_state_dict, and a ValueError where a moment is not of its parameter's shape, which torch lets
-    pass."""
-    optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-            raise ValueError("the optimizer's moments are of other shapes")
+def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
+    """AdamW without weight decay, with a peak rate for each kind of parameter."""
+    groups = [{"params": parameters, "max_lr": getattr(config, f"lr_{kind}")}
+              for kind, parameters in adapters.parameter_groups().items() if parameters]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def rate_factor(step: int, config: TrainConfig) -> float:
+def lr_factor(step: int, config: TrainConfig) -> float:
     """Factor of the peak learning rates at `step`: linear warm-up, then linear to 0 or level."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     left = (config.steps - step) / max(1, config.steps - config.warmup)
     return min(warm, left) if config.schedule == "linear" else warm
 
 
-class Source:
-    """Batch of each step, a pure function of (seed, step): examples, and a share of text where given."""
-
-    def __init__(self, examples: data.Examples, tokenizer: data.Tokenizer, config: TrainConfig,
-                 data_config: data.DataConfig):
-        self.examples, self.config = examples, config
-        self.text, self.ratio = None, 0.0
-        if data_config.text:
-            self.text = spans.TextStream(data_config.text, tokenizer, length=config.text_length,
-                                         seed=config.seed, cache=data_config.cache)
-            self.ratio = data_config.text_ratio
-
-    def batch(self, step: int) -> data.Batch:
-        config, texts_before = self.config, int(step * self.ratio)
-        if int((step + 1) * self.ratio) > texts_before:
-            return self.text.batch_at(texts_before, config.batch_size)
-        step -= texts_before
-        rows = data.batch_at(self.examples.source_lengths, config.batch_size, config.seed, step)
-        return data.collate([self.examples[i] for i in rows], seed=config.seed, step=step)
+def require_finite(where: str, **values: float) -> None:
+    """ValueError that says where, unless all values are finite numbers."""
+    if not all(map(math.isfinite, values.values())):
+        said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+        raise ValueError(f"{where}: {said}; the last checkpoint is untouched; start anew with lower learning "
+                         "rates or --dtype float32")
 
 
-def fit_router(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
-    """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
-    sources = evaluation.evenly(examples, 2000)
-    size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
-    batches = evaluation.batches(sources, size, base.device, "router start")
-    parts = [part for _, part in batches]
-    adapters.fit_router((base.embed(part.input_ids) for part in parts),
-                        (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
+# --------------------------------------------------------------------------------------------------- training
 
 
-def require_finite(base: Backbone, where: str, **values: float) -> None:
-    """ValueError that says where and names the tensor at fault, unless all values are finite numbers."""
-    if all(map(math.isfinite, values.values())):
-        return
-    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-    raise ValueError(f"{where}: {said}; {offender(base)}; the last checkpoint is untouched; start anew with "
-                     "lower learning rates or --dtype float32")
-
-
-def offender(base: Backbone) -> str:
-    """Of the weights, or where these are finite of the gradients, that with the most values that are not;
-    without any, the gradient with the largest value."""
-    weights = {f"weight {name}": p.to_local() if hasattr(p, "to_local") else p  # of a sharded base its share
-               for name, p in base.named_parameters()}
-    gradients = {f"gradient of {name}": p.grad for name, p in base.named_parameters() if p.grad is not None}
-    for tensors in (weights, gradients):
-        faults = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
-        worst = max(faults, key=faults.get, default="")
-        if faults.get(worst):
-            return f"{worst}: {faults[worst]} of {tensors[worst].numel()} values are not finite"
-    sizes = {name: tensor.abs().max().item() for name, tensor in gradients.items()}
-    return "{}: largest value {:.3g}".format(*max(sizes.items(), key=lambda item: item[1]))
-
-
-def optimiser_step(base: Backbone, adapters: Adapters, optimizer: torch.optim.Optimizer, batch: data.Batch,
-                   step: int, config: TrainConfig) -> dict[str, float | None]:
+def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: data.Batch, step: int,
+               config: TrainConfig) -> dict[str, float | None]:
     """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
-    their count."""
+    their count. Returns loss, norm of the gradient, mean entropy of w and target tokens."""
     optimizer.zero_grad(set_to_none=True)
-    loss, entropy = 0.0, None
+    loss = entropy = 0.0
     for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
-        noise = adapters.noise_shape and runtime.uniform_noise(config.seed, step, rows or [0],
-                                                               adapters.noise_shape)
+        ours = config.seed, step, rows or [0]  # noise is a function of seed, step and row
+        noise = adapters.noise_shape and runtime.uniform_noise(*ours, adapters.noise_shape)
         share = adapters.router_dropout
-        drop = runtime.uniform_noise(config.seed, step, rows or [0], (), 1) < share if share else None
+        drop = runtime.uniform_noise(*ours, (), 1) < share if share else None
         part = part.to(base.device)
-        with evaluation.routed(base, adapters, part, noise=noise, drop=drop) as routing:
+        with adapters.routed(base.embed(part.input_ids), part.attention_mask, task_ids=part.task_ids,
+                             noise=noise, drop=drop) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
             part_loss.backward()
         loss += part_loss.item()
-        if routing.w is not None:
-            entropy = evaluation.mean_entropy(routing.w.detach())
+        w_entropy = math.nan if routing.w is None else evaluation.mean_entropy(routing.w.detach())
+        entropy += w_entropy * len(rows) / len(batch.ids)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    loss, = runtime.all_reduce(gradients, loss)  # of all processes
+    loss, entropy = runtime.all_reduce(gradients, loss, entropy)  # of all processes
     norm = torch.nn.utils.get_total_norm(gradients)
-    require_finite(base, f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
+    require_finite(f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
     if config.clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate_factor(step, config)
+        group["lr"] = group["max_lr"] * lr_factor(step, config)
     optimizer.step()
-    return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
+    return {"loss": loss, "norm": norm.item(), "entropy": None if math.isnan(entropy) else entropy,
+            "target_tokens": batch.target_tokens}
 
 
-def train(base: Backbone, adapters: Adapters, dev: list[data.Example], source: Source, folder: Path,
-          config: TrainConfig, bf16: bool, keep_best: Callable[[], None]) -> bool:
+def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple[int, float, int]:
+    """(next step, best dev loss, tokens seen) of a checkpoint, whose weights and moments go into place."""
+    if not path.exists():
+        return 0, math.inf, 0
+    state = checkpoint.load_state(path)
+    try:
+        adapters.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():  # whose shapes torch does not compare
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's moments are of other shapes")
+    except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
+        raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
+    return state["step"], state["best"], state["tokens"]
+
+
+def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Callable[[int], data.Batch],
+          dev: Sequence[data.Example], folder: Path, config: TrainConfig, keep_best: Callable[[], None], *,
+          autocast: bool = False) -> bool:
     """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
-    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far. bf16: of
-    the arithmetic, where the weights themselves are float32."""
-    optimizer, path = make_optimizer(adapters, config), folder / "checkpoint.pt"
-    first, best, tokens = 0, math.inf, 0  # seen, of sources and targets, padding included
-    if path.exists():
-        state = checkpoint.load_state(path)
-        try:
-            adapters.load_state_dict(state["weights"])
-            load_optimizer(optimizer, state["optimizer"])
-        except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
-            raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
-        first, best, tokens = state["step"], state["best"], state["tokens"]
-    else:
-        fit_router(base, adapters, source.examples, config)
+    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far.
+    batch_at(step) must depend on nothing else, so that a run can resume. autocast: bf16 arithmetic on float32
+    weights."""
+    path, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    first, best, tokens = load_progress(path, adapters, optimizer)
+    runtime.truncate_log(log, first)
     runtime.broadcast(adapters.state_dict().values())  # processes that begin alike stay alike
-    log = folder / "metrics.jsonl"
-    if log.exists():
-        runtime.truncate_log(log, first)
-    steps, before, began = range(first, config.steps), tokens, time.monotonic()
-    with runtime.stop_signals() as asked, \
-            runtime.progress(steps, "train", total=config.steps, unit="step", initial=first) as bar:
+    before, began = tokens, time.monotonic()
+    with runtime.stop_signals() as asked, runtime.progress(
+            range(first, config.steps), "train", total=config.steps, unit="step", initial=first) as bar:
         for step in bar:
             base.train()
-            batch = source.batch(step)
-            for_dropout = runtime.generator(config.seed, 2, step, runtime.rank())
-            torch.manual_seed(for_dropout.initial_seed())
-            with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
-                record = optimiser_step(base, adapters, optimizer, batch, step, config)
-            tokens += batch.input_ids.numel() + batch.labels.numel()
-            record["tokens"] = tokens
-            record["tokens_per_s"] = round((tokens - before) / (time.monotonic() - began))
-            runtime.append_json(log, step=step, **record)
-            bar.set_postfix({name: f"{record[name]:.4g}" for name in ("loss", "tokens_per_s", "entropy")
-                             if record[name] is not None}, refresh=False)
+            batch = batch_at(step)
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
+                record = train_step(base, adapters, optimizer, batch, step, config)
+            tokens += batch.input_ids.numel() + batch.labels.numel()  # padding included
+            speed = round((tokens - before) / (time.monotonic() - began))
+            runtime.append_json(log, step=step, **record, tokens=tokens, tokens_per_s=speed)
+            bar.set_postfix(loss=f"{record['loss']:.4g}", tokens_per_s=speed, refresh=False)
             stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
             due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-            if due or stopping:  # a finite gradient and a rate too high may yet have broken the weights
-                where, weights = f"after step {step} on {', '.join(batch.ids)}", adapters.parameter_groups()
-                size = torch.nn.utils.get_total_norm([p for group in weights.values() for p in group])
-                require_finite(base, where, norm_of_weights=size.item())
-            paused = time.monotonic()
+            if not (due or stopping):
+                continue
+            paused, where = time.monotonic(), f"after step {step} on {', '.join(batch.ids)}"
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            size = torch.nn.utils.get_total_norm(weights).item()
+            require_finite(where, norm_of_weights=size)  # a finite gradient may yet have broken them
             if due:
-                dev_loss = evaluation.mean_loss(base, adapters, dev, batch_size=config.eval_batch_size)
-                require_finite(base, where, dev_loss=dev_loss)
-                router = router_record(base, adapters, dev, config)
-                runtime.append_json(log, step=step, dev_loss=dev_loss, **router)
-                if dev_loss < best:
-                    best = dev_loss
+                measured = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
+                require_finite(where, dev_loss=measured["dev_loss"])
+                runtime.append_json(log, step=step, **measured)
+                if measured["dev_loss"] < best:
+                    best = measured["dev_loss"]
                     keep_best()
-            if (due or stopping) and runtime.rank() == 0:
-                checkpoint.save_state(path, {"step": step + 1, "best": best, "tokens": tokens,
-                                             "weights": adapters.state_dict(),
-                                             "optimizer": optimizer.state_dict()})
+            if runtime.rank() == 0:
+                checkpoint.save_state(path, {
+                    "step": step + 1, "best": best, "tokens": tokens, "weights": adapters.state_dict(),
+                    "optimizer": optimizer.state_dict()})
             began += time.monotonic() - paused  # tokens_per_s is of training alone
             if stopping:
                 return step + 1 == config.steps
     return True
 
 
-def router_record(base: Backbone, adapters: Adapters, dev: list[data.Example], config: TrainConfig) -> dict:
-    """What the router does on dev, for the log, with a warning where it does nothing; {} for methods
-    without."""
-    w = evaluation.router_weights(base, adapters, dev, batch_size=config.eval_batch_size)
-    if w is None:
-        return {}
-    report = evaluation.report_router(w, dev)
-    if warning := report.warning(w.shape[1]):
-        runtime.warn(warning)
-    return {"router": report._asdict()}
-
-
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def load_sets(tokenizer: data.Tokenizer, config: TrainConfig, data_config: data.DataConfig
-              ) -> tuple[data.Examples, dict[str, list[data.Example]]]:
-    """The training set, and {"dev", "seen", "unseen"} of at most --eval-instances; no unseen where the split
-    has no test tasks."""
-    seed = config.seed if config.split_seed is None else config.split_seed
+class Parts(NamedTuple):
+    """What a run consists of."""
+
+    base: Backbone
+    adapters: Adapters
+    tokenizer: tokenizers.Tokenizer
+    train_set: data.Examples
+    sets: dict[str, list[data.Example]]  # dev, seen, unseen, of at most --eval-instances
+    bound: dict[str, Any]  # fingerprints, tasks and digests that must be the same when the run goes on
+
+
+def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: tokenizers.Tokenizer
+              ) -> tuple[data.Examples, dict[str, list[data.Example]], dict[str, str]]:
+    """The training set; {"dev", "seen", "unseen"} of at most --eval-instances, no unseen where the split has
+    no test tasks; digests of the task files."""
     held_out = {"dev": "dev", "seen": "seen"}
     if data.read_splits(data_config.data, data_config.splits)["test"]:
         held_out["unseen"] = "test"
-    sets = {name: evaluation.evenly(data.load_examples(data_config, tokenizer, split, seed=seed),
-                                    config.eval_instances) for name, split in held_out.items()}
+    sets = data.load_sets(data_config, tokenizer, ["train", *held_out.values()])
     if not sets["dev"]:
         raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
-    return data.load_examples(data_config, tokenizer, "train", seed=seed), sets
+    digests = {name: sets[name].digest for name in ("train", "test") if name in sets}
+    return sets["train"], {name: data.subsample(sets[of], config.eval_instances)
+                           for name, of in held_out.items()}, digests
 
 
-def closing_scores(base: Backbone, adapters: Adapters, sets: dict[str, list[data.Example]],
-                   tokenizer: data.Tokenizer, config: TrainConfig, name: str) -> dict[str, dict]:
+def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False, fit: bool = True) -> Parts:
+    """Everything at its start; fit: the router's too, which a checkpoint would replace."""
+    config = configs["train"]
+    full = config.method == "full"
+    if shard and full:
+        raise ValueError("--shard: splits a frozen base; not with --method full")
+    tokenizer = tokenizers.load(config.model)
+    train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
+    # The small updates of full training would be lost in bf16 weights: these stay float32.
+    base = evaluation.load_base(config.model, place._replace(dtype=torch.float32) if full else place, shard)
+    adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
+                             extra_rank=config.extra_rank, generator=runtime.generator(config.seed, 0))
+    if shard:
+        runtime.shard(base, base.blocks, place)
+    base.checkpoint_blocks = config.checkpoint_blocks
+    if fit:
+        fit_router(base, adapters, train_set, config)
+    return Parts(base, adapters, tokenizer, train_set, sets, {
+        "tasks": tuple(train_set.tasks), "base": checkpoint.fingerprint(config.model),
+        "tokenizer": tokenizer.fingerprint, "digests": digests})
+
+
+def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> dict[str, dict]:
+    """Writes config.json, or compares what is there with what the run is bound to; returns the scores there
+    are."""
+    if (folder / "config.json").exists():
+        evaluation.Run.read(folder).require_same(folder, **bound)
+        return runtime.read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+    saved = {name: asdict(config) for name, config in configs.items()}
+    for section, field in (("train", "model"), ("data", "data")):  # to be found from any working folder
+        saved[section][field] = os.path.abspath(saved[section][field])
+    runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
+    return {}
+
+
+def closing_scores(parts: Parts, config: TrainConfig, name: str) -> dict[str, dict]:
     """{"seen": scores, "unseen": scores} of the model as it is."""
-    scores = {}
-    for which in sorted(sets.keys() - {"dev"}):  # in this order in every process
-        predictions = evaluation.predict(base, adapters, sets[which], tokenizer, desc=f"{name}, {which}",
-                                         batch_size=config.eval_batch_size)
-        scores[which] = evaluation.score(sets[which], predictions)
-    return scores
-
-
-TITLES = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
+    return {which: evaluation.evaluate(parts.base, parts.adapters, parts.sets[which], parts.tokenizer,
+                                       batch_size=config.eval_batch_size, desc=f"{name}, {which}")
+            for which in ("seen", "unseen") if which in parts.sets}
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
-    columns = [(which, metric) for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
-    lines = ["| model | " + " | ".join(f"{which} {TITLES[metric]}" for which, metric in columns) + " |",
+    titles = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
+    columns = [(which, metric) for which in ("seen", "unseen") for metric in titles]
+    lines = ["| model | " + " | ".join(f"{which} {titles[metric]}" for which, metric in columns) + " |",
              "|---|" + "---|" * len(columns)]
     for name, scores in rows.items():
         cells = [f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
@@ -373,112 +338,97 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def check_unchanged(saved: dict, facts: dict, config: TrainConfig, data_config: data.DataConfig) -> None:
-    """ValueError where base or training tasks are not those that the run began with."""
-    if saved["base"] != facts["base"]:
-        raise ValueError(f"{config.model}: not the base that the run began with; restore it to resume")
-    if saved["tasks"] != facts["tasks"]:
-        raise ValueError(f"{data_config.data}: not the training tasks that the run began with; restore them")
-
-
-def run(folder: Path, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
+def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
         shard: bool = False, resume: str = "") -> bool:
-    """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it.
-    closing: score the frozen base and the trained model on seen and unseen tasks, and say so. shard: split
-    the base over all processes. resume: the command to say that goes on with the run."""
-    config, data_config, adapter_config = configs["train"], configs["data"], configs["adapter"]
-    torch.manual_seed(config.seed)
-    tokenizer = data.Tokenizer(config.model)
-    train_set, sets = load_sets(tokenizer, config, data_config)
-    source = Source(train_set, tokenizer, config, data_config)
-    base = load_base(config, place, shard)
-    adapters = attach_method(config.method, base, adapter_config, extra_rank=config.extra_rank,
-                             num_tasks=len(train_set.tasks),
-                             generator=runtime.generator(config.seed, 0))
-    if shard:
-        runtime.shard(base, base.blocks, place)
-    base.set_dropout(config.dropout if config.method == "full" else 0.0)
-    base.checkpoint_blocks = config.checkpoint_blocks
-    if config.compile:
-        base.compile_blocks()
-    rank = "" if config.method == "full" else f", S R = {adapter_config.skills * adapter_config.rank}"
-    runtime.say(f"{config.method}: {count(adapters)} parameters train{rank}; on {len(train_set)} examples of "
-                f"{len(train_set.tasks)} tasks; run folder {folder}")
-
-    base_print = "" if config.from_scratch else checkpoint.fingerprint(config.model)
-    facts = {"base": base_print, "tasks": train_set.tasks}
+    """Trains into the run folder (None: the first free one), from its checkpoint where it has one; false if a
+    signal stopped it. closing: score the frozen base and the trained model on seen and unseen tasks, and say
+    so. shard: split the base over all processes. resume: the command that goes on with a run, but for its
+    folder, to be said."""
+    config, method = configs["train"], configs["train"].method
+    parts = build(configs, place, shard=shard, fit=not (folder and (folder / "checkpoint.pt").exists()))
+    adapters, train_set = parts.adapters, parts.train_set
+    folder = folder or runtime.new_folder(f"runs/{method}")
+    resume = resume and f"{resume} --out {shlex.quote(str(folder))}"
     with runtime.locked(folder):
-        scores_file, scores = folder / "scores.json", {}
-        if (folder / "config.json").exists():
-            check_unchanged(evaluation.read_run(folder), facts, config, data_config)
-            scores = runtime.read_json(scores_file) if scores_file.exists() else {}
-        else:
-            settings = {name: asdict(value) for name, value in configs.items()}
-            runtime.write_json(folder / "config.json", settings | facts | {"torch": torch.__version__})
+        scores = start_run(folder, configs, parts.bound)
+        runtime.say(f"{method}: {count(adapters)} parameters train; on {len(train_set)} examples of "
+                    f"{len(train_set.tasks)} tasks; run folder {folder}")
         if resume:
             runtime.say(f"should it be interrupted, go on with: {resume}")
-        if closing and not (scores or config.from_scratch):  # every method starts as the base, bit for bit
-            scores["frozen base"] = closing_scores(base, adapters, sets, tokenizer, config, "frozen base")
-            runtime.write_json(scores_file, scores)
+        if closing and not scores:  # every method starts as the base, bit for bit
+            scores["frozen base"] = closing_scores(parts, config, "frozen base")
+            runtime.write_json(folder / "scores.json", scores)
+
+        best: dict[str, Tensor] = {}  # the weights of the lowest dev loss, also in their file
 
         def keep_best() -> None:
-            if runtime.rank() != 0:
-                return
-            if config.method == "full":
-                tokenizer.save(folder / "model")
-                checkpoint.save(base, folder / "model")
-            else:
-                checkpoint.save_adapter(folder / "adapter.safetensors", adapters.state_dict(),
-                                        method=config.method, config=asdict(adapter_config), **facts)
+            best.update({name: tensor.clone() for name, tensor in adapters.state_dict().items()})
+            save_best(folder, parts, configs)
 
-        bf16 = config.method == "full" and place.dtype == torch.bfloat16
-        if not train(base, adapters, sets["dev"], source, folder, config, bf16, keep_best):
+        def batch_at(step: int) -> data.Batch:
+            rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
+            return data.collate([train_set[i] for i in rows], seed=config.seed, step=step)
+
+        if not train(parts.base, adapters, make_optimizer(adapters, config), batch_at, parts.sets["dev"],
+                     folder, config, keep_best, autocast=method == "full" and place.dtype == torch.bfloat16):
+            runtime.say(f"stopped; go on with: {resume}")
             return False
-        if not closing:
-            return True
-        runtime.barrier()  # the first process has written what all read now
-        adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if config.method == "full"
-                                 else checkpoint.load_adapter(folder / "adapter.safetensors")[0])
-        scores[config.method] = closing_scores(base, adapters, sets, tokenizer, config, config.method)
-        runtime.write_json(scores_file, scores)
-        report = evaluation.routing_report(base, adapters, sets["seen"], batch_size=config.eval_batch_size)
-        if report:
-            runtime.write_json(folder / "routing.json", report)
-        runtime.say(table(scores))
-        sizes = ", ".join(f"{len(sets[which])} {which}" for which in scores[config.method])
-        limited = any(len(sets[which]) == config.eval_instances for which in scores[config.method])
-        runtime.say(f"on {sizes} instances" + "; --eval-instances 0 takes all" * limited)
-        return True
+        if closing:
+            adapters.load_state_dict(best or load_best(folder, method))
+            finish(folder, parts, config, scores)
+    return True
 
 
-def closing_words(folder: Path, method: str, device: str) -> str:
-    """Where things are, and what to do next; `device` is the flag that the run was given, if any."""
-    weights = "model/" if method == "full" else "adapter.safetensors"
-    return (f"in {folder}: {weights} (best on dev), scores.json, metrics.jsonl, checkpoint.pt (last step)\n"
-            f"next:  python eval.py --run {folder} --split test{device}    # predictions.jsonl, all scores\n"
-            f"       python plot.py --run {folder}    # figures; needs matplotlib")
+def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
+    if runtime.rank() != 0:
+        return
+    method = configs["train"].method
+    if method == "full":
+        parts.tokenizer.save(folder / "model")
+        checkpoint.save(parts.base, folder / "model")
+    else:
+        checkpoint.save_adapter(folder / "adapter.safetensors", parts.adapters.state_dict(), method=method,
+                                config=asdict(configs["adapter"]), tasks=list(parts.bound["tasks"]),
+                                base=parts.bound["base"])
+
+
+def load_best(folder: Path, method: str) -> dict[str, Tensor]:
+    """What save_best kept before this start."""
+    if method == "full":
+        return checkpoint.load(folder / "model").state_dict()
+    return checkpoint.load_adapter(folder / "adapter.safetensors")[0]
+
+
+def finish(folder: Path, parts: Parts, config: TrainConfig, scores: dict[str, dict]) -> None:
+    """The last evaluation, of the weights as they are: scores.json, routing.json, and the table."""
+    scores[config.method] = closing_scores(parts, config, config.method)
+    runtime.write_json(folder / "scores.json", scores)
+    report = evaluation.routing_report(parts.base, parts.adapters, parts.sets["seen"],
+                                       batch_size=config.eval_batch_size)
+    if report:
+        runtime.write_json(folder / "routing.json", report)
+    runtime.say(table(scores))
+    limit = f"at most {config.eval_instances} instances each" if config.eval_instances else "all instances"
+    runtime.say(f"of {limit}; in {folder}: the weights that were best on dev, scores.json, metrics.jsonl")
+    runtime.say(f"next: {runtime.launcher()} eval.py --run {shlex.quote(str(folder))} --split test")
 
 
 def main() -> None:
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="lineage: --allocation-std 0.001 --gumbel")
     for cls in (PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls)
+        parser.add_dataclass(cls, hidden=HIDDEN)
     flags = vars(parser.parse_args())
-    flags = PRESETS.get(flags.pop("preset"), {}) | flags
     where = runtime.from_flags(PlaceConfig, flags)
-    folder, configs = read_configs(flags, where)
+    configs = read_configs(flags, where)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
-    device = f" --gpu {where.gpu}" if where.gpu is not None else ""
-    device += f" --device {where.device}" if where.device else ""
-    resume = f"{runtime.launcher()} train.py --resume --out {folder}{device}{' --shard' * where.shard}"
+    resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
+    resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
+    resume += " --device cpu" * (where.device == "cpu") + " --shard" * where.shard
     with runtime.joined(place):
-        whole = run(folder, configs, place, shard=where.shard, resume=resume)
+        whole = run(Path(where.out) if where.out else None, configs, place, shard=where.shard, resume=resume)
     if not whole:
-        runtime.say(f"stopped; go on with: {resume}")
         raise SystemExit(130)
-    runtime.say(closing_words(folder, configs["train"].method, device))
 
 
 if __name__ == "__main__":

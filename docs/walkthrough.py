@@ -71,7 +71,7 @@ def page() -> str:
 
 
 def follow(base: Backbone, adapters: Adapters, words: tokenizer.Tokenizer, seen: list[data.Example]) -> Shown:
-    """Forward and backward of the first of the `seen` instances, as train.optimiser_step does it."""
+    """Forward and backward of the first of the `seen` instances, as train.train_step does it."""
     batch, calls = data.collate(seen[:1]), []
     hook = adapters.linears[LINEAR].register_forward_hook(
         lambda _, inputs, output: calls.append((inputs[0][0].detach(), output[0].detach())))
@@ -277,7 +277,7 @@ def loss(s: Shown) -> str:
         after = token_losses(s.base, s.batch)
     assert_close(after.mean(), s.loss)
     return f"""
-## 7. The loss: `T5.loss`, `optimiser_step`
+## 7. The loss: `T5.loss`, `train_step`
 
 The decoder reads the target shifted right behind the start token; the loss is −ln p of each target token,
 summed and divided by the count of the whole step's target tokens (of this sample alone, here: {len(after)}).

@@ -46,6 +46,7 @@ import runtime
 import t5
 import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
+from experiments.pretrain import init_weights
 from orchmoe import Adapters, OrchMoEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +213,7 @@ def make_base(config: BenchConfig, device: torch.device, dtype: torch.dtype) -> 
     """T5 v1.1-small shapes with random weights."""
     sizes = (1124, 32, 8, 48, 2, 2, 4) if config.quick else (32128, 512, 64, 1024, 8, 8, 6)
     shape = t5.T5Config(*sizes, feed_forward_proj="gated-gelu", scale_decoder_outputs=False, tied_head=False)
-    return t5.T5(shape).init_weights(0).to(device, dtype)
+    return init_weights(t5.T5(shape), 0).to(device, dtype)
 
 
 def attach_skills(base: t5.T5, tasks: int = 8) -> Adapters:

@@ -80,7 +80,7 @@ class CompareConfig:
 
 
 DEFAULTS = {"steps": 300, "lr_skills": 1e-2}
-FIXED = ("method", "seed", "extra_rank", "from_scratch")  # what the comparison itself sets
+FIXED = ("method", "seed", "extra_rank")  # what the comparison itself sets
 
 # Each row's one difference from the first; S R and the scale alpha / (S R) stay what they are in it.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -200,13 +200,13 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
     the router does."""
     config, result, size = cell.configs["train"], {}, cell.configs["train"].eval_batch_size
     tokenizer = tokenizers.load(config.model)
-    _, sets = train.load_sets(tokenizer, config, cell.configs["data"])
+    _, sets, _ = train.load_sets(config, cell.configs["data"], tokenizer)
     if cell.row.startswith("copy"):
         root = cell.configs["data"].data
         return {which: evaluation.score(sets[which], evaluation.copy_heuristic(cell.row, root, sets[which]))
                 for which in ("seen", "unseen") if which in sets}
     if cell.row in UNTRAINED:
-        base = train.load_base(config, place)
+        base = evaluation.load_base(config.model, place)
         adapters = NoAdapter(base, full=False)
     else:
         base, adapters = evaluation.load_run(cell.of or cell.folder, place)

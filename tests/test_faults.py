@@ -6,14 +6,13 @@ import json
 import pickle
 import re
 import resource
-import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_programs import ROOT, SHORT, command, environment, home, run, terminate_after, trace  # noqa: F401
+from conftest import ROOT, SHORT, command, environment, run, terminate_after, trace
 
 import checkpoint
 import data
@@ -23,6 +22,7 @@ import runtime
 import tokenizer
 import train
 from experiments import spans
+from experiments.pretrain import random_base
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 
@@ -41,7 +41,7 @@ def mounted(folder, size):
 
 
 @pytest.fixture
-def small_disk(home):  # noqa: F811
+def small_disk(home):
     """A file system of 4 MB."""
     mounted(home / "disk", 4_000_000)
     yield home / "disk"
@@ -63,7 +63,7 @@ def check_kept(folder, before, error, named):
     (0, r"disk/run/(metrics.jsonl|adapter.safetensors|checkpoint.pt): No space left on device; not written"),
     (100_000, r"disk/run/(adapter.safetensors|checkpoint.pt): No space left on device; not written"),
 ])  # fmt: skip
-def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk, room, named):  # noqa: F811
+def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk, room, named):
     run("train.py", *LONG, "--out", "whole", cwd=home)
     terminate_after(1, *LONG, cwd=home, out="disk/run")
     folder = small_disk / "run"
@@ -80,18 +80,18 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk, 
     assert trace(folder) == trace(home / "whole")
 
 
-def test_a_limit_on_file_sizes_keeps_the_last_state(home):  # noqa: F811
+def test_a_limit_on_file_sizes_keeps_the_last_state(home):
     """As a quota does it; a checkpoint is larger than that, adapters and log are smaller."""
     terminate_after(1, *LONG, cwd=home)
     before = (home / "run/checkpoint.pt").read_bytes()
     done = subprocess.run(command("train.py", "--resume", "--out", "run", "--device", "cpu"), cwd=home,
-                          env=environment(home), capture_output=True, text=True, timeout=600,
+                          env=environment(), capture_output=True, text=True, timeout=600,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)))
     assert done.returncode == 2, done.stderr
     check_kept(home / "run", before, done.stderr, "run/checkpoint.pt: File too large; not written")
 
 
-def test_a_full_disk_under_the_token_cache_says_so_and_costs_nothing(home):  # noqa: F811
+def test_a_full_disk_under_the_token_cache_says_so_and_costs_nothing(home):
     run("train.py", *SHORT, "--steps", "2", "--out", "one", cwd=home)
     evaluate = ["eval.py", "--run", "one", "--limit", "8", "--device", "cpu"]
     before = {path.name: path.read_bytes() for path in (home / "one").iterdir()}
@@ -107,11 +107,11 @@ def test_a_full_disk_under_the_token_cache_says_so_and_costs_nothing(home):  # n
     run(*evaluate, cwd=home)
 
 
-def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):  # noqa: F811
+def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):
     (home / "file").write_text("no folder can be made below it")
     heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3", "--cache", "file/x"]
     done = subprocess.run(command(*heuristic), cwd=home, text=True, capture_output=True,
-                          env=environment(home), timeout=600)
+                          env=environment(), timeout=600)
     assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
     assert "file/x: no token cache (" in done.stderr
 
@@ -156,11 +156,11 @@ def test_the_largest_config_that_is_believed_is_refused_before_it_allocates(tmp_
     config = json.loads((ROOT / "tiny/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_model": 2**16, "vocab_size": 2**22}))
     with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: describes .* bytes of weights, but"):
-        train.load_base(train.TrainConfig(model=str(tmp_path), method="full", from_scratch=True), CPU)
+        random_base(str(tmp_path), 0, CPU)
 
 
 def read_run_of(path):
-    return evaluation.read_run(path.parent)
+    return evaluation.Run.read(path.parent)
 
 
 def read_model_of(path):
@@ -253,7 +253,7 @@ PLACES = {
 
 @pytest.mark.parametrize("form", ["pickle", "torch.save", "legacy"])
 @pytest.mark.parametrize("name", PLACES)
-def test_no_file_that_is_read_runs_code(home, monkeypatch, form, name):  # noqa: F811
+def test_no_file_that_is_read_runs_code(home, monkeypatch, form, name):
     monkeypatch.chdir(home)
     path = home / "hostile" / name
     path.parent.mkdir(parents=True)
@@ -286,24 +286,6 @@ def test_there_is_no_other_way_in():
 
 
 # ---------------------------------------------------------------------------------------- hostile run folders
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder with `run`, a finished run of OrchMoE on the bundled data; not to be changed."""
-    home = tmp_path_factory.mktemp("finished")  # noqa: F811
-    for name in ("sni", "tiny"):
-        (home / name).symlink_to(ROOT / name)
-    run("train.py", *SHORT, "--eval-instances", "4", "--out", "run", cwd=home)
-    return home
-
-
-@pytest.fixture
-def copied(finished, tmp_path, monkeypatch):
-    """A copy of that run, to be changed, from a working folder where its paths hold."""
-    shutil.copytree(finished / "run", tmp_path / "run")
-    monkeypatch.chdir(finished)
-    return tmp_path / "run"
 
 
 ADAPTERS = {  # what the file says of itself -> words of the refusal
@@ -356,7 +338,7 @@ def test_training_states_of_something_else_are_refused(copied, change):
     state = checkpoint.load_state(path)
     change(state)
     checkpoint.save_state(path, state)
-    saved = evaluation.read_run(copied)
+    saved = vars(evaluation.Run.read(copied))
     configs = {name: runtime.from_json(cls, saved[name], "") for name, cls in train.CONFIGS.items()}
     with pytest.raises(ValueError) as refusal:
         train.run(copied, configs, CPU)

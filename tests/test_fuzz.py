@@ -11,9 +11,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_checkpoint import entry, safetensors_bytes
 from test_data import Bytes, example, task_json
-from test_programs import ROOT
 
 import checkpoint
 import data

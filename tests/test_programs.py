@@ -2,87 +2,28 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, SHORT, command, environment, process, records, run, terminate_after, trace
 from test_data import task_json
 
 import checkpoint
 import data
 import eval as evaluation
 import runtime
+import tokenizer as tokenizers
 import train
 from baselines import NoAdapter, attach_method
 from orchmoe import OrchMoEConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-SHORT = [
-    "--device",
-    "cpu",
-    "--max-tasks",
-    "4",
-    "--eval-instances",
-    "16",
-    "--steps",
-    "8",
-    "--eval-every",
-    "4",
-    "--batch-size",
-    "8",
-    "--warmup",
-    "2",
-]
-
-
-def command(program, *arguments):
-    return [sys.executable, str(ROOT / program), *map(str, arguments)]
-
-
-def environment(home, **more):
-    """No GPU, so that two runs are equal to the last bit, and a token cache of the test's own."""
-    own = {"XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own, **more}
-
-
-def run(program, *arguments, cwd, code=0, **more):
-    """stdout of a program that must end with `code`; run outside the repository, with a token cache of its
-    own."""
-    done = subprocess.run(
-        command(program, *arguments),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment(cwd, **more),
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-@pytest.fixture
-def home(tmp_path):
-    """An empty folder from which the bundled data and base can be named as the README names them."""
-    for name in ("sni", "tiny"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
-def records(folder):
-    return [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-
-
-def trace(folder):
-    """The losses of all steps and the dev losses: what must not depend on interruptions."""
-    names = ("step", "loss", "norm", "dev_loss")
-    return [tuple(row.get(name, 0.0) for name in names) for row in records(folder)]
 
 
 def test_a_run_from_start_to_scores(home):
@@ -97,93 +38,62 @@ def test_a_run_from_start_to_scores(home):
     assert info["method"] == "orchmoe" and "allocation" in state
     routing = json.loads((folder / "routing.json").read_text())
     assert routing["category"].keys() == routing["w"].keys() and len(routing["w"]) == 4
-    assert "python train.py --resume --out run --gpu 0" in out
-    assert "python eval.py --run run --split test --gpu 0" in out and "python plot.py --run run" in out
+    assert "python train.py --resume --gpu 0 --out run\n" in out
+    assert "next: python eval.py --run run --split test\n" in out
 
-    out = run("eval.py", "--run", "run", "--split", "seen", "--limit", "16", "--device", "cpu", cwd=home)
-    again = json.loads((folder / "eval-seen" / "scores.json").read_text())
+    run("eval.py", "--run", "run", "--split", "seen", "--limit", "8", "--device", "cpu", cwd=home)
+    again = json.loads((folder / "eval-seen-8/scores.json").read_text())
     assert again["overall"] == scores["orchmoe"]["seen"]["overall"]
-    predictions = [
-        json.loads(line) for line in open(folder / "eval-seen" / "predictions.jsonl", encoding="utf-8")
-    ]
-    assert len(predictions) == 16 and all(row.keys() == {"id", "prediction"} for row in predictions)
+    predictions = (folder / "eval-seen-8/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 8
+    assert all(json.loads(row).keys() == {"id", "prediction"} for row in predictions)
 
 
 def test_a_killed_run_resumes_bit_for_bit(home):
     run("train.py", *SHORT, "--gumbel", "--out", "whole", cwd=home)
-    process = subprocess.Popen(
-        command("train.py", *SHORT, "--gumbel", "--out", "killed"),
-        cwd=home,
-        stdout=subprocess.DEVNULL,
-        env=environment(home),
-    )
-    while (
-        len(trace(home / "killed") if (home / "killed/metrics.jsonl").exists() else []) < 6
-    ):  # past a checkpoint
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (home / "killed/checkpoint.pt").exists() and len(trace(home / "killed")) < 10
+    killed = home / "killed"
+    started = subprocess.Popen(command("train.py", *SHORT, "--gumbel", "--out", "killed"), cwd=home,
+                               stdout=subprocess.DEVNULL, env=environment())  # fmt: skip
+    while not (killed / "metrics.jsonl").exists() or len(trace(killed)) < 6:  # past a checkpoint
+        time.sleep(0.01)
+        assert started.poll() is None
+    started.kill()
+    started.wait()
+    assert (killed / "checkpoint.pt").exists() and not (killed / "routing.json").exists()
     run("train.py", "--resume", "--out", "killed", "--device", "cpu", cwd=home)
-    assert trace(home / "killed") == trace(home / "whole")
+    assert trace(killed) == trace(home / "whole")
     for name in ("adapter.safetensors", "scores.json"):
-        assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
-
-
-def terminate_after(steps, *arguments, cwd, out="run"):
-    """Output of a run of train.py into `out` that gets a SIGTERM once it has logged so many steps."""
-    process = subprocess.Popen(command("train.py", *arguments, "--out", out), cwd=cwd, text=True,
-                               stdout=subprocess.PIPE, env=environment(cwd))  # fmt: skip
-    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    return out
+        assert (killed / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
 def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
-    out = terminate_after(1, *SHORT, "--steps", "4000", cwd=home)
-    assert "train.py --resume --out run" in out
-    saved = checkpoint.load_state(home / "run/checkpoint.pt")["step"]
-    assert saved == records(home / "run")[-1]["step"] + 1
-
-
-@pytest.fixture
-def stopped(home):
-    """A run of 4,000 steps into `run` that a SIGTERM has ended, with a checkpoint and kept adapters."""
-    terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
-    return home / "run"
-
-
-def test_weights_that_are_not_finite_stop_the_run_and_no_file_changes(home, stopped):
-    state = checkpoint.load_state(stopped / "checkpoint.pt")
+    """And then weights that are not finite stop the run, and no file changes."""
+    out = terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
+    assert f"{ROOT / 'train.py'} --resume --device cpu --out run\n" in out
+    folder = home / "run"
+    state = checkpoint.load_state(folder / "checkpoint.pt")
+    assert state["step"] == records(folder)[-1]["step"] + 1
     name = "decoder.blocks.1.attention.v.skill_B"
     state["weights"][name] = state["weights"][name].clone()
     state["weights"][name][1, 0, 3] = float("inf")
-    checkpoint.save_state(stopped / "checkpoint.pt", state)
-    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    checkpoint.save_state(folder / "checkpoint.pt", state)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
     assert error.count("\n") == 1 and f"step {state['step']} on " in error and "loss nan" in error
-    assert f"weight {name}: 1 of 1280 values are not finite" in error
     assert len(re.findall(r"task\d+-[0-9a-f]{32}", error)) == 8  # the ids of the batch
-    assert before == {path: path.read_bytes() for path in stopped.iterdir()}
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("factor, words", [
-    (float("nan"), "256 of 256 values are not finite"), (1e30, "largest value"),  # whose square overflows
-])  # fmt: skip
-def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(small_t5, inputs, factor, words):
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])  # whose square overflows
+def test_a_gradient_that_is_not_finite_is_said_and_changes_nothing(small_t5, inputs, factor):
     adapters = attach_method("lora", small_t5, OrchMoEConfig())
     optimizer = train.make_optimizer(adapters, train.TrainConfig())
     adapters.linears["decoder.blocks.1.attention.v"].skill_B.register_hook(lambda gradient: gradient * factor)
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
     batch = data.Batch(*inputs, torch.zeros(4, dtype=torch.int64), ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="^step 7 on a, b, c, d: loss [0-9.]+, gradient norm (nan|inf); "
-                       f"gradient of decoder.blocks.1.attention.v.skill_B: {words}.*checkpoint is untouched"):
-        train.optimiser_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
+                       "the last checkpoint is untouched"):
+        train.train_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
 
 
@@ -195,8 +105,9 @@ def test_a_step_that_breaks_the_weights_is_not_saved(home):
 
 
 def test_one_seed_gives_the_same_bytes_and_another_other(home):
-    for out, seed, salt in (("one", 3, "1"), ("same", 3, "2"), ("other", 4, "1")):
-        run("train.py", *SHORT, "--gumbel", "--seed", seed, "--out", out, cwd=home, PYTHONHASHSEED=salt)
+    for out, seed in (("one", 3), ("other", 4)):
+        run("train.py", *SHORT, "--gumbel", "--seed", seed, "--out", out, cwd=home)
+    process("train.py", *SHORT, "--gumbel", "--seed", 3, "--out", "same", cwd=home, PYTHONHASHSEED="2")
     one, same, other = (home / name for name in ("one", "same", "other"))
     for name in ("adapter.safetensors", "checkpoint.pt", "scores.json", "config.json"):
         assert (one / name).read_bytes() == (same / name).read_bytes(), name
@@ -206,21 +117,28 @@ def test_one_seed_gives_the_same_bytes_and_another_other(home):
     assert logs[0] == logs[1] and trace(one) != trace(other)
 
 
-def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(home):
-    first = subprocess.Popen(command("train.py", *SHORT, "--steps", "4000", "--out", "run"), cwd=home,
-                             stdout=subprocess.DEVNULL, env=environment(home))  # fmt: skip
-    while not (home / "run/checkpoint.pt").exists():
-        time.sleep(0.02)
-        assert first.poll() is None
-    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(copied):
+    holder = ("import runtime, pathlib, time\n"
+              "with runtime.locked(pathlib.Path('run')): print(flush=True); time.sleep(99)")  # fmt: skip
+    first = subprocess.Popen([sys.executable, "-c", holder], cwd=copied.parent, stdout=subprocess.PIPE,
+                             env=environment(PYTHONPATH=str(ROOT)))  # fmt: skip
+    first.stdout.readline()
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=copied.parent, code=2)
     assert error.count("\n") == 1 and "run: another process is writing this run" in error
     first.kill()
     first.wait()
-    (home / "run/.checkpoint.pt.7.tmp").write_text("half a save")
-    with runtime.locked(home / "run"):  # nobody is left to free the lock, and it is free
-        assert not (home / "run/.checkpoint.pt.7.tmp").exists()
-        with pytest.raises(ValueError, match="another process"), runtime.locked(home / "run"):
+    (copied / ".checkpoint.pt.7.tmp").write_text("half a save")
+    with runtime.locked(copied):  # nobody is left to free the lock, and it is free
+        assert not (copied / ".checkpoint.pt.7.tmp").exists()
+        with pytest.raises(ValueError, match="another process"), runtime.locked(copied):
             pass
+
+
+def test_two_starts_without_out_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(runtime.new_folder, ["runs/lora"] * 40))
+    assert sorted(folders) == sorted(Path(f"runs/lora-{n}") for n in range(1, 41))
 
 
 def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
@@ -238,29 +156,76 @@ def test_every_method_trains_and_is_scored(home, method):
     run("train.py", *SHORT, "--method", method, rate, "0.01", "--out", "run", cwd=home)
     losses = [row["dev_loss"] for row in records(home / "run") if "dev_loss" in row]
     assert losses[1] < losses[0]
-    run("eval.py", "--run", "run", "--limit", "16", "--device", "cpu", cwd=home)
+    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
     scores = json.loads((home / "run/scores.json").read_text())
-    again = json.loads((home / "run/eval-test/scores.json").read_text())
+    again = json.loads((home / "run/eval-test-8/scores.json").read_text())
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
 def test_task_ids_are_those_of_the_run_whatever_is_evaluated(home):
     run("train.py", *SHORT, "--method", "poly", "--out", "run", cwd=home)
-    run("eval.py", "--run", "run", "--split", "seen", "--max-tasks", "6", "--device", "cpu", cwd=home)
-    scores = json.loads((home / "run/eval-seen/scores.json").read_text())
+    evaluate = ("eval.py", "--run", "run", "--split", "seen", "--max-tasks", "6", "--limit", "12")
+    run(*evaluate, "--device", "cpu", cwd=home)
+    scores = json.loads((home / "run/eval-seen-12/scores.json").read_text())
     assert len(scores["tasks"]) == 6  # two of them without an id
 
 
-def test_a_run_is_not_resumed_on_another_base_or_other_tasks(home):
-    run("train.py", *SHORT, "--out", "run", cwd=home)
-    config = json.loads((home / "run/config.json").read_text())
-    for field, value, named in (("base", "0" * 16, "tiny"), ("tasks", config["tasks"][1:], "sni")):
-        (home / "run/config.json").write_text(json.dumps({**config, field: value}))
-        assert named in run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
+def test_a_run_is_not_resumed_on_another_base_or_other_tasks(copied):
+    config = json.loads((copied / "config.json").read_text())
+    for field, value in (("base", "0" * 16), ("tokenizer", "0"), ("tasks", config["tasks"][1:]),
+                         ("digests", {"train": "0"})):
+        (copied / "config.json").write_text(json.dumps({**config, field: value}))
+        error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=copied.parent, code=2)
+        assert f"not the {field} that the run in run began with" in error
     for damaged in ("[]", "{}", "nonsense"):
-        (home / "run/config.json").write_text(damaged)
+        (copied / "config.json").write_text(damaged)
         for program in (["train.py", "--resume", "--out"], ["eval.py", "--device", "cpu", "--run"]):
-            assert "run/config.json" in run(*program, "run", cwd=home, code=2)
+            assert "run/config.json" in run(*program, "run", cwd=copied.parent, code=2)
+
+
+def test_a_run_is_bound_to_its_tasks_and_its_tokenizer(copied, tmp_path):
+    """Outputs of a task file that were changed after the start; other data that is named is only said."""
+    shutil.copytree(ROOT / "sni", tmp_path / "sni")
+    shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
+    config = json.loads((copied / "config.json").read_text())
+    assert config["train"]["model"].startswith("/") and config["data"]["data"].startswith("/")
+    config["data"]["data"], config["train"]["model"] = str(tmp_path / "sni"), str(tmp_path / "tiny")
+    (copied / "config.json").write_text(json.dumps(config))
+    evaluate = ("eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu")
+    run(*evaluate, cwd=tmp_path)
+    path = tmp_path / "sni/tasks" / f"{config['tasks'][0]}.json"
+    task = json.loads(path.read_text())
+    task["Instances"][0]["output"] = ["changed"]
+    path.write_text(json.dumps(task))
+    error = run(*evaluate, cwd=tmp_path, code=2)
+    assert error.count("\n") == 1 and "the seen tasks are not those that the run in run began with" in error
+    error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=tmp_path, code=2)
+    assert "not the digests that the run in run began with" in error
+    run("train.py", "--resume", "--out", "run", "--device", "cpu", "--data", ROOT / "sni", cwd=tmp_path)
+    process(*evaluate, "--data", ROOT / "sni", cwd=tmp_path)
+    with open(tmp_path / "tiny/spiece.model", "ab") as file:
+        file.write(b"\xfa\x7f\x00")  # a field that SentencePiece does not know: the same pieces, another file
+    assert "not the tokenizer that" in run(*evaluate, "--data", ROOT / "sni", cwd=tmp_path, code=2)
+
+
+def test_a_base_that_has_moved_is_named_by_model(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    config["train"]["model"] = str(tmp_path / "gone")
+    (copied / "config.json").write_text(json.dumps(config))
+    evaluate = ("eval.py", "--run", "run", "--limit", "2", "--device", "cpu")
+    assert "gone: no such folder" in run(*evaluate, cwd=tmp_path, code=2)
+    run(*evaluate, "--model", ROOT / "tiny", cwd=tmp_path)
+    run("train.py", "--resume", "--out", "run", "--device", "cpu", "--model", ROOT / "tiny", cwd=tmp_path)
+
+
+def test_what_was_evaluated_is_in_the_name_of_its_folder():
+    def folder(**options):
+        return evaluation.EvalConfig(**options).folder
+
+    assert folder(run="r") == Path("r/eval-test") and folder(run="r", limit=3) == Path("r/eval-test-3")
+    assert folder(heuristic="copy-demo") == Path("eval-copy-demo-test")
+    assert folder(model="a/base/", split="seen") == Path("eval-base-seen")
+    assert folder(run="r", out="o") == Path("o")
 
 
 def test_accumulation_does_not_change_the_step(home):
@@ -279,13 +244,12 @@ def ask(model, *arguments, cwd):
     return run("eval.py", *model, *question, "--device", "cpu", *arguments, cwd=cwd).splitlines()[1:]
 
 
-def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
-    run("train.py", *SHORT, "--out", "run", cwd=home)
-    said, answer, verdict = ask(["--run", "run"], cwd=home)
-    alone = "the prompt is instruction and input alone, without examples"
-    assert said == f"asked: run (orchmoe on tiny/); {alone}"
-    base, adapters = evaluation.load_run(home / "run", runtime.pick_device(device="cpu"))
-    tokenizer = data.Tokenizer(home / "tiny")
+def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
+    said, answer, verdict = ask(["--run", "run"], cwd=finished)
+    alone = "instruction and input alone, without examples"
+    assert said == f"asked run: {alone}"
+    base, adapters = evaluation.load_run(finished / "run", runtime.pick_device(device="cpu"))
+    tokenizer = tokenizers.load(home / "tiny")
     source = ("Definition: Write the first word of the list.\n\n"
               "Now complete the following example -\nInput: lion, June, wolf.\nOutput: ")  # fmt: skip
     ids = torch.tensor([tokenizer.encode(source)])
@@ -296,7 +260,7 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home):
     shares = ", ".join(f"{k + 1} at {100 * routing.w[0, k]:.1f} %" for k in order)
     assert verdict == f"router: abstract task {shares} (numbered as in plot.py's figures)"
     said, answer = ask(["--model", "tiny"], "--max-new-tokens", "1", cwd=home)
-    assert said == f"asked: tiny; {alone}"
+    assert said == f"asked tiny: {alone}"
     bare = checkpoint.load(home / "tiny")
     first = bare.generate(ids, torch.ones_like(ids), max_new_tokens=1)[0]
     assert answer == f"answer: {tokenizer.decode(first)}"
@@ -308,13 +272,13 @@ def test_a_run_is_exported_as_the_readme_prints_it(home):
     [snippet] = [text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ".merge(" in text]
     rates = ["--lr-skills", "0.03", "--steps", "20"]
     run("train.py", *SHORT, *rates, "--out", "runs/orchmoe-1", cwd=home)
-    paths = {**environment(home), "PYTHONPATH": str(ROOT)}
+    paths = environment(PYTHONPATH=str(ROOT))
     subprocess.run([sys.executable, "-c", snippet], cwd=home, env=paths, check=True, timeout=300)
     base, adapters = evaluation.load_run(home / "runs/orchmoe-1", runtime.pick_device(device="cpu"))
-    tokenizer, cache = data.Tokenizer(home / "merged"), str(home / "cache/orchmoe")
+    tokenizer, cache = tokenizers.load(home / "merged"), ""
     config = data.DataConfig(data=str(home / "sni"), max_tasks=1, cache=cache)
-    examples = evaluation.evenly(data.load_examples(config, tokenizer, "test"), 16)
-    w = evaluation.router_weights(base, adapters, data.load_examples(config, tokenizer, "test")).mean(0)
+    examples = data.subsample(data.load_sets(config, tokenizer)["test"], 16)
+    w = evaluation.router_weights(base, adapters, data.load_sets(config, tokenizer)["test"]).mean(0)
     routed = evaluation.predict(base, adapters, examples, tokenizer, w=w)
     merged = checkpoint.load(home / "merged")
     plain = evaluation.predict(merged, NoAdapter(merged, full=False), examples, tokenizer)
@@ -327,7 +291,7 @@ CHOICE = "invalid choice: "  # argparse's own; what follows differs between vers
 DOWNLOAD = "no such folder; name a local one, nothing is downloaded here; `hf download NAME --local-dir DIR`"
 MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --data nowhere": "nowhere/splits/default/train_tasks.txt: no such file; --data takes a folder",
-    "train.py --splits nowhere": "sni/splits/nowhere/train_tasks.txt: no such file; --data takes a folder",
+    "train.py --splits nowhere": f"{ROOT}/sni/splits/nowhere/train_tasks.txt: no such file; --data takes",
     "train.py --splits ../x": "--splits: '../x' is no plain name; give a short one",
     "train.py --model google/flan-t5-base": f"google/flan-t5-base: {DOWNLOAD}",
     "train.py --model file": "file: not a SentencePiece model; download it again",
@@ -343,7 +307,6 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --lr-skills fast": "argument --lr-skills: invalid float value: 'fast'; see --help",
     "train.py --dtype float16": f"argument --dtype: {CHOICE}'float16'",
     "train.py --method loha": f"argument --method: {CHOICE}'loha'",
-    "train.py --preset fast": f"argument --preset: {CHOICE}'fast'",
     "train.py --schedule cosine": f"argument --schedule: {CHOICE}'cosine'",
     "train.py --router oracle": f"argument --router: {CHOICE}'oracle'",
     "train.py --router-norm sigmoid": f"argument --router-norm: {CHOICE}'sigmoid'",
@@ -352,19 +315,11 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --gpu one": "argument --gpu: invalid int value: 'one'; see --help",
     "train.py --gpu -1": "--gpu -1: there are ",
     "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
-    "train.py --from-scratch --method lora": "--from-scratch --method lora: random weights go with --method",
-    "train.py --text words.txt": "--text: span corruption goes with --method full",
-    "train.py --text words.txt --method full": "words.txt: No such file or directory",
-    "train.py --text-ratio 1.5": "--text-ratio 1.5: give a share between 0 and 1",
-    "train.py --text-ratio nan": "--text-ratio nan: give a share between 0 and 1",
-    "train.py --beta2 1": "--beta2 1.0: give 0 or more, and less than 1",
-    "train.py --dropout nan": "--dropout nan: give 0 or more, and less than 1",
     "train.py --seed 9223372036854775808": "--seed 9223372036854775808: give less than 2^63",
     "train.py --targets z": "targets: no Linear is named z; there are head, k, o, q, v, wi_0, wi_1, wo",
-    "train.py --targets ,": "targets: name at least one Linear",
-    "train.py --tasks 0": "tasks: 0 must be from 1 to 4096",
-    "train.py --skills 4097": "skills: 4097 must be from 1 to 4096",
-    "train.py --rank 0": "rank: 0 must be from 1 to 4096",
+    "train.py --targets ,": "targets: () must be a tuple of names",
+    "train.py --tasks 0": "tasks: 0 must be 1 or more",
+    "train.py --rank 0": "rank: 0 must be 1 or more",
     "train.py --skills 0": "skills: 0 must be 1 or more",
     "train.py --extra-rank -1": "--extra-rank -1: give 0 or more",
     "train.py --alpha 0": "alpha: 0.0 must be a number above 0",
@@ -372,7 +327,12 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --allocation-std -1": "allocation_std: -1.0 must be a number from 0",
     "train.py --method orchmoe-factors --router token": "--method orchmoe-factors --router token: factors",
     "eval.py": "give one of --run, --model and --heuristic",
-    "eval.py --run a --model b": "give one of --run, --model and --heuristic",
+    "eval.py --run a --heuristic copy-demo": "give one of --run, --model and --heuristic",
+    "train.py --method lora --gumbel": "--gumbel: not used by --method lora; leave it out",
+    "train.py --method lora --lr-router 1": "--lr-router: not used by --method lora; leave it out",
+    "train.py --method poly --tasks 64": "--tasks: not used by --method poly; leave it out",
+    "train.py --method full --rank 3": "--rank: not used by --method full; leave it out",
+    "train.py --lr-full 3": "--lr-full: not used by --method orchmoe; leave it out",
     "eval.py --run nowhere": "nowhere/config.json: not there; name the folder of a run of train.py",
     "eval.py --model google/flan-t5-base": f"google/flan-t5-base: {DOWNLOAD}",
     "eval.py --heuristic copy": f"argument --heuristic: {CHOICE}'copy'",
@@ -382,14 +342,9 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "eval.py --heuristic copy-demo --batch-size 0": "--batch-size 0: give 1 or more",
     "eval.py --heuristic copy-demo --limit -1": "--limit -1: give 0 or more",
     "eval.py --heuristic copy-demo --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
-    "eval.py --heuristic copy-demo --seed -1": "--seed -1: give 0 or more",
-    "eval.py --model tiny --ask Go": 'give both: --ask "instruction" and --input "text"',
-    "eval.py --model tiny --input word": 'give both: --ask "instruction" and --input "text"',
-    "eval.py --model tiny --ask ' ' --input word": 'give both: --ask "instruction" and --input "text"',
-    "eval.py --model tiny --ask Go --input \udcff": "--input: not UTF-8; give it in that encoding",
+    "eval.py --model tiny --ask Go": 'give both --ask "instruction" and --input "text", with --run or',
+    "eval.py --heuristic copy-demo --ask Go --input word": 'give both --ask "instruction" and --input',
     "eval.py --ask Go --input word": "give one of --run, --model and --heuristic",
-    "eval.py --heuristic copy-demo --ask Go --input word": "--heuristic: not used with --ask; leave it out",
-    "eval.py --run r --split test --ask Go --input word": "--split: not used with --ask; leave it out",
     "eval.py --run nowhere --ask Go --input word": "nowhere/config.json: not there; name the folder",
     "plot.py": "give one of --run and --results",
     "plot.py --run a --results b": "give one of --run and --results",
@@ -397,12 +352,12 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "plot.py --results nowhere": "nowhere: no results.json or ablations.json; name a comparison's --out",
 }
 LEAST = {"steps": 1, "batch-size": 1, "accumulate": 1, "eval-every": 1, "eval-batch-size": 1,
-         "text-length": 2, "train-instances": 1, "max-source-length": 2, "max-target-length": 2, "num-pos": 0,
+         "train-instances": 1, "max-source-length": 2, "max-target-length": 2, "num-pos": 0,
          "num-neg": 0, "max-tasks": 0, "eval-instances": 0, "warmup": 0, "seed": 0}
 MESSAGES |= {f"train.py --{flag} {least - 1}": f"--{flag} {least - 1}: give {least} or more"
              for flag, least in LEAST.items()}
 MESSAGES |= {f"train.py --{flag} {value}": f"--{flag} {value}: give 0 or more"
-             for flag in ("lr-skills", "lr-router", "lr-allocation", "lr-full", "weight-decay", "clip")
+             for flag in ("lr-skills", "lr-router", "lr-token-router", "lr-allocation", "lr-full", "clip")
              for value in ("-0.5", "nan", "inf")}  # fmt: skip
 
 
@@ -411,15 +366,16 @@ def refusal(home, monkeypatch, capsys):
     """The line on stderr of a command line that must end with exit code 2, nothing but that line, and no file
     left behind; in this process, which spares the imports."""
     monkeypatch.chdir(home)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     (home / "file").write_text("a file")
 
     def files():
-        return [path for path in sorted(home.rglob("*")) if home / "cache" not in (path, *path.parents)]
+        return sorted(home.rglob("*"))
 
     def refused(line):
         program, *arguments = shlex.split(line)
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        few = ["--max-tasks", "1"] if program in ("train.py", "eval.py") else []
+        monkeypatch.setattr(sys, "argv", [program, *few, *arguments])
+        monkeypatch.setattr(train, "train", None)  # nothing here may come so far
         before = files()
         with pytest.raises(SystemExit) as end:
             runtime.run_program(importlib.import_module(program.removesuffix(".py")).main)
@@ -438,7 +394,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(refusal, line
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "plot.py"])
 def test_the_process_says_so_and_ends_with_2(home, program):
-    assert run(program, "--stepz", cwd=home, code=2).startswith(f"{program}: error: unrecognized arguments: ")
+    said = process(program, "--stepz", cwd=home, code=2)
+    assert said.startswith(f"{program}: error: unrecognized arguments: ")
 
 
 def task(**changes):
@@ -481,8 +438,8 @@ FILES = [  # a file and its content (None: it is gone), the command line, how th
     ("m/spiece.model", None, BASE, "m/spiece.model: no such file; give a T5 folder with"),
     ("m/spiece.model", b"abcd", BASE, "m/spiece.model: not a SentencePiece model; download it again"),
     ("r/config.json", b"{", "train.py --resume --out r", "r/config.json: not readable as JSON ("),
-    ("r/config.json", b"{}", "train.py --resume --out r", "r/config.json: train is missing or of another"),
-    ("r/config.json", b"{}", "eval.py --run r", "r/config.json: train is missing or of another type;"),
+    ("r/config.json", b"{}", "train.py --resume --out r", "r/config.json: Run: missing 7 required"),
+    ("r/config.json", b"{}", "eval.py --run r", "r/config.json: Run: missing 7 required"),
     ("r/config.json", b"{}", "train.py --out r", "--out r: holds a run already; add --resume, or name"),
     ("r/metrics.jsonl", b"{", "plot.py --run r", "r/metrics.jsonl: not JSON lines ("),
     ("r/metrics.jsonl", b"", "plot.py --run r", "r/metrics.jsonl: no loss or no dev loss yet; wait for"),

@@ -21,8 +21,10 @@ import checkpoint
 import data
 import runtime
 import t5
+import tokenizer as tokenizers
 import train
 from baselines import attach_method
+from experiments.pretrain import init_weights
 from orchmoe import OrchMoEConfig
 
 SMALL = t5.T5Config(1000, 32, 8, 48, 2, 2, 4, feed_forward_proj="gated-gelu", scale_decoder_outputs=False,
@@ -66,10 +68,10 @@ def trace(shard, accumulate, method, steps=60):
     place = runtime.Device(torch.device("cpu"), torch.float64, "")
     config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method,
                                clip=0.1)  # fmt: skip
-    tokenizer = data.Tokenizer(ROOT / "tiny")
+    tokenizer = tokenizers.load(ROOT / "tiny")
     data_config = data.DataConfig(data=str(ROOT / "sni"), max_tasks=6, max_source_length=48)
-    source = train.Source(data.load_examples(data_config, tokenizer, "train"), tokenizer, config, data_config)
-    base = t5.T5(SMALL).init_weights(0).double()
+    examples = data.load_sets(data_config, tokenizer, ["train"])["train"]
+    base = init_weights(t5.T5(SMALL), 0).double()
     options = OrchMoEConfig(gumbel=True, router_init="normal", targets=("all",))
     adapters = attach_method(method, base, options, num_tasks=6, generator=runtime.generator(0))
     for parameter in base.parameters():
@@ -79,9 +81,11 @@ def trace(shard, accumulate, method, steps=60):
     base.checkpoint_blocks = accumulate == 2
     optimizer = train.make_optimizer(adapters, config)
     base.train()
-    steps = (train.optimiser_step(base, adapters, optimizer, source.batch(step), step, config)
-             for step in range(steps))  # fmt: skip
-    records = list(steps)
+    records = []
+    for step in range(steps):
+        rows = data.batch_at(examples.source_lengths, config.batch_size, config.seed, step)
+        batch = data.collate([examples[i] for i in rows], seed=config.seed, step=step)
+        records.append(train.train_step(base, adapters, optimizer, batch, step, config))
     return [[record[name] for record in records] for name in ("loss", "norm")], adapters.state_dict()
 
 

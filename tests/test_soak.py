@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_programs import ROOT, SHORT, command, environment, home, run, trace  # noqa: F401
+from conftest import ROOT, SHORT, command, environment, run, trace
 
 OPTIONS = [*SHORT, "--steps", "48", "--eval-every", "4", "--eval-instances", "8", "--gumbel"]
 
@@ -51,7 +51,7 @@ runpy.run_path(folder + "/train.py", run_name="__main__")
 
 def start(*arguments, cwd, dying=()):
     program = [sys.executable, "-c", DYING, str(ROOT), *dying] if dying else command("train.py")
-    return subprocess.Popen([*program, *arguments], cwd=cwd, env=environment(cwd),
+    return subprocess.Popen([*program, *arguments], cwd=cwd, env=environment(),
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def kill_at_random(process, folder, rng):
     return process.wait() == -signal.SIGKILL
 
 
-def soak(home, kills, rng):  # noqa: F811
+def soak(home, kills, rng):
     """Kills of runs, every third inside a save; each run that comes to its end must equal the undisturbed
     one. Returns what happened."""
     run("train.py", *OPTIONS, "--out", "whole", cwd=home)
@@ -106,12 +106,12 @@ def soak(home, kills, rng):  # noqa: F811
     return counts
 
 
-def test_a_few_kills_change_nothing(home):  # noqa: F811
+def test_a_few_kills_change_nothing(home):
     assert soak(home, 4, random.Random(1))["inside a save"] >= 2
 
 
 @pytest.mark.soak
-def test_fifty_kills_change_nothing(home):  # noqa: F811
+def test_fifty_kills_change_nothing(home):
     began = time.monotonic()
     counts = soak(home, 50, random.Random(0))
     print(f"\n{counts}, {time.monotonic() - began:.0f} s")
