@@ -34,7 +34,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import runtime
-from tokenizer import load as Tokenizer  # until every caller has moved
+from tokenizer import Tokenizer
 
 CACHE_VERSION = 3  # part of every cache key: raise it when a prompt, a set or the layout changes
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
