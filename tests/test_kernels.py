@@ -208,15 +208,17 @@ def test_backward_keeps_two_hidden_matrices_beside_x(fast, shape, linear):
     assert kept <= 8 * (2 * B * L * S * R + c)
 
 
-@pytest.mark.parametrize("function", [kernels._mix_skills, kernels._mix_factors])
-def test_one_graph_without_breaks_for_all_shapes(function):
+@pytest.mark.parametrize("function, form", [*((kernels._mix_skills, form) for form in FORMS),
+                                            (kernels._mix_factors, "sample")])  # fmt: skip
+def test_one_graph_without_breaks_for_all_shapes(function, form):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (5, 7, 9):
-        x, *rest = arguments((B, S), linear="weight bias")
-        x = x.detach()[:, :1].repeat(1, length, 1).requires_grad_()
-        assert_equal_twins(compiled, function, (x, *rest))
+        x, A, B_, c, *rest = arguments(FORMS[form], linear="weight bias")
+        x, c = (t.detach()[:, :1].repeat(1, length, 1).requires_grad_() if t.dim() == 3 else t
+                for t in (x, c))  # fmt: skip
+        assert_equal_twins(compiled, function, (x, A, B_, c, *rest))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
