@@ -75,6 +75,24 @@ def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
     return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
 
+def require_fit(base: Backbone, tokenizer: tokenizers.Tokenizer, examples: Sequence[data.Example],
+                max_new_tokens: int = 127) -> None:
+    """ValueError where the examples, tokenised, go beyond what the model has, before anything is computed."""
+    vocabulary, ends = base.config.vocab_size, (set(tokenizer.eos_ids), set(base.config.eos_ids))
+    rows = [(example.source_ids, *example.target_ids) for example in examples]
+    longest = max((len(row[0]) + max(max_new_tokens, *map(len, row[1:])) for row in rows), default=0)
+    largest = max((int(ids.max()) for row in rows for ids in row if len(ids)), default=0)
+    if base.longest and longest > base.longest:
+        raise ValueError(f"rows of {longest} tokens: the model has {base.longest} positions; lower "
+                         "--max-source-length or --max-target-length")
+    if largest >= vocabulary:
+        raise ValueError(f"token id {largest}: the model has {vocabulary}; the tokenizer beside it is of "
+                         "another model")
+    if not ends[0] & ends[1]:
+        raise ValueError(f"eos_token_id {ends[1]} of config.json: the tokenizer ends texts with {ends[0]}; "
+                         "mend one of them")
+
+
 @torch.no_grad()
 def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
             tokenizer: tokenizers.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
@@ -354,7 +372,9 @@ def main() -> None:
     run = Run.read(config.run) if config.run else None
     saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()
     data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
-    place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype)
+    device = "cpu" if config.heuristic else config.device
+    model = config.model or (run.train["model"] if run else "")
+    place = runtime.pick_device(config.gpu, device, config.dtype, base=model)
     runtime.say(place.reason)
     with runtime.joined(place):
         if config.heuristic:
@@ -368,6 +388,7 @@ def main() -> None:
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
+            require_fit(base, tokenizer, examples, config.max_new_tokens)
             predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
                                   max_new_tokens=config.max_new_tokens)
         if runtime.rank() == 0:

@@ -246,7 +246,7 @@ class Llama(Backbone):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        D, V = config.hidden_size, config.vocab_size
+        D, V, self.longest = config.hidden_size, config.vocab_size, config.max_position_embeddings
         self.embedding = nn.Embedding(V, D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
@@ -290,6 +290,6 @@ class Llama(Backbone):
         return self.logits(hidden[:, 0])  # (B,V)
 
     def require_room(self, length: int) -> None:
-        if length > (longest := self.config.max_position_embeddings):
-            raise ValueError(f"a row of {length} tokens, but the model has {longest} positions; lower "
+        if length > self.longest:
+            raise ValueError(f"a row of {length} tokens, but the model has {self.longest} positions; lower "
                              "--max-source-length, --max-target-length or --max-new-tokens")  # fmt: skip

@@ -23,6 +23,7 @@ class Backbone(nn.Module):
     renames: tuple[tuple[str, str], ...]  # our names -> Hugging Face's, for re.sub, in this order
     embedding: nn.Embedding
     blocks: tuple[nn.Module, ...]
+    longest: int | None = None  # tokens of a row, in a family that counts positions
 
     def __init__(self, config: Any):
         super().__init__()

@@ -293,6 +293,8 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
     train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
     # The small updates of full training would be lost in bf16 weights: these stay float32.
     base = evaluation.load_base(config.model, place._replace(dtype=torch.float32) if full else place, shard)
+    for examples in (train_set, *sets.values()):
+        evaluation.require_fit(base, tokenizer, examples)
     adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
                              extra_rank=config.extra_rank, generator=runtime.generator(config.seed, 0))
     if shard:
@@ -420,7 +422,8 @@ def main() -> None:
     flags = vars(parser.parse_args())
     where = runtime.from_flags(PlaceConfig, flags)
     configs = read_configs(flags, where)
-    place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
+    config = configs["train"]
+    place = runtime.pick_device(where.gpu, where.device, config.dtype, base=config.model)
     runtime.say(place.reason)
     resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
     resume += f" --gpu {where.gpu}" if where.gpu is not None else ""

@@ -454,7 +454,8 @@ def main() -> None:
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
         runtime.say(dry_run(config.methods, base, configs["adapter"], len(tasks)))
         return
-    place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype)
+    cell = configs["train"]
+    place = runtime.pick_device(config.gpu, config.device, cell.dtype, base=cell.model)
     runtime.say(place.reason)
     runtime.say(compare(config, configs, place))
     if importlib.util.find_spec("matplotlib"):

@@ -10,11 +10,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import stir
+from conftest import ROOT, run, stir
+from test_tokenizer import write_words
 
 import checkpoint
 import data
 import orchmoe
+import runtime
 import tokenizer
 from llama import Llama, LlamaConfig
 
@@ -370,3 +372,58 @@ def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_di
         for ids, tokens in zip(sources[part], got, strict=True):
             whole = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0]
             assert tokens[: len(whole) - len(ids)] == whole[len(ids) :].tolist()
+
+
+# --------------------------------------------------------------------------------------------- the programs
+
+
+SHORT = ["--data", ROOT / "sni", "--device", "cpu", "--max-tasks", "2", "--train-instances", "8",
+         "--steps", "2", "--batch-size", "4", "--eval-every", "1", "--eval-instances", "4",
+         "--max-source-length", "384", "--out", "run"]  # fmt: skip
+
+
+def base_folder(path, **changes):
+    """A random model with a byte-level vocabulary."""
+    task = json.loads(next((ROOT / "sni/tasks").glob("*.json")).read_text(encoding="utf-8"))
+    write_words(path, [row["input"] for row in task["Instances"]])
+    config = SAID | {"vocab_size": 512, "eos_token_id": 1, "max_position_embeddings": 512} | changes
+    checkpoint.save(Llama(LlamaConfig.from_hf(config)), path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["orchmoe", "full"])
+def test_the_programs_run_on_it_as_on_any_other(tmp_path, method):
+    model = base_folder(tmp_path / "model")
+    out = run("train.py", "--model", model, "--method", method, *SHORT, cwd=tmp_path)
+    assert f"| {method} |" in out
+    cpu = ["--device", "cpu"]
+    out = run("eval.py", "--run", "run", "--split", "seen", "--limit", "2", *cpu, cwd=tmp_path)
+    assert "2 instances of" in out
+    out = run("eval.py", "--run", "run", "--ask", "Say yes.", "--input", "no", *cpu, cwd=tmp_path)
+    assert "answer: " in out and ("router: abstract task" in out) == (method == "orchmoe")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [({"max_position_embeddings": 300}, "the model has 300 positions"),
+     ({"vocab_size": 400}, "the model has 400; the tokenizer"),
+     ({"eos_token_id": [2, 7]}, "the tokenizer ends texts with")],
+)  # fmt: skip
+def test_examples_that_go_beyond_the_model_are_refused_before_the_first_step(tmp_path, changes, said):
+    base_folder(tmp_path / "model", **changes)
+    error = run("train.py", "--model", "model", *SHORT, cwd=tmp_path, code=2)
+    assert said in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "size, native, expected", [(5e7, True, "bfloat16"), (3e7, True, "float32"), (5e7, False, "float32")]
+)
+def test_a_cpu_takes_bfloat16_where_it_gains(tmp_path, monkeypatch, size, native, expected):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(int(size))
+    place = runtime.pick_device(device="cpu", base=str(tmp_path))
+    assert str(place.dtype) == f"torch.{expected}" and expected in place.reason
+    assert runtime.pick_device(device="cpu", dtype="float32", base=str(tmp_path)).dtype == torch.float32
