@@ -46,7 +46,7 @@ class EvalConfig:
     batch_size: int = 64  # samples generated at once
     max_new_tokens: int = 127  # the official 128 less the start token
     gpu: int | None = None  # number of the GPU
-    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
+    device: Literal["cpu", ""] = ""  # no GPU even if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
     shard: bool = False  # split the frozen base over the processes of torchrun
 

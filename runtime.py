@@ -181,7 +181,7 @@ class Parser(argparse.ArgumentParser):
         the help."""
         helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         hints = typing.get_type_hints(cls)
-        group = self.add_argument_group(cls.__name__)
+        group = self.add_argument_group((cls.__doc__ or cls.__name__).split(":")[0])
         for field in dataclasses.fields(cls):
             default = (defaults or {}).get(field.name, field.default)
             text = helps.get(field.name, "")

@@ -74,7 +74,7 @@ class PlaceConfig:
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # go on with the run in --out, with its own settings
     gpu: int | None = None  # number of the GPU
-    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
+    device: Literal["cpu", ""] = ""  # no GPU even if there is one
     shard: bool = False  # split the frozen base over the processes of torchrun
 
 

@@ -67,7 +67,7 @@ class CompareConfig:
     dry_run: bool = False  # print parameters and memory, and stop
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core, of one thread, at most 8)
     gpu: int | None = None  # number of the GPU
-    device: Literal["cpu", ""] = ""  # cpu: no GPU even if there is one
+    device: Literal["cpu", ""] = ""  # no GPU even if there is one
 
     def __post_init__(self) -> None:
         runtime.require_least(self, seeds=1, trials=1, jobs=0)

@@ -39,6 +39,7 @@ def script(name):
 
 
 # Rounding differs between processors and versions of torch, and a hundred steps of Adam enlarge it.
+@pytest.mark.slow
 def test_the_walkthrough_is_that_of_the_run_it_names():
     kept = (ROOT / "docs/walkthrough.md").read_text(encoding="utf-8")
     fresh = script("walkthrough").page()

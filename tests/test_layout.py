@@ -53,6 +53,17 @@ def test_no_other_package_is_imported(path):
     assert imported(path) - LEVEL.keys() - sys.stdlib_module_names <= PACKAGES | optional
 
 
+def test_the_house_stays_small():
+    assert len(FILES) <= 14
+    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lines.values()) <= 560
+    behind, todo = set(), {"train"}
+    while todo:
+        behind |= (new := {todo.pop()})
+        todo |= imported(ROOT / f"{min(new)}.py") & lines.keys() - behind
+    assert "llama" in behind and sum(lines[name] for name in behind) <= 4100
+
+
 def test_orchmoe_works_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "orchmoe.py").write_bytes((ROOT / "orchmoe.py").read_bytes())
     program = (

@@ -462,6 +462,7 @@ def test_a_mistake_in_a_file_is_one_line_and_exit_code_2(home, refusal, name, co
     assert refusal(f"{line} --device cpu" if not line.startswith("plot") else line).startswith(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, rouge_l, exact, published", [
     ("copy-demo", 29.6919, 23.3748, 28.54), ("copy-input", 16.5341, 0.3112, 14.20)])  # fmt: skip
 def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind, rouge_l, exact, published):

@@ -1,5 +1,5 @@
 """A run killed outright again and again, at random moments and inside its saves, against one that nobody
-disturbed. By hand, 50 kills: pytest tests/test_soak.py -m soak -s"""
+disturbed. 50 kills, by hand: pytest tests/test_soak.py -m soak -s"""
 
 import random
 import signal
@@ -106,6 +106,7 @@ def soak(home, kills, rng):
     return counts
 
 
+@pytest.mark.slow
 def test_a_few_kills_change_nothing(home):
     assert soak(home, 4, random.Random(1))["inside a save"] >= 2
 
