@@ -118,11 +118,11 @@ class TaskRouter(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor, generator: Generator | None = None) -> None:
-        """Sets mu, sd and, with router_init kmeans, W_task from x_hat (M,D) of M training sources, without
-        labels: centres of a spherical k-means, as long as makes the mean entropy of w a third of ln K."""
+        """Sets mu, sd and, with router_init kmeans, W_task from x_hat (M,D) of M training sources: centres of
+        a spherical k-means, so long that the mean entropy of w is a third of ln K. No labels."""
         self.mu.copy_(features.mean(0))
         sd = features.std(0, correction=0)
-        # A feature that is constant here and alive later would be divided by nothing, and alone decide w.
+        # A feature that is constant here and alive later, divided by nothing, would alone decide w.
         self.sd.copy_(sd.clamp(min=max(0.1 * sd.median().item(), 1e-6)))
         if self.config.router_init != "kmeans":
             return
@@ -258,7 +258,7 @@ def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: Orch
     return linears
 
 
-# ---------------------------------------------------------------------------------------- router + allocation
+# ----------------------------------------------------------------------------------------------- the adapters
 
 
 class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on it, its adapters too
@@ -267,7 +267,7 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
 
     noise_shape: tuple[int, ...] | None = None  # of one sample's noise, where training wants noise
     router_dropout = 0.0  # share of the samples that training routes by w = 1/K
-    _look_and_take = threading.Lock()  # are one step: a second thread is refused
+    _claim = threading.Lock()  # to look and to take are one step: of two threads one is refused
 
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
         super().__init__()
@@ -299,8 +299,8 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
     @contextmanager
     def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *, beams: int = 1,
                **options: Tensor | None) -> Iterator[Routing]:
-        """Routes one batch: inside, every SkillLinear has its c. Stay inside until after backward, or for a
-        whole generate: a checkpointed block runs again in backward, with the c that it finds then.
+        """Routes one batch: inside, every SkillLinear has its c. Stay inside until after backward, which runs
+        checkpointed blocks again, or for a whole generate; one `routed` for each micro-batch.
 
         embeddings (B,L,D) of the SOURCE; mask (B,L), 1 at tokens, the reverse of PyTorch's key_padding_mask;
         beams: rows of a sample. options: w (K,) or (B,K) for the router's; task_ids (B,); noise u (B,N,K,S)
@@ -326,8 +326,8 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
     @contextmanager
     def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
         """Inside, the skills of ONE routing are in the weights, W0 + scale * sum_s c_s B_s A_s: the base's
-        speed. The routing is that of w (K,) or of one sample: embeddings= (1,L,D), mask= (1,L), or task_ids=
-        (1,). ValueError for more samples, and where `unfoldable` says why."""
+        speed. It is that of w (K,) or of one sample, embeddings= (1,L,D) and mask=, or task_ids= (1,).
+        ValueError for more samples, and where `unfoldable` says why."""
         with self._claimed("folded()") as change:
             for linear, weight in self._folded_weights(w, routing).items():
                 change(linear, "__class__", linear.skill_base)  # nothing of ours takes time
@@ -365,10 +365,10 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
                 undo.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
 
-            with self._look_and_take:
+            with self._claim:
                 if self._open:
-                    raise RuntimeError(f"{verb}: {self._open} is already open; leave it first (threads: one "
-                                       "at a time)")
+                    raise RuntimeError(f"{verb}: {self._open} is already open; leave it first, and let "
+                                       "threads take turns")
                 if not self.linears:
                     raise RuntimeError("the skills are merged or detached: call the module as it is")
                 change(self, "_open", verb)
@@ -453,8 +453,8 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         for name in sorted(names):
             given, wanted = (tuple(s[name].shape) if name in s else "missing" for s in (state, own))
             if given != wanted:
-                raise ValueError(f"adapter state: {name} is {given}, and {wanted} in these adapters "
-                                 "(a whole model's goes into model.load_state_dict)")
+                raise ValueError(f"adapter state: {name} is {given}, here {wanted} (a whole model's goes "
+                                 "into model.load_state_dict)")
         for name in names:
             own[name].copy_(state[name])
 
@@ -470,6 +470,7 @@ class OrchMoE(Adapters):
         super().__init__(module, linears)
         self.config, self.router_dropout = config, config.router_dropout
         shape = (len(linears), config.tasks, config.skills)
+        # On the CPU, as all that is drawn: no device changes the start.
         Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
         self.allocation = nn.Parameter(Z.to(next(iter(linears.values())).weight.device))
         self.noise_shape = shape if config.gumbel else None
@@ -483,11 +484,10 @@ class OrchMoE(Adapters):
             linear.skill_softmax = config.router_norm == "softmax"
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1): relaxed Bernoulli of
-        temperature 1 (Maddison et al. 2017), each row divided by its sum."""
+        """Zhat (1,N,K,S), or (B,N,K,S) with noise u in [0,1): relaxed Bernoulli (Maddison et al. 2017)."""
         Z = self.allocation.unsqueeze(0)
         if noise is not None:
-            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
+            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
         return F.logsigmoid(Z).softmax(-1)  # sigmoid(z) / sum sigmoid(z), without an epsilon
 
     def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
@@ -540,13 +540,13 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
     found: dict[nn.Linear, str] = {}
     for owner, name, path, child in places:
         if isinstance(child, SkillLinear):
-            raise ValueError(f"module: {path} has skills already; detach() them, or attach to a fresh copy")
+            raise ValueError(f"module: {path} has skills already; detach() them first")
         if name not in wanted:
             continue
         if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             raise ValueError(f"targets: {path}: a {type(owner).__name__} would bypass its skills")
         if nn.parameter.is_lazy(child.weight):
-            raise ValueError(f"targets: {path} has no shape yet; run the module once before attach")
+            raise ValueError(f"targets: {path} has no shape yet; run the module once first")
         if "forward" in vars(child):  # as accelerate gives
             raise ValueError(f"targets: {path} has a forward of its instance, which bypasses skills: drop it")
         found.setdefault(child, path)  # a Linear in two places is one, under its first name
