@@ -35,9 +35,9 @@ def losses_and_gradients(t5, adapters, inputs, sizes):
     return [t for t in found if t is not None]
 
 
-WAYS = [("sample", True, "eager"), ("token", False, "eager"),
-        *(pytest.param(router, checkpointed, "aot_eager", marks=pytest.mark.slow)
-          for router in ("sample", "token") for checkpointed in (False, True))]  # fmt: skip
+WAYS = [("sample", True, "eager"), ("token", False, "eager"),  # eager: dynamo alone, in a quarter of the time
+        pytest.param("sample", False, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("token", True, "aot_eager", marks=pytest.mark.slow)]  # fmt: skip
 
 
 @pytest.mark.parametrize("router, checkpointed, backend", WAYS)
