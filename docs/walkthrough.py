@@ -101,8 +101,7 @@ python train.py --steps {CONFIGS["train"].steps} --device cpu
 
 on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train, a tenth of the default's
 steps. It has only begun to learn; what matters here is the arithmetic, which is the same at any step. What
-the paper fixes of it and what was chosen is graded in the README:
-[what the paper fixes, what was chosen](../README.md#what-the-paper-fixes-what-was-chosen).
+the paper fixes of it and what was chosen is graded in [docs/paper.md](paper.md).
 
 ![The Task Router makes w of the source's embeddings; w and the allocation matrices give each Linear its
 weights of skills.](architecture.svg)
