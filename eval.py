@@ -264,7 +264,7 @@ class Run:
     tokenizer: str  # fingerprint
     digests: dict  # of the contents of the task files: {"train": .., "test": ..}
     pretrain: dict | None = None  # of experiments/pretrain.py alone
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:

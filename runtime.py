@@ -216,7 +216,13 @@ def from_json(cls: type, values: Any, path: str | Path) -> Any:
     """The dataclass `cls` as it was saved in the file `path`. Fields that an older version did not have get
     their defaults; ValueError names file and field for those that this version does not have."""
     try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        for field in dataclasses.fields(cls):  # a number that is a text would fail later, and name no field
+            value, default = values.get(field.name), field.default
+            if field.name in values and type(value) is not type(default) and not (
+                    default in (None, dataclasses.MISSING) or {type(value), type(default)} == {int, float}):
+                raise ValueError(f"{field.name}: {value!r:.60} is of another type than {default!r}")
+        return cls(**values)
     except (TypeError, ValueError, AttributeError) as error:
         what = str(error).removeprefix(f"{cls.__name__}.__init__() ")
         raise ValueError(f"{path}: {cls.__name__}: {what:.200}; restore the file") from None
