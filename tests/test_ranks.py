@@ -53,7 +53,7 @@ def torchrun(processes, *arguments, cwd, wait=True, timeout=300):
 def python(*arguments, cwd, **environment):
     """The same in one process: its standard error and exit code."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=120)  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=600)  # fmt: skip
     return done.stderr, done.returncode
 
 
