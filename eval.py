@@ -47,7 +47,7 @@ class EvalConfig:
     max_new_tokens: int = 127  # the official 128 less the start token
     gpu: int | None = None  # number of the GPU
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 where faster
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
@@ -77,20 +77,18 @@ def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 
 def require_fit(base: Backbone, tokenizer: tokenizers.Tokenizer, examples: Sequence[data.Example],
                 max_new_tokens: int = 127) -> None:
-    """ValueError where the examples, tokenised, go beyond what the model has, before anything is computed."""
-    vocabulary, ends = base.config.vocab_size, (set(tokenizer.eos_ids), set(base.config.eos_ids))
+    """ValueError, before anything is computed, where rows, token ids or EOS are not of this model."""
     rows = [(example.source_ids, *example.target_ids) for example in examples]
     longest = max((len(row[0]) + max(max_new_tokens, *map(len, row[1:])) for row in rows), default=0)
     largest = max((int(ids.max()) for row in rows for ids in row if len(ids)), default=0)
-    if base.longest and longest > base.longest:
-        raise ValueError(f"rows of {longest} tokens: the model has {base.longest} positions; lower "
-                         "--max-source-length or --max-target-length")
-    if largest >= vocabulary:
-        raise ValueError(f"token id {largest}: the model has {vocabulary}; the tokenizer beside it is of "
-                         "another model")
-    if not ends[0] & ends[1]:
-        raise ValueError(f"eos_token_id {ends[1]} of config.json: the tokenizer ends texts with {ends[0]}; "
-                         "mend one of them")
+    if longest > (base.longest or longest):
+        raise ValueError(f"rows of {longest} tokens, the model has {base.longest} positions; lower "
+                         "--max-source-length")
+    if largest >= (size := base.config.vocab_size):
+        raise ValueError(f"token id {largest}: the model has {size}; the tokenizer beside it is another's")
+    if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
+        raise ValueError(f"eos_token_id {base.config.eos_ids} of config.json: the tokenizer's is "
+                         f"{tokenizer.eos_ids}; mend one of them")
 
 
 @torch.no_grad()

@@ -96,18 +96,13 @@ class LlamaConfig:
         """The values of a config.json that transformers (4 and 5) and `from_hf` read."""
         values = asdict(self) | {"sliding_window": None, "hidden_act": "silu"}
         values["eos_token_id"] = list(values.pop("eos_ids"))
-        rope = {"rope_type": "llama3", **{name: values.pop(name) for name in LLAMA3}}
-        rope = {"rope_type": "default"} if self.factor == 1 else rope
+        numbers = {name: values.pop(name) for name in LLAMA3}
+        rope = {"rope_type": "default"} if self.factor == 1 else {"rope_type": "llama3", **numbers}
         values |= {"rope_scaling": rope, "rope_parameters": {"rope_theta": self.rope_theta, **rope}}
         return {"architectures": [self.model_type.capitalize() + "ForCausalLM"], **values}
 
-    @property
-    def num_blocks(self) -> int:
-        return self.num_hidden_layers
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.eos_ids[0]  # fills up the rows of `generate`; nothing reads it
+    num_blocks = property(lambda self: self.num_hidden_layers)
+    pad_token_id = property(lambda self: self.eos_ids[0])  # fills up `generate`'s rows; nothing reads it
 
 
 # Rotary positions: numbers i and i + E/2 of a head are one point of the plane. At position p it is turned by
@@ -184,8 +179,8 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
-        self.attention_norm, self.attention = nn.RMSNorm(D, eps), Attention(config)
-        self.ffn_norm = nn.RMSNorm(D, eps)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(D, eps), nn.RMSNorm(D, eps)
+        self.attention = Attention(config)
         self.gate = nn.Linear(D, inner, bias=False)
         self.up = nn.Linear(D, inner, bias=False)
         self.down = nn.Linear(inner, D, bias=False)

@@ -359,7 +359,8 @@ def world_size() -> int:
 
 def launcher() -> str:
     """What starts this program again."""
-    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if _under_torchrun() else "python"
+    nodes = os.environ.get("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc-per-node {nodes} --" if _under_torchrun() else "python"  # -- or it takes --run
 
 
 def require_alone() -> None:

@@ -56,7 +56,7 @@ class TrainConfig:
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 where faster
     extra_rank: int = 0  # ranks on top, for comparisons at equal size
 
     def __post_init__(self) -> None:

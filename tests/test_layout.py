@@ -115,7 +115,7 @@ def test_pages_name_what_is_there(page):
         assert not heading or heading in anchors(there), heading
     for name in re.findall(r"(?:`|python )(\w+\.py)\b", text):
         assert (page.parent / name).exists() or (ROOT / name).exists() or name in FOREIGN, name
-    for name in re.findall(r"python -m ([a-z.]+)", text):
+    for name in re.findall(r"python -m ([a-z0-9.]+)", text):
         assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
     for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
         assert name in METHODS.get(owner, ()), f"{owner}.{name}"

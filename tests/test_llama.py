@@ -407,8 +407,8 @@ def test_the_programs_run_on_it_as_on_any_other(tmp_path, method):
 @pytest.mark.parametrize(
     "changes, said",
     [({"max_position_embeddings": 300}, "the model has 300 positions"),
-     ({"vocab_size": 400}, "the model has 400; the tokenizer"),
-     ({"eos_token_id": [2, 7]}, "the tokenizer ends texts with")],
+     ({"vocab_size": 400}, "the model has 400; the tokenizer beside"),
+     ({"eos_token_id": [2, 7]}, "the tokenizer's is (1,)")],
 )  # fmt: skip
 def test_examples_that_go_beyond_the_model_are_refused_before_the_first_step(tmp_path, changes, said):
     base_folder(tmp_path / "model", **changes)
