@@ -428,7 +428,7 @@ FILES = [  # a file and its content (None: it is gone), the command line, how th
     ("m/config.json", b"{", BASE, "m/config.json: not readable as JSON ("),
     ("m/config.json", b"[]", BASE, "m/config.json: model_type is None; supported"),
     ("m/config.json", b'{"model_type": "t5"}', BASE, "m/config.json: T5Config.__init__() mis"),
-    ("m/config.json", t5_config(d_model=10**12), BASE, "m: shared.weight is torch.float16 [1024, 160]; config"),
+    ("m/config.json", t5_config(d_model=10**12), BASE, "m: shared.weight is torch.float16 [1024, 160]"),
     ("m/config.json", t5_config(model_type="bart"), BASE, "m/config.json: model_type is 'bart'; suppo"),
     ("m/config.json", t5_config(d_ff=8), BASE, "m: encoder.block.0.layer.1.DenseReluDense.wi_0.weight is"),
     ("m/config.json", t5_config(num_layers=9), BASE, "m: missing tensors: 'encoder.block."),
