@@ -79,7 +79,7 @@ class CompareConfig:
             raise ValueError(f"--methods: name at least one of {', '.join(ADAPTED)}")
 
 
-DEFAULTS = {"steps": 300, "lr_skills": 1e-2}
+DEFAULTS = {"steps": 200, "eval_instances": 280, "lr_skills": 1e-2}
 FIXED = ("method", "seed", "extra_rank")  # what the comparison itself sets
 
 # Each row's one difference from the first; S R and the scale alpha / (S R) stay what they are in it.

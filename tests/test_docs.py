@@ -103,7 +103,7 @@ def test_help_says_what_every_flag_does(name, monkeypatch, capsys):
 
 def test_help_of_compare_has_its_own_defaults_and_not_what_it_sets_itself(monkeypatch, capsys):
     told = entries(help_page("compare", monkeypatch, capsys))
-    assert told["--steps"].endswith("(default: 300)") and told["--lr-skills"].endswith("(default: 0.01)")
+    assert told["--steps"].endswith("(default: 200)") and told["--lr-skills"].endswith("(default: 0.01)")
     assert not told.keys() & {"--method", "--seed", "--extra-rank"}
 
 
