@@ -484,4 +484,4 @@ def test_thirty_steps_on_the_real_tasks(home, sni_dir):
     run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home)
     assert [row["step"] for row in records(home / "run") if "loss" in row] == list(range(30))
     run("eval.py", "--run", "run", "--max-tasks", "3", "--limit", "24", "--device", "cpu", cwd=home)
-    assert len(json.loads((home / "run/eval-test/scores.json").read_text())["tasks"]) == 3
+    assert len(json.loads((home / "run/eval-test-24/scores.json").read_text())["tasks"]) == 3
