@@ -321,6 +321,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --tasks 0": "tasks: 0 must be 1 or more",
     "train.py --rank 0": "rank: 0 must be 1 or more",
     "train.py --skills 0": "skills: 0 must be 1 or more",
+    "train.py --train-instances 5": "fit_router: 5 sources for K = 8 abstract tasks; give at least 8, better",
     "train.py --extra-rank -1": "--extra-rank -1: give 0 or more",
     "train.py --alpha 0": "alpha: 0.0 must be a number above 0",
     "train.py --alpha nan": "alpha: nan must be a number above 0",
