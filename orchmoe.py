@@ -275,7 +275,7 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         self._module = [module]  # the base; in a list, so that it is not registered below itself
         self._trained = [name for name, p in module.named_parameters() if p.requires_grad]
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_("skill_" in name)
+            parameter.requires_grad_(name.rpartition(".")[2].startswith("skill_"))
         self.router: TaskRouter | None = None  # of samples
         self._open = ""  # the verb that holds the door
         self._routing: Routing | None = None

@@ -583,3 +583,10 @@ def test_linears_that_a_training_forward_never_calls_are_reported():
         warnings.simplefilter("error")
         with adapters.routed(x):
             base(x)
+
+
+def test_a_module_of_the_base_that_is_called_skill_is_frozen_too():
+    base = nn.ModuleDict({"skill_head": nn.Linear(4, 4), "q": nn.Linear(4, 4)})
+    attach(base, OrchMoEConfig(targets=("q",)))
+    assert not any(p.requires_grad for p in base["skill_head"].parameters())
+    assert base["q"].skill_A.requires_grad
