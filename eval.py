@@ -206,47 +206,6 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
                         spreads.mean().item(), w.mean(0).max().item())
 
 
-def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
-    """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
-    w does not depend on the label, at most the smaller of their two entropies. None where the rows of w are
-    no distributions."""
-    if math.isnan(mean_entropy(w)):
-        return None
-    rows = np.unique(np.array(labels), return_inverse=True)[1]
-    joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
-    joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)
-    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    return torch.special.xlogy(joint, joint / apart.clamp(min=1e-300)).sum().item()
-
-
-@torch.no_grad()
-def routing_report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *,
-                   batch_size: int = 64) -> dict[str, Any]:
-    """What the router learnt, as numbers for a JSON file: RouterReport's, mutual information with the real
-    category, mean w of each real task (K), mean c of each Linear (S), Zhat (N,K,S) and `distance`, the mean
-    |c - 1/S|. {} for methods whose c is not one for the sample."""
-    base.eval()
-    use, distance, report = 0.0, 0.0, {}
-    for rows, batch in data.batches(examples, batch_size, base.device, "skills in use"):
-        with routed(base, adapters, batch) as routing:
-            if routing.c is None or routing.allocation is None:
-                return {}
-            c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
-            use = use + c.sum(1) / len(examples)
-            distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
-            report["allocation"] = routing.allocation[0].float().cpu().numpy().round(4).tolist()
-    names = adapters.linears.keys()
-    report |= {"distance": distance, "skill_use": dict(zip(names, use.cpu().tolist(), strict=True))}
-    w = router_weights(base, adapters, examples, batch_size=batch_size)
-    if w is not None:
-        tasks = np.array([example.task for example in examples])
-        report |= report_router(w, examples)._asdict()
-        report["mutual_information"] = mutual_information(w, [example.category for example in examples])
-        report["w"] = {str(task): w[tasks == task].mean(0).tolist() for task in sorted(set(tasks))}
-        report["category"] = {example.task: example.category for example in examples}
-    return report
-
-
 # ------------------------------------------------------------------------------------------------ the program
 
 
@@ -358,7 +317,7 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
     if w is not None:
         order = w[0].argsort(descending=True).tolist()
         shares = ", ".join(f"{k + 1} at {100 * w[0, k]:.1f} %" for k in order)
-        runtime.say(f"router: abstract task {shares} (numbered as in plot.py's figures)")
+        runtime.say(f"router: abstract task {shares} (numbered as in the figures)")
 
 
 def main() -> None:

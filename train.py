@@ -1,7 +1,7 @@
 """Trains adapters (or with --method full every weight) of a transformer on Super-NaturalInstructions; ends
 with a table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
 metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev as adapter.safetensors
-(--method full: model/), scores.json, and what the router does as routing.json.
+(--method full: model/) and scores.json.
 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
@@ -402,13 +402,9 @@ def load_best(folder: Path, method: str) -> dict[str, Tensor]:
 
 
 def finish(folder: Path, parts: Parts, config: TrainConfig, scores: dict[str, dict]) -> None:
-    """The last evaluation, of the weights as they are: scores.json, routing.json, and the table."""
+    """The last evaluation, of the weights as they are: scores.json, and the table."""
     scores[config.method] = closing_scores(parts, config, config.method)
     runtime.write_json(folder / "scores.json", scores)
-    report = evaluation.routing_report(parts.base, parts.adapters, parts.sets["seen"],
-                                       batch_size=config.eval_batch_size)
-    if report:
-        runtime.write_json(folder / "routing.json", report)
     runtime.say(table(scores))
     limit = f"at most {config.eval_instances} instances each" if config.eval_instances else "all instances"
     runtime.say(f"of {limit}; in {folder}: the weights that were best on dev, scores.json, metrics.jsonl")

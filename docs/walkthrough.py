@@ -302,7 +302,7 @@ and gets none.
                        ["peak learning rate", *(f"{rate:g}" for rate in rates)]])}
 
 AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`). To see w of
-every task and Ẑ of every Linear: `python plot.py --run RUN`."""
+every task and Ẑ of every Linear: `python -m experiments.plot --run RUN`."""
 
 
 # -------------------------------------------------------------------------------------------------- Markdown

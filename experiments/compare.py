@@ -32,12 +32,12 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
-import plot
 import runtime
 import t5
 import tokenizer as tokenizers
 import train
 from baselines import METHODS, NoAdapter, budget, count, parameters
+from experiments import plot, routing
 from experiments.search import Search, axes_of
 from experiments.tables import markdown, summarise
 from model import Backbone
@@ -228,7 +228,7 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
         losses = [scores["loss"] for scores in result[which]["tasks"].values()]
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
     if config.method.startswith("orchmoe") and not (cell.of or cell.row in UNTRAINED):
-        result["learnt"] = evaluation.routing_report(base, adapters, sets["seen"], batch_size=size)
+        result["learnt"] = routing.report(base, adapters, sets["seen"], batch_size=size)
     return result
 
 
@@ -462,7 +462,8 @@ def main() -> None:
         for path in plot.figures(Path(config.out)):
             runtime.say(f"written: {path}")
     else:
-        runtime.say(f"no matplotlib here, so no figures; with it: python plot.py --results {config.out}")
+        runtime.say("no matplotlib here, so no figures; with it: "
+                    f"python -m experiments.plot --results {config.out}")
 
 
 if __name__ == "__main__":

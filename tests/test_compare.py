@@ -14,12 +14,10 @@ import torch
 from conftest import ROOT
 
 import checkpoint
-import eval as evaluation
-import plot
 import runtime
 import train
 from baselines import attach_method, budget, count
-from experiments import compare
+from experiments import compare, plot
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
@@ -67,17 +65,6 @@ def test_dry_run_of_t5_xxl_is_quick_and_small(tmp_path):
     assert "base: 11,135,332,352 parameters" in done.stdout and "| moe-lora | 8 | 0 |" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
     assert after.ru_maxrss < 2e6  # kB, of the largest child so far
-
-
-def test_mutual_information_of_known_tables():
-    labels = ["x", "x", "y", "y"]
-    assert evaluation.mutual_information(torch.eye(2)[[0, 0, 1, 1]], labels) == pytest.approx(math.log(2))
-    assert evaluation.mutual_information(torch.eye(4), labels) == pytest.approx(math.log(2))
-    assert evaluation.mutual_information(torch.eye(2)[[0, 1, 0, 1]], labels) == pytest.approx(0)
-    assert evaluation.mutual_information(torch.full((4, 8), 1 / 8), labels) == pytest.approx(0)
-    soft = torch.tensor([[0.75, 0.25]] * 2 + [[0.25, 0.75]] * 2)  # ln 2 less the entropy of (3/4, 1/4)
-    expected = math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
-    assert evaluation.mutual_information(soft, labels) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------- ablations

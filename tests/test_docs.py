@@ -16,12 +16,11 @@ import pytest
 import torch
 
 import eval as evaluation
-import plot
 import runtime
 import t5
 import train
 from baselines import attach_method, count
-from experiments import bench, compare
+from experiments import bench, compare, plot
 from orchmoe import OrchMoEConfig, attach
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,11 +17,10 @@ from conftest import ROOT, SHORT, command, environment, run, terminate_after, tr
 import checkpoint
 import data
 import eval as evaluation
-import plot
 import runtime
 import tokenizer
 import train
-from experiments import spans
+from experiments import plot, spans
 from experiments.pretrain import random_base
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")

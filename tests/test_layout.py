@@ -24,7 +24,6 @@ LEVEL = {
     "experiments": 3,
     "baselines": 1,
     "eval": 3,
-    "plot": 3,
     "train": 4,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
@@ -47,7 +46,7 @@ def test_imports_point_down(path):
     assert imported(path) & LEVEL.keys() <= below
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "plot"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_other_package_is_imported(path):
     optional = {"tokenizers"} if path.stem == "tokenizer" else set()
     assert imported(path) - LEVEL.keys() - sys.stdlib_module_names <= PACKAGES | optional

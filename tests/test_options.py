@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import runtime
 
-PROGRAMS = ("train", "eval", "plot")
+PROGRAMS = ("train", "eval", "experiments.plot")
 
 
 def parser_of(program):
@@ -40,7 +40,8 @@ def rows(program):
 def page():
     head = ["# Options", "", "The flags of the programs, as `--help` has them.", ""]
     for program in PROGRAMS:
-        head += [f"## {program}.py", "", "| flag | what it does |", "|---|---|", *rows(program), ""]
+        title = program if "." in program else f"{program}.py"  # a module is run by python -m
+        head += [f"## {title}", "", "| flag | what it does |", "|---|---|", *rows(program), ""]
     return "\n".join(head)
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from experiments import tables
+from experiments import routing, tables
 
 
 def test_quantiles_of_students_t():
@@ -61,7 +60,7 @@ def test_summary_pairs_tasks_and_seeds():
 
 def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
     learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
-    learnt["mutual_information"] = evaluation.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
+    learnt["mutual_information"] = routing.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
     (entry,) = tables.summarise({"w without softmax": [{"learnt": learnt}, {"learnt": learnt}]})
     assert entry["learnt"] == {"largest": 2.0, "distance": pytest.approx(0.1)}
     assert "| w without softmax | - | - | 2.000 | 0.100 |" in tables.markdown([entry], {})

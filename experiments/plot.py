@@ -1,8 +1,9 @@
-"""Figures of a run and of a comparison, as PNG files beside their numbers. Needs matplotlib, which nothing
-else does; draws without a display, in colours that the colour-blind can tell apart (Okabe and Ito; cividis).
+"""Figures of a run and of a comparison, as PNG files beside their numbers. What the router of a run does is
+computed first, as routing.json in its folder. Needs matplotlib, which nothing else does; draws without a
+display, in colours that the colour-blind can tell apart (Okabe and Ito; cividis).
 
-    python plot.py --run runs/orchmoe-1          # loss, categories, router, allocation
-    python plot.py --results results/compare     # these; ablations, where they were run"""
+    python -m experiments.plot --run runs/orchmoe-1          # loss, categories, router, allocation
+    python -m experiments.plot --results results/compare     # these; ablations, where they were run"""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import checkpoint
+import eval as evaluation
 import runtime
+from experiments import routing
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
@@ -30,6 +33,13 @@ class PlotConfig:
 
     run: str = ""  # folder of a run of train.py
     results: str = ""  # or folder of a comparison, the --out of experiments.compare
+    model: str = ""  # with --run: where the run's base is now, if it has moved
+    gpu: int | None = None  # number of the GPU, to compute what the router does
+    device: Literal["cpu", ""] = ""  # no GPU even if there is one
+
+    def __post_init__(self) -> None:
+        if bool(self.run) == bool(self.results):
+            raise ValueError("give one of --run and --results")
 
 
 def pyplot() -> Any:
@@ -37,7 +47,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("matplotlib is missing, which plot.py alone needs; pip install matplotlib") from None
+        raise ValueError("matplotlib is missing, which figures alone need; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -178,6 +188,16 @@ def routing_figures(learnt: dict, folder: Path, of: Path) -> Iterator[Path]:
         yield allocation_map(learnt, folder / "allocation.png", of)
 
 
+def measure_routing(folder: Path, config: PlotConfig) -> None:
+    """routing.json of a run that has adapters, unless it is there and no older than these."""
+    adapter, written = folder / "adapter.safetensors", folder / "routing.json"
+    if adapter.exists() and not (written.exists() and written.stat().st_mtime >= adapter.stat().st_mtime):
+        base = config.model or evaluation.Run.read(folder).train["model"]
+        place = runtime.pick_device(config.gpu, config.device, base=base)
+        runtime.write_json(written, routing.of_run(folder, place, model=config.model))
+        runtime.say(f"written: {written}")
+
+
 def run_figures(folder: Path) -> Iterator[Path]:
     """Every figure that a run's folder has the numbers for."""
     yield loss_curves({folder.name: records(folder)}, folder / "loss.png")
@@ -219,8 +239,10 @@ def main() -> None:
     parser = runtime.Parser(__doc__)
     parser.add_dataclass(PlotConfig)
     config = runtime.from_flags(PlotConfig, vars(parser.parse_args()))
-    if bool(config.run) == bool(config.results):
-        raise ValueError("give one of --run and --results")
+    runtime.require_alone()
+    if config.run:
+        records(config.run)  # before anything is computed
+        measure_routing(Path(config.run), config)
     written = run_figures(Path(config.run)) if config.run else figures(Path(config.results))
     found = False
     for path in written:
