@@ -16,16 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from orchmoe import (
-    Adapters,
-    Mix,
-    OrchMoE,
-    OrchMoEConfig,
-    Routing,
-    SkillLinear,
-    add_skills,
-    target_linears,
-)
+from orchmoe import Adapters, Mix, OrchMoE, OrchMoEConfig, Routing, SkillLinear, add_skills, target_linears
 
 METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
 
@@ -111,12 +102,22 @@ class Poly(Adapters):
         self.noise_shape = (len(linears), heads, skills)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
-        """task_ids (B,), -1 where unseen; noise u (B,N,H,S) in training -> c (N,B,H,S)."""
+        """task_ids (B,), -1 where unseen; noise u (B,N,H,S) in training, drawn here if left out ->
+        c (N,B,H,S)."""
         refuse_w(w)
-        return Routing(None, None, mix_rows(self.allocation, task_ids, noise, relaxed=self.training), False)
+        if task_ids is None:
+            raise ValueError("task_ids: this method needs the task of each sample (B,), -1 where unseen")
+        Z, seen = self.allocation, (task_ids >= 0).view(1, -1, 1, 1)
+        rows = Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
+        if self.training:
+            u = torch.rand(len(task_ids), *self.noise_shape) if noise is None else noise
+            rows = rows + u.transpose(0, 1).to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
+        # softmax of logsigmoid is sigmoid(z) / sum sigmoid(z)
+        unseen = F.logsigmoid(Z).softmax(-1).mean(1, keepdim=True)
+        return Routing(None, None, torch.where(seen, F.logsigmoid(rows).softmax(-1), unseen), False)
 
 
-class CPoly(Adapters):
+class CPoly(Poly):
     """Common and private skills (C-Poly, Wang et al. 2024, arXiv 2312.03248): S-1 common skills shared as in
     Poly, one private skill a task whose weights start at the identity and are used as they stand; OUTPUTS are
     mixed. An unseen task has the common part alone. Grows with the number of tasks, so it cannot stand in a
@@ -124,34 +125,15 @@ class CPoly(Adapters):
 
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], tasks: int, skills: int,
                  generator: torch.Generator | None):
-        super().__init__(module, linears)
-        Z = torch.empty(len(linears), tasks, 1, skills - 1).uniform_(-1e-3, 1e-3, generator=generator)
-        self.allocation = nn.Parameter(Z.to(_device(linears)))
+        super().__init__(module, linears, tasks, skills - 1, 1, generator)
         private = torch.eye(tasks, device=_device(linears)).repeat(len(linears), 1, 1)
         self.allocation_private = nn.Parameter(private)  # (N,T,T)
-        self.noise_shape = (len(linears), 1, skills - 1)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,1,S-1) in training -> c (N,B,S-1+T)."""
-        refuse_w(w)
-        common = mix_rows(self.allocation, task_ids, noise, relaxed=self.training).squeeze(2)  # (N,B,S-1)
-        seen = (task_ids >= 0).unsqueeze(-1)
-        private = self.allocation_private[:, task_ids.clamp(min=0)] * seen  # (N,B,T)
+        common = super().route(task_ids=task_ids, noise=noise, w=w).c.squeeze(2)  # (N,B,S-1)
+        private = self.allocation_private[:, task_ids.clamp(min=0)] * (task_ids >= 0).unsqueeze(-1)  # (N,B,T)
         return Routing(None, None, torch.cat([common, private], dim=-1), False)
-
-
-def mix_rows(Z: Tensor, task_ids: Tensor | None, noise: Tensor | None, *, relaxed: bool) -> Tensor:
-    """Z (N,T,H,S), task_ids (B,) -> each sample's row, normalised (N,B,H,S); the mean row for id -1. With
-    `relaxed`, noise u (B,N,H,S) enters, drawn here if left out. softmax of logsigmoid is sigmoid(z) / sum
-    sigmoid(z)."""
-    if task_ids is None:
-        raise ValueError("task_ids: this method needs the task of each sample (B,), -1 where it is unseen")
-    rows = Z[:, task_ids.clamp(min=0)]
-    if relaxed:
-        u = torch.rand(len(task_ids), len(Z), *Z.shape[2:]) if noise is None else noise
-        rows = rows + u.transpose(0, 1).to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
-    unseen = F.logsigmoid(Z).softmax(-1).mean(1, keepdim=True)
-    return torch.where((task_ids >= 0).view(1, -1, 1, 1), F.logsigmoid(rows).softmax(-1), unseen)
 
 
 def refuse_w(w: Tensor | None) -> None:
