@@ -1,7 +1,6 @@
-"""Super-NaturalInstructions (arXiv 2204.07705) from its JSON files to batches: the official prompt, disjoint
-sets by task name, a memory-mapped token cache, batches that are a pure function of (seed, step). Takes
-github.com/allenai/natural-instructions, or a folder of the same shape, as it is. Test: `pytest
-tests/test_data.py`.
+"""Super-NaturalInstructions (arXiv 2204.07705, github.com/allenai/natural-instructions) from JSON files to
+batches: the official prompt, disjoint sets by task name, a memory-mapped token cache, batches that are a pure
+function of (seed, step). Test: pytest tests/test_data.py
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = batch_at(examples.source_lengths, 8, seed=0, step=0)
@@ -12,14 +11,11 @@ Letters: B batch, L source length, Lt target length.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import string
 import zipfile
@@ -36,11 +32,11 @@ from torch.nn.utils.rnn import pad_sequence
 import runtime
 from tokenizer import Tokenizer
 
-CACHE_VERSION = 3  # part of every cache key: raise it when a prompt, a set or the layout changes
+CACHE_VERSION = 4  # part of every cache key: raise it when a prompt, a set or the layout changes
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
-WHERE = ("data", "splits", "max_tasks", "cache")  # options that no token depends on
+WHERE = {"data", "splits", "max_tasks", "cache"}  # options that no token depends on
 
 
 @dataclass(frozen=True)
@@ -73,19 +69,28 @@ def read_task(path: str | os.PathLike) -> dict:
 
     Takes what upstream has or had: a str as Definition or output, no ids, no explanations, NaN, a byte order
     mark. ValueError with file, field and remedy for the rest. Text that UTF-8 cannot hold (JSON can spell a
-    lone surrogate, \\ud800) is refused, not repaired: a repair would change prompts and references unseen.
-    """
+    lone surrogate, \\ud800) is refused, not repaired: a repair would change prompts and references unseen."""
     path = Path(path)
     task = runtime.read_json(path)
     try:
         _require(isinstance(task, dict), "top level", "an object")
-        _require(bool(task.get("Instances")), "Instances", "a list of objects, not empty")
-        return {"name": path.stem,
+        read = {"name": path.stem, "instances": [],
                 "category": _text(_first(task.get("Categories")) or "Unknown", "Categories"),
-                "definition": _text(_first(task.get("Definition")), "Definition"),
-                "positive": _rows(task, "Positive Examples", _demonstration),
-                "negative": _rows(task, "Negative Examples", _demonstration),
-                "instances": _rows(task, "Instances", functools.partial(_instance, path.stem))}
+                "definition": _text(_first(task.get("Definition")), "Definition")}
+        for kind in ("Positive", "Negative"):
+            read[kind.lower()] = [
+                {key: _text(row.get(key), f"{field}.{key}") for key in ("input", "output", "explanation")
+                 if key in row or key != "explanation"} for field, row in _rows(task, f"{kind} Examples")]
+        for i, (field, row) in enumerate(_rows(task, "Instances")):
+            own_id, output = row.get("id"), row.get("output")
+            output = output if isinstance(output, list) else [output]
+            _require(len(output) > 0, f"{field}.output", "a string or a list of some")
+            read["instances"].append({
+                "id": _text(f"{path.stem}-{i}" if own_id is None else str(own_id), f"{field}.id"),
+                "input": _text(row.get("input"), f"{field}.input"),
+                "output": [_text(reference, f"{field}.output") for reference in output]})
+        _require(len(read["instances"]) > 0, "Instances", "a list of objects, not empty")
+        return read
     except ValueError as error:
         raise ValueError(f"{path}: {error}; mend it or take the task off the list") from None
 
@@ -98,30 +103,15 @@ def _require(good: bool, field: str, wanted: str) -> None:
 def _text(value: Any, field: str) -> str:
     _require(isinstance(value, str), field, "a string")
     _require(len(value) <= LONGEST_TEXT, field, f"at most {LONGEST_TEXT} characters")
-    _require(value.encode(errors="replace").decode() == value, field,
-             "text without lone surrogates (\\ud800 to \\udfff)")
+    _require(value.encode(errors="replace").decode() == value, field, "text without lone surrogates")
     return value
 
 
-def _rows(task: dict, field: str, read: Callable[[int, dict, str], dict]) -> list[dict]:
+def _rows(task: dict, field: str) -> list[tuple[str, dict]]:
     rows = task.get(field, [])
-    is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    _require(is_list, field, "a list of objects")
-    return [read(i, row, f"{field}[{i}]") for i, row in enumerate(rows)]
-
-
-def _demonstration(_: int, row: dict, field: str) -> dict:
-    return {key: _text(row.get(key), f"{field}.{key}") for key in ("input", "output", "explanation")
-            if key in row or key != "explanation"}
-
-
-def _instance(name: str, i: int, row: dict, field: str) -> dict:
-    own_id, output = row.get("id"), row.get("output")
-    output = [output] if isinstance(output, str) else output
-    _require(isinstance(output, list) and len(output) > 0, f"{field}.output", "a string or a list of some")
-    return {"id": _text(f"{name}-{i}" if own_id is None else str(own_id), f"{field}.id"),
-            "input": _text(row.get("input"), f"{field}.input"),
-            "output": [_text(reference, f"{field}.output") for reference in output]}
+    are_objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    _require(are_objects, field, "a list of objects")
+    return [(f"{field}[{i}]", row) for i, row in enumerate(rows)]
 
 
 def _first(value: Any) -> Any:
@@ -129,22 +119,19 @@ def _first(value: Any) -> Any:
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
-    """{"train": names, "test": names}: the tasks that splits/<splits>/ lists and tasks/ holds, in the order
-    of the lists. A warning says how many are missing; ValueError when all are, when a list itself is, or when
-    a task is on both."""
-    root, listed = Path(root), {}
+    """{"train": names, "test": names}: the tasks that splits/<splits>/ lists and tasks/ holds, in the lists'
+    order; a warning says how many are missing. ValueError when all are, or a list, or a task is on both."""
+    root, listed, found = Path(root), {}, {}
     for split in ("train", "test"):
         path = root / "splits" / _plain_name(splits, "--splits") / f"{split}_tasks.txt"
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
                              "e.g. from git clone https://github.com/allenai/natural-instructions")
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        names = [_plain_name(line.strip(), str(path)) for line in lines if line.strip()]
-        listed[split] = list(dict.fromkeys(names))
+        lines = map(str.strip, path.read_text(encoding="utf-8-sig", errors="replace").split("\n"))
+        listed[split] = list(dict.fromkeys(_plain_name(line, str(path)) for line in lines if line))
+        found[split] = [name for name in listed[split] if (root / "tasks" / f"{name}.json").is_file()]
     if both := set(listed["train"]) & set(listed["test"]):
         raise ValueError(f"{path}: {min(both)} is in train_tasks.txt too; take it off one of the two")
-    found = {split: [name for name in names if (root / "tasks" / f"{name}.json").is_file()]
-             for split, names in listed.items()}
     total, there = (sum(map(len, names.values())) for names in (listed, found))
     if total and not there:
         raise ValueError(f"{root / 'tasks'}: has none of the {total} tasks of splits/{splits}; complete it")
@@ -163,11 +150,9 @@ def _plain_name(name: str, field: str) -> str:
 def split_instances(contents: Sequence[Hashable], name: str, train_instances: int) -> tuple[list[int], ...]:
     """Disjoint indices (train, dev, seen) of the instances of a training task, shuffled by its name alone.
 
-    Dev and seen are the end of the shuffle: 20 each from n = 140 on, n // 5 each below, so `train_instances`
-    does not touch them. Train is its beginning, so a smaller training set lies within a larger one. With
-    n < 5 all instances train and the other two are empty. n counts different contents; of those that are held
-    out the first in the shuffle is kept, and no copy of it trains.
-    """
+    Of n different contents dev and seen are the last of the shuffle: 20 each from n = 140 on, else n // 5
+    each, whatever `train_instances` is; no copy of theirs trains. Train is the first of the shuffle, so a
+    smaller training set lies within a larger one."""
     order = list(range(len(contents)))
     random.Random(f"0/{name}").shuffle(order)
     first = {contents[i]: i for i in reversed(order)}  # of equal contents, in the order of the shuffle
@@ -188,15 +173,16 @@ def render_prompt(task: dict, instance: dict, tokenizer: Any, *, definition: boo
 
     task, instance: dicts as in the JSON files or from `read_task`. tokenizer: anything with encode(str) ->
     ids, EOS last, and decode(ids) -> str. Examples are taken in order while the whole fits, tokenised anew
-    each time, since counts of subwords do not add up over parts; a source too long without any is cut.
-    """
+    each time, since counts of subwords do not add up over parts; a source too long without any is cut."""
     head = _dot(f"Definition: {_first(task.get('Definition', task.get('definition'))).strip()}") + "\n\n"
     head = checked = head if definition else ""
     tail = f"Now complete the following example -\n{_dot('Input: ' + instance['input'].strip())}\nOutput: "
     for kind, most in (("Positive", num_pos), ("Negative", num_neg)):
         taken: list[str] = []
         for number, example in enumerate(task.get(f"{kind} Examples", task.get(kind.lower(), []))[:most], 1):
-            shown = f" {kind} Example {number} -\n{_shown(example, explanation)}\n\n"
+            fields = ("Input", " Output", *[" Explanation"] * (explanation and "explanation" in example))
+            shown = "\n".join(_dot(f"{name}: {example[name.strip().lower()].strip()}") for name in fields)
+            shown = f" {kind} Example {number} -\n{shown}\n\n"
             # the official check joins examples with a space, the official prompt with nothing
             if len(tokenizer.encode(checked + " ".join(taken) + shown + tail)) > max_source_length:
                 break
@@ -206,21 +192,13 @@ def render_prompt(task: dict, instance: dict, tokenizer: Any, *, definition: boo
     return head + tail if len(ids) <= max_source_length else tokenizer.decode(ids[:max_source_length])
 
 
-def _shown(example: dict, explanation: bool) -> str:
-    lines = [_dot(f"Input: {example['input'].strip()}"), _dot(f" Output: {example['output'].strip()}")]
-    if explanation and "explanation" in example:
-        lines.append(_dot(f" Explanation: {example['explanation'].strip()}"))
-    return "\n".join(lines)
-
-
 def _dot(text: str) -> str:
     return text if text[-1] in string.punctuation else text + "."
 
 
 def _prompt(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
-    return render_prompt(task, instance, tokenizer, definition=config.definition, num_pos=config.num_pos,
-                         num_neg=config.num_neg, explanation=config.explanation,
-                         max_source_length=config.max_source_length)
+    options = {name: getattr(config, name) for name in render_prompt.__kwdefaults__}
+    return render_prompt(task, instance, tokenizer, **options)
 
 
 def _cut(ids: list[int], limit: int) -> np.ndarray:
@@ -228,15 +206,13 @@ def _cut(ids: list[int], limit: int) -> np.ndarray:
     return np.array(ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]], np.int32)
 
 
-# ------------------------------------------------------------------------------------------------ token cache
+# ------------------------------------------------------------------------------------------ examples, tokens
 
 
 def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dict]) -> dict:
-    """What `make` returns from `files` (tensors, lists, numbers, strings), made once and then mapped.
-
-    key: JSON values, what it depends on beside the files. These count as unchanged while size and time of
-    change are the same; else the cache file, whose name the key decides, is replaced.
-    """
+    """What `make` returns from `files` (tensors, lists, numbers, strings), made once and then mapped. `key`:
+    JSON values, what it depends on beside the files; these count as unchanged while size and time of change
+    are the same, else the cache file, whose name the key decides, is replaced."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = [CACHE_VERSION, *key, list(map(str, files))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -245,15 +221,11 @@ def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dic
         key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
         if found := _read_cache(path, key):
             return found
-        made, buffer = {"key": key, **make()}, io.BytesIO()
-        torch.save(made, buffer)  # not into the file: torch turns errors of a full disk into its own
+        made = {"key": key, **make()}
         try:
             with runtime.atomic_write(path) as file:
-                file.write(buffer.getbuffer())
-        except OSError as error:  # a folder that may not be written costs the cache alone
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                remedy = f"{error.strerror}; or name another by --cache"
-                raise OSError(error.errno, remedy, str(path)) from None
+                torch.save(made, file)
+        except OSError as error:  # a folder that is full, or may not be written, costs the cache alone
             runtime.warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
         return _read_cache(path, key) or made  # mapped, so that processes share the memory
 
@@ -267,9 +239,6 @@ def _read_cache(path: Path, key: list) -> dict | None:
         return None if damaged or found["key"] != key else found
     except Exception:  # of many types, whatever a damaged file or somebody else's provokes
         return None
-
-
-# --------------------------------------------------------------------------------------------------- examples
 
 
 class Example(NamedTuple):
@@ -295,12 +264,8 @@ class Examples(list[Example]):
 def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = SETS, *,
               training: Sequence[str] | None = None) -> dict[str, Examples]:
     """{name: set} of the names: "train", "dev", "seen" (`split_instances` of each training task) and "test"
-    (the first 100 instances of each test task, as they stand). ValueError for bad files.
-
-    training: the tasks among which `task_index` is a place: those of a run; without, those of `config`.
-    """
-    if odd := set(names) - set(SETS):
-        raise ValueError(f"--split {min(odd)}: choose one of {', '.join(SETS)}")
+    (the first 100 instances of each test task, as they stand). training: the tasks among which `task_index`
+    is a place, those of a run; without, those of `config`. ValueError for bad files."""
     listed = {kind: sorted(tasks[:config.max_tasks or None])
               for kind, tasks in read_splits(config.data, config.splits).items()}
     index = {task: i for i, task in enumerate(listed["train"] if training is None else training)}
@@ -320,59 +285,43 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
     options = {name: value for name, value in vars(config).items() if name not in WHERE}
     made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
-        {**facts, "source": torch.from_numpy(source), "target": torch.from_numpy(target)}
-        for facts, source, target in _map_tasks(encode, paths)]})["tasks"]
-    if copies := sum(task["copies"] for task in made):
-        runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "
-                     "train, dev and seen")
-    if alike := sum(task["alike"] for task in made):
-        runtime.warn(f"--max-source-length {config.max_source_length}: cuts {alike} sources of the {kind} "
-                     "tasks to what another of their task is cut to; give more tokens")
+        {**task, "ids": torch.from_numpy(task["ids"])} for task in _map_tasks(encode, paths)]})["tasks"]
+    if cut := sum(task["cut"] for task in made):
+        runtime.warn(f"--max-source-length {config.max_source_length}: the ends of {cut} sources are cut off")
     sets: dict[str, list[Example]] = {name: [] for name in SETS if (name == "test") == (kind == "test")}
     for name, task in zip(tasks, made, strict=True):
         rows = json.loads(task["rows"])
-        source_ends = np.cumsum([row[-2] for row in rows])
-        target_ends = np.cumsum([size for row in rows for size in row[-1]])
-        sources = np.split(task["source"].numpy(), source_ends[:-1])
-        targets = iter(np.split(task["target"].numpy(), target_ends[:-1]))
-        for (split, place, own_id, references, *_), source in zip(rows, sources, strict=True):
-            target_ids = [next(targets) for _ in references]
-            sets[split].append(Example(own_id, name, task["category"], source, target_ids, references,
+        ends = np.cumsum([size for *_, sizes in rows for size in sizes])
+        pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
+        for split, place, own_id, references, sizes in rows:
+            source, *targets = [next(pieces) for _ in sizes]
+            sets[split].append(Example(own_id, name, task["category"], source, targets, references,
                                        index.get(name, -1), place))
     digest = hashlib.sha256("".join(task["digest"] for task in made).encode()).hexdigest()[:16]
     return {name: Examples(examples, tasks, digest) for name, examples in sets.items()}
 
 
-def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
-                 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """What is kept of a task file: facts, the ids of all its sources, those of all its targets."""
-    task = read_task(path)
-    instances = task["instances"]
-    contents = [(instance["input"], *instance["output"]) for instance in instances]
-    sets, copies = {"test": range(min(len(contents), 100))}, 0
+def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig) -> dict[str, Any]:
+    """What is kept of a task file; `ids` holds each row's source and, behind it, its targets."""
+    task, rows, ids, cut = read_task(path), [], [], 0
+    contents = [(instance["input"], *instance["output"]) for instance in task["instances"]]
+    sets = {"test": range(min(len(contents), 100))}
     if kind == "train":
         sets = dict(zip(SETS, split_instances(contents, path.stem, config.train_instances), strict=False))
-        copies = len(contents) - len(set(contents))
-    rows, sources, targets, cut = [], [], [], set()
     for split, place in [(split, place) for split, places in sets.items() for place in places]:
-        instance = instances[place]
+        instance = task["instances"][place]
         prompt = _prompt(task, instance, tokenizer, config)
-        if not prompt.endswith("Output: "):  # as every whole prompt does
-            cut.add((instance["input"], prompt))
-        source = _cut(tokenizer.source(prompt), config.max_source_length)
-        outputs = [_cut(tokenizer.target(text), config.max_target_length) for text in instance["output"]]
-        rows.append((split, place, instance["id"], instance["output"], len(source), list(map(len, outputs))))
-        sources.append(source)
-        targets += outputs
-    facts = {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
-             "copies": copies, "alike": len(cut) - len({prompt for _, prompt in cut}),
-             "rows": json.dumps(rows)}
-    return facts, np.concatenate(sources), np.concatenate(targets)
+        cut += not prompt.endswith("Output: ")  # as every whole prompt does
+        pieces = [_cut(tokenizer.source(prompt), config.max_source_length)]
+        pieces += [_cut(tokenizer.target(text), config.max_target_length) for text in instance["output"]]
+        rows.append((split, place, instance["id"], instance["output"], list(map(len, pieces))))
+        ids += pieces
+    return {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
+            "cut": cut, "rows": json.dumps(rows), "ids": np.concatenate(ids)}
 
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
-    """An instruction and an input of one's own as an Example: prompted like every other, with no positive
-    examples, since there are none, and no references."""
+    """An instruction and an input of one's own as an Example without positive examples and references."""
     prompt = _prompt({"definition": definition}, {"input": text}, tokenizer, config)
     source_ids = _cut(tokenizer.source(prompt), config.max_source_length)
     return Example("asked", "asked", "asked", source_ids, [_cut(tokenizer.target(""), 1)], [])
@@ -387,7 +336,7 @@ def _map_tasks(function: Callable[[Path], Any], paths: list[Path]) -> list:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(cores, 32), spawn, runtime.end_with_parent) as pool:
                 return list(bar(pool.map(function, paths, chunksize=4)))
-        except (BrokenExecutor, OSError, ImportError, pickle.PicklingError) as error:
+        except (BrokenExecutor, OSError) as error:
             runtime.warn(f"worker processes failed ({type(error).__name__}); tokenising in this one")
     return [function(path) for path in bar(paths)]
 
@@ -411,28 +360,32 @@ class Batch(NamedTuple):
         return Batch(*[field.to(device, non_blocking=True) for field in self[:-1]], self.ids)
 
     def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, Batch]]:
-        """(rows, batch of these rows) for up to `parts` pieces of nearly equal size, each cut to its own
-        longest source and target: batches hold rows in order of length, so pieces pad less than the whole.
-        Of each piece process `rank` takes every `ranks`-th row; where none is left for it the first one,
-        without its target, since all processes must take the same steps: then the rows are empty."""
+        """(rows, batch of these rows) for up to `parts` pieces of nearly equal size. Of each piece process
+        `rank` takes every `ranks`-th row; where none is left for it, `rows` is empty and the batch is the
+        first row without its target, since all processes must take the same steps."""
         size = -(-len(self.ids) // parts)
         for start in range(0, len(self.ids), size):
-            rows = range(start, min(start + size, len(self.ids)))[rank::ranks]
-            piece = Batch(*[field[start:start + size][rank::ranks] if rows else field[start:start + 1]
-                            for field in self])
-            if not rows:
-                piece = piece._replace(labels=torch.full_like(piece.labels, -100))
-            source, target = piece.attention_mask.any(0).sum(), (piece.labels != -100).any(0).sum()
-            yield rows, piece._replace(
-                input_ids=piece.input_ids[:, :source], attention_mask=piece.attention_mask[:, :source],
-                labels=piece.labels[:, :max(1, target)])
+            rows = range(len(self.ids))[start:start + size][rank::ranks]
+            where = slice(start, start + 1) if not rows else slice(rows.start, rows.stop, ranks)
+            ids, mask, labels, *rest = [field[where] for field in self]
+            labels = labels if rows else torch.full_like(labels, -100)
+            # Batches hold rows in order of length: cut to its own longest, a piece pads less than the whole.
+            source, target = mask.any(0).sum(), (labels != -100).any(0).sum()
+            yield rows, Batch(ids[:, :source], mask[:, :source], labels[:, :max(1, target)], *rest)
 
 
-def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Batches of indices, each example once. Shuffled by (seed, epoch), sorted by length within pools of 50
-    batches so that a batch pads little, the batches shuffled again; one is smaller where a rest remains."""
-    rng = np.random.default_rng([seed, epoch])
-    order, batches = rng.permutation(len(lengths)), []
+def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the batch of `step` = 0, 1, .. by these arguments alone; an epoch has each example once."""
+    epoch, place = divmod(step, -(-len(lengths) // batch_size))
+    return _epoch(np.asarray(lengths, np.int64).tobytes(), batch_size, seed, epoch)[place]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(lengths: bytes, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Shuffled by (seed, epoch), sorted by length within pools of 50 batches so that a batch pads little, the
+    batches shuffled again."""
+    lengths, rng, batches = np.frombuffer(lengths, np.int64), np.random.default_rng([seed, epoch]), []
+    order = rng.permutation(len(lengths))
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start:start + 50 * batch_size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
@@ -440,21 +393,8 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the batch of `step` = 0, 1, ..., decided by these arguments alone, so a run can resume."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    epoch, place = divmod(step, -(-len(lengths) // batch_size))
-    return _epoch_order(lengths.tobytes(), batch_size, seed, epoch)[place]
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(lengths: bytes, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    return batch_order(np.frombuffer(lengths, np.int64), batch_size, seed, epoch)
-
-
 def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0, pad_id: int = 0) -> Batch:
-    """Padded batch with one reference an example: the first, or with a seed one drawn from (seed, step, task,
-    id), so the same whatever batch, micro-batch or rank the example is in."""
+    """Padded batch with one reference an example: the first, or one drawn by (seed, step, task, id)."""
     sources, targets = [torch.from_numpy(example.source_ids).long() for example in examples], []
     for example in examples:
         name = f"{seed}/{step}/{example.task}/{example.id}".encode()
@@ -475,8 +415,7 @@ def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
 def batches(examples: Sequence[Example], size: int, device: torch.device, desc: str, rank: int = 0,
             ranks: int = 1) -> Iterator[tuple[list[int], Batch]]:
     """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
-    once. Of several processes each takes its part of every batch of size * ranks, see Batch.split; no
-    positions where none is left for it."""
+    once. Of several processes each takes its part of every size * ranks examples, see Batch.split."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
     with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
         for start in range(0, len(order), size * ranks):

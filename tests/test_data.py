@@ -22,7 +22,6 @@ import tokenizer as tokenizers
 from data import (
     DataConfig,
     batch_at,
-    batch_order,
     collate,
     load_sets,
     read_splits,
@@ -363,24 +362,18 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tok
         assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
 
 
-def test_sources_that_a_cut_makes_equal_are_counted(config, repository, tokenizer, capsys):
-    few = replace(config, max_source_length=12)
+def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys):
+    texts = [{"input": "river " * n, "output": "stone"} for n in range(1, 100)]
+    write_task(repository, "task3_c", task_json(Instances=texts))
+    short = replace(config, max_source_length=60)
     for _ in range(2):  # made, and from the cache
-        sets = load_sets(few, tokenizer, ["train", "dev", "seen"])
-        assert len({tuple(e.source_ids) for examples in sets.values() for e in examples}) == 1
-    kept = sum(map(len, sets.values()))
+        sets = load_sets(short, tokenizer, ["train", "dev", "seen"])
+    shown = [tokenizer.decode(e.source_ids) for examples in sets.values() for e in examples]
+    cut = sum(not text.endswith("Output:") for text in shown)
     warning, = capsys.readouterr().err.splitlines()
-    assert f"--max-source-length 12: cuts {kept - 3} sources of the train tasks to what another" in warning
+    assert 10 < cut and warning.endswith(f"--max-source-length 60: the ends of {cut} sources are cut off")
     load_sets(config, tokenizer)
     assert not capsys.readouterr().err
-
-
-def test_repeats_are_counted(config, repository, tokenizer, capsys):
-    instances = task_json(20)["Instances"]
-    twins = [*instances, {**instances[3], "id": "another"}, {**instances[4], "output": ["else"]}]
-    write_task(repository, "task1_a", task_json(Instances=twins))
-    load_sets(config, tokenizer)
-    assert "tasks: 1 instances repeat another of their task; none is on two sides" in capsys.readouterr().err
 
 
 def test_equal_ids_are_told_apart_by_place(config, repository, tokenizer):
@@ -467,13 +460,10 @@ def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", breaks)
-        if number == errno.ENOSPC:  # goes on once there is room
-            with pytest.raises(OSError, match="No space left on device.*--cache"):
-                load_all(config, tokenizer)
-        else:  # goes on without a cache
-            assert load_all(config, tokenizer) and "no token cache" in capsys.readouterr().err
+        whole = load_all(config, tokenizer)  # goes on without a cache
+    assert f"no token cache ({os.strerror(number)}" in capsys.readouterr().err
     assert list((tmp_path / "cache").iterdir()) == []
-    assert load_all(config, tokenizer)
+    assert load_all(config, tokenizer) == whole and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, capsys):
@@ -511,8 +501,6 @@ def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
     for name, value in dict(num_pos=-1, train_instances=0, max_source_length=1).items():
         with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
             DataConfig(**{name: value})
-    with pytest.raises(ValueError, match="--split"):
-        load_sets(config, tokenizer, ["validation"])
     write_lists(repository, [], ["task9_t"])
     with pytest.raises(ValueError, match="train_tasks.txt"):
         load_sets(config, tokenizer, ["train"])
@@ -539,21 +527,26 @@ def test_real_files_are_read(sni_dir):
 LENGTHS = np.random.default_rng(0).integers(10, 1000, 1003)
 
 
+def epoch_of(seed: int, epoch: int) -> list[np.ndarray]:
+    return [batch_at(LENGTHS, 8, seed, step) for step in range(epoch * 126, (epoch + 1) * 126)]
+
+
 def test_an_epoch_has_each_example_once_and_is_pure():
-    for epoch in range(3):
-        batches = batch_order(LENGTHS, 8, 5, epoch)
+    epochs = [epoch_of(5, epoch) for epoch in range(3)]
+    for batches in epochs:
         assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
         assert sorted(map(len, batches)) == [3] + [8] * 125
-        for step, batch in enumerate(batches, epoch * 126):
-            assert batch_at(LENGTHS, 8, 5, step).tolist() == batch.tolist()
-    assert batch_order(LENGTHS, 8, 5, 0)[0].tolist() != batch_order(LENGTHS, 8, 6, 0)[0].tolist()
-    assert batch_order(LENGTHS, 8, 5, 0)[0].tolist() != batch_order(LENGTHS, 8, 5, 1)[0].tolist()
+    data._epoch.cache_clear()
+    for before, after in zip(epochs[1], epoch_of(5, 1), strict=True):
+        assert before.tolist() == after.tolist()
+    firsts = [epoch_of(*of)[0].tolist() for of in ((5, 0), (5, 1), (6, 0))]
+    assert len(set(map(tuple, firsts))) == 3
 
 
 def test_batch_at_forgets_nothing_and_mixes_nothing_up():
     asked = [batch_at(lengths, 8, seed, step).tolist()
              for seed in (0, 1) for lengths in (LENGTHS, LENGTHS[::-1]) for step in (3, 400, 3)]
-    data._epoch_order.cache_clear()
+    data._epoch.cache_clear()
     assert asked[::3] == asked[2::3] and len(set(map(tuple, asked))) == 8
     assert asked[-1] == batch_at(LENGTHS[::-1], 8, 1, 3).tolist()
 
@@ -563,7 +556,7 @@ def test_bucketing_pads_far_less_than_random_batches():
         return sum(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum() for batch in batches)
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
-    bucketed = batch_order(LENGTHS, 8, 0, 0)
+    bucketed = epoch_of(0, 0)
     assert padded(bucketed) < 0.2 * padded([order[i:i + 8] for i in range(0, len(order), 8)])
     means = [LENGTHS[batch].mean() for batch in bucketed]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # batches are not served by length
