@@ -10,18 +10,20 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import runtime
 from llama import Llama
 from model import Backbone
+from orchmoe import Adapters
 from t5 import T5
 
 FAMILIES = {"t5": T5, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)}  # by model_type
@@ -255,3 +257,109 @@ def existing(path: str | Path, remedy: str) -> Path:
     if not Path(path).exists():
         raise ValueError(f"{path}: not there; {remedy}")
     return Path(path)
+
+
+# --------------------------------------------------------------------------------------- LoRAs in PEFT's form
+
+LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Fields of adapter_config.json with which an adapter is more than W + scale B A in the Linears it names.
+REFUSED = ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
+           "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters",
+           "alora_invocation_tokens")  # fmt: skip
+
+
+class Lora(NamedTuple):
+    """A LoRA that adds B A to the weight of each Linear, by the Linear's name in transformers."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (r,D), B (O,r) with the scale in it
+    rank: int
+    base: str  # name or folder of the base, as whoever made it called it
+
+
+def peft_names(adapters: Adapters) -> dict[str, str]:
+    """{name in transformers: name here} of each adapted Linear."""
+    module, names = adapters._module[0], {}
+    for ours in adapters.linears:
+        names[functools.reduce(lambda name, rename: re.sub(*rename, name),
+                               getattr(module, "renames", ()), f"{ours}.")[:-1]] = ours
+    return names
+
+
+@torch.no_grad()
+def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: str, *, rank: int = 0) -> int:
+    """Writes the LoRA that the skills are under ONE routing, w (K,) or, for a method without a router, None,
+    as PEFT reads it, and returns its rank. base: what a server knows the base by. The scale is in B, so
+    lora_alpha = r, one r for all, S R or `rank` where that is more: servers drop what says otherwise.
+    ValueError where no one LoRA is this routing."""
+    if reason := adapters.unfoldable():
+        raise ValueError(f"{folder}: not written: {reason}")
+    linears = adapters.linears.values()
+    if any(linear.skill_mix.__name__ == "mix_factors" for linear in linears):
+        raise ValueError(f"{folder}: not written: skills that mix their factors are no LoRA of rank S R")
+    r = max(rank, *(linear.skill_A.shape[:2].numel() for linear in linears))
+    tensors, names, module = {}, peft_names(adapters), adapters._module[0]
+    for c, (theirs, ours) in zip(adapters.route(w=w).c, names.items(), strict=True):  # (1,S)
+        linear = adapters.linears[ours]
+        A = linear.skill_A.flatten(0, 1)  # (S R,D)
+        B = (linear.skill_scale * c[0, :, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
+        key, pad = f"base_model.model.{theirs}.lora_", r - len(A)
+        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
+    write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
+    runtime.write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if hasattr(module, "encoder") else "CAUSAL_LM",
+        "base_model_name_or_path": base, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in names}), "inference_mode": True})
+    return r
+
+
+def load_peft(folder: str | Path) -> Lora:
+    """A PEFT folder of a plain LoRA; ValueError names the file and the field of what it is beyond that."""
+    path = Path(folder) / "adapter_config.json"
+    values = runtime.read_json(existing(path, "name the folder of a LoRA as peft saves it"))
+    values = {"bias": "none"} | (values if isinstance(values, dict) else {})
+    plain = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys(REFUSED, (None, False, {}, []))}
+    if odd := [name for name, allowed in plain.items() if values.get(name) not in allowed]:
+        raise ValueError(f"{path}: {odd[0]} {values.get(odd[0])!r:.60}: not a plain LoRA, which alone can be "
+                         "a skill")
+    r, alpha, base = (values.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
+    good = type(r) is int and 0 < r < 10**6 and type(alpha) in (int, float) and math.isfinite(alpha)
+    if not (good and isinstance(base, str)):
+        raise ValueError(f"{path}: r {r!r:.40}, lora_alpha {alpha!r:.40}, base_model_name_or_path "
+                         f"{base!r:.40}: expected a whole number above 0, a number, a text")
+    scale = alpha / (math.sqrt(r) if values.get("use_rslora") else r)
+    path = Path(folder) / "adapter_model.safetensors"
+    tensors = read_safetensors(path)[0] if path.exists() else _read_torch(path := path.with_suffix(".bin"))
+    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    for key, tensor in tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if not (match and tensor.dim() == 2 and tensor.dtype in FLOATS):
+            raise ValueError(f"{path}: {key!r:.80}: no factor of a LoRA in a Linear")
+        if tensor.shape[0 if match[2] == "A" else 1] != r or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key!r:.80}: {list(tensor.shape)} not of rank {r}, or not finite")
+        sides[match[2]][match[1]] = tensor.float()
+    if not tensors or (lone := sides["A"].keys() ^ sides["B"].keys()):
+        raise ValueError(f"{path}: a factor is missing: {_few(lone) if tensors else 'it is empty'}")
+    return Lora({name: (A, scale * sides["B"][name]) for name, A in sides["A"].items()}, r, base)
+
+
+@torch.no_grad()
+def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
+    """Makes each LoRA one skill, and freezes the skills: what trains from here on is the routing. The config
+    has skills = len(loras) and the largest of their ranks. ValueError where the names or shapes are not those
+    of the adapted Linears: a LoRA that is left out in silence would be the base."""
+    names = peft_names(adapters)
+    for lora in loras:
+        if differing := lora.factors.keys() ^ names.keys():
+            raise ValueError(f"the LoRA of {lora.base}: {_few(differing)} is not in both it and --targets")
+        for theirs, (A, B) in lora.factors.items():
+            linear = adapters.linears[names[theirs]]
+            if (B.shape[0], A.shape[1]) != linear.weight.shape:
+                raise ValueError(f"the LoRA of {lora.base}: {theirs} is {B.shape[0]} x {A.shape[1]}, in this "
+                                 f"base {list(linear.weight.shape)}")
+    for theirs, ours in names.items():
+        linear = adapters.linears[ours]
+        for skill in (linear.skill_A, linear.skill_B):
+            skill.zero_().requires_grad_(False)
+        for s, (A, B) in enumerate(lora.factors[theirs] for lora in loras):
+            linear.skill_A[s, :len(A)] = A
+            linear.skill_B[s, :len(A)] = B.T / linear.skill_scale

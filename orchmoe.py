@@ -433,7 +433,7 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         for linear in self.linears.values():
             groups["skills"] += [linear.skill_A, linear.skill_B]
             groups["token_router"] += [p for p in (linear.skill_task, linear.skill_bias) if p is not None]
-        return groups
+        return {kind: [p for p in group if p.requires_grad] for kind, group in groups.items()}
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
         """All that training changes: router, Z, and the skills under their Linears' names. Inside the base's
