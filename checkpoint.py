@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import runtime
 from llama import Llama
 from model import Backbone
-from orchmoe import Adapters
+from orchmoe import Adapters, SkillLinear
 from t5 import T5
 
 FAMILIES = {"t5": T5, **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Llama)}  # by model_type
@@ -129,11 +129,16 @@ def config(path: str | Path) -> Any:
         raise ValueError(f"{file}: {_line(error)}") from None
 
 
+def hf_name(module: nn.Module, name: str) -> str:
+    """Hugging Face's name of what is called so in a Backbone; any other module's names are its own."""
+    for pattern, new in getattr(module, "renames", ()):
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def _names(backbone: Backbone) -> dict[str, str]:
     """Our name of each weight -> Hugging Face's."""
-    names = {ours: ours for ours in backbone.state_dict()}
-    for pattern, new in backbone.renames:
-        names = {ours: re.sub(pattern, new, theirs) for ours, theirs in names.items()}
+    names = {ours: hf_name(backbone, ours) for ours in backbone.state_dict()}
     assert len(set(names.values())) == len(names), "the renames give two weights one name"
     return names
 
@@ -276,39 +281,37 @@ class Lora(NamedTuple):
     base: str  # name or folder of the base, as whoever made it called it
 
 
-def peft_names(adapters: Adapters) -> dict[str, str]:
-    """{name in transformers: name here} of each adapted Linear."""
-    module, names = adapters._module[0], {}
-    for ours in adapters.linears:
-        names[functools.reduce(lambda name, rename: re.sub(*rename, name),
-                               getattr(module, "renames", ()), f"{ours}.")[:-1]] = ours
-    return names
+def _linears(adapters: Adapters) -> dict[str, SkillLinear]:
+    """The adapted Linears by their names in transformers."""
+    module = adapters._module[0]
+    return {hf_name(module, f"{name}.")[:-1]: linear for name, linear in adapters.linears.items()}
 
 
 @torch.no_grad()
-def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: str, *, rank: int = 0) -> int:
+def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: str, *,
+              ranks: Sequence[int] = ()) -> int:  # fmt: skip
     """Writes the LoRA that the skills are under ONE routing, w (K,) or, for a method without a router, None,
-    as PEFT reads it, and returns its rank. base: what a server knows the base by. The scale is in B, so
-    lora_alpha = r, one r for all, S R or `rank` where that is more: servers drop what says otherwise.
-    ValueError where no one LoRA is this routing."""
-    if reason := adapters.unfoldable():
+    as PEFT reads it, and returns its rank r: S R, filled up with zeros to the first of `ranks` that is no
+    less. The scale is in B, so lora_alpha = r, one for all Linears: servers drop what says otherwise. base:
+    what a server knows the base by. ValueError where no LoRA is this routing."""
+    linears, module = _linears(adapters), adapters._module[0]
+    reason = adapters.unfoldable()
+    if any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values()):
+        reason = "skills that mix their factors are no LoRA of rank S R"
+    if reason:
         raise ValueError(f"{folder}: not written: {reason}")
-    linears = adapters.linears.values()
-    if any(linear.skill_mix.__name__ == "mix_factors" for linear in linears):
-        raise ValueError(f"{folder}: not written: skills that mix their factors are no LoRA of rank S R")
-    r = max(rank, *(linear.skill_A.shape[:2].numel() for linear in linears))
-    tensors, names, module = {}, peft_names(adapters), adapters._module[0]
-    for c, (theirs, ours) in zip(adapters.route(w=w).c, names.items(), strict=True):  # (1,S)
-        linear = adapters.linears[ours]
+    least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
+    r = next((rank for rank in ranks if rank >= least), least)
+    for c, (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # c (1,S)
         A = linear.skill_A.flatten(0, 1)  # (S R,D)
         B = (linear.skill_scale * c[0, :, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
-        key, pad = f"base_model.model.{theirs}.lora_", r - len(A)
+        key, pad = f"base_model.model.{name}.lora_", r - len(A)
         tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
     write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
     runtime.write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if hasattr(module, "encoder") else "CAUSAL_LM",
         "base_model_name_or_path": base, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in names}), "inference_mode": True})
+        "target_modules": sorted({name.rpartition(".")[2] for name in linears}), "inference_mode": True})
     return r
 
 
@@ -347,19 +350,16 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     """Makes each LoRA one skill, and freezes the skills: what trains from here on is the routing. The config
     has skills = len(loras) and the largest of their ranks. ValueError where the names or shapes are not those
     of the adapted Linears: a LoRA that is left out in silence would be the base."""
-    names = peft_names(adapters)
+    linears = _linears(adapters)
     for lora in loras:
-        if differing := lora.factors.keys() ^ names.keys():
+        if differing := lora.factors.keys() ^ linears.keys():
             raise ValueError(f"the LoRA of {lora.base}: {_few(differing)} is not in both it and --targets")
-        for theirs, (A, B) in lora.factors.items():
-            linear = adapters.linears[names[theirs]]
-            if (B.shape[0], A.shape[1]) != linear.weight.shape:
-                raise ValueError(f"the LoRA of {lora.base}: {theirs} is {B.shape[0]} x {A.shape[1]}, in this "
-                                 f"base {list(linear.weight.shape)}")
-    for theirs, ours in names.items():
-        linear = adapters.linears[ours]
+        for name, (A, B) in lora.factors.items():
+            if (shape := (B.shape[0], A.shape[1])) != linears[name].weight.shape:
+                raise ValueError(f"the LoRA of {lora.base}: {name} is of {list(shape)}, in this base "
+                                 f"{list(linears[name].weight.shape)}")
+    for name, linear in linears.items():
         for skill in (linear.skill_A, linear.skill_B):
             skill.zero_().requires_grad_(False)
-        for s, (A, B) in enumerate(lora.factors[theirs] for lora in loras):
-            linear.skill_A[s, :len(A)] = A
-            linear.skill_B[s, :len(A)] = B.T / linear.skill_scale
+        for s, (A, B) in enumerate(lora.factors[name] for lora in loras):
+            linear.skill_A[s, :len(A)], linear.skill_B[s, :len(A)] = A, B.T / linear.skill_scale

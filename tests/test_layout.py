@@ -24,6 +24,7 @@ LEVEL = {
     "experiments": 3,
     "baselines": 1,
     "eval": 3,
+    "export": 4,
     "train": 4,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}

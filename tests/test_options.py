@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import runtime
 
-PROGRAMS = ("train", "eval", "experiments.plot")
+PROGRAMS = ("train", "eval", "export", "experiments.plot")
 
 
 def parser_of(program):
