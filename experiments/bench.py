@@ -6,6 +6,7 @@ installed. Prints the table of docs/speed.md.
     python -m experiments.bench                                # all on the CPU, with sni/ and tiny/
     python -m experiments.bench --only linear,step --gpu 0
     python -m experiments.bench --data natural-instructions    # real prompts: epoch, generate, rouge, start
+    python -m experiments.bench --only decoder --model smollm2 # a decoder-only base
 
 B batch, L length, D d_in, O d_out, S skills, R rank.  Test: pytest tests/test_bench.py"""
 
@@ -29,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ import t5
 import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from experiments.pretrain import init_weights
+from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +67,7 @@ class BenchConfig:
     """Benchmark: what is measured, on what, and where."""
 
     only: tuple[str, ...] = ("linear", "step", "epoch", "generate", "decode", "rouge", "start")  # parts
+    model: str = ""  # folder of a decoder-only base, for one part more: decoder
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
     data: str = "sni/"  # folder of Super-NaturalInstructions, or of that shape
     gpu: int | None = None  # number of the GPU; left out: the CPU
@@ -216,8 +220,9 @@ def make_base(config: BenchConfig, device: torch.device, dtype: torch.dtype) -> 
     return init_weights(t5.T5(shape), 0).to(device, dtype)
 
 
-def attach_skills(base: t5.T5, tasks: int = 8) -> Adapters:
-    config = OrchMoEConfig(tasks=tasks, skills=S, rank=R, targets=("all",))
+def attach_skills(base: Backbone, tasks: int = 8, skills: int = S, targets: tuple[str, ...] = ("all",)
+                  ) -> Adapters:
+    config = OrchMoEConfig(tasks=tasks, skills=skills, rank=R, targets=targets)
     return attach_method("orchmoe", base, config, generator=runtime.generator(0))
 
 
@@ -238,14 +243,19 @@ def trainer(name: str, config: BenchConfig, device: torch.device, dtype: torch.d
             ) -> Callable[[data.Batch], float]:
     """One training step of a contestant, every Linear of attention and FFN adapted, AdamW: batch -> loss."""
     base = make_base(config, device, dtype)
-    model, loss = ours(base) if name.startswith(OURS) else theirs(as_transformers(base), name, tasks)
+    made = ours(base) if name.startswith(OURS) else theirs(as_transformers(base), name, tasks)
+    return stepper(*made, parts=2 if name == ACCUMULATED else 1)
+
+
+def stepper(model: nn.Module, loss: Callable, parts: int = 1) -> Callable[[data.Batch], float]:
+    """One step of AdamW on what trains: batch -> loss per target token."""
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(batch: data.Batch) -> float:
         total = 0.0
-        for _, part in batch.split(2 if name == ACCUMULATED else 1):
-            with loss(part.to(device)) as summed:
+        for _, part in batch.split(parts):
+            with loss(part.to(trained[0].device)) as summed:
                 (summed / batch.target_tokens).backward()
             total += summed.item()
         optimizer.step()
@@ -255,9 +265,9 @@ def trainer(name: str, config: BenchConfig, device: torch.device, dtype: torch.d
     return step
 
 
-def ours(base: t5.T5) -> tuple[nn.Module, Callable]:
+def ours(base: Backbone, **skills: Any) -> tuple[nn.Module, Callable]:
     """The model, and the context of one batch that gives the sum of its loss."""
-    adapters = attach_skills(base)
+    adapters = attach_skills(base, **skills)
 
     @contextmanager
     def loss(batch: data.Batch):
@@ -448,6 +458,97 @@ def bench_decode(config: BenchConfig, device: torch.device, dtype: torch.dtype) 
                 times, "<= 1.05")]
 
 
+# --------------------------------------------------------------------------------------- a decoder-only base
+
+DECODER = {"skills": 4, "targets": ("q", "v")}  # S R = 16, as the LoRA beside it
+WIDE, NARROW = f"transformers + {LORA}", f"transformers + {LORA} all in bf16"
+
+
+def causal_lm(config: BenchConfig, device: torch.device, dtype: torch.dtype, wide: bool = True) -> nn.Module:
+    """transformers' model of --model with peft's LoRA; wide: A and B in float32, peft's default."""
+    import peft
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(device)
+    options = peft.LoraConfig(r=DECODER["skills"] * R, lora_alpha=DECODER["skills"] * R,
+                              target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, options, autocast_adapter_dtype=wide)
+
+
+def causal_loss(model: nn.Module) -> Callable:
+    def loss(batch: data.Batch):
+        tokens = torch.cat((batch.input_ids, batch.labels), 1)  # of rows without padding
+        labels = torch.cat((torch.full_like(batch.input_ids, -100), batch.labels), 1)
+        mean = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        return nullcontext(mean * batch.target_tokens)
+
+    return loss
+
+
+def bench_decoder(config: BenchConfig, device: torch.device, _dtype: torch.dtype) -> list[str]:
+    if not config.model:
+        raise ValueError("--only decoder: name the folder of a decoder-only base by --model")
+    if not installed("peft"):
+        return []
+    B, L, Lt = (2, 12, 4) if config.quick else (16, 144, 16)
+    rng, narrow, wide = np.random.default_rng(0), torch.bfloat16, torch.float32
+    batch = data.collate([data.Example(str(i), "", "", rng.integers(3, 1000, L), [rng.integers(3, 1000, Lt)],
+                                       [""]) for i in range(B)])
+    models = {f"{WIDE}, bf16": causal_lm(config, device, narrow),
+              NARROW: causal_lm(config, device, narrow, wide=False),
+              f"{WIDE}, float32": causal_lm(config, device, wide)}
+    steps = {name: stepper(model, causal_loss(model)) for name, model in models.items()}
+    for name, dtype in (("bf16", narrow), ("float32", wide)):
+        base = checkpoint.load(config.model, dtype=dtype, device=device)
+        steps[f"{OURS}, {name}"] = stepper(*ours(base, **DECODER))
+    losses = {name: step(batch) for name, step in steps.items()}
+    if max(losses.values()) > 1.02 * min(losses.values()):
+        raise ValueError(f"the contestants differ in their first loss: {losses}")
+    times = interleave({name: lambda step=step: step(batch) for name, step in steps.items()},
+                       1 if config.quick else 5, device)
+    what = (f"training step, {Path(config.model).name}, {B} x {L + Lt} tokens of which {Lt} labels, q and v, "
+            "S R 16")
+    lines = [row(what, other, f"{OURS}, {kind}", times, wanted) for other, kind, wanted in (
+        (f"{WIDE}, bf16", "bf16", ">= 1.8"), (NARROW, "bf16", ""), (f"{WIDE}, float32", "bf16", ">= 3.3"),
+        (f"{WIDE}, float32", "float32", ""), (f"{OURS}, float32", "bf16", ""))]
+    return [*lines, *generate_decoder(config, device)]
+
+
+def generate_decoder(config: BenchConfig, device: torch.device) -> list[str]:
+    """Greedy answers to real prompts in bf16, the adapters as they start, so that all should say the same."""
+    count, size, most, longest = (4, 2, 3, 64) if config.quick else (64, 16, 32, 512)
+    tokenizer = tokenizers.load(config.model)
+    options = data.DataConfig(data=config.data, max_source_length=longest, max_tasks=4 if config.quick else 0)
+    examples = data.load_sets(options, tokenizer, ["test"])["test"]
+    examples = examples[::len(examples) // count][:count]
+    base = checkpoint.load(config.model, dtype=torch.bfloat16, device=device)
+    model = causal_lm(config, device, torch.bfloat16).eval()
+    adapters, texts = attach_skills(base, **DECODER), {}
+
+    def ours() -> None:
+        texts["ours"] = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size,
+                                           max_new_tokens=most)
+
+    def theirs() -> None:
+        texts["theirs"] = []
+        for start in range(0, count, size):
+            sources = [torch.from_numpy(e.source_ids).long() for e in examples[start:start + size]]
+            ids = nn.utils.rnn.pad_sequence(sources, True, base.config.pad_token_id, "left")
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sources], True, 0, "left")
+            tokens = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
+                                    max_new_tokens=most, pad_token_id=base.config.pad_token_id)
+            texts["theirs"] += map(tokenizer.decode, tokens[:, ids.shape[1]:].tolist())
+
+    times = interleave({"ours, longest first": ours, "transformers, file order": theirs},
+                       1 if config.quick else 3, device)
+    same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True))
+    what = (f"greedy generation, {Path(config.model).name} in bf16 with adapters, {count} test prompts, "
+            f"batches of {size}, {most} tokens, {same} outputs equal")
+    return [row(what, "transformers, file order", "ours, longest first", times, ">= 1.5", "s", 1)]
+
+
 def bench_rouge(config: BenchConfig, device: torch.device, _dtype: torch.dtype) -> list[str]:
     if not installed("rouge_score"):
         return []
@@ -503,7 +604,7 @@ def bench_start(config: BenchConfig, _device: torch.device, _dtype: torch.dtype)
 # ------------------------------------------------------------------------------------------------ the program
 
 PARTS = {"linear": bench_linear, "step": bench_step, "epoch": bench_epoch, "generate": bench_generate,
-         "decode": bench_decode, "rouge": bench_rouge, "start": bench_start}
+         "decode": bench_decode, "decoder": bench_decoder, "rouge": bench_rouge, "start": bench_start}
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:

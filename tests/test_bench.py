@@ -54,6 +54,19 @@ def test_linear_and_decode_as_rows_of_the_page(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_decoder_against_transformers_and_peft(smollm2_dir, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--only", "decoder", "--model", str(smollm2_dir),
+                                      "--data", str(ROOT / "sni")])  # fmt: skip
+    bench.main()
+    lora = "transformers + peft LoRA"
+    assert rows(capsys.readouterr().out) == [
+        (f"{lora}, bf16", "OrchMoE, bf16"), (f"{lora} all in bf16", "OrchMoE, bf16"),
+        (f"{lora}, float32", "OrchMoE, bf16"), (f"{lora}, float32", "OrchMoE, float32"),
+        ("OrchMoE, float32", "OrchMoE, bf16"), ("transformers, file order", "ours, longest first")]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_every_part(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("rouge_score")
