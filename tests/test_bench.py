@@ -63,7 +63,8 @@ def test_a_decoder_against_transformers_and_peft(smollm2_dir, monkeypatch, capsy
     assert rows(capsys.readouterr().out) == [
         (f"{lora}, bf16", "OrchMoE, bf16"), (f"{lora} all in bf16", "OrchMoE, bf16"),
         (f"{lora}, float32", "OrchMoE, bf16"), (f"{lora}, float32", "OrchMoE, float32"),
-        ("OrchMoE, float32", "OrchMoE, bf16"), ("transformers, file order", "ours, longest first")]  # fmt: skip
+        ("OrchMoE, float32", "OrchMoE, bf16"),
+        ("transformers, file order", "ours, longest first")]  # fmt: skip
 
 
 @pytest.mark.slow
