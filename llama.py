@@ -1,31 +1,20 @@
-"""Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 from scratch, by one class: they differ in LlamaConfig alone.
-Sources: Touvron et al., arXiv 2302.13971; Su et al., arXiv 2104.09864 (rotary positions); Ainslie et al.,
-arXiv 2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU). Knows nothing of adapters: the
-Linears are called q, k, v, o, gate, up, down. Test: pytest tests/test_llama.py
+"""Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 from scratch: they differ in LlamaConfig alone. Sources:
+Touvron et al., arXiv 2302.13971; Su et al., arXiv 2104.09864 (rotary positions); Ainslie et al., arXiv
+2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU). Test: pytest tests/test_llama.py
 
-Dimensions: B batch, L length (Ls source, Lt target), D hidden_size, H heads of queries, G of keys and values,
-E head_dim, V vocabulary."""
+Dimensions: B batch, L length, D hidden_size, H heads of queries, G of keys and values, E head_dim."""
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone
-
-# What fields of a config.json may say, if they say anything: other values describe other computations.
-ONLY = {
-    "hidden_act": ("silu",), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
-    "mlp_bias": (False,), "use_sliding_window": (False,), "layer_types": ("full_attention",),
-    "num_experts": (), "quantization_config": (), "full_attention": (),
-}  # fmt: skip
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from model import Backbone, Config
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Config):
     """Field names are those of Hugging Face's config.json, but for `eos_ids`."""
 
     model_type: str
@@ -47,62 +36,57 @@ class LlamaConfig:
     attention_bias: bool = False  # of q, k, v and o; in Qwen2 q, k and v have one whatever this says
     tie_word_embeddings: bool = False  # the head is the embedding table
 
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    only = {  # other values describe other computations
+        "hidden_act": ("silu",), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
+        "mlp_bias": (False,), "use_sliding_window": (False,), "layer_types": ("full_attention",),
+        "num_experts": (), "quantization_config": (), "full_attention": (),
+    }  # fmt: skip
+
     def __post_init__(self):
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), (int, float) if field.type is float else (field.type,)
-            if type(value) not in kinds or (int in kinds and not 0 < value < 1e12):
-                kind = field.type.__name__ + " above 0" * (int in kinds)
-                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
-        ends = [i for i in self.eos_ids if type(i) is int and 0 <= i < self.vocab_size]
-        for name, good, what in (
-            ("num_key_value_heads", self.num_attention_heads % self.num_key_value_heads == 0, "divide heads"),
-            ("head_dim", self.head_dim % 2 == 0, "be even: rotary positions turn pairs"),
-            ("low_freq_factor", self.low_freq_factor < self.high_freq_factor, "be below high_freq_factor"),
-            ("eos_ids", 0 < len(ends) == len(self.eos_ids), "be token ids below vocab_size (eos_token_id)"),
-        ):
-            if not good:
-                raise ValueError(f"{name} {getattr(self, name)!r:.60} must {what}")
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+        if not self.eos_ids or not all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids):
+            raise ValueError(f"eos_token_id {self.eos_ids!r:.60} must be token ids below vocab_size")
+
+    num_blocks = property(lambda self: self.num_hidden_layers)
+    tied_head = property(lambda self: self.tie_word_embeddings)
+    pad_token_id = property(lambda self: self.eos_ids[0])  # fills up `generate`'s rows; nothing reads it
 
     @classmethod
     def from_hf(cls, values: dict) -> "LlamaConfig":
-        """Of a config.json as transformers 4 or 5 writes it; ValueError names field and value of what is not
-        computed here, TypeError what is missing."""
-        mistral, qwen3 = (values.get("model_type") == name for name in ("mistral", "qwen3"))
-        window = values.get("sliding_window", 4096) if mistral else None
-        # Version 4 has rope_theta at the top and all else in rope_scaling, version 5 all in rope_parameters.
+        window = values.get("sliding_window", 4096)  # Mistral's default, as below 128 is Qwen3's
+        # transformers 4 has rope_theta at the top, all else in rope_scaling; 5 has all in rope_parameters.
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters must be an object, not {rope!r:.60}")
         values = {**values, "rope_type": rope.get("type", "default"), **rope}  # "type": before 2024
-        llama3 = values["rope_type"] == "llama3"
-        values = {k: v for k, v in values.items() if v is not None if llama3 or k not in LLAMA3}
-        for name, known in ONLY.items():
-            given = values.get(name, [])
-            for value in given if isinstance(given, list) else [given]:
-                if value not in known:
-                    raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
-        if llama3 and (missing := [name for name in LLAMA3 if rope.get(name) is None]):
-            raise ValueError(f"{missing[0]} is missing beside rope_type 'llama3'")
-        eos, size, heads = (values.get(k) for k in ("eos_token_id", "hidden_size", "num_attention_heads"))
+        values = {k: v for k, v in values.items() if v is not None and k not in cls.llama3}
+        if values.get("rope_type") == "llama3":
+            values |= {name: rope.get(name) for name in cls.llama3}
+        eos, heads = values.get("eos_token_id"), values.get("num_attention_heads")
         values["eos_ids"] = tuple(eos if isinstance(eos, list) else [eos])
-        values.setdefault("num_key_value_heads", heads)
-        whole = type(size) is type(heads) is int and heads > 0  # if not, these two are refused in a moment
-        values.setdefault("head_dim", 128 if qwen3 else size // heads if whole else 2)
-        if window is not None and window < values.get("max_position_embeddings", 0):
-            values["max_position_embeddings"] = window
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        config = cls.of({"num_key_value_heads": heads, "head_dim": 128} | values)
+        if "head_dim" not in values and config.model_type != "qwen3":
+            config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+        if config.model_type == "mistral" and window is not None:
+            if type(window) is not int:
+                raise ValueError(f"sliding_window must be int, not {window!r:.60}")
+            config = replace(config, max_position_embeddings=min(window, config.max_position_embeddings))
+        return config
 
     def to_hf(self) -> dict:
-        """The values of a config.json that transformers (4 and 5) and `from_hf` read."""
         values = asdict(self) | {"sliding_window": None, "hidden_act": "silu"}
         values["eos_token_id"] = list(values.pop("eos_ids"))
-        numbers = {name: values.pop(name) for name in LLAMA3}
+        numbers = {name: values.pop(name) for name in self.llama3}
         rope = {"rope_type": "default"} if self.factor == 1 else {"rope_type": "llama3", **numbers}
         values |= {"rope_scaling": rope, "rope_parameters": {"rope_theta": self.rope_theta, **rope}}
         return {"architectures": [self.model_type.capitalize() + "ForCausalLM"], **values}
-
-    num_blocks = property(lambda self: self.num_hidden_layers)
-    pad_token_id = property(lambda self: self.eos_ids[0])  # fills up `generate`'s rows; nothing reads it
 
 
 # Rotary positions: numbers i and i + E/2 of a head are one point of the plane. At position p it is turned by
@@ -124,7 +108,7 @@ def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
         # Points that turn less than `low` times in the context of the pretraining are slowed by `factor`,
         # those that turn more than `high` times are not, and those between are mixed.
         low, high = config.low_freq_factor, config.high_freq_factor
-        turns = config.original_max_position_embeddings * f / (2 * math.pi)
+        turns = config.original_max_position_embeddings * f / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         f = kept * f + (1 - kept) * f / config.factor
     angle = positions[..., None, None] * f  # (...,1,E/2)
@@ -191,31 +175,18 @@ class Block(nn.Module):
         h = self.ffn_norm(x)
         return x + self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))  # (B,L,D)
 
-    def read(self, x: Tensor, *where: Tensor | None) -> Tensor:
-        return self.forward(x, *where)  # in generation: never compiled, since rows and columns come and go
+    read = forward  # in generation: never compiled, since rows and columns come and go
 
 
 @dataclass
-class Decoding:
-    """The state of a generation."""
+class State:
+    """Of a generation."""
 
     caches: list[Tensor]  # of each block: keys and values (2,B,columns,G,E)
     at: Tensor  # (B): the column of each row's next token
 
     def keep(self, rows: Tensor) -> None:
         self.caches, self.at = [cache.index_select(1, rows) for cache in self.caches], self.at[rows]
-
-
-def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sources (B,Ls), targets (B,Lt) -> tokens and labels, (B,L) each: a row is its source and, right behind,
-    its target, with all padding at the end; labels are -100 but on the target."""
-    ids, real = torch.cat((input_ids, labels), 1), torch.cat((attention_mask.bool(), labels != IGNORED), 1)
-    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # real tokens first
-    ids, real = ids.gather(1, order), real.gather(1, order)
-    target = real & (order >= input_ids.shape[1])
-    if target[:, 0].any() or not real[:, 0].all():
-        raise ValueError("input_ids: a row has no source, from which alone a first token can be predicted")
-    return ids.masked_fill(~real, 0), ids.masked_fill(~target, IGNORED)
 
 
 class Llama(Backbone):
@@ -228,16 +199,8 @@ class Llama(Backbone):
         (r"attention\.", "self_attn."), (r"\.([qkvo])\.", r".\1_proj."),
         (r"(gate|up|down)\.", r"mlp.\1_proj."),
     )  # fmt: skip
-
-    @staticmethod
-    def tidy(config: LlamaConfig, tensors: dict[str, Tensor]) -> LlamaConfig:
-        for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-            del tensors[name]  # of the first Llama files; follows from the config
-        head, table = (tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        both = head is not None and table is not None
-        if config.tie_word_embeddings and both and torch.equal(head, table):
-            del tensors["lm_head.weight"]
-        return config
+    tables = ("model.embed_tokens.weight",)
+    unused = r"rotary_emb\.inv_freq$"  # of the first files; follows from the config
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -247,12 +210,8 @@ class Llama(Backbone):
         self.norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
-
     def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, at: Tensor | None = None) -> Tensor:
-        """Tokens (B,L), whole rows, or with at (B) one of each row (B,1) -> hidden states (B,L,D), which
-        `logits` takes; see Attention.forward."""
+        """Whole rows (B,L), or with at (B) a token of each (B,1) -> hidden states (B,L,D); see Attention."""
         x = self.embedding(ids)  # (B,L,D)
         positions = torch.arange(ids.shape[1], device=ids.device) if at is None else at[:, None]
         turn = rotation(self.config, positions).to(x.dtype)  # (2,L,1,E) or (2,B,1,1,E)
@@ -261,30 +220,20 @@ class Llama(Backbone):
         return self.norm(x)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        ids, labels = pack(input_ids, attention_mask, labels)
-        self.require_room(ids.shape[1])
+        ids, labels = self.pack(input_ids, attention_mask, labels)
         return self.cross_entropy(self.hidden(ids[:, :-1]), labels[:, 1:])  # each token predicts the next
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
-    ) -> tuple[Tensor, Decoding]:
-        ids, _ = pack(input_ids, attention_mask, input_ids[:, :0])
-        self.require_room(columns := ids.shape[1] + max_new_tokens - 1)
+    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
+        ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0], more := max_new_tokens - 1)
         # Zeros: a column that is not seen yet enters the sum of values with weight 0, and 0 times NaN is NaN.
-        shape = 2, len(ids), columns, self.config.num_key_value_heads, self.config.head_dim
+        shape = 2, len(ids), ids.shape[1] + more, self.config.num_key_value_heads, self.config.head_dim
         caches = [self.embedding.weight.new_zeros(shape) for _ in self.blocks]
         self.hidden(ids, caches)
-        # The first step reads the last token of each source once more, for its logits.
-        last = attention_mask.bool().sum(1) - 1  # (B)
-        return ids.gather(1, last[:, None])[:, 0], Decoding(caches, last)
+        last = attention_mask.bool().sum(1) - 1  # (B); the first step reads it once more, for its logits
+        return ids.gather(1, last[:, None])[:, 0], State(caches, last)
 
-    def step(self, newest: Tensor, state: Decoding) -> Tensor:
+    def step(self, newest: Tensor, state: State) -> Tensor:
         columns = int(state.at.max()) + 1  # beyond them no row has read anything
         hidden = self.hidden(newest[:, None], [cache[:, :, :columns] for cache in state.caches], state.at)
         state.at = state.at + 1
         return self.logits(hidden[:, 0])  # (B,V)
-
-    def require_room(self, length: int) -> None:
-        if length > self.longest:
-            raise ValueError(f"a row of {length} tokens, but the model has {self.longest} positions; lower "
-                             "--max-source-length, --max-target-length or --max-new-tokens")  # fmt: skip

@@ -3,8 +3,10 @@ families share. Knows no family and no adapters; t5.py is the first family. Test
 
 Dimensions: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,42 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100  # the label of positions that carry no loss
 
 
+class Config:
+    """Base of a family's frozen dataclass, with the names of Hugging Face's config.json. ValueError names the
+    first field that is not of its type, or a number not above 0 (token ids: -1) and within 64 bits."""
+
+    only: ClassVar[dict[str, tuple]]  # what an entry of a config.json may say, if it is there
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), (int, float) if field.type is float else (field.type,)
+            least = -1 if field.name.endswith("_token_id") else 0
+            if type(value) not in kinds or (int in kinds and not least < value < 2**63):
+                kind = field.type.__name__ + f" above {least}" * (int in kinds)
+                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
+
+    @classmethod
+    def of(cls, values: dict) -> Any:
+        """Of the values that are fields. ValueError names what `only` excludes, TypeError what is missing."""
+        for name, known in cls.only.items():
+            given = values.get(name, [])
+            for value in given if isinstance(given, list) else [given]:
+                if value not in known:
+                    raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
 class Backbone(nn.Module):
     """A family defines what is annotated below and each method that raises. Its config has `num_blocks`,
-    `eos_ids`, and `pad_token_id`, which fills up what `generate` returns and may be one of these."""
+    `tied_head`, `eos_ids`, and `pad_token_id`, which fills up `generate`'s rows and may be one of these."""
 
     entries = ("embed", "loss", "generate")  # called from outside, compute with weights; none calls another
-    Config: type  # from_hf(values of a config.json) -> config, config.to_hf() -> such values
+    Config: type[Config]  # from_hf(values of a config.json) -> config, config.to_hf() -> such values
     renames: tuple[tuple[str, str], ...]  # our names -> Hugging Face's, for re.sub, in this order
+    tables: tuple[str, ...]  # Hugging Face's names of the embedding table: each of them is one and the same
+    unused: str  # regular expression of the names of tensors in a file that nothing reads
     embedding: nn.Embedding
+    head: nn.Linear | None  # None: tied, the embedding table
     blocks: tuple[nn.Module, ...]
     longest: int | None = None  # tokens of a row, in a family that counts positions
 
@@ -31,9 +61,17 @@ class Backbone(nn.Module):
         self.checkpoint_blocks = False  # in training, trade each block's activations for a second forward
         self.dropout_rate = 0.0
 
-    @staticmethod
-    def tidy(config: Any, tensors: dict[str, Tensor]) -> Any:
+    @classmethod
+    def tidy(cls, config: Any, tensors: dict[str, Tensor]) -> Any:
         """Takes what is unused or there twice out of a file's tensors; returns the config as they have it."""
+        for name in [name for name in tensors if re.search(cls.unused, name)]:
+            del tensors[name]
+        tables = [tensors.pop(name) for name in cls.tables if name in tensors][:1]
+        tensors |= zip(cls.tables, tables, strict=False)
+        head = tensors.get("lm_head.weight")
+        # Torch files store a tied head too: a copy of the table is no head.
+        if config.tied_head and tables and head is not None and torch.equal(head, tables[0]):
+            del tensors["lm_head.weight"]
         return config
 
     @property
@@ -44,7 +82,7 @@ class Backbone(nn.Module):
         return self.embedding(input_ids)  # (B,L) -> (B,L,D)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError  # (...,D) -> (...,V)
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """SUM of the cross-entropy over labels (B,Lt) other than -100, given sources (B,Ls) whose mask is
@@ -59,6 +97,23 @@ class Backbone(nn.Module):
     def step(self, newest: Tensor, state: Any) -> Tensor:
         """Reads one more token a row (B,), also into the state; returns the logits of the next (B,V)."""
         raise NotImplementedError
+
+    def pack(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, more: int = 0
+             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """For decoders alone: sources (B,Ls), targets (B,Lt) -> tokens and labels (B,L): a row is its source
+        and, right behind, its target, with all padding at the end; labels are -100 but on the target.
+        ValueError where a row has no source, or with `more` tokens is longer than the model allows."""
+        if not attention_mask.any(1).all():
+            raise ValueError("input_ids: a row has no source, from which alone a token can be predicted")
+        real = torch.cat((attention_mask.bool(), labels != IGNORED), 1)
+        length = int(real.sum(1).max())
+        if length + more > self.longest:
+            raise ValueError(f"a row of {length + more} tokens, but the model has {self.longest} positions; "
+                             "lower --max-source-length, --max-target-length or --max-new-tokens")
+        order = (~real).byte().argsort(dim=1, stable=True)[:, :length]  # real tokens first
+        ids, real = torch.cat((input_ids, labels), 1).gather(1, order), real.gather(1, order)
+        target = real & (order >= input_ids.shape[1])
+        return ids.masked_fill(~real, 0), ids.masked_fill(~target, IGNORED)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Hidden states (B,L,D), labels (B,L) -> sum over labels other than -100, of at least float32."""

@@ -8,17 +8,17 @@ V vocabulary."""
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone
+from model import IGNORED, Backbone, Config
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """Field names are those of Hugging Face's config.json, but for `tied_head`, which that cannot tell."""
 
     vocab_size: int
@@ -38,20 +38,18 @@ class T5Config:
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
+    only = {"feed_forward_proj": ("relu", "gated-gelu")}
+
     def __post_init__(self):
-        ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ids else 1
-            if type(value) is not field.type or (field.type is int and value < least):
-                kind = f"int from {least} on" if field.type is int else field.type.__name__
-                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r:.60} is not relu or gated-gelu")
-        if max(getattr(self, name) for name in ids) >= self.vocab_size:
-            raise ValueError(f"vocab_size {self.vocab_size} is not above {', '.join(ids)}")
+        super().__post_init__()
+        if max(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id) >= self.vocab_size:
+            raise ValueError(f"vocab_size {self.vocab_size} is not above pad, eos, decoder_start_token_id")
         # Logarithmic buckets begin above 0 and end beyond their beginning, see `relative_buckets`.
         if not 4 <= self.relative_attention_num_buckets < 2 * self.relative_attention_max_distance:
             raise ValueError("relative_attention_num_buckets not from 4 to 2 relative_attention_max_distance")
+
+    num_blocks = property(lambda self: self.num_layers + self.num_decoder_layers)
+    eos_ids = property(lambda self: (self.eos_token_id,))
 
     @classmethod
     def from_hf(cls, values: dict) -> "T5Config":
@@ -61,15 +59,7 @@ class T5Config:
         values.setdefault("scale_decoder_outputs", values["tied_head"])
         values.setdefault("num_decoder_layers", values.get("num_layers"))
         values.setdefault("decoder_start_token_id", values.get("pad_token_id", 0))
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return (self.eos_token_id,)
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_layers + self.num_decoder_layers
+        return cls.of(values)
 
     def to_hf(self) -> dict:
         values = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
@@ -108,16 +98,14 @@ class RelativeBias(nn.Module):
 
     def __init__(self, config: T5Config, *, causal: bool):
         super().__init__()
-        self.causal = causal
-        self.max_distance = config.relative_attention_max_distance
+        self.causal, self.max_distance = causal, config.relative_attention_max_distance
         self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
 
     def strip(self, length: int) -> Tensor:
         """The bias of every distance from 1 - length to length - 1: (H, 2 length - 1)."""
         distance = torch.arange(1 - length, length, device=self.weight.device)
-        numbers = relative_buckets(
-            distance, bidirectional=not self.causal, buckets=len(self.weight), max_distance=self.max_distance
-        )
+        numbers = relative_buckets(distance, bidirectional=not self.causal, buckets=len(self.weight),
+                                   max_distance=self.max_distance)  # fmt: skip
         strip = F.embedding(numbers, self.weight).T  # (H, 2L-1)
         return strip.masked_fill(distance > 0, lowest(strip.dtype)) if self.causal else strip
 
@@ -125,10 +113,6 @@ class RelativeBias(nn.Module):
         """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that
         begins at distance -q: 2L-1 table look-ups, also in the backward, where the plain form needs L^2."""
         return self.strip(length).unfold(1, length, 1).flip(1)[None]
-
-
-def split_heads(x: Tensor, d_kv: int) -> Tensor:
-    return x.unflatten(-1, (-1, d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
 
 
 class Attention(nn.Module):
@@ -141,13 +125,16 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = nn.Dropout(0.0)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
+
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.k(states), self.d_kv), split_heads(self.v(states), self.d_kv)  # (B,H,L,E)
+        return self.split_heads(self.k(states)), self.split_heads(self.v(states))  # (B,H,L,E)
 
     def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None = None,
                 cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """x (B,L,D) attends to the given keys and values (B,H,Ls,E), without them to itself and the cache."""
-        q = split_heads(self.q(x), self.d_kv)  # (B,H,L,E)
+        q = self.split_heads(self.q(x))  # (B,H,L,E)
         k, v = keys_values or self.keys_values(x)
         if cache is not None:
             cache[2:] = k, v = torch.cat((cache[2], k), 2), torch.cat((cache[3], v), 2)
@@ -232,12 +219,13 @@ class Stack(nn.Module):
         return self.dropout(self.norm(x))  # (B,L,D)
 
 
+@dataclass
 class State:
-    """Of a generation: the mask of the sources; a cache for each block, keys and values of the source
-    (B,H,Ls,E) and of the target so far (B,H,t,E); the position bias of all distances."""
+    """Of a generation."""
 
-    def __init__(self, mask: Tensor, caches: list[list[Tensor]], strip: Tensor):
-        self.mask, self.caches, self.strip = mask, caches, strip
+    mask: Tensor  # (B,Ls) of the sources
+    caches: list[list[Tensor]]  # of each block: keys and values of source (B,H,Ls,E), of target (B,H,t,E)
+    strip: Tensor  # the position bias of all distances
 
     def bias(self) -> Tensor:
         """Of the next token, at distances -t ... 0: (1,H,1,t+1)."""
@@ -247,38 +235,34 @@ class State:
 
     def keep(self, rows: Tensor):
         mask = self.mask[rows]
-        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        length = int((mask.bool() * columns).max().clamp(min=1))  # beyond the last real token all is padding
+        length = int(mask.cumsum(1).argmax(1).max()) + 1  # beyond the last real token all is padding
         self.mask = mask[:, :length]
         for cache in self.caches:
             cache[:2] = (x[:, :, :length] for x in cache[:2])
             cache[:] = (x.index_select(0, rows) for x in cache)
 
 
-# Our names -> Hugging Face's: regular expressions, each of which replaces what it finds, from the first on.
-RENAMES = (
-    (r"^embedding", "shared"),
-    (r"^head", "lm_head"),
-    (r"^(encoder|decoder)\.norm", r"\1.final_layer_norm"),
-    (r"\.position\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
-    (r"\.blocks\.", ".block."),
-    (r"attention_norm", "layer.0.layer_norm"),
-    (r"\.attention\.", ".layer.0.SelfAttention."),
-    (r"cross_norm", "layer.1.layer_norm"),
-    (r"cross_attention", "layer.1.EncDecAttention"),
-    (r"^(encoder.*)\.ffn", r"\1.layer.1.ffn"),
-    (r"^(decoder.*)\.ffn", r"\1.layer.2.ffn"),
-    (r"ffn_norm", "layer_norm"),
-    (r"ffn\.", "DenseReluDense."),
-)
-TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one and the same
-UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # of old files
-
-
 class T5(Backbone):
     """Its dropout: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's end"""
 
-    Config, renames = T5Config, RENAMES
+    Config = T5Config
+    renames = (
+        (r"^embedding", "shared"),
+        (r"^head", "lm_head"),
+        (r"^(encoder|decoder)\.norm", r"\1.final_layer_norm"),
+        (r"\.position\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+        (r"\.blocks\.", ".block."),
+        (r"attention_norm", "layer.0.layer_norm"),
+        (r"\.attention\.", ".layer.0.SelfAttention."),
+        (r"cross_norm", "layer.1.layer_norm"),
+        (r"cross_attention", "layer.1.EncDecAttention"),
+        (r"^(encoder.*)\.ffn", r"\1.layer.1.ffn"),
+        (r"^(decoder.*)\.ffn", r"\1.layer.2.ffn"),
+        (r"ffn_norm", "layer_norm"),
+        (r"ffn\.", "DenseReluDense."),
+    )
+    tables = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    unused = r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"  # of old files
 
     def __init__(self, config: T5Config):
         super().__init__(config)
@@ -287,9 +271,7 @@ class T5(Backbone):
         self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, causal=True)
         self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        return (*self.encoder.blocks, *self.decoder.blocks)
+    blocks = property(lambda self: (*self.encoder.blocks, *self.decoder.blocks))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Source (B,Ls), mask true (or 1) at real tokens -> encoder states (B,Ls,D)."""
@@ -297,30 +279,24 @@ class T5(Backbone):
         bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)  # (B,H,Ls,Ls)
         return self.encoder(x, bias, run=self.run)
 
-    def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Target so far (B,Lt), encoder states and their mask -> hidden states (B,Lt,D) for `logits`."""
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """(B,Ls), (B,Ls), target so far (B,Lt) -> hidden states (B,Lt,D), which `logits` takes."""
+        states, x = self.encode(input_ids, attention_mask), self.embedding(decoder_input_ids)
         # Target padding needs no mask: it comes last, so no real target position sees it.
-        x = self.embedding(decoder_input_ids)
         bias, states_bias = self.decoder.position(x.shape[1]), padding_bias(attention_mask, x.dtype)
         return self.decoder(x, bias, states, states_bias, run=self.run)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        """(B,Ls), (B,Ls), (B,Lt) -> logits (B,Lt,V)."""
-        states = self.encode(input_ids, attention_mask)  # (B,Ls,D)
-        return self.logits(self.decode(decoder_input_ids, states, attention_mask))
+        return super().logits(hidden)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         # The decoder reads the labels shifted right, behind the start token.
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
-        hidden = self.decode(shifted, self.encode(input_ids, attention_mask), attention_mask)
-        return self.cross_entropy(hidden, labels)
+        return self.cross_entropy(self.hidden(input_ids, attention_mask, shifted), labels)
 
     def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
         states = self.encode(input_ids, attention_mask)
@@ -336,14 +312,9 @@ class T5(Backbone):
             x = block.step(x, bias, (cache[0], cache[1]), states_bias, cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
-    @staticmethod
-    def tidy(config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
-        tables = [tensors.pop(name) for name in TABLES if name in tensors]
-        tensors.update((TABLES[0], table) for table in tables[:1])
-        tensors.pop(UNUSED, None)
+    @classmethod
+    def tidy(cls, config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
         # The file decides whether there is a head of its own, not tie_word_embeddings, which transformers 5
-        # writes as true for every T5. Torch files store a tied head too: a copy of the table is no head.
-        head = tensors.get("lm_head.weight")
-        if head is not None and config.tied_head and tables and torch.equal(head, tables[0]):
-            del tensors["lm_head.weight"]
+        # writes as true for every T5.
+        config = super().tidy(config, tensors)
         return replace(config, tied_head=config.tied_head and "lm_head.weight" not in tensors)

@@ -170,6 +170,11 @@ class Inputs(NamedTuple):
     labels: torch.Tensor  # (B,Lt)
 
 
+def teacher_forced(t5: T5, *inputs: torch.Tensor) -> torch.Tensor:
+    """Sources (B,Ls), their mask, targets so far (B,Lt) -> logits (B,Lt,V)."""
+    return t5.logits(t5.hidden(*inputs))
+
+
 @pytest.fixture
 def small_t5() -> T5:
     """A random v1.1-shaped T5 in float64, whose outputs differ enough between samples to be told apart."""

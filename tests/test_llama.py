@@ -328,8 +328,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
      ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
      ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
-     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
-    ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor is missing"),
+     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be float above 0"),
+     ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor must be float above 0, not None"),
      ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
      ({"rope_scaling": 7}, "rope_parameters must be an object, not 7"),
      ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"mlp_bias": True}, "mlp_bias True"),
@@ -342,6 +342,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide"),
      ({"hidden_size": "32"}, "hidden_size must be int above 0, not '32'"),
      ({"vocab_size": 9.5}, "vocab_size"), ({"rope_theta": float("nan")}, "rope_theta"),
+     ({"model_type": "mistral", "sliding_window": "64"}, "sliding_window must be int, not '64'"),
      ({"num_hidden_layers": 0}, "num_hidden_layers"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
      ({"tie_word_embeddings": 1}, "tie_word_embeddings")],
 )  # fmt: skip

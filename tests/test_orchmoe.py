@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import stir
+from conftest import stir, teacher_forced
 from torch import nn
 
 import kernels
@@ -36,7 +36,7 @@ def logits(base, adapters, inputs, **options):
     """Teacher-forced logits (B,Lt,V) with the batch routed by its own embeddings."""
     decoder_ids = inputs.labels.clamp(min=0)
     with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask, **options):
-        return base(inputs.input_ids, inputs.attention_mask, decoder_ids)
+        return teacher_forced(base, inputs.input_ids, inputs.attention_mask, decoder_ids)
 
 
 def gradients(base, adapters, inputs, **options):
@@ -154,7 +154,7 @@ def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
 
 def test_zero_B_is_the_base_bit_for_bit_and_only_B_gets_a_gradient(small_t5, inputs):
     with torch.no_grad():
-        before = small_t5(inputs.input_ids, inputs.attention_mask, inputs.labels.clamp(min=0))
+        before = teacher_forced(small_t5, inputs.input_ids, inputs.attention_mask, inputs.labels.clamp(min=0))
         adapters = attach(small_t5, OrchMoEConfig(targets=("all",)))
         assert torch.equal(logits(small_t5, adapters, inputs), before)
     gradients(small_t5, adapters, inputs)
@@ -360,7 +360,7 @@ def test_cached_generation_is_teacher_forced(small_t5, inputs, router):
         )
     shifted = torch.cat([tokens.new_zeros(4, 1), tokens[:, :-1]], 1)
     with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask):
-        expected = small_t5(inputs.input_ids, inputs.attention_mask, shifted).argmax(-1)
+        expected = teacher_forced(small_t5, inputs.input_ids, inputs.attention_mask, shifted).argmax(-1)
     alive = (tokens == 1).cumsum(1) - (tokens == 1).int() == 0  # up to and with EOS
     assert torch.equal(tokens[alive], expected[alive]) and tokens[alive].unique().numel() > 3
 
@@ -406,7 +406,7 @@ def loss64(base, adapters, inputs):
     """T5.loss in float64, which itself takes the cross-entropy in float32."""
     shifted = torch.cat([inputs.labels.new_zeros(4, 1), inputs.labels[:, :-1].clamp(min=0)], 1)
     with adapters.routed(base.embed(inputs.input_ids), inputs.attention_mask):
-        found = base(inputs.input_ids, inputs.attention_mask, shifted)
+        found = teacher_forced(base, inputs.input_ids, inputs.attention_mask, shifted)
     return F.cross_entropy(found.transpose(1, 2), inputs.labels, reduction="sum").item()
 
 
@@ -533,7 +533,7 @@ def test_beams_share_their_sample(small_t5, inputs):
     expected = logits(small_t5, adapters, inputs).repeat_interleave(3, 0)
     rows = type(inputs)(*[x.repeat_interleave(3, 0) for x in inputs])
     with adapters.routed(small_t5.embed(inputs.input_ids), inputs.attention_mask, beams=3):
-        found = small_t5(rows.input_ids, rows.attention_mask, rows.labels.clamp(min=0))
+        found = teacher_forced(small_t5, rows.input_ids, rows.attention_mask, rows.labels.clamp(min=0))
         small_t5.encode(inputs.input_ids, inputs.attention_mask)  # the encoder runs before beams are made
     torch.testing.assert_close(found, expected, **EXACT)
 
