@@ -10,9 +10,10 @@ settings of the data, as far as no flag says otherwise.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ import runtime
 import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from model import Backbone
-from orchmoe import Adapters, OrchMoEConfig
+from orchmoe import Adapters, OrchMoEConfig, Routing
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,23 @@ def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
     return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
 
+def routed_batches(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], batch_size: int,
+                   desc: str, w: Tensor | None = None) -> Iterator[tuple[list[int], data.Batch, Routing]]:
+    """(positions, batch, routing) of this process's share, each inside its routing context; w (M,K): a row
+    for each example, instead of the router's."""
+    base.eval()
+    ours = runtime.rank(), runtime.world_size()
+    for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
+        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)) as routing:
+            yield rows, batch, routing
+
+
+def in_order(found: dict[int, Any]) -> list[Any]:
+    """By position, what all processes have found."""
+    found = {i: value for part in runtime.all_gather(found) for i, value in part.items()}
+    return [found[i] for i in sorted(found)]
+
+
 def require_fit(base: Backbone, tokenizer: tokenizers.Tokenizer, examples: Sequence[data.Example],
                 max_new_tokens: int = 127) -> None:
     """ValueError, before anything is computed, where rows, token ids or EOS are not of this model."""
@@ -95,18 +113,15 @@ def require_fit(base: Backbone, tokenizer: tokenizers.Tokenizer, examples: Seque
 def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
             tokenizer: tokenizers.Tokenizer, *, batch_size: int = 64, max_new_tokens: int = 127,
             desc: str = "generate", w: Tensor | None = None) -> list[str]:
-    """Greedy predictions, in the order of the examples; w (M,K), a row for each, instead of the router's."""
-    base.eval()
+    """Greedy predictions, in the order of the examples; w as in `routed_batches`."""
+    require_fit(base, tokenizer, examples, max_new_tokens)
     texts: dict[int, str] = {}
     agree = runtime.any_rank if runtime.is_sharded(base) else bool  # all gather the weights at each token
-    ours = runtime.rank(), runtime.world_size()
-    for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
-        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
-            tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
-                                   on_keep=adapters.keep, agree=agree)
+    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, desc, w):
+        tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
+                               on_keep=adapters.keep, agree=agree)
         texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, tokens.tolist(), strict=bool(rows)))
-    texts = {i: text for part in runtime.all_gather(texts) for i, text in part.items()}
-    return [texts[i] for i in range(len(examples))]
+    return in_order(texts)
 
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
@@ -117,47 +132,30 @@ def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[
 
 
 @torch.no_grad()
-def mean_loss(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
-              desc: str = "dev loss", w: Tensor | None = None) -> float:
-    """Cross-entropy per target token of the first references, in nats; w (M,K) as in `predict`."""
-    base.eval()
+def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64,
+            w: Tensor | None = None) -> tuple[float, Tensor | None]:
+    """Cross-entropy per target token of the first references, in nats; w (M,K) of the examples, on the CPU,
+    None for a method without one router for the sample. w as in `routed_batches`."""
     total, tokens = 0.0, 0
-    ours = runtime.rank(), runtime.world_size()
-    for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
-        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)):
-            total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
+    weights: dict[int, list[float]] = {}
+    for rows, batch, routing in routed_batches(base, adapters, examples, batch_size, "loss", w):
+        total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
+        if not (routing.w is None or routing.shared):
+            weights.update(zip(rows, routing.w.tolist(), strict=bool(rows)))
     total, tokens = runtime.all_reduce([], total, tokens)
-    return total / tokens
-
-
-def evaluate(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
-             tokenizer: tokenizers.Tokenizer, **options: Any) -> dict[str, dict]:
-    """The scores of greedy predictions; options as for `predict`."""
-    return score(examples, predict(base, adapters, examples, tokenizer, **options))
-
-
-def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
-            ) -> dict[str, Any]:
-    """{"dev_loss", "router": RouterReport's} for the log, the second where there is a router for the sample,
-    with a warning where it does nothing."""
-    record: dict[str, Any] = {"dev_loss": mean_loss(base, adapters, examples, batch_size=batch_size)}
-    w = router_weights(base, adapters, examples, batch_size=batch_size)
-    if w is not None:
-        report = report_router(w, examples)
-        record["router"] = report._asdict()
-        if warning := report.warning(w.shape[1]):
-            runtime.warn(warning)
-    return record
+    rows = in_order(weights)
+    return total / tokens, torch.tensor(rows) if rows else None
 
 
 # --------------------------------------------------------------------------------------- what the router does
 
 
-def mean_entropy(w: Tensor) -> float:
-    """Mean entropy of the rows of w (M,K) in nats; NaN where they are no distributions (--router-norm
-    none)."""
-    if w.min() < 0 or not torch.allclose(w.sum(-1), w.new_ones(len(w)), atol=1e-3):
+@torch.no_grad()
+def mean_entropy(w: Tensor | None) -> float:
+    """Mean entropy of the rows of w (M,K) in nats; NaN where there is no w, or its rows are no distributions
+    (--router-norm none)."""
+    if w is None or w.min() < 0 or not torch.allclose(w.sum(-1), w.new_ones(w.shape[:-1]), atol=1e-3):
         return math.nan
     return torch.special.entr(w).sum(-1).mean().item()
 
@@ -165,45 +163,25 @@ def mean_entropy(w: Tensor) -> float:
 class RouterReport(NamedTuple):
     """How w (M,K) spreads over M samples of several tasks."""
 
-    entropy: float | None  # mean entropy of w, nats; None where w is no distribution
+    entropy: float  # mean entropy of w, nats; NaN where w is no distribution
     between: float  # standard deviation over tasks of their mean w, mean over K
     within: float  # standard deviation of w within a task, mean over tasks and K
     largest: float  # largest mean weight of one abstract task
 
-    def warning(self, tasks: int) -> str:
-        """One line when w is uniform or collapsed to one abstract task, else empty."""
-        if self.entropy is None or tasks == 1:
-            return ""
-        if self.entropy > 0.98 * math.log(tasks):
-            return "the router is uniform: w hardly depends on the sample; see --router-init and --lr-router"
-        if self.largest > 0.9:
-            return "the router has collapsed to one abstract task; lower --lr-router"
-        return ""
-
-
-@torch.no_grad()
-def router_weights(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *,
-                   batch_size: int = 64) -> Tensor | None:
-    """w (M,K) of the examples on the CPU; None for a method without one router for the sample."""
-    base.eval()
-    rows_of: dict[int, Tensor] = {}
-    for rows, batch in data.batches(examples, batch_size, base.device, "router"):
-        with routed(base, adapters, batch) as routing:
-            if routing.w is None or routing.shared:
-                return None
-            rows_of.update(zip(rows, routing.w.float().cpu(), strict=True))
-    return torch.stack([rows_of[i] for i in range(len(examples))])
-
 
 def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
-    """The report on w (M,K) of the examples, grouped by their real tasks."""
-    tasks = np.array([example.task for example in examples])
+    """The report on w (M,K) of the examples, grouped by their real tasks; warns where w is uniform or has
+    collapsed to one abstract task."""
+    tasks, K = np.array([example.task for example in examples]), w.shape[1]
     groups = [w[tasks == task] for task in sorted(set(tasks))]
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
     spreads = torch.stack([group.std(0, correction=0).mean() for group in groups])
-    entropy = mean_entropy(w)
-    return RouterReport(None if math.isnan(entropy) else entropy, means.std(0, correction=0).mean().item(),
-                        spreads.mean().item(), w.mean(0).max().item())
+    entropy, largest = mean_entropy(w), w.mean(0).max().item()
+    if K > 1 and entropy > 0.98 * math.log(K):
+        runtime.warn("the router is uniform: w hardly depends on the sample; see --router-init, --lr-router")
+    elif K > 1 and entropy >= 0 and largest > 0.9:  # no NaN
+        runtime.warn("the router has collapsed to one abstract task; lower --lr-router")
+    return RouterReport(entropy, means.std(0, correction=0).mean().item(), spreads.mean().item(), largest)
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -233,33 +211,48 @@ class Run:
             if not isinstance(self.train.get(name), str):
                 raise ValueError(f"train: {name} must be a text")
 
-    def require_same(self, folder: str | Path, **found: Any) -> None:
-        """ValueError that names the first of the fields in `found` that is not the run's."""
-        what = {"base": self.train["model"], "tokenizer": self.train["model"], "tasks": self.data.get("data"),
-                "digests": self.data.get("data")}
+    def require_same(self, folder: str | Path, place: str | Path, **found: Any) -> None:
+        """ValueError that names the first of the fields `found` at `place` that is not the run's."""
         for name, value in found.items():
             if value != getattr(self, name):
-                raise ValueError(f"{what[name]}: not the {name} that the run in {folder} began with; restore "
-                                 "what was there, or start a new run")
+                raise ValueError(f"{place}: not the {name} that the run in {folder} began with; restore what "
+                                 "was there, or start a new run")
 
 
-def load_run(folder: str | Path, place: runtime.Device, *, shard: bool = False, model: str | Path = ""
-             ) -> tuple[Backbone, Adapters]:
-    """The base with the run's best adapters attached, or the run's best full weights, on the device. shard:
-    split the base over all processes. model: where the base is now, if it has moved."""
-    folder, train = Path(folder), Run.read(folder).train
-    if train["method"] == "full":
-        base = checkpoint.load(folder / "model", dtype=place.dtype, device=place.device)
-        return base, NoAdapter(base, full=True)
+class Model(NamedTuple):
+    base: Backbone
+    adapters: Adapters
+    tokenizer: tokenizers.Tokenizer
+
+
+def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "", shard: bool = False
+         ) -> Model:
+    """What a run of train.py has kept, adapters on its base or all weights; without a run the model of a
+    folder as it is. model: that folder, or where the run's base is now, if it has moved. shard: split the
+    base over all processes."""
+    began = Run.read(run) if run else None
+    full = began is not None and began.train["method"] == "full"
+    path = Path(run, "model") if full else model or began.train["model"]
+    tokenizer = tokenizers.load(path)
+    if began:
+        ours = {} if full else {"base": checkpoint.fingerprint(path)}
+        began.require_same(run, path, **ours, tokenizer=tokenizer.fingerprint)
+    base = checkpoint.load(path, dtype=place.dtype, device=place.device, mapped=shard)
+    adapters = attach_kept(Path(run), began, base) if began and not full else NoAdapter(base, full=full)
+    if shard:
+        runtime.shard(base, base.blocks, place)
+    return Model(base, adapters.eval(), tokenizer)
+
+
+def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:
+    """The adapters of the run that were best on dev, on its base."""
     path = folder / "adapter.safetensors"
     state, saved = checkpoint.load_adapter(path)
-    model = model or train["model"]
-    if (have := checkpoint.fingerprint(model)) != saved["base"]:
-        raise ValueError(f"{path}: trained on the base {saved['base']}, but {model} is {have}; restore that "
-                         "model, or name its place by --model")
-    base = load_base(model, place, shard)
+    if saved["base"] != run.base:
+        raise ValueError(f"{path}: trained on the base {saved['base']}, but the run's is {run.base}; restore "
+                         "the file")
     config = runtime.from_json(OrchMoEConfig, saved["config"], path)
-    sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": train.get("extra_rank", 0)}
+    sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": run.train.get("extra_rank", 0)}
     try:
         with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
             bare = type(base)(base.config)
@@ -268,26 +261,14 @@ def load_run(folder: str | Path, place: runtime.Device, *, shard: bool = False, 
         raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
     adapters = attach_method(saved["method"], base, config, **sizes)
     adapters.load_state_dict(state)
-    if shard:
-        runtime.shard(base, base.blocks, place)
-    return base, adapters.eval()
-
-
-def load_base(path: str | Path, place: runtime.Device, shard: bool = False) -> Backbone:
-    """The model of a folder on the device; with `shard` still in its files, for runtime.shard."""
-    if shard:
-        return checkpoint.load(path, mapped=True)
-    return checkpoint.load(path, dtype=place.dtype, device=place.device)
+    return adapters
 
 
 def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
     """copy-demo: the output of the task's first positive example; copy-input: the instance's own input."""
-    predictions: list[str] = []
-    name, path, task = "", Path(), {}
+    predictions, read = [], functools.lru_cache(1)(data.read_task)
     for example in runtime.progress(examples, kind, unit="ex"):
-        if example.task != name:
-            name, path = example.task, Path(root) / "tasks" / f"{example.task}.json"
-            task = data.read_task(path)
+        task = read(path := Path(root) / "tasks" / f"{example.task}.json")
         if kind == "copy-input":
             predictions.append(task["instances"][example.place]["input"])
         elif task["positive"]:
@@ -302,18 +283,10 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
     """Says what the model answers to --ask and --input and, where one router reads the sample, its w by
     abstract tasks, which are counted from 1 here as in the figures."""
     example = data.asked(config.ask, config.input, tokenizer, replace(data_config, definition=True))
-    batch = data.collate([example]).to(base.device)
-    base.eval()
-    ids, mask = batch.input_ids, batch.attention_mask
-    if adapters.unfoldable() or runtime.is_sharded(base):
-        text, = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
-    else:  # one routing for all of the answer, so it goes into the weights
-        with adapters.folded(embeddings=base.embed(ids), mask=mask, task_ids=batch.task_ids):
-            tokens = base.generate(ids, mask, max_new_tokens=config.max_new_tokens)[0]
-        text = tokenizer.decode(tokens.tolist())
+    text, = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     runtime.say(f"asked {config.run or config.model}: instruction and input alone, without examples")
     runtime.say(f"answer: {text}")
-    w = router_weights(base, adapters, [example])
+    _, w = measure(base, adapters, [example])
     if w is not None:
         order = w[0].argsort(descending=True).tolist()
         shares = ", ".join(f"{k + 1} at {100 * w[0, k]:.1f} %" for k in order)
@@ -329,59 +302,35 @@ def main() -> None:
     run = Run.read(config.run) if config.run else None
     saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()
     data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
-    device = "cpu" if config.heuristic else config.device
-    model = config.model or (run.train["model"] if run else "")
-    place = runtime.pick_device(config.gpu, device, config.dtype, base=model)
+    place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype,
+                                base=config.model or (run.train["model"] if run else ""))
     runtime.say(place.reason)
     with runtime.joined(place):
         if config.heuristic:
             tokenizer = tokenizers.load(runtime.ROOT / "tiny")  # of no consequence for what is copied
-            base = adapters = None
         else:
-            base, adapters, tokenizer = load(config, run, place)
+            base, adapters, tokenizer = load(place, run=config.run, model=config.model, shard=config.shard)
         if config.ask:
             return answer(base, adapters, tokenizer, config, data_config)
-        examples = load_examples(config, run, saved, data_config, tokenizer)
+        examples = load_examples(config, data_config, run, tokenizer)
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
-            require_fit(base, tokenizer, examples, config.max_new_tokens)
             predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
                                   max_new_tokens=config.max_new_tokens)
         if runtime.rank() == 0:
             write_results(config, data_config, examples, predictions)
 
 
-def load(config: EvalConfig, run: Run | None, place: runtime.Device
-         ) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
-    """What --run and --model name."""
-    if run is None:
-        base = load_base(config.model, place, config.shard)
-        adapters = NoAdapter(base, full=False)
-        if config.shard:
-            runtime.shard(base, base.blocks, place)
-        return base, adapters, tokenizers.load(config.model)
-    full = run.train["method"] == "full"
-    if full and config.shard:
-        raise ValueError("--shard: splits a frozen base; not with a run of --method full")
-    base, adapters = load_run(config.run, place, shard=config.shard, model=config.model)
-    tokenizer = tokenizers.load(Path(config.run) / "model" if full else config.model or run.train["model"])
-    run.require_same(config.run, tokenizer=tokenizer.fingerprint)
-    return base, adapters, tokenizer
-
-
-def load_examples(config: EvalConfig, run: Run | None, saved: data.DataConfig, data_config: data.DataConfig,
+def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | None,
                   tokenizer: tokenizers.Tokenizer) -> list[data.Example]:
     """The set to evaluate, its task ids those of the run. Of the run's own data the task files must be those
     of then; other data that flags name are only said to be other."""
-    training = run.tasks if run else None
+    training, kind = run.tasks if run else None, "test" if config.split == "test" else "train"
     examples = data.load_sets(data_config, tokenizer, [config.split], training=training)[config.split]
-    began = run and run.digests.get("test" if config.split == "test" else "train")
-    if began and examples.digest != began:
-        where = [(each.data, each.splits, each.max_tasks) for each in (saved, data_config)]
-        if where[0] == where[1]:
-            raise ValueError(f"{data_config.data}: the {config.split} tasks are not those that the run in "
-                             f"{config.run} began with; restore them, or name others by --data")
+    if run and examples.digest != run.digests.get(kind, examples.digest):
+        if all(getattr(data_config, name) == run.data.get(name) for name in ("data", "splits", "max_tasks")):
+            run.require_same(config.run, data_config.data, digests={kind: examples.digest})
         runtime.warn(f"{data_config.data}: other tasks than those of the run")
     return data.subsample(examples, config.limit)
 

@@ -113,7 +113,13 @@ def write_json(path: str | Path, value: Any) -> None:
     if rank() != 0:
         return
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write(to_json(value, indent=1, ensure_ascii=False))
+
+
+def to_json(value: Any, **options: Any) -> bytes:
+    """A line of JSON, or several; NaN, which JSON does not have, becomes null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return (json.dumps(plain, **options) + "\n").encode()
 
 
 def read_json(path: str | Path) -> Any:
@@ -142,7 +148,7 @@ def append_json(path: Path, **record: Any) -> None:
         return
     # Buffered: an unbuffered write to a full disk can be short without an error.
     with _naming(path), open(path, "ab") as file:
-        file.write((json.dumps(record) + "\n").encode())
+        file.write(to_json(record))
 
 
 def truncate_log(path: Path, steps: int) -> None:
@@ -448,9 +454,11 @@ def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    frozen = {name: p.detach() for name, p in root.named_parameters() if not p.requires_grad}
+    if not frozen:
+        raise ValueError("--shard: splits a frozen base; not with --method full")
     if not dist.is_initialized():
         raise ValueError("--shard: splits the base over the processes of torchrun; start it by that")
-    frozen = {name: p.detach() for name, p in root.named_parameters() if not p.requires_grad}
     trained = {p for p in root.parameters() if p.requires_grad}
     for parameter in trained:
         parameter.data = parameter.data.to(place.device)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
@@ -96,14 +95,14 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
             raise ValueError("--resume: name the folder of the run by --out")
         saved, path = evaluation.Run.read(where.out), Path(where.out) / "config.json"
         configs = {name: runtime.from_json(cls, getattr(saved, name), path) for name, cls in classes.items()}
-        kept = {field: value for config in configs.values() for field, value in vars(config).items()}
-        for field in flags.keys() & kept.keys() - MOVABLE:
-            if kept[field] != flags[field]:
-                raise ValueError(f"--{field.replace('_', '-')} {flags[field]}: the run in {where.out} has "
-                                 f"{kept[field]}; leave it out")
-        moved = flags.keys() & MOVABLE
-        return {name: replace(config, **{field: flags[field] for field in vars(config).keys() & moved})
-                for name, config in configs.items()}
+        for name, config in configs.items():
+            given = {field: flags[field] for field in vars(config) if field in flags}
+            for field, value in given.items():
+                if value != (kept := getattr(config, field)) and field not in MOVABLE:
+                    raise ValueError(f"--{field.replace('_', '-')} {value}: the run in {where.out} has "
+                                     f"{kept}; leave it out")
+            configs[name] = replace(config, **given)
+        return configs
     configs = {name: runtime.from_flags(cls, flags) for name, cls in classes.items()}
     if where.out and (Path(where.out) / "config.json").exists():
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
@@ -158,7 +157,7 @@ def require_finite(where: str, **values: float) -> None:
 
 
 def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: data.Batch, step: int,
-               config: TrainConfig) -> dict[str, float | None]:
+               config: TrainConfig) -> dict[str, float]:
     """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
     their count. Returns loss, norm of the gradient, mean entropy of w and target tokens."""
     optimizer.zero_grad(set_to_none=True)
@@ -169,13 +168,11 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
         share = adapters.router_dropout
         drop = runtime.uniform_noise(*ours, (), 1) < share if share else None
         part = part.to(base.device)
-        with adapters.routed(base.embed(part.input_ids), part.attention_mask, task_ids=part.task_ids,
-                             noise=noise, drop=drop) as routing:
+        with evaluation.routed(base, adapters, part, noise=noise, drop=drop) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
             part_loss.backward()
         loss += part_loss.item()
-        w_entropy = math.nan if routing.w is None else evaluation.mean_entropy(routing.w.detach())
-        entropy += w_entropy * len(rows) / len(batch.ids)
+        entropy += evaluation.mean_entropy(routing.w) * len(rows) / len(batch.ids)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     loss, entropy = runtime.all_reduce(gradients, loss, entropy)  # of all processes
@@ -186,8 +183,7 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * lr_factor(step, config)
     optimizer.step()
-    return {"loss": loss, "norm": norm.item(), "entropy": None if math.isnan(entropy) else entropy,
-            "target_tokens": batch.target_tokens}
+    return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
 def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple[int, float, int]:
@@ -206,49 +202,49 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
     return state["step"], state["best"], state["tokens"]
 
 
+def save_progress(path: Path, adapters: Adapters, optimizer: Optimizer, **progress: float) -> None:
+    if runtime.rank() == 0:
+        state = {"weights": adapters.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.save_state(path, {**progress, **state})
+
+
 def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Callable[[int], data.Batch],
           dev: Sequence[data.Example], folder: Path, config: TrainConfig, keep_best: Callable[[], None], *,
           autocast: bool = False) -> bool:
     """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
-    each --eval-every the dev loss is taken; keep_best() is called whenever it is the lowest so far.
-    batch_at(step) must depend on nothing else, so that a run can resume. autocast: bf16 arithmetic on float32
-    weights."""
+    each --eval-every the dev loss is taken, and keep_best() called if it is the lowest so far. batch_at(step)
+    must depend on nothing else, so that a run can resume. autocast: bf16 arithmetic on float32 weights."""
     path, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first, best, tokens = load_progress(path, adapters, optimizer)
     runtime.truncate_log(log, first)
     runtime.broadcast(adapters.state_dict().values())  # processes that begin alike stay alike
-    before, began = tokens, time.monotonic()
     with runtime.stop_signals() as asked, runtime.progress(
             range(first, config.steps), "train", total=config.steps, unit="step", initial=first) as bar:
         for step in bar:
+            began, batch = time.monotonic(), batch_at(step)
             base.train()
-            batch = batch_at(step)
             with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
                 record = train_step(base, adapters, optimizer, batch, step, config)
-            tokens += batch.input_ids.numel() + batch.labels.numel()  # padding included
-            speed = round((tokens - before) / (time.monotonic() - began))
+            size = batch.input_ids.numel() + batch.labels.numel()  # padding included
+            tokens, speed = tokens + size, round(size / (time.monotonic() - began))
             runtime.append_json(log, step=step, **record, tokens=tokens, tokens_per_s=speed)
             bar.set_postfix(loss=f"{record['loss']:.4g}", tokens_per_s=speed, refresh=False)
             stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
             due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
             if not (due or stopping):
                 continue
-            paused, where = time.monotonic(), f"after step {step} on {', '.join(batch.ids)}"
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            size = torch.nn.utils.get_total_norm(weights).item()
-            require_finite(where, norm_of_weights=size)  # a finite gradient may yet have broken them
+            where = f"after step {step} on {', '.join(batch.ids)}"
+            norm = torch.nn.utils.get_total_norm(adapters.state_dict().values()).item()
+            require_finite(where, norm_of_weights=norm)  # a finite gradient may yet have broken them
             if due:
-                measured = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
-                require_finite(where, dev_loss=measured["dev_loss"])
-                runtime.append_json(log, step=step, **measured)
-                if measured["dev_loss"] < best:
-                    best = measured["dev_loss"]
+                loss, w = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
+                require_finite(where, dev_loss=loss)
+                router = {} if w is None else {"router": evaluation.report_router(w, dev)._asdict()}
+                runtime.append_json(log, step=step, dev_loss=loss, **router)
+                if loss < best:
+                    best = loss
                     keep_best()
-            if runtime.rank() == 0:
-                checkpoint.save_state(path, {
-                    "step": step + 1, "best": best, "tokens": tokens, "weights": adapters.state_dict(),
-                    "optimizer": optimizer.state_dict()})
-            began += time.monotonic() - paused  # tokens_per_s is of training alone
+            save_progress(path, adapters, optimizer, step=step + 1, best=best, tokens=tokens)
             if stopping:
                 return step + 1 == config.steps
     return True
@@ -286,13 +282,11 @@ def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: toke
 def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False, fit: bool = True) -> Parts:
     """Everything at its start; fit: the router's too, which a checkpoint would replace."""
     config = configs["train"]
-    full = config.method == "full"
-    if shard and full:
-        raise ValueError("--shard: splits a frozen base; not with --method full")
     tokenizer = tokenizers.load(config.model)
     train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
     # The small updates of full training would be lost in bf16 weights: these stay float32.
-    base = evaluation.load_base(config.model, place._replace(dtype=torch.float32) if full else place, shard)
+    dtype = torch.float32 if config.method == "full" else place.dtype
+    base = checkpoint.load(config.model, dtype=dtype, device=place.device, mapped=shard)
     for examples in (train_set, *sets.values()):
         evaluation.require_fit(base, tokenizer, examples)
     adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
@@ -307,37 +301,41 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
         "tokenizer": tokenizer.fingerprint, "digests": digests})
 
 
-def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> dict[str, dict]:
-    """Writes config.json, or compares what is there with what the run is bound to; returns the scores there
-    are."""
-    if (folder / "config.json").exists():
-        evaluation.Run.read(folder).require_same(folder, **bound)
-        return runtime.read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> None:
+    """Writes config.json, or compares what is there with what the run is bound to."""
     saved = {name: asdict(config) for name, config in configs.items()}
     for section, field in (("train", "model"), ("data", "data")):  # to be found from any working folder
         saved[section][field] = os.path.abspath(saved[section][field])
-    runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
-    return {}
+    if not (folder / "config.json").exists():
+        return runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
+    run = evaluation.Run.read(folder)
+    for name, value in bound.items():
+        place = saved["train"]["model"] if name in ("base", "tokenizer") else saved["data"]["data"]
+        run.require_same(folder, place, **{name: value})
 
 
-def closing_scores(parts: Parts, config: TrainConfig, name: str) -> dict[str, dict]:
-    """{"seen": scores, "unseen": scores} of the model as it is."""
-    return {which: evaluation.evaluate(parts.base, parts.adapters, parts.sets[which], parts.tokenizer,
-                                       batch_size=config.eval_batch_size, desc=f"{name}, {which}")
-            for which in ("seen", "unseen") if which in parts.sets}
+def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> dict[str, dict]:
+    """Scores the model as it is on seen and unseen tasks, as row `name` of scores.json; all its rows."""
+    path = folder / "scores.json"
+    rows = runtime.read_json(path) if path.exists() else {}
+    rows[name] = {}
+    for which in sorted(parts.sets.keys() - {"dev"}):
+        said = evaluation.predict(parts.base, parts.adapters, parts.sets[which], parts.tokenizer,
+                                  batch_size=config.eval_batch_size, desc=f"{name}, {which}")
+        rows[name][which] = evaluation.score(parts.sets[which], said)
+    runtime.write_json(path, rows)
+    return rows
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
-    titles = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
-    columns = [(which, metric) for which in ("seen", "unseen") for metric in titles]
-    lines = ["| model | " + " | ".join(f"{which} {titles[metric]}" for which, metric in columns) + " |",
-             "|---|" + "---|" * len(columns)]
+    columns = [(which, metric) for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
+    titles = ("model", "seen ROUGE-L", "seen exact match", "unseen ROUGE-L", "unseen exact match")
+    lines = [titles, ["---"] * len(titles)]
     for name, scores in rows.items():
-        cells = [f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
-                 for which, metric in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
+                              for which, metric in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
@@ -346,38 +344,38 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
     signal stopped it. closing: score the frozen base and the trained model on seen and unseen tasks, and say
     so. shard: split the base over all processes. resume: the command that goes on with a run, but for its
     folder, to be said."""
-    config, method = configs["train"], configs["train"].method
+    config, full = configs["train"], configs["train"].method == "full"
     parts = build(configs, place, shard=shard, fit=not (folder and (folder / "checkpoint.pt").exists()))
-    adapters, train_set = parts.adapters, parts.train_set
-    folder = folder or runtime.new_folder(f"runs/{method}")
+    train_set = parts.train_set
+    folder = folder or runtime.new_folder(f"runs/{config.method}")
     resume = resume and f"{resume} --out {shlex.quote(str(folder))}"
+
+    def batch_at(step: int) -> data.Batch:
+        rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
+        return data.collate([train_set[i] for i in rows], seed=config.seed, step=step)
+
     with runtime.locked(folder):
-        scores = start_run(folder, configs, parts.bound)
-        runtime.say(f"{method}: {count(adapters)} parameters train; on {len(train_set)} examples of "
-                    f"{len(train_set.tasks)} tasks; run folder {folder}")
+        start_run(folder, configs, parts.bound)
+        runtime.say(f"{config.method}: {count(parts.adapters)} parameters train; on {len(train_set)} "
+                    f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
         if resume:
             runtime.say(f"should it be interrupted, go on with: {resume}")
-        if closing and not scores:  # every method starts as the base, bit for bit
-            scores["frozen base"] = closing_scores(parts, config, "frozen base")
-            runtime.write_json(folder / "scores.json", scores)
-
-        best: dict[str, Tensor] = {}  # the weights of the lowest dev loss, also in their file
-
-        def keep_best() -> None:
-            best.update({name: tensor.clone() for name, tensor in adapters.state_dict().items()})
-            save_best(folder, parts, configs)
-
-        def batch_at(step: int) -> data.Batch:
-            rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
-            return data.collate([train_set[i] for i in rows], seed=config.seed, step=step)
-
-        if not train(parts.base, adapters, make_optimizer(adapters, config), batch_at, parts.sets["dev"],
-                     folder, config, keep_best, autocast=method == "full" and place.dtype == torch.bfloat16):
+        if closing and not (folder / "scores.json").exists():  # every method starts as the base, bit for bit
+            add_scores(folder, parts, config, "frozen base")
+        if not train(parts.base, parts.adapters, make_optimizer(parts.adapters, config), batch_at,
+                     parts.sets["dev"], folder, config, lambda: save_best(folder, parts, configs),
+                     autocast=full and place.dtype == torch.bfloat16):
             runtime.say(f"stopped; go on with: {resume}")
             return False
         if closing:
-            adapters.load_state_dict(best or load_best(folder, method))
-            finish(folder, parts, config, scores)
+            runtime.barrier()  # the first process may still be writing what was best
+            parts.adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if full else
+                                           checkpoint.load_adapter(folder / "adapter.safetensors")[0])
+            runtime.say(table(add_scores(folder, parts, config, config.method)))
+            most = f"at most {config.eval_instances}" if config.eval_instances else "all"
+            runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, "
+                        "scores.json, metrics.jsonl")
+            runtime.say(f"next: {runtime.launcher()} eval.py --run {shlex.quote(str(folder))} --split test")
     return True
 
 
@@ -392,23 +390,6 @@ def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
         checkpoint.save_adapter(folder / "adapter.safetensors", parts.adapters.state_dict(), method=method,
                                 config=asdict(configs["adapter"]), tasks=list(parts.bound["tasks"]),
                                 base=parts.bound["base"])
-
-
-def load_best(folder: Path, method: str) -> dict[str, Tensor]:
-    """What save_best kept before this start."""
-    if method == "full":
-        return checkpoint.load(folder / "model").state_dict()
-    return checkpoint.load_adapter(folder / "adapter.safetensors")[0]
-
-
-def finish(folder: Path, parts: Parts, config: TrainConfig, scores: dict[str, dict]) -> None:
-    """The last evaluation, of the weights as they are: scores.json, and the table."""
-    scores[config.method] = closing_scores(parts, config, config.method)
-    runtime.write_json(folder / "scores.json", scores)
-    runtime.say(table(scores))
-    limit = f"at most {config.eval_instances} instances each" if config.eval_instances else "all instances"
-    runtime.say(f"of {limit}; in {folder}: the weights that were best on dev, scores.json, metrics.jsonl")
-    runtime.say(f"next: {runtime.launcher()} eval.py --run {shlex.quote(str(folder))} --split test")
 
 
 def main() -> None:

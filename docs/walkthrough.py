@@ -59,8 +59,7 @@ def page() -> str:
         configs = CONFIGS | {"data": replace(CONFIGS["data"], cache=folder)}
         place = runtime.pick_device(device="cpu")
         train.run(Path(folder, "run"), configs, place, closing=False)
-        base, adapters = evaluation.load_run(Path(folder, "run"), place)
-        words = tokenizer.load(ROOT / "tiny")
+        base, adapters, words = evaluation.load(place, run=Path(folder, "run"))
         seen = [row for row in data.load_sets(configs["data"], words, ["seen"])["seen"]
                 if row.task in (TASK, OTHER)]
         seen.sort(key=lambda row: row.task != TASK)
@@ -176,7 +175,7 @@ def task_weights(s: Shown) -> str:
     logits = (raw - router.mu) / router.sd @ router.task.T + router.bias  # (1,K)
     w = logits.softmax(-1)
     assert_close(w, s.routing.w)
-    everyone = evaluation.router_weights(s.base, s.adapters, s.seen)
+    _, everyone = evaluation.measure(s.base, s.adapters, s.seen)
     own, other = (everyone[[row.task == name for row in s.seen]].mean(0) for name in (TASK, OTHER))
     return f"""
 ## 3. Which abstract tasks this is: `TaskRouter.forward`

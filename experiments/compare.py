@@ -36,7 +36,7 @@ import runtime
 import t5
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, NoAdapter, budget, count, parameters
+from baselines import METHODS, budget, count, parameters
 from experiments import plot, routing
 from experiments.search import Search, axes_of
 from experiments.tables import markdown, summarise
@@ -206,25 +206,24 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
         return {which: evaluation.score(sets[which], evaluation.copy_heuristic(cell.row, root, sets[which]))
                 for which in ("seen", "unseen") if which in sets}
     if cell.row in UNTRAINED:
-        base = evaluation.load_base(config.model, place)
-        adapters = NoAdapter(base, full=False)
+        base, adapters, _ = evaluation.load(place, model=config.model)
     else:
-        base, adapters = evaluation.load_run(cell.of or cell.folder, place)
+        base, adapters, _ = evaluation.load(place, run=cell.of or cell.folder)
         result["parameters"] = count(adapters)._asdict()
     for which in sorted(sets.keys() - {"dev"}):
         examples, w = sets[which], None
         if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored
-            w = evaluation.router_weights(base, adapters, sets["dev"], batch_size=size)
+            _, w = evaluation.measure(base, adapters, sets["dev"], batch_size=size)
             w = w.mean(0).expand(len(examples), -1)
         elif cell.row == "w of another sample":  # of the whole set, so most likely of another task
-            w = evaluation.router_weights(base, adapters, examples, batch_size=size)
+            _, w = evaluation.measure(base, adapters, examples, batch_size=size)
             w = w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
         said = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size, w=w)
         result[which] = evaluation.score(examples, said)
         for task, scores in result[which]["tasks"].items():  # per task, so that long targets weigh no more
             rows = [i for i, example in enumerate(examples) if example.task == task]
-            scores["loss"] = evaluation.mean_loss(base, adapters, [examples[i] for i in rows],
-                                                  batch_size=size, w=w if w is None else w[rows])
+            scores["loss"], _ = evaluation.measure(base, adapters, [examples[i] for i in rows],
+                                                   batch_size=size, w=w if w is None else w[rows])
         losses = [scores["loss"] for scores in result[which]["tasks"].values()]
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
     if config.method.startswith("orchmoe") and not (cell.of or cell.row in UNTRAINED):

@@ -3,6 +3,7 @@ experiments.plot, that of each cell for experiments.compare. Test: pytest tests/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from model import Backbone
 from orchmoe import Adapters
 
 
-def mutual_information(w: Tensor, labels: Sequence[str]) -> float | None:
+def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
     """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
-    w does not depend on the label, at most the smaller of their two entropies. None where the rows of w are
+    w does not depend on the label, at most the smaller of their two entropies. NaN where the rows of w are
     no distributions."""
-    if np.isnan(evaluation.mean_entropy(w)):
-        return None
+    if math.isnan(evaluation.mean_entropy(w)):
+        return math.nan
     rows = np.unique(np.array(labels), return_inverse=True)[1]
     joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
     joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)
@@ -38,20 +39,20 @@ def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
     """RouterReport's numbers, mutual information with the real category, mean w of each real task (K), mean c
     of each Linear (S), Zhat (N,K,S) and `distance`, the mean |c - 1/S|. {} for methods whose c is not one for
     the sample."""
-    base.eval()
-    use, distance, learnt = 0.0, 0.0, {}
-    for rows, batch in data.batches(examples, batch_size, base.device, "skills in use"):
-        with evaluation.routed(base, adapters, batch) as routing:
-            if routing.c is None or routing.allocation is None:
-                return {}
-            c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
-            use = use + c.sum(1) / len(examples)
-            distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
-            learnt["allocation"] = routing.allocation[0].float().cpu().numpy().round(4).tolist()
+    use, distance, learnt, w = 0.0, 0.0, {}, {}
+    for rows, _, routing in evaluation.routed_batches(base, adapters, examples, batch_size, "skills in use"):
+        if routing.c is None or routing.allocation is None:
+            return {}
+        c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
+        use = use + c.sum(1) / len(examples)
+        distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
+        learnt["allocation"] = routing.allocation[0].float().cpu().numpy().round(4).tolist()
+        if not routing.shared:
+            w |= dict(zip(rows, routing.w.float().cpu(), strict=True))
     names = adapters.linears.keys()
     learnt |= {"distance": distance, "skill_use": dict(zip(names, use.cpu().tolist(), strict=True))}
-    w = evaluation.router_weights(base, adapters, examples, batch_size=batch_size)
-    if w is not None:
+    if w:
+        w = torch.stack([w[i] for i in range(len(examples))])  # (M,K)
         tasks = np.array([example.task for example in examples])
         learnt |= evaluation.report_router(w, examples)._asdict()
         learnt["mutual_information"] = mutual_information(w, [example.category for example in examples])
@@ -65,8 +66,8 @@ def of_run(folder: Path, place: runtime.Device, *, model: str = "") -> dict[str,
     now, if it has moved."""
     run = evaluation.Run.read(folder)
     config = runtime.from_json(train.TrainConfig, run.train, folder / "config.json")
-    saved = runtime.from_json(data.DataConfig, run.data, folder / "config.json")
-    which = evaluation.EvalConfig(run=str(folder), model=model, split="seen", limit=config.eval_instances)
-    base, adapters, tokenizer = evaluation.load(which, run, place)
-    seen = evaluation.load_examples(which, run, saved, saved, tokenizer)
+    data_config = runtime.from_json(data.DataConfig, run.data, folder / "config.json")
+    base, adapters, tokenizer = evaluation.load(place, run=folder, model=model)
+    which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
+    seen = evaluation.load_examples(which, data_config, run, tokenizer)
     return report(base, adapters, seen, batch_size=config.eval_batch_size)

@@ -289,7 +289,7 @@ def test_there_is_no_other_way_in():
 ADAPTERS = {  # what the file says of itself -> words of the refusal
     "method": ({"method": "prefix"}, "'prefix' is unknown"),
     "another method": ({"method": "lora"}, "adapter state: allocation is .*, here missing"),
-    "base": ({"base": "0" * 16}, "trained on the base 0{16}, but .*tiny is"),
+    "base": ({"base": "0" * 16}, "trained on the base 0{16}, but the run's is"),
     "rank": ({"rank": 3}, "skill_A is .*, here .*not what its config describes"),
     "K": ({"tasks": 9}, "allocation is .*, here "),
     "S a terabyte": ({"skills": 4096, "rank": 4096}, "adapter state: .* is "),
@@ -313,7 +313,7 @@ def test_adapters_that_are_not_what_they_say_are_refused_by_name(copied, bounded
     inner = {name: value for name, value in change.items() if name not in outer}
     checkpoint.save_adapter(path, state, **{**info, "config": {**info["config"], **inner}, **outer})
     with pytest.raises(ValueError, match=words) as refusal:
-        evaluation.load_run(copied, CPU)
+        evaluation.load(CPU, run=copied)
     assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
 
 

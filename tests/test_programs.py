@@ -196,7 +196,7 @@ def test_a_run_is_bound_to_its_tasks_and_its_tokenizer(copied, tmp_path):
     task["Instances"][0]["output"] = ["changed"]
     path.write_text(json.dumps(task))
     error = run(*evaluate, cwd=tmp_path, code=2)
-    assert error.count("\n") == 1 and "the seen tasks are not those that the run in run began with" in error
+    assert error.count("\n") == 1 and "not the digests that the run in run began with" in error
     error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=tmp_path, code=2)
     assert "not the digests that the run in run began with" in error
     run("train.py", "--resume", "--out", "run", "--device", "cpu", "--data", ROOT / "sni", cwd=tmp_path)
@@ -246,8 +246,7 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
     said, answer, verdict = ask(["--run", "run"], cwd=finished)
     alone = "instruction and input alone, without examples"
     assert said == f"asked run: {alone}"
-    base, adapters = evaluation.load_run(finished / "run", runtime.pick_device(device="cpu"))
-    tokenizer = tokenizers.load(home / "tiny")
+    base, adapters, tokenizer = evaluation.load(runtime.pick_device(device="cpu"), run=finished / "run")
     source = ("Definition: Write the first word of the list.\n\n"
               "Now complete the following example -\nInput: lion, June, wolf.\nOutput: ")  # fmt: skip
     ids = torch.tensor([tokenizer.encode(source)])
@@ -272,11 +271,11 @@ def test_a_run_is_merged_as_the_page_prints_it(home):
     run("train.py", *SHORT, *rates, "--out", "runs/orchmoe-1", cwd=home)
     paths = environment(PYTHONPATH=str(ROOT))
     subprocess.run([sys.executable, "-c", snippet], cwd=home, env=paths, check=True, timeout=300)
-    base, adapters = evaluation.load_run(home / "runs/orchmoe-1", runtime.pick_device(device="cpu"))
-    tokenizer, cache = tokenizers.load(home / "merged"), ""
-    config = data.DataConfig(data=str(home / "sni"), max_tasks=1, cache=cache)
+    base, adapters, _ = evaluation.load(runtime.pick_device(device="cpu"), run=home / "runs/orchmoe-1")
+    tokenizer = tokenizers.load(home / "merged")
+    config = data.DataConfig(data=str(home / "sni"), max_tasks=1)
     examples = data.subsample(data.load_sets(config, tokenizer)["test"], 16)
-    w = evaluation.router_weights(base, adapters, data.load_sets(config, tokenizer)["test"]).mean(0)
+    w = evaluation.measure(base, adapters, data.load_sets(config, tokenizer)["test"])[1].mean(0)
     routed = evaluation.predict(base, adapters, examples, tokenizer, w=w.expand(len(examples), -1))
     merged = checkpoint.load(home / "merged")
     plain = evaluation.predict(merged, NoAdapter(merged, full=False), examples, tokenizer)

@@ -1,11 +1,14 @@
 """The numbers of a comparison: intervals and their coverage, and what the tables say."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
+import runtime
 from experiments import routing, tables
 
 
@@ -59,8 +62,10 @@ def test_summary_pairs_tasks_and_seeds():
 
 
 def test_w_that_is_no_distribution_has_no_entropy_in_the_summary():
-    learnt = {"entropy": None, "distance": 0.1, "largest": 2.0}
-    learnt["mutual_information"] = routing.mutual_information(torch.tensor([[-1.0, 2.0]]), ["x"])
+    w = torch.tensor([[-1.0, 2.0]])
+    numbers = {"entropy": evaluation.mean_entropy(w), "distance": 0.1, "largest": 2.0,
+               "mutual_information": routing.mutual_information(w, ["x"])}  # fmt: skip
+    learnt = json.loads(runtime.to_json(numbers))  # as a cell keeps it
     (entry,) = tables.summarise({"w without softmax": [{"learnt": learnt}, {"learnt": learnt}]})
     assert entry["learnt"] == {"largest": 2.0, "distance": pytest.approx(0.1)}
     assert "| w without softmax | - | - | 2.000 | 0.100 |" in tables.markdown([entry], {})

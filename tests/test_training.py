@@ -92,8 +92,8 @@ def test_mean_loss_is_per_token(small_t5, batch):
                 for name, source, target in zip(batch.ids, sources, targets, strict=True)]  # fmt: skip
     total = small_t5.loss(*batch[:3]).item() / batch.target_tokens
     for size in (1, 3, 4):
-        found = evaluation.mean_loss(small_t5, NoAdapter(small_t5, full=False), examples, batch_size=size)
-        assert found == pytest.approx(total, rel=1e-9)
+        found, w = evaluation.measure(small_t5, NoAdapter(small_t5, full=False), examples, batch_size=size)
+        assert w is None and found == pytest.approx(total, rel=1e-9)
 
 
 def test_the_best_weights_are_kept_and_scored(home):
