@@ -211,12 +211,12 @@ class Run:
             if not isinstance(self.train.get(name), str):
                 raise ValueError(f"train: {name} must be a text")
 
-    def require_same(self, folder: str | Path, place: str | Path, **found: Any) -> None:
-        """ValueError that names the first of the fields `found` at `place` that is not the run's."""
+    def require_same(self, folder: str | Path, **found: Any) -> None:
+        """ValueError that names the first of the fields in `found` that is not the run's."""
         for name, value in found.items():
             if value != getattr(self, name):
-                raise ValueError(f"{place}: not the {name} that the run in {folder} began with; restore what "
-                                 "was there, or start a new run")
+                raise ValueError(f"not the {name} that the run in {folder} began with; restore it, name its "
+                                 "place by --model or --data, or start a new run")
 
 
 class Model(NamedTuple):
@@ -236,7 +236,7 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     tokenizer = tokenizers.load(path)
     if began:
         ours = {} if full else {"base": checkpoint.fingerprint(path)}
-        began.require_same(run, path, **ours, tokenizer=tokenizer.fingerprint)
+        began.require_same(run, **ours, tokenizer=tokenizer.fingerprint)
     base = checkpoint.load(path, dtype=place.dtype, device=place.device, mapped=shard)
     adapters = attach_kept(Path(run), began, base) if began and not full else NoAdapter(base, full=full)
     if shard:
@@ -330,7 +330,7 @@ def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | N
     examples = data.load_sets(data_config, tokenizer, [config.split], training=training)[config.split]
     if run and examples.digest != run.digests.get(kind, examples.digest):
         if all(getattr(data_config, name) == run.data.get(name) for name in ("data", "splits", "max_tasks")):
-            run.require_same(config.run, data_config.data, digests={kind: examples.digest})
+            run.require_same(config.run, digests={kind: examples.digest})
         runtime.warn(f"{data_config.data}: other tasks than those of the run")
     return data.subsample(examples, config.limit)
 

@@ -20,9 +20,7 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
-import tokenizer as tokenizers
-from model import Backbone
-from orchmoe import Adapters, TaskRouter
+from orchmoe import TaskRouter
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
@@ -48,21 +46,22 @@ class ExportConfig:
 
 
 @torch.no_grad()
-def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, adapters: Adapters) -> Tensor:
+def fixed_routing(config: ExportConfig, run: evaluation.Run, model: evaluation.Model) -> Tensor:
     """w (K,) of --w, of the one prompt, or the mean over dev."""
     if config.w:
         try:
             return torch.tensor([float(value) for value in config.w])
         except ValueError as error:
             raise ValueError(f"--w: {error}; give numbers, with commas between") from None
-    tokenizer = tokenizers.load(config.model or run.train["model"])
+    base, adapters, tokenizer = model
     if adapters.router is None:
         raise ValueError(f"--routing {config.routing}: the run has no router; give --w")
     if config.routing == "sample":
         return adapters.router(base.embed(torch.tensor([tokenizer.source(config.input)])))[0]
     options = runtime.from_json(data.DataConfig, run.data, config.run)
     dev = data.load_sets(options, tokenizer, ["dev"], training=run.tasks)["dev"]
-    return evaluation.router_weights(base, adapters, dev).mean(0)
+    batches = evaluation.routed_batches(base, adapters, dev, 64, "router")
+    return torch.stack([routing.w.sum(0) for *_, routing in batches]).sum(0) / len(dev)
 
 
 def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Path) -> None:
@@ -84,14 +83,14 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
                          "function; export takes orchmoe with a router of samples, and lora")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: not empty; name another folder by --out")
-    base, adapters = evaluation.load_run(config.run, place, model=config.model)
+    base, adapters, _ = model = evaluation.load(place, run=config.run, model=config.model)
     name = config.base or str(Path(config.model or run.train["model"]).resolve())
     routings: dict[str, Tensor | None] = {"lora": None}
     if method == "orchmoe":
         K = adapters.config.tasks
         routings = {f"abstract-{k + 1}": torch.eye(K)[k] for k in range(K)}
         if config.routing or config.w:
-            routings[config.routing or "w"] = fixed_routing(config, run, base, adapters)
+            routings[config.routing or "w"] = fixed_routing(config, run, model)
     elif config.routing or config.w:
         raise ValueError(f"{config.run}: --method lora has no routing; leave out --routing and --w")
     for folder, w in routings.items():

@@ -303,15 +303,12 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
 
 def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> None:
     """Writes config.json, or compares what is there with what the run is bound to."""
+    if (folder / "config.json").exists():
+        return evaluation.Run.read(folder).require_same(folder, **bound)
     saved = {name: asdict(config) for name, config in configs.items()}
     for section, field in (("train", "model"), ("data", "data")):  # to be found from any working folder
         saved[section][field] = os.path.abspath(saved[section][field])
-    if not (folder / "config.json").exists():
-        return runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
-    run = evaluation.Run.read(folder)
-    for name, value in bound.items():
-        place = saved["train"]["model"] if name in ("base", "tokenizer") else saved["data"]["data"]
-        run.require_same(folder, place, **{name: value})
+    runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
 
 
 def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> dict[str, dict]:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import eval as evaluation
 import runtime
-import tokenizer as tokenizers
 from baselines import attach_method
 from orchmoe import OrchMoEConfig
 
@@ -173,8 +172,8 @@ def test_what_is_no_lora_is_not_written(method, options, tmp_path):
 
 
 def w_of(run_folder, prompt):
-    base, adapters = evaluation.load_run(run_folder, runtime.pick_device(device="cpu"))
-    ids = torch.tensor([tokenizers.load(ROOT / "tiny").source(prompt)])
+    base, adapters, tokenizer = evaluation.load(runtime.pick_device(device="cpu"), run=run_folder)
+    ids = torch.tensor([tokenizer.source(prompt)])
     with torch.no_grad():
         return adapters.router(base.embed(ids))[0]
 
