@@ -117,8 +117,7 @@ def _few(names: Iterable[str]) -> str:
 
 def config(path: str | Path) -> Any:
     """The config that the config.json of a Hugging Face folder describes; ValueError names file and field."""
-    runtime.require_model(path)
-    file = Path(path) / "config.json"
+    file = runtime.existing(path) / "config.json"
     values = runtime.read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not (isinstance(kind, str) and kind in FAMILIES):
@@ -230,7 +229,8 @@ def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, con
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """State and {method, config, tasks, base} of a file of save_adapter."""
-    state, metadata = read_safetensors(existing(path, "name the folder of a run that has kept an adapter"))
+    path = runtime.existing(path, "name the folder of a run that has kept an adapter")
+    state, metadata = read_safetensors(path)
     try:
         read = json.loads(metadata.get("adapter", ""))
     except (ValueError, RecursionError):
@@ -255,13 +255,6 @@ def load_state(path: str | Path) -> dict:
     if not (isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in kinds.items())):
         raise ValueError(f"{path}: not a training state of this project ({', '.join(kinds)}); restore it")
     return state
-
-
-def existing(path: str | Path, remedy: str) -> Path:
-    """`path`, or a ValueError that says what to do where it is not there."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: not there; {remedy}")
-    return Path(path)
 
 
 # --------------------------------------------------------------------------------------- LoRAs in PEFT's form
@@ -318,7 +311,7 @@ def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: st
 def load_peft(folder: str | Path) -> Lora:
     """A PEFT folder of a plain LoRA; ValueError names the file and the field of what it is beyond that."""
     path = Path(folder) / "adapter_config.json"
-    values = runtime.read_json(existing(path, "name the folder of a LoRA as peft saves it"))
+    values = runtime.read_json(runtime.existing(path, "name the folder of a LoRA as peft saves it"))
     values = {"bias": "none"} | (values if isinstance(values, dict) else {})
     plain = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys(REFUSED, (None, False, {}, []))}
     if odd := [name for name, allowed in plain.items() if values.get(name) not in allowed]:

@@ -127,8 +127,7 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
     """{"overall", "tasks", "categories"}, see metrics.score."""
     pairs = runtime.progress(zip(examples, predictions, strict=True), "score", len(examples), "ex")
-    return metrics.score({"task": example.task, "category": example.category, "prediction": prediction,
-                          "references": example.references} for example, prediction in pairs)
+    return metrics.score({**example._asdict(), "prediction": said} for example, said in pairs)
 
 
 @torch.no_grad()
@@ -148,9 +147,6 @@ def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
     return total / tokens, torch.tensor(rows) if rows else None
 
 
-# --------------------------------------------------------------------------------------- what the router does
-
-
 @torch.no_grad()
 def mean_entropy(w: Tensor | None) -> float:
     """Mean entropy of the rows of w (M,K) in nats; NaN where there is no w, or its rows are no distributions
@@ -160,28 +156,21 @@ def mean_entropy(w: Tensor | None) -> float:
     return torch.special.entr(w).sum(-1).mean().item()
 
 
-class RouterReport(NamedTuple):
-    """How w (M,K) spreads over M samples of several tasks."""
-
-    entropy: float  # mean entropy of w, nats; NaN where w is no distribution
-    between: float  # standard deviation over tasks of their mean w, mean over K
-    within: float  # standard deviation of w within a task, mean over tasks and K
-    largest: float  # largest mean weight of one abstract task
-
-
-def report_router(w: Tensor, examples: Sequence[data.Example]) -> RouterReport:
-    """The report on w (M,K) of the examples, grouped by their real tasks; warns where w is uniform or has
-    collapsed to one abstract task."""
+def report_router(w: Tensor, examples: Sequence[data.Example]) -> dict[str, float]:
+    """How w (M,K) spreads over M examples of several real tasks: `entropy`, see mean_entropy; the standard
+    deviation `between` tasks of their mean w, mean over K, and `within` a task, mean over tasks and K; the
+    `largest` mean weight of one abstract task. Warns where w is uniform or has collapsed to one of them."""
     tasks, K = np.array([example.task for example in examples]), w.shape[1]
     groups = [w[tasks == task] for task in sorted(set(tasks))]
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
-    spreads = torch.stack([group.std(0, correction=0).mean() for group in groups])
+    within = torch.stack([group.std(0, correction=0).mean() for group in groups]).mean().item()
     entropy, largest = mean_entropy(w), w.mean(0).max().item()
     if K > 1 and entropy > 0.98 * math.log(K):
         runtime.warn("the router is uniform: w hardly depends on the sample; see --router-init, --lr-router")
     elif K > 1 and entropy >= 0 and largest > 0.9:  # no NaN
         runtime.warn("the router has collapsed to one abstract task; lower --lr-router")
-    return RouterReport(entropy, means.std(0, correction=0).mean().item(), spreads.mean().item(), largest)
+    return {"entropy": entropy, "between": means.std(0, correction=0).mean().item(), "within": within,
+            "largest": largest}
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -203,7 +192,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
-        path = checkpoint.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
+        path = runtime.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
         return runtime.from_json(cls, runtime.read_json(path), path)
 
     def __post_init__(self) -> None:

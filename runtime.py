@@ -101,11 +101,12 @@ def new_folder(name: str) -> Path:
     return all_gather(first_free() if rank() == 0 else None)[0]
 
 
-def require_model(path: str | Path) -> None:
-    """ValueError with the remedy where nothing is at `path`, say because it is a model's name on the Hub."""
+def existing(path: str | Path, remedy: str = "name a local folder, nothing is downloaded here; `hf download "
+             "NAME --local-dir DIR` gets a model from the Hub") -> Path:
+    """`path`, or a ValueError with the remedy where nothing is there."""
     if not Path(path).exists():
-        raise ValueError(f"{path}: no such folder; name a local one, nothing is downloaded here; "
-                         "`hf download NAME --local-dir DIR` gets a model from the Hub")
+        raise ValueError(f"{path}: not there; {remedy}")
+    return Path(path)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from runtime import atomic_write, read_json, require_model
+from runtime import atomic_write, existing, read_json
 
 LARGEST_FILE = 1e8  # bytes; T5's has 8e5, mT5's 4e6, Llama 3's 1.7e7
 # the English clean-up that Hugging Face calls clean_up_tokenization_spaces, in its order
@@ -26,7 +26,7 @@ CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'",
 
 def load(folder: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a model folder, or of T5's .model file; ValueError where there is no whole one."""
-    require_model(folder)
+    existing(folder)
     kinds = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
     path = next((path for name in kinds if (path := Path(folder) / name).is_file()), Path(folder))
     if not path.is_file():

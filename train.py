@@ -62,8 +62,6 @@ class TrainConfig:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
                               eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0, lr_token_router=0,
                               lr_allocation=0, lr_full=0, clip=0, extra_rank=0)
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed {self.seed}: give less than 2^63")
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
             if due:
                 loss, w = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
                 require_finite(where, dev_loss=loss)
-                router = {} if w is None else {"router": evaluation.report_router(w, dev)._asdict()}
+                router = {} if w is None else {"router": evaluation.report_router(w, dev)}
                 runtime.append_json(log, step=step, dev_loss=loss, **router)
                 if loss < best:
                     best = loss

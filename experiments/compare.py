@@ -448,7 +448,7 @@ def main() -> None:
     configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
     if config.dry_run:
         name, root = configs["train"].model, configs["data"]
-        base = on_meta(SIZES.get(name) or checkpoint.config(checkpoint.existing(
+        base = on_meta(SIZES.get(name) or checkpoint.config(runtime.existing(
             Path(name) / "config.json", f"name a model's folder, or one of {', '.join(SIZES)}").parent))
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
         runtime.say(dry_run(config.methods, base, configs["adapter"], len(tasks)))

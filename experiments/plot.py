@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-import checkpoint
 import eval as evaluation
 import runtime
 from experiments import routing
@@ -58,7 +57,7 @@ def pyplot() -> Any:
 
 def records(folder: str | Path) -> list[dict]:
     """The log of a run."""
-    path = checkpoint.existing(Path(folder) / "metrics.jsonl", "name the folder of a run")
+    path = runtime.existing(Path(folder) / "metrics.jsonl", "name the folder of a run")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:

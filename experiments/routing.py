@@ -36,9 +36,9 @@ def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
 @torch.no_grad()
 def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
            ) -> dict[str, Any]:
-    """RouterReport's numbers, mutual information with the real category, mean w of each real task (K), mean c
-    of each Linear (S), Zhat (N,K,S) and `distance`, the mean |c - 1/S|. {} for methods whose c is not one for
-    the sample."""
+    """What report_router says, mutual information with the real category, mean w of each real task (K), mean
+    c of each Linear (S), Zhat (N,K,S) and `distance`, the mean |c - 1/S|. {} for methods whose c is not one
+    for the sample."""
     use, distance, learnt, w = 0.0, 0.0, {}, {}
     for rows, _, routing in evaluation.routed_batches(base, adapters, examples, batch_size, "skills in use"):
         if routing.c is None or routing.allocation is None:
@@ -54,7 +54,7 @@ def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
     if w:
         w = torch.stack([w[i] for i in range(len(examples))])  # (M,K)
         tasks = np.array([example.task for example in examples])
-        learnt |= evaluation.report_router(w, examples)._asdict()
+        learnt |= evaluation.report_router(w, examples)
         learnt["mutual_information"] = mutual_information(w, [example.category for example in examples])
         learnt["w"] = {str(task): w[tasks == task].mean(0).tolist() for task in sorted(set(tasks))}
         learnt["category"] = {example.task: example.category for example in examples}

@@ -96,6 +96,18 @@ def test_mean_loss_is_per_token(small_t5, batch):
         assert w is None and found == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.parametrize("w, words", [
+    (torch.full((4, 8), 1 / 8), "the router is uniform"), (torch.eye(8)[[3, 3, 3, 3]], "has collapsed"),
+    (torch.eye(8)[[0, 1, 2, 3]], ""), (torch.ones(4, 1), ""), (2 * torch.eye(8)[[3, 3, 3, 3]], ""),
+])  # fmt: skip
+def test_a_router_that_does_nothing_is_warned_of(w, words, capsys):
+    runtime.warn.cache_clear()
+    examples = [data.Example(str(i), "ab"[i % 2], "c", None, [], []) for i in range(4)]
+    evaluation.report_router(w, examples)
+    said = capsys.readouterr().err
+    assert words in said and bool(said) == bool(words)
+
+
 def test_the_best_weights_are_kept_and_scored(home):
     """A rate that is too high: the dev loss rises after the first step. What is kept and scored is of that
     step, also when the run goes on later."""
