@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, records
 
 import checkpoint
 import data
@@ -176,6 +176,10 @@ def alone(tmp_path_factory):
 def assert_same_run(folder, alone):
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
     runs = (folder, alone)
+    reports, wanted = ([row["router"] for row in records(run) if "router" in row] for run in runs)
+    assert len(reports) == 3
+    for report, same in zip(reports, wanted, strict=True):  # of w of the rows of all processes
+        assert report == pytest.approx(same, abs=1e-4)
     (state, info), (wanted, _) = (checkpoint.load_adapter(run / "adapter.safetensors") for run in runs)
     assert info["method"] == "orchmoe"
     for name, tensor in wanted.items():
