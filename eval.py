@@ -276,7 +276,7 @@ def load_run(folder: str | Path, place: runtime.Device, *, shard: bool = False, 
 def load_base(path: str | Path, place: runtime.Device, shard: bool = False) -> Backbone:
     """The model of a folder on the device; with `shard` still in its files, for runtime.shard."""
     if shard:
-        return checkpoint.load(path, mapped=True)
+        return checkpoint.mapped(path)
     return checkpoint.load(path, dtype=place.dtype, device=place.device)
 
 

@@ -116,14 +116,17 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
-    """JSON value in `path`; a ValueError that names the file where there is none, or too much."""
+def read_json(path: str | Path) -> dict:
+    """JSON object in `path`; a ValueError that names the file where there is none, or too much."""
     with open(path, "rb") as file:
         raw = file.read(LARGEST_JSON + 1)
     try:
         if len(raw) > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON} bytes")
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
+        if not isinstance(value, dict):
+            raise ValueError("no object at its top")
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
 
