@@ -321,10 +321,7 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (EvalConfig, data.DataConfig):
-        parser.add_dataclass(cls)
-    flags = vars(parser.parse_args())
+    flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = runtime.from_flags(EvalConfig, flags)
     run = Run.read(config.run) if config.run else None
     saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()

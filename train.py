@@ -408,14 +408,12 @@ def finish(folder: Path, parts: Parts, config: TrainConfig, scores: dict[str, di
     runtime.say(table(scores))
     limit = f"at most {config.eval_instances} instances each" if config.eval_instances else "all instances"
     runtime.say(f"of {limit}; in {folder}: the weights that were best on dev, scores.json, metrics.jsonl")
-    runtime.say(f"next: {runtime.launcher()} eval.py --run {shlex.quote(str(folder))} --split test")
+    program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
+    runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split test")
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls, hidden=HIDDEN)
-    flags = vars(parser.parse_args())
+    flags = runtime.read_flags(__doc__, PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
     where = runtime.from_flags(PlaceConfig, flags)
     configs = read_configs(flags, where)
     config = configs["train"]
