@@ -378,11 +378,10 @@ def start(words, cwd, line='exec "$@"', **more):
                           capture_output=True, timeout=600)  # fmt: skip
 
 
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-"])
-def test_a_stream_that_the_shell_has_closed(home, closed):
-    refused = start(command("eval.py", "--stepz"), home, f'exec "$@" {closed}')
-    said = "eval.py: error: unrecognized arguments: --stepz; see --help\n" if closed == "1>&-" else ""
-    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", said)
+@pytest.mark.parametrize("closed, flag, code", [("1>&-", "--help", 0), ("2>&-", "--stepz", 2)])
+def test_what_a_closed_stream_would_say_goes_nowhere(home, closed, flag, code):
+    said = start(command("eval.py", flag), home, f'exec "$@" {closed}')
+    assert (said.returncode, said.stdout, said.stderr) == (code, "", "")
     done = start(command(*HEURISTIC), home, f'exec "$@" {closed}')
     assert (done.returncode, done.stderr) == (0, "")
     assert len((home / "out/predictions.jsonl").read_text().splitlines()) == 8
