@@ -3,7 +3,6 @@ shards), adapters, training states. A family brings its config and one list of r
 must have its place, and every place its tensor. What is wrong with a file is a ValueError of one line that
 names it, or the system's own OSError. Test: pytest tests/test_checkpoint.py"""
 
-import functools
 import hashlib
 import json
 import math
@@ -92,8 +91,7 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    content = runtime.read_json(index)
-    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    shard_of = runtime.read_json(index).get("weight_map")
     if not (isinstance(shard_of, dict) and all(isinstance(shard, str) for shard in shard_of.values())):
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
     tensors = {}
@@ -116,10 +114,10 @@ def _few(names: Iterable[str]) -> str:
 
 
 def config(path: str | Path) -> Any:
-    """The config that the config.json of a Hugging Face folder describes; ValueError names file and field."""
+    """What the config.json of a Hugging Face folder describes; ValueError names file and field."""
     file = runtime.existing(path) / "config.json"
     values = runtime.read_json(file)
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    kind = values.get("model_type")
     if not (isinstance(kind, str) and kind in FAMILIES):
         raise ValueError(f"{file}: model_type is {kind!r:.60}; supported are {', '.join(FAMILIES)}")
     try:
@@ -142,26 +140,18 @@ def _names(backbone: Backbone) -> dict[str, str]:
     return names
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-         mapped: bool = False) -> Backbone:  # fmt: skip
-    """The model in a Hugging Face folder, in eval mode. dtype None keeps the file's, but float16 becomes
-    float32: T5 overflows in half precision. On the CPU, weights that need no conversion stay views of the
-    mapped files; with `mapped` all do, in the files' dtypes, and nothing is read before it is used."""
-    backbone = _map(Path(path))
-    if mapped:
-        return backbone
-    weights = list(backbone.parameters())
-    if dtype is None:  # one for all, wide enough for each
-        dtype = functools.reduce(torch.promote_types, {weight.dtype for weight in weights})
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-    for weight in runtime.progress(weights, "reading weights", unit="tensor"):
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+         ) -> Backbone:  # fmt: skip
+    """The model in a Hugging Face folder, in eval mode; on the CPU weights of this dtype stay mapped."""
+    backbone = mapped(path)
+    for weight in runtime.progress(list(backbone.parameters()), "reading weights", unit="tensor"):
         weight.data = weight.data.to(device, dtype).contiguous()  # no more than one tensor exists twice
     return backbone
 
 
-def _map(folder: Path) -> Backbone:
-    """The weights as views of the files, once every name and shape is that of the config."""
-    described, tensors = config(folder), read_folder(folder)
+def mapped(path: str | Path) -> Backbone:
+    """The same with all weights as views of the files, in their dtypes: nothing is read before it is used."""
+    folder, described, tensors = Path(path), config(path), read_folder(path)
     family = next(family for family in FAMILIES.values() if isinstance(described, family.Config))
     # Modules take time and memory even without their weights, and each block has a tensor of its own.
     if (count := described.num_blocks) > len(tensors):
@@ -206,12 +196,11 @@ def fingerprint(path: str | Path) -> str:
     and, of each tensor as the file has it, name, dtype, shape and up to 1,024 evenly spaced values; a change
     between these goes unseen. All bytes would cost each process a second per GB at every start, and with
     --shard none reads more than its share."""
-    backbone = _map(Path(path))
+    backbone = mapped(path)
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())
     for name, weight in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        flat = weight.flatten()
-        sample = flat[:: math.ceil(len(flat) / 1024)].contiguous()
+        sample = weight.flatten()[:: math.ceil(weight.numel() / 1024)].contiguous()
         digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -312,7 +301,7 @@ def load_peft(folder: str | Path) -> Lora:
     """A PEFT folder of a plain LoRA; ValueError names the file and the field of what it is beyond that."""
     path = Path(folder) / "adapter_config.json"
     values = runtime.read_json(runtime.existing(path, "name the folder of a LoRA as peft saves it"))
-    values = {"bias": "none"} | (values if isinstance(values, dict) else {})
+    values = {"bias": "none"} | values
     plain = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys(REFUSED, (None, False, {}, []))}
     if odd := [name for name, allowed in plain.items() if values.get(name) not in allowed]:
         raise ValueError(f"{path}: {odd[0]} {values.get(odd[0])!r:.60}: not a plain LoRA, which alone can be "

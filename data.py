@@ -73,7 +73,6 @@ def read_task(path: str | os.PathLike) -> dict:
     path = Path(path)
     task = runtime.read_json(path)
     try:
-        _require(isinstance(task, dict), "top level", "an object")
         read = {"name": path.stem, "instances": [],
                 "category": _text(_first(task.get("Categories")) or "Unknown", "Categories"),
                 "definition": _text(_first(task.get("Definition")), "Definition")}

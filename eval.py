@@ -226,7 +226,7 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     if began:
         ours = {} if full else {"base": checkpoint.fingerprint(path)}
         began.require_same(run, **ours, tokenizer=tokenizer.fingerprint)
-    base = checkpoint.load(path, dtype=place.dtype, device=place.device, mapped=shard)
+    base = checkpoint.mapped(path) if shard else checkpoint.load(path, dtype=place.dtype, device=place.device)
     adapters = attach_kept(Path(run), began, base) if began and not full else NoAdapter(base, full=full)
     if shard:
         runtime.shard(base, base.blocks, place)
@@ -283,10 +283,7 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (EvalConfig, data.DataConfig):
-        parser.add_dataclass(cls)
-    flags = vars(parser.parse_args())
+    flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = runtime.from_flags(EvalConfig, flags)
     run = Run.read(config.run) if config.run else None
     saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()

@@ -103,9 +103,7 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    parser.add_dataclass(ExportConfig)
-    config = runtime.from_flags(ExportConfig, vars(parser.parse_args()))
+    config = runtime.from_flags(ExportConfig, runtime.read_flags(__doc__, ExportConfig))
     runtime.require_alone()
     export(config, runtime.pick_device(device="cpu", dtype="float32"))
 

@@ -1,12 +1,6 @@
 """Tokenizers of Hugging Face folders, with the ids and texts of transformers: T5's SentencePiece; of decoders
 Llama's and Mistral's SentencePiece, or a tokenizer.json (by the package tokenizers). Special tokens that a
-text spells are text. Test: `pytest tests/test_tokenizer.py`.
-
-    words = tokenizer.load("tiny/")
-    words.decode(words.source("Sort the words."))
-"""
-
-from __future__ import annotations
+text spells are text. Test: pytest tests/test_tokenizer.py"""
 
 import functools
 import hashlib
@@ -24,27 +18,11 @@ CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'",
             " n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}  # fmt: skip
 
 
-def load(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is no whole one."""
-    existing(folder)
-    kinds = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
-    path = next((path for name in kinds if (path := Path(folder) / name).is_file()), Path(folder))
-    if not path.is_file():
-        raise ValueError(f"{path}: no {' or '.join(kinds)}; copy the model's own there")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path}: larger than {LARGEST_FILE:.0f} bytes; download it again")
-    return kinds.get(path.name, T5Pieces)(path)
-
-
-@functools.lru_cache(maxsize=2)
-def _load_once(path: Path) -> Tokenizer:
-    return load(path)
-
-
 class Tokenizer:
-    """What all have in common; a kind brings _read, _ids, _text and __len__. pad_id is for masked positions,
+    """What all have in common; a kind brings _read, _ids and _text. pad_id is for masked positions,
     fingerprint 64 hex digits of all that ids depend on."""
 
+    size: int  # ids are below it
     pad_id: int
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # what a source begins with
@@ -56,6 +34,9 @@ class Tokenizer:
         self._read(content := self._files[path.name])
         habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
         self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.size
 
     def __reduce__(self):  # a worker process reads the files once, not for every task that it is handed
         return _load_once, (self.path,)
@@ -78,17 +59,13 @@ class Tokenizer:
         return self._text([i for i in map(int, ids) if 0 <= i < len(self)]).strip()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the tokenizer's files into `folder`."""
         for name, content in self._files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
     def _settings(self) -> dict:
         path = self.path.with_name("tokenizer_config.json")
-        settings = read_json(path) if path.name in self._files else {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: must hold an object")
-        return settings
+        return read_json(path) if path.name in self._files else {}
 
 
 class Pieces(Tokenizer):
@@ -98,11 +75,9 @@ class Pieces(Tokenizer):
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
+            self.size = len(self.pieces)
         except (RuntimeError, IndexError, UnicodeDecodeError):
             raise ValueError(f"{self.path}: not a SentencePiece model; download it again") from None
-
-    def __len__(self) -> int:
-        return len(self.pieces)
 
     def _ids(self, text: str) -> list[int]:
         return self.sp.encode(text)
@@ -113,18 +88,16 @@ class Pieces(Tokenizer):
 
 
 class T5Pieces(Pieces):
-    """After the pieces 100 sentinels, in descending order, sentinel 0 last; no text yields one."""
+    """After the pieces 100 sentinels, in descending order, so that sentinel 0 is the last id; no text yields
+    one."""
 
     pad_id, eos_ids = 0, (1,)
 
     def _read(self, model: bytes) -> None:
         super()._read(model)
-        self._files, self.size = {"spiece.model": model}, len(self.pieces)
+        self._files, self.size = {"spiece.model": model}, len(self.pieces) + 100
         if self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>")
-
-    def __len__(self) -> int:
-        return self.size + 100
 
     source = target = Tokenizer.encode  # T5 reads a prompt and writes an answer in the same way
 
@@ -133,10 +106,6 @@ class T5Pieces(Pieces):
         for spaced, tight in CLEAN_UP.items():
             text = text.replace(spaced, tight)
         return text
-
-    def sentinel(self, k: int) -> int:
-        """Id of <extra_id_k>, 0 <= k < 100."""
-        return self.size + 99 - k
 
 
 class LlamaPieces(Pieces):
@@ -179,14 +148,31 @@ class Words(Tokenizer):
         if probe[begins:] != bare.ids:
             raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
         self.bos_ids, self.pad_id, self.eos_ids = tuple(probe[:begins]), eos, (eos,)
+        self.size = words.get_vocab_size()
         # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
         self.lead = "" if "".join(bare.tokens).startswith(("▁", "Ġ")) else " "
-
-    def __len__(self) -> int:
-        return self._words.get_vocab_size()
 
     def _ids(self, text: str) -> list[int]:
         return self._words.encode(text, add_special_tokens=False).ids
 
     def _text(self, ids: list[int]) -> str:
         return self._words.decode(ids, skip_special_tokens=True)
+
+
+KINDS = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
+
+
+def load(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is no whole one."""
+    existing(folder)
+    path = next((path for name in KINDS if (path := Path(folder) / name).is_file()), Path(folder))
+    if not path.is_file():
+        raise ValueError(f"{path}: no {' or '.join(KINDS)}; copy the model's own there")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than {LARGEST_FILE:.0f} bytes; download it again")
+    return KINDS.get(path.name, T5Pieces)(path)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_once(path: Path) -> Tokenizer:
+    return load(path)

@@ -284,7 +284,8 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
     train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
     # The small updates of full training would be lost in bf16 weights: these stay float32.
     dtype = torch.float32 if config.method == "full" else place.dtype
-    base = checkpoint.load(config.model, dtype=dtype, device=place.device, mapped=shard)
+    base = checkpoint.mapped(config.model) if shard else checkpoint.load(config.model, dtype=dtype,
+                                                                         device=place.device)
     for examples in (train_set, *sets.values()):
         evaluation.require_fit(base, tokenizer, examples)
     adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
@@ -363,14 +364,15 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
             runtime.say(f"stopped; go on with: {resume}")
             return False
         if closing:
-            runtime.barrier()  # the first process may still be writing what was best
+            runtime.any_rank(False)  # waits for the first process, which may still be writing what was best
             parts.adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if full else
                                            checkpoint.load_adapter(folder / "adapter.safetensors")[0])
             runtime.say(table(add_scores(folder, parts, config, config.method)))
             most = f"at most {config.eval_instances}" if config.eval_instances else "all"
             runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, "
                         "scores.json, metrics.jsonl")
-            runtime.say(f"next: {runtime.launcher()} eval.py --run {shlex.quote(str(folder))} --split test")
+            program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
+            runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split test")
     return True
 
 
@@ -388,10 +390,7 @@ def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls, hidden=HIDDEN)
-    flags = vars(parser.parse_args())
+    flags = runtime.read_flags(__doc__, PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
     where = runtime.from_flags(PlaceConfig, flags)
     configs = read_configs(flags, where)
     config = configs["train"]

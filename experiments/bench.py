@@ -618,9 +618,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    parser.add_dataclass(BenchConfig)
-    config = runtime.from_flags(BenchConfig, vars(parser.parse_args()))
+    config = runtime.from_flags(BenchConfig, runtime.read_flags(__doc__, BenchConfig))
     runtime.require_alone()
     if unknown := [part for part in config.only if part not in PARTS]:
         raise ValueError(f"--only {unknown[0]}: choose from {', '.join(PARTS)}")

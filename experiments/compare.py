@@ -438,10 +438,8 @@ def require_used(flags: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (CompareConfig, *train.CONFIGS.values()):
-        parser.add_dataclass(cls, DEFAULTS, FIXED)
-    flags = vars(parser.parse_args())
+    classes = CompareConfig, *train.CONFIGS.values()
+    flags = runtime.read_flags(__doc__, *classes, defaults=DEFAULTS, hidden=FIXED)
     require_used(flags)
     runtime.require_alone()
     config = runtime.from_flags(CompareConfig, flags)

@@ -235,9 +235,7 @@ def figures(out: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    parser.add_dataclass(PlotConfig)
-    config = runtime.from_flags(PlotConfig, vars(parser.parse_args()))
+    config = runtime.from_flags(PlotConfig, runtime.read_flags(__doc__, PlotConfig))
     runtime.require_alone()
     if config.run:
         records(config.run)  # before anything is computed

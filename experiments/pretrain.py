@@ -128,10 +128,8 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, resume: st
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    for cls in (train.PlaceConfig, *CONFIGS.values()):
-        parser.add_dataclass(cls, hidden=HIDDEN)
-    flags = vars(parser.parse_args()) | {"method": "full"}
+    flags = runtime.read_flags(__doc__, train.PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
+    flags |= {"method": "full"}
     where = runtime.from_flags(train.PlaceConfig, flags)
     if not where.out:
         raise ValueError("--out: name the run folder")

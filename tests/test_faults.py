@@ -1,18 +1,24 @@
-"""What must not be lost, and what must not get in: a full disk, hostile files, code in a pickle. Everything
-is refused in one line, in bounded time and memory, and the last good state stays."""
+"""What must not be lost, and what must not get in: a full disk, hostile files, code in a pickle; and starts
+that are not like others. Everything is refused in one line, in bounded time and memory, and the last good
+state stays."""
 
 import io
 import json
+import os
 import pickle
 import re
 import resource
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, command, environment, run, terminate_after, trace
+from conftest import ROOT, SHORT, command, environment, links, run, terminate_after, trace
+from test_programs import MESSAGES
 
 import checkpoint
 import data
@@ -358,3 +364,113 @@ def test_a_run_with_other_types_or_sizes_is_refused_by_name(copied, bounded, fie
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"config.json: .*{field[-1].replace('_', '.')}"):
         train.read_configs({}, train.PlaceConfig(out=str(copied), resume=True))
+
+
+# ------------------------------------------------------------------------------------------------- odd starts
+
+BRIEF = ["--device", "cpu", "--max-tasks", "2", "--steps", "1", "--eval-instances", "2", "--batch-size", "2"]
+HEURISTIC = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "2", "--limit", "8", "--out", "out"]
+
+
+def start(words, cwd, line='exec "$@"', **more):
+    """What became of a command in a process of its own, started by a line of shell."""
+    return subprocess.run(["sh", "-c", line, "sh", *words], cwd=cwd, env=environment(**more), text=True,
+                          capture_output=True, timeout=600)  # fmt: skip
+
+
+@pytest.mark.parametrize("closed, flag, code", [("1>&-", "--help", 0), ("2>&-", "--stepz", 2)])
+def test_what_a_closed_stream_would_say_goes_nowhere(home, closed, flag, code):
+    said = start(command("eval.py", flag), home, f'exec "$@" {closed}')
+    assert (said.returncode, said.stdout, said.stderr) == (code, "", "")
+    done = start(command(*HEURISTIC), home, f'exec "$@" {closed}')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((home / "out/predictions.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_reader_that_leaves_early_costs_no_run(home):
+    """As `| head -1` does."""
+    started = subprocess.Popen(command(*HEURISTIC), cwd=home, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert started.stdout.readline().startswith("device: ")
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait(timeout=600)) == ("", 0)
+    assert (home / "out/scores.json").exists()
+
+
+NAMELESS = """
+import os, pwd, runpy, sys
+pwd.getpwuid = {}.__getitem__  # KeyError, as for a user without an entry
+del os.environ["HOME"], sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_user_without_home_and_name(home):
+    """Whose ~ is nowhere, which NLTK's import does not bear."""
+    words = [sys.executable, "-c", NAMELESS, str(ROOT / "eval.py"), *HEURISTIC[1:]]
+    done = start(words, home, XDG_CACHE_HOME=str(home / "cache"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in home.iterdir()} == {"sni", "tiny", "out", "cache"}
+
+
+def test_the_commands_that_a_run_says_are_for_a_shell(home):
+    out = run("train.py", *BRIEF, "--out", "it's my run", cwd=home)
+    said = [shlex.split(line.split(": ", 1)[1]) for line in out.splitlines() if ": python " in line]
+    assert said == [["python", "train.py", "--resume", "--device", "cpu", "--out", "it's my run"],
+                    ["python", "eval.py", "--run", "it's my run", "--split", "test"]]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_programs_in_a_path_with_spaces_started_from_elsewhere(tmp_path):
+    """What they say is run as it stands."""
+    house, cwd, tools = (tmp_path / name for name in ("my house", "my work", "bin"))
+    for folder in (house, cwd, tools):
+        folder.mkdir()
+    for path in links(house) and ROOT.glob("*.py"):
+        shutil.copy(path, house)
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
+    trained = start([sys.executable, str(house / "train.py"), *BRIEF, "--out", "a run"], cwd)
+    assert trained.returncode == 0, trained.stderr
+    commands = [line.split(": ", 1)[1] for line in trained.stdout.splitlines() if ": python " in line]
+    assert len(commands) == 2
+    for line, few in zip(commands, ([], ["--limit", "2", "--device", "cpu"]), strict=True):
+        done = start(few, cwd, f'{line} "$@"', PATH=f"{tools}:{os.environ['PATH']}")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (cwd / "a run/eval-test-2/scores.json").exists()
+
+
+OPTIMISED = """
+import contextlib, importlib, io, json, runtime, shlex, sys, train
+train.train, ended = None, {}
+for line in sys.argv[1:]:
+    program, *words = shlex.split(line)
+    sys.argv[1:] = ["--max-tasks", "1", *words]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runtime.run_program(importlib.import_module(program.removesuffix(".py").replace("/", ".")).main)
+        except SystemExit as end:
+            ended[line] = end.code, said.getvalue()
+        except Exception as error:
+            ended[line] = 1, repr(error)
+json.dump(ended, sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_without_docstrings(home, program):
+    shown = start([sys.executable, "-OO", str(ROOT / program), "--help"], home)
+    assert shown.returncode == 0 and " --max-source-length N" in shown.stdout, shown.stderr
+
+
+@pytest.mark.slow
+def test_no_assert_is_what_refuses_bad_input(home):
+    """Every third mistake of the table."""
+    (home / "file").write_text("a file")
+    lines = {line: words for line, words in MESSAGES.items() if line.startswith(("train.py", "eval.py"))}
+    done = start([sys.executable, "-OO", "-c", OPTIMISED, *list(lines)[::3]], home, PYTHONPATH=str(ROOT))
+    ended = json.loads(done.stderr)
+    assert len(ended) > 20
+    for line, (code, said) in ended.items():
+        assert code == 2 and said.count("\n") == 1 and f"error: {lines[line]}" in said, (line, said)

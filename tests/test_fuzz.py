@@ -206,7 +206,7 @@ def test_model_configs(folder, raw):
         unscaled = getattr(config, "factor", 0) == 1  # then the other numbers of Llama 3's scaling are lost
         assert type(config).from_hf(config.to_hf()) == config or unscaled
         try:  # what it describes is compared with the weights before it is built
-            checkpoint.load(model, mapped=True)
+            checkpoint.mapped(model)
         except ValueError as error:
             assert str(model) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
 

@@ -409,7 +409,7 @@ TRAIN, BASE = "train.py --data d", "train.py --model m"
 ROW = {"id": "x", "input": "a", "output": ["b"]}
 FILES = [  # a file and its content (None: it is gone), the command line, how the message goes on
     (TASK, b"{", TRAIN, f"{TASK}: not readable as JSON ("),
-    (TASK, b"[]", TRAIN, f"{TASK}: top level: expected an object; mend it or take the task off the list"),
+    (TASK, b"[]", TRAIN, f"{TASK}: not readable as JSON (no object at its top); restore the file"),
     (TASK, task(Definition=3), TRAIN, f"{TASK}: Definition: expected a string; mend it"),
     (TASK, task(Categories=[3]), TRAIN, f"{TASK}: Categories: expected a string; mend it"),
     (TASK, task(Instances=[]), TRAIN, f"{TASK}: Instances: expected a list of objects, not empty; mend it"),
@@ -424,7 +424,7 @@ FILES = [  # a file and its content (None: it is gone), the command line, how th
     (LISTS + "test_tasks.txt", None, TRAIN, f"{LISTS}test_tasks.txt: no such file; --data takes a folder"),
     ("m/config.json", None, BASE, "m/config.json: No such file or directory"),
     ("m/config.json", b"{", BASE, "m/config.json: not readable as JSON ("),
-    ("m/config.json", b"[]", BASE, "m/config.json: model_type is None; supported"),
+    ("m/config.json", b"[]", BASE, "m/config.json: not readable as JSON (no object at its top)"),
     ("m/config.json", b'{"model_type": "t5"}', BASE, "m/config.json: T5Config.__init__() mis"),
     ("m/config.json", t5_config(d_model=10**12), BASE, "m: shared.weight is torch.float16 [1024, 160]"),
     ("m/config.json", t5_config(model_type="bart"), BASE, "m/config.json: model_type is 'bart'; suppo"),

@@ -105,7 +105,7 @@ def loading(folder):
     runtime.shard(warm, warm.blocks, place)
     peak[:] = [resident()]
     watcher.start()
-    base = checkpoint.load(folder, mapped=True)
+    base = checkpoint.mapped(folder)
     attach_method("orchmoe", base, OrchMoEConfig(), generator=runtime.generator(0))
     whole = sum(4 * p.numel() for p in base.parameters() if not p.requires_grad)
     runtime.shard(base, base.blocks, place)

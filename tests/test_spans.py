@@ -19,24 +19,24 @@ def tokenizer():
 def restore(source: list[int], target: list[int], tokenizer) -> list[int]:
     """The window, from a source and a target that ends with one sentinel more and EOS."""
     assert source[-1] == target[-1] == 1
-    spans, k = {}, 0
+    spans, k, last = {}, 0, len(tokenizer) - 1  # last is sentinel 0
     for token in target[:-1]:
-        if token == tokenizer.sentinel(k):
+        if token == last - k:
             spans[token], k = [], k + 1
         else:
-            spans[tokenizer.sentinel(k - 1)].append(token)
-    assert spans.pop(tokenizer.sentinel(k - 1)) == [] and all(spans.values())
-    assert [token for token in source if token >= tokenizer.size] == list(spans)
+            spans[last - k + 1].append(token)
+    assert spans.pop(last - k + 1) == [] and all(spans.values())
+    assert [token for token in source if token > last - 100] == list(spans)
     return [token for place in source[:-1] for token in spans.get(place, [place])]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 20, 512, 4000])
 def test_corruption_loses_nothing(tokenizer, length):
     for seed in range(20):
-        window = np.random.default_rng(seed).integers(3, tokenizer.size, length).astype(np.uint16)
+        window = np.random.default_rng(seed).integers(3, len(tokenizer.pieces), length).astype(np.uint16)
         source, target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))
         assert restore(source.tolist(), target.tolist(), tokenizer) == window.tolist()
-        lost = sum(2 < token < tokenizer.size for token in target.tolist())
+        lost = sum(2 < token < len(tokenizer.pieces) for token in target.tolist())
         assert lost == max(1, round(0.15 * length))
         if length == 512:
             assert len(target) - lost - 2 == round(lost / 3)  # spans of 3 tokens on average
@@ -44,7 +44,7 @@ def test_corruption_loses_nothing(tokenizer, length):
 
 def test_spans_lie_anywhere_in_the_window(tokenizer):
     window, lost = np.arange(3, 103), np.zeros(103)
-    assert tokenizer.size > 103
+    assert len(tokenizer.pieces) > 103
     for seed in range(500):
         target = corrupt_spans(window, tokenizer, np.random.default_rng(seed))[1]
         lost[[token for token in target if 3 <= token < 103]] += 1

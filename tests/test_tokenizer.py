@@ -156,7 +156,7 @@ def test_bad_files_are_one_line(tmp_path, corpus, monkeypatch):
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
     no_eos = "{}", '{"eos_token": "</z>"}', '{"eos_token": 7}', '{"eos_token": {}}'
-    for content, said in (("[]", "must hold an object"), ("{", "not readable as JSON"),
+    for content, said in (("[]", "no object"), ("{", "not readable as JSON"),
                           *((content, "has no eos_token") for content in no_eos)):  # fmt: skip
         settings.write_text(content)
         refused(said)
