@@ -70,8 +70,7 @@ class EvalConfig:
 
 
 def routed(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any):
-    """The routing context of one batch: embeddings and mask of the sources, task ids for the methods that
-    want them."""
+    """The routing context of one batch: by its sources or, with methods that want them, its task ids."""
     embeddings = base.embed(batch.input_ids)
     return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
@@ -135,8 +134,7 @@ def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
             w: Tensor | None = None) -> tuple[float, Tensor | None]:
     """Cross-entropy per target token of the first references, in nats; w (M,K) of the examples, on the CPU,
     None for a method without one router for the sample. w as in `routed_batches`."""
-    total, tokens = 0.0, 0
-    weights: dict[int, list[float]] = {}
+    total, tokens, weights = 0.0, 0, {}
     for rows, batch, routing in routed_batches(base, adapters, examples, batch_size, "loss", w):
         total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
@@ -149,8 +147,7 @@ def measure(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
 
 @torch.no_grad()
 def mean_entropy(w: Tensor | None) -> float:
-    """Mean entropy of the rows of w (M,K) in nats; NaN where there is no w, or its rows are no distributions
-    (--router-norm none)."""
+    """Mean entropy of the rows of w (M,K), nats; NaN for no w or no distributions (--router-norm none)."""
     if w is None or w.min() < 0 or not torch.allclose(w.sum(-1), w.new_ones(w.shape[:-1]), atol=1e-3):
         return math.nan
     return torch.special.entr(w).sum(-1).mean().item()
@@ -238,8 +235,7 @@ def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:
     path = folder / "adapter.safetensors"
     state, saved = checkpoint.load_adapter(path)
     if saved["base"] != run.base:
-        raise ValueError(f"{path}: trained on the base {saved['base']}, but the run's is {run.base}; restore "
-                         "the file")
+        raise ValueError(f"{path}: trained on the base {saved['base']}, the run's is {run.base}; restore it")
     config = runtime.from_json(OrchMoEConfig, saved["config"], path)
     sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": run.train.get("extra_rank", 0)}
     try:

@@ -295,7 +295,7 @@ def test_there_is_no_other_way_in():
 ADAPTERS = {  # what the file says of itself -> words of the refusal
     "method": ({"method": "prefix"}, "'prefix' is unknown"),
     "another method": ({"method": "lora"}, "adapter state: allocation is .*, here missing"),
-    "base": ({"base": "0" * 16}, "trained on the base 0{16}, but the run's is"),
+    "base": ({"base": "0" * 16}, "trained on the base 0{16}, the run's is"),
     "rank": ({"rank": 3}, "skill_A is .*, here .*not what its config describes"),
     "K": ({"tasks": 9}, "allocation is .*, here "),
     "S a terabyte": ({"skills": 4096, "rank": 4096}, "adapter state: .* is "),
