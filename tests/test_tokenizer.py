@@ -31,10 +31,10 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "e
             "clean_up_tokenization_spaces": False}  # fmt: skip
 
 
-def write_words(folder, corpus, *, post=None, **settings):
+def write_words(folder, corpus, *, post=None, prefix=False, **settings):
     """A byte-level BPE as a folder."""
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     words.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"],
@@ -102,8 +102,11 @@ def test_llama_pieces_are_those_of_transformers(tmp_path, corpus):
 
 
 def both(tmp_path, corpus):
-    words = write_words(tmp_path / "words", corpus, post="<s> $A")
-    return [tokenizer.load(folder) for folder in (words, write_pieces(tmp_path / "pieces", corpus))]
+    """Of both kinds; of the first also one that puts a space before every text by itself."""
+    return [tokenizer.load(folder) for folder in (
+        write_words(tmp_path / "words", corpus, post="<s> $A"),
+        write_words(tmp_path / "prefix", corpus, post="<s> $A", prefix=True),
+        write_pieces(tmp_path / "pieces", corpus))]  # fmt: skip
 
 
 def test_the_space_before_an_answer_is_there_once(tmp_path, corpus):
