@@ -5,8 +5,9 @@ text spells are text. Test: pytest tests/test_tokenizer.py"""
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -73,7 +74,8 @@ class Pieces(Tokenizer):
 
     def _read(self, model: bytes) -> None:
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.sp = sentencepiece.SentencePieceProcessor()
+            self.sp.LoadFromSerializedProto(model)
             self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
             self.size = len(self.pieces)
         except (RuntimeError, IndexError, UnicodeDecodeError):
@@ -88,8 +90,7 @@ class Pieces(Tokenizer):
 
 
 class T5Pieces(Pieces):
-    """After the pieces 100 sentinels, in descending order, so that sentinel 0 is the last id; no text yields
-    one."""
+    """After the pieces 100 sentinels, sentinel 0 as the last id; no text yields one."""
 
     pad_id, eos_ids = 0, (1,)
 
@@ -128,35 +129,38 @@ class Words(Tokenizer):
             import tokenizers  # not required: T5 and Llama 2 do without
         except ImportError:
             raise ValueError(f"{self.path}: needs the package tokenizers; pip install tokenizers") from None
-        try:
-            self._words = words = tokenizers.Tokenizer.from_buffer(content)
-            words.no_truncation()  # a file may ask for both
-            words.no_padding()
-            words.encode_special_tokens = True  # as text, where a text spells them
-            probe, bare = words.encode("a").ids, words.encode("a", add_special_tokens=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of the package's Rust is no Exception
-            raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
+        self._words = words = self._call(tokenizers.Tokenizer.from_buffer, content)
+        words.no_truncation()  # a file may ask for both
+        words.no_padding()
+        words.encode_special_tokens = True  # as text, where a text spells them
+        probe, bare = (self._call(words.encode, "a", add_special_tokens=special) for special in (True, False))
         name = self._settings().get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
         eos = words.token_to_id(name) if isinstance(name, str) else None
         if eos is None:
             raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
         # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
-        begins = len(probe) - len(bare.ids)
-        if probe[begins:] != bare.ids:
+        begins = len(probe.ids) - len(bare.ids)
+        if probe.ids[begins:] != bare.ids:
             raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
-        self.bos_ids, self.pad_id, self.eos_ids = tuple(probe[:begins]), eos, (eos,)
+        self.bos_ids, self.pad_id, self.eos_ids = tuple(probe.ids[:begins]), eos, (eos,)
         self.size = words.get_vocab_size()
         # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
         self.lead = "" if "".join(bare.tokens).startswith(("▁", "Ġ")) else " "
 
+    def _call(self, function: Callable, *values: Any, **options: Any) -> Any:
+        try:  # what is wrong with a file may show at a text alone
+            return function(*values, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the package's Rust is no Exception
+            raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
+
     def _ids(self, text: str) -> list[int]:
-        return self._words.encode(text, add_special_tokens=False).ids
+        return self._call(self._words.encode, text, add_special_tokens=False).ids
 
     def _text(self, ids: list[int]) -> str:
-        return self._words.decode(ids, skip_special_tokens=True)
+        return self._call(self._words.decode, ids, skip_special_tokens=True)
 
 
 KINDS = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}

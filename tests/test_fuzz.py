@@ -2,6 +2,7 @@
 out is a right answer or a ValueError of one line that names the file, never another exception. 150 inputs
 each; by hand 10,000 each, at most 5 s an input: pytest tests/test_fuzz.py --hypothesis-profile=long"""
 
+import dataclasses
 import io
 import json
 import math
@@ -14,13 +15,16 @@ import torch
 from conftest import ROOT
 from test_checkpoint import entry, safetensors_bytes
 from test_data import Bytes, example, task_json
+from test_tokenizer import write_pieces
 
 import checkpoint
 import data
 import metrics
 import runtime
 import tokenizer
+from llama import LlamaConfig
 from orchmoe import OrchMoEConfig
+from t5 import T5Config
 
 pytest.importorskip("hypothesis")
 from hypothesis import given  # noqa: E402
@@ -39,6 +43,8 @@ def little_memory():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    with torch.device("meta"):  # what torch imports for the first tensor there is no input's time or memory
+        torch.nn.Linear(2, 2)
     return tmp_path_factory.mktemp("fuzz")
 
 
@@ -98,7 +104,8 @@ def read(reader, path, raw: bytes):
     try:
         return reader(path)
     except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error).strip() and len(str(error)) < 1000
+        named = str(path) in str(error) or str(path.with_name("tokenizer_config.json")) in str(error)
+        assert named and "\n" not in str(error).strip() and len(str(error)) < 1000
         return None
 
 
@@ -195,20 +202,48 @@ LLAMA_JSON = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 160, "in
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
 
 
-@given(damaged(json.dumps(T5_JSON).encode()) | changed(T5_JSON) | changed(LLAMA_JSON))
-def test_model_configs(folder, raw):
+MISTRAL_JSON = {**LLAMA_JSON, "model_type": "mistral", "sliding_window": 32}
+FIELDS = {field.name for family in (T5Config, LlamaConfig) for field in dataclasses.fields(family)}
+FIELDS |= {*LlamaConfig.only, "eos_token_id", "rope_parameters", "sliding_window", "tie_word_embeddings"}
+
+
+def check_config(folder, raw: bytes, said: set[str]):
+    """What these bytes describe is refused, in words of which one is in `said`, or compared with the weights
+    before it is built."""
     model = folder / "model"
     if not model.exists():
         model.mkdir()
         (model / "model.safetensors").symlink_to(ROOT / "tiny/model.safetensors")
-    config = read(lambda path: checkpoint.config(model), model / "config.json", raw)
-    if config is not None:
-        unscaled = getattr(config, "factor", 0) == 1  # then the other numbers of Llama 3's scaling are lost
-        assert type(config).from_hf(config.to_hf()) == config or unscaled
-        try:  # what it describes is compared with the weights before it is built
-            checkpoint.mapped(model)
-        except ValueError as error:
-            assert str(model) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+    path = model / "config.json"
+    path.write_bytes(raw)
+    try:
+        config = checkpoint.config(model)
+    except ValueError as error:
+        message = str(error)
+        assert str(path) in message and "\n" not in message and len(message) < 1000
+        assert any(name in message.removeprefix(str(path)) for name in said), message
+        return
+    unscaled = getattr(config, "factor", 0) == 1  # then the other numbers of Llama 3's scaling are lost
+    assert type(config).from_hf(config.to_hf()) == config or unscaled
+    try:
+        checkpoint.mapped(model)
+    except ValueError as error:
+        assert str(model) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+
+
+@given(changed(T5_JSON))
+def test_configs_of_t5(folder, raw):
+    check_config(folder, raw, FIELDS)
+
+
+@given(changed(LLAMA_JSON) | changed(MISTRAL_JSON))
+def test_configs_of_llama(folder, raw):
+    check_config(folder, raw, FIELDS)
+
+
+@given(damaged(json.dumps(T5_JSON).encode()) | damaged(json.dumps(LLAMA_JSON).encode()))
+def test_damaged_configs(folder, raw):
+    check_config(folder, raw, FIELDS | {"not readable as JSON"})
 
 
 ADAPTER_JSON = json.loads(json.dumps(vars(OrchMoEConfig())))
@@ -271,10 +306,34 @@ def test_word_tokenizers(folder, raw, settings):
     place = folder / "words"
     place.mkdir(exist_ok=True)
     (place / "tokenizer_config.json").write_bytes(settings)
-    found = read(tokenizer.load, place / "tokenizer.json", raw)
+    read(use_words, place / "tokenizer.json", raw)
+
+
+def use_words(path):
+    found = tokenizer.load(path)
+    ids = found.encode("ab ba </s>")
+    assert ids[-1] == found.eos_ids[0] and all(type(i) is int for i in ids)
+    assert type(found.decode(range(-1, len(found) + 1))) is str
+
+
+@pytest.fixture(scope="module")
+def llama_pieces(tmp_path_factory) -> bytes:
+    task = next((ROOT / "sni/tasks").glob("*.json")).read_text(encoding="utf-8")
+    path = write_pieces(tmp_path_factory.mktemp("pieces"), task.split("\n")) / "tokenizer.model"
+    return path.read_bytes()
+
+
+@given(st.data())
+def test_llama_pieces(folder, llama_pieces, draw):
+    place = folder / "pieces"
+    place.mkdir(exist_ok=True)
+    habit = {"add_bos_token": True}
+    settings = changed(habit) | damaged(json.dumps(habit).encode())
+    (place / "tokenizer_config.json").write_bytes(draw.draw(settings))
+    found = read(tokenizer.load, place / "tokenizer.model", draw.draw(damaged(llama_pieces)))
     if found is not None:
-        ids = found.encode("ab ba </s>")
-        assert ids[-1] == found.eos_ids[0] and all(type(i) is int for i in ids)
+        ids = found.encode("the dog </s>")
+        assert ids[-1] == found.eos_ids[0] and all(type(i) is int and 0 <= i < len(found) for i in ids)
         assert type(found.decode(range(-1, len(found) + 1))) is str
 
 

@@ -6,11 +6,13 @@ import copy
 import dataclasses
 import json
 import re
+import subprocess
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, stir
+from conftest import ROOT, command, environment, process, run, stir, trace
 from test_tokenizer import write_words
 
 import checkpoint
@@ -191,10 +193,11 @@ def test_rows_that_cannot_be_computed_are_refused(plain, batch):
     own, (ids, mask, labels) = plain, batch
     mask = mask.clone()
     mask[1] = False
-    with pytest.raises(ValueError, match="a row has no source"):
-        own.loss(ids, mask, labels)
-    with pytest.raises(ValueError, match="a row has no source"):
-        own.generate(ids, mask)
+    for alone in (mask, torch.zeros_like(mask)):  # the second: a batch of targets and nothing else
+        with pytest.raises(ValueError, match="a row has no source"):
+            own.loss(ids, alone, labels)
+        with pytest.raises(ValueError, match="a row has no source"):
+            own.generate(ids, alone)
     long = torch.full((1, 60), 9)
     own.loss(long, long > 0, long[:, :4])
     with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
@@ -375,6 +378,35 @@ def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_di
             assert tokens[: len(whole) - len(ids)] == whole[len(ids) :].tolist()
 
 
+@pytest.mark.slow
+def test_smollm2_is_scored_answers_and_goes_on_after_a_kill(smollm2_dir, sni_dir, tmp_path):
+    place = ["--data", sni_dir, "--device", "cpu"]
+    run("eval.py", "--model", smollm2_dir, *place, "--split", "test", "--limit", "16", "--num-pos", "1",
+        "--max-source-length", "256", "--max-new-tokens", "16", "--out", "scored", cwd=tmp_path)  # fmt: skip
+    scores = json.loads((tmp_path / "scored/scores.json").read_text())
+    assert scores["config"]["instances"] == 16 and 0 < scores["overall"]["rougeL"] < 100
+    options = ["--model", smollm2_dir, *place, "--steps", "20", "--max-tasks", "4", "--train-instances", "10",
+               "--batch-size", "4", "--max-source-length", "256", "--max-target-length", "32",
+               "--eval-every", "5", "--eval-instances", "2"]  # fmt: skip
+    process("train.py", *options, "--out", "whole", cwd=tmp_path)
+    killed = subprocess.Popen(command("train.py", *options, "--out", "killed"), cwd=tmp_path,
+                              env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    log = tmp_path / "killed/metrics.jsonl"
+    while not log.exists() or len(log.read_bytes().splitlines()) < 9:  # behind the first checkpoint
+        time.sleep(0.02)
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    assert len(trace(tmp_path / "killed")) < 20
+    process("train.py", "--resume", "--device", "cpu", "--out", "killed", cwd=tmp_path)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    for name in ("adapter.safetensors", "scores.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    said = process("eval.py", "--run", "killed", "--device", "cpu", "--ask", "Answer yes or no.", "--input",
+                   "Is the sky blue?", "--max-new-tokens", "8", cwd=tmp_path)  # fmt: skip
+    assert "answer: " in said and "router: abstract task" in said
+
+
 # --------------------------------------------------------------------------------------------- the programs
 
 
@@ -408,6 +440,7 @@ def test_the_programs_run_on_it_as_on_any_other(tmp_path, method):
 @pytest.mark.parametrize(
     "changes, said",
     [({"max_position_embeddings": 300}, "the model has 300 positions"),
+     ({"model_type": "mistral", "sliding_window": 301}, "the model has 301 positions"),
      ({"vocab_size": 400}, "the model has 400; the tokenizer beside"),
      ({"eos_token_id": [2, 7]}, "the tokenizer's is (1,)")],
 )  # fmt: skip
@@ -417,14 +450,35 @@ def test_examples_that_go_beyond_the_model_are_refused_before_the_first_step(tmp
     assert said in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+def test_a_question_longer_than_the_model_and_a_model_without_eos_are_one_line(tmp_path):
+    path = base_folder(tmp_path / "model") / "config.json"
+    ask = ["eval.py", "--model", "model", "--device", "cpu", "--ask", "Say yes.", "--input"]
+    error = run(*ask, "x " * 600, cwd=tmp_path, code=2)
+    assert re.fullmatch(r"eval.py: error: a row of \d+ tokens, but the model has 512 positions; .*\n", error)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+    error = run(*ask, "x", cwd=tmp_path, code=2)
+    assert error == ("eval.py: error: model/config.json: eos_token_id (None,) must be token ids below "
+                     "vocab_size\n")  # fmt: skip
+
+
+NATIVE = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
 @pytest.mark.parametrize(
-    "size, native, expected", [(5e7, True, "bfloat16"), (3e7, True, "float32"), (5e7, False, "float32")]
-)
+    "size, native, expected",
+    [(5e7, NATIVE[:1], "bfloat16"), (5e7, NATIVE[1:], "bfloat16"), (3e7, NATIVE, "float32"),
+     (5e7, (), "float32")],
+)  # fmt: skip
 def test_a_cpu_takes_bfloat16_where_it_gains(tmp_path, monkeypatch, size, native, expected):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    for name in NATIVE:
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in native, raising=False)
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.truncate(int(size))
     place = runtime.pick_device(device="cpu", base=str(tmp_path))
     assert str(place.dtype) == f"torch.{expected}" and expected in place.reason
-    assert runtime.pick_device(device="cpu", dtype="float32", base=str(tmp_path)).dtype == torch.float32
+    for asked in ("float32", "bfloat16"):
+        place = runtime.pick_device(device="cpu", dtype=asked, base=str(tmp_path))
+        assert str(place.dtype) == f"torch.{asked}"
+    for name in NATIVE:
+        monkeypatch.delattr(torch.cpu, name)  # a torch that cannot tell
+    assert runtime.pick_device(device="cpu", base=str(tmp_path)).dtype == torch.float32

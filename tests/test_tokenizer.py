@@ -31,10 +31,10 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "e
             "clean_up_tokenization_spaces": False}  # fmt: skip
 
 
-def write_words(folder, corpus, *, post=None, **settings):
+def write_words(folder, corpus, *, post=None, prefix=False, **settings):
     """A byte-level BPE as a folder."""
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     words.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"],
@@ -49,14 +49,14 @@ def write_words(folder, corpus, *, post=None, **settings):
     return folder
 
 
-def write_pieces(folder, corpus):
+def write_pieces(folder, corpus, eos_id=2):
     """Llama's kind of SentencePiece model as a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text("\n".join(corpus), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, unk_id=0, bos_id=1, eos_id=2, minloglevel=2)  # fmt: skip
+        split_digits=True, unk_id=0, bos_id=1, eos_id=eos_id, minloglevel=2)  # fmt: skip
     return folder
 
 
@@ -95,13 +95,18 @@ def test_llama_pieces_are_those_of_transformers(tmp_path, corpus):
         assert own.encode(text) == [*expected, 2]
         assert own.decode(expected) == converted.decode(expected, skip_special_tokens=True).strip()
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert tokenizer.load(folder).source("a") == own.source("a")[1:]
-    assert tokenizer.load(folder).fingerprint != own.fingerprint
+    without = tokenizer.load(folder)
+    assert without.source("a") == own.source("a")[1:] and without.fingerprint != own.fingerprint
+    (folder / "tokenizer_config.json").unlink()
+    assert tokenizer.load(folder).source("a") == own.source("a")
 
 
 def both(tmp_path, corpus):
-    words = write_words(tmp_path / "words", corpus, post="<s> $A")
-    return [tokenizer.load(folder) for folder in (words, write_pieces(tmp_path / "pieces", corpus))]
+    """Of both kinds; of the first also one that puts a space before every text by itself."""
+    return [tokenizer.load(folder) for folder in (
+        write_words(tmp_path / "words", corpus, post="<s> $A"),
+        write_words(tmp_path / "prefix", corpus, post="<s> $A", prefix=True),
+        write_pieces(tmp_path / "pieces", corpus))]  # fmt: skip
 
 
 def test_the_space_before_an_answer_is_there_once(tmp_path, corpus):
@@ -112,6 +117,7 @@ def test_the_space_before_an_answer_is_there_once(tmp_path, corpus):
         assert words.decode(source + target) == PROMPT + "12 345"
         # The model meets the very ids of the whole text, as it did when it was trained.
         assert source + target == words.encode(PROMPT + "12 345")
+        assert words.source("a  ") == words.encode("a ")[:-1]  # one space alone is the answer's
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path, corpus):
@@ -127,9 +133,41 @@ def test_ids_beyond_the_vocabulary_have_no_text(tmp_path, corpus):
         assert words.decode([-1, *ids, len(words), 10**9]) == "Hello"
 
 
+def test_texts_are_stripped(tmp_path, corpus):
+    for words in both(tmp_path, corpus):
+        assert words.decode(words.encode("\n a b \n")) == "a b"
+
+
+def test_the_fingerprint_depends_on_the_pieces(tmp_path, corpus):
+    (tmp_path / "other").mkdir()
+    for ours, others in zip(both(tmp_path, corpus), both(tmp_path / "other", corpus[:-9] * 2), strict=True):
+        assert (ours.bos_ids, ours.eos_ids, ours.lead) == (others.bos_ids, others.eos_ids, others.lead)
+        assert ours.fingerprint != others.fingerprint
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "tokenizer.json"])
+def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(10**12)  # sparse: it takes no room
+    with pytest.raises(ValueError, match=f"{name}: larger than 100000000 bytes"):
+        tokenizer.load(tmp_path)
+
+
+def test_pieces_of_another_kind_are_refused(tmp_path, corpus):
+    path = write_pieces(tmp_path / "pieces", corpus) / "tokenizer.model"
+    with pytest.raises(ValueError, match="spiece.model: pieces 0 to 2 are not T5's"):
+        tokenizer.load(path.rename(path.with_name("spiece.model")))
+    write_pieces(tmp_path / "pieces", corpus, eos_id=-1)
+    (tmp_path / "pieces/spiece.model").unlink()
+    with pytest.raises(ValueError, match="tokenizer.model: has no BOS or no EOS"):
+        tokenizer.load(tmp_path / "pieces")
+
+
 def test_tokenizers_go_to_other_processes_and_folders(tmp_path, corpus):
     for number, words in enumerate(both(tmp_path, corpus)):
+        assert len(pickle.dumps(words)) < 1000  # the place alone: a worker is handed one for every task
         there = pickle.loads(pickle.dumps(words))
+        assert pickle.loads(pickle.dumps(words)) is there
         assert [there.encode(text) for text in TEXTS] == [words.encode(text) for text in TEXTS]
         words.save(tmp_path / f"copy{number}")
         assert tokenizer.load(tmp_path / f"copy{number}").fingerprint == words.fingerprint
@@ -165,6 +203,11 @@ def test_bad_files_are_one_line(tmp_path, corpus, monkeypatch):
     for content in (b"", b"{}", b"\xff", whole[:-9], b"[" * 10**5, panic):
         words.write_bytes(content)
         refused("not a tokenizer")
+    unknown = json.loads(whole)
+    unknown["model"] |= {"unk_token": "<unk>", "vocab": {"a": 0}, "merges": []}
+    words.write_text(json.dumps(unknown | {"added_tokens": unknown["added_tokens"][1:]}))
+    with pytest.raises(ValueError, match="not a tokenizer .*<unk>"):  # which shows at a text alone
+        tokenizer.load(folder).encode("b")
     write_words(folder, corpus, post="$A </s>")
     refused("ends prompts with EOS")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
