@@ -6,6 +6,7 @@ metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
     python train.py --resume --out runs/lora --device cpu    # after an interruption
+    python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # a new task from a few examples
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from baselines import METHODS, attach_method, count
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
+TRAINED = {  # kinds of parameters by --trainable
+    "all": {"skills", "router", "token_router", "allocation"}, "router": {"router", "token_router"},
+    "allocation": {"allocation"}, "mixture": {"router"},
+}  # fmt: skip
+CLIP = 1.0  # largest norm of the gradient
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -41,7 +48,7 @@ class TrainConfig:
     method: Literal[METHODS] = "orchmoe"  # what trains
     seed: int = 0  # of order, initial values, noise
     steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # examples of one optimiser step
+    batch_size: int = 16  # examples of one optimiser step; four times as many are evaluated at once
     accumulate: int = 1  # micro-batches that a step is computed in
     lr_skills: float = 3e-3  # peak learning rate of A and B
     lr_router: float = 2e-5  # of the sample's router, whose features are standardised
@@ -50,18 +57,25 @@ class TrainConfig:
     lr_full: float = 5e-5  # of every weight, with --method full
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level
-    clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     eval_every: int = 100  # steps between dev losses and checkpoints
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
-    eval_batch_size: int = 64  # samples evaluated at once
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 where faster
+    start: str = ""  # folder of a run to begin with: its base, method and adapters
+    trainable: Literal[tuple(TRAINED)] = "all"  # what of it trains; mixture: one w for all samples
+    loras: tuple[str, ...] = ()  # folders of LoRAs by peft, which become the skills and stay as they are
     extra_rank: int = 0  # ranks on top, for comparisons at equal size
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_batch_size=1,
-                              eval_instances=0, warmup=0, seed=0, lr_skills=0, lr_router=0, lr_token_router=0,
-                              lr_allocation=0, lr_full=0, clip=0, extra_rank=0)
+        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_instances=0,
+                              warmup=0, seed=0, lr_skills=0, lr_router=0, lr_token_router=0, lr_allocation=0,
+                              lr_full=0, extra_rank=0)
+        if self.start and self.loras or self.trainable != "all" and not self.start:
+            raise ValueError("--start, which --trainable goes with, and --loras: give one of the two")
+
+    @property
+    def eval_batch_size(self) -> int:
+        return 4 * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,34 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
                                      f"{kept}; leave it out")
             configs[name] = replace(config, **given)
         return configs
-    configs = {name: runtime.from_flags(cls, flags) for name, cls in classes.items()}
+    configs = brought({name: runtime.from_flags(cls, flags) for name, cls in classes.items()}, flags)
     if where.out and (Path(where.out) / "config.json").exists():
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
     require_used(flags, configs["train"].method)
     return configs
+
+
+def brought(configs: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The configs with what --start and --loras bring: base, method and adapters of the run; number and rank
+    of the skills. ValueError for a flag that contradicts."""
+    config, fields = configs["train"], {}
+    if config.start:
+        run, path = evaluation.Run.read(config.start), Path(config.start) / "config.json"
+        fields = vars(runtime.from_json(OrchMoEConfig, run.adapter, path)) | {"method": run.train["method"]}
+        configs["train"] = replace(config, model=flags.get("model", run.train["model"]),
+                                   extra_rank=run.train.get("extra_rank", 0))
+    elif config.loras:
+        loras = [checkpoint.load_peft(folder) for folder in config.loras]
+        fields = {"method": "orchmoe", "skills": len(loras), "rank": max(lora.rank for lora in loras),
+                  "alpha": None}
+        if bases := {lora.base for lora in loras if lora.base != loras[0].base}:
+            raise ValueError(f"--loras: of different bases, {loras[0].base} and {min(bases)}")
+        if "allocation_std" not in flags:  # from their average on
+            configs["adapter"] = replace(configs["adapter"], allocation_std=0.0)
+    if odd := sorted(flags.keys() & fields.keys()):
+        raise ValueError(f"--{odd[0].replace('_', '-')}: comes with --start or --loras; leave it out")
+    return {name: replace(each, **{key: fields[key] for key in fields.keys() & vars(each).keys()})
+            for name, each in configs.items()}
 
 
 def require_used(flags: dict[str, Any], method: str) -> None:
@@ -120,18 +157,44 @@ def require_used(flags: dict[str, Any], method: str) -> None:
 # ----------------------------------------------------------------------------------------------------- pieces
 
 
-def fit_router(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
-    """The router's start from at most 2,000 training sources, see OrchMoE.fit_router."""
+def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
+    """What does not start at random: the adapters of --start; the skills of --loras; the router, from at most
+    2,000 training sources, see Adapters.fit_router. A mixture is a router without W_task: softmax(b), at
+    first the mean w of these sources."""
+    few = data.subsample(examples, 2000)
+    if config.start:
+        adapters.load_state_dict(checkpoint.load_adapter(Path(config.start) / "adapter.safetensors")[0])
+        if config.trainable == "mixture" and adapters.router is not None:
+            w = evaluation.measure(base, adapters, few, batch_size=config.eval_batch_size)[1].mean(0)
+            softmax = adapters.router.config.router_norm == "softmax"
+            adapters.router.task.data.zero_()
+            adapters.router.bias.data.copy_(w.log() if softmax else w)
+        return
+    if config.loras:
+        checkpoint.set_skills(adapters, [checkpoint.load_peft(folder) for folder in config.loras])
     size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
-    batches = data.batches(data.subsample(examples, 2000), size, base.device, "router start")
-    parts = [part for _, part in batches]
+    parts = [part for _, part in data.batches(few, size, base.device, "router start")]
     adapters.fit_router((base.embed(part.input_ids) for part in parts),
                         (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
 
 
+def freeze(adapters: Adapters, config: TrainConfig) -> None:
+    """Leaves training to what --trainable names; ValueError where the method has none of it."""
+    for kind, parameters in adapters.parameter_groups().items():
+        frozen = kind != "full" and kind not in TRAINED[config.trainable] or kind == "skills" and config.loras
+        for parameter in parameters if frozen else ():
+            parameter.requires_grad_(False)
+    if config.trainable == "mixture" and adapters.router is not None:
+        adapters.router.task.requires_grad_(False)
+    if not count(adapters).total or config.trainable == "mixture" and adapters.router is None:
+        raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
+
+
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
-    """AdamW without weight decay, with a peak rate for each kind of parameter."""
-    groups = [{"params": parameters, "max_lr": getattr(config, f"lr_{kind}")}
+    """AdamW without weight decay, with a peak rate for each kind of parameter; a mixture is a row of weights
+    like an allocation, and has its rate."""
+    mixture = config.trainable == "mixture"
+    groups = [{"params": parameters, "max_lr": getattr(config, f"lr_{'allocation' if mixture else kind}")}
               for kind, parameters in adapters.parameter_groups().items() if parameters]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
@@ -176,8 +239,7 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
     loss, entropy = runtime.all_reduce(gradients, loss, entropy)  # of all processes
     norm = torch.nn.utils.get_total_norm(gradients)
     require_finite(f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
-    if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * lr_factor(step, config)
     optimizer.step()
@@ -278,7 +340,7 @@ def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: toke
 
 
 def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False, fit: bool = True) -> Parts:
-    """Everything at its start; fit: the router's too, which a checkpoint would replace."""
+    """Everything at its start; fit: also what `begin` does, which a checkpoint would replace."""
     config = configs["train"]
     tokenizer = tokenizers.load(config.model)
     train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
@@ -293,11 +355,15 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
     if shard:
         runtime.shard(base, base.blocks, place)
     base.checkpoint_blocks = config.checkpoint_blocks
+    bound = {"tasks": tuple(train_set.tasks), "base": checkpoint.fingerprint(config.model),
+             "tokenizer": tokenizer.fingerprint, "digests": digests}
+    if fit and config.start:
+        same = {name: bound[name] for name in ("base", "tokenizer")}
+        evaluation.Run.read(config.start).require_same(config.start, config.model, **same)
     if fit:
-        fit_router(base, adapters, train_set, config)
-    return Parts(base, adapters, tokenizer, train_set, sets, {
-        "tasks": tuple(train_set.tasks), "base": checkpoint.fingerprint(config.model),
-        "tokenizer": tokenizer.fingerprint, "digests": digests})
+        begin(base, adapters, train_set, config)
+    freeze(adapters, config)
+    return Parts(base, adapters, tokenizer, train_set, sets, bound)
 
 
 def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> None:
@@ -356,8 +422,9 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
                     f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
         if resume:
             runtime.say(f"should it be interrupted, go on with: {resume}")
-        if closing and not (folder / "scores.json").exists():  # every method starts as the base, bit for bit
-            add_scores(folder, parts, config, "frozen base")
+        if closing and not (folder / "scores.json").exists():
+            # Without a start of its own every method starts as the base, bit for bit.
+            add_scores(folder, parts, config, "start" if config.start or config.loras else "frozen base")
         if not train(parts.base, parts.adapters, make_optimizer(parts.adapters, config), batch_at,
                      parts.sets["dev"], folder, config, lambda: save_best(folder, parts, configs),
                      autocast=full and place.dtype == torch.bfloat16):

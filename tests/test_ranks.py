@@ -66,8 +66,8 @@ def trace(shard, accumulate, method, steps=60):
     none."""
     torch.manual_seed(0)
     place = runtime.Device(torch.device("cpu"), torch.float64, "")
-    config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method,
-                               clip=0.1)  # fmt: skip
+    config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method)
+    train.CLIP = 0.1
     tokenizer = tokenizers.load(ROOT / "tiny")
     data_config = data.DataConfig(data=str(ROOT / "sni"), max_tasks=6, max_source_length=48)
     examples = data.load_sets(data_config, tokenizer, ["train"])["train"]

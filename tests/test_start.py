@@ -1,0 +1,139 @@
+"""Going on from what is there: a finished run with one part of it training (--start, --trainable), and
+existing LoRAs as skills (--loras)."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, process, run, terminate_after, trace
+
+import checkpoint
+import eval as evaluation
+import runtime
+import train
+
+NEW = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8", "--warmup", "0",
+       "--device", "cpu", "--lr-allocation", "0.1", "--eval-instances", "8"]  # fmt: skip
+
+
+@pytest.fixture
+def new(finished, tmp_path):
+    """A folder with the finished run and, as `data`, one task that it has not seen."""
+    (tmp_path / "run").symlink_to(finished / "run")
+    lists = tmp_path / "data/splits/default"
+    lists.mkdir(parents=True)
+    (tmp_path / "data/tasks").symlink_to(ROOT / "sni/tasks")
+    unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
+    (lists / "train_tasks.txt").write_text(unseen + "\n")
+    (lists / "test_tasks.txt").write_text("")
+    return tmp_path
+
+
+def state(folder):
+    return checkpoint.load_adapter(folder / "adapter.safetensors")[0]
+
+
+PARTS = {
+    "mixture": (8, {"router.bias", "router.task"}),  # W_task, once: it is zero from then on
+    "router": (8 * 160 + 8, {"router.bias", "router.task"}),
+    "allocation": (20 * 8 * 4, {"allocation"}),
+    "all": (53128, {"router.bias", "router.task", "allocation", "skills"}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_that_part_alone_trains(part, new):
+    said = run("train.py", "--start", "run", "--trainable", part, "--data", "data", *NEW, "--out", "on",
+               cwd=new)  # fmt: skip
+    count, moved = PARTS[part]
+    assert f"= {count:,} parameters train" in said and "| start |" in said
+    before, after = state(new / "run"), state(new / "on")
+    changed = {"skills" if "skill_" in name else name for name in before
+               if not torch.equal(before[name], after[name])}  # fmt: skip
+    assert changed == moved
+    assert "1 dev tasks" in run("eval.py", "--run", "on", "--split", "dev", "--device", "cpu", cwd=new)
+
+
+def test_a_mixture_begins_at_the_mean_of_the_router_and_is_one_w_for_all_samples(new, monkeypatch):
+    monkeypatch.chdir(new)
+    place, flags = runtime.pick_device(device="cpu"), {"start": "run", "data": "data", "train_instances": 16}
+    configs = train.read_configs(flags, train.PlaceConfig())
+    before = train.build(configs, place)
+    _, w = evaluation.measure(before.base, before.adapters, before.train_set)
+    after = train.build(train.read_configs(flags | {"trainable": "mixture"}, train.PlaceConfig()), place)
+    _, mixed = evaluation.measure(after.base, after.adapters, after.sets["dev"])
+    torch.testing.assert_close(mixed, w.mean(0).expand_as(mixed))
+    assert w.std(0).max() > 1e-3  # else any router would pass
+
+
+def test_the_start_is_scored_as_the_run_that_it_is(new):
+    sizes = ["--eval-instances", "8", "--max-tasks", "4"]  # as the finished run has it
+    run("train.py", "--start", "run", *NEW[:-2], *sizes, "--out", "on", cwd=new)
+    scores = json.loads((new / "on/scores.json").read_text())
+    assert scores["start"] == json.loads((new / "run/scores.json").read_text())["orchmoe"]
+
+
+def test_a_start_that_was_stopped_goes_on_bit_for_bit(new):
+    arguments = ["--start", "run", "--trainable", "mixture", "--data", "data", *NEW, "--steps", "12"]
+    process("train.py", *arguments, "--out", "whole", cwd=new)
+    terminate_after(3, *arguments, cwd=new, out="stopped")
+    process("train.py", "--resume", "--out", "stopped", "--device", "cpu", cwd=new)
+    assert trace(new / "whole") == trace(new / "stopped")
+    whole, stopped = ((new / name / "adapter.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+@pytest.fixture
+def served(new):
+    run("export.py", "--run", "run", "--out", "served", cwd=new)
+    return new
+
+
+def test_loras_are_skills_that_stay_as_they_are(served):
+    said = run("train.py", "--loras", "served/abstract-1,served/abstract-2", "--data", "data", *NEW, "--out",
+               "on", cwd=served)  # fmt: skip
+    assert "orchmoe: 0 in skills + 1,608 in routing" in said and "| start |" in said
+    after, saved = checkpoint.load_adapter(served / "on/adapter.safetensors")
+    assert saved["config"] | {"skills": 2, "rank": 8, "alpha": None, "allocation_std": 0.0} == saved["config"]
+    name, theirs = "encoder.blocks.0.attention.q", "encoder.block.0.layer.0.SelfAttention.q"
+    for s, lora in enumerate(("abstract-1", "abstract-2")):
+        A, B = checkpoint.load_peft(served / "served" / lora).factors[theirs]
+        assert torch.equal(after[f"{name}.skill_A"][s], A) and torch.equal(after[f"{name}.skill_B"][s], B.T)
+    assert after["allocation"].abs().max() > 0.01  # from 0 on
+    assert "dev tasks" in run("eval.py", "--run", "on", "--split", "dev", "--device", "cpu", cwd=served)
+
+
+@pytest.mark.parametrize("arguments, beginning", [
+    (["--trainable", "router"], "--start, which --trainable goes with"),
+    (["--start", "run", "--loras", "served/abstract-1"], "--start, which --trainable goes with, and --loras"),
+    (["--start", "run", "--rank", "4"], "--rank: comes with --start"),
+    (["--start", "run", "--method", "lora"], "--method: comes with --start"),
+    (["--start", "nowhere"], "nowhere/config.json: not there"),
+    (["--start", "run", "--model", "other"], "other: not the base that the run in run began with"),
+    (["--loras", "served/abstract-1,nowhere"], "nowhere/adapter_config.json: not there"),
+    (["--loras", "served/abstract-1,foreign"], "--loras: of different bases"),
+    (["--loras", "served/abstract-1", "--targets", "q"], "the LoRA of "),
+    (["--loras", "served/abstract-1", "--skills", "2"], "--skills: comes with --start or --loras"),
+    (["--loras", "served/abstract-1", "--method", "moe-lora"], "--method: comes with --start or --loras"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(arguments, beginning, served):
+    base = checkpoint.load(ROOT / "tiny")
+    base.embedding.weight.data[0] += 1
+    checkpoint.save(base, served / "other")
+    (served / "other/spiece.model").symlink_to(ROOT / "tiny/spiece.model")
+    (served / "foreign").mkdir()
+    config = json.loads((served / "served/abstract-2/adapter_config.json").read_text())
+    (served / "foreign/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x"}))
+    (served / "foreign/adapter_model.safetensors").symlink_to(
+        served / "served/abstract-2/adapter_model.safetensors")
+    said = run("train.py", *arguments, "--data", "data", *NEW, "--out", "on", cwd=served, code=2)
+    assert said.startswith(f"train.py: error: {beginning}") and said.count("\n") == 1
+    assert not (served / "on").exists()
+
+
+def test_a_part_that_the_run_does_not_have_is_refused(new):
+    run("train.py", "--router", "none", "--max-tasks", "2", *NEW, "--out", "no-router", cwd=new)
+    for part in ("mixture", "router"):
+        said = run("train.py", "--start", "no-router", "--trainable", part, "--data", "data", *NEW, "--out",
+                   "on", cwd=new, code=2)  # fmt: skip
+        assert f"--trainable {part}: the run in no-router has no such part" in said
