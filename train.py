@@ -359,7 +359,7 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
              "tokenizer": tokenizer.fingerprint, "digests": digests}
     if fit and config.start:
         same = {name: bound[name] for name in ("base", "tokenizer")}
-        evaluation.Run.read(config.start).require_same(config.start, config.model, **same)
+        evaluation.Run.read(config.start).require_same(config.start, **same)
     if fit:
         begin(base, adapters, train_set, config)
     freeze(adapters, config)

@@ -109,7 +109,7 @@ def test_loras_are_skills_that_stay_as_they_are(served):
     (["--start", "run", "--rank", "4"], "--rank: comes with --start"),
     (["--start", "run", "--method", "lora"], "--method: comes with --start"),
     (["--start", "nowhere"], "nowhere/config.json: not there"),
-    (["--start", "run", "--model", "other"], "other: not the base that the run in run began with"),
+    (["--start", "run", "--model", "other"], "not the base that the run in run began with"),
     (["--loras", "served/abstract-1,nowhere"], "nowhere/adapter_config.json: not there"),
     (["--loras", "served/abstract-1,foreign"], "--loras: of different bases"),
     (["--loras", "served/abstract-1", "--targets", "q"], "the LoRA of "),
