@@ -123,12 +123,15 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
 
 
 def brought(configs: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The configs with what --start and --loras bring: base, method and adapters of the run; number and rank
-    of the skills. ValueError for a flag that contradicts."""
+    """The configs with what --start and --loras bring: base, method and adapters of the run, and its settings
+    of the data where no flag says otherwise; number and rank of the skills. ValueError for a flag that
+    contradicts."""
     config, fields = configs["train"], {}
     if config.start:
         run, path = evaluation.Run.read(config.start), Path(config.start) / "config.json"
         fields = vars(runtime.from_json(OrchMoEConfig, run.adapter, path)) | {"method": run.train["method"]}
+        told = {name: flags[name] for name in flags.keys() & vars(configs["data"]).keys()}
+        configs["data"] = replace(runtime.from_json(data.DataConfig, run.data, path), **told)
         configs["train"] = replace(config, model=flags.get("model", run.train["model"]),
                                    extra_rank=run.train.get("extra_rank", 0))
     elif config.loras:

@@ -80,7 +80,7 @@ class CompareConfig:
 
 
 DEFAULTS = {"steps": 200, "eval_instances": 280, "lr_skills": 1e-2}
-FIXED = ("method", "seed", "extra_rank")  # what the comparison itself sets
+FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")  # the comparison itself sets these
 
 # Each row's one difference from the first; S R and the scale alpha / (S R) stay what they are in it.
 ABLATIONS: dict[str, dict[str, Any]] = {

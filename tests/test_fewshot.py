@@ -1,0 +1,53 @@
+"""The few-shot study on one task and one run: every way trains what it says, of the same size, and the same
+command goes on."""
+
+import json
+
+import pytest
+from conftest import ROOT, run
+
+import data
+import runtime
+from experiments import fewshot
+
+
+@pytest.fixture
+def small(monkeypatch):
+    few = {name: way._replace(values=way.values[1:2]) for name, way in fewshot.WAYS.items()}
+    monkeypatch.setattr(fewshot, "WAYS", few)
+
+
+def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
+    arguments = ["--runs", finished / "run", "--out", tmp_path / "few", "--examples", "2,5", "--steps", "2",
+                 "--max-tasks", "2", "--tuned", "1", "--device", "cpu", "--jobs", "1"]  # fmt: skip
+    said = run("experiments/fewshot.py", *arguments, cwd=tmp_path)
+    lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    ways = ["mixture", "router", "all", "fresh LoRA"]
+    rows = [("as it is", "0"), *((way, size) for size in ("2", "5") for way in ways)]
+    assert [(line[0][2:], line[1]) for line in lines if line[1] in "025"] == rows
+    task = data.read_splits(ROOT / "sni")["test"][0]
+    sizes = {}
+    for way, trainable in zip(ways, ("mixture", "router", "all", "all"), strict=True):
+        rate = fewshot.WAYS[way].values[0]
+        folder = tmp_path / "few/cells" / f"{way.replace(' ', '_')}-5-s0_{rate:g}" / task
+        scores, config = (json.loads((folder / name).read_text()) for name in ("scores.json", "config.json"))
+        sizes[way] = sum(scores["parameters"].values())
+        assert config["tasks"] == [task] and config["data"]["train_instances"] == 5
+        assert config["train"]["trainable"] == trainable and config["train"][fewshot.WAYS[way].rate] == rate
+        assert bool(config["train"]["start"]) == (way != "fresh LoRA")
+    assert abs(sizes["fresh LoRA"] - sizes["all"]) < 0.03 * sizes["all"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "few/cells").rglob("*.json")}
+    assert run("experiments/fewshot.py", *arguments, cwd=tmp_path).splitlines()[-1] == said.splitlines()[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "few/cells").rglob("*.json")}
+
+
+def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
+    folder = fewshot.task_folder(tmp_path, ROOT / "sni", "task201_opposite_of_second_word")
+    assert data.read_splits(folder) == {"train": ["task201_opposite_of_second_word"], "test": []}
+
+
+@pytest.mark.parametrize("flags", [{}, {"runs": ("a",), "examples": ("4", "x")},
+                                   {"runs": ("a",), "tuned": 0}])  # fmt: skip
+def test_mistakes(flags):
+    with pytest.raises(ValueError, match="give"):
+        runtime.from_flags(fewshot.FewShotConfig, flags)
