@@ -224,14 +224,14 @@ def test_a_run_that_is_no_loras_is_refused_by_its_method(copied):
                                                      cwd=copied.parent, code=2)
 
 
-def test_the_snippet_of_the_page_computes_w(finished, tmp_path):
+def test_the_snippet_of_the_readme_computes_w(finished, tmp_path):
     run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished)
-    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     snippet, = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
     pytest.importorskip("transformers")
     shutil.copytree(ROOT / "tiny", tmp_path / "base")
     prompt = "Definition: Say the first word."
-    there = {"served/": f"{tmp_path}/served/", '"base': f'"{tmp_path}/base'}
+    there = {"served/": f"{tmp_path}/served/", "flan-t5-base": f"{tmp_path}/base"}
     for name, path in there.items():
         snippet = snippet.replace(name, path)
     found = {"prompt": prompt}
