@@ -14,6 +14,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -268,7 +269,12 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
     """Says what the model answers to --ask and --input and, where one router reads the sample, its w by
     abstract tasks, which are counted from 1 here as in the figures."""
     example = data.asked(config.ask, config.input, tokenizer, replace(data_config, definition=True))
-    text, = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
+    batch = data.collate([example]).to(base.device)
+    fold = not (adapters.unfoldable() or runtime.is_sharded(base))
+    with (adapters.folded(embeddings=base.embed(batch.input_ids), mask=batch.attention_mask,
+                          task_ids=batch.task_ids) if fold else nullcontext()):  # at the base's speed
+        bare = NoAdapter(base, full=False) if fold else adapters
+        text, = predict(base, bare, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     runtime.say(f"asked {config.run or config.model}: instruction and input alone, without examples")
     runtime.say(f"answer: {text}")
     _, w = measure(base, adapters, [example])

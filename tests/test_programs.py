@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import runtime
 import tokenizer as tokenizers
 import train
 from baselines import NoAdapter, attach_method
-from orchmoe import OrchMoEConfig
+from orchmoe import Adapters, OrchMoEConfig
 
 
 def test_a_run_from_start_to_scores(home):
@@ -244,7 +245,9 @@ def ask(model, *arguments, cwd):
 
 
 def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
-    said, answer, verdict = ask(["--run", "run"], cwd=finished)
+    with mock.patch.object(Adapters, "folded", autospec=True, side_effect=Adapters.folded) as folded:
+        said, answer, verdict = ask(["--run", "run"], cwd=finished)
+    folded.assert_called_once()  # so that it decodes at the base's speed
     alone = "instruction and input alone, without examples"
     assert said == f"asked run: {alone}"
     base, adapters, tokenizer = evaluation.load(runtime.pick_device(device="cpu"), run=finished / "run")
