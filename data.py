@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import runtime
 from tokenizer import Tokenizer
 
-CACHE_VERSION = 4  # part of every cache key: raise it when a prompt, a set or the layout changes
+CACHE_VERSION = 5  # part of every cache key: raise it when a prompt, a set or the layout changes
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
@@ -285,6 +285,9 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     options = {name: value for name, value in vars(config).items() if name not in WHERE}
     made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
         {**task, "ids": torch.from_numpy(task["ids"])} for task in _map_tasks(encode, paths)]})["tasks"]
+    if copies := sum(task["copies"] for task in made):
+        runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "
+                     "train, dev and seen")
     if cut := sum(task["cut"] for task in made):
         runtime.warn(f"--max-source-length {config.max_source_length}: the ends of {cut} sources are cut off")
     sets: dict[str, list[Example]] = {name: [] for name in SETS if (name == "test") == (kind == "test")}
@@ -315,8 +318,9 @@ def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
         pieces += [_cut(tokenizer.target(text), config.max_target_length) for text in instance["output"]]
         rows.append((split, place, instance["id"], instance["output"], list(map(len, pieces))))
         ids += pieces
+    copies = len(contents) - len(set(contents)) if kind == "train" else 0
     return {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
-            "cut": cut, "rows": json.dumps(rows), "ids": np.concatenate(ids)}
+            "copies": copies, "cut": cut, "rows": json.dumps(rows), "ids": np.concatenate(ids)}
 
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:

@@ -11,12 +11,13 @@ metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,8 +34,8 @@ from baselines import METHODS, attach_method, count
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
-TRAINED = {  # kinds of parameters by --trainable
-    "all": {"skills", "router", "token_router", "allocation"}, "router": {"router", "token_router"},
+TRAINED = {  # kinds of parameters by --trainable; of a mixture's router the bias alone
+    "all": {"skills", "router", "token_router", "allocation", "full"}, "router": {"router", "token_router"},
     "allocation": {"allocation"}, "mixture": {"router"},
 }  # fmt: skip
 CLIP = 1.0  # largest norm of the gradient
@@ -142,8 +143,7 @@ def brought(configs: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--loras: of different bases, {loras[0].base} and {min(bases)}")
         if "allocation_std" not in flags:  # from their average on
             configs["adapter"] = replace(configs["adapter"], allocation_std=0.0)
-    if odd := sorted(flags.keys() & fields.keys()):
-        raise ValueError(f"--{odd[0].replace('_', '-')}: comes with --start or --loras; leave it out")
+    refuse(flags, fields.keys(), "comes with --start or --loras")
     return {name: replace(each, **{key: fields[key] for key in fields.keys() & vars(each).keys()})
             for name, each in configs.items()}
 
@@ -152,9 +152,12 @@ def require_used(flags: dict[str, Any], method: str) -> None:
     """ValueError for the first flag that the method would ignore."""
     rates = {name for name in vars(TrainConfig()) if name.startswith("lr_")}
     chosen = rates | vars(OrchMoEConfig()).keys()
-    used = USED.get(method, chosen - {"lr_full"})
-    if odd := sorted(flags.keys() & chosen - used):
-        raise ValueError(f"--{odd[0].replace('_', '-')}: not used by --method {method}; leave it out")
+    refuse(flags, chosen - USED.get(method, chosen - {"lr_full"}), f"not used by --method {method}")
+
+
+def refuse(flags: dict[str, Any], names: Iterable[str], why: str) -> None:
+    for name in sorted(flags.keys() & names):
+        raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
 
 
 # ----------------------------------------------------------------------------------------------------- pieces
@@ -167,7 +170,7 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
     few = data.subsample(examples, 2000)
     if config.start:
         adapters.load_state_dict(checkpoint.load_adapter(Path(config.start) / "adapter.safetensors")[0])
-        if config.trainable == "mixture" and adapters.router is not None:
+        if config.trainable == "mixture":
             w = evaluation.measure(base, adapters, few, batch_size=config.eval_batch_size)[1].mean(0)
             softmax = adapters.router.config.router_norm == "softmax"
             adapters.router.task.data.zero_()
@@ -182,15 +185,15 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
 
 
 def freeze(adapters: Adapters, config: TrainConfig) -> None:
-    """Leaves training to what --trainable names; ValueError where the method has none of it."""
-    for kind, parameters in adapters.parameter_groups().items():
-        frozen = kind != "full" and kind not in TRAINED[config.trainable] or kind == "skills" and config.loras
-        for parameter in parameters if frozen else ():
-            parameter.requires_grad_(False)
-    if config.trainable == "mixture" and adapters.router is not None:
-        adapters.router.task.requires_grad_(False)
-    if not count(adapters).total or config.trainable == "mixture" and adapters.router is None:
+    """Leaves training to what --trainable names; ValueError where the run has none of it."""
+    groups = adapters.parameter_groups()
+    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
+    kept = [p for kind in kinds for p in groups.get(kind, ())
+            if config.trainable != "mixture" or p.dim() == 1]
+    if not kept:
         raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
+    for parameter in itertools.chain(*groups.values()):
+        parameter.requires_grad_(any(parameter is one for one in kept))
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
@@ -363,9 +366,9 @@ def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False
     if fit and config.start:
         same = {name: bound[name] for name in ("base", "tokenizer")}
         evaluation.Run.read(config.start).require_same(config.start, **same)
+    freeze(adapters, config)
     if fit:
         begin(base, adapters, train_set, config)
-    freeze(adapters, config)
     return Parts(base, adapters, tokenizer, train_set, sets, bound)
 
 
@@ -437,13 +440,17 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
             runtime.any_rank(False)  # waits for the first process, which may still be writing what was best
             parts.adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if full else
                                            checkpoint.load_adapter(folder / "adapter.safetensors")[0])
-            runtime.say(table(add_scores(folder, parts, config, config.method)))
-            most = f"at most {config.eval_instances}" if config.eval_instances else "all"
-            runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, "
-                        "scores.json, metrics.jsonl")
-            program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
-            runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split test")
+            say_scores(folder, add_scores(folder, parts, config, config.method), config)
     return True
+
+
+def say_scores(folder: Path, rows: dict[str, dict], config: TrainConfig) -> None:
+    runtime.say(table(rows))
+    most = f"at most {config.eval_instances}" if config.eval_instances else "all"
+    runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, scores.json, "
+                "metrics.jsonl")
+    program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
+    runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split test")
 
 
 def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:

@@ -173,9 +173,7 @@ def table(found: dict, sizes: Sequence[int], tuning: dict, best: dict) -> str:
 
 
 def main() -> None:
-    parser = runtime.Parser(__doc__)
-    parser.add_dataclass(FewShotConfig)
-    config = runtime.from_flags(FewShotConfig, vars(parser.parse_args()))
+    config = runtime.from_flags(FewShotConfig, runtime.read_flags(__doc__, FewShotConfig))
     runtime.require_alone()
     config = replace(config, runs=tuple(str(Path(run).resolve()) for run in config.runs))
     model = evaluation.Run.read(config.runs[0]).train["model"]

@@ -374,6 +374,14 @@ def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys)
     assert not capsys.readouterr().err
 
 
+def test_repeats_are_counted(config, repository, tokenizer, capsys):
+    instances = task_json(20)["Instances"]
+    twins = [*instances, {**instances[3], "id": "another"}, {**instances[4], "output": ["else"]}]
+    write_task(repository, "task1_a", task_json(Instances=twins))
+    load_sets(config, tokenizer)
+    assert "tasks: 1 instances repeat another of their task; none is on two sides" in capsys.readouterr().err
+
+
 def test_equal_ids_are_told_apart_by_place(config, repository, tokenizer):
     instances = [{"id": "same", "input": f"{i}", "output": [f"{i}"]} for i in range(30)]
     write_task(repository, "task1_a", task_json(Instances=instances))
