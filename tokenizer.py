@@ -85,8 +85,8 @@ class Pieces(Tokenizer):
         return self.sp.encode(text)
 
     def _text(self, ids: list[int]) -> str:
-        ids = [i for i in ids if i < len(self.pieces)]  # beyond them are T5's sentinels
-        return self.sp.decode([i for i in ids if not self.sp.is_control(i) and not self.sp.is_unknown(i)])
+        # Beyond the pieces are T5's sentinels; control pieces have no text, an unknown one would have.
+        return self.sp.decode([i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)])
 
 
 class T5Pieces(Pieces):

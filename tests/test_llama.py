@@ -381,7 +381,7 @@ def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_di
 @pytest.mark.slow
 def test_smollm2_is_scored_answers_and_goes_on_after_a_kill(smollm2_dir, sni_dir, tmp_path):
     place = ["--data", sni_dir, "--device", "cpu"]
-    run("eval.py", "--model", smollm2_dir, *place, "--split", "test", "--limit", "16", "--num-pos", "1",
+    run("eval.py", "--model", smollm2_dir, *place, "--max-tasks", "8", "--limit", "16", "--num-pos", "1",
         "--max-source-length", "256", "--max-new-tokens", "16", "--out", "scored", cwd=tmp_path)  # fmt: skip
     scores = json.loads((tmp_path / "scored/scores.json").read_text())
     assert scores["config"]["instances"] == 16 and 0 < scores["overall"]["rougeL"] < 100

@@ -31,10 +31,10 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "e
             "clean_up_tokenization_spaces": False}  # fmt: skip
 
 
-def write_words(folder, corpus, *, post=None, prefix=False, **settings):
+def write_words(folder, corpus, *, post=None, **settings):
     """A byte-level BPE as a folder."""
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"],
@@ -102,11 +102,8 @@ def test_llama_pieces_are_those_of_transformers(tmp_path, corpus):
 
 
 def both(tmp_path, corpus):
-    """Of both kinds; of the first also one that puts a space before every text by itself."""
-    return [tokenizer.load(folder) for folder in (
-        write_words(tmp_path / "words", corpus, post="<s> $A"),
-        write_words(tmp_path / "prefix", corpus, post="<s> $A", prefix=True),
-        write_pieces(tmp_path / "pieces", corpus))]  # fmt: skip
+    words = write_words(tmp_path / "words", corpus, post="<s> $A")
+    return [tokenizer.load(folder) for folder in (words, write_pieces(tmp_path / "pieces", corpus))]
 
 
 def test_the_space_before_an_answer_is_there_once(tmp_path, corpus):
@@ -131,6 +128,20 @@ def test_ids_beyond_the_vocabulary_have_no_text(tmp_path, corpus):
     for words in both(tmp_path, corpus):
         ids = words.target("Hello")
         assert words.decode([-1, *ids, len(words), 10**9]) == "Hello"
+
+
+def test_a_tokenizer_json_that_puts_a_space_before_every_text_gets_no_second(tmp_path, corpus):
+    path = write_words(tmp_path / "words", corpus) / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["normalizer"] = {"type": "Prepend", "prepend": " "}  # as Llama 2's
+    path.write_text(json.dumps(values), encoding="utf-8")
+    words = tokenizer.load(path.parent)
+    assert words.target("12 345") == words.encode("12 345")
+
+
+def test_t5_reads_prompts_and_answers_alike():
+    words = tokenizer.load(ROOT / "tiny")
+    assert words.source(PROMPT) == words.target(PROMPT) == words.encode(PROMPT)
 
 
 def test_texts_are_stripped(tmp_path, corpus):
