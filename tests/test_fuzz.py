@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_checkpoint import entry, safetensors_bytes
 from test_data import Bytes, example, task_json
 from test_tokenizer import write_pieces
@@ -186,6 +187,38 @@ def saved(value) -> bytes:
 
 
 STATE = {"step": 1, "best": 0.5, "tokens": 9, "weights": {"a": torch.ones(3)}, "optimizer": {}}
+
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base", "bias": "none",
+        "target_modules": ["q"], **dict.fromkeys(checkpoint.REFUSED)}  # fmt: skip
+FACTORS = [f"base_model.model.{name}.lora_{side}{end}" for name in ("q", "a.q") for side in "AB"
+           for end in (".weight", ".bias", "")]  # fmt: skip
+
+
+@given(
+    changed(LORA) | damaged(json.dumps(LORA).encode()),
+    st.dictionaries(st.sampled_from(FACTORS) | texts.filter(str.isprintable),
+                    st.tuples(st.lists(st.integers(0, 3), max_size=3),
+                              st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+                              st.sampled_from([1, math.nan]))))  # fmt: skip
+def test_peft_folders(folder, raw, tensors):
+    """A LoRA of floats that are finite, its factors in pairs of one rank, or one line that names the folder."""
+    place = folder / "lora"
+    place.mkdir(exist_ok=True)
+    (place / "adapter_config.json").write_bytes(raw)
+    made = {name: torch.ones(shape, dtype=dtype) * (value if dtype.is_floating_point else 1)
+            for name, (shape, dtype, value) in tensors.items()} or {FACTORS[0]: torch.ones(2, 3),
+                                                                    FACTORS[3]: torch.ones(3, 2)}
+    save_file(made, place / "adapter_model.safetensors")
+    try:
+        lora = checkpoint.load_peft(place)
+    except ValueError as error:
+        assert str(place) in str(error) and "\n" not in str(error).strip() and len(str(error)) < 1000
+        return
+    for name, (A, B) in lora.factors.items():
+        assert {f"base_model.model.{name}.lora_{side}.weight" for side in "AB"} <= made.keys()
+        assert A.shape[0] == B.shape[1] == lora.rank and A.isfinite().all() and B.isfinite().all()
+    assert 2 * len(lora.factors) == len(made) > 0 and isinstance(lora.base, str)
 
 
 @given(damaged(saved(STATE)))
