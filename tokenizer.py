@@ -136,7 +136,7 @@ class Words(Tokenizer):
         probe, bare = (self._call(words.encode, "a", add_special_tokens=special) for special in (True, False))
         name = self._settings().get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
-        eos = words.token_to_id(name) if isinstance(name, str) else None
+        eos = self._call(words.token_to_id, name) if isinstance(name, str) else None
         if eos is None:
             raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
         # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
@@ -154,7 +154,8 @@ class Words(Tokenizer):
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the package's Rust is no Exception
-            raise ValueError(f"{self.path}: not a tokenizer ({error!s:.100}); download it again") from None
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: not a tokenizer ({said:.100}); download it again") from None
 
     def _ids(self, text: str) -> list[int]:
         return self._call(self._words.encode, text, add_special_tokens=False).ids

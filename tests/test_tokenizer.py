@@ -209,6 +209,8 @@ def test_bad_files_are_one_line(tmp_path, corpus, monkeypatch):
                           *((content, "has no eos_token") for content in no_eos)):  # fmt: skip
         settings.write_text(content)
         refused(said)
+    settings.write_text('{"eos_token": "\\ud800"}')
+    refused("not a tokenizer")
     settings.write_text(json.dumps(SETTINGS))
     panic = whole.replace(b'"continuing_subword_prefix": null', b'"continuing_subword_prefix": "long"')
     for content in (b"", b"{}", b"\xff", whole[:-9], b"[" * 10**5, panic):
