@@ -202,7 +202,7 @@ FACTORS = [f"base_model.model.{name}.lora_{side}{end}" for name in ("q", "a.q") 
                               st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
                               st.sampled_from([1, math.nan]))))  # fmt: skip
 def test_peft_folders(folder, raw, tensors):
-    """A LoRA of floats that are finite, its factors in pairs of one rank, or one line that names the folder."""
+    """A LoRA of finite floats, its factors in pairs of one rank, or one line that names the folder."""
     place = folder / "lora"
     place.mkdir(exist_ok=True)
     (place / "adapter_config.json").write_bytes(raw)
