@@ -7,9 +7,8 @@ tests/test_baselines.py"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,56 +182,9 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
     return module.skill_adapters
 
 
-# ------------------------------------------------------------------------------------------------- accounting
-
-
-class Count(NamedTuple):
-    """Parameters that train: A and B of all skills, and what routes them."""
-
-    skills: int
-    routing: int
-
-    @property
-    def total(self) -> int:
-        return self.skills + self.routing
-
-    def __str__(self) -> str:
-        return f"{self.skills:,} in skills + {self.routing:,} in routing = {self.total:,}"
-
-
-def count(adapters: Adapters) -> Count:
-    """The true count, of the tensors that are there; --method full has skills alone."""
+def count(adapters: Adapters) -> dict[str, int]:
+    """Parameters that train, of the tensors that are there: `skills`, A and B of all of them (--method full:
+    every weight), and `routing`, what routes them."""
     sizes = {kind: sum(p.numel() for p in group) for kind, group in adapters.parameter_groups().items()}
-    skills = sizes.get("skills", 0) + sizes.get("full", 0)
-    return Count(skills, sum(sizes.values()) - skills)
-
-
-def parameters(name: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> Count:
-    """What attach_method(name, module, config, **options) would train. The module, best one on the meta
-    device, is left as it was."""
-    adapters = attach_method(name, module, config, **options)
-    counted = count(adapters)
-    adapters.detach()
-    return counted
-
-
-def budget(names: Sequence[str], module: nn.Module, config: OrchMoEConfig,
-           num_tasks: int = 0) -> dict[str, int]:
-    """The extra_rank of each method that makes all of one total size: the budget is the least total that
-    every method reaches with S and R as they are, hence that of the method with the dearest routing; the
-    others come as near to it as whole extra ranks can, one Linear at a time. c-poly, which grows with T,
-    cannot stand in it. module: best one on the meta device."""
-    def total(name: str, extra: int) -> int:
-        return parameters(name, module, config, extra_rank=extra, num_tasks=num_tasks).total
-
-    target = max(total(name, 0) for name in names)
-    chosen = {}
-    for name in names:
-        low, high = 0, 1  # total(low) <= target < total(high)
-        while total(name, high) <= target:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total(name, middle) <= target else (low, middle)
-        chosen[name] = min(low, high, key=lambda extra: abs(total(name, extra) - target))
-    return chosen
+    skills = sizes.pop("skills", 0) + sizes.pop("full", 0)
+    return {"skills": skills, "routing": sum(sizes.values())}

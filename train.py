@@ -424,8 +424,10 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
 
     with runtime.locked(folder):
         start_run(folder, configs, parts.bound)
-        runtime.say(f"{config.method}: {count(parts.adapters)} parameters train; on {len(train_set)} "
-                    f"examples of {len(train_set.tasks)} tasks; run folder {folder}")
+        skills, routing = count(parts.adapters).values()
+        runtime.say(f"{config.method}: {skills:,} in skills + {routing:,} in routing = {skills + routing:,} "
+                    f"parameters train; on {len(train_set)} examples of {len(train_set.tasks)} tasks; run "
+                    f"folder {folder}")
         if resume:
             runtime.say(f"should it be interrupted, go on with: {resume}")
         if closing and not (folder / "scores.json").exists():

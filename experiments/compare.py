@@ -36,9 +36,10 @@ import runtime
 import t5
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, budget, count, parameters
+from baselines import METHODS, count
 from experiments import plot, routing
 from experiments.search import Search, axes_of
+from experiments.sizes import budget, on_meta, parameters
 from experiments.tables import markdown, summarise
 from model import Backbone
 from orchmoe import OrchMoEConfig, TaskRouter
@@ -107,13 +108,6 @@ SCORED_ONLY = ("w replaced by its mean", "w of another sample")
 # ------------------------------------------------------------------------------------------------- accounting
 
 
-def on_meta(described: Any) -> Backbone:
-    """The model that a family's config describes, without memory."""
-    family = next(kind for kind in checkpoint.FAMILIES.values() if isinstance(described, kind.Config))
-    with torch.device("meta"):
-        return family(described)
-
-
 def dry_run(methods: Sequence[str], base: Backbone, adapter: OrchMoEConfig, num_tasks: int) -> str:
     """Parameters and memory of each method as Markdown, counted on the meta device: nothing is allocated."""
     extra_ranks, size = budget(EQUAL, base, adapter, num_tasks), sum(p.numel() for p in base.parameters())
@@ -124,9 +118,10 @@ def dry_run(methods: Sequence[str], base: Backbone, adapter: OrchMoEConfig, num_
     for name in methods:
         extra = extra_ranks.get(name, 0)
         sizes = parameters(name, base, adapter, extra_rank=extra, num_tasks=num_tasks)
-        cells = [name + "*" * (name == "c-poly"), adapter.skills * adapter.rank, extra, f"{sizes.skills:,}",
-                 f"{sizes.routing:,}", f"{sizes.total:,}", f"{100 * sizes.total / size:.3f} %",
-                 *(_bytes(4 * k * sizes.total) for k in (1, 1, 2))]
+        total = sum(sizes.values())
+        cells = [name + "*" * (name == "c-poly"), adapter.skills * adapter.rank, extra,
+                 *(f"{n:,}" for n in (*sizes.values(), total)), f"{100 * total / size:.3f} %",
+                 *(_bytes(4 * k * total) for k in (1, 1, 2))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if "c-poly" in methods:
         lines += ["", "* at equal S R only: its private skills grow with the number of tasks"]
@@ -209,7 +204,7 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
         base, adapters, _ = evaluation.load(place, model=config.model)
     else:
         base, adapters, _ = evaluation.load(place, run=cell.of or cell.folder)
-        result["parameters"] = count(adapters)._asdict()
+        result["parameters"] = count(adapters)
     for which in sorted(sets.keys() - {"dev"}):
         examples, w = sets[which], None
         if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored

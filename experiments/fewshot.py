@@ -22,8 +22,8 @@ import data
 import eval as evaluation
 import runtime
 import train
-from baselines import budget
-from experiments.compare import Cell, on_meta, run_cells, slug
+from experiments.compare import Cell, run_cells, slug
+from experiments.sizes import budget, on_meta
 from experiments.tables import interval
 from orchmoe import OrchMoEConfig
 

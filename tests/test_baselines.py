@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from conftest import stir
 from torch import nn
 
-from baselines import METHODS, attach_method, budget, parameters
+from baselines import METHODS, attach_method
+from experiments.sizes import budget, parameters
 from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
 
@@ -165,7 +166,7 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     banks = {"lora": 1, "c-poly": S - 1 + T}.get(name, S)  # a rank more in each of so many skills
     expected += sum((end - start) * banks * sum(shape)
                     for start, end, shape in zip([0, *ends], ends, shapes, strict=False))
-    assert found.total == expected
+    assert sum(found.values()) == expected
     after = small_t5.state_dict()  # as it was before anything was counted
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert anatomy == [(type(module), [p.requires_grad for p in module.parameters()])
@@ -176,9 +177,9 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
 def test_a_budget_makes_totals_equal_within_three_per_cent(small_t5, targets):
     names, config = ["orchmoe", "lora", "moe-lora", "poly", "mhr"], OrchMoEConfig(targets=targets)
     extra = budget(names, small_t5, config, num_tasks=28)
-    totals = [parameters(name, small_t5, config, extra_rank=extra[name], num_tasks=28).total
+    totals = [sum(parameters(name, small_t5, config, extra_rank=extra[name], num_tasks=28).values())
               for name in names]
-    least = max(parameters(name, small_t5, config, num_tasks=28).total for name in names)
+    least = max(sum(parameters(name, small_t5, config, num_tasks=28).values()) for name in names)
     assert max(totals) <= 1.03 * min(totals) and all(abs(total - least) <= 0.03 * least for total in totals)
     for name in names:  # the scale: alpha / the rank that adds up
         adapters = attach_method(name, small_t5, config, extra_rank=extra[name], num_tasks=28)

@@ -16,8 +16,8 @@ from conftest import ROOT
 import checkpoint
 import runtime
 import train
-from baselines import attach_method, budget, count
-from experiments import compare, plot
+from baselines import attach_method, count
+from experiments import compare, plot, sizes
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
@@ -25,11 +25,11 @@ from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 def test_totals_are_equal_within_three_per_cent(size, targets):
     config = compare.SIZES.get(size) or checkpoint.config(ROOT / "tiny")
     adapter = OrchMoEConfig(targets=targets)
-    extra = budget(compare.EQUAL, compare.on_meta(config), adapter, 28)
+    extra = sizes.budget(compare.EQUAL, sizes.on_meta(config), adapter, 28)
     totals = []
     for name in compare.EQUAL:
-        adapters = attach_method(name, compare.on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
-        totals.append(count(adapters).total)
+        adapters = attach_method(name, sizes.on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
+        totals.append(sum(count(adapters).values()))
         for linear in adapters.linears.values():  # the scale: alpha / the rank that adds up
             assert linear.skill_scale == adapter.rank / linear.skill_A.shape[1]
     assert max(totals) <= 1.03 * min(totals)
@@ -75,7 +75,7 @@ def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
     default = OrchMoEConfig(**given)
 
     def scale(adapter):  # of one rank
-        adapters = attach_method("orchmoe", compare.on_meta(base), adapter)
+        adapters = attach_method("orchmoe", sizes.on_meta(base), adapter)
         return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
 
     base = checkpoint.config(ROOT / "tiny")

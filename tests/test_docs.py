@@ -219,7 +219,8 @@ def test_the_memory_of_the_scaling_page_is_recounted():
         size = sum(p.numel() for p in base.parameters())
         blocks = [sum(p.numel() for p in block.parameters()) for block in base.blocks]
         configs = OrchMoEConfig(), OrchMoEConfig(targets=("all",), skills=8, rank=4)
-        trained = [count(attach_method("orchmoe", *of)).total for of in zip(adapted, configs, strict=True)]
+        trained = [sum(count(attach_method("orchmoe", *of)).values())
+                   for of in zip(adapted, configs, strict=True)]
         shard = 2 * size / 8, 2 * (size - sum(blocks)), 2 * max(blocks)  # embedding and head: outside blocks
         memory = map(compare._bytes, (2 * size, 4 * size, *(16 * n for n in trained), *shard))
         assert " | ".join([f"| {name}", *(f"{n:,}" for n in (size, *trained)), *memory]) + " |" in page
