@@ -99,7 +99,7 @@ def test_no_file_is_wider_than_a_page():
 
 FOREIGN = {"--local-dir", "--depth", "--prediction", "--reference", "--hypothesis-profile", "evaluation.py",
            "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
-           "convert_lora_to_gguf.py", "--lora", "--lora-init-without-apply", "--enable-lora",
+           "convert_lora_to_gguf.py", "convert_hf_to_gguf.py", "--outtype", "--outfile", "--lora", "--lora-init-without-apply", "--enable-lora",
            "--max-lora-rank", "--lora-modules"}  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
 STUDY = [*ROOT.glob("experiments/*.py"), *ROOT.glob("*/make*")]
