@@ -36,9 +36,6 @@ class Tokenizer:
         habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
         self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
 
-    def __len__(self) -> int:
-        return self.size
-
     def __reduce__(self):  # a worker process reads the files once, not for every task that it is handed
         return _load_once, (self.path,)
 
@@ -57,7 +54,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special ids, stripped; of T5's with the spaces cleaned up."""
-        return self._text([i for i in map(int, ids) if 0 <= i < len(self)]).strip()
+        return self._text([i for i in map(int, ids) if 0 <= i < self.size]).strip()
 
     def save(self, folder: str | os.PathLike) -> None:
         for name, content in self._files.items():

@@ -54,7 +54,7 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _encode_lines(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    tokens = array("H" if len(tokenizer) <= 1 << 16 else "i")
+    tokens = array("H" if tokenizer.size <= 1 << 16 else "i")
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as lines:
             for line in progress(lines, "tokenising text", unit="line"):
@@ -76,7 +76,7 @@ def corrupt_spans(tokens: np.ndarray, tokenizer: Tokenizer, rng: np.random.Gener
     spans = min(max(round(lost / mean_span), 1), len(tokens) - lost, 99)  # the 100th sentinel ends the target
     sizes = np.stack([_composition(len(tokens) - lost, spans, rng), _composition(lost, spans, rng)], 1)
     stretches = np.split(tokens, np.cumsum(sizes)[:-1])
-    marks = [[len(tokenizer) - 1 - k] for k in range(spans + 1)]  # sentinel k
+    marks = [[tokenizer.size - 1 - k] for k in range(spans + 1)]  # sentinel k
     end = list(tokenizer.eos_ids)
     source = chain.from_iterable(zip(stretches[::2], marks[:-1], strict=True))
     target = chain.from_iterable(zip(marks[:-1], stretches[1::2], strict=True))

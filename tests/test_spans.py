@@ -19,7 +19,7 @@ def tokenizer():
 def restore(source: list[int], target: list[int], tokenizer) -> list[int]:
     """The window, from a source and a target that ends with one sentinel more and EOS."""
     assert source[-1] == target[-1] == 1
-    spans, k, last = {}, 0, len(tokenizer) - 1  # last is sentinel 0
+    spans, k, last = {}, 0, tokenizer.size - 1  # last is sentinel 0
     for token in target[:-1]:
         if token == last - k:
             spans[token], k = [], k + 1

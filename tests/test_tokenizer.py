@@ -127,7 +127,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, corpus):
 def test_ids_beyond_the_vocabulary_have_no_text(tmp_path, corpus):
     for words in both(tmp_path, corpus):
         ids = words.target("Hello")
-        assert words.decode([-1, *ids, len(words), 10**9]) == "Hello"
+        assert words.decode([-1, *ids, words.size, 10**9]) == "Hello"
 
 
 def test_a_tokenizer_json_that_puts_a_space_before_every_text_gets_no_second(tmp_path, corpus):
