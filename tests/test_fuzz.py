@@ -346,7 +346,7 @@ def use_words(path):
     found = tokenizer.load(path)
     ids = found.encode("ab ba </s>")
     assert ids[-1] == found.eos_ids[0] and all(type(i) is int for i in ids)
-    assert type(found.decode(range(-1, len(found) + 1))) is str
+    assert type(found.decode(range(-1, found.size + 1))) is str
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +366,8 @@ def test_llama_pieces(folder, llama_pieces, draw):
     found = read(tokenizer.load, place / "tokenizer.model", draw.draw(damaged(llama_pieces)))
     if found is not None:
         ids = found.encode("the dog </s>")
-        assert ids[-1] == found.eos_ids[0] and all(type(i) is int and 0 <= i < len(found) for i in ids)
-        assert type(found.decode(range(-1, len(found) + 1))) is str
+        assert ids[-1] == found.eos_ids[0] and all(type(i) is int and 0 <= i < found.size for i in ids)
+        assert type(found.decode(range(-1, found.size + 1))) is str
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_byte_level_ids_and_texts_are_those_of_transformers(tmp_path, corpus, ki
         expected = theirs(text)["input_ids"]
         assert own.encode(text) == [*expected, 1]
         assert own.source(text + " ") == expected
-    rows = [list(range(i, i + 9)) for i in range(0, len(own) - 9, 9)]
+    rows = [list(range(i, i + 9)) for i in range(0, own.size - 9, 9)]
     rows += [theirs(text)["input_ids"] for text in TEXTS]
     decoded = theirs.batch_decode(rows, skip_special_tokens=True)
     assert [own.decode(row) for row in rows] == [text.strip() for text in decoded]
