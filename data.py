@@ -36,12 +36,12 @@ CACHE_VERSION = 5  # part of every cache key: raise it when a prompt, a set or t
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
 POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
-WHERE = {"data", "splits", "max_tasks", "cache"}  # options that no token depends on
+WHERE = {"data", "splits", "max_tasks"}  # options that no token depends on
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data: which tasks are read, how a prompt is built, where tokens are cached."""
+    """Data: which tasks are read, how a prompt is built."""
 
     data: str = str(runtime.ROOT / "sni")  # folder with tasks/ and splits/ (default: this repository's sni/)
     splits: str = "default"  # folder of split lists under splits/
@@ -53,7 +53,6 @@ class DataConfig:
     max_target_length: int = 128  # tokens of a target, with EOS
     train_instances: int = 100  # training instances of each task
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
-    cache: str = ""  # folder of the token cache; empty for $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe
 
     def __post_init__(self) -> None:
         runtime.require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1,
@@ -208,14 +207,15 @@ def _cut(ids: list[int], limit: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ examples, tokens
 
 
-def cached(folder: str, key: list, files: Sequence[Path], make: Callable[[], dict]) -> dict:
-    """What `make` returns from `files` (tensors, lists, numbers, strings), made once and then mapped. `key`:
-    JSON values, what it depends on beside the files; these count as unchanged while size and time of change
-    are the same, else the cache file, whose name the key decides, is replaced."""
+def cached(key: list, files: Sequence[Path], make: Callable[[], dict]) -> dict:
+    """What `make` returns from `files` (tensors, lists, numbers, strings), made once and then mapped from
+    $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe. `key`: JSON values, what it depends on beside the files;
+    these count as unchanged while size and time of change are the same, else the cache file, whose name the
+    key decides, is replaced."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = [CACHE_VERSION, *key, list(map(str, files))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = Path(folder or os.path.join(base, "orchmoe")) / f"{name}.tokens"
+    path = Path(base, "orchmoe", f"{name}.tokens")
     with runtime.first_of_node_first():
         key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
         if found := _read_cache(path, key):
@@ -283,7 +283,7 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
     encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
     options = {name: value for name, value in vars(config).items() if name not in WHERE}
-    made = cached(config.cache, [kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
+    made = cached([kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
         {**task, "ids": torch.from_numpy(task["ids"])} for task in _map_tasks(encode, paths)]})["tasks"]
     if copies := sum(task["copies"] for task in made):
         runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "

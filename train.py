@@ -92,7 +92,7 @@ class PlaceConfig:
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 HIDDEN = ("extra_rank",)  # flags that only the comparison gives
-MOVABLE = {"model", "data", "text", "cache"}  # places may change from start to resume; what is there may not
+MOVABLE = {"model", "data", "text"}  # places may change from start to resume; what is there may not
 SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
 USED = {  # of the adapter's settings and the rates, what each method but orchmoe reads
     "lora": SIZES, "moe-lora": SIZES | {"lr_token_router"}, "poly": SIZES | ROUTED, "mhr": SIZES | ROUTED,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +55,10 @@ class Shown(NamedTuple):
 def page() -> str:
     """The whole page."""
     with tempfile.TemporaryDirectory() as folder:
-        configs = CONFIGS | {"data": replace(CONFIGS["data"], cache=folder)}
         place = runtime.pick_device(device="cpu")
-        train.run(Path(folder, "run"), configs, place, closing=False)
+        train.run(Path(folder, "run"), CONFIGS, place, closing=False)
         base, adapters, words = evaluation.load(place, run=Path(folder, "run"))
-        seen = [row for row in data.load_sets(configs["data"], words, ["seen"])["seen"]
+        seen = [row for row in data.load_sets(CONFIGS["data"], words, ["seen"])["seen"]
                 if row.task in (TASK, OTHER)]
         seen.sort(key=lambda row: row.task != TASK)
         shown = follow(base, adapters, words, seen)

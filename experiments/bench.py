@@ -584,9 +584,11 @@ def bench_start(config: BenchConfig, _device: torch.device, _dtype: torch.dtype)
     def start(folder: Path) -> float:
         log, said, began = folder / "metrics.jsonl", folder.with_suffix(".said"), time.perf_counter()
         command = [sys.executable, ROOT / "train.py", "--data", config.data, "--model", ROOT / "tiny",
-                   "--out", folder, "--cache", folder.parent, "--steps", "100000", "--device", "cpu",
+                   "--out", folder, "--steps", "100000", "--device", "cpu",
                    "--eval-instances", "1", *(["--max-tasks", "4"] if config.quick else [])]
-        with open(said, "w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        with open(said, "w") as file, subprocess.Popen(
+                command, stdout=file, stderr=file, env=os.environ | {"XDG_CACHE_HOME": str(folder.parent)}
+        ) as process:
             while not (log.exists() and log.stat().st_size):
                 if process.poll() is not None:
                     raise ValueError(f"train.py ended: {said.read_text().strip()[-300:]}")

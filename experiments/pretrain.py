@@ -112,8 +112,7 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, resume: st
     config, data_config, own = configs["train"], configs["data"], configs["pretrain"]
     tokenizer = tokenizers.load(config.model)
     train_set, sets, digests = train.load_sets(config, data_config, tokenizer)
-    text = own.text and TextStream(own.text, tokenizer, length=own.text_length, seed=config.seed,
-                                   cache=data_config.cache)
+    text = own.text and TextStream(own.text, tokenizer, length=own.text_length, seed=config.seed)
     base = random_base(config.model, config.seed, place)
     adapters = NoAdapter(base, full=True)
     parts = train.Parts(base, adapters, tokenizer, train_set, sets, {

@@ -26,10 +26,9 @@ class TextStream:
     tokenised once, at two bytes a token in memory and in the cache (four beyond 65,536 pieces).
     """
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, *, length: int, seed: int,
-                 cache: str = ""):
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, *, length: int, seed: int):
         path = Path(path)
-        content = cached(cache, ["text", tokenizer.fingerprint], [path.resolve()],
+        content = cached(["text", tokenizer.fingerprint], [path.resolve()],
                          lambda: {"tokens": torch.from_numpy(_encode_lines(path, tokenizer))})
         tokens = content["tokens"].numpy()
         if length < 2 or len(tokens) < length:

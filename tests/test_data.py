@@ -94,8 +94,10 @@ def repository(tmp_path):
 
 
 @pytest.fixture
-def config(repository, tmp_path):
-    return DataConfig(data=str(repository), cache=str(tmp_path / "cache"))
+def config(repository, tmp_path, monkeypatch):
+    """With a token cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return DataConfig(data=str(repository))
 
 
 class Bytes:
@@ -354,7 +356,7 @@ def test_task_ids_are_those_of_the_run(config, tokenizer):
 
 
 def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tokenizer):
-    config = DataConfig(data=str(repository), cache=str(tmp_path), max_source_length=20, max_target_length=3)
+    config = DataConfig(data=str(repository), max_source_length=20, max_target_length=3)
     for example in load_sets(config, tokenizer)["train"]:
         assert len(example.source_ids) <= 20 and example.source_ids[-1] == 1
         assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
@@ -403,22 +405,24 @@ def test_train_dev_and_seen_share_one_cache_file(config, tokenizer, tmp_path, mo
     load_sets(config, tokenizer, ["train"])
     calls = count_encodes(monkeypatch)
     load_sets(config, tokenizer, ["dev", "seen"])
-    assert not calls and len(list((tmp_path / "cache").iterdir())) == 1
+    assert not calls and len(list((tmp_path / "orchmoe").iterdir())) == 1
 
 
 @pytest.mark.parametrize("change", [
     dict(num_pos=1), dict(num_neg=1), dict(definition=False), dict(explanation=True), dict(max_tasks=1),
     dict(max_source_length=50), dict(max_target_length=2), dict(train_instances=5)], ids=str)
-def test_the_cache_tells_options_apart(config, tokenizer, change):
-    before = load_all(config, tokenizer)
-    changed = replace(config, **change)
-    fresh = replace(changed, cache=config.cache + "2")
-    assert before != load_all(changed, tokenizer) == load_all(fresh, tokenizer)
+def test_the_cache_tells_options_apart(config, tokenizer, change, monkeypatch, tmp_path):
+    before, changed = load_all(config, tokenizer), replace(config, **change)
+    found = load_all(changed, tokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fresh"))
+    assert before != found == load_all(changed, tokenizer)
 
 
-def test_the_cache_tells_tokenizers_apart(config, tokenizer):
+def test_the_cache_tells_tokenizers_apart(config, tokenizer, monkeypatch, tmp_path):
     other, before = tokenizers.load(ROOT / "tiny"), load_all(config, tokenizer)
-    assert before != load_all(config, other) == load_all(replace(config, cache=config.cache + "2"), other)
+    found = load_all(config, other)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fresh"))
+    assert before != found == load_all(config, other)
 
 
 def test_a_changed_file_is_read_anew_and_replaces_its_cache(config, repository, tokenizer, tmp_path):
@@ -428,7 +432,7 @@ def test_a_changed_file_is_read_anew_and_replaces_its_cache(config, repository, 
     assert path.stat().st_size == size
     after = load_all(config, tokenizer)
     assert after["train"] != before["train"] and after["test"] == before["test"]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "orchmoe").iterdir())) == 2
 
 
 def test_the_digest_is_of_the_contents_of_the_tasks(config, repository, tokenizer):
@@ -452,7 +456,7 @@ DAMAGE = {"short": lambda raw: raw[:-1], "stub": lambda raw: raw[:20], "empty": 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_cache_is_remade(config, tokenizer, tmp_path, damage):
     first = load_all(config, tokenizer)
-    for path in (tmp_path / "cache").iterdir():
+    for path in (tmp_path / "orchmoe").iterdir():
         whole = path.read_bytes()
         path.unlink()  # the maps of the first load live on
         path.write_bytes(damage(whole))
@@ -468,30 +472,34 @@ def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, mon
         patch.setattr(os, "fsync", breaks)
         whole = load_all(config, tokenizer)  # goes on without a cache
     assert f"no token cache ({os.strerror(number)}" in capsys.readouterr().err
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert load_all(config, tokenizer) == whole and len(list((tmp_path / "cache").iterdir())) == 2
+    assert list((tmp_path / "orchmoe").iterdir()) == []
+    assert load_all(config, tokenizer) == whole and len(list((tmp_path / "orchmoe").iterdir())) == 2
 
 
-def test_a_cache_folder_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, monkeypatch, capsys):
+    whole = load_all(config, tokenizer)
     (tmp_path / "file").write_text("")
-    assert load_all(replace(config, cache=str(tmp_path / "file")), tokenizer) == load_all(config, tokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_all(config, tokenizer) == whole
     warning, = capsys.readouterr().err.splitlines()
     assert "no token cache" in warning
 
 
-def test_worker_processes_give_the_same(config, tokenizer, monkeypatch, capsys):
+def test_worker_processes_give_the_same(config, tokenizer, tmp_path, monkeypatch, capsys):
     alone = load_all(config, tokenizer)
     monkeypatch.setattr(data, "POOL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     encodes = count_encodes(monkeypatch)  # of this process
-    train = load_sets(replace(config, cache=config.cache + "2"), tokenizer, ["train"])["train"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    train = load_sets(config, tokenizer, ["train"])["train"]
     assert contents(train) == alone["train"] and not encodes and not capsys.readouterr().err
 
     def refuse(*_):
         raise OSError("no processes to be had")
 
     monkeypatch.setattr(data, "ProcessPoolExecutor", refuse)
-    assert load_all(replace(config, cache=config.cache + "3"), tokenizer) == alone
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "3"))
+    assert load_all(config, tokenizer) == alone
     assert encodes and "worker processes failed" in capsys.readouterr().err
 
 

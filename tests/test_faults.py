@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -100,11 +101,11 @@ def test_a_full_disk_under_the_token_cache_costs_the_cache_alone(home, copied):
     run(*evaluate, "--out", "wanted", cwd=home)
     mounted(home / "disk", 40_000)
     try:
-        done = subprocess.run(command(*evaluate, "--cache", "disk", "--out", "found"), cwd=home, text=True,
-                              capture_output=True, env=environment(), timeout=600)  # fmt: skip
+        done = subprocess.run(command(*evaluate, "--out", "found"), cwd=home, text=True, timeout=600,
+                              capture_output=True, env=environment(XDG_CACHE_HOME=str(home / "disk")))
         assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-        assert "disk: no token cache (No space left on device; not written" in done.stderr
-        assert not list((home / "disk").iterdir())
+        assert "disk/orchmoe: no token cache (No space left on device; not written" in done.stderr
+        assert not list((home / "disk/orchmoe").iterdir())
     finally:
         subprocess.run(["umount", "-l", str(home / "disk")], check=True)
     wanted, found = (home / out / "predictions.jsonl" for out in ("wanted", "found"))
@@ -113,11 +114,11 @@ def test_a_full_disk_under_the_token_cache_costs_the_cache_alone(home, copied):
 
 def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):
     (home / "file").write_text("no folder can be made below it")
-    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3", "--cache", "file/x"]
+    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3"]
     done = subprocess.run(command(*heuristic), cwd=home, text=True, capture_output=True,
-                          env=environment(), timeout=600)
+                          env=environment(XDG_CACHE_HOME=str(home / "file")), timeout=600)
     assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-    assert "file/x: no token cache (" in done.stderr
+    assert "file/orchmoe: no token cache (" in done.stderr
 
 
 @pytest.mark.parametrize("save", [
@@ -176,7 +177,7 @@ def read_folder_of(path):
 
 
 def read_text(path):
-    return spans.TextStream(path, tokenizer.load("tiny"), length=8, seed=0, cache=f"{path}.cache")
+    return spans.TextStream(path, tokenizer.load("tiny"), length=8, seed=0)
 
 
 DEEP, SURROGATE = b"[" * 100_000, b'{"model_type": "\\ud800"}'
@@ -227,12 +228,12 @@ def pickled(value, form):
 
 def load_cached(path):
     """The examples of sni/, whose token cache, whatever its name, is the content of `path`."""
-    raw, config = path.read_bytes(), data.DataConfig(data="sni", max_tasks=1, cache=str(path.parent / "c"))
-    words = tokenizer.load("tiny")
-    whole = [example.id for example in data.load_sets(config, words, ["dev"])["dev"]]
-    (cache,) = (path.parent / "c").iterdir()
-    cache.write_bytes(raw)
-    assert [example.id for example in data.load_sets(config, words, ["dev"])["dev"]] == whole
+    raw, config, words = path.read_bytes(), data.DataConfig(data="sni", max_tasks=1), tokenizer.load("tiny")
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(path.parent / "c")):
+        whole = [example.id for example in data.load_sets(config, words, ["dev"])["dev"]]
+        (cache,) = (path.parent / "c/orchmoe").iterdir()
+        cache.write_bytes(raw)
+        assert [example.id for example in data.load_sets(config, words, ["dev"])["dev"]] == whole
     raise ValueError("the cache was made again")
 
 

@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import resource
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -375,11 +377,12 @@ def cache_file(folder):
     """The only file of a token cache, its content, and a call that reads it or makes it anew."""
     def content() -> dict:
         made = {"a": torch.arange(999), "b": ["\u00fc"]}
-        return data.cached(str(folder / "cache"), ["x"], [], lambda: made)
+        return data.cached(["x"], [], lambda: made)
 
-    content()
-    path, = (folder / "cache").iterdir()
-    return path, path.read_bytes(), content
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+        content()
+        path, = (folder / "cache/orchmoe").iterdir()
+        yield path, path.read_bytes(), content
 
 
 @given(st.data())

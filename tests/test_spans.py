@@ -59,11 +59,11 @@ def text(tmp_path):
 
 
 def test_text_stream_is_pure_and_covers_the_text(text, tokenizer, tmp_path):
-    stream = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    stream = TextStream(text, tokenizer, length=32, seed=3)
     tokens = [token for line in sentences(400) for token in tokenizer.encode(line)[:-1]]
     windows, steps = len(tokens) // 32, -(-(len(tokens) // 32) // 8)
     batches = [stream.batch_at(step, 8) for step in range(2 * steps)]
-    again = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    again = TextStream(text, tokenizer, length=32, seed=3)
     for step in (2 * steps - 1, 0, 5):
         both = zip(batches[step][:4], again.batch_at(step, 8)[:4], strict=True)
         assert all(torch.equal(one, other) for one, other in both)
@@ -75,20 +75,20 @@ def test_text_stream_is_pure_and_covers_the_text(text, tokenizer, tmp_path):
         target = [token for token in batches[0].labels[row].tolist() if token != -100]
         start = 32 * int(name.removeprefix("text-"))
         assert restore(source, target, tokenizer) == tokens[start:start + 32]
-    other = TextStream(text, tokenizer, length=32, seed=4, cache=str(tmp_path / "cache")).batch_at(0, 8)
+    other = TextStream(text, tokenizer, length=32, seed=4).batch_at(0, 8)
     assert other.ids != batches[0].ids and batches[0].task_ids.tolist() == [-1] * 8
 
 
 def test_text_is_tokenised_once_and_xz_is_the_same(text, tokenizer, tmp_path, monkeypatch):
-    plain = TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    plain = TextStream(text, tokenizer, length=32, seed=3)
     (tmp_path / "text.xz").write_bytes(lzma.compress(text.read_bytes()))
-    packed = TextStream(tmp_path / "text.xz", tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    packed = TextStream(tmp_path / "text.xz", tokenizer, length=32, seed=3)
     assert torch.equal(plain.batch_at(1, 4).input_ids, packed.batch_at(1, 4).input_ids)
     calls = count_encodes(monkeypatch)
-    again = TextStream(text, tokenizer, length=64, seed=0, cache=str(tmp_path / "cache"))
+    again = TextStream(text, tokenizer, length=64, seed=0)
     assert not calls and again.batch_at(0, 2).input_ids.shape[0] == 2
     text.write_text("\n".join(sentences(300, seed=9)))
-    TextStream(text, tokenizer, length=32, seed=3, cache=str(tmp_path / "cache"))
+    TextStream(text, tokenizer, length=32, seed=3)
     assert calls
 
 
@@ -98,5 +98,5 @@ def test_bad_text_is_one_line(tokenizer, tmp_path):
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=name) as caught:
-            TextStream(tmp_path / name, tokenizer, length=512, seed=0, cache=str(tmp_path / "cache"))
+            TextStream(tmp_path / name, tokenizer, length=512, seed=0)
         assert "\n" not in str(caught.value)

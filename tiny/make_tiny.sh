@@ -11,7 +11,7 @@ python sni/make_sni.py --text "$work/text.txt" --lines 200000
 python sni/make_sni.py --out "$work/sni" --pretrain 2000
 python tiny/make_tokenizer.py "$work/text.txt" sni tiny/spiece.model
 python -m experiments.pretrain --model tiny --device cpu --out "$work/base" \
-    --data "$work/sni" --splits pretrain --train-instances 2000 --cache "$work/cache" \
+    --data "$work/sni" --splits pretrain --train-instances 2000 \
     --text "$work/text.txt" --text-ratio 0.1 --text-length 96 \
     --steps "${STEPS:-9000}" --batch-size 16 --lr-full 1e-2 --beta2 0.98 --warmup 200 --eval-every 1000 --eval-instances 860
 python -c "
