@@ -289,7 +289,7 @@ def main() -> None:
     config = runtime.from_flags(EvalConfig, flags)
     run = Run.read(config.run) if config.run else None
     saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()
-    data_config = replace(saved, **{name: flags[name] for name in vars(saved).keys() & flags.keys()})
+    data_config = runtime.from_flags(data.DataConfig, vars(saved) | flags)
     place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype,
                                 base=config.model or (run.train["model"] if run else ""))
     runtime.say(place.reason)

@@ -17,8 +17,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,62 +102,49 @@ USED = {  # of the adapter's settings and the rates, what each method but orchmo
 
 def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, type] = CONFIGS
                  ) -> dict[str, Any]:
-    """The configs by name; with --resume those of the run, which flags must not contradict."""
+    """The configs by name; with --resume those of the run, which flags must not contradict. ValueError for a
+    flag that would be ignored."""
+    path = Path(where.out, "config.json")
     if where.resume:
         if not where.out:
             raise ValueError("--resume: name the folder of the run by --out")
-        saved, path = evaluation.Run.read(where.out), Path(where.out) / "config.json"
-        configs = {name: runtime.from_json(cls, getattr(saved, name), path) for name, cls in classes.items()}
-        for name, config in configs.items():
-            given = {field: flags[field] for field in vars(config) if field in flags}
-            for field, value in given.items():
-                if value != (kept := getattr(config, field)) and field not in MOVABLE:
-                    raise ValueError(f"--{field.replace('_', '-')} {value}: the run in {where.out} has "
-                                     f"{kept}; leave it out")
-            configs[name] = replace(config, **given)
+        saved, configs = evaluation.Run.read(where.out), {}
+        for name, cls in classes.items():
+            kept = vars(runtime.from_json(cls, getattr(saved, name), path))
+            for field in sorted(flags.keys() & kept.keys() - MOVABLE):
+                if flags[field] != kept[field]:
+                    raise ValueError(f"--{field.replace('_', '-')} {flags[field]}: the run in {where.out} "
+                                     f"has {kept[field]}; leave it out")
+            configs[name] = runtime.from_flags(cls, kept | flags)
         return configs
-    configs = brought({name: runtime.from_flags(cls, flags) for name, cls in classes.items()}, flags)
-    if where.out and (Path(where.out) / "config.json").exists():
+    if where.out and path.exists():
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
-    require_used(flags, configs["train"].method)
+    fixed, free = brought(flags)
+    configs = {name: runtime.from_flags(cls, free | flags | fixed) for name, cls in classes.items()}
+    method, every = configs["train"].method, {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
+    every |= vars(OrchMoEConfig()).keys()
+    unused = every - USED.get(method, every - {"lr_full"})
+    for name in sorted(flags.keys() & (fixed.keys() | unused)):
+        why = "comes with --start or --loras" if name in fixed else f"not used by --method {method}"
+        raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
     return configs
 
 
-def brought(configs: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The configs with what --start and --loras bring: base, method and adapters of the run, and its settings
-    of the data where no flag says otherwise; number and rank of the skills. ValueError for a flag that
-    contradicts."""
-    config, fields = configs["train"], {}
-    if config.start:
-        run, path = evaluation.Run.read(config.start), Path(config.start) / "config.json"
-        fields = vars(runtime.from_json(OrchMoEConfig, run.adapter, path)) | {"method": run.train["method"]}
-        told = {name: flags[name] for name in flags.keys() & vars(configs["data"]).keys()}
-        configs["data"] = replace(runtime.from_json(data.DataConfig, run.data, path), **told)
-        configs["train"] = replace(config, model=flags.get("model", run.train["model"]),
-                                   extra_rank=run.train.get("extra_rank", 0))
-    elif config.loras:
-        loras = [checkpoint.load_peft(folder) for folder in config.loras]
-        fields = {"method": "orchmoe", "skills": len(loras), "rank": max(lora.rank for lora in loras),
-                  "alpha": None}
+def brought(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that --start and --loras bring: those that no flag may name, and those that it may."""
+    if folder := flags.get("start"):
+        run, path = evaluation.Run.read(folder), Path(folder) / "config.json"
+        adapter = vars(runtime.from_json(OrchMoEConfig, run.adapter, path))
+        prompts = vars(runtime.from_json(data.DataConfig, run.data, path))
+        return (adapter | {"method": run.train["method"], "extra_rank": run.train.get("extra_rank", 0)},
+                prompts | {"model": run.train["model"]})
+    if folders := flags.get("loras"):
+        loras = [checkpoint.load_peft(folder) for folder in folders]
         if bases := {lora.base for lora in loras if lora.base != loras[0].base}:
             raise ValueError(f"--loras: of different bases, {loras[0].base} and {min(bases)}")
-        if "allocation_std" not in flags:  # from their average on
-            configs["adapter"] = replace(configs["adapter"], allocation_std=0.0)
-    refuse(flags, fields.keys(), "comes with --start or --loras")
-    return {name: replace(each, **{key: fields[key] for key in fields.keys() & vars(each).keys()})
-            for name, each in configs.items()}
-
-
-def require_used(flags: dict[str, Any], method: str) -> None:
-    """ValueError for the first flag that the method would ignore."""
-    rates = {name for name in vars(TrainConfig()) if name.startswith("lr_")}
-    chosen = rates | vars(OrchMoEConfig()).keys()
-    refuse(flags, chosen - USED.get(method, chosen - {"lr_full"}), f"not used by --method {method}")
-
-
-def refuse(flags: dict[str, Any], names: Iterable[str], why: str) -> None:
-    for name in sorted(flags.keys() & names):
-        raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
+        return ({"method": "orchmoe", "skills": len(loras), "rank": max(lora.rank for lora in loras),
+                 "alpha": None}, {"allocation_std": 0.0})  # from their average on
+    return {}, {}
 
 
 # ----------------------------------------------------------------------------------------------------- pieces
@@ -187,13 +174,15 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
 def freeze(adapters: Adapters, config: TrainConfig) -> None:
     """Leaves training to what --trainable names; ValueError where the run has none of it."""
     groups = adapters.parameter_groups()
-    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
-    kept = [p for kind in kinds for p in groups.get(kind, ())
-            if config.trainable != "mixture" or p.dim() == 1]
+    kept = {p for kind in TRAINED[config.trainable] for p in groups.get(kind, ())}
+    if config.trainable == "mixture":
+        kept = {p for p in kept if p.dim() == 1}
     if not kept:
         raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
     for parameter in itertools.chain(*groups.values()):
-        parameter.requires_grad_(any(parameter is one for one in kept))
+        parameter.requires_grad_(parameter in kept)
+    for skill in groups["skills"] if config.loras else ():
+        skill.requires_grad_(False)
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
@@ -397,13 +386,13 @@ def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> di
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
-    columns = [(which, metric) for which in ("seen", "unseen") for metric in ("rougeL", "exact_match")]
-    titles = ("model", "seen ROUGE-L", "seen exact match", "unseen ROUGE-L", "unseen exact match")
-    lines = [titles, ["---"] * len(titles)]
+    lines = ["| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |",
+             "| --- | --- | --- | --- | --- |"]
     for name, scores in rows.items():
-        lines.append([name, *(f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
-                              for which, metric in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = (f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
+                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match"))
+        lines.append(f"| {' | '.join((name, *cells))} |")
+    return "\n".join(lines)
 
 
 def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
