@@ -224,11 +224,15 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         read = json.loads(metadata.get("adapter", ""))
     except (ValueError, RecursionError):
         read = None
-    kinds = {"method": str, "config": dict, "tasks": list, "base": str}
-    good = isinstance(read, dict) and all(isinstance(read.get(name), kind) for name, kind in kinds.items())
+    good = _holds(read, method=str, config=dict, tasks=list, base=str)
     if not (good and all(isinstance(task, str) for task in read["tasks"])):
-        raise ValueError(f"{path}: no adapter of this version ({', '.join(kinds)}); train it again")
+        raise ValueError(f"{path}: no adapter of this version; train it again")
     return state, read
+
+
+def _holds(values: object, **kinds: type) -> bool:
+    """Whether it is a dict that has these keys, with values of these types."""
+    return isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in kinds.items())
 
 
 def save_state(path: str | Path, state: dict) -> None:
@@ -240,9 +244,8 @@ def save_state(path: str | Path, state: dict) -> None:
 def load_state(path: str | Path) -> dict:
     """What save_state wrote; ValueError for anything else."""
     state = _unpickle(path)
-    kinds = {"step": int, "best": float, "tokens": int, "weights": dict, "optimizer": dict}
-    if not (isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in kinds.items())):
-        raise ValueError(f"{path}: not a training state of this project ({', '.join(kinds)}); restore it")
+    if not _holds(state, step=int, best=float, tokens=int, weights=dict, optimizer=dict):
+        raise ValueError(f"{path}: not a training state of this project; restore it")
     return state
 
 
@@ -277,10 +280,8 @@ def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: st
     less. The scale is in B, so lora_alpha = r, one for all Linears: servers drop what says otherwise. base:
     what a server knows the base by. ValueError where no LoRA is this routing."""
     linears, module = _linears(adapters), adapters._module[0]
-    reason = adapters.unfoldable()
-    if any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values()):
-        reason = "skills that mix their factors are no LoRA of rank S R"
-    if reason:
+    factors = any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values())
+    if reason := adapters.unfoldable() or factors * "skills that mix their factors are no LoRA of rank S R":
         raise ValueError(f"{folder}: not written: {reason}")
     least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
     r = next((rank for rank in ranks if rank >= least), least)
@@ -301,13 +302,12 @@ def load_peft(folder: str | Path) -> Lora:
     """A PEFT folder of a plain LoRA; ValueError names the file and the field of what it is beyond that."""
     path = Path(folder) / "adapter_config.json"
     values = runtime.read_json(runtime.existing(path, "name the folder of a LoRA as peft saves it"))
-    values = {"bias": "none"} | values
-    plain = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys(REFUSED, (None, False, {}, []))}
-    if odd := [name for name, allowed in plain.items() if values.get(name) not in allowed]:
-        raise ValueError(f"{path}: {odd[0]} {values.get(odd[0])!r:.60}: not a plain LoRA, which alone can be "
-                         "a skill")
+    plain = {"peft_type": ("LORA",), "bias": (None, "none"), **dict.fromkeys(REFUSED, (None, False, {}, []))}
+    for name, allowed in plain.items():
+        if (value := values.get(name)) not in allowed:
+            raise ValueError(f"{path}: {name} {value!r:.60}: not a plain LoRA, which alone can be a skill")
     r, alpha, base = (values.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
-    good = type(r) is int and 0 < r < 10**6 and type(alpha) in (int, float) and math.isfinite(alpha)
+    good = type(r) is int and 0 < r < 10**6 and type(alpha) in (int, float) and abs(alpha) < 1e9
     if not (good and isinstance(base, str)):
         raise ValueError(f"{path}: r {r!r:.40}, lora_alpha {alpha!r:.40}, base_model_name_or_path "
                          f"{base!r:.40}: expected a whole number above 0, a number, a text")
@@ -317,10 +317,10 @@ def load_peft(folder: str | Path) -> Lora:
     sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     for key, tensor in tensors.items():
         match = LORA_KEY.fullmatch(key)
-        if not (match and tensor.dim() == 2 and tensor.dtype in FLOATS):
-            raise ValueError(f"{path}: {key!r:.80}: no factor of a LoRA in a Linear")
-        if tensor.shape[0 if match[2] == "A" else 1] != r or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key!r:.80}: {list(tensor.shape)} not of rank {r}, or not finite")
+        fits = match and tensor.dim() == 2 and tensor.shape[match[2] == "B"] == r
+        if not (fits and tensor.dtype in FLOATS and tensor.isfinite().all()):
+            raise ValueError(f"{path}: {key!r:.80}: no factor of a LoRA in a Linear, not of rank {r}, or not "
+                             "finite")
         sides[match[2]][match[1]] = tensor.float()
     if not tensors or (lone := sides["A"].keys() ^ sides["B"].keys()):
         raise ValueError(f"{path}: a factor is missing: {_few(lone) if tensors else 'it is empty'}")

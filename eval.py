@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -206,14 +206,8 @@ class Run:
                                  "place by --model or --data, or start a new run")
 
 
-class Model(NamedTuple):
-    base: Backbone
-    adapters: Adapters
-    tokenizer: tokenizers.Tokenizer
-
-
 def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "", shard: bool = False
-         ) -> Model:
+         ) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
     """What a run of train.py has kept, adapters on its base or all weights; without a run the model of a
     folder as it is. model: that folder, or where the run's base is now, if it has moved. shard: split the
     base over all processes."""
@@ -228,7 +222,7 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     adapters = attach_kept(Path(run), began, base) if began and not full else NoAdapter(base, full=full)
     if shard:
         runtime.shard(base, base.blocks, place)
-    return Model(base, adapters.eval(), tokenizer)
+    return base, adapters.eval(), tokenizer
 
 
 def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:

@@ -20,7 +20,9 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
-from orchmoe import TaskRouter
+from model import Backbone
+from orchmoe import Adapters, TaskRouter
+from tokenizer import Tokenizer
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
@@ -46,14 +48,14 @@ class ExportConfig:
 
 
 @torch.no_grad()
-def fixed_routing(config: ExportConfig, run: evaluation.Run, model: evaluation.Model) -> Tensor:
+def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, adapters: Adapters,
+                  tokenizer: Tokenizer) -> Tensor:
     """w (K,) of --w, of the one prompt, or the mean over dev."""
     if config.w:
         try:
             return torch.tensor([float(value) for value in config.w])
         except ValueError as error:
             raise ValueError(f"--w: {error}; give numbers, with commas between") from None
-    base, adapters, tokenizer = model
     if adapters.router is None:
         raise ValueError(f"--routing {config.routing}: the run has no router; give --w")
     if config.routing == "sample":
@@ -83,14 +85,14 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
                          "function; export takes orchmoe with a router of samples, and lora")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: not empty; name another folder by --out")
-    base, adapters, _ = model = evaluation.load(place, run=config.run, model=config.model)
+    base, adapters, tokenizer = evaluation.load(place, run=config.run, model=config.model)
     name = config.base or str(Path(config.model or run.train["model"]).resolve())
     routings: dict[str, Tensor | None] = {"lora": None}
     if method == "orchmoe":
         K = adapters.config.tasks
         routings = {f"abstract-{k + 1}": torch.eye(K)[k] for k in range(K)}
         if config.routing or config.w:
-            routings[config.routing or "w"] = fixed_routing(config, run, model)
+            routings[config.routing or "w"] = fixed_routing(config, run, base, adapters, tokenizer)
     elif config.routing or config.w:
         raise ValueError(f"{config.run}: --method lora has no routing; leave out --routing and --w")
     for folder, w in routings.items():

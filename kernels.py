@@ -7,7 +7,7 @@ B batch, L length, D d_in, O d_out, S skills, R rank, H heads, N = B L.  Test: p
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,28 @@ class _SkillLinear(torch.autograd.Function):
         return dx, dA, dB, dc, None, None
 
 
-def _mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-                bias: Tensor | None = None) -> Tensor:
+_compiled = cache(partial(torch.compile, dynamic=True))
+
+
+def _fast(function):
+    """Compiled for training on CUDA. Not for generation, where rows come and go and a batch of one is a graph
+    of its own; not inside a compiled block, which takes the function as it is; not on the CPU."""
+    @wraps(function)
+    def mix(x: Tensor, *rest):
+        worth = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
+        return (_compiled(function) if worth and not torch.compiler.is_compiling() else function)(x, *rest)
+
+    return mix
+
+
+@_fast
+def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs
+    of the concatenated rank S R.
+
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Backward keeps x and 2
+    N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""
     S, R, D = A.shape
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -68,8 +88,14 @@ def _mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight
     return _SkillLinear.apply(x, A, B, c, weight, bias)
 
 
-def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-                 bias: Tensor | None = None) -> Tensor:
+@_fast
+def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
+                bias: Tensor | None = None) -> Tensor:
+    """The same with scale * (sum_s c_s B_s)(sum_s c_s A_s) x: factors mixed once per sample, then two batched
+    GEMMs (Ponti et al. 2023).
+
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with a mixture for each of H heads, which split A
+    over D and B over O (Caccia et al. 2023); 1 for B where all samples share it -> (B,L,O) in x's dtype."""
     S, R, D = A.shape
     c = c.unsqueeze(1) if c.dim() == 2 else c  # (B,H,S)
     H = c.shape[1]
@@ -78,35 +104,3 @@ def _mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weigh
     B_mix = torch.einsum("bhs,srho->brho", c, B.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,O)
     mixed = torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)
     return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
-
-
-@cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
-def _fast(function, x: Tensor, *rest):
-    """Compiled for training on CUDA. Not for generation, where rows come and go and a batch of one is a graph
-    of its own; not inside a compiled block, which takes the function as it is; not on the CPU."""
-    worth = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
-    return (_compiled(function) if worth and not torch.compiler.is_compiling() else function)(x, *rest)
-
-
-def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-               bias: Tensor | None = None) -> Tensor:
-    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs
-    of the concatenated rank S R.
-
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Backward keeps x and 2
-    N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""
-    return _fast(_mix_skills, x, A, B, c, scale, weight, bias)
-
-
-def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-                bias: Tensor | None = None) -> Tensor:
-    """The same with scale * (sum_s c_s B_s)(sum_s c_s A_s) x: factors mixed once per sample, then two batched
-    GEMMs (Ponti et al. 2023).
-
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with a mixture for each of H heads, which split A
-    over D and B over O (Caccia et al. 2023); 1 for B where all samples share it -> (B,L,O) in x's dtype."""
-    return _fast(_mix_factors, x, A, B, c, scale, weight, bias)

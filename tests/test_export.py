@@ -258,6 +258,7 @@ def lora(tmp_path):
     ({"rank_pattern": {"q": 4}}, "rank_pattern"),
     ({"alpha_pattern": {"q": 4}}, "alpha_pattern"),
     ({"r": 0}, "r 0"), ({"r": "8"}, "r '8'"), ({"lora_alpha": float("inf")}, "lora_alpha inf"),
+    ({"lora_alpha": 10**400}, "lora_alpha 1000"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path None"),
     ({"r": 4}, "not of rank 4"),
 ])  # fmt: skip

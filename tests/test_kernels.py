@@ -208,8 +208,8 @@ def test_backward_keeps_two_hidden_matrices_beside_x(fast, shape, linear):
     assert kept <= 8 * (2 * B * L * S * R + c)
 
 
-@pytest.mark.parametrize("function, form", [*((kernels._mix_skills, form) for form in FORMS),
-                                            (kernels._mix_factors, "sample")])  # fmt: skip
+@pytest.mark.parametrize("function, form", [*((kernels.mix_skills, form) for form in FORMS),
+                                            (kernels.mix_factors, "sample")])  # fmt: skip
 def test_one_graph_without_breaks_for_all_shapes(function, form):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
