@@ -263,7 +263,8 @@ This costs S R (D + O) = {S * R * (D + O):,} multiplications a token beside the 
 def token_losses(base: Backbone, batch: data.Batch) -> Tensor:
     """−ln p of each target token, (Lt,)."""
     start = batch.labels.new_full((1, 1), base.config.decoder_start_token_id)
-    logits = base(batch.input_ids, batch.attention_mask, torch.cat((start, batch.labels[:, :-1]), 1))
+    target = torch.cat((start, batch.labels[:, :-1]), 1)
+    logits = base.logits(base.hidden(batch.input_ids, batch.attention_mask, target))
     return F.cross_entropy(logits[0], batch.labels[0], reduction="none")
 
 
