@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runtime
@@ -265,10 +266,36 @@ class Lora(NamedTuple):
     base: str  # name or folder of the base, as whoever made it called it
 
 
-def hf_linears(adapters: Adapters) -> dict[str, SkillLinear]:
+def _linears(adapters: Adapters) -> dict[str, SkillLinear]:
     """The adapted Linears by their names in transformers."""
     module = adapters._module[0]
     return {hf_name(module, f"{name}.")[:-1]: linear for name, linear in adapters.linears.items()}
+
+
+@torch.no_grad()
+def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: str, *,
+              ranks: Sequence[int] = ()) -> int:  # fmt: skip
+    """Writes the LoRA that the skills are under ONE routing, w (K,) or, for a method without a router, None,
+    as PEFT reads it, and returns its rank r: S R, filled up with zeros to the first of `ranks` that is no
+    less. The scale is in B, so lora_alpha = r, one for all Linears: servers drop what says otherwise. base:
+    what a server knows the base by. ValueError where no LoRA is this routing."""
+    linears, module = _linears(adapters), adapters._module[0]
+    factors = any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values())
+    if reason := adapters.unfoldable() or factors * "skills that mix their factors are no LoRA of rank S R":
+        raise ValueError(f"{folder}: not written: {reason}")
+    least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
+    r = next((rank for rank in ranks if rank >= least), least)
+    for c, (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # c (1,S)
+        A = linear.skill_A.flatten(0, 1)  # (S R,D)
+        B = (linear.skill_scale * c[0, :, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
+        key, pad = f"base_model.model.{name}.lora_", r - len(A)
+        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
+    write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
+    runtime.write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if hasattr(module, "encoder") else "CAUSAL_LM",
+        "base_model_name_or_path": base, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in linears}), "inference_mode": True})
+    return r
 
 
 def load_peft(folder: str | Path) -> Lora:
@@ -305,7 +332,7 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     """Makes each LoRA one skill, and freezes the skills: what trains from here on is the routing. The config
     has skills = len(loras) and the largest of their ranks. ValueError where the names or shapes are not those
     of the adapted Linears: a LoRA that is left out in silence would be the base."""
-    linears = hf_linears(adapters)
+    linears = _linears(adapters)
     for lora in loras:
         if differing := lora.factors.keys() ^ linears.keys():
             raise ValueError(f"the LoRA of {lora.base}: {_few(differing)} is not in both it and --targets")

@@ -9,13 +9,11 @@ docs/serving.md says how to load them. Test: pytest tests/test_export.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
@@ -47,32 +45,6 @@ class ExportConfig:
             raise ValueError("give --run, the folder of a run, and --out, a folder to write")
         if (self.routing == "sample") != bool(self.input) or (self.routing and self.w):
             raise ValueError('--routing sample goes with --input "prompt", and --w with neither')
-
-
-@torch.no_grad()
-def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: str, *,
-              ranks: Sequence[int] = ()) -> int:  # fmt: skip
-    """Writes the LoRA that the skills are under ONE routing, w (K,) or, for a method without a router, None,
-    as PEFT reads it, and returns its rank r: S R, filled up with zeros to the first of `ranks` that is no
-    less. The scale is in B, so lora_alpha = r, one for all Linears: servers drop what says otherwise. base:
-    what a server knows the base by. ValueError where no LoRA is this routing."""
-    linears, module = checkpoint.hf_linears(adapters), adapters._module[0]
-    factors = any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values())
-    if reason := adapters.unfoldable() or factors * "skills that mix their factors are no LoRA of rank S R":
-        raise ValueError(f"{folder}: not written: {reason}")
-    least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
-    r = next((rank for rank in ranks if rank >= least), least)
-    for c, (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # c (1,S)
-        A = linear.skill_A.flatten(0, 1)  # (S R,D)
-        B = (linear.skill_scale * c[0, :, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
-        key, pad = f"base_model.model.{name}.lora_", r - len(A)
-        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
-    checkpoint.write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
-    runtime.write_json(Path(folder) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if hasattr(module, "encoder") else "CAUSAL_LM",
-        "base_model_name_or_path": base, "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in linears}), "inference_mode": True})
-    return r
 
 
 @torch.no_grad()
@@ -124,7 +96,7 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
     elif config.routing or config.w:
         raise ValueError(f"{config.run}: --method lora has no routing; leave out --routing and --w")
     for folder, w in routings.items():
-        rank = save_peft(adapters, w, out / folder, name, ranks=RANKS if config.pad_rank else ())
+        rank = checkpoint.save_peft(adapters, w, out / folder, name, ranks=RANKS if config.pad_rank else ())
     if adapters.router is not None:
         embedding = checkpoint.hf_name(base, "embedding.weight")
         save_router(adapters.router, embedding, [f"abstract-{k + 1}" for k in range(K)], out)

@@ -14,7 +14,6 @@ import checkpoint
 import eval as evaluation
 import runtime
 from baselines import attach_method
-from export import save_peft
 from orchmoe import OrchMoEConfig
 
 K = 3
@@ -87,7 +86,7 @@ def test_every_abstract_task_is_a_lora_of_peft_and_together_they_are_the_router(
     adapters.fit_router([base.embed(sources)])
     loras = [tmp_path / f"abstract-{k + 1}" for k in range(K)]
     for k, lora in enumerate(loras):
-        assert save_peft(adapters, torch.eye(K)[k], lora, "base") == 12
+        assert checkpoint.save_peft(adapters, torch.eye(K)[k], lora, "base") == 12
     model, (ids, tokens) = in_peft(folder, loras), inputs()
     plain = ours(checkpoint.load(folder, dtype=torch.float32), ids, tokens)
     for k, lora in enumerate(loras):
@@ -107,7 +106,7 @@ def test_every_abstract_task_is_a_lora_of_peft_and_together_they_are_the_router(
 def test_a_fixed_routing_is_what_folded_computes_and_comes_back_as_a_skill(folder, tmp_path):
     base, adapters = adapted(folder)
     w, (ids, tokens) = torch.tensor([0.2, 0.5, 0.3]), inputs()
-    assert save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
+    assert checkpoint.save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
     with adapters.folded(w):
         due = ours(base, ids, tokens)
     close(theirs(in_peft(folder, [tmp_path / "mean"]), ids, tokens), due)
@@ -150,7 +149,7 @@ def test_existing_loras_become_the_skills(folder, tmp_path):
 
 def test_a_server_finds_nothing_to_drop(tmp_path):
     _, adapters = adapted(ROOT / "tiny")
-    save_peft(adapters, torch.eye(K)[0], tmp_path, "google/flan-t5-base")
+    checkpoint.save_peft(adapters, torch.eye(K)[0], tmp_path, "google/flan-t5-base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 8 and config["target_modules"] == ["q", "v"]
     assert config["base_model_name_or_path"] == "google/flan-t5-base"
@@ -165,7 +164,7 @@ def test_a_server_finds_nothing_to_drop(tmp_path):
 def test_what_is_no_lora_is_not_written(method, options, tmp_path):
     _, adapters = adapted(ROOT / "tiny", method=method, **options)
     with pytest.raises(ValueError, match="not written: .*(token router|factors)"):
-        save_peft(adapters, torch.eye(K)[0], tmp_path / "out", "base")
+        checkpoint.save_peft(adapters, torch.eye(K)[0], tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()
 
 
@@ -247,7 +246,7 @@ def test_the_snippet_of_the_readme_computes_w(finished, tmp_path):
 @pytest.fixture
 def lora(tmp_path):
     _, adapters = adapted(ROOT / "tiny")
-    save_peft(adapters, torch.eye(K)[0], tmp_path / "lora", "base")
+    checkpoint.save_peft(adapters, torch.eye(K)[0], tmp_path / "lora", "base")
     return tmp_path / "lora"
 
 
