@@ -454,7 +454,7 @@ def test_a_question_longer_than_the_model_and_a_model_without_eos_are_one_line(t
     path = base_folder(tmp_path / "model") / "config.json"
     ask = ["eval.py", "--model", "model", "--device", "cpu", "--ask", "Say yes.", "--input"]
     error = run(*ask, "x " * 600, cwd=tmp_path, code=2)
-    assert re.fullmatch(r"eval.py: error: a row of \d+ tokens, but the model has 512 positions; .*\n", error)
+    assert re.fullmatch(r"eval.py: error: rows of \d+ tokens, the model has 512 positions; .*\n", error)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
     error = run(*ask, "x", cwd=tmp_path, code=2)
     assert error == ("eval.py: error: model/config.json: eos_token_id (None,) must be token ids below "
