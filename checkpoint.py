@@ -264,6 +264,7 @@ class Lora(NamedTuple):
     factors: dict[str, tuple[Tensor, Tensor]]  # A (r,D), B (O,r) with the scale in it
     rank: int
     base: str  # name or folder of the base, as whoever made it called it
+    folder: str
 
 
 def _linears(adapters: Adapters) -> dict[str, SkillLinear]:
@@ -302,7 +303,9 @@ def load_peft(folder: str | Path) -> Lora:
     """A PEFT folder of a plain LoRA; ValueError names the file and the field of what it is beyond that."""
     path = Path(folder) / "adapter_config.json"
     values = runtime.read_json(runtime.existing(path, "name the folder of a LoRA as peft saves it"))
-    plain = {"peft_type": ("LORA",), "bias": (None, "none"), **dict.fromkeys(REFUSED, (None, False, {}, []))}
+    starts = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base: pissa, loftq, ..
+    plain = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": starts,
+             **dict.fromkeys(REFUSED, (None, False, {}, []))}
     for name, allowed in plain.items():
         if (value := values.get(name)) not in allowed:
             raise ValueError(f"{path}: {name} {value!r:.60}: not a plain LoRA, which alone can be a skill")
@@ -324,7 +327,8 @@ def load_peft(folder: str | Path) -> Lora:
         sides[match[2]][match[1]] = tensor.float()
     if not tensors or (lone := sides["A"].keys() ^ sides["B"].keys()):
         raise ValueError(f"{path}: a factor is missing: {_few(lone) if tensors else 'it is empty'}")
-    return Lora({name: (A, scale * sides["B"][name]) for name, A in sides["A"].items()}, r, base)
+    return Lora({name: (A, scale * sides["B"][name]) for name, A in sides["A"].items()}, r, base,
+                str(folder))
 
 
 @torch.no_grad()
@@ -335,11 +339,14 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     linears = _linears(adapters)
     for lora in loras:
         if differing := lora.factors.keys() ^ linears.keys():
-            raise ValueError(f"the LoRA of {lora.base}: {_few(differing)} is not in both it and --targets")
+            raise ValueError(f"{lora.folder}: {_few(differing)} is not in both it and --targets")
         for name, (A, B) in lora.factors.items():
             if (shape := (B.shape[0], A.shape[1])) != linears[name].weight.shape:
-                raise ValueError(f"the LoRA of {lora.base}: {name} is of {list(shape)}, in this base "
+                raise ValueError(f"{lora.folder}: {name} is of {list(shape)}, in this base "
                                  f"{list(linears[name].weight.shape)}")
+            if len(loras) != len(linears[name].skill_A) or len(A) > linears[name].skill_A.shape[1]:
+                raise ValueError(f"{lora.folder}: {len(loras)} LoRAs, this one of rank {lora.rank}, for "
+                                 f"{list(linears[name].skill_A.shape[:2])} skills and ranks")
     for name, linear in linears.items():
         for skill in (linear.skill_A, linear.skill_B):
             skill.zero_().requires_grad_(False)

@@ -163,7 +163,9 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> dict[str, floa
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
     within = torch.stack([group.std(0, correction=0).mean() for group in groups]).mean().item()
     entropy, largest = mean_entropy(w), w.mean(0).max().item()
-    if K > 1 and entropy > 0.98 * math.log(K):
+    if w.std(0, correction=0).max() == 0:  # one w for all, as a mixture is meant to be
+        pass
+    elif K > 1 and entropy > 0.98 * math.log(K):
         runtime.warn("the router is uniform: w hardly depends on the sample; see --router-init, --lr-router")
     elif K > 1 and entropy >= 0 and largest > 0.9:  # no NaN
         runtime.warn("the router has collapsed to one abstract task; lower --lr-router")
@@ -194,9 +196,11 @@ class Run:
         return runtime.from_json(cls, runtime.read_json(path), path)
 
     def __post_init__(self) -> None:
-        for name in ("model", "method"):
-            if not isinstance(self.train.get(name), str):
-                raise ValueError(f"train: {name} must be a text")
+        good = all(isinstance(each, dict) for each in (self.train, self.data, self.adapter, self.digests))
+        texts = (*self.tasks, self.train.get("model"), self.train.get("method")) if good else (None,)
+        if not (isinstance(self.tasks, tuple) and all(isinstance(text, str) for text in texts)):
+            raise ValueError("train (with model and method), data, adapter, digests must be objects, tasks a "
+                             "list of texts")
 
     def require_same(self, folder: str | Path, **found: Any) -> None:
         """ValueError that names the first of the fields in `found` that is not the run's."""
@@ -214,6 +218,7 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     began = Run.read(run) if run else None
     full = began is not None and began.train["method"] == "full"
     path = Path(run, "model") if full else model or began.train["model"]
+    runtime.existing(path, "name a local folder, or where the base is now, by --model; nothing is downloaded")
     tokenizer = tokenizers.load(path)
     if began:
         ours = {} if full else {"base": checkpoint.fingerprint(path)}
@@ -282,7 +287,8 @@ def main() -> None:
     flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = runtime.from_flags(EvalConfig, flags)
     run = Run.read(config.run) if config.run else None
-    saved = runtime.from_json(data.DataConfig, run.data, config.run) if run else data.DataConfig()
+    path = Path(config.run, "config.json")
+    saved = runtime.from_json(data.DataConfig, run.data, path) if run else data.DataConfig()
     data_config = runtime.from_flags(data.DataConfig, vars(saved) | flags)
     place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype,
                                 base=config.model or (run.train["model"] if run else ""))

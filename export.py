@@ -52,10 +52,14 @@ def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, ada
                   tokenizer: Tokenizer) -> Tensor:
     """w (K,) of --w, of the one prompt, or the mean over dev."""
     if config.w:
+        K = adapters.config.tasks
         try:
-            return torch.tensor([float(value) for value in config.w])
+            w = torch.tensor([float(value) for value in config.w])
         except ValueError as error:
             raise ValueError(f"--w: {error}; give numbers, with commas between") from None
+        if len(w) != K or not w.isfinite().all():
+            raise ValueError(f"--w {','.join(config.w)}: give K = {K} finite numbers")
+        return w
     if adapters.router is None:
         raise ValueError(f"--routing {config.routing}: the run has no router; give --w")
     if config.routing == "sample":

@@ -58,7 +58,8 @@ class OrchMoEConfig:
             ("skills", self.skills >= 1, "1 or more"),
             ("rank", self.rank >= 1, "1 or more"),
             ("alpha", self.alpha is None or 0 < self.alpha < math.inf, "a number above 0"),
-            ("targets", self.targets and not isinstance(self.targets, str), "a tuple of names"),
+            ("targets", self.targets and isinstance(self.targets, tuple | list)
+             and all(isinstance(name, str) for name in self.targets), "a tuple of names"),
             ("router", self.router in ("sample", "token", "none"), "sample, token or none"),
             ("router_norm", self.router_norm in ("softmax", "none"), "softmax or none"),
             ("router_init", self.router_init in ("kmeans", "normal"), "kmeans or normal"),

@@ -209,7 +209,7 @@ def from_json(cls: type, values: Any, path: str | Path) -> Any:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         for field in dataclasses.fields(cls):  # a number that is a text would fail later, and name no field
             value, default = values.get(field.name, field.default), field.default
-            numbers = {type(value), type(default)} == {int, float}
+            numbers = type(value) is int and type(default) is float
             if not (type(value) is type(default) or numbers or default in (None, dataclasses.MISSING)):
                 raise ValueError(f"{field.name}: {value!r:.60} is of another type than {default!r}")
         return cls(**values)

@@ -92,7 +92,9 @@ class PlaceConfig:
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 HIDDEN = ("extra_rank",)  # flags that only the comparison gives
-MOVABLE = {"model", "data", "text"}  # places may change from start to resume; what is there may not
+STARTED = ("orchmoe", "orchmoe-factors", "lora", "moe-lora")
+# places may change from start to resume; what is there may not
+MOVABLE = {"model", "data", "text", "start", "loras"}
 SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
 USED = {  # of the adapter's settings and the rates, what each method but orchmoe reads
     "lora": SIZES, "moe-lora": SIZES | {"lr_token_router"}, "poly": SIZES | ROUTED, "mhr": SIZES | ROUTED,
@@ -124,20 +126,32 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
     method, every = configs["train"].method, {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
     every |= vars(OrchMoEConfig()).keys()
     unused = every - USED.get(method, every - {"lr_full"})
-    for name in sorted(flags.keys() & (fixed.keys() | unused)):
-        why = "comes with --start or --loras" if name in fixed else f"not used by --method {method}"
+    idle = TRAINED["all"] - rated(configs["train"]) - {"full"}
+    for name in sorted(flags.keys() & (fixed.keys() | unused | {f"lr_{kind}" for kind in idle})):
+        why = ("comes with --start or --loras" if name in fixed else
+               f"not used by --method {method}" if name in unused else "nothing of that rate trains")
         raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
     return configs
+
+
+def rated(config: TrainConfig) -> set[str]:
+    """The kinds of rates that --trainable uses. A mixture is a row of weights like an allocation, and has its
+    rate."""
+    kinds = {"allocation"} if config.trainable == "mixture" else TRAINED[config.trainable]
+    return kinds - {"skills"} if config.loras else kinds
 
 
 def brought(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that --start and --loras bring: those that no flag may name, and those that it may."""
     if folder := flags.get("start"):
         run, path = evaluation.Run.read(folder), Path(folder) / "config.json"
-        adapter = vars(runtime.from_json(OrchMoEConfig, run.adapter, path))
-        prompts = vars(runtime.from_json(data.DataConfig, run.data, path))
-        return (adapter | {"method": run.train["method"], "extra_rank": run.train.get("extra_rank", 0)},
-                prompts | {"model": run.train["model"]})
+        began, prompts, adapter = (vars(runtime.from_json(cls, getattr(run, name), path))
+                                   for name, cls in CONFIGS.items())
+        if began["method"] not in STARTED:
+            raise ValueError(f"--start {folder}: a run of --method {began['method']}; only adapters without "
+                             f"task ids go on, those of {', '.join(STARTED)}")
+        return (adapter | {name: began[name] for name in ("method", "extra_rank")},
+                prompts | {"model": began["model"]})
     if folders := flags.get("loras"):
         loras = [checkpoint.load_peft(folder) for folder in folders]
         if bases := {lora.base for lora in loras if lora.base != loras[0].base}:
@@ -161,7 +175,7 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
             w = evaluation.measure(base, adapters, few, batch_size=config.eval_batch_size)[1].mean(0)
             softmax = adapters.router.config.router_norm == "softmax"
             adapters.router.task.data.zero_()
-            adapters.router.bias.data.copy_(w.log() if softmax else w)
+            adapters.router.bias.data.copy_(w.clamp(min=1e-6).log() if softmax else w)
         return
     if config.loras:
         checkpoint.set_skills(adapters, [checkpoint.load_peft(folder) for folder in config.loras])
@@ -186,8 +200,7 @@ def freeze(adapters: Adapters, config: TrainConfig) -> None:
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
-    """AdamW without weight decay, with a peak rate for each kind of parameter; a mixture is a row of weights
-    like an allocation, and has its rate."""
+    """AdamW without weight decay, with a peak rate for each kind of parameter; of a mixture see `rated`."""
     mixture = config.trainable == "mixture"
     groups = [{"params": parameters, "max_lr": getattr(config, f"lr_{'allocation' if mixture else kind}")}
               for kind, parameters in adapters.parameter_groups().items() if parameters]
@@ -368,6 +381,9 @@ def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> N
     saved = {name: asdict(config) for name, config in configs.items()}
     for section, field in (("train", "model"), ("data", "data")):  # to be found from any working folder
         saved[section][field] = os.path.abspath(saved[section][field])
+    saved["train"]["loras"] = [os.path.abspath(folder) for folder in saved["train"]["loras"]]
+    if saved["train"]["start"]:
+        saved["train"]["start"] = os.path.abspath(saved["train"]["start"])
     runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
 
 
@@ -419,9 +435,10 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
                     f"folder {folder}")
         if resume:
             runtime.say(f"should it be interrupted, go on with: {resume}")
-        if closing and not (folder / "scores.json").exists():
-            # Without a start of its own every method starts as the base, bit for bit.
-            add_scores(folder, parts, config, "start" if config.start or config.loras else "frozen base")
+        start = "start" if config.start or config.loras else "frozen base"  # what B = 0 is, to the bit
+        begun = (folder / "checkpoint.pt").exists() and start == "start"  # then it is not what `parts` holds
+        if closing and not (begun or (folder / "scores.json").exists()):
+            add_scores(folder, parts, config, start)
         if not train(parts.base, parts.adapters, make_optimizer(parts.adapters, config), batch_at,
                      parts.sets["dev"], folder, config, lambda: save_best(folder, parts, configs),
                      autocast=full and place.dtype == torch.bfloat16):

@@ -217,7 +217,7 @@ def figures(out: Path) -> Iterator[Path]:
     if not (out / "results.json").exists():
         return
     results = runtime.read_json(out / "results.json")
-    if not (isinstance(results, dict) and results.get("cells") and results.get("summary")):
+    if not (results.get("cells") and results.get("summary")):
         raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run it again")
     cells: dict[str, list[dict]] = {}  # of each row, the lowest seed first
     for cell in results["cells"]:

@@ -45,8 +45,8 @@ class PretrainConfig:
 
 
 CONFIGS = {**train.CONFIGS, "pretrain": PretrainConfig}
-HIDDEN = {"method", "lr_skills", "lr_router", "lr_token_router", "lr_allocation", *train.HIDDEN,
-          *train.OrchMoEConfig.__dataclass_fields__}  # fmt: skip
+HIDDEN = {"method", "lr_skills", "lr_router", "lr_token_router", "lr_allocation", "start", "trainable",
+          "loras", *train.HIDDEN, *train.OrchMoEConfig.__dataclass_fields__}  # fmt: skip
 
 
 @torch.no_grad()

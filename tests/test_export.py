@@ -207,7 +207,8 @@ def test_the_routing_of_one_prompt_and_given_weights(finished, tmp_path):
 @pytest.mark.parametrize("arguments, beginning", [
     ([], "give --run"),
     (["--run", "run", "--out", "x", "--routing", "sample"], "--routing sample goes with --input"),
-    (["--run", "run", "--out", "x", "--w", "1,2"], "w: (K,) or (B,K) with K = 8"),
+    (["--run", "run", "--out", "x", "--w", "1,2"], "--w 1,2: give K = 8 finite numbers"),
+    (["--run", "run", "--out", "x", "--w", "1,0,0,0,0,0,0,nan"], "--w 1,0,0,0,0,0,0,nan: give K = 8"),
     (["--run", "run", "--out", "x", "--w", "1,two"], "--w: could not convert"),
     (["--run", "nowhere", "--out", "x"], "nowhere/config.json: not there"),
 ])  # fmt: skip
@@ -261,6 +262,7 @@ def lora(tmp_path):
     ({"lora_alpha": 10**400}, "lora_alpha 1000"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path None"),
     ({"r": 4}, "not of rank 4"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
 ])  # fmt: skip
 def test_what_is_more_than_a_lora_is_refused_by_name(change, named, lora):
     values = json.loads((lora / "adapter_config.json").read_text())

@@ -13,7 +13,8 @@ import runtime
 import train
 
 NEW = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8", "--warmup", "0",
-       "--device", "cpu", "--lr-allocation", "0.1", "--eval-instances", "8"]  # fmt: skip
+       "--device", "cpu", "--eval-instances", "8"]  # fmt: skip
+FAST = ["--lr-allocation", "0.1"]
 
 
 @pytest.fixture
@@ -43,8 +44,9 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_that_part_alone_trains(part, new):
-    said = run("train.py", "--start", "run", "--trainable", part, "--data", "data", *NEW, "--out", "on",
-               cwd=new)  # fmt: skip
+    rates = FAST if part != "router" else []
+    said = run("train.py", "--start", "run", "--trainable", part, "--data", "data", *NEW, *rates, "--out",
+               "on", cwd=new)  # fmt: skip
     count, moved = PARTS[part]
     assert f"= {count:,} parameters train" in said and "| start |" in said
     before, after = state(new / "run"), state(new / "on")
@@ -83,6 +85,31 @@ def test_a_start_that_was_stopped_goes_on_bit_for_bit(new):
     assert whole == stopped
 
 
+def test_a_start_that_was_stopped_before_its_first_checkpoint_goes_on_from_anywhere(new, tmp_path_factory):
+    arguments = ["--start", "run", "--trainable", "mixture", "--data", "data", *NEW]
+    run("train.py", *arguments, "--out", "on", cwd=new)
+    whole = (new / "on/adapter.safetensors").read_bytes()
+    for name in ("checkpoint.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
+        (new / "on" / name).unlink()
+    elsewhere = tmp_path_factory.mktemp("x")
+    said = run("train.py", "--resume", "--out", new / "on", "--device", "cpu", cwd=elsewhere)
+    assert (new / "on/adapter.safetensors").read_bytes() == whole and "| start |" in said
+    (new / "on/scores.json").unlink()  # the weights are no longer those of the start, and pass for none
+    said = run("train.py", "--resume", "--out", "on", "--device", "cpu", cwd=new)
+    assert "| start |" not in said and "| orchmoe |" in said
+
+
+def test_a_mixture_survives_a_router_that_is_sharp(new, monkeypatch):
+    monkeypatch.chdir(new)
+    w = torch.eye(8)[:1]
+    monkeypatch.setattr(evaluation, "measure", lambda *_args, **_options: (0.0, w))
+    flags = {"start": "run", "trainable": "mixture", "data": "data"}
+    configs = train.read_configs(flags, train.PlaceConfig())
+    parts = train.build(configs, runtime.pick_device(device="cpu"))
+    torch.testing.assert_close(parts.adapters.router.bias.softmax(-1), w[0], atol=1e-4, rtol=0)
+    assert parts.adapters.router.bias.isfinite().all()
+
+
 @pytest.fixture
 def served(new):
     run("export.py", "--run", "run", "--out", "served", cwd=new)
@@ -90,8 +117,8 @@ def served(new):
 
 
 def test_loras_are_skills_that_stay_as_they_are(served):
-    said = run("train.py", "--loras", "served/abstract-1,served/abstract-2", "--data", "data", *NEW, "--out",
-               "on", cwd=served)  # fmt: skip
+    said = run("train.py", "--loras", "served/abstract-1,served/abstract-2", "--data", "data", *NEW, *FAST,
+               "--out", "on", cwd=served)  # fmt: skip
     assert "orchmoe: 0 in skills + 1,608 in routing" in said and "| start |" in said
     after, saved = checkpoint.load_adapter(served / "on/adapter.safetensors")
     assert saved["config"] | {"skills": 2, "rank": 8, "alpha": None, "allocation_std": 0.0} == saved["config"]
@@ -112,7 +139,11 @@ def test_loras_are_skills_that_stay_as_they_are(served):
     (["--start", "run", "--model", "other"], "not the base that the run in run began with"),
     (["--loras", "served/abstract-1,nowhere"], "nowhere/adapter_config.json: not there"),
     (["--loras", "served/abstract-1,foreign"], "--loras: of different bases"),
-    (["--loras", "served/abstract-1", "--targets", "q"], "the LoRA of "),
+    (["--loras", "served/abstract-1", "--targets", "q"],
+     "served/abstract-1: 'decoder.block.0.layer.0.SelfAttention.v'"),
+    (["--start", "run", "--trainable", "mixture", "--lr-router", "1"],
+     "--lr-router: nothing of that rate trains"),
+    (["--loras", "served/abstract-1", "--lr-skills", "1"], "--lr-skills: nothing of that rate trains"),
     (["--loras", "served/abstract-1", "--skills", "2"], "--skills: comes with --start or --loras"),
     (["--loras", "served/abstract-1", "--method", "moe-lora"], "--method: comes with --start or --loras"),
 ])  # fmt: skip
@@ -129,6 +160,12 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, beginning, served):
     said = run("train.py", *arguments, "--data", "data", *NEW, "--out", "on", cwd=served, code=2)
     assert said.startswith(f"train.py: error: {beginning}") and said.count("\n") == 1
     assert not (served / "on").exists()
+
+
+def test_a_run_of_a_method_with_task_ids_does_not_go_on(new):
+    run("train.py", "--method", "poly", "--max-tasks", "2", *NEW, "--out", "poly", cwd=new)
+    said = run("train.py", "--start", "poly", "--data", "data", *NEW, "--out", "on", cwd=new, code=2)
+    assert "--start poly: a run of --method poly; only adapters without task ids go on" in said
 
 
 def test_a_part_that_the_run_does_not_have_is_refused(new):
