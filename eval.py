@@ -163,9 +163,7 @@ def report_router(w: Tensor, examples: Sequence[data.Example]) -> dict[str, floa
     means = torch.stack([group.mean(0) for group in groups])  # (T,K)
     within = torch.stack([group.std(0, correction=0).mean() for group in groups]).mean().item()
     entropy, largest = mean_entropy(w), w.mean(0).max().item()
-    if w.std(0, correction=0).max() == 0:  # one w for all, as a mixture is meant to be
-        pass
-    elif K > 1 and entropy > 0.98 * math.log(K):
+    if K > 1 and entropy > 0.98 * math.log(K):
         runtime.warn("the router is uniform: w hardly depends on the sample; see --router-init, --lr-router")
     elif K > 1 and entropy >= 0 and largest > 0.9:  # no NaN
         runtime.warn("the router has collapsed to one abstract task; lower --lr-router")
@@ -218,7 +216,8 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     began = Run.read(run) if run else None
     full = began is not None and began.train["method"] == "full"
     path = Path(run, "model") if full else model or began.train["model"]
-    runtime.existing(path, "name a local folder, or where the base is now, by --model; nothing is downloaded")
+    if began:
+        runtime.existing(path, f"the base of {run}; name by --model where it is now")
     tokenizer = tokenizers.load(path)
     if began:
         ours = {} if full else {"base": checkpoint.fingerprint(path)}

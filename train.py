@@ -229,6 +229,7 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
                config: TrainConfig) -> dict[str, float]:
     """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
     their count. Returns loss, norm of the gradient, mean entropy of w and target tokens."""
+    base.train()
     optimizer.zero_grad(set_to_none=True)
     loss = entropy = 0.0
     for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
@@ -290,7 +291,6 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
             range(first, config.steps), "train", total=config.steps, unit="step", initial=first) as bar:
         for step in bar:
             began, batch = time.monotonic(), batch_at(step)
-            base.train()
             with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
                 record = train_step(base, adapters, optimizer, batch, step, config)
             size = batch.input_ids.numel() + batch.labels.numel()  # padding included
@@ -307,7 +307,8 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
             if due:
                 loss, w = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
                 require_finite(where, dev_loss=loss)
-                router = {} if w is None else {"router": evaluation.report_router(w, dev)}
+                routed = w is not None and config.trainable != "mixture"  # which has one w for all
+                router = {"router": evaluation.report_router(w, dev)} if routed else {}
                 runtime.append_json(log, step=step, dev_loss=loss, **router)
                 if loss < best:
                     best = loss
