@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -67,7 +68,6 @@ def trace(shard, accumulate, method, steps=60):
     torch.manual_seed(0)
     place = runtime.Device(torch.device("cpu"), torch.float64, "")
     config = train.TrainConfig(steps=steps, batch_size=7, accumulate=accumulate, warmup=0, method=method)
-    train.CLIP = 0.1
     tokenizer = tokenizers.load(ROOT / "tiny")
     data_config = data.DataConfig(data=str(ROOT / "sni"), max_tasks=6, max_source_length=48)
     examples = data.load_sets(data_config, tokenizer, ["train"])["train"]
@@ -85,7 +85,8 @@ def trace(shard, accumulate, method, steps=60):
     for step in range(steps):
         rows = data.batch_at(examples.source_lengths, config.batch_size, config.seed, step)
         batch = data.collate([examples[i] for i in rows], seed=config.seed, step=step)
-        records.append(train.train_step(base, adapters, optimizer, batch, step, config))
+        with mock.patch.object(train, "CLIP", 0.1):
+            records.append(train.train_step(base, adapters, optimizer, batch, step, config))
     return [[record[name] for record in records] for name in ("loss", "norm")], adapters.state_dict()
 
 
