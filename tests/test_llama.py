@@ -357,20 +357,21 @@ def test_a_config_of_another_computation_is_refused_by_field_and_value(change, s
 # ------------------------------------------------------------------------------------------------ a real base
 
 
-@pytest.mark.slow
-def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_dir):
+@pytest.mark.parametrize("count", [pytest.param(10, marks=pytest.mark.slow),
+                                   pytest.param(50, marks=pytest.mark.soak)])  # fmt: skip
+def test_smollm2_answers_real_prompts_as_transformers_has_it(count, smollm2_dir, sni_dir):
     own, words = checkpoint.load(smollm2_dir, dtype=torch.float32), tokenizer.load(smollm2_dir)
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
     prompts = []
-    for name in data.read_splits(sni_dir)["test"][:50]:
+    for name in data.read_splits(sni_dir)["test"][:count]:
         task = data.read_task(sni_dir / "tasks" / f"{name}.json")
         prompts.append(data.render_prompt(task, task["instances"][0], words, max_source_length=400))
     sources = [words.source(prompt) for prompt in prompts]
     assert sources == [theirs(prompt.removesuffix(" "))["input_ids"] for prompt in prompts]
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     mask = torch.arange(rows.shape[1]) < torch.tensor(list(map(len, sources)))[:, None]
-    for start in range(0, 50, 5):
+    for start in range(0, count, 5):
         part = slice(start, start + 5)
         got = own.generate(rows[part], mask[part], max_new_tokens=20).tolist()
         for ids, tokens in zip(sources[part], got, strict=True):
@@ -378,7 +379,7 @@ def test_smollm2_answers_real_prompts_as_transformers_has_it(smollm2_dir, sni_di
             assert tokens[: len(whole) - len(ids)] == whole[len(ids) :].tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_smollm2_is_scored_answers_and_goes_on_after_a_kill(smollm2_dir, sni_dir, tmp_path):
     place = ["--data", sni_dir, "--device", "cpu"]
     run("eval.py", "--model", smollm2_dir, *place, "--max-tasks", "8", "--limit", "16", "--num-pos", "1",
