@@ -92,7 +92,7 @@ class PlaceConfig:
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 HIDDEN = ("extra_rank",)  # flags that only the comparison gives
-STARTED = ("orchmoe", "orchmoe-factors", "lora", "moe-lora")
+STARTED = ("orchmoe", "orchmoe-factors", "lora", "moe-lora")  # methods that --start goes on with
 # places may change from start to resume; what is there may not
 MOVABLE = {"model", "data", "text", "start", "loras"}
 SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
