@@ -193,6 +193,11 @@ class Run:
         path = runtime.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
         return runtime.from_json(cls, runtime.read_json(path), path)
 
+    def configs(self, folder: str | Path, **classes: type) -> dict[str, Any]:
+        """The sections so named as configs of these classes; ValueError names the file in `folder`."""
+        path = Path(folder) / "config.json"
+        return {name: runtime.from_json(cls, getattr(self, name), path) for name, cls in classes.items()}
+
     def __post_init__(self) -> None:
         good = all(isinstance(each, dict) for each in (self.train, self.data, self.adapter, self.digests))
         texts = (*self.tasks, self.train.get("model"), self.train.get("method")) if good else (None,)
@@ -286,9 +291,8 @@ def main() -> None:
     flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = runtime.from_flags(EvalConfig, flags)
     run = Run.read(config.run) if config.run else None
-    path = Path(config.run, "config.json")
-    saved = runtime.from_json(data.DataConfig, run.data, path) if run else data.DataConfig()
-    data_config = runtime.from_flags(data.DataConfig, vars(saved) | flags)
+    saved = vars(run.configs(config.run, data=data.DataConfig)["data"]) if run else {}
+    data_config = runtime.from_flags(data.DataConfig, saved | flags)
     place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype,
                                 base=config.model or (run.train["model"] if run else ""))
     runtime.say(place.reason)

@@ -64,7 +64,7 @@ def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, ada
         raise ValueError(f"--routing {config.routing}: the run has no router; give --w")
     if config.routing == "sample":
         return adapters.router(base.embed(torch.tensor([tokenizer.source(config.input)])))[0]
-    options = runtime.from_json(data.DataConfig, run.data, Path(config.run, "config.json"))
+    options = run.configs(config.run, data=data.DataConfig)["data"]
     dev = data.load_sets(options, tokenizer, ["dev"], training=run.tasks)["dev"]
     batches = evaluation.routed_batches(base, adapters, dev, 64, "router")
     return torch.stack([routing.w.sum(0) for *_, routing in batches]).sum(0) / len(dev)

@@ -48,7 +48,7 @@ class TrainConfig:
     model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of this repository)
     method: Literal[METHODS] = "orchmoe"  # what trains
     seed: int = 0  # of order, initial values, noise
-    steps: int = 1000  # optimiser steps
+    steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples of one optimiser step; four times as many are evaluated at once
     accumulate: int = 1  # micro-batches that a step is computed in
     lr_skills: float = 3e-3  # peak learning rate of A and B
@@ -106,47 +106,42 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
                  ) -> dict[str, Any]:
     """The configs by name; with --resume those of the run, which flags must not contradict. ValueError for a
     flag that would be ignored."""
-    path = Path(where.out, "config.json")
     if where.resume:
         if not where.out:
             raise ValueError("--resume: name the folder of the run by --out")
-        saved, configs = evaluation.Run.read(where.out), {}
-        for name, cls in classes.items():
-            kept = vars(runtime.from_json(cls, getattr(saved, name), path))
-            for field in sorted(flags.keys() & kept.keys() - MOVABLE):
-                if flags[field] != kept[field]:
-                    raise ValueError(f"--{field.replace('_', '-')} {flags[field]}: the run in {where.out} "
-                                     f"has {kept[field]}; leave it out")
-            configs[name] = runtime.from_flags(cls, kept | flags)
-        return configs
-    if where.out and path.exists():
+        configs = evaluation.Run.read(where.out).configs(where.out, **classes)
+        kept = {name: value for config in configs.values() for name, value in vars(config).items()}
+        for name in sorted(flags.keys() & kept.keys() - MOVABLE):
+            if flags[name] != kept[name]:
+                raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: the run in {where.out} has "
+                                 f"{kept[name]}; leave it out")
+        return {name: runtime.from_flags(cls, kept | flags) for name, cls in classes.items()}
+    if where.out and Path(where.out, "config.json").exists():
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
     fixed, free = brought(flags)
     configs = {name: runtime.from_flags(cls, free | flags | fixed) for name, cls in classes.items()}
-    method, every = configs["train"].method, {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
-    every |= vars(OrchMoEConfig()).keys()
+    config, rates = configs["train"], {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
+    method, every = config.method, rates | vars(OrchMoEConfig()).keys()
     unused = every - USED.get(method, every - {"lr_full"})
-    idle = TRAINED["all"] - rated(configs["train"]) - {"full"}
-    for name in sorted(flags.keys() & (fixed.keys() | unused | {f"lr_{kind}" for kind in idle})):
+    trained = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
+    idle = rates - {rate_of(kind, config) for kind in trained}
+    for name in sorted(flags.keys() & (fixed.keys() | unused | idle)):
         why = ("comes with --start or --loras" if name in fixed else
                f"not used by --method {method}" if name in unused else "nothing of that rate trains")
         raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
     return configs
 
 
-def rated(config: TrainConfig) -> set[str]:
-    """The kinds of rates that --trainable uses. A mixture is a row of weights like an allocation, and has its
-    rate."""
-    kinds = {"allocation"} if config.trainable == "mixture" else TRAINED[config.trainable]
-    return kinds - {"skills"} if config.loras else kinds
+def rate_of(kind: str, config: TrainConfig) -> str:
+    """The field of its peak rate; a mixture is a row of weights like an allocation, and has the same."""
+    return "lr_allocation" if config.trainable == "mixture" else f"lr_{kind}"
 
 
 def brought(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that --start and --loras bring: those that no flag may name, and those that it may."""
     if folder := flags.get("start"):
-        run, path = evaluation.Run.read(folder), Path(folder) / "config.json"
-        began, prompts, adapter = (vars(runtime.from_json(cls, getattr(run, name), path))
-                                   for name, cls in CONFIGS.items())
+        configs = evaluation.Run.read(folder).configs(folder, **CONFIGS)
+        began, prompts, adapter = (vars(config) for config in configs.values())
         if began["method"] not in STARTED:
             raise ValueError(f"--start {folder}: a run of --method {began['method']}; only adapters without "
                              f"task ids go on, those of {', '.join(STARTED)}")
@@ -200,9 +195,8 @@ def freeze(adapters: Adapters, config: TrainConfig) -> None:
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
-    """AdamW without weight decay, with a peak rate for each kind of parameter; of a mixture see `rated`."""
-    mixture = config.trainable == "mixture"
-    groups = [{"params": parameters, "max_lr": getattr(config, f"lr_{'allocation' if mixture else kind}")}
+    """AdamW without weight decay, with a peak rate for each kind of parameter."""
+    groups = [{"params": parameters, "max_lr": getattr(config, rate_of(kind, config))}
               for kind, parameters in adapters.parameter_groups().items() if parameters]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 

@@ -17,10 +17,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -139,37 +140,45 @@ def _bytes(n: float) -> str:
 
 
 class Cell(NamedTuple):
-    """One run, or with `of` another scoring of that run. Without `closing` it ends with the dev loss."""
+    """One run, or with `of` another scoring of that run. Without `closing` it ends with the dev loss, without
+    `answers` with losses."""
 
     row: str
     folder: Path
     configs: dict[str, Any]
     facts: dict[str, str]  # what else its numbers depend on: base, data, device, torch
     closing: bool = True
+    answers: bool = True
     of: Path | None = None
+    kept: Path | None = None  # the file that keeps settings and scores, if not two in the folder
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """What scores.json holds, which is written last: None before the cell is finished."""
-        path = self.folder / "scores.json"
+        """What is written last: None before the cell is finished."""
+        path = self.kept or self.folder / "scores.json"
         return runtime.read_json(path) if path.exists() else None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the numbers depend on, as JSON has it."""
-        fields = {name: value for config in self.configs.values() for name, value in asdict(config).items()}
+        """All that the numbers depend on, as JSON has it. What is kept for others names no place of ours: its
+        facts tell base and data."""
+        fields = {name: value for config in self.configs.values() for name, value in asdict(config).items()
+                  if not (self.kept and name in train.MOVABLE)}
         return json.loads(json.dumps({"row": self.row} | fields | self.facts))
 
     def check(self) -> None:
-        """ValueError where the folder is of other settings than those now asked for."""
+        """ValueError where folder or file is of other settings than those now asked for."""
         path, made = self.folder / "cell.json", ("cell.json", "config.json", "scores.json")
-        if not any((self.folder / name).exists() for name in made):
-            return
-        kept = runtime.read_json(path) if path.exists() else {}
-        for name, value in self.settings.items():
-            if kept.get(name) != value:
-                raise ValueError(f"{self.folder}: made with {name} {kept.get(name)}, not {value}; "
-                                 "name another folder by --out, or delete this one")
+        found = {}
+        if any((self.folder / name).exists() for name in made):
+            found[self.folder] = runtime.read_json(path) if path.exists() else {}
+        if self.kept and self.kept.exists():
+            found[self.kept] = runtime.read_json(self.kept).get("settings", {})
+        for place, kept in found.items():
+            for name, value in self.settings.items():
+                if kept.get(name) != value:
+                    raise ValueError(f"{place}: made with {name} {kept.get(name)}, not {value}; "
+                                     "name another folder by --out, or delete this one")
 
 
 def run_cell(cell: Cell, place: runtime.Device) -> bool:
@@ -178,15 +187,19 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     random = mock.patch.object(TaskRouter, "forward", random_forward)
     with random if cell.row == "router: random" else nullcontext():
         runtime.write_json(cell.folder / "cell.json", cell.settings)  # first: no number without its settings
-        if not cell.of and cell.row not in UNTRAINED:
-            if not train.run(cell.folder, cell.configs, place, closing=False):
+        there = cell.of and (cell.of / "adapter.safetensors").exists()
+        if not there and cell.row not in UNTRAINED:
+            if not train.run(cell.of or cell.folder, cell.configs, place, closing=False):
                 return False
+        if not cell.of and cell.row not in UNTRAINED:
             log = plot.records(cell.folder)
             result["dev_loss"] = min(record["dev_loss"] for record in log if "dev_loss" in record)
         if cell.closing:
             result |= closing_scores(cell, place)
         result["seconds"] = round(time.monotonic() - began)
-        runtime.write_json(cell.folder / "scores.json", result)  # last: a cell that has it is finished
+        if cell.kept:
+            result = {"settings": cell.settings, "tree": tree(), "torch": torch.__version__} | result
+        runtime.write_json(cell.kept or cell.folder / "scores.json", result)  # last: what has it is finished
     return True
 
 
@@ -213,8 +226,10 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
         elif cell.row == "w of another sample":  # of the whole set, so most likely of another task
             _, w = evaluation.measure(base, adapters, examples, batch_size=size)
             w = w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
-        said = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size, w=w)
-        result[which] = evaluation.score(examples, said)
+        result[which] = {"overall": {}, "tasks": {task: {} for task in sorted({e.task for e in examples})}}
+        if cell.answers:
+            said = evaluation.predict(base, adapters, examples, tokenizer, batch_size=size, w=w)
+            result[which] = evaluation.score(examples, said)
         for task, scores in result[which]["tasks"].items():  # per task, so that long targets weigh no more
             rows = [i for i, example in enumerate(examples) if example.task == task]
             scores["loss"], _ = evaluation.measure(base, adapters, [examples[i] for i in rows],
@@ -233,6 +248,14 @@ def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None =
     K, D = router.task.shape
     steep = 1e3 * torch.randn(K, D, generator=runtime.generator(0)).to(features)
     return (8.5 * torch.sin(features @ steep.T)).softmax(-1)
+
+
+def tree() -> str:
+    """The commit that the numbers are of; nothing outside a clone."""
+    with suppress(OSError):
+        command = ["git", "-C", runtime.ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def _worker(threads: int) -> None:
@@ -283,8 +306,8 @@ def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: ru
 def _say_done(cell: Cell) -> None:
     result = cell.scores
     what = [f"dev loss {result['dev_loss']:.4f}"] if "dev_loss" in result else []
-    what += [f"{which} ROUGE-L {result[which]['overall']['rougeL']:.2f}" for which in ("seen", "unseen")
-             if which in result]
+    what += [f"{which} {metric} {result[which]['overall'][metric]:.2f}" for metric in ("rougeL", "loss")
+             for which in ("seen", "unseen") if metric in result.get(which, {}).get("overall", {})]
     runtime.say(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
 
 

@@ -64,13 +64,12 @@ WAYS = {
 }
 
 
-def task_folder(out: Path, root: Path, task: str) -> Path:
-    """A data folder whose only training task is this one."""
-    folder = out / "tasks" / task
+def subset(folder: Path, root: Path, train: Sequence[str], test: Sequence[str] = ()) -> Path:
+    """Makes `folder` a data folder of these tasks of `root` alone."""
     lists = folder / "splits/default"
     lists.mkdir(parents=True, exist_ok=True)
-    (lists / "train_tasks.txt").write_text(f"{task}\n")
-    (lists / "test_tasks.txt").write_text("")
+    for name, tasks in (("train", train), ("test", test)):
+        (lists / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
     if not (folder / "tasks").exists():
         (folder / "tasks").symlink_to((root / "tasks").resolve())
     return folder
@@ -102,7 +101,7 @@ class Study(NamedTuple):
 def as_large(run: str) -> dict[str, Any]:
     """Flags of a LoRA of the run's total size, on its base, with its prompt."""
     began = evaluation.Run.read(run)
-    adapter = runtime.from_json(OrchMoEConfig, began.adapter, run)
+    adapter = began.configs(run, adapter=OrchMoEConfig)["adapter"]
     extra = budget(("orchmoe", "lora"), on_meta(checkpoint.config(began.train["model"])), adapter)["lora"]
     prompt = ("definition", "num_pos", "num_neg", "explanation", "max_source_length", "max_target_length")
     return {"model": began.train["model"], "extra_rank": extra, "targets": adapter.targets,
@@ -128,7 +127,8 @@ def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
     tasks = data.read_splits(root, first.data.get("splits", "default"))["test"][:config.max_tasks or None]
     facts = {"base": first.base, "torch": torch.__version__,
              "computed": f"{place.device.type}, {place.dtype}"}
-    study = Study(config, {task: task_folder(Path(config.out), root, task) for task in tasks}, facts)
+    roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
+    study = Study(config, roots, facts)
     tuning = tune(study, tasks[:config.tuned], place)
     best = {way: min(losses, key=losses.get) for way, losses in tuning.items()}
     sizes, seeds = list(map(int, config.examples)), range(len(config.runs))

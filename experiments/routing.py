@@ -65,8 +65,7 @@ def of_run(folder: Path, place: runtime.Device, *, model: str = "") -> dict[str,
     """`report` on the seen instances that a run of train.py was scored on. model: where the run's base is
     now, if it has moved."""
     run = evaluation.Run.read(folder)
-    config = runtime.from_json(train.TrainConfig, run.train, folder / "config.json")
-    data_config = runtime.from_json(data.DataConfig, run.data, folder / "config.json")
+    config, data_config = run.configs(folder, train=train.TrainConfig, data=data.DataConfig).values()
     base, adapters, tokenizer = evaluation.load(place, run=folder, model=model)
     which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
     seen = evaluation.load_examples(which, data_config, run, tokenizer)

@@ -31,16 +31,16 @@ def parameters(name: str, module: nn.Module, config: OrchMoEConfig, **options: i
     return counted
 
 
-def budget(names: Sequence[str], module: nn.Module, config: OrchMoEConfig,
-           num_tasks: int = 0) -> dict[str, int]:
-    """The extra_rank of each method that makes all of one total size: the budget is the least total that
-    every method reaches with S and R as they are, hence that of the method with the dearest routing; the
-    others come as near to it as whole extra ranks can, one Linear at a time. c-poly, which grows with T,
-    cannot stand in it. module: best one on the meta device."""
+def budget(names: Sequence[str], module: nn.Module, config: OrchMoEConfig, num_tasks: int = 0,
+           least: int = 0) -> dict[str, int]:
+    """The extra_rank of each method that makes all of one total size: the budget is the least total, `least`
+    or more, that every method reaches with S and R as they are, hence that of the method with the dearest
+    routing; the others come as near to it as whole extra ranks can, one Linear at a time. c-poly, which grows
+    with T, cannot stand in it. module: best one on the meta device."""
     def total(name: str, extra: int) -> int:
         return sum(parameters(name, module, config, extra_rank=extra, num_tasks=num_tasks).values())
 
-    target = max(total(name, 0) for name in names)
+    target = max(least, *(total(name, 0) for name in names))
     chosen = {}
     for name in names:
         low, high = 0, 1  # total(low) <= target < total(high)

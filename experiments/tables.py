@@ -84,15 +84,14 @@ def markdown(summary: Sequence[dict], tuning: dict[str, dict]) -> str:
     compared = [column for column in columns
                 if any("difference" in entry.get(column, {}) for entry in summary)]
     number = sum("difference" in entry.get(column, {}) for entry in summary for column in compared)
-    parts = [_table(["row", "trials", "best on dev", "dev loss", "on the edge of what was tried"],
-                    [_tuned(row, found) for row, found in tuning.items()]),
-             _table(["row", "skills + routing", *map(_title, columns)],
+    parts = [tuning_table(tuning),
+             table(["row", "skills + routing", *map(_title, columns)],
                     [[_name(entry), _size(entry), *(_score(entry, column) for column in columns)]
                      for entry in summary]),
-             _table([f"{summary[0]['row']} - row", *map(_title, compared)],
+             table([f"{summary[0]['row']} - row", *map(_title, compared)],
                     [[entry["row"], *(_difference(entry, column) for column in compared)]
                      for entry in summary[1:]]),
-             _table(["row, on seen instances", *ROUTER.values()],
+             table(["row, on seen instances", *ROUTER.values()],
                     [[entry["row"], *(f"{entry['learnt'][name]:.3f}" if name in entry["learnt"] else "-"
                                       for name in ROUTER)] for entry in summary if entry["learnt"]]),
              "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds together; "
@@ -104,7 +103,13 @@ def markdown(summary: Sequence[dict], tuning: dict[str, dict]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def tuning_table(reports: dict[str, dict]) -> str:
+    """What Search.report says of each row."""
+    return table(["row", "trials", "best on dev", "dev loss", "on the edge of what was tried"],
+                 [_tuned(row, found) for row, found in reports.items()])
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Markdown; nothing where there are no rows."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     top = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)] if lines else []

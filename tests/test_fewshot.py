@@ -42,7 +42,7 @@ def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
 
 
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
-    folder = fewshot.task_folder(tmp_path, ROOT / "sni", "task201_opposite_of_second_word")
+    folder = fewshot.subset(tmp_path / "one", ROOT / "sni", ["task201_opposite_of_second_word"])
     assert data.read_splits(folder) == {"train": ["task201_opposite_of_second_word"], "test": []}
 
 

@@ -1,0 +1,294 @@
+"""Is it the method? All methods at equal size on a base that knows its language, over a grid of scales, on
+seen and unseen tasks of Super-NaturalInstructions. First each is tuned over the rates of all that it trains,
+with the same number of trials, on dev. Scale then moves a method along a curve of seen against unseen loss,
+so what is compared are curves. Each finished cell is one JSON file under --results, and the tables are made
+from these files alone. Interrupted, the same command goes on.
+
+    python -m experiments.report --stage tune --data natural-instructions --model smollm2 --device cpu
+    python -m experiments.report --stage methods --data natural-instructions --model smollm2 --device cpu
+    python -m experiments.report --stage table          # what is done, and the tables
+
+Test: `pytest tests/test_report.py`"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import checkpoint
+import data
+import runtime
+import tokenizer as tokenizers
+import train
+from experiments import compare
+from experiments.compare import Cell, changed, run_cells, slug
+from experiments.fewshot import subset
+from experiments.search import Search, axes_of
+from experiments.sizes import budget, on_meta, parameters
+from experiments.tables import interval, table, tuning_table
+
+STAGES = ("tune", "methods", "sizes", "changes", "controls")
+RESULTS = runtime.ROOT / "experiments/results"
+# The method of each row; all are of one total size, that of the dearest routing.
+ROWS: dict[str, dict[str, Any]] = {
+    "orchmoe": {"method": "orchmoe"}, "token router": {"method": "orchmoe", "router": "token"},
+    "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
+}  # fmt: skip
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+# What may help unseen tasks, and what tells whether it is the routing: OrchMoE with one change, at scale 1.
+CHANGES: dict[str, dict[str, Any]] = {
+    "Gumbel noise": {"gumbel": True},
+    "w = 1/K for half of the samples": {"router_dropout": 0.5},
+    "both": {"gumbel": True, "router_dropout": 0.5},
+    "K = 2": {"tasks": 2}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16}, "K = 32": {"tasks": 32},
+}  # fmt: skip
+CONTROLS: dict[str, dict[str, Any]] = {
+    "w replaced by its mean": {}, "w of another sample": {}, "router: random": {},
+    "router: none": {"router": "none"}, "K = 1, Gumbel noise": {"tasks": 1, "gumbel": True},
+}  # fmt: skip
+DEFAULTS = {"steps": 100, "warmup": 10, "eval_every": 100, "eval_instances": 400, "lr_skills": 1e-2,
+            "train_instances": 8, "num_pos": 0, "max_source_length": 320}  # fmt: skip
+FIXED = (*compare.FIXED, "splits", "max_tasks", "alpha", "router", "trainable")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Report: which cells are made, and from which files the tables."""
+
+    stage: Literal[(*STAGES, "table")] = "table"  # what is made
+    rows: tuple[str, ...] = ()  # of these rows alone (default: all of the stage)
+    seeds: int = 3  # runs of each cell: initial values, order, noise
+    trials: int = 8  # runs, of seed 0, that each method's rates are tuned by
+    tune_steps: int = 50  # optimiser steps of these
+    train_tasks: int = 200  # training tasks, drawn by name; `sizes` takes the numbers below in place of it
+    sizes: tuple[str, ...] = ("50", "687")  # training tasks of the cells of sample efficiency
+    cells: tuple[str, ...] = ()  # of the stage these alone, by the names of their files
+    final: bool = False  # show the unseen tasks that nothing was chosen by
+    out: str = "results/report"  # folder of the runs
+    results: str = str(RESULTS)  # folder of the finished cells (default: experiments/results)
+    jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core)
+    gpu: int | None = None  # number of the GPU
+    device: Literal["cpu", ""] = ""  # no GPU even if there is one
+
+    def __post_init__(self) -> None:
+        runtime.require_least(self, seeds=1, trials=1, tune_steps=1, train_tasks=1, jobs=0)
+        rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "changes": CHANGES, "controls": CONTROLS}
+        known = rows.get(self.stage, ())
+        if odd := set(self.rows) - set(known):
+            raise ValueError(f"--rows {min(odd)}: of --stage {self.stage} are {', '.join(known) or 'none'}")
+
+
+def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """The unseen tasks in two: what concerns generalisation is chosen on the one, and shown on the other."""
+    tasks = sorted(tasks)
+    random.Random("unseen").shuffle(tasks)
+    return {"unseen-dev": sorted(tasks[::2]), "unseen-test": sorted(tasks[1::2])}
+
+
+class Study(NamedTuple):
+    config: ReportConfig
+    configs: dict[str, Any]
+    facts: dict[str, dict[str, str]]  # by number of training tasks
+    roots: dict[str, Path]
+    extra: dict[str, int]  # extra_rank of each row
+
+    def cell(self, stage: str, name: str, row: str, fields: dict[str, Any], *, size: str = "",
+             **options: Any) -> Cell:
+        size = size or str(self.config.train_tasks)
+        configs = changed(self.configs, data=str(self.roots[size]), **fields)
+        return Cell(row, Path(self.config.out, stage, name), configs, self.facts[size], answers=False,
+                    kept=Path(self.config.results, stage, f"{name}.json"), **options)
+
+    def fields(self, row: str) -> dict[str, Any]:
+        return {"seed": 0, "alpha": float(self.configs["adapter"].rank), "extra_rank": self.extra[row],
+                **ROWS[row]}
+
+    def search(self, row: str) -> Search:
+        """Over the rates of all that the row trains, at scale 1."""
+        fields = self.fields(row)
+        configs = changed(self.configs, **fields)
+        axes = [axis for axis in axes_of(fields["method"], configs["adapter"]) if axis != "alpha"]
+        steps = {"steps": self.config.tune_steps, "eval_every": self.config.tune_steps}
+
+        def cell_of(values: dict[str, float]) -> Cell:
+            name = "_".join([slug(row), *(f"{value:g}" for value in values.values())])
+            return self.cell("tune", name, row, fields | steps | values, closing=False)
+
+        return Search(axes, {axis: getattr(configs["train"], axis) for axis in axes}, self.config.trials,
+                      cell_of)
+
+    def queues(self, best: dict[str, dict[str, float]]) -> list[list[Cell]]:
+        """The cells of the stage, the first seed's first, those that share a run in one queue."""
+        config, queues = self.config, []
+        stage, rank = config.stage, self.configs["adapter"].rank
+        for seed in range(config.seeds):
+            if stage == "methods":
+                for row in config.rows or ROWS:
+                    fields = self.fields(row) | best[row] | {"seed": seed}
+                    queues += [[self.cell(stage, f"{slug(row)}-x{scale:g}-s{seed}", row,
+                                          fields | {"alpha": scale * rank})] for scale in SCALES]
+            elif stage == "sizes":
+                for row in config.rows or ROWS:
+                    fields = self.fields(row) | best[row] | {"seed": seed}
+                    queues += [[self.cell(stage, f"{slug(row)}-{size}-s{seed}", row, fields, size=size)]
+                               for size in config.sizes]
+            elif stage in ("changes", "controls"):
+                shared, rows = [], CHANGES if stage == "changes" else CONTROLS
+                for row in config.rows or rows:
+                    fields = self.fields("orchmoe") | best["orchmoe"] | {"seed": seed} | rows[row]
+                    run = Path(config.out, f"methods/orchmoe-x1-s{seed}")
+                    cell = self.cell(stage, f"{slug(row)}-s{seed}", row, fields,
+                                     of=run if row in compare.SCORED_ONLY else None)
+                    if cell.of:
+                        shared.append(cell)
+                    else:
+                        queues.append([cell])
+                queues.append(shared)
+        wanted = [[cell for cell in queue if cell.kept.stem in (config.cells or [cell.kept.stem])]
+                  for queue in queues]
+        return [queue for queue in wanted if queue]
+
+
+def make_study(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> Study:
+    tokenizer, root = tokenizers.load(configs["train"].model), Path(configs["data"].data)
+    lists = data.read_splits(root)
+    order = sorted(lists["train"])
+    random.Random("train").shuffle(order)  # by name: fewer tasks are among more
+    facts, roots = {}, {}
+    for size in {str(config.train_tasks), *(config.sizes if config.stage == "sizes" else ())}:
+        roots[size] = subset(Path(config.out, f"tasks-{size}"), root, order[:int(size)], lists["test"])
+        sets = data.load_sets(changed(configs, data=str(roots[size]))["data"], tokenizer, ["train", "test"])
+        facts[size] = {"base": checkpoint.fingerprint(configs["train"].model),
+                       "tokenizer": tokenizer.fingerprint,
+                       **{f"{name}_tasks": part.digest for name, part in sets.items()},
+                       "computed": f"{place.device.type}, {place.dtype}"}
+    base, adapter = on_meta(checkpoint.config(configs["train"].model)), configs["adapter"]
+    token = changed(configs, router="token")["adapter"]
+    dearest = sum(parameters("orchmoe", base, token).values())
+    found = budget(("orchmoe", "lora", "moe-lora", "poly"), base, adapter, config.train_tasks, dearest)
+    extra = {row: 0 if "router" in fields else found[fields["method"]] for row, fields in ROWS.items()}
+    return Study(config, configs, facts, roots, extra)
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name below the folder: cell} of all finished cells."""
+    return {str(path.relative_to(folder).with_suffix("")): runtime.read_json(path)
+            for path in sorted(folder.glob("*/*.json"))}
+
+
+def by_task(cell: dict[str, Any], which: str) -> np.ndarray:
+    """(T,) losses: of seen tasks, or of a half of the unseen ones."""
+    scores = cell[which.partition("-")[0]]["tasks"]
+    return np.array([scores[task]["loss"] for task in {"seen": sorted(scores), **halves(scores)}[which]])
+
+
+def curves(cells: dict[str, dict[str, Any]]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """{row: {scale: cells of the seeds, in their order}} of the stage `methods`."""
+    found: dict[str, dict[float, list[dict]]] = {}
+    for name, cell in cells.items():
+        if name.startswith("methods/"):
+            row, rank, alpha = (cell["settings"][name] for name in ("row", "rank", "alpha"))
+            found.setdefault(row, {}).setdefault(alpha / rank, []).append(cell)
+    for scales in found.values():
+        for group in scales.values():
+            group.sort(key=lambda cell: cell["settings"]["seed"])
+    return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
+
+
+def at_equal(one: dict, other: dict, along: str, across: str) -> tuple[float, float, float] | None:
+    """Difference one - other in the loss `across`, at equal mean loss `along`, with its interval over tasks
+    and seeds. Each seed's curve over the scales is read, linearly, at the middle of the range that all of
+    both have; None where they have none."""
+    seeds = min(len(group) for curve in (one, other) for group in curve.values())
+    read, ranges = [], []
+    for curve in (one, other):
+        x = np.array([[by_task(cell, along).mean() for cell in group[:seeds]] for group in curve.values()])
+        y = np.array([[by_task(cell, across) for cell in group[:seeds]] for group in curve.values()])
+        ranges += [(x.min(0).max(), x.max(0).min())]
+        read.append((x, y))  # (scales, seeds), (scales, seeds, T)
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    if low > high:
+        return None
+    at, found = (low + high) / 2, []
+    for x, y in read:
+        order = x.argsort(0)
+        found.append(np.array([[np.interp(at, x[order[:, s], s], y[order[:, s], s, t]) for s in range(seeds)]
+                               for t in range(y.shape[2])]))  # (T, seeds)
+    return interval(found[0] - found[1])
+
+
+def text(cells: dict[str, dict[str, Any]], final: bool = False) -> str:
+    """Tables of losses, as Markdown: each point of the curves, curve against curve, single changes."""
+    which = ["seen", "unseen-dev", *(["unseen-test"] if final else [])]
+    found, parts = curves(cells), []
+    lines = []
+    for row, scales in found.items():
+        for scale, group in scales.items():
+            means = [np.mean([by_task(cell, name).mean() for cell in group]) for name in which]
+            lines.append([row, f"{scale:g}", len(group), f"{np.mean([c['dev_loss'] for c in group]):.3f}",
+                          *(f"{mean:.3f}" for mean in means)])
+    parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
+    lines = []
+    for row in found.keys() - {"orchmoe"} if "orchmoe" in found else ():
+        ways = [("seen", name) for name in which[1:]] + [(name, "seen") for name in which[1:]]
+        said = [at_equal(found["orchmoe"], found[row], *way) for way in ways]
+        lines.append([row, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*each) if each else "no range in common"
+                             for each in said)])
+    heads = [f"{name} at equal seen" for name in which[1:]] + [f"seen at equal {name}" for name in which[1:]]
+    parts.append(table(["orchmoe - row", *heads], sorted(lines)))
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for name, cell in cells.items():
+        if (stage := name.split("/")[0]) in ("sizes", "changes", "controls"):
+            what = cell["settings"]["row"]
+            what += f", {name.rsplit('-', 2)[1]} tasks" if stage == "sizes" else ""
+            groups.setdefault((stage, what), []).append(cell)
+    lines = [[stage, row, len(group), *(f"{np.mean([by_task(cell, name).mean() for cell in group]):.3f}"
+                                        for name in which)] for (stage, row), group in sorted(groups.items())]
+    parts.append(table(["stage", "row", "seeds", *which], lines))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> None:
+    """All cells of the stage that are not there; of other stages than `tune` first the tuning."""
+    study = make_study(config, configs, place)
+    tuned = {"tune": config.rows or ROWS, "changes": ["orchmoe"], "controls": ["orchmoe"]}
+    searches = {row: study.search(row) for row in tuned.get(config.stage, config.rows or ROWS)}
+    run_cells(list(searches.values()), config, place)
+    reports = {row: search.report() for row, search in searches.items()}
+    runtime.say(tuning_table(reports))
+    run_cells(study.queues({row: found["best"] for row, found in reports.items()}), config, place)
+
+
+def main() -> None:
+    classes = ReportConfig, *train.CONFIGS.values()
+    flags = runtime.read_flags(__doc__, *classes, defaults=DEFAULTS, hidden=FIXED)
+    for name in FIXED:
+        if name in flags:
+            raise ValueError(f"--{name.replace('_', '-')}: the report sets this itself; leave it out")
+    runtime.require_alone()
+    config = runtime.from_flags(ReportConfig, flags)
+    if config.stage != "table":
+        configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
+        place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype,
+                                    base=configs["train"].model)
+        runtime.say(place.reason)
+        make(config, configs, place)
+    cells = read_cells(Path(config.results))
+    for stage in STAGES:
+        runtime.say(f"{stage}: {sum(name.startswith(f'{stage}/') for name in cells)} cells")
+    runtime.say(text(cells, config.final))
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,103 @@
+"""The evidence: cells that are files with their settings, made anew to the same numbers; curves compared
+where both are, on unseen tasks in two halves."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+import data
+import runtime
+from experiments import report
+
+
+def cell(seen, unseen, **settings):
+    """A cell of given losses of a task each."""
+    return {"seen": {"tasks": {f"s{i}": {"loss": loss} for i, loss in enumerate(seen)}},
+            "unseen": {"tasks": {f"u{i}": {"loss": loss} for i, loss in enumerate(unseen)}},
+            "dev_loss": 1.0, "settings": {"seed": 0, "rank": 2, **settings}}  # fmt: skip
+
+
+def made(folder, stage, *flags, out="out", code=0):
+    small = {"train-tasks": 3, "trials": 2, "tune-steps": 1, "steps": 2, "eval-every": 2, "seeds": 1,
+             "eval-instances": 12, "jobs": 1, "results": folder / "kept", "out": folder / out}  # fmt: skip
+    small = [part for name, value in small.items() for part in (f"--{name}", value)]
+    return run("experiments/report.py", "--stage", stage, "--device", "cpu", *small, *flags, cwd=folder,
+               code=code)
+
+
+def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SCALES", (1.0, 2.0))
+    rows = ["--rows", "orchmoe,lora"]
+    said = made(tmp_path, "methods", *rows)  # which are tuned first
+    names = {"methods/orchmoe-x1-s0", "methods/orchmoe-x2-s0", "methods/lora-x1-s0", "methods/lora-x2-s0"}
+    cells = report.read_cells(tmp_path / "kept")
+    assert {name for name in cells if name.startswith("methods")} == names
+    assert sum(name.startswith("tune/") for name in cells) == 4 and "tune: 4 cells" in said
+    for name in names:
+        found = cells[name]
+        assert found["settings"]["steps"] == 2 and found["settings"]["computed"] == "cpu, torch.float32"
+        assert str(tmp_path) not in json.dumps(found) and str(ROOT) not in json.dumps(found)
+        assert len(found["seen"]["tasks"]) == 3 and all(
+            scores.keys() == {"loss"} for scores in found["seen"]["tasks"].values())
+        assert set(found["unseen"]["tasks"]) == set(data.read_splits(ROOT / "sni")["test"])
+    sizes = [sum(cells[f"methods/{row}-x1-s0"]["parameters"].values()) for row in ("orchmoe", "lora")]
+    assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
+    assert [line for line in said.splitlines() if line.startswith("| lora | 2 | 1 |")]
+    kept = tmp_path / "kept/methods/lora-x2-s0.json"
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.json")}
+    kept.unlink()  # elsewhere, from nothing, this one cell
+    made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", out="other")
+    again = json.loads(kept.read_text())
+    assert again["unseen"] == cells["methods/lora-x2-s0"]["unseen"]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != kept)
+    said = made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", "--steps", "3", out="third", code=2)
+    assert "lora-x2-s0.json: made with steps 2, not 3" in said
+
+
+def test_controls_train_the_run_they_score_where_it_is_not_there(tmp_path):
+    said = made(tmp_path, "controls", "--rows", "w replaced by its mean,w of another sample")
+    cells = report.read_cells(tmp_path / "kept")
+    means = [cells[f"controls/{name}-s0"]["seen"]["overall"]["loss"]
+             for name in ("w_replaced_by_its_mean", "w_of_another_sample")]
+    assert means[0] != means[1] and "| controls | w of another sample | 1 |" in said
+    assert (tmp_path / "out/methods/orchmoe-x1-s0/adapter.safetensors").exists()
+
+
+def test_curves_are_read_at_equal_loss():
+    rng = np.random.default_rng(0)
+    seen, unseen = rng.normal(2, 0.1, (3, 2, 30)), rng.normal(3, 0.1, (3, 2, 58))  # scales, seeds, tasks
+    seen -= seen.mean(2, keepdims=True) - np.array([1.0, 1.2, 1.5])[:, None, None]  # means that are known
+
+    def curve(shift, along=0.0):
+        return {scale: [cell(seen[i, s] + along, unseen[i, s] + shift) for s in range(2)]
+                for i, scale in enumerate((4.0, 2.0, 1.0))}
+
+    mean, low, high = report.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
+    assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
+    assert report.at_equal(curve(0), curve(0, along=0.6), "seen", "unseen-dev") is None
+    # along a line unseen = 5 - seen, a curve that lies 0.1 to the right is 0.1 above at equal seen loss
+    line, moved = ({x: [cell(np.full(4, x + right), np.full(4, 5 - x))] * 2 for x in (1.0, 1.25, 1.5)}
+                   for right in (0, 0.1))  # fmt: skip
+    assert report.at_equal(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
+
+
+def test_the_unseen_tasks_are_halved_by_name_alone():
+    names = [f"task{i}" for i in range(59)]
+    first = report.halves(names)
+    assert first == report.halves(reversed(names))
+    assert sorted(first["unseen-dev"] + first["unseen-test"]) == sorted(names)
+    assert len(first["unseen-dev"]) == 30
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"stage": "controls", "rows": ("lora",)}, "--rows lora: of --stage controls are w replaced"),
+    ({"stage": "table", "rows": ("lora",)}, "are none"), ({"seeds": 0}, "--seeds 0")])  # fmt: skip
+def test_mistakes(flags, message):
+    with pytest.raises(ValueError, match=message):
+        runtime.from_flags(report.ReportConfig, flags)
+
+
+def test_what_the_report_sets_itself_is_no_flag(tmp_path):
+    assert "--alpha: the report sets this itself" in made(tmp_path, "tune", "--alpha", "2", code=2)
