@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Backbone, Config
+from model import Backbone, Config, causal_attention
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,8 @@ class Attention(nn.Module):
         if at is None:
             if cache is not None:
                 cache[0, :, : x.shape[1]], cache[1, :, : x.shape[1]] = k, v
-            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B,H or G,L,E)
             # Padding stands behind all real tokens: the causal mask hides it, and no other is needed.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            y = causal_attention(*(heads.transpose(1, 2) for heads in (q, k, v))).transpose(1, 2)
         else:
             rows = torch.arange(len(x), device=x.device)
             cache[0, rows, at], cache[1, rows, at] = k[:, 0], v[:, 0]

@@ -21,6 +21,7 @@ import orchmoe
 import runtime
 import tokenizer
 from llama import Llama, LlamaConfig
+from model import causal_attention
 
 transformers = pytest.importorskip("transformers")
 
@@ -180,6 +181,20 @@ def test_bfloat16_is_near_float32(pair, batch):
     loss = own.loss(*batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, pair[1].loss(*batch), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (9, 3, 50), (4, 1, 256), (4, 2, 257)])
+def test_attention_of_short_rows_in_bfloat16_is_torch_s(heads, groups, length):
+    torch.manual_seed(0)
+    half = [torch.randn(2, n, length, 16).bfloat16().requires_grad_() for n in (heads, groups, groups)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    y, weight = causal_attention(*half), torch.randn(2, heads, length, 16)
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    (y * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    assert y.dtype == torch.bfloat16
+    for ours, due in zip((y, *(x.grad for x in half)), (wanted, *(x.grad for x in exact)), strict=True):
+        assert (ours - due).norm() < 0.01 * due.norm()
 
 
 def test_dropout_acts_in_training_alone(plain, batch):
