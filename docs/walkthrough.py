@@ -96,7 +96,7 @@ and, up to rounding, every number. **The run** is that of
 python train.py --steps {CONFIGS["train"].steps} --device cpu
 ```
 
-on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train, a tenth of the default's
+on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train, a sixth of the default's
 steps. It has only begun to learn; what matters here is the arithmetic, which is the same at any step. What
 the paper fixes of it and what was chosen is graded in [docs/paper.md](paper.md).
 

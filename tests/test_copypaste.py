@@ -428,8 +428,8 @@ assert all(B.any() and torch.equal(B, other) for B, other in zip(taught, found, 
 
 
 def test_the_snippet_of_a_sequential_runs_and_what_it_saves_loads(tmp_path):
-    [line] = re.findall(r"`(saved = torch.load.*?)`", PAGES)
-    run_printed("torch.nn.Sequential", tmp_path, TRAINED + LOADED.format(line=line))
+    [save], [load] = (re.findall(rf"`({call}.*?)`", PAGES) for call in ("torch.save", "saved = torch.load"))
+    run_printed("torch.nn.Sequential", tmp_path, TRAINED + save + LOADED.format(line=load))
 
 
 @pytest.mark.slow
