@@ -57,10 +57,10 @@ class Way(NamedTuple):
 
 LORA = "fresh LoRA"
 WAYS = {
-    "mixture": Way({"trainable": "mixture"}, "lr_allocation", (0.1, 0.3, 1.0, 3.0, 10.0)),
-    "router": Way({"trainable": "router"}, "lr_router", (6e-4, 2e-3, 6e-3, 2e-2, 6e-2)),
-    "all": Way({}, "lr_skills", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    LORA: Way({"method": "lora"}, "lr_skills", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "mixture": Way({"trainable": "mixture"}, "lr_allocation", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
+    "router": Way({"trainable": "router"}, "lr_router", (6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)),
+    "all": Way({}, "lr_skills", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    LORA: Way({"method": "lora"}, "lr_skills", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
 
 
