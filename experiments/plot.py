@@ -67,14 +67,14 @@ def records(folder: str | Path) -> list[dict]:
     return rows
 
 
-def _canvas(title: str, of: Path, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+def canvas(title: str, of: Path, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """Figure and axes of a page's width; the title's second line is the folder whose figure it is."""
     figure, axes = pyplot().subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **options)
     figure.suptitle(f"{title}\n{of}", fontsize=10)
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     with runtime.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot().close(figure)
@@ -83,7 +83,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
     """Running mean of the training loss (thin), and the dev loss (marked), of each named run."""
-    figure, axes = _canvas("Loss: dev (marked), running mean of training (thin)", path.parent, 4)
+    figure, axes = canvas("Loss: dev (marked), running mean of training (thin)", path.parent, 4)
     for i, (name, log) in enumerate(runs.items()):
         steps, losses = zip(*((row["step"], row["loss"]) for row in log if "loss" in row), strict=True)
         window = max(1, len(losses) // 20)
@@ -96,14 +96,14 @@ def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path:
     """ROUGE-L of each category, mean over the seeds; scores: those of each row's runs on seen or unseen."""
     categories = sorted({name for runs in scores.values() for name in runs[0]["categories"]})
     height = 1.4 + len(categories) * (0.1 + 0.075 * len(scores))
-    figure, axes = _canvas(f"ROUGE-L on {which} tasks by category (in brackets: over all)", path.parent,
+    figure, axes = canvas(f"ROUGE-L on {which} tasks by category (in brackets: over all)", path.parent,
                            height)
     coloured = [row for row in scores if row not in GREYS]
     for i, (row, runs) in enumerate(scores.items()):
@@ -117,7 +117,7 @@ def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path
     axes.set_axisbelow(True)
     axes.set(xlabel="ROUGE-L (%)", xlim=(0, 100), ylim=(len(categories) - 0.5, -0.5))
     figure.legend(loc="outside lower center", ncols=min(4, len(scores)))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def router_map(learnt: dict, path: Path, of: Path) -> Path:
@@ -130,7 +130,7 @@ def router_map(learnt: dict, path: Path, of: Path) -> Path:
     if len(tasks) > MOST_ROWS:
         w = np.array([rows.mean(0) for rows in np.split(w, starts[1:])])
         labels, starts = [categories[i] for i in starts], []
-    figure, axes = _canvas("Weight w of the abstract tasks, mean over seen instances", of,
+    figure, axes = canvas("Weight w of the abstract tasks, mean over seen instances", of,
                            1.2 + 0.19 * len(labels))
     image = axes.imshow(w, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for i in starts[1:]:
@@ -139,14 +139,14 @@ def router_map(learnt: dict, path: Path, of: Path) -> Path:
     axes.set_xticks(range(w.shape[1]), range(1, w.shape[1] + 1))
     axes.set(xlabel="abstract task")
     figure.colorbar(image, ax=axes, label="w", aspect=40)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
     """Zhat of each adapted Linear, a row of skills for each abstract task; and the skills' use, mean c."""
     names, Zhat = list(learnt["skill_use"]), np.array(learnt["allocation"])  # (N,K,S)
     use, (N, K, S) = np.array(list(learnt["skill_use"].values())), Zhat.shape  # (N,S)
-    figure, (left, right) = _canvas("Skills of each adapted Linear", of, 1.6 + 0.19 * N, columns=2,
+    figure, (left, right) = canvas("Skills of each adapted Linear", of, 1.6 + 0.19 * N, columns=2,
                                     sharey=True, width_ratios=[2, 1])
     image = left.imshow(Zhat.reshape(N, K * S), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for k in range(1, K):
@@ -159,13 +159,13 @@ def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
     right.set(xlabel=f"skills 1 to {S}, from left to right", title="Use: mean c over seen instances",
               xlim=(0, max(1, use.sum(1).max())))
     figure.colorbar(image, ax=left, label="share", location="bottom", aspect=50)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def ablation_intervals(summary: Sequence[dict], path: Path) -> Path:
     """What each change costs: the difference default - row in ROUGE-L, with its interval."""
     rows = [entry for entry in summary if entry["row"] != "default"]
-    figure, panels = _canvas("Ablations: ROUGE-L of the default less that of the row, 95 % interval",
+    figure, panels = canvas("Ablations: ROUGE-L of the default less that of the row, 95 % interval",
                              path.parent, 1.4 + 0.24 * len(rows), columns=2, sharey=True)
     for axes, which, colour in zip(panels, ("seen", "unseen"), COLOURS, strict=False):
         for i, entry in enumerate(rows):
@@ -176,7 +176,7 @@ def ablation_intervals(summary: Sequence[dict], path: Path) -> Path:
         axes.set(xlabel="points of ROUGE-L; right: default better", title=f"{which} tasks")
     panels[0].set_yticks(range(len(rows)), [entry["row"] for entry in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def routing_figures(learnt: dict, folder: Path, of: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ Test: `pytest tests/test_report.py`"""
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import data
 import runtime
 import tokenizer as tokenizers
 import train
-from experiments import compare
+from experiments import compare, plot
 from experiments.compare import Cell, changed, run_cells, slug
 from experiments.fewshot import subset
 from experiments.search import Search, axes_of
@@ -63,6 +64,7 @@ class ReportConfig:
     stage: Literal[(*STAGES, "table")] = "table"  # what is made
     rows: tuple[str, ...] = ()  # of these rows alone (default: all of the stage)
     seeds: int = 3  # runs of each cell: initial values, order, noise
+    tune: bool = True  # choose each row's rates on dev; else as given
     trials: int = 8  # runs, of seed 0, that each method's rates are tuned by
     tune_steps: int = 50  # optimiser steps of these
     train_tasks: int = 200  # training tasks, drawn by name; `sizes` takes the numbers below in place of it
@@ -225,6 +227,34 @@ def at_equal(one: dict, other: dict, along: str, across: str) -> tuple[float, fl
     return interval(found[0] - found[1])
 
 
+def figure(cells: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Seen against unseen loss, a curve for each row over its scales. The bars are intervals, over tasks and
+    seeds together, of the difference from the first row's first scale, whose own are nothing."""
+    found = curves(cells)
+    reference = next(iter(next(iter(found.values())).values()))
+    canvas, axes = plot.canvas("Loss on seen and on unseen tasks, over the scales", Path(path.parent.name), 5)
+    for i, (row, scales) in enumerate(found.items()):
+        points, bars = [], []
+        for group in scales.values():
+            seeds, here = min(len(group), len(reference)), []
+            for which in ("seen", "unseen-dev"):
+                one, other = (np.stack([by_task(cell, which) for cell in part[:seeds]], 1)
+                              for part in (group, reference))
+                mean, low, high = interval(one - other)
+                here.append((other.mean() + mean, mean - low, high - mean))
+            points.append([at for at, *_ in here])
+            bars.append([bar for _, *bar in here])
+        x, y = np.array(points).T
+        errors = np.array(bars)  # (scales, 2, 2)
+        axes.errorbar(x, y, xerr=errors[:, 0].T, yerr=errors[:, 1].T, label=row, color=plot.COLOURS[i],
+                      marker=plot.MARKERS[i], markersize=5, linewidth=1.5, elinewidth=0.6)
+        for scale, *at in zip(scales, x, y, strict=True):
+            axes.annotate(f"x{scale:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="seen tasks (nats per target token)", ylabel="unseen tasks, the half to choose by")
+    axes.legend()
+    return plot.save(canvas, path)
+
+
 def text(cells: dict[str, dict[str, Any]], final: bool = False) -> str:
     """Tables of losses, as Markdown: each point of the curves, curve against curve, single changes."""
     which = ["seen", "unseen-dev", *(["unseen-test"] if final else [])]
@@ -262,12 +292,15 @@ def text(cells: dict[str, dict[str, Any]], final: bool = False) -> str:
 def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> None:
     """All cells of the stage that are not there; of other stages than `tune` first the tuning."""
     study = make_study(config, configs, place)
-    tuned = {"tune": config.rows or ROWS, "changes": ["orchmoe"], "controls": ["orchmoe"]}
-    searches = {row: study.search(row) for row in tuned.get(config.stage, config.rows or ROWS)}
-    run_cells(list(searches.values()), config, place)
-    reports = {row: search.report() for row, search in searches.items()}
-    runtime.say(tuning_table(reports))
-    run_cells(study.queues({row: found["best"] for row, found in reports.items()}), config, place)
+    best: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    if config.tune:
+        rows = ["orchmoe"] if config.stage in ("changes", "controls") else config.rows or ROWS
+        searches = {row: study.search(row) for row in rows}
+        run_cells(list(searches.values()), config, place)
+        reports = {row: search.report() for row, search in searches.items()}
+        runtime.say(tuning_table(reports))
+        best = {row: found["best"] for row, found in reports.items()}
+    run_cells(study.queues(best), config, place)
 
 
 def main() -> None:
@@ -288,6 +321,8 @@ def main() -> None:
     for stage in STAGES:
         runtime.say(f"{stage}: {sum(name.startswith(f'{stage}/') for name in cells)} cells")
     runtime.say(text(cells, config.final))
+    if curves(cells) and importlib.util.find_spec("matplotlib"):
+        runtime.say(f"written: {figure(cells, Path(config.results) / 'curves.png')}")
 
 
 if __name__ == "__main__":

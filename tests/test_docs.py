@@ -136,7 +136,7 @@ def drawn(monkeypatch):
     """{file name: figure} of what is drawn, in place of files."""
     pytest.importorskip("matplotlib")
     figures = {}
-    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.setdefault(path.name, figure) and path)
     yield figures
     plot.pyplot().close("all")
 

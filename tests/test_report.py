@@ -1,6 +1,7 @@
 """The evidence: cells that are files with their settings, made anew to the same numbers; curves compared
 where both are, on unseen tasks in two halves."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -45,10 +46,13 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     sizes = [sum(cells[f"methods/{row}-x1-s0"]["parameters"].values()) for row in ("orchmoe", "lora")]
     assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
     assert [line for line in said.splitlines() if line.startswith("| lora | 2 | 1 |")]
+    assert (tmp_path / "kept/curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     kept = tmp_path / "kept/methods/lora-x2-s0.json"
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.json")}
     kept.unlink()  # elsewhere, from nothing, this one cell
-    made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", out="other")
+    best = [part for name in ("lr_skills", "lr_router") for part in
+            (f"--{name.replace('_', '-')}", cells["methods/lora-x2-s0"]["settings"][name])]  # fmt: skip
+    made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", "--no-tune", *best, out="other")
     again = json.loads(kept.read_text())
     assert again["unseen"] == cells["methods/lora-x2-s0"]["unseen"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != kept)
