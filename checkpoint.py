@@ -1,5 +1,5 @@
 """Weights in and out, whatever the family: Hugging Face folders (safetensors or torch files, whole or in
-shards), adapters, training states. A family brings its config and one list of renames; every tensor of a file
+shards), adapters, PEFT folders. A family brings its config and one list of renames; every tensor of a file
 must have its place, and every place its tensor. What is wrong with a file is a ValueError of one line that
 names it, or the system's own OSError. Test: pytest tests/test_checkpoint.py"""
 
@@ -55,7 +55,7 @@ def _line(error: Exception) -> str:
     return f"{' '.join(str(error).split()):.150}"
 
 
-def _unpickle(path: str | Path) -> object:
+def unpickle(path: str | Path) -> Any:
     """What torch.save wrote, tensors mapped and not read. weights_only: unpickling it runs no code."""
     open(path, "rb").close()
     try:
@@ -69,7 +69,7 @@ def _unpickle(path: str | Path) -> object:
 
 def _read_torch(path: str | Path) -> dict[str, Tensor]:
     """A file of torch.save that holds nothing but named tensors."""
-    tensors = _unpickle(path)
+    tensors = unpickle(path)
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [(0, None)]:
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not (isinstance(name, str) and dense):
@@ -205,7 +205,7 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------- adapters, training state
+# --------------------------------------------------------------------------------------------------- adapters
 
 
 def save_adapter(path: str | Path, state: dict[str, Tensor], *, method: str, config: dict, tasks: list[str],
@@ -224,29 +224,11 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         read = json.loads(metadata.get("adapter", ""))
     except (ValueError, RecursionError):
         read = None
-    good = _holds(read, method=str, config=dict, tasks=list, base=str)
+    kinds = {"method": str, "config": dict, "tasks": list, "base": str}
+    good = isinstance(read, dict) and all(isinstance(read.get(k), kind) for k, kind in kinds.items())
     if not (good and all(isinstance(task, str) for task in read["tasks"])):
         raise ValueError(f"{path}: no adapter of this version; train it again")
     return state, read
-
-
-def _holds(values: object, **kinds: type) -> bool:
-    """Whether it is a dict that has these keys, with values of these types."""
-    return isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in kinds.items())
-
-
-def save_state(path: str | Path, state: dict) -> None:
-    """Everything that training resumes from, whole or not at all."""
-    with runtime.atomic_write(path) as file:
-        torch.save(state, file)
-
-
-def load_state(path: str | Path) -> dict:
-    """What save_state wrote; ValueError for anything else."""
-    state = _unpickle(path)
-    if not _holds(state, step=int, best=float, tokens=int, weights=dict, optimizer=dict):
-        raise ValueError(f"{path}: not a training state of this project; restore it")
-    return state
 
 
 # --------------------------------------------------------------------------------------- LoRAs in PEFT's form

@@ -253,13 +253,15 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
     """(next step, best dev loss, tokens seen) of a checkpoint, whose weights and moments go into place."""
     if not path.exists():
         return 0, math.inf, 0
-    state = checkpoint.load_state(path)
+    state = checkpoint.unpickle(path)
     try:
         adapters.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():  # whose shapes torch does not compare
             if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments are of other shapes")
+        if [type(state[name]) for name in ("step", "best", "tokens")] != [int, float, int]:
+            raise ValueError("step, best or tokens is of another type")
     except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
         raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
     return state["step"], state["best"], state["tokens"]
@@ -268,7 +270,8 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
 def save_progress(path: Path, adapters: Adapters, optimizer: Optimizer, **progress: float) -> None:
     if runtime.rank() == 0:
         state = {"weights": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save_state(path, {**progress, **state})
+        with runtime.atomic_write(path) as file:
+            torch.save({**progress, **state}, file)
 
 
 def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Callable[[int], data.Batch],

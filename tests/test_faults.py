@@ -62,7 +62,7 @@ def check_kept(folder, before, error, named):
     assert error.count("\n") == 1 and re.search(named, error), error
     assert not list(folder.rglob("*.tmp"))
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert checkpoint.load_state(folder / "checkpoint.pt")["step"] < 24
+    assert checkpoint.unpickle(folder / "checkpoint.pt")["step"] < 24
 
 
 def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk):
@@ -122,7 +122,7 @@ def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):
 
 
 @pytest.mark.parametrize("save", [
-    lambda path, ones: checkpoint.save_state(path, {"step": 1, "x": ones}),  # torch's own error
+    lambda path, ones: train.save_progress(path, *[mock.Mock(state_dict=lambda: ones)] * 2),  # torch's error
     lambda path, ones: checkpoint.write_safetensors(path, {"x": ones}, {"format": "pt"}),
 ], ids=["torch.save", "safetensors"])  # fmt: skip
 def test_a_write_that_fails_is_an_error_of_the_file(tmp_path, save):
@@ -197,7 +197,7 @@ def test_what_is_no_config_is_refused_in_one_line(tmp_path, bounded, read, conte
 
 ENDLESS = {"config.json": read_model_of, "run.json": runtime.read_json, "task1_a.json": data.read_task,
            "spiece.model": tokenizer.load, "a.safetensors": checkpoint.read_safetensors,
-           "checkpoint.pt": checkpoint.load_state, "pytorch_model.bin": read_folder_of}
+           "checkpoint.pt": checkpoint.unpickle, "pytorch_model.bin": read_folder_of}
 
 
 @pytest.mark.parametrize("name, read", ENDLESS.items(), ids=ENDLESS)
@@ -242,7 +242,7 @@ PLACES = {
     "model.safetensors": read_folder_of,
     "model.safetensors.index.json": read_folder_of,
     "adapter.safetensors": checkpoint.load_adapter,
-    "checkpoint.pt": checkpoint.load_state,
+    "checkpoint.pt": checkpoint.unpickle,
     "config.json": read_run_of,
     "model/config.json": read_model_of,
     "spiece.model": tokenizer.load,
@@ -273,12 +273,12 @@ def test_no_file_that_is_read_runs_code(home, monkeypatch, form, name):
 
 def test_an_archive_on_several_disks_is_refused(tmp_path):
     """Of which zipfile itself complains, when it is only asked whether the file is an archive."""
-    checkpoint.save_state(tmp_path / "state.pt", {"step": 1})
+    torch.save({"step": 1}, tmp_path / "state.pt")
     raw = bytearray((tmp_path / "state.pt").read_bytes())
     raw[raw.rindex(b"PK\x06\x07") + 16] = 7  # the number of disks in zip64's locator
     (tmp_path / "state.pt").write_bytes(raw)
     with pytest.raises(ValueError, match="state.pt: refused, not a file of tensors alone"):
-        checkpoint.load_state(tmp_path / "state.pt")
+        checkpoint.unpickle(tmp_path / "state.pt")
 
 
 def test_there_is_no_other_way_in():
@@ -340,9 +340,10 @@ STATES = {  # a training state of the right type, but not of this run
 @pytest.mark.parametrize("change", STATES.values(), ids=STATES)
 def test_training_states_of_something_else_are_refused(copied, change):
     path = copied / "checkpoint.pt"
-    state = checkpoint.load_state(path)
+    state = checkpoint.unpickle(path)
     change(state)
-    checkpoint.save_state(path, state)
+    with runtime.atomic_write(path) as file:  # what `state` maps stays
+        torch.save(state, file)
     saved = vars(evaluation.Run.read(copied))
     configs = {name: runtime.from_json(cls, saved[name], "") for name, cls in train.CONFIGS.items()}
     with pytest.raises(ValueError) as refusal:

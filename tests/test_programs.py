@@ -70,12 +70,13 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
     out = terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
     assert f"{ROOT / 'train.py'} --resume --device cpu --out run\n" in out
     folder = home / "run"
-    state = checkpoint.load_state(folder / "checkpoint.pt")
+    state = checkpoint.unpickle(folder / "checkpoint.pt")
     assert state["step"] == records(folder)[-1]["step"] + 1
     name = "decoder.blocks.1.attention.v.skill_B"
     state["weights"][name] = state["weights"][name].clone()
     state["weights"][name][1, 0, 3] = float("inf")
-    checkpoint.save_state(folder / "checkpoint.pt", state)
+    with runtime.atomic_write(folder / "checkpoint.pt") as file:  # what `state` maps stays
+        torch.save(state, file)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home, code=2)
     assert error.count("\n") == 1 and f"step {state['step']} on " in error and "loss nan" in error
