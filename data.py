@@ -14,13 +14,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import string
 import zipfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +32,6 @@ from tokenizer import Tokenizer
 
 CACHE_VERSION = 5  # part of every cache key: raise it when a prompt, a set or the layout changes
 LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
-POOL_BYTES = 20e6  # of task files; from here on worker processes pay for their start
 SETS = ("train", "dev", "seen", "test")
 WHERE = {"data", "splits", "max_tasks"}  # options that no token depends on
 
@@ -281,10 +278,10 @@ def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list
     if not tasks:
         raise ValueError(f"{folder}: no task of splits/{config.splits}/{kind}_tasks.txt; complete it")
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
-    encode = functools.partial(_encode_task, kind=kind, tokenizer=tokenizer, config=config)
     options = {name: value for name, value in vars(config).items() if name not in WHERE}
     made = cached([kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
-        {**task, "ids": torch.from_numpy(task["ids"])} for task in _map_tasks(encode, paths)]})["tasks"]
+        _encode_task(path, kind, tokenizer, config)
+        for path in runtime.progress(paths, "tokenising", unit="task")]})["tasks"]
     if copies := sum(task["copies"] for task in made):
         runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "
                      "train, dev and seen")
@@ -320,7 +317,8 @@ def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
         ids += pieces
     copies = len(contents) - len(set(contents)) if kind == "train" else 0
     return {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
-            "copies": copies, "cut": cut, "rows": json.dumps(rows), "ids": np.concatenate(ids)}
+            "copies": copies, "cut": cut, "rows": json.dumps(rows),
+            "ids": torch.from_numpy(np.concatenate(ids))}
 
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
@@ -328,20 +326,6 @@ def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) 
     prompt = _prompt({"definition": definition}, {"input": text}, tokenizer, config)
     source_ids = _cut(tokenizer.source(prompt), config.max_source_length)
     return Example("asked", "asked", "asked", source_ids, [_cut(tokenizer.target(""), 1)], [])
-
-
-def _map_tasks(function: Callable[[Path], Any], paths: list[Path]) -> list:
-    """[function(path), ...], in worker processes where the files are large enough and a pool can be had."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bar = functools.partial(runtime.progress, desc="tokenising", total=len(paths), unit="task")
-    if cores > 1 and sum(path.stat().st_size for path in paths) > POOL_BYTES:
-        try:  # spawned: a fork of a process in which torch has started threads can hang
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(cores, 32), spawn, runtime.end_with_parent) as pool:
-                return list(bar(pool.map(function, paths, chunksize=4)))
-        except (BrokenExecutor, OSError) as error:
-            runtime.warn(f"worker processes failed ({type(error).__name__}); tokenising in this one")
-    return [function(path) for path in bar(paths)]
 
 
 # ---------------------------------------------------------------------------------------------------- batches

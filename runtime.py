@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -470,9 +469,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def end_with_parent() -> None:
-    """Lets no worker outlive a parent that was killed outright: an orphan would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -2,7 +2,6 @@
 Llama's and Mistral's SentencePiece, or a tokenizer.json (by the package tokenizers). Special tokens that a
 text spells are text. Test: pytest tests/test_tokenizer.py"""
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -35,9 +34,6 @@ class Tokenizer:
         self._read(content := self._files[path.name])
         habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
         self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
-
-    def __reduce__(self):  # a worker process reads the files once, not for every task that it is handed
-        return _load_once, (self.path,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, EOS last."""
@@ -173,8 +169,3 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path}: larger than {LARGEST_FILE:.0f} bytes; download it again")
     return KINDS.get(path.name, T5Pieces)(path)
-
-
-@functools.lru_cache(maxsize=2)
-def _load_once(path: Path) -> Tokenizer:
-    return load(path)

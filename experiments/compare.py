@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -259,7 +260,9 @@ def tree() -> str:
 
 
 def _worker(threads: int) -> None:
-    runtime.end_with_parent()
+    """Outlives no parent that was killed outright: an orphan would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
 
 

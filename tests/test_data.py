@@ -485,32 +485,6 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp
     assert "no token cache" in warning
 
 
-def test_worker_processes_give_the_same(config, tokenizer, tmp_path, monkeypatch, capsys):
-    alone = load_all(config, tokenizer)
-    monkeypatch.setattr(data, "POOL_BYTES", 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    encodes = count_encodes(monkeypatch)  # of this process
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
-    train = load_sets(config, tokenizer, ["train"])["train"]
-    assert contents(train) == alone["train"] and not encodes and not capsys.readouterr().err
-
-    def refuse(*_):
-        raise OSError("no processes to be had")
-
-    monkeypatch.setattr(data, "ProcessPoolExecutor", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "3"))
-    assert load_all(config, tokenizer) == alone
-    assert encodes and "worker processes failed" in capsys.readouterr().err
-
-
-def test_a_bad_file_in_a_worker_is_the_same_one_line(config, repository, tokenizer, monkeypatch):
-    path = write_task(repository, "task1_a", b"{")
-    monkeypatch.setattr(data, "POOL_BYTES", 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    with pytest.raises(ValueError, match=f"^{path}: not readable as JSON"):
-        load_sets(config, tokenizer, ["train"])
-
-
 def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
     for name, value in dict(num_pos=-1, train_instances=0, max_source_length=1).items():
         with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
