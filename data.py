@@ -213,17 +213,16 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], dict]) -> dict:
     key = [CACHE_VERSION, *key, list(map(str, files))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(base, "orchmoe", f"{name}.tokens")
-    with runtime.first_of_node_first():
-        key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
-        if found := _read_cache(path, key):
-            return found
-        made = {"key": key, **make()}
-        try:
-            with runtime.atomic_write(path) as file:
-                torch.save(made, file)
-        except OSError as error:  # a folder that is full, or may not be written, costs the cache alone
-            runtime.warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
-        return _read_cache(path, key) or made  # mapped, so that processes share the memory
+    key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    if found := _read_cache(path, key):
+        return found
+    made = {"key": key, **make()}  # processes that start together each make it, the last stays
+    try:
+        with runtime.atomic_write(path) as file:
+            torch.save(made, file)
+    except OSError as error:  # a folder that is full, or may not be written, costs the cache alone
+        runtime.warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
+    return _read_cache(path, key) or made  # mapped, so that processes share the memory
 
 
 def _read_cache(path: Path, key: list) -> dict | None:

@@ -388,16 +388,6 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-@contextmanager
-def first_of_node_first() -> Iterator[None]:
-    """Lets the first process of each node through the body alone, so that the others find what it cached."""
-    if local_rank() != 0:
-        any_rank(False)
-    yield
-    if local_rank() == 0:
-        any_rank(False)
-
-
 def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "to_local") for parameter in module.parameters())
 
