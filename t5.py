@@ -166,50 +166,44 @@ def norm(config: T5Config) -> nn.RMSNorm:
     return nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
 
-class EncoderBlock(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.attention_norm, self.attention = norm(config), Attention(config)
-        self.ffn_norm, self.ffn = norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(0.0)
+class Block(nn.Module):
+    """Of the decoder where `cross`: between its two sublayers it attends to the encoder's states (B,Ls,D)."""
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Ls,D)
-
-
-class DecoderBlock(nn.Module):
     entries = ("start", "step")  # called from outside and compute with weights, as forward
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config, *, cross: bool):
         super().__init__()
         self.attention_norm, self.attention = norm(config), Attention(config)
-        self.cross_norm, self.cross_attention = norm(config), Attention(config)
+        if cross:
+            self.cross_norm, self.cross_attention = norm(config), Attention(config)
         self.ffn_norm, self.ffn = norm(config), FeedForward(config)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, bias: Tensor, states: Tensor, states_bias: Tensor) -> Tensor:
-        return self.step(x, bias, self.cross_attention.keys_values(states), states_bias)
+    def forward(self, x: Tensor, bias: Tensor, states: Tensor | None = None,
+                states_bias: Tensor | None = None) -> Tensor:  # fmt: skip
+        keys_values = None if states is None else self.cross_attention.keys_values(states)
+        return self.step(x, bias, keys_values, states_bias)
 
     def start(self, states: Tensor) -> list[Tensor]:
         k, v = self.cross_attention.keys_values(states)
         return [k, v, k[:, :, :0], v[:, :, :0]]
 
-    def step(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor], states_bias: Tensor,
-             cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
+    def step(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None,
+             states_bias: Tensor | None, cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """Also of one more token, x (B,1,D), with the cache; not compiled there, since the cache grows."""
         x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache=cache))
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,Lt,D)
+        if keys_values is not None:
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,L,D)
 
 
 class Stack(nn.Module):
     """Encoder or decoder: the blocks, and the position bias that they share."""
 
-    def __init__(self, config: T5Config, block: type[nn.Module], count: int, *, causal: bool):
+    def __init__(self, config: T5Config, count: int, *, decoder: bool):
         super().__init__()
-        self.position = RelativeBias(config, causal=causal)
-        self.blocks = nn.ModuleList(block(config) for _ in range(count))
+        self.position = RelativeBias(config, causal=decoder)
+        self.blocks = nn.ModuleList(Block(config, cross=decoder) for _ in range(count))
         self.norm, self.dropout = norm(config), nn.Dropout(0.0)
 
     def forward(self, x: Tensor, *context: Tensor, run: Callable[..., Tensor]) -> Tensor:
@@ -267,8 +261,8 @@ class T5(Backbone):
     def __init__(self, config: T5Config):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, EncoderBlock, config.num_layers, causal=False)
-        self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, causal=True)
+        self.encoder = Stack(config, config.num_layers, decoder=False)
+        self.decoder = Stack(config, config.num_decoder_layers, decoder=True)
         self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     blocks = property(lambda self: (*self.encoder.blocks, *self.decoder.blocks))
