@@ -256,15 +256,16 @@ class Examples(list[Example]):
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = SETS, *,
+def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = (), *,
               training: Sequence[str] | None = None) -> dict[str, Examples]:
     """{name: set} of the names: "train", "dev", "seen" (`split_instances` of each training task) and "test"
-    (the first 100 instances of each test task, as they stand). training: the tasks among which `task_index`
-    is a place, those of a run; without, those of `config`. ValueError for bad files."""
+    (the first 100 instances of each test task, as they stand); without names all, and "test" where there are
+    test tasks. training: the tasks among which `task_index` is a place, those of a run; without, those of
+    `config`. ValueError for bad files."""
     listed = {kind: sorted(tasks[:config.max_tasks or None])
               for kind, tasks in read_splits(config.data, config.splits).items()}
     index = {task: i for i, task in enumerate(listed["train"] if training is None else training)}
-    sets = {}
+    sets, names = {}, names or [name for name in SETS if listed["test"] or name != "test"]
     for kind in {"test" if name == "test" else "train": None for name in names}:
         sets |= _load_tasks(config, tokenizer, kind, listed[kind], index)
     return {name: sets[name] for name in names}

@@ -334,15 +334,13 @@ def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: toke
               ) -> tuple[data.Examples, dict[str, list[data.Example]], dict[str, str]]:
     """The training set; {"dev", "seen", "unseen"} of at most --eval-instances, no unseen where the split has
     no test tasks; digests of the task files."""
-    held_out = {"dev": "dev", "seen": "seen"}
-    if data.read_splits(data_config.data, data_config.splits)["test"]:
-        held_out["unseen"] = "test"
-    sets = data.load_sets(data_config, tokenizer, ["train", *held_out.values()])
+    sets = data.load_sets(data_config, tokenizer)
     if not sets["dev"]:
         raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
     digests = {name: sets[name].digest for name in ("train", "test") if name in sets}
-    return sets["train"], {name: data.subsample(sets[of], config.eval_instances)
-                           for name, of in held_out.items()}, digests
+    held_out = {"unseen" if name == "test" else name: data.subsample(examples, config.eval_instances)
+                for name, examples in sets.items() if name != "train"}
+    return sets["train"], held_out, digests
 
 
 def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False, fit: bool = True) -> Parts:
