@@ -11,7 +11,6 @@ metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev 
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shlex
@@ -182,16 +181,13 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
 
 def freeze(adapters: Adapters, config: TrainConfig) -> None:
     """Leaves training to what --trainable names; ValueError where the run has none of it."""
-    groups = adapters.parameter_groups()
-    kept = {p for kind in TRAINED[config.trainable] for p in groups.get(kind, ())}
-    if config.trainable == "mixture":
-        kept = {p for p in kept if p.dim() == 1}
-    if not kept:
+    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
+    for kind, group in adapters.parameter_groups().items():
+        for parameter in group:
+            fits = parameter.dim() == 1 or config.trainable != "mixture"
+            parameter.requires_grad_(kind in kinds and fits)
+    if not any(adapters.parameter_groups().values()):
         raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
-    for parameter in itertools.chain(*groups.values()):
-        parameter.requires_grad_(parameter in kept)
-    for skill in groups["skills"] if config.loras else ():
-        skill.requires_grad_(False)
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
