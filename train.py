@@ -245,10 +245,10 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
     return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
 
 
-def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple[int, float, int]:
-    """(next step, best dev loss, tokens seen) of a checkpoint, whose weights and moments go into place."""
+def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple[int, float]:
+    """(next step, best dev loss) of a checkpoint, whose weights and moments go into place."""
     if not path.exists():
-        return 0, math.inf, 0
+        return 0, math.inf
     state = checkpoint.unpickle(path)
     try:
         adapters.load_state_dict(state["weights"])
@@ -256,11 +256,11 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
         for parameter, moments in optimizer.state.items():  # whose shapes torch does not compare
             if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments are of other shapes")
-        if [type(state[name]) for name in ("step", "best", "tokens")] != [int, float, int]:
-            raise ValueError("step, best or tokens is of another type")
+        if (type(state["step"]), type(state["best"])) != (int, float):
+            raise ValueError("step or best is of another type")
     except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
         raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
-    return state["step"], state["best"], state["tokens"]
+    return state["step"], state["best"]
 
 
 def save_progress(path: Path, adapters: Adapters, optimizer: Optimizer, **progress: float) -> None:
@@ -277,7 +277,7 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
     each --eval-every the dev loss is taken, and keep_best() called if it is the lowest so far. batch_at(step)
     must depend on nothing else, so that a run can resume. autocast: bf16 arithmetic on float32 weights."""
     path, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    first, best, tokens = load_progress(path, adapters, optimizer)
+    first, best = load_progress(path, adapters, optimizer)
     runtime.truncate_log(log, first)
     runtime.broadcast(adapters.state_dict().values())  # processes that begin alike stay alike
     with runtime.stop_signals() as asked, runtime.progress(
@@ -287,8 +287,8 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
             with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
                 record = train_step(base, adapters, optimizer, batch, step, config)
             size = batch.input_ids.numel() + batch.labels.numel()  # padding included
-            tokens, speed = tokens + size, round(size / (time.monotonic() - began))
-            runtime.append_json(log, step=step, **record, tokens=tokens, tokens_per_s=speed)
+            speed = round(size / (time.monotonic() - began))
+            runtime.append_json(log, step=step, **record, tokens_per_s=speed)
             bar.set_postfix(loss=f"{record['loss']:.4g}", tokens_per_s=speed, refresh=False)
             stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
             due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
@@ -306,7 +306,7 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
                 if loss < best:
                     best = loss
                     keep_best()
-            save_progress(path, adapters, optimizer, step=step + 1, best=best, tokens=tokens)
+            save_progress(path, adapters, optimizer, step=step + 1, best=best)
             if stopping:
                 return step + 1 == config.steps
     return True
