@@ -126,7 +126,7 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
 
 def score(examples: Sequence[data.Example], predictions: Sequence[str]) -> dict[str, dict]:
     """{"overall", "tasks", "categories"}, see metrics.score."""
-    pairs = runtime.progress(zip(examples, predictions, strict=True), "score", len(examples), "ex")
+    pairs = runtime.progress(zip(examples, predictions, strict=True), "score", total=len(examples), unit="ex")
     return metrics.score({**example._asdict(), "prediction": said} for example, said in pairs)
 
 

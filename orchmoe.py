@@ -54,9 +54,7 @@ class OrchMoEConfig:
 
     def __post_init__(self) -> None:
         for name, good, what in (
-            ("tasks", self.tasks >= 1, "1 or more"),
-            ("skills", self.skills >= 1, "1 or more"),
-            ("rank", self.rank >= 1, "1 or more"),
+            *((name, getattr(self, name) >= 1, "1 or more") for name in ("tasks", "skills", "rank")),
             ("alpha", self.alpha is None or 0 < self.alpha < math.inf, "a number above 0"),
             ("targets", self.targets and isinstance(self.targets, tuple | list)
              and all(isinstance(name, str) for name in self.targets), "a tuple of names"),

@@ -267,12 +267,10 @@ def warn(text: str) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def progress(iterable: Iterable | None, desc: str, total: int | None = None, unit: str = "it",
-             **options: Any) -> tqdm:
+def progress(iterable: Iterable | None, desc: str, **options: Any) -> tqdm:
     """tqdm on stderr, of what takes longer than a second; the first process's alone, and on a terminal."""
     silent = multiprocessing.parent_process() is not None or rank() != 0 or not sys.stderr.isatty()
-    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, delay=1,
-                disable=silent, **options)
+    return tqdm(iterable, desc, leave=False, dynamic_ncols=True, delay=1, disable=silent, **options)
 
 
 # ------------------------------------------------------------------------------------------ device, processes
