@@ -392,17 +392,6 @@ def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> di
     return rows
 
 
-def table(rows: dict[str, dict[str, dict]]) -> str:
-    """ROUGE-L and exact match of each row's model on seen and unseen tasks, as Markdown."""
-    lines = ["| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |",
-             "| --- | --- | --- | --- | --- |"]
-    for name, scores in rows.items():
-        cells = (f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
-                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match"))
-        lines.append(f"| {' | '.join((name, *cells))} |")
-    return "\n".join(lines)
-
-
 def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
         shard: bool = False, resume: str = "") -> bool:
     """Trains into the run folder (None: the first free one), from its checkpoint where it has one; false if a
@@ -445,7 +434,13 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, 
 
 
 def say_scores(folder: Path, rows: dict[str, dict], config: TrainConfig) -> None:
-    runtime.say(table(rows))
+    """A table in Markdown, and what comes next."""
+    runtime.say("| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |\n"
+                "| --- | --- | --- | --- | --- |")
+    for name, scores in rows.items():
+        cells = (f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
+                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match"))
+        runtime.say(f"| {' | '.join((name, *cells))} |")
     most = f"at most {config.eval_instances}" if config.eval_instances else "all"
     runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, scores.json, "
                 "metrics.jsonl")
