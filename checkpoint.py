@@ -192,10 +192,8 @@ def save(backbone: Backbone, folder: str | Path) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 hex digits that tell one base from another, whatever files it is stored in. They cover the config
-    and, of each tensor as the file has it, name, dtype, shape and up to 1,024 evenly spaced values; a change
-    between these goes unseen. All bytes would cost each process a second per GB at every start, and with
-    --shard none reads more than its share."""
+    """16 hex digits that tell one base from another, whatever files it is stored in: of the config and, of
+    each tensor, name, dtype, shape and up to 1,024 evenly spaced values; docs/security.md says why."""
     backbone = mapped(path)
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())
     for name, weight in sorted(backbone.state_dict().items()):
