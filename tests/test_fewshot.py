@@ -41,6 +41,12 @@ def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "few/cells").rglob("*.json")}
 
 
+def test_each_seed_goes_on_from_its_own_run(finished, copied):
+    study = fewshot.Study(fewshot.FewShotConfig(runs=(str(finished / "run"), str(copied))), {"t": ROOT}, {})
+    starts = [study.cell("all", "t", 4, seed, {}).configs["train"].start for seed in (0, 1)]
+    assert starts == [str(finished / "run"), str(copied)]
+
+
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
     folder = fewshot.subset(tmp_path / "one", ROOT / "sni", ["task201_opposite_of_second_word"])
     assert data.read_splits(folder) == {"train": ["task201_opposite_of_second_word"], "test": []}
