@@ -65,6 +65,7 @@ def check_kept(folder, before, error, named):
     assert checkpoint.unpickle(folder / "checkpoint.pt")["step"] < 24
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk):
     run("train.py", *LONG, "--out", "whole", cwd=home)
     terminate_after(1, *LONG, cwd=home, out="disk/run")
@@ -85,6 +86,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on(home, small_disk):
     assert trace(folder) == trace(home / "whole")
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_keeps_the_last_state(home):
     """As a quota does it; a checkpoint is larger than that, adapters and log are smaller."""
     terminate_after(1, *LONG, cwd=home)
@@ -460,7 +462,7 @@ json.dump(ended, sys.stderr)
 """
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+@pytest.mark.parametrize("program", ["train.py", pytest.param("eval.py", marks=pytest.mark.slow)])
 def test_help_without_docstrings(home, program):
     shown = start([sys.executable, "-OO", str(ROOT / program), "--help"], home)
     assert shown.returncode == 0 and " --max-source-length N" in shown.stdout, shown.stderr

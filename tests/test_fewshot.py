@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(fewshot, "WAYS", few)
 
 
+@pytest.mark.slow
 def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
     arguments = ["--runs", finished / "run", "--out", tmp_path / "few", "--examples", "2,5", "--steps", "2",
                  "--max-tasks", "2", "--tuned", "1", "--device", "cpu", "--jobs", "1"]  # fmt: skip

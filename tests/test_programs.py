@@ -229,6 +229,7 @@ def test_what_was_evaluated_is_in_the_name_of_its_folder():
     assert folder(run="r", out="o") == Path("o")
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step(home):
     for parts in (1, 3):
         run("train.py", *SHORT, "--gumbel", "--accumulate", parts, "--out", f"run{parts}", cwd=home)
@@ -268,6 +269,7 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
     assert answer == f"answer: {tokenizer.decode(first)}"
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_as_the_page_prints_it(home):
     """Merged under the mean w of a task: the same predictions as from the run routed by that w."""
     page = (ROOT / "docs/use.md").read_text(encoding="utf-8")

@@ -75,6 +75,7 @@ def test_the_start_is_scored_as_the_run_that_it_is(new):
     assert scores["start"] == json.loads((new / "run/scores.json").read_text())["orchmoe"]
 
 
+@pytest.mark.slow
 def test_a_start_that_was_stopped_goes_on_bit_for_bit(new):
     arguments = ["--start", "run", "--trainable", "mixture", "--data", "data", *NEW, "--steps", "12"]
     process("train.py", *arguments, "--out", "whole", cwd=new)
