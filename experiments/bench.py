@@ -518,7 +518,7 @@ def bench_decoder(config: BenchConfig, device: torch.device, _dtype: torch.dtype
 
 def generate_decoder(config: BenchConfig, device: torch.device) -> list[str]:
     """Greedy answers to real prompts in bf16, the adapters as they start, so that all should say the same."""
-    count, size, most, longest = (4, 2, 3, 64) if config.quick else (64, 16, 32, 256)
+    count, size, most, longest = (4, 2, 3, 64) if config.quick else (64, 16, 32, 512)
     tokenizer = tokenizers.load(config.model)
     options = data.DataConfig(data=config.data, max_source_length=longest, max_tasks=4 if config.quick else 0)
     examples = data.load_sets(options, tokenizer, ["test"])["test"]
