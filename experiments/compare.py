@@ -418,15 +418,23 @@ def slug(row: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row)
 
 
-def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Device) -> str:
-    """Runs what is missing, writes the results and returns the tables."""
-    tokenizer = tokenizers.load(configs["train"].model)
+def facts_of(configs: dict[str, Any], tokenizer: tokenizers.Tokenizer, place: runtime.Device
+             ) -> tuple[dict[str, str], int]:
+    """What cells of these configs depend on beside them, and the number of training tasks."""
     lists = data.read_splits(configs["data"].data, configs["data"].splits)
     sets = data.load_sets(configs["data"], tokenizer, [name for name in ("train", "test") if lists[name]])
     facts = {"base": checkpoint.fingerprint(configs["train"].model), "tokenizer": tokenizer.fingerprint,
              **{f"{name}_tasks": part.digest for name, part in sets.items()},
-             "torch": torch.__version__, "computed": f"{place.device.type}, {place.dtype}"}
-    study = Study(config, configs, place, facts, len(sets["train"].tasks))
+             "computed": f"{place.device.type}, {place.dtype}"}
+    return facts, len(sets["train"].tasks)
+
+
+def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Device) -> str:
+    """Runs what is missing, writes the results and returns the tables."""
+    tokenizer = tokenizers.load(configs["train"].model)
+    facts, num_tasks = facts_of(configs, tokenizer, place)
+    facts["torch"] = torch.__version__
+    study = Study(config, configs, place, facts, num_tasks)
     queues, tuning = (ablation_cells if config.ablations else method_cells)(study)
     run_cells(queues, config, place)
     rows: dict[str, list[dict]] = {}

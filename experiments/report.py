@@ -13,6 +13,7 @@ Test: `pytest tests/test_report.py`"""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,16 +130,14 @@ class Study(NamedTuple):
         config, queues = self.config, []
         stage, rank = config.stage, self.configs["adapter"].rank
         for seed in range(config.seeds):
-            if stage == "methods":
-                for row in config.rows or ROWS:
-                    fields = self.fields(row) | best[row] | {"seed": seed}
-                    queues += [[self.cell(stage, f"{slug(row)}-x{scale:g}-s{seed}", row,
-                                          fields | {"alpha": scale * rank})] for scale in SCALES]
-            elif stage == "sizes":
-                for row in config.rows or ROWS:
-                    fields = self.fields(row) | best[row] | {"seed": seed}
-                    queues += [[self.cell(stage, f"{slug(row)}-{size}-s{seed}", row, fields, size=size)]
-                               for size in config.sizes]
+            if stage in ("methods", "sizes"):
+                points = {f"x{scale:g}": {"alpha": scale * rank} for scale in SCALES}
+                if stage == "sizes":
+                    points = {size: {} for size in config.sizes}
+                for row, (point, more) in itertools.product(config.rows or ROWS, points.items()):
+                    fields = self.fields(row) | best[row] | {"seed": seed} | more
+                    queues.append([self.cell(stage, f"{slug(row)}-{point}-s{seed}", row, fields,
+                                             size=point if stage == "sizes" else "")])
             elif stage in ("changes", "controls"):
                 shared, rows = [], CHANGES if stage == "changes" else CONTROLS
                 for row in config.rows or rows:
@@ -164,11 +163,7 @@ def make_study(config: ReportConfig, configs: dict[str, Any], place: runtime.Dev
     facts, roots = {}, {}
     for size in {str(config.train_tasks), *(config.sizes if config.stage == "sizes" else ())}:
         roots[size] = subset(Path(config.out, f"tasks-{size}"), root, order[:int(size)], lists["test"])
-        sets = data.load_sets(changed(configs, data=str(roots[size]))["data"], tokenizer, ["train", "test"])
-        facts[size] = {"base": checkpoint.fingerprint(configs["train"].model),
-                       "tokenizer": tokenizer.fingerprint,
-                       **{f"{name}_tasks": part.digest for name, part in sets.items()},
-                       "computed": f"{place.device.type}, {place.dtype}"}
+        facts[size], _ = compare.facts_of(changed(configs, data=str(roots[size])), tokenizer, place)
     base, adapter = on_meta(checkpoint.config(configs["train"].model)), configs["adapter"]
     token = changed(configs, router="token")["adapter"]
     dearest = sum(parameters("orchmoe", base, token).values())

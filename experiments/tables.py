@@ -86,14 +86,14 @@ def markdown(summary: Sequence[dict], tuning: dict[str, dict]) -> str:
     number = sum("difference" in entry.get(column, {}) for entry in summary for column in compared)
     parts = [tuning_table(tuning),
              table(["row", "skills + routing", *map(_title, columns)],
-                    [[_name(entry), _size(entry), *(_score(entry, column) for column in columns)]
-                     for entry in summary]),
+                   [[_name(entry), _size(entry), *(_score(entry, column) for column in columns)]
+                    for entry in summary]),
              table([f"{summary[0]['row']} - row", *map(_title, compared)],
-                    [[entry["row"], *(_difference(entry, column) for column in compared)]
-                     for entry in summary[1:]]),
+                   [[entry["row"], *(_difference(entry, column) for column in compared)]
+                    for entry in summary[1:]]),
              table(["row, on seen instances", *ROUTER.values()],
-                    [[entry["row"], *(f"{entry['learnt'][name]:.3f}" if name in entry["learnt"] else "-"
-                                      for name in ROUTER)] for entry in summary if entry["learnt"]]),
+                   [[entry["row"], *(f"{entry['learnt'][name]:.3f}" if name in entry["learnt"] else "-"
+                                     for name in ROUTER)] for entry in summary if entry["learnt"]]),
              "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds together; "
              f"of the {number} here about {number / 20:.0f} would exclude zero if nothing differed. ROUGE-L "
              "and exact match in per cent; loss: nats per target token, of seen and unseen the mean over "
