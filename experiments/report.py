@@ -53,8 +53,9 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "w replaced by its mean": {}, "w of another sample": {}, "router: random": {},
     "router: none": {"router": "none"}, "K = 1, Gumbel noise": {"tasks": 1, "gumbel": True},
 }  # fmt: skip
-DEFAULTS = {"steps": 100, "warmup": 10, "eval_every": 100, "eval_instances": 400, "lr_skills": 1e-2,
-            "train_instances": 8, "num_pos": 0, "max_source_length": 320}  # fmt: skip
+DEFAULTS = {"steps": 100, "batch_size": 8, "warmup": 10, "eval_every": 100, "eval_instances": 300,
+            "lr_skills": 1e-2, "rank": 4, "train_instances": 8, "num_pos": 0,
+            "max_source_length": 240}  # fmt: skip
 FIXED = (*compare.FIXED, "splits", "max_tasks", "alpha", "router", "trainable")
 
 
