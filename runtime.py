@@ -232,8 +232,10 @@ def run_program(main: Callable[[], None]) -> typing.NoReturn:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         main()
-        if dist.is_torchelastic_launched():  # gloo's threads outlive a sharded base's group, and one that still
-            os._exit(0)  # lets go of a tensor while Python goes down aborts; all lines are flushed as said
+        if dist.is_torchelastic_launched():
+            # A sharded base keeps gloo's threads alive. One that lets go of a tensor while Python goes down
+            # would abort; all that was said is flushed.
+            os._exit(0)
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -87,6 +87,11 @@ class PlaceConfig:
     gpu: int | None = None  # number of the GPU
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
     shard: bool = False  # split the frozen base over the processes of torchrun
+    compile: bool = False  # torch.compile each block: a minute at the start, then faster steps
+
+    def __post_init__(self) -> None:
+        if self.shard and self.compile:  # FSDP2's hooks stand inside the blocks, and no graph takes them
+            raise ValueError("--shard and --compile: give one of the two")
 
 
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
@@ -339,20 +344,23 @@ def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: toke
     return sets["train"], held_out, digests
 
 
-def build(configs: dict[str, Any], place: runtime.Device, *, shard: bool = False, fit: bool = True) -> Parts:
+def build(configs: dict[str, Any], place: runtime.Device, where: PlaceConfig = PlaceConfig(), *,
+          fit: bool = True) -> Parts:
     """Everything at its start; fit: also what `begin` does, which a checkpoint would replace."""
     config = configs["train"]
     tokenizer = tokenizers.load(config.model)
     train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
     # The small updates of full training would be lost in bf16 weights: these stay float32.
     dtype = torch.float32 if config.method == "full" else place.dtype
-    base = checkpoint.mapped(config.model) if shard else checkpoint.load(config.model, dtype=dtype,
-                                                                         device=place.device)
+    base = (checkpoint.mapped(config.model) if where.shard else
+            checkpoint.load(config.model, dtype=dtype, device=place.device))
     for examples in (train_set, *sets.values()):
         evaluation.require_fit(base, tokenizer, examples)
     adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
                              extra_rank=config.extra_rank, generator=runtime.generator(config.seed, 0))
-    if shard:
+    if where.compile:
+        base.compile_blocks()
+    if where.shard:
         runtime.shard(base, base.blocks, place)
     base.checkpoint_blocks = config.checkpoint_blocks
     bound = {"tasks": tuple(train_set.tasks), "base": checkpoint.fingerprint(config.model),
@@ -392,14 +400,14 @@ def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> di
     return rows
 
 
-def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device, *, closing: bool = True,
-        shard: bool = False, resume: str = "") -> bool:
+def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device,
+        where: PlaceConfig = PlaceConfig(), *, closing: bool = True, resume: str = "") -> bool:
     """Trains into the run folder (None: the first free one), from its checkpoint where it has one; false if a
-    signal stopped it. closing: score the frozen base and the trained model on seen and unseen tasks, and say
-    so. shard: split the base over all processes. resume: the command that goes on with a run, but for its
-    folder, to be said."""
+    signal stopped it. where: its `shard` and `compile`. closing: score the frozen base and the trained model
+    on seen and unseen tasks, and say so. resume: the command that goes on with a run, but for its folder, to
+    be said."""
     config, full = configs["train"], configs["train"].method == "full"
-    parts = build(configs, place, shard=shard, fit=not (folder and (folder / "checkpoint.pt").exists()))
+    parts = build(configs, place, where, fit=not (folder and (folder / "checkpoint.pt").exists()))
     train_set = parts.train_set
     folder = folder or runtime.new_folder(f"runs/{config.method}")
     resume = resume and f"{resume} --out {shlex.quote(str(folder))}"
@@ -471,8 +479,9 @@ def main() -> None:
     resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
     resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
     resume += " --device cpu" * (where.device == "cpu") + " --shard" * where.shard
+    resume += " --compile" * where.compile
     with runtime.joined(place):
-        whole = run(Path(where.out) if where.out else None, configs, place, shard=where.shard, resume=resume)
+        whole = run(Path(where.out) if where.out else None, configs, place, where, resume=resume)
     if not whole:
         raise SystemExit(130)
 

@@ -503,6 +503,9 @@ def bench_decoder(config: BenchConfig, device: torch.device, _dtype: torch.dtype
     for name, dtype in (("bf16", narrow), ("float32", wide)):
         base = checkpoint.load(config.model, dtype=dtype, device=device)
         steps[f"{OURS}, {name}"] = stepper(*ours(base, **DECODER))
+    base = checkpoint.load(config.model, dtype=narrow, device=device)
+    base.compile_blocks("eager" if config.quick else "inductor")  # eager: dynamo alone
+    steps[f"{OURS}, bf16, --compile"] = stepper(*ours(base, **DECODER))
     losses = {name: step(batch) for name, step in steps.items()}
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise ValueError(f"the contestants differ in their first loss: {losses}")
@@ -511,7 +514,8 @@ def bench_decoder(config: BenchConfig, device: torch.device, _dtype: torch.dtype
     what = (f"training step, {Path(config.model).name}, {B} x {L + Lt} tokens of which {Lt} labels, q and v, "
             "S R 16")
     lines = [row(what, other, f"{OURS}, {kind}", times, wanted) for other, kind, wanted in (
-        (f"{WIDE}, bf16", "bf16", ">= 1.8"), (NARROW, "bf16", ""), (f"{WIDE}, float32", "bf16", ">= 3.3"),
+        (f"{WIDE}, bf16", "bf16", ">= 1.8"), (NARROW, "bf16", ""), (f"{WIDE}, float32", "bf16", ""),
+        (f"{WIDE}, float32", "bf16, --compile", ">= 3.3"), (f"{OURS}, bf16", "bf16, --compile", ""),
         (f"{WIDE}, float32", "float32", ""), (f"{OURS}, float32", "bf16", ""))]
     return [*lines, *generate_decoder(config, device)]
 

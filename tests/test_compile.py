@@ -1,10 +1,13 @@
 """The blocks of an adapted T5, compiled: one graph without breaks for all lengths, and the same numbers."""
 
+import functools
+
 import pytest
 import torch
-from conftest import stir
+from conftest import SHORT, records, run, stir
 
 import kernels
+from model import Backbone
 from orchmoe import OrchMoEConfig, attach
 
 
@@ -79,3 +82,13 @@ def test_generation_is_the_same_and_decodes_uncompiled(small_t5, inputs):
     small_t5.compile_blocks("aot_eager")
     assert torch.equal(generate(), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of the encoder alone
+
+
+def test_a_run_with_compiled_blocks_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Backbone, "compile_blocks", functools.partialmethod(Backbone.compile_blocks, "eager"))
+    found = []
+    for flags in ((), ("--compile",)):
+        run("train.py", *SHORT, *flags, "--out", f"run{len(found)}", cwd=tmp_path)
+        found.append([row["loss"] for row in records(tmp_path / f"run{len(found)}") if "loss" in row])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -311,6 +311,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --lr-skills fast": "argument --lr-skills: invalid float value: 'fast'; see --help",
     "train.py --dtype float16": f"argument --dtype: {CHOICE}'float16'",
     "train.py --method loha": f"argument --method: {CHOICE}'loha'",
+    "train.py --shard --compile": "--shard and --compile: give one of the two",
     "train.py --schedule cosine": f"argument --schedule: {CHOICE}'cosine'",
     "train.py --router oracle": f"argument --router: {CHOICE}'oracle'",
     "train.py --router-norm sigmoid": f"argument --router-norm: {CHOICE}'sigmoid'",
