@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -185,8 +185,7 @@ class Cell(NamedTuple):
 def run_cell(cell: Cell, place: runtime.Device) -> bool:
     """Trains and scores one cell, from where it was stopped; false if it was stopped again."""
     began, result = time.monotonic(), {}
-    random = mock.patch.object(TaskRouter, "forward", random_forward)
-    with random if cell.row == "router: random" else nullcontext():
+    with other_router(cell):
         runtime.write_json(cell.folder / "cell.json", cell.settings)  # first: no number without its settings
         there = cell.of and (cell.of / "adapter.safetensors").exists()
         if not there and cell.row not in UNTRAINED:
@@ -240,6 +239,32 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
     if config.method.startswith("orchmoe") and not (cell.of or cell.row in UNTRAINED):
         result["learnt"] = routing.report(base, adapters, sets["seen"], batch_size=size)
     return result
+
+
+def other_router(cell: Cell) -> AbstractContextManager:
+    """Inside, the router that the row's name asks for."""
+    if cell.row == "router: random":
+        return mock.patch.object(TaskRouter, "forward", random_forward)
+    if "definition alone" in cell.row:
+        alone = definition_features(cell.configs["train"].model)
+        return mock.patch.object(TaskRouter, "features", alone)
+    return nullcontext()
+
+
+def definition_features(model: str) -> Callable:
+    """TaskRouter.features of what stands before the words that end a prompt's definition and examples, which
+    are known by their embeddings."""
+    tokenizer, features = tokenizers.load(model), TaskRouter.features
+    ids = tokenizer.source(" complete the following example -")[len(tokenizer.bos_ids):]
+    words = checkpoint.mapped(model).embed(torch.tensor([i for i in ids if i not in tokenizer.eos_ids]))
+
+    def alone(router: TaskRouter, embeddings: Tensor, mask: Tensor) -> Tensor:
+        here = embeddings.unfold(1, len(words), 1) == words.to(embeddings).T  # (B,L-m+1,D,m)
+        behind = here.all(-1).all(-1).cumsum(1) > 0
+        behind = torch.cat((behind, behind[:, -1:].expand(-1, len(words) - 1)), 1)  # (B,L)
+        return features(router, embeddings, mask.bool() & ~behind)
+
+    return alone
 
 
 def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:

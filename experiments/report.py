@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,9 +32,9 @@ from experiments.compare import Cell, changed, run_cells, slug
 from experiments.fewshot import subset
 from experiments.search import Search, axes_of
 from experiments.sizes import budget, on_meta, parameters
-from experiments.tables import interval, table, tuning_table
+from experiments.tables import METRICS, interval, table, tuning_table
 
-STAGES = ("tune", "methods", "sizes", "changes", "controls")
+STAGES = ("tune", "methods", "answers", "examples", "sizes", "changes", "controls")
 RESULTS = runtime.ROOT / "experiments/results"
 # The method of each row; all are of one total size, that of the dearest routing.
 ROWS: dict[str, dict[str, Any]] = {
@@ -42,11 +42,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
 }  # fmt: skip
 SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+# At its one best scale each row answers, too: without examples in the prompt, or after training with two.
+ANSWERING = (*ROWS, "full", *compare.UNTRAINED)
+PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}
 # What may help unseen tasks, and what tells whether it is the routing: OrchMoE with one change, at scale 1.
 CHANGES: dict[str, dict[str, Any]] = {
     "Gumbel noise": {"gumbel": True},
     "w = 1/K for half of the samples": {"router_dropout": 0.5},
     "both": {"gumbel": True, "router_dropout": 0.5},
+    "definition alone": {},  # `compare.definition_features` for what the router reads
+    "both, definition alone": {"gumbel": True, "router_dropout": 0.5},
     "K = 2": {"tasks": 2}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16}, "K = 32": {"tasks": 32},
 }  # fmt: skip
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -81,7 +86,8 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, seeds=1, trials=1, tune_steps=1, train_tasks=1, jobs=0)
-        rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "changes": CHANGES, "controls": CONTROLS}
+        rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "changes": CHANGES, "controls": CONTROLS,
+                **dict.fromkeys(PROMPTS, ANSWERING)}
         known = rows.get(self.stage, ())
         if odd := set(self.rows) - set(known):
             raise ValueError(f"--rows {min(odd)}: of --stage {self.stage} are {', '.join(known) or 'none'}")
@@ -102,10 +108,10 @@ class Study(NamedTuple):
     extra: dict[str, int]  # extra_rank of each row
 
     def cell(self, stage: str, name: str, row: str, fields: dict[str, Any], *, size: str = "",
-             **options: Any) -> Cell:
+             answers: bool = False, **options: Any) -> Cell:
         size = size or str(self.config.train_tasks)
         configs = changed(self.configs, data=str(self.roots[size]), **fields)
-        return Cell(row, Path(self.config.out, stage, name), configs, self.facts[size], answers=False,
+        return Cell(row, Path(self.config.out, stage, name), configs, self.facts[size], answers=answers,
                     kept=Path(self.config.results, stage, f"{name}.json"), **options)
 
     def fields(self, row: str) -> dict[str, Any]:
@@ -128,32 +134,53 @@ class Study(NamedTuple):
 
     def queues(self, best: dict[str, dict[str, float]]) -> list[list[Cell]]:
         """The cells of the stage, the first seed's first, those that share a run in one queue."""
-        config, queues = self.config, []
-        stage, rank = config.stage, self.configs["adapter"].rank
-        for seed in range(config.seeds):
-            if stage in ("methods", "sizes"):
-                points = {f"x{scale:g}": {"alpha": scale * rank} for scale in SCALES}
-                if stage == "sizes":
-                    points = {size: {} for size in config.sizes}
-                for row, (point, more) in itertools.product(config.rows or ROWS, points.items()):
-                    fields = self.fields(row) | best[row] | {"seed": seed} | more
-                    queues.append([self.cell(stage, f"{slug(row)}-{point}-s{seed}", row, fields,
-                                             size=point if stage == "sizes" else "")])
-            elif stage in ("changes", "controls"):
-                shared, rows = [], CHANGES if stage == "changes" else CONTROLS
-                for row in config.rows or rows:
-                    fields = self.fields("orchmoe") | best["orchmoe"] | {"seed": seed} | rows[row]
-                    run = Path(config.out, f"methods/orchmoe-x1-s{seed}")
-                    cell = self.cell(stage, f"{slug(row)}-s{seed}", row, fields,
-                                     of=run if row in compare.SCORED_ONLY else None)
-                    if cell.of:
-                        shared.append(cell)
-                    else:
-                        queues.append([cell])
-                queues.append(shared)
-        wanted = [[cell for cell in queue if cell.kept.stem in (config.cells or [cell.kept.stem])]
-                  for queue in queues]
+        only, stages = self.config.cells, {
+            "methods": self.points, "sizes": self.points, "changes": self.varied, "controls": self.varied,
+            "tune": lambda best, seed: (), **dict.fromkeys(PROMPTS, self.answers)}
+        make = stages[self.config.stage]
+        made = [queue for seed in range(self.config.seeds) for queue in make(best, seed)]
+        wanted = [[cell for cell in queue if not only or cell.kept.stem in only] for queue in made]
         return [queue for queue in wanted if queue]
+
+    def points(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
+        """Of each row every scale, or every number of training tasks."""
+        stage, rank, sizes = self.config.stage, self.configs["adapter"].rank, self.config.sizes
+        points = {f"x{scale:g}": {"alpha": scale * rank} for scale in SCALES}
+        points = {size: {} for size in sizes} if stage == "sizes" else points
+        for row, (point, more) in itertools.product(self.config.rows or ROWS, points.items()):
+            fields = self.fields(row) | best[row] | {"seed": seed} | more
+            yield [self.cell(stage, f"{slug(row)}-{point}-s{seed}", row, fields,
+                             size=point if stage == "sizes" else "")]
+
+    def answers(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
+        """Of each row its best scale; what is not trained once."""
+        scales, prompts = best_scales(read_cells(Path(self.config.results))), PROMPTS[self.config.stage]
+        for row in self.config.rows or ANSWERING:
+            fields, run = {"seed": seed} | ({"method": "full"} if row == "full" else {}), None
+            if row in ROWS:
+                if row not in scales:
+                    raise ValueError(f"--rows {row}: its scale is chosen by --stage methods; run that first")
+                alpha = scales[row] * self.configs["adapter"].rank
+                fields |= self.fields(row) | best[row] | {"seed": seed, "alpha": alpha}
+                run = Path(self.config.out, f"methods/{slug(row)}-x{scales[row]:g}-s{seed}")
+            if row not in compare.UNTRAINED or not seed:
+                yield [self.cell(self.config.stage, f"{slug(row)}-s{seed}", row, fields | prompts,
+                                 answers=True, of=None if prompts else run)]
+
+    def varied(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
+        """OrchMoE with one change; those that score one run differently share a queue."""
+        stage, shared = self.config.stage, []
+        rows = CHANGES if stage == "changes" else CONTROLS
+        run = Path(self.config.out, f"methods/orchmoe-x1-s{seed}")
+        for row in self.config.rows or rows:
+            fields = self.fields("orchmoe") | best["orchmoe"] | {"seed": seed} | rows[row]
+            of = run if row in compare.SCORED_ONLY else None
+            cell = self.cell(stage, f"{slug(row)}-s{seed}", row, fields, of=of)
+            if of:
+                shared.append(cell)
+            else:
+                yield [cell]
+        yield shared
 
 
 def make_study(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> Study:
@@ -182,10 +209,11 @@ def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
             for path in sorted(folder.glob("*/*.json"))}
 
 
-def by_task(cell: dict[str, Any], which: str) -> np.ndarray:
-    """(T,) losses: of seen tasks, or of a half of the unseen ones."""
+def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
+    """(T,) losses, or another metric, NaN where there is none: of seen tasks, or of a half of the unseen."""
     scores = cell[which.partition("-")[0]]["tasks"]
-    return np.array([scores[task]["loss"] for task in {"seen": sorted(scores), **halves(scores)}[which]])
+    names = {"seen": sorted(scores), **halves(scores)}[which]
+    return np.array([scores[task].get(metric, np.nan) for task in names])
 
 
 def curves(cells: dict[str, dict[str, Any]]) -> dict[str, dict[float, list[dict[str, Any]]]]:
@@ -199,6 +227,13 @@ def curves(cells: dict[str, dict[str, Any]]) -> dict[str, dict[float, list[dict[
         for group in scales.values():
             group.sort(key=lambda cell: cell["settings"]["seed"])
     return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
+
+
+def best_scales(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """{row: scale}: the least of dev loss and loss on the half of the unseen tasks to choose by, summed."""
+    return {row: min(scales, key=lambda scale: np.mean(
+        [cell["dev_loss"] + by_task(cell, "unseen-dev").mean() for cell in scales[scale]]))
+        for row, scales in curves(cells).items()}
 
 
 def at_equal(one: dict, other: dict, along: str, across: str) -> tuple[float, float, float] | None:
@@ -272,13 +307,19 @@ def text(cells: dict[str, dict[str, Any]], final: bool = False) -> str:
     parts.append(table(["orchmoe - row", *heads], sorted(lines)))
     groups: dict[tuple[str, str], list[dict]] = {}
     for name, cell in cells.items():
-        if (stage := name.split("/")[0]) in ("sizes", "changes", "controls"):
+        if (stage := name.split("/")[0]) not in ("tune", "methods"):
             what = cell["settings"]["row"]
             what += f", {name.rsplit('-', 2)[1]} tasks" if stage == "sizes" else ""
+            if stage in PROMPTS and what in ROWS:
+                what += f", scale {cell['settings']['alpha'] / cell['settings']['rank']:g}"
             groups.setdefault((stage, what), []).append(cell)
-    lines = [[stage, row, len(group), *(f"{np.mean([by_task(cell, name).mean() for cell in group]):.3f}"
-                                        for name in which)] for (stage, row), group in sorted(groups.items())]
-    parts.append(table(["stage", "row", "seeds", *which], lines))
+    for answers, metrics in ((True, tuple(METRICS)), (False, ("loss",))):
+        lines = [[stage, row, len(group), *(
+            f"{np.mean([by_task(cell, name, metric).mean() for cell in group]):.3f}".replace("nan", "-")
+            for name in which for metric in metrics)]
+            for (stage, row), group in sorted(groups.items()) if (stage in PROMPTS) == answers]
+        heads = [f"{name} {METRICS[metric]}" for name in which for metric in metrics]
+        parts.append(table(["stage", "row", "seeds", *heads], lines))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -291,6 +332,7 @@ def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -
     best: dict[str, dict[str, float]] = {row: {} for row in ROWS}
     if config.tune:
         rows = ["orchmoe"] if config.stage in ("changes", "controls") else config.rows or ROWS
+        rows = [row for row in rows if row in ROWS]
         searches = {row: study.search(row) for row in rows}
         run_cells(list(searches.values()), config, place)
         reports = {row: search.report() for row, search in searches.items()}
@@ -316,7 +358,9 @@ def main() -> None:
     cells = read_cells(Path(config.results))
     for stage in STAGES:
         runtime.say(f"{stage}: {sum(name.startswith(f'{stage}/') for name in cells)} cells")
-    runtime.say(text(cells, config.final))
+    runtime.say(tables := text(cells, config.final))
+    with runtime.atomic_write(Path(config.results) / "tables.md") as file:
+        file.write(tables.encode())
     if curves(cells) and importlib.util.find_spec("matplotlib"):
         runtime.say(f"written: {figure(cells, Path(config.results) / 'curves.png')}")
 

@@ -3,14 +3,20 @@ where both are, on unseen tasks in two halves."""
 
 import importlib.util
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run
 
+import checkpoint
 import data
 import runtime
+import tokenizer as tokenizers
 from experiments import report
+from experiments.compare import definition_features
+from orchmoe import OrchMoEConfig, TaskRouter
 
 
 def cell(seen, unseen, **settings):
@@ -47,6 +53,14 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
     assert [line for line in said.splitlines() if line.startswith("| lora | 2 | 1 |")]
     assert (tmp_path / "kept/curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
+    made(tmp_path, "answers", "--rows", "lora,frozen base,copy-demo")
+    found = report.read_cells(tmp_path / "kept")
+    best = min("12", key=lambda scale: sum(report.by_task(cells[f"methods/lora-x{scale}-s0"], "unseen-dev"))
+               / 6 + cells[f"methods/lora-x{scale}-s0"]["dev_loss"])  # fmt: skip
+    answers = found["answers/lora-s0"]
+    assert answers["seen"]["overall"]["loss"] == cells[f"methods/lora-x{best}-s0"]["seen"]["overall"]["loss"]
+    assert {"rougeL", "exact_match", "loss"} <= found["answers/frozen_base-s0"]["unseen"]["overall"].keys()
+    assert f"| answers | lora, scale {best} | 1 |" in (tmp_path / "kept/tables.md").read_text()
     kept = tmp_path / "kept/methods/lora-x2-s0.json"
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.json")}
     kept.unlink()  # elsewhere, from nothing, this one cell
@@ -105,3 +119,17 @@ def test_mistakes(flags, message):
 
 def test_what_the_report_sets_itself_is_no_flag(tmp_path):
     assert "--alpha: the report sets this itself" in made(tmp_path, "tune", "--alpha", "2", code=2)
+
+
+def test_a_router_of_the_definition_alone():
+    tokenizer, base = tokenizers.load(ROOT / "tiny"), checkpoint.load(ROOT / "tiny")
+    router = TaskRouter(base.config.d_model, OrchMoEConfig(), torch.Generator().manual_seed(0))
+    asked = [("Count the words.", "one two"), ("Count the words.", "another text"), ("Sort.", "one two")]
+    batch = data.collate([data.asked(*texts, tokenizer, data.DataConfig()) for texts in asked])
+    embeddings = base.embed(batch.input_ids)
+    with mock.patch.object(TaskRouter, "features", definition_features(ROOT / "tiny")):
+        found = router.features(embeddings, batch.attention_mask)
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    alone = tokenizer.source("Definition: Count the words.\n\nNow")[:-1]  # without EOS
+    assert batch.input_ids[0, :len(alone)].tolist() == alone
+    torch.testing.assert_close(found[0], router.features(embeddings[:1, :len(alone)])[0])
