@@ -141,7 +141,8 @@ def _bytes(n: float) -> str:
 
 
 class Cell(NamedTuple):
-    """One run, or with `of` another scoring of that run. Without `closing` it ends with the dev loss, without
+    """One run, or another scoring of one: of the finished run in the folder `of`, or of that of the cell
+    `first`, which is trained where it is not there. Without `closing` it ends with the dev loss, without
     `answers` with losses."""
 
     row: str
@@ -151,6 +152,7 @@ class Cell(NamedTuple):
     closing: bool = True
     answers: bool = True
     of: Path | None = None
+    first: Cell | None = None
     kept: Path | None = None  # the file that keeps settings and scores, if not two in the folder
 
     @property
@@ -169,6 +171,8 @@ class Cell(NamedTuple):
 
     def check(self) -> None:
         """ValueError where folder or file is of other settings than those now asked for."""
+        if self.first:
+            self.first.check()
         path, made = self.folder / "cell.json", ("cell.json", "config.json", "scores.json")
         found = {}
         if any((self.folder / name).exists() for name in made):
@@ -184,14 +188,16 @@ class Cell(NamedTuple):
 
 def run_cell(cell: Cell, place: runtime.Device) -> bool:
     """Trains and scores one cell, from where it was stopped; false if it was stopped again."""
-    began, result = time.monotonic(), {}
+    began, result, run = time.monotonic(), {}, cell.first or cell
+    trains = not cell.of and cell.row not in UNTRAINED
     with other_router(cell):
-        runtime.write_json(cell.folder / "cell.json", cell.settings)  # first: no number without its settings
-        there = cell.of and (cell.of / "adapter.safetensors").exists()
-        if not there and cell.row not in UNTRAINED:
-            if not train.run(cell.of or cell.folder, cell.configs, place, closing=False):
-                return False
-        if not cell.of and cell.row not in UNTRAINED:
+        for made in (cell, run):
+            runtime.write_json(made.folder / "cell.json", made.settings)  # no number without its settings
+        done = run.folder / "checkpoint.pt"
+        done = done.exists() and checkpoint.unpickle(done)["step"] == run.configs["train"].steps
+        if trains and not (done or train.run(run.folder, run.configs, place, closing=False)):
+            return False
+        if trains and run is cell:
             log = plot.records(cell.folder)
             result["dev_loss"] = min(record["dev_loss"] for record in log if "dev_loss" in record)
         if cell.closing:
@@ -216,7 +222,7 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
     if cell.row in UNTRAINED:
         base, adapters, _ = evaluation.load(place, model=config.model)
     else:
-        base, adapters, _ = evaluation.load(place, run=cell.of or cell.folder)
+        base, adapters, _ = evaluation.load(place, run=cell.of or (cell.first or cell).folder)
         result["parameters"] = count(adapters)
     for which in sorted(sets.keys() - {"dev"}):
         examples, w = sets[which], None
@@ -236,7 +242,7 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
                                                    batch_size=size, w=w if w is None else w[rows])
         losses = [scores["loss"] for scores in result[which]["tasks"].values()]
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
-    if config.method.startswith("orchmoe") and not (cell.of or cell.row in UNTRAINED):
+    if config.method.startswith("orchmoe") and not (cell.of or cell.first or cell.row in UNTRAINED):
         result["learnt"] = routing.report(base, adapters, sets["seen"], batch_size=size)
     return result
 
@@ -255,7 +261,7 @@ def definition_features(model: str) -> Callable:
     """TaskRouter.features of what stands before the words that end a prompt's definition and examples, which
     are known by their embeddings."""
     tokenizer, features = tokenizers.load(model), TaskRouter.features
-    ids = tokenizer.source(" complete the following example -")[len(tokenizer.bos_ids):]
+    ids = tokenizer.source(" complete the following example")[len(tokenizer.bos_ids):]
     words = checkpoint.mapped(model).embed(torch.tensor([i for i in ids if i not in tokenizer.eos_ids]))
 
     def alone(router: TaskRouter, embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -304,9 +310,13 @@ def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: ru
     """All cells that have no scores yet, --jobs at a time; those of one queue in turn, each asked for when
     the one before it is finished. SystemExit where a signal stopped them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(config.jobs or (1 if place.device.type == "cuda" else min(cores, 8)), len(queues))
+    jobs = config.jobs or (1 if place.device.type == "cuda" else min(cores, 8))
+    # Of a lone cell too: in bfloat16 the number of threads shows in the third digit.
+    threads = min(torch.get_num_threads(), max(1, cores // jobs))
+    torch.set_num_threads(threads)
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, locked
-    pool = InProcess() if jobs == 1 else ProcessPoolExecutor(jobs, spawn, _worker, (max(1, cores // jobs),))
+    alone = min(jobs, len(queues)) < 2
+    pool = InProcess() if alone else ProcessPoolExecutor(jobs, spawn, _worker, (threads,))
     waiting, running, whole = [iter(queue) for queue in queues], {}, True
     try:
         while whole and (waiting or running):
@@ -334,8 +344,9 @@ def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: ru
 def _say_done(cell: Cell) -> None:
     result = cell.scores
     what = [f"dev loss {result['dev_loss']:.4f}"] if "dev_loss" in result else []
+    shown = ("seen",) if cell.kept else ("seen", "unseen")  # of the report's half is to be seen at the end
     what += [f"{which} {metric} {result[which]['overall'][metric]:.2f}" for metric in ("rougeL", "loss")
-             for which in ("seen", "unseen") if metric in result.get(which, {}).get("overall", {})]
+             for which in shown if metric in result.get(which, {}).get("overall", {})]
     runtime.say(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
 
 
@@ -417,11 +428,11 @@ def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
         fields["router: token"] |= reports["router: token"]["best"]
     queues = []
     for seed in range(study.config.seeds):
-        run = Path(study.config.out, f"ablations/default-s{seed}")
+        run = study.cell("default", f"ablations/default-s{seed}", fields["default"] | {"seed": seed})
         cells = [study.cell(row, f"ablations/{slug(row)}-s{seed}", fields[row] | {"seed": seed},
-                            of=run if row in SCORED_ONLY else None) for row in rows]
-        queues.append([cell for cell in cells if cell.of or cell.row == "default"])
-        queues += [[cell] for cell in cells if not (cell.of or cell.row == "default")]
+                            first=run if row in SCORED_ONLY else None) for row in rows]
+        queues.append([cell for cell in cells if cell.first or cell.row == "default"])
+        queues += [[cell] for cell in cells if not (cell.first or cell.row == "default")]
     return queues, reports
 
 

@@ -70,8 +70,11 @@ def subset(folder: Path, root: Path, train: Sequence[str], test: Sequence[str] =
     lists.mkdir(parents=True, exist_ok=True)
     for name, tasks in (("train", train), ("test", test)):
         (lists / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
-    if not (folder / "tasks").exists():
-        (folder / "tasks").symlink_to((root / "tasks").resolve())
+    link, target = folder / "tasks", (root / "tasks").resolve()
+    if link.is_symlink() and link.readlink() != target:  # of data that has moved, or of others
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(target)
     return folder
 
 

@@ -14,7 +14,7 @@ import checkpoint
 import data
 import runtime
 import tokenizer as tokenizers
-from experiments import report
+from experiments import curves, report
 from experiments.compare import definition_features
 from orchmoe import OrchMoEConfig, TaskRouter
 
@@ -35,11 +35,12 @@ def made(folder, stage, *flags, out="out", code=0):
 
 
 def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SCALES", (1.0, 2.0))
+    for module in (report, curves):
+        monkeypatch.setattr(module, "SCALES", (1.0, 2.0))
     rows = ["--rows", "orchmoe,lora"]
     said = made(tmp_path, "methods", *rows)  # which are tuned first
     names = {"methods/orchmoe-x1-s0", "methods/orchmoe-x2-s0", "methods/lora-x1-s0", "methods/lora-x2-s0"}
-    cells = report.read_cells(tmp_path / "kept")
+    cells = curves.read_cells(tmp_path / "kept")
     assert {name for name in cells if name.startswith("methods")} == names
     assert sum(name.startswith("tune/") for name in cells) == 4 and "tune: 4 cells" in said
     for name in names:
@@ -51,16 +52,17 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
         assert set(found["unseen"]["tasks"]) == set(data.read_splits(ROOT / "sni")["test"])
     sizes = [sum(cells[f"methods/{row}-x1-s0"]["parameters"].values()) for row in ("orchmoe", "lora")]
     assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
-    assert [line for line in said.splitlines() if line.startswith("| lora | 2 | 1 |")]
+    assert [line for line in said.splitlines() if line.startswith("| lora | 2")]
+    assert "| lora | 2 | lr_skills" in (tmp_path / "kept/tables.md").read_text()
     assert (tmp_path / "kept/curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     made(tmp_path, "answers", "--rows", "lora,frozen base,copy-demo")
-    found = report.read_cells(tmp_path / "kept")
-    best = min("12", key=lambda scale: sum(report.by_task(cells[f"methods/lora-x{scale}-s0"], "unseen-dev"))
-               / 6 + cells[f"methods/lora-x{scale}-s0"]["dev_loss"])  # fmt: skip
-    answers = found["answers/lora-s0"]
+    found = curves.read_cells(tmp_path / "kept")
+    best = min("12", key=lambda scale: curves.by_task(cells[f"methods/lora-x{scale}-s0"], "unseen-dev").mean()
+               + cells[f"methods/lora-x{scale}-s0"]["dev_loss"])  # fmt: skip
+    answers = found[f"answers/lora-x{best}-s0"]
     assert answers["seen"]["overall"]["loss"] == cells[f"methods/lora-x{best}-s0"]["seen"]["overall"]["loss"]
     assert {"rougeL", "exact_match", "loss"} <= found["answers/frozen_base-s0"]["unseen"]["overall"].keys()
-    assert f"| answers | lora, scale {best} | 1 |" in (tmp_path / "kept/tables.md").read_text()
+    assert f"| lora, scale {best} | 1 |" in (tmp_path / "kept/tables.md").read_text()
     kept = tmp_path / "kept/methods/lora-x2-s0.json"
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.json")}
     kept.unlink()  # elsewhere, from nothing, this one cell
@@ -70,16 +72,20 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     again = json.loads(kept.read_text())
     assert again["unseen"] == cells["methods/lora-x2-s0"]["unseen"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != kept)
+    said = made(tmp_path, "methods", "--cells", "lora-x3-s0", "--no-tune", code=2)
+    assert "--cells lora-x3-s0: no cell" in said
+    assert "tune: 4 cells" in made(tmp_path, "tune", *rows)  # with nothing left to do
     said = made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", "--steps", "3", out="third", code=2)
     assert "lora-x2-s0.json: made with steps 2, not 3" in said
 
 
 def test_controls_train_the_run_they_score_where_it_is_not_there(tmp_path):
     said = made(tmp_path, "controls", "--rows", "w replaced by its mean,w of another sample")
-    cells = report.read_cells(tmp_path / "kept")
+    cells = curves.read_cells(tmp_path / "kept")
+    made(tmp_path, "methods", "--rows", "orchmoe")  # which finds that run
     means = [cells[f"controls/{name}-s0"]["seen"]["overall"]["loss"]
              for name in ("w_replaced_by_its_mean", "w_of_another_sample")]
-    assert means[0] != means[1] and "| controls | w of another sample | 1 |" in said
+    assert means[0] != means[1] and "| w of another sample | 1 |" in said
     assert (tmp_path / "out/methods/orchmoe-x1-s0/adapter.safetensors").exists()
 
 
@@ -89,24 +95,44 @@ def test_curves_are_read_at_equal_loss():
     seen -= seen.mean(2, keepdims=True) - np.array([1.0, 1.2, 1.5])[:, None, None]  # means that are known
 
     def curve(shift, along=0.0):
-        return {scale: [cell(seen[i, s] + along, unseen[i, s] + shift) for s in range(2)]
+        return {scale: {s: cell(seen[i, s] + along, unseen[i, s] + shift) for s in range(2)}
                 for i, scale in enumerate((4.0, 2.0, 1.0))}
 
-    mean, low, high = report.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
+    mean, low, high = curves.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
-    assert report.at_equal(curve(0), curve(0, along=0.6), "seen", "unseen-dev") is None
+    assert curves.at_equal(curve(0), curve(0, along=0.6), "seen", "unseen-dev") is None
+    lame = curve(0)
+    del lame[2.0][0]  # a seed that is not everywhere is nowhere: the others are the same runs
+    assert curves.at_equal(lame, curve(0), "seen", "unseen-dev") == (0, 0, 0)
+    assert curves.at_equal(lame, {1.0: {0: cell(seen[0, 0], unseen[0, 0])}}, "seen", "unseen-dev") is None
     # along a line unseen = 5 - seen, a curve that lies 0.1 to the right is 0.1 above at equal seen loss
-    line, moved = ({x: [cell(np.full(4, x + right), np.full(4, 5 - x))] * 2 for x in (1.0, 1.25, 1.5)}
-                   for right in (0, 0.1))  # fmt: skip
-    assert report.at_equal(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
+    line, moved = ({x: {s: cell(np.full(4, x + right), np.full(9, 5 - x)) for s in range(2)}
+                    for x in (1.0, 1.25, 1.5)} for right in (0, 0.1))  # fmt: skip
+    assert curves.at_equal(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
+    assert curves.above(moved[1.25], line, "unseen-dev")[0] == pytest.approx(0.1)
+    assert curves.above({0: cell(np.full(4, 2.0), np.full(9, 1.0))}, line, "unseen-dev") is None
+
+
+def test_a_curve_with_a_turn_is_read_at_its_lower_branch():
+    """More scale lowers the unseen loss first, and then raises it."""
+    def curve(*points):
+        return {scale: {0: cell(np.full(4, x), np.full(9, y))}
+                for scale, (x, y) in zip((0.5, 1.0, 2.0, 4.0), points, strict=True)}
+
+    one = curve((1.34, 2.06), (1.26, 2.035), (1.199, 2.008), (1.181, 2.12))
+    better = curve((1.33, 2.06), (1.25, 2.035), (1.189, 2.008), (1.171, 2.12))  # by 0.01 on seen tasks
+    assert curves.at_equal(better, one, "unseen-dev", "seen")[0] == pytest.approx(-0.01)
+    read = curves.reading(one, [0], [2.02], "unseen-dev", "seen")
+    assert read.mean() == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
 
 
 def test_the_unseen_tasks_are_halved_by_name_alone():
-    names = [f"task{i}" for i in range(59)]
-    first = report.halves(names)
-    assert first == report.halves(reversed(names))
+    names = [f"task{i}" for i in range(400)]
+    first = curves.halves(names)
     assert sorted(first["unseen-dev"] + first["unseen-test"]) == sorted(names)
-    assert len(first["unseen-dev"]) == 30
+    assert 150 < len(first["unseen-dev"]) < 250
+    few = curves.halves(names[100:])
+    assert all(set(few[half]) <= set(first[half]) for half in first)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,0 +1,189 @@
+"""What the cells of experiments/report.py say: curves of unseen against seen loss, compared where both are,
+with intervals over tasks and seeds; tables and a figure. Test: `pytest tests/test_report.py`"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtime
+from experiments import plot
+from experiments.tables import METRICS, interval, table, tuning_table
+
+Curve = dict[float, dict[int, dict[str, Any]]]  # {scale: {seed: cell}}
+# The method of each row; all are of one total size, that of the dearest routing.
+ROWS: dict[str, dict[str, Any]] = {
+    "orchmoe": {"method": "orchmoe"}, "token router": {"method": "orchmoe", "router": "token"},
+    "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
+}  # fmt: skip
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}  # of stages that answer, too
+
+
+def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """The unseen tasks in two, each by its own name, whatever others there are: what concerns generalisation
+    is chosen on the one, and shown on the other."""
+    found: dict[str, list[str]] = {"unseen-dev": [], "unseen-test": []}
+    for task in sorted(tasks):
+        found[tuple(found)[hashlib.sha256(task.encode()).digest()[0] % 2]].append(task)
+    return found
+
+
+def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name below the folder: cell} of all finished cells."""
+    return {str(path.relative_to(folder).with_suffix("")): runtime.read_json(path)
+            for path in sorted(folder.glob("*/*.json"))}
+
+
+def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
+    """(T,) losses, or another metric, NaN where there is none: of seen tasks, or of a half of the unseen."""
+    scores = cell[which.partition("-")[0]]["tasks"]
+    names = {"seen": sorted(scores), **halves(scores)}[which]
+    return np.array([scores[task].get(metric, np.nan) for task in names])
+
+
+def curves(cells: dict[str, dict[str, Any]]) -> dict[str, Curve]:
+    """{row: curve} of the stage `methods`."""
+    found: dict[str, Curve] = {}
+    for name, cell in cells.items():
+        if name.startswith("methods/"):
+            row, rank, alpha, seed = (cell["settings"][name] for name in ("row", "rank", "alpha", "seed"))
+            found.setdefault(row, {}).setdefault(alpha / rank, {})[seed] = cell
+    return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
+
+
+def best_scales(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """{row: scale} of the rows that have all scales: the least of dev loss and loss on the half of the unseen
+    tasks to choose by, summed."""
+    return {row: min(curve, key=lambda scale: np.mean(
+        [cell["dev_loss"] + by_task(cell, "unseen-dev").mean() for cell in curve[scale].values()]))
+        for row, curve in curves(cells).items() if curve.keys() >= set(SCALES)}
+
+
+def common(*curves: Curve) -> list[int]:
+    """The seeds that every point of them has."""
+    return sorted(set.intersection(*(set(group) for curve in curves for group in curve.values())))
+
+
+def losses(group: dict[int, dict], seeds: Sequence[int], which: str) -> np.ndarray:
+    """(T, seeds) of one point."""
+    return np.stack([by_task(group[seed], which) for seed in seeds], 1)
+
+
+def reading(curve: Curve, seeds: Sequence[int], at: np.ndarray, along: str, across: str) -> np.ndarray | None:
+    """(T, seeds) losses `across` where each seed's curve, straight between its scales, has the mean loss
+    `along` that `at` (seeds) says: the lowest, where it is there more than once; None where it is nowhere."""
+    x = np.stack([losses(group, seeds, along).mean(0) for group in curve.values()])  # (scales, seeds)
+    y = np.stack([losses(group, seeds, across) for group in curve.values()])  # (scales, T, seeds)
+    found = []
+    for s, wanted in enumerate(at):
+        ways = [(wanted - x[i, s]) / (x[i + 1, s] - x[i, s] or 1) for i in range(len(x) - 1)]
+        crossings = [y[i, :, s] + way * (y[i + 1, :, s] - y[i, :, s]) for i, way in enumerate(ways)
+                     if 0 <= way <= 1]
+        if not crossings:
+            return None
+        found.append(min(crossings, key=np.mean))
+    return np.stack(found, 1)
+
+
+def at_equal(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
+    """Difference one - other in the loss `across` at equal mean loss `along`, in the middle of the range that
+    all seeds of both have, with its interval over tasks and seeds; None without such a range."""
+    if not (seeds := common(one, other)):
+        return None
+    x = [np.stack([losses(group, seeds, along).mean(0) for group in curve.values()])
+         for curve in (one, other)]
+    low, high = max(each.min(0).max() for each in x), min(each.max(0).min() for each in x)
+    if low > high:
+        return None
+    at = np.full(len(seeds), (low + high) / 2)
+    return interval(reading(one, seeds, at, along, across) - reading(other, seeds, at, along, across))
+
+
+def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, float, float] | None:
+    """The same of a point, at its own seen loss."""
+    seeds = common({0: point}, curve)
+    seen = losses(point, seeds, "seen").mean(0) if seeds else []
+    read = reading(curve, seeds, seen, "seen", across) if seeds else None
+    return None if read is None else interval(losses(point, seeds, across) - read)
+
+
+def figure(found: dict[str, Curve], path: Path) -> Path:
+    """Seen against unseen loss, a curve for each row over its scales. The bars are intervals, over tasks and
+    seeds together, of the difference from the first row's first scale, whose own are nothing."""
+    seeds, reference = common(*found.values()), next(iter(next(iter(found.values())).values()))
+    canvas, axes = plot.canvas("Loss on seen and on unseen tasks, over the scales", Path(path.parent.name), 5)
+    for i, (row, curve) in enumerate(found.items()):
+        points, bars = [], []
+        for group in curve.values():
+            here = []
+            for which in ("seen", "unseen-dev"):
+                one, other = (losses(each, seeds, which) for each in (group, reference))
+                mean, low, high = interval(one - other)
+                here.append((other.mean() + mean, mean - low, high - mean))
+            points.append([at for at, *_ in here])
+            bars.append([bar for _, *bar in here])
+        x, y = np.array(points).T
+        errors = np.array(bars)  # (scales, 2, 2)
+        axes.errorbar(x, y, xerr=errors[:, 0].T, yerr=errors[:, 1].T, label=row, color=plot.COLOURS[i],
+                      marker=plot.MARKERS[i], markersize=5, linewidth=1.5, elinewidth=0.6)
+        for scale, *at in zip(curve, x, y, strict=True):
+            axes.annotate(f"x{scale:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="seen tasks (nats per target token)", ylabel="unseen tasks, the half to choose by")
+    axes.legend()
+    return plot.save(canvas, path)
+
+
+def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool = False) -> str:
+    """All tables, as Markdown: the tuning, each point of the curves, curve against curve, answers, and single
+    changes against the curves."""
+    unseen = ["unseen-dev", *(["unseen-test"] if final else [])]
+    which, found, best = ["seen", *unseen], curves(cells), best_scales(cells)
+    parts, intervals = [tuning_table(tuning)], []
+
+    def said(difference: tuple[float, float, float] | None) -> str:
+        intervals.append(difference)
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "not to be read"
+
+    def means(group: Iterable[dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
+        values = [np.mean([by_task(cell, name, metric).mean() for cell in group])
+                  for name in which for metric in metrics]
+        return ["-" if np.isnan(value) else f"{value:.3f}" for value in values]
+
+    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), ", ".join(map(str, sorted(group))),
+              f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
+             for row, curve in found.items() for scale, group in curve.items()]
+    parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
+    ways = [("seen", name) for name in unseen] + [(name, "seen") for name in unseen]
+    lines = [[row, *(said(at_equal(found["orchmoe"], curve, *way)) for way in ways)]
+             for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
+    parts.append(table(["orchmoe - row", *(f"{across} at equal {along}" for along, across in ways)], lines))
+    groups: dict[tuple[str, str], dict[int, dict]] = {}
+    for name, cell in cells.items():
+        stage, what = name.split("/")[0], cell["settings"]["row"]
+        what += f", {name.rsplit('-', 2)[1]} tasks" if stage == "sizes" else ""
+        if stage in PROMPTS and what in ROWS:
+            what += f", scale {cell['settings']['alpha'] / cell['settings']['rank']:g}"
+        groups.setdefault((stage, what), {})[cell["settings"]["seed"]] = cell
+    for stage in PROMPTS:
+        lines = [[what, len(group), *means(group.values(), METRICS)]
+                 for (of, what), group in sorted(groups.items()) if of == stage]
+        heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
+        parts.append(table([stage, "seeds", *heads], lines))
+    against = [(row, name) for row in ("orchmoe", "lora") if row in found for name in unseen]
+    for stage in ("sizes", "changes", "controls"):  # of fewer or more tasks there is no curve
+        over = against if stage != "sizes" else []
+        lines = [[what, len(group), *means(group.values()),
+                  *(said(above(group, found[row], name)) for row, name in over)]
+                 for (of, what), group in sorted(groups.items()) if of == stage]
+        heads = [*which, *(f"{name} - {row}'s curve" for row, name in over)]
+        parts.append(table([stage, "seeds", *heads], lines))
+    if any(intervals):
+        number = len(intervals)
+        parts.append(f"Differences with 95 % intervals over tasks and seeds together; of the {number} here "
+                     f"about {number / 20:.0f} would exclude zero if nothing differed.")
+    return "\n\n".join(filter(None, parts)) + "\n"
