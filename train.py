@@ -97,12 +97,16 @@ class PlaceConfig:
 CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
 HIDDEN = ("extra_rank",)  # flags that only the comparison gives
 STARTED = ("orchmoe", "orchmoe-factors", "lora", "moe-lora")  # methods that --start goes on with
-# places may change from start to resume; what is there may not
+# places that a run has may change from start to resume; what is there may not
 MOVABLE = {"model", "data", "text", "start", "loras"}
 SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
 USED = {  # of the adapter's settings and the rates, what each method but orchmoe reads
     "lora": SIZES, "moe-lora": SIZES | {"lr_token_router"}, "poly": SIZES | ROUTED, "mhr": SIZES | ROUTED,
     "c-poly": SIZES | ROUTED, "full": {"lr_full"},
+}  # fmt: skip
+IDLE = {  # of the same, what orchmoe leaves unread with each router
+    "sample": {"lr_token_router"}, "token": {"lr_router", "router_attention", "router_init"},
+    "none": {"lr_router", "lr_token_router", "router_attention", "router_init", "router_norm"},
 }  # fmt: skip
 
 
@@ -115,10 +119,10 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
             raise ValueError("--resume: name the folder of the run by --out")
         configs = evaluation.Run.read(where.out).configs(where.out, **classes)
         kept = {name: value for config in configs.values() for name, value in vars(config).items()}
-        for name in sorted(flags.keys() & kept.keys() - MOVABLE):
+        for name in sorted(flags.keys() & kept.keys() - {name for name in MOVABLE if kept.get(name)}):
             if flags[name] != kept[name]:
                 raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: the run in {where.out} has "
-                                 f"{kept[name]}; leave it out")
+                                 f"{kept[name]!r}; leave it out")
         return {name: runtime.from_flags(cls, kept | flags) for name, cls in classes.items()}
     if where.out and Path(where.out, "config.json").exists():
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
@@ -126,12 +130,13 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
     configs = {name: runtime.from_flags(cls, free | flags | fixed) for name, cls in classes.items()}
     config, rates = configs["train"], {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
     method, every = config.method, rates | vars(OrchMoEConfig()).keys()
-    unused = every - USED.get(method, every - {"lr_full"})
+    unused = every - USED.get(method, every - {"lr_full"} - IDLE[configs["adapter"].router])
     trained = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
     idle = rates - {rate_of(kind, config) for kind in trained}
     for name in sorted(flags.keys() & (fixed.keys() | unused | idle)):
+        router = f" --router {configs['adapter'].router}" if method not in USED else ""
         why = ("comes with --start or --loras" if name in fixed else
-               f"not used by --method {method}" if name in unused else "nothing of that rate trains")
+               f"not used by --method {method}{router}" if name in unused else "nothing of that rate trains")
         raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
     return configs
 
@@ -431,7 +436,7 @@ def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device,
         if not train(parts.base, parts.adapters, make_optimizer(parts.adapters, config), batch_at,
                      parts.sets["dev"], folder, config, lambda: save_best(folder, parts, configs),
                      autocast=full and place.dtype == torch.bfloat16):
-            runtime.say(f"stopped; go on with: {resume}")
+            runtime.say(f"stopped; go on with: {resume}" if resume else f"{folder}: stopped")
             return False
         if closing:
             runtime.any_rank(False)  # waits for the first process, which may still be writing what was best

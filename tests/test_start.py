@@ -163,6 +163,12 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, beginning, served):
     assert not (served / "on").exists()
 
 
+def test_a_run_does_not_go_on_from_what_it_did_not_begin_with(finished):
+    for flag in ("--start", "--loras"):
+        said = run("train.py", "--resume", "--out", "run", flag, "other", cwd=finished, code=2)
+        assert "the run in run has" in said and said.startswith(f"train.py: error: {flag}")
+
+
 def test_a_run_of_a_method_with_task_ids_does_not_go_on(new):
     run("train.py", "--method", "poly", "--max-tasks", "2", *NEW, "--out", "poly", cwd=new)
     said = run("train.py", "--start", "poly", "--data", "data", *NEW, "--out", "on", cwd=new, code=2)
