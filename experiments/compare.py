@@ -44,7 +44,7 @@ from experiments.search import Search, axes_of
 from experiments.sizes import budget, on_meta, parameters
 from experiments.tables import markdown, summarise
 from model import Backbone
-from orchmoe import OrchMoEConfig, TaskRouter
+from orchmoe import Adapters, OrchMoEConfig, TaskRouter
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
 EQUAL = tuple(name for name in ADAPTED if name != "c-poly")  # c-poly's private skills grow with the tasks
@@ -104,6 +104,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "S = 1": {"skills": 1}, "S = 2": {"skills": 2}, "S = 8": {"skills": 8},
     "factors mixed": {"method": "orchmoe-factors"},
 }  # fmt: skip
+ORACLE = "oracle: w is the category"
 SCORED_ONLY = ("w replaced by its mean", "w of another sample")
 
 
@@ -254,6 +255,8 @@ def other_router(cell: Cell) -> AbstractContextManager:
     if "definition alone" in cell.row:
         alone = definition_features(cell.configs["train"].model)
         return mock.patch.object(TaskRouter, "features", alone)
+    if cell.row == ORACLE:
+        return mock.patch.object(evaluation, "routed", by_category(cell))
     return nullcontext()
 
 
@@ -271,6 +274,26 @@ def definition_features(model: str) -> Callable:
         return features(router, embeddings, mask.bool() & ~behind)
 
     return alone
+
+
+def by_category(cell: Cell) -> Callable:
+    """evaluation.routed with an abstract task for each category that training tasks have, and w = 1/K for the
+    categories of others."""
+    config, routed, K = cell.configs["train"], evaluation.routed, cell.configs["adapter"].tasks
+    examples, *_ = train.load_sets(config, cell.configs["data"], tokenizers.load(config.model))
+    known = sorted({example.category for example in examples})
+    if len(known) > K:
+        raise ValueError(f"--tasks {K}: there are {len(known)} categories")
+    tasks = {example.task: known.index(example.category) for example in examples}
+
+    def oracle(base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any):
+        w = torch.full((len(batch.ids), K), 1 / K)
+        for row, task in enumerate(batch.task_ids.tolist()):
+            if task >= 0:
+                w[row] = torch.eye(K)[tasks[examples.tasks[task]]]
+        return routed(base, adapters, batch, **options | {"w": w.to(base.device)})
+
+    return oracle
 
 
 def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -46,6 +46,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 CONTROLS: dict[str, dict[str, Any]] = {
     "w replaced by its mean": {}, "w of another sample": {}, "router: random": {},
     "router: none": {"router": "none"}, "K = 1, Gumbel noise": {"tasks": 1, "gumbel": True},
+    compare.ORACLE: {"tasks": 76, "router": "none"},  # the categories of SNI
 }  # fmt: skip
 DEFAULTS = {"steps": 100, "batch_size": 8, "warmup": 10, "eval_every": 100, "eval_instances": 300,
             "lr_skills": 1e-2, "rank": 4, "train_instances": 8, "num_pos": 0,

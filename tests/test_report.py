@@ -14,9 +14,9 @@ import checkpoint
 import data
 import runtime
 import tokenizer as tokenizers
-from experiments import curves, report
+from experiments import compare, curves, report
 from experiments.compare import definition_features
-from orchmoe import OrchMoEConfig, TaskRouter
+from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
 def cell(seen, unseen, **settings):
@@ -133,6 +133,18 @@ def test_the_unseen_tasks_are_halved_by_name_alone():
     assert 150 < len(first["unseen-dev"]) < 250
     few = curves.halves(names[100:])
     assert all(set(few[half]) <= set(first[half]) for half in first)
+
+
+def test_an_oracle_routes_by_the_category(tmp_path):
+    given, route = [], OrchMoE.route
+    with mock.patch.object(OrchMoE, "route", lambda *a, w=None, **k: given.append(w) or route(*a, w=w, **k)):
+        made(tmp_path, "controls", "--rows", compare.ORACLE, "--no-tune", "--batch-size", 12)
+    assert given and all(w is not None for w in given)
+    assert {float(row.max()) for w in given for row in w} == {1.0, np.float32(1 / 76)}  # seen and unseen
+    tasks = data.load_sets(data.DataConfig(max_tasks=0, data=tmp_path / "out/tasks-3"),
+                           tokenizers.load(ROOT / "tiny"), ["train"])["train"]  # fmt: skip
+    known = {example.category for example in tasks}
+    assert {int(row.argmax()) for w in given for row in w if row.max() == 1} == set(range(len(known)))
 
 
 @pytest.mark.parametrize("flags, message", [
