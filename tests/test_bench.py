@@ -62,7 +62,8 @@ def test_a_decoder_against_transformers_and_peft(smollm2_dir, monkeypatch, capsy
     lora = "transformers + peft LoRA"
     assert rows(capsys.readouterr().out) == [
         (f"{lora}, bf16", "OrchMoE, bf16"), (f"{lora} all in bf16", "OrchMoE, bf16"),
-        (f"{lora}, float32", "OrchMoE, bf16"), (f"{lora}, float32", "OrchMoE, float32"),
+        (f"{lora}, float32", "OrchMoE, bf16"), (f"{lora}, float32", "OrchMoE, bf16, --compile"),
+        ("OrchMoE, bf16", "OrchMoE, bf16, --compile"), (f"{lora}, float32", "OrchMoE, float32"),
         ("OrchMoE, float32", "OrchMoE, bf16"),
         ("transformers, file order", "ours, longest first")]  # fmt: skip
 
