@@ -194,8 +194,8 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     with other_router(cell):
         for made in (cell, run):
             runtime.write_json(made.folder / "cell.json", made.settings)  # no number without its settings
-        done = run.folder / "checkpoint.pt"
-        done = done.exists() and checkpoint.unpickle(done)["step"] == run.configs["train"].steps
+        last = run.folder / "checkpoint.pt"
+        done = last.exists() and checkpoint.unpickle(last)["step"] == run.configs["train"].steps
         if trains and not (done or train.run(run.folder, run.configs, place, closing=False)):
             return False
         if trains and run is cell:

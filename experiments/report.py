@@ -90,15 +90,19 @@ class Study(NamedTuple):
     roots: dict[str, Path]
     extra: dict[str, dict[str, int]]  # extra_rank of each row, by the same
 
+    @property
+    def size(self) -> str:
+        return str(self.config.train_tasks)
+
     def cell(self, stage: str, name: str, row: str, fields: dict[str, Any], *, size: str = "",
              answers: bool = False, **options: Any) -> Cell:
-        size = size or str(self.config.train_tasks)
+        size = size or self.size
         configs = changed(self.configs, data=str(self.roots[size]), **fields)
         return Cell(row, Path(self.config.out, stage, name), configs, self.facts[size], answers=answers,
                     kept=Path(self.config.results, stage, f"{name}.json"), **options)
 
     def fields(self, row: str, size: str = "") -> dict[str, Any]:
-        extra = self.extra[size or str(self.config.train_tasks)][row]
+        extra = self.extra[size or self.size][row]
         return {"seed": 0, "alpha": float(self.configs["adapter"].rank), "extra_rank": extra, **ROWS[row]}
 
     def search(self, row: str) -> Search:
@@ -127,11 +131,11 @@ class Study(NamedTuple):
             raise ValueError(f"--cells {min(odd)}: no cell of --stage {self.config.stage}")
         return [queue for queue in wanted if queue]
 
-    def point(self, best: dict[str, dict[str, float]], seed: int, row: str, scale: float) -> Cell:
-        """Of the stage `methods`."""
-        alpha = scale * self.configs["adapter"].rank
-        return self.cell("methods", f"{slug(row)}-x{scale:g}-s{seed}", row,
-                         self.fields(row) | best[row] | {"seed": seed, "alpha": alpha})
+    def point(self, best: dict[str, dict[str, float]], seed: int, row: str, scale: float,
+              stage: str = "methods", prompts: dict[str, Any] | None = None, **options: Any) -> Cell:
+        """One scale of a row."""
+        fields = self.fields(row) | best[row] | {"seed": seed, "alpha": scale * self.configs["adapter"].rank}
+        return self.cell(stage, f"{slug(row)}-x{scale:g}-s{seed}", row, fields | (prompts or {}), **options)
 
     def points(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
         """Of each row every scale, or every number of training tasks."""
@@ -145,20 +149,17 @@ class Study(NamedTuple):
     def answers(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
         """Of each row its best scale; what is not trained once."""
         scales = curves.best_scales(curves.read_cells(Path(self.config.results)))
-        prompts = PROMPTS[self.config.stage]
+        stage, prompts = self.config.stage, PROMPTS[self.config.stage]
         for row in self.config.rows or ANSWERING:
-            name, first = slug(row), None
-            fields = {"seed": seed, **({"method": "full"} if row == "full" else {})}
-            if row in ROWS:
-                if row not in scales:
-                    runtime.warn(f"{row}: its scale is chosen by --stage methods, all scales of it; left out")
-                    continue
-                first = self.point(best, seed, row, scales[row])
-                name, alpha = first.kept.stem.rpartition("-")[0], first.configs["adapter"].alpha
-                fields = self.fields(row) | best[row] | {"seed": seed, "alpha": alpha}
-            if row not in compare.UNTRAINED or not seed:
-                yield [self.cell(self.config.stage, f"{name}-s{seed}", row, fields | prompts, answers=True,
-                                 first=None if prompts else first)]
+            if row in scales:
+                point = best, seed, row, scales[row]
+                first = None if prompts else self.point(*point)  # other prompts are other training
+                yield [self.point(*point, stage, prompts, answers=True, first=first)]
+            elif row in ROWS:
+                runtime.warn(f"{row}: its scale is chosen by --stage methods, all scales of it; left out")
+            elif row not in compare.UNTRAINED or not seed:
+                fields = {"seed": seed} | ({"method": "full"} if row == "full" else {}) | prompts
+                yield [self.cell(stage, f"{slug(row)}-s{seed}", row, fields, answers=True)]
 
     def varied(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
         """OrchMoE with one change; those that score one run differently share a queue."""
