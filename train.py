@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -384,11 +384,9 @@ def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> N
     if (folder / "config.json").exists():
         return evaluation.Run.read(folder).require_same(folder, **bound)
     saved = {name: asdict(config) for name, config in configs.items()}
-    for section, field in (("train", "model"), ("data", "data")):  # to be found from any working folder
-        saved[section][field] = os.path.abspath(saved[section][field])
+    for values, field in ((saved["train"], "model"), (saved["train"], "start"), (saved["data"], "data")):
+        values[field] = values[field] and os.path.abspath(values[field])  # found from any working folder
     saved["train"]["loras"] = [os.path.abspath(folder) for folder in saved["train"]["loras"]]
-    if saved["train"]["start"]:
-        saved["train"]["start"] = os.path.abspath(saved["train"]["start"])
     runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
 
 
@@ -481,6 +479,7 @@ def main() -> None:
     config = configs["train"]
     place = runtime.pick_device(where.gpu, where.device, config.dtype, base=config.model)
     runtime.say(place.reason)
+    configs["train"] = replace(config, dtype=str(place.dtype)[6:])  # a resume elsewhere must not change it
     resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
     resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
     resume += " --device cpu" * (where.device == "cpu") + " --shard" * where.shard

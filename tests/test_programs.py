@@ -65,6 +65,16 @@ def test_a_killed_run_resumes_bit_for_bit(home):
         assert (killed / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
+def test_a_run_keeps_the_dtype_that_auto_gave_it(home, monkeypatch):
+    folder = home / "run"
+    run("train.py", *SHORT, "--out", "run", cwd=home)
+    assert json.loads((folder / "config.json").read_text())["train"]["dtype"] == "float32"
+    monkeypatch.setattr(runtime, "_cpu_gains", lambda base: True)  # as on another machine
+    assert "bfloat16" in run("train.py", *SHORT, "--out", "other", cwd=home).splitlines()[0]
+    resumed = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home)
+    assert "float32" in resumed.splitlines()[0]
+
+
 def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(home):
     """And then weights that are not finite stop the run, and no file changes."""
     out = terminate_after(6, *SHORT, "--steps", "4000", cwd=home)
