@@ -84,6 +84,7 @@ def test_generation_is_the_same_and_decodes_uncompiled(small_t5, inputs):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of the encoder alone
 
 
+@pytest.mark.slow  # it compiles for ten seconds
 def test_a_run_with_compiled_blocks_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Backbone, "compile_blocks", functools.partialmethod(Backbone.compile_blocks, "eager"))
     found = []
