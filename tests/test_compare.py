@@ -3,6 +3,7 @@ of the router, and figures."""
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -261,6 +262,24 @@ def test_several_workers_run_the_cells_of_a_queue_in_turn(home, tmp_path, monkey
     compare.run_cells([queue("a"), queue("b"), queue("c")], compare.CompareConfig(jobs=2), place)
     lines = began.read_text().split("\n")[:-1]
     assert sorted(lines) == sorted(f"{name}{i} True" for name in "abc" for i in range(2))
+
+
+def test_a_lone_cell_computes_with_the_threads_of_one_among_several(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def count_threads(cell, place):
+        seen.append(torch.get_num_threads())
+        return finish(cell, place)
+
+    monkeypatch.setattr(compare, "run_cell", count_threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    torch.set_num_threads(4)
+    try:
+        compare.run_cells([[compare.Cell("a", tmp_path / "a", {}, {})]], compare.CompareConfig(jobs=2),
+                          runtime.pick_device(device="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
 
 
 def finish(cell, place):

@@ -2,6 +2,7 @@
 command goes on."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, run
@@ -51,6 +52,10 @@ def test_each_seed_goes_on_from_its_own_run(finished, copied):
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
     folder = fewshot.subset(tmp_path / "one", ROOT / "sni", ["task201_opposite_of_second_word"])
     assert data.read_splits(folder) == {"train": ["task201_opposite_of_second_word"], "test": []}
+    moved = tmp_path / "moved"
+    shutil.copytree(ROOT / "sni/tasks", moved / "tasks")
+    fewshot.subset(folder, moved, ["task201_opposite_of_second_word"])
+    assert (folder / "tasks").resolve() == moved / "tasks"
 
 
 @pytest.mark.parametrize("flags", [{}, {"runs": ("a",), "examples": ("4", "x")},
