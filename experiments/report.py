@@ -62,7 +62,7 @@ class ReportConfig:
     rows: tuple[str, ...] = ()  # of these rows alone (default: all of the stage)
     seeds: int = 3  # runs of each cell: initial values, order, noise
     tune: bool = True  # choose each row's rates on dev; else as given
-    trials: int = 8  # runs, of seed 0, that each method's rates are tuned by
+    trials: int = 9  # runs, of seed 0, that each method's rates are tuned by
     tune_steps: int = 50  # optimiser steps of these
     train_tasks: int = 200  # training tasks, drawn by name; `sizes` takes the numbers below in place of it
     sizes: tuple[str, ...] = ("50", "687")  # training tasks of the cells of sample efficiency
