@@ -47,7 +47,7 @@ class EvalConfig:
     limit: int = 0  # at most this many instances, evenly over the set (0: all)
     batch_size: int = 64  # samples generated at once
     max_new_tokens: int = 127  # the official 128 less the start token
-    gpu: int | None = None  # number of the GPU
+    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 where faster
     shard: bool = False  # split the frozen base over the processes of torchrun

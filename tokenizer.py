@@ -29,8 +29,11 @@ class Tokenizer:
     lead = ""  # what a target begins with, in place of the space that its source has given away
 
     def __init__(self, path: Path):
-        files = (path.with_name(name) for name in (path.name, "tokenizer_config.json"))
-        self.path, self._files = path, {file.name: file.read_bytes() for file in files if file.is_file()}
+        files = [path, *filter(Path.is_file, [path.with_name("tokenizer_config.json")])]
+        for file in files:
+            if file.stat().st_size > LARGEST_FILE:
+                raise ValueError(f"{file}: larger than {LARGEST_FILE:.0f} bytes; download it again")
+        self.path, self._files = path, {file.name: file.read_bytes() for file in files}
         self._read(content := self._files[path.name])
         habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
         self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
@@ -166,6 +169,4 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     path = next((path for name in KINDS if (path := Path(folder) / name).is_file()), Path(folder))
     if not path.is_file():
         raise ValueError(f"{path}: no {' or '.join(KINDS)}; copy the model's own there")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path}: larger than {LARGEST_FILE:.0f} bytes; download it again")
     return KINDS.get(path.name, T5Pieces)(path)

@@ -84,7 +84,7 @@ class PlaceConfig:
 
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # go on with the run in --out, with its own settings
-    gpu: int | None = None  # number of the GPU
+    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
     shard: bool = False  # split the frozen base over the processes of torchrun
     compile: bool = False  # torch.compile each block: a minute at the start, then faster steps

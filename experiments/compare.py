@@ -69,7 +69,7 @@ class CompareConfig:
     rows: tuple[str, ...] = ()  # of these ablations (default: all)
     dry_run: bool = False  # print parameters and memory, and stop
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core, of one thread, at most 8)
-    gpu: int | None = None  # number of the GPU
+    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
 
     def __post_init__(self) -> None:
@@ -183,8 +183,9 @@ class Cell(NamedTuple):
         for place, kept in found.items():
             for name, value in self.settings.items():
                 if kept.get(name) != value:
+                    flag = "--results" if place == self.kept else "--out"
                     raise ValueError(f"{place}: made with {name} {kept.get(name)}, not {value}; "
-                                     "name another folder by --out, or delete this one")
+                                     f"name another folder by {flag}, or delete this one")
 
 
 def run_cell(cell: Cell, place: runtime.Device) -> bool:

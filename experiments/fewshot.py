@@ -40,7 +40,7 @@ class FewShotConfig:
     max_tasks: int = 0  # first N of the unseen tasks (0: all)
     tuned: int = 3  # of these the first N choose the rates
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core)
-    gpu: int | None = None  # number of the GPU
+    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
 
     def __post_init__(self) -> None:

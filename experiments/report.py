@@ -71,7 +71,7 @@ class ReportConfig:
     out: str = "results/report"  # folder of the runs
     results: str = str(RESULTS)  # folder of the finished cells (default: experiments/results)
     jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core)
-    gpu: int | None = None  # number of the GPU
+    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
     device: Literal["cpu", ""] = ""  # no GPU even if there is one
 
     def __post_init__(self) -> None:

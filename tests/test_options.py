@@ -38,7 +38,8 @@ def rows(program):
 
 
 def page():
-    head = ["# Options", "", "The flags of the programs, as `--help` has them.", ""]
+    head = ["# Options", "", "The flags of the programs, as `--help` has them. With `--run`, `--resume` or "
+            "`--start` settings of data and prompt", "that no flag names are the run's.", ""]
     for program in PROGRAMS:
         title = program if "." in program else f"{program}.py"  # a module is run by python -m
         head += [f"## {title}", "", "| flag | what it does |", "|---|---|", *rows(program), ""]

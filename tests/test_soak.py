@@ -41,7 +41,10 @@ def before(where, function, after=False):
         return result
     return call
 
-runtime.open = lambda path, mode, **more: Dying(path, "x") if mode == "xb" else open(path, mode, **more)
+def opened(path, mode, **more):
+    return Dying(path, "w") if str(path).endswith(".tmp") else open(path, mode, **more)
+
+runtime.open = opened
 os.fsync = before("sync", os.fsync)
 os.replace = before("name", os.replace, after=True)
 sys.argv = ["train.py", *sys.argv[4:]]
@@ -90,7 +93,7 @@ def soak(home, kills, rng):
         folder, arguments = current()
         inside = counts["inside a save"] * 3 < counts["kills"] + 1
         stage = rng.choice(["write", "sync", "name", "named"])
-        dying = [stage, str(rng.randrange(1, 1000 if stage == "write" else 9))] if inside else []
+        dying = [stage, str(rng.randrange(1, 8000 if stage == "write" else 9))] if inside else []
         process = start(*arguments, "--out", folder.name, cwd=home, dying=dying)
         killed = process.wait() == -signal.SIGKILL if inside else kill_at_random(process, folder, rng)
         if killed:

@@ -156,8 +156,10 @@ def test_the_fingerprint_depends_on_the_pieces(tmp_path, corpus):
         assert ours.fingerprint != others.fingerprint
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "tokenizer.json",
+                                  "tokenizer_config.json"])  # fmt: skip
 def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
+    (tmp_path / "tokenizer.json").touch()
     with open(tmp_path / name, "wb") as file:
         file.truncate(10**12)  # sparse: it takes no room
     with pytest.raises(ValueError, match=f"{name}: larger than 100000000 bytes"):
