@@ -31,10 +31,6 @@ class NoAdapter(Adapters):
     def routed(self, *_args, **_kwargs) -> Iterator[Routing]:
         yield Routing(None, None, None, True)
 
-    @contextmanager
-    def folded(self, *_args, **_kwargs) -> Iterator[None]:
-        yield
-
     def keep(self, *_args, **_kwargs) -> None:
         """Nothing to drop, to merge or to take out."""
 
@@ -45,9 +41,6 @@ class NoAdapter(Adapters):
 
     def state_dict(self, *_args, **_kwargs) -> dict[str, Tensor]:
         return self._module[0].state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        self._module[0].load_state_dict(state, strict=strict)
 
 
 class LoRA(Adapters):
@@ -145,13 +138,12 @@ def _device(linears: dict[str, SkillLinear]) -> torch.device:
 
 
 def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_rank: int = 0,
-                  num_tasks: int = 0, heads: int = 4, mix: Mix = kernels.mix_skills,
-                  generator: torch.Generator | None = None) -> Adapters:
+                  num_tasks: int = 0, heads: int = 4, generator: torch.Generator | None = None) -> Adapters:
     """Freezes `module` and attaches the method `name` of METHODS with S = config.skills, R = config.rank.
 
     extra_rank: ranks of a skill on top, handed out evenly over the Linears, for comparisons at equal size.
-    num_tasks: T, for the methods with task ids. mix: for those that mix outputs. orchmoe-factors: OrchMoE
-    whose skills mix factors, as Poly's do, for the ablation. ValueError for an unknown name or a missing T.
+    num_tasks: T, for the methods with task ids. orchmoe-factors: OrchMoE whose skills mix factors, as Poly's
+    do, for the ablation. ValueError for an unknown name or a missing T.
     """
     S, R = config.skills, config.rank
     if name not in METHODS:
@@ -166,7 +158,7 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
     N = len(found)
     extra = [(n + 1) * extra_rank // N - n * extra_rank // N for n in range(N)]
 
-    def skills(count: int, rank: int, mix: Mix = mix) -> dict[str, SkillLinear]:
+    def skills(count: int, rank: int, mix: Mix = kernels.mix_skills) -> dict[str, SkillLinear]:
         return add_skills(found, [rank + e for e in extra], config, mix, generator, skills=count)
 
     make: dict[str, Callable[[], Adapters]] = {

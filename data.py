@@ -54,7 +54,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         runtime.require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1,
                               max_source_length=2, max_target_length=2)
-        _plain_name(self.splits, "--splits")
 
 
 # ------------------------------------------------------------------------------------------------ tasks, sets
@@ -324,6 +323,8 @@ def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """An instruction and an input of one's own as an Example without positive examples and references."""
     prompt = _prompt({"definition": definition}, {"input": text}, tokenizer, config)
+    if not prompt.endswith("Output: "):
+        runtime.warn(f"--max-source-length {config.max_source_length}: the end of the input is cut off")
     source_ids = _cut(tokenizer.source(prompt), config.max_source_length)
     return Example("asked", "asked", "asked", source_ids, [_cut(tokenizer.target(""), 1)], [])
 

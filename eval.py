@@ -14,7 +14,6 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +82,8 @@ def routed_batches(base: Backbone, adapters: Adapters, examples: Sequence[data.E
     base.eval()
     ours = runtime.rank(), runtime.world_size()
     for rows, batch in data.batches(examples, batch_size, base.device, desc, *ours):
-        with routed(base, adapters, batch, w=None if w is None else w[rows].to(base.device)) as routing:
+        given = None if w is None else w[rows or [0]].to(base.device)
+        with routed(base, adapters, batch, w=given) as routing:
             yield rows, batch, routing
 
 
@@ -116,7 +116,8 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
     """Greedy predictions, in the order of the examples; w as in `routed_batches`."""
     require_fit(base, tokenizer, examples, max_new_tokens)
     texts: dict[int, str] = {}
-    agree = runtime.any_rank if runtime.is_sharded(base) else bool  # all gather the weights at each token
+    sharded = any(hasattr(parameter, "to_local") for parameter in base.parameters())
+    agree = runtime.any_rank if sharded else bool  # all gather the weights at each token
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, desc, w):
         tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                on_keep=adapters.keep, agree=agree)
@@ -199,11 +200,8 @@ class Run:
         return {name: runtime.from_json(cls, getattr(self, name), path) for name, cls in classes.items()}
 
     def __post_init__(self) -> None:
-        good = all(isinstance(each, dict) for each in (self.train, self.data, self.adapter, self.digests))
-        texts = (*self.tasks, self.train.get("model"), self.train.get("method")) if good else (None,)
-        if not (isinstance(self.tasks, tuple) and all(isinstance(text, str) for text in texts)):
-            raise ValueError("train (with model and method), data, adapter, digests must be objects, tasks a "
-                             "list of texts")
+        if not all(isinstance(self.train.get(name), str) for name in ("model", "method")):
+            raise ValueError("train: model and method must be texts")
 
     def require_same(self, folder: str | Path, **found: Any) -> None:
         """ValueError that names the first of the fields in `found` that is not the run's."""
@@ -222,13 +220,16 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     full = began is not None and began.train["method"] == "full"
     path = Path(run, "model") if full else model or began.train["model"]
     if began:
-        runtime.existing(path, f"the base of {run}; name by --model where it is now")
+        runtime.existing(path, "the run has kept no weights yet" if full else
+                         f"the base of {run}; name by --model where it is now")
+    place = place._replace(dtype=torch.float32) if full else place  # as they were trained
     tokenizer = tokenizers.load(path)
     if began:
-        ours = {} if full else {"base": checkpoint.fingerprint(path)}
-        began.require_same(run, **ours, tokenizer=tokenizer.fingerprint)
+        began.require_same(run, tokenizer=tokenizer.fingerprint,
+                           base=began.base if full else checkpoint.fingerprint(path))
     base = checkpoint.mapped(path) if shard else checkpoint.load(path, dtype=place.dtype, device=place.device)
-    adapters = attach_kept(Path(run), began, base) if began and not full else NoAdapter(base, full=full)
+    adapters = (attach_kept(Path(run), began, base) if began and not full else
+                NoAdapter(base, full=full and not shard))
     if shard:
         runtime.shard(base, base.blocks, place)
     return base, adapters.eval(), tokenizer
@@ -246,7 +247,7 @@ def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:
         with torch.device("meta"):  # names and shapes, before anything of the size they claim is allocated
             bare = type(base)(base.config)
             attach_method(saved["method"], bare, config, **sizes).load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:  # of types, names, and sizes beyond 64 bits
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of types, names, sizes
         raise ValueError(f"{path}: {error}; not what its config describes, restore the file") from None
     adapters = attach_method(saved["method"], base, config, **sizes)
     adapters.load_state_dict(state)
@@ -272,12 +273,7 @@ def answer(base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer, 
     """Says what the model answers to --ask and --input and, where one router reads the sample, its w by
     abstract tasks, which are counted from 1 here as in the figures."""
     example = data.asked(config.ask, config.input, tokenizer, replace(data_config, definition=True))
-    batch = data.collate([example]).to(base.device)
-    fold = not (adapters.unfoldable() or runtime.is_sharded(base))
-    with (adapters.folded(embeddings=base.embed(batch.input_ids), mask=batch.attention_mask,
-                          task_ids=batch.task_ids) if fold else nullcontext()):  # at the base's speed
-        bare = NoAdapter(base, full=False) if fold else adapters
-        text, = predict(base, bare, [example], tokenizer, max_new_tokens=config.max_new_tokens)
+    text, = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     runtime.say(f"asked {config.run or config.model}: instruction and input alone, without examples")
     runtime.say(f"answer: {text}")
     _, w = measure(base, adapters, [example])
@@ -303,37 +299,47 @@ def main() -> None:
             base, adapters, tokenizer = load(place, run=config.run, model=config.model, shard=config.shard)
         if config.ask:
             return answer(base, adapters, tokenizer, config, data_config)
-        examples = load_examples(config, data_config, run, tokenizer)
+        examples, digest = load_examples(config, data_config, run, tokenizer)
+        facts = {name: value for name, value in vars(data_config).items() if name not in data.WHERE}
+        require_free(config.folder, facts := facts | {"digest": digest})
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
             predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
                                   max_new_tokens=config.max_new_tokens)
         if runtime.rank() == 0:
-            write_results(config, data_config, examples, predictions)
+            write_results(config, data_config, examples, predictions, facts)
 
 
 def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | None,
-                  tokenizer: tokenizers.Tokenizer) -> list[data.Example]:
-    """The set to evaluate, its task ids those of the run. Of the run's own data the task files must be those
-    of then; other data that flags name are only said to be other."""
+                  tokenizer: tokenizers.Tokenizer) -> tuple[list[data.Example], str]:
+    """The set to evaluate, its task ids those of the run, and the digest of its files. Of the run's own data
+    the task files must be those of then; other data that flags name are only said to be other."""
     training, kind = run.tasks if run else None, "test" if config.split == "test" else "train"
     examples = data.load_sets(data_config, tokenizer, [config.split], training=training)[config.split]
     if run and examples.digest != run.digests.get(kind, examples.digest):
         if all(getattr(data_config, name) == run.data.get(name) for name in ("data", "splits", "max_tasks")):
             run.require_same(config.run, digests={kind: examples.digest})
         runtime.warn(f"{data_config.data}: other tasks than those of the run")
-    return data.subsample(examples, config.limit)
+    return data.subsample(examples, config.limit), examples.digest
+
+
+def require_free(folder: Path, facts: dict[str, Any]) -> None:
+    """ValueError where the folder holds a run, or an evaluation of other facts."""
+    path = folder / "scores.json"
+    kept = runtime.read_json(path).get("config", {}) if path.exists() else facts
+    if (folder / "config.json").exists() or any(kept.get(name) != facts[name] for name in facts):
+        raise ValueError(f"{folder}: holds a run, or an evaluation of other data; name another by --out")
 
 
 def write_results(config: EvalConfig, data_config: data.DataConfig, examples: Sequence[data.Example],
-                  predictions: Sequence[str]) -> None:
+                  predictions: Sequence[str], facts: dict[str, Any]) -> None:
     scores, folder = score(examples, predictions), config.folder
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    settings = {**asdict(config), **asdict(data_config), "instances": len(examples)}
+    settings = {**asdict(config), **asdict(data_config), **facts, "instances": len(examples)}
     runtime.write_json(folder / "scores.json", {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {config.split} tasks: {overall}")

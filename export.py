@@ -66,6 +66,7 @@ def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, ada
         return adapters.router(base.embed(torch.tensor([tokenizer.source(config.input)])))[0]
     options = run.configs(config.run, data=data.DataConfig)["data"]
     dev = data.load_sets(options, tokenizer, ["dev"], training=run.tasks)["dev"]
+    run.require_same(config.run, digests=run.digests | {"train": dev.digest})
     batches = evaluation.routed_batches(base, adapters, dev, 64, "router")
     return torch.stack([routing.w.sum(0) for *_, routing in batches]).sum(0) / len(dev)
 

@@ -54,8 +54,8 @@ class OrchMoEConfig:
 
     def __post_init__(self) -> None:
         for name, good, what in (
-            *((name, getattr(self, name) >= 1, "1 or more") for name in ("tasks", "skills", "rank")),
-            ("alpha", self.alpha is None or 0 < self.alpha < math.inf, "a number above 0"),
+            *((name, 1 <= getattr(self, name) <= 2**20, "1 to 2^20") for name in ("tasks", "skills", "rank")),
+            ("alpha", self.alpha is None or 0 < self.alpha < 1e18, "a number above 0, below 1e18"),
             ("targets", self.targets and isinstance(self.targets, tuple | list)
              and all(isinstance(name, str) for name in self.targets), "a tuple of names"),
             ("router", self.router in ("sample", "token", "none"), "sample, token or none"),
@@ -63,7 +63,7 @@ class OrchMoEConfig:
             ("router_init", self.router_init in ("kmeans", "normal"), "kmeans or normal"),
             ("router_dropout", 0 <= self.router_dropout <= (self.router == "sample"),
              "a share from 0 to 1, of the sample router"),
-            ("allocation_std", 0 <= self.allocation_std < math.inf, "a number from 0"),
+            ("allocation_std", 0 <= self.allocation_std < 1e18, "a number from 0, below 1e18"),
         ):
             if not good:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be {what}")
@@ -292,8 +292,10 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         if M < (least := max(2, K) if self.router.config.router_init == "kmeans" else 2):
             raise ValueError(f"fit_router: {M} sources for K = {K} abstract tasks; give at least {least}, "
                              "better hundreds")
-        with torch.autocast(features[0].device.type, enabled=False):
-            self.router.fit(torch.cat(features), generator)
+        if not (x_hat := torch.cat(features)).isfinite().all():
+            raise ValueError("fit_router: the embeddings of the sources are not all finite")
+        with torch.autocast(x_hat.device.type, enabled=False):
+            self.router.fit(x_hat, generator)
 
     @contextmanager
     def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *, beams: int = 1,

@@ -80,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
                              "another folder by --out") from None
         except OSError as error:  # a file system without locks
             warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
-        for stale in folder.rglob(".*.tmp"):
+        for stale in (*folder.glob(".*.*.tmp"), *folder.glob("model/.*.*.tmp")):
             stale.unlink()
         yield
 
@@ -206,37 +206,44 @@ def from_json(cls: type, values: Any, path: str | Path) -> Any:
     ValueError names file and field for one that is unknown, or of another type."""
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        for field in dataclasses.fields(cls):  # a number that is a text would fail later, and name no field
-            value, default = values.get(field.name, field.default), field.default
-            numbers = type(value) is int and type(default) is float
-            if not (type(value) is type(default) or numbers or default in (None, dataclasses.MISSING)):
-                raise ValueError(f"{field.name}: {value!r:.60} is of another type than {default!r}")
+        hints = typing.get_type_hints(cls)
+        for name in values.keys() & hints.keys():  # a text for a number would fail later, and name no field
+            if not _fits(values[name], hints[name]):
+                raise ValueError(f"{name}: {values[name]!r:.60} is of another type, or no choice")
         return cls(**values)
     except (TypeError, ValueError, AttributeError) as error:
         what = str(error).removeprefix(f"{cls.__name__}.__init__() ")
         raise ValueError(f"{path}: {cls.__name__}: {what:.200}; restore the file") from None
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return type(value) in (hint, *typing.get_args(hint)) or (type(value) is int and _fits(0.0, hint))
+
+
 def require_least(config: Any, **least: int) -> None:
     """ValueError that names the flag for the first field of `config` below its least value, or not finite."""
     for name, smallest in least.items():
-        if not smallest <= getattr(config, name) < math.inf:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(config, name)}: give {smallest} or more")
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if not smallest <= value < (2**53 if isinstance(value, int) else math.inf):
+            raise ValueError(f"--{flag} {value}: give {smallest} or more, below 2^53")
 
 
-def run_program(main: Callable[[], None]) -> typing.NoReturn:
-    """Runs `main` and ends the process. Bad input (ValueError, OSError) and a lack of memory are one line on
-    stderr and exit code 2; Ctrl-C is exit code 130."""
+def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Runs `main` and ends the process by the code that it returns (None: 0). Bad input (ValueError, OSError)
+    and a lack of memory are one line on stderr and exit code 2; Ctrl-C is exit code 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
-        main()
+        code = main() or 0
         if dist.is_torchelastic_launched():
             # A sharded base keeps gloo's threads alive. One that lets go of a tensor while Python goes down
             # would abort; all that was said is flushed.
-            os._exit(0)
-        sys.exit(0)
+            os._exit(code)
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -390,10 +397,6 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(parameter, "to_local") for parameter in module.parameters())
-
-
 def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
     """Splits the frozen weights of `root` over all processes by FSDP2, each unit's apart and gathered only
     while it computes, in its forward and the methods that its `entries` name. Weights may be views of mapped
@@ -402,7 +405,8 @@ def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Shard
 
-    frozen = {name: p.detach() for name, p in root.named_parameters() if not p.requires_grad}
+    # Old torch files hold transposed weights, which FSDP2 does not take.
+    frozen = {name: p.detach().contiguous() for name, p in root.named_parameters() if not p.requires_grad}
     if not frozen:
         raise ValueError("--shard: splits a frozen base; not with --method full")
     if not dist.is_initialized():

@@ -262,7 +262,8 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
     state = checkpoint.unpickle(path)
     try:
         adapters.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        # of its groups the parameters' state alone: rates are the config's
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         for parameter, moments in optimizer.state.items():  # whose shapes torch does not compare
             if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments are of other shapes")
@@ -472,7 +473,7 @@ def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
                                 base=parts.bound["base"])
 
 
-def main() -> None:
+def main() -> int:
     flags = runtime.read_flags(__doc__, PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
     where = runtime.from_flags(PlaceConfig, flags)
     configs = read_configs(flags, where)
@@ -482,12 +483,10 @@ def main() -> None:
     configs["train"] = replace(config, dtype=str(place.dtype)[6:])  # a resume elsewhere must not change it
     resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
     resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
-    resume += " --device cpu" * (where.device == "cpu") + " --shard" * where.shard
-    resume += " --compile" * where.compile
+    resume += " --device cpu" * bool(where.device) + " --shard" * where.shard + " --compile" * where.compile
     with runtime.joined(place):
         whole = run(Path(where.out) if where.out else None, configs, place, where, resume=resume)
-    if not whole:
-        raise SystemExit(130)
+    return 0 if whole else 130
 
 
 if __name__ == "__main__":

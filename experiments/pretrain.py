@@ -126,7 +126,7 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, resume: st
                            autocast=place.dtype == torch.bfloat16)
 
 
-def main() -> None:
+def main() -> int | None:
     flags = runtime.read_flags(__doc__, train.PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
     flags |= {"method": "full"}
     where = runtime.from_flags(train.PlaceConfig, flags)
@@ -139,7 +139,7 @@ def main() -> None:
     with runtime.joined(place):
         if not run(Path(where.out), configs, place, resume):
             runtime.say(f"stopped; go on with: {resume}")
-            raise SystemExit(130)
+            return 130
 
 
 if __name__ == "__main__":

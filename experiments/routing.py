@@ -68,5 +68,5 @@ def of_run(folder: Path, place: runtime.Device, *, model: str = "") -> dict[str,
     config, data_config = run.configs(folder, train=train.TrainConfig, data=data.DataConfig).values()
     base, adapters, tokenizer = evaluation.load(place, run=folder, model=model)
     which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
-    seen = evaluation.load_examples(which, data_config, run, tokenizer)
+    seen, _ = evaluation.load_examples(which, data_config, run, tokenizer)
     return report(base, adapters, seen, batch_size=config.eval_batch_size)

@@ -362,6 +362,13 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tok
         assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
 
 
+def test_a_question_that_is_cut_is_said(tokenizer, capsys):
+    data.asked("Say it.", "word", tokenizer, data.DataConfig())
+    assert not capsys.readouterr().err
+    data.asked("Say it.", "word " * 3000, tokenizer, data.DataConfig(max_source_length=999))
+    assert "--max-source-length 999: the end of the input is cut off" in capsys.readouterr().err
+
+
 def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys):
     texts = [{"input": "river " * n, "output": "stone"} for n in range(1, 100)]
     write_task(repository, "task3_c", task_json(Instances=texts))

@@ -302,12 +302,14 @@ ADAPTERS = {  # what the file says of itself -> words of the refusal
     "rank": ({"rank": 3}, "skill_A is .*, here .*not what its config describes"),
     "K": ({"tasks": 9}, "allocation is .*, here "),
     "S a terabyte": ({"skills": 4096, "rank": 4096}, "adapter state: .* is "),
-    "S beyond": ({"skills": 10**12}, r"allocation is \(20, 8, 4\), here "),
+    "S beyond": ({"skills": 2**20}, r"allocation is \(20, 8, 4\), here "),
+    "S without end": ({"skills": 10**12}, "skills: 10{12} must be 1 to 2.20"),
+    "alpha without end": ({"alpha": 10**400}, "alpha: 10+"),
     "S a text": ({"skills": "4"}, "skills: '4' is of another type"),
     "S true": ({"skills": True}, "skills: True is of another type"),
     "targets a text": ({"targets": "q"}, "targets: 'q' is of another type"),
     "a target that is nowhere": ({"targets": ["z"]}, "no Linear is named z"),
-    "router": ({"router": "oracle"}, "router: 'oracle' must be"),
+    "router": ({"router": "oracle"}, "router: 'oracle' is of another type, or no choice"),
     "alpha": ({"alpha": -1.0}, "alpha: -1.0 must be"),
     "unknown field": ({"code": "os"}, "got an unexpected keyword argument 'code'"),
 }
@@ -333,7 +335,7 @@ STATES = {  # a training state of the right type, but not of this run
     "a name missing": lambda state: state["weights"].pop("allocation"),
     "no tensor": lambda state: state["weights"].update(allocation=3),
     "a shape": lambda state: state["weights"].update(allocation=torch.zeros(2, 2)),
-    "no groups": lambda state: state["optimizer"].pop("param_groups"),
+    "no moments": lambda state: state["optimizer"].pop("state"),
     "a moment's shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
     "a moment missing": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
 }
@@ -353,9 +355,26 @@ def test_training_states_of_something_else_are_refused(copied, change):
     assert str(refusal.value).startswith(f"{path}: not ") and "\n" not in str(refusal.value)
 
 
+def test_settings_of_a_training_state_are_not_believed(copied):
+    path = copied / "checkpoint.pt"
+    state = checkpoint.unpickle(path)
+    for group in state["optimizer"]["param_groups"]:
+        group.update(eps="nonsense", max_lr=1e9)
+    with runtime.atomic_write(path) as file:
+        torch.save(state, file)
+    config = train.TrainConfig()
+    base, adapters, _ = evaluation.load(CPU, run=copied)
+    optimizer = train.make_optimizer(adapters, config)
+    train.load_progress(path, adapters, optimizer)
+    expected = [config.lr_skills, config.lr_router, config.lr_allocation]
+    assert [group["max_lr"] for group in optimizer.param_groups] == expected
+    assert all(group["eps"] == 1e-8 for group in optimizer.param_groups) and optimizer.state
+
+
 RUNS = {("train", "seed"): "0", ("train", "steps"): "8", ("train", "method"): 3, ("train", "lr_skills"): None,
         ("train", "stepz"): 8, ("data", "num_pos"): [2], ("data", "data"): 7, ("data", "num_neg"): -1,
-        ("adapter", "rank"): 0, ("adapter", "targets"): "q"}
+        ("adapter", "rank"): 0, ("adapter", "targets"): "q", ("train", "schedule"): "cosine",
+        ("train", "lr_router"): 10**400, ("train", "loras"): [1]}
 
 
 @pytest.mark.parametrize("field, value", RUNS.items(), ids=str)

@@ -710,6 +710,13 @@ def test_normal_start_only_standardises(small_t5):
     torch.testing.assert_close(router.sd, features.std(0, correction=0))
 
 
+def test_sources_that_are_not_finite_start_no_router(small_t5):
+    embeddings = torch.randn(9, 3, small_t5.config.d_model)
+    embeddings[2, 1, 4] = torch.nan
+    with pytest.raises(ValueError, match="fit_router: the embeddings of the sources are not all finite"):
+        attach(small_t5, OrchMoEConfig()).fit_router([embeddings])
+
+
 def test_fit_router_reads_padded_batches(small_t5, inputs):
     adapters = attached(small_t5, tasks=2)
     embeddings = small_t5.embed(inputs.input_ids)

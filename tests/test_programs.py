@@ -10,7 +10,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ import runtime
 import tokenizer as tokenizers
 import train
 from baselines import NoAdapter, attach_method
-from orchmoe import Adapters, OrchMoEConfig
+from orchmoe import OrchMoEConfig
 
 
 def test_a_run_from_start_to_scores(home):
@@ -138,8 +137,12 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(copied):
     first.kill()
     first.wait()
     (copied / ".checkpoint.pt.7.tmp").write_text("half a save")
+    (copied / "other").mkdir()
+    others = [copied / ".somebody.tmp", copied / "other/.scores.json.7.tmp"]
+    for path in others:
+        path.touch()
     with runtime.locked(copied):  # nobody is left to free the lock, and it is free
-        assert not (copied / ".checkpoint.pt.7.tmp").exists()
+        assert not (copied / ".checkpoint.pt.7.tmp").exists() and all(path.exists() for path in others)
         with pytest.raises(ValueError, match="another process"), runtime.locked(copied):
             pass
 
@@ -219,6 +222,26 @@ def test_a_run_is_bound_to_its_tasks_and_its_tokenizer(copied, tmp_path):
     assert "not the tokenizer that" in run(*evaluate, "--data", ROOT / "sni", cwd=tmp_path, code=2)
 
 
+def test_an_evaluation_replaces_no_other(copied):
+    evaluate = ("eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu")
+    run(*evaluate, cwd=copied.parent)
+    run(*evaluate, "--batch-size", "1", cwd=copied.parent)  # the same by other means
+    before = (copied / "eval-seen-2/predictions.jsonl").stat().st_mtime_ns
+    for more, folder in ((["--num-pos", "0"], "run/eval-seen-2"), (["--out", "run"], "run")):
+        error = run(*evaluate, *more, cwd=copied.parent, code=2)
+        assert f"{folder}: holds a run, or an evaluation of other data" in error
+    assert before == (copied / "eval-seen-2/predictions.jsonl").stat().st_mtime_ns
+
+
+def test_full_weights_are_evaluated_as_they_were_trained(home):
+    run("train.py", *SHORT, "--method", "full", "--out", "run", cwd=home)
+    place = runtime.pick_device(device="cpu", dtype="bfloat16")
+    assert evaluation.load(place, run=home / "run")[0].embedding.weight.dtype == torch.float32
+    shutil.rmtree(home / "run/model")
+    error = run("eval.py", "--run", "run", "--device", "cpu", cwd=home, code=2)
+    assert error.endswith("run/model: not there; the run has kept no weights yet\n")
+
+
 def test_a_base_that_has_moved_is_named_by_model(copied, tmp_path):
     config = json.loads((copied / "config.json").read_text())
     config["train"]["model"] = str(tmp_path / "gone")
@@ -257,9 +280,7 @@ def ask(model, *arguments, cwd):
 
 
 def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
-    with mock.patch.object(Adapters, "folded", autospec=True, side_effect=Adapters.folded) as folded:
-        said, answer, verdict = ask(["--run", "run"], cwd=finished)
-    folded.assert_called_once()  # so that it decodes at the base's speed
+    said, answer, verdict = ask(["--run", "run"], cwd=finished)
     alone = "instruction and input alone, without examples"
     assert said == f"asked run: {alone}"
     base, adapters, tokenizer = evaluation.load(runtime.pick_device(device="cpu"), run=finished / "run")
@@ -332,9 +353,9 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
     "train.py --targets z": "targets: no Linear is named z; there are head, k, o, q, v, wi_0, wi_1, wo",
     "train.py --targets ,": "targets: () must be a tuple of names",
-    "train.py --tasks 0": "tasks: 0 must be 1 or more",
-    "train.py --rank 0": "rank: 0 must be 1 or more",
-    "train.py --skills 0": "skills: 0 must be 1 or more",
+    "train.py --tasks 0": "tasks: 0 must be 1 to 2^20",
+    "train.py --rank 0": "rank: 0 must be 1 to 2^20",
+    "train.py --skills 0": "skills: 0 must be 1 to 2^20",
     "train.py --train-instances 5": "fit_router: 5 sources for K = 8 abstract tasks; give at least 8, better",
     "train.py --extra-rank -1": "--extra-rank -1: give 0 or more",
     "train.py --alpha 0": "alpha: 0.0 must be a number above 0",
