@@ -207,6 +207,9 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
         result["seconds"] = round(time.monotonic() - began)
         if cell.kept:
             result = {"settings": cell.settings, "tree": tree(), "torch": torch.__version__} | result
+            if "learnt" in result:  # the means: the rest is five times all else
+                learnt = {name: value for name, value in result["learnt"].items() if isinstance(value, float)}
+                result["learnt"] = learnt
         runtime.write_json(cell.kept or cell.folder / "scores.json", result)  # last: what has it is finished
     return True
 

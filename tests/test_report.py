@@ -50,6 +50,8 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
         assert len(found["seen"]["tasks"]) == 3 and all(
             scores.keys() == {"loss"} for scores in found["seen"]["tasks"].values())
         assert set(found["unseen"]["tasks"]) == set(data.read_splits(ROOT / "sni")["test"])
+        learnt = found.get("learnt", {})  # of what routes
+        assert bool(learnt) == ("orchmoe" in name) and all(type(each) is float for each in learnt.values())
     sizes = [sum(cells[f"methods/{row}-x1-s0"]["parameters"].values()) for row in ("orchmoe", "lora")]
     assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
     assert [line for line in said.splitlines() if line.startswith("| lora | 2")]
