@@ -16,23 +16,9 @@ from conftest import ROOT
 import checkpoint
 import runtime
 import train
-from baselines import attach_method, count
+from baselines import attach_method
 from experiments import compare, plot, sizes
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
-
-
-@pytest.mark.parametrize("size, targets", [("tiny", ("q", "v")), ("t5-small", ("all",))])
-def test_totals_are_equal_within_three_per_cent(size, targets):
-    config = compare.SIZES.get(size) or checkpoint.config(ROOT / "tiny")
-    adapter = OrchMoEConfig(targets=targets)
-    extra = sizes.budget(compare.EQUAL, sizes.on_meta(config), adapter, 28)
-    totals = []
-    for name in compare.EQUAL:
-        adapters = attach_method(name, sizes.on_meta(config), adapter, extra_rank=extra[name], num_tasks=28)
-        totals.append(sum(count(adapters).values()))
-        for linear in adapters.linears.values():  # the scale: alpha / the rank that adds up
-            assert linear.skill_scale == adapter.rank / linear.skill_A.shape[1]
-    assert max(totals) <= 1.03 * min(totals)
 
 
 def test_dry_run_says_sizes_and_memory(run):
@@ -181,7 +167,7 @@ def test_a_comparison_from_start_to_table(small):
 
 
 def test_finished_cells_are_not_run_again_and_lost_ones_are(small, run):
-    files = sorted(small.rglob("scores.json"))
+    files = sorted(path for part in ("tune", "cells") for path in (small / part).rglob("scores.json"))
     before = {path: path.stat().st_mtime_ns for path in files}
     logs = {log: log.stat().st_mtime_ns for log in small.rglob("metrics.jsonl")}
     lost = small / "cells/lora-s0/scores.json"

@@ -58,7 +58,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(small_t5, inputs, rout
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"], counters["graph_break"]
     # encoder and decoder, and the first block of the encoder, whose input needs no gradient
-    assert counters["stats"]["unique_graphs"] <= 5, counters["stats"]
+    assert 0 < counters["stats"]["unique_graphs"] <= 5, counters["stats"]
 
 
 def test_a_training_forward_has_no_graph_breaks(small_t5, inputs):
@@ -81,7 +81,7 @@ def test_generation_is_the_same_and_decodes_uncompiled(small_t5, inputs):
     expected = generate()
     small_t5.compile_blocks("aot_eager")
     assert torch.equal(generate(), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of the encoder alone
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of the encoder alone
 
 
 @pytest.mark.slow  # it compiles for ten seconds

@@ -151,7 +151,8 @@ def test_bad_tokenizer_is_one_line(tmp_path, model_dir):
     sentencepiece.SentencePieceTrainer.train(
         input=str(model_dir / "text"), model_prefix=str(tmp_path / "other"), vocab_size=100, minloglevel=2)
     for path, words in ((tmp_path, "spiece.model"), (tmp_path / "bad.model", "not a SentencePiece model"),
-                        (tmp_path / "empty.model", "model"), (tmp_path / "other.model", "pieces 0 to 2")):
+                        (tmp_path / "empty.model", r"empty.model: (not a SentencePiece|pieces 0)"),
+                        (tmp_path / "other.model", "pieces 0 to 2")):
         with pytest.raises(ValueError, match=words) as caught:
             tokenizers.load(path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -248,8 +249,8 @@ def test_names_do_not_leave_their_folder(repository, name):
     write_lists(repository, [name], ["task9_t"])
     with pytest.raises(ValueError, match="plain name"):
         read_splits(repository)
-    with pytest.raises(ValueError, match="plain name"):
-        DataConfig(splits=name)
+    with pytest.raises(ValueError, match="--splits: .* plain name"):
+        read_splits(repository, name)
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 30, 99, 100, 139, 140, 1000])

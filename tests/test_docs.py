@@ -122,10 +122,11 @@ def test_bars_tell_rate_and_time_left_at_a_terminal_only(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     bar = drawn_by(Terminal(), monkeypatch, 4, 0.4)
     assert re.search(r"train: +75%.* 3/4 \[00:01<00:00, .*step/s\]", bar), bar
-    assert drawn_by(io.StringIO(), monkeypatch, 4, 0.4) == ""
     assert drawn_by(Terminal(), monkeypatch, 4, 0.01).strip() == ""  # too short to be watched
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "a parent")
-    assert drawn_by(Terminal(), monkeypatch, 4, 0.4) == ""
+    for stream, parent in ((io.StringIO(), None), (Terminal(), "a parent")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda parent=parent: parent)
+        assert runtime.progress(range(4), "train").disable
 
 
 # ---------------------------------------------------------------------------------------------------- figures

@@ -310,10 +310,22 @@ def test_tensors_that_are_no_lora_are_refused(lora):
 def test_another_base_or_other_targets_are_refused_with_names(lora, small_t5):
     read = checkpoint.load_peft(lora)
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(skills=1, rank=8), generator=generator())
-    with pytest.raises(ValueError, match="SelfAttention.q.* is not in both|in this base"):
+    with pytest.raises(ValueError, match="SelfAttention.q.* is not in both"):
         checkpoint.set_skills(adapters, [read])
     adapters.detach()
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(skills=1, rank=8, targets=("q",)))
     with pytest.raises(ValueError, match=r"'decoder.block.0.layer.0.SelfAttention.v'.* and \d+ more"):
         checkpoint.set_skills(adapters, [read])
-    assert all(p.requires_grad for p in adapters.parameter_groups()["skills"])
+    assert len(adapters.parameter_groups()["skills"]) == 2 * len(adapters.linears)  # as they were
+
+
+@pytest.mark.parametrize("rank, copies, words", [
+    (8, 1, r"is of \[160, 159\], in this base \[160, 160\]"), (4, 1, "1 LoRAs, this one of rank 8, for"),
+    (8, 2, "2 LoRAs, this one of rank 8, for")])  # fmt: skip
+def test_other_shapes_numbers_and_ranks_are_refused(rank, copies, words, lora):
+    read = checkpoint.load_peft(lora)
+    if "base" in words:
+        read = read._replace(factors={name: (A[:, :-1], B) for name, (A, B) in read.factors.items()})
+    _, adapters = adapted(ROOT / "tiny", OrchMoEConfig(skills=1, rank=rank))
+    with pytest.raises(ValueError, match=words):
+        checkpoint.set_skills(adapters, [read] * copies)

@@ -2,6 +2,7 @@
 that are not like others. Everything is refused in one line, in bounded time and memory, and the last good
 state stays."""
 
+import contextlib
 import io
 import json
 import os
@@ -114,15 +115,6 @@ def test_a_full_disk_under_the_token_cache_costs_the_cache_alone(home, copied):
     assert wanted.read_bytes() == found.read_bytes()
 
 
-def test_a_cache_that_may_not_be_written_costs_the_cache_alone(home):
-    (home / "file").write_text("no folder can be made below it")
-    heuristic = ["eval.py", "--heuristic", "copy-demo", "--max-tasks", "3"]
-    done = subprocess.run(command(*heuristic), cwd=home, text=True, capture_output=True,
-                          env=environment(XDG_CACHE_HOME=str(home / "file")), timeout=600)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-    assert "file/orchmoe: no token cache (" in done.stderr
-
-
 @pytest.mark.parametrize("save", [
     lambda path, ones: train.save_progress(path, *[mock.Mock(state_dict=lambda: ones)] * 2),  # torch's error
     lambda path, ones: checkpoint.write_safetensors(path, {"x": ones}, {"format": "pt"}),
@@ -146,6 +138,8 @@ def test_a_write_that_fails_is_an_error_of_the_file(tmp_path, save):
 @pytest.fixture
 def bounded():
     """Whatever the test does takes at most 5 seconds of its own time and 500 MB."""
+    with contextlib.suppress(OSError):  # Linux: the peak of a test before would hide this one's
+        Path("/proc/self/clear_refs").write_text("5")
     peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
     assert time.process_time() - began < 5
@@ -239,6 +233,13 @@ def load_cached(path):
     raise ValueError("the cache was made again")
 
 
+def load_lora(path):
+    if path.name != "adapter_config.json":
+        said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}
+        (path.parent / "adapter_config.json").write_text(json.dumps(said))
+    return checkpoint.load_peft(path.parent)
+
+
 PLACES = {
     "pytorch_model.bin": read_folder_of,
     "model.safetensors": read_folder_of,
@@ -247,7 +248,12 @@ PLACES = {
     "checkpoint.pt": checkpoint.unpickle,
     "config.json": read_run_of,
     "model/config.json": read_model_of,
+    "adapter_config.json": load_lora,
+    "adapter_model.safetensors": load_lora,
+    "adapter_model.bin": load_lora,
     "spiece.model": tokenizer.load,
+    "tokenizer.model": tokenizer.load,
+    "tokenizer.json": tokenizer.load,
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
     "scores.json": runtime.read_json,
@@ -285,7 +291,7 @@ def test_an_archive_on_several_disks_is_refused(tmp_path):
 
 def test_there_is_no_other_way_in():
     """torch.load with weights_only alone, and nothing else that could run what a file says."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")):
         source = path.read_text(encoding="utf-8")
         assert source.count("torch.load(") == source.count("weights_only=True"), path
         called = r"pickle\.loads?|np\.load|marshal\.\w+|(?<![.\w])eval|(?<![.\w])exec"
@@ -353,6 +359,16 @@ def test_training_states_of_something_else_are_refused(copied, change):
     with pytest.raises(ValueError) as refusal:
         train.run(copied, configs, CPU)
     assert str(refusal.value).startswith(f"{path}: not ") and "\n" not in str(refusal.value)
+
+
+def test_fields_that_an_older_run_does_not_say_have_their_defaults(copied):
+    where = train.PlaceConfig(out=str(copied), resume=True)
+    before, config = train.read_configs({}, where), json.loads((copied / "config.json").read_text())
+    for section, field in (("train", "trainable"), ("data", "explanation"), ("adapter", "router_dropout")):
+        del config[section][field]
+    del config["torch"], config["pretrain"]
+    (copied / "config.json").write_text(json.dumps(config))
+    assert train.read_configs({}, where) == before
 
 
 def test_settings_of_a_training_state_are_not_believed(copied):

@@ -310,18 +310,6 @@ def test_float32_and_bfloat16_follow_float64(kind):
 
 
 @both
-def test_blocks_compile_as_one_graph_for_all_shapes(kind):
-    t5, plain = random_t5(CONFIGS[kind]), random_t5(CONFIGS[kind])
-    torch._dynamo.reset()
-    for block in [*t5.encoder.blocks, *t5.decoder.blocks]:
-        block.compile(fullgraph=True, dynamic=True, backend="eager")
-    for lengths in ((9, 14, 5, 1), (4, 6, 3), (30, 2)):
-        inputs = batch(lengths)
-        torch.testing.assert_close(t5.loss(*inputs), plain.loss(*inputs))
-    torch._dynamo.reset()
-
-
-@both
 def test_initial_weights_are_a_function_of_the_seed_and_fit_the_task(kind):
     config = replace(CONFIGS[kind], vocab_size=500, d_model=64, d_ff=128)
     t5, same, other = (init_weights(T5(config), seed) for seed in (7, 7, 8))
@@ -390,7 +378,8 @@ def test_config_refuses(field, value, tmp_path):
     path.write_text(json.dumps(CONFIGS["v1.0"].to_hf() | {field: value}))
     with pytest.raises(ValueError) as refusal:
         checkpoint.config(tmp_path)
-    assert str(path) in str(refusal.value) and field in str(refusal.value) and "\n" not in str(refusal.value)
+    said = str(refusal.value)
+    assert said.startswith(str(path)) and field in said.removeprefix(str(path)) and "\n" not in said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, '"\\ud800"', "\0"])

@@ -3,6 +3,8 @@ python tests/test_options.py > docs/options.md"""
 
 import argparse
 import importlib
+import re
+import shlex
 import sys
 from unittest import mock
 
@@ -11,6 +13,8 @@ from conftest import ROOT
 import runtime
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
+STUDY = tuple(f"experiments.{name}" for name in ("bench", "compare", "fewshot", "pretrain", "report"))
+COMMAND = re.compile(r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE)
 
 
 def parser_of(program):
@@ -48,6 +52,16 @@ def page():
 
 def test_the_page_of_options_is_what_the_programs_take():
     assert (ROOT / "docs/options.md").read_text(encoding="utf-8") == page()
+
+
+def test_the_commands_of_the_pages_are_taken_as_printed():
+    parsers, count = {program: parser_of(program) for program in PROGRAMS + STUDY}, 0
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for program, words in COMMAND.findall(page.read_text(encoding="utf-8").replace("\\\n", "")):
+            if program in parsers:  # ValueError for a flag or a value that it does not take
+                parsers[program].parse_args(shlex.split(words.replace("SEED", "0"), comments=True))
+                count += 1
+    assert count > 15
 
 
 def test_train_has_few_options():

@@ -1,10 +1,12 @@
 """train.py and eval.py as a user runs them, on the bundled data and, where it is given, on the real one."""
 
+import dataclasses
 import importlib
 import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +106,51 @@ def test_a_gradient_that_is_not_finite_is_said_and_changes_nothing(small_t5, inp
                        "the last checkpoint is untouched"):
         train.train_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+
+
+OUT = "train.py: error: out of memory ("
+
+
+@pytest.mark.parametrize("error, code, begins", [
+    (MemoryError("a list"), 2, OUT + "a list); lower"), (torch.OutOfMemoryError("CUDA"), 2, OUT + "CUDA);"),
+    (RuntimeError("DefaultCPUAllocator: no 9 bytes"), 2, OUT + "DefaultCPUAllocator"),
+    (KeyboardInterrupt(), 130, ""), (RuntimeError("a fault"), None, "")])  # fmt: skip
+def test_how_a_program_ends(error, code, begins, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(RuntimeError if code is None else SystemExit) as end:
+        runtime.run_program(main)
+    said = capsys.readouterr().err
+    assert code is None or end.value.code == code
+    assert said.startswith(begins) and said.count("\n") == bool(begins)
+
+
+@pytest.mark.parametrize("joined, said", [(False, ""), (True, "train.py: error on rank 1: bad\n")])
+def test_a_process_says_which_it_is(joined, said, monkeypatch, capsys):
+    def main():
+        raise ValueError("bad")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for name, value in (("rank", 1), ("local_rank", 1)):
+        monkeypatch.setattr(runtime, name, lambda value=value: value)
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: joined)
+    with pytest.raises(SystemExit):
+        runtime.run_program(main)
+    assert capsys.readouterr().err == said
+
+
+def test_both_signals_wait_for_the_step_and_are_given_back():
+    kinds = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(kind) for kind in kinds]
+    for kind in kinds:
+        with runtime.stop_signals() as asked:
+            assert not asked()
+            for _ in range(2):  # a second one is not treated
+                signal.raise_signal(kind)
+                assert asked()
+        assert [signal.getsignal(each) for each in kinds] == before
 
 
 def test_a_step_that_breaks_the_weights_is_not_saved(home):
@@ -215,11 +262,24 @@ def test_a_run_is_bound_to_its_tasks_and_its_tokenizer(copied, tmp_path):
     assert error.count("\n") == 1 and "not the digests that the run in run began with" in error
     error = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=tmp_path, code=2)
     assert "not the digests that the run in run began with" in error
+    served = "export.py", "--run", "run", "--out", "served", "--routing", "mean"
+    assert "not the digests that the run in run" in run(*served, cwd=tmp_path, code=2)
     run("train.py", "--resume", "--out", "run", "--device", "cpu", "--data", ROOT / "sni", cwd=tmp_path)
     process(*evaluate, "--data", ROOT / "sni", cwd=tmp_path)
     with open(tmp_path / "tiny/spiece.model", "ab") as file:
         file.write(b"\xfa\x7f\x00")  # a field that SentencePiece does not know: the same pieces, another file
     assert "not the tokenizer that" in run(*evaluate, "--data", ROOT / "sni", cwd=tmp_path, code=2)
+
+
+def test_other_data_that_is_named_costs_a_warning(copied, capsys):
+    began, words = evaluation.Run.read(copied), tokenizers.load(ROOT / "tiny")
+    asked = evaluation.EvalConfig(run=str(copied), split="seen", limit=2)
+    kept = began.configs(copied, data=data.DataConfig)["data"]
+    runtime.warn.cache_clear()
+    evaluation.load_examples(asked, kept, began, words)
+    assert not capsys.readouterr().err
+    evaluation.load_examples(asked, dataclasses.replace(kept, max_tasks=5), began, words)
+    assert capsys.readouterr().err.endswith("sni: other tasks than those of the run\n")
 
 
 def test_an_evaluation_replaces_no_other(copied):
@@ -298,6 +358,17 @@ def test_a_run_answers_by_hand_and_says_where_the_router_put_it(home, finished):
     bare = checkpoint.load(home / "tiny")
     first = bare.generate(ids, torch.ones_like(ids), max_new_tokens=1)[0]
     assert answer == f"answer: {tokenizer.decode(first)}"
+
+
+@pytest.mark.slow
+def test_the_first_row_of_the_readme(home):
+    page, found = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    row = re.search(r"^\| frozen base \|(.*)\|$", page, re.MULTILINE)[1]
+    for split in ("seen", "test"):
+        run("eval.py", "--model", "tiny", "--split", split, "--device", "cpu", "--out", split, cwd=home)
+        overall = json.loads((home / split / "scores.json").read_text())["overall"]
+        found += [overall["rougeL"], overall["exact_match"]]
+    assert found == pytest.approx(list(map(float, row.split("|"))), abs=0.1)
 
 
 @pytest.mark.slow

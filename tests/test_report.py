@@ -55,6 +55,9 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     sizes = [sum(cells[f"methods/{row}-x1-s0"]["parameters"].values()) for row in ("orchmoe", "lora")]
     assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
     assert [line for line in said.splitlines() if line.startswith("| lora | 2")]
+    tables = (tmp_path / "kept/tables.md").read_text()
+    assert "unseen-dev" in tables and "unseen-test" not in said + tables
+    assert "unseen-test" in made(tmp_path, "table", "--final")
     assert "| lora | 2 | lr_skills" in (tmp_path / "kept/tables.md").read_text()
     assert (tmp_path / "kept/curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     made(tmp_path, "answers", "--rows", "lora,frozen base,copy-demo")

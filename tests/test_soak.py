@@ -52,6 +52,9 @@ runpy.run_path(folder + "/train.py", run_name="__main__")
 """
 
 
+STAGES = ("write", "sync", "name", "named")
+
+
 def start(*arguments, cwd, dying=()):
     program = [sys.executable, "-c", DYING, str(ROOT), *dying] if dying else command("train.py")
     return subprocess.Popen([*program, *arguments], cwd=cwd, env=environment(),
@@ -76,7 +79,7 @@ def soak(home, kills, rng):
     """Kills of runs, every third inside a save; each run that comes to its end must equal the undisturbed
     one. Returns what happened."""
     run("train.py", *OPTIONS, "--out", "whole", cwd=home)
-    counts = {"kills": 0, "inside a save": 0, "runs": 0}
+    counts = {"kills": 0, "inside a save": 0, "runs": 0, **dict.fromkeys(STAGES, 0)}
 
     def current():
         folder = home / f"killed{counts['runs']}"
@@ -92,13 +95,14 @@ def soak(home, kills, rng):
     while counts["kills"] < kills:
         folder, arguments = current()
         inside = counts["inside a save"] * 3 < counts["kills"] + 1
-        stage = rng.choice(["write", "sync", "name", "named"])
+        stage = rng.choice(STAGES)
         dying = [stage, str(rng.randrange(1, 8000 if stage == "write" else 9))] if inside else []
         process = start(*arguments, "--out", folder.name, cwd=home, dying=dying)
         killed = process.wait() == -signal.SIGKILL if inside else kill_at_random(process, folder, rng)
         if killed:
             counts["kills"] += 1
             counts["inside a save"] += inside
+            counts[stage] += inside
         else:
             assert process.returncode == 0, process.stderr.read()
             compare(folder)
@@ -107,6 +111,13 @@ def soak(home, kills, rng):
     compare(folder)
     assert not list(folder.rglob(".*.tmp"))  # what the killed saves had begun is gone
     return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_dies_at_every_stage(home, stage):
+    process = start(*OPTIONS, "--out", "run", cwd=home, dying=[stage, "1"])
+    assert process.wait(timeout=120) == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -119,4 +130,4 @@ def test_fifty_kills_change_nothing(home):
     began = time.monotonic()
     counts = soak(home, 50, random.Random(0))
     print(f"\n{counts}, {time.monotonic() - began:.0f} s")
-    assert counts["inside a save"] >= 17
+    assert counts["inside a save"] >= 17 and all(counts[stage] for stage in STAGES)
