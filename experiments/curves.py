@@ -174,16 +174,24 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
                  for (of, what), group in sorted(groups.items()) if of == stage]
         heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
         parts.append(table([stage, "seeds", *heads], lines))
+    lines = []
+    for (stage, what), group in sorted(groups.items()):
+        if stage == "sizes":  # of fewer or more tasks there is no curve
+            first = groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {})
+            seeds = common({0: first}, {0: group}) if first is not group else []
+            lines.append([what, len(group), *means(group.values()), *(
+                said(interval(losses(first, seeds, name) - losses(group, seeds, name))) if seeds else "-"
+                for name in which)])
+    parts.append(table(["sizes", "seeds", *which, *(f"orchmoe - it, {name}" for name in which)], lines))
     against = [(row, name) for row in ("orchmoe", "lora") if row in found for name in unseen]
-    for stage in ("sizes", "changes", "controls"):  # of fewer or more tasks there is no curve
-        over = against if stage != "sizes" else []
+    for stage in ("changes", "controls"):
         lines = [[what, len(group), *means(group.values()),
-                  *(said(above(group, found[row], name)) for row, name in over)]
+                  *(said(above(group, found[row], name)) for row, name in against)]
                  for (of, what), group in sorted(groups.items()) if of == stage]
-        heads = [*which, *(f"{name} - {row}'s curve" for row, name in over)]
+        heads = [*which, *(f"{name} - {row}'s curve" for row, name in against)]
         parts.append(table([stage, "seeds", *heads], lines))
     if any(intervals):
-        number = len(intervals)
+        number = sum(map(bool, intervals))
         parts.append(f"Differences with 95 % intervals over tasks and seeds together; of the {number} here "
                      f"about {number / 20:.0f} would exclude zero if nothing differed.")
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -131,6 +131,15 @@ def test_a_curve_with_a_turn_is_read_at_its_lower_branch():
     assert read.mean() == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
 
 
+def test_rows_stand_beside_orchmoe_on_as_many_tasks():
+    cells = {f"sizes/{row}-{size}-s0": cell(np.full(4, x), np.full(9, 2 * x), row=row)
+             for row, size, x in (("orchmoe", 50, 1.0), ("lora", 50, 1.25), ("lora", 687, 1.0))}
+    said = curves.text(cells, {})
+    assert "| lora, 50 tasks | 1 | 1.250 | 2.500 | -0.250 [-0.250, -0.250] | -0.500 [-0.500," in said
+    assert "| orchmoe, 50 tasks | 1 | 1.000 | 2.000 | - | - |" in said and "of the 2 here" in said
+    assert "| lora, 687 tasks | 1 | 1.000 | 2.000 | - | - |" in said
+
+
 def test_the_unseen_tasks_are_halved_by_name_alone():
     names = [f"task{i}" for i in range(400)]
     first = curves.halves(names)
