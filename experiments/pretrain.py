@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,9 @@ def main() -> int | None:
     configs = train.read_configs(flags, where, CONFIGS)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
+    own = configs["pretrain"]  # a resume from another folder or on another machine must not change these
+    configs["pretrain"] = replace(own, text=own.text and os.path.abspath(own.text))
+    configs["train"] = replace(configs["train"], dtype=str(place.dtype)[6:])
     resume = f"python -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
     with runtime.joined(place):
         if not run(Path(where.out), configs, place, resume):

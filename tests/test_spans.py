@@ -1,12 +1,14 @@
-"""experiments/spans.py: nothing of a text is lost, batches are pure, bad text is one line."""
+"""experiments/spans.py and pretrain.py: nothing of a text is lost, batches are pure, bad text is one line."""
 
 import lzma
 
 import numpy as np
 import pytest
 import torch
+from conftest import records, run
 from test_data import ROOT, count_encodes, sentences
 
+import checkpoint
 import tokenizer as tokenizers
 from experiments.spans import TextStream, corrupt_spans
 
@@ -100,3 +102,21 @@ def test_bad_text_is_one_line(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=name) as caught:
             TextStream(tmp_path / name, tokenizer, length=512, seed=0)
         assert "\n" not in str(caught.value)
+
+
+def test_a_base_is_pretrained_and_goes_on_from_anywhere(home, tmp_path_factory):
+    (home / "text.txt").write_text("The river ran past the old mill and on to the sea.\n" * 60)
+    run("experiments/pretrain.py", "--model", "tiny", "--data", "sni", "--text", "text.txt", "--text-length",
+        "32", "--steps", "4", "--eval-every", "2", "--eval-instances", "4", "--batch-size", "4",
+        "--max-tasks", "3", "--warmup", "0", "--lr-full", "1e-3", "--device", "cpu", "--out", "base",
+        cwd=home)  # fmt: skip
+    folder = home / "base"
+    whole = (folder / "model/model.safetensors").read_bytes()
+    assert checkpoint.load(folder / "model").config == checkpoint.config(ROOT / "tiny")
+    assert tokenizers.load(folder / "model").fingerprint == tokenizers.load(ROOT / "tiny").fingerprint
+    assert [row["step"] for row in records(folder) if "loss" in row] == list(range(4))
+    for path in (folder / "checkpoint.pt", folder / "metrics.jsonl", folder / "model/model.safetensors"):
+        path.unlink()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    run("experiments/pretrain.py", "--resume", "--out", folder, "--device", "cpu", cwd=elsewhere)
+    assert (folder / "model/model.safetensors").read_bytes() == whole
