@@ -35,6 +35,7 @@ class NoAdapter(Adapters):
         """Nothing to drop, to merge or to take out."""
 
     merge = detach = keep
+    disabled = folded = routed  # the base is as it is
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"full": [p for p in self._module[0].parameters() if p.requires_grad]}

@@ -300,15 +300,15 @@ def main() -> None:
         if config.ask:
             return answer(base, adapters, tokenizer, config, data_config)
         examples, digest = load_examples(config, data_config, run, tokenizer)
-        facts = {name: value for name, value in vars(data_config).items() if name not in data.WHERE}
-        require_free(config.folder, facts := facts | {"digest": digest})
+        settings = {**asdict(config), **asdict(data_config), "digest": digest, "instances": len(examples)}
+        require_free(config.folder, settings)
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
             predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
                                   max_new_tokens=config.max_new_tokens)
         if runtime.rank() == 0:
-            write_results(config, data_config, examples, predictions, facts)
+            write_results(config.folder, settings, examples, predictions)
 
 
 def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | None,
@@ -318,31 +318,30 @@ def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | N
     training, kind = run.tasks if run else None, "test" if config.split == "test" else "train"
     examples = data.load_sets(data_config, tokenizer, [config.split], training=training)[config.split]
     if run and examples.digest != run.digests.get(kind, examples.digest):
-        if all(getattr(data_config, name) == run.data.get(name) for name in ("data", "splits", "max_tasks")):
+        if all(getattr(data_config, name) == run.data.get(name) for name in data.WHERE):
             run.require_same(config.run, digests={kind: examples.digest})
         runtime.warn(f"{data_config.data}: other tasks than those of the run")
     return data.subsample(examples, config.limit), examples.digest
 
 
-def require_free(folder: Path, facts: dict[str, Any]) -> None:
-    """ValueError where the folder holds a run, or an evaluation of other facts."""
-    path = folder / "scores.json"
-    kept = runtime.read_json(path).get("config", {}) if path.exists() else facts
-    if (folder / "config.json").exists() or any(kept.get(name) != facts[name] for name in facts):
+def require_free(folder: Path, settings: dict[str, Any]) -> None:
+    """ValueError where the folder holds a run, or an evaluation of other task files or prompts."""
+    path, same = folder / "scores.json", {"digest", *vars(data.DataConfig())} - data.WHERE
+    kept = runtime.read_json(path).get("config", {}) if path.exists() else settings
+    if (folder / "config.json").exists() or any(kept.get(name) != settings[name] for name in same):
         raise ValueError(f"{folder}: holds a run, or an evaluation of other data; name another by --out")
 
 
-def write_results(config: EvalConfig, data_config: data.DataConfig, examples: Sequence[data.Example],
-                  predictions: Sequence[str], facts: dict[str, Any]) -> None:
-    scores, folder = score(examples, predictions), config.folder
+def write_results(folder: Path, settings: dict[str, Any], examples: Sequence[data.Example],
+                  predictions: Sequence[str]) -> None:
+    scores = score(examples, predictions)
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    settings = {**asdict(config), **asdict(data_config), **facts, "instances": len(examples)}
     runtime.write_json(folder / "scores.json", {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
-    runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {config.split} tasks: {overall}")
+    runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {settings['split']} tasks: {overall}")
     runtime.say(f"written: {folder / 'predictions.jsonl'}, {folder / 'scores.json'}")
 
 

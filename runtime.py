@@ -206,9 +206,8 @@ def from_json(cls: type, values: Any, path: str | Path) -> Any:
     ValueError names file and field for one that is unknown, or of another type."""
     try:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        hints = typing.get_type_hints(cls)
-        for name in values.keys() & hints.keys():  # a text for a number would fail later, and name no field
-            if not _fits(values[name], hints[name]):
+        for name, hint in typing.get_type_hints(cls).items():
+            if name in values and not _fits(values[name], hint):  # it would fail later, and name no field
                 raise ValueError(f"{name}: {values[name]!r:.60} is of another type, or no choice")
         return cls(**values)
     except (TypeError, ValueError, AttributeError) as error:

@@ -385,9 +385,10 @@ def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> N
     if (folder / "config.json").exists():
         return evaluation.Run.read(folder).require_same(folder, **bound)
     saved = {name: asdict(config) for name, config in configs.items()}
-    for values, field in ((saved["train"], "model"), (saved["train"], "start"), (saved["data"], "data")):
-        values[field] = values[field] and os.path.abspath(values[field])  # found from any working folder
-    saved["train"]["loras"] = [os.path.abspath(folder) for folder in saved["train"]["loras"]]
+    for values in saved.values():  # places, to be found from any working folder
+        for name in MOVABLE & values.keys():
+            values[name] = (list(map(os.path.abspath, place)) if isinstance(place := values[name], tuple) else
+                            place and os.path.abspath(place))
     runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
 
 

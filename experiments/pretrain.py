@@ -135,9 +135,7 @@ def main() -> int | None:
     configs = train.read_configs(flags, where, CONFIGS)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
-    own = configs["pretrain"]  # a resume from another folder or on another machine must not change these
-    configs["pretrain"] = replace(own, text=own.text and os.path.abspath(own.text))
-    configs["train"] = replace(configs["train"], dtype=str(place.dtype)[6:])
+    configs["train"] = replace(configs["train"], dtype=str(place.dtype)[6:])  # as train.py
     resume = f"python -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
     with runtime.joined(place):
         if not run(Path(where.out), configs, place, resume):

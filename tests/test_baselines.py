@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import stir
 from torch import nn
 
-from baselines import METHODS, attach_method
+from baselines import METHODS, NoAdapter, attach_method
 from experiments.sizes import budget, parameters
 from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
@@ -186,6 +186,13 @@ def test_a_budget_makes_totals_equal_within_three_per_cent(small_t5, targets):
         for linear in adapters.linears.values():
             assert linear.skill_scale == config.rank / linear.skill_A.shape[1]
         adapters.detach()
+
+
+@pytest.mark.parametrize("way", ["routed", "folded", "disabled"])
+def test_without_adapters_every_way_is_the_base(way, small_t5, inputs):
+    expected = small_t5.loss(*inputs)
+    with getattr(NoAdapter(small_t5, full=False), way)():
+        assert torch.equal(small_t5.loss(*inputs), expected)
 
 
 def test_mhr_on_flan_t5_xl_has_the_published_size():
