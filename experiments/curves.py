@@ -4,7 +4,7 @@ with intervals over tasks and seeds; tables and a figure. Test: `pytest tests/te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,42 +74,62 @@ def losses(group: dict[int, dict], seeds: Sequence[int], which: str) -> np.ndarr
     return np.stack([by_task(group[seed], which) for seed in seeds], 1)
 
 
-def reading(curve: Curve, seeds: Sequence[int], at: np.ndarray, along: str, across: str) -> np.ndarray | None:
-    """(T, seeds) losses `across` where each seed's curve, straight between its scales, has the mean loss
-    `along` that `at` (seeds) says: the lowest, where it is there more than once; None where it is nowhere."""
-    x = np.stack([losses(group, seeds, along).mean(0) for group in curve.values()])  # (scales, seeds)
-    y = np.stack([losses(group, seeds, across) for group in curve.values()])  # (scales, T, seeds)
-    found = []
-    for s, wanted in enumerate(at):
-        ways = [(wanted - x[i, s]) / (x[i + 1, s] - x[i, s] or 1) for i in range(len(x) - 1)]
-        crossings = [y[i, :, s] + way * (y[i + 1, :, s] - y[i, :, s]) for i, way in enumerate(ways)
-                     if 0 <= way <= 1]
-        if not crossings:
+def stacked(points: Iterable[dict[int, dict]], seeds: Sequence[int], which: str) -> np.ndarray:
+    """(points, T, seeds)."""
+    return np.stack([losses(group, seeds, which) for group in points])
+
+
+def reading(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """y where the curve through (x, y), straight from scale to scale, has x = at: the lowest, where it is
+    there more than once; NaN where it is nowhere."""
+    steps = np.diff(x)
+    ways = (at - x[:-1]) / np.where(steps, steps, 1)
+    found = (y[:-1] + ways * np.diff(y))[(ways >= 0) & (ways <= 1)]
+    return found.min() if len(found) else np.nan
+
+
+def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float, float, float] | None:
+    """read(*means) -> (seeds,) differences, of the mean losses (points, seeds) over each set of tasks, whose
+    losses are (points, T, seeds); its mean, and its interval over the tasks of all sets and over the seeds,
+    each task's part in it by what is read without it (Tukey 1958). None where it cannot be read."""
+    means, halves = [each.mean(1) for each in sets], []
+    whole = read(*means)
+    for i, each in enumerate(sets):
+        T = each.shape[1]
+        without = (T * means[i][:, None] - each) / (T - 1)
+        parts = np.stack([T * whole - (T - 1) * read(*means[:i], without[:, t], *means[i + 1:])
+                          for t in range(T)])  # (T, seeds)
+        if np.isnan(parts).any():
             return None
-        found.append(min(crossings, key=np.mean))
-    return np.stack(found, 1)
+        _, low, high = interval(parts if i == 0 else parts.mean(1, keepdims=True))  # the seeds count once
+        halves.append((high - low) / 2)
+    half = np.hypot(*halves)
+    return float(whole.mean()), float(whole.mean() - half), float(whole.mean() + half)
 
 
 def at_equal(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
     """Difference one - other in the loss `across` at equal mean loss `along`, in the middle of the range that
-    all seeds of both have, with its interval over tasks and seeds; None without such a range."""
-    if not (seeds := common(one, other)):
-        return None
-    x = [np.stack([losses(group, seeds, along).mean(0) for group in curve.values()])
-         for curve in (one, other)]
-    low, high = max(each.min(0).max() for each in x), min(each.max(0).min() for each in x)
-    if low > high:
-        return None
-    at = np.full(len(seeds), (low + high) / 2)
-    return interval(reading(one, seeds, at, along, across) - reading(other, seeds, at, along, across))
+    all seeds of both have, with its interval."""
+    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        low = max(part.min(0).max() for part in (x[:n], x[n:]))
+        high = min(part.max(0).min() for part in (x[:n], x[n:]))
+        at = (low + high) / 2 if low <= high else np.nan
+        return np.array([reading(x[:n, s], y[:n, s], at) - reading(x[n:, s], y[n:, s], at)
+                         for s in range(len(seeds))])
+
+    n, seeds = len(one), common(one, other)
+    points = *one.values(), *other.values()
+    return jackknife(read, *(stacked(points, seeds, which) for which in (across, along))) if seeds else None
 
 
 def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, float, float] | None:
     """The same of a point, at its own seen loss."""
+    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.array([y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))])
+
     seeds = common({0: point}, curve)
-    seen = losses(point, seeds, "seen").mean(0) if seeds else []
-    read = reading(curve, seeds, seen, "seen", across) if seeds else None
-    return None if read is None else interval(losses(point, seeds, across) - read)
+    points = point, *curve.values()
+    return jackknife(read, *(stacked(points, seeds, which) for which in (across, "seen"))) if seeds else None
 
 
 def figure(found: dict[str, Curve], path: Path) -> Path:
@@ -184,7 +204,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
                 for name in which)])
     parts.append(table(["sizes", "seeds", *which, *(f"orchmoe - it, {name}" for name in which)], lines))
     against = [(row, name) for row in ("orchmoe", "lora") if row in found for name in unseen]
-    for stage in ("changes", "controls"):
+    for stage in ("ablations", "controls"):
         lines = [[what, len(group), *means(group.values()),
                   *(said(above(group, found[row], name)) for row, name in against)]
                  for (of, what), group in sorted(groups.items()) if of == stage]
