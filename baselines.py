@@ -50,8 +50,7 @@ class LoRA(Adapters):
 
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
         super().__init__(module, linears)
-        ones = torch.ones(len(linears), 1, 1, device=_device(linears))
-        self.register_buffer("ones", ones, persistent=False)
+        self.register_buffer("ones", torch.ones(len(linears), 1, 1), persistent=False)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         refuse_w(w)
@@ -70,7 +69,7 @@ class MoELoRA(Adapters):
         for linear in linears.values():
             W_task = torch.empty(skills, linear.in_features).normal_(0, 0.02, generator=generator)
             linear.skill_task = nn.Parameter(W_task.to(linear.weight.device))
-        identity = torch.eye(skills, device=_device(linears)).expand(1, len(linears), -1, -1)
+        identity = torch.eye(skills).expand(1, len(linears), -1, -1)
         self.register_buffer("identity", identity, persistent=False)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
@@ -91,7 +90,7 @@ class Poly(Adapters):
                  heads: int, generator: torch.Generator | None):
         super().__init__(module, linears)
         Z = torch.empty(len(linears), tasks, heads, skills).uniform_(-1e-3, 1e-3, generator=generator)
-        self.allocation = nn.Parameter(Z.to(_device(linears)))
+        self.allocation = nn.Parameter(Z)
         self.noise_shape = (len(linears), heads, skills)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
@@ -119,8 +118,7 @@ class CPoly(Poly):
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], tasks: int, skills: int,
                  generator: torch.Generator | None):
         super().__init__(module, linears, tasks, skills - 1, 1, generator)
-        private = torch.eye(tasks, device=_device(linears)).repeat(len(linears), 1, 1)
-        self.allocation_private = nn.Parameter(private)  # (N,T,T)
+        self.allocation_private = nn.Parameter(torch.eye(tasks).repeat(len(linears), 1, 1))  # (N,T,T)
 
     def route(self, embeddings=None, mask=None, *, task_ids=None, noise=None, drop=None, w=None) -> Routing:
         """task_ids (B,), -1 where unseen; noise u (B,N,1,S-1) in training -> c (N,B,S-1+T)."""
@@ -134,17 +132,13 @@ def refuse_w(w: Tensor | None) -> None:
         raise ValueError("w: only OrchMoE routes by weights of abstract tasks")
 
 
-def _device(linears: dict[str, SkillLinear]) -> torch.device:
-    return next(iter(linears.values())).weight.device
-
-
 def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_rank: int = 0,
                   num_tasks: int = 0, heads: int = 4, generator: torch.Generator | None = None) -> Adapters:
     """Freezes `module` and attaches the method `name` of METHODS with S = config.skills, R = config.rank.
 
     extra_rank: ranks of a skill on top, handed out evenly over the Linears, for comparisons at equal size.
     num_tasks: T, for the methods with task ids. orchmoe-factors: OrchMoE whose skills mix factors, as Poly's
-    do, for the ablation. ValueError for an unknown name or a missing T.
+    do, for the ablation. ValueError for an unknown name, a missing T, or widths that `heads` do not divide.
     """
     S, R = config.skills, config.rank
     if name not in METHODS:
@@ -156,6 +150,9 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
     if name == "full":
         return NoAdapter(module, full=True)
     found = target_linears(module, config.targets)
+    for path, linear in found.items() if name == "mhr" else ():
+        if linear.in_features % heads or linear.out_features % heads:
+            raise ValueError(f"--method mhr: {path}, {linear}, is not to be split into {heads} heads")
     N = len(found)
     extra = [(n + 1) * extra_rank // N - n * extra_rank // N for n in range(N)]
 
@@ -171,7 +168,8 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
         "mhr": lambda: Poly(module, skills(S, R, kernels.mix_factors), num_tasks, S, heads, generator),
         "c-poly": lambda: CPoly(module, skills(S - 1 + num_tasks, R), num_tasks, S, generator),
     }
-    module.skill_adapters = make[name]().train(module.training)
+    device = next(iter(found.values())).weight.device
+    module.skill_adapters = make[name]().to(device).train(module.training)
     return module.skill_adapters
 
 

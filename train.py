@@ -319,8 +319,8 @@ def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Ca
                     keep_best()
             save_progress(path, adapters, optimizer, step=step + 1, best=best)
             if stopping:
-                return step + 1 == config.steps
-    return True
+                return False
+        return not runtime.any_rank(asked())  # during the last dev loss, too
 
 
 # ------------------------------------------------------------------------------------------------ the program

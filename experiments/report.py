@@ -6,7 +6,8 @@ from these files alone. Interrupted, the same command goes on.
 
     python -m experiments.report --stage tune --data natural-instructions --model smollm2 --device cpu
     python -m experiments.report --stage methods --data natural-instructions --model smollm2 --device cpu
-    python -m experiments.report --stage table          # what is done, and the tables
+    python -m experiments.report --stage all --data natural-instructions --model smollm2 --device cpu
+    python -m experiments.report --stage table          # what is done, what is left, and the tables
 
 Test: `pytest tests/test_report.py`"""
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,11 +32,11 @@ from experiments.fewshot import subset
 from experiments.search import Search, axes_of
 from experiments.sizes import budget, on_meta, parameters
 
-STAGES = ("tune", "methods", "answers", "examples", "sizes", "changes", "controls")
+STAGES = ("tune", "methods", "answers", "examples", "sizes", "ablations", "controls")
 RESULTS = runtime.ROOT / "experiments/results"
 ANSWERING = (*ROWS, "full", *compare.UNTRAINED)  # each of ROWS at its one best scale
 # What may help unseen tasks, and what tells whether it is the routing: OrchMoE with one change, at scale 1.
-CHANGES: dict[str, dict[str, Any]] = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "Gumbel noise": {"gumbel": True},
     "w = 1/K for half of the samples": {"router_dropout": 0.5},
     "both": {"gumbel": True, "router_dropout": 0.5},
@@ -58,7 +59,7 @@ FIXED = (*compare.FIXED, "splits", "max_tasks", "alpha", "router", "trainable")
 class ReportConfig:
     """Report: which cells are made, and from which files the tables."""
 
-    stage: Literal[(*STAGES, "table")] = "table"  # what is made
+    stage: Literal[(*STAGES, "all", "table")] = "table"  # what is made
     rows: tuple[str, ...] = ()  # of these rows alone (default: all of the stage)
     seeds: int = 3  # runs of each cell: initial values, order, noise
     tune: bool = True  # choose each row's rates on dev; else as given
@@ -76,11 +77,21 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, seeds=1, trials=1, tune_steps=1, train_tasks=1, jobs=0)
-        rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "changes": CHANGES, "controls": CONTROLS,
+        rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "ablations": ABLATIONS, "controls": CONTROLS,
                 **dict.fromkeys(PROMPTS, ANSWERING)}
         known = rows.get(self.stage, ())
         if odd := set(self.rows) - set(known):
             raise ValueError(f"--rows {min(odd)}: of --stage {self.stage} are {', '.join(known) or 'none'}")
+        if self.cells and self.stage not in STAGES:
+            raise ValueError("--cells: name by --stage the one that they are of")
+
+    @property
+    def cells_of(self) -> dict[str, int]:
+        """How many cells each stage has, of all rows."""
+        answers = len(ROWS) * self.seeds + len(ANSWERING) - len(ROWS)
+        return {"tune": len(ROWS) * self.trials, "methods": len(ROWS) * len(SCALES) * self.seeds,
+                **dict.fromkeys(PROMPTS, answers), "sizes": len(ROWS) * len(self.sizes) * self.seeds,
+                "ablations": len(ABLATIONS) * self.seeds, "controls": len(CONTROLS) * self.seeds}
 
 
 class Study(NamedTuple):
@@ -122,7 +133,7 @@ class Study(NamedTuple):
     def queues(self, best: dict[str, dict[str, float]]) -> list[list[Cell]]:
         """The cells of the stage, the first seed's first, those that share a run in one queue."""
         only, stages = self.config.cells, {
-            "methods": self.points, "sizes": self.points, "changes": self.varied, "controls": self.varied,
+            "methods": self.points, "sizes": self.points, "ablations": self.varied, "controls": self.varied,
             "tune": lambda best, seed: (), **dict.fromkeys(PROMPTS, self.answers)}
         make = stages[self.config.stage]
         made = [queue for seed in range(self.config.seeds) for queue in make(best, seed)]
@@ -157,14 +168,14 @@ class Study(NamedTuple):
                 yield [self.point(*point, stage, prompts, answers=True, first=first)]
             elif row in ROWS:
                 runtime.warn(f"{row}: its scale is chosen by --stage methods, all scales of it; left out")
-            elif row not in compare.UNTRAINED or not seed:
-                fields = {"seed": seed} | ({"method": "full"} if row == "full" else {}) | prompts
+            elif not seed:
+                fields = {"seed": 0} | ({"method": "full"} if row == "full" else {}) | prompts
                 yield [self.cell(stage, f"{slug(row)}-s{seed}", row, fields, answers=True)]
 
     def varied(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
         """OrchMoE with one change; those that score one run differently share a queue."""
         stage, shared = self.config.stage, []
-        rows = CHANGES if stage == "changes" else CONTROLS
+        rows = ABLATIONS if stage == "ablations" else CONTROLS
         for row in self.config.rows or rows:
             fields = self.fields("orchmoe") | best["orchmoe"] | {"seed": seed} | rows[row]
             first = self.point(best, seed, "orchmoe", 1.0) if row in compare.SCORED_ONLY else None
@@ -207,7 +218,7 @@ def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -
     """All cells of the stage that are not there; first the tuning of the rows that they are of."""
     study = make_study(config, configs, place)
     best: dict[str, dict[str, float]] = {row: {} for row in ROWS}
-    rows = ["orchmoe"] if config.stage in ("changes", "controls") else config.rows or ROWS
+    rows = ["orchmoe"] if config.stage in ("ablations", "controls") else config.rows or ROWS
     if searches := {row: study.search(row) for row in rows if row in ROWS and config.tune}:
         run_cells(list(searches.values()), config, place)
         reports = {row: search.report() for row, search in searches.items()}
@@ -234,10 +245,12 @@ def main() -> None:
         place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype,
                                     base=configs["train"].model)
         runtime.say(place.reason)
-        make(config, configs, place)
+        for stage in STAGES if config.stage == "all" else [config.stage]:
+            make(replace(config, stage=stage), configs, place)
     cells = curves.read_cells(Path(config.results))
-    for stage in STAGES:
-        runtime.say(f"{stage}: {sum(name.startswith(f'{stage}/') for name in cells)} cells")
+    for stage, whole in config.cells_of.items():
+        done = sum(name.startswith(f"{stage}/") for name in cells)
+        runtime.say(f"{stage}: {done} cells of {whole}")
     runtime.say(tables := curves.text(cells, tuned(config), config.final))
     with runtime.atomic_write(Path(config.results) / "tables.md") as file:
         file.write(tables.encode())

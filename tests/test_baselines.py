@@ -81,6 +81,12 @@ def test_mhr_mixes_factors_by_task_and_head(small_t5):
         torch.testing.assert_close(y[b], x[b] @ linear.weight.T + 5.0 / R * x[b] @ A.T @ B, **EXACT)
 
 
+def test_mhr_refuses_widths_that_its_heads_do_not_divide():
+    module = torch.nn.Sequential(torch.nn.Linear(12, 10))
+    with pytest.raises(ValueError, match=r"--method mhr: 0, Linear\(.*out_features=10.*into 4 heads"):
+        attach_method("mhr", module, OrchMoEConfig(targets=("0",)), num_tasks=2)
+
+
 def test_c_poly_adds_a_private_skill_to_common_ones(small_t5):
     adapters, linear, x = attached("c-poly", small_t5)
     assert torch.equal(adapters.allocation_private[0], torch.eye(T, dtype=torch.float64))

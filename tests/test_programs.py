@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_both_signals_wait_for_the_step_and_are_given_back():
                 signal.raise_signal(kind)
                 assert asked()
         assert [signal.getsignal(each) for each in kinds] == before
+
+
+def test_a_signal_during_the_last_dev_loss_stops_before_the_scores(home):
+    calls, measure = [], evaluation.measure
+
+    def signalled(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 2:  # of 8 steps, with one behind each 4
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments, **options)
+
+    with mock.patch.object(evaluation, "measure", signalled):
+        run("train.py", *SHORT, "--out", "run", cwd=home, code=130)
+    assert len(calls) == 2 and json.loads((home / "run/scores.json").read_text()).keys() == {"frozen base"}
+    assert "| orchmoe |" in run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home)
 
 
 def test_a_step_that_breaks_the_weights_is_not_saved(home):

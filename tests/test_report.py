@@ -16,6 +16,7 @@ import runtime
 import tokenizer as tokenizers
 from experiments import compare, curves, report
 from experiments.compare import definition_features
+from experiments.tables import interval
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
 
@@ -84,6 +85,21 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     assert "lora-x2-s0.json: made with steps 2, not 3" in said
 
 
+def test_all_stages_leave_nothing(tmp_path, monkeypatch):
+    few = {"ROWS": {"lora": {"method": "lora"}, "orchmoe": {"method": "orchmoe"}}, "SCALES": (1.0,),
+           "ABLATIONS": {"K = 2": {"tasks": 2}}, "CONTROLS": {"router: none": {"router": "none"}},
+           "ANSWERING": ("lora", "orchmoe", "full", "copy-demo")}  # fmt: skip
+    for name, value in few.items():
+        for module in (report, curves):
+            monkeypatch.setattr(module, name, value, raising=False)
+    assert "methods: 0 cells of 2\n" in made(tmp_path, "table")
+    said = made(tmp_path, "all", "--sizes", "2,3")
+    for stage, cells in {"tune": 4, "methods": 2, "answers": 4, "examples": 4, "sizes": 4, "ablations": 1,
+                         "controls": 1}.items():  # fmt: skip
+        assert f"{stage}: {cells} cells of {cells}\n" in said and len(list((tmp_path / "kept").glob(
+            f"{stage}/*.json"))) == cells
+
+
 def test_controls_train_the_run_they_score_where_it_is_not_there(tmp_path):
     said = made(tmp_path, "controls", "--rows", "w replaced by its mean,w of another sample")
     cells = curves.read_cells(tmp_path / "kept")
@@ -127,8 +143,19 @@ def test_a_curve_with_a_turn_is_read_at_its_lower_branch():
     one = curve((1.34, 2.06), (1.26, 2.035), (1.199, 2.008), (1.181, 2.12))
     better = curve((1.33, 2.06), (1.25, 2.035), (1.189, 2.008), (1.171, 2.12))  # by 0.01 on seen tasks
     assert curves.at_equal(better, one, "unseen-dev", "seen")[0] == pytest.approx(-0.01)
-    read = curves.reading(one, [0], [2.02], "unseen-dev", "seen")
-    assert read.mean() == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
+    read = curves.reading(np.array([2.06, 2.035, 2.008, 2.12]), np.array([1.34, 1.26, 1.199, 1.181]), 2.02)
+    assert read == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
+
+
+def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
+    """On lines unseen = 5 - seen, where the seen losses alone differ, of each task by another amount."""
+    shift = np.random.default_rng(0).normal(0.1, 0.1, 20)
+    line, moved = ({x: {0: cell(x + right, np.full(9, 5 - x))} for x in (1.0, 1.25, 1.5)}
+                   for right in (np.zeros(20), shift))  # fmt: skip
+    expected = pytest.approx(interval(shift[:, None]))
+    assert curves.at_equal(moved, line, "seen", "unseen-test") == expected
+    assert curves.at_equal(moved, line, "unseen-test", "seen") == expected
+    assert curves.above(moved[1.25], line, "unseen-test") == expected
 
 
 def test_rows_stand_beside_orchmoe_on_as_many_tasks():
@@ -163,7 +190,8 @@ def test_an_oracle_routes_by_the_category(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ({"stage": "controls", "rows": ("lora",)}, "--rows lora: of --stage controls are w replaced"),
-    ({"stage": "table", "rows": ("lora",)}, "are none"), ({"seeds": 0}, "--seeds 0")])  # fmt: skip
+    ({"stage": "table", "rows": ("lora",)}, "are none"), ({"seeds": 0}, "--seeds 0"),
+    ({"stage": "all", "cells": ("lora-x1-s0",)}, "--cells: name by --stage the one")])  # fmt: skip
 def test_mistakes(flags, message):
     with pytest.raises(ValueError, match=message):
         runtime.from_flags(report.ReportConfig, flags)
