@@ -9,7 +9,7 @@ docs/serving.md says how to load them. Test: pytest tests/test_export.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ class ExportConfig:
     run: str = ""  # folder of a run of train.py
     out: str = ""  # folder of what is written, one below it for each LoRA
     model: str = ""  # where the run's base is now, if it has moved
+    data: str = ""  # where its data is now, which --routing mean reads
     base: str = ""  # what the server knows the base by (default: the folder)
     pad_rank: bool = False  # fill the ranks up with zeros to the next one that vLLM takes
     routing: Literal["mean", "sample", ""] = ""  # one LoRA more: the mean w of dev, or the w of --input
@@ -65,6 +66,7 @@ def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, ada
     if config.routing == "sample":
         return adapters.router(base.embed(torch.tensor([tokenizer.source(config.input)])))[0]
     options = run.configs(config.run, data=data.DataConfig)["data"]
+    options = replace(options, data=config.data or options.data)
     dev = data.load_sets(options, tokenizer, ["dev"], training=run.tasks)["dev"]
     run.require_same(config.run, digests=run.digests | {"train": dev.digest})
     batches = evaluation.routed_batches(base, adapters, dev, 64, "router")

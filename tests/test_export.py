@@ -195,6 +195,14 @@ def test_a_run_as_folders_with_its_router(finished, tmp_path, monkeypatch):
     _, w = evaluation.measure(base, adapters, data.load_sets(kept, tokenizer, ["dev"])["dev"])
     wanted = sum(w_k * part[key] for w_k, part in zip(w.mean(0), parts, strict=True))
     torch.testing.assert_close(mean[key], wanted)
+    shutil.copytree(ROOT / "sni", tmp_path / "moved")
+    reads = []
+    monkeypatch.setattr(data, "load_sets", lambda config, *rest, load=data.load_sets, **options:
+                        reads.append(config.data) or load(config, *rest, **options))
+    run("export.py", "--run", "run", "--out", tmp_path / "again", "--routing", "mean", "--pad-rank",
+        "--data", tmp_path / "moved", cwd=finished)
+    assert reads == [str(tmp_path / "moved")]
+    assert torch.equal(load_file(tmp_path / "again/mean/adapter_model.safetensors")[key], mean[key])
     assert json.loads((tmp_path / "served/router.json").read_text())["attention"] is True
     assert "not empty" in run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished, code=2)
 
