@@ -194,21 +194,24 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
                  for (of, what), group in sorted(groups.items()) if of == stage]
         heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
         parts.append(table([stage, "seeds", *heads], lines))
-    lines = []
-    for (stage, what), group in sorted(groups.items()):
-        if stage == "sizes":  # of fewer or more tasks there is no curve
-            first = groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {})
-            seeds = common({0: first}, {0: group}) if first is not group else []
-            lines.append([what, len(group), *means(group.values()), *(
-                said(interval(losses(first, seeds, name) - losses(group, seeds, name))) if seeds else "-"
-                for name in which)])
-    parts.append(table(["sizes", "seeds", *which, *(f"orchmoe - it, {name}" for name in which)], lines))
+
+    def less(first: dict[int, dict], group: dict[int, dict]) -> list[str]:
+        seeds = common({0: first}, {0: group}) if first is not group else []
+        return [said(interval(losses(first, seeds, name) - losses(group, seeds, name))) if seeds else "-"
+                for name in which]
+
+    lines = [[what, len(group), *means(group.values()),  # of fewer or more tasks there is no curve
+              *less(groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {}), group)]
+             for (stage, what), group in sorted(groups.items()) if stage == "sizes"]
+    itself = [f"orchmoe - it, {name}" for name in which]
+    parts.append(table(["sizes", "seeds", *which, *itself], lines))
+    point = found.get("orchmoe", {}).get(1.0, {})
     against = [(row, name) for row in ("orchmoe", "lora") if row in found for name in unseen]
     for stage in ("ablations", "controls"):
-        lines = [[what, len(group), *means(group.values()),
+        lines = [[what, len(group), *means(group.values()), *less(point, group),
                   *(said(above(group, found[row], name)) for row, name in against)]
                  for (of, what), group in sorted(groups.items()) if of == stage]
-        heads = [*which, *(f"{name} - {row}'s curve" for row, name in against)]
+        heads = [*which, *itself, *(f"{name} - {row}'s curve" for row, name in against)]
         parts.append(table([stage, "seeds", *heads], lines))
     if any(intervals):
         number = sum(map(bool, intervals))
