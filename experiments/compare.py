@@ -247,7 +247,8 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
                                                    batch_size=size, w=w if w is None else w[rows])
         losses = [scores["loss"] for scores in result[which]["tasks"].values()]
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
-    if config.method.startswith("orchmoe") and not (cell.of or cell.first or cell.row in UNTRAINED):
+    other = cell.of or cell.first or cell.row in UNTRAINED or config.start  # a run's, or of one task alone
+    if config.method.startswith("orchmoe") and not other:
         result["learnt"] = routing.report(base, adapters, sets["seen"], batch_size=size)
     return result
 

@@ -58,10 +58,12 @@ def curves(cells: dict[str, dict[str, Any]]) -> dict[str, Curve]:
 
 def best_scales(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
     """{row: scale} of the rows that have all scales: the least of dev loss and loss on the half of the unseen
-    tasks to choose by, summed."""
+    tasks to choose by, summed, over the seeds that all scales have."""
+    found = {row: (curve, common(curve)) for row, curve in curves(cells).items()
+             if curve.keys() >= set(SCALES)}
     return {row: min(curve, key=lambda scale: np.mean(
-        [cell["dev_loss"] + by_task(cell, "unseen-dev").mean() for cell in curve[scale].values()]))
-        for row, curve in curves(cells).items() if curve.keys() >= set(SCALES)}
+        [cell["dev_loss"] + by_task(cell, "unseen-dev").mean()
+         for cell in map(curve[scale].get, seeds)])) for row, (curve, seeds) in found.items() if seeds}
 
 
 def common(*curves: Curve) -> list[int]:
@@ -215,6 +217,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         parts.append(table([stage, "seeds", *heads], lines))
     if any(intervals):
         number = sum(map(bool, intervals))
-        parts.append(f"Differences with 95 % intervals over tasks and seeds together; of the {number} here "
-                     f"about {number / 20:.0f} would exclude zero if nothing differed.")
+        parts.append("Differences with 95 % intervals over tasks and seeds together, of one seed over tasks "
+                     f"alone; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
+                     "differed.")
     return "\n\n".join(filter(None, parts)) + "\n"

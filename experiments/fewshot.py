@@ -9,6 +9,7 @@ Writes OUT/fewshot.md and fewshot.json. Test: pytest tests/test_fewshot.py"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import eval as evaluation
 import runtime
 import train
 from experiments.compare import Cell, run_cells, slug
-from experiments.sizes import budget, on_meta
+from experiments.sizes import budget, on_meta, parameters
 from experiments.tables import interval
 from orchmoe import OrchMoEConfig
 
@@ -45,7 +46,8 @@ class FewShotConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, max_tasks=0, tuned=1, jobs=0)
-        if not self.runs or not all(size.isdecimal() and int(size) for size in self.examples):
+        good = [size for size in self.examples if size.isdecimal() and int(size)]
+        if not (self.runs and good and len(good) == len(self.examples)):
             raise ValueError("give --runs, folders of runs, and --examples, numbers above 0")
 
 
@@ -81,7 +83,7 @@ def subset(folder: Path, root: Path, train: Sequence[str], test: Sequence[str] =
 class Study(NamedTuple):
     config: FewShotConfig
     roots: dict[str, Path]  # of each task
-    facts: dict[str, str]
+    facts: dict[str, dict[str, Any]]  # of each task
 
     def cell(self, row: str, task: str, examples: int, seed: int, fields: dict[str, Any], **options: Any
              ) -> Cell:
@@ -98,14 +100,18 @@ class Study(NamedTuple):
         tuned = "".join(f"_{value:g}" for name, value in fields.items() if name.startswith("lr_"))
         kind = "cells" if options.get("closing", True) else "tune"
         folder = Path(config.out, kind, f"{slug(row)}-{examples}-s{seed}{tuned}", task)
-        return Cell(row, folder, train.read_configs(flags, train.PlaceConfig()), self.facts, **options)
+        adapter = runtime.existing(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
+        facts = self.facts[task] | {"run": hashlib.sha256(adapter.read_bytes()).hexdigest()}
+        return Cell(row, folder, train.read_configs(flags, train.PlaceConfig()), facts, **options)
 
 
 def as_large(run: str) -> dict[str, Any]:
     """Flags of a LoRA of the run's total size, on its base, with its prompt."""
     began = evaluation.Run.read(run)
-    adapter = began.configs(run, adapter=OrchMoEConfig)["adapter"]
-    extra = budget(("orchmoe", "lora"), on_meta(checkpoint.config(began.train["model"])), adapter)["lora"]
+    adapter, base = began.configs(run, adapter=OrchMoEConfig)["adapter"], on_meta(
+        checkpoint.config(began.train["model"]))
+    own = sum(parameters("orchmoe", base, adapter, extra_rank=began.train.get("extra_rank", 0)).values())
+    extra = budget(("orchmoe", "lora"), base, adapter, least=own)["lora"]
     prompt = ("definition", "num_pos", "num_neg", "explanation", "max_source_length", "max_target_length")
     return {"model": began.train["model"], "extra_rank": extra, "targets": adapter.targets,
             **{name: getattr(adapter, name) for name in ("skills", "rank", "alpha")},
@@ -126,14 +132,20 @@ def tune(study: Study, tasks: Sequence[str], place: runtime.Device) -> dict[str,
 def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
     """Runs what is missing, writes the results and returns the table."""
     first = evaluation.Run.read(config.runs[0])
-    root = Path(first.data["data"])
-    tasks = data.read_splits(root, first.data.get("splits", "default"))["test"][:config.max_tasks or None]
-    facts = {"base": first.base, "torch": torch.__version__,
-             "computed": f"{place.device.type}, {place.dtype}"}
+    kept = first.configs(config.runs[0], data=data.DataConfig)["data"]
+    root, facts = Path(kept.data), {"base": first.base, "tokenizer": first.tokenizer,
+                                    "torch": torch.__version__,
+                                    "computed": f"{place.device.type}, {place.dtype}"}
+    tasks = data.read_splits(root, kept.splits)["test"][:config.max_tasks or None]
     roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
-    study = Study(config, roots, facts)
+    digests = {task: hashlib.sha256((root / "tasks" / f"{task}.json").read_bytes()).hexdigest()
+               for task in tasks}
+    study = Study(config, roots, {task: facts | {"digest": digest} for task, digest in digests.items()})
     tuning = tune(study, tasks[:config.tuned], place)
     best = {way: min(losses, key=losses.get) for way, losses in tuning.items()}
+    for way, value in best.items():
+        if value in (WAYS[way].values[0], WAYS[way].values[-1]):
+            runtime.warn(f"{way}: the best of {WAYS[way].rate}, {value:g}, is on the edge of what was tried")
     sizes, seeds = list(map(int, config.examples)), range(len(config.runs))
     cells: dict[tuple[str, int], list[list[Cell]]] = {}  # [task][seed]
     for way, (fields, rate, _) in WAYS.items():

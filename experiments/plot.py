@@ -90,9 +90,8 @@ def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1:], smooth, color=COLOURS[i % 8], alpha=0.5, linewidth=1)
         dev = [(row["step"] + 1, row["dev_loss"]) for row in log if "dev_loss" in row]
-        if dev:
-            axes.plot(*zip(*dev, strict=True), color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4,
-                      label=name)
+        axes.plot(*zip(*dev, strict=True), color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4,
+                  label=name)
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
@@ -209,20 +208,23 @@ def run_figures(folder: Path) -> Iterator[Path]:
         yield from routing_figures(runtime.read_json(folder / "routing.json"), folder, folder)
 
 
+def read_results(path: Path) -> dict:
+    if not ((results := runtime.read_json(path)).get("cells") and results.get("summary")):
+        raise ValueError(f"{path}: cells and summary are missing; run it again")
+    return results
+
+
 def figures(out: Path) -> Iterator[Path]:
     """Every figure that a comparison's OUT/results.json and OUT/ablations.json have the numbers for."""
     if (out / "ablations.json").exists():
-        summary = runtime.read_json(out / "ablations.json")["summary"]
-        yield ablation_intervals(summary, out / "ablations.png")
+        yield ablation_intervals(read_results(out / "ablations.json")["summary"], out / "ablations.png")
     if not (out / "results.json").exists():
         return
-    results = runtime.read_json(out / "results.json")
-    if not (results.get("cells") and results.get("summary")):
-        raise ValueError(f"{out / 'results.json'}: cells and summary are missing; run it again")
+    results = read_results(out / "results.json")
     cells: dict[str, list[dict]] = {}  # of each row, the lowest seed first
     for cell in results["cells"]:
         cells.setdefault(cell["row"], []).append(cell)
-    logs = {row: Path(group[0]["folder"]) for row, group in cells.items()}
+    logs = {row: out / "cells" / Path(group[0]["folder"]).name for row, group in cells.items()}
     runs = {row: records(folder) for row, folder in logs.items() if (folder / "metrics.jsonl").exists()}
     if runs:
         yield loss_curves(runs, out / "loss.png")

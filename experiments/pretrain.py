@@ -111,9 +111,13 @@ def run(folder: Path, configs: dict[str, Any], place: runtime.Device, resume: st
     """Trains into the run folder, from its checkpoint where it has one; false if a signal stopped it."""
     config, data_config, own = configs["train"], configs["data"], configs["pretrain"]
     tokenizer = tokenizers.load(config.model)
+    base = random_base(config.model, config.seed, place)
+    base.checkpoint_blocks = config.checkpoint_blocks
+    if tokenizer.size > base.config.vocab_size:
+        raise ValueError(f"{config.model}/config.json: vocab_size {base.config.vocab_size} is less than the "
+                         f"{tokenizer.size} of the tokenizer")
     train_set, sets, digests = train.load_sets(config, data_config, tokenizer)
     text = own.text and TextStream(own.text, tokenizer, length=own.text_length, seed=config.seed)
-    base = random_base(config.model, config.seed, place)
     adapters = NoAdapter(base, full=True)
     parts = train.Parts(base, adapters, tokenizer, train_set, sets, {
         "tasks": tuple(train_set.tasks), "base": "", "tokenizer": tokenizer.fingerprint, "digests": digests})
@@ -130,13 +134,14 @@ def main() -> int | None:
     flags = runtime.read_flags(__doc__, train.PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
     flags |= {"method": "full"}
     where = runtime.from_flags(train.PlaceConfig, flags)
-    if not where.out:
-        raise ValueError("--out: name the run folder")
+    if not where.out or where.shard or where.compile:
+        raise ValueError("name the run folder by --out, and leave out --shard and --compile")
     configs = train.read_configs(flags, where, CONFIGS)
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
     configs["train"] = replace(configs["train"], dtype=str(place.dtype)[6:])  # as train.py
-    resume = f"python -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
+    resume = f"{runtime.launcher()} -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
+    resume += f" --gpu {where.gpu}" * (where.gpu is not None) + " --device cpu" * bool(where.device)
     with runtime.joined(place):
         if not run(Path(where.out), configs, place, resume):
             runtime.say(f"stopped; go on with: {resume}")

@@ -80,10 +80,13 @@ class ReportConfig:
         rows = {"methods": ROWS, "tune": ROWS, "sizes": ROWS, "ablations": ABLATIONS, "controls": CONTROLS,
                 **dict.fromkeys(PROMPTS, ANSWERING)}
         known = rows.get(self.stage, ())
-        if odd := set(self.rows) - set(known):
-            raise ValueError(f"--rows {min(odd)}: of --stage {self.stage} are {', '.join(known) or 'none'}")
-        if self.cells and self.stage not in STAGES:
-            raise ValueError("--cells: name by --stage the one that they are of")
+        if odd := set(self.rows) - set(known) or {row for row in self.rows if self.rows.count(row) > 1}:
+            raise ValueError(f"--rows {min(odd)}: of --stage {self.stage} choose, once each, of "
+                             f"{', '.join(known) or 'none'}")
+        if self.cells and self.stage not in STAGES[1:]:
+            raise ValueError("--cells: name by --stage the one, but tune, that they are of")
+        if odd := [size for size in self.sizes if not size.isdecimal() or not int(size)]:
+            raise ValueError(f"--sizes {odd[0]}: give numbers of training tasks")
 
     @property
     def cells_of(self) -> dict[str, int]:
@@ -187,6 +190,16 @@ class Study(NamedTuple):
         yield shared
 
 
+def require_tasks(config: ReportConfig, root: Path) -> None:
+    """ValueError where the data has fewer tasks than the cells are of."""
+    lists, sizes = data.read_splits(root), config.sizes if config.stage in ("sizes", "all") else ()
+    if len(lists["train"]) < (most := max(map(int, (config.train_tasks, *sizes)))):
+        raise ValueError(f"{root}: {len(lists['train'])} training tasks; the cells need {most}, see "
+                         "--train-tasks and --sizes")
+    if not all(curves.halves(lists["test"]).values()):
+        raise ValueError(f"{root}: {len(lists['test'])} test tasks; both halves of the unseen need some")
+
+
 def make_study(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> Study:
     tokenizer, root = tokenizers.load(configs["train"].model), Path(configs["data"].data)
     lists = data.read_splits(root)
@@ -245,6 +258,7 @@ def main() -> None:
         place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype,
                                     base=configs["train"].model)
         runtime.say(place.reason)
+        require_tasks(config, Path(configs["data"].data))
         for stage in STAGES if config.stage == "all" else [config.stage]:
             make(replace(config, stage=stage), configs, place)
     cells = curves.read_cells(Path(config.results))

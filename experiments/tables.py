@@ -16,7 +16,7 @@ ROUTER = {"mutual_information": "information on the category", "entropy": "entro
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
     """Mean of the paired differences (T tasks, seeds) and its 95 % confidence interval over both, from the
-    two-way random model d = mean + task + seed + rest. One seed: over tasks alone."""
+    two-way random model d = mean + task + seed + rest. One seed: over tasks alone; one task too: NaN."""
     T, seeds = differences.shape
     mean = differences.mean()
     by_task, by_seed = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
@@ -24,6 +24,8 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     sums = [(seeds * ((by_task - mean) ** 2).sum(), T - 1), (T * ((by_seed - mean) ** 2).sum(), seeds - 1),
             ((rest**2).sum(), (T - 1) * (seeds - 1))]
     squares = [(total / dof, dof) for total, dof in sums if dof]  # mean squares and degrees of freedom
+    if not squares:
+        return float(mean), np.nan, np.nan
     effects, rests = squares[:2], squares[2:]
     # T seeds Var(mean) = MS_task + MS_seed - MS_rest, as both effects' hold the rest; at least one effect's
     variance = max(sum(square for square, _ in effects) - sum(square for square, _ in rests),
@@ -131,7 +133,7 @@ def _size(entry: dict) -> str:
 
 def _tuned(row: str, found: dict) -> list[Any]:
     best = ", ".join(f"{axis} {value:g}" for axis, value in found["best"].items())
-    edges = ", ".join(found["edges"]) or "none: the next values on both sides are worse"
+    edges = ", ".join(found["edges"]) or "none: lower and higher values were tried"
     return [row, len(found["trials"]), best, f"{found['dev_loss']:.4f}", edges]
 
 

@@ -36,7 +36,7 @@ DECODE = {("folded", "bare base"), ("routed", "bare base"),
           ("folding and restoring", "a token of the bare base"),
           ("a batch of 4 tasks", "a batch of one task")}  # fmt: skip
 OTHERS = {("peft Poly", "OrchMoE"), ("peft LoRA", "OrchMoE"), ("peft Poly", "OrchMoE, --accumulate 2"),
-          ("OrchMoE, every sample another task", "OrchMoE"), ("rouge_score", "metrics.rouge_l"),
+          ("rouge_score", "metrics.rouge_l"),
           ("transformers, file order", "ours, longest first"), ("first start", "second start")}  # fmt: skip
 
 

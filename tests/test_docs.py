@@ -197,7 +197,7 @@ def test_ablations_are_drawn_as_intervals(tmp_path, drawn):
     rows = [{"row": "default", "seen rougeL": {"mean": 50, "sd": 0, "difference": None}},
             {"row": "K = 1", "seen rougeL": {"mean": 48, "sd": 0, "difference": [2, 1, 3]}},
             {"row": "K = 4", "seen rougeL": {"mean": 51, "sd": 0, "difference": [-1, -2, 0]}}]  # fmt: skip
-    (tmp_path / "ablations.json").write_text(json.dumps({"summary": rows}))
+    (tmp_path / "ablations.json").write_text(json.dumps({"summary": rows, "cells": [{}]}))
     assert [path.name for path in plot.figures(tmp_path)] == ["ablations.png"]
     check(drawn, tmp_path)
     axes = drawn["ablations.png"].axes[0]

@@ -44,7 +44,8 @@ def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
 
 
 def test_each_seed_goes_on_from_its_own_run(finished, copied):
-    study = fewshot.Study(fewshot.FewShotConfig(runs=(str(finished / "run"), str(copied))), {"t": ROOT}, {})
+    config = fewshot.FewShotConfig(runs=(str(finished / "run"), str(copied)))
+    study = fewshot.Study(config, {"t": ROOT}, {"t": {}})
     starts = [study.cell("all", "t", 4, seed, {}).configs["train"].start for seed in (0, 1)]
     assert starts == [str(finished / "run"), str(copied)]
 
@@ -58,8 +59,9 @@ def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
     assert (folder / "tasks").resolve() == moved / "tasks"
 
 
-@pytest.mark.parametrize("flags", [{}, {"runs": ("a",), "examples": ("4", "x")},
-                                   {"runs": ("a",), "tuned": 0}])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    {}, {"runs": ("a",), "examples": ("4", "x")}, {"runs": ("a",), "examples": ()},
+    {"runs": ("a",), "tuned": 0}])  # fmt: skip
 def test_mistakes(flags):
     with pytest.raises(ValueError, match="give"):
         runtime.from_flags(fewshot.FewShotConfig, flags)

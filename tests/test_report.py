@@ -16,6 +16,7 @@ import runtime
 import tokenizer as tokenizers
 from experiments import compare, curves, report
 from experiments.compare import definition_features
+from experiments.fewshot import subset
 from experiments.tables import interval
 from orchmoe import OrchMoE, OrchMoEConfig, TaskRouter
 
@@ -196,9 +197,11 @@ def test_an_oracle_routes_by_the_category(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"stage": "controls", "rows": ("lora",)}, "--rows lora: of --stage controls are w replaced"),
-    ({"stage": "table", "rows": ("lora",)}, "are none"), ({"seeds": 0}, "--seeds 0"),
-    ({"stage": "all", "cells": ("lora-x1-s0",)}, "--cells: name by --stage the one")])  # fmt: skip
+    ({"stage": "controls", "rows": ("lora",)}, "--rows lora: of --stage controls choose, once each, of w re"),
+    ({"stage": "table", "rows": ("lora",)}, "of none"), ({"seeds": 0}, "--seeds 0"),
+    ({"stage": "tune", "rows": ("lora", "lora")}, "--rows lora: .* once each"),
+    ({"stage": "all", "cells": ("lora-x1-s0",)}, "--cells: name by --stage the one"),
+    ({"sizes": ("50", "-5")}, "--sizes -5: give numbers")])  # fmt: skip
 def test_mistakes(flags, message):
     with pytest.raises(ValueError, match=message):
         runtime.from_flags(report.ReportConfig, flags)
@@ -206,6 +209,14 @@ def test_mistakes(flags, message):
 
 def test_what_the_report_sets_itself_is_no_flag(tmp_path):
     assert "--alpha: the report sets this itself" in made(tmp_path, "tune", "--alpha", "2", code=2)
+
+
+def test_too_few_tasks_are_said_before_anything_is_made(tmp_path):
+    said = made(tmp_path, "all", "--sizes", "2,29", code=2)
+    assert "28 training tasks; the cells need 29, see --train-tasks and --sizes" in said
+    folder = subset(tmp_path / "few", ROOT / "sni", data.read_splits(ROOT / "sni")["train"])
+    assert "0 test tasks; both halves" in made(tmp_path, "tune", "--data", folder, code=2)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "kept").exists()
 
 
 def test_a_router_of_the_definition_alone():

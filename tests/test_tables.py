@@ -33,6 +33,7 @@ def test_intervals_cover_two_way_data(sd, monkeypatch):
 
 def test_intervals_of_known_differences():
     assert tables.interval(np.full((9, 3), 2.0)) == (2.0, 2.0, 2.0)
+    assert tables.interval(np.full((1, 1), 2.0)) == pytest.approx((2.0, math.nan, math.nan), nan_ok=True)
     values = np.random.default_rng(0).normal(1, 1, size=(400, 1))  # one seed: over tasks alone
     mean, low, high = tables.interval(values)
     half = tables.t_quantile(399) * values.std(ddof=1) / 20
