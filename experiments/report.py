@@ -41,12 +41,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "w = 1/K for half of the samples": {"router_dropout": 0.5},
     "both": {"gumbel": True, "router_dropout": 0.5},
     "definition alone": {},  # `compare.definition_features` for what the router reads
-    "both, definition alone": {"gumbel": True, "router_dropout": 0.5},
+    "both with definition alone": {"gumbel": True, "router_dropout": 0.5},
     "K = 2": {"tasks": 2}, "K = 4": {"tasks": 4}, "K = 16": {"tasks": 16}, "K = 32": {"tasks": 32},
 }  # fmt: skip
 CONTROLS: dict[str, dict[str, Any]] = {
     "w replaced by its mean": {}, "w of another sample": {}, "router: random": {},
-    "router: none": {"router": "none"}, "K = 1, Gumbel noise": {"tasks": 1, "gumbel": True},
+    "router: none": {"router": "none"}, "K = 1 with Gumbel noise": {"tasks": 1, "gumbel": True},
     compare.ORACLE: {"tasks": 76, "router": "none"},  # the categories of SNI
 }  # fmt: skip
 DEFAULTS = {"steps": 100, "batch_size": 8, "warmup": 10, "eval_every": 100, "eval_instances": 300,

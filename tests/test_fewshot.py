@@ -7,9 +7,12 @@ import shutil
 import pytest
 from conftest import ROOT, run
 
+import checkpoint
 import data
 import runtime
 from experiments import fewshot
+from experiments.sizes import on_meta, parameters
+from orchmoe import OrchMoEConfig
 
 
 @pytest.fixture
@@ -48,6 +51,17 @@ def test_each_seed_goes_on_from_its_own_run(finished, copied):
     study = fewshot.Study(config, {"t": ROOT}, {"t": {}})
     starts = [study.cell("all", "t", 4, seed, {}).configs["train"].start for seed in (0, 1)]
     assert starts == [str(finished / "run"), str(copied)]
+
+
+def test_a_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
+    saved = json.loads((copied / "config.json").read_text())
+    saved["train"]["extra_rank"] = 8
+    (copied / "config.json").write_text(json.dumps(saved))
+    extra = fewshot.as_large(str(copied))["extra_rank"]
+    base, config = on_meta(checkpoint.config(ROOT / "tiny")), OrchMoEConfig(**saved["adapter"])
+    own, lora = (sum(parameters(name, base, config, extra_rank=ranks).values())
+                 for name, ranks in (("orchmoe", 8), ("lora", extra)))  # fmt: skip
+    assert abs(own - lora) < 0.03 * own
 
 
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):

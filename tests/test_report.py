@@ -207,6 +207,11 @@ def test_mistakes(flags, message):
         runtime.from_flags(report.ReportConfig, flags)
 
 
+def test_every_row_can_be_named_by_its_flag():
+    rows = *report.ABLATIONS, *report.CONTROLS, *report.ANSWERING, *compare.ABLATIONS
+    assert not [row for row in rows if "," in row]  # which would end its name
+
+
 def test_what_the_report_sets_itself_is_no_flag(tmp_path):
     assert "--alpha: the report sets this itself" in made(tmp_path, "tune", "--alpha", "2", code=2)
 
