@@ -133,11 +133,6 @@ def hf_name(module: nn.Module, name: str) -> str:
     return name
 
 
-def _names(backbone: Backbone) -> dict[str, str]:
-    """Our name of each weight -> Hugging Face's."""
-    return {ours: hf_name(backbone, ours) for ours in backbone.state_dict()}
-
-
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
          ) -> Backbone:  # fmt: skip
     """The model in a Hugging Face folder, in eval mode; on the CPU weights of this dtype stay mapped."""
@@ -161,7 +156,8 @@ def mapped(path: str | Path) -> Backbone:
             backbone = family(described)
     except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
         raise ValueError(f"{folder / 'config.json'}: {_line(error)}") from None
-    names, expected = _names(backbone), backbone.state_dict()
+    expected = backbone.state_dict()
+    names = {ours: hf_name(backbone, ours) for ours in expected}
     if missing := set(names.values()) - tensors.keys():
         raise ValueError(f"{folder}: missing tensors: {_few(missing)}")
     if unexpected := tensors.keys() - set(names.values()):
@@ -179,8 +175,8 @@ def mapped(path: str | Path) -> Backbone:
 def save(backbone: Backbone, folder: str | Path) -> None:
     """config.json and model.safetensors as transformers reads them; ValueError with adapters attached."""
     with torch.device("meta"):
-        names = _names(type(backbone)(backbone.config))
-    weights = backbone.state_dict()
+        bare = type(backbone)(backbone.config)
+    names, weights = {ours: hf_name(bare, ours) for ours in bare.state_dict()}, backbone.state_dict()
     if odd := weights.keys() ^ names:
         raise ValueError(f"{folder}: not saved, {_few(odd)} is no weight of the base; detach the adapters")
     tensors = {names[ours]: weight for ours, weight in weights.items()}
@@ -264,9 +260,9 @@ def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: st
         raise ValueError(f"{folder}: not written: {reason}")
     least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
     r = next((rank for rank in ranks if rank >= least), least)
-    for c, (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # c (1,S)
+    for (c,), (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # of one sample
         A = linear.skill_A.flatten(0, 1)  # (S R,D)
-        B = (linear.skill_scale * c[0, :, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
+        B = (linear.skill_scale * c[:, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)
         key, pad = f"base_model.model.{name}.lora_", r - len(A)
         tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
     write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -69,20 +69,20 @@ def read_task(path: str | os.PathLike) -> dict:
     task = runtime.read_json(path)
     try:
         read = {"name": path.stem, "instances": [],
-                "category": _text(_first(task.get("Categories")) or "Unknown", "Categories"),
-                "definition": _text(_first(task.get("Definition")), "Definition")}
+                "category": text_of(_first(task.get("Categories")) or "Unknown", "Categories"),
+                "definition": text_of(_first(task.get("Definition")), "Definition")}
         for kind in ("Positive", "Negative"):
             read[kind.lower()] = [
-                {key: _text(row.get(key), f"{field}.{key}") for key in ("input", "output", "explanation")
+                {key: text_of(row.get(key), f"{field}.{key}") for key in ("input", "output", "explanation")
                  if key in row or key != "explanation"} for field, row in _rows(task, f"{kind} Examples")]
         for i, (field, row) in enumerate(_rows(task, "Instances")):
             own_id, output = row.get("id"), row.get("output")
             output = output if isinstance(output, list) else [output]
             _require(len(output) > 0, f"{field}.output", "a string or a list of some")
             read["instances"].append({
-                "id": _text(f"{path.stem}-{i}" if own_id is None else str(own_id), f"{field}.id"),
-                "input": _text(row.get("input"), f"{field}.input"),
-                "output": [_text(reference, f"{field}.output") for reference in output]})
+                "id": text_of(f"{path.stem}-{i}" if own_id is None else str(own_id), f"{field}.id"),
+                "input": text_of(row.get("input"), f"{field}.input"),
+                "output": [text_of(reference, f"{field}.output") for reference in output]})
         _require(len(read["instances"]) > 0, "Instances", "a list of objects, not empty")
         return read
     except ValueError as error:
@@ -94,7 +94,7 @@ def _require(good: bool, field: str, wanted: str) -> None:
         raise ValueError(f"{field}: expected {wanted}")
 
 
-def _text(value: Any, field: str) -> str:
+def text_of(value: Any, field: str) -> str:
     _require(isinstance(value, str), field, "a string")
     _require(len(value) <= LONGEST_TEXT, field, f"at most {LONGEST_TEXT} characters")
     _require(value.encode(errors="replace").decode() == value, field, "text without lone surrogates")
@@ -322,6 +322,7 @@ def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig
 
 def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """An instruction and an input of one's own as an Example without positive examples and references."""
+    definition, text = text_of(definition, "--ask"), text_of(text, "--input")
     prompt = _prompt({"definition": definition}, {"input": text}, tokenizer, config)
     if not prompt.endswith("Output: "):
         runtime.warn(f"--max-source-length {config.max_source_length}: the end of the input is cut off")

@@ -55,7 +55,7 @@ class EvalConfig:
         runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1)
         if bool(self.run or self.model) == bool(self.heuristic):
             raise ValueError("give one of --run, --model and --heuristic")
-        if bool(self.ask.strip()) != bool(self.input.strip()) or self.ask and self.heuristic:
+        if any(asked := (self.ask, self.input)) and (self.heuristic or not all(map(str.strip, asked))):
             raise ValueError('give both --ask "instruction" and --input "text", with --run or --model')
 
     @property
@@ -218,6 +218,8 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
     base over all processes."""
     began = Run.read(run) if run else None
     full = began is not None and began.train["method"] == "full"
+    if full and model:
+        raise ValueError(f"--model: the weights of {run} are its own, of --method full; leave it out")
     path = Path(run, "model") if full else model or began.train["model"]
     if began:
         runtime.existing(path, "the run has kept no weights yet" if full else

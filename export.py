@@ -44,7 +44,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not (self.run and self.out):
             raise ValueError("give --run, the folder of a run, and --out, a folder to write")
-        if (self.routing == "sample") != bool(self.input) or (self.routing and self.w):
+        if (self.routing == "sample") != bool(self.input.strip()) or (self.routing and self.w):
             raise ValueError('--routing sample goes with --input "prompt", and --w with neither')
 
 
@@ -64,7 +64,8 @@ def fixed_routing(config: ExportConfig, run: evaluation.Run, base: Backbone, ada
     if adapters.router is None:
         raise ValueError(f"--routing {config.routing}: the run has no router; give --w")
     if config.routing == "sample":
-        return adapters.router(base.embed(torch.tensor([tokenizer.source(config.input)])))[0]
+        prompt = data.text_of(config.input, "--input")
+        return adapters.router(base.embed(torch.tensor([tokenizer.source(prompt)])))[0]
     options = run.configs(config.run, data=data.DataConfig)["data"]
     options = replace(options, data=config.data or options.data)
     dev = data.load_sets(options, tokenizer, ["dev"], training=run.tasks)["dev"]

@@ -61,11 +61,13 @@ class LlamaConfig(Config):
     @classmethod
     def from_hf(cls, values: dict) -> "LlamaConfig":
         window = values.get("sliding_window", 4096)  # Mistral's default, as below 128 is Qwen3's
-        # transformers 4 has rope_theta at the top, all else in rope_scaling; 5 has all in rope_parameters.
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters must be an object, not {rope!r:.60}")
-        values = {**values, "rope_type": rope.get("type", "default"), **rope}  # "type": before 2024
+        # transformers 4: rope_theta at the top, all else in rope_scaling, which wins; 5: in rope_parameters.
+        parts = [values.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"rope_parameters and rope_scaling must be objects, not {parts!r:.60}")
+        parts = [part | {"rope_type": part.get("rope_type") or part.get("type")} for part in parts]  # old
+        rope = {name: value for part in parts for name, value in part.items() if value is not None}
+        values = {**values, "rope_type": "default", **rope}
         values = {k: v for k, v in values.items() if v is not None and k not in cls.llama3}
         if values.get("rope_type") == "llama3":
             values |= {name: rope.get(name) for name in cls.llama3}

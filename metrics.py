@@ -82,7 +82,7 @@ METRICS = {"exact_match": exact_match, "rouge1": rouge_1, "rougeL": rouge_l}
 
 
 def score(records: Iterable[Mapping]) -> dict[str, dict]:
-    """Scores of records with keys task, category, prediction (str; "" where missing) and references
+    """Scores of records with keys task, category, prediction (str) and references
     (non-empty list of str).
 
     Returns {"overall": {exact_match, rouge1, rougeL}, "tasks": {task: ...}, "categories": {category: ...}}:

@@ -174,6 +174,13 @@ ODD = {"definition a str": ({"Definition": "Sort them."}, lambda t: t["definitio
        "category": ({}, lambda t: (t["name"], t["category"]) == ("task1_x", "Sorting"))}
 
 
+def test_a_question_of_other_bytes_than_text_is_refused():
+    words, config = tokenizers.load(ROOT / "tiny"), data.DataConfig()
+    for texts, field in (("\udce9", "x"), "--ask"), (("x", "\udce9"), "--input"):
+        with pytest.raises(ValueError, match=f"{field}: expected text without lone surrogates"):
+            data.asked(*texts, words, config)
+
+
 @pytest.mark.parametrize("changes, holds", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
 def test_irregular_files_are_read(tmp_path, changes, holds, mark):

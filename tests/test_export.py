@@ -109,6 +109,8 @@ def test_a_fixed_routing_is_what_folded_computes_and_comes_back_as_a_skill(folde
     base, adapters = adapted(folder)
     w, (ids, tokens) = torch.tensor([0.2, 0.5, 0.3]), inputs()
     assert checkpoint.save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
+    with pytest.raises(ValueError, match="too many values"):  # of two samples
+        checkpoint.save_peft(adapters, torch.eye(K)[:2], tmp_path / "two", "base")
     with adapters.folded(w):
         due = ours(base, ids, tokens)
     close(theirs(in_peft(folder, [tmp_path / "mean"]), ids, tokens), due)
@@ -228,6 +230,7 @@ def test_the_routing_of_one_prompt_and_given_weights(finished, tmp_path):
 @pytest.mark.parametrize("arguments, beginning", [
     ([], "give --run"),
     (["--run", "run", "--out", "x", "--routing", "sample"], "--routing sample goes with --input"),
+    (["--run", "run", "--out", "x", "--routing", "sample", "--input", " "], "--routing sample goes with"),
     (["--run", "run", "--out", "x", "--w", "1,2"], "--w 1,2: give K = 8 finite numbers"),
     (["--run", "run", "--out", "x", "--w", "1,0,0,0,0,0,0,nan"], "--w 1,0,0,0,0,0,0,nan: give K = 8"),
     (["--run", "run", "--out", "x", "--w", "1,two"], "--w: could not convert"),

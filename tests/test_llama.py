@@ -327,7 +327,9 @@ SAID = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediat
 @pytest.mark.parametrize(
     "place",
     [{"rope_theta": 500}, {"rope_parameters": {"rope_theta": 500, "rope_type": "default"}},
-     {"rope_scaling": None, "rope_theta": 500}, {"rope_scaling": {"rope_theta": 500, "type": "default"}}],
+     {"rope_scaling": None, "rope_theta": 500}, {"rope_scaling": {"rope_theta": 500, "type": "default"}},
+     {"rope_parameters": {"rope_theta": None}, "rope_theta": 500},
+     {"rope_parameters": {"rope_theta": 500}, "rope_scaling": LLAMA3 | {"rope_theta": None}}],
 )  # fmt: skip
 def test_theta_is_read_wherever_it_stands(place):
     assert LlamaConfig.from_hf(SAID | place).rope_theta == 500
@@ -356,7 +358,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
      ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be float above 0"),
      ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor must be float above 0, not None"),
      ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
-     ({"rope_scaling": 7}, "rope_parameters must be an object, not 7"),
+     ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "rope_type 'yarn'"),
+     ({"rope_scaling": YARN | {"type": "yarn", "rope_type": None}}, "rope_type 'yarn'"),
+     ({"rope_scaling": 7}, "rope_parameters and rope_scaling must be objects, not"),
      ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"mlp_bias": True}, "mlp_bias True"),
      ({"use_sliding_window": True}, "use_sliding_window True"), ({"num_experts": 8}, "num_experts 8"),
      ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention'"),

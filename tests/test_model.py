@@ -49,8 +49,7 @@ def as_transformers(t5: T5):
     transformers = pytest.importorskip("transformers")
     values = t5.config.to_hf()
     hf = transformers.T5ForConditionalGeneration(transformers.T5Config(**values)).eval()
-    names = checkpoint._names(t5)
-    weights = {names[name]: weight.clone() for name, weight in t5.state_dict().items()}
+    weights = {checkpoint.hf_name(t5, name): weight.clone() for name, weight in t5.state_dict().items()}
     if not t5.config.tied_head:
         hf.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"])
     missing, unexpected = hf.load_state_dict(weights, strict=False)
@@ -98,9 +97,8 @@ def test_every_gradient_is_that_of_transformers(kind):
     expected.backward()
     torch.testing.assert_close(loss, expected)
     grads = {name: weight.grad for name, weight in hf.named_parameters()}
-    names = checkpoint._names(t5)
     for name, weight in t5.named_parameters():
-        assert torch.allclose(weight.grad, grads[names[name]], atol=1e-3, rtol=1e-3), name
+        assert torch.allclose(weight.grad, grads[checkpoint.hf_name(t5, name)], atol=1e-3, rtol=1e-3), name
 
 
 @both

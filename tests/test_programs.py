@@ -237,6 +237,9 @@ def test_every_method_trains_and_is_scored(home, method):
     scores = json.loads((home / "run/scores.json").read_text())
     again = json.loads((home / "run/eval-test-8/scores.json").read_text())
     assert scores[method]["unseen"]["overall"] == again["overall"]
+    if method == "full":
+        error = run("eval.py", "--run", "run", "--model", ROOT / "tiny", "--device", "cpu", cwd=home, code=2)
+        assert "--model: the weights of run are its own, of --method full" in error
 
 
 def test_task_ids_are_those_of_the_run_whatever_is_evaluated(home):
@@ -470,6 +473,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "eval.py --heuristic copy-demo --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
     "eval.py --model tiny --ask Go": 'give both --ask "instruction" and --input "text", with --run or',
     "eval.py --heuristic copy-demo --ask Go --input word": 'give both --ask "instruction" and --input',
+    "eval.py --model tiny --input word": 'give both --ask "instruction" and --input "text", with --run or',
     "eval.py --ask Go --input word": "give one of --run, --model and --heuristic",
     "eval.py --run nowhere --ask Go --input word": "nowhere/config.json: not there; name the folder",
     "experiments/plot.py": "give one of --run and --results",
