@@ -473,6 +473,7 @@ MESSAGES = {  # command line: how the one line goes on behind "PROGRAM: error: "
     "eval.py --heuristic copy-demo --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
     "eval.py --model tiny --ask Go": 'give both --ask "instruction" and --input "text", with --run or',
     "eval.py --heuristic copy-demo --ask Go --input word": 'give both --ask "instruction" and --input',
+    "eval.py --model tiny --ask ' ' --input ' '": 'give both --ask "instruction" and --input "text", with',
     "eval.py --model tiny --input word": 'give both --ask "instruction" and --input "text", with --run or',
     "eval.py --ask Go --input word": "give one of --run, --model and --heuristic",
     "eval.py --run nowhere --ask Go --input word": "nowhere/config.json: not there; name the folder",

@@ -159,6 +159,16 @@ def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
     assert curves.above(moved[1.25], line, "unseen-test") == expected
 
 
+def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
+    def at(scale, seed, loss):
+        return {f"methods/lora-x{scale}-s{seed}": cell([1.0], np.full(9, loss), row="lora", alpha=2.0 * scale,
+                                                       seed=seed)}
+
+    cells = at(0.5, 0, 3.0) | at(1.0, 0, 2.5) | at(2.0, 0, 2.0) | at(4.0, 0, 3.0)
+    assert curves.best_scales(cells) == curves.best_scales(cells | at(2.0, 1, 9.0)) == {"lora": 2.0}
+    assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
+
+
 def test_rows_stand_beside_orchmoe_on_as_many_tasks():
     cells = {f"sizes/{row}-{size}-s0": cell(np.full(4, x), np.full(9, 2 * x), row=row)
              for row, size, x in (("orchmoe", 50, 1.0), ("lora", 50, 1.25), ("lora", 687, 1.0))}
