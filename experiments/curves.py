@@ -137,8 +137,10 @@ def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, flo
 def figure(found: dict[str, Curve], path: Path) -> Path:
     """Seen against unseen loss, a curve for each row over its scales. The bars are intervals, over tasks and
     seeds together, of the difference from the first row's first scale, whose own are nothing."""
-    seeds, reference = common(*found.values()), next(iter(next(iter(found.values())).values()))
-    canvas, axes = plot.canvas("Loss on seen and on unseen tasks, over the scales", Path(path.parent.name), 5)
+    row, scale = next((row, scale) for row, curve in found.items() for scale in curve)
+    seeds, reference = common(*found.values()), found[row][scale]
+    canvas, axes = plot.canvas("Loss on seen and on unseen tasks over the scales; lower left is better",
+                               f"bars: 95 % intervals of the difference from {row} x{scale:g}", 5)
     for i, (row, curve) in enumerate(found.items()):
         points, bars = [], []
         for group in curve.values():

@@ -67,8 +67,8 @@ def records(folder: str | Path) -> list[dict]:
     return rows
 
 
-def canvas(title: str, of: Path, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """Figure and axes of a page's width; the title's second line is the folder whose figure it is."""
+def canvas(title: str, of: str | Path, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Figure and axes of a page's width; the title's second line says of what, mostly the folder."""
     figure, axes = pyplot().subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **options)
     figure.suptitle(f"{title}\n{of}", fontsize=10)
     return figure, axes
