@@ -174,18 +174,21 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "not to be read"
 
     def means(group: Iterable[dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
-        values = [np.mean([by_task(cell, name, metric).mean() for cell in group])
+        values = [[by_task(cell, name, metric).mean() for cell in group]
                   for name in which for metric in metrics]
-        return ["-" if np.isnan(value) else f"{value:.3f}" for value in values]
+        return ["-" if np.isnan(of_seeds).any() else f"{np.mean(of_seeds):.3f}"
+                + (f" ({np.std(of_seeds, ddof=1):.3f})" if len(of_seeds) > 1 else "") for of_seeds in values]
 
-    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), ", ".join(map(str, sorted(group))),
+    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), str(sorted(group))[1:-1],
               f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
              for row, curve in found.items() for scale, group in curve.items()]
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
     ways = [("seen", name) for name in unseen] + [(name, "seen") for name in unseen]
-    lines = [[row, *(said(at_equal(found["orchmoe"], curve, *way)) for way in ways)]
+    lines = [[row, str(common(found["orchmoe"], curve))[1:-1],
+              *(said(at_equal(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
-    parts.append(table(["orchmoe - row", *(f"{across} at equal {along}" for along, across in ways)], lines))
+    heads = [f"{across} at equal {along}" for along, across in ways]
+    parts.append(table(["orchmoe - row", "seeds", *heads], lines))
     groups: dict[tuple[str, str], dict[int, dict]] = {}
     for name, cell in cells.items():
         stage, what = name.split("/")[0], cell["settings"]["row"]
@@ -219,7 +222,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         parts.append(table([stage, "seeds", *heads], lines))
     if any(intervals):
         number = sum(map(bool, intervals))
-        parts.append("Differences with 95 % intervals over tasks and seeds together, of one seed over tasks "
-                     f"alone; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
-                     "differed.")
+        parts.append("In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
+                     f"together, of one seed over tasks alone; of the {number} here about {number / 20:.0f} "
+                     "would exclude zero if nothing differed.")
     return "\n\n".join(filter(None, parts)) + "\n"

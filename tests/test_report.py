@@ -182,7 +182,8 @@ def test_controls_stand_beside_orchmoe_itself():
     name, other = "router: none", cell(np.full(4, 1.5), np.full(9, 2.25), row="router: none")
     cells = {"methods/orchmoe-x1-s0": cell(np.full(4, 1.0), np.full(9, 2.0), row="orchmoe", alpha=2.0),
              "controls/none-s0": other, "controls/none-s1": {**other, "settings": {"row": name, "seed": 1}}}
-    assert f"| {name} | 2 | 1.500 | 2.250 | -0.500 [-0.500, -0.500] | -0.250 [" in curves.text(cells, {})
+    said = curves.text(cells, {})
+    assert f"| {name} | 2 | 1.500 (0.000) | 2.250 (0.000) | -0.500 [-0.500, -0.500] | -0.250 [" in said
 
 
 def test_the_unseen_tasks_are_halved_by_name_alone():
