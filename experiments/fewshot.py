@@ -84,6 +84,7 @@ class Study(NamedTuple):
     config: FewShotConfig
     roots: dict[str, Path]  # of each task
     facts: dict[str, dict[str, Any]]  # of each task
+    runs: list[str]  # digests of their adapters
 
     def cell(self, row: str, task: str, examples: int, seed: int, fields: dict[str, Any], **options: Any
              ) -> Cell:
@@ -100,8 +101,7 @@ class Study(NamedTuple):
         tuned = "".join(f"_{value:g}" for name, value in fields.items() if name.startswith("lr_"))
         kind = "cells" if options.get("closing", True) else "tune"
         folder = Path(config.out, kind, f"{slug(row)}-{examples}-s{seed}{tuned}", task)
-        adapter = runtime.existing(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
-        facts = self.facts[task] | {"run": hashlib.sha256(adapter.read_bytes()).hexdigest()}
+        facts = self.facts[task] | {"run": self.runs[seed]}
         return Cell(row, folder, train.read_configs(flags, train.PlaceConfig()), facts, **options)
 
 
@@ -118,6 +118,10 @@ def as_large(run: str) -> dict[str, Any]:
             **{name: began.data[name] for name in prompt if name in began.data}}
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def tune(study: Study, tasks: Sequence[str], place: runtime.Device) -> dict[str, dict[float, float]]:
     """{way: {rate: dev loss, mean over the tasks}} at 16 examples, of the first run."""
     cells = {way: {value: [study.cell(way, task, 16, 0, fields | {rate: value}, closing=False)
@@ -132,15 +136,16 @@ def tune(study: Study, tasks: Sequence[str], place: runtime.Device) -> dict[str,
 def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
     """Runs what is missing, writes the results and returns the table."""
     first = evaluation.Run.read(config.runs[0])
-    kept = first.configs(config.runs[0], data=data.DataConfig)["data"]
-    root, facts = Path(kept.data), {"base": first.base, "tokenizer": first.tokenizer,
-                                    "torch": torch.__version__,
-                                    "computed": f"{place.device.type}, {place.dtype}"}
-    tasks = data.read_splits(root, kept.splits)["test"][:config.max_tasks or None]
+    options = first.configs(config.runs[0], data=data.DataConfig)["data"]
+    facts = {"base": first.base, "tokenizer": first.tokenizer, "torch": torch.__version__,
+             "computed": f"{place.device.type}, {place.dtype}"}
+    root = Path(options.data)
+    tasks = data.read_splits(root, options.splits)["test"][:config.max_tasks or None]
     roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
-    digests = {task: hashlib.sha256((root / "tasks" / f"{task}.json").read_bytes()).hexdigest()
-               for task in tasks}
-    study = Study(config, roots, {task: facts | {"digest": digest} for task, digest in digests.items()})
+    kept = [runtime.existing(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
+            for run in config.runs]
+    study = Study(config, roots, {task: facts | {"digest": digest(root / "tasks" / f"{task}.json")}
+                                  for task in tasks}, list(map(digest, kept)))
     tuning = tune(study, tasks[:config.tuned], place)
     best = {way: min(losses, key=losses.get) for way, losses in tuning.items()}
     for way, value in best.items():

@@ -48,7 +48,7 @@ def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
 
 def test_each_seed_goes_on_from_its_own_run(finished, copied):
     config = fewshot.FewShotConfig(runs=(str(finished / "run"), str(copied)))
-    study = fewshot.Study(config, {"t": ROOT}, {"t": {}})
+    study = fewshot.Study(config, {"t": ROOT}, {"t": {}}, ["", ""])
     starts = [study.cell("all", "t", 4, seed, {}).configs["train"].start for seed in (0, 1)]
     assert starts == [str(finished / "run"), str(copied)]
 
