@@ -76,8 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again however its holder ends
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing this run; wait until it ends, or name "
-                             "another folder by --out") from None
+            raise ValueError(f"{folder}: another process is writing this run; wait or change --out") from None
         except OSError as error:  # a file system without locks
             warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
         for stale in (*folder.glob(".*.*.tmp"), *folder.glob("model/.*.*.tmp")):
@@ -233,14 +232,13 @@ def require_least(config: Any, **least: int) -> None:
 
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Runs `main` and ends the process by the code that it returns (None: 0). Bad input (ValueError, OSError)
-    and a lack of memory are one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    and a lack of memory or a compiler are one line on stderr, exit code 2; Ctrl-C is exit code 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         code = main() or 0
         if dist.is_torchelastic_launched():
-            # A sharded base keeps gloo's threads alive. One that lets go of a tensor while Python goes down
-            # would abort; all that was said is flushed.
+            # A sharded base keeps gloo's threads, which may abort as Python goes down; all said is flushed.
             os._exit(code)
         sys.exit(code)
     except KeyboardInterrupt:
@@ -249,10 +247,12 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         named = isinstance(error, OSError) and error.filename
         said = f"{error.filename}: {error.strerror}" if named else str(error)
     except (MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (lacking or "DefaultCPUAllocator" in str(error)):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            said = f"out of memory ({error!s:.120}); lower the batch sizes, or use a smaller model"
+        elif re.search(r"C(\+\+)? compiler", str(error)):
+            said = "torch.compile finds no C compiler; install one (gcc, g++), or set TORCHDYNAMO_DISABLE=1"
+        else:
             raise
-        said = f"out of memory ({error!s:.120}); lower the batch sizes, or use a smaller model"
     if local_rank() == 0 or dist.is_initialized():  # before they join, all meet the same error
         who = f" on rank {rank()}" if rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{who}: {' '.join(said.split())}", file=sys.stderr, flush=True)

@@ -110,11 +110,14 @@ def test_a_gradient_that_is_not_finite_is_said_and_changes_nothing(small_t5, inp
 
 
 OUT = "train.py: error: out of memory ("
+COMPILER = "train.py: error: torch.compile finds no C compiler; install one"
 
 
 @pytest.mark.parametrize("error, code, begins", [
     (MemoryError("a list"), 2, OUT + "a list); lower"), (torch.OutOfMemoryError("CUDA"), 2, OUT + "CUDA);"),
     (RuntimeError("DefaultCPUAllocator: no 9 bytes"), 2, OUT + "DefaultCPUAllocator"),
+    (RuntimeError("Failed to find C compiler. Please specify"), 2, COMPILER),  # as Triton has it
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), 2, COMPILER),  # as torch has it
     (KeyboardInterrupt(), 130, ""), (RuntimeError("a fault"), None, "")])  # fmt: skip
 def test_how_a_program_ends(error, code, begins, monkeypatch, capsys):
     def main():
