@@ -169,6 +169,16 @@ def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
     assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
 
 
+def test_a_curve_of_fewer_seeds_is_drawn_by_its_difference(monkeypatch, tmp_path):
+    """Where the second seed is worse for all, a row of that seed alone is not the worse for it."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
+    first, second, better = (cell(np.full(4, x), np.full(9, x + 1)) for x in (1.0, 2.0, 1.75))
+    canvas = curves.figure({"orchmoe": {1.0: {0: first, 1: second}}, "lora": {1.0: {1: better}}}, tmp_path)
+    drawn = {group.get_label(): group.lines[0].get_xydata().tolist() for group in canvas.axes[0].containers}
+    assert drawn == {"orchmoe, seeds 0, 1": [[1.5, 2.5]], "lora, seeds 1": [[1.25, 2.25]]}
+
+
 def test_rows_stand_beside_orchmoe_on_as_many_tasks():
     cells = {f"sizes/{row}-{size}-s0": cell(np.full(4, x), np.full(9, 2 * x), row=row)
              for row, size, x in (("orchmoe", 50, 1.0), ("lora", 50, 1.25), ("lora", 687, 1.0))}
