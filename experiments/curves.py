@@ -71,9 +71,9 @@ def common(*curves: Curve) -> list[int]:
     return sorted(set.intersection(*(set(group) for curve in curves for group in curve.values())))
 
 
-def losses(group: dict[int, dict], seeds: Sequence[int], which: str) -> np.ndarray:
+def losses(group: dict[int, dict], seeds: Sequence[int], which: str, metric: str = "loss") -> np.ndarray:
     """(T, seeds) of one point."""
-    return np.stack([by_task(group[seed], which) for seed in seeds], 1)
+    return np.stack([by_task(group[seed], which, metric) for seed in seeds], 1)
 
 
 def stacked(points: Iterable[dict[int, dict]], seeds: Sequence[int], which: str) -> np.ndarray:
@@ -176,6 +176,12 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         intervals.append(difference)
         return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "not to be read"
 
+    def less(first: dict[int, dict], group: dict[int, dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
+        seeds = common({0: first}, {0: group}) if first is not group else []
+        found = [losses(first, seeds, name, metric) - losses(group, seeds, name, metric) if seeds else np.nan
+                 for name in which for metric in metrics]
+        return ["-" if np.isnan(each).any() else said(interval(each)) for each in found]
+
     def means(group: Iterable[dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
         values = [[by_task(cell, name, metric).mean() for cell in group]
                   for name in which for metric in metrics]
@@ -200,15 +206,14 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
             what += f", scale {cell['settings']['alpha'] / cell['settings']['rank']:g}"
         groups.setdefault((stage, what), {})[cell["settings"]["seed"]] = cell
     for stage in PROMPTS:
-        lines = [[what, len(group), *means(group.values(), METRICS)]
-                 for (of, what), group in sorted(groups.items()) if of == stage]
+        of_stage = {what: group for (of, what), group in sorted(groups.items()) if of == stage}
         heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
+        lines = [[what, len(group), *means(group.values(), METRICS)] for what, group in of_stage.items()]
         parts.append(table([stage, "seeds", *heads], lines))
-
-    def less(first: dict[int, dict], group: dict[int, dict]) -> list[str]:
-        seeds = common({0: first}, {0: group}) if first is not group else []
-        return [said(interval(losses(first, seeds, name) - losses(group, seeds, name))) if seeds else "-"
-                for name in which]
+        first = next((group for what, group in of_stage.items() if what.startswith("orchmoe, ")), {})
+        lines = [[what, *less(first, group, METRICS)] for what, group in of_stage.items()
+                 if first and group is not first]
+        parts.append(table([f"orchmoe - row, {stage}", *heads], lines))
 
     lines = [[what, len(group), *means(group.values()),  # of fewer or more tasks there is no curve
               *less(groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {}), group)]
@@ -227,5 +232,6 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         number = sum(map(bool, intervals))
         parts.append("In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
                      f"together, of one seed over tasks alone; of the {number} here about {number / 20:.0f} "
-                     "would exclude zero if nothing differed.")
+                     "would exclude zero if nothing differed. Losses in nats per target token, ROUGE-L and "
+                     "exact match in per cent.")
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -196,6 +196,22 @@ def test_controls_stand_beside_orchmoe_itself():
     assert f"| {name} | 2 | 1.500 (0.000) | 2.250 (0.000) | -0.500 [-0.500, -0.500] | -0.250 [" in said
 
 
+def test_answers_stand_beside_orchmoes():
+    """Each metric by its difference; a row without losses, as what copies, has none of that."""
+    cells = {f"answers/{row}-s0": cell(np.full(4, loss), np.full(9, loss), row=row, alpha=1.0)
+             for row, loss in (("orchmoe", 1.0), ("lora", 1.5), ("copy-demo", np.nan))}
+    for name, rouge in (("orchmoe", 40.0), ("lora", 30.0), ("copy-demo", 45.0)):
+        for which in ("seen", "unseen"):
+            for scores in cells[f"answers/{name}-s0"][which]["tasks"].values():
+                scores |= {"rougeL": rouge, "exact_match": rouge / 2}
+    said = curves.text(cells, {})
+    once = "+10.000 [+10.000, +10.000] | +5.000 [+5.000, +5.000] | -0.500 [-0.500, -0.500]"
+    assert f"| lora, scale 0.5 | {once} | {once} |" in said and "of the 10 here" in said
+    once = "-5.000 [-5.000, -5.000] | -2.500 [-2.500, -2.500] | -"
+    assert f"| copy-demo | {once} | {once} |" in said
+    assert said.count("| orchmoe, scale 0.5 |") == 1  # its means, and no difference from itself
+
+
 def test_the_unseen_tasks_are_halved_by_name_alone():
     names = [f"task{i}" for i in range(400)]
     first = curves.halves(names)
