@@ -82,12 +82,12 @@ def stacked(points: Iterable[dict[int, dict]], seeds: Sequence[int], which: str)
 
 
 def reading(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """y where the curve through (x, y), straight from scale to scale, has x = at: the lowest, where it is
-    there more than once; NaN where it is nowhere."""
+    """The lowest y of the curve through (x, y), straight from scale to scale, where x is no more than `at`;
+    NaN where it is nowhere."""
     steps = np.diff(x)
     ways = (at - x[:-1]) / np.where(steps, steps, 1)
-    found = (y[:-1] + ways * np.diff(y))[(ways >= 0) & (ways <= 1)]
-    return found.min() if len(found) else np.nan
+    crossings = (y[:-1] + ways * np.diff(y))[(ways >= 0) & (ways <= 1)]
+    return min((*y[x <= at], *crossings), default=np.nan)
 
 
 def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float, float, float] | None:
@@ -110,22 +110,29 @@ def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float
 
 
 def at_equal(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
-    """Difference one - other in the loss `across` at equal mean loss `along`, in the middle of the range that
-    all seeds of both have, with its interval."""
-    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        low = max(part.min(0).max() for part in (x[:n], x[n:]))
-        high = min(part.max(0).min() for part in (x[:n], x[n:]))
-        at = (low + high) / 2 if low <= high else np.nan
-        return np.array([reading(x[:n, s], y[:n, s], at) - reading(x[n:, s], y[n:, s], at)
-                         for s in range(len(seeds))])
-
+    """Difference one - other in the lowest loss `across` that each reaches at no more than one mean loss
+    `along`, with its interval: halfway from where both can be read, in all seeds, to where more of it helps
+    neither."""
     n, seeds = len(one), common(one, other)
-    points = *one.values(), *other.values()
-    return jackknife(read, *(stacked(points, seeds, which) for which in (across, along))) if seeds else None
+    if not seeds:
+        return None
+    sets = [stacked((*one.values(), *other.values()), seeds, which) for which in (across, along)]
+    y, x = (each.mean(1) for each in sets)  # (points, seeds)
+    parts = [(half, s) for half in (slice(0, n), slice(n, None)) for s in range(len(seeds))]
+    # Two points of the curves, and not two losses: without a task all losses move, and these with them.
+    least, most = (max(((half.start + of[half, s].argmin(), s) for half, s in parts), key=x.__getitem__)
+                   for of in (x, y))
+
+    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        at = max((x[least] + x[most]) / 2, *(x[part].min() for part in parts))
+        found = [reading(x[part], y[part], at) for part in parts]
+        return np.subtract(found[:len(seeds)], found[len(seeds):])
+
+    return jackknife(read, *sets)
 
 
 def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, float, float] | None:
-    """The same of a point, at its own seen loss."""
+    """The same of a point and a curve, at the point's own seen loss."""
     def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.array([y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))])
 

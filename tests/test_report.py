@@ -116,27 +116,29 @@ def test_curves_are_read_at_equal_loss():
     seen, unseen = rng.normal(2, 0.1, (3, 2, 30)), rng.normal(3, 0.1, (3, 2, 58))  # scales, seeds, tasks
     seen -= seen.mean(2, keepdims=True) - np.array([1.0, 1.2, 1.5])[:, None, None]  # means that are known
 
-    def curve(shift, along=0.0):
-        return {scale: {s: cell(seen[i, s] + along, unseen[i, s] + shift) for s in range(2)}
+    def curve(shift):
+        return {scale: {s: cell(seen[i, s], unseen[i, s] + shift) for s in range(2)}
                 for i, scale in enumerate((4.0, 2.0, 1.0))}
 
     mean, low, high = curves.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
-    assert curves.at_equal(curve(0), curve(0, along=0.6), "seen", "unseen-dev") is None
     lame = curve(0)
     del lame[2.0][0]  # a seed that is not everywhere is nowhere: the others are the same runs
     assert curves.at_equal(lame, curve(0), "seen", "unseen-dev") == (0, 0, 0)
     assert curves.at_equal(lame, {1.0: {0: cell(seen[0, 0], unseen[0, 0])}}, "seen", "unseen-dev") is None
     # along a line unseen = 5 - seen, a curve that lies 0.1 to the right is 0.1 above at equal seen loss
-    line, moved = ({x: {s: cell(np.full(4, x + right), np.full(9, 5 - x)) for s in range(2)}
-                    for x in (1.0, 1.25, 1.5)} for right in (0, 0.1))  # fmt: skip
+    line, moved, far = ({x: {s: cell(np.full(4, x + right), np.full(9, 5 - x)) for s in range(2)}
+                         for x in (1.0, 1.25, 1.5)} for right in (0, 0.1, 0.6))  # fmt: skip
     assert curves.at_equal(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
     assert curves.above(moved[1.25], line, "unseen-dev")[0] == pytest.approx(0.1)
-    assert curves.above({0: cell(np.full(4, 2.0), np.full(9, 1.0))}, line, "unseen-dev") is None
+    # one that ends before the other begins is read at its end: there no more loss on seen tasks is needed
+    assert curves.at_equal(line, far, "seen", "unseen-test")[0] == pytest.approx(3.5 - (5 - 1.25))
+    assert curves.above({0: cell(np.full(4, 2.0), np.full(9, 1.0))}, line, "unseen-dev")[0] == -2.5
+    assert curves.above({0: cell(np.full(4, 0.9), np.full(9, 1.0))}, line, "unseen-dev") is None
 
 
-def test_a_curve_with_a_turn_is_read_at_its_lower_branch():
-    """More scale lowers the unseen loss first, and then raises it."""
+def test_a_curve_with_a_turn_is_read_at_its_best():
+    """More scale lowers the unseen loss first, and then raises it; where it raises both, nobody uses it."""
     def curve(*points):
         return {scale: {0: cell(np.full(4, x), np.full(9, y))}
                 for scale, (x, y) in zip((0.5, 1.0, 2.0, 4.0), points, strict=True)}
@@ -146,6 +148,9 @@ def test_a_curve_with_a_turn_is_read_at_its_lower_branch():
     assert curves.at_equal(better, one, "unseen-dev", "seen")[0] == pytest.approx(-0.01)
     read = curves.reading(np.array([2.06, 2.035, 2.008, 2.12]), np.array([1.34, 1.26, 1.199, 1.181]), 2.02)
     assert read == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
+    worse = np.array([2.1, 2.0, 2.3]), np.array([1.25, 1.2, 1.3])
+    read = [curves.reading(*worse, at) for at in (2.2, 2.0, 1.9)]
+    assert read == pytest.approx([1.2, 1.2, np.nan], nan_ok=True)
 
 
 def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
@@ -157,6 +162,11 @@ def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
     assert curves.at_equal(moved, line, "seen", "unseen-test") == expected
     assert curves.at_equal(moved, line, "unseen-test", "seen") == expected
     assert curves.above(moved[1.25], line, "unseen-test") == expected
+    # what all lose alike in a task is no noise of a difference, however steep the two are
+    flat, steep = ({x: {0: cell(x + shift, np.full(9, 5 - slope * x))} for x in (1.0, 1.25, 1.5)}
+                   for slope in (1, 2))  # fmt: skip
+    mean, low, high = curves.at_equal(flat, steep, "seen", "unseen-test")
+    assert mean == pytest.approx(1.25) and low == pytest.approx(mean) and high == pytest.approx(mean)
 
 
 def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
