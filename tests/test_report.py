@@ -3,6 +3,7 @@ where both are, on unseen tasks in two halves."""
 
 import importlib.util
 import json
+import re
 from unittest import mock
 
 import numpy as np
@@ -220,6 +221,16 @@ def test_answers_stand_beside_orchmoes():
     once = "-5.000 [-5.000, -5.000] | -2.500 [-2.500, -2.500] | -"
     assert f"| copy-demo | {once} | {once} |" in said
     assert said.count("| orchmoe, scale 0.5 |") == 1  # its means, and no difference from itself
+
+
+def test_the_readme_has_the_numbers_of_the_tables():
+    page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Does it beat LoRA?")[2]
+    tables = (ROOT / "experiments/results/tables.md").read_text()
+    rows = re.findall(r"^\| (\w\S+) \| (\d.+) \|$", page, re.MULTILINE)
+    assert {row.lower() for row, _ in rows} == curves.ROWS.keys() - {"token router"}
+    for row, cells in rows:
+        there = [line for line in tables.splitlines() if line.startswith(f"| {row.lower()} | ")]
+        assert all(cell == "-" or any(f" {cell} |" in line for line in there) for cell in cells.split(" | "))
 
 
 def test_the_unseen_tasks_are_halved_by_name_alone():
