@@ -143,8 +143,7 @@ def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, flo
 
 def figure(found: dict[str, Curve], path: Path) -> Path:
     """Seen against unseen loss, a curve for each row over its scales. The bars are intervals, over tasks and
-    seeds together, of the difference from the first row's first scale, whose own are nothing; it is over the
-    seeds that both have, and counted from that scale's mean over all of its own."""
+    the seeds that both have, of the difference from the first row's first scale, whose own are nothing."""
     row, scale = next((row, scale) for row, curve in found.items() for scale in curve)
     reference = found[row][scale]
     canvas, axes = plot.canvas("Loss on seen and on unseen tasks over the scales; lower left is better",
@@ -154,16 +153,14 @@ def figure(found: dict[str, Curve], path: Path) -> Path:
         for group in curve.values():
             seeds, here = common({0: group}, {0: reference}), []
             for which in ("seen", "unseen-dev"):
-                one, other = (losses(each, seeds, which) for each in (group, reference))
-                mean, low, high = interval(one - other)
-                zero = losses(reference, list(reference), which).mean()
-                here.append((zero + mean, mean - low, high - mean))
+                mean, low, high = interval(losses(group, seeds, which) - losses(reference, seeds, which))
+                here.append((losses(group, list(group), which).mean(), mean - low, high - mean))
             points.append([at for at, *_ in here])
             bars.append([bar for _, *bar in here])
         x, y = np.array(points).T
         errors = np.array(bars)  # (scales, 2, 2)
         axes.errorbar(x, y, xerr=errors[:, 0].T, yerr=errors[:, 1].T, color=plot.COLOURS[i],
-                      label=f"{row}, seeds {str(common(curve))[1:-1]}", marker=plot.MARKERS[i], markersize=5,
+                      label=f"{row}, seeds: {str(common(curve))[1:-1]}", marker=plot.MARKERS[i], markersize=5,
                       linewidth=1.5, elinewidth=0.6)
         for scale, *at in zip(curve, x, y, strict=True):
             axes.annotate(f"x{scale:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)

@@ -180,14 +180,13 @@ def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
     assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
 
 
-def test_a_curve_of_fewer_seeds_is_drawn_by_its_difference(monkeypatch, tmp_path):
-    """Where the second seed is worse for all, a row of that seed alone is not the worse for it."""
+def test_a_curve_is_drawn_of_all_seeds_that_it_has(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
-    first, second, better = (cell(np.full(4, x), np.full(9, x + 1)) for x in (1.0, 2.0, 1.75))
-    canvas = curves.figure({"orchmoe": {1.0: {0: first, 1: second}}, "lora": {1.0: {1: better}}}, tmp_path)
+    one, other, third = (cell(np.full(4, x), np.full(9, x + 1)) for x in (1.0, 2.0, 1.75))
+    canvas = curves.figure({"orchmoe": {1.0: {0: one, 1: other}}, "lora": {1.0: {1: third}}}, tmp_path)
     drawn = {group.get_label(): group.lines[0].get_xydata().tolist() for group in canvas.axes[0].containers}
-    assert drawn == {"orchmoe, seeds 0, 1": [[1.5, 2.5]], "lora, seeds 1": [[1.25, 2.25]]}
+    assert drawn == {"orchmoe, seeds: 0, 1": [[1.5, 2.5]], "lora, seeds: 1": [[1.75, 2.75]]}
 
 
 def test_rows_stand_beside_orchmoe_on_as_many_tasks():
