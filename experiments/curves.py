@@ -20,7 +20,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "orchmoe": {"method": "orchmoe"}, "token router": {"method": "orchmoe", "router": "token"},
     "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
 }  # fmt: skip
-SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
 PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}  # of stages that answer, too
 
 

@@ -175,7 +175,7 @@ def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
         return {f"methods/lora-x{scale}-s{seed}": cell([1.0], np.full(9, loss), row="lora", alpha=2.0 * scale,
                                                        seed=seed)}
 
-    cells = at(0.5, 0, 3.0) | at(1.0, 0, 2.5) | at(2.0, 0, 2.0) | at(4.0, 0, 3.0)
+    cells = at(0.25, 0, 3.5) | at(0.5, 0, 3.0) | at(1.0, 0, 2.5) | at(2.0, 0, 2.0) | at(4.0, 0, 3.0)
     assert curves.best_scales(cells) == curves.best_scales(cells | at(2.0, 1, 9.0)) == {"lora": 2.0}
     assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
 
