@@ -150,6 +150,8 @@ def attach_method(name: str, module: nn.Module, config: OrchMoEConfig, *, extra_
     if name == "full":
         return NoAdapter(module, full=True)
     found = target_linears(module, config.targets)
+    if name not in ("lora", "moe-lora") and getattr(module, "head", None) in found.values():
+        raise ValueError(f"targets: head reads labels of all samples at once; not with --method {name}")
     for path, linear in found.items() if name == "mhr" else ():
         if linear.in_features % heads or linear.out_features % heads:
             raise ValueError(f"--method mhr: {path}, {linear}, is not to be split into {heads} heads")

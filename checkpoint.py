@@ -71,8 +71,8 @@ def _read_torch(path: str | Path) -> dict[str, Tensor]:
     """A file of torch.save that holds nothing but named tensors."""
     tensors = unpickle(path)
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [(0, None)]:
-        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not (isinstance(name, str) and dense):
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_nested
+        if not (isinstance(name, str) and dense and tensor.device.type == "cpu"):
             raise ValueError(f"{path}: holds more than dense tensors by name ({name!r:.60})")
     return tensors
 
@@ -149,9 +149,9 @@ def mapped(path: str | Path) -> Backbone:
     # Modules take time and memory even without their weights, and each block has a tensor of its own.
     if (count := described.num_blocks) > len(tensors):
         raise ValueError(f"{folder}: config.json has {count} blocks, the weights have {len(tensors)} tensors")
-    described = family.tidy(described, tensors)
     # On the meta device nothing of the size that config.json describes is allocated.
     try:
+        described = family.tidy(described, tensors)
         with torch.device("meta"):
             backbone = family(described)
     except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits

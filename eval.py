@@ -121,7 +121,9 @@ def predict(base: Backbone, adapters: Adapters, examples: Sequence[data.Example]
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, desc, w):
         tokens = base.generate(batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens,
                                on_keep=adapters.keep, agree=agree)
-        texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, tokens.tolist(), strict=bool(rows)))
+        ended = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids)).cumsum(1) > 0
+        said = tokens.masked_fill(ended, -1).tolist()  # EOS and what fills a row up behind it: no text
+        texts.update((i, tokenizer.decode(ids)) for i, ids in zip(rows, said, strict=bool(rows)))
     return in_order(texts)
 
 
@@ -241,8 +243,9 @@ def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:
     """The adapters of the run that were best on dev, on its base."""
     path = folder / "adapter.safetensors"
     state, saved = checkpoint.load_adapter(path)
-    if saved["base"] != run.base:
-        raise ValueError(f"{path}: trained on the base {saved['base']}, the run's is {run.base}; restore it")
+    due = {"base": run.base, "method": run.train["method"], "tasks": list(run.tasks)}
+    if other := [name for name, value in due.items() if saved[name] != value]:
+        raise ValueError(f"{path}: its {other[0]}, {saved[other[0]]!r:.60}, is not the run's; restore it")
     config = runtime.from_json(OrchMoEConfig, saved["config"], path)
     sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": run.train.get("extra_rank", 0)}
     try:

@@ -44,8 +44,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not (self.run and self.out):
             raise ValueError("give --run, the folder of a run, and --out, a folder to write")
-        if (self.routing == "sample") != bool(self.input.strip()) or (self.routing and self.w):
-            raise ValueError('--routing sample goes with --input "prompt", and --w with neither')
+        if ((self.routing == "sample") != bool(self.input.strip()) or (self.routing and self.w)
+                or (self.data and self.routing != "mean")):  # fmt: skip
+            raise ValueError('--routing sample goes with --input "prompt", --data with --routing mean alone, '
+                             "and --w with neither")
 
 
 @torch.no_grad()

@@ -77,15 +77,15 @@ def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight:
     N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""
     S, R, D = A.shape
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype != torch.float64:  # which it leaves alone
         # Autocast sees single operations; this is one function, whose inputs must be of one dtype.
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
     # Weights of the skills are cast to x's dtype, never x to theirs.
     A, B = A.reshape(S * R, D).to(x.dtype), B.reshape(S * R, -1).to(x.dtype)
-    c = (scale * c).to(x)
-    c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B or 1,L or 1,SR)
-    return _SkillLinear.apply(x, A, B, c, weight, bias)
+    c = (scale * (c if c.dim() == 3 else c.unsqueeze(1))).to(x).repeat_interleave(R, dim=-1)
+    return _SkillLinear.apply(x, A, B, c, weight, bias)  # c (B or 1,L or 1,SR)
 
 
 @_fast
@@ -97,9 +97,8 @@ def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with a mixture for each of H heads, which split A
     over D and B over O (Caccia et al. 2023); 1 for B where all samples share it -> (B,L,O) in x's dtype."""
     S, R, D = A.shape
-    c = c.unsqueeze(1) if c.dim() == 2 else c  # (B,H,S)
+    c = (c.unsqueeze(1) if c.dim() == 2 else c).to(x)  # (B,H,S)
     H = c.shape[1]
-    c = c.to(x)
     A_mix = torch.einsum("bhs,srhd->brhd", c, A.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,D)
     B_mix = torch.einsum("bhs,srho->brho", c, B.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,O)
     mixed = torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)

@@ -104,10 +104,9 @@ def existing(path: str | Path, remedy: str = "name a local folder, nothing is do
 
 def write_json(path: str | Path, value: Any) -> None:
     """Of several processes the first writes."""
-    if rank() != 0:
-        return
-    with atomic_write(path) as file:
-        file.write(to_json(value, indent=1, ensure_ascii=False))
+    if rank() == 0:
+        with atomic_write(path) as file:
+            file.write(to_json(value, indent=1, ensure_ascii=False))
 
 
 def to_json(value: Any, **options: Any) -> bytes:
@@ -133,11 +132,9 @@ def read_json(path: str | Path) -> dict:
 
 def append_json(path: Path, **record: Any) -> None:
     """Adds a line to a log; of several processes the first writes."""
-    if rank() != 0:
-        return
-    # Buffered: an unbuffered write to a full disk can be short without an error.
-    with _naming(path), open(path, "ab") as file:
-        file.write(to_json(record))
+    if rank() == 0:  # Buffered: an unbuffered write to a full disk can be short without an error.
+        with _naming(path), open(path, "ab") as file:
+            file.write(to_json(record))
 
 
 def truncate_log(path: Path, steps: int) -> None:
@@ -196,8 +193,7 @@ def _argument(hint: Any) -> dict[str, Any]:
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
     """The dataclass `cls` with those of `flags` that are its fields."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in flags.items() if name in names})
+    return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
 
 
 def from_json(cls: type, values: Any, path: str | Path) -> Any:
@@ -338,9 +334,8 @@ world_size = functools.partial(_torchrun, "WORLD_SIZE", 1)
 
 def launcher() -> str:
     """What starts this program again."""
-    if not dist.is_torchelastic_launched():
-        return "python"
-    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} --"  # -- or it takes --run
+    ours = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} --"  # -- or it takes --run
+    return ours if dist.is_torchelastic_launched() else "python"
 
 
 def require_alone() -> None:

@@ -135,6 +135,7 @@ class Words(Tokenizer):
         eos = self._call(words.token_to_id, name) if isinstance(name, str) else None
         if eos is None:
             raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
+        words.add_special_tokens([name])  # whatever the file calls it, EOS is no text
         # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
         begins = len(probe.ids) - len(bare.ids)
         if probe.ids[begins:] != bare.ids:

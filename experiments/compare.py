@@ -229,11 +229,12 @@ def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
     else:
         base, adapters, _ = evaluation.load(place, run=cell.of or (cell.first or cell).folder)
         result["parameters"] = count(adapters)
+    if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored
+        mean = evaluation.measure(base, adapters, sets["dev"], batch_size=size)[1].mean(0)
     for which in sorted(sets.keys() - {"dev"}):
         examples, w = sets[which], None
-        if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored
-            _, w = evaluation.measure(base, adapters, sets["dev"], batch_size=size)
-            w = w.mean(0).expand(len(examples), -1)
+        if cell.row == "w replaced by its mean":
+            w = mean.expand(len(examples), -1)
         elif cell.row == "w of another sample":  # of the whole set, so most likely of another task
             _, w = evaluation.measure(base, adapters, examples, batch_size=size)
             w = w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
@@ -445,9 +446,11 @@ def method_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
 
 def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
     """The same for the ablations, at what is best for OrchMoE in the comparison but with no extra ranks."""
+    rows = [row for row in ABLATIONS if not study.config.rows or row in ("default", *study.config.rows)]
+    for row in rows:
+        ablation(row, study.configs["adapter"])  # what is wrong with one, before hours of tuning
     found, reports = tune_methods(study, ["orchmoe"])
     default = found["orchmoe"] | {"extra_rank": 0}
-    rows = [row for row in ABLATIONS if not study.config.rows or row in ("default", *study.config.rows)]
     fields = {row: default | ablation(row, changed(study.configs, **default)["adapter"]) for row in rows}
     if "router: token" in rows and study.config.tune:  # the default's router rate means nothing to it
         search = study.search("router: token", ["lr_token_router"], max(3, study.config.trials // 3),
@@ -469,6 +472,8 @@ def ablation(row: str, adapter: OrchMoEConfig) -> dict[str, Any]:
     changes = dict(ABLATIONS[row])
     if changes and all(getattr(adapter, name, None) == value for name, value in changes.items()):
         raise ValueError(f"--rows {row}: the settings given have that already; leave out the row or the flag")
+    if row in SCORED_ONLY and adapter.router != "sample":
+        raise ValueError(f"--rows {row}: --router {adapter.router} has no w of a sample; leave one out")
     if skills := changes.get("skills"):
         total = adapter.skills * adapter.rank
         if total % skills:

@@ -34,9 +34,13 @@ def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name below the folder: cell} of all finished cells."""
-    return {str(path.relative_to(folder).with_suffix("")): runtime.read_json(path)
-            for path in sorted(folder.glob("*/*.json"))}
+    """{name below the folder: cell} of all finished cells. ValueError names a file that is none."""
+    cells = {path: runtime.read_json(path) for path in sorted(folder.glob("*/*.json"))}
+    for path, cell in cells.items():
+        needed = {"settings", "dev_loss"} if path.parent.name == "tune" else {"settings", "seen", "unseen"}
+        if needed - cell.keys():
+            raise ValueError(f"{path}: no finished cell; delete it, and make it anew by its --stage")
+    return {str(path.relative_to(folder).with_suffix("")): cell for path, cell in cells.items()}
 
 
 def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
@@ -71,6 +75,12 @@ def common(*curves: Curve) -> list[int]:
     return sorted(set.intersection(*(set(group) for curve in curves for group in curve.values())))
 
 
+def complete(curve: Curve) -> Curve:
+    """The points that share seeds, as many cells as can be: a scale that is half made takes no seeds away."""
+    seeds = max(map(set, curve.values()), key=lambda of: len(of) * sum(of <= set(g) for g in curve.values()))
+    return {scale: group for scale, group in curve.items() if seeds <= set(group)}
+
+
 def losses(group: dict[int, dict], seeds: Sequence[int], which: str, metric: str = "loss") -> np.ndarray:
     """(T, seeds) of one point."""
     return np.stack([by_task(group[seed], which, metric) for seed in seeds], 1)
@@ -103,6 +113,7 @@ def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float
                           for t in range(T)])  # (T, seeds)
         if np.isnan(parts).any():
             return None
+        parts += whole - parts.mean(0)  # at a kink of what is read the mean of the parts is far from it
         _, low, high = interval(parts if i == 0 else parts.mean(1, keepdims=True))  # the seeds count once
         halves.append((high - low) / 2)
     half = np.hypot(*halves)
@@ -113,6 +124,7 @@ def at_equal(one: Curve, other: Curve, along: str, across: str) -> tuple[float, 
     """Difference one - other in the lowest loss `across` that each reaches at no more than one mean loss
     `along`, with its interval: halfway from where both can be read, in all seeds, to where more of it helps
     neither."""
+    one, other = complete(one), complete(other)
     n, seeds = len(one), common(one, other)
     if not seeds:
         return None
@@ -136,6 +148,7 @@ def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, flo
     def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.array([y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))])
 
+    curve = complete(curve)
     seeds = common({0: point}, curve)
     points = point, *curve.values()
     return jackknife(read, *(stacked(points, seeds, which) for which in (across, "seen"))) if seeds else None
@@ -197,7 +210,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
              for row, curve in found.items() for scale, group in curve.items()]
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
     ways = [("seen", name) for name in unseen] + [(name, "seen") for name in unseen]
-    lines = [[row, str(common(found["orchmoe"], curve))[1:-1],
+    lines = [[row, str(common(complete(found["orchmoe"]), complete(curve)))[1:-1],
               *(said(at_equal(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
     heads = [f"{across} at equal {along}" for along, across in ways]

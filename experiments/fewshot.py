@@ -71,7 +71,8 @@ def subset(folder: Path, root: Path, train: Sequence[str], test: Sequence[str] =
     lists = folder / "splits/default"
     lists.mkdir(parents=True, exist_ok=True)
     for name, tasks in (("train", train), ("test", test)):
-        (lists / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
+        with runtime.atomic_write(lists / f"{name}_tasks.txt") as file:  # another process may be reading it
+            file.write("".join(f"{task}\n" for task in tasks).encode())
     link, target = folder / "tasks", (root / "tasks").resolve()
     if link.is_symlink() and link.readlink() != target:  # of data that has moved, or of others
         link.unlink()
@@ -141,6 +142,8 @@ def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
              "computed": f"{place.device.type}, {place.dtype}"}
     root = Path(options.data)
     tasks = data.read_splits(root, options.splits)["test"][:config.max_tasks or None]
+    if not tasks:
+        raise ValueError(f"{root}: splits/{options.splits} has no test tasks, which would be the new ones")
     roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
     kept = [runtime.existing(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
             for run in config.runs]

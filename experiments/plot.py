@@ -62,7 +62,9 @@ def records(folder: str | Path) -> list[dict]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON lines ({error}); resume the run, which mends it") from None
-    if not all(any(isinstance(row, dict) and name in row for row in rows) for name in ("loss", "dev_loss")):
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: a line is no object; resume the run, which mends it")
+    if not all(any(name in row for row in rows) for name in ("loss", "dev_loss")):
         raise ValueError(f"{path}: no loss or no dev loss yet; wait for --eval-every steps")
     return rows
 

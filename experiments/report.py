@@ -231,6 +231,8 @@ def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -
     """All cells of the stage that are not there; first the tuning of the rows that they are of."""
     study = make_study(config, configs, place)
     best: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    if config.cells:
+        study.queues(best)  # refuses those that are not there before the tuning
     rows = ["orchmoe"] if config.stage in ("ablations", "controls") else config.rows or ROWS
     if searches := {row: study.search(row) for row in rows if row in ROWS and config.tune}:
         run_cells(list(searches.values()), config, place)

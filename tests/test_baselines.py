@@ -1,6 +1,8 @@
 """The baselines against their equations written out, against OrchMoE where they coincide, against peft where
 it is installed, and their parameter counts against closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,15 @@ def test_all_start_as_the_base_train_and_generate(small_t5, inputs, name):
 def test_unknown_method_is_refused(small_t5):
     with pytest.raises(ValueError, match="loraa"):
         attach_method("loraa", small_t5, CONFIG)
+
+
+def test_a_head_has_no_rows_to_route(small_t5):
+    """It reads the labels of all samples in one row after another; a LoRA is the same for each of them."""
+    config = replace(CONFIG, targets=("q", "head"))
+    for name in sorted(set(METHODS) - {"lora", "moe-lora", "full"}):
+        with pytest.raises(ValueError, match="targets: head reads labels of all samples at once; not with"):
+            attach_method(name, small_t5, config, num_tasks=T)
+    assert "head" in attach_method("lora", small_t5, config).linears
 
 
 COUNTS = {  # parameters of one Linear, D -> O: the table of the methods

@@ -226,6 +226,11 @@ def test_a_head_that_equals_the_table_is_tied_unless_the_config_says_otherwise(t
     (tmp_path / "config.json").write_text(json.dumps(values))
     write_safetensors(tmp_path / "model.safetensors", weights | {"lm_head.weight": head + 1}, PT)
     assert not load(tmp_path).config.tied_head
+    (tmp_path / "model.safetensors").unlink()
+    table = head.to(torch.float8_e8m0fnu)  # which torch does not compare
+    torch.save(weights | {"shared.weight": table, "lm_head.weight": table}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not implemented for 'Float8_e8m0fnu'"):
+        load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -356,6 +361,13 @@ NO_TENSORS = [[ONES], {1: ONES}, {"x": 3}, {"x": ONES.to_sparse()}, {"x": ONES.t
 def test_torch_files_of_anything_but_named_dense_tensors_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin: "):
+        read_folder(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_whose_layout_is_a_dense_ones_is_refused(tmp_path):
+    torch.save({"x": torch.nested.nested_tensor([ONES])}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds more than dense tensors"):
         read_folder(tmp_path)
 
 

@@ -86,6 +86,9 @@ def test_an_ablation_that_changes_nothing_or_cannot_be_is_refused():
         compare.ablation("K = 4", OrchMoEConfig(tasks=4))
     with pytest.raises(ValueError, match="--rows S = 8: S R = 12 is no multiple of 8"):
         compare.ablation("S = 8", OrchMoEConfig(rank=3))
+    for row in compare.SCORED_ONLY:
+        with pytest.raises(ValueError, match=f"--rows {row}: --router none has no w of a sample"):
+            compare.ablation(row, OrchMoEConfig(router="none"))
 
 
 def test_random_routing_is_of_the_sample_alone_and_as_sharp_as_a_start():

@@ -234,6 +234,7 @@ def test_the_routing_of_one_prompt_and_given_weights(finished, tmp_path):
     (["--run", "run", "--out", "x", "--w", "1,2"], "--w 1,2: give K = 8 finite numbers"),
     (["--run", "run", "--out", "x", "--w", "1,0,0,0,0,0,0,nan"], "--w 1,0,0,0,0,0,0,nan: give K = 8"),
     (["--run", "run", "--out", "x", "--w", "1,two"], "--w: could not convert"),
+    (["--run", "run", "--out", "x", "--data", "sni"], '--routing sample goes with --input "prompt", --data'),
     (["--run", "nowhere", "--out", "x"], "nowhere/config.json: not there"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, beginning, copied):

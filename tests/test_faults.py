@@ -302,9 +302,9 @@ def test_there_is_no_other_way_in():
 
 
 ADAPTERS = {  # what the file says of itself -> words of the refusal
-    "method": ({"method": "prefix"}, "'prefix' is unknown"),
-    "another method": ({"method": "lora"}, "adapter state: allocation is .*, here missing"),
-    "base": ({"base": "0" * 16}, "trained on the base 0{16}, the run's is"),
+    "another method": ({"method": "lora"}, "its method, 'lora', is not the run's; restore it"),
+    "base": ({"base": "0" * 16}, "its base, '0{16}', is not the run's"),
+    "other tasks": ({"order": ["task1"]}, "its tasks, ..task1.., is not the run's"),
     "rank": ({"rank": 3}, "skill_A is .*, here .*not what its config describes"),
     "K": ({"tasks": 9}, "allocation is .*, here "),
     "S a terabyte": ({"skills": 4096, "rank": 4096}, "adapter state: .* is "),
@@ -327,7 +327,8 @@ def test_adapters_that_are_not_what_they_say_are_refused_by_name(copied, bounded
     state, info = checkpoint.load_adapter(path)
     state = {name: tensor.clone() for name, tensor in state.items()}
     outer = {name: value for name, value in change.items() if name in info and name != "tasks"}
-    inner = {name: value for name, value in change.items() if name not in outer}
+    inner = {name: value for name, value in change.items() if name not in (*outer, "order")}
+    outer |= {"tasks": change["order"]} if "order" in change else {}
     checkpoint.save_adapter(path, state, **{**info, "config": {**info["config"], **inner}, **outer})
     with pytest.raises(ValueError, match=words) as refusal:
         evaluation.load(CPU, run=copied)

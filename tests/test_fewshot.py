@@ -53,6 +53,15 @@ def test_each_seed_goes_on_from_its_own_run(finished, copied):
     assert starts == [str(finished / "run"), str(copied)]
 
 
+def test_data_without_test_tasks_has_no_new_ones(copied, tmp_path):
+    saved = json.loads((copied / "config.json").read_text())
+    few = fewshot.subset(tmp_path / "few", ROOT / "sni", ["task201_opposite_of_second_word"])
+    saved["data"]["data"] = str(few)
+    (copied / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="splits/default has no test tasks"):
+        fewshot.fewshot(fewshot.FewShotConfig(runs=(str(copied),)), runtime.pick_device(None, "cpu"))
+
+
 def test_a_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
     saved = json.loads((copied / "config.json").read_text())
     saved["train"]["extra_rank"] = 8
@@ -67,6 +76,9 @@ def test_a_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):
     folder = fewshot.subset(tmp_path / "one", ROOT / "sni", ["task201_opposite_of_second_word"])
     assert data.read_splits(folder) == {"train": ["task201_opposite_of_second_word"], "test": []}
+    with open(folder / "splits/default/train_tasks.txt") as read:  # by another process, before it is anew
+        fewshot.subset(folder, ROOT / "sni", ["task1"])
+        assert read.read() == "task201_opposite_of_second_word\n"
     moved = tmp_path / "moved"
     shutil.copytree(ROOT / "sni/tasks", moved / "tasks")
     fewshot.subset(folder, moved, ["task201_opposite_of_second_word"])

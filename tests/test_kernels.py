@@ -174,6 +174,14 @@ def test_under_autocast_it_computes_in_bfloat16_and_gradients_keep_their_dtype(f
         torch.testing.assert_close(half, exact, rtol=0.05, atol=0.03 * exact.abs().max().item())
 
 
+def test_autocast_leaves_float64_alone():
+    given = arguments(FORMS["sample"], linear="weight bias")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (mix(*given) for mix in (kernels.mix_skills, orchmoe.mix_skills))
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("linear", ["", "weight bias"])
 @pytest.mark.parametrize("shape", FACTOR_FORMS.values(), ids=FACTOR_FORMS)
 def test_mix_factors_is_its_slow_twin(shape, linear):

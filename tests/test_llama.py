@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import eval as evaluation
 import orchmoe
 import runtime
 import tokenizer
+from baselines import NoAdapter
 from llama import Llama, LlamaConfig
 from model import causal_attention
 
@@ -129,6 +131,20 @@ def test_rows_end_at_any_eos_and_are_dropped(pair, batch):
         assert row[: end + 1] == expected[: end + 1]
         assert set(row[end + 1 :]) <= {free[1][0]}
     assert kept and kept[0] < 4
+
+
+def test_what_a_model_says_ends_at_any_eos(pair, batch):
+    """Alone or not, though rows are filled up with the first EOS, which may be a word."""
+    own, said = copy.deepcopy(pair[1]), []
+    free = pair[1].generate(*batch[:2], max_new_tokens=6).tolist()
+    own.config = until(own.config, free[1][0], free[2][2])
+    ends = [next((i for i, token in enumerate(row) if token in own.config.eos_ids), 6) for row in free]
+    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0], eos_ids=own.config.eos_ids)
+    examples = [data.Example("", "", "", source[0].numpy(), [target[0].numpy()], [])
+                for source, target in rows_of(batch)]  # fmt: skip
+    for some in (examples, *([example] for example in examples)):
+        said += evaluation.predict(own, NoAdapter(own, full=False), some, words, max_new_tokens=6)
+    assert said == 2 * [row[:end] for row, end in zip(free, ends, strict=True)] and min(ends) == 0
 
 
 def test_cached_is_teacher_forced(pair, batch):

@@ -576,6 +576,7 @@ FILES = [  # a file and its content (None: it is gone), the command line, how th
     ("r/config.json", b"{}", "train.py --out r", "--out r: holds a run already; add --resume, or name"),
     ("r/metrics.jsonl", b"{", "experiments/plot.py --run r", "r/metrics.jsonl: not JSON lines ("),
     ("r/metrics.jsonl", b"", "experiments/plot.py --run r", "r/metrics.jsonl: no loss or no dev loss yet;"),
+    ("r/metrics.jsonl", b"5\n", "experiments/plot.py --run r", "r/metrics.jsonl: a line is no object;"),
     ("r/results.json", b"{}", "experiments/plot.py --results r", "r/results.json: cells and summary are"),
 ]
 

@@ -124,9 +124,15 @@ def test_curves_are_read_at_equal_loss():
     mean, low, high = curves.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
     lame = curve(0)
-    del lame[2.0][0]  # a seed that is not everywhere is nowhere: the others are the same runs
-    assert curves.at_equal(lame, curve(0), "seen", "unseen-dev") == (0, 0, 0)
-    assert curves.at_equal(lame, {1.0: {0: cell(seen[0, 0], unseen[0, 0])}}, "seen", "unseen-dev") is None
+    del lame[2.0][0]  # a scale that is half made is left out, and takes no seed away
+    parts = {scale: curve(0)[scale] for scale in (4.0, 1.0)}
+    assert curves.complete(lame) == parts and curves.complete(curve(0)) == curve(0)
+    read = [curves.at_equal(curve(0.1), other, "seen", "unseen-dev") for other in (lame, parts)]
+    assert read[0] == read[1] and curves.common(curves.complete(lame)) == [0, 1]
+    short = {scale: {0: group[0]} for scale, group in curve(0).items()} | {4.0: curve(0)[4.0]}
+    assert curves.common(curves.complete(short)) == [0] and curves.complete(short).keys() == short.keys()
+    other, one = ({1.0: {s: curve(0)[1.0][s]}} for s in (0, 1))
+    assert curves.at_equal(one, other, "seen", "unseen-dev") is None
     # along a line unseen = 5 - seen, a curve that lies 0.1 to the right is 0.1 above at equal seen loss
     line, moved, far = ({x: {s: cell(np.full(4, x + right), np.full(9, 5 - x)) for s in range(2)}
                          for x in (1.0, 1.25, 1.5)} for right in (0, 0.1, 0.6))  # fmt: skip
@@ -168,6 +174,24 @@ def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
                    for slope in (1, 2))  # fmt: skip
     mean, low, high = curves.at_equal(flat, steep, "seen", "unseen-test")
     assert mean == pytest.approx(1.25) and low == pytest.approx(mean) and high == pytest.approx(mean)
+
+
+def test_the_seeds_part_of_an_interval_is_of_what_is_read():
+    """Three seeds in which the same is read, the lower of two points, in the last at a kink: what differs is
+    of the tasks alone, though without a task the one or the other is the lower there."""
+    off = np.linspace(-0.1, 0.1, 12)  # of tasks, whose mean is 0
+    losses = np.stack([np.stack([np.ones(12), np.ones(12), 1 + off], 1),
+                       np.stack([np.full(12, 2), np.full(12, 2), 1 - off], 1)])  # (points, T, seeds)
+    found = curves.jackknife(lambda means, _: means.min(0), losses, np.ones((1, 2, 3)))
+    parts = np.stack([np.ones(12), np.ones(12), 1 + abs(off) - abs(off).mean()], 1)
+    assert found == pytest.approx(interval(parts)) and found[2] - found[0] < 0.02
+
+
+def test_a_file_that_is_no_cell_is_named(tmp_path):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/lora-x1-s0.json").write_text('{"settings": {}, "seen": {}}')
+    with pytest.raises(ValueError, match="lora-x1-s0.json: no finished cell; delete it"):
+        curves.read_cells(tmp_path)
 
 
 def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
@@ -278,7 +302,9 @@ def test_too_few_tasks_are_said_before_anything_is_made(tmp_path):
     assert "28 training tasks; the cells need 29, see --train-tasks and --sizes" in said
     folder = subset(tmp_path / "few", ROOT / "sni", data.read_splits(ROOT / "sni")["train"])
     assert "0 test tasks; both halves" in made(tmp_path, "tune", "--data", folder, code=2)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "kept").exists()
+    assert not (tmp_path / "out").exists()
+    assert "--cells lora-x3-s0: no cell" in made(tmp_path, "methods", "--cells", "lora-x3-s0", code=2)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_router_of_the_definition_alone():

@@ -124,6 +124,17 @@ def test_special_tokens_in_a_text_are_text(tmp_path, corpus):
         assert words.decode(ids) == "a </s> <s> <unk> b"
 
 
+@pytest.mark.parametrize("added", [[], None])  # EOS is in the vocabulary alone, or added as a word
+def test_eos_is_no_text_whatever_the_file_calls_it(tmp_path, corpus, added):
+    path = write_words(tmp_path / "words", corpus) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    ordinary = [{**token, "special": False} for token in content["added_tokens"]]
+    path.write_text(json.dumps(content | {"added_tokens": ordinary if added is None else added}))
+    words = tokenizer.load(path.parent)
+    assert words.decode([*words.target("Hello"), 1, 1]) == "Hello"
+    assert 1 not in words.source("a </s>") and words.decode(words.source("a </s>")) == "a </s>"
+
+
 def test_ids_beyond_the_vocabulary_have_no_text(tmp_path, corpus):
     for words in both(tmp_path, corpus):
         ids = words.target("Hello")
