@@ -20,7 +20,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "orchmoe": {"method": "orchmoe"}, "token router": {"method": "orchmoe", "router": "token"},
     "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
 }  # fmt: skip
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
+EDGE = (0.25,)  # of the first seed alone: does less help yet?
 PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}  # of stages that answer, too
 
 
@@ -63,11 +64,11 @@ def curves(cells: dict[str, dict[str, Any]]) -> dict[str, Curve]:
 def best_scales(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
     """{row: scale} of the rows that have all scales: the least of dev loss and loss on the half of the unseen
     tasks to choose by, summed, over the seeds that all scales have."""
-    found = {row: (curve, common(curve)) for row, curve in curves(cells).items()
-             if curve.keys() >= set(SCALES)}
+    found = {row: complete(curve) for row, curve in curves(cells).items()}
     return {row: min(curve, key=lambda scale: np.mean(
         [cell["dev_loss"] + by_task(cell, "unseen-dev").mean()
-         for cell in map(curve[scale].get, seeds)])) for row, (curve, seeds) in found.items() if seeds}
+         for cell in map(curve[scale].get, common(curve))]))
+            for row, curve in found.items() if curve.keys() >= set(SCALES)}
 
 
 def common(*curves: Curve) -> list[int]:

@@ -27,7 +27,7 @@ import tokenizer as tokenizers
 import train
 from experiments import compare, curves
 from experiments.compare import Cell, changed, run_cells, slug
-from experiments.curves import PROMPTS, ROWS, SCALES
+from experiments.curves import EDGE, PROMPTS, ROWS, SCALES
 from experiments.fewshot import subset
 from experiments.search import Search, axes_of
 from experiments.sizes import budget, on_meta, parameters
@@ -92,7 +92,8 @@ class ReportConfig:
     def cells_of(self) -> dict[str, int]:
         """How many cells each stage has, of all rows."""
         answers = len(ROWS) * self.seeds + len(ANSWERING) - len(ROWS)
-        return {"tune": len(ROWS) * self.trials, "methods": len(ROWS) * len(SCALES) * self.seeds,
+        methods = len(ROWS) * (len(SCALES) * self.seeds + len(EDGE))
+        return {"tune": len(ROWS) * self.trials, "methods": methods,
                 **dict.fromkeys(PROMPTS, answers), "sizes": len(ROWS) * len(self.sizes) * self.seeds,
                 "ablations": len(ABLATIONS) * self.seeds, "controls": len(CONTROLS) * self.seeds}
 
@@ -154,7 +155,7 @@ class Study(NamedTuple):
     def points(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
         """Of each row every scale, or every number of training tasks."""
         for row in self.config.rows or ROWS:
-            for scale in SCALES if self.config.stage == "methods" else ():
+            for scale in (*SCALES, *(() if seed else EDGE)) if self.config.stage == "methods" else ():
                 yield [self.point(best, seed, row, scale)]
             for size in self.config.sizes if self.config.stage == "sizes" else ():
                 fields = self.fields(row, size) | best[row] | {"seed": seed}

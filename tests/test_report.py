@@ -40,6 +40,7 @@ def made(folder, stage, *flags, out="out", code=0):
 def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     for module in (report, curves):
         monkeypatch.setattr(module, "SCALES", (1.0, 2.0))
+        monkeypatch.setattr(module, "EDGE", ())
     rows = ["--rows", "orchmoe,lora"]
     said = made(tmp_path, "methods", *rows)  # which are tuned first
     names = {"methods/orchmoe-x1-s0", "methods/orchmoe-x2-s0", "methods/lora-x1-s0", "methods/lora-x2-s0"}
@@ -89,14 +90,14 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
 
 def test_all_stages_leave_nothing(tmp_path, monkeypatch):
     few = {"ROWS": {"lora": {"method": "lora"}, "orchmoe": {"method": "orchmoe"}}, "SCALES": (1.0,),
-           "ABLATIONS": {"K = 2": {"tasks": 2}}, "CONTROLS": {"router: none": {"router": "none"}},
+           "EDGE": (0.5,), "ABLATIONS": {"K = 2": {"tasks": 2}}, "CONTROLS": {"router: none": {"router": "none"}},
            "ANSWERING": ("lora", "orchmoe", "full", "copy-demo")}  # fmt: skip
     for name, value in few.items():
         for module in (report, curves):
             monkeypatch.setattr(module, name, value, raising=False)
-    assert "methods: 0 cells of 2\n" in made(tmp_path, "table")
+    assert "methods: 0 cells of 4\n" in made(tmp_path, "table")
     said = made(tmp_path, "all", "--sizes", "2,3")
-    for stage, cells in {"tune": 4, "methods": 2, "answers": 4, "examples": 4, "sizes": 4, "ablations": 1,
+    for stage, cells in {"tune": 4, "methods": 4, "answers": 4, "examples": 4, "sizes": 4, "ablations": 1,
                          "controls": 1}.items():  # fmt: skip
         assert f"{stage}: {cells} cells of {cells}\n" in said and len(list((tmp_path / "kept").glob(
             f"{stage}/*.json"))) == cells
@@ -199,8 +200,12 @@ def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
         return {f"methods/lora-x{scale}-s{seed}": cell([1.0], np.full(9, loss), row="lora", alpha=2.0 * scale,
                                                        seed=seed)}
 
-    cells = at(0.25, 0, 3.5) | at(0.5, 0, 3.0) | at(1.0, 0, 2.5) | at(2.0, 0, 2.0) | at(4.0, 0, 3.0)
+    cells = at(0.5, 0, 3.0) | at(1.0, 0, 2.5) | at(2.0, 0, 2.0) | at(4.0, 0, 3.0)
     assert curves.best_scales(cells) == curves.best_scales(cells | at(2.0, 1, 9.0)) == {"lora": 2.0}
+    edge = at(0.25, 0, 1.0)  # of one seed: it counts where the others have no more
+    assert curves.best_scales(cells | edge) == {"lora": 0.25}
+    assert curves.best_scales(cells | edge | at(0.5, 1, 3.0) | at(1.0, 1, 2.5) | at(2.0, 1, 2.0)
+                              | at(4.0, 1, 3.0)) == {"lora": 2.0}
     assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
 
 
