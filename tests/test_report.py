@@ -90,7 +90,8 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
 
 def test_all_stages_leave_nothing(tmp_path, monkeypatch):
     few = {"ROWS": {"lora": {"method": "lora"}, "orchmoe": {"method": "orchmoe"}}, "SCALES": (1.0,),
-           "EDGE": (0.5,), "ABLATIONS": {"K = 2": {"tasks": 2}}, "CONTROLS": {"router: none": {"router": "none"}},
+           "EDGE": (0.5,), "ABLATIONS": {"K = 2": {"tasks": 2}},
+           "CONTROLS": {"router: none": {"router": "none"}},
            "ANSWERING": ("lora", "orchmoe", "full", "copy-demo")}  # fmt: skip
     for name, value in few.items():
         for module in (report, curves):
