@@ -77,9 +77,11 @@ def common(*curves: Curve) -> list[int]:
 
 
 def complete(curve: Curve) -> Curve:
-    """The points that share seeds, as many cells as can be: a scale that is half made takes no seeds away."""
-    seeds = max(map(set, curve.values()), key=lambda of: len(of) * sum(of <= set(g) for g in curve.values()))
-    return {scale: group for scale, group in curve.items() if seeds <= set(group)}
+    """The points that share seeds, as many cells as can be, or else as many points: a scale that is half made
+    takes no seeds away."""
+    parts = [{scale: group for scale, group in curve.items() if seeds <= set(group)}
+             for seeds in map(set, curve.values())]
+    return max(parts, key=lambda part: (len(part) * len(common(part)), len(part)))
 
 
 def losses(group: dict[int, dict], seeds: Sequence[int], which: str, metric: str = "loss") -> np.ndarray:

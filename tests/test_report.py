@@ -131,6 +131,9 @@ def test_curves_are_read_at_equal_loss():
     assert curves.complete(lame) == parts and curves.complete(curve(0)) == curve(0)
     read = [curves.at_equal(curve(0.1), other, "seen", "unseen-dev") for other in (lame, parts)]
     assert read[0] == read[1] and curves.common(curves.complete(lame)) == [0, 1]
+    half = {4.0: curve(0)[4.0], **{scale: {0: curve(0)[scale][0]} for scale in (2.0, 1.0)}}
+    tie = {4.0: half[4.0], 2.0: half[2.0]}  # two cells either way
+    assert [list(curves.complete(each)) for each in (half, tie)] == [[4.0, 2.0, 1.0], [4.0, 2.0]]
     short = {scale: {0: group[0]} for scale, group in curve(0).items()} | {4.0: curve(0)[4.0]}
     assert curves.common(curves.complete(short)) == [0] and curves.complete(short).keys() == short.keys()
     other, one = ({1.0: {s: curve(0)[1.0][s]}} for s in (0, 1))
