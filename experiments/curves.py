@@ -123,7 +123,7 @@ def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float
     return float(whole.mean()), float(whole.mean() - half), float(whole.mean() + half)
 
 
-def at_equal(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
+def at_most(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
     """Difference one - other in the lowest loss `across` that each reaches at no more than one mean loss
     `along`, with its interval: halfway from where both can be read, in all seeds, to where more of it helps
     neither."""
@@ -214,9 +214,9 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
     ways = [("seen", name) for name in unseen] + [(name, "seen") for name in unseen]
     lines = [[row, str(common(complete(found["orchmoe"]), complete(curve)))[1:-1],
-              *(said(at_equal(found["orchmoe"], curve, *way)) for way in ways)]
+              *(said(at_most(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
-    heads = [f"{across} at equal {along}" for along, across in ways]
+    heads = [f"{across} at no more {along}" for along, across in ways]
     parts.append(table(["orchmoe - row", "seeds", *heads], lines))
     groups: dict[tuple[str, str], dict[int, dict]] = {}
     for name, cell in cells.items():

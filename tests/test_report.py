@@ -123,13 +123,13 @@ def test_curves_are_read_at_equal_loss():
         return {scale: {s: cell(seen[i, s], unseen[i, s] + shift) for s in range(2)}
                 for i, scale in enumerate((4.0, 2.0, 1.0))}
 
-    mean, low, high = curves.at_equal(curve(0.1), curve(0), "seen", "unseen-dev")
+    mean, low, high = curves.at_most(curve(0.1), curve(0), "seen", "unseen-dev")
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
     lame = curve(0)
     del lame[2.0][0]  # a scale that is half made is left out, and takes no seed away
     parts = {scale: curve(0)[scale] for scale in (4.0, 1.0)}
     assert curves.complete(lame) == parts and curves.complete(curve(0)) == curve(0)
-    read = [curves.at_equal(curve(0.1), other, "seen", "unseen-dev") for other in (lame, parts)]
+    read = [curves.at_most(curve(0.1), other, "seen", "unseen-dev") for other in (lame, parts)]
     assert read[0] == read[1] and curves.common(curves.complete(lame)) == [0, 1]
     half = {4.0: curve(0)[4.0], **{scale: {0: curve(0)[scale][0]} for scale in (2.0, 1.0)}}
     tie = {4.0: half[4.0], 2.0: half[2.0]}  # two cells either way
@@ -137,14 +137,14 @@ def test_curves_are_read_at_equal_loss():
     short = {scale: {0: group[0]} for scale, group in curve(0).items()} | {4.0: curve(0)[4.0]}
     assert curves.common(curves.complete(short)) == [0] and curves.complete(short).keys() == short.keys()
     other, one = ({1.0: {s: curve(0)[1.0][s]}} for s in (0, 1))
-    assert curves.at_equal(one, other, "seen", "unseen-dev") is None
+    assert curves.at_most(one, other, "seen", "unseen-dev") is None
     # along a line unseen = 5 - seen, a curve that lies 0.1 to the right is 0.1 above at equal seen loss
     line, moved, far = ({x: {s: cell(np.full(4, x + right), np.full(9, 5 - x)) for s in range(2)}
                          for x in (1.0, 1.25, 1.5)} for right in (0, 0.1, 0.6))  # fmt: skip
-    assert curves.at_equal(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
+    assert curves.at_most(moved, line, "seen", "unseen-test")[0] == pytest.approx(0.1)
     assert curves.above(moved[1.25], line, "unseen-dev")[0] == pytest.approx(0.1)
     # one that ends before the other begins is read at its end: there no more loss on seen tasks is needed
-    assert curves.at_equal(line, far, "seen", "unseen-test")[0] == pytest.approx(3.5 - (5 - 1.25))
+    assert curves.at_most(line, far, "seen", "unseen-test")[0] == pytest.approx(3.5 - (5 - 1.25))
     assert curves.above({0: cell(np.full(4, 2.0), np.full(9, 1.0))}, line, "unseen-dev")[0] == -2.5
     assert curves.above({0: cell(np.full(4, 0.9), np.full(9, 1.0))}, line, "unseen-dev") is None
 
@@ -157,7 +157,7 @@ def test_a_curve_with_a_turn_is_read_at_its_best():
 
     one = curve((1.34, 2.06), (1.26, 2.035), (1.199, 2.008), (1.181, 2.12))
     better = curve((1.33, 2.06), (1.25, 2.035), (1.189, 2.008), (1.171, 2.12))  # by 0.01 on seen tasks
-    assert curves.at_equal(better, one, "unseen-dev", "seen")[0] == pytest.approx(-0.01)
+    assert curves.at_most(better, one, "unseen-dev", "seen")[0] == pytest.approx(-0.01)
     read = curves.reading(np.array([2.06, 2.035, 2.008, 2.12]), np.array([1.34, 1.26, 1.199, 1.181]), 2.02)
     assert read == pytest.approx(1.199 - 0.018 * 0.012 / 0.112)
     worse = np.array([2.1, 2.0, 2.3]), np.array([1.25, 1.2, 1.3])
@@ -171,13 +171,13 @@ def test_intervals_hold_the_noise_of_the_loss_they_are_read_at():
     line, moved = ({x: {0: cell(x + right, np.full(9, 5 - x))} for x in (1.0, 1.25, 1.5)}
                    for right in (np.zeros(20), shift))  # fmt: skip
     expected = pytest.approx(interval(shift[:, None]))
-    assert curves.at_equal(moved, line, "seen", "unseen-test") == expected
-    assert curves.at_equal(moved, line, "unseen-test", "seen") == expected
+    assert curves.at_most(moved, line, "seen", "unseen-test") == expected
+    assert curves.at_most(moved, line, "unseen-test", "seen") == expected
     assert curves.above(moved[1.25], line, "unseen-test") == expected
     # what all lose alike in a task is no noise of a difference, however steep the two are
     flat, steep = ({x: {0: cell(x + shift, np.full(9, 5 - slope * x))} for x in (1.0, 1.25, 1.5)}
                    for slope in (1, 2))  # fmt: skip
-    mean, low, high = curves.at_equal(flat, steep, "seen", "unseen-test")
+    mean, low, high = curves.at_most(flat, steep, "seen", "unseen-test")
     assert mean == pytest.approx(1.25) and low == pytest.approx(mean) and high == pytest.approx(mean)
 
 
