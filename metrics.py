@@ -39,8 +39,7 @@ def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
     places: dict[str, int] = defaultdict(int)
     for i, token in enumerate(a):
         places[token] |= 1 << i
-    full = (1 << len(a)) - 1
-    row = full
+    row = full = (1 << len(a)) - 1
     for token in b:
         matched = row & places.get(token, 0)
         row = ((row + matched) | (row - matched)) & full
@@ -52,8 +51,7 @@ def _unigrams(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _f_measure(prediction: str, reference: str, overlap: Callable[[list[str], list[str]], int]) -> float:
-    """2 P R / (P + R), where P and R are the share of the prediction's and of the reference's stems that
-    `overlap` counts."""
+    """2 P R / (P + R) of the shares of the prediction's and the reference's stems that `overlap` counts."""
     said, wanted = _stems(prediction), _stems(reference)
     if not (common := overlap(said, wanted)):
         return 0.0
@@ -73,8 +71,7 @@ def rouge_1(prediction: str, references: Iterable[str]) -> float:
 
 
 def rouge_l(prediction: str, references: Iterable[str]) -> float:
-    """Best F-measure of the longest common subsequence over the references, in [0, 1]; 0 where either side
-    has no token."""
+    """Best F-measure of the longest common subsequence over the references, in [0, 1]; 0 as for rouge_1."""
     return max(_f_measure(prediction, reference, _lcs) for reference in references)
 
 
@@ -82,8 +79,7 @@ METRICS = {"exact_match": exact_match, "rouge1": rouge_1, "rougeL": rouge_l}
 
 
 def score(records: Iterable[Mapping]) -> dict[str, dict]:
-    """Scores of records with keys task, category, prediction (str) and references
-    (non-empty list of str).
+    """Scores of records with keys task, category, prediction (str), references (list of str, not empty).
 
     Returns {"overall": {exact_match, rouge1, rougeL}, "tasks": {task: ...}, "categories": {category: ...}}:
     means over instances, in per cent. ValueError where there is nothing to score."""

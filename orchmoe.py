@@ -84,7 +84,7 @@ class TaskRouter(nn.Module):
     def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
         super().__init__()
         self.config, K = config, config.tasks
-        self.task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
+        self.task = nn.Parameter(torch.empty(K, width, device="cpu").normal_(0, 0.02, generator=generator))
         self.bias = nn.Parameter(torch.full((K,), 0.0 if config.router_norm == "softmax" else 1 / K))
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
@@ -136,7 +136,7 @@ class TaskRouter(nn.Module):
 def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None) -> Tensor:
     """Unit centres (k,D) of points (M,D) by the cosine to the nearest; k-means++ start."""
     points = F.normalize(points, dim=-1)
-    distance, picks = torch.ones(len(points)), []
+    distance, picks = torch.ones(len(points), device="cpu"), []
     for _ in range(k):
         picks.append(int(torch.multinomial(distance.clamp(min=1e-9), 1, generator=generator)))
         distance = torch.minimum(distance, 1 - (points @ points[picks[-1]]).cpu())
@@ -174,8 +174,8 @@ def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight:
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or per token (B,L,S) -> (B,L,O) in x's dtype."""
     S, R, D = A.shape
     h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR)
-    c = (scale * c).to(x)  # of x's device too: a large base may be spread over several
-    c = (c if c.dim() == 3 else c.unsqueeze(1)).repeat_interleave(R, dim=-1)  # (B,1 or L,SR)
+    # c (B,1 or L,SR) on x's device: a large base may be spread over several
+    c = (scale * (c if c.dim() == 3 else c.unsqueeze(1))).to(x).repeat_interleave(R, dim=-1)
     mixed = (h * c) @ B.reshape(S * R, -1).to(x.dtype)
     return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
 
@@ -221,7 +221,7 @@ class SkillLinear(nn.Linear):
         return super()._apply(lambda t: _wide(t, function(t)) if id(t) in ours else function(t), recurse)
 
     def __reduce_ex__(self, protocol: int):  # pickle and deepcopy: the class has no name to be found by
-        return _unpickled, (type(self).skill_base,), self.__dict__
+        return _unpickled, (type(self).skill_base,), self.__dict__ | {"skill_routing": None}
 
 
 @functools.cache  # one class for all Linears of a kind, else torch.compile would compile each apart
@@ -240,11 +240,11 @@ def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: Orch
     alpha, S = config.rank if config.alpha is None else config.alpha, skills or config.skills
     for linear, R in zip(linears.values(), ranks, strict=True):
         linear.__class__ = _with_skills(type(linear))
-        device, bound = linear.weight.device, 1 / math.sqrt(linear.in_features)
-        # kaiming_uniform(a = sqrt 5) of each (R,D) slice by itself; float32 over a bf16 base
-        A = torch.empty(S, R, linear.in_features).uniform_(-bound, bound, generator=generator)
-        linear.skill_A = nn.Parameter(A.to(device))
-        linear.skill_B = nn.Parameter(torch.zeros(S, R, linear.out_features, device=device))
+        bound = 1 / math.sqrt(linear.in_features)
+        # kaiming_uniform(a = sqrt 5) of each (R,D) slice; drawn on the CPU, as all is: no device changes it
+        A = torch.empty(S, R, linear.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        A = A.to(linear.weight.device, torch.promote_types(A.dtype, torch.float32))  # over a bf16 base, too
+        linear.skill_A, linear.skill_B = nn.Parameter(A), nn.Parameter(A.new_zeros(S, R, linear.out_features))
         linear.skill_scale, linear.skill_mix = alpha / R, mix
         # Where the Linear computes W0 x + b and nothing else, `mix` does it together with the skills.
         linear.skill_plain = (linear.skill_base.forward is nn.Linear.forward
@@ -272,12 +272,17 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         super().__init__()
         self.linears = linears  # a plain dict: they are registered where they stand in the base
         self._module = [module]  # the base; in a list, so that it is not registered below itself
-        self._trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self._trained = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2].startswith("skill_"))
         self.router: TaskRouter | None = None  # of samples
         self._open = ""  # the verb that holds the door
         self._routing: Routing | None = None
+
+    def __getstate__(self) -> dict:
+        if self._open in ("disabled()", "folded()"):  # then the Linears are of their own classes
+            raise RuntimeError(f"{self._open}: leave it before the module is copied or pickled")
+        return self.__dict__ | {"_open": "", "_routing": None}
 
     @torch.no_grad()
     def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
@@ -304,8 +309,8 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         checkpointed blocks again, or for a whole generate; one `routed` for each micro-batch.
 
         embeddings (B,L,D) of the SOURCE; mask (B,L), 1 at tokens, the reverse of PyTorch's key_padding_mask;
-        beams: rows of a sample. options: w (K,) or (B,K) for the router's; task_ids (B,); noise u (B,N,K,S)
-        and drop (B,), true where router_dropout makes w 1/K, drawn where left out."""
+        beams: consecutive rows of a sample. options: w (K,) or (B,K) for the router's; task_ids (B,); noise u
+        (B,N,K,S) and drop (B,), true where router_dropout makes w 1/K, drawn where left out."""
         with self._claimed("routed()") as change:
             routing = self.route(embeddings, mask, **options)
             change(self, "_routing", routing)
@@ -401,7 +406,7 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         module, self.linears = self._module[0], {}
         del module.skill_adapters
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in self._trained)
+            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
 
     def keep(self, rows: Tensor) -> None:
         """Drops all but these rows (positions among the current samples): the on_keep of `generate`."""
@@ -471,16 +476,15 @@ class OrchMoE(Adapters):
         super().__init__(module, linears)
         self.config, self.router_dropout = config, config.router_dropout
         shape = (len(linears), config.tasks, config.skills)
-        # On the CPU, as all that is drawn: no device changes the start.
-        Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        self.allocation = nn.Parameter(Z.to(next(iter(linears.values())).weight.device))
+        Z = torch.empty(shape, device="cpu").normal_(0, config.allocation_std, generator=generator)
+        self.allocation = nn.Parameter(Z.to(next(iter(linears.values())).skill_A))
         self.noise_shape = shape if config.gumbel else None
         if config.router == "sample":
             widths = [m.embedding_dim for m in module.modules() if isinstance(m, nn.Embedding)]
             widths += [m.in_features for m in module.modules() if isinstance(m, nn.Linear)]
-            self.router = TaskRouter(width or widths[0], config, generator).to(self.allocation.device)
+            self.router = TaskRouter(width or widths[0], config, generator).to(self.allocation)
         for linear in linears.values() if config.router == "token" else ():
-            start = TaskRouter(linear.in_features, config, generator).to(linear.weight.device)
+            start = TaskRouter(linear.in_features, config, generator).to(linear.skill_A)
             linear.skill_task, linear.skill_bias = start.task, start.bias
             linear.skill_softmax = config.router_norm == "softmax"
 

@@ -249,6 +249,44 @@ def test_a_whole_model_is_pickled(kind):
     assert type(twin.q) is type(net(kind).q) and not hasattr(twin, "skill_adapters")
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda base: pickle.loads(pickle.dumps(base))])
+def test_a_copy_made_inside_routed_is_outside(copied):
+    """What is best is saved where it was found: before the batch is left."""
+    base, x = net(), source()
+    adapters = attached(base)
+    with adapters.routed(x):
+        base(x).sum().backward()
+        twin = copied(base)
+    with pytest.raises(RuntimeError, match="outside"):
+        twin(x)
+    assert torch.equal(routed(twin), routed(base))
+    for verb in (adapters.disabled(), adapters.folded(torch.ones(5) / 5)):
+        with verb, pytest.raises(RuntimeError, match="leave it before the module is copied"):
+            copied(base)
+    assert torch.equal(routed(copied(base)), routed(base))
+
+
+@pytest.mark.parametrize("router", ["sample", "token"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_what_trains_is_float32_or_wider_whatever_the_default(default, router):
+    base = net()
+    try:
+        torch.set_default_dtype(default)
+        adapters = attached(base, router=router)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kinds = {p.dtype for p in (*adapters.state_dict().values(), *base.q.skill_parameters().values())}
+    assert kinds == {torch.promote_types(default, torch.float32)}
+
+
+def test_the_start_is_drawn_on_the_cpu_whatever_the_default_device():
+    points = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    expected = orchmoe.spherical_kmeans(points, 3, torch.Generator().manual_seed(1))
+    with torch.device("meta"):
+        found = orchmoe.spherical_kmeans(points, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_change_of_dtype_leaves_what_trains_in_float32(router, dtype):
@@ -433,6 +471,19 @@ def test_detach_gives_back_the_module_of_before(kind):
     attached(base)  # nothing is in the way of another
     attached(fresh := net(kind))
     torch.testing.assert_close(routed(base), routed(fresh), **CLOSE)
+
+
+@pytest.mark.parametrize("verb", ["detach", "merge"])
+def test_what_attach_never_saw_is_left_as_it_is(verb):
+    base = net()
+    base.tied = nn.Linear(D, D, bias=False)
+    base.tied.weight = base.v.weight
+    adapters = attached(base)
+    base.new, base.cold = nn.Linear(7, 2), nn.Linear(7, 2).requires_grad_(False)
+    enter(adapters, verb, **given(verb, torch.ones(5) / 5))
+    assert {name.partition(".")[0] for name, p in base.named_parameters(remove_duplicate=False)
+            if not p.requires_grad} == {"cold"}  # fmt: skip
+    assert (base.tied.weight is base.v.weight) == (verb == "detach")
 
 
 def enter(adapters, verb, **routing):
