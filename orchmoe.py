@@ -84,7 +84,7 @@ class TaskRouter(nn.Module):
     def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
         super().__init__()
         self.config, K = config, config.tasks
-        self.task = nn.Parameter(torch.empty(K, width, device="cpu").normal_(0, 0.02, generator=generator))
+        self.task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
         self.bias = nn.Parameter(torch.full((K,), 0.0 if config.router_norm == "softmax" else 1 / K))
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
@@ -242,7 +242,7 @@ def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: Orch
         linear.__class__ = _with_skills(type(linear))
         bound = 1 / math.sqrt(linear.in_features)
         # kaiming_uniform(a = sqrt 5) of each (R,D) slice; drawn on the CPU, as all is: no device changes it
-        A = torch.empty(S, R, linear.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        A = torch.empty(S, R, linear.in_features).uniform_(-bound, bound, generator=generator)
         A = A.to(linear.weight.device, torch.promote_types(A.dtype, torch.float32))  # over a bf16 base, too
         linear.skill_A, linear.skill_B = nn.Parameter(A), nn.Parameter(A.new_zeros(S, R, linear.out_features))
         linear.skill_scale, linear.skill_mix = alpha / R, mix
@@ -476,7 +476,7 @@ class OrchMoE(Adapters):
         super().__init__(module, linears)
         self.config, self.router_dropout = config, config.router_dropout
         shape = (len(linears), config.tasks, config.skills)
-        Z = torch.empty(shape, device="cpu").normal_(0, config.allocation_std, generator=generator)
+        Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
         self.allocation = nn.Parameter(Z.to(next(iter(linears.values())).skill_A))
         self.noise_shape = shape if config.gumbel else None
         if config.router == "sample":

@@ -279,7 +279,7 @@ def test_what_trains_is_float32_or_wider_whatever_the_default(default, router):
     assert kinds == {torch.promote_types(default, torch.float32)}
 
 
-def test_the_start_is_drawn_on_the_cpu_whatever_the_default_device():
+def test_k_means_starts_alike_whatever_the_default_device():
     points = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     expected = orchmoe.spherical_kmeans(points, 3, torch.Generator().manual_seed(1))
     with torch.device("meta"):
