@@ -192,6 +192,30 @@ def test_the_seeds_part_of_an_interval_is_of_what_is_read():
     assert found == pytest.approx(interval(parts)) and found[2] - found[0] < 0.02
 
 
+@pytest.mark.slow
+def test_intervals_hold_what_is_true_of_curves_like_the_real_ones():
+    """Two curves of three seeds from one distribution, 60 times: between them nothing is to be found."""
+    rng, held = np.random.default_rng(0), []
+    seen, unseen = np.array([1.945, 1.916, 1.901, 1.91]), np.array([2.32, 2.328, 2.417, 2.476])
+
+    def draw(means, tasks):  # (scales, tasks, seeds)
+        spread = [rng.normal(0, sd, (4, *shape)) for sd, shape in (
+            (0.04, (1, 3)), (0.12, (tasks, 1)), (0.2, (tasks, 3)))]  # of runs, tasks, the rest
+        return means[:, None, None] + sum(spread)
+
+    def curve():
+        x, y = draw(seen, 199), draw(unseen, 58)
+        return {scale: {s: cell(x[i, :, s], y[i, :, s]) for s in range(3)}
+                for i, scale in enumerate(curves.SCALES)}
+
+    for _ in range(60):
+        one, other = curve(), curve()
+        for way in (("seen", "unseen-dev"), ("unseen-dev", "seen")):
+            _, low, high = curves.at_most(one, other, *way)
+            held.append(low <= 0 <= high)
+    assert np.mean(held) >= 0.93
+
+
 def test_a_file_that_is_no_cell_is_named(tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/lora-x1-s0.json").write_text('{"settings": {}, "seen": {}}')
