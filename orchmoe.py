@@ -241,7 +241,7 @@ def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: Orch
     for linear, R in zip(linears.values(), ranks, strict=True):
         linear.__class__ = _with_skills(type(linear))
         bound = 1 / math.sqrt(linear.in_features)
-        # kaiming_uniform(a = sqrt 5) of each (R,D) slice; drawn on the CPU, as all is: no device changes it
+        # kaiming_uniform(a = sqrt 5) of each (R,D) slice; drawn where torch makes tensors: the CPU, or meta
         A = torch.empty(S, R, linear.in_features).uniform_(-bound, bound, generator=generator)
         A = A.to(linear.weight.device, torch.promote_types(A.dtype, torch.float32))  # over a bf16 base, too
         linear.skill_A, linear.skill_B = nn.Parameter(A), nn.Parameter(A.new_zeros(S, R, linear.out_features))
