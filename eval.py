@@ -38,11 +38,11 @@ class EvalConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # Hugging Face folder, scored as it is; with --run: where the run's base is now
-    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # or the first example's output, or the input
+    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # copies the first example's output, or the input
     ask: str = ""  # an instruction to answer instead of a set, with --run or --model
     input: str = ""  # the text that this instruction is about
-    split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held-out instances of training tasks
-    out: str = ""  # folder of what is written (default: eval-.. that says what was evaluated, in the run's)
+    split: Literal["train", "dev", "seen", "test"] = "test"  # seen, test: held-out instances, unseen tasks
+    out: str = ""  # folder of what is written (default: eval-.. in the run's folder or, without one, here)
     limit: int = 0  # at most this many instances, evenly over the set (0: all)
     batch_size: int = 64  # samples generated at once
     max_new_tokens: int = 127  # the official 128 less the start token

@@ -53,7 +53,7 @@ class TrainConfig:
     lr_skills: float = 3e-3  # peak learning rate of A and B
     lr_router: float = 2e-5  # of the sample's router, whose features are standardised
     lr_token_router: float = 1e-2  # of routers that read raw tokens: --router token, moe-lora
-    lr_allocation: float = 1e-2  # of the allocation matrices
+    lr_allocation: float = 1e-2  # of the allocation matrices, and of --trainable mixture
     lr_full: float = 5e-5  # of every weight, with --method full
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level

@@ -158,8 +158,10 @@ def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, flo
 
 
 def figure(found: dict[str, Curve], path: Path) -> Path:
-    """Seen against unseen loss, a curve for each row over its scales. The bars are intervals, over tasks and
-    the seeds that both have, of the difference from the first row's first scale, whose own are nothing."""
+    """Seen against unseen loss, a curve for each row over the scales that all its seeds have. The bars are
+    intervals, over tasks and the seeds that both have, of the difference from the first row's first scale,
+    whose own are nothing."""
+    found = {row: complete(curve) for row, curve in found.items()}
     row, scale = next((row, scale) for row, curve in found.items() for scale in curve)
     reference = found[row][scale]
     canvas, axes = plot.canvas("Loss on seen and on unseen tasks over the scales; lower left is better",
@@ -212,7 +214,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
               f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
              for row, curve in found.items() for scale, group in curve.items()]
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
-    ways = [("seen", name) for name in unseen] + [(name, "seen") for name in unseen]
+    ways = [(name, "seen") for name in unseen] + [("seen", name) for name in unseen]
     lines = [[row, str(common(complete(found["orchmoe"]), complete(curve)))[1:-1],
               *(said(at_most(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]

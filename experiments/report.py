@@ -4,10 +4,10 @@ with the same number of trials, on dev. Scale then moves a method along a curve 
 so what is compared are curves. Each finished cell is one JSON file under --results, and the tables are made
 from these files alone. Interrupted, the same command goes on.
 
-    python -m experiments.report --stage tune --data natural-instructions --model smollm2 --device cpu
-    python -m experiments.report --stage methods --data natural-instructions --model smollm2 --device cpu
-    python -m experiments.report --stage all --data natural-instructions --model smollm2 --device cpu
-    python -m experiments.report --stage table          # what is done, what is left, and the tables
+    python -m experiments.report --stage all --data natural-instructions --model smollm2 --results mine
+    python -m experiments.report --results mine     # what is done, what is left, and the tables
+
+Without --results the cells are this repository's, which go on with its data and settings alone.
 
 Test: `pytest tests/test_report.py`"""
 
