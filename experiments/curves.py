@@ -172,7 +172,7 @@ def figure(found: dict[str, Curve], path: Path) -> Path:
             seeds, here = common({0: group}, {0: reference}), []
             for which in ("seen", "unseen-dev"):
                 mean, low, high = interval(losses(group, seeds, which) - losses(reference, seeds, which))
-                here.append((losses(group, list(group), which).mean(), mean - low, high - mean))
+                here.append((losses(group, common(curve), which).mean(), mean - low, high - mean))
             points.append([at for at, *_ in here])
             bars.append([bar for _, *bar in here])
         x, y = np.array(points).T
