@@ -115,8 +115,7 @@ def _few(names: Iterable[str]) -> str:
 
 def config(path: str | Path) -> Any:
     """What the config.json of a Hugging Face folder describes; ValueError names file and field."""
-    file = runtime.existing(path) / "config.json"
-    values = runtime.read_json(file)
+    values = runtime.read_json(file := runtime.existing(path) / "config.json")
     kind = values.get("model_type")
     if not (isinstance(kind, str) and kind in FAMILIES):
         raise ValueError(f"{file}: model_type is {kind!r:.60}; supported are {', '.join(FAMILIES)}")

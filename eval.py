@@ -212,6 +212,14 @@ class Run:
                 raise ValueError(f"not the {name} that the run in {folder} began with; restore it, name its "
                                  "place by --model or --data, or start a new run")
 
+    def kept(self, folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+        """State and metadata of the adapters that were best on dev; ValueError where they are another's."""
+        state, saved = checkpoint.load_adapter(path := Path(folder) / "adapter.safetensors")
+        due = {"base": self.base, "method": self.train["method"], "tasks": list(self.tasks)}
+        if other := [name for name, value in due.items() if saved[name] != value]:
+            raise ValueError(f"{path}: its {other[0]}, {saved[other[0]]!r:.60}, is not the run's; restore it")
+        return state, saved
+
 
 def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "", shard: bool = False
          ) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
@@ -241,11 +249,7 @@ def load(place: runtime.Device, *, run: str | Path = "", model: str | Path = "",
 
 def attach_kept(folder: Path, run: Run, base: Backbone) -> Adapters:
     """The adapters of the run that were best on dev, on its base."""
-    path = folder / "adapter.safetensors"
-    state, saved = checkpoint.load_adapter(path)
-    due = {"base": run.base, "method": run.train["method"], "tasks": list(run.tasks)}
-    if other := [name for name, value in due.items() if saved[name] != value]:
-        raise ValueError(f"{path}: its {other[0]}, {saved[other[0]]!r:.60}, is not the run's; restore it")
+    path, (state, saved) = folder / "adapter.safetensors", run.kept(folder)
     config = runtime.from_json(OrchMoEConfig, saved["config"], path)
     sizes = {"num_tasks": len(saved["tasks"]), "extra_rank": run.train.get("extra_rank", 0)}
     try:
@@ -294,7 +298,9 @@ def main() -> None:
     run = Run.read(config.run) if config.run else None
     saved = vars(run.configs(config.run, data=data.DataConfig)["data"]) if run else {}
     data_config = runtime.from_flags(data.DataConfig, saved | flags)
-    place = runtime.pick_device(config.gpu, "cpu" if config.heuristic else config.device, config.dtype,
+    where = (None, "cpu") if config.heuristic else (config.gpu, config.device)
+    full = run is not None and run.train["method"] == "full"  # whose weights stay as they were trained
+    place = runtime.pick_device(*where, "float32" if full else config.dtype,
                                 base=config.model or (run.train["model"] if run else ""))
     runtime.say(place.reason)
     with runtime.joined(place):
@@ -305,8 +311,9 @@ def main() -> None:
         if config.ask:
             return answer(base, adapters, tokenizer, config, data_config)
         examples, digest = load_examples(config, data_config, run, tokenizer)
-        settings = {**asdict(config), **asdict(data_config), "digest": digest, "instances": len(examples)}
-        require_free(config.folder, settings)
+        settings = {**asdict(config), **asdict(data_config), "dtype": str(place.dtype)[6:],
+                    "digest": digest, "instances": len(examples)}
+        require_free(config, settings)
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
@@ -329,21 +336,26 @@ def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | N
     return data.subsample(examples, config.limit), examples.digest
 
 
-def require_free(folder: Path, settings: dict[str, Any]) -> None:
-    """ValueError where the folder holds a run, or an evaluation of other task files or prompts."""
-    path, same = folder / "scores.json", {"digest", *vars(data.DataConfig())} - data.WHERE
-    kept = runtime.read_json(path).get("config", {}) if path.exists() else settings
-    if (folder / "config.json").exists() or any(kept.get(name) != settings[name] for name in same):
-        raise ValueError(f"{folder}: holds a run, or an evaluation of other data; name another by --out")
+def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
+    """Makes the folder; ValueError where it holds a run, or an evaluation of something else."""
+    folder, same = config.folder, {"digest", *vars(data.DataConfig())} - data.WHERE
+    if config.out or not config.run:  # else its place and name say the rest
+        same |= {"run", "model", "heuristic", "split", "limit"}
+    path = folder / "scores.json"
+    kept = runtime.read_json(path).get("config", ()) if path.exists() else settings
+    other = any(name not in kept or kept[name] != settings[name] for name in same)
+    if (folder / "config.json").exists() or other:
+        raise ValueError(f"{folder}: holds a run, or another evaluation; name another by --out")
+    folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after them
 
 
 def write_results(folder: Path, settings: dict[str, Any], examples: Sequence[data.Example],
                   predictions: Sequence[str]) -> None:
-    scores = score(examples, predictions)
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    scores = score(examples, predictions)
     runtime.write_json(folder / "scores.json", {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     runtime.say(f"{len(examples)} instances of {len(scores['tasks'])} {settings['split']} tasks: {overall}")

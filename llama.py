@@ -130,9 +130,7 @@ class Attention(nn.Module):
         H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         qkv_bias, normed = bias or config.model_type == "qwen2", config.model_type == "qwen3"
         self.head_dim = E
-        self.q = nn.Linear(D, H * E, bias=qkv_bias)
-        self.k = nn.Linear(D, G * E, bias=qkv_bias)
-        self.v = nn.Linear(D, G * E, bias=qkv_bias)
+        self.q, self.k, self.v = (nn.Linear(D, heads * E, bias=qkv_bias) for heads in (H, G, G))
         self.o = nn.Linear(H * E, D, bias=bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(E, eps) if normed else nn.Identity() for _ in range(2))
 
@@ -166,8 +164,7 @@ class Block(nn.Module):
         D, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.attention_norm, self.ffn_norm = nn.RMSNorm(D, eps), nn.RMSNorm(D, eps)
         self.attention = Attention(config)
-        self.gate = nn.Linear(D, inner, bias=False)
-        self.up = nn.Linear(D, inner, bias=False)
+        self.gate, self.up = (nn.Linear(D, inner, bias=False) for _ in range(2))
         self.down = nn.Linear(inner, D, bias=False)
         self.dropout = nn.Dropout(0.0)
 

@@ -55,7 +55,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Backbone(nn.Module):
     """A family defines what is annotated below and each method that raises. Its config has `num_blocks`,
-    `tied_head`, `eos_ids`, and `pad_token_id`, which fills up `generate`'s rows and may be one of these."""
+    `vocab_size`, `tied_head`, `eos_ids`, and `pad_token_id`, which fills up `generate`'s rows."""
 
     entries = ("embed", "loss", "generate")  # called from outside, compute with weights; none calls another
     Config: type[Config]  # from_hf(values of a config.json) -> config, config.to_hf() -> such values

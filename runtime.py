@@ -87,9 +87,10 @@ def locked(folder: Path) -> Iterator[None]:
 def new_folder(name: str) -> Path:
     """Makes the first of NAME-1, NAME-2, .. that is not there; all processes of a start get the same."""
     path = None
+    Path(name).parent.mkdir(parents=True, exist_ok=True)  # apart, since a link that leads nowhere exists, too
     for number in itertools.count(1) if rank() == 0 else ():
         with suppress(FileExistsError):
-            (path := Path(f"{name}-{number}")).mkdir(parents=True)
+            (path := Path(f"{name}-{number}")).mkdir()
             break
     return all_gather(path)[0]
 
@@ -419,9 +420,8 @@ def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
     shares = {}
     for name in progress(list(frozen), "sharding", unit="tensor"):
         weight = frozen.pop(name)
-        parts = weight.chunk(world_size())  # by the first dimension, as FSDP2 does; the last may be smaller
-        mine = parts[rank()] if rank() < len(parts) else weight[:0]
-        mine = mine.to(place.device, place.dtype, copy=True).contiguous()
+        size = -(-len(weight) // world_size())  # of the first dimension, as FSDP2 cuts; the last gets less
+        mine = weight[rank() * size:][:size].to(place.device, place.dtype, copy=True).contiguous()
         shares[name] = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=weight.shape,
                                           stride=weight.stride())
     root.load_state_dict(shares, strict=False, assign=True)
@@ -435,9 +435,8 @@ def generator(*seed: int) -> torch.Generator:
     mixed = 0x9E3779B97F4A7C15
     for number in seed:  # splitmix64's finaliser after each number, so that neighbouring seeds share nothing
         mixed = (mixed + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        mixed ^= mixed >> 31
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            mixed = (mixed ^ mixed >> shift) * factor & (2**64 - 1)
     return torch.Generator().manual_seed(mixed >> 1)
 
 

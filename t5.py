@@ -119,9 +119,7 @@ class Attention(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = nn.Dropout(0.0)
 
@@ -154,11 +152,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B,L,F)
-        else:
-            x = F.relu(self.wi(x))
-        return self.wo(self.dropout(x))  # (B,L,D)
+        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(x))  # (B,L,F) -> (B,L,D)
 
 
 def norm(config: T5Config) -> nn.RMSNorm:

@@ -141,7 +141,7 @@ class Words(Tokenizer):
         if probe.ids[begins:] != bare.ids:
             raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
         self.bos_ids, self.pad_id, self.eos_ids = tuple(probe.ids[:begins]), eos, (eos,)
-        self.size = words.get_vocab_size()
+        self.size = 1 + max(words.get_vocab().values())
         # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
         self.lead = "" if "".join(bare.tokens).startswith(("▁", "Ġ")) else " "
 

@@ -56,7 +56,7 @@ class TrainConfig:
     lr_allocation: float = 1e-2  # of the allocation matrices, and of --trainable mixture
     lr_full: float = 5e-5  # of every weight, with --method full
     warmup: int = 50  # steps of linear warm-up
-    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0 at the last step, or level
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down towards 0, or level
     eval_every: int = 100  # steps between dev losses and checkpoints
     eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
     checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
@@ -131,8 +131,7 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
     config, rates = configs["train"], {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
     method, every = config.method, rates | vars(OrchMoEConfig()).keys()
     unused = every - USED.get(method, every - {"lr_full"} - IDLE[configs["adapter"].router])
-    trained = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
-    idle = rates - {rate_of(kind, config) for kind in trained}
+    idle = rates - set(rates_of(config).values())
     for name in sorted(flags.keys() & (fixed.keys() | unused | idle)):
         router = f" --router {configs['adapter'].router}" if method not in USED else ""
         why = ("comes with --start or --loras" if name in fixed else
@@ -141,9 +140,10 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
     return configs
 
 
-def rate_of(kind: str, config: TrainConfig) -> str:
-    """The field of its peak rate; a mixture is a row of weights like an allocation, and has the same."""
-    return "lr_allocation" if config.trainable == "mixture" else f"lr_{kind}"
+def rates_of(config: TrainConfig) -> dict[str, str]:
+    """{kind of what trains: the field of its peak rate}; a mixture is a row of an allocation."""
+    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
+    return {kind: "lr_allocation" if config.trainable == "mixture" else f"lr_{kind}" for kind in kinds}
 
 
 def brought(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,7 +174,7 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
     first the mean w of these sources."""
     few = data.subsample(examples, 2000)
     if config.start:
-        adapters.load_state_dict(checkpoint.load_adapter(Path(config.start) / "adapter.safetensors")[0])
+        adapters.load_state_dict(evaluation.Run.read(config.start).kept(config.start)[0])
         if config.trainable == "mixture":
             w = evaluation.measure(base, adapters, few, batch_size=config.eval_batch_size)[1].mean(0)
             softmax = adapters.router.config.router_norm == "softmax"
@@ -191,18 +191,17 @@ def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: T
 
 def freeze(adapters: Adapters, config: TrainConfig) -> None:
     """Leaves training to what --trainable names; ValueError where the run has none of it."""
-    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
     for kind, group in adapters.parameter_groups().items():
         for parameter in group:
             fits = parameter.dim() == 1 or config.trainable != "mixture"
-            parameter.requires_grad_(kind in kinds and fits)
+            parameter.requires_grad_(kind in rates_of(config) and fits)
     if not any(adapters.parameter_groups().values()):
         raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
     """AdamW without weight decay, with a peak rate for each kind of parameter."""
-    groups = [{"params": parameters, "max_lr": getattr(config, rate_of(kind, config))}
+    groups = [{"params": parameters, "max_lr": getattr(config, rates_of(config)[kind])}
               for kind, parameters in adapters.parameter_groups().items() if parameters]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
@@ -455,10 +454,10 @@ def say_scores(folder: Path, rows: dict[str, dict], config: TrainConfig) -> None
                  for which in ("seen", "unseen") for metric in ("rougeL", "exact_match"))
         runtime.say(f"| {' | '.join((name, *cells))} |")
     most = f"at most {config.eval_instances}" if config.eval_instances else "all"
-    runtime.say(f"of {most} instances each; in {folder}: the weights that were best on dev, scores.json, "
-                "metrics.jsonl")
+    runtime.say(f"of {most} instances each; in {folder}: what was best on dev, scores.json, metrics.jsonl")
     program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
-    runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split test")
+    split = "test" if "unseen" in scores else "seen"
+    runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split {split}")
 
 
 def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
@@ -486,8 +485,7 @@ def main() -> int:
     resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
     resume += " --device cpu" * bool(where.device) + " --shard" * where.shard + " --compile" * where.compile
     with runtime.joined(place):
-        whole = run(Path(where.out) if where.out else None, configs, place, where, resume=resume)
-    return 0 if whole else 130
+        return 0 if run(where.out and Path(where.out), configs, place, where, resume=resume) else 130
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ def test_two_starts_without_out_get_a_folder_each(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(runtime.new_folder, ["runs/lora"] * 40))
     assert sorted(folders) == sorted(Path(f"runs/lora-{n}") for n in range(1, 41))
+    Path("lost").symlink_to(tmp_path / "not there")  # as to a disk that is gone: not tried forever
+    with pytest.raises(FileExistsError):
+        runtime.new_folder("lost/lora")
 
 
 def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
@@ -311,14 +314,32 @@ def test_an_evaluation_replaces_no_other(copied):
     before = (copied / "eval-seen-2/predictions.jsonl").stat().st_mtime_ns
     for more, folder in ((["--num-pos", "0"], "run/eval-seen-2"), (["--out", "run"], "run")):
         error = run(*evaluate, *more, cwd=copied.parent, code=2)
-        assert f"{folder}: holds a run, or an evaluation of other data" in error
+        assert f"{folder}: holds a run, or another evaluation; name another by --out" in error
     assert before == (copied / "eval-seen-2/predictions.jsonl").stat().st_mtime_ns
+    copies = ("eval.py", "--heuristic", "copy-input", "--split", "dev", "--limit", "2", "--out", "kept")
+    run(*copies, "--gpu", "0", cwd=copied.parent)  # what computes nothing takes no GPU, there or not
+    for more in (["--heuristic", "copy-demo"], ["--split", "seen"], ["--limit", "3"]):
+        assert "kept: holds a run, or another" in run(*copies, *more, cwd=copied.parent, code=2)
+    for damaged in ("{}", '{"config": ["split"]}'):
+        (copied.parent / "kept/scores.json").write_text(damaged)
+        assert "kept: holds a run, or another" in run(*copies, cwd=copied.parent, code=2)
+
+
+def test_where_nothing_can_be_written_nothing_is_computed(copied, monkeypatch):
+    monkeypatch.setattr(evaluation, "predict", None)
+    (copied.parent / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", "run", "--limit", "2", "--out", "file"])
+    with pytest.raises(FileExistsError):
+        evaluation.main()
 
 
 def test_full_weights_are_evaluated_as_they_were_trained(home):
     run("train.py", *SHORT, "--method", "full", "--out", "run", cwd=home)
     place = runtime.pick_device(device="cpu", dtype="bfloat16")
     assert evaluation.load(place, run=home / "run")[0].embedding.weight.dtype == torch.float32
+    said = run("eval.py", "--run", "run", "--limit", "2", "--device", "cpu", "--dtype", "bfloat16", cwd=home)
+    kept = json.loads((home / "run/eval-test-2/scores.json").read_text())["config"]["dtype"]
+    assert ", float32, torch" in said and kept == "float32"
     shutil.rmtree(home / "run/model")
     error = run("eval.py", "--run", "run", "--device", "cpu", cwd=home, code=2)
     assert error.endswith("run/model: not there; the run has kept no weights yet\n")

@@ -241,7 +241,7 @@ def test_a_curve_is_drawn_of_all_seeds_that_it_has(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
     one, other, third = (cell(np.full(4, x), np.full(9, x + 1)) for x in (1.0, 2.0, 1.75))
-    found = {0.25: {0: third}, 1.0: {0: one, 1: other}, 2.0: {0: third, 1: third}}  # one seed's stands nowhere
+    found = {0.25: {0: third}, 1.0: {0: one, 1: other}, 2.0: {0: third, 1: third}}
     canvas = curves.figure({"orchmoe": found, "lora": {1.0: {1: third}}}, tmp_path)
     drawn = {group.get_label(): group.lines[0].get_xydata().tolist() for group in canvas.axes[0].containers}
     assert drawn == {"orchmoe, seeds: 0, 1": [[1.5, 2.5], [1.75, 2.75]], "lora, seeds: 1": [[1.75, 2.75]]}

@@ -2,6 +2,7 @@
 existing LoRAs as skills (--loras)."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_that_part_alone_trains(part, new):
     said = run("train.py", "--start", "run", "--trainable", part, "--data", "data", *NEW, *rates, "--out",
                "on", cwd=new)  # fmt: skip
     count, moved = PARTS[part]
-    assert f"= {count:,} parameters train" in said and "| start |" in said
+    assert f"= {count:,} parameters train" in said and "| start |" in said and "--split seen\n" in said
     before, after = state(new / "run"), state(new / "on")
     changed = {"skills" if "skill_" in name else name for name in before
                if not torch.equal(before[name], after[name])}  # fmt: skip
@@ -73,6 +74,15 @@ def test_the_start_is_scored_as_the_run_that_it_is(new):
     run("train.py", "--start", "run", *NEW[:-2], *sizes, "--out", "on", cwd=new)
     scores = json.loads((new / "on/scores.json").read_text())
     assert scores["start"] == json.loads((new / "run/scores.json").read_text())["orchmoe"]
+
+
+def test_a_start_has_kept_its_own_adapters(new, tmp_path):
+    shutil.copytree(new / "run", tmp_path / "other")
+    path = tmp_path / "other/adapter.safetensors"
+    state, saved = checkpoint.load_adapter(path)
+    checkpoint.save_adapter(path, state, **saved | {"base": "0" * 16})
+    error = run("train.py", "--start", tmp_path / "other", *NEW, "--out", "on", cwd=new, code=2)
+    assert "adapter.safetensors: its base, '0000000000000000', is not the run's" in error
 
 
 @pytest.mark.slow

@@ -141,6 +141,16 @@ def test_ids_beyond_the_vocabulary_have_no_text(tmp_path, corpus):
         assert words.decode([-1, *ids, words.size, 10**9]) == "Hello"
 
 
+def test_ids_may_leave_gaps(tmp_path, corpus):
+    path = write_words(tmp_path / "words", corpus) / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    last, top = max(values["model"]["vocab"].items(), key=lambda item: item[1])
+    values["model"]["vocab"][last] = top + 9
+    path.write_text(json.dumps(values), encoding="utf-8")
+    words = tokenizer.load(path.parent)
+    assert words.size == top + 10 and words.decode([top + 9]) == last.replace("Ġ", " ").strip() != ""
+
+
 def test_a_tokenizer_json_that_puts_a_space_before_every_text_gets_no_second(tmp_path, corpus):
     path = write_words(tmp_path / "words", corpus) / "tokenizer.json"
     values = json.loads(path.read_text(encoding="utf-8"))
