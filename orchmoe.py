@@ -525,7 +525,7 @@ def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *, w
     """Freezes `module`, gives skills to its Linears named in config.targets, and registers the rest as
     `module.skill_adapters`. Inputs must be batch-first. A head of your own gets its requires_grad_() after.
 
-    mix: mix_skills or kernels.mix_skills. width: `routed`'s D, if not of the first Embedding or, without, Linear.
+    mix: mix_skills or kernels.mix_skills. width: `routed`'s D, if not of the first Embedding or else Linear.
     ValueError, with the module as before, where a target is not there or cannot have skills."""
     found = target_linears(module, config.targets)
     linears = add_skills(found, [config.rank] * len(found), config, mix, generator)
