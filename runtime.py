@@ -256,22 +256,22 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     sys.exit(2)
 
 
-def say(text: str = "") -> None:
-    """One line on stdout, of the first process, at once, without breaking a progress bar."""
+def say(text: str = "", file: Any = None) -> None:
+    """One line on stdout, or file, of the first process, at once, without breaking a progress bar."""
     if rank() != 0:
         return
+    file = file or sys.stdout
     try:
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
-    except BrokenPipeError:  # `| head -1`: the run is worth more than its words
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with tqdm.external_write_mode(file=file):
+            print(text, file=file, flush=True)
+    except OSError:  # `| head -1`, or a terminal that is gone: the run is worth more than its words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 @functools.cache
 def warn(text: str) -> None:
     """One line on stderr, of the first process, for what the run survives; each text once."""
-    if rank() == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", sys.stderr)
 
 
 def progress(iterable: Iterable | None, desc: str, **options: Any) -> tqdm:
@@ -306,7 +306,7 @@ def pick_device(gpu: int | None = None, device: str = "", dtype: str = "auto", *
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     on_gpu = device != "cpu" and count > 0
     wanted = local_rank() if world_size() > 1 else gpu or 0
-    if wanted < 0 or (on_gpu and wanted >= count):
+    if wanted < 0 or (on_gpu and max(wanted, _torchrun("LOCAL_WORLD_SIZE", 1) - 1) >= count):
         remedy = "; start as many processes on a node, or give --device cpu" if world_size() > 1 else ""
         raise ValueError(f"--gpu {wanted}: there are {count} GPUs, numbered from 0{remedy}")
     chosen = torch.device("cuda", wanted) if on_gpu else torch.device("cpu")

@@ -206,7 +206,8 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
             result |= closing_scores(cell, place)
         result["seconds"] = round(time.monotonic() - began)
         if cell.kept:
-            result = {"settings": cell.settings, "tree": tree(), "torch": torch.__version__} | result
+            result = {"settings": cell.settings, "tree": tree(), "torch": torch.__version__,
+                      "threads": torch.get_num_threads()} | result  # which show in bfloat16
             if "learnt" in result:  # the means: the rest is five times all else
                 learnt = {name: value for name, value in result["learnt"].items() if isinstance(value, float)}
                 result["learnt"] = learnt
@@ -491,7 +492,7 @@ def facts_of(configs: dict[str, Any], tokenizer: tokenizers.Tokenizer, place: ru
              ) -> tuple[dict[str, str], int]:
     """What cells of these configs depend on beside them, and the number of training tasks."""
     lists = data.read_splits(configs["data"].data, configs["data"].splits)
-    sets = data.load_sets(configs["data"], tokenizer, [name for name in ("train", "test") if lists[name]])
+    sets = data.load_sets(configs["data"], tokenizer, ["train", *["test"][:len(lists["test"])]])
     facts = {"base": checkpoint.fingerprint(configs["train"].model), "tokenizer": tokenizer.fingerprint,
              **{f"{name}_tasks": part.digest for name, part in sets.items()},
              "computed": f"{place.device.type}, {place.dtype}"}

@@ -140,7 +140,8 @@ def main() -> int | None:
     place = runtime.pick_device(where.gpu, where.device, configs["train"].dtype)
     runtime.say(place.reason)
     configs["train"] = replace(configs["train"], dtype=str(place.dtype)[6:])  # as train.py
-    resume = f"{runtime.launcher()} -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
+    launch = runtime.launcher().removesuffix(" --")  # torchrun's own -m
+    resume = f"{launch} -m experiments.pretrain --resume --out {shlex.quote(where.out)}"
     resume += f" --gpu {where.gpu}" * (where.gpu is not None) + " --device cpu" * bool(where.device)
     with runtime.joined(place):
         if not run(Path(where.out), configs, place, resume):

@@ -230,7 +230,12 @@ def tuned(config: ReportConfig) -> dict[str, dict]:
 
 def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> None:
     """All cells of the stage that are not there; first the tuning of the rows that they are of."""
-    study = make_study(config, configs, place)
+    study, steps = make_study(config, configs, place), configs["train"].steps
+    for name, cell in curves.read_cells(Path(config.results)).items():
+        made = steps if name.startswith("tune/") else cell["settings"]["steps"]
+        if made != steps:  # no table is of both
+            raise ValueError(f"{config.results}/{name}.json: made with steps {made}, not {steps}; name "
+                             "another folder by --results")
     best: dict[str, dict[str, float]] = {row: {} for row in ROWS}
     if config.cells:
         study.queues(best)  # refuses those that are not there before the tuning

@@ -437,6 +437,15 @@ def test_a_reader_that_leaves_early_costs_no_run(home):
     assert (home / "out/scores.json").exists()
 
 
+def test_a_warning_that_nobody_reads_costs_no_run(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        runtime.warn("a warning that nobody reads")
+        runtime.warn("nor this")
+
+
 NAMELESS = """
 import os, pwd, runpy, sys
 pwd.getpwuid = {}.__getitem__  # KeyError, as for a user without an entry

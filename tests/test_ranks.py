@@ -307,6 +307,18 @@ def test_what_a_cluster_left_in_the_environment_is_not_torchrun(monkeypatch):
         assert runtime.all_gather("alone") == ["alone"]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_more_processes_than_gpus_are_refused_by_each(monkeypatch, rank):
+    """By the first, too, which alone speaks before they join."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=f"--gpu {rank}: there are 1 GPUs.*start as many processes"):
+        runtime.pick_device()
+
+
 def test_bad_input_is_said_once_under_torchrun(tmp_path):
     process = torchrun(2, ROOT / "train.py", "--data", "nowhere", "--device", "cpu", cwd=tmp_path, wait=False)
     _, errors = process.communicate(timeout=120)

@@ -85,7 +85,7 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     assert "--cells lora-x3-s0: no cell" in said
     assert "tune: 4 cells" in made(tmp_path, "tune", *rows)  # with nothing left to do
     said = made(tmp_path, "methods", *rows, "--cells", "lora-x2-s0", "--steps", "3", out="third", code=2)
-    assert "lora-x2-s0.json: made with steps 2, not 3" in said
+    assert ".json: made with steps 2, not 3; name another folder by --results" in said
 
 
 def test_all_stages_leave_nothing(tmp_path, monkeypatch):
