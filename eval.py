@@ -317,6 +317,8 @@ def main() -> None:
         if config.heuristic:
             predictions = copy_heuristic(config.heuristic, data_config.data, examples)
         else:
+            require_fit(base, tokenizer, examples, config.max_new_tokens)
+            config.folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after them
             predictions = predict(base, adapters, examples, tokenizer, batch_size=config.batch_size,
                                   max_new_tokens=config.max_new_tokens)
         if runtime.rank() == 0:
@@ -337,16 +339,14 @@ def load_examples(config: EvalConfig, data_config: data.DataConfig, run: Run | N
 
 
 def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
-    """Makes the folder; ValueError where it holds a run, or an evaluation of something else."""
+    """ValueError where the folder holds a run, or an evaluation of something else."""
     folder, same = config.folder, {"digest", *vars(data.DataConfig())} - data.WHERE
     if config.out or not config.run:  # else its place and name say the rest
         same |= {"run", "model", "heuristic", "split", "limit"}
-    path = folder / "scores.json"
-    kept = runtime.read_json(path).get("config", ()) if path.exists() else settings
+    kept = runtime.read_json(at).get("config", ()) if (at := folder / "scores.json").exists() else settings
     other = any(name not in kept or kept[name] != settings[name] for name in same)
     if (folder / "config.json").exists() or other:
         raise ValueError(f"{folder}: holds a run, or another evaluation; name another by --out")
-    folder.mkdir(parents=True, exist_ok=True)  # before hours of generation, not after them
 
 
 def write_results(folder: Path, settings: dict[str, Any], examples: Sequence[data.Example],
