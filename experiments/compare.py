@@ -492,7 +492,7 @@ def facts_of(configs: dict[str, Any], tokenizer: tokenizers.Tokenizer, place: ru
              ) -> tuple[dict[str, str], int]:
     """What cells of these configs depend on beside them, and the number of training tasks."""
     lists = data.read_splits(configs["data"].data, configs["data"].splits)
-    sets = data.load_sets(configs["data"], tokenizer, ["train", *["test"][:len(lists["test"])]])
+    sets = data.load_sets(configs["data"], tokenizer, ["train"] + ["test"] * bool(lists["test"]))
     facts = {"base": checkpoint.fingerprint(configs["train"].model), "tokenizer": tokenizer.fingerprint,
              **{f"{name}_tasks": part.digest for name, part in sets.items()},
              "computed": f"{place.device.type}, {place.dtype}"}

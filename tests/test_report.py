@@ -15,6 +15,7 @@ import checkpoint
 import data
 import runtime
 import tokenizer as tokenizers
+import train
 from experiments import compare, curves, report
 from experiments.compare import definition_features
 from experiments.fewshot import subset
@@ -237,6 +238,23 @@ def test_the_best_scale_is_that_of_the_seeds_that_all_scales_have():
     assert curves.best_scales({name: each for name, each in cells.items() if "x4" not in name}) == {}
 
 
+def test_a_scale_is_chosen_and_drawn_by_the_half_to_choose_by(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    half = curves.halves(f"u{i}" for i in range(9))["unseen-dev"]
+
+    def at(scale, dev, test):
+        losses = [dev if f"u{i}" in half else test for i in range(9)]
+        return {f"methods/lora-x{scale}-s0": cell([1.0], losses, row="lora", alpha=2.0 * scale)}
+
+    cells = at(0.5, 3.0, 1.0) | at(1.0, 2.0, 9.0) | at(2.0, 2.5, 1.0) | at(4.0, 2.75, 1.0)
+    assert curves.best_scales(cells) == {"lora": 1.0}
+    monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
+    canvas = curves.figure(curves.curves(cells), tmp_path)
+    assert canvas.axes[0].containers[0].lines[0].get_ydata().tolist() == [3.0, 2.0, 2.5, 2.75]
+    cells["methods/lora-x4.0-s0"]["dev_loss"] = -9.0
+    assert curves.best_scales(cells) == {"lora": 4.0}
+
+
 def test_a_curve_is_drawn_of_all_seeds_that_it_has(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
@@ -287,7 +305,28 @@ def test_the_readme_has_the_numbers_of_the_tables():
     assert {row.lower() for row, _ in rows} == curves.ROWS.keys()
     for row, cells in rows:
         there = [line for line in tables.splitlines() if line.startswith(f"| {row.lower()} | ")]
-        assert all(cell == "-" or any(f" {cell} |" in line for line in there) for cell in cells.split(" | "))
+        *losses, one, other = cells.split(" | ")
+        best = [line for line in there if ", the best |" in line]
+        assert [line.split(" | ")[-2:] for line in best] == [[losses[0], f"{losses[1]} |"]]
+        assert one == other == "-" or any(line.endswith(f" | {one} | {other} |") for line in there)
+
+
+def test_the_tables_are_those_of_the_cells():
+    said = curves.text(curves.read_cells(report.RESULTS), report.tuned(report.ReportConfig()))
+    assert said == (report.RESULTS / "tables.md").read_text()
+
+
+def test_each_seed_is_a_run_of_its_own():
+    configs = {name: cls() for name, cls in train.CONFIGS.items()}
+    config = compare.CompareConfig(seeds=2, tune=False, methods=("lora",), rows=("K = 1",))
+    study = compare.Study(config, configs, None, {}, 3)
+    many = {"200": dict.fromkeys(curves.ROWS, 0)}
+    asked = report.ReportConfig(seeds=2, stage="methods", rows=("lora",))
+    found = report.Study(asked, configs, many, {"200": ROOT}, many).queues({"lora": {}})
+    for queues in (compare.method_cells(study)[0], compare.ablation_cells(study)[0], found):
+        cells = [cell for queue in queues for cell in queue if cell.row in ("lora", "K = 1")]
+        assert {cell.folder.name[-1:] for cell in cells} == {"0", "1"}
+        assert all(cell.configs["train"].seed == int(cell.folder.name[-1]) for cell in cells)
 
 
 def test_the_unseen_tasks_are_halved_by_name_alone():
