@@ -298,3 +298,12 @@ def test_output_and_gradients_equal_peft(kind):
     assert not F.cosine_similarity(y.flatten(), (x @ linear.weight.T).flatten(), dim=0).isclose(
         torch.tensor(1.0)
     )
+
+
+def test_the_routings_start_as_stated(small_t5):
+    linears = attach_method("moe-lora", small_t5, OrchMoEConfig()).linears.values()
+    start = torch.cat([linear.skill_task.flatten() for linear in linears])
+    assert start.std().item() == pytest.approx(0.02, rel=0.1)
+    small_t5.skill_adapters.detach()
+    Z = attach_method("poly", small_t5, OrchMoEConfig(), num_tasks=T).allocation
+    assert 0.9e-3 < Z.abs().max() <= 1e-3

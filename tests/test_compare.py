@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT
 
 import checkpoint
+import data
+import eval as evaluation
 import runtime
 import train
 from baselines import attach_method
@@ -330,3 +333,17 @@ def test_without_matplotlib_plot_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         plot.pyplot()
+
+
+def test_the_mean_w_of_a_control_is_that_of_dev(tmp_path, monkeypatch):
+    """Nothing is learnt from what is scored."""
+    sets = {which: [data.Example("", which, "c", None, [], [])] for which in ("dev", "seen", "unseen")}
+    given, w = [], {"dev": torch.eye(2)[:1], "seen": torch.eye(2)[1:], "unseen": torch.eye(2)[1:]}
+    monkeypatch.setattr(train, "load_sets", lambda *_: (None, sets, {}))
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: (None, mock.Mock(parameter_groups=dict), None))
+    monkeypatch.setattr(evaluation, "measure", lambda base, adapters, examples, *, batch_size, w=None, of=w:
+                        given.append(w) or (1.0, of[examples[0].task]))
+    configs = {"train": train.TrainConfig(), "data": data.DataConfig()}
+    run = compare.Cell("default", tmp_path, configs, {})
+    compare.closing_scores(run._replace(row="w replaced by its mean", answers=False, first=run), None)
+    assert len(given) == 3 and all(torch.equal(each, w["dev"]) for each in given[1:])

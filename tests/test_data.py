@@ -357,6 +357,15 @@ def test_sets_hold_what_the_files_say(config, repository, tokenizer):
     assert {e.task_index for e in sets["test"]} == {-1}
 
 
+def test_max_tasks_are_the_first_of_the_list(config, tokenizer):
+    assert load_sets(replace(config, max_tasks=2), tokenizer)["train"].tasks == ["task1_a", "task3_c"]
+
+
+def test_a_subsample_is_spread_evenly_over_the_set():
+    assert data.subsample(range(10), 4) == [0, 2, 5, 7]
+    assert data.subsample(range(3), 0) == data.subsample(range(3), 9) == [0, 1, 2]
+
+
 def test_task_ids_are_those_of_the_run(config, tokenizer):
     run = ["task0_x", "task2_b", "task3_c"]
     seen = load_sets(config, tokenizer, ["seen"], training=run)["seen"]

@@ -4,6 +4,8 @@ the router, and what peft has made is a skill."""
 import json
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +209,19 @@ def test_a_run_as_folders_with_its_router(finished, tmp_path, monkeypatch):
     assert torch.equal(load_file(tmp_path / "again/mean/adapter_model.safetensors")[key], mean[key])
     assert json.loads((tmp_path / "served/router.json").read_text())["attention"] is True
     assert "not empty" in run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished, code=2)
+
+
+def test_the_server_knows_the_base_by_the_name_that_is_given(tmp_path, monkeypatch):
+    base = checkpoint.load(ROOT / "tiny")
+    adapters = attach_method("orchmoe", base, CONFIG).eval()
+    began = SimpleNamespace(train={"method": "orchmoe", "model": "there"}, adapter={})
+    monkeypatch.setattr(evaluation.Run, "read", lambda folder: began)
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: (base, adapters, None))
+    for name, due in ("google/flan-t5-base",) * 2, ("", str(Path("there").resolve())):
+        out = tmp_path / str(len(name))
+        export.export(export.ExportConfig(run="r", out=str(out), base=name), None)
+        written = json.loads((out / "abstract-1/adapter_config.json").read_text())
+        assert (written["base_model_name_or_path"], written["task_type"]) == (due, "SEQ_2_SEQ_LM")
 
 
 def test_a_router_without_attention_or_softmax_says_so(tmp_path):

@@ -4,6 +4,7 @@ command goes on."""
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT, run
 
@@ -71,6 +72,16 @@ def test_a_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
     own, lora = (sum(parameters(name, base, config, extra_rank=ranks).values())
                  for name, ranks in (("orchmoe", 8), ("lora", extra)))  # fmt: skip
     assert abs(own - lora) < 0.03 * own
+
+
+def test_each_row_stands_beside_the_lora_of_as_many_examples():
+    loss = {("as it is", 0): 3.0, ("mixture", 2): 2.0, ("mixture", 5): 1.0, (fewshot.LORA, 2): 2.5,
+            (fewshot.LORA, 5): 1.25}  # fmt: skip
+    found = {key: {"rougeL": np.full((3, 2), 9.0), "loss": np.full((3, 2), x)} for key, x in loss.items()}
+    said = fewshot.table(found, [2, 5], {}, {})
+    assert "| as it is | 0 | 9.00 | 3.000 | +0.500 [+0.500, +0.500] |" in said
+    assert "| mixture | 2 | 9.00 | 2.000 | -0.500 [-0.500, -0.500] |" in said
+    assert "| mixture | 5 | 9.00 | 1.000 | -0.250 [-0.250, -0.250] |" in said
 
 
 def test_the_study_of_one_task_is_on_that_task_alone(tmp_path):

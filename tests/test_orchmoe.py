@@ -152,6 +152,13 @@ def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
 # ---------------------------------------------------------------------------------------------- closed forms
 
 
+@pytest.mark.parametrize("std", [0.0, 0.5, 3.0])
+def test_the_allocation_starts_as_wide_as_is_asked_for(std):
+    config = OrchMoEConfig(targets=("0",), tasks=64, skills=32, allocation_std=std)
+    allocation = attach(nn.Sequential(nn.Linear(4, 4)), config).allocation
+    assert allocation.std().item() == pytest.approx(std, rel=0.1)
+
+
 def test_zero_B_is_the_base_bit_for_bit_and_only_B_gets_a_gradient(small_t5, inputs):
     with torch.no_grad():
         before = teacher_forced(small_t5, inputs.input_ids, inputs.attention_mask, inputs.labels.clamp(min=0))
@@ -197,6 +204,17 @@ def test_token_router_with_identity_allocation_is_moe_lora(small_t5, inputs):
             experts = torch.einsum("bld,srd,sro->blso", x, linear.skill_A, linear.skill_B)
             expected = x @ linear.weight.T + torch.einsum("bls,blso->blo", gate, experts)
             torch.testing.assert_close(linear(x), expected, rtol=1e-6, atol=1e-6)  # the gate is float32
+
+
+@pytest.mark.parametrize("norm", ["softmax", "none"])
+def test_w_of_a_token_has_the_norm_that_is_asked_for(norm):
+    base, x = nn.Sequential(nn.Linear(16, 4)), torch.randn(3, 5, 16)
+    adapters = attach(base, OrchMoEConfig(targets=("0",), router="token", router_norm=norm))
+    stir(adapters, torch.Generator().manual_seed(0))
+    w = F.linear(x, base[0].skill_task, base[0].skill_bias)  # (B,L,K)
+    w = w.softmax(-1) if norm == "softmax" else w
+    with torch.no_grad(), adapters.routed():
+        torch.testing.assert_close(base[0]._skill_weights(x), w @ adapters.allocation_weights()[0, 0])
 
 
 def test_one_hot_w_is_poly_that_mixes_outputs(small_t5, inputs):
@@ -679,6 +697,15 @@ def test_a_state_that_does_not_fit_changes_nothing(small_t5):
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
 
 
+def test_names_may_differ_where_that_is_asked_for_and_shapes_never(small_t5):
+    adapters = attached(small_t5)
+    part = {"router.bias": adapters.router.bias.detach() + 1, "other": torch.ones(1)}
+    adapters.load_state_dict(part, strict=False)
+    assert torch.equal(adapters.router.bias, part["router.bias"])
+    with pytest.raises(ValueError, match=r"router.bias is \(1,\), here \(5,\)"):
+        adapters.load_state_dict({"router.bias": torch.ones(1)}, strict=False)
+
+
 # ---------------------------------------------------------------------------------------- the router's start
 
 
@@ -698,6 +725,13 @@ def test_kmeans_start_tells_clusters_apart_without_labels(small_t5):
     winners = {tuple(w[cluster == c].argmax(1).unique().tolist()) for c in range(4)}
     assert len(winners) == 4 and all(len(winner) == 1 for winner in winners)
     assert torch.special.entr(w).sum(-1).mean().item() == pytest.approx(math.log(4) / 3, rel=1e-3)
+
+
+def test_without_softmax_w_starts_spread_by_one_over_k():
+    features, router = torch.randn(96, 32), orchmoe.TaskRouter(32, OrchMoEConfig(tasks=4, router_norm="none"))
+    router.fit(features, torch.Generator().manual_seed(0))
+    w = F.linear((features - router.mu) / router.sd, router.task)
+    assert w.std().item() == pytest.approx(1 / 4, rel=1e-3)
 
 
 def test_normal_start_only_standardises(small_t5):

@@ -256,6 +256,25 @@ def test_task_ids_are_those_of_the_run_whatever_is_evaluated(home):
     assert len(scores["tasks"]) == 6  # two of them without an id
 
 
+def test_an_evaluation_generates_as_it_is_told_and_names_its_instances(home, monkeypatch):
+    told = {}
+    monkeypatch.setattr(evaluation, "predict", lambda base, adapters, examples, tokenizer, **options:
+                        told.update(options) or [e.task for e in examples])
+    run("eval.py", "--model", "tiny", "--limit", "4", "--max-tasks", "2", "--batch-size", "3",
+        "--max-new-tokens", "5", "--device", "cpu", "--out", "out", cwd=home)
+    assert told == {"batch_size": 3, "max_new_tokens": 5}
+    test = data.load_sets(data.DataConfig(max_tasks=2), tokenizers.load(ROOT / "tiny"), ["test"])["test"]
+    rows = map(json.loads, (home / "out/predictions.jsonl").read_text().splitlines())
+    assert [(row["id"], row["prediction"]) for row in rows] == [
+        (e.id, e.task) for e in data.subsample(test, 4)]  # fmt: skip
+
+
+def test_the_table_at_the_end_has_each_score_under_its_head(capsys):
+    seen, unseen = ({"overall": {"exact_match": a, "rougeL": b}} for a, b in ((1.0, 2.0), (3.0, 4.0)))
+    train.say_scores(Path("run"), {"orchmoe": {"seen": seen, "unseen": unseen}}, train.TrainConfig())
+    assert "| orchmoe | 2.00 | 1.00 | 4.00 | 3.00 |" in capsys.readouterr().out
+
+
 def test_a_run_is_not_resumed_on_another_base_or_other_tasks(copied):
     config = json.loads((copied / "config.json").read_text())
     for field, value in (("base", "0" * 16), ("tokenizer", "0"), ("tasks", config["tasks"][1:]),

@@ -4,11 +4,17 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
+from torch import nn
 
+import data
+import eval as evaluation
+from baselines import attach_method
 from experiments import routing
+from orchmoe import OrchMoEConfig
 
 
 def test_mutual_information_of_known_tables():
@@ -36,3 +42,31 @@ def test_a_runs_routing_is_computed_for_its_figures_and_again_when_it_trains_on(
     later = written.stat().st_mtime + 1
     os.utime(copied / "adapter.safetensors", (later, later))
     assert "routing.json" in run("experiments/plot.py", "--run", "run", cwd=copied.parent)
+
+
+def sampled(lengths):
+    return [data.Example(str(i), ("a1", "a2", "b1")[i % 3], "AAB"[i % 3], np.arange(3 + i, 3 + i + n),
+                         [np.array([5, 1])], []) for i, n in enumerate(lengths)]  # fmt: skip
+
+
+def test_a_report_is_of_the_w_and_c_of_all_examples(small_t5):
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(tasks=3, skills=2),
+                             generator=torch.Generator().manual_seed(0))  # fmt: skip
+    nn.init.normal_(adapters.router.task, generator=torch.Generator().manual_seed(1))
+    examples = sampled([3, 9, 5, 7, 4, 6])
+    learnt = routing.report(small_t5, adapters, examples, batch_size=4)
+    _, w = evaluation.measure(small_t5, adapters, examples)
+    with torch.no_grad():
+        c = adapters.route(w=w).c  # (N,B,S)
+    assert learnt["distance"] == pytest.approx((c - 1 / 2).abs().mean().item(), rel=1e-4)
+    assert list(learnt["skill_use"].values())[3] == pytest.approx(c[3].mean(0).tolist(), rel=1e-4)
+    assert learnt["w"]["a2"] == pytest.approx(w[[1, 4]].mean(0).tolist(), rel=1e-4)
+    of_category = routing.mutual_information(w, [example.category for example in examples])
+    assert learnt["mutual_information"] == pytest.approx(of_category, rel=1e-4)
+
+
+def test_a_w_that_is_given_is_that_of_its_example(small_t5):
+    adapters, examples = attach_method("orchmoe", small_t5, OrchMoEConfig()), sampled([3, 9, 5, 7])
+    w = torch.eye(8)[:4]
+    _, found = evaluation.measure(small_t5, adapters, examples, batch_size=2, w=w)
+    assert torch.equal(found, w)

@@ -120,3 +120,13 @@ def test_a_base_is_pretrained_and_goes_on_from_anywhere(home, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     run("experiments/pretrain.py", "--resume", "--out", folder, "--device", "cpu", cwd=elsewhere)
     assert (folder / "model/model.safetensors").read_bytes() == whole
+
+
+def test_a_window_is_corrupted_anew_in_each_epoch(tmp_path, tokenizer):
+    (tmp_path / "text").write_text("\n".join(sentences(20)))
+    stream = TextStream(tmp_path / "text", tokenizer, length=32, seed=3)
+    n, said = len(stream._windows), {}
+    for step in range(2 * n):
+        batch = stream.batch_at(step, 1)
+        said.setdefault(batch.ids[0], set()).add(tuple(batch.labels[0].tolist()))
+    assert len(said) == n and sum(len(targets) == 2 for targets in said.values()) > n / 2

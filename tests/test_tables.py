@@ -48,6 +48,12 @@ def test_an_interval_by_hand():
     assert (mean, low, high) == pytest.approx((4.5, 4.5 - half, 4.5 + half))
 
 
+def test_an_interval_whose_rest_is_the_larger():
+    """Mean squares 1.5 of tasks, 0 of seeds, 4.5 of the rest: the variance is the tasks', of 1 degree."""
+    found = tables.interval(np.array([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]]))
+    assert found == pytest.approx((2, 2 - 12.706 * 0.5, 2 + 12.706 * 0.5), abs=1e-3)
+
+
 def test_summary_pairs_tasks_and_seeds():
     def cell(seed, scores):
         tasks = {task: {"rougeL": value} for task, value in scores.items()}

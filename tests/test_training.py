@@ -1,12 +1,15 @@
 """What one step and one run of train.py do: rates, schedule, clipping, the log's numbers, and which weights
 are kept."""
 
+import itertools
 import json
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 from conftest import SHORT, records, run, stir
+from test_data import task_json, write_lists, write_task
 
 import checkpoint
 import data
@@ -69,6 +72,69 @@ def test_the_gradient_is_clipped(small_t5, batch, clip, monkeypatch):
     assert norm > 0.1 and after == pytest.approx(clip if clip == 0.01 else norm, rel=1e-4)
 
 
+def test_each_step_has_noise_of_its_own_and_drops_the_share_asked_for(small_t5, batch, monkeypatch):
+    adapters, given = adapted(small_t5, gumbel=True, router_dropout=0.1), []
+    monkeypatch.setattr(adapters, "route", lambda *of, route=adapters.route, **options:
+                        given.append(options) or route(*of, **options))
+    optimizer = train.make_optimizer(adapters, train.TrainConfig())
+    for seed, step in itertools.product((0, 1), range(5)):
+        train.train_step(small_t5, adapters, optimizer, batch, step, train.TrainConfig(seed=seed))
+    noise, drop = (torch.cat([options[name] for options in given]) for name in ("noise", "drop"))
+    assert len(noise.flatten(1)[:, 0].unique()) == 40 and 0 < drop.float().mean() < 0.3
+
+
+def test_of_several_references_each_step_draws_one(tmp_path, monkeypatch):
+    write_task(tmp_path, "task1_a", task_json(10))
+    write_lists(tmp_path, ["task1_a"], [])
+    configs = {"train": train.TrainConfig(method="lora"), "data": data.DataConfig(data=str(tmp_path)),
+               "adapter": OrchMoEConfig()}  # fmt: skip
+    said = defaultdict(set)
+
+    def drawn(base, adapters, optimizer, batch_at, *_, **__):
+        for batch in map(batch_at, range(12)):
+            for own_id, labels in zip(batch.ids, batch.labels.tolist(), strict=True):
+                said[own_id].add(tuple(label for label in labels if label != -100))
+
+    monkeypatch.setattr(train, "train", drawn)
+    train.run(tmp_path / "run", configs, runtime.pick_device(device="cpu", dtype="float32"), closing=False)
+    assert max(map(len, said.values())) == 3
+
+
+def test_the_last_step_is_evaluated_and_saved(small_t5, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (1.0, None))
+    config, adapters = train.TrainConfig(steps=3, eval_every=2), adapted(small_t5)
+    train.train(small_t5, adapters, train.make_optimizer(adapters, config), lambda step: batch, [], tmp_path,
+                config, lambda: None)  # fmt: skip
+    assert [row["step"] for row in records(tmp_path) if "dev_loss" in row] == [1, 2]
+    assert checkpoint.unpickle(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def built(**options):
+    configs = {"train": train.TrainConfig(**options), "data": data.DataConfig(max_tasks=3, train_instances=8),
+               "adapter": OrchMoEConfig()}  # fmt: skip
+    return train.build(configs, runtime.pick_device(device="cpu", dtype="bfloat16"))
+
+
+def test_every_weight_trains_in_float32_and_blocks_are_checkpointed_where_asked():
+    parts = built(method="full", checkpoint_blocks=True)
+    assert {p.dtype for p in parts.base.parameters()} == {torch.float32} and parts.base.checkpoint_blocks
+
+
+def test_the_router_starts_from_the_tokens_of_its_sources_alone():
+    base, adapters, _, train_set, *_ = built()
+    alone = [adapters.router.features(base.embed(torch.from_numpy(e.source_ids).long()[None]))
+             for e in train_set]
+    assert len(set(train_set.source_lengths)) > 3  # so there was padding
+    torch.testing.assert_close(adapters.router.mu, torch.cat(alone).mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_the_seed_is_that_of_the_initial_values_too():
+    one, other = (built(seed=seed).adapters for seed in (0, 1))
+    A, again = (next(iter(adapters.linears.values())).skill_A for adapters in (one, other))
+    assert not torch.equal(A, again) and not torch.equal(one.allocation, other.allocation)
+    assert not torch.equal(one.router.task, other.router.task)
+
+
 @pytest.mark.parametrize("options", [{}, {"router_dropout": 0.5}, {"gumbel": True}])
 def test_parts_of_a_step_add_up(small_t5, batch, options):
     """Loss, norm and entropy are of all rows; noise and dropped routers belong to a row, not to its part."""
@@ -107,6 +173,13 @@ def test_a_router_that_does_nothing_is_warned_of(w, words, capsys):
     evaluation.report_router(w, examples)
     said = capsys.readouterr().err
     assert words in said and bool(said) == bool(words)
+
+
+def test_w_is_spread_between_tasks_or_within_them():
+    examples = [data.Example(str(i), "aabb"[i], "c", None, [], []) for i in range(4)]
+    for rows, between, within in (([0, 0, 1, 1], 0.5, 0), ([0, 1, 0, 1], 0, 0.5)):
+        found = evaluation.report_router(torch.eye(2)[rows], examples)
+        assert found == {"entropy": 0, "between": between, "within": within, "largest": 0.5}
 
 
 def test_the_best_weights_are_kept_and_scored(home):
