@@ -12,6 +12,7 @@ import numpy as np
 
 import runtime
 from experiments import plot
+from experiments.compare import UNTRAINED
 from experiments.tables import METRICS, interval, table, tuning_table
 
 Curve = dict[float, dict[int, dict[str, Any]]]  # {scale: {seed: cell}}
@@ -188,10 +189,11 @@ def figure(found: dict[str, Curve], path: Path) -> Path:
 
 
 def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool = False) -> str:
-    """All tables, as Markdown: the tuning, each point of the curves, curve against curve, answers, and single
-    changes against the curves."""
-    unseen = ["unseen-dev", *(["unseen-test"] if final else [])]
-    which, found, best = ["seen", *unseen], curves(cells), best_scales(cells)
+    """All tables, as Markdown: the tuning, each point of the curves, curve against curve, best scale against
+    best scale, answers, and single changes against the curves. final: also of the unseen tasks that nothing
+    was chosen by; a curve is read at its lowest loss, which is a choice, and so never on these."""
+    which = ["seen", "unseen-dev", *(["unseen-test"] if final else [])]
+    found, best = curves(cells), best_scales(cells)
     parts, intervals = [tuning_table(tuning)], []
 
     def said(difference: tuple[float, float, float] | None) -> str:
@@ -199,7 +201,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "not to be read"
 
     def less(first: dict[int, dict], group: dict[int, dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
-        seeds = common({0: first}, {0: group}) if first is not group else []
+        seeds = sorted(group) if group.keys() <= first.keys() and group is not first else []
         found = [losses(first, seeds, name, metric) - losses(group, seeds, name, metric) if seeds else np.nan
                  for name in which for metric in metrics]
         return ["-" if np.isnan(each).any() else said(interval(each)) for each in found]
@@ -214,12 +216,16 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
               f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
              for row, curve in found.items() for scale, group in curve.items()]
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
-    ways = [(name, "seen") for name in unseen] + [("seen", name) for name in unseen]
+    ways = [("unseen-dev", "seen"), ("seen", "unseen-dev")]
     lines = [[row, str(common(complete(found["orchmoe"]), complete(curve)))[1:-1],
               *(said(at_most(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
     heads = [f"{across} at no more {along}" for along, across in ways]
     parts.append(table(["orchmoe - row", "seeds", *heads], lines))
+    chosen = {row: found[row][scale] for row, scale in best.items()}
+    lines = [[row, str(sorted(group))[1:-1], *less(chosen["orchmoe"], group)]
+             for row, group in chosen.items() if row != "orchmoe" and "orchmoe" in chosen]
+    parts.append(table(["orchmoe - row, each at its best scale", "seeds", *which], lines))
     groups: dict[tuple[str, str], dict[int, dict]] = {}
     for name, cell in cells.items():
         stage, what = name.split("/")[0], cell["settings"]["row"]
@@ -232,28 +238,31 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
         lines = [[what, len(group), *means(group.values(), METRICS)] for what, group in of_stage.items()]
         parts.append(table([stage, "seeds", *heads], lines))
-        first = next((group for what, group in of_stage.items() if what.startswith("orchmoe, ")), {})
-        lines = [[what, *less(first, group, METRICS)] for what, group in of_stage.items()
-                 if first and group is not first]
-        parts.append(table([f"orchmoe - row, {stage}", *heads], lines))
+        first = of_stage.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
+        pairs = {what: dict.fromkeys(first, group[0]) if what in UNTRAINED else group  # the same of each seed
+                 for what, group in of_stage.items() if first and group is not first}
+        lines = [[what, str(sorted(group))[1:-1], *less(first, group, METRICS)]
+                 for what, group in pairs.items()]
+        parts.append(table([f"orchmoe - row, {stage}", "seeds", *heads], lines))
 
     lines = [[what, len(group), *means(group.values()),  # of fewer or more tasks there is no curve
               *less(groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {}), group)]
              for (stage, what), group in sorted(groups.items()) if stage == "sizes"]
     itself = [f"orchmoe - it, {name}" for name in which]
-    parts.append(table(["sizes", "seeds", *which, *itself], lines))
+    parts.append(table(["sizes, scale 1", "seeds", *which, *itself], lines))
     point = found.get("orchmoe", {}).get(1.0, {})
-    against = [(row, name) for row in ("orchmoe", "lora") if row in found for name in unseen]
+    against = [row for row in ("orchmoe", "lora") if row in found]
     for stage in ("ablations", "controls"):
         lines = [[what, len(group), *means(group.values()), *less(point, group),
-                  *(said(above(group, found[row], name)) for row, name in against)]
+                  *(said(above(group, found[row], "unseen-dev")) for row in against)]
                  for (of, what), group in sorted(groups.items()) if of == stage]
-        heads = [*which, *itself, *(f"{name} - {row}'s curve" for row, name in against)]
+        heads = [*which, *itself, *(f"unseen-dev - {row}'s curve" for row in against)]
         parts.append(table([stage, "seeds", *heads], lines))
     if any(intervals):
         number = sum(map(bool, intervals))
-        parts.append("In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
-                     f"together, of one seed over tasks alone; of the {number} here about {number / 20:.0f} "
-                     "would exclude zero if nothing differed. Losses in nats per target token, ROUGE-L and "
-                     "exact match in per cent.")
+        parts.append("Means over tasks; in brackets the sd over seeds. Differences with 95 % intervals over "
+                     "tasks and seeds together, of one seed over tasks alone, which tells nothing of other "
+                     f"runs; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
+                     "differed. Losses in nats per target token, the less the better; ROUGE-L and exact "
+                     "match in per cent.")
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -274,7 +274,7 @@ def main() -> None:
         done = sum(name.startswith(f"{stage}/") for name in cells)
         runtime.say(f"{stage}: {done} cells of {whole}")
     runtime.say(tables := curves.text(cells, tuned(config), config.final))
-    with runtime.atomic_write(Path(config.results) / "tables.md") as file:
+    with runtime.atomic_write(Path(config.results, "final.md" if config.final else "tables.md")) as file:
         file.write(tables.encode())
     found = curves.curves(cells)
     if found and curves.common(*found.values()) and importlib.util.find_spec("matplotlib"):

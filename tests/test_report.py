@@ -278,26 +278,51 @@ def test_rows_stand_beside_orchmoe_on_as_many_tasks():
 
 def test_controls_stand_beside_orchmoe_itself():
     name, other = "router: none", cell(np.full(4, 1.5), np.full(9, 2.25), row="router: none")
-    cells = {"methods/orchmoe-x1-s0": cell(np.full(4, 1.0), np.full(9, 2.0), row="orchmoe", alpha=2.0),
-             "controls/none-s0": other, "controls/none-s1": {**other, "settings": {"row": name, "seed": 1}}}
+    cells = {f"methods/orchmoe-x1-s{seed}": cell(np.full(4, 1.0), np.full(9, 2.0), row="orchmoe", alpha=2.0,
+                                                 seed=seed) for seed in (0, 1)}  # fmt: skip
+    cells |= {"controls/none-s0": other, "controls/none-s1": {**other, "settings": {"row": name, "seed": 1}}}
     said = curves.text(cells, {})
     assert f"| {name} | 2 | 1.500 (0.000) | 2.250 (0.000) | -0.500 [-0.500, -0.500] | -0.250 [" in said
 
 
 def test_answers_stand_beside_orchmoes():
     """Each metric by its difference; a row without losses, as what copies, has none of that."""
-    cells = {f"answers/{row}-s0": cell(np.full(4, loss), np.full(9, loss), row=row, alpha=1.0)
-             for row, loss in (("orchmoe", 1.0), ("lora", 1.5), ("copy-demo", np.nan))}
-    for name, rouge in (("orchmoe", 40.0), ("lora", 30.0), ("copy-demo", 45.0)):
-        for which in ("seen", "unseen"):
-            for scores in cells[f"answers/{name}-s0"][which]["tasks"].values():
-                scores |= {"rougeL": rouge, "exact_match": rouge / 2}
-    said = curves.text(cells, {})
+    cells = {f"methods/orchmoe-x{scale}-s0": cell([1.0], np.full(9, loss), row="orchmoe", alpha=2 * scale)
+             for scale, loss in ((0.5, 3.0), (1.0, 2.0), (2.0, 2.5), (4.0, 2.5))}
+    made = {f"answers/{row}-x{alpha / 2}-s{seed}": (cell(np.full(4, loss), np.full(9, loss), row=row,
+                                                         alpha=alpha, seed=seed), rouge)
+            for row, alpha, seed, loss, rouge in (
+                ("orchmoe", 1.0, 0, 9.0, 99.0),  # a scale that once was the best
+                ("orchmoe", 2.0, 0, 1.0, 40.0), ("orchmoe", 2.0, 1, 1.0, 60.0), ("lora", 1.0, 0, 1.5, 30.0),
+                ("poly", 1.0, 2, 1.5, 30.0), ("copy-demo", 1.0, 0, np.nan, 45.0))}  # fmt: skip
+    for each, rouge in made.values():
+        for scores in (*each["seen"]["tasks"].values(), *each["unseen"]["tasks"].values()):
+            scores |= {"rougeL": rouge, "exact_match": rouge / 2}
+    said = curves.text(cells | {name: each for name, (each, _) in made.items()}, {})
     once = "+10.000 [+10.000, +10.000] | +5.000 [+5.000, +5.000] | -0.500 [-0.500, -0.500]"
-    assert f"| lora, scale 0.5 | {once} | {once} |" in said and "of the 10 here" in said
-    once = "-5.000 [-5.000, -5.000] | -2.500 [-2.500, -2.500] | -"
-    assert f"| copy-demo | {once} | {once} |" in said
-    assert said.count("| orchmoe, scale 0.5 |") == 1  # its means, and no difference from itself
+    assert f"| lora, scale 0.5 | 0 | {once} | {once} |" in said
+    assert "| poly, scale 0.5 | 2 | - | - | - | - | - | - |" in said  # OrchMoE has no such seed
+    assert "| copy-demo | 0, 1 | +5.000 [-122.061, +132.061] | +2.500 [" in said  # beside both
+    assert said.count("| orchmoe, scale 1 |") == 1  # its means, and no difference from itself
+
+
+def test_rows_stand_beside_each_other_at_their_best_scales():
+    """On the tasks that nothing was chosen by, too: no curve is read there, since that is a choice."""
+    half = curves.halves(f"u{i}" for i in range(9))["unseen-dev"]
+
+    def at(row, scale, seen, dev, test):
+        losses = [dev if f"u{i}" in half else test for i in range(9)]
+        return {f"methods/{row}-x{scale}-s0": cell(np.full(4, seen), losses, row=row, alpha=2.0 * scale)}
+
+    cells = at("orchmoe", 0.5, 1.0, 2.0, 4.0) | at("lora", 2.0, 1.5, 2.25, 4.75)  # the best of each
+    for row, best in (("orchmoe", 0.5), ("lora", 2.0)):
+        for scale in {*curves.SCALES} - {best}:
+            cells |= at(row, scale, 0.5, 9.0, 0.5)
+    once = "-0.500 [-0.500, -0.500] | -0.250 [-0.250, -0.250] |"
+    for final, more in ((False, ""), (True, " -0.750 [-0.750, -0.750] |")):
+        said = curves.text(cells, {}, final)
+        assert f"| lora | 0 | {once}{more}\n" in said
+        assert "at no more unseen-dev" in said and "at no more unseen-test" not in said
 
 
 def test_the_readme_has_the_numbers_of_the_tables():
@@ -310,7 +335,8 @@ def test_the_readme_has_the_numbers_of_the_tables():
         *losses, one, other = cells.split(" | ")
         best = [line for line in there if ", the best |" in line]
         assert [line.split(" | ")[-2:] for line in best] == [[losses[0], f"{losses[1]} |"]]
-        assert one == other == "-" or any(line.endswith(f" | {one} | {other} |") for line in there)
+        itself = row == "OrchMoE" and one == other == "-"
+        assert itself or any(line.endswith(f" | {one} | {other} |") for line in there)
 
 
 def test_the_tables_are_those_of_the_cells():
