@@ -355,6 +355,7 @@ def write_results(folder: Path, settings: dict[str, Any], examples: Sequence[dat
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    (folder / "scores.json").unlink(missing_ok=True)  # of other predictions
     scores = score(examples, predictions)
     runtime.write_json(folder / "scores.json", {**scores, "config": settings})
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())

@@ -380,9 +380,9 @@ def build(configs: dict[str, Any], place: runtime.Device, where: PlaceConfig = P
 
 
 def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> None:
-    """Writes config.json, or compares what is there with what the run is bound to."""
+    """Writes config.json, with the places of now; ValueError where it is there, bound to something else."""
     if (folder / "config.json").exists():
-        return evaluation.Run.read(folder).require_same(folder, **bound)
+        evaluation.Run.read(folder).require_same(folder, **bound)
     saved = {name: asdict(config) for name, config in configs.items()}
     for values in saved.values():  # places, to be found from any working folder
         for name in MOVABLE & values.keys():

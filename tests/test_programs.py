@@ -344,6 +344,19 @@ def test_an_evaluation_replaces_no_other(copied):
         assert "kept: holds a run, or another" in run(*copies, cwd=copied.parent, code=2)
 
 
+def test_no_scores_stand_beside_the_predictions_of_another_time(copied, monkeypatch):
+    evaluate = ("eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu")
+    run(*evaluate, cwd=copied.parent)
+    folder = copied / "eval-seen-2"
+    written = {path.name for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "score", mock.Mock(side_effect=KeyboardInterrupt))
+        run(*evaluate, cwd=copied.parent, code=130)
+    assert {path.name for path in folder.iterdir()} == written - {"scores.json"}
+    run(*evaluate, cwd=copied.parent)
+    assert {path.name for path in folder.iterdir()} == written
+
+
 def test_where_nothing_can_be_written_nothing_is_computed(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", None)
     (copied.parent / "file").touch()
@@ -372,6 +385,7 @@ def test_a_base_that_has_moved_is_named_by_model(copied, tmp_path):
     assert "gone: not there" in run(*evaluate, cwd=tmp_path, code=2)
     run(*evaluate, "--model", ROOT / "tiny", cwd=tmp_path)
     run("train.py", "--resume", "--out", "run", "--device", "cpu", "--model", ROOT / "tiny", cwd=tmp_path)
+    run("eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu", cwd=tmp_path)
 
 
 def test_what_was_evaluated_is_in_the_name_of_its_folder():
