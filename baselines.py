@@ -5,8 +5,6 @@ rule, alpha / (the rank that adds up).
 B batch, L length, D d_in, O d_out, T real tasks, S skills, R rank, H heads, N adapted Linears.  Test: pytest
 tests/test_baselines.py"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -9,8 +9,6 @@ function of (seed, step). Test: pytest tests/test_data.py
 Letters: B batch, L source length, Lt target length.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -52,8 +50,7 @@ class DataConfig:
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, num_pos=0, num_neg=0, max_tasks=0, train_instances=1,
-                              max_source_length=2, max_target_length=2)
+        runtime.require_least(self, train_instances=1, max_source_length=2, max_target_length=2)
 
 
 # ------------------------------------------------------------------------------------------------ tasks, sets
@@ -344,11 +341,11 @@ class Batch(NamedTuple):
     def target_tokens(self) -> int:
         return int((self.labels != -100).sum())
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         return Batch(*[field.to(device, non_blocking=True) for field in self[:-1]], self.ids)
 
-    def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, Batch]]:
+    def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
         """(rows, batch of these rows) for up to `parts` pieces of nearly equal size. Of each piece process
         `rank` takes every `ranks`-th row; where none is left for it, `rows` is empty and the batch is the
         first row without its target, since all processes must take the same steps."""

@@ -8,8 +8,6 @@ settings of the data, as far as no flag says otherwise.
     python eval.py --heuristic copy-demo --data natural-instructions/
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -52,7 +50,7 @@ class EvalConfig:
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, limit=0, batch_size=1, max_new_tokens=1)
+        runtime.require_least(self, batch_size=1, max_new_tokens=1)
         if bool(self.run or self.model) == bool(self.heuristic):
             raise ValueError("give one of --run, --model and --heuristic")
         if any(asked := (self.ask, self.input)) and (self.heuristic or not all(map(str.strip, asked))):
@@ -192,7 +190,7 @@ class Run:
     torch: str = str(torch.__version__)
 
     @classmethod
-    def read(cls, folder: str | Path) -> Run:
+    def read(cls, folder: str | Path) -> "Run":
         path = runtime.existing(Path(folder) / "config.json", "name the folder of a run of train.py")
         return runtime.from_json(cls, runtime.read_json(path), path)
 

@@ -7,8 +7,6 @@ docs/serving.md says how to load them. Test: pytest tests/test_export.py
     python export.py --run runs/lora-1 --out served                        # a LoRA: one folder
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

@@ -5,8 +5,6 @@ of its own; on CUDA it is compiled. mix_factors is the other function of the fam
 
 B batch, L length, D d_in, O d_out, S skills, R rank, H heads, N = B L.  Test: pytest tests/test_kernels.py"""
 
-from __future__ import annotations
-
 from functools import cache, partial, wraps
 
 import torch

@@ -3,8 +3,6 @@ references, averaged over instances, in per cent. Same numbers as the official s
 Porter stemmer), made fast by a bit-parallel longest common subsequence and by stemming each word once.
 `pytest tests/test_metrics.py` compares both."""
 
-from __future__ import annotations
-
 import os
 import string
 from collections import Counter, defaultdict

@@ -16,8 +16,6 @@ d_out, K abstract tasks, S skills, R rank, N adapted Linears.  Test: pytest test
         model.loss(ids, mask, labels).backward()
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import threading

@@ -2,8 +2,6 @@
 dataclasses, one line for bad input, device and dtype, several processes, seeds and noise, signals. Level 0:
 imports nothing of this project. Test: pytest tests/test_programs.py tests/test_ranks.py"""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import fcntl
@@ -220,11 +218,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def require_least(config: Any, **least: int) -> None:
-    """ValueError that names the flag for the first field of `config` below its least value, or not finite."""
-    for name, smallest in least.items():
-        value, flag = getattr(config, name), name.replace("_", "-")
-        if not smallest <= value < (2**53 if isinstance(value, int) else math.inf):
-            raise ValueError(f"--{flag} {value}: give {smallest} or more, below 2^53")
+    """ValueError that names the flag for the first number of `config` below its least value, which is 0 where
+    none is given, or not finite."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, smallest = getattr(config, name), least.get(name, 0)
+        if hint in (int, float) and not smallest <= value < (2**53 if isinstance(value, int) else math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {smallest} or more, below 2^53")
 
 
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:

@@ -9,8 +9,6 @@ metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev 
     python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # a new task from a few examples
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shlex
@@ -67,9 +65,7 @@ class TrainConfig:
     extra_rank: int = 0  # ranks on top, for comparisons at equal size
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1, eval_instances=0,
-                              warmup=0, seed=0, lr_skills=0, lr_router=0, lr_token_router=0, lr_allocation=0,
-                              lr_full=0, extra_rank=0)
+        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
         if self.start and self.loras or self.trainable != "all" and not self.start:
             raise ValueError("--start, which --trainable goes with, and --loras: give one of the two")
 
