@@ -72,7 +72,8 @@ def test_a_run_keeps_the_dtype_that_auto_gave_it(home, monkeypatch):
     run("train.py", *SHORT, "--out", "run", cwd=home)
     assert json.loads((folder / "config.json").read_text())["train"]["dtype"] == "float32"
     monkeypatch.setattr(runtime, "_cpu_gains", lambda base: True)  # as on another machine
-    assert "bfloat16" in run("train.py", *SHORT, "--out", "other", cwd=home).splitlines()[0]
+    short = [*SHORT, "--steps", "1", "--eval-instances", "2"]  # without its units bfloat16 takes its time
+    assert "bfloat16" in run("train.py", *short, "--out", "other", cwd=home).splitlines()[0]
     resumed = run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=home)
     assert "float32" in resumed.splitlines()[0]
 

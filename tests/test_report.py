@@ -91,6 +91,7 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
         assert re.search(r"answers/\S+-s0.json: made with steps 2, not 3; name another folder", said)
 
 
+@pytest.mark.slow
 def test_all_stages_leave_nothing(tmp_path, monkeypatch):
     few = {"ROWS": {"lora": {"method": "lora"}, "orchmoe": {"method": "orchmoe"}}, "SCALES": (1.0,),
            "EDGE": (0.5,), "ABLATIONS": {"K = 2": {"tasks": 2}},
