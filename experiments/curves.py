@@ -77,6 +77,10 @@ def common(*curves: Curve) -> list[int]:
     return sorted(set.intersection(*(set(group) for curve in curves for group in curve.values())))
 
 
+def listed(seeds: Iterable[int]) -> str:
+    return str(sorted(seeds))[1:-1]
+
+
 def complete(curve: Curve) -> Curve:
     """The points that share seeds, as many cells as can be, or else as many points: a scale that is half made
     takes no seeds away."""
@@ -179,7 +183,7 @@ def figure(found: dict[str, Curve], path: Path) -> Path:
         x, y = np.array(points).T
         errors = np.array(bars)  # (scales, 2, 2)
         axes.errorbar(x, y, xerr=errors[:, 0].T, yerr=errors[:, 1].T, color=plot.COLOURS[i],
-                      label=f"{row}, seeds: {str(common(curve))[1:-1]}", marker=plot.MARKERS[i], markersize=5,
+                      label=f"{row}, seeds: {listed(common(curve))}", marker=plot.MARKERS[i], markersize=5,
                       linewidth=1.5, elinewidth=0.6)
         for scale, *at in zip(curve, x, y, strict=True):
             axes.annotate(f"x{scale:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
@@ -212,18 +216,18 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         return ["-" if np.isnan(of_seeds).any() else f"{np.mean(of_seeds):.3f}"
                 + (f" ({np.std(of_seeds, ddof=1):.3f})" if len(of_seeds) > 1 else "") for of_seeds in values]
 
-    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), str(sorted(group))[1:-1],
+    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), listed(group),
               f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
              for row, curve in found.items() for scale, group in curve.items()]
     parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
     ways = [("unseen-dev", "seen"), ("seen", "unseen-dev")]
-    lines = [[row, str(common(complete(found["orchmoe"]), complete(curve)))[1:-1],
+    lines = [[row, listed(common(complete(found["orchmoe"]), complete(curve))),
               *(said(at_most(found["orchmoe"], curve, *way)) for way in ways)]
              for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
     heads = [f"{across} at no more {along}" for along, across in ways]
     parts.append(table(["orchmoe - row", "seeds", *heads], lines))
     chosen = {row: found[row][scale] for row, scale in best.items()}
-    lines = [[row, str(sorted(group))[1:-1], *less(chosen["orchmoe"], group)]
+    lines = [[row, listed(group), *less(chosen["orchmoe"], group)]
              for row, group in chosen.items() if row != "orchmoe" and "orchmoe" in chosen]
     parts.append(table(["orchmoe - row, each at its best scale", "seeds", *which], lines))
     groups: dict[tuple[str, str], dict[int, dict]] = {}
@@ -241,7 +245,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         first = of_stage.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
         pairs = {what: dict.fromkeys(first, group[0]) if what in UNTRAINED else group  # the same of each seed
                  for what, group in of_stage.items() if first and group is not first}
-        lines = [[what, str(sorted(group))[1:-1], *less(first, group, METRICS)]
+        lines = [[what, listed(group), *less(first, group, METRICS)]
                  for what, group in pairs.items()]
         parts.append(table([f"orchmoe - row, {stage}", "seeds", *heads], lines))
 

@@ -301,9 +301,10 @@ def test_answers_stand_beside_orchmoes():
             scores |= {"rougeL": rouge, "exact_match": rouge / 2}
     said = curves.text(cells | {name: each for name, (each, _) in made.items()}, {})
     once = "+10.000 [+10.000, +10.000] | +5.000 [+5.000, +5.000] | -0.500 [-0.500, -0.500]"
-    assert f"| lora, scale 0.5 | 0 | {once} | {once} |" in said
+    assert f"| lora, scale 0.5 | 0 | {once} | {once} |" in said and "of the 16 here" in said
     assert "| poly, scale 0.5 | 2 | - | - | - | - | - | - |" in said  # OrchMoE has no such seed
-    assert "| copy-demo | 0, 1 | +5.000 [-122.061, +132.061] | +2.500 [" in said  # beside both
+    once = "+5.000 [-122.061, +132.061] | +2.500 [-61.031, +66.031] | -"
+    assert f"| copy-demo | 0, 1 | {once} | {once} |" in said  # beside both
     assert said.count("| orchmoe, scale 1 |") == 1  # its means, and no difference from itself
 
 
@@ -329,6 +330,7 @@ def test_rows_stand_beside_each_other_at_their_best_scales():
 def test_the_readme_has_the_numbers_of_the_tables():
     page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Does it beat LoRA?")[2]
     tables = (ROOT / "experiments/results/tables.md").read_text()
+    by_curves = tables.partition("| orchmoe - row | seeds | seen at no more")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\w[\w -]+) \| (\d.+) \|$", page, re.MULTILINE)
     assert {row.lower() for row, _ in rows} == curves.ROWS.keys()
     for row, cells in rows:
@@ -336,8 +338,9 @@ def test_the_readme_has_the_numbers_of_the_tables():
         *losses, one, other = cells.split(" | ")
         best = [line for line in there if ", the best |" in line]
         assert [line.split(" | ")[-2:] for line in best] == [[losses[0], f"{losses[1]} |"]]
-        itself = row == "OrchMoE" and one == other == "-"
-        assert itself or any(line.endswith(f" | {one} | {other} |") for line in there)
+        due = [line for line in by_curves.splitlines() if line.startswith(f"| {row.lower()} | ")]
+        assert [line.split(" | ")[-2:] for line in due] == ([[one, f"{other} |"]] if row != "OrchMoE" else [])
+        assert row != "OrchMoE" or one == other == "-"
 
 
 def test_the_tables_are_those_of_the_cells():
