@@ -249,9 +249,14 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
                  for what, group in pairs.items()]
         parts.append(table([f"orchmoe - row, {stage}", "seeds", *heads], lines))
 
-    lines = [[what, len(group), *means(group.values()),  # of fewer or more tasks there is no curve
-              *less(groups.get((stage, "orchmoe, " + what.rpartition(", ")[2]), {}), group)]
-             for (stage, what), group in sorted(groups.items()) if stage == "sizes"]
+    sizes = {what: group for (stage, what), group in sorted(groups.items()) if stage == "sizes"}
+    for row, curve in found.items():  # beside them the same seeds of its curve's point
+        seeds = {seed for what, group in sizes.items() if what.startswith(f"{row}, ") for seed in group}
+        same = {seed: cell for seed, cell in curve.get(1.0, {}).items() if seed in seeds}
+        sizes |= {f"{row}, the curves' tasks": same} if same else {}
+    lines = [[what, listed(group), *means(group.values()),  # of fewer or more tasks there is no curve
+              *less(sizes.get("orchmoe, " + what.rpartition(", ")[2], {}), group)]
+             for what, group in sizes.items()]
     itself = [f"orchmoe - it, {name}" for name in which]
     parts.append(table(["sizes, scale 1", "seeds", *which, *itself], lines))
     point = found.get("orchmoe", {}).get(1.0, {})

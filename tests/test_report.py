@@ -272,9 +272,15 @@ def test_rows_stand_beside_orchmoe_on_as_many_tasks():
     cells = {f"sizes/{row}-{size}-s0": cell(np.full(4, x), np.full(9, 2 * x), row=row)
              for row, size, x in (("orchmoe", 50, 1.0), ("lora", 50, 1.25), ("lora", 687, 1.0))}
     said = curves.text(cells, {})
-    assert "| lora, 50 tasks | 1 | 1.250 | 2.500 | -0.250 [-0.250, -0.250] | -0.500 [-0.500," in said
-    assert "| orchmoe, 50 tasks | 1 | 1.000 | 2.000 | - | - |" in said and "of the 2 here" in said
-    assert "| lora, 687 tasks | 1 | 1.000 | 2.000 | - | - |" in said
+    assert "| lora, 50 tasks | 0 | 1.250 | 2.500 | -0.250 [-0.250, -0.250] | -0.500 [-0.500," in said
+    assert "| orchmoe, 50 tasks | 0 | 1.000 | 2.000 | - | - |" in said and "of the 2 here" in said
+    assert "| lora, 687 tasks | 0 | 1.000 | 2.000 | - | - |" in said and "the curves' tasks" not in said
+    points = ("orchmoe", 0, 2.0), ("orchmoe", 1, 3.0), ("lora", 0, 2.5), ("poly", 0, 1.0)
+    cells |= {f"methods/{row}-x1-s{seed}": cell(np.full(4, x), np.full(9, x), row=row, alpha=2.0, seed=seed)
+              for row, seed, x in points}
+    said = curves.text(cells, {})  # of the curves' rows and seeds those of the sizes
+    assert "| lora, the curves' tasks | 0 | 2.500 | 2.500 | -0.500 [-0.500, -0.500] | -0.500 [-0.500" in said
+    assert "| orchmoe, the curves' tasks | 0 | 2.000 | 2.000 | - | - |" in said and "poly, the" not in said
 
 
 def test_controls_stand_beside_orchmoe_itself():
