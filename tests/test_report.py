@@ -349,9 +349,23 @@ def test_the_readme_has_the_numbers_of_the_tables():
         assert row != "OrchMoE" or one == other == "-"
 
 
-def test_the_tables_are_those_of_the_cells():
-    said = curves.text(curves.read_cells(report.RESULTS), report.tuned(report.ReportConfig()))
+def test_tables_and_pages_have_the_numbers_of_the_cells():
+    """Of the pages each difference with an interval, either way round, of all seeds or of the first."""
+    cells, tuning = curves.read_cells(report.RESULTS), report.tuned(report.ReportConfig())
+    said = curves.text(cells, tuning)
     assert said == (report.RESULTS / "tables.md").read_text()
+    said += curves.text({name: cell for name, cell in cells.items() if name.endswith("-s0")}, tuning)
+
+    def quoted(text):
+        number = r"([-+]?\d+\.\d+)"
+        found = re.findall(rf"{number}\s\[{number}, {number}\]", text)
+        assert len(found) == len(re.findall(rf"\[{number}, {number}\]", text)) > 9
+        return {tuple(map(float, each)) for each in found}
+
+    there = quoted(said)
+    there |= {(-mean, -high, -low) for mean, low, high in there}
+    for page in ("README.md", "docs/evidence.md"):
+        assert quoted((ROOT / page).read_text(encoding="utf-8")) <= there
 
 
 def test_each_seed_is_a_run_of_its_own():
