@@ -166,8 +166,8 @@ def _wide(before: Tensor, after: Tensor) -> Tensor:
 
 def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
-    """scale * sum_s c_s B_s A_s x, outputs mixed (Eq. 3): two GEMMs of the concatenated rank S R. With weight
-    (O,D), and bias (O,) where there is one, on top of weight x + bias.
+    """scale * sum_s c_s B_s A_s x, outputs mixed (Eq. 3 as summarised): two GEMMs of the concatenated rank
+    S R. With weight (O,D), and bias (O,) where there is one, on top of weight x + bias.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or per token (B,L,S) -> (B,L,O) in x's dtype."""
     S, R, D = A.shape

@@ -240,7 +240,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
     for stage in PROMPTS:
         of_stage = {what: group for (of, what), group in sorted(groups.items()) if of == stage}
         heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
-        lines = [[what, len(group), *means(group.values(), METRICS)] for what, group in of_stage.items()]
+        lines = [[what, listed(group), *means(group.values(), METRICS)] for what, group in of_stage.items()]
         parts.append(table([stage, "seeds", *heads], lines))
         first = of_stage.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
         pairs = {what: dict.fromkeys(first, group[0]) if what in UNTRAINED else group  # the same of each seed
@@ -262,7 +262,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
     point = found.get("orchmoe", {}).get(1.0, {})
     against = [row for row in ("orchmoe", "lora") if row in found]
     for stage in ("ablations", "controls"):
-        lines = [[what, len(group), *means(group.values()), *less(point, group),
+        lines = [[what, listed(group), *means(group.values()), *less(point, group),
                   *(said(above(group, found[row], "unseen-dev")) for row in against)]
                  for (of, what), group in sorted(groups.items()) if of == stage]
         heads = [*which, *itself, *(f"unseen-dev - {row}'s curve" for row in against)]

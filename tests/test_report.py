@@ -72,7 +72,7 @@ def test_the_stages_leave_cells_that_can_be_made_anew(tmp_path, monkeypatch):
     answers = found[f"answers/lora-x{best}-s0"]
     assert answers["seen"]["overall"]["loss"] == cells[f"methods/lora-x{best}-s0"]["seen"]["overall"]["loss"]
     assert {"rougeL", "exact_match", "loss"} <= found["answers/frozen_base-s0"]["unseen"]["overall"].keys()
-    assert f"| lora, scale {best} | 1 |" in (tmp_path / "kept/tables.md").read_text()
+    assert f"| lora, scale {best} | 0 |" in (tmp_path / "kept/tables.md").read_text()
     kept = tmp_path / "kept/methods/lora-x2-s0.json"
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.json")}
     kept.unlink()  # elsewhere, from nothing, this one cell
@@ -114,7 +114,7 @@ def test_controls_train_the_run_they_score_where_it_is_not_there(tmp_path):
     made(tmp_path, "methods", "--rows", "orchmoe")  # which finds that run
     means = [cells[f"controls/{name}-s0"]["seen"]["overall"]["loss"]
              for name in ("w_replaced_by_its_mean", "w_of_another_sample")]
-    assert means[0] != means[1] and "| w of another sample | 1 |" in said
+    assert means[0] != means[1] and "| w of another sample | 0 |" in said
     assert (tmp_path / "out/methods/orchmoe-x1-s0/adapter.safetensors").exists()
 
 
@@ -289,7 +289,7 @@ def test_controls_stand_beside_orchmoe_itself():
                                                  seed=seed) for seed in (0, 1)}  # fmt: skip
     cells |= {"controls/none-s0": other, "controls/none-s1": {**other, "settings": {"row": name, "seed": 1}}}
     said = curves.text(cells, {})
-    assert f"| {name} | 2 | 1.500 (0.000) | 2.250 (0.000) | -0.500 [-0.500, -0.500] | -0.250 [" in said
+    assert f"| {name} | 0, 1 | 1.500 (0.000) | 2.250 (0.000) | -0.500 [-0.500, -0.500] | -0.250 [" in said
 
 
 def test_answers_stand_beside_orchmoes():
