@@ -358,7 +358,7 @@ def test_tables_and_pages_have_the_numbers_of_the_cells():
 
     def quoted(text):
         number = r"([-+]?\d+\.\d+)"
-        found = re.findall(rf"{number}\s\[{number}, {number}\]", text)
+        found = re.findall(rf"{number}\s+\[{number}, {number}\]", text)
         assert len(found) == len(re.findall(rf"\[{number}, {number}\]", text)) > 9
         return {tuple(map(float, each)) for each in found}
 
