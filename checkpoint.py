@@ -241,8 +241,7 @@ class Lora(NamedTuple):
 
 def _linears(adapters: Adapters) -> dict[str, SkillLinear]:
     """The adapted Linears by their names in transformers."""
-    module = adapters._module[0]
-    return {hf_name(module, f"{name}.")[:-1]: linear for name, linear in adapters.linears.items()}
+    return {hf_name(adapters._module[0], f"{name}.")[:-1]: each for name, each in adapters.linears.items()}
 
 
 @torch.no_grad()

@@ -53,8 +53,9 @@ class EvalConfig:
         runtime.require_least(self, batch_size=1, max_new_tokens=1)
         if bool(self.run or self.model) == bool(self.heuristic):
             raise ValueError("give one of --run, --model and --heuristic")
-        if any(asked := (self.ask, self.input)) and (self.heuristic or not all(map(str.strip, asked))):
-            raise ValueError('give both --ask "instruction" and --input "text", with --run or --model')
+        if any(asked := (self.ask, self.input)) and (
+                self.heuristic or self.out or not all(map(str.strip, asked))):
+            raise ValueError('give --ask "instruction" and --input "text", with --run or --model; no --out')
 
     @property
     def folder(self) -> Path:

@@ -37,7 +37,7 @@ class ExportConfig:
     pad_rank: bool = False  # fill the ranks up with zeros to the next one that vLLM takes
     routing: Literal["mean", "sample", ""] = ""  # one LoRA more: the mean w of dev, or the w of --input
     input: str = ""  # the whole prompt that --routing sample is of
-    w: tuple[str, ...] = ()  # or the K weights themselves
+    w: tuple[str, ...] = ()  # or the K weights themselves; the first negative: --w=-1,2
 
     def __post_init__(self) -> None:
         if not (self.run and self.out):
@@ -103,6 +103,9 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
             routings[config.routing or "w"] = fixed_routing(config, run, base, adapters, tokenizer)
     elif config.routing or config.w:
         raise ValueError(f"{config.run}: --method lora has no routing; leave out --routing and --w")
+    rank = max(linear.skill_A.shape[:2].numel() for linear in adapters.linears.values())
+    if config.pad_rank and rank > RANKS[-1]:
+        raise ValueError(f"--pad-rank: the skills' rank is {rank}, the largest that vLLM takes {RANKS[-1]}")
     for folder, w in routings.items():
         rank = checkpoint.save_peft(adapters, w, out / folder, name, ranks=RANKS if config.pad_rank else ())
     if adapters.router is not None:

@@ -175,6 +175,8 @@ def read_flags(doc: str | None, *classes: type, defaults: dict[str, Any] | None 
             text = argparse.SUPPRESS if field.name in hidden else text.replace("%", "%%")
             group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                                **_argument(hints[field.name]))
+    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # which no file that names it could hold
+        parser.error("an argument is not UTF-8; rename what it names")
     return vars(parser.parse_args())
 
 
@@ -231,6 +233,7 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     and a lack of memory or a compiler are one line on stderr, exit code 2; Ctrl-C is exit code 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # where its encoding lacks letters
     try:
         code = main() or 0
         if dist.is_torchelastic_launched():
@@ -384,9 +387,8 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
 def all_gather(value: Any) -> list[Any]:
     """The values of all processes, by rank."""
-    values = [value]
+    values = [value] * world_size()
     if dist.is_initialized():
-        values *= world_size()
         dist.all_gather_object(values, value)
     return values
 

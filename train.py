@@ -120,7 +120,7 @@ def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, t
                 raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: the run in {where.out} has "
                                  f"{kept[name]!r}; leave it out")
         return {name: runtime.from_flags(cls, kept | flags) for name, cls in classes.items()}
-    if where.out and Path(where.out, "config.json").exists():
+    if where.out and any(Path(where.out).glob("*.json*")):  # of a run, or of an evaluation
         raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
     fixed, free = brought(flags)
     configs = {name: runtime.from_flags(cls, free | flags | fixed) for name, cls in classes.items()}
@@ -230,8 +230,7 @@ def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: 
     for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
         ours = config.seed, step, rows or [0]  # noise is a function of seed, step and row
         noise = adapters.noise_shape and runtime.uniform_noise(*ours, adapters.noise_shape)
-        share = adapters.router_dropout
-        drop = runtime.uniform_noise(*ours, (), 1) < share if share else None
+        drop = runtime.uniform_noise(*ours, (), 1) < share if (share := adapters.router_dropout) else None
         part = part.to(base.device)
         with evaluation.routed(base, adapters, part, noise=noise, drop=drop) as routing:
             part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
@@ -271,9 +270,8 @@ def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple
 
 def save_progress(path: Path, adapters: Adapters, optimizer: Optimizer, **progress: float) -> None:
     if runtime.rank() == 0:
-        state = {"weights": adapters.state_dict(), "optimizer": optimizer.state_dict()}
         with runtime.atomic_write(path) as file:
-            torch.save({**progress, **state}, file)
+            torch.save(dict(progress, weights=adapters.state_dict(), optimizer=optimizer.state_dict()), file)
 
 
 def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Callable[[int], data.Batch],

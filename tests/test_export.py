@@ -209,6 +209,9 @@ def test_a_run_as_folders_with_its_router(finished, tmp_path, monkeypatch):
     assert torch.equal(load_file(tmp_path / "again/mean/adapter_model.safetensors")[key], mean[key])
     assert json.loads((tmp_path / "served/router.json").read_text())["attention"] is True
     assert "not empty" in run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished, code=2)
+    monkeypatch.setattr(export, "RANKS", (1, 4))
+    said = run("export.py", "--run", "run", "--out", tmp_path / "large", "--pad-rank", cwd=finished, code=2)
+    assert "--pad-rank: the skills' rank is 8, the largest that vLLM takes 4" in said
 
 
 def test_the_server_knows_the_base_by_the_name_that_is_given(tmp_path, monkeypatch):

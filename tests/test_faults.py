@@ -428,6 +428,11 @@ def test_what_a_closed_stream_would_say_goes_nowhere(home, closed, flag, code):
     assert len((home / "out/predictions.jsonl").read_text().splitlines()) == 8
 
 
+def test_letters_that_the_terminal_does_not_have_cost_no_run(home):
+    done = start(command(*HEURISTIC[:-1], "it\u2019s"), home, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "") and "it\\u2019s/predictions.jsonl" in done.stdout
+
+
 def test_a_reader_that_leaves_early_costs_no_run(home):
     """As `| head -1` does."""
     started = subprocess.Popen(command(*HEURISTIC), cwd=home, env=environment(), text=True,
