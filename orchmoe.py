@@ -444,8 +444,8 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         own state_dict (destination given) the skills are there already."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for owner, linear in self.linears.items() if destination is None else ():
-            state |= {f"{owner}.{name}": parameter if keep_vars else parameter.detach()
-                      for name, parameter in linear.skill_parameters().items()}
+            state |= {f"{prefix}{owner}.{name}": parameter if keep_vars else parameter.detach()
+                      for name, parameter in SkillLinear.skill_parameters(linear).items()}
         return state
 
     @torch.no_grad()

@@ -260,9 +260,13 @@ def test_a_copy_made_inside_routed_is_outside(copied):
     with pytest.raises(RuntimeError, match="outside"):
         twin(x)
     assert torch.equal(routed(twin), routed(base))
+    state = adapters.state_dict(prefix="p.")
+    assert state.keys() == {f"p.{name}" for name in adapters.state_dict()}
     for verb in (adapters.disabled(), adapters.folded(torch.ones(5) / 5)):
-        with verb, pytest.raises(RuntimeError, match="leave it before the module is copied"):
-            copied(base)
+        with verb:
+            assert all(torch.equal(state[f"p.{name}"], kept) for name, kept in adapters.state_dict().items())
+            with pytest.raises(RuntimeError, match="leave it before the module is copied"):
+                copied(base)
     assert torch.equal(routed(copied(base)), routed(base))
 
 
