@@ -106,8 +106,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 def _few(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"{name!r:.80}" for name in names[:3]) + more
+    return ", ".join(f"{name!r:.80}" for name in names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 # --------------------------------------------------------------------------------------- models in and out
@@ -250,13 +249,14 @@ def save_peft(adapters: Adapters, w: Tensor | None, folder: str | Path, base: st
     """Writes the LoRA that the skills are under ONE routing, w (K,) or, for a method without a router, None,
     as PEFT reads it, and returns its rank r: S R, filled up with zeros to the first of `ranks` that is no
     less. The scale is in B, so lora_alpha = r, one for all Linears: servers drop what says otherwise. base:
-    what a server knows the base by. ValueError where no LoRA is this routing."""
+    what a server knows the base by. ValueError where no LoRA is this routing, or all of `ranks` are less."""
     linears, module = _linears(adapters), adapters._module[0]
     factors = any(linear.skill_mix.__name__ == "mix_factors" for linear in linears.values())
-    if reason := adapters.unfoldable() or factors * "skills that mix their factors are no LoRA of rank S R":
-        raise ValueError(f"{folder}: not written: {reason}")
     least, tensors = max(linear.skill_A.shape[:2].numel() for linear in linears.values()), {}
-    r = next((rank for rank in ranks if rank >= least), least)
+    r = next((rank for rank in ranks or (least,) if rank >= least), 0)
+    if reason := (adapters.unfoldable() or factors * "skills that mix their factors are no LoRA of rank S R"
+                  or (r == 0) * f"its rank {least} is above all that were to be filled up to, {ranks}"):
+        raise ValueError(f"{folder}: not written: {reason}")
     for (c,), (name, linear) in zip(adapters.route(w=w).c, linears.items(), strict=True):  # of one sample
         A = linear.skill_A.flatten(0, 1)  # (S R,D)
         B = (linear.skill_scale * c[:, None, None] * linear.skill_B).flatten(0, 1).T  # (O,S R)

@@ -103,9 +103,6 @@ def export(config: ExportConfig, place: runtime.Device) -> None:
             routings[config.routing or "w"] = fixed_routing(config, run, base, adapters, tokenizer)
     elif config.routing or config.w:
         raise ValueError(f"{config.run}: --method lora has no routing; leave out --routing and --w")
-    rank = max(linear.skill_A.shape[:2].numel() for linear in adapters.linears.values())
-    if config.pad_rank and rank > RANKS[-1]:
-        raise ValueError(f"--pad-rank: the skills' rank is {rank}, the largest that vLLM takes {RANKS[-1]}")
     for folder, w in routings.items():
         rank = checkpoint.save_peft(adapters, w, out / folder, name, ranks=RANKS if config.pad_rank else ())
     if adapters.router is not None:

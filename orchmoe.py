@@ -445,7 +445,7 @@ class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for owner, linear in self.linears.items() if destination is None else ():
             state |= {f"{prefix}{owner}.{name}": parameter if keep_vars else parameter.detach()
-                      for name, parameter in SkillLinear.skill_parameters(linear).items()}
+                      for name, parameter in SkillLinear.skill_parameters(linear).items()}  # inside verbs too
         return state
 
     @torch.no_grad()

@@ -245,8 +245,7 @@ def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool 
         first = of_stage.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
         pairs = {what: dict.fromkeys(first, group[0]) if what in UNTRAINED else group  # the same of each seed
                  for what, group in of_stage.items() if first and group is not first}
-        lines = [[what, listed(group), *less(first, group, METRICS)]
-                 for what, group in pairs.items()]
+        lines = [[what, listed(group), *less(first, group, METRICS)] for what, group in pairs.items()]
         parts.append(table([f"orchmoe - row, {stage}", "seeds", *heads], lines))
 
     sizes = {what: group for (stage, what), group in sorted(groups.items()) if stage == "sizes"}

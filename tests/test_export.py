@@ -211,7 +211,8 @@ def test_a_run_as_folders_with_its_router(finished, tmp_path, monkeypatch):
     assert "not empty" in run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished, code=2)
     monkeypatch.setattr(export, "RANKS", (1, 4))
     said = run("export.py", "--run", "run", "--out", tmp_path / "large", "--pad-rank", cwd=finished, code=2)
-    assert "--pad-rank: the skills' rank is 8, the largest that vLLM takes 4" in said
+    assert "not written: its rank 8 is above all that were to be filled up to, (1, 4)" in said
+    assert not (tmp_path / "large").exists()
 
 
 def test_the_server_knows_the_base_by_the_name_that_is_given(tmp_path, monkeypatch):
