@@ -1,0 +1,150 @@
+"""Train OrchMoE's adapters with transformers' Trainer or Seq2SeqTrainer, or with TRL's SFTTrainer.
+
+Copy this file and orchmoe.py into your project. The mixin needs torch alone, and goes before the
+trainer that you use. docs/use.md has a whole program and says what does not work.
+
+    class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
+        pass
+
+B batch, L length, D width of the embeddings. Test: pytest tests/test_trainer.py
+"""
+
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
+ROWS_OF_SEVERAL_SAMPLES = ("packing", "eval_packing", "padding_free")  # settings of SFTConfig
+
+
+def prompt_mask(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the mask (B,L) of the prompt: the real tokens before the first label that is not -100.
+
+    Tokens without a label that come later, such as a second user turn, are left out: they follow an
+    answer and may repeat it.
+    """
+    answer_tokens_so_far = (labels != -100).cumsum(dim=1)  # (B,L)
+    mask = answer_tokens_so_far == 0
+    if attention_mask is not None:
+        mask = mask & attention_mask.bool()
+    return mask
+
+
+class RoutedTraining:
+    """Mixin for a trainer whose model has adapters: routes each batch and saves the adapters alone.
+
+    `args.learning_rate` is the rate of the skills; `rates` has those of the other parameters.
+    """
+
+    rates = {"router": 2e-5, "token_router": 1e-2, "allocation": 1e-2}
+
+    def __init__(self, model, *args, **kwargs):
+        if not hasattr(model, "skill_adapters"):
+            raise ValueError(
+                "model: it has no adapters; call attach(model, OrchMoEConfig(...)) first"
+            )
+
+        # Trainer refuses a quantised model unless it finds adapters, and it looks for peft's only.
+        model._hf_peft_config_loaded = True
+        super().__init__(model, *args, **kwargs)
+        model._hf_peft_config_loaded = False
+
+    # ---- What the router reads ----
+
+    def router_embeddings(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the embeddings (B,L,D) of the input_ids."""
+        return self.model.get_input_embeddings()(inputs["input_ids"]).detach()
+
+    def router_mask(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Return the mask (B,L) of the tokens that the router may read: the prompt, not the answer.
+
+        Raise ValueError if a row has no prompt or holds several samples.
+        """
+        mask = inputs.get("attention_mask")
+        if self.model.skill_adapters.router is None:
+            return mask  # no router reads the sample
+        if self.model.config.is_encoder_decoder:
+            return mask  # the input_ids are the source; the answer is in the labels alone
+        if any(getattr(self.args, name, False) for name in ROWS_OF_SEVERAL_SAMPLES):
+            raise ValueError(
+                "packing: a packed row holds several samples, but the router weights the skills "
+                "once per row; set packing=False and padding_free=False, or use router='token'"
+            )
+
+        labels = inputs.get("labels")
+        if labels is None:
+            return mask  # the row is a prompt, as in generation
+        mask = prompt_mask(labels, mask)
+        if not mask.any(dim=1).all():
+            raise ValueError(
+                "labels: a row has no prompt, since its labels start at its first token; set the "
+                "labels of prompts to -100 (SFTTrainer does so for prompt-completion data)"
+            )
+        return mask
+
+    def routed(self, inputs: dict[str, Tensor], beams: int = 1) -> AbstractContextManager:
+        """Return the context inside which the model is routed for this batch, as for `generate`."""
+        embeddings = self.router_embeddings(inputs)
+        return self.model.skill_adapters.routed(embeddings, self.router_mask(inputs), beams=beams)
+
+    def fit_router(self, max_batches: int = 64) -> None:
+        """Start the router from prompts of the training batches. Call it once before `train`."""
+        batches = list(islice(self.get_train_dataloader(), max_batches))
+        embeddings = (self.router_embeddings(batch) for batch in batches)
+        masks = (self.router_mask(batch) for batch in batches)
+        self.model.skill_adapters.fit_router(embeddings, masks)
+
+    # ---- Training and evaluation ----
+
+    def create_optimizer(self, model=None):
+        """Give each kind of parameter its own learning rate."""
+        if self.optimizer is None:
+            rates = {"skills": self.args.learning_rate, **self.rates}
+            decay = self.args.weight_decay
+            groups = [
+                {"params": parameters, "lr": rates[kind], "weight_decay": decay}
+                for kind, parameters in self.model.skill_adapters.parameter_groups().items()
+            ]
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()  # before routing, which draws noise in training only
+        # The step includes backward, which runs checkpointed blocks again.
+        with self.routed(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        beams = getattr(self.args, "generation_num_beams", None) or 1  # Seq2SeqTrainer's
+        with self.routed(inputs, beams):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    # ---- Checkpoints ----
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the adapters instead of the whole model, whose base never changes."""
+        if not self.args.should_save:  # only one process writes
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters = self.model.skill_adapters
+        saved = {"config": vars(adapters.config), "state": adapters.state_dict()}
+        torch.save(saved, folder / ADAPTER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load the adapters. Raise ValueError if they were trained with another config."""
+        path = Path(resume_from_checkpoint) / ADAPTER_FILE
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        adapters = self.model.skill_adapters
+        if saved["config"] != vars(adapters.config):
+            raise ValueError(
+                f"{path}: its config is {saved['config']}; attach with the same config"
+            )
+        adapters.load_state_dict(saved["state"])
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
