@@ -20,18 +20,19 @@ from torch.testing import assert_close
 import checkpoint
 import data
 import eval as evaluation
+import run_folder
 import runtime
 import tokenizer
 import train
 from model import Backbone
-from orchmoe import Adapters, OrchMoEConfig, Routing, SkillLinear
+from orchmoe import Adapters, Routing, SkillLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK, OTHER = "task117_thing_with_adjective", "task108_count_the_fruits"
 LINEAR = "decoder.blocks.2.cross_attention.v"  # the one that is looked into
 LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.attention.v", LINEAR)
-CONFIGS = {"train": train.TrainConfig(model=str(ROOT / "tiny"), steps=100, eval_instances=56),
-           "data": data.DataConfig(data=str(ROOT / "sni")), "adapter": OrchMoEConfig()}  # fmt: skip
+CONFIGS = train.Settings(train.TrainConfig(model=str(ROOT / "tiny"), steps=100, eval_instances=56),
+                         data.DataConfig(data=str(ROOT / "sni")))  # fmt: skip
 
 
 class Shown(NamedTuple):
@@ -56,9 +57,10 @@ def page() -> str:
     """The whole page."""
     with tempfile.TemporaryDirectory() as folder:
         place = runtime.pick_device(device="cpu")
-        train.run(Path(folder, "run"), CONFIGS, place, closing=False)
-        base, adapters, words = evaluation.load(place, run=Path(folder, "run"))
-        seen = [row for row in data.load_sets(CONFIGS["data"], words, ["seen"])["seen"]
+        launch = train.LaunchConfig(out=str(Path(folder, "run")))
+        train.train(CONFIGS, place, launch, final_scores=False)
+        base, adapters, words = run_folder.load(place, run=Path(folder, "run"))
+        seen = [row for row in data.load_sets(CONFIGS.data, words, ["seen"])["seen"]
                 if row.task in (TASK, OTHER)]
         seen.sort(key=lambda row: row.task != TASK)
         shown = follow(base, adapters, words, seen)
@@ -93,7 +95,7 @@ Written by `python -m docs.walkthrough`, not by hand: a test trains the run agai
 and, up to rounding, every number. **The run** is that of
 
 ```
-python train.py --steps {CONFIGS["train"].steps} --device cpu
+python train.py --steps {CONFIGS.train.steps} --device cpu
 ```
 
 on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train, a sixth of the default's
@@ -140,13 +142,13 @@ def features(s: Shown) -> str:
     scores = X @ X.mT / math.sqrt(X.shape[-1])
     P = scores.softmax(-1)  # (1,L,L)
     x_hat = (X + P @ X).mean(1)  # (1,D)
-    assert_close(x_hat, router.features(embeddings, s.batch.attention_mask))
+    assert_close(x_hat, router.summarise(embeddings, s.batch.attention_mask))
     standard = (x_hat - router.mu) / router.sd
     ids = s.batch.input_ids[0]
     itself = P[0, ids.unsqueeze(1) == ids].sum() / len(ids)
     moved = ((P @ X).mean(1) - X.mean(1)).norm() / X.mean(1).norm()
     return f"""
-## 2. What the router reads: `TaskRouter.features`
+## 2. What the router reads: `TaskRouter.summarise`
 
 X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder, so nothing of the target can
 reach the router.
@@ -167,8 +169,8 @@ length:
 
 def task_weights(s: Shown) -> str:
     router = s.adapters.router
-    raw = router.features(s.base.embed(s.batch.input_ids), s.batch.attention_mask)
-    logits = (raw - router.mu) / router.sd @ router.task.T + router.bias  # (1,K)
+    raw = router.summarise(s.base.embed(s.batch.input_ids), s.batch.attention_mask)
+    logits = (raw - router.mu) / router.sd @ router.W_task.T + router.bias  # (1,K)
     w = logits.softmax(-1)
     assert_close(w, s.routing.w)
     _, everyone = evaluation.measure(s.base, s.adapters, s.seen)
@@ -176,7 +178,7 @@ def task_weights(s: Shown) -> str:
     return f"""
 ## 3. Which abstract tasks this is: `TaskRouter.forward`
 
-w = softmax(W_task x̂ + b), with W_task {shape(router.task)}: {shape(w)}. Below it the mean w of the
+w = softmax(W_task x̂ + b), with W_task {shape(router.W_task)}: {shape(w)}. Below it the mean w of the
 {len(s.seen) // 2} seen instances of this task, and of those of `{OTHER}`: no label told the router
 that they are two tasks.
 
@@ -189,14 +191,14 @@ Entropy of w: {evaluation.mean_entropy(w):.3f} nats; were it uniform, ln K = {ma
 
 def allocation(s: Shown) -> str:
     names = list(s.adapters.linears)
-    gates = s.adapters.allocation[names.index(LINEAR)].sigmoid()  # (K,S)
+    gates = s.adapters.Z[names.index(LINEAR)].sigmoid()  # (K,S)
     Zhat = gates / gates.sum(-1, keepdim=True)
-    assert_close(Zhat, s.routing.allocation[0, names.index(LINEAR)])
+    assert_close(Zhat, s.routing.Zhat[0, names.index(LINEAR)])
     return f"""
 ## 4. Which skills an abstract task uses: `OrchMoE.allocation_weights`
 
 Every adapted Linear has a matrix Z (K,S) of its own; Ẑ = sigmoid(Z), each row divided by its sum,
-{shape(s.routing.allocation[0])} for all {len(names)} Linears. That of `{LINEAR}`:
+{shape(s.routing.Zhat[0])} for all {len(names)} Linears. That of `{LINEAR}`:
 
 {table(["abstract task", *(f"skill {j + 1}" for j in range(Zhat.shape[1]))],
        [[str(k + 1), *numbers(row)] for k, row in enumerate(Zhat)])}"""
@@ -204,7 +206,7 @@ Every adapted Linear has a matrix Z (K,S) of its own; Ẑ = sigmoid(Z), each row
 
 def skill_weights(s: Shown) -> str:
     names = list(s.adapters.linears)
-    c = {name: s.routing.w[0] @ s.routing.allocation[0, names.index(name)] for name in LINEARS}
+    c = {name: s.routing.w[0] @ s.routing.Zhat[0, names.index(name)] for name in LINEARS}
     for name, value in c.items():
         assert_close(value, s.routing.c[names.index(name), 0])
     return f"""
@@ -287,7 +289,7 @@ def backward(s: Shown) -> str:
     groups = {name: torch.cat([p.grad.flatten() for p in group]).norm()
               for name, group in s.adapters.parameter_groups().items() if group}
     assert all(p.grad is None for name, p in s.base.named_parameters() if "skill_" not in name)
-    rates = (CONFIGS["train"].lr_skills, CONFIGS["train"].lr_router, CONFIGS["train"].lr_allocation)
+    rates = (CONFIGS.train.lr_skills, CONFIGS.train.lr_router, CONFIGS.train.lr_allocation)
     return f"""
 ## 8. Backward: what learns
 
