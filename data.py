@@ -1,19 +1,29 @@
-"""Super-NaturalInstructions (arXiv 2204.07705, github.com/allenai/natural-instructions) from JSON files to
-batches: the official prompt, disjoint sets by task name, a memory-mapped token cache, batches that are a pure
-function of (seed, step). Test: pytest tests/test_data.py
+"""Super-NaturalInstructions: from task files to batches.
+
+Data: arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts equal those of the
+official code. Each training task is shuffled with its name as the seed and split into three sets:
+train, dev and seen. "seen" is not trained on; only its tasks are. Tokens are cached. The indices of
+a batch depend only on the source lengths, the batch size, the seed and the step.
+
+Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
+or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds examples.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = batch_at(examples.source_lengths, 8, seed=0, step=0)
     batch = collate([examples[i] for i in chosen], seed=0, step=0)
 
 Letters: B batch, L source length, Lt target length.
+
+Test: pytest tests/test_data.py
 """
 
 import functools
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import string
 import zipfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -23,389 +33,648 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import runtime
 from tokenizer import Tokenizer
 
-CACHE_VERSION = 5  # part of every cache key: raise it when a prompt, a set or the layout changes
-LONGEST_TEXT = 10**6  # characters of one text in a task file; SNI's longest are far below
-SETS = ("train", "dev", "seen", "test")
-WHERE = {"data", "splits", "max_tasks"}  # options that no token depends on
+# The sets made from each list of tasks.
+SETS_OF_LIST = {
+    "train": ("train", "dev", "seen"),
+    "test": ("test",),
+}
+# Fields of DataConfig that only choose task files. The cache key has the paths instead.
+FILE_FIELDS = {"data", "splits", "max_tasks"}
+CACHE_VERSION = 6  # increase it with every change of the prompt, the sets or the cache layout
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data: which tasks are read, how a prompt is built."""
+    """Data: which tasks are read and how a prompt is built."""
 
-    data: str = str(runtime.ROOT / "sni")  # folder with tasks/ and splits/ (default: this repository's sni/)
+    data: str = str(runtime.ROOT / "sni")  # folder with tasks/ and splits/ (default: bundled sni/)
     splits: str = "default"  # folder of split lists under splits/
     definition: bool = True  # put the task definition into the prompt
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
     num_neg: int = 0  # negative examples in the prompt, as far as they fit
     explanation: bool = False  # add the explanations of these examples
-    max_source_length: int = 1024  # tokens of a source, with EOS
-    max_target_length: int = 128  # tokens of a target, with EOS
-    train_instances: int = 100  # training instances of each task
+    max_source_length: int = 1024  # most tokens of a source, EOS included
+    max_target_length: int = 128  # most tokens of a target, EOS included
+    train_instances: int = 100  # most training instances of each task
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
 
     def __post_init__(self) -> None:
         runtime.require_least(self, train_instances=1, max_source_length=2, max_target_length=2)
 
 
-# ------------------------------------------------------------------------------------------------ tasks, sets
+# ------------------------------------------------------------------------------ tasks and splits
 
 
 def read_task(path: str | os.PathLike) -> dict:
-    """One task file: {name, category, definition, positive, negative, instances: [{id, input, output: []}]}.
+    """Return a task file as {name, category, definition, positive, negative, instances}.
 
-    Takes what upstream has or had: a str as Definition or output, no ids, no explanations, NaN, a byte order
-    mark. ValueError with file, field and remedy for the rest. Text that UTF-8 cannot hold (JSON can spell a
-    lone surrogate, \\ud800) is refused, not repaired: a repair would change prompts and references unseen."""
+    positive, negative: lists of {input, output, explanation}; the explanation may be missing.
+    instances: list of {id, input, output}, where output is a list of references.
+
+    Older forms of the official files are accepted: a str as Definition or output, no ids, no
+    explanations. Raise ValueError for everything else.
+    """
     path = Path(path)
     task = runtime.read_json(path)
-    try:
-        read = {"name": path.stem, "instances": [],
-                "category": text_of(_first(task.get("Categories")) or "Unknown", "Categories"),
-                "definition": text_of(_first(task.get("Definition")), "Definition")}
-        for kind in ("Positive", "Negative"):
-            read[kind.lower()] = [
-                {key: text_of(row.get(key), f"{field}.{key}") for key in ("input", "output", "explanation")
-                 if key in row or key != "explanation"} for field, row in _rows(task, f"{kind} Examples")]
-        for i, (field, row) in enumerate(_rows(task, "Instances")):
-            own_id, output = row.get("id"), row.get("output")
-            output = output if isinstance(output, list) else [output]
-            _require(len(output) > 0, f"{field}.output", "a string or a list of some")
-            read["instances"].append({
-                "id": text_of(f"{path.stem}-{i}" if own_id is None else str(own_id), f"{field}.id"),
-                "input": text_of(row.get("input"), f"{field}.input"),
-                "output": [text_of(reference, f"{field}.output") for reference in output]})
-        _require(len(read["instances"]) > 0, "Instances", "a list of objects, not empty")
-        return read
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; mend it or take the task off the list") from None
+    with runtime.reading(path, "repair it or take the task off the list"):
+        category = _first(task.get("Categories")) or "Unknown"
+        definition = _first(task["Definition"])
+        require_text(category, "Categories")
+        require_text(definition, "Definition")
 
+        positive = list(task.get("Positive Examples", []))
+        negative = list(task.get("Negative Examples", []))
+        for example in positive + negative:
+            for text in [example["input"], example["output"], example.get("explanation", "")]:
+                require_text(text, "Positive or Negative Examples")
 
-def _require(good: bool, field: str, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{field}: expected {wanted}")
+        instances = []
+        for number, row in enumerate(task["Instances"]):
+            instance_id = row.get("id")
+            if instance_id is None:
+                instance_id = f"{path.stem}-{number}"
+            instance_id = str(instance_id)
+            references = row["output"]
+            if not isinstance(references, list):
+                references = [references]
+            if not references:
+                raise ValueError(f"Instances[{number}]: output is empty")
+            for text in [instance_id, row["input"], *references]:
+                require_text(text, f"Instances[{number}]")
+            instances.append({"id": instance_id, "input": row["input"], "output": references})
+        if not instances:
+            raise ValueError("Instances is empty")
 
-
-def text_of(value: Any, field: str) -> str:
-    _require(isinstance(value, str), field, "a string")
-    _require(len(value) <= LONGEST_TEXT, field, f"at most {LONGEST_TEXT} characters")
-    _require(value.encode(errors="replace").decode() == value, field, "text without lone surrogates")
-    return value
-
-
-def _rows(task: dict, field: str) -> list[tuple[str, dict]]:
-    rows = task.get(field, [])
-    are_objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    _require(are_objects, field, "a list of objects")
-    return [(f"{field}[{i}]", row) for i, row in enumerate(rows)]
+    return {
+        "name": path.stem,
+        "category": category,
+        "definition": definition,
+        "positive": positive,
+        "negative": negative,
+        "instances": instances,
+    }
 
 
 def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
+    """Return the first item of a non-empty list, and anything else unchanged."""
+    if isinstance(value, list) and value:
+        return value[0]
+    return value
+
+
+def require_text(value: Any, field: str) -> str:
+    """Return `value`. Raise ValueError if it is not a str that UTF-8 can encode.
+
+    JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would
+    silently change prompts and references.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{field}: expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field}: expected text without lone surrogates") from None
+    return value
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
-    """{"train": names, "test": names}: the tasks that splits/<splits>/ lists and tasks/ holds, in the lists'
-    order; a warning says how many are missing. ValueError when all are, or a list, or a task is on both."""
-    root, listed, found = Path(root), {}, {}
-    for split in ("train", "test"):
-        path = root / "splits" / _plain_name(splits, "--splits") / f"{split}_tasks.txt"
+    """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
+
+    The order is that of the lists. Tasks without a file in tasks/ are left out with a warning.
+    Raise ValueError if a list is missing, if none of the listed tasks has a file, or if a task
+    with a file is on both lists.
+    """
+    root = Path(root)
+    _require_plain_name(splits, "--splits")
+    found: dict[str, list[str]] = {"train": [], "test": []}
+    missing = []
+    for part in found:
+        path = root / "splits" / splits / f"{part}_tasks.txt"
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
-                             "e.g. from git clone https://github.com/allenai/natural-instructions")
-        lines = map(str.strip, path.read_text(encoding="utf-8-sig", errors="replace").split("\n"))
-        listed[split] = list(dict.fromkeys(_plain_name(line, str(path)) for line in lines if line))
-        found[split] = [name for name in listed[split] if (root / "tasks" / f"{name}.json").is_file()]
-    if both := set(listed["train"]) & set(listed["test"]):
-        raise ValueError(f"{path}: {min(both)} is in train_tasks.txt too; take it off one of the two")
-    total, there = (sum(map(len, names.values())) for names in (listed, found))
-    if total and not there:
-        raise ValueError(f"{root / 'tasks'}: has none of the {total} tasks of splits/{splits}; complete it")
-    if there < total:
-        runtime.warn(f"{root / 'tasks'}: {total - there} of the {total} tasks of splits/{splits} are missing")
+            raise ValueError(
+                f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
+                "e.g. from git clone https://github.com/allenai/natural-instructions"
+            )
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        names = [line.strip() for line in lines if line.strip()]
+        for name in dict.fromkeys(names):  # each name once, in order
+            _require_plain_name(name, str(path))
+            if (root / "tasks" / f"{name}.json").is_file():
+                found[part].append(name)
+            else:
+                missing.append(name)
+
+    both = set(found["train"]) & set(found["test"])
+    if both:
+        folder = root / "splits" / splits
+        raise ValueError(f"{folder}: {min(both)} is on both lists; take it off one of them")
+    if missing:
+        problem = f"{root / 'tasks'}: {len(missing)} tasks of splits/{splits} are missing"
+        if not found["train"] and not found["test"]:
+            raise ValueError(f"{problem}, which is all of them; complete the folder")
+        runtime.warn(problem)
     return found
 
 
-def _plain_name(name: str, field: str) -> str:
-    """`name`, if it cannot lead out of its folder."""
-    if not name or ".." in name or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
-        raise ValueError(f"{field}: {name!r:.80} is no plain name; give a short one, no '/', '\\' or '..'")
-    return name
+def _require_plain_name(name: str, origin: str) -> None:
+    """Raise ValueError for a name that is too long or could lead out of its folder."""
+    if ".." in name or not re.fullmatch(r"[^/\\\0]{1,240}", name):
+        raise ValueError(f"{origin}: {name!r:.80} is not a plain name; give a short file name")
 
 
-def split_instances(contents: Sequence[Hashable], name: str, train_instances: int) -> tuple[list[int], ...]:
-    """Disjoint indices (train, dev, seen) of the instances of a training task, shuffled by its name alone.
+def split_instances(
+    contents: Sequence[Hashable], name: str, train_instances: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return three lists of indices (train, dev, seen) into the instances of a training task.
 
-    Of n different contents dev and seen are the last of the shuffle: 20 each from n = 140 on, else n // 5
-    each, whatever `train_instances` is; no copy of theirs trains. Train is the first of the shuffle, so a
-    smaller training set lies within a larger one."""
+    contents: one value for each instance. Instances with equal values are copies of each other.
+    name: the name of the task, which seeds the shuffle.
+
+    After the shuffle, each content is represented by its first copy. Of n such first copies, the
+    last 20 make up "seen" and the 20 before them "dev" (n // 5 each if n < 140), whatever
+    `train_instances` is. Of the other contents, the first `train_instances` instances in shuffled
+    order, copies included, make up "train". So a smaller "train" is the start of a larger one, and
+    no copy of an instance in "dev" or "seen" is in "train".
+    """
     order = list(range(len(contents)))
-    random.Random(f"0/{name}").shuffle(order)
-    first = {contents[i]: i for i in reversed(order)}  # of equal contents, in the order of the shuffle
-    unique = [i for i in order if first[contents[i]] == i]
-    held = 20 if len(unique) >= 140 else len(unique) // 5
-    rest = len(unique) - 2 * held
-    training = {contents[i] for i in unique[:rest]}
-    train = [i for i in order if contents[i] in training]
-    return train[:train_instances], unique[rest:rest + held], unique[rest + held:]
+    random.Random(f"0/{name}").shuffle(order)  # fixed seed "0/...": the sets never change
+
+    # The first copy of each content, in shuffled order.
+    first_copy: dict[Hashable, int] = {}
+    for i in order:
+        first_copy.setdefault(contents[i], i)
+    unique = list(first_copy.values())
+
+    held_out = 20 if len(unique) >= 140 else len(unique) // 5
+    dev_start = len(unique) - 2 * held_out
+    seen_start = len(unique) - held_out
+    training_contents = {contents[i] for i in unique[:dev_start]}
+    train = [i for i in order if contents[i] in training_contents]
+    return train[:train_instances], unique[dev_start:seen_start], unique[seen_start:]
 
 
-# ----------------------------------------------------------------------------------------------------- prompt
+# ---------------------------------------------------------------------------------------- prompt
 
 
-def render_prompt(task: dict, instance: dict, tokenizer: Any, *, definition: bool = True, num_pos: int = 2,
-                  num_neg: int = 0, explanation: bool = False, max_source_length: int = 1024) -> str:
-    """The source of `instance` in the official encoding of Tk-Instruct, to the letter.
+def render_prompt(
+    task: dict,
+    instance: dict,
+    tokenizer: Any,
+    *,
+    definition: bool = True,
+    num_pos: int = 2,
+    num_neg: int = 0,
+    explanation: bool = False,
+    max_source_length: int = 1024,
+) -> str:
+    """Return the prompt of an instance, exactly as the official Tk-Instruct code builds it.
 
-    task, instance: dicts as in the JSON files or from `read_task`. tokenizer: anything with encode(str) ->
-    ids, EOS last, and decode(ids) -> str. Examples are taken in order while the whole fits, tokenised anew
-    each time, since counts of subwords do not add up over parts; a source too long without any is cut."""
-    head = _dot(f"Definition: {_first(task.get('Definition', task.get('definition'))).strip()}") + "\n\n"
-    head = checked = head if definition else ""
-    tail = f"Now complete the following example -\n{_dot('Input: ' + instance['input'].strip())}\nOutput: "
-    for kind, most in (("Positive", num_pos), ("Negative", num_neg)):
-        taken: list[str] = []
-        for number, example in enumerate(task.get(f"{kind} Examples", task.get(kind.lower(), []))[:most], 1):
-            fields = ("Input", " Output", *[" Explanation"] * (explanation and "explanation" in example))
-            shown = "\n".join(_dot(f"{name}: {example[name.strip().lower()].strip()}") for name in fields)
-            shown = f" {kind} Example {number} -\n{shown}\n\n"
-            # the official check joins examples with a space, the official prompt with nothing
-            if len(tokenizer.encode(checked + " ".join(taken) + shown + tail)) > max_source_length:
+    task, instance: dicts from `read_task`, or as they are in the JSON file.
+    tokenizer: anything with encode(text) -> ids with EOS at the end, and decode(ids) -> text.
+
+    First positive, then negative examples of the task are added in order. The first one with which
+    the prompt would exceed `max_source_length` tokens is left out, and so are the later ones of its
+    kind; the other kind is still tried. Each attempt is tokenised as a whole, because token counts
+    of parts do not add up. A prompt that is too long even without examples is cut at its end.
+    """
+    head = ""
+    if definition:
+        text = task["definition"] if "definition" in task else _first(task["Definition"])
+        head = _line("Definition", text) + "\n\n"
+    tail = "Now complete the following example -\n"
+    tail += _line("Input", instance["input"]) + "\nOutput: "
+
+    # The official code joins the examples with a space for the length check, and with nothing
+    # for the prompt. `checked_head` is `head` as the length check has it. The spaces at the start
+    # of some lines are official too.
+    checked_head = head
+    for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
+        official = task.get(f"{kind} Examples", [])
+        examples = task.get(kind.lower(), official)
+        fitting: list[str] = []
+        for number, example in enumerate(examples[:limit], start=1):
+            lines = [
+                f" {kind} Example {number} -",
+                _line("Input", example["input"]),
+                _line(" Output", example["output"]),
+            ]
+            if explanation and "explanation" in example:
+                lines.append(_line(" Explanation", example["explanation"]))
+            shown = "\n".join(lines) + "\n\n"
+            attempt = checked_head + " ".join(fitting) + shown + tail
+            if len(tokenizer.encode(attempt)) > max_source_length:
                 break
-            taken.append(shown)
-        head, checked = head + "".join(taken), checked + " ".join(taken)
-    ids = tokenizer.encode(head + tail)
-    return head + tail if len(ids) <= max_source_length else tokenizer.decode(ids[:max_source_length])
+            fitting.append(shown)
+        head += "".join(fitting)
+        checked_head += " ".join(fitting)
+
+    prompt = head + tail
+    ids = tokenizer.encode(prompt)
+    if len(ids) > max_source_length:
+        prompt = tokenizer.decode(ids[:max_source_length])
+    return prompt
 
 
-def _dot(text: str) -> str:
-    return text if text[-1] in string.punctuation else text + "."
+def _line(name: str, text: str) -> str:
+    """Return "name: text", and add a full stop if it does not end in punctuation."""
+    line = f"{name}: {text.strip()}"
+    if line[-1] not in string.punctuation:
+        line += "."
+    return line
 
 
-def _prompt(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
-    options = {name: getattr(config, name) for name in render_prompt.__kwdefaults__}
-    return render_prompt(task, instance, tokenizer, **options)
+def _encode_source(
+    task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[np.ndarray, bool]:
+    """Return the ids of a source, and whether its end was cut off."""
+    prompt = render_prompt(
+        task,
+        instance,
+        tokenizer,
+        definition=config.definition,
+        num_pos=config.num_pos,
+        num_neg=config.num_neg,
+        explanation=config.explanation,
+        max_source_length=config.max_source_length,
+    )
+    is_cut = not prompt.endswith("Output: ")  # every complete prompt ends so
+    return _limit(tokenizer.source(prompt), config.max_source_length), is_cut
 
 
-def _cut(ids: list[int], limit: int) -> np.ndarray:
-    """At most `limit` ids; the last stays EOS."""
-    return np.array(ids if len(ids) <= limit else [*ids[:limit - 1], ids[-1]], np.int32)
+def _limit(ids: list[int], length: int) -> np.ndarray:
+    """Return at most `length` ids (int32). The last id, which is EOS, stays the last."""
+    if len(ids) > length:
+        ids = ids[: length - 1] + ids[-1:]
+    return np.array(ids, np.int32)
 
 
-# ------------------------------------------------------------------------------------------ examples, tokens
+# ----------------------------------------------------------------------------------------- cache
 
 
-def cached(key: list, files: Sequence[Path], make: Callable[[], dict]) -> dict:
-    """What `make` returns from `files` (tensors, lists, numbers, strings), made once and then mapped from
-    $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe. `key`: JSON values, what it depends on beside the files;
-    these count as unchanged while size and time of change are the same, else the cache file, whose name the
-    key decides, is replaced."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    key = [CACHE_VERSION, *key, list(map(str, files))]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = Path(base, "orchmoe", f"{name}.tokens")
-    key.append([[path.stat().st_size, path.stat().st_mtime_ns] for path in files])
-    if found := _read_cache(path, key):
-        return found
-    made = {"key": key, **make()}  # processes that start together each make it, the last stays
+def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
+    """Return make(), or the result of an earlier call with the same key and unchanged files.
+
+    key: JSON values. The result must depend on nothing but them and the content of the files.
+    files: they count as unchanged if their sizes and modification times are unchanged.
+    make: its result may consist of tensors, lists, tuples, dicts, strings and numbers.
+
+    Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key.
+    """
+    full_key = json.dumps([CACHE_VERSION, key, list(map(str, files))])
+    name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(folder, "orchmoe", f"{name}.tokens")
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+        saved = torch.load(path, weights_only=True)
+        if not damaged and saved["stamps"] == stamps:
+            return saved["result"]
+    except Exception:  # no cache file yet, or a damaged one: call make()
+        pass
+
+    result = make()
     try:
         with runtime.atomic_write(path) as file:
-            torch.save(made, file)
-    except OSError as error:  # a folder that is full, or may not be written, costs the cache alone
-        runtime.warn(f"{path.parent}: no token cache ({error.strerror}); the next start tokenises again")
-    return _read_cache(path, key) or made  # mapped, so that processes share the memory
+            torch.save({"stamps": stamps, "result": result}, file)
+    except OSError as error:
+        problem = f"cannot save tokens ({error.strerror}); the next start tokenises again"
+        runtime.warn(f"{path.parent}: {problem}")
+    return result
 
 
-def _read_cache(path: Path, key: list) -> dict | None:
-    """The content of a whole cache file of this key, its tensors mapped; None for any other."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch writes checksums, but does not look at them
-        found = torch.load(path, mmap=True, weights_only=True)
-        return None if damaged or found["key"] != key else found
-    except Exception:  # of many types, whatever a damaged file or somebody else's provokes
-        return None
+# -------------------------------------------------------------------------------------- examples
 
 
 class Example(NamedTuple):
+    """One instance as tokens."""
+
     id: str
     task: str
     category: str
     source_ids: np.ndarray  # (L,) int32
-    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference
+    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; EOS alone if there is none
     references: list[str]
-    task_index: int = -1  # place among the sorted training tasks; -1 where it is none of them
-    place: int = -1  # among the Instances of its task file, where ids may repeat
+    task_index: int = -1  # index among the training tasks, -1 for other tasks
+    position: int = -1  # index in Instances of the task file (unique, unlike id); -1 without a file
 
 
 class Examples(list[Example]):
-    """One set. tasks: their names, sorted; digest: 16 hex digits of the contents of their files."""
+    """The examples of one set.
+
+    tasks: names of all tasks on the list of the set, sorted.
+    digest: a hash of the contents of the files of these tasks, 16 hex digits.
+    """
 
     def __init__(self, examples: Sequence[Example], tasks: list[str], digest: str):
         super().__init__(examples)
-        self.tasks, self.digest = tasks, digest
+        self.tasks = tasks
+        self.digest = digest
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def load_sets(config: DataConfig, tokenizer: Tokenizer, names: Sequence[str] = (), *,
-              training: Sequence[str] | None = None) -> dict[str, Examples]:
-    """{name: set} of the names: "train", "dev", "seen" (`split_instances` of each training task) and "test"
-    (the first 100 instances of each test task, as they stand); without names all, and "test" where there are
-    test tasks. training: the tasks among which `task_index` is a place, those of a run; without, those of
-    `config`. ValueError for bad files."""
-    listed = {kind: sorted(tasks[:config.max_tasks or None])
-              for kind, tasks in read_splits(config.data, config.splits).items()}
-    index = {task: i for i, task in enumerate(listed["train"] if training is None else training)}
-    sets, names = {}, names or [name for name in SETS if listed["test"] or name != "test"]
-    for kind in {"test" if name == "test" else "train": None for name in names}:
-        sets |= _load_tasks(config, tokenizer, kind, listed[kind], index)
+def load_sets(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    names: Sequence[str] = (),
+    *,
+    training: Sequence[str] | None = None,
+) -> dict[str, Examples]:
+    """Return {name: set} for the given names of sets.
+
+    names: by default "train", "dev", "seen" and, if a test task has a file, "test".
+    training: the training tasks of the run. Example.task_index is an index into them. By default
+    the training tasks that `config` chooses.
+
+    "train", "dev" and "seen" come from each training task (see `split_instances`), "test" is the
+    first 100 instances of each test task, as in the official evaluation. Raise ValueError for bad
+    files, and if a list is needed of which no task has a file.
+    """
+    listed = read_splits(config.data, config.splits)
+    for part in listed:
+        listed[part] = sorted(listed[part][: config.max_tasks or None])
+    if not names:
+        names = ["train", "dev", "seen"]
+        if listed["test"]:
+            names.append("test")
+    if training is None:
+        training = listed["train"]
+
+    sets = {}
+    for part, tasks in listed.items():
+        if set(names) & set(SETS_OF_LIST[part]):
+            sets |= _load_list(config, tokenizer, part, tasks, training)
     return {name: sets[name] for name in names}
 
 
-def _load_tasks(config: DataConfig, tokenizer: Tokenizer, kind: str, tasks: list[str],
-                index: dict[str, int]) -> dict[str, Examples]:
-    """The sets of the training or of the test tasks, their tokens from the cache where it has them."""
+def _load_list(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    part: str,
+    tasks: list[str],
+    training: Sequence[str],
+) -> dict[str, Examples]:
+    """Return all sets of one list ("train" or "test"), with tokens from the cache if possible."""
     folder = Path(config.data) / "tasks"
     if not tasks:
-        raise ValueError(f"{folder}: no task of splits/{config.splits}/{kind}_tasks.txt; complete it")
+        raise ValueError(f"{folder}: no task of {part}_tasks.txt is here; complete the folder")
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
-    options = {name: value for name, value in vars(config).items() if name not in WHERE}
-    made = cached([kind, options, tokenizer.fingerprint], paths, lambda: {"tasks": [
-        _encode_task(path, kind, tokenizer, config)
-        for path in runtime.progress(paths, "tokenising", unit="task")]})["tasks"]
-    if copies := sum(task["copies"] for task in made):
-        runtime.warn(f"{folder}: {copies} instances repeat another of their task; none is on two sides of "
-                     "train, dev and seen")
-    if cut := sum(task["cut"] for task in made):
-        runtime.warn(f"--max-source-length {config.max_source_length}: the ends of {cut} sources are cut off")
-    sets: dict[str, list[Example]] = {name: [] for name in SETS if (name == "test") == (kind == "test")}
-    for name, task in zip(tasks, made, strict=True):
-        rows = json.loads(task["rows"])
-        ends = np.cumsum([size for *_, sizes in rows for size in sizes])
+    options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
+
+    def encode_tasks() -> list[dict]:
+        bar = runtime.progress(paths, "tokenising", unit="task")
+        return [_encode_task(path, part, tokenizer, config) for path in bar]
+
+    encoded = cached([part, options, tokenizer.fingerprint], paths, encode_tasks)
+
+    # Turn the plain values of the cache into examples.
+    task_index = {task: i for i, task in enumerate(training)}
+    examples = {name: [] for name in SETS_OF_LIST[part]}
+    digest = hashlib.sha256()
+    cut = 0
+    for task in encoded:
+        digest.update(task["digest"].encode())
+        cut += task["cut"]
+        ends = np.cumsum(task["lengths"])
         pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
-        for split, place, own_id, references, sizes in rows:
-            source, *targets = [next(pieces) for _ in sizes]
-            sets[split].append(Example(own_id, name, task["category"], source, targets, references,
-                                       index.get(name, -1), place))
-    digest = hashlib.sha256("".join(task["digest"] for task in made).encode()).hexdigest()[:16]
-    return {name: Examples(examples, tasks, digest) for name, examples in sets.items()}
+        for name, rows in task["rows"].items():
+            for position, instance_id, references in rows:
+                source_ids = next(pieces)
+                target_ids = [next(pieces) for _ in references]
+                example = Example(
+                    id=instance_id,
+                    task=task["name"],
+                    category=task["category"],
+                    source_ids=source_ids,
+                    target_ids=target_ids,
+                    references=references,
+                    task_index=task_index.get(task["name"], -1),
+                    position=position,
+                )
+                examples[name].append(example)
+
+    if cut:
+        limit = f"--max-source-length {config.max_source_length}"
+        runtime.warn(f"{limit}: {cut} sources are too long and lose their ends")
+    short_digest = digest.hexdigest()[:16]
+    return {name: Examples(examples[name], tasks, short_digest) for name in examples}
 
 
-def _encode_task(path: Path, kind: str, tokenizer: Tokenizer, config: DataConfig) -> dict[str, Any]:
-    """What is kept of a task file; `ids` holds each row's source and, behind it, its targets."""
-    task, rows, ids, cut = read_task(path), [], [], 0
-    contents = [(instance["input"], *instance["output"]) for instance in task["instances"]]
-    sets = {"test": range(min(len(contents), 100))}
-    if kind == "train":
-        sets = dict(zip(SETS, split_instances(contents, path.stem, config.train_instances), strict=False))
-    for split, place in [(split, place) for split, places in sets.items() for place in places]:
-        instance = task["instances"][place]
-        prompt = _prompt(task, instance, tokenizer, config)
-        cut += not prompt.endswith("Output: ")  # as every whole prompt does
-        pieces = [_cut(tokenizer.source(prompt), config.max_source_length)]
-        pieces += [_cut(tokenizer.target(text), config.max_target_length) for text in instance["output"]]
-        rows.append((split, place, instance["id"], instance["output"], list(map(len, pieces))))
-        ids += pieces
-    copies = len(contents) - len(set(contents)) if kind == "train" else 0
-    return {"digest": hashlib.sha256(path.read_bytes()).hexdigest(), "category": task["category"],
-            "copies": copies, "cut": cut, "rows": json.dumps(rows),
-            "ids": torch.from_numpy(np.concatenate(ids))}
+def _encode_task(path: Path, part: str, tokenizer: Tokenizer, config: DataConfig) -> dict[str, Any]:
+    """Return what the cache keeps of a task file, as plain values.
+
+    rows: {set: [(position, id, references), ...]}, see Example.
+    ids: the tokens of all rows in one tensor, for each row the source and then the targets.
+    lengths: the number of tokens of each of these sources and targets, in the same order.
+    cut: the number of sources that lost their ends.
+    digest: a hash of the file.
+    """
+    task = read_task(path)
+    instances = task["instances"]
+    if part == "train":
+        contents = [(instance["input"], *instance["output"]) for instance in instances]
+        train, dev, seen = split_instances(contents, task["name"], config.train_instances)
+        positions = {"train": train, "dev": dev, "seen": seen}
+    else:
+        positions = {"test": range(min(len(instances), 100))}
+
+    rows = {}
+    pieces = []
+    cut = 0
+    for set_name, chosen in positions.items():
+        rows[set_name] = []
+        for position in chosen:
+            instance = instances[position]
+            source, is_cut = _encode_source(task, instance, tokenizer, config)
+            cut += is_cut
+            pieces.append(source)
+            for text in instance["output"]:
+                pieces.append(_limit(tokenizer.target(text), config.max_target_length))
+            rows[set_name].append((position, instance["id"], instance["output"]))
+    return {
+        "name": task["name"],
+        "category": task["category"],
+        "rows": rows,
+        "ids": torch.from_numpy(np.concatenate(pieces)),
+        "lengths": [len(piece) for piece in pieces],
+        "cut": cut,
+        "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
-def asked(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
-    """An instruction and an input of one's own as an Example without positive examples and references."""
-    definition, text = text_of(definition, "--ask"), text_of(text, "--input")
-    prompt = _prompt({"definition": definition}, {"input": text}, tokenizer, config)
-    if not prompt.endswith("Output: "):
-        runtime.warn(f"--max-source-length {config.max_source_length}: the end of the input is cut off")
-    source_ids = _cut(tokenizer.source(prompt), config.max_source_length)
-    return Example("asked", "asked", "asked", source_ids, [_cut(tokenizer.target(""), 1)], [])
+def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
+    """Return an Example without references for an instruction and an input of the user."""
+    task = {"definition": require_text(definition, "--ask")}
+    instance = {"input": require_text(text, "--input")}
+    source_ids, is_cut = _encode_source(task, instance, tokenizer, config)
+    if is_cut:
+        runtime.warn(
+            f"--max-source-length {config.max_source_length}: the end of the input is cut off"
+        )
+    return Example(
+        id="question",
+        task="question",
+        category="question",
+        source_ids=source_ids,
+        target_ids=[_limit(tokenizer.target(""), 1)],  # EOS alone, so that collate works
+        references=[],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
-    input_ids: torch.Tensor  # (B,L) int64
-    attention_mask: torch.Tensor  # (B,L) bool
-    labels: torch.Tensor  # (B,Lt) int64, -100 at padding
-    task_ids: torch.Tensor  # (B,) int64, -1 where it is no training task
-    ids: list[str]
+    input_ids: Tensor  # (B,L) int64
+    attention_mask: Tensor  # (B,L) bool
+    labels: Tensor  # (B,Lt) int64, -100 at padding
+    task_ids: Tensor  # (B,) int64, task_index of each Example
+    ids: list[str]  # id of each Example
 
     @property
     def target_tokens(self) -> int:
+        """Return the number of target tokens, padding excluded."""
         return int((self.labels != -100).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return Batch(*[field.to(device, non_blocking=True) for field in self[:-1]], self.ids)
+        """Return the same batch with its tensors on `device`."""
+        moved = {
+            name: field.to(device, non_blocking=True)
+            for name, field in self._asdict().items()
+            if name != "ids"
+        }
+        return self._replace(**moved)
 
     def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
-        """(rows, batch of these rows) for up to `parts` pieces of nearly equal size. Of each piece process
-        `rank` takes every `ranks`-th row; where none is left for it, `rows` is empty and the batch is the
-        first row without its target, since all processes must take the same steps."""
-        size = -(-len(self.ids) // parts)
+        """Cut the batch into at most `parts` pieces and yield the share of one process of each.
+
+        All pieces have ceil(B / parts) rows, but the last may have fewer. Of each piece, process
+        `rank` of `ranks` gets every `ranks`-th row, from row number `rank` on. Yield (rows, Batch
+        of these rows), where `rows` are indices into this batch. A process without a row gets an
+        empty `rows` and the first row of the piece with all labels -100, because every process
+        must run the model equally often.
+        """
+        size = math.ceil(len(self.ids) / parts)
         for start in range(0, len(self.ids), size):
-            rows = range(len(self.ids))[start:start + size][rank::ranks]
-            where = slice(start, start + 1) if not rows else slice(rows.start, rows.stop, ranks)
-            ids, mask, labels, *rest = [field[where] for field in self]
-            labels = labels if rows else torch.full_like(labels, -100)
-            # Batches hold rows in order of length: cut to its own longest, a piece pads less than the whole.
-            source, target = mask.any(0).sum(), (labels != -100).any(0).sum()
-            yield rows, Batch(ids[:, :source], mask[:, :source], labels[:, :max(1, target)], *rest)
+            stop = min(start + size, len(self.ids))
+            rows = range(start + rank, stop, ranks)
+            index = list(rows) or [start]
+            mask = self.attention_mask[index]
+            labels = self.labels[index]
+            if not rows:
+                labels = torch.full_like(labels, -100)
+
+            # Drop the columns that are padding in all rows of the piece. Batches are sorted by
+            # source length, so that a piece often is shorter than its batch.
+            source_length = mask.any(dim=0).sum()
+            target_length = (labels != -100).any(dim=0).sum().clamp(min=1)
+            piece = Batch(
+                input_ids=self.input_ids[index, :source_length],
+                attention_mask=mask[:, :source_length],
+                labels=labels[:, :target_length],
+                task_ids=self.task_ids[index],
+                ids=[self.ids[i] for i in index],
+            )
+            yield rows, piece
 
 
 def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the batch of `step` = 0, 1, .. by these arguments alone; an epoch has each example once."""
-    epoch, place = divmod(step, -(-len(lengths) // batch_size))
-    return _epoch(np.asarray(lengths, np.int64).tobytes(), batch_size, seed, epoch)[place]
+    """Return the indices of the examples in the batch of `step`, which counts from 0.
+
+    lengths: source lengths of all examples. The result depends on nothing but the arguments. Each
+    example occurs once in an epoch, and one batch of an epoch may have fewer than `batch_size`.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    epoch, number = divmod(step, math.ceil(len(lengths) / batch_size))
+    return _epoch(lengths.tobytes(), batch_size, seed, epoch)[number]
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(lengths: bytes, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffled by (seed, epoch), sorted by length within pools of 50 batches so that a batch pads little, the
-    batches shuffled again."""
-    lengths, rng, batches = np.frombuffer(lengths, np.int64), np.random.default_rng([seed, epoch]), []
+def _epoch(length_bytes: bytes, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the indices of each batch of an epoch, in the order of the steps.
+
+    length_bytes: the lengths of `batch_at` as bytes, because lru_cache has to hash them.
+    Examples are shuffled, and then sorted by length within pools of 50 batches so that a batch
+    needs little padding. Then the batches are shuffled.
+    """
+    lengths = np.frombuffer(length_bytes, np.int64)
+    rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    batches = []
     for start in range(0, len(order), 50 * batch_size):
-        pool = order[start:start + 50 * batch_size]
+        pool = order[start : start + 50 * batch_size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+        for first in range(0, len(pool), batch_size):
+            batches.append(pool[first : first + batch_size])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0, pad_id: int = 0) -> Batch:
-    """Padded batch with one reference an example: the first, or one drawn by (seed, step, task, id)."""
-    sources, targets = [torch.from_numpy(example.source_ids).long() for example in examples], []
+def collate(
+    examples: Sequence[Example], *, seed: int | None = None, step: int = 0, pad_id: int = 0
+) -> Batch:
+    """Return a padded batch with one reference for each example.
+
+    Without a seed this is the first reference. With a seed, a hash of (seed, step, task, id)
+    chooses it.
+    """
+    sources = []
+    masks = []
+    targets = []
     for example in examples:
-        name = f"{seed}/{step}/{example.task}/{example.id}".encode()
-        draw = 0 if seed is None else int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
-        targets.append(torch.from_numpy(example.target_ids[draw % len(example.target_ids)]).long())
-    return Batch(pad_sequence(sources, batch_first=True, padding_value=pad_id),
-                 pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in sources], batch_first=True),
-                 pad_sequence(targets, batch_first=True, padding_value=-100),
-                 torch.tensor([example.task_index for example in examples]), [e.id for e in examples])
+        number = 0
+        if seed is not None:
+            key = f"{seed}/{step}/{example.task}/{example.id}"
+            digest = hashlib.sha256(key.encode()).digest()
+            number = int.from_bytes(digest[:8], "little") % len(example.target_ids)
+        source = torch.from_numpy(example.source_ids).long()
+        sources.append(source)
+        masks.append(torch.ones_like(source, dtype=torch.bool))
+        targets.append(torch.from_numpy(example.target_ids[number]).long())
+
+    return Batch(
+        input_ids=pad_sequence(sources, batch_first=True, padding_value=pad_id),
+        attention_mask=pad_sequence(masks, batch_first=True, padding_value=False),
+        labels=pad_sequence(targets, batch_first=True, padding_value=-100),
+        task_ids=torch.tensor([example.task_index for example in examples]),
+        ids=[example.id for example in examples],
+    )
 
 
 def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
-    """At most `limit` of the examples, evenly spaced; all of them for 0."""
-    count = min(limit, len(examples)) if limit else len(examples)
+    """Return at most `limit` examples, evenly spaced, or all of them if `limit` is 0."""
+    count = len(examples)
+    if limit:
+        count = min(count, limit)
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
-def batches(examples: Sequence[Example], size: int, device: torch.device, desc: str, rank: int = 0,
-            ranks: int = 1) -> Iterator[tuple[list[int], Batch]]:
-    """(positions, batch on the device), longest sources first: little padding, and a lack of memory shows at
-    once. Of several processes each takes its part of every size * ranks examples, see Batch.split."""
+def batches(
+    examples: Sequence[Example],
+    size: int,
+    device: torch.device,
+    description: str,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield (indices into `examples`, Batch on the device), the longest sources first.
+
+    In this order batches need little padding, and a batch that exceeds the memory fails early.
+    Of every size * ranks examples, process `rank` gets at most `size`. If it gets none, the list
+    of indices is empty and the Batch is a placeholder; see Batch.split.
+    """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
-    with runtime.progress(None, desc, total=len(order), unit="ex") as bar:
+    with runtime.progress(None, description, total=len(order), unit="ex") as bar:
         for start in range(0, len(order), size * ranks):
-            rows = order[start:start + size * ranks]
-            mine, part = next(collate([examples[i] for i in rows]).split(1, rank, ranks))
-            yield [rows[i] for i in mine], part.to(device)
-            bar.update(len(rows))
+            indices = order[start : start + size * ranks]
+            whole = collate([examples[i] for i in indices])
+            rows, own = next(whole.split(1, rank, ranks))
+            yield [indices[row] for row in rows], own.to(device)
+            bar.update(len(indices))

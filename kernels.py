@@ -1,11 +1,18 @@
-"""The batched adapter matmuls made fast: `attach(..., mix=kernels.mix_skills)` in place of the specification,
-orchmoe.mix_skills, whose signature all share. A frozen Linear and its skills are ONE function with a backward
-of its own; on CUDA it is compiled. mix_factors is the other function of the family: skills mix their factors
-(Poly, MHR).
+"""Fast forms of the two ways to mix skills.
 
-B batch, L length, D d_in, O d_out, S skills, R rank, H heads, N = B L.  Test: pytest tests/test_kernels.py"""
+`mix_skills` computes the same as orchmoe.mix_skills, which is its plain specification and has the
+same signature. It treats a frozen Linear and its skills as one function with its own backward.
+`mix_factors` mixes the factors of the skills instead of their outputs (Poly, MHR).
+Both are compiled in training on CUDA.
 
-from functools import cache, partial, wraps
+    orchmoe.attach(model, config, mix=kernels.mix_skills)
+
+Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L.
+Test: pytest tests/test_kernels.py
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -14,90 +21,162 @@ from torch.autograd.function import once_differentiable
 
 
 class _SkillLinear(torch.autograd.Function):
-    """y = W0 x + b + ((x A_cat) * c) B_cat with A_cat (D,SR), B_cat (SR,O): both are free views.
+    """y = x W0^T + b + hc B, where h = x A^T and hc = h * c.
 
-    Autograd alone would keep what it needs as well, but write y and dx twice: here W0's products and those of
-    the skills accumulate in place. Nothing of shape (N,S,O) exists, and W0 gets no gradient."""
+    A (SR,D) and B (SR,O) hold the factors of all skills below one another, so two products serve
+    all skills and nothing of shape (M,S,O) exists.
+
+    Why this is a function of its own: autograd would compute the same numbers, but it would write
+    the two terms of y (and of dx) to separate tensors and then add them. Here the second term is
+    added in place. W0 and b are frozen and get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, c: Tensor, weight: Tensor | None,
-                bias: Tensor | None) -> Tensor:
-        """x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), all of one dtype -> (B,L,O)."""
-        rows = x.flatten(0, 1)  # (N,D)
-        h = rows @ A.T  # (N,SR)
-        hc = (h.unflatten(0, x.shape[:2]) * c).flatten(0, 1)  # (N,SR)
-        y = hc @ B if weight is None else F.linear(rows, weight, bias).addmm_(hc, B)
-        ctx.save_for_backward(rows, A, B, c, h, hc, weight)
-        return y.unflatten(0, x.shape[:2])
+    def forward(
+        ctx, x: Tensor, A: Tensor, B: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Return y (B,L,O).
+
+        x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), weight (O,D), bias (O): one dtype.
+        """
+        shape = x.shape[:2]  # (B,L)
+        x = x.flatten(0, 1)  # (M,D)
+
+        h = x @ A.T  # (M,SR)
+        hc = (h.unflatten(0, shape) * c).flatten(0, 1)  # (M,SR)
+        if weight is None:
+            y = hc @ B  # (M,O)
+        else:
+            y = F.linear(x, weight, bias)
+            y.addmm_(hc, B)  # y += hc B
+
+        ctx.save_for_backward(x, A, B, c, h, hc, weight)
+        return y.unflatten(0, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        rows, A, B, c, h, hc, weight = ctx.saved_tensors
+        """Return the gradients of forward's arguments, given that of y (B,L,O)."""
+        x, A, B, c, h, hc, weight = ctx.saved_tensors
+        needs_x, needs_A, needs_B, needs_c, _, _ = ctx.needs_input_grad
         dx = dA = dB = dc = None
-        shape, dy = dy.shape[:2], dy.flatten(0, 1)  # (B,L), (N,O)
-        if ctx.needs_input_grad[2]:
-            dB = hc.T @ dy
-        if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
-            dhc = dy @ B.T  # (N,SR)
-            if ctx.needs_input_grad[3]:
-                dc = (dhc * h).unflatten(0, shape).sum_to_size(c.shape)  # over L and B where c is shared
-            dh = (dhc.unflatten(0, shape) * c).flatten(0, 1)
-            if ctx.needs_input_grad[1]:
-                dA = dh.T @ rows
-            if ctx.needs_input_grad[0]:
-                dx = dh @ A if weight is None else (dy @ weight).addmm_(dh, A)
-                dx = dx.unflatten(0, shape)
+        shape = dy.shape[:2]  # (B,L)
+        dy = dy.flatten(0, 1)  # (M,O)
+
+        # y = x W0^T + b + hc B
+        if needs_B:
+            dB = hc.T @ dy  # (SR,O)
+
+        # hc = h * c
+        if needs_x or needs_A or needs_c:
+            dhc = dy @ B.T  # (M,SR)
+            if needs_c:
+                # Where all tokens or all samples share c, this sums over L or B.
+                dc = (dhc * h).unflatten(0, shape).sum_to_size(c.shape)
+            dh = (dhc.unflatten(0, shape) * c).flatten(0, 1)  # (M,SR)
+
+        # h = x A^T
+        if needs_A:
+            dA = dh.T @ x  # (SR,D)
+        if needs_x:
+            if weight is None:
+                dx = dh @ A  # (M,D)
+            else:
+                dx = dy @ weight
+                dx.addmm_(dh, A)  # dx += dh A
+            dx = dx.unflatten(0, shape)
         return dx, dA, dB, dc, None, None
 
 
-_compiled = cache(partial(torch.compile, dynamic=True))
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
 
 
-def _fast(function):
-    """Compiled for training on CUDA. Not for generation, where rows come and go and a batch of one is a graph
-    of its own; not inside a compiled block, which takes the function as it is; not on the CPU."""
+def _compiled_in_training(function: Callable) -> Callable:
+    """Return `function`, which now runs compiled in training on CUDA and as it is elsewhere.
+
+    Generation stays uncompiled: its batches shrink, and a batch or length of one would be compiled
+    once more. Inside a compiled block the function is part of that block's graph.
+    """
+
     @wraps(function)
-    def mix(x: Tensor, *rest):
-        worth = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
-        return (_compiled(function) if worth and not torch.compiler.is_compiling() else function)(x, *rest)
+    def mix(x: Tensor, *rest) -> Tensor:
+        training = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
+        if training and not torch.compiler.is_compiling():
+            return _compiled(function)(x, *rest)
+        return function(x, *rest)
 
     return mix
 
 
-@_fast
-def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-               bias: Tensor | None = None) -> Tensor:
-    """weight x + bias, where weight (O,D) is given, + scale * sum_s c_s B_s A_s x: outputs mixed, two GEMMs
-    of the concatenated rank S R.
+@_compiled_in_training
+def mix_skills(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return weight x + bias + scale * sum_s c_s B_s A_s x: the outputs of the skills are mixed.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype. Backward keeps x and 2
-    N S R elements; weight and bias, frozen, get no gradient, and once is as often as it can be taken."""
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype.
+    Without `weight` (O,D) the result is the sum over the skills alone. weight and bias are frozen
+    and get no gradient. Backward keeps x and 2 M S R numbers; there is no second derivative.
+    """
     S, R, D = A.shape
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and x.dtype != torch.float64:  # which it leaves alone
-        # Autocast sees single operations; this is one function, whose inputs must be of one dtype.
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-    # Weights of the skills are cast to x's dtype, never x to theirs.
-    A, B = A.reshape(S * R, D).to(x.dtype), B.reshape(S * R, -1).to(x.dtype)
-    c = (scale * (c if c.dim() == 3 else c.unsqueeze(1))).to(x).repeat_interleave(R, dim=-1)
-    return _SkillLinear.apply(x, A, B, c, weight, bias)  # c (B or 1,L or 1,SR)
+
+    # Autocast casts the inputs of single operations. This is one function, so it casts them here.
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        if weight is not None:
+            weight = weight.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
+
+    # The skills are cast to x's dtype, never x to theirs. The reshapes are free views.
+    A = A.reshape(S * R, D).to(x.dtype)
+    B = B.reshape(S * R, -1).to(x.dtype)
+    if c.dim() == 2:
+        c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
+    c = (scale * c).to(x).repeat_interleave(R, dim=-1)  # one number for each rank of each skill
+    return _SkillLinear.apply(x, A, B, c, weight, bias)
 
 
-@_fast
-def mix_factors(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-                bias: Tensor | None = None) -> Tensor:
-    """The same with scale * (sum_s c_s B_s)(sum_s c_s A_s) x: factors mixed once per sample, then two batched
-    GEMMs (Ponti et al. 2023).
+@_compiled_in_training
+def mix_factors(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return weight x + bias + scale * (sum_s c_s B_s) (sum_s c_s A_s) x: the factors are mixed.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with a mixture for each of H heads, which split A
-    over D and B over O (Caccia et al. 2023); 1 for B where all samples share it -> (B,L,O) in x's dtype."""
-    S, R, D = A.shape
-    c = (c.unsqueeze(1) if c.dim() == 2 else c).to(x)  # (B,H,S)
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with one mixture for each of H heads; one
+    row serves all samples -> (B,L,O) in x's dtype. Heads split A over D and B over O.
+    Sources: Ponti et al. 2023 (Poly); Caccia et al. 2023 (heads).
+    """
+    S, R, _ = A.shape
+    if c.dim() == 2:
+        c = c.unsqueeze(1)  # (B,1,S): one head
+    c = c.to(x)
     H = c.shape[1]
-    A_mix = torch.einsum("bhs,srhd->brhd", c, A.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,D)
-    B_mix = torch.einsum("bhs,srho->brho", c, B.to(x.dtype).view(S, R, H, -1)).flatten(2)  # (B,R,O)
-    mixed = torch.matmul(torch.matmul(x, A_mix.mT) * scale, B_mix)
-    return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
+
+    A = A.to(x.dtype).view(S, R, H, -1)  # (S,R,H,D/H)
+    B = B.to(x.dtype).view(S, R, H, -1)  # (S,R,H,O/H)
+    A_mix = torch.einsum("bhs,srhd->brhd", c, A).flatten(2)  # (B,R,D)
+    B_mix = torch.einsum("bhs,srho->brho", c, B).flatten(2)  # (B,R,O)
+
+    h = x @ A_mix.mT  # (B,L,R)
+    mixed = (h * scale) @ B_mix  # (B,L,O)
+    if weight is None:
+        return mixed
+    return F.linear(x, weight, bias).add_(mixed)

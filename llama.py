@@ -1,8 +1,12 @@
-"""Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 from scratch: they differ in LlamaConfig alone. Sources:
-Touvron et al., arXiv 2302.13971; Su et al., arXiv 2104.09864 (rotary positions); Ainslie et al., arXiv
-2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU). Test: pytest tests/test_llama.py
+"""Llama 2 and 3, Mistral, Qwen2, Qwen3 and SmolLM2 from scratch. They differ only in LlamaConfig.
 
-Dimensions: B batch, L length, D hidden_size, H heads of queries, G of keys and values, E head_dim."""
+Sources: Touvron et al., arXiv 2302.13971; Su et al., arXiv 2104.09864 (rotary positions); Ainslie
+et al., arXiv 2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU).
+
+Letters: B batch, L length, D hidden_size, H heads of queries, G heads of keys and values,
+E head_dim, V vocabulary.
+Test: pytest tests/test_llama.py
+"""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -10,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Backbone, Config, causal_attention
+from model import IGNORED, Backbone, Config
+
+# The numbers of Llama 3's way to scale positions, see `rotation`.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class LlamaConfig(Config):
-    """Field names are those of Hugging Face's config.json, but for `eos_ids`."""
+    """Fields are named as in Hugging Face's config.json, except `eos_ids`."""
 
     model_type: str
     vocab_size: int
@@ -23,215 +30,417 @@ class LlamaConfig(Config):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    max_position_embeddings: int  # of the longest row; at most the window that Mistral 0.1 looks back on
+    max_position_embeddings: int  # tokens of the longest row; at most Mistral 0.1's window
     num_key_value_heads: int
     head_dim: int
     eos_ids: tuple  # generation ends at any of them
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    factor: float = 1.0  # the four of Llama 3's scaling of the positions, see `rotation`; 1: none
+    factor: float = 1.0  # 1: no scaling of positions
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    attention_bias: bool = False  # of q, k, v and o; in Qwen2 q, k and v have one whatever this says
+    attention_bias: bool = False  # q, k, v and o have a bias; in Qwen2 q, k and v always have one
     tie_word_embeddings: bool = False  # the head is the embedding table
 
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    only = {  # other values describe other computations
-        "hidden_act": ("silu",), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
-        "mlp_bias": (False,), "use_sliding_window": (False,), "layer_types": ("full_attention",),
-        "num_experts": (), "quantization_config": (), "full_attention": (),
-    }  # fmt: skip
+    only = {
+        "hidden_act": ("silu",),
+        "rope_type": ("default", "llama3"),
+        "partial_rotary_factor": (1,),
+        "mlp_bias": (False,),
+        "use_sliding_window": (False,),
+        "layer_types": ("full_attention",),
+        "num_experts": (),
+        "quantization_config": (),
+        "full_attention": (),
+    }
 
     def __post_init__(self):
         super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide heads")
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
         if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
-        if not self.eos_ids or not all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids):
-            raise ValueError(f"eos_token_id {self.eos_ids!r:.60} must be token ids below vocab_size")
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor"
+            )
+        valid = [type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids]
+        if not valid or not all(valid):
+            raise ValueError(
+                f"eos_token_id {self.eos_ids!r:.60} must be one or more token ids below vocab_size"
+            )
 
-    num_blocks = property(lambda self: self.num_hidden_layers)
-    tied_head = property(lambda self: self.tie_word_embeddings)
-    pad_token_id = property(lambda self: self.eos_ids[0])  # fills up `generate`'s rows; nothing reads it
+    @property
+    def num_blocks(self) -> int:
+        return self.num_hidden_layers
+
+    @property
+    def tied_head(self) -> bool:
+        return self.tie_word_embeddings
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.eos_ids[0]  # only `generate` writes it, behind the end of a row
 
     @classmethod
     def from_hf(cls, values: dict) -> "LlamaConfig":
-        window = values.get("sliding_window", 4096)  # Mistral's default, as below 128 is Qwen3's
-        # transformers 4: rope_theta at the top, all else in rope_scaling, which wins; 5: in rope_parameters.
-        parts = [values.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"rope_parameters and rope_scaling must be objects, not {parts!r:.60}")
-        parts = [part | {"rope_type": part.get("rope_type") or part.get("type")} for part in parts]  # old
-        rope = {name: value for part in parts for name, value in part.items() if value is not None}
-        values = {**values, "rope_type": "default", **rope}
-        values = {k: v for k, v in values.items() if v is not None and k not in cls.llama3}
-        if values.get("rope_type") == "llama3":
-            values |= {name: rope.get(name) for name in cls.llama3}
-        eos, heads = values.get("eos_token_id"), values.get("num_attention_heads")
-        values["eos_ids"] = tuple(eos if isinstance(eos, list) else [eos])
-        config = cls.of({"num_key_value_heads": heads, "head_dim": 128} | values)
-        if "head_dim" not in values and config.model_type != "qwen3":
+        """Return the config that the values of a config.json describe."""
+        known = {}
+        for name, value in values.items():
+            if value is not None and name not in LLAMA3:  # these count only in the rope settings
+                known[name] = value
+        known |= read_rope(values)
+        known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+
+        eos = known.get("eos_token_id")
+        if not isinstance(eos, list):
+            eos = [eos]
+        known["eos_ids"] = tuple(eos)
+
+        # The default of head_dim is 128 in Qwen3; in other models the heads share hidden_size.
+        # `of` comes first, because it checks the two numbers that are divided.
+        config = cls.of({"head_dim": 128, **known})
+        if "head_dim" not in known and config.model_type != "qwen3":
             config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+
+        # A token of Mistral 0.1 sees a window of the last positions. We accept only rows that are
+        # no longer than the window, so that it makes no difference. null means no window.
+        window = values.get("sliding_window", 4096)
         if config.model_type == "mistral" and window is not None:
             if type(window) is not int:
                 raise ValueError(f"sliding_window must be int, not {window!r:.60}")
-            config = replace(config, max_position_embeddings=min(window, config.max_position_embeddings))
+            longest = min(window, config.max_position_embeddings)
+            config = replace(config, max_position_embeddings=longest)
         return config
 
     def to_hf(self) -> dict:
-        values = asdict(self) | {"sliding_window": None, "hidden_act": "silu"}
+        """Return the values of a config.json that describes this config."""
+        values = asdict(self)
+        values["sliding_window"] = None
+        values["hidden_act"] = "silu"
         values["eos_token_id"] = list(values.pop("eos_ids"))
-        numbers = {name: values.pop(name) for name in self.llama3}
-        rope = {"rope_type": "default"} if self.factor == 1 else {"rope_type": "llama3", **numbers}
-        values |= {"rope_scaling": rope, "rope_parameters": {"rope_theta": self.rope_theta, **rope}}
+
+        scaling = {name: values.pop(name) for name in LLAMA3}
+        rope = {"rope_type": "default"}
+        if self.factor != 1:
+            rope = {"rope_type": "llama3", **scaling}
+        values["rope_scaling"] = rope  # read by transformers 4
+        values["rope_parameters"] = {"rope_theta": self.rope_theta, **rope}  # by transformers 5
         return {"architectures": [self.model_type.capitalize() + "ForCausalLM"], **values}
 
 
-# Rotary positions: numbers i and i + E/2 of a head are one point of the plane. At position p it is turned by
-# the angle p f_i with f_i = theta^(-2i/E); for E = 8 and theta = 10,000:
+def read_rope(values: dict) -> dict:
+    """Return the rope settings among the values of a config.json, by the names of LlamaConfig.
+
+    transformers 4 writes rope_theta beside all other values and the rest to `rope_scaling`;
+    transformers 5 writes everything to `rope_parameters`. If both are there rope_scaling wins.
+    """
+    rope = {"rope_type": "default"}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"rope_parameters and rope_scaling must be objects, not {given!r:.60}")
+        for key, value in given.items():
+            if value is not None:
+                rope[key] = value
+        # Old files call the type of scaling `type`.
+        if given.get("rope_type") is None and given.get("type") is not None:
+            rope["rope_type"] = given["type"]
+
+    for name in LLAMA3:
+        if rope["rope_type"] != "llama3":
+            rope.pop(name, None)  # only this type uses it
+        elif name not in rope:
+            raise ValueError(f"{name} is missing; rope_type llama3 needs it")
+    return rope
+
+
+# Rotary positions. Numbers i and i + E/2 of a head are the coordinates of point i in a plane. At
+# position p this point is turned by the angle p f_i, where f_i = theta^(-2i/E).
 #
-#      number i + E/2                           point   numbers      f_i    a full turn in
-#        |     * at p + 1                         0      0 and 4     1           6 tokens
-#        |    /    * at p                         1      1 and 5     0.1        63
-#        |   / f_i                                2      2 and 6     0.01      628
-#        |  /  .                                  3      3 and 7     0.001   6,283
-#        +--------------> number i
+#     number i + E/2
+#       |     * at p + 1             For E = 8 and theta = 10,000:
+#       |    /
+#       |   /     * at p             point i   numbers   f_i     positions in a full turn
+#       |  /   /                        0      0 and 4   1             6
+#       | / /  <- angle f_i             1      1 and 5   0.1          63
+#       |//                             2      2 and 6   0.01        628
+#       +-----------> number i          3      3 and 7   0.001     6,283
 #
-# The product of q at p and k at p' depends on p - p' alone: turning both by one angle does not change it.
+# Turning q and k by the same angle does not change their product. So the product of q at position p
+# and k at position p' depends on p - p' alone.
+
+
 def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
-    """Positions p (...) -> (2,...,1,E): cos(p f_i), and sin(p f_i) with the sign that `rotate` wants."""
+    """Return cos(p f_i) and sin(p f_i) for `rotate`, (2,...,1,E), given positions p (...)."""
     i = torch.arange(config.head_dim // 2, device=positions.device)
-    f = 1 / config.rope_theta ** (2 * i / config.head_dim)  # (E/2); in float32, as the weights were trained
+    f = 1 / config.rope_theta ** (2 * i / config.head_dim)  # (E/2); float32, as in pretraining
     if config.factor != 1:
-        # Points that turn less than `low` times in the context of the pretraining are slowed by `factor`,
-        # those that turn more than `high` times are not, and those between are mixed.
-        low, high = config.low_freq_factor, config.high_freq_factor
+        # Llama 3 counts the turns of each point in the context length of its pretraining. Below
+        # `low` turns a point is slowed down by `factor`, above `high` not at all, between in part.
+        low = config.low_freq_factor
+        high = config.high_freq_factor
         turns = config.original_max_position_embeddings * f / (2 * torch.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        f = kept * f + (1 - kept) * f / config.factor
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+        f = unscaled * f + (1 - unscaled) * f / config.factor
+
     angle = positions[..., None, None] * f  # (...,1,E/2)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    # (x_i, x_j) -> (x_i cos - x_j sin, x_j cos + x_i sin), j = i + E/2
-    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])  # (B,L,heads,E)
+    """Return x (B,L,heads,E) with every point turned; `turn` is what `rotation` returns.
+
+    With j = i + E/2: (x_i, x_j) -> (x_i cos - x_j sin, x_j cos + x_i sin).
+    """
+    cos, sin = turn
+    other = x.roll(x.shape[-1] // 2, -1)  # x_j at i, and x_i at j
+    return torch.addcmul(x * cos, other, sin)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the output of attention (B,H,L,E) where a query sees no later positions than its own.
+
+    q (B,H,L,E); k and v (B,G,L,E). H / G neighbouring heads of q share one head of k and v.
+    """
+    H, L, E = q.shape[1:]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or L > 256:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    # The same, written out: for short rows in bfloat16 on a CPU, torch's function takes twice as
+    # long, mostly in its backward. Heads of q that share a head of k are put below one another.
+    future = q.new_full((L, L), -torch.inf).triu(1).repeat(H // k.shape[1], 1)  # (HL/G,L)
+    q = (q * E**-0.5).reshape(-1, len(future), E)  # (BG,HL/G,E)
+    scores = torch.baddbmm(future, q, k.flatten(0, 1).mT)  # (BG,HL/G,L)
+    y = scores.softmax(-1) @ v.flatten(0, 1)  # (BG,HL/G,E)
+    return y.view(-1, H, L, E)
+
+
+def cached_attention(q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
+    """Return the output of attention (B,1,H,E) where the query of a row sees the cached columns up
+    to its position.
+
+    q (B,1,H,E); cache (2,B,columns,G,E): keys and values; position (B).
+    """
+    k, v = cache.transpose(2, 3)  # (B,G,columns,E)
+    columns = torch.arange(k.shape[2], device=q.device)
+    seen = columns <= position[:, None, None, None]  # (B,1,1,columns)
+
+    # The H/G queries that share a key stand where positions do, so that no key is repeated.
+    q = q[:, 0].unflatten(1, (k.shape[1], -1))  # (B,G,H/G,E)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B,G,H/G,E)
+    return y.flatten(1, 2)[:, None]
+
+
+# Generation caches the keys and values of all tokens that were read, (2,B,columns,G,E). Rows have
+# their padding at the end, so the position of a token is also its column in the cache:
+#
+#     column    0  1  2  3  4  5
+#     row 0     a  b  c  d  .  .    its next token has position 4
+#     row 1     e  f  .  .  .  .    its next token has position 2
+#
+# So attention is called in three ways:
+#
+#                            x                        cache             position
+#     training               whole rows               none              none
+#     start of generation    whole rows (sources)     gets their tokens none
+#     step of generation     one token of each row    gets that token   (B), of that token
+#
+# The start also writes padding to the cache. A row overwrites it before it sees these columns.
 
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        D, E, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        qkv_bias, normed = bias or config.model_type == "qwen2", config.model_type == "qwen3"
+        D = config.hidden_size
+        H = config.num_attention_heads
+        G = config.num_key_value_heads
+        E = config.head_dim
         self.head_dim = E
-        self.q, self.k, self.v = (nn.Linear(D, heads * E, bias=qkv_bias) for heads in (H, G, G))
-        self.o = nn.Linear(H * E, D, bias=bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(E, eps) if normed else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, turn: Tensor, cache: Tensor | None = None,
-                at: Tensor | None = None) -> Tensor:  # fmt: skip
-        """x (B,L,D): whole rows, which fill the cache (2,B,columns,G,E) of keys and values if there is one;
-        with at (B): one token of each row, which goes to that column and sees it and all before."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)  # (B,L,H,E), (B,L,G,E)
-        if at is None:
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q = nn.Linear(D, H * E, bias=bias)
+        self.k = nn.Linear(D, G * E, bias=bias)
+        self.v = nn.Linear(D, G * E, bias=bias)
+        self.o = nn.Linear(H * E, D, bias=config.attention_bias)
+
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.model_type == "qwen3":
+            self.q_norm = nn.RMSNorm(E, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(E, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: Tensor,
+        cache: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Return what x (B,L,D) reads, (B,L,D); called in the three ways above."""
+        L = x.shape[1]
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))  # (B,L,H,E)
+        k = self.k(x).unflatten(-1, (-1, self.head_dim))  # (B,L,G,E)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
+        q = rotate(self.q_norm(q), turn)
+        k = rotate(self.k_norm(k), turn)
+
+        if position is None:
             if cache is not None:
-                cache[0, :, : x.shape[1]], cache[1, :, : x.shape[1]] = k, v
-            # Padding stands behind all real tokens: the causal mask hides it, and no other is needed.
-            y = causal_attention(*(heads.transpose(1, 2) for heads in (q, k, v))).transpose(1, 2)
+                cache[0, :, :L] = k
+                cache[1, :, :L] = v
+            # Padding comes after the real tokens of a row, so the causal mask hides it from them.
+            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            y = y.transpose(1, 2)  # (B,L,H,E)
         else:
             rows = torch.arange(len(x), device=x.device)
-            cache[0, rows, at], cache[1, rows, at] = k[:, 0], v[:, 0]
-            k, v = cache.transpose(2, 3)  # (B,G,columns,E)
-            seen = torch.arange(k.shape[2], device=x.device) <= at[:, None, None, None]  # (B,1,1,columns)
-            # The H/G queries of one key stand where positions do, so that no key is repeated.
-            q = q[:, 0].unflatten(1, (k.shape[1], -1))  # (B,G,H/G,E)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(1, 2)[:, None]  # (B,1,H,E)
-        return self.o(y.flatten(2))  # (B,L,D)
+            cache[0, rows, position] = k[:, 0]
+            cache[1, rows, position] = v[:, 0]
+            y = cached_attention(q, cache, position)  # (B,1,H,E)
+        return self.o(y.flatten(2))
 
 
 class Block(nn.Module):
-    entries = ("read",)  # called from outside and computes with weights, as forward
+    entries = ("read",)  # called from outside and computes with weights, as forward does
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        D, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(D, eps), nn.RMSNorm(D, eps)
+        D = config.hidden_size
+        inner = config.intermediate_size
+        self.attention_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.attention = Attention(config)
-        self.gate, self.up = (nn.Linear(D, inner, bias=False) for _ in range(2))
+        self.gate = nn.Linear(D, inner, bias=False)
+        self.up = nn.Linear(D, inner, bias=False)
         self.down = nn.Linear(inner, D, bias=False)
-        self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, *where: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *where))
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        """Return the output (B,L,D). `context` goes to the attention: turn, cache, position."""
+        x = x + self.attention(self.attention_norm(x), *context)
         h = self.ffn_norm(x)
-        return x + self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))  # (B,L,D)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
-    read = forward  # in generation: never compiled, since rows and columns come and go
+    # Generation calls forward by this name, which compile() leaves as it is: in generation rows and
+    # columns change at almost every step.
+    read = forward
 
 
 @dataclass
 class State:
-    """Of a generation."""
+    """What `generate` keeps between two steps."""
 
     caches: list[Tensor]  # of each block: keys and values (2,B,columns,G,E)
-    at: Tensor  # (B): the column of each row's next token
+    position: Tensor  # (B), of the next token that each row reads
 
     def keep(self, rows: Tensor) -> None:
-        self.caches, self.at = [cache.index_select(1, rows) for cache in self.caches], self.at[rows]
+        """Drop all rows but these."""
+        self.caches = [cache.index_select(1, rows) for cache in self.caches]
+        self.position = self.position[rows]
 
 
 class Llama(Backbone):
-    """Its dropout: what attention and FFN add."""
-
     Config = LlamaConfig
     renames = (
-        ("^embedding", "embed_tokens"), ("^blocks", "layers"), ("^(?!head)", "model."), ("^head", "lm_head"),
-        ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
-        (r"attention\.", "self_attn."), (r"\.([qkvo])\.", r".\1_proj."),
+        (r"^embedding", "embed_tokens"),
+        (r"^blocks", "layers"),
+        (r"^(?!head)", "model."),
+        (r"^head", "lm_head"),
+        (r"attention_norm", "input_layernorm"),
+        (r"ffn_norm", "post_attention_layernorm"),
+        (r"attention\.", "self_attn."),
+        (r"\.([qkvo])\.", r".\1_proj."),
         (r"(gate|up|down)\.", r"mlp.\1_proj."),
-    )  # fmt: skip
+    )
     tables = ("model.embed_tokens.weight",)
-    unused = r"rotary_emb\.inv_freq$"  # of the first files; follows from the config
+    unused = r"rotary_emb\.inv_freq$"  # files of the first models have it; the config implies it
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        D, V, self.longest = config.hidden_size, config.vocab_size, config.max_position_embeddings
-        self.embedding = nn.Embedding(V, D)
+        self.longest = config.max_position_embeddings
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def hidden(self, ids: Tensor, caches: list[Tensor] | None = None, at: Tensor | None = None) -> Tensor:
-        """Whole rows (B,L), or with at (B) a token of each (B,1) -> hidden states (B,L,D); see Attention."""
-        x = self.embedding(ids)  # (B,L,D)
-        positions = torch.arange(ids.shape[1], device=ids.device) if at is None else at[:, None]
-        turn = rotation(self.config, positions).to(x.dtype)  # (2,L,1,E) or (2,B,1,1,E)
+    def pack(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, new_tokens: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens (B,L) and labels (B,L): each source directly followed by its target.
+
+        input_ids (B,Ls): sources; labels (B,Lt): targets. All padding is moved to the end of the
+        rows. The new labels are -100 everywhere but on the target. Raise ValueError if a row has no
+        source, or if it is too long for the model when `new_tokens` more are added.
+        """
+        if not attention_mask.any(1).all():
+            raise ValueError("a row has no source; each row needs at least one token of a source")
+        ids = torch.cat((input_ids, labels), 1)  # (B,Ls+Lt)
+        real = torch.cat((attention_mask.bool(), labels != IGNORED), 1)
+        length = int(real.sum(1).max())
+        if length + new_tokens > self.longest:
+            raise ValueError(
+                f"a row of {length + new_tokens} tokens, but the model has {self.longest} "
+                "positions; lower --max-source-length, --max-target-length or --max-new-tokens"
+            )
+
+        # Move the real tokens to the front. A stable sort leaves them in their order.
+        order = (~real).byte().argsort(dim=1, stable=True)[:, :length]  # (B,L)
+        ids = ids.gather(1, order)
+        real = real.gather(1, order)
+        in_target = real & (order >= input_ids.shape[1])
+        return ids.masked_fill(~real, 0), ids.masked_fill(~in_target, IGNORED)
+
+    def hidden(
+        self, ids: Tensor, caches: list[Tensor] | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """Return the hidden states (B,L,D) that `logits` takes.
+
+        ids: whole rows (B,L), or with `position` (B) one token of each row (B,1); see Attention.
+        """
+        x = self.embedding(ids)
+        if position is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)  # (L)
+        else:
+            positions = position[:, None]  # (B,1)
+        turn = rotation(self.config, positions).to(x.dtype)
+
         for n, block in enumerate(self.blocks):
-            x = self.run(block, x, turn) if caches is None else block.read(x, turn, caches[n], at)
+            if caches is None:
+                x = self.run_block(block, x, turn)
+            else:
+                x = block.read(x, turn, caches[n], position)
         return self.norm(x)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         ids, labels = self.pack(input_ids, attention_mask, labels)
-        return self.cross_entropy(self.hidden(ids[:, :-1]), labels[:, 1:])  # each token predicts the next
+        hidden = self.hidden(ids[:, :-1])
+        return self.cross_entropy(hidden, labels[:, 1:])  # each token predicts the next
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
-        ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0], more := max_new_tokens - 1)
-        # Zeros: a column that is not seen yet enters the sum of values with weight 0, and 0 times NaN is NaN.
-        shape = 2, len(ids), ids.shape[1] + more, self.config.num_key_value_heads, self.config.head_dim
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> tuple[Tensor, State]:
+        new_tokens = max_new_tokens - 1  # the last one is not read
+        ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0], new_tokens)
+        columns = ids.shape[1] + new_tokens
+
+        # Zeros: columns that are not seen enter a sum with weight 0, and 0 times NaN is NaN.
+        shape = (2, len(ids), columns, self.config.num_key_value_heads, self.config.head_dim)
         caches = [self.embedding.weight.new_zeros(shape) for _ in self.blocks]
         self.hidden(ids, caches)
-        last = attention_mask.bool().sum(1) - 1  # (B); the first step reads it once more, for its logits
-        return ids.gather(1, last[:, None])[:, 0], State(caches, last)
+
+        # The first step reads the last token of each source once more, for its logits.
+        last = attention_mask.bool().sum(1) - 1  # (B)
+        return ids.gather(1, last[:, None])[:, 0], State(caches, position=last)
 
     def step(self, newest: Tensor, state: State) -> Tensor:
-        columns = int(state.at.max()) + 1  # beyond them no row has read anything
-        hidden = self.hidden(newest[:, None], [cache[:, :, :columns] for cache in state.caches], state.at)
-        state.at = state.at + 1
-        return self.logits(hidden[:, 0])  # (B,V)
+        columns = int(state.position.max()) + 1  # no row has read anything beyond
+        caches = [cache[:, :, :columns] for cache in state.caches]
+        hidden = self.hidden(newest[:, None], caches, state.position)  # (B,1,D)
+        state.position = state.position + 1
+        return self.logits(hidden[:, 0])

@@ -1,7 +1,12 @@
-"""Super-NaturalInstructions' metric: exact match, ROUGE-1 and ROUGE-L, each the maximum over an instance's
-references, averaged over instances, in per cent. Same numbers as the official script (rouge_score with NLTK's
-Porter stemmer), made fast by a bit-parallel longest common subsequence and by stemming each word once.
-`pytest tests/test_metrics.py` compares both."""
+"""The metrics of Super-NaturalInstructions: exact match, ROUGE-1 and ROUGE-L.
+
+Each metric is the maximum over the references of an instance. `score` averages over instances and
+gives per cent. The numbers equal those of the official script, which uses the package rouge_score
+with NLTK's Porter stemmer. This file is faster: it finds the longest common subsequence with bit
+operations, and it stems each word once.
+
+Test: pytest tests/test_metrics.py (compares with official numbers and with rouge_score)
+"""
 
 import os
 import string
@@ -9,67 +14,101 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
-if os.path.expanduser("~") == "~":  # no HOME and an unknown user: NLTK's import would fail
+# NLTK cannot be imported by a user without HOME and without an entry in the table of users.
+if os.path.expanduser("~") == "~":
     os.environ["HOME"] = os.sep
+
 from nltk.stem.porter import PorterStemmer  # noqa: E402
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_WORD_BYTES = bytes(i if chr(i).isascii() and chr(i).isalnum() else ord(" ") for i in range(256))
-_porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # words come again and again
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again
+
+# Replaces each ASCII byte that is no letter or digit by a space. Much faster than a regex.
+_NOT_IN_WORDS = bytes(code for code in range(128) if not chr(code).isalnum())
+_SEPARATE_WORDS = bytes.maketrans(_NOT_IN_WORDS, b" " * len(_NOT_IN_WORDS))
 
 
 def _normalise(text: str) -> str:
-    """Lower case, no ASCII punctuation, single spaces; articles stay."""
-    return " ".join(text.lower().translate(_PUNCTUATION).split())
+    """Return the text in lower case, without ASCII punctuation, with single spaces."""
+    words = text.lower().translate(_DELETE_PUNCTUATION).split()
+    return " ".join(words)
 
 
 @lru_cache(maxsize=2**16)
 def _stems(text: str) -> list[str]:
-    """Runs of [a-z0-9] in the lower-case text; those of more than three characters stemmed."""
-    words = text.lower().encode("ascii", "replace").translate(_WORD_BYTES).decode().split()
-    return [_porter(word) if len(word) > 3 else word for word in words]
+    """Return the words of the text: runs of [a-z0-9], stemmed if longer than three characters."""
+    ascii_text = text.lower().encode("ascii", "replace")
+    words = ascii_text.translate(_SEPARATE_WORDS).decode().split()
+    stems = []
+    for word in words:
+        if len(word) > 3:
+            word = _porter(word)
+        stems.append(word)
+    return stems
 
 
-def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence: one integer operation per token of `b` (Hyyro, 2004). Bit i
-    of `row` is 0 where the dynamic programme's row grows at a[i]; an addition carries every such step along
-    at once."""
-    places: dict[str, int] = defaultdict(int)
-    for i, token in enumerate(a):
-        places[token] |= 1 << i
-    row = full = (1 << len(a)) - 1
-    for token in b:
-        matched = row & places.get(token, 0)
-        row = ((row + matched) | (row - matched)) & full
-    return len(a) - row.bit_count()
-
-
-def _unigrams(a: Sequence[str], b: Sequence[str]) -> int:
+def _unigram_overlap(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the number of tokens that a and b share, counted with multiplicity."""
     return (Counter(a) & Counter(b)).total()
 
 
-def _f_measure(prediction: str, reference: str, overlap: Callable[[list[str], list[str]], int]) -> float:
-    """2 P R / (P + R) of the shares of the prediction's and the reference's stems that `overlap` counts."""
-    said, wanted = _stems(prediction), _stems(reference)
-    if not (common := overlap(said, wanted)):
+def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence.
+
+    This is the usual dynamic programme, with each of its rows in one integer (Hyyro, 2004):
+    bit i of `row` is 0 where the row grows by one at a[i]. The addition carries all steps of a
+    row at once, so that each token of b costs a few integer operations.
+    """
+    # Bit i of positions[token] is 1 where a[i] is the token.
+    positions: dict[str, int] = defaultdict(int)
+    for i, token in enumerate(a):
+        positions[token] |= 1 << i
+
+    all_bits = (1 << len(a)) - 1
+    row = all_bits
+    for token in b:
+        matched = row & positions.get(token, 0)
+        row = ((row + matched) | (row - matched)) & all_bits
+    return len(a) - row.bit_count()
+
+
+def _f_measure(
+    prediction: str, reference: str, overlap: Callable[[Sequence[str], Sequence[str]], int]
+) -> float:
+    """Return 2 P R / (P + R), where `overlap` counts the stems that both texts have in common."""
+    predicted = _stems(prediction)
+    expected = _stems(reference)
+    common = overlap(predicted, expected)
+    if common == 0:
         return 0.0
-    precision, recall = common / len(said), common / len(wanted)
+    precision = common / len(predicted)
+    recall = common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
 def exact_match(prediction: str, references: Iterable[str]) -> float:
-    """1.0 if the prediction equals a reference up to case, ASCII punctuation and white space, else 0.0."""
-    wanted = _normalise(prediction)
-    return float(any(_normalise(reference) == wanted for reference in references))
+    """Return 1.0 if the prediction equals a reference, else 0.0.
+
+    Case, ASCII punctuation and the amount of white space do not count. Articles do.
+    """
+    predicted = _normalise(prediction)
+    matches = any(_normalise(reference) == predicted for reference in references)
+    return float(matches)
 
 
 def rouge_1(prediction: str, references: Iterable[str]) -> float:
-    """Best F-measure of unigram overlap over the references, in [0, 1]; 0 where either side has no token."""
-    return max(_f_measure(prediction, reference, _unigrams) for reference in references)
+    """Return the best F-measure of the unigram overlap over the references, in [0, 1].
+
+    It is 0 if the prediction or the reference has no token, even if both are equal.
+    """
+    return max(_f_measure(prediction, reference, _unigram_overlap) for reference in references)
 
 
 def rouge_l(prediction: str, references: Iterable[str]) -> float:
-    """Best F-measure of the longest common subsequence over the references, in [0, 1]; 0 as for rouge_1."""
+    """Return the best F-measure of the longest common subsequence over the references, in [0, 1].
+
+    It is 0 if the prediction or the reference has no token, even if both are equal.
+    """
     return max(_f_measure(prediction, reference, _lcs) for reference in references)
 
 
@@ -77,20 +116,36 @@ METRICS = {"exact_match": exact_match, "rouge1": rouge_1, "rougeL": rouge_l}
 
 
 def score(records: Iterable[Mapping]) -> dict[str, dict]:
-    """Scores of records with keys task, category, prediction (str), references (list of str, not empty).
+    """Return the mean of each metric over all instances, per task and per category, in per cent.
 
-    Returns {"overall": {exact_match, rouge1, rougeL}, "tasks": {task: ...}, "categories": {category: ...}}:
-    means over instances, in per cent. ValueError where there is nothing to score."""
-    groups: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    records: mappings with task, category, prediction (str) and references (non-empty list of str).
+    The result is {"overall": {"exact_match", "rouge1", "rougeL"}, "tasks": {task: {...}},
+    "categories": {category: {...}}}. Raise ValueError if there are no records.
+    """
+    overall = []
+    tasks = defaultdict(list)
+    categories = defaultdict(list)
     for record in records:
-        values = [metric(record["prediction"], record["references"]) for metric in METRICS.values()]
-        for group in (("overall", ""), ("tasks", record["task"]), ("categories", record["category"])):
-            groups[group].append(values)
-    if not groups:
-        raise ValueError("no instance to score; choose a split that has tasks")
-    means = {group: {name: 100 * sum(row[i] for row in rows) / len(rows) for i, name in enumerate(METRICS)}
-             for group, rows in groups.items()}
-    scores: dict[str, dict] = {"overall": means.pop(("overall", "")), "tasks": {}, "categories": {}}
-    for (kind, name), mean in sorted(means.items()):
-        scores[kind][name] = mean
+        values = {}
+        for name, metric in METRICS.items():
+            values[name] = metric(record["prediction"], record["references"])
+        overall.append(values)
+        tasks[record["task"]].append(values)
+        categories[record["category"]].append(values)
+
+    if not overall:
+        raise ValueError("there is no instance to score; choose a split that has tasks")
+    scores = {"overall": _mean(overall), "tasks": {}, "categories": {}}
+    for task in sorted(tasks):
+        scores["tasks"][task] = _mean(tasks[task])
+    for category in sorted(categories):
+        scores["categories"][category] = _mean(categories[category])
     return scores
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the rows, in per cent."""
+    means = {}
+    for name in METRICS:
+        means[name] = 100 * sum(row[name] for row in rows) / len(rows)
+    return means

@@ -1,7 +1,10 @@
-"""The contract of every transformer here: what the programs ask of it, and the one greedy generation that all
-families share. Knows no family and no adapters; t5.py is the first family. Test: pytest tests/test_model.py
+"""What every transformer here provides, and one greedy generation loop for all of them.
 
-Dimensions: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary."""
+`Backbone` knows no family and no adapters. The families are in t5.py and llama.py.
+
+Letters: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary.
+Test: pytest tests/test_model.py
+"""
 
 import re
 from collections.abc import Callable
@@ -17,71 +20,100 @@ IGNORED = -100  # the label of positions that carry no loss
 
 
 class Config:
-    """Base of a family's frozen dataclass, with the names of Hugging Face's config.json. ValueError names the
-    first field that is not of its type, or a number not above 0 (token ids: -1) and within 64 bits."""
+    """Base of the frozen dataclass that describes a model of one family.
 
-    only: ClassVar[dict[str, tuple]]  # what an entry of a config.json may say, if it is there
+    Its fields are named as in Hugging Face's config.json. Raise ValueError if a field has another
+    type than declared, if a number is not above 0 (a token id: not 0 or more), or if it does not
+    fit into 64 bits.
+    """
+
+    # The values that these entries of a config.json may have, if they are there. Other values
+    # describe a model that computes something else.
+    only: ClassVar[dict[str, tuple]]
 
     def __post_init__(self):
         for field in fields(self):
-            value, kinds = getattr(self, field.name), (int, float) if field.type is float else (field.type,)
-            least = -1 if field.name.endswith("_token_id") else 0
-            if type(value) not in kinds or (int in kinds and not least < value < 2**63):
-                kind = field.type.__name__ + f" above {least}" * (int in kinds)
-                raise ValueError(f"{field.name} must be {kind}, not {value!r:.60}")
+            value = getattr(self, field.name)
+            types = (int, float) if field.type is float else (field.type,)
+            if type(value) not in types:  # not isinstance, for which True is an int
+                wanted = field.type.__name__
+                raise ValueError(f"{field.name} must be {wanted}, not {value!r:.60}")
+
+            if field.type in (int, float):
+                lower = -1 if field.name.endswith("_token_id") else 0
+                if not lower < value < 2**63:
+                    raise ValueError(
+                        f"{field.name} must be above {lower} and below 2^63, not {value!r:.60}"
+                    )
 
     @classmethod
     def of(cls, values: dict) -> Any:
-        """Of the values that are fields. ValueError names what `only` excludes, TypeError what is missing."""
-        for name, known in cls.only.items():
+        """Return the config made of those `values` that are its fields.
+
+        Raise ValueError for a value that `only` excludes, TypeError if a field is missing.
+        """
+        for name, supported in cls.only.items():
             given = values.get(name, [])
-            for value in given if isinstance(given, list) else [given]:
-                if value not in known:
-                    raise ValueError(f"{name} {value!r:.60} is not supported, only {known}")
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            if not isinstance(given, list):  # a list has a value for each block
+                given = [given]
+            for value in given:
+                if value not in supported:
+                    choices = supported or "none"
+                    raise ValueError(f"{name} {value!r:.60} is not supported; choices: {choices}")
 
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B,H,L,E), k and v (B,G,L,E), with H / G neighbouring heads of q to each -> (B,H,L,E)."""
-    L, E = q.shape[2:]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or L > 256:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # Of short rows torch's own takes twice as long on a CPU in bfloat16, most of it in its backward.
-    future = q.new_full((L, L), -torch.inf).triu(1).repeat(q.shape[1] // k.shape[1], 1)  # (HL/G,L)
-    rows = (q * E**-0.5).reshape(-1, len(future), E)  # (BG,HL/G,E)
-    p = torch.baddbmm(future, rows, k.flatten(0, 1).mT).softmax(-1)
-    return (p @ v.flatten(0, 1)).view(q.shape)
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 class Backbone(nn.Module):
-    """A family defines what is annotated below and each method that raises. Its config has `num_blocks`,
-    `vocab_size`, `tied_head`, `eos_ids`, and `pad_token_id`, which fills up `generate`'s rows."""
+    """Base of all families.
 
-    entries = ("embed", "loss", "generate")  # called from outside, compute with weights; none calls another
-    Config: type[Config]  # from_hf(values of a config.json) -> config, config.to_hf() -> such values
-    renames: tuple[tuple[str, str], ...]  # our names -> Hugging Face's, for re.sub, in this order
-    tables: tuple[str, ...]  # Hugging Face's names of the embedding table: each of them is one and the same
-    unused: str  # regular expression of the names of tensors in a file that nothing reads
+    A family defines the names that are annotated below and the methods that raise
+    NotImplementedError. Its config has `num_blocks`, `vocab_size`, `tied_head`, `eos_ids` and
+    `pad_token_id`, which `generate` writes behind the end of a row.
+    """
+
+    # Methods that are called from outside and compute with weights. A sharded model gathers its
+    # weights when one of them is called. None of them calls another.
+    entries = ("embed", "loss", "generate")
+
+    # Config.from_hf(values of a config.json) returns a config, and config.to_hf() such values.
+    Config: type[Config]
+    # Pairs for re.sub, in this order: they turn our names into those of Hugging Face.
+    renames: tuple[tuple[str, str], ...]
+    # Hugging Face's names of the embedding table. They all name the same tensor.
+    tables: tuple[str, ...]
+    # Regular expression for the names of tensors in a file that nothing reads.
+    unused: str
+
     embedding: nn.Embedding
-    head: nn.Linear | None  # None: tied, the embedding table
+    head: nn.Linear | None  # None: the embedding table is the head
     blocks: tuple[nn.Module, ...]
-    longest: int | None = None  # tokens of a row, in a family that counts positions
+    longest: int | None = None  # tokens of the longest row, in a family that has a limit
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # in training, trade each block's activations for a second forward
-        self.dropout_rate = 0.0
+        # In training, keep only the inputs of each block and run it again in the backward pass.
+        self.checkpoint_blocks = False
 
     @classmethod
     def tidy(cls, config: Any, tensors: dict[str, Tensor]) -> Any:
-        """Takes what is unused or there twice out of a file's tensors; returns the config as they have it."""
-        for name in [name for name in tensors if re.search(cls.unused, name)]:
-            del tensors[name]
-        tables = [tensors.pop(name) for name in cls.tables if name in tensors][:1]
-        tensors |= zip(cls.tables, tables, strict=False)
+        """Remove from the tensors of a file what is unused or there twice.
+
+        Return the config that describes these tensors.
+        """
+        for name in list(tensors):
+            if re.search(cls.unused, name):
+                del tensors[name]
+
+        # Keep the embedding table once, under its first name.
+        tables = [tensors.pop(name) for name in cls.tables if name in tensors]
+        if tables:
+            tensors[cls.tables[0]] = tables[0]
+
+        # Torch files store a tied head, too. A copy of the table is no head of its own.
         head = tensors.get("lm_head.weight")
-        # Torch files store a tied head too: a copy of the table is no head.
         if config.tied_head and tables and head is not None and torch.equal(head, tables[0]):
             del tensors["lm_head.weight"]
         return config
@@ -91,97 +123,106 @@ class Backbone(nn.Module):
         return self.embedding.weight.device
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        return self.embedding(input_ids)  # (B,L) -> (B,L,D)
+        """Return the embeddings (B,L,D) of tokens (B,L)."""
+        return self.embedding(input_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)  # (...,V)
+        """Return the logits (...,V) of the last hidden states (...,D)."""
+        if self.head is None:
+            return F.linear(hidden, self.embedding.weight)
+        return self.head(hidden)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """SUM of the cross-entropy over labels (B,Lt) other than -100, given sources (B,Ls) whose mask is
-        true (or 1) at real tokens; the caller divides by the token count of its whole step."""
+        """Return the SUM of the cross-entropy over all labels other than -100.
+
+        input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
+        The caller divides by the number of target tokens of its whole step.
+        """
         raise NotImplementedError
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, Any]:
-        """Reads the sources (B,Ls); returns the tokens (B,) that the first step reads, and the state: caches,
-        masks, and keep(rows), which drops all but those rows, positions (B',) among the current ones."""
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> tuple[Tensor, Any]:
+        """Read the sources (B,Ls). Return the tokens (B,) that the first step reads, and the state.
+
+        The state holds caches and masks. Its method keep(rows) drops all rows but those at the
+        positions `rows` (B',) among the current ones.
+        """
         raise NotImplementedError
 
     def step(self, newest: Tensor, state: Any) -> Tensor:
-        """Reads one more token a row (B,), also into the state; returns the logits of the next (B,V)."""
+        """Read one more token of each row (B,) into the state. Return the next logits (B,V)."""
         raise NotImplementedError
 
-    def pack(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, more: int = 0
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """For decoders alone: sources (B,Ls), targets (B,Lt) -> tokens and labels (B,L): a row is its source
-        and, right behind, its target, with all padding at the end; labels are -100 but on the target.
-        ValueError where a row has no source, or with `more` tokens is longer than the model allows."""
-        if not attention_mask.any(1).all():
-            raise ValueError("input_ids: a row has no source, from which alone a token can be predicted")
-        real = torch.cat((attention_mask.bool(), labels != IGNORED), 1)
-        length = int(real.sum(1).max())
-        if length + more > self.longest:
-            raise ValueError(f"a row of {length + more} tokens, but the model has {self.longest} positions; "
-                             "lower --max-source-length, --max-target-length or --max-new-tokens")
-        order = (~real).byte().argsort(dim=1, stable=True)[:, :length]  # real tokens first
-        ids, real = torch.cat((input_ids, labels), 1).gather(1, order), real.gather(1, order)
-        target = real & (order >= input_ids.shape[1])
-        return ids.masked_fill(~real, 0), ids.masked_fill(~target, IGNORED)
-
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Hidden states (B,L,D), labels (B,L) -> sum over labels other than -100, of at least float32."""
-        real = labels != IGNORED  # before the head: full logits are the largest tensor there is
-        logits = self.logits(hidden[real])  # (M,V)
+        """Return the sum over labels (B,L) other than -100, given hidden states (B,L,D)."""
+        # Select before the head: the logits of all positions would be the largest tensor there is.
+        real = labels != IGNORED
+        logits = self.logits(hidden[real])  # (M,V) of M real labels
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels[real], reduction="sum")
 
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """The block; in training with `checkpoint_blocks` it keeps its inputs alone."""
-        if not (self.checkpoint_blocks and self.training):
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Return block(*inputs), with gradient checkpointing if `checkpoint_blocks` asks for it."""
+        if self.checkpoint_blocks and self.training:
+            # No block draws random numbers, so their state need not be kept.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int = 127,
-                 on_keep: Callable[[Tensor], None] | None = None,
-                 agree: Callable[[bool], bool] = bool) -> Tensor:  # fmt: skip
-        """Greedy: sources (B,Ls) -> new tokens alone (B,n), n <= max_new_tokens, padded after EOS. Rows that
-        have ended are dropped from the work; on_keep(rows) tells which of the current rows stay, (B',).
-        agree(whether any row goes on) says after each token whether to compute another: where processes share
-        the weights, all of them must take the same number of steps."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        max_new_tokens: int = 127,
+        on_keep: Callable[[Tensor], None] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+    ) -> Tensor:
+        """Return the greedy continuation of sources (B,Ls): the new tokens alone, (B,n).
+
+        A row ends at its first EOS and is padded behind it; n <= max_new_tokens. Rows that have
+        ended leave the batch: on_keep(rows) is told the positions (B',) of those that stay.
+
+        agree(some rows go on) -> whether to take another step. Processes that share the weights
+        need it, because all of them must take the same number of steps.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         newest, state = self.start(input_ids, attention_mask, max_new_tokens)
         tokens = newest.new_full((len(newest), max_new_tokens), self.config.pad_token_id)
         eos_ids = newest.new_tensor(self.config.eos_ids)
-        alive, ended = torch.arange(len(newest), device=newest.device), False
+        alive = torch.arange(len(newest), device=newest.device)  # (B'): rows still in the batch
+        all_ended = False
+
         for t in range(max_new_tokens):
             newest = self.step(newest, state).argmax(-1)  # (B')
-            if not ended:
+            if not all_ended:
                 tokens[alive, t] = newest
                 rows = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
-                ended = len(rows) == 0
-            if not agree(not ended):
+                all_ended = len(rows) == 0
+
+            another_step = not all_ended
+            if agree is not None:
+                another_step = agree(another_step)
+            if not another_step:
                 break
-            if ended:  # one row keeps step with the other processes; nothing of it is kept
+
+            if all_ended:
+                # Other processes go on. One row keeps step with them; its tokens are not kept.
                 rows = rows.new_zeros(1)
             if len(rows) < len(alive):
-                alive, newest = alive[rows], newest[rows]
+                alive = alive[rows]
+                newest = newest[rows]
                 state.keep(rows)
                 if on_keep is not None:
                     on_keep(rows)
         return tokens[:, : t + 1]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles each block as one graph for all lengths; blocks of a kind share their code. Call it when
-        the adapters are attached; generation decodes uncompiled."""
+        """Compile each block as one graph for all lengths. Blocks of one kind share their code.
+
+        Call it after the adapters are attached. Decoding stays uncompiled.
+        """
         for block in self.blocks:
             block.compile(dynamic=True, fullgraph=True, backend=backend)
-
-    def set_dropout(self, p: float) -> None:
-        """At the places where the family has dropout; 0 at first."""
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {p}")
-        self.dropout_rate = p
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = p

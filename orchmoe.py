@@ -1,19 +1,28 @@
-"""OrchMoE in one file that needs torch alone: copy it. LoRA skills in frozen Linears, a Task Router that
-reads the source sample, a task-skill allocation matrix in each Linear. Unofficial, after Wang et al. 2024
-(arXiv 2401.10559); docs/paper.md says what is stated there and what was chosen. MIT licence.
+"""OrchMoE in one file. It needs only torch, so you can copy it into your project.
 
-    x_hat = mean_L(softmax(X X^T / sqrt D) X + X)              (B,D)      TaskRouter.features
-    w     = softmax(W_task (x_hat - mu) / sd + b)              (B,K)      TaskRouter.forward
-    Zhat  = sigmoid(Z), each row divided by its sum            (N,K,S)    OrchMoE.allocation_weights
-    c     = w Zhat                                             (N,B,S)    OrchMoE.route
-    y     = W0 x + scale * sum_s c_s B_s A_s x                            SkillLinear.forward, mix_skills
+A frozen model gets LoRA "skills" in its Linears. A Task Router reads the source sample and
+estimates which abstract tasks it belongs to. An allocation matrix in each Linear turns that into
+weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). docs/paper.md says
+which of these lines the paper states, and which we inferred or chose. MIT licence.
 
-X = rmsnorm(E), E the embeddings of the source; B batch, L length, D d_in (of the router: the width of E), O
-d_out, K abstract tasks, S skills, R rank, N adapted Linears.  Test: pytest tests/test_orchmoe.py
+    X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
+    X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
+    x_hat = mean of X_hat over the real tokens            (B,D)     TaskRouter.summarise
+    x_hat = (x_hat - mu) / sd                             (B,D)     TaskRouter.forward
+    w     = softmax(W_task x_hat + b)                     (B,K)     TaskRouter.forward
+    Zhat  = sigmoid(Z), each row divided by its sum       (N,K,S)   OrchMoE.allocation_weights
+    c     = w Zhat                                        (N,B,S)   OrchMoE.route
+    y     = W0 x + scale * sum_s c_s B_s A_s x            (B,L,O)   SkillLinear.forward, mix_skills
 
-    adapters = attach(model, OrchMoEConfig())      # skills in q and v, all else frozen; then fit_router once
-    with adapters.routed(model.embed(ids), mask):  # until after backward, or for a whole generate
+E: the embeddings of the source. B batch, L length, D input width (in the router: width of E),
+O output width, K abstract tasks, S skills, R rank, N adapted Linears.
+
+    adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
+    adapters.fit_router(embeddings, masks)                # once, on training sources
+    with adapters.routed(model.embed(ids), mask):         # keep it open until after backward
         model.loss(ids, mask, labels).backward()
+
+Test: pytest tests/test_orchmoe.py
 """
 
 import functools
@@ -21,7 +30,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,530 +38,893 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-Mix = Callable[..., Tensor]  # mix_skills, or a function of its signature
-ALL = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "down")  # the target `all`
+Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
+
+# The target "all": every Linear in a block of T5 or Llama.
+ALL_TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class OrchMoEConfig:
-    """Adapters: what is put into the frozen base."""
+    """Adapters: what is added to the frozen base."""
 
-    tasks: int = 8  # K, abstract tasks of the router
-    skills: int = 4  # S, LoRA skills in each adapted Linear
+    tasks: int = 8  # K, number of abstract tasks of the router
+    skills: int = 4  # S, number of LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
-    alpha: float | None = None  # the skills' output is scaled by alpha / rank; left out: alpha = rank
-    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt; all = every one of a block
-    router: Literal["sample", "token", "none"] = "sample"  # on the source; on each token; w = 1/K
-    router_attention: bool = True  # self-attention before the mean over the sample
-    router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W x_hat + b as it stands
-    router_init: Literal["kmeans", "normal"] = "kmeans"  # start of W_task
-    router_dropout: float = 0.0  # share of the training samples whose w is 1/K
-    allocation_std: float = 3.0  # start of Z: N(0, this)
-    gumbel: bool = False  # relaxed Bernoulli noise on Z in training
+    alpha: float | None = None  # scale of the skills is alpha / rank (default: alpha = rank)
+    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt, or "all"
+    router: Literal["sample", "token", "none"] = "sample"  # what w depends on; none: w = 1/K
+    router_attention: bool = True  # self-attention over the sample before its mean
+    router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W_task x_hat + b
+    router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
+    router_dropout: float = 0.0  # share of training samples that get w = 1/K
+    allocation_std: float = 3.0  # standard deviation of the initial Z
+    gumbel: bool = False  # add relaxed Bernoulli noise to Z in training
 
     def __post_init__(self) -> None:
-        for name, good, what in (
-            *((name, 1 <= getattr(self, name) <= 2**20, "1 to 2^20") for name in ("tasks", "skills", "rank")),
-            ("alpha", self.alpha is None or 0 < self.alpha < 1e18, "a number above 0, below 1e18"),
-            ("targets", self.targets and isinstance(self.targets, tuple | list)
-             and all(isinstance(name, str) for name in self.targets), "a tuple of names"),
-            ("router", self.router in ("sample", "token", "none"), "sample, token or none"),
-            ("router_norm", self.router_norm in ("softmax", "none"), "softmax or none"),
-            ("router_init", self.router_init in ("kmeans", "normal"), "kmeans or normal"),
-            ("router_dropout", 0 <= self.router_dropout <= (self.router == "sample"),
-             "a share from 0 to 1, of the sample router"),
-            ("allocation_std", 0 <= self.allocation_std < 1e18, "a number from 0, below 1e18"),
-        ):
-            if not good:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be {what}")
+        for name in ("tasks", "skills", "rank"):
+            if not 1 <= getattr(self, name) <= 2**20:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be from 1 to 2^20")
+        if self.alpha is not None and not 0 < self.alpha < 1e18:
+            raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e18")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
+        if self.router not in ("sample", "token", "none"):
+            raise ValueError(f"router: {self.router!r} must be sample, token or none")
+        if self.router_norm not in ("softmax", "none"):
+            raise ValueError(f"router_norm: {self.router_norm!r} must be softmax or none")
+        if self.router_init not in ("kmeans", "normal"):
+            raise ValueError(f"router_init: {self.router_init!r} must be kmeans or normal")
+        if not 0 <= self.router_dropout <= 1:
+            raise ValueError(f"router_dropout: {self.router_dropout!r} must be from 0 to 1")
+        if self.router_dropout > 0 and self.router != "sample":
+            raise ValueError(f"router_dropout: {self.router_dropout!r} needs the sample router")
+        if not 0 <= self.allocation_std < 1e18:
+            raise ValueError(
+                f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e18"
+            )
 
 
 class Routing(NamedTuple):
-    """What `routed` computed: w is None for the token router, whose c exists only inside each Linear."""
+    """The result of routing one batch."""
 
-    w: Tensor | None  # (B,K), or (K,) where it is the same for every sample
-    allocation: Tensor | None  # Zhat (N,K,S) as (1,N,K,S), or (B,N,K,S) with noise
-    c: Tensor | None  # (N,B,S), or (N,1,S)
-    shared: bool  # the same for every sample, so that any number of rows may come
+    w: Tensor | None  # (B,K), or (K,) if all samples share it; None for the token router
+    Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise; None for methods without Z
+    c: Tensor | None  # (N,B,S), or (N,1,S) if all samples share it; None for the token router
+    shared: bool  # true if all samples are routed alike, so that a Linear takes any batch size
+
+
+# ----------------------------------------------------------------------------------- the router
 
 
 class TaskRouter(nn.Module):
-    """w (B,K) of each source sample. Trains W_task (K,D) and b (K); the attention has no parameters."""
+    """Estimate which abstract tasks a source sample belongs to.
+
+    Learns W_task (K,D) and a bias (K). The self-attention has no parameters.
+    """
 
     def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
         super().__init__()
-        self.config, K = config, config.tasks
-        self.task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
-        self.bias = nn.Parameter(torch.full((K,), 0.0 if config.router_norm == "softmax" else 1 / K))
+        self.config = config
+        K = config.tasks
+        W_task = torch.empty(K, width).normal_(0, 0.02, generator=generator)
+        bias = torch.zeros(K)
+        if config.router_norm == "none":
+            bias = torch.full((K,), 1 / K)  # without the softmax, w starts near 1/K
+        self.W_task = nn.Parameter(W_task)
+        self.bias = nn.Parameter(bias)
+        # Mean and standard deviation of x_hat over training sources. `fit` sets them.
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
 
-    def features(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x_hat (B,D) before standardising, of embeddings (B,L,D) and mask (B,L), true at tokens."""
-        shape = tuple(getattr(embeddings, "shape", ()))
-        if len(shape) != 3 or shape[-1] != len(self.mu):
-            raise ValueError(f"embeddings: (B,L,D) of the source with D = {len(self.mu)} (token ids must be "
-                             f"embedded; attach(..., width=D) for another), not {shape}")
-        if mask is not None and mask.shape != shape[:2]:
-            raise ValueError(f"mask: (B,L) = {shape[:2]}, not {tuple(mask.shape)}")
-        with torch.autocast(embeddings.device.type, enabled=False):  # float32, whatever the base is in
-            X = F.rms_norm(embeddings.to(self.task.dtype), embeddings.shape[-1:], eps=1e-6)  # (B,L,D)
-            mask = X.new_ones(X.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-            X = X.masked_fill(~mask.unsqueeze(-1), 0)  # junk in the padding, even infinite, reaches no sum
-            mean = mask.to(X) / mask.sum(1, keepdim=True).clamp(min=1)  # (B,L); a row may be all padding
-            if self.config.router_attention:
-                scores = X @ X.mT / math.sqrt(X.shape[-1])  # (B,L,L)
-                P = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
-                mean = mean + (mean.unsqueeze(1) @ P).squeeze(1)  # mean_L(P) before X: no (B,L,D) product
-            return (mean.unsqueeze(1) @ X).squeeze(1)  # (B,D)
+    def summarise(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return x_hat (B,D), one vector per sample, before it is standardised.
+
+        embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens.
+        Raise ValueError for other shapes.
+        """
+        self._check_shapes(embeddings, mask)
+        D = embeddings.shape[-1]
+        X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
+        if mask is None:
+            mask = X.new_ones(X.shape[:2])
+        mask = mask.bool()
+        # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
+        X = X.masked_fill(~mask[..., None], 0.0)
+
+        X_hat = X
+        if self.config.router_attention:
+            scores = X @ X.mT / math.sqrt(D)  # (B,L,L)
+            scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
+            P = scores.softmax(dim=-1)
+            X_hat = P @ X + X  # (B,L,D)
+
+        return masked_mean(X_hat, mask)  # (B,D)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """w (B,K) of embeddings (B,L,D) and mask (B,L): rows sum to 1, but for router_norm none."""
-        x_hat = (self.features(embeddings, mask) - self.mu) / self.sd
-        with torch.autocast(x_hat.device.type, enabled=False):
-            logits = F.linear(x_hat, self.task, self.bias)
-            return logits.softmax(-1) if self.config.router_norm == "softmax" else logits
+        """Return w (B,K), the weight of each abstract task. With the softmax, rows sum to 1."""
+        x_hat = self.summarise(embeddings, mask)
+        x_hat = (x_hat - self.mu) / self.sd
+        logits = F.linear(x_hat, self.W_task, self.bias)  # W_task x_hat + b
+        if self.config.router_norm == "none":
+            return logits
+        return logits.softmax(dim=-1)
 
     @torch.no_grad()
-    def fit(self, features: Tensor, generator: Generator | None = None) -> None:
-        """Sets mu, sd and, with router_init kmeans, W_task from x_hat (M,D) of M training sources: centres of
-        a spherical k-means, so long that the mean entropy of w is a third of ln K. No labels."""
-        self.mu.copy_(features.mean(0))
-        sd = features.std(0, correction=0)
-        # A feature that is constant here and alive later, divided by nothing, would alone decide w.
-        self.sd.copy_(sd.clamp(min=max(0.1 * sd.median().item(), 1e-6)))
-        if self.config.router_init != "kmeans":
+    def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
+        """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
+
+        The rows of W_task become the centres of a spherical k-means, which needs no labels. They
+        are scaled so that the mean entropy of w is ln(K) / 3, between one-hot and uniform.
+        """
+        K = self.config.tasks
+        self.mu.copy_(x_hat.mean(dim=0))
+        sd = x_hat.std(dim=0, correction=0)
+        # A feature that is nearly constant here, but varies later, must not dominate w.
+        smallest = max(0.1 * sd.median().item(), 1e-6)
+        self.sd.copy_(sd.clamp(min=smallest))
+        if self.config.router_init == "normal":
             return
-        x_hat, K = (features - self.mu) / self.sd, self.config.tasks
+
+        x_hat = (x_hat - self.mu) / self.sd
         centres = spherical_kmeans(x_hat, K, generator)  # (K,D)
         logits = x_hat @ centres.T  # (M,K)
-        length = (_length_for_entropy(logits, math.log(K) / 3) if self.config.router_norm == "softmax"
-                  else 1 / K / logits.std().clamp(min=1e-6))
-        self.task.copy_(centres * length)
+        if self.config.router_norm == "softmax":
+            scale = scale_for_entropy(logits, math.log(K) / 3)
+        else:
+            scale = 1 / K / logits.std().clamp(min=1e-6)  # w gets the standard deviation 1/K
+        self.W_task.copy_(scale * centres)
+
+    def _check_shapes(self, embeddings: Tensor, mask: Tensor | None) -> None:
+        width = len(self.mu)
+        shape = tuple(getattr(embeddings, "shape", ()))
+        if len(shape) != 3 or shape[-1] != width:
+            raise ValueError(
+                f"embeddings: expected (B,L,D) with D = {width}, got {shape}; embed the token ids "
+                "first, or give attach(..., width=D) for another D"
+            )
+        if mask is not None and mask.shape != shape[:2]:
+            raise ValueError(f"mask: expected (B,L) = {shape[:2]}, got {tuple(mask.shape)}")
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (B,D) of x (B,L,D) over the positions where mask (B,L) is true."""
+    total = x.masked_fill(~mask[..., None], 0.0).sum(dim=1)  # (B,D)
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B,1); a row may be all padding
+    return total / count
 
 
 def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None) -> Tensor:
-    """Unit centres (k,D) of points (M,D) by the cosine to the nearest; k-means++ start."""
+    """Return k unit vectors (k,D), the centres of points (M,D) by cosine similarity."""
     points = F.normalize(points, dim=-1)
-    distance, picks = torch.ones(len(points), device="cpu"), []
+
+    # k-means++ start: points far from all picked points are more likely to be picked. On the CPU,
+    # as the generator is. The clamp keeps the sum positive when all points are equal.
+    distance = torch.ones(len(points), device="cpu")
+    picks = []
     for _ in range(k):
-        picks.append(int(torch.multinomial(distance.clamp(min=1e-9), 1, generator=generator)))
-        distance = torch.minimum(distance, 1 - (points @ points[picks[-1]]).cpu())
+        pick = int(torch.multinomial(distance.clamp(min=1e-9), 1, generator=generator))
+        picks.append(pick)
+        distance = torch.minimum(distance, 1 - (points @ points[pick]).cpu())
     centres = points[picks]
-    for _ in range(50):  # more than it takes: what has converged stays as it is
-        nearest = F.one_hot((points @ centres.T).argmax(1), k).to(points.dtype)  # (M,k)
-        moved = F.normalize(nearest.T @ points, dim=-1)
-        centres = torch.where(nearest.sum(0).unsqueeze(1) > 0, moved, centres)  # an empty cluster stays
+
+    for _ in range(50):  # more than enough; after convergence nothing changes
+        nearest = (points @ centres.T).argmax(dim=1)  # (M,)
+        membership = F.one_hot(nearest, k).to(points.dtype)  # (M,k)
+        moved = F.normalize(membership.T @ points, dim=-1)  # (k,D)
+        is_empty = membership.sum(dim=0) == 0
+        centres = torch.where(is_empty[:, None], centres, moved)
     return centres
 
 
-def _length_for_entropy(logits: Tensor, target: float) -> float:
-    """Factor on logits (M,K) that gives their softmax this mean entropy, in nats; by bisection."""
-    low, high = -12.0, 12.0
+def scale_for_entropy(logits: Tensor, target: float) -> float:
+    """Return the factor on logits (M,K) that gives their softmax the mean entropy `target` (nats).
+
+    Found by bisection: the entropy falls as the factor grows.
+    """
+    low, high = -12.0, 12.0  # natural logarithm of the factor
     for _ in range(50):
         middle = (low + high) / 2
-        entropy = torch.special.entr((math.exp(middle) * logits).softmax(-1)).sum(-1).mean()
-        low, high = (middle, high) if entropy > target else (low, middle)
+        probabilities = (math.exp(middle) * logits).softmax(dim=-1)
+        entropy = torch.special.entr(probabilities).sum(dim=-1).mean()
+        if entropy > target:
+            low = middle
+        else:
+            high = middle
     return math.exp(low)
 
 
-def _wide(before: Tensor, after: Tensor) -> Tensor:
-    """What .to(dtype) makes of a tensor that trains: below float32 it only moves."""
-    return before.to(after.device) if after.dtype in (torch.bfloat16, torch.float16) else after
+# ----------------------------------------------------------------------------------- the skills
 
 
-# ------------------------------------------------------------------------------------------------- the skills
+def mix_skills(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return scale * sum_s c_s B_s A_s x, and with a weight also weight x + bias on top.
 
+    The outputs of the skills are mixed, not their factors (Eq. 3, which we know from summaries).
+    The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
 
-def mix_skills(x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor | None = None,
-               bias: Tensor | None = None) -> Tensor:
-    """scale * sum_s c_s B_s A_s x, outputs mixed (Eq. 3 as summarised): two GEMMs of the concatenated rank
-    S R. With weight (O,D), and bias (O,) where there is one, on top of weight x + bias.
-
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or per token (B,L,S) -> (B,L,O) in x's dtype."""
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
+    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x.
+    """
     S, R, D = A.shape
-    h = F.linear(x, A.reshape(S * R, D).to(x.dtype))  # (B,L,SR)
-    # c (B,1 or L,SR) on x's device: a large base may be spread over several
-    c = (scale * (c if c.dim() == 3 else c.unsqueeze(1))).to(x).repeat_interleave(R, dim=-1)
-    mixed = (h * c) @ B.reshape(S * R, -1).to(x.dtype)
-    return mixed if weight is None else F.linear(x, weight, bias).add_(mixed)
+    A = A.reshape(S * R, D).to(x.dtype)
+    B = B.reshape(S * R, -1).to(x.dtype)
+    if c.dim() == 2:
+        c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
+    c = (scale * c).to(
+        x
+    )  # also to the device of x: a large base may be spread over several devices
+    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): a rank has the c of its skill
+
+    h = F.linear(x, A)  # (B,L,S R): all A_s x
+    mixed = (h * c) @ B  # (B,L,O)
+    if weight is None:
+        return mixed
+    return F.linear(x, weight, bias).add_(mixed)
 
 
 class SkillLinear(nn.Linear):
-    """A Linear of the base with S skills of rank R: the same object, with its weight, hooks and names, of
-    this class in front of its own."""
+    """A Linear of the base with S skills.
 
-    skill_base: type = nn.Linear  # the class before
+    No SkillLinear is constructed. `add_skills` changes the class of an existing Linear, as
+    torch.nn.utils.parametrize does. An nn.Linear becomes a SkillLinear. A subclass Sub becomes a
+    new class SkillSub(SkillLinear, Sub). The object keeps its weight, name and hooks, and
+    isinstance(linear, Sub) still holds. `detach` restores the class.
+
+    Every attribute that this adds to the object starts with `skill_`.
+    """
+
+    skill_base: type = nn.Linear  # the class that the Linear had before
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("skill_")}
+        """Return the parameters of the skills, and of the token router if there is one."""
+        own = self.named_parameters(recurse=False)
+        return {name: parameter for name, parameter in own if name.startswith("skill_")}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,..,D) -> W0 x + bias + scale * sum_s c_s B_s A_s x, (B,..,O); x (D,) is one sample."""
-        rows = x.reshape(x.shape[:-1][:1].numel(), x.shape[1:-1].numel(), self.in_features)  # (B,L,D)
-        skills = rows, self.skill_A, self.skill_B, self._skill_weights(rows), self.skill_scale
+        """Return W0 x + bias + scale * sum_s c_s B_s A_s x, (B,...,O) for x (B,...,D)."""
+        batch, length = x.shape[:1].numel(), x.shape[1:-1].numel()
+        if x.dim() == 1:  # a single vector is a batch of one
+            batch = 1
+        rows = x.reshape(batch, length, self.in_features)  # (B,L,D)
+        c = self.skill_c(rows)
+        mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
-        if self.skill_plain and not any(p.requires_grad for p in (self.weight, self.bias) if p is not None):
-            return self.skill_mix(*skills, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
-        y = super().forward(x)  # its own: quantised, parametrised, of a subclass, or training
-        return y + self.skill_mix(*skills).view_as(y).to(y.dtype)
 
-    def _skill_weights(self, x: Tensor) -> Tensor:
-        """c for x (B,L,D): (B,S) or (1,S) as handed over, or (B,L,S) from the token router."""
-        routing, rows, beams = self.skill_routing, x.shape[0], self.skill_beams
-        if routing is None:
-            raise RuntimeError("a Linear with skills was called outside `with adapters.routed(...)`")
-        if beams is not None and routing.shape[0] != rows:
-            if routing.shape[0] * beams != rows:
-                raise ValueError(f"{rows} rows in a Linear routed for {routing.shape[0]} samples of "
-                                 f"{beams} beams; route this very batch, or give beams=")
-            routing = routing.repeat_interleave(beams, dim=0)
-        if self.skill_task is None or routing.dim() == 2:
-            return routing
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(routing.dtype), self.skill_task, self.skill_bias)  # (B,L,K)
-            w = logits.softmax(-1) if self.skill_softmax else logits
-            return w @ routing.to(x.device)  # (B,L,S)
+        if self.skill_plain and not self._base_trains():
+            y = self.skill_mix(*mix_inputs, self.weight, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+
+        # Otherwise the Linear computes by itself: it is quantised, parametrised, or it trains.
+        y = super().forward(x)
+        mixed = self.skill_mix(*mix_inputs)
+        return y + mixed.view_as(y).to(y.dtype)
+
+    def skill_c(self, x: Tensor) -> Tensor:
+        """Return c for x (B,L,D): (B,S) or (1,S), or (B,L,S) from a token router."""
+        weights = self.skill_weights  # c (B,S) or, for a token router, Zhat (B,K,S)
+        if weights is None:
+            raise RuntimeError(
+                "a Linear with skills was called outside `with adapters.routed(...)`"
+            )
+
+        beams = self.skill_beams
+        if beams is not None and len(weights) != len(x):
+            if len(weights) * beams != len(x):
+                raise ValueError(
+                    f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
+                    "were routed; route the same batch, or give routed(..., beams=)"
+                )
+            weights = weights.repeat_interleave(beams, dim=0)
+
+        # Without a token router, or with a w from the caller, these are c already.
+        if self.skill_W_task is None or weights.dim() == 2:
+            return weights
+        with full_precision(x.device):
+            logits = F.linear(x.to(weights.dtype), self.skill_W_task, self.skill_bias)  # (B,L,K)
+            w = logits.softmax(dim=-1) if self.skill_softmax else logits
+            return w @ weights.to(x.device)  # (B,L,S)
+
+    def _base_trains(self) -> bool:
+        if self.bias is not None and self.bias.requires_grad:
+            return True
+        return self.weight.requires_grad
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        ours = {id(t) for p in self.skill_parameters().values() for t in (p, p.grad)}
-        return super()._apply(lambda t: _wide(t, function(t)) if id(t) in ours else function(t), recurse)
+        """Apply .to(), .half(), .cuda() and the like. The skills stay in float32 or wider."""
+        # Recognise the skills by identity, because `function` sees no names.
+        ours = set()
+        for parameter in self.skill_parameters().values():
+            ours |= {id(parameter), id(parameter.grad)}
 
-    def __reduce_ex__(self, protocol: int):  # pickle and deepcopy: the class has no name to be found by
-        return _unpickled, (type(self).skill_base,), self.__dict__ | {"skill_routing": None}
+        def apply(tensor: Tensor) -> Tensor:
+            if id(tensor) in ours:
+                return at_least_float32(tensor, function(tensor))
+            return function(tensor)
+
+        return super()._apply(apply, recurse)
+
+    def __reduce_ex__(self, protocol: int):
+        """Copy and pickle by the base class, since pickle cannot find a class made at run time."""
+        return _new_skill_linear, (self.skill_base,), self.__dict__ | {"skill_weights": None}
 
 
-@functools.cache  # one class for all Linears of a kind, else torch.compile would compile each apart
-def _with_skills(base: type) -> type:
-    return SkillLinear if base is nn.Linear else type("Skill" + base.__name__, (SkillLinear, base),
-                                                      {"skill_base": base})
+@functools.cache  # one class per base class; otherwise torch.compile would compile each Linear anew
+def class_with_skills(base: type) -> type:
+    """Return the subclass of `base` whose forward adds the skills."""
+    if base is nn.Linear:
+        return SkillLinear
+    return type("Skill" + base.__name__, (SkillLinear, base), {"skill_base": base})
 
 
-def _unpickled(base: type) -> SkillLinear:
-    return SkillLinear.__new__(_with_skills(base))
+def _new_skill_linear(base: type) -> SkillLinear:
+    """Make an empty object for copy and pickle, which then fill in its attributes."""
+    return SkillLinear.__new__(class_with_skills(base))
 
 
-def add_skills(linears: dict[str, nn.Linear], ranks: Sequence[int], config: OrchMoEConfig, mix: Mix,
-               generator: Generator | None, *, skills: int | None = None) -> dict[str, SkillLinear]:
-    """Gives each Linear S skills of its rank, scaled by alpha / rank; LoRA is one skill of rank S R."""
-    alpha, S = config.rank if config.alpha is None else config.alpha, skills or config.skills
+def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
+    """Return `after`, the result of .to() for `before`, but never in half precision."""
+    if after.dtype in (torch.bfloat16, torch.float16):
+        return before.to(after.device)
+    return after
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast is off, so that routing is computed in float32."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def add_skills(
+    linears: dict[str, nn.Linear],
+    ranks: Sequence[int],
+    config: OrchMoEConfig,
+    mix: Mix,
+    generator: Generator | None,
+    *,
+    skills: int | None = None,
+) -> dict[str, SkillLinear]:
+    """Give each Linear S skills of its rank R, scaled by alpha / R.
+
+    The Linears are changed in place. skills: S, if it is not config.skills; a plain LoRA is one
+    skill of rank S R.
+    """
+    S = skills or config.skills
+    alpha = config.rank if config.alpha is None else config.alpha
     for linear, R in zip(linears.values(), ranks, strict=True):
-        linear.__class__ = _with_skills(type(linear))
-        bound = 1 / math.sqrt(linear.in_features)
-        # kaiming_uniform(a = sqrt 5) of each (R,D) slice; drawn where torch makes tensors: the CPU, or meta
-        A = torch.empty(S, R, linear.in_features).uniform_(-bound, bound, generator=generator)
-        A = A.to(linear.weight.device, torch.promote_types(A.dtype, torch.float32))  # over a bf16 base, too
-        linear.skill_A, linear.skill_B = nn.Parameter(A), nn.Parameter(A.new_zeros(S, R, linear.out_features))
-        linear.skill_scale, linear.skill_mix = alpha / R, mix
-        # Where the Linear computes W0 x + b and nothing else, `mix` does it together with the skills.
-        linear.skill_plain = (linear.skill_base.forward is nn.Linear.forward
-                              and type(linear._parameters.get("weight")) is nn.Parameter
-                              and linear.weight.is_floating_point())
-        linear.skill_task = linear.skill_bias = None  # W_task (K,D), b (K) of a router of its own, on tokens
-        linear.skill_routing = None  # what Adapters.routed hands out: c (B,S), or Zhat (B,K,S)
-        linear.skill_beams = None  # rows that a sample may have; None: any, all are routed alike
-        linear.skill_softmax, linear.skill_visited = True, False
+        base = type(linear)
+        linear.__class__ = class_with_skills(base)
+        D = linear.in_features
+
+        # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the start is the base.
+        bound = 1 / math.sqrt(D)
+        A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
+        dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
+        A = A.to(linear.weight.device, dtype)
+        linear.skill_A = nn.Parameter(A)
+        linear.skill_B = nn.Parameter(A.new_zeros(S, R, linear.out_features))
+        linear.skill_scale = alpha / R
+        linear.skill_mix = mix
+
+        # Where the base computes W0 x + b and nothing else, `mix` does both in one function.
+        weight = linear._parameters.get("weight")
+        linear.skill_plain = (
+            base.forward is nn.Linear.forward
+            and type(weight) is nn.Parameter
+            and weight.is_floating_point()
+        )
+
+        # The token router of this Linear, which OrchMoE may set: W_task (K,D) and b (K).
+        linear.skill_W_task = None
+        linear.skill_bias = None
+        linear.skill_softmax = True
+
+        # Set by `routed`: c or Zhat, and how many rows one sample may have (None: any number).
+        linear.skill_weights = None
+        linear.skill_beams = None
+        linear.skill_visited = False
     return linears
 
 
-# ----------------------------------------------------------------------------------------------- the adapters
+# --------------------------------------------------------------------------------- the adapters
 
 
-class Adapters(nn.Identity):  # an nn.Sequential calls whatever is registered on it, its adapters too
-    """The door through which adapted Linears get their weights of skills, and the verbs, one at a time. A
-    method says in `route`, given what `routed` gets, what these weights are."""
+class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
+    """Own the adapted Linears and set their mixing weights.
 
-    noise_shape: tuple[int, ...] | None = None  # of one sample's noise, where training wants noise
-    router_dropout = 0.0  # share of the samples that training routes by w = 1/K
-    _claim = threading.Lock()  # to look and to take are one step: of two threads one is refused
+    This is the base class of all adapter methods. A method overrides `route`, which computes the
+    weights. Only one of routed, disabled, folded, merge and detach can be active at a time.
+    """
+
+    noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
+    router_dropout = 0.0  # share of training samples that get w = 1/K
+    _lock = threading.Lock()  # two threads must not pass the check in `_exclusive` together
 
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
         super().__init__()
-        self.linears = linears  # a plain dict: they are registered where they stand in the base
-        self._module = [module]  # the base; in a list, so that it is not registered below itself
-        self._trained = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name.rpartition(".")[2].startswith("skill_"))
-        self.router: TaskRouter | None = None  # of samples
-        self._open = ""  # the verb that holds the door
+        self.linears = linears  # a plain dict: the Linears are registered in the base already
+        self._module = [module]  # in a list, so that the base is not registered below itself
+        self.router: TaskRouter | None = None
+        self._active = ""  # name of the active method
         self._routing: Routing | None = None
 
-    def __getstate__(self) -> dict:
-        if self._open in ("disabled()", "folded()"):  # then the Linears are of their own classes
-            raise RuntimeError(f"{self._open}: leave it before the module is copied or pickled")
-        return self.__dict__ | {"_open": "", "_routing": None}
+        # Remember for `detach` what trained, then freeze the base.
+        parameters = module.named_parameters(remove_duplicate=False)
+        self._trained_before = {name: parameter.requires_grad for name, parameter in parameters}
+        for name, parameter in module.named_parameters():
+            own_name = name.rpartition(".")[2]  # a module may be called skill_... too
+            parameter.requires_grad_(own_name.startswith("skill_"))
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that the adapters are attached to."""
+        return self._module[0]
+
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        noise: Tensor | None = None,
+        drop: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Routing:
+        """Return the routing of a batch. For the arguments see `routed`."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def fit_router(self, embeddings: Iterable[Tensor], masks: Iterable[Tensor] | None = None, *,
-                   generator: Generator | None = None) -> None:
-        """Once, before training: starts the sample router from batches of training sources (B,L,D) and, where
-        there is padding, their masks (B,L). ValueError for fewer sources than K, or than 2."""
+    def fit_router(
+        self,
+        embeddings: Iterable[Tensor],
+        masks: Iterable[Tensor] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Start the sample router from training sources. Call this once, before training.
+
+        embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
+        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
+        sources, and if an embedding is not finite.
+        """
         if self.router is None:
             return
-        pairs = ((e, None) for e in embeddings) if masks is None else zip(embeddings, masks, strict=True)
-        features = [self.router.features(e, m) for e, m in pairs]
-        M, K = sum(map(len, features)), self.router.config.tasks
-        if M < (least := max(2, K) if self.router.config.router_init == "kmeans" else 2):
-            raise ValueError(f"fit_router: {M} sources for K = {K} abstract tasks; give at least {least}, "
-                             "better hundreds")
-        if not (x_hat := torch.cat(features)).isfinite().all():
-            raise ValueError("fit_router: the embeddings of the sources are not all finite")
-        with torch.autocast(x_hat.device.type, enabled=False):
+        K = self.router.config.tasks
+        least = max(2, K) if self.router.config.router_init == "kmeans" else 2
+        with full_precision(self.router.mu.device):
+            if masks is None:
+                parts = [self.router.summarise(batch) for batch in embeddings]
+            else:
+                pairs = zip(embeddings, masks, strict=True)
+                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
+            sources = sum(len(part) for part in parts)
+            if sources < least:
+                raise ValueError(
+                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
+                    f"give at least {least}, better hundreds"
+                )
+            x_hat = torch.cat(parts)
+            if not x_hat.isfinite().all():
+                raise ValueError("fit_router: the embeddings of the sources are not all finite")
             self.router.fit(x_hat, generator)
 
     @contextmanager
-    def routed(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *, beams: int = 1,
-               **options: Tensor | None) -> Iterator[Routing]:
-        """Routes one batch: inside, every SkillLinear has its c. Stay inside until after backward, which runs
-        checkpointed blocks again, or for a whole generate; one `routed` for each micro-batch.
+    def routed(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        beams: int = 1,
+        **options: Tensor | None,
+    ) -> Iterator[Routing]:
+        """Route one batch: inside, every adapted Linear has its weights c.
 
-        embeddings (B,L,D) of the SOURCE; mask (B,L), 1 at tokens, the reverse of PyTorch's key_padding_mask;
-        beams: consecutive rows of a sample. options: w (K,) or (B,K) for the router's; task_ids (B,); noise u
-        (B,N,K,S) and drop (B,), true where router_dropout makes w 1/K, drawn where left out."""
-        with self._claimed("routed()") as change:
+        Keep it open until after backward, because gradient checkpointing runs the blocks again.
+        For generation, keep it open until the last token. Open it anew for each micro-batch.
+
+        embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
+        PyTorch's key_padding_mask). beams: how many consecutive rows each sample has.
+        Options: w (K,) or (B,K) to use instead of the router; task_ids (B,) for methods that need
+        them; noise u (B,N,K,S) in [0,1) and drop (B,), true where router_dropout sets w = 1/K.
+        Noise and drop are drawn here in training if they are not given.
+        """
+        with self._exclusive("routed()"):
             routing = self.route(embeddings, mask, **options)
-            change(self, "_routing", routing)
-            parts = routing.allocation.unbind(1) if routing.c is None else routing.c.unbind(0)
-            for linear, part in zip(self.linears.values(), parts, strict=True):
-                change(linear, "skill_routing", part)  # for torch.compile an input, and not a constant
-                change(linear, "skill_beams", None if routing.shared else beams)
-            yield routing
-            self._report_unvisited()
+            if routing.c is None:
+                parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
+            else:
+                parts = routing.c.unbind(0)
+            try:
+                self._routing = routing
+                for linear, part in zip(self.linears.values(), parts, strict=True):
+                    linear.skill_weights = part
+                    linear.skill_beams = None if routing.shared else beams
+                yield routing
+                self._warn_unvisited()
+            finally:
+                self._routing = None
+                for linear in self.linears.values():
+                    linear.skill_weights = None
+                    linear.skill_beams = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the base as it was before attach, to the bit."""
-        with self._claimed("disabled()") as change:
-            for linear in self.linears.values():
-                change(linear, "__class__", linear.skill_base)
+        """Inside, the model is the base as it was before attach, bit for bit."""
+        with self._exclusive("disabled()"), self._base_classes():
             yield
 
     @contextmanager
     def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
-        """Inside, the skills of ONE routing are in the weights, W0 + scale * sum_s c_s B_s A_s: the base's
-        speed. It is that of w (K,) or of one sample, embeddings= (1,L,D) and mask=, or task_ids= (1,).
-        ValueError for more samples, and where `unfoldable` says why."""
-        with self._claimed("folded()") as change:
-            for linear, weight in self._folded_weights(w, routing).items():
-                change(linear, "__class__", linear.skill_base)  # nothing of ours takes time
-                change(linear, "weight", weight)
-            yield
+        """Inside, the skills of ONE routing are added to the weights: as fast as the base.
+
+        The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
+        embeddings=(1,L,D) and mask=, or task_ids=(1,). Raise ValueError for several samples, and
+        if `unfoldable` gives a reason.
+        """
+        with self._exclusive("folded()"):
+            folded = self._folded_weights(w, routing)
+            originals = {linear: linear.weight for linear in folded}
+            with self._base_classes():
+                try:
+                    for linear, weight in folded.items():
+                        linear.weight = weight
+                    yield
+                finally:
+                    for linear, weight in originals.items():
+                        linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **routing: Tensor | None) -> None:
-        """`folded` for good, to be served without this code; tied weights are no longer tied."""
-        with self._claimed("merge()"):
+        """Fold for good, so that the model runs without this file. Tied weights become separate."""
+        with self._exclusive("merge()"):
             for linear, weight in self._folded_weights(w, routing).items():
                 linear.weight = weight
-            self._leave()
+            self._remove_skills()
 
     def detach(self) -> None:
-        """Takes the skills out: the module as it was, its classes and what trained included."""
-        with self._claimed("detach()"):
-            self._leave()
+        """Take the skills out. Restore the classes, and which parameters of the base train."""
+        with self._exclusive("detach()"):
+            self._remove_skills()
 
     def unfoldable(self) -> str:
-        """Why the skills of one routing cannot go into the weights; empty where they can."""
+        """Return why one routing cannot be folded into the weights, or "" if it can."""
         if self.training and (self.noise_shape or self.router_dropout):
             return "training draws noise; call .eval() first"
         for name, linear in self.linears.items():
-            if linear.skill_task is not None:
-                return "with a token router every token has a w of its own, which no one weight equals"
+            if linear.skill_W_task is not None:
+                return (
+                    "with a token router every token has its own w, so one weight cannot hold them"
+                )
             if not linear.skill_plain:
-                return f"{name}: a {linear.skill_base.__name__} computes with more than a plain weight"
+                return f"{name}: {linear.skill_base.__name__} computes more than a plain product"
         return ""
 
-    @contextmanager
-    def _claimed(self, verb: str) -> Iterator[Callable]:
-        """One verb at a time. Yields change(owner, name, value), which leaving takes back."""
-        with ExitStack() as undo:
-            def change(owner, name, value):
-                undo.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, value)
+    def keep(self, rows: Tensor) -> None:
+        """Keep only the samples at the positions `rows` (B',). `generate` calls it."""
+        if self._active in ("folded()", "disabled()") or self.routing().shared:
+            return  # all samples are alike
+        for linear in self.linears.values():
+            if linear.skill_beams > 1:
+                raise ValueError(
+                    "keep: it counts samples, but with beams a sample has several rows"
+                )
+            linear.skill_weights = linear.skill_weights[rows]
 
-            with self._claim:
-                if self._open:
-                    raise RuntimeError(f"{verb}: {self._open} is already open; leave it first, and let "
-                                       "threads take turns")
-                if not self.linears:
-                    raise RuntimeError("the skills are merged or detached: call the module as it is")
-                change(self, "_open", verb)
-            yield change
+    def routing(self) -> Routing:
+        """Return w, Zhat and c of the routed batch. Raise RuntimeError outside `routed`."""
+        if self._routing is None:
+            raise RuntimeError("no batch is routed; call it inside `with adapters.routed(...)`")
+        return self._routing
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that train, by kind. Each kind needs its own learning rate."""
+        groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
+        for name, parameter in self.named_parameters():
+            kind = "router" if name.startswith("router.") else "allocation"
+            groups[kind].append(parameter)
+        for linear in self.linears.values():
+            for name, parameter in SkillLinear.skill_parameters(linear).items():
+                kind = "skills" if name in ("skill_A", "skill_B") else "token_router"
+                groups[kind].append(parameter)
+        for kind, group in groups.items():
+            groups[kind] = [parameter for parameter in group if parameter.requires_grad]
+        return groups
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
+        """Return all that training changes: router, Z and, under their Linears' names, the skills.
+
+        torch gives a destination when it collects the state of the whole model. The skills are
+        already in it then.
+        """
+        state = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        if destination is not None:
+            return state
+        for path, linear in self.linears.items():
+            # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
+            for name, parameter in SkillLinear.skill_parameters(linear).items():
+                state[f"{prefix}{path}.{name}"] = parameter if keep_vars else parameter.detach()
+        return state
 
     @torch.no_grad()
-    def _folded_weights(self, w: Tensor | None, routing: dict) -> dict[SkillLinear, nn.Parameter]:
-        if reason := self.unfoldable():
-            raise ValueError(f"{self._open}: {reason}")
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """Copy a state from `state_dict` into the adapters.
+
+        Raise ValueError, with nothing changed, if names or shapes differ. With strict=False names
+        may differ, but not shapes.
+        """
+        own = self.state_dict()
+        names = own.keys() & state.keys()
+        different = own.keys() ^ state.keys()
+        if strict and different:
+            name = min(different)
+            place = "the given state" if name in own else "these adapters"
+            raise ValueError(
+                f"adapter state: {name} is missing in {place}; load the state of a whole model "
+                "with model.load_state_dict"
+            )
+        for name in sorted(names):
+            given, expected = tuple(state[name].shape), tuple(own[name].shape)
+            if given != expected:
+                raise ValueError(f"adapter state: {name} has shape {given}, expected {expected}")
+        for name in names:
+            own[name].copy_(state[name])
+
+    @contextmanager
+    def _exclusive(self, method: str) -> Iterator[None]:
+        """Mark `method` as active. Raise RuntimeError if another one is, or the skills are gone."""
+        with self._lock:
+            if self._active:
+                raise RuntimeError(
+                    f"{method}: {self._active} is active; leave it first. Threads must take turns"
+                )
+            if not self.linears:
+                raise RuntimeError("the skills are merged or detached: call the model as it is")
+            self._active = method
+        try:
+            yield
+        finally:
+            self._active = ""
+
+    @contextmanager
+    def _base_classes(self) -> Iterator[None]:
+        """Inside, the Linears have their original classes, so they compute without skills."""
+        classes = {linear: type(linear) for linear in self.linears.values()}
+        try:
+            for linear in classes:
+                linear.__class__ = linear.skill_base
+            yield
+        finally:
+            for linear, cls in classes.items():
+                linear.__class__ = cls
+
+    @torch.no_grad()
+    def _folded_weights(
+        self, w: Tensor | None, routing: dict[str, Tensor | None]
+    ) -> dict[SkillLinear, nn.Parameter]:
+        """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
+        reason = self.unfoldable()
+        if reason:
+            raise ValueError(f"{self._active}: {reason}")
         c = self.route(w=w, **routing).c  # (N,1,S)
         if c.shape[1] != 1:
-            raise ValueError(f"{self._open}: give one sample or one w (K,), not {c.shape[1]}")
+            raise ValueError(f"{self._active}: give one sample or one w (K,), not {c.shape[1]}")
+
         weights = {}
-        for linear, part in zip(self.linears.values(), c, strict=True):
-            A, B = linear.skill_A, linear.skill_B
-            with torch.autocast(A.device.type, enabled=False):
-                eye = torch.eye(linear.in_features, dtype=A.dtype, device=A.device).unsqueeze(0)
-                # What the skills make of the rows of I is their matrix, whatever `mix` does.
-                weight = linear.weight + linear.skill_mix(eye, A, B, part, linear.skill_scale)[0].T  # (O,D)
-            weights[linear] = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        for linear, c_n in zip(self.linears.values(), c, strict=True):
+            A = linear.skill_A
+            with full_precision(A.device):
+                # The skills applied to the identity give their matrix (D,O), whatever `mix` is.
+                eye = torch.eye(linear.in_features, dtype=A.dtype, device=A.device)
+                delta = linear.skill_mix(eye[None], A, linear.skill_B, c_n, linear.skill_scale)
+                weight = linear.weight + delta[0].T  # (O,D)
+            weight = weight.to(linear.weight.dtype)
+            weights[linear] = nn.Parameter(weight, requires_grad=False)
         return weights
 
-    def _leave(self) -> None:
+    def _remove_skills(self) -> None:
         for linear in self.linears.values():
             linear.__class__ = linear.skill_base
             for name in [*linear._parameters, *vars(linear)]:
                 if name.startswith("skill_"):
                     delattr(linear, name)
-        module, self.linears = self._module[0], {}
-        del module.skill_adapters
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
+        self.linears = {}
+        del self.module.skill_adapters
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops all but these rows (positions among the current samples): the on_keep of `generate`."""
-        alike = self._open in ("folded()", "disabled()") or self.routing().shared  # nothing to drop
-        for linear in () if alike else self.linears.values():
-            if linear.skill_beams > 1:
-                raise ValueError("keep() counts samples, and with beams a sample has several rows")
-            linear.skill_routing = linear.skill_routing[rows]
-
-    def routing(self) -> Routing:
-        """w, Zhat and c of the batch being routed, as it came; RuntimeError outside `routed`."""
-        if self._routing is None:
-            raise RuntimeError("no batch is being routed; call inside `with adapters.routed(...)`")
-        return self._routing
-
-    def _report_unvisited(self) -> None:
-        """Linears whose owner computes with their weights itself would silently stay unadapted."""
+    def _warn_unvisited(self) -> None:
+        """Warn about Linears that were not called: their owner reads their weights directly."""
         missed = [name for name, linear in self.linears.items() if not linear.skill_visited]
-        if missed and (torch.is_grad_enabled() or len(missed) < len(self.linears)):  # else no forward yet
-            for name in missed:
-                self.linears[name].skill_visited = True  # to be said once
-            warnings.warn(f"{len(missed)} of {len(self.linears)} adapted Linears were not called, so their "
-                          f"skills cannot train: {', '.join(missed[:3])}", stacklevel=4)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What trains, by kind, each with a learning rate of its own: 3e-3, 2e-5, 1e-2, 1e-2 in train.py."""
-        groups = {kind: [] for kind in ("skills", "router", "token_router", "allocation")}
-        for name, parameter in self.named_parameters():
-            groups["router" if name.startswith("router") else "allocation"].append(parameter)
-        for linear in self.linears.values():
-            groups["skills"] += [linear.skill_A, linear.skill_B]
-            groups["token_router"] += [p for p in (linear.skill_task, linear.skill_bias) if p is not None]
-        return {kind: [p for p in group if p.requires_grad] for kind, group in groups.items()}
-
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
-        """All that training changes: router, Z, and the skills under their Linears' names. Inside the base's
-        own state_dict (destination given) the skills are there already."""
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for owner, linear in self.linears.items() if destination is None else ():
-            state |= {f"{prefix}{owner}.{name}": parameter if keep_vars else parameter.detach()
-                      for name, parameter in SkillLinear.skill_parameters(linear).items()}  # inside verbs too
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        """Copies what `state_dict` gave into place. ValueError for a difference of names or shapes, with
-        nothing changed; strict=False lets names differ, never shapes."""
-        own = self.state_dict()
-        names = own.keys() | state.keys() if strict else own.keys() & state.keys()
-        for name in sorted(names):
-            given, wanted = (tuple(s[name].shape) if name in s else "missing" for s in (state, own))
-            if given != wanted:
-                raise ValueError(f"adapter state: {name} is {given}, here {wanted} (a whole model's goes "
-                                 "into model.load_state_dict)")
-        for name in names:
-            own[name].copy_(state[name])
+        # Without gradients `routed` may be opened just to read w.
+        nothing_ran = len(missed) == len(self.linears) and not torch.is_grad_enabled()
+        if not missed or nothing_ran:
+            return
+        for name in missed:
+            self.linears[name].skill_visited = True  # warn once
+        warnings.warn(
+            f"{len(missed)} of {len(self.linears)} adapted Linears were not called, so their "
+            f"skills cannot train: {', '.join(missed[:3])}",
+            stacklevel=4,  # the line of the user's `with`
+        )
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        return super()._apply(lambda t: _wide(t, function(t)), recurse)
+        """Apply .to() and the like. Router and allocation stay in float32 or wider."""
+        return super()._apply(lambda tensor: at_least_float32(tensor, function(tensor)), recurse)
+
+    def __getstate__(self) -> dict:
+        if self._active in ("disabled()", "folded()"):  # the Linears have other classes then
+            raise RuntimeError(f"{self._active}: leave it before the model is copied or pickled")
+        return self.__dict__ | {"_active": "", "_routing": None}
 
 
 class OrchMoE(Adapters):
-    """Task Router and allocation matrices Z (N,K,S) of all adapted Linears."""
+    """The Task Router, and the allocation matrices Z (N,K,S) of all adapted Linears."""
 
-    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear], config: OrchMoEConfig,
-                 generator: Generator | None = None, *, width: int | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        linears: dict[str, SkillLinear],
+        config: OrchMoEConfig,
+        generator: Generator | None = None,
+        *,
+        width: int | None = None,
+    ):
         super().__init__(module, linears)
-        self.config, self.router_dropout = config, config.router_dropout
+        self.config = config
+        self.router_dropout = config.router_dropout
         shape = (len(linears), config.tasks, config.skills)
+        if config.gumbel:
+            self.noise_shape = shape
+        first = next(iter(linears.values()))
         Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        self.allocation = nn.Parameter(Z.to(next(iter(linears.values())).skill_A))
-        self.noise_shape = shape if config.gumbel else None
+        self.Z = nn.Parameter(Z.to(first.skill_A))
+
         if config.router == "sample":
-            widths = [m.embedding_dim for m in module.modules() if isinstance(m, nn.Embedding)]
-            widths += [m.in_features for m in module.modules() if isinstance(m, nn.Linear)]
-            self.router = TaskRouter(width or widths[0], config, generator).to(self.allocation)
-        for linear in linears.values() if config.router == "token" else ():
-            start = TaskRouter(linear.in_features, config, generator).to(linear.skill_A)
-            linear.skill_task, linear.skill_bias = start.task, start.bias
-            linear.skill_softmax = config.router_norm == "softmax"
+            width = width or embedding_width(module)
+            self.router = TaskRouter(width, config, generator).to(self.Z)
+        if config.router == "token":
+            for linear in linears.values():
+                router = TaskRouter(linear.in_features, config, generator).to(linear.skill_A)
+                linear.skill_W_task = router.W_task
+                linear.skill_bias = router.bias
+                linear.skill_softmax = config.router_norm == "softmax"
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Zhat (1,N,K,S), or (B,N,K,S) with noise u in [0,1): relaxed Bernoulli (Maddison et al. 2017)."""
-        Z = self.allocation.unsqueeze(0)
+        """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
+
+        The noise makes it a relaxed Bernoulli variable (Maddison et al. 2017), temperature 1.
+        """
+        Z = self.Z.unsqueeze(0)
         if noise is not None:
-            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()  # temperature 1
-        return F.logsigmoid(Z).softmax(-1)  # sigmoid(z) / sum sigmoid(z), without an epsilon
+            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
+        # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
+        return F.logsigmoid(Z).softmax(dim=-1)
 
-    def route(self, embeddings: Tensor | None = None, mask: Tensor | None = None, *,
-              task_ids: Tensor | None = None, noise: Tensor | None = None, drop: Tensor | None = None,
-              w: Tensor | None = None) -> Routing:
-        """w, Zhat and c of all Linears at once. task_ids are not used: OrchMoE needs none."""
-        if not (self.training and self.noise_shape):
-            noise = None
-        elif noise is None:
-            if embeddings is None:
-                raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings to know B")
-            noise = torch.rand(len(embeddings), *self.noise_shape)
-        allocation, K = self.allocation_weights(noise), self.config.tasks
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        noise: Tensor | None = None,
+        drop: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Routing:
+        """Return w, Zhat and c of all Linears. task_ids are ignored: OrchMoE needs none."""
+        noise = self._noise(noise, embeddings)
+        Zhat = self.allocation_weights(noise)
         if w is None and self.config.router == "token":
-            return Routing(None, allocation, None, noise is None)
-        if w is None:
-            w = allocation.new_full((K,), 1 / K) if self.router is None else self.router(embeddings, mask)
-            if self.training and self.router_dropout:  # skills that serve the mean w serve unseen tasks
-                drop = torch.rand(len(w)) < self.router_dropout if drop is None else drop
-                w = torch.where(drop.to(w.device).unsqueeze(1), 1 / K, w)
-        if w.shape[-1] != K:
-            raise ValueError(f"w: (K,) or (B,K) with K = {K}, not {tuple(w.shape)}")
-        with torch.autocast(allocation.device.type, enabled=False):
-            c = torch.einsum("bk,bnks->nbs", w.to(allocation).reshape(-1, K), allocation)
-        return Routing(w, allocation, c, w.dim() == 1 and noise is None)
+            return Routing(w=None, Zhat=Zhat, c=None, shared=noise is None)
+
+        K = self.config.tasks
+        with full_precision(Zhat.device):
+            if w is None and self.router is None:
+                w = Zhat.new_full((K,), 1 / K)
+            elif w is None:
+                w = self.router(embeddings, mask)
+                w = self._drop_routing(w, drop)
+            if w.shape[-1] != K:
+                raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
+            c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
+        return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
+
+    def _noise(self, noise: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
+        """Return the noise for Z: the given one, or a new one; None outside training."""
+        if not self.training or self.noise_shape is None:
+            return None
+        if noise is None and embeddings is None:
+            raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings")
+        if noise is None:
+            noise = torch.rand(len(embeddings), *self.noise_shape)
+        return noise
+
+    def _drop_routing(self, w: Tensor, drop: Tensor | None) -> Tensor:
+        """Set w = 1/K where drop (B,) is true, so that the skills also work with the mean w."""
+        if not self.training or self.router_dropout == 0:
+            return w
+        if drop is None:
+            drop = torch.rand(len(w)) < self.router_dropout
+        return torch.where(drop.to(w.device).unsqueeze(1), 1 / self.config.tasks, w)
 
 
-def attach(module: nn.Module, config: OrchMoEConfig, mix: Mix = mix_skills, *, width: int | None = None,
-           generator: Generator | None = None) -> Adapters:
-    """Freezes `module`, gives skills to its Linears named in config.targets, and registers the rest as
-    `module.skill_adapters`. Inputs must be batch-first. A head of your own gets its requires_grad_() after.
+def embedding_width(module: nn.Module) -> int:
+    """Return the width of the model's first Embedding, or else of its first Linear's input."""
+    widths = [child.embedding_dim for child in module.modules() if isinstance(child, nn.Embedding)]
+    widths += [child.in_features for child in module.modules() if isinstance(child, nn.Linear)]
+    return widths[0]
 
-    mix: mix_skills or kernels.mix_skills. width: `routed`'s D, if not of the first Embedding or else Linear.
-    ValueError, with the module as before, where a target is not there or cannot have skills."""
-    found = target_linears(module, config.targets)
-    linears = add_skills(found, [config.rank] * len(found), config, mix, generator)
-    module.skill_adapters = OrchMoE(module, linears, config, generator, width=width).train(module.training)
-    return module.skill_adapters
+
+def attach(
+    module: nn.Module,
+    config: OrchMoEConfig,
+    mix: Mix = mix_skills,
+    *,
+    width: int | None = None,
+    generator: Generator | None = None,
+) -> Adapters:
+    """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
+
+    The Linears are those named in config.targets. Their inputs must be batch-first. To
+    train a head of your own as well, call its requires_grad_() afterwards.
+
+    mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings that `routed`
+    gets, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
+    if a target does not exist or cannot have skills.
+    """
+    linears = target_linears(module, config.targets)
+    ranks = [config.rank] * len(linears)
+    skill_linears = add_skills(linears, ranks, config, mix, generator)
+    adapters = OrchMoE(module, skill_linears, config, generator, width=width)
+    module.skill_adapters = adapters.train(module.training)
+    return adapters
 
 
 def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """{path: Linear} of all that `targets` names, in the module's order. ValueError as for `attach`."""
-    places = [(owner, name, f"{path}.{name}".lstrip("."), child) for path, owner in module.named_modules()
-              for name, child in owner.named_children() if isinstance(child, nn.Linear)]
-    there, own = {name for _, name, _, _ in places}, set(targets) - {"all"}
-    wanted = own.union(ALL if "all" in targets else ())
-    if own - there or not there & wanted:
-        raise ValueError(f"targets: no Linear is named {', '.join(sorted(own - there or wanted))}; there are "
-                         f"{', '.join(sorted(there)) or 'none'}")
+    """Return {path: Linear} of the Linears that `targets` names, in the order of the module.
+
+    Raise ValueError if a target does not exist or cannot have skills.
+    """
+    wanted = set(targets) - {"all"}
+    required = set(wanted)  # every given name must exist; of "all", some are enough
+    if "all" in targets:
+        wanted |= set(ALL_TARGETS)
+
+    available = set()
     found: dict[nn.Linear, str] = {}
-    for owner, name, path, child in places:
-        if isinstance(child, SkillLinear):
-            raise ValueError(f"module: {path} has skills already; detach() them first")
-        if name not in wanted:
-            continue
-        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            raise ValueError(f"targets: {path}: a {type(owner).__name__} would bypass its skills")
-        if nn.parameter.is_lazy(child.weight):
-            raise ValueError(f"targets: {path} has no shape yet; run the module once first")
-        if "forward" in vars(child):  # as accelerate gives
-            raise ValueError(f"targets: {path} has a forward of its instance, which bypasses skills: drop it")
-        found.setdefault(child, path)  # a Linear in two places is one, under its first name
+    for owner_path, owner in module.named_modules():
+        for name, child in owner.named_children():
+            if not isinstance(child, nn.Linear):
+                continue
+            path = f"{owner_path}.{name}".lstrip(".")
+            available.add(name)
+            if isinstance(child, SkillLinear):
+                raise ValueError(f"module: {path} has skills already; detach() them first")
+            if name in wanted:
+                _require_skills_possible(owner, child, path)
+                found.setdefault(child, path)  # a Linear in two places is adapted once
+
+    missing = required - available
+    if missing or not found:
+        names = ", ".join(sorted(missing or wanted))
+        choices = ", ".join(sorted(available)) or "none"
+        raise ValueError(f"targets: no Linear has the name {names}; the model has {choices}")
     return {path: child for child, path in found.items()}
 
 
+def _require_skills_possible(owner: nn.Module, linear: nn.Linear, path: str) -> None:
+    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise ValueError(f"targets: {path}: {type(owner).__name__} would bypass its skills")
+    if nn.parameter.is_lazy(linear.weight):
+        raise ValueError(f"targets: {path} has no shape yet; run the model once first")
+    if "forward" in vars(linear):  # accelerate sets one
+        raise ValueError(
+            f"targets: {path} has a forward set on the instance, which bypasses skills; delete it"
+        )

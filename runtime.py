@@ -1,13 +1,14 @@
-"""What the programs need from the machine, each thing in one place: whole files or none, flags from
-dataclasses, one line for bad input, device and dtype, several processes, seeds and noise, signals. Level 0:
-imports nothing of this project. Test: pytest tests/test_programs.py tests/test_ranks.py"""
+"""What the programs need from the machine: files, flags, messages, devices, processes, seeds.
+
+This file imports no other file of the project.
+
+Test: pytest tests/test_programs.py tests/test_ranks.py
+"""
 
 import argparse
 import dataclasses
-import fcntl
 import functools
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -15,447 +16,598 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent  # of the repository, whose sni/ and tiny/ are the defaults
-LARGEST_JSON = 2**28  # bytes; a task file of a million short instances, and a bound on memory
+ROOT = Path(__file__).resolve().parent  # the repository; its sni/ and tiny/ are the defaults
+LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
 
-# ------------------------------------------------------------------------------------------------------ files
+
+# ---------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None]:
+    """Turn any failure inside the block into one ValueError: "path: what is wrong; remedy".
+
+    Readers of damaged or foreign files fail in many ways: KeyError, TypeError, errors of other
+    packages. This is the one place that catches them all. An OSError that names its file is
+    passed on unchanged.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # panics of packages written in Rust are not Exceptions
+        if isinstance(error, OSError) and error.filename:
+            raise
+        problem = textwrap.shorten(str(error), 200, placeholder=" ...")
+        if type(error) is not ValueError:  # such as KeyError or JSONDecodeError
+            problem = f"{type(error).__name__}: {problem}"
+        raise ValueError(f"{path}: {problem}; {remedy}") from error
+
+
+def require_path(path: str | Path, remedy: str) -> Path:
+    """Return `path`. Raise ValueError with the remedy if nothing is there."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; {remedy}")
+    return path
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Binary file that appears under `path` whole or not at all. An OSError names `path`."""
+    """Yield a binary file that appears under `path` complete or not at all.
+
+    A failed write raises OSError with `path` as its file name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming(path), open(temporary, "wb") as file:
+        with naming_write_errors(path), open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under `path`
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Writing to an open file names no file, and a temporary name tells nobody anything."""
+def naming_write_errors(path: Path) -> Iterator[None]:
+    """Re-raise write errors with the final file name, which the system does not know."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch complains on top
+        cause = error
+        if isinstance(error, RuntimeError):  # torch.save raises one on top of the OSError
+            cause = error.__context__
         if not isinstance(cause, OSError):
             raise
-        kept = "not written, what was saved before is whole; make room or mend the folder, and go on"
-        raise OSError(cause.errno, f"{cause.strerror}; {kept}", str(path)) from None
+        problem = f"{cause.strerror}; not written, the previous version is intact; mend the folder"
+        raise OSError(cause.errno, problem, str(path)) from error
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder`, made if need be, for this run alone, and clears it of what a killed save left half
-    written; ValueError where another run has it. Of several processes the first holds it for all."""
-    if rank() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again however its holder ends
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing this run; wait or change --out") from None
-        except OSError as error:  # a file system without locks
-            warn(f"{folder}: no lock ({error.strerror}); start no second run on this folder")
-        for stale in (*folder.glob(".*.*.tmp"), *folder.glob("model/.*.*.tmp")):
-            stale.unlink()
-        yield
+def read_json(path: str | Path) -> dict:
+    """Return the JSON object in `path`. Raise ValueError if it holds none, or is too large."""
+    with reading(path), open(path, "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON} bytes")
+        value = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
 
 
-def new_folder(name: str) -> Path:
-    """Makes the first of NAME-1, NAME-2, .. that is not there; all processes of a start get the same."""
-    path = None
-    Path(name).parent.mkdir(parents=True, exist_ok=True)  # apart, since a link that leads nowhere exists, too
-    for number in itertools.count(1) if rank() == 0 else ():
-        with suppress(FileExistsError):
-            (path := Path(f"{name}-{number}")).mkdir()
-            break
-    return all_gather(path)[0]
-
-
-def existing(path: str | Path, remedy: str = "name a local folder, nothing is downloaded here; `hf download "
-             "NAME --local-dir DIR` gets a model from the Hub") -> Path:
-    """`path`, or a ValueError with the remedy where nothing is there."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: not there; {remedy}")
-    return Path(path)
+def to_json(value: Any, **options: Any) -> bytes:
+    """Return `value` as JSON with a final newline. NaN and infinity become null."""
+    # The json module writes NaN as a bare word, which is not JSON.
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return (json.dumps(plain, **options) + "\n").encode()
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Of several processes the first writes."""
+    """Write `value` as JSON. Only rank 0 writes."""
     if rank() == 0:
         with atomic_write(path) as file:
             file.write(to_json(value, indent=1, ensure_ascii=False))
 
 
-def to_json(value: Any, **options: Any) -> bytes:
-    """A line of JSON, or several; NaN, which JSON does not have, becomes null."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return (json.dumps(plain, **options) + "\n").encode()
-
-
-def read_json(path: str | Path) -> dict:
-    """JSON object in `path`; a ValueError that names the file where there is none, or too much."""
-    with open(path, "rb") as file:
-        raw = file.read(LARGEST_JSON + 1)
-    try:
-        if len(raw) > LARGEST_JSON:
-            raise ValueError(f"more than {LARGEST_JSON} bytes")
-        value = json.loads(raw.decode("utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError("no object at its top")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
-
-
-def append_json(path: Path, **record: Any) -> None:
-    """Adds a line to a log; of several processes the first writes."""
-    if rank() == 0:  # Buffered: an unbuffered write to a full disk can be short without an error.
-        with _naming(path), open(path, "ab") as file:
-            file.write(to_json(record))
-
-
-def truncate_log(path: Path, steps: int) -> None:
-    """Cuts a log of JSON lines before the first that is of a step >= `steps`, damaged or half written."""
-    if rank() != 0 or not path.exists():
-        return
-    with _naming(path), open(path, "r+b") as file:
-        end = 0
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # of a line that is no record
-            for line in file:
-                if json.loads(line)["step"] >= steps or not line.endswith(b"\n"):
-                    break
-                end += len(line)
-        file.truncate(end)
-
-
-# ---------------------------------------------------------------------------------- flags, messages, progress
+# ---------------------------------------------------------------------------------------- flags
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ValueErrors, which `run_program` prints."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see --help")
 
 
-def read_flags(doc: str | None, *classes: type, defaults: dict[str, Any] | None = None,
-               hidden: Iterable[str] = ()) -> dict[str, Any]:
-    """What the command line gives, of one flag for each field of the classes. The help is the comment behind
-    the field and the default, from `defaults` where the program has its own; the `hidden` have none."""
-    parser = Parser(usage="%(prog)s [options]", description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+def flag(name: str) -> str:
+    """Return the command-line flag of a field: "lr_skills" gives "--lr-skills"."""
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(
+    doc: str | None,
+    *classes: type,
+    defaults: dict[str, Any] | None = None,
+    hidden: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the values that the command line gives. Each field of the dataclasses is a flag.
+
+    The help text of a flag is the comment beside its field. `defaults` replaces the defaults of
+    the fields in the help. Fields in `hidden` are left out of the help.
+    """
+    parser = Parser(
+        usage="%(prog)s [options]",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = defaults or {}
     for cls in classes:
-        helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-        hints = typing.get_type_hints(cls)
-        group = parser.add_argument_group(cls.__doc__.split(":")[0])  # with -OO a dataclass makes its own
+        # Fields have the form "    name: type = value  # help text".
+        comments = dict(
+            re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+        )
+        types = typing.get_type_hints(cls)
+        group = parser.add_argument_group(cls.__doc__.split(":")[0])
         for field in dataclasses.fields(cls):
-            default, text = (defaults or {}).get(field.name, field.default), helps.get(field.name, "")
+            default = defaults.get(field.name, field.default)
+            text = comments.get(field.name, "").replace("%", "%%")
             if "(default:" not in text and default not in ("", (), None):
-                text += f" (default: {','.join(default) if isinstance(default, tuple) else default})"
-            text = argparse.SUPPRESS if field.name in hidden else text.replace("%", "%%")
-            group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
-                               **_argument(hints[field.name]))
-    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # which no file that names it could hold
-        parser.error("an argument is not UTF-8; rename what it names")
+                if isinstance(default, tuple):
+                    default = ",".join(default)
+                text += f" (default: {default})"
+            if field.name in hidden:
+                text = argparse.SUPPRESS
+            options = _argparse_options(types[field.name])
+            group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
+
+    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # bytes that Python could not decode
+        parser.error("an argument is not UTF-8; rename the file or folder that it names")
     return vars(parser.parse_args())
 
 
-def _argument(hint: Any) -> dict[str, Any]:
-    """argparse's options for one type hint: bool, Literal, tuple[str, ...], `X | None`, or a constructor."""
+def _argparse_options(hint: Any) -> dict[str, Any]:
+    """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is typing.Literal:
-        return {"choices": tuple(filter(None, typing.get_args(hint)))}
+        # The empty choice means that the flag is not given.
+        return {"choices": [choice for choice in typing.get_args(hint) if choice]}
     if typing.get_origin(hint) is tuple:
-        return {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "A,B,.."}
-    make, *_ = typing.get_args(hint) or (hint,)
-    return {"type": make, "metavar": {int: "N", float: "X"}.get(make, "NAME")}
+        return {"type": _split_names, "metavar": "A,B,.."}
+    if typing.get_args(hint):  # X | None
+        hint = typing.get_args(hint)[0]
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
-    """The dataclass `cls` with those of `flags` that are its fields."""
-    return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
+    """Return the dataclass `cls`, made from those of the flags that are its fields."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in flags.items() if name in names})
 
 
-def from_json(cls: type, values: Any, path: str | Path) -> Any:
-    """The dataclass `cls` as it was saved in the file `path`; a field that it does not say has its default.
-    ValueError names file and field for one that is unknown, or of another type."""
-    try:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        for name, hint in typing.get_type_hints(cls).items():
-            if name in values and not _fits(values[name], hint):  # it would fail later, and name no field
-                raise ValueError(f"{name}: {values[name]!r:.60} is of another type, or no choice")
-        return cls(**values)
-    except (TypeError, ValueError, AttributeError) as error:
-        what = str(error).removeprefix(f"{cls.__name__}.__init__() ")
-        raise ValueError(f"{path}: {cls.__name__}: {what:.200}; restore the file") from None
+def from_json(cls: type, values: dict[str, Any]) -> Any:
+    """Return the dataclass `cls`, made from saved values. Missing fields get their defaults.
+
+    Raise ValueError for an unknown field or a value of another type. Call it inside `reading`.
+    """
+    types = typing.get_type_hints(cls)
+    fields = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if name not in types:
+            raise ValueError(f"{cls.__name__} has no field {name!r:.60}")
+        if not _has_type(value, types[name]):
+            raise ValueError(
+                f"{name}: {value!r:.60} has another type, or is not one of the choices"
+            )
+        fields[name] = value
+    return cls(**fields)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a JSON value has the type of a field. An int is also a float."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
-    return type(value) in (hint, *typing.get_args(hint)) or (type(value) is int and _fits(0.0, hint))
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    allowed = typing.get_args(hint) or (hint,)
+    if type(value) is int and float in allowed:
+        return True
+    return type(value) in allowed
 
 
 def require_least(config: Any, **least: int) -> None:
-    """ValueError that names the flag for the first number of `config` below its least value, which is 0 where
-    none is given, or not finite."""
+    """Raise ValueError if a number of `config` is too small, too large or not finite.
+
+    The smallest allowed value is 0, unless `least` gives another one for that field.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
-        value, smallest = getattr(config, name), least.get(name, 0)
-        if hint in (int, float) and not smallest <= value < (2**53 if isinstance(value, int) else math.inf):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give {smallest} or more, below 2^53")
+        if hint not in (int, float):
+            continue
+        value = getattr(config, name)
+        smallest = least.get(name, 0)
+        if not smallest <= value < 2**53:
+            raise ValueError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")
+
+
+# ------------------------------------------------------------------------------------- messages
 
 
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Runs `main` and ends the process by the code that it returns (None: 0). Bad input (ValueError, OSError)
-    and a lack of memory or a compiler are one line on stderr, exit code 2; Ctrl-C is exit code 130."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed them
+    """Run `main` and exit with the code that it returns (None means 0).
+
+    Bad input, lack of memory and a missing compiler print one line on stderr and exit with
+    code 2. Ctrl-C exits with code 130. All other exceptions are bugs and keep their traceback.
+    """
+    # Both are None if the shell has closed them.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # where its encoding lacks letters
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack some letters
+
     try:
         code = main() or 0
-        if dist.is_torchelastic_launched():
-            # A sharded base keeps gloo's threads, which may abort as Python goes down; all said is flushed.
-            os._exit(code)
-        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        said = f"{error.filename}: {error.strerror}" if named else str(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            said = f"out of memory ({error!s:.120}); lower the batch sizes, or use a smaller model"
-        elif re.search(r"C(\+\+)? compiler", str(error)):
-            said = "torch.compile finds no C compiler; install one (gcc, g++), or set TORCHDYNAMO_DISABLE=1"
-        else:
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
             raise
-    if local_rank() == 0 or dist.is_initialized():  # before they join, all meet the same error
-        who = f" on rank {rank()}" if rank() else ""
-        print(f"{Path(sys.argv[0]).name}: error{who}: {' '.join(said.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        # Before the processes join, all of them meet the same error: one message is enough.
+        if local_rank() == 0 or dist.is_initialized():
+            program = Path(sys.argv[0]).name
+            which = f" on rank {rank()}" if rank() > 0 else ""
+            print(f"{program}: error{which}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+    if dist.is_torchelastic_launched():
+        # A sharded base keeps threads of gloo that may abort while Python shuts down.
+        os._exit(code)
+    sys.exit(code)
 
 
-def say(text: str = "", file: Any = None) -> None:
-    """One line on stdout, or file, of the first process, at once, without breaking a progress bar."""
+def user_message(error: Exception) -> str | None:
+    """Return one line for an error that the user can fix, None for a bug."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        text = f"out of memory ({text:.120}); lower the batch sizes, or use a smaller model"
+    elif isinstance(error, RuntimeError) and re.search(r"C(\+\+)? compiler", text):
+        text = "torch.compile finds no C compiler; install gcc, or set TORCHDYNAMO_DISABLE=1"
+    elif not isinstance(error, ValueError | OSError):
+        return None
+    return " ".join(text.split())
+
+
+def print_line(text: str = "", file: Any = None) -> None:
+    """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
     if rank() != 0:
         return
     file = file or sys.stdout
     try:
         with tqdm.external_write_mode(file=file):
             print(text, file=file, flush=True)
-    except OSError:  # `| head -1`, or a terminal that is gone: the run is worth more than its words
+    except OSError:
+        # The reader is gone, as with `| head -1`. The run goes on without its messages.
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 @functools.cache
 def warn(text: str) -> None:
-    """One line on stderr, of the first process, for what the run survives; each text once."""
-    say(f"warning: {text}", sys.stderr)
+    """Print a warning on stderr, each text once."""
+    print_line(f"warning: {text}", sys.stderr)
 
 
-def progress(iterable: Iterable | None, desc: str, **options: Any) -> tqdm:
-    """tqdm on stderr, of what takes longer than a second; the first process's alone, and on a terminal."""
-    silent = multiprocessing.parent_process() is not None or rank() != 0 or not sys.stderr.isatty()
-    return tqdm(iterable, desc, leave=False, dynamic_ncols=True, delay=1, disable=silent, **options)
+def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
+    """Return a tqdm bar on stderr. It shows on a terminal, in rank 0, after one second."""
+    in_worker = multiprocessing.parent_process() is not None
+    silent = in_worker or rank() != 0 or not sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        description,
+        leave=False,
+        dynamic_ncols=True,
+        delay=1,
+        disable=silent,
+        **options,
+    )
 
 
-# ------------------------------------------------------------------------------------------ device, processes
+# --------------------------------------------------------------------------------------- device
 
 
 class Device(NamedTuple):
+    """Where the model computes."""
+
     device: torch.device
-    dtype: torch.dtype  # of the base; adapters stay float32
-    reason: str  # one line for the user
+    dtype: torch.dtype  # of the frozen base; adapters stay in float32
+    description: str  # one line for the user
 
 
-def _cpu_gains(base: str | Path) -> bool:
-    """Whether this CPU multiplies bfloat16 itself, and the model in the folder is large enough to gain."""
-    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    sizes = (path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in Path(base).glob(kind))
-    # Below 40 MB, about a width of 256, the casts around what stays float32 cost what the products save.
-    return any(getattr(torch.cpu, name, bool)() for name in native) and sum(sizes) >= 4e7
+def pick_device(
+    gpu: int | None = None, device: str = "", dtype: str = "auto", *, base: str | Path = ""
+) -> Device:
+    """Return the device for `--gpu N` or `--device cpu`: the CPU if there is no CUDA.
 
-
-def pick_device(gpu: int | None = None, device: str = "", dtype: str = "auto", *, base: str = "") -> Device:
-    """`--gpu N` or `--device cpu`; with no CUDA at all the CPU, said in `reason`. Under torchrun each process
-    takes the GPU of its LOCAL_RANK. Unless `dtype` says otherwise bf16 on CUDA, and on a CPU where the model
-    in the folder `base` gains by it; else float32. ValueError for a GPU beyond those there are."""
+    Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
+    bfloat16 on CUDA. On a CPU it is bfloat16 if the CPU multiplies it natively and the model in
+    the folder `base` is large, otherwise float32. Raise ValueError if there is no such GPU.
+    """
     if gpu is not None and device:
         raise ValueError(f"--gpu {gpu} --device {device}: give one of the two")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_gpu = device != "cpu" and count > 0
-    wanted = local_rank() if world_size() > 1 else gpu or 0
-    if wanted < 0 or (on_gpu and max(wanted, _torchrun("LOCAL_WORLD_SIZE", 1) - 1) >= count):
-        remedy = "; start as many processes on a node, or give --device cpu" if world_size() > 1 else ""
-        raise ValueError(f"--gpu {wanted}: there are {count} GPUs, numbered from 0{remedy}")
-    chosen = torch.device("cuda", wanted) if on_gpu else torch.device("cpu")
-    fast = on_gpu or bool(base) and _cpu_gains(base)
-    kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and fast) else torch.float32
-    name = torch.cuda.get_device_name(chosen) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    name += "" if on_gpu or device == "cpu" else " (no CUDA here)"
-    name += f", {world_size()} processes" if world_size() > 1 else ""
-    native = ", which this CPU multiplies itself" if fast and not on_gpu and dtype == "auto" else ""
-    return Device(chosen, kind, f"device: {name}, {str(kind)[6:]}{native}, torch {torch.__version__}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    use_gpu = device != "cpu" and gpus > 0
+
+    own_gpu = last_gpu = gpu or 0
+    remedy = ""
+    if world_size() > 1:
+        own_gpu = local_rank()
+        last_gpu = _torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
+        remedy = "; start as many processes per node as there are GPUs, or give --device cpu"
+    if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
+        raise ValueError(f"--gpu {own_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
+
+    if use_gpu:
+        chosen = torch.device("cuda", own_gpu)
+        name = torch.cuda.get_device_name(chosen)
+        fast_bfloat16 = True
+    else:
+        chosen = torch.device("cpu")
+        name = f"cpu, {torch.get_num_threads()} threads"
+        if device != "cpu":
+            name += " (no CUDA here)"
+        fast_bfloat16 = bool(base) and _cpu_gains_from_bfloat16(base)
+    if world_size() > 1:
+        name += f", {world_size()} processes"
+
+    chosen_dtype = torch.float32
+    if dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16):
+        chosen_dtype = torch.bfloat16
+    description = f"device: {name}, {dtype_name(chosen_dtype)}, torch {torch.__version__}"
+    return Device(chosen, chosen_dtype, description)
 
 
-# Under torchrun every process runs the whole program on its share of each batch; the rest of the code asks
-# here. Without it there is one process, rank 0 of 1, and all of this does nothing.
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _torchrun(name: str, alone: int) -> int:
-    # By torchrun's own mark: clusters set RANK and WORLD_SIZE for a lone process too.
-    return int(os.environ[name]) if dist.is_torchelastic_launched() else alone
+def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
+    """Return whether this CPU multiplies bfloat16 natively and the model is large enough."""
+    native = False
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # torch may lack them
+        if hasattr(torch.cpu, name):
+            native = native or getattr(torch.cpu, name)()
+    size = 0
+    for pattern in ("*.safetensors", "*.bin"):
+        size += sum(path.stat().st_size for path in Path(base).glob(pattern))
+    # Below 40 MB (a width of about 256) casting costs as much as the faster products save.
+    return native and size >= 4e7
 
 
-rank = functools.partial(_torchrun, "RANK", 0)
-local_rank = functools.partial(_torchrun, "LOCAL_RANK", 0)
-world_size = functools.partial(_torchrun, "WORLD_SIZE", 1)
+# ------------------------------------------------------------------------------------ processes
+
+# torchrun starts several processes. Each runs the whole program on its share of every batch.
+# Without torchrun there is one process, rank 0 of 1, and the functions below do nothing.
+
+
+def _torchrun_variable(name: str, default: int) -> int:
+    # Clusters set RANK and WORLD_SIZE for single processes too, so these alone mean nothing.
+    if not dist.is_torchelastic_launched():
+        return default
+    return int(os.environ[name])
+
+
+def rank() -> int:
+    return _torchrun_variable("RANK", 0)
+
+
+def local_rank() -> int:
+    return _torchrun_variable("LOCAL_RANK", 0)
+
+
+def world_size() -> int:
+    return _torchrun_variable("WORLD_SIZE", 1)
 
 
 def launcher() -> str:
-    """What starts this program again."""
-    ours = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} --"  # -- or it takes --run
-    return ours if dist.is_torchelastic_launched() else "python"
+    """Return the command that started this program, without its name and flags."""
+    if not dist.is_torchelastic_launched():
+        return "python"
+    # Without the "--" torchrun would take our --run as its own flag.
+    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} --"
 
 
-def require_alone() -> None:
-    """ValueError under torchrun, for programs of one process."""
-    if (count := world_size()) > 1:
-        raise ValueError(f"WORLD_SIZE {count}: this program runs in one process; start it without torchrun")
+def require_single_process() -> None:
+    """Raise ValueError under torchrun. For programs that run in one process."""
+    if world_size() > 1:
+        raise ValueError("this program runs in one process; start it without torchrun")
 
 
 @contextmanager
-def joined(place: Device | None) -> Iterator[None]:
-    """Joins the processes that torchrun has started, for the body: NCCL between GPUs, gloo on the CPU. One
-    that fails speaks for itself and ends the others through torchrun; one that hangs, after half an hour."""
+def distributed(device: torch.device) -> Iterator[None]:
+    """Join the processes of torchrun: NCCL between GPUs, gloo on the CPU.
+
+    A process that fails prints its own message, and torchrun ends the others.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
-    on_gpu = place is not None and place.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(place.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
     yield
-    any_rank(False)  # the first may still be writing
-    dist.destroy_process_group()  # not after an error: it would wait for the lost
+    # Not in a `finally`: after an error this would wait for processes that are gone.
+    barrier()
+    dist.destroy_process_group()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true in any process; waits for all."""
-    return bool(all_reduce([], flag)[0])
+def any_rank(value: bool) -> bool:
+    """Return whether `value` is true in any process. Waits for all processes."""
+    return sum_over_ranks([], value)[0] > 0
 
 
-def all_reduce(tensors: Sequence[torch.Tensor], *numbers: float) -> list[float]:
-    """Replaces the tensors, all of one dtype, by their sums over all processes; returns the numbers' sums."""
+def barrier() -> None:
+    """Wait until all processes are here, so that they can read what rank 0 has written."""
+    any_rank(False)
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
+    """Replace the tensors by their sums over all processes; return the sums of the numbers.
+
+    The tensors must have one dtype. All of them travel in one message.
+    """
     if not dist.is_initialized():
         return list(numbers)
-    like = tensors[0] if tensors else torch.empty(0, dtype=torch.float64)
-    parts = [*tensors, like.new_tensor(numbers)]
-    dist.all_reduce(flat := parameters_to_vector(parts))
+    if tensors:
+        numbers_tensor = tensors[0].new_tensor(numbers)
+    else:
+        numbers_tensor = torch.tensor(numbers, dtype=torch.float64)
+    parts = [*tensors, numbers_tensor]
+    flat = parameters_to_vector(parts)
+    dist.all_reduce(flat)
     vector_to_parameters(flat, parts)
-    return parts[-1].tolist()
+    return numbers_tensor.tolist()
 
 
-def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Replaces the tensors of every process by those of the first."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.broadcast(tensor, 0)
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Replace the tensors in every process by those of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
-def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def shard(root: nn.Module, units: Iterable[nn.Module], place: Device) -> None:
-    """Splits the frozen weights of `root` over all processes by FSDP2, each unit's apart and gathered only
-    while it computes, in its forward and the methods that its `entries` name. Weights may be views of mapped
-    files, of which each process reads its share alone. What trains is whole, on every process's device."""
-    # Imported here: they take half a second, which no other run need wait.
+def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
+    """Split the frozen weights of `root` over all processes with FSDP2.
+
+    The weights of a block are gathered only while it computes: in its forward and in the methods
+    that its attribute `entries` names. Weights may be views of mapped files, of which each
+    process reads its own share. Trained parameters stay whole in every process.
+    """
+    # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, Shard
 
-    # Old torch files hold transposed weights, which FSDP2 does not take.
-    frozen = {name: p.detach().contiguous() for name, p in root.named_parameters() if not p.requires_grad}
+    frozen = {}
+    trained = set()
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device.device)
+            trained.add(parameter)
+        else:
+            frozen[name] = parameter.detach().contiguous()  # FSDP2 takes no transposed weights
     if not frozen:
-        raise ValueError("--shard: splits a frozen base; not with --method full")
+        raise ValueError("--shard: there is no frozen base to split; not with --method full")
     if not dist.is_initialized():
-        raise ValueError("--shard: splits the base over the processes of torchrun; start it by that")
-    trained = {p for p in root.parameters() if p.requires_grad}
-    for parameter in trained:
-        parameter.data = parameter.data.to(place.device)
-    # FSDP2 first divides weights without values, then gets each share.
-    empty = {name: weight.to("meta", place.dtype) for name, weight in frozen.items()}
+        raise ValueError("--shard: splits the base over processes; start it with torchrun")
+
+    # FSDP2 divides weights that have no values yet. Their values follow, share by share.
+    empty = {name: weight.to("meta", device.dtype) for name, weight in frozen.items()}
     root.load_state_dict(empty, strict=False, assign=True)
-    mesh = dist.init_device_mesh(place.device.type, (world_size(),))
-    for module in (*units, root):
+    mesh = dist.init_device_mesh(device.device.type, (world_size(),))
+    for module in (*blocks, root):
         fully_shard(module, mesh=mesh, ignored_params=trained)
-        for name in getattr(module, "entries", ()):
-            register_fsdp_forward_method(module, name)
+        for method in getattr(module, "entries", ()):
+            register_fsdp_forward_method(module, method)
+
     shares = {}
     for name in progress(list(frozen), "sharding", unit="tensor"):
         weight = frozen.pop(name)
-        size = -(-len(weight) // world_size())  # of the first dimension, as FSDP2 cuts; the last gets less
-        mine = weight[rank() * size:][:size].to(place.device, place.dtype, copy=True).contiguous()
-        shares[name] = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=weight.shape,
-                                          stride=weight.stride())
+        rows = math.ceil(len(weight) / world_size())  # FSDP2 cuts the first dimension like this
+        first = rank() * rows
+        share = weight[first : first + rows].to(device.device, device.dtype, copy=True)
+        shares[name] = DTensor.from_local(
+            share.contiguous(),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
     root.load_state_dict(shares, strict=False, assign=True)
 
 
-# ------------------------------------------------------------------------------------------ seeds and signals
+# ---------------------------------------------------------------------------- seeds and signals
 
 
 def generator(*seed: int) -> torch.Generator:
-    """CPU generator whose stream is a pure function of the numbers given, e.g. (seed, step, sample)."""
+    """Return a CPU generator whose stream depends on the given numbers alone: (seed, step, ...).
+
+    The numbers are mixed with the finaliser of splitmix64, so that neighbouring seeds have
+    unrelated streams.
+    """
+    mask = 2**64 - 1
     mixed = 0x9E3779B97F4A7C15
-    for number in seed:  # splitmix64's finaliser after each number, so that neighbouring seeds share nothing
-        mixed = (mixed + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            mixed = (mixed ^ mixed >> shift) * factor & (2**64 - 1)
+    for number in seed:
+        mixed = (mixed + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & mask
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        mixed = mixed ^ (mixed >> 31)
     return torch.Generator().manual_seed(mixed >> 1)
 
 
-def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...], *stream: int
-                  ) -> torch.Tensor:
-    """u (B, *shape) in [0, 1) on the CPU, row b a function of (seed, step, sample b, *stream) alone."""
-    rows = (generator(seed, step, sample, *stream) for sample in samples)
-    return torch.stack([torch.rand(shape, generator=row) for row in rows])
+def uniform_noise(
+    seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...], *stream: int
+) -> Tensor:
+    """Return noise u (B, *shape) in [0, 1) on the CPU, one row for each sample.
+
+    Row b depends on (seed, step, samples[b], *stream) alone: not on the batch around it.
+    """
+    rows = []
+    for sample in samples:
+        rows.append(torch.rand(shape, generator=generator(seed, step, sample, *stream)))
+    return torch.stack(rows)
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields `asked()`, true once SIGTERM or Ctrl-C has come, so that a loop can finish its step."""
+    """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has come.
+
+    A loop can thus finish its step and save before it stops.
+    """
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _frame: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, _frame: Any) -> None:
+        received.append(number)
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, remember)
     try:
-        yield lambda: bool(received)
+        yield lambda: len(received) > 0
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

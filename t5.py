@@ -1,10 +1,14 @@
-"""T5 from scratch: v1.0 (relu, tied and scaled head) and v1.1 / Flan / LM-adapt (gated GELU, own head) differ
-only in T5Config. Sources: Raffel et al., arXiv 1910.10683, section 2.1; Shazeer, arXiv 2002.05202 (gated
-FFN). Knows nothing of adapters: the Linears are called q, k, v, o, wi, wi_0, wi_1, wo, and whoever wants to
-wrap them does it by these names. Test: pytest tests/test_model.py
+"""T5 from scratch. v1.0 (relu, tied and scaled head) and v1.1, Flan and LM-adapted (gated GELU, own
+head) differ only in T5Config.
 
-Dimensions: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv, F d_ff,
-V vocabulary."""
+Sources: Raffel et al., arXiv 1910.10683, section 2.1; Shazeer, arXiv 2002.05202 (gated FFN).
+This file knows nothing of adapters. Its Linears are called q, k, v, o, wi, wi_0, wi_1 and wo, and
+whoever wants to adapt them finds them by these names.
+
+Letters: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv,
+F d_ff, V vocabulary.
+Test: pytest tests/test_model.py
+"""
 
 import math
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from model import IGNORED, Backbone, Config
 
 @dataclass(frozen=True)
 class T5Config(Config):
-    """Field names are those of Hugging Face's config.json, but for `tied_head`, which that cannot tell."""
+    """Fields are named as in Hugging Face's config.json, except `tied_head`."""
 
     vocab_size: int
     d_model: int
@@ -42,118 +46,208 @@ class T5Config(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if max(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id) >= self.vocab_size:
-            raise ValueError(f"vocab_size {self.vocab_size} is not above pad, eos, decoder_start_token_id")
-        # Logarithmic buckets begin above 0 and end beyond their beginning, see `relative_buckets`.
+        largest = max(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id)
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} must be above pad_token_id, eos_token_id and "
+                "decoder_start_token_id"
+            )
+        # Else `relative_buckets` has no exact buckets, or no range for the logarithmic ones.
         if not 4 <= self.relative_attention_num_buckets < 2 * self.relative_attention_max_distance:
-            raise ValueError("relative_attention_num_buckets not from 4 to 2 relative_attention_max_distance")
+            raise ValueError(
+                "relative_attention_num_buckets must be at least 4 and below "
+                "2 * relative_attention_max_distance"
+            )
 
-    num_blocks = property(lambda self: self.num_layers + self.num_decoder_layers)
-    eos_ids = property(lambda self: (self.eos_token_id,))
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers + self.num_decoder_layers
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.eos_token_id,)
 
     @classmethod
     def from_hf(cls, values: dict) -> "T5Config":
+        """Return the config that the values of a config.json describe."""
         values = {name: value for name, value in values.items() if value is not None}
-        values["tied_head"] = values.get("tie_word_embeddings", True)
-        # Files of transformers 4 say only through the untied head that T5 v1.1 does not scale its output.
-        values.setdefault("scale_decoder_outputs", values["tied_head"])
+        tied_head = values.get("tie_word_embeddings", True)
+        values["tied_head"] = tied_head
+        # T5 v1.1 does not scale its output. Files of transformers 4 show it only by an untied head.
+        values.setdefault("scale_decoder_outputs", tied_head)
         values.setdefault("num_decoder_layers", values.get("num_layers"))
         values.setdefault("decoder_start_token_id", values.get("pad_token_id", 0))
         return cls.of(values)
 
     def to_hf(self) -> dict:
-        values = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
-        values |= {"is_encoder_decoder": True, **asdict(self)}
-        return values | {"tie_word_embeddings": values.pop("tied_head")}
+        """Return the values of a config.json that describes this config."""
+        values = {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "is_encoder_decoder": True,
+            **asdict(self),
+        }
+        values["tie_word_embeddings"] = values.pop("tied_head")
+        return values
+
+
+# ---------------------------------------------------------------------------------------- attention
 
 
 def lowest(dtype: torch.dtype) -> float:
-    # Added to the score of a key that must not be seen. Finite, so that a row without any key is uniform and
-    # not NaN; half of the lowest number, so that its sum with a position bias stays finite, in bfloat16 too.
+    """Return what is added to the score of a key that must not be seen.
+
+    It is finite, so that a row without any key is uniform and not NaN. It is half of the lowest
+    number, so that its sum with a position bias is finite too, also in bfloat16.
+    """
     return torch.finfo(dtype).min / 2
 
 
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)  # (B,L), mask true at real tokens
-    return bias.masked_fill_(~mask.bool(), lowest(dtype))[:, None, None, :]  # (B,1,1,L)
+    """Return the bias (B,1,1,L) that hides padding, given mask (B,L), true at real tokens."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    bias.masked_fill_(~mask.bool(), lowest(dtype))
+    return bias[:, None, None, :]
 
 
-def relative_buckets(distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
-    """distance = key position - query position -> bucket numbers. Half of the buckets hold one distance each,
-    the others grow logarithmically up to max_distance; `bidirectional`: each sign has its own."""
+def relative_buckets(
+    distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int
+) -> Tensor:
+    """Return the bucket number of each distance = key position - query position.
+
+    Half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
+    If `bidirectional`, each sign has its own half of all buckets; if not, only the past counts.
+    """
     if bidirectional:
         buckets //= 2
-        offset, distance = (distance > 0) * buckets, distance.abs()
+        offset = (distance > 0) * buckets
+        distance = distance.abs()
     else:
-        offset, distance = 0, (-distance).clamp(min=0)
+        offset = 0
+        distance = (-distance).clamp(min=0)
+
+    # In float32 and in this order: rounding decides the bucket, and published weights rely on it.
     exact = buckets // 2
-    # In float32 and in this order: the truncation decides, and published weights were trained with it.
     log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (log_ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    far = exact + (log_ratio * (buckets - exact)).long()
+    far = far.clamp(max=buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
 
 class RelativeBias(nn.Module):
-    """The position bias of one stack, shared by its blocks; in the decoder causal, with the future masked."""
+    """The position bias of one stack, shared by its blocks. If `causal`, it hides the future."""
 
     def __init__(self, config: T5Config, *, causal: bool):
         super().__init__()
-        self.causal, self.max_distance = causal, config.relative_attention_max_distance
-        self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
+        self.causal = causal
+        self.max_distance = config.relative_attention_max_distance
+        buckets = config.relative_attention_num_buckets
+        self.weight = nn.Parameter(torch.zeros(buckets, config.num_heads))
 
     def strip(self, length: int) -> Tensor:
-        """The bias of every distance from 1 - length to length - 1: (H, 2 length - 1)."""
+        """Return the bias (H,2L-1) of all distances in order, from 1 - L to L - 1."""
         distance = torch.arange(1 - length, length, device=self.weight.device)
-        numbers = relative_buckets(distance, bidirectional=not self.causal, buckets=len(self.weight),
-                                   max_distance=self.max_distance)  # fmt: skip
-        strip = F.embedding(numbers, self.weight).T  # (H, 2L-1)
-        return strip.masked_fill(distance > 0, lowest(strip.dtype)) if self.causal else strip
+        numbers = relative_buckets(
+            distance,
+            bidirectional=not self.causal,
+            buckets=len(self.weight),
+            max_distance=self.max_distance,
+        )
+        strip = F.embedding(numbers, self.weight).T  # (H,2L-1)
+        if self.causal:
+            strip = strip.masked_fill(distance > 0, lowest(strip.dtype))
+        return strip
 
     def forward(self, length: int) -> Tensor:
-        """(1,H,L,L). The matrix is constant along its diagonals, so row q is the window of the strip that
-        begins at distance -q: 2L-1 table look-ups, also in the backward, where the plain form needs L^2."""
-        return self.strip(length).unfold(1, length, 1).flip(1)[None]
+        """Return the bias (1,H,L,L) of each query position and key position.
+
+        Query q sees the keys at distances -q ... L-1-q, which is a window of the strip:
+
+            strip    -2 -1  0  1  2       L = 3
+            q = 2    -2 -1  0             first window
+            q = 1       -1  0  1          second
+            q = 0           0  1  2       last: so the windows are flipped
+
+        This looks up 2L-1 entries of the table, in the backward pass too, instead of L^2.
+        """
+        windows = self.strip(length).unfold(1, length, 1)  # (H,L,L)
+        return windows.flip(1)[None]
+
+
+# Keys and values (B,H,L,E): a pair, or in a cache one tensor (2,B,H,L,E).
+KeysValues = tuple[Tensor, Tensor] | Tensor
+
+
+@dataclass
+class Cache:
+    """Keys and values of one decoder block while it generates."""
+
+    source: Tensor  # (2,B,H,Ls,E), of the encoder states; computed once
+    target: Tensor  # (2,B,H,t,E), of the tokens read so far
 
 
 class Attention(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
-        self.d_kv, inner = config.d_kv, config.num_heads * config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.d_kv = config.d_kv
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split_heads(self.k(states)), self.split_heads(self.v(states))  # (B,H,L,E)
+        """Return the keys and values of states (B,L,D)."""
+        return self.split_heads(self.k(states)), self.split_heads(self.v(states))
 
-    def forward(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None = None,
-                cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
-        """x (B,L,D) attends to the given keys and values (B,H,Ls,E), without them to itself and the cache."""
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        keys_values: KeysValues | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return what x (B,L,D) reads, (B,L,D).
+
+        With `keys_values` this is cross-attention. Without, x attends to itself and, if there is a
+        cache, to the target tokens in it; x is then added to the cache.
+        """
         q = self.split_heads(self.q(x))  # (B,H,L,E)
-        k, v = keys_values or self.keys_values(x)
+        if keys_values is None:
+            keys_values = self.keys_values(x)
         if cache is not None:
-            cache[2:] = k, v = torch.cat((cache[2], k), 2), torch.cat((cache[3], v), 2)
-        dropout = self.dropout.p if self.training else 0.0
-        # T5 has no 1/sqrt(E): its initialisation of q absorbs it.
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
-        return self.o(x.transpose(1, 2).flatten(2))  # (B,H,L,E) -> (B,L,HE) -> (B,L,D)
+            cache.target = torch.cat((cache.target, torch.stack(keys_values)), dim=3)
+            keys_values = cache.target
+        k, v = keys_values
+
+        # T5 does not divide by sqrt(E): its initialisation of q makes up for it.
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B,H,L,E)
+        return self.o(x.transpose(1, 2).flatten(2))  # (B,L,HE) -> (B,L,D)
+
+
+# ------------------------------------------------------------------------------------------- blocks
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
-        return self.wo(self.dropout(x))  # (B,L,F) -> (B,L,D)
+        if self.gated:
+            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B,L,F)
+        else:
+            h = F.relu(self.wi(x))
+        return self.wo(h)  # (B,L,D)
 
 
 def norm(config: T5Config) -> nn.RMSNorm:
@@ -162,34 +256,53 @@ def norm(config: T5Config) -> nn.RMSNorm:
 
 
 class Block(nn.Module):
-    """Of the decoder where `cross`: between its two sublayers it attends to the encoder's states (B,Ls,D)."""
+    """A block of the encoder or, if `cross`, of the decoder, which reads the encoder states too."""
 
-    entries = ("start", "step")  # called from outside and compute with weights, as forward
+    entries = ("start", "step")  # called from outside and compute with weights, as forward does
 
     def __init__(self, config: T5Config, *, cross: bool):
         super().__init__()
-        self.attention_norm, self.attention = norm(config), Attention(config)
+        self.attention_norm = norm(config)
+        self.attention = Attention(config)
         if cross:
-            self.cross_norm, self.cross_attention = norm(config), Attention(config)
-        self.ffn_norm, self.ffn = norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(0.0)
+            self.cross_norm = norm(config)
+            self.cross_attention = Attention(config)
+        self.ffn_norm = norm(config)
+        self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, bias: Tensor, states: Tensor | None = None,
-                states_bias: Tensor | None = None) -> Tensor:  # fmt: skip
-        keys_values = None if states is None else self.cross_attention.keys_values(states)
-        return self.step(x, bias, keys_values, states_bias)
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        states: Tensor | None = None,
+        states_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output (B,L,D) for whole rows x (B,L,D) and encoder states (B,Ls,D)."""
+        source = None if states is None else self.cross_attention.keys_values(states)
+        return self.step(x, bias, source, states_bias)
 
-    def start(self, states: Tensor) -> list[Tensor]:
-        k, v = self.cross_attention.keys_values(states)
-        return [k, v, k[:, :, :0], v[:, :, :0]]
+    def start(self, states: Tensor) -> Cache:
+        """Return the cache that generation starts with, given the encoder states (B,Ls,D)."""
+        source = torch.stack(self.cross_attention.keys_values(states))
+        return Cache(source, target=source[:, :, :, :0])
 
-    def step(self, x: Tensor, bias: Tensor, keys_values: tuple[Tensor, Tensor] | None,
-             states_bias: Tensor | None, cache: list[Tensor] | None = None) -> Tensor:  # fmt: skip
-        """Also of one more token, x (B,1,D), with the cache; not compiled there, since the cache grows."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache=cache))
-        if keys_values is not None:
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), states_bias, keys_values))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # (B,L,D)
+    def step(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        source: KeysValues | None,
+        states_bias: Tensor | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the output (B,L,D), given the keys and values of the source.
+
+        With a cache, x (B,1,D) is the next token of each row. Generation calls this method, which
+        is not compiled, because the cache grows.
+        """
+        x = x + self.attention(self.attention_norm(x), bias, cache=cache)
+        if source is not None:
+            x = x + self.cross_attention(self.cross_norm(x), states_bias, source)
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class Stack(nn.Module):
@@ -199,41 +312,45 @@ class Stack(nn.Module):
         super().__init__()
         self.position = RelativeBias(config, causal=decoder)
         self.blocks = nn.ModuleList(Block(config, cross=decoder) for _ in range(count))
-        self.norm, self.dropout = norm(config), nn.Dropout(0.0)
+        self.norm = norm(config)
 
-    def forward(self, x: Tensor, *context: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        x = self.dropout(x)
+    def forward(self, x: Tensor, *context: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
+        """Return the last hidden states (B,L,D). Each block gets x and the `context`."""
         for block in self.blocks:
-            x = run(block, x, *context)
-        return self.dropout(self.norm(x))  # (B,L,D)
+            x = run_block(block, x, *context)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------- the model
 
 
 @dataclass
 class State:
-    """Of a generation."""
+    """What `generate` keeps between two steps."""
 
-    mask: Tensor  # (B,Ls) of the sources
-    caches: list[list[Tensor]]  # of each block: keys and values of source (B,H,Ls,E), of target (B,H,t,E)
-    strip: Tensor  # the position bias of all distances
+    mask: Tensor  # (B,Ls), of the sources
+    caches: list[Cache]  # of the decoder's blocks
+    strip: Tensor  # (H,2n-1), the position bias of all distances, for n new tokens
 
     def bias(self) -> Tensor:
-        """Of the next token, at distances -t ... 0: (1,H,1,t+1)."""
-        t = self.caches[0][2].shape[2]  # tokens read so far
-        zero = self.strip.shape[1] // 2  # where distance 0 stands
+        """Return the position bias (1,H,1,t+1) of the next token, at distances -t ... 0."""
+        t = self.caches[0].target.shape[3]  # tokens read so far
+        zero = self.strip.shape[1] // 2  # the place of distance 0
         return self.strip[:, zero - t : zero + 1][None, :, None]
 
-    def keep(self, rows: Tensor):
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, and the columns that are padding in all of them."""
         mask = self.mask[rows]
-        length = int(mask.cumsum(1).argmax(1).max()) + 1  # beyond the last real token all is padding
+        last = mask.cumsum(1).argmax(1)  # (B'): the last real token of each row
+        length = int(last.max()) + 1
         self.mask = mask[:, :length]
+
         for cache in self.caches:
-            cache[:2] = (x[:, :, :length] for x in cache[:2])
-            cache[:] = (x.index_select(0, rows) for x in cache)
+            cache.source = cache.source[:, :, :, :length].index_select(1, rows)
+            cache.target = cache.target.index_select(1, rows)
 
 
 class T5(Backbone):
-    """Its dropout: embeddings, attention weights, inside the FFN, each sublayer's output, each stack's end"""
-
     Config = T5Config
     renames = (
         (r"^embedding", "shared"),
@@ -251,29 +368,41 @@ class T5(Backbone):
         (r"ffn\.", "DenseReluDense."),
     )
     tables = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    unused = r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"  # of old files
+    # Files of the first T5 models have this tensor, which T5 does not use.
+    unused = r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"
 
     def __init__(self, config: T5Config):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.num_layers, decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, decoder=True)
-        self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tied_head:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    blocks = property(lambda self: (*self.encoder.blocks, *self.decoder.blocks))
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (*self.encoder.blocks, *self.decoder.blocks)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Source (B,Ls), mask true (or 1) at real tokens -> encoder states (B,Ls,D)."""
-        x = self.embedding(input_ids)
-        bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)  # (B,H,Ls,Ls)
-        return self.encoder(x, bias, run=self.run)
+        """Return the encoder states (B,Ls,D) of sources (B,Ls).
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        """(B,Ls), (B,Ls), target so far (B,Lt) -> hidden states (B,Lt,D), which `logits` takes."""
-        states, x = self.encode(input_ids, attention_mask), self.embedding(decoder_input_ids)
-        # Target padding needs no mask: it comes last, so no real target position sees it.
-        bias, states_bias = self.decoder.position(x.shape[1]), padding_bias(attention_mask, x.dtype)
-        return self.decoder(x, bias, states, states_bias, run=self.run)
+        attention_mask (B,Ls): true or 1 at real tokens.
+        """
+        x = self.embedding(input_ids)
+        bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)
+        return self.encoder(x, bias, run_block=self.run_block)  # bias (B,H,Ls,Ls)
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
+        """Return the hidden states (B,Lt,D) that `logits` takes, given the target so far (B,Lt)."""
+        states = self.encode(input_ids, attention_mask)
+        x = self.embedding(decoder_input_ids)
+        # Padding of the target needs no mask: it comes last, so no real position sees it.
+        bias = self.decoder.position(x.shape[1])
+        states_bias = padding_bias(attention_mask, x.dtype)
+        return self.decoder(x, bias, states, states_bias, run_block=self.run_block)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.config.scale_decoder_outputs:
@@ -287,23 +416,30 @@ class T5(Backbone):
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
         return self.cross_entropy(self.hidden(input_ids, attention_mask, shifted), labels)
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> tuple[Tensor, State]:
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> tuple[Tensor, State]:
         states = self.encode(input_ids, attention_mask)
-        caches = [block.start(states) for block in self.decoder.blocks]
-        strip = self.decoder.position.strip(max_new_tokens)  # (H, 2n-1)
+        state = State(
+            mask=attention_mask,
+            caches=[block.start(states) for block in self.decoder.blocks],
+            strip=self.decoder.position.strip(max_new_tokens),
+        )
         first = input_ids.new_full((len(input_ids),), self.config.decoder_start_token_id)
-        return first, State(attention_mask, caches, strip)
+        return first, state
 
     def step(self, newest: Tensor, state: State) -> Tensor:
-        x, bias = self.embedding(newest[:, None]), state.bias()  # (B,1,D), (1,H,1,t+1)
+        x = self.embedding(newest[:, None])  # (B,1,D)
+        bias = state.bias()
         states_bias = padding_bias(state.mask, x.dtype)
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block.step(x, bias, (cache[0], cache[1]), states_bias, cache)
+            x = block.step(x, bias, cache.source, states_bias, cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @classmethod
     def tidy(cls, config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
-        # The file decides whether there is a head of its own, not tie_word_embeddings, which transformers 5
-        # writes as true for every T5.
+        # The file decides whether there is a head of its own. tie_word_embeddings does not:
+        # transformers 5 writes it as true for every T5.
         config = super().tidy(config, tensors)
-        return replace(config, tied_head=config.tied_head and "lm_head.weight" not in tensors)
+        has_head = "lm_head.weight" in tensors
+        return replace(config, tied_head=config.tied_head and not has_head)

@@ -1,173 +1,214 @@
-"""Tokenizers of Hugging Face folders, with the ids and texts of transformers: T5's SentencePiece; of decoders
-Llama's and Mistral's SentencePiece, or a tokenizer.json (by the package tokenizers). Special tokens that a
-text spells are text. Test: pytest tests/test_tokenizer.py"""
+"""Tokenizers of Hugging Face model folders, with the ids and texts of transformers.
+
+T5 has a SentencePiece model (spiece.model). Decoder-only models have a SentencePiece model
+(tokenizer.model: Llama, Mistral) or a tokenizer.json, which needs the package `tokenizers`.
+A special token that is spelled out in a text, such as "</s>", is encoded as ordinary text.
+
+Test: pytest tests/test_tokenizer.py
+"""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
-from runtime import atomic_write, existing, read_json
+from runtime import atomic_write, read_json, reading, require_path
 
-LARGEST_FILE = 1e8  # bytes; T5's has 8e5, mT5's 4e6, Llama 3's 1.7e7
-# the English clean-up that Hugging Face calls clean_up_tokenization_spaces, in its order
-CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'",
-            " n't": "n't", " 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}  # fmt: skip
+LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
+REMEDY = "download it again"
+
+# Where Hugging Face's clean_up_tokenization_spaces removes spaces, in its order.
+CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
-    """What all have in common; a kind brings _read, _ids and _text. pad_id is for masked positions,
-    fingerprint 64 hex digits of all that ids depend on."""
+    """The common part of all tokenizers. A subclass defines _setup, _encode and _decode."""
 
-    size: int  # ids are below it
-    pad_id: int
+    size: int  # every id is below it
+    pad_id: int  # at masked positions
     eos_ids: tuple[int, ...]
-    bos_ids: tuple[int, ...] = ()  # what a source begins with
-    lead = ""  # what a target begins with, in place of the space that its source has given away
+    bos_ids: tuple[int, ...] = ()  # at the start of a source
+    target_prefix = ""  # at the start of a target: the space that `source` removes
+    fingerprint: str  # 64 hex digits of everything that the ids depend on
 
     def __init__(self, path: Path):
-        files = [path, *filter(Path.is_file, [path.with_name("tokenizer_config.json")])]
-        for file in files:
-            if file.stat().st_size > LARGEST_FILE:
-                raise ValueError(f"{file}: larger than {LARGEST_FILE:.0f} bytes; download it again")
-        self.path, self._files = path, {file.name: file.read_bytes() for file in files}
-        self._read(content := self._files[path.name])
-        habits = f"{self.bos_ids}{self.eos_ids}{self.lead}"
-        self.fingerprint = hashlib.sha256(content + habits.encode()).hexdigest()
+        self.path = path
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"{path}: larger than {LARGEST_FILE} bytes; {REMEDY}")
+        content = path.read_bytes()
+        self._files = {path.name: content}  # what `save` writes
+        self._setup(content)
+        options = f"{self.bos_ids}{self.eos_ids}{self.target_prefix}"
+        self.fingerprint = hashlib.sha256(content + options.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, EOS last."""
-        return [*self.bos_ids, *self._ids(text), *self.eos_ids]
+        """Return the ids of a text, from BOS (if there is one) to EOS."""
+        return [*self.bos_ids, *self._encode(text), *self.eos_ids]
 
     def source(self, text: str) -> list[int]:
-        """Ids of a prompt. A word of these vocabularies includes the space before it: the one that a prompt
-        ends with goes to what follows."""
-        return [*self.bos_ids, *self._ids(text.removesuffix(" "))]
+        """Return the ids of a prompt.
+
+        A word of the vocabulary includes the space before it. Therefore a space at the end of the
+        prompt is removed here, and the target starts with it.
+        """
+        return [*self.bos_ids, *self._encode(text.removesuffix(" "))]
 
     def target(self, text: str) -> list[int]:
-        """Ids of an answer, EOS last."""
-        return [*self._ids(self.lead + text), *self.eos_ids]
+        """Return the ids of an answer, with EOS at the end."""
+        return [*self._encode(self.target_prefix + text), *self.eos_ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special ids, stripped; of T5's with the spaces cleaned up."""
-        return self._text([i for i in map(int, ids) if 0 <= i < self.size]).strip()
+        """Return the text of `ids` without special tokens and without outer white space."""
+        known = [i for i in map(int, ids) if 0 <= i < self.size]
+        return self._decode(known).strip()
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Copy the files of the tokenizer into a folder."""
         for name, content in self._files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
     def _settings(self) -> dict:
+        """Return the content of tokenizer_config.json, or {} if there is no such file."""
         path = self.path.with_name("tokenizer_config.json")
-        return read_json(path) if path.name in self._files else {}
+        if not path.is_file():
+            return {}
+        settings = read_json(path)
+        self._files[path.name] = path.read_bytes()
+        return settings
 
 
 class Pieces(Tokenizer):
     """A SentencePiece model."""
 
-    def _read(self, model: bytes) -> None:
+    def _setup(self, content: bytes) -> None:
         try:
             self.sp = sentencepiece.SentencePieceProcessor()
-            self.sp.LoadFromSerializedProto(model)
+            self.sp.LoadFromSerializedProto(content)
             self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
-            self.size = len(self.pieces)
-        except (RuntimeError, IndexError, UnicodeDecodeError):
-            raise ValueError(f"{self.path}: not a SentencePiece model; download it again") from None
+        except Exception:
+            raise ValueError(f"{self.path}: not a SentencePiece model; {REMEDY}") from None
+        self.size = len(self.pieces)
 
-    def _ids(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return self.sp.encode(text)
 
-    def _text(self, ids: list[int]) -> str:
-        # Beyond the pieces are T5's sentinels; control pieces have no text, an unknown one would have.
-        return self.sp.decode([i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)])
+    def _decode(self, ids: list[int]) -> str:
+        # T5's sentinels are beyond the pieces. Control pieces have no text, but <unk> would have.
+        known = [i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)]
+        return self.sp.decode(known)
 
 
 class T5Pieces(Pieces):
-    """After the pieces 100 sentinels, sentinel 0 as the last id; no text yields one."""
+    """T5's SentencePiece model, and 100 sentinels behind its pieces. Sentinel 0 is the last id."""
 
-    pad_id, eos_ids = 0, (1,)
+    pad_id = 0
+    eos_ids = (1,)
 
-    def _read(self, model: bytes) -> None:
-        super()._read(model)
-        self._files, self.size = {"spiece.model": model}, len(self.pieces) + 100
+    def _setup(self, content: bytes) -> None:
+        super()._setup(content)
+        self._files = {"spiece.model": content}
+        self.size = len(self.pieces) + 100
         if self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
-            raise ValueError(f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>")
+            raise ValueError(
+                f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>; {REMEDY}"
+            )
 
-    source = target = Tokenizer.encode  # T5 reads a prompt and writes an answer in the same way
+    # The encoder reads the source and the decoder writes the target. Both end with EOS.
 
-    def _text(self, ids: list[int]) -> str:
-        text = super()._text(ids)
-        for spaced, tight in CLEAN_UP.items():
-            text = text.replace(spaced, tight)
+    def source(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def target(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = super()._decode(ids)
+        for spaced in CLEAN_UP:
+            text = text.replace(spaced, spaced.strip())
         return text
 
 
 class LlamaPieces(Pieces):
-    """It puts a space before every text by itself, so that no target needs one."""
+    """Llama's or Mistral's SentencePiece model. It puts a space before every text by itself."""
 
-    def _read(self, model: bytes) -> None:
-        super()._read(model)
-        bos, eos = self.sp.bos_id(), self.sp.eos_id()
-        if min(bos, eos) < 0:
-            raise ValueError(f"{self.path}: has no BOS or no EOS, which Llama's and Mistral's have")
-        self.bos_ids = (bos,) if self._settings().get("add_bos_token", True) else ()
-        self.pad_id, self.eos_ids = eos, (eos,)
+    def _setup(self, content: bytes) -> None:
+        super()._setup(content)
+        bos_id = self.sp.bos_id()
+        eos_id = self.sp.eos_id()
+        if bos_id < 0 or eos_id < 0:
+            raise ValueError(f"{self.path}: has no BOS or no EOS; {REMEDY}")
+        if self._settings().get("add_bos_token", True):
+            self.bos_ids = (bos_id,)
+        self.eos_ids = (eos_id,)
+        self.pad_id = eos_id
 
 
 class Words(Tokenizer):
-    """A tokenizer.json, with its EOS and its habits in tokenizer_config.json."""
+    """A tokenizer.json, whose EOS is named in tokenizer_config.json."""
 
-    def _read(self, content: bytes) -> None:
-        try:
-            import tokenizers  # not required: T5 and Llama 2 do without
-        except ImportError:
-            raise ValueError(f"{self.path}: needs the package tokenizers; pip install tokenizers") from None
-        self._words = words = self._call(tokenizers.Tokenizer.from_buffer, content)
-        words.no_truncation()  # a file may ask for both
-        words.no_padding()
-        words.encode_special_tokens = True  # as text, where a text spells them
-        probe, bare = (self._call(words.encode, "a", add_special_tokens=special) for special in (True, False))
-        name = self._settings().get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
-        eos = self._call(words.token_to_id, name) if isinstance(name, str) else None
-        if eos is None:
-            raise ValueError(f"{self.path}: has no eos_token of tokenizer_config.json; mend one of them")
-        words.add_special_tokens([name])  # whatever the file calls it, EOS is no text
-        # As transformers 5: add_bos_token of the settings counts for nothing beside the file's own template.
-        begins = len(probe.ids) - len(bare.ids)
-        if probe.ids[begins:] != bare.ids:
-            raise ValueError(f"{self.path}: ends prompts with EOS, as T5's; put its spiece.model beside it")
-        self.bos_ids, self.pad_id, self.eos_ids = tuple(probe.ids[:begins]), eos, (eos,)
-        self.size = 1 + max(words.get_vocab().values())
-        # A word's space: where the tokenizer does not put one before every text by itself, targets bring it.
-        self.lead = "" if "".join(bare.tokens).startswith(("▁", "Ġ")) else " "
+    def _setup(self, content: bytes) -> None:
+        with reading(self.path, "pip install tokenizers"):
+            import tokenizers  # optional: T5 and Llama 2 do not need it
 
-    def _call(self, function: Callable, *values: Any, **options: Any) -> Any:
-        try:  # what is wrong with a file may show at a text alone
-            return function(*values, **options)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of the package's Rust is no Exception
-            said = " ".join(str(error).split())
-            raise ValueError(f"{self.path}: not a tokenizer ({said:.100}); download it again") from None
+        eos = self._settings().get("eos_token")
+        if isinstance(eos, dict):  # an AddedToken of transformers
+            eos = eos.get("content")
 
-    def _ids(self, text: str) -> list[int]:
-        return self._call(self._words.encode, text, add_special_tokens=False).ids
+        with reading(self.path, REMEDY):
+            words = tokenizers.Tokenizer.from_buffer(content)
+            words.no_truncation()  # the file may ask for truncation and padding
+            words.no_padding()
+            words.encode_special_tokens = True  # a special token that a text spells out is text
+            self._words = words
 
-    def _text(self, ids: list[int]) -> str:
-        return self._call(self._words.decode, ids, skip_special_tokens=True)
+            eos_id = words.token_to_id(eos) if isinstance(eos, str) else None
+            if eos_id is None:
+                raise ValueError("has no eos_token of tokenizer_config.json")
+            self.eos_ids = (eos_id,)
+            self.pad_id = eos_id
+
+            # The template in the file decides whether there is a BOS. The setting add_bos_token
+            # has no effect, as in transformers 5.
+            plain = words.encode("a", add_special_tokens=False)
+            full = words.encode("a")
+            start = len(full.ids) - len(plain.ids)
+            if full.ids[start:] != plain.ids:
+                raise ValueError("ends prompts with EOS as T5 does, but there is no spiece.model")
+            self.bos_ids = tuple(full.ids[:start])
+
+            # Some tokenizers put a space before every text by themselves.
+            if not "".join(plain.tokens).startswith(("▁", "Ġ")):
+                self.target_prefix = " "
+
+            words.add_special_tokens([eos])  # so that EOS is never decoded as text
+            self.size = 1 + max(words.get_vocab().values())
+
+    def _encode(self, text: str) -> list[int]:
+        with reading(self.path, REMEDY):  # some damage shows only when a text is encoded
+            return self._words.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        with reading(self.path, REMEDY):
+            return self._words.decode(ids, skip_special_tokens=True)
 
 
 KINDS = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder, or of T5's .model file; ValueError where there is no whole one."""
-    existing(folder)
-    path = next((path for name in KINDS if (path := Path(folder) / name).is_file()), Path(folder))
-    if not path.is_file():
-        raise ValueError(f"{path}: no {' or '.join(KINDS)}; copy the model's own there")
-    return KINDS.get(path.name, T5Pieces)(path)
+    """Return the tokenizer of a model folder, or of a single file (T5's may have any name).
+
+    Raise ValueError if there is none or if it is damaged.
+    """
+    download = "`hf download NAME --local-dir DIR` gets a model from the Hub"
+    folder = require_path(folder, f"name a local folder, nothing is downloaded here; {download}")
+    for path in [folder / name for name in KINDS] + [folder]:
+        if path.is_file():
+            kind = KINDS.get(path.name, T5Pieces)
+            return kind(path)
+    raise ValueError(
+        f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder"
+    )

@@ -1,25 +1,28 @@
-"""Trains adapters (or with --method full every weight) of a transformer on Super-NaturalInstructions; ends
-with a table of the frozen and the adapted model on seen and unseen tasks. A run folder holds config.json,
-metrics.jsonl, checkpoint.pt (the last state), the adapter that was best on dev as adapter.safetensors
-(--method full: model/) and scores.json.
+"""Train adapters of a frozen transformer on Super-NaturalInstructions, then score them.
+
+Ends with a table of the frozen and the adapted model on seen and unseen tasks. The results are in
+the run folder, see run_folder.py. With --method full every weight of the model trains instead.
 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
-    python train.py --resume --out runs/lora --device cpu    # after an interruption
-    python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # a new task from a few examples
+    python train.py --resume --out runs/lora --device cpu             # after an interruption
+    python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # learn a new task
+
+Test: pytest tests/test_training.py tests/test_programs.py
 """
 
 import math
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 import checkpoint
@@ -27,47 +30,57 @@ import data
 import eval as evaluation
 import runtime
 import tokenizer as tokenizers
-from baselines import METHODS, attach_method, count
+from baselines import METHODS, attach_method, count_parameters, settings_read
+from data import Batch, DataConfig, Examples
+from export import load_peft, set_skills
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 
-TRAINED = {  # kinds of parameters by --trainable; of a mixture's router the bias alone
-    "all": {"skills", "router", "token_router", "allocation", "full"}, "router": {"router", "token_router"},
-    "allocation": {"allocation"}, "mixture": {"router"},
-}  # fmt: skip
-CLIP = 1.0  # largest norm of the gradient
+# ---------------------------------------------------------------------------------- settings
+
+# The kinds of parameters that train, by --trainable. A mixture trains the router's bias alone.
+TRAINED_KINDS = {
+    "all": ("skills", "router", "token_router", "allocation", "full"),
+    "router": ("router", "token_router"),
+    "allocation": ("allocation",),
+    "mixture": ("router",),
+}
+LARGEST_NORM = 1.0  # gradients are clipped to this norm
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training: model, method, steps and rates."""
+    """Training: model, method, steps and learning rates."""
 
-    model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of this repository)
-    method: Literal[METHODS] = "orchmoe"  # what trains
-    seed: int = 0  # of order, initial values, noise
+    model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
+    method: Literal[METHODS] = "orchmoe"  # method to train
+    seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
-    batch_size: int = 16  # examples of one optimiser step; four times as many are evaluated at once
-    accumulate: int = 1  # micro-batches that a step is computed in
-    lr_skills: float = 3e-3  # peak learning rate of A and B
-    lr_router: float = 2e-5  # of the sample's router, whose features are standardised
-    lr_token_router: float = 1e-2  # of routers that read raw tokens: --router token, moe-lora
-    lr_allocation: float = 1e-2  # of the allocation matrices, and of --trainable mixture
-    lr_full: float = 5e-5  # of every weight, with --method full
+    batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
+    accumulate: int = 1  # micro-batches per optimiser step
+    lr_skills: float = 3e-3  # peak learning rate of the skills, A and B
+    lr_router: float = 2e-5  # peak learning rate of the sample router
+    lr_token_router: float = 1e-2  # peak learning rate of token routers, also those of moe-lora
+    lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
+    lr_full: float = 5e-5  # peak learning rate of all weights with --method full
     warmup: int = 50  # steps of linear warm-up
-    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down towards 0, or level
-    eval_every: int = 100  # steps between dev losses and checkpoints
-    eval_instances: int = 2000  # at most this many of each evaluated set, evenly over it (0: all)
-    checkpoint_blocks: bool = False  # recompute each block in the backward: less memory, more time
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 where faster
-    start: str = ""  # folder of a run to begin with: its base, method and adapters
-    trainable: Literal[tuple(TRAINED)] = "all"  # what of it trains; mixture: one w for all samples
-    loras: tuple[str, ...] = ()  # folders of LoRAs by peft, which become the skills and stay as they are
-    extra_rank: int = 0  # ranks on top, for comparisons at equal size
+    schedule: Literal["linear", "constant"] = "linear"  # learning rate after warm-up; linear: to 0
+    eval_every: int = 100  # steps between evaluations on dev, each with a checkpoint
+    eval_instances: int = 2000  # largest number of instances of an evaluated set (0: all)
+    checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
+    start: str = ""  # folder of a finished run to start from: its base, method and adapters
+    trainable: Literal[tuple(TRAINED_KINDS)] = "all"  # what trains of it; mixture: one w for all
+    loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
+    extra_rank: int = 0  # ranks added over all Linears, to compare methods at equal size
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
-        if self.start and self.loras or self.trainable != "all" and not self.start:
-            raise ValueError("--start, which --trainable goes with, and --loras: give one of the two")
+        if self.start and self.loras:
+            raise ValueError("--start and --loras: give one of the two")
+        if self.trainable != "all" and not self.start:
+            raise ValueError(f"--trainable {self.trainable}: give --start with it")
 
     @property
     def eval_batch_size(self) -> int:
@@ -75,411 +88,561 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class PlaceConfig:
-    """Place: where the run computes and what it writes."""
+class LaunchConfig:
+    """Launch: where the run computes and what it writes. A resumed run may change these."""
 
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
-    resume: bool = False  # go on with the run in --out, with its own settings
-    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
-    device: Literal["cpu", ""] = ""  # no GPU even if there is one
+    resume: bool = False  # resume the run in --out with its own settings
+    gpu: int | None = None  # number of the GPU (default: 0, if there is one)
+    device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
     shard: bool = False  # split the frozen base over the processes of torchrun
-    compile: bool = False  # torch.compile each block: a minute at the start, then faster steps
+    compile: bool = False  # compile each block: a minute at the start, faster steps afterwards
 
     def __post_init__(self) -> None:
-        if self.shard and self.compile:  # FSDP2's hooks stand inside the blocks, and no graph takes them
+        if self.shard and self.compile:  # the hooks of FSDP2 are inside the blocks
             raise ValueError("--shard and --compile: give one of the two")
 
 
-CONFIGS = {"train": TrainConfig, "data": data.DataConfig, "adapter": OrchMoEConfig}
-HIDDEN = ("extra_rank",)  # flags that only the comparison gives
-STARTED = ("orchmoe", "orchmoe-factors", "lora", "moe-lora")  # methods that --start goes on with
-# places that a run has may change from start to resume; what is there may not
-MOVABLE = {"model", "data", "text", "start", "loras"}
-SIZES, ROUTED = {"skills", "rank", "alpha", "targets", "lr_skills"}, {"lr_allocation"}
-USED = {  # of the adapter's settings and the rates, what each method but orchmoe reads
-    "lora": SIZES, "moe-lora": SIZES | {"lr_token_router"}, "poly": SIZES | ROUTED, "mhr": SIZES | ROUTED,
-    "c-poly": SIZES | ROUTED, "full": {"lr_full"},
-}  # fmt: skip
-IDLE = {  # of the same, what orchmoe leaves unread with each router
-    "sample": {"lr_token_router"}, "token": {"lr_router", "router_attention", "router_init"},
-    "none": {"lr_router", "lr_token_router", "router_attention", "router_init", "router_norm"},
-}  # fmt: skip
+@dataclass(frozen=True)
+class Settings:
+    """All settings that decide the result of a run."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: OrchMoEConfig = field(default_factory=OrchMoEConfig)
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> "Settings":
+        """Make settings from values by field name. Fields that are not given have defaults."""
+        return cls(
+            train=runtime.from_flags(TrainConfig, flags),
+            data=runtime.from_flags(DataConfig, flags),
+            adapter=runtime.from_flags(OrchMoEConfig, flags),
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Return all values by field name."""
+        return {**vars(self.train), **vars(self.data), **vars(self.adapter)}
 
 
-def read_configs(flags: dict[str, Any], where: PlaceConfig, classes: dict[str, type] = CONFIGS
-                 ) -> dict[str, Any]:
-    """The configs by name; with --resume those of the run, which flags must not contradict. ValueError for a
-    flag that would be ignored."""
-    if where.resume:
-        if not where.out:
-            raise ValueError("--resume: name the folder of the run by --out")
-        configs = evaluation.Run.read(where.out).configs(where.out, **classes)
-        kept = {name: value for config in configs.values() for name, value in vars(config).items()}
-        for name in sorted(flags.keys() & kept.keys() - {name for name in MOVABLE if kept.get(name)}):
-            if flags[name] != kept[name]:
-                raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: the run in {where.out} has "
-                                 f"{kept[name]!r}; leave it out")
-        return {name: runtime.from_flags(cls, kept | flags) for name, cls in classes.items()}
-    if where.out and any(Path(where.out).glob("*.json*")):  # of a run, or of an evaluation
-        raise ValueError(f"--out {where.out}: holds a run already; add --resume, or name another folder")
-    fixed, free = brought(flags)
-    configs = {name: runtime.from_flags(cls, free | flags | fixed) for name, cls in classes.items()}
-    config, rates = configs["train"], {name for name in vars(TrainConfig()) if name[:3] == "lr_"}
-    method, every = config.method, rates | vars(OrchMoEConfig()).keys()
-    unused = every - USED.get(method, every - {"lr_full"} - IDLE[configs["adapter"].router])
-    idle = rates - set(rates_of(config).values())
-    for name in sorted(flags.keys() & (fixed.keys() | unused | idle)):
-        router = f" --router {configs['adapter'].router}" if method not in USED else ""
-        why = ("comes with --start or --loras" if name in fixed else
-               f"not used by --method {method}{router}" if name in unused else "nothing of that rate trains")
-        raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
-    return configs
+def saved_settings(run: RunConfig) -> Settings:
+    """Return the settings of a run."""
+    return Settings(
+        train=run.section(TrainConfig, "train"),
+        data=run.section(DataConfig, "data"),
+        adapter=run.section(OrchMoEConfig, "adapter"),
+    )
 
 
-def rates_of(config: TrainConfig) -> dict[str, str]:
-    """{kind of what trains: the field of its peak rate}; a mixture is a row of an allocation."""
-    kinds = TRAINED[config.trainable] - ({"skills"} if config.loras else set())
-    return {kind: "lr_allocation" if config.trainable == "mixture" else f"lr_{kind}" for kind in kinds}
+def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
+    """Return the settings that the flags describe.
+
+    Raise ValueError for a flag that would have no effect.
+    """
+    if launch.resume:
+        return resumed_settings(flags, launch)
+    if launch.out and any(Path(launch.out).glob("*.json*")):
+        raise ValueError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
+
+    fixed, defaults = settings_of_start(flags)
+    settings = Settings.from_flags(defaults | flags | fixed)
+
+    method, router = settings.train.method, settings.adapter.router
+    rates = {item.name for item in fields(TrainConfig) if item.name.startswith("lr_")}
+    read = settings_read(method, router)
+    unread = ({item.name for item in fields(OrchMoEConfig)} | rates) - read
+    idle = rates - set(trained_rates(settings.train).values())
+    for name in sorted(flags):
+        if name in fixed:
+            raise ValueError(f"{runtime.flag(name)}: comes with --start or --loras; leave it out")
+        if name in unread:
+            words = f"--method {method}"
+            if "router" in read:
+                words += f" --router {router}"
+            raise ValueError(f"{runtime.flag(name)}: {words} does not use it; leave it out")
+        if name in idle:
+            raise ValueError(f"{runtime.flag(name)}: nothing trains at that rate; leave it out")
+    return settings
 
 
-def brought(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that --start and --loras bring: those that no flag may name, and those that it may."""
-    if folder := flags.get("start"):
-        configs = evaluation.Run.read(folder).configs(folder, **CONFIGS)
-        began, prompts, adapter = (vars(config) for config in configs.values())
-        if began["method"] not in STARTED:
-            raise ValueError(f"--start {folder}: a run of --method {began['method']}; only adapters without "
-                             f"task ids go on, those of {', '.join(STARTED)}")
-        return (adapter | {name: began[name] for name in ("method", "extra_rank")},
-                prompts | {"model": began["model"]})
-    if folders := flags.get("loras"):
-        loras = [checkpoint.load_peft(folder) for folder in folders]
-        if bases := {lora.base for lora in loras if lora.base != loras[0].base}:
-            raise ValueError(f"--loras: of different bases, {loras[0].base} and {min(bases)}")
-        return ({"method": "orchmoe", "skills": len(loras), "rank": max(lora.rank for lora in loras),
-                 "alpha": None}, {"allocation_std": 0.0})  # from their average on
+def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
+    """Return the settings of the run in --out. Flags may change the places of its files only."""
+    if not launch.out:
+        raise ValueError("--resume: give the folder of the run with --out")
+    saved = saved_settings(read_config(launch.out)).values()
+    for name in sorted(flags.keys() & saved.keys()):
+        may_change = name in PATHS and saved[name]
+        if flags[name] != saved[name] and not may_change:
+            raise ValueError(
+                f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has {saved[name]!r}; "
+                "leave it out"
+            )
+    return Settings.from_flags(saved | flags)
+
+
+def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that --start or --loras bring: those that are fixed, and defaults."""
+    if flags.get("start"):
+        folder = flags["start"]
+        settings = saved_settings(read_config(folder))
+        method = settings.train.method
+        if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
+            raise ValueError(
+                f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
+                "run of orchmoe, orchmoe-factors, lora or moe-lora"
+            )
+        fixed = {**vars(settings.adapter), "method": method}
+        fixed["extra_rank"] = settings.train.extra_rank
+        defaults = {**vars(settings.data), "model": settings.train.model}
+        return fixed, defaults
+
+    if flags.get("loras"):
+        loras = [load_peft(folder) for folder in flags["loras"]]
+        for lora in loras:
+            if lora.base != loras[0].base:
+                raise ValueError(f"--loras: different bases, {loras[0].base} and {lora.base}")
+        rank = max(lora.rank for lora in loras)
+        fixed = {"method": "orchmoe", "skills": len(loras), "rank": rank, "alpha": None}
+        defaults = {"allocation_std": 0.0}  # start from the average of the LoRAs
+        return fixed, defaults
+
     return {}, {}
 
 
-# ----------------------------------------------------------------------------------------------------- pieces
+# ---------------------------------------------------------------------------------- optimizer
 
 
-def begin(base: Backbone, adapters: Adapters, examples: data.Examples, config: TrainConfig) -> None:
-    """What does not start at random: the adapters of --start; the skills of --loras; the router, from at most
-    2,000 training sources, see Adapters.fit_router. A mixture is a router without W_task: softmax(b), at
-    first the mean w of these sources."""
-    few = data.subsample(examples, 2000)
-    if config.start:
-        adapters.load_state_dict(evaluation.Run.read(config.start).kept(config.start)[0])
-        if config.trainable == "mixture":
-            w = evaluation.measure(base, adapters, few, batch_size=config.eval_batch_size)[1].mean(0)
-            softmax = adapters.router.config.router_norm == "softmax"
-            adapters.router.task.data.zero_()
-            adapters.router.bias.data.copy_(w.clamp(min=1e-6).log() if softmax else w)
-        return
+def trained_rates(config: TrainConfig) -> dict[str, str]:
+    """Return {kind of parameter that trains: the field of its learning rate}."""
+    rates = {kind: f"lr_{kind}" for kind in TRAINED_KINDS[config.trainable]}
     if config.loras:
-        checkpoint.set_skills(adapters, [checkpoint.load_peft(folder) for folder in config.loras])
-    size = min(8, config.eval_batch_size)  # its (B,L,L) scores outgrow every cache; larger is slower
-    parts = [part for _, part in data.batches(few, size, base.device, "router start")]
-    adapters.fit_router((base.embed(part.input_ids) for part in parts),
-                        (part.attention_mask for part in parts), generator=runtime.generator(config.seed, 1))
+        del rates["skills"]
+    if config.trainable == "mixture":
+        rates["router"] = "lr_allocation"  # a mixture is one row of an allocation
+    return rates
 
 
-def freeze(adapters: Adapters, config: TrainConfig) -> None:
-    """Leaves training to what --trainable names; ValueError where the run has none of it."""
-    for kind, group in adapters.parameter_groups().items():
-        for parameter in group:
-            fits = parameter.dim() == 1 or config.trainable != "mixture"
-            parameter.requires_grad_(kind in rates_of(config) and fits)
+def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
+    """Freeze what --trainable leaves out. Raise ValueError if nothing is left to train."""
+    rates = trained_rates(config)
+    for kind, parameters in adapters.parameter_groups().items():
+        for parameter in parameters:
+            trains = kind in rates
+            if config.trainable == "mixture":
+                trains = trains and parameter.dim() == 1  # the bias
+            parameter.requires_grad_(trains)
     if not any(adapters.parameter_groups().values()):
-        raise ValueError(f"--trainable {config.trainable}: the run in {config.start} has no such part")
+        raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
-    """AdamW without weight decay, with a peak rate for each kind of parameter."""
-    groups = [{"params": parameters, "max_lr": getattr(config, rates_of(config)[kind])}
-              for kind, parameters in adapters.parameter_groups().items() if parameters]
+    """Return AdamW without weight decay, with a peak learning rate for each kind of parameter."""
+    rates = trained_rates(config)
+    groups = []
+    for kind, parameters in adapters.parameter_groups().items():
+        if parameters:
+            groups.append({"params": parameters, "max_lr": getattr(config, rates[kind])})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """Factor of the peak learning rates at `step`: linear warm-up, then linear to 0 or level."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    left = (config.steps - step) / max(1, config.steps - config.warmup)
-    return min(warm, left) if config.schedule == "linear" else warm
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Return the factor on the peak rates: linear warm-up, then linear to 0 or constant."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return warmup
+    decay = (config.steps - step) / max(1, config.steps - config.warmup)
+    return min(warmup, decay)
 
 
-def require_finite(where: str, **values: float) -> None:
-    """ValueError that says where, unless all values are finite numbers."""
-    if not all(map(math.isfinite, values.values())):
-        said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-        raise ValueError(f"{where}: {said}; the last checkpoint is untouched; start anew with lower learning "
-                         "rates or --dtype float32")
+# ------------------------------------------------------------------------- where training starts
 
 
-# --------------------------------------------------------------------------------------------------- training
+def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
+    """Start the router from at most 2,000 training sources, see Adapters.fit_router."""
+    sources = data.subsample(examples, 2000)
+    batch_size = min(8, config.eval_batch_size)  # larger scores (B,L,L) do not fit the caches
+    batches = []
+    for _, batch in data.batches(sources, batch_size, base.device, "router start"):
+        batches.append(batch)
+    adapters.fit_router(
+        (base.embed(batch.input_ids) for batch in batches),
+        (batch.attention_mask for batch in batches),
+        generator=runtime.generator(config.seed, 1),
+    )
 
 
-def train_step(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch: data.Batch, step: int,
-               config: TrainConfig) -> dict[str, float]:
-    """One step: the loss is the sum over the target tokens of all micro-batches, of all processes, divided by
-    their count. Returns loss, norm of the gradient, mean entropy of w and target tokens."""
+def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
+    """Load the adapters of the run in --start."""
+    state, _ = read_config(config.start).load_adapter()
+    adapters.load_state_dict(state)
+    if config.trainable == "mixture":
+        # A mixture is a router without W_task: w = softmax(b), at first the mean w of the sources.
+        sources = data.subsample(examples, 2000)
+        _, w = evaluation.measure(base, adapters, sources, batch_size=config.eval_batch_size)
+        bias = w.mean(dim=0)
+        if adapters.router.config.router_norm == "softmax":
+            bias = bias.clamp(min=1e-6).log()
+        adapters.router.W_task.data.zero_()
+        adapters.router.bias.data.copy_(bias)
+
+
+# ----------------------------------------------------------------------------------- one step
+
+
+def train_step(
+    base: Backbone,
+    adapters: Adapters,
+    optimizer: Optimizer,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """Run one optimiser step. Return loss, gradient norm, routing entropy and target tokens.
+
+    The loss is summed over the target tokens and divided by their number in the whole step. So it
+    does not depend on how the step is cut into micro-batches and processes.
+    """
     base.train()
-    optimizer.zero_grad(set_to_none=True)
-    loss = entropy = 0.0
-    for rows, part in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
-        ours = config.seed, step, rows or [0]  # noise is a function of seed, step and row
-        noise = adapters.noise_shape and runtime.uniform_noise(*ours, adapters.noise_shape)
-        drop = runtime.uniform_noise(*ours, (), 1) < share if (share := adapters.router_dropout) else None
-        part = part.to(base.device)
-        with evaluation.routed(base, adapters, part, noise=noise, drop=drop) as routing:
-            part_loss = base.loss(part.input_ids, part.attention_mask, part.labels) / batch.target_tokens
-            part_loss.backward()
-        loss += part_loss.item()
+    optimizer.zero_grad()
+    loss = 0.0
+    entropy = 0.0
+    for rows, micro_batch in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
+        micro_batch = micro_batch.to(base.device)
+        noise, drop = routing_noise(adapters, config.seed, step, rows)
+        with evaluation.routed(base, adapters, micro_batch, noise=noise, drop=drop) as routing:
+            part = base.loss(micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels)
+            part = part / batch.target_tokens
+            part.backward()
+        loss += part.item()
         entropy += evaluation.mean_entropy(routing.w) * len(rows) / len(batch.ids)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    loss, entropy = runtime.all_reduce(gradients, loss, entropy)  # of all processes
-    norm = torch.nn.utils.get_total_norm(gradients)
-    require_finite(f"step {step} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm.item())
-    torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
+
+    parameters = []
     for group in optimizer.param_groups:
-        group["lr"] = group["max_lr"] * lr_factor(step, config)
+        group["lr"] = group["max_lr"] * learning_rate_factor(step, config)
+        parameters += group["params"]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
+
+    norm = get_total_norm(gradients)
+    require_finite(step, batch, loss=loss, gradient_norm=norm.item())
+    clip_grads_with_norm_(parameters, LARGEST_NORM, norm)
     optimizer.step()
-    return {"loss": loss, "norm": norm.item(), "entropy": entropy, "target_tokens": batch.target_tokens}
+    return {
+        "loss": loss,
+        "norm": norm.item(),
+        "entropy": entropy,
+        "target_tokens": batch.target_tokens,
+    }
 
 
-def load_progress(path: Path, adapters: Adapters, optimizer: Optimizer) -> tuple[int, float]:
-    """(next step, best dev loss) of a checkpoint, whose weights and moments go into place."""
-    if not path.exists():
-        return 0, math.inf
-    state = checkpoint.unpickle(path)
-    try:
-        adapters.load_state_dict(state["weights"])
-        # of its groups the parameters' state alone: rates are the config's
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        for parameter, moments in optimizer.state.items():  # whose shapes torch does not compare
-            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("the optimizer's moments are of other shapes")
-        if (type(state["step"]), type(state["best"])) != (int, float):
-            raise ValueError("step or best is of another type")
-    except Exception as error:  # of many types, whatever a state of another run or a damaged one provokes
-        raise ValueError(f"{path}: not of this run ({error!s:.200}); restore it, or start anew") from None
-    return state["step"], state["best"]
+def routing_noise(
+    adapters: Adapters, seed: int, step: int, rows: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the noise on Z and the samples with w = 1/K, for methods that use them.
+
+    Each depends on seed, step and row alone, so that a resumed run draws the same.
+    """
+    rows = rows or [0]  # a process without rows has a dummy row, see Batch.split
+    noise = None
+    if adapters.noise_shape is not None:
+        noise = runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
+    drop = None
+    if adapters.router_dropout > 0:
+        drop = runtime.uniform_noise(seed, step, rows, (), 1) < adapters.router_dropout
+    return noise, drop
 
 
-def save_progress(path: Path, adapters: Adapters, optimizer: Optimizer, **progress: float) -> None:
-    if runtime.rank() == 0:
-        with runtime.atomic_write(path) as file:
-            torch.save(dict(progress, weights=adapters.state_dict(), optimizer=optimizer.state_dict()), file)
+def require_finite(step: int, batch: Batch, **values: float) -> None:
+    """Raise ValueError if a value is not a finite number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
+                "the last checkpoint is intact; start again with lower learning rates or "
+                "--dtype float32"
+            )
 
 
-def train(base: Backbone, adapters: Adapters, optimizer: Optimizer, batch_at: Callable[[int], data.Batch],
-          dev: Sequence[data.Example], folder: Path, config: TrainConfig, keep_best: Callable[[], None], *,
-          autocast: bool = False) -> bool:
-    """From the last checkpoint, where there is one, to the last step; false if a signal stopped it before. At
-    each --eval-every the dev loss is taken, and keep_best() called if it is the lowest so far. batch_at(step)
-    must depend on nothing else, so that a run can resume. autocast: bf16 arithmetic on float32 weights."""
-    path, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    first, best = load_progress(path, adapters, optimizer)
-    runtime.truncate_log(log, first)
-    runtime.broadcast(adapters.state_dict().values())  # processes that begin alike stay alike
-    with runtime.stop_signals() as asked, runtime.progress(
-            range(first, config.steps), "train", total=config.steps, unit="step", initial=first) as bar:
-        for step in bar:
-            began, batch = time.monotonic(), batch_at(step)
-            with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
-                record = train_step(base, adapters, optimizer, batch, step, config)
-            size = batch.input_ids.numel() + batch.labels.numel()  # padding included
-            speed = round(size / (time.monotonic() - began))
-            runtime.append_json(log, step=step, **record, tokens_per_s=speed)
-            bar.set_postfix(loss=f"{record['loss']:.4g}", tokens_per_s=speed, refresh=False)
-            stopping = runtime.any_rank(asked())  # so that all processes stop behind the same step
-            due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-            if not (due or stopping):
-                continue
-            where = f"after step {step} on {', '.join(batch.ids)}"
-            norm = torch.nn.utils.get_total_norm(adapters.state_dict().values()).item()
-            require_finite(where, norm_of_weights=norm)  # a finite gradient may yet have broken them
-            if due:
-                loss, w = evaluation.measure(base, adapters, dev, batch_size=config.eval_batch_size)
-                require_finite(where, dev_loss=loss)
-                routed = w is not None and config.trainable != "mixture"  # which has one w for all
-                router = {"router": evaluation.report_router(w, dev)} if routed else {}
-                runtime.append_json(log, step=step, dev_loss=loss, **router)
-                if loss < best:
-                    best = loss
-                    keep_best()
-            save_progress(path, adapters, optimizer, step=step + 1, best=best)
-            if stopping:
-                return False
-        return not runtime.any_rank(asked())  # during the last dev loss, too
+# -------------------------------------------------------------------------------- the whole run
 
 
-# ------------------------------------------------------------------------------------------------ the program
+def train(
+    settings: Settings,
+    device: runtime.Device,
+    launch: LaunchConfig = LaunchConfig(),
+    *,
+    final_scores: bool = True,
+    resume_command: str = "",
+    attach: Callable[..., Adapters] = attach_method,
+) -> bool:
+    """Train from the start, or from the last checkpoint in launch.out. Return False if stopped.
 
+    final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
+    a table. resume_command: printed for the user, without the folder. attach: a function like
+    baselines.attach_method, for studies that change the routing.
+    """
+    config = settings.train
 
-class Parts(NamedTuple):
-    """What a run consists of."""
-
-    base: Backbone
-    adapters: Adapters
-    tokenizer: tokenizers.Tokenizer
-    train_set: data.Examples
-    sets: dict[str, list[data.Example]]  # dev, seen, unseen, of at most --eval-instances
-    bound: dict[str, Any]  # fingerprints, tasks and digests that must be the same when the run goes on
-
-
-def load_sets(config: TrainConfig, data_config: data.DataConfig, tokenizer: tokenizers.Tokenizer
-              ) -> tuple[data.Examples, dict[str, list[data.Example]], dict[str, str]]:
-    """The training set; {"dev", "seen", "unseen"} of at most --eval-instances, no unseen where the split has
-    no test tasks; digests of the task files."""
-    sets = data.load_sets(data_config, tokenizer)
-    if not sets["dev"]:
-        raise ValueError(f"{data_config.data}: no training task has the 5 instances that a dev set needs")
-    digests = {name: sets[name].digest for name in ("train", "test") if name in sets}
-    held_out = {"unseen" if name == "test" else name: data.subsample(examples, config.eval_instances)
-                for name, examples in sets.items() if name != "train"}
-    return sets["train"], held_out, digests
-
-
-def build(configs: dict[str, Any], place: runtime.Device, where: PlaceConfig = PlaceConfig(), *,
-          fit: bool = True) -> Parts:
-    """Everything at its start; fit: also what `begin` does, which a checkpoint would replace."""
-    config = configs["train"]
+    # Tokenizer and data. Of each evaluated set at most --eval-instances are used.
     tokenizer = tokenizers.load(config.model)
-    train_set, sets, digests = load_sets(config, configs["data"], tokenizer)
-    # The small updates of full training would be lost in bf16 weights: these stay float32.
-    dtype = torch.float32 if config.method == "full" else place.dtype
-    base = (checkpoint.mapped(config.model) if where.shard else
-            checkpoint.load(config.model, dtype=dtype, device=place.device))
-    for examples in (train_set, *sets.values()):
+    sets = data.load_sets(settings.data, tokenizer)
+    train_set = sets["train"]
+    if not sets["dev"]:
+        raise ValueError(
+            f"{settings.data.data}: no training task has the 5 instances for a dev set"
+        )
+    held_out = {"dev": sets["dev"], "seen": sets["seen"]}
+    if "test" in sets:
+        held_out["unseen"] = sets["test"]
+    for name, examples in held_out.items():
+        held_out[name] = data.subsample(examples, config.eval_instances)
+
+    # The frozen base. In full training small updates would be lost in bfloat16 weights: these
+    # stay in float32, and autocast computes in bfloat16.
+    full = config.method == "full"
+    if launch.shard:
+        base = checkpoint.mapped(config.model)  # each process reads its own share
+    else:
+        dtype = torch.float32 if full else device.dtype
+        base = checkpoint.load(config.model, dtype=dtype, device=device.device)
+    for examples in (train_set, *held_out.values()):
         evaluation.require_fit(base, tokenizer, examples)
-    adapters = attach_method(config.method, base, configs["adapter"], num_tasks=len(train_set.tasks),
-                             extra_rank=config.extra_rank, generator=runtime.generator(config.seed, 0))
-    if where.compile:
+
+    # The adapters.
+    adapters = attach(
+        config.method,
+        base,
+        settings.adapter,
+        num_tasks=len(train_set.tasks),
+        extra_rank=config.extra_rank,
+        generator=runtime.generator(config.seed, 0),
+    )
+    if launch.compile:
         base.compile_blocks()
-    if where.shard:
-        runtime.shard(base, base.blocks, place)
+    if launch.shard:
+        runtime.shard(base, base.blocks, device)
+    # After `shard`, which splits what is frozen: the adapters stay whole in every process.
+    freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
-    bound = {"tasks": tuple(train_set.tasks), "base": checkpoint.fingerprint(config.model),
-             "tokenizer": tokenizer.fingerprint, "digests": digests}
-    if fit and config.start:
-        same = {name: bound[name] for name in ("base", "tokenizer")}
-        evaluation.Run.read(config.start).require_same(config.start, **same)
-    freeze(adapters, config)
-    if fit:
-        begin(base, adapters, train_set, config)
-    return Parts(base, adapters, tokenizer, train_set, sets, bound)
 
+    # What the run is bound to: a resumed run must find the same.
+    bound = RunConfig(
+        folder=launch.out,
+        train=asdict(config),
+        data=asdict(settings.data),
+        adapter=asdict(settings.adapter),
+        tasks=tuple(train_set.tasks),
+        base=checkpoint.fingerprint(config.model),
+        tokenizer=tokenizer.fingerprint,
+        digests={name: sets[name].digest for name in ("train", "test") if name in sets},
+    )
 
-def start_run(folder: Path, configs: dict[str, Any], bound: dict[str, Any]) -> None:
-    """Writes config.json, with the places of now; ValueError where it is there, bound to something else."""
-    if (folder / "config.json").exists():
-        evaluation.Run.read(folder).require_same(folder, **bound)
-    saved = {name: asdict(config) for name, config in configs.items()}
-    for values in saved.values():  # places, to be found from any working folder
-        for name in MOVABLE & values.keys():
-            values[name] = (list(map(os.path.abspath, place)) if isinstance(place := values[name], tuple) else
-                            place and os.path.abspath(place))
-    runtime.write_json(folder / "config.json", asdict(evaluation.Run(**saved, **bound)))
+    # The start of the adapters. A checkpoint replaces it.
+    is_new = not (launch.out and RunFolder(launch.out).checkpoint_path.exists())
+    if is_new and config.start:
+        read_config(config.start).require_same(base=bound.base, tokenizer=bound.tokenizer)
+        load_start(base, adapters, train_set, config)
+    elif is_new:
+        if config.loras:
+            set_skills(adapters, [load_peft(folder) for folder in config.loras])
+        fit_router(base, adapters, train_set, config)
 
+    # The run folder.
+    run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
+    if resume_command:
+        resume_command += f" --out {shlex.quote(str(run.path))}"
+    with run.lock():
+        if is_new and run.checkpoint_path.exists():
+            raise ValueError(f"{run.path}: another process has trained here; give another --out")
+        run.bind(bound)
+        print_start(adapters, train_set, run, config)
+        if resume_command:
+            runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-def add_scores(folder: Path, parts: Parts, config: TrainConfig, name: str) -> dict[str, dict]:
-    """Scores the model as it is on seen and unseen tasks, as row `name` of scores.json; all its rows."""
-    path = folder / "scores.json"
-    rows = runtime.read_json(path) if path.exists() else {}
-    rows[name] = {}
-    for which in sorted(parts.sets.keys() - {"dev"}):
-        said = evaluation.predict(parts.base, parts.adapters, parts.sets[which], parts.tokenizer,
-                                  batch_size=config.eval_batch_size, desc=f"{name}, {which}")
-        rows[name][which] = evaluation.score(parts.sets[which], said)
-    runtime.write_json(path, rows)
-    return rows
+        # New skills change nothing (B = 0), so this scores the frozen base. It does so in a resumed
+        # run too, because the checkpoint is not loaded yet.
+        name = "start" if config.start or config.loras else "frozen base"
+        has_start = is_new or name == "frozen base"
+        if final_scores and has_start and not run.scores_path.exists():
+            run.add_scores(name, score_held_out(base, adapters, held_out, tokenizer, config, name))
 
+        # A mixture has the same w for all samples: there is no routing to report.
+        routes_samples = adapters.router is not None and config.trainable != "mixture"
 
-def run(folder: Path | None, configs: dict[str, Any], place: runtime.Device,
-        where: PlaceConfig = PlaceConfig(), *, closing: bool = True, resume: str = "") -> bool:
-    """Trains into the run folder (None: the first free one), from its checkpoint where it has one; false if a
-    signal stopped it. where: its `shard` and `compile`. closing: score the frozen base and the trained model
-    on seen and unseen tasks, and say so. resume: the command that goes on with a run, but for its folder, to
-    be said."""
-    config, full = configs["train"], configs["train"].method == "full"
-    parts = build(configs, place, where, fit=not (folder and (folder / "checkpoint.pt").exists()))
-    train_set = parts.train_set
-    folder = folder or runtime.new_folder(f"runs/{config.method}")
-    resume = resume and f"{resume} --out {shlex.quote(str(folder))}"
+        # Optimizer, and the state of an interrupted run.
+        optimizer = make_optimizer(adapters, config)
+        if is_new:
+            first_step, best_loss = 0, math.inf
+            start_w = evaluation.router_weights(base, adapters, held_out["dev"])
+        else:
+            first_step, best_loss, start_w = run.load_progress(adapters, optimizer)
+        run.truncate_log(first_step)
+        runtime.broadcast(adapters.state_dict().values())  # processes that start equal stay equal
 
-    def batch_at(step: int) -> data.Batch:
-        rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
-        return data.collate([train_set[i] for i in rows], seed=config.seed, step=step)
+        with runtime.stop_signals() as stop_requested:
+            steps = range(first_step, config.steps)
+            bar = runtime.progress(
+                steps, "train", total=config.steps, initial=first_step, unit="step"
+            )
+            for step in bar:
+                # One step on a batch that depends on seed and step alone.
+                started = time.monotonic()
+                batch = training_batch(train_set, step, config)
+                with torch.autocast(
+                    device.device.type,
+                    torch.bfloat16,
+                    enabled=full and device.dtype == torch.bfloat16,
+                ):
+                    record = train_step(base, adapters, optimizer, batch, step, config)
+                tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
+                record["tokens_per_s"] = round(tokens / (time.monotonic() - started))
+                run.log(step=step, **record)
+                bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
 
-    with runtime.locked(folder):
-        start_run(folder, configs, parts.bound)
-        skills, routing = count(parts.adapters).values()
-        runtime.say(f"{config.method}: {skills:,} in skills + {routing:,} in routing = {skills + routing:,} "
-                    f"parameters train; on {len(train_set)} examples of {len(train_set.tasks)} tasks; run "
-                    f"folder {folder}")
-        if resume:
-            runtime.say(f"should it be interrupted, go on with: {resume}")
-        start = "start" if config.start or config.loras else "frozen base"  # what B = 0 is, to the bit
-        begun = (folder / "checkpoint.pt").exists() and start == "start"  # then it is not what `parts` holds
-        if closing and not (begun or (folder / "scores.json").exists()):
-            add_scores(folder, parts, config, start)
-        if not train(parts.base, parts.adapters, make_optimizer(parts.adapters, config), batch_at,
-                     parts.sets["dev"], folder, config, lambda: save_best(folder, parts, configs),
-                     autocast=full and place.dtype == torch.bfloat16):
-            runtime.say(f"stopped; go on with: {resume}" if resume else f"{folder}: stopped")
+                is_last = step + 1 == config.steps
+                evaluating = is_last or (step + 1) % config.eval_every == 0
+                stopping = runtime.any_rank(stop_requested())  # all processes stop together
+                if not (evaluating or stopping):
+                    continue
+                weights = get_total_norm(adapters.state_dict().values())
+                require_finite(step, batch, norm_of_the_weights=weights.item())
+
+                # The loss on dev. Keep the weights that are best there.
+                if evaluating:
+                    loss, w = evaluation.measure(
+                        base, adapters, held_out["dev"], batch_size=config.eval_batch_size
+                    )
+                    require_finite(step, batch, dev_loss=loss)
+                    record = {"dev_loss": loss}
+                    if routes_samples:
+                        record["router"] = evaluation.router_report(w, held_out["dev"], start_w)
+                    run.log(step=step, **record)
+                    if loss < best_loss:
+                        best_loss = loss
+                        run.save_best(bound, base, adapters, tokenizer)
+
+                run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
+                if stopping:
+                    break
+            stopped = runtime.any_rank(stop_requested())
+        if stopped:
+            runtime.print_line(f"stopped; resume with: {resume_command or run.path}")
             return False
-        if closing:
-            runtime.any_rank(False)  # waits for the first process, which may still be writing what was best
-            parts.adapters.load_state_dict(checkpoint.load(folder / "model").state_dict() if full else
-                                           checkpoint.load_adapter(folder / "adapter.safetensors")[0])
-            say_scores(folder, add_scores(folder, parts, config, config.method), config)
+
+        # The weights that were best on dev, scored on seen and unseen tasks.
+        if final_scores:
+            run.load_best(bound, adapters)
+            name = config.method
+            scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
+            print_table(run.add_scores(name, scores), run, config)
+            if routes_samples:
+                w = evaluation.router_weights(base, adapters, held_out["dev"])
+                print_router(evaluation.router_report(w, held_out["dev"], start_w), w.shape[1])
     return True
 
 
-def say_scores(folder: Path, rows: dict[str, dict], config: TrainConfig) -> None:
-    """A table in Markdown, and what comes next."""
-    runtime.say("| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |\n"
-                "| --- | --- | --- | --- | --- |")
+def training_batch(train_set: Examples, step: int, config: TrainConfig) -> Batch:
+    """Return the batch of a step. It depends on the seed and the step alone."""
+    rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
+    return data.collate([train_set[row] for row in rows], seed=config.seed, step=step)
+
+
+def score_held_out(
+    base: Backbone,
+    adapters: Adapters,
+    held_out: dict[str, list[data.Example]],
+    tokenizer: tokenizers.Tokenizer,
+    config: TrainConfig,
+    name: str,
+) -> dict[str, dict]:
+    """Return the scores of the model as it is, on seen and unseen tasks."""
+    scores = {}
+    for which in ("seen", "unseen"):
+        if which in held_out:
+            predictions = evaluation.predict(
+                base,
+                adapters,
+                held_out[which],
+                tokenizer,
+                batch_size=config.eval_batch_size,
+                description=f"{name}, {which}",
+            )
+            scores[which] = evaluation.score(held_out[which], predictions)
+    return scores
+
+
+def print_start(
+    adapters: Adapters, train_set: Examples, run: RunFolder, config: TrainConfig
+) -> None:
+    """Print what trains, and on what."""
+    counts = count_parameters(adapters)
+    skills, routing = counts["skills"], counts["routing"]
+    runtime.print_line(
+        f"{config.method}: {skills:,} in skills + {routing:,} in routing = {skills + routing:,} "
+        f"parameters train; on {len(train_set)} examples of {len(train_set.tasks)} tasks; run "
+        f"folder {run.path}"
+    )
+
+
+def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> None:
+    """Print the scores as a table in Markdown, and the command that scores the whole test set."""
+    header = "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
+    runtime.print_line(header)
+    runtime.print_line("| --- | --- | --- | --- | --- |")
     for name, scores in rows.items():
-        cells = (f"{scores[which]['overall'][metric]:.2f}" if which in scores else "-"
-                 for which in ("seen", "unseen") for metric in ("rougeL", "exact_match"))
-        runtime.say(f"| {' | '.join((name, *cells))} |")
-    most = f"at most {config.eval_instances}" if config.eval_instances else "all"
-    runtime.say(f"of {most} instances each; in {folder}: what was best on dev, scores.json, metrics.jsonl")
+        cells = [name]
+        for which in ("seen", "unseen"):
+            for metric in ("rougeL", "exact_match"):
+                value = "-"
+                if which in scores:
+                    value = f"{scores[which]['overall'][metric]:.2f}"
+                cells.append(value)
+        runtime.print_line(f"| {' | '.join(cells)} |")
+
+    limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
+    runtime.print_line(f"on {limit} instances of each set; the run folder {run.path} has the rest")
     program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
     split = "test" if "unseen" in scores else "seen"
-    runtime.say(f"next: {runtime.launcher()} {program} --run {shlex.quote(str(folder))} --split {split}")
+    command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
+    runtime.print_line(f"next: {command}")
 
 
-def save_best(folder: Path, parts: Parts, configs: dict[str, Any]) -> None:
-    if runtime.rank() != 0:
-        return
-    method = configs["train"].method
-    if method == "full":
-        parts.tokenizer.save(folder / "model")
-        checkpoint.save(parts.base, folder / "model")
-    else:
-        checkpoint.save_adapter(folder / "adapter.safetensors", parts.adapters.state_dict(), method=method,
-                                config=asdict(configs["adapter"]), tasks=list(parts.bound["tasks"]),
-                                base=parts.bound["base"])
+def print_router(report: dict[str, float], K: int) -> None:
+    """Print what the router does on dev: numbers by which a collapse shows."""
+    runtime.print_line(
+        f"router on dev: {report['used']} of {K} abstract tasks have a mean weight above 0.05, the "
+        f"largest {report['largest']:.2f}; normalised entropy {report['normalised_entropy']:.2f}; "
+        f"distance from its start {report.get('distance', math.nan):.2g} nats (mean KL of w)"
+    )
 
 
 def main() -> int:
-    flags = runtime.read_flags(__doc__, PlaceConfig, *CONFIGS.values(), hidden=HIDDEN)
-    where = runtime.from_flags(PlaceConfig, flags)
-    configs = read_configs(flags, where)
-    config = configs["train"]
-    place = runtime.pick_device(where.gpu, where.device, config.dtype, base=config.model)
-    runtime.say(place.reason)
-    configs["train"] = replace(config, dtype=str(place.dtype)[6:])  # a resume elsewhere must not change it
-    resume = f"{runtime.launcher()} {shlex.quote(sys.argv[0])} --resume"
-    resume += f" --gpu {where.gpu}" if where.gpu is not None else ""
-    resume += " --device cpu" * bool(where.device) + " --shard" * where.shard + " --compile" * where.compile
-    with runtime.joined(place):
-        return 0 if run(where.out and Path(where.out), configs, place, where, resume=resume) else 130
+    # Settings: from the command line, or from the run folder if the run is resumed.
+    configs = (LaunchConfig, TrainConfig, DataConfig, OrchMoEConfig)
+    flags = runtime.read_flags(__doc__, *configs, hidden=("extra_rank",))
+    launch = runtime.from_flags(LaunchConfig, flags)
+    settings = read_settings(flags, launch)
+
+    # Where to compute. The dtype is saved, so that a resumed run keeps it on another machine.
+    config = settings.train
+    device = runtime.pick_device(launch.gpu, launch.device, config.dtype, base=config.model)
+    runtime.print_line(device.description)
+    config = replace(config, dtype=runtime.dtype_name(device.dtype))
+    settings = replace(settings, train=config)
+
+    command = [runtime.launcher(), shlex.quote(sys.argv[0]), "--resume"]
+    if launch.gpu is not None:
+        command += ["--gpu", str(launch.gpu)]
+    if launch.device:
+        command += ["--device", launch.device]
+    if launch.shard:
+        command.append("--shard")
+    if launch.compile:
+        command.append("--compile")
+
+    with runtime.distributed(device.device):
+        finished = train(settings, device, launch, resume_command=" ".join(command))
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def linear_contestants(shape: tuple[int, ...], device: torch.device, dtype: torc
         module = frozen(kind)
         orchmoe.attach(module, OrchMoEConfig(skills=skills, rank=R, targets=("q",)), mix)
         c = torch.rand(batch, skills, device=device).requires_grad_()
-        module.q.skill_routing = c  # as `routed` does; what makes c, once for all Linears, is in the step
+        module.q.skill_weights = c  # as `routed` does; what makes c, once for all Linears, is in the step
         return contestant(module.q, c)
 
     def lora(kind: type = nn.Linear, wide: bool = True):
@@ -617,18 +617,18 @@ def machine(device: torch.device, dtype: torch.dtype) -> str:
 
 def main() -> None:
     config = runtime.from_flags(BenchConfig, runtime.read_flags(__doc__, BenchConfig))
-    runtime.require_alone()
+    runtime.require_single_process()
     if unknown := [part for part in config.only if part not in PARTS]:
         raise ValueError(f"--only {unknown[0]}: choose from {', '.join(PARTS)}")
     if "decoder" in config.only and not config.model:
         raise ValueError("--only decoder: name the folder of a decoder-only base by --model")
     device, dtype, reason = runtime.pick_device(config.gpu, "" if config.gpu is not None else "cpu")
     if config.gpu is not None:
-        runtime.say(reason)
-    runtime.say(f"{machine(device, dtype)}\n\n{HEAD}")
+        runtime.print_line(reason)
+    runtime.print_line(f"{machine(device, dtype)}\n\n{HEAD}")
     for part in config.only:
         for line in PARTS[part](config, device, dtype):
-            runtime.say(line)
+            runtime.print_line(line)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -34,17 +34,19 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
+import run_folder
 import runtime
 import t5
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, count
+from baselines import METHODS, count_parameters
 from experiments import plot, routing
 from experiments.search import Search, axes_of
 from experiments.sizes import budget, on_meta, parameters
 from experiments.tables import markdown, summarise
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, TaskRouter
+from run_folder import PATHS
 
 ADAPTED = tuple(name for name in METHODS if name not in ("full", "orchmoe-factors"))
 EQUAL = tuple(name for name in ADAPTED if name != "c-poly")  # c-poly's private skills grow with the tasks
@@ -83,6 +85,7 @@ class CompareConfig:
 
 
 DEFAULTS = {"steps": 200, "eval_instances": 280, "lr_skills": 1e-2}
+CLASSES = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")  # the comparison itself sets these
 
 # Each row's one difference from the first; S R and the scale alpha / (S R) stay what they are in it.
@@ -148,7 +151,7 @@ class Cell(NamedTuple):
 
     row: str
     folder: Path
-    configs: dict[str, Any]
+    configs: train.Settings
     facts: dict[str, str]  # what else its numbers depend on: base, data, device, torch
     closing: bool = True
     answers: bool = True
@@ -166,8 +169,8 @@ class Cell(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """All that the numbers depend on, as JSON has it. What is kept for others names no place of ours: its
         facts tell base and data."""
-        fields = {name: value for config in self.configs.values() for name, value in asdict(config).items()
-                  if not (self.kept and name in train.MOVABLE)}
+        fields = {name: value for name, value in self.configs.values().items()
+                  if not (self.kept and name in PATHS)}
         return json.loads(json.dumps({"row": self.row} | fields | self.facts))
 
     def check(self) -> None:
@@ -196,8 +199,9 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
         for made in (cell, run):
             runtime.write_json(made.folder / "cell.json", made.settings)  # no number without its settings
         last = run.folder / "checkpoint.pt"
-        done = last.exists() and checkpoint.unpickle(last)["step"] == run.configs["train"].steps
-        if trains and not (done or train.run(run.folder, run.configs, place, closing=False)):
+        done = last.exists() and checkpoint.read_torch(last)["step"] == run.configs.train.steps
+        if trains and not (done or train.train(
+                run.configs, place, train.LaunchConfig(out=str(run.folder)), final_scores=False)):
             return False
         if trains and run is cell:
             log = plot.records(cell.folder)
@@ -215,24 +219,34 @@ def run_cell(cell: Cell, place: runtime.Device) -> bool:
     return True
 
 
+def load_sets(configs: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict[str, Sequence[data.Example]]:
+    """train, and dev, seen and unseen of at most --eval-instances."""
+    sets = data.load_sets(configs.data, tokenizer)
+    for name in ("dev", "seen", "test"):
+        if name in sets:
+            examples = data.subsample(sets.pop(name), configs.train.eval_instances)
+            sets["unseen" if name == "test" else name] = examples
+    return sets
+
+
 def closing_scores(cell: Cell, place: runtime.Device) -> dict[str, Any]:
     """Scores on seen and unseen instances, of each task too the loss per target token; parameters, and what
     the router does."""
-    config, result, size = cell.configs["train"], {}, cell.configs["train"].eval_batch_size
+    config, result, size = cell.configs.train, {}, cell.configs.train.eval_batch_size
     tokenizer = tokenizers.load(config.model)
-    _, sets, _ = train.load_sets(config, cell.configs["data"], tokenizer)
+    sets = load_sets(cell.configs, tokenizer)
     if cell.row.startswith("copy"):
-        root = cell.configs["data"].data
+        root = cell.configs.data.data
         return {which: evaluation.score(sets[which], evaluation.copy_heuristic(cell.row, root, sets[which]))
                 for which in ("seen", "unseen") if which in sets}
     if cell.row in UNTRAINED:
-        base, adapters, _ = evaluation.load(place, model=config.model)
+        base, adapters, _ = run_folder.load(place, model=config.model)
     else:
-        base, adapters, _ = evaluation.load(place, run=cell.of or (cell.first or cell).folder)
-        result["parameters"] = count(adapters)
+        base, adapters, _ = run_folder.load(place, run=cell.of or (cell.first or cell).folder)
+        result["parameters"] = count_parameters(adapters)
     if cell.row == "w replaced by its mean":  # of dev: nothing is learnt from what is scored
         mean = evaluation.measure(base, adapters, sets["dev"], batch_size=size)[1].mean(0)
-    for which in sorted(sets.keys() - {"dev"}):
+    for which in sorted(sets.keys() & {"seen", "unseen"}):
         examples, w = sets[which], None
         if cell.row == "w replaced by its mean":
             w = mean.expand(len(examples), -1)
@@ -260,17 +274,17 @@ def other_router(cell: Cell) -> AbstractContextManager:
     if cell.row == "router: random":
         return mock.patch.object(TaskRouter, "forward", random_forward)
     if "definition alone" in cell.row:
-        alone = definition_features(cell.configs["train"].model)
-        return mock.patch.object(TaskRouter, "features", alone)
+        alone = definition_features(cell.configs.train.model)
+        return mock.patch.object(TaskRouter, "summarise", alone)
     if cell.row == ORACLE:
         return mock.patch.object(evaluation, "routed", by_category(cell))
     return nullcontext()
 
 
 def definition_features(model: str) -> Callable:
-    """TaskRouter.features of what stands before the words that end a prompt's definition and examples, which
+    """TaskRouter.summarise of what stands before the words that end a prompt's definition and examples, which
     are known by their embeddings."""
-    tokenizer, features = tokenizers.load(model), TaskRouter.features
+    tokenizer, features = tokenizers.load(model), TaskRouter.summarise
     ids = tokenizer.source(" complete the following example")[len(tokenizer.bos_ids):]
     words = checkpoint.mapped(model).embed(torch.tensor([i for i in ids if i not in tokenizer.eos_ids]))
 
@@ -286,8 +300,8 @@ def definition_features(model: str) -> Callable:
 def by_category(cell: Cell) -> Callable:
     """evaluation.routed with an abstract task for each category that training tasks have, and w = 1/K for the
     categories of others."""
-    config, routed, K = cell.configs["train"], evaluation.routed, cell.configs["adapter"].tasks
-    examples, *_ = train.load_sets(config, cell.configs["data"], tokenizers.load(config.model))
+    config, routed, K = cell.configs.train, evaluation.routed, cell.configs.adapter.tasks
+    examples = load_sets(cell.configs, tokenizers.load(config.model))["train"]
     known = sorted({example.category for example in examples})
     if len(known) > K:
         raise ValueError(f"--tasks {K}: there are {len(known)} categories")
@@ -306,8 +320,8 @@ def by_category(cell: Cell) -> Callable:
 def random_forward(router: TaskRouter, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
     """w (B,K) that says nothing of the sample, but is always the same for it: phases of projections of its
     features, so steep that neighbours share nothing; as sharp as a router starts, entropy ln K / 3."""
-    features = router.features(embeddings, mask)
-    K, D = router.task.shape
+    features = router.summarise(embeddings, mask)
+    K, D = router.W_task.shape
     steep = 1e3 * torch.randn(K, D, generator=runtime.generator(0)).to(features)
     return (8.5 * torch.sin(features @ steep.T)).softmax(-1)
 
@@ -367,7 +381,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], config: CompareConfig, place: ru
         whole = False
     pool.shutdown()
     if not whole:
-        runtime.say("stopped; the same command goes on")
+        runtime.print_line("stopped; the same command goes on")
         raise SystemExit(130)
 
 
@@ -377,23 +391,22 @@ def _say_done(cell: Cell) -> None:
     shown = ("seen",) if cell.kept else ("seen", "unseen")  # of the report's half is to be seen at the end
     what += [f"{which} {metric} {result[which]['overall'][metric]:.2f}" for metric in ("rougeL", "loss")
              for which in shown if metric in result.get(which, {}).get("overall", {})]
-    runtime.say(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
+    runtime.print_line(f"{cell.folder}: {', '.join(what)}, {result['seconds']} s")
 
 
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def changed(configs: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def changed(configs: train.Settings, **fields: Any) -> train.Settings:
     """The configs with these fields, whichever of them has each."""
-    return {name: replace(config, **{k: v for k, v in fields.items() if hasattr(config, k)})
-            for name, config in configs.items()}
+    return train.Settings.from_flags(configs.values() | fields)
 
 
 class Study(NamedTuple):
     """What all cells share."""
 
     config: CompareConfig
-    configs: dict[str, Any]
+    configs: train.Settings
     place: runtime.Device
     facts: dict[str, str]
     num_tasks: int
@@ -404,9 +417,9 @@ class Study(NamedTuple):
 
     def search(self, row: str, axes: Sequence[str], trials: int, fields: dict[str, Any]) -> Search:
         configs = changed(self.configs, **fields)
-        start = {axis: getattr(configs["adapter" if axis == "alpha" else "train"], axis) for axis in axes}
+        start = {axis: configs.values()[axis] for axis in axes}
         if start.get("alpha", 0) is None:
-            start["alpha"] = float(configs["adapter"].rank)
+            start["alpha"] = float(configs.adapter.rank)
 
         def cell_of(values: dict[str, float]) -> Cell:
             name = "_".join(f"{value:g}" for value in values.values())
@@ -420,15 +433,15 @@ class Study(NamedTuple):
 
     def fields_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What each method sets, at equal totals; c-poly's and full's size is as it is."""
-        base = on_meta(checkpoint.config(self.configs["train"].model))
+        base = on_meta(checkpoint.read_config(self.configs.train.model))
         # of all methods, whichever are compared: a method's size does not depend on the others named
-        extra = budget(EQUAL, base, self.configs["adapter"], self.num_tasks)
+        extra = budget(EQUAL, base, self.configs.adapter, self.num_tasks)
         return {name: {"method": name, "extra_rank": extra.get(name, 0), "seed": 0} for name in methods}
 
 
 def tune_methods(study: Study, methods: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
     """{method: its fields with the best values}, and the reports; nothing is tuned with --no-tune."""
-    fields, adapter = study.fields_of(methods), study.configs["adapter"]
+    fields, adapter = study.fields_of(methods), study.configs.adapter
     if not study.config.tune:
         return fields, {}
     searches = {name: study.search(name, axes_of(name, adapter), study.config.trials, fields[name])
@@ -449,10 +462,10 @@ def ablation_cells(study: Study) -> tuple[list[list[Cell]], dict[str, dict]]:
     """The same for the ablations, at what is best for OrchMoE in the comparison but with no extra ranks."""
     rows = [row for row in ABLATIONS if not study.config.rows or row in ("default", *study.config.rows)]
     for row in rows:
-        ablation(row, study.configs["adapter"])  # what is wrong with one, before hours of tuning
+        ablation(row, study.configs.adapter)  # what is wrong with one, before hours of tuning
     found, reports = tune_methods(study, ["orchmoe"])
     default = found["orchmoe"] | {"extra_rank": 0}
-    fields = {row: default | ablation(row, changed(study.configs, **default)["adapter"]) for row in rows}
+    fields = {row: default | ablation(row, changed(study.configs, **default).adapter) for row in rows}
     if "router: token" in rows and study.config.tune:  # the default's router rate means nothing to it
         search = study.search("router: token", ["lr_token_router"], max(3, study.config.trials // 3),
                               fields["router: token"])
@@ -488,20 +501,20 @@ def slug(row: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row)
 
 
-def facts_of(configs: dict[str, Any], tokenizer: tokenizers.Tokenizer, place: runtime.Device
+def facts_of(configs: train.Settings, tokenizer: tokenizers.Tokenizer, place: runtime.Device
              ) -> tuple[dict[str, str], int]:
     """What cells of these configs depend on beside them, and the number of training tasks."""
-    lists = data.read_splits(configs["data"].data, configs["data"].splits)
-    sets = data.load_sets(configs["data"], tokenizer, ["train"] + ["test"] * bool(lists["test"]))
-    facts = {"base": checkpoint.fingerprint(configs["train"].model), "tokenizer": tokenizer.fingerprint,
+    lists = data.read_splits(configs.data.data, configs.data.splits)
+    sets = data.load_sets(configs.data, tokenizer, ["train"] + ["test"] * bool(lists["test"]))
+    facts = {"base": checkpoint.fingerprint(configs.train.model), "tokenizer": tokenizer.fingerprint,
              **{f"{name}_tasks": part.digest for name, part in sets.items()},
              "computed": f"{place.device.type}, {place.dtype}"}
     return facts, len(sets["train"].tasks)
 
 
-def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Device) -> str:
+def compare(config: CompareConfig, configs: train.Settings, place: runtime.Device) -> str:
     """Runs what is missing, writes the results and returns the tables."""
-    tokenizer = tokenizers.load(configs["train"].model)
+    tokenizer = tokenizers.load(configs.train.model)
     facts, num_tasks = facts_of(configs, tokenizer, place)
     facts["torch"] = torch.__version__
     study = Study(config, configs, place, facts, num_tasks)
@@ -515,7 +528,7 @@ def compare(config: CompareConfig, configs: dict[str, Any], place: runtime.Devic
     summary = summarise(rows)
     text, name = markdown(summary, tuning), "ablations" if config.ablations else "results"
     runtime.write_json(Path(config.out) / f"{name}.json", {
-        "comparison": asdict(config), **{key: asdict(value) for key, value in configs.items()}, **facts,
+        "comparison": asdict(config), **asdict(configs), **facts,
         "tuning": tuning, "summary": summary, "cells": [cell for cells in rows.values() for cell in cells]})
     with runtime.atomic_write(Path(config.out) / f"{name}.md") as file:
         file.write(text.encode())
@@ -537,28 +550,28 @@ def require_used(flags: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    classes = CompareConfig, *train.CONFIGS.values()
+    classes = CompareConfig, *CLASSES
     flags = runtime.read_flags(__doc__, *classes, defaults=DEFAULTS, hidden=FIXED)
     require_used(flags)
-    runtime.require_alone()
+    runtime.require_single_process()
     config = runtime.from_flags(CompareConfig, flags)
-    configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
+    configs = train.Settings.from_flags(DEFAULTS | flags)
     if config.dry_run:
-        name, root = configs["train"].model, configs["data"]
-        base = on_meta(SIZES.get(name) or checkpoint.config(runtime.existing(
+        name, root = configs.train.model, configs.data
+        base = on_meta(SIZES.get(name) or checkpoint.read_config(runtime.require_path(
             Path(name) / "config.json", f"name a model's folder, or one of {', '.join(SIZES)}").parent))
         tasks = data.read_splits(root.data, root.splits)["train"][:root.max_tasks or None]
-        runtime.say(dry_run(config.methods, base, configs["adapter"], len(tasks)))
+        runtime.print_line(dry_run(config.methods, base, configs.adapter, len(tasks)))
         return
-    cell = configs["train"]
+    cell = configs.train
     place = runtime.pick_device(config.gpu, config.device, cell.dtype, base=cell.model)
-    runtime.say(place.reason)
-    runtime.say(compare(config, configs, place))
+    runtime.print_line(place.description)
+    runtime.print_line(compare(config, configs, place))
     if importlib.util.find_spec("matplotlib"):
         for path in plot.figures(Path(config.out)):
-            runtime.say(f"written: {path}")
+            runtime.print_line(f"written: {path}")
     else:
-        runtime.say("no matplotlib here, so no figures; with it: "
+        runtime.print_line("no matplotlib here, so no figures; with it: "
                     f"python -m experiments.plot --results {config.out}")
 
 

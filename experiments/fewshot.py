@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 import data
-import eval as evaluation
+import run_folder
 import runtime
 import train
 from experiments.compare import Cell, run_cells, slug
@@ -103,14 +103,14 @@ class Study(NamedTuple):
         kind = "cells" if options.get("closing", True) else "tune"
         folder = Path(config.out, kind, f"{slug(row)}-{examples}-s{seed}{tuned}", task)
         facts = self.facts[task] | {"run": self.runs[seed]}
-        return Cell(row, folder, train.read_configs(flags, train.PlaceConfig()), facts, **options)
+        return Cell(row, folder, train.read_settings(flags, train.LaunchConfig()), facts, **options)
 
 
 def as_large(run: str) -> dict[str, Any]:
     """Flags of a LoRA of the run's total size, on its base, with its prompt."""
-    began = evaluation.Run.read(run)
-    adapter, base = began.configs(run, adapter=OrchMoEConfig)["adapter"], on_meta(
-        checkpoint.config(began.train["model"]))
+    began = run_folder.read_config(run)
+    adapter, base = began.section(OrchMoEConfig, "adapter"), on_meta(
+        checkpoint.read_config(began.train["model"]))
     own = sum(parameters("orchmoe", base, adapter, extra_rank=began.train.get("extra_rank", 0)).values())
     extra = budget(("orchmoe", "lora"), base, adapter, least=own)["lora"]
     prompt = ("definition", "num_pos", "num_neg", "explanation", "max_source_length", "max_target_length")
@@ -136,8 +136,8 @@ def tune(study: Study, tasks: Sequence[str], place: runtime.Device) -> dict[str,
 
 def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
     """Runs what is missing, writes the results and returns the table."""
-    first = evaluation.Run.read(config.runs[0])
-    options = first.configs(config.runs[0], data=data.DataConfig)["data"]
+    first = run_folder.read_config(config.runs[0])
+    options = first.section(data.DataConfig, "data")
     facts = {"base": first.base, "tokenizer": first.tokenizer, "torch": torch.__version__,
              "computed": f"{place.device.type}, {place.dtype}"}
     root = Path(options.data)
@@ -145,7 +145,7 @@ def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
     if not tasks:
         raise ValueError(f"{root}: splits/{options.splits} has no test tasks, which would be the new ones")
     roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
-    kept = [runtime.existing(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
+    kept = [runtime.require_path(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
             for run in config.runs]
     study = Study(config, roots, {task: facts | {"digest": digest(root / "tasks" / f"{task}.json")}
                                   for task in tasks}, list(map(digest, kept)))
@@ -197,12 +197,12 @@ def table(found: dict, sizes: Sequence[int], tuning: dict, best: dict) -> str:
 
 def main() -> None:
     config = runtime.from_flags(FewShotConfig, runtime.read_flags(__doc__, FewShotConfig))
-    runtime.require_alone()
+    runtime.require_single_process()
     config = replace(config, runs=tuple(str(Path(run).resolve()) for run in config.runs))
-    model = evaluation.Run.read(config.runs[0]).train["model"]
+    model = run_folder.read_config(config.runs[0]).train["model"]
     place = runtime.pick_device(config.gpu, config.device, base=model)
-    runtime.say(place.reason)
-    runtime.say(fewshot(config, place))
+    runtime.print_line(place.description)
+    runtime.print_line(fewshot(config, place))
 
 
 if __name__ == "__main__":

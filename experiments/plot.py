@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-import eval as evaluation
+import run_folder
 import runtime
 from experiments import routing
 
@@ -57,7 +57,7 @@ def pyplot() -> Any:
 
 def records(folder: str | Path) -> list[dict]:
     """The log of a run."""
-    path = runtime.existing(Path(folder) / "metrics.jsonl", "name the folder of a run")
+    path = runtime.require_path(Path(folder) / "metrics.jsonl", "name the folder of a run")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
@@ -192,10 +192,10 @@ def measure_routing(folder: Path, config: PlotConfig) -> None:
     """routing.json of a run that has adapters, unless it is there and no older than these."""
     adapter, written = folder / "adapter.safetensors", folder / "routing.json"
     if adapter.exists() and not (written.exists() and written.stat().st_mtime >= adapter.stat().st_mtime):
-        base = config.model or evaluation.Run.read(folder).train["model"]
+        base = config.model or run_folder.read_config(folder).train["model"]
         place = runtime.pick_device(config.gpu, config.device, base=base)
         runtime.write_json(written, routing.of_run(folder, place, model=config.model))
-        runtime.say(f"written: {written}")
+        runtime.print_line(f"written: {written}")
 
 
 def run_figures(folder: Path) -> Iterator[Path]:
@@ -240,7 +240,7 @@ def figures(out: Path) -> Iterator[Path]:
 
 def main() -> None:
     config = runtime.from_flags(PlotConfig, runtime.read_flags(__doc__, PlotConfig))
-    runtime.require_alone()
+    runtime.require_single_process()
     if config.run:
         records(config.run)  # before anything is computed
         measure_routing(Path(config.run), config)
@@ -248,7 +248,7 @@ def main() -> None:
     found = False
     for path in written:
         found = True
-        runtime.say(f"written: {path}")
+        runtime.print_line(f"written: {path}")
     if not found:
         raise ValueError(f"{config.results}: no results.json or ablations.json; name a comparison's --out")
 

@@ -100,7 +100,7 @@ class ReportConfig:
 
 class Study(NamedTuple):
     config: ReportConfig
-    configs: dict[str, Any]
+    configs: train.Settings
     facts: dict[str, dict[str, str]]  # by number of training tasks
     roots: dict[str, Path]
     extra: dict[str, dict[str, int]]  # extra_rank of each row, by the same
@@ -118,20 +118,20 @@ class Study(NamedTuple):
 
     def fields(self, row: str, size: str = "") -> dict[str, Any]:
         extra = self.extra[size or self.size][row]
-        return {"seed": 0, "alpha": float(self.configs["adapter"].rank), "extra_rank": extra, **ROWS[row]}
+        return {"seed": 0, "alpha": float(self.configs.adapter.rank), "extra_rank": extra, **ROWS[row]}
 
     def search(self, row: str) -> Search:
         """Over the rates of all that the row trains, at scale 1."""
         fields = self.fields(row)
         configs = changed(self.configs, **fields)
-        axes = [axis for axis in axes_of(fields["method"], configs["adapter"]) if axis != "alpha"]
+        axes = [axis for axis in axes_of(fields["method"], configs.adapter) if axis != "alpha"]
         steps = {"steps": self.config.tune_steps, "eval_every": self.config.tune_steps}
 
         def cell_of(values: dict[str, float]) -> Cell:
             name = "_".join([slug(row), *(f"{value:g}" for value in values.values())])
             return self.cell("tune", name, row, fields | steps | values, closing=False)
 
-        return Search(axes, {axis: getattr(configs["train"], axis) for axis in axes}, self.config.trials,
+        return Search(axes, {axis: getattr(configs.train, axis) for axis in axes}, self.config.trials,
                       cell_of)
 
     def queues(self, best: dict[str, dict[str, float]]) -> list[list[Cell]]:
@@ -149,7 +149,7 @@ class Study(NamedTuple):
     def point(self, best: dict[str, dict[str, float]], seed: int, row: str, scale: float,
               stage: str = "methods", prompts: dict[str, Any] | None = None, **options: Any) -> Cell:
         """One scale of a row."""
-        fields = self.fields(row) | best[row] | {"seed": seed, "alpha": scale * self.configs["adapter"].rank}
+        fields = self.fields(row) | best[row] | {"seed": seed, "alpha": scale * self.configs.adapter.rank}
         return self.cell(stage, f"{slug(row)}-x{scale:g}-s{seed}", row, fields | (prompts or {}), **options)
 
     def points(self, best: dict[str, dict[str, float]], seed: int) -> Iterator[list[Cell]]:
@@ -201,14 +201,14 @@ def require_tasks(config: ReportConfig, root: Path) -> None:
         raise ValueError(f"{root}: {len(lists['test'])} test tasks; both halves of the unseen need some")
 
 
-def make_study(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> Study:
-    tokenizer, root = tokenizers.load(configs["train"].model), Path(configs["data"].data)
+def make_study(config: ReportConfig, configs: train.Settings, place: runtime.Device) -> Study:
+    tokenizer, root = tokenizers.load(configs.train.model), Path(configs.data.data)
     lists = data.read_splits(root)
     order = sorted(lists["train"])
     random.Random("train").shuffle(order)  # by name: fewer tasks are among more
     facts, roots, extra = {}, {}, {}
-    base, adapter = on_meta(checkpoint.config(configs["train"].model)), configs["adapter"]
-    token = changed(configs, router="token")["adapter"]
+    base, adapter = on_meta(checkpoint.read_config(configs.train.model)), configs.adapter
+    token = changed(configs, router="token").adapter
     dearest = sum(parameters("orchmoe", base, token).values())
     for size in {str(config.train_tasks), *(config.sizes if config.stage == "sizes" else ())}:
         roots[size] = subset(Path(config.out, f"tasks-{size}"), root, order[:int(size)], lists["test"])
@@ -228,9 +228,9 @@ def tuned(config: ReportConfig) -> dict[str, dict]:
     return runtime.read_json(path) if path.exists() else {}
 
 
-def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -> None:
+def make(config: ReportConfig, configs: train.Settings, place: runtime.Device) -> None:
     """All cells of the stage that are not there; first the tuning of the rows that they are of."""
-    study, steps = make_study(config, configs, place), configs["train"].steps
+    study, steps = make_study(config, configs, place), configs.train.steps
     for name, cell in curves.read_cells(Path(config.results)).items():
         made = steps if name.startswith("tune/") else cell["settings"]["steps"]
         if made != steps:  # no table is of both
@@ -254,31 +254,31 @@ def make(config: ReportConfig, configs: dict[str, Any], place: runtime.Device) -
 
 
 def main() -> None:
-    classes = ReportConfig, *train.CONFIGS.values()
+    classes = ReportConfig, *compare.CLASSES
     flags = runtime.read_flags(__doc__, *classes, defaults=DEFAULTS, hidden=FIXED)
     for name in FIXED:
         if name in flags:
             raise ValueError(f"--{name.replace('_', '-')}: the report sets this itself; leave it out")
-    runtime.require_alone()
+    runtime.require_single_process()
     config = runtime.from_flags(ReportConfig, flags)
     if config.stage != "table":
-        configs = {name: runtime.from_flags(cls, DEFAULTS | flags) for name, cls in train.CONFIGS.items()}
-        place = runtime.pick_device(config.gpu, config.device, configs["train"].dtype,
-                                    base=configs["train"].model)
-        runtime.say(place.reason)
-        require_tasks(config, Path(configs["data"].data))
+        configs = train.Settings.from_flags(DEFAULTS | flags)
+        place = runtime.pick_device(config.gpu, config.device, configs.train.dtype,
+                                    base=configs.train.model)
+        runtime.print_line(place.description)
+        require_tasks(config, Path(configs.data.data))
         for stage in STAGES if config.stage == "all" else [config.stage]:
             make(replace(config, stage=stage), configs, place)
     cells = curves.read_cells(Path(config.results))
     for stage, whole in config.cells_of.items():
         done = sum(name.startswith(f"{stage}/") for name in cells)
-        runtime.say(f"{stage}: {done} cells of {whole}")
-    runtime.say(tables := curves.text(cells, tuned(config), config.final))
+        runtime.print_line(f"{stage}: {done} cells of {whole}")
+    runtime.print_line(tables := curves.text(cells, tuned(config), config.final))
     with runtime.atomic_write(Path(config.results, "final.md" if config.final else "tables.md")) as file:
         file.write(tables.encode())
     found = curves.curves(cells)
     if found and curves.common(*found.values()) and importlib.util.find_spec("matplotlib"):
-        runtime.say(f"written: {curves.figure(found, Path(config.results) / 'curves.png')}")
+        runtime.print_line(f"written: {curves.figure(found, Path(config.results) / 'curves.png')}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import data
 import eval as evaluation
+import run_folder
 import runtime
 import train
 from model import Backbone
@@ -36,17 +37,17 @@ def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
 @torch.no_grad()
 def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
            ) -> dict[str, Any]:
-    """What report_router says, mutual information with the real category, mean w of each real task (K), mean
+    """What router_report says, mutual information with the real category, mean w of each real task (K), mean
     c of each Linear (S), Zhat (N,K,S) and `distance`, the mean |c - 1/S|. {} for methods whose c is not one
     for the sample."""
     use, distance, learnt, w = 0.0, 0.0, {}, {}
     for rows, _, routing in evaluation.routed_batches(base, adapters, examples, batch_size, "skills in use"):
-        if routing.c is None or routing.allocation is None:
+        if routing.c is None or routing.Zhat is None:
             return {}
         c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
         use = use + c.sum(1) / len(examples)
         distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
-        learnt["allocation"] = routing.allocation[0].float().cpu().numpy().round(4).tolist()
+        learnt["allocation"] = routing.Zhat[0].float().cpu().numpy().round(4).tolist()
         if not routing.shared:
             w |= dict(zip(rows, routing.w.float().cpu(), strict=True))
     names = adapters.linears.keys()
@@ -54,7 +55,7 @@ def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
     if w:
         w = torch.stack([w[i] for i in range(len(examples))])  # (M,K)
         tasks = np.array([example.task for example in examples])
-        learnt |= evaluation.report_router(w, examples)
+        learnt |= evaluation.router_report(w, examples)
         learnt["mutual_information"] = mutual_information(w, [example.category for example in examples])
         learnt["w"] = {str(task): w[tasks == task].mean(0).tolist() for task in sorted(set(tasks))}
         learnt["category"] = {example.task: example.category for example in examples}
@@ -64,9 +65,9 @@ def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example],
 def of_run(folder: Path, place: runtime.Device, *, model: str = "") -> dict[str, Any]:
     """`report` on the seen instances that a run of train.py was scored on. model: where the run's base is
     now, if it has moved."""
-    run = evaluation.Run.read(folder)
-    config, data_config = run.configs(folder, train=train.TrainConfig, data=data.DataConfig).values()
-    base, adapters, tokenizer = evaluation.load(place, run=folder, model=model)
+    run = run_folder.read_config(folder)
+    config, data_config = run.section(train.TrainConfig, "train"), run.section(data.DataConfig, "data")
+    base, adapters, tokenizer = run_folder.load(place, run=folder, model=model)
     which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
     seen, _ = evaluation.load_examples(which, data_config, run, tokenizer)
     return report(base, adapters, seen, batch_size=config.eval_batch_size)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from baselines import attach_method, count
+from baselines import attach_method, count_parameters
 from model import Backbone
 from orchmoe import OrchMoEConfig
 
@@ -26,7 +26,7 @@ def parameters(name: str, module: nn.Module, config: OrchMoEConfig, **options: i
     """The `count` of what attach_method(name, module, config, **options) would train. The module, best one on
     the meta device, is left as it was."""
     adapters = attach_method(name, module, config, **options)
-    counted = count(adapters)
+    counted = count_parameters(adapters)
     adapters.detach()
     return counted
 

@@ -123,7 +123,7 @@ def main() -> None:
         model.load_state_dict(read_weights(reader, config), assign=True)
         checkpoint.save(model, flags.out)
         write_tokenizer(fields, flags.out)
-    runtime.say(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
+    runtime.print_line(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Shared by all tests: the project's root on the path, one thread, one token cache, the folders of the real
-data where they are given, the programs as a user starts them, one finished run, `stir` for adapters, and a T5
-small enough to be compared in float64."""
+"""What tests share: paths, folders of real data, a small T5, and helpers that run the programs."""
 
 import contextlib
 import importlib
@@ -23,9 +21,9 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
-import runtime  # noqa: E402  (the path comes first)
+import runtime  # noqa: E402  (after the path is set)
 from experiments.pretrain import init_weights  # noqa: E402
 from t5 import T5, T5Config  # noqa: E402
 
@@ -33,11 +31,28 @@ try:  # pytest tests/test_fuzz.py --hypothesis-profile=long
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("long", max_examples=10_000, deadline=5000)
-    settings.register_profile("short", max_examples=150, deadline=None, derandomize=True, database=None,
-                              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+    settings.register_profile(
+        "short",
+        max_examples=150,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     settings.load_profile("short")
 except ImportError:
     pass
+
+# One token cache for the whole session.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+# Flags of a short training run.
+SHORT = "--device cpu --max-tasks 4 --eval-instances 8 --steps 8 --eval-every 4".split()
+SHORT += "--batch-size 8 --warmup 2".split()
+
+
+# ------------------------------------------------------------------------------------- real data
 
 
 def _folder(variable: str) -> Path:
@@ -48,88 +63,107 @@ def _folder(variable: str) -> Path:
 
 @pytest.fixture(scope="session")
 def sni_dir() -> Path:
-    """The real Super-NaturalInstructions (tasks/, splits/), by the environment variable SNI_DIR."""
+    """Return the real Super-NaturalInstructions (tasks/, splits/)."""
     return _folder("SNI_DIR")
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
-    """What `python -m experiments.smollm2 --out DIR` makes, by the environment variable SMOLLM2_DIR."""
+    """Return the folder that `python -m experiments.smollm2 --out DIR` has made."""
     return _folder("SMOLLM2_DIR")
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """prompts.jsonl and metrics.jsonl made with the official code, by the environment variable SNI_GOLDEN."""
+    """Return the folder of prompts.jsonl and metrics.jsonl, made with the official code."""
     return _folder("SNI_GOLDEN")
 
 
-CACHE = tempfile.TemporaryDirectory()  # of tokens, for the whole session
-os.environ["XDG_CACHE_HOME"] = CACHE.name
-SHORT = ["--device", "cpu", "--max-tasks", "4", "--eval-instances", "8", "--steps", "8", "--eval-every", "4",
-         "--batch-size", "8", "--warmup", "2"]  # fmt: skip
+# ---------------------------------------------------------------------------------- the programs
 
 
 def command(program, *arguments):
+    """Return the words that start a program of the project."""
     return [sys.executable, str(ROOT / program), *map(str, arguments)]
 
 
 def environment(**more):
-    """Of a process: no GPU, so that two runs are equal to the last bit."""
+    """Return the environment of a process. Without a GPU two runs are equal bit for bit."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
 
 
 def run(program, *arguments, cwd, code=0):
-    """stdout (with another code: stderr) of a program that must end with `code`; in this process, which
-    spares the imports."""
-    main = importlib.import_module(program.removesuffix(".py").replace("/", ".")).main
+    """Run a program in this process, which saves the imports. It must end with `code`.
+
+    Return its stdout or, for another code than 0, its stderr.
+    """
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     runtime.warn.cache_clear()
-    out, errors, before = io.StringIO(), io.StringIO(), os.getcwd()
+    words = [program, *map(str, arguments)]
+    output = io.StringIO()
+    errors = io.StringIO()
+    previous_folder = os.getcwd()
     os.chdir(cwd)
     try:
-        with (mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
-              pytest.raises(SystemExit) as end, contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(errors)):
-            runtime.run_program(main)
+        with (
+            mock.patch.object(sys, "argv", words),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+            pytest.raises(SystemExit) as end,
+        ):
+            runtime.run_program(module.main)
     finally:
-        os.chdir(before)
-    assert end.value.code == code, out.getvalue() + errors.getvalue()
-    return out.getvalue() if code == 0 else errors.getvalue()
+        os.chdir(previous_folder)
+    assert end.value.code == code, output.getvalue() + errors.getvalue()
+    return (output if code == 0 else errors).getvalue()
 
 
-def process(program, *arguments, cwd, code=0, **more):
-    """The same in a process of its own, with more in its environment."""
-    done = subprocess.run(command(program, *arguments), cwd=cwd, capture_output=True, text=True, timeout=600,
-                          env=environment(**more))  # fmt: skip
+def process(program, *arguments, cwd, code=0, **variables):
+    """Do the same as `run` in another process, with more variables in its environment."""
+    done = subprocess.run(
+        command(program, *arguments),
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
+def terminate_after(steps, *arguments, cwd, out="run"):
+    """Start train.py with --out `out`, send SIGTERM after some logged steps, return its stdout."""
+    program = subprocess.Popen(
+        command("train.py", *arguments, "--out", out),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
+        time.sleep(0.02)
+        assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    output, _ = program.communicate(timeout=120)
+    assert program.returncode == 130
+    return output
+
+
 def records(folder):
-    return [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    """Return the lines of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def trace(folder):
-    """The losses of all steps and the dev losses: what must not depend on interruptions."""
+    """Return all losses, norms and dev losses. They must not depend on interruptions."""
     names = ("step", "loss", "norm", "dev_loss")
-    return [tuple(row.get(name, 0.0) for name in names) for row in records(folder)]
-
-
-def terminate_after(steps, *arguments, cwd, out="run"):
-    """Output of a run of train.py into `out` that gets a SIGTERM once it has logged so many steps."""
-    started = subprocess.Popen(command("train.py", *arguments, "--out", out), cwd=cwd, text=True,
-                               stdout=subprocess.PIPE, env=environment())  # fmt: skip
-    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
-        time.sleep(0.02)
-        assert started.poll() is None
-    started.send_signal(signal.SIGTERM)
-    said, _ = started.communicate(timeout=120)
-    assert started.returncode == 130
-    return said
+    return [[row.get(name, 0.0) for name in names] for row in records(folder)]
 
 
 def links(folder):
-    """The bundled data and base, to be named in `folder` as the README names them."""
+    """Link the bundled data and base into `folder`, so that README's commands work in it."""
     for name in ("sni", "tiny"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -137,12 +171,13 @@ def links(folder):
 
 @pytest.fixture
 def home(tmp_path):
+    """Return an empty folder with the bundled data and base."""
     return links(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A folder with `run`, a finished run of OrchMoE on the bundled data; not to be changed."""
+    """Return a folder with `run`, a finished run of OrchMoE. Tests must not change it."""
     folder = links(tmp_path_factory.mktemp("finished"))
     run("train.py", *SHORT, "--out", "run", cwd=folder)
     return folder
@@ -150,34 +185,39 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
-    """A copy of that run, to be changed; the working folder is the run's."""
+    """Return a copy of that run, which tests may change. Its parent is the working folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
+# ------------------------------------------------------------------------------------ the models
+
+
 def stir(adapters: nn.Module, generator: torch.Generator) -> None:
-    """Values that matter for B and for the routers of tokens: at their start they would hide the routing."""
+    """Set B and the token routers to random values, so that the outputs depend on the routing."""
     for linear in adapters.linears.values():
         nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_task is not None:
-            nn.init.normal_(linear.skill_task, generator=generator)
+        if linear.skill_W_task is not None:
+            nn.init.normal_(linear.skill_W_task, generator=generator)
 
 
 class Inputs(NamedTuple):
+    """A batch for `small_t5`."""
+
     input_ids: torch.Tensor  # (B,L)
     attention_mask: torch.Tensor  # (B,L)
     labels: torch.Tensor  # (B,Lt)
 
 
 def teacher_forced(t5: T5, *inputs: torch.Tensor) -> torch.Tensor:
-    """Sources (B,Ls), their mask, targets so far (B,Lt) -> logits (B,Lt,V)."""
+    """Return logits (B,Lt,V) for sources (B,Ls), their mask, and targets so far (B,Lt)."""
     return t5.logits(t5.hidden(*inputs))
 
 
 @pytest.fixture
 def small_t5() -> T5:
-    """A random v1.1-shaped T5 in float64, whose outputs differ enough between samples to be told apart."""
+    """Return a random v1.1-shaped T5 in float64. Its outputs differ clearly between samples."""
     base = T5(
         T5Config(
             vocab_size=64,
@@ -198,10 +238,11 @@ def small_t5() -> T5:
 
 @pytest.fixture
 def inputs() -> Inputs:
-    """Four sources of different lengths, padded; targets likewise."""
+    """Return four sources and targets of different lengths, padded."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 60, (4, 9), generator=generator)
     labels = torch.randint(2, 60, (4, 6), generator=generator)
     mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-    labels[1, 3:] = labels[3, 2:] = -100
+    labels[1, 3:] = -100
+    labels[3, 2:] = -100
     return Inputs(ids.masked_fill(~mask, 0), mask, labels)

@@ -100,7 +100,7 @@ def test_products_in_place_are_counted():
 
 @pytest.mark.parametrize("flags, told", [
     (["--only", "kernel"], "bench.py: error: --only kernel: choose from linear, step, "),
-    ([], "bench.py: error: WORLD_SIZE 2: this program runs in one process"),
+    ([], "bench.py: error: this program runs in one process"),
 ])  # fmt: skip
 def test_what_is_refused_in_one_line(flags, told, monkeypatch, capsys):
     if not flags:

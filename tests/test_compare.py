@@ -17,6 +17,7 @@ from conftest import ROOT
 import checkpoint
 import data
 import eval as evaluation
+import run_folder
 import runtime
 import train
 from baselines import attach_method
@@ -72,8 +73,8 @@ def test_every_ablation_is_one_difference_at_one_size_and_scale(given):
         adapters = attach_method("orchmoe", sizes.on_meta(base), adapter)
         return {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
 
-    base = checkpoint.config(ROOT / "tiny")
-    fields = {name for cls in train.CONFIGS.values() for name in cls.__dataclass_fields__}
+    base = checkpoint.read_config(ROOT / "tiny")
+    fields = train.Settings().values().keys()
     for row in compare.ABLATIONS:
         changes = compare.ablation(row, default)
         assert changes.keys() <= fields, row
@@ -209,7 +210,7 @@ def test_a_folder_that_no_settings_are_known_of_is_refused(small, run):
 
 
 def test_a_cell_is_bound_to_its_data_and_its_base(tmp_path):
-    configs, facts = {"train": train.TrainConfig()}, {"base": "one", "train_tasks": "two"}
+    configs, facts = train.Settings(), {"base": "one", "train_tasks": "two"}
     cell = compare.Cell("lora", tmp_path, configs, facts)
     cell.check()
     runtime.write_json(tmp_path / "cell.json", cell.settings)
@@ -246,7 +247,7 @@ def test_several_workers_run_the_cells_of_a_queue_in_turn(home, tmp_path, monkey
 
     def queue(name):
         for i in range(2):
-            yield compare.Cell(name, tmp_path / f"{name}{i}", {}, {})
+            yield compare.Cell(name, tmp_path / f"{name}{i}", train.Settings(), {})
             began.open("a").write(f"{name}{i} {(tmp_path / f'{name}{i}/scores.json').exists()}\n")
 
     monkeypatch.setattr(compare, "run_cell", finish)
@@ -267,7 +268,7 @@ def test_a_lone_cell_computes_with_the_threads_of_one_among_several(tmp_path, mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     torch.set_num_threads(4)
     try:
-        compare.run_cells([[compare.Cell("a", tmp_path / "a", {}, {})]], compare.CompareConfig(jobs=2),
+        compare.run_cells([[compare.Cell("a", tmp_path / "a", train.Settings(), {})]], compare.CompareConfig(jobs=2),
                           runtime.pick_device(device="cpu"))
     finally:
         torch.set_num_threads(before)
@@ -281,7 +282,7 @@ def finish(cell, place):
 
 def test_a_stopped_cell_ends_the_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_cell", lambda cell, place: finish(cell, place) and cell.row != "b")
-    queues = [[compare.Cell(name, tmp_path / name, {}, {})] for name in "abc"]
+    queues = [[compare.Cell(name, tmp_path / name, train.Settings(), {})] for name in "abc"]
     with pytest.raises(SystemExit) as end:
         compare.run_cells(queues, compare.CompareConfig(jobs=1), runtime.pick_device(device="cpu"))
     assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().out
@@ -302,7 +303,7 @@ def test_a_stopped_cell_ends_the_comparison(tmp_path, monkeypatch, capsys):
     "--methods nope": "--methods nope: choose, once each, of orchmoe, lora, moe-lora",
     "--methods ,": "--methods: name at least one of orchmoe, lora, moe-lora, poly, mhr, c-poly",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, router: token",
-    "--dry-run --model t5-xxs": "t5-xxs/config.json: not there; name a model's folder, or one of",
+    "--dry-run --model t5-xxs": "t5-xxs/config.json: does not exist; name a model's folder, or one of",
     "--model nowhere": "nowhere: ",
 }.items())
 def test_a_mistake_on_the_command_line_is_one_line(run, home, flags, told):
@@ -315,7 +316,7 @@ def test_several_processes_are_refused(run, monkeypatch):
     two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     for name, value in two.items():
         monkeypatch.setenv(name, value)
-    assert "WORLD_SIZE 2: this program runs in one process" in run(code=2)
+    assert "this program runs in one process" in run(code=2)
 
 
 def test_figures_are_written(small):
@@ -339,11 +340,10 @@ def test_the_mean_w_of_a_control_is_that_of_dev(tmp_path, monkeypatch):
     """Nothing is learnt from what is scored."""
     sets = {which: [data.Example("", which, "c", None, [], [])] for which in ("dev", "seen", "unseen")}
     given, w = [], {"dev": torch.eye(2)[:1], "seen": torch.eye(2)[1:], "unseen": torch.eye(2)[1:]}
-    monkeypatch.setattr(train, "load_sets", lambda *_: (None, sets, {}))
-    monkeypatch.setattr(evaluation, "load", lambda *_, **__: (None, mock.Mock(parameter_groups=dict), None))
+    monkeypatch.setattr(compare, "load_sets", lambda *_: sets)
+    monkeypatch.setattr(run_folder, "load", lambda *_, **__: (None, mock.Mock(parameter_groups=dict), None))
     monkeypatch.setattr(evaluation, "measure", lambda base, adapters, examples, *, batch_size, w=None, of=w:
                         given.append(w) or (1.0, of[examples[0].task]))
-    configs = {"train": train.TrainConfig(), "data": data.DataConfig()}
-    run = compare.Cell("default", tmp_path, configs, {})
+    run = compare.Cell("default", tmp_path, train.Settings(), {})
     compare.closing_scores(run._replace(row="w replaced by its mean", answers=False, first=run), None)
     assert len(given) == 3 and all(torch.equal(each, w["dev"]) for each in given[1:])

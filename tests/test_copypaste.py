@@ -1,7 +1,9 @@
-"""orchmoe.py in other people's models: an nn.Sequential, transformers' T5 and Llama, each with gradient
-checkpointing, compiled and in bfloat16; the skills merged for good; the snippets of the pages as printed.
+"""Test orchmoe.py in other models: an nn.Sequential, and T5 and Llama of transformers.
 
-The reference is a model merged or folded for one sample: plain Linears, no code of ours in its forward."""
+Each is tested with gradient checkpointing, compiled and in bfloat16. The reference is a model that
+is merged or folded for one sample, since it has plain Linears and none of our code in its forward.
+The snippets of the pages are run as printed.
+"""
 
 import copy
 import functools
@@ -25,8 +27,9 @@ from orchmoe import OrchMoEConfig, SkillLinear, attach
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, WIDTH = 64, 32
-MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])  # padded on the left
-CLOSE = dict(rtol=1e-5, atol=1e-5)  # of two orders of summation in float32
+# Padded on the left.
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
+CLOSE = dict(rtol=1e-5, atol=1e-5)  # for different orders of summation in float32
 
 
 def random_ids(*shape, seed=0):
@@ -34,7 +37,7 @@ def random_ids(*shape, seed=0):
 
 
 class Sequential(nn.Sequential):
-    """A plain stack with what the tests call: `gradient_checkpointing_enable` as transformers has it."""
+    """A plain stack of layers, with the `gradient_checkpointing_enable` of transformers."""
 
     source = torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(1))
     checkpointed = False
@@ -53,18 +56,20 @@ class Sequential(nn.Sequential):
 
 
 class Case(NamedTuple):
-    """A base, and how it is called on three samples."""
+    """A model, and three samples for it."""
 
     base: nn.Module
     targets: tuple[str, ...]
-    inputs: dict[str, torch.Tensor]  # of forward, a row a sample
-    source: dict[str, torch.Tensor]  # of generate; empty where there is none
+    inputs: dict[str, torch.Tensor]  # arguments of forward, one row per sample
+    source: dict[str, torch.Tensor]  # arguments of generate; empty if the model has no generate
 
     def embeddings(self):
-        """What the router reads: the source, never a target."""
+        """Return the embeddings of the source, and its mask, for the router."""
         if not self.source:
             return self.inputs["x"], None
-        return self.base.get_input_embeddings()(self.source["input_ids"]), self.source["attention_mask"]
+        return self.base.get_input_embeddings()(self.source["input_ids"]), self.source[
+            "attention_mask"
+        ]
 
     def logits(self, base=None, rows=slice(None)):
         base = self.base if base is None else base
@@ -72,20 +77,22 @@ class Case(NamedTuple):
         return getattr(out, "logits", out)
 
     def generate(self, base=None, rows=slice(None), **options):
-        """The twelve new tokens of each row."""
+        """Return twelve new tokens for each row."""
         source = {name: tensor[rows] for name, tensor in self.source.items()}
-        options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0) | options
+        greedy = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        options = greedy | options
         base = self.base if base is None else base
         return base.generate(**source, **options)[:, -12:]
 
     def one(self, row):
-        """How `folded` and `merge` are told the sample of this row."""
+        """Return the arguments of `folded` and `merge` for the sample of this row."""
         embeddings, mask = self.embeddings()
-        row = slice(row, row + 1)
-        return {"embeddings": embeddings[row], "mask": mask if mask is None else mask[row]}
+        if mask is not None:
+            mask = mask[row : row + 1]
+        return {"embeddings": embeddings[row : row + 1], "mask": mask}
 
     def merged(self, row):
-        """A copy of the base, merged for the sample of this row."""
+        """Return a copy of the model, merged for the sample of this row."""
         twin = copy.deepcopy(self.base)
         twin.skill_adapters.merge(**self.one(row))
         return twin
@@ -100,13 +107,25 @@ def sequential():
 def t5_base():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2,
-                                   num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-                                   decoder_start_token_id=0)  # fmt: skip
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
     base = transformers.T5ForConditionalGeneration(config)
-    with torch.no_grad():  # sharp attention, positions that matter: else it repeats one token
+    # With sharper attention and stronger positions it does not repeat one token.
+    with torch.no_grad():
         for name, weight in base.named_parameters():
-            weight.mul_(0.3 if "shared" in name else 1 if "norm" in name else 3)
+            if "shared" in name:
+                weight.mul_(0.3)
+            elif "norm" not in name:
+                weight.mul_(3)
     return base
 
 
@@ -121,9 +140,15 @@ def t5():
 def llama_base():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48,
-                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                      initializer_range=0.2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -131,25 +156,28 @@ def llama():
     base = copy.deepcopy(llama_base())
     source = {"input_ids": random_ids(3, 6) * MASK, "attention_mask": MASK}
     answer = random_ids(3, 5, seed=1)
-    inputs = {"input_ids": torch.cat([source["input_ids"], answer], 1),
-              "attention_mask": torch.cat([MASK, torch.ones_like(answer)], 1)}  # fmt: skip
+    inputs = {
+        "input_ids": torch.cat([source["input_ids"], answer], 1),
+        "attention_mask": torch.cat([MASK, torch.ones_like(answer)], 1),
+    }
     return Case(base, ("q_proj", "v_proj", "down_proj"), inputs, source)
 
 
 def attached(case, router="sample", mix=orchmoe.mix_skills):
-    """Adapters that change the outputs a lot, and differently for each sample."""
+    """Return adapters that change the outputs a lot, and differently for each sample."""
     config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, alpha=4.0)
     adapters = attach(case.base.eval(), config, mix, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
     stir(adapters, generator)
     if adapters.router is not None:
-        features = adapters.router.features(*case.embeddings())
-        adapters.router.fit(features, generator)  # three samples: fit_router refuses fewer than K
+        # fit_router would refuse three samples, because they are fewer than K.
+        x_hat = adapters.router.summarise(*case.embeddings())
+        adapters.router.fit(x_hat, generator)
     return adapters
 
 
 def gradients(case, adapters, forward=None):
-    """Of everything that trains, by name."""
+    """Return the gradients of all adapter parameters by name."""
     case.base.zero_grad()
     with adapters.routed(*case.embeddings()):
         (forward or case.logits)().float().square().mean().backward()
@@ -162,23 +190,24 @@ generators = pytest.mark.parametrize("make", [t5, llama], ids=["t5", "llama"])
 routers = pytest.mark.parametrize("router", ["sample", "token"])
 
 
-# -------------------------------------------------------------------------------------------- merged for good
+# -------------------------------------------------------------------------------------------- merge
 
 
 @every_case
 @torch.no_grad()
-def test_merged_is_the_routed_model_under_the_names_of_the_base(make):
+def test_a_merged_model_equals_the_routed_one_and_has_the_names_of_the_base(make):
     case = make()
     names, before = list(case.base.state_dict()), case.logits()
     adapters = attached(case)
     w = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
     with adapters.routed(w=w):
         expected = case.logits()
-    assert (expected - before).abs().max() > 0.1, "skills that change nothing would merge by themselves"
+    assert (expected - before).abs().max() > 0.1, "the skills change nothing"
     adapters.merge(w)
     torch.testing.assert_close(case.logits(), expected, **CLOSE)
     assert list(case.base.state_dict()) == names
-    assert not any(isinstance(module, SkillLinear | orchmoe.Adapters) for module in case.base.modules())
+    for module in case.base.modules():
+        assert not isinstance(module, SkillLinear | orchmoe.Adapters)
     with pytest.raises(RuntimeError, match="merged"), adapters.routed(w=w):
         pass
     with pytest.raises(RuntimeError, match="merged"):
@@ -186,44 +215,51 @@ def test_merged_is_the_routed_model_under_the_names_of_the_base(make):
 
 
 @torch.no_grad()
-def test_our_t5_merged_is_the_routed_one(small_t5, inputs):
+def test_our_t5_merged_equals_the_routed_one(small_t5, inputs):
     small_t5.float()
     names = list(small_t5.state_dict())
     torch.manual_seed(0)
     adapters = attach(small_t5, OrchMoEConfig(targets=("all",)))
     for linear in adapters.linears.values():
         nn.init.normal_(linear.skill_B, std=0.2)
-    one = [tensor[:1] for tensor in inputs]
-    embeddings = small_t5.embed(one[0])
-    read = one[0], one[1], one[2].clamp(min=0)
-    with adapters.routed(embeddings, one[1]):
-        expected = teacher_forced(small_t5, *read)
-    adapters.merge(embeddings=embeddings, mask=one[1])
-    torch.testing.assert_close(teacher_forced(small_t5, *read), expected, **CLOSE)
+    ids, mask, labels = [tensor[:1] for tensor in inputs]
+    embeddings, decoder_ids = small_t5.embed(ids), labels.clamp(min=0)
+    with adapters.routed(embeddings, mask):
+        expected = teacher_forced(small_t5, ids, mask, decoder_ids)
+    adapters.merge(embeddings=embeddings, mask=mask)
+    found = teacher_forced(small_t5, ids, mask, decoder_ids)
+    torch.testing.assert_close(found, expected, **CLOSE)
     assert list(small_t5.state_dict()) == names
 
 
-METHODS = {"orchmoe": {"w": torch.full((8,), 1 / 8)}, "orchmoe-factors": {"w": torch.eye(8)[2]}, "lora": {},
-           "poly": {"task_ids": torch.tensor([1])}, "mhr": {"task_ids": torch.tensor([-1])},
-           "c-poly": {"task_ids": torch.tensor([2])}, "full": {}}  # fmt: skip
+METHODS = {  # the arguments of `routed` for one sample
+    "orchmoe": {"w": torch.full((8,), 1 / 8)},
+    "orchmoe-factors": {"w": torch.eye(8)[2]},
+    "lora": {},
+    "poly": {"task_ids": torch.tensor([1])},
+    "mhr": {"task_ids": torch.tensor([-1])},
+    "c-poly": {"task_ids": torch.tensor([2])},
+    "full": {},
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
-def test_every_method_with_one_weight_for_a_sample_merges(name):
+def test_every_method_that_routes_by_sample_can_be_merged(name):
     case, routing = sequential(), METHODS[name]
     config = OrchMoEConfig(targets=case.targets, alpha=4.0)
     adapters = attach_method(name, case.base.eval(), config, num_tasks=3)
-    for parameter in [p for group in adapters.parameter_groups().values() for p in group]:
-        nn.init.normal_(parameter, std=0.3)
+    for group in adapters.parameter_groups().values():
+        for parameter in group:
+            nn.init.normal_(parameter, std=0.3)
     with adapters.routed(**routing):
         expected = case.base(case.inputs["x"][:1])
     adapters.merge(**routing)
     torch.testing.assert_close(case.base(case.inputs["x"][:1]), expected, **CLOSE)
 
 
-def test_methods_that_have_no_one_weight_are_refused():
-    with pytest.raises(ValueError, match="every token has a w of its own"):
+def test_methods_that_route_by_token_or_draw_noise_cannot_be_merged():
+    with pytest.raises(ValueError, match="every token has its own w"):
         attach_method("moe-lora", Sequential(), OrchMoEConfig(targets=("0", "2"))).merge()
     task = torch.tensor([1])
     noisy = attach_method("poly", Sequential(), OrchMoEConfig(targets=("0",)), num_tasks=3)
@@ -233,7 +269,7 @@ def test_methods_that_have_no_one_weight_are_refused():
 
 
 @torch.no_grad()
-def test_a_tied_weight_is_merged_in_its_linear_alone():
+def test_a_tied_weight_is_merged_only_in_its_linear():
     base = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
     base[1].weight = base[0].weight
     adapters = attach(base, OrchMoEConfig(targets=("1",)))
@@ -247,17 +283,17 @@ def test_a_tied_weight_is_merged_in_its_linear_alone():
     torch.testing.assert_close(base(ids), expected, **CLOSE)
 
 
-# -------------------------------------------------------------------------------- each sample as if by itself
+# ------------------------------------------------------------------------------- samples of a batch
 
 
 @every_case
 @torch.no_grad()
-def test_each_sample_of_a_batch_is_as_in_the_model_merged_for_it(make):
+def test_each_sample_of_a_batch_is_as_in_a_model_merged_for_it(make):
     case = make()
     adapters = attached(case)
     with adapters.routed(*case.embeddings()) as routing:
         together = case.logits()
-    assert routing.w.std(0).max() > 0.05, "samples that are routed alike would show nothing"
+    assert routing.w.std(0).max() > 0.05, "all samples are routed alike"
     for row in range(3):
         alone = case.logits(case.merged(row), slice(row, row + 1))
         torch.testing.assert_close(together[row : row + 1], alone, **CLOSE)
@@ -265,7 +301,7 @@ def test_each_sample_of_a_batch_is_as_in_the_model_merged_for_it(make):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @generators
-def test_generation_is_that_of_the_model_folded_for_each_sample(make, beams):
+def test_each_sample_is_generated_as_by_the_model_folded_for_it(make, beams):
     case = make()
     adapters = attached(case)
     with adapters.routed(*case.embeddings(), beams=beams):
@@ -282,7 +318,7 @@ def test_generation_is_that_of_the_model_folded_for_each_sample(make, beams):
 
 @routers
 @generators
-def test_cached_generation_is_that_without_a_cache(make, router):
+def test_generation_is_the_same_with_and_without_a_cache(make, router):
     case = make()
     adapters = attached(case, router)
     with adapters.routed(*case.embeddings()):
@@ -303,7 +339,7 @@ def test_a_token_router_cannot_see_the_future():
     assert not torch.allclose(after[:, -1], before[:, -1])
 
 
-# ------------------------------------------------------------------------ checkpointed, compiled, in bfloat16
+# ----------------------------------------------------------------- checkpointing, compile, bfloat16
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -321,8 +357,8 @@ def test_gradient_checkpointing_changes_nothing(make, router):
     case.base.train()
     expected = gradients(case, adapters)
     once = len(calls)
-    enable = case.base.gradient_checkpointing_enable  # in transformers 6 activation_checkpointing_enable
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # From version 6, transformers calls it activation_checkpointing_enable.
+    case.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     found = gradients(case, adapters)
     assert len(calls) > 2 * once, "nothing was computed a second time"
     assert all(gradient is not None and gradient.any() for gradient in expected.values())
@@ -330,29 +366,32 @@ def test_gradient_checkpointing_changes_nothing(make, router):
         torch.testing.assert_close(found[name], gradient, **CLOSE)
 
 
-@pytest.mark.parametrize("make, router", [(sequential, "sample"), (sequential, "token"), (t5, "sample"),
-                                          (llama, "token")])  # fmt: skip
-def test_compiled_it_is_the_same(make, router):
+@pytest.mark.parametrize(
+    "make, router",
+    [(sequential, "sample"), (sequential, "token"), (t5, "sample"), (llama, "token")],
+)
+def test_compiling_changes_nothing(make, router):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     case = make()
     adapters = attached(case, router)
     case.base.train()
-    compiled = torch.compile(case.base, backend="eager", fullgraph=True)  # tests/test_compile.py goes further
+    # tests/test_compile.py also tests other backends.
+    compiled = torch.compile(case.base, backend="eager", fullgraph=True)
     expected = gradients(case, adapters)
-    for _ in range(2):  # the second routing is another tensor, not the first one's constant
+    for _ in range(2):  # the second routing must not be a constant of the first graph
         found = gradients(case, adapters, lambda: case.logits(compiled))
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, **CLOSE)
         with torch.no_grad():
-            adapters.allocation.mul_(-1)
+            adapters.Z.mul_(-1)
         expected = gradients(case, adapters)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
 
 def error(found, expected):
-    """Squared, relative to the mean square of what was expected."""
+    """Return the mean squared error, relative to the mean square of `expected`."""
     return (found - expected).square().mean() / expected.square().mean()
 
 
@@ -362,29 +401,43 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
     exact, case = make(), make()
     wanted = attached(exact, router)
     case.base.bfloat16()
-    case.inputs.update({name: x.bfloat16() for name, x in case.inputs.items() if x.is_floating_point()})
+    for name, tensor in case.inputs.items():
+        if tensor.is_floating_point():
+            case.inputs[name] = tensor.bfloat16()
     adapters = attached(case, router)
     adapters.load_state_dict(wanted.state_dict())
     seen = []
-    hooks = [linear.register_forward_hook(lambda _, x, y, name=name: seen.append((name, *x, y)))
-             for name, linear in adapters.linears.items()]  # fmt: skip
+    hooks = []
+    for name, linear in adapters.linears.items():
+
+        def remember(_module, inputs, y, name=name):
+            seen.append((name, inputs[0], y))
+
+        hooks.append(linear.register_forward_hook(remember))
     embeddings, mask = case.embeddings()
-    with torch.no_grad(), adapters.routed(embeddings, mask), wanted.routed(embeddings.float(), mask):
+    with (
+        torch.no_grad(),
+        adapters.routed(embeddings, mask),
+        wanted.routed(embeddings.float(), mask),
+    ):
         found = case.logits()
         for hook in hooks:
             hook.remove()
-        # Each Linear beside its twin on the very same input: a whole T5 amplifies what its base has rounded.
+        # Compare each Linear with its twin for the same input, since a whole T5 amplifies the
+        # rounding errors of its base.
         assert {name for name, _, _ in seen} == wanted.linears.keys()
         for name, x, y in seen:
             linear, twin = adapters.linears[name], wanted.linears[name]
-            torch.testing.assert_close(linear._skill_weights(x), twin._skill_weights(x.float()))
+            torch.testing.assert_close(linear.skill_c(x), twin.skill_c(x.float()))
             assert y.dtype == torch.bfloat16 and error(y, twin(x.float())) < 1e-4, name
     assert found.dtype == torch.bfloat16
     if make is not t5:
         with torch.no_grad(), wanted.routed(*exact.embeddings()):
             assert error(found, exact.logits()) < 0.01
     for name, gradient in gradients(case, adapters).items():
-        assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any(), name
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any(), (
+            name
+        )
     if case.source:
         with adapters.routed(*case.embeddings(), beams=2):
             case.generate(num_beams=2)
@@ -393,19 +446,29 @@ def test_in_bfloat16_the_skills_stay_float32_and_train(make, router):
         assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
 
 
-# --------------------------------------------------------------------------- the pages' snippets as printed
+# ---------------------------------------------------------------------------- snippets of the pages
 
-PAGES = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *ROOT.glob("docs/use.md")))
+PAGES = "".join(
+    page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *ROOT.glob("docs/use.md"))
+)
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
 def run_printed(about, folder, checks):
-    """Runs the one snippet about something, and behind it our checks, in a folder that has orchmoe.py and
-    what the test put there: the names that the Hub would resolve are local folders here."""
+    """Run the one snippet that contains `about`, and then `checks`. Return what they print.
+
+    They run in `folder`, beside a copy of orchmoe.py. Models of the Hub are local folders there.
+    """
     [snippet] = [snippet for snippet in SNIPPETS if about in snippet]
     shutil.copy(ROOT / "orchmoe.py", folder)
-    done = subprocess.run([sys.executable, "-c", snippet + checks], cwd=folder, text=True, timeout=300,
-                          capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", snippet + checks],
+        cwd=folder,
+        text=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -418,17 +481,18 @@ def test_snippets_are_short():
 
 
 LOADED = """
-taught = [linear.skill_B for linear in adapters.linears.values()]
+trained = [linear.skill_B for linear in adapters.linears.values()]
 model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
 {line}
 assert model.skill_adapters.config == adapters.config
 found = [linear.skill_B for linear in model.skill_adapters.linears.values()]
-assert all(B.any() and torch.equal(B, other) for B, other in zip(taught, found, strict=True))
+assert all(B.any() and torch.equal(B, other) for B, other in zip(trained, found, strict=True))
 """
 
 
-def test_the_snippet_of_a_sequential_runs_and_what_it_saves_loads(tmp_path):
-    [save], [load] = (re.findall(rf"`({call}.*?)`", PAGES) for call in ("torch.save", "saved = torch.load"))
+def test_the_snippet_of_a_sequential_runs_and_saves_what_can_be_loaded(tmp_path):
+    [save] = re.findall("`(torch.save.*?)`", PAGES)
+    [load] = re.findall("`(saved = torch.load.*?)`", PAGES)
     run_printed("torch.nn.Sequential", tmp_path, TRAINED + save + LOADED.format(line=load))
 
 
@@ -451,12 +515,13 @@ def test_the_snippet_of_a_llama_runs(tmp_path):
 
 
 def byte_tokenizer():
-    """A tokenizer of the kind that Llama-type models come with, a token a byte."""
+    """Return a tokenizer like that of Llama models, with one token per byte."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<end>"])}
+    bytewise = Tokenizer(models.BPE(vocabulary, []))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")

@@ -1,7 +1,10 @@
-"""tokenizer.py and data.py: task files, sets, prompt, cache, batches. Hermetic, but for the tests that take
-`sni_dir` or `golden_dir`."""
+"""Tests of data.py (task files, sets, prompt, cache, batches) and of T5's tokenizer.
+
+Only the tests that take `sni_dir` or `golden_dir` need files from outside the repository.
+"""
 
 import errno
+import io
 import json
 import os
 import random
@@ -31,26 +34,42 @@ from data import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ("river stone window garden letter morning teacher yellow simple answer number little people under "
-         "travel orange silver market doctor planet summer winter bridge don't isn't we're I've").split()
+WORDS = (
+    "river stone window garden letter morning teacher yellow simple answer number little people "
+    "under travel orange silver market doctor planet summer winter bridge don't isn't we're I've"
+).split()
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 25))).capitalize() + rng.choice([".", "?", ", yes!"])
-            for _ in range(count)]
+    return [
+        " ".join(rng.choices(WORDS, k=rng.randint(3, 25))).capitalize()
+        + rng.choice([".", "?", ", yes!"])
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """Folder with a small T5-like spiece.model."""
+    """A folder with a small spiece.model like T5's."""
     folder = tmp_path_factory.mktemp("model")
     lines = [*sentences(2000), "Definition: Input: Output: Positive Example 1 - 2"]
     (folder / "text").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "spiece"), vocab_size=200,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>",
-        unk_piece="<unk>", minloglevel=2, num_threads=1)
+        input=str(folder / "text"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=200,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece="<pad>",
+        eos_piece="</s>",
+        unk_piece="<unk>",
+        minloglevel=2,
+        num_threads=1,
+    )
     return folder
 
 
@@ -61,11 +80,19 @@ def tokenizer(model_dir):
 
 def task_json(n: int = 10, **changes) -> dict:
     example = {"input": "river", "output": "stone", "explanation": "So it is."}
-    instances = [{"id": f"id-{i}", "input": sentence, "output": ["yes", "no", "maybe so"][:1 + i % 3]}
-                 for i, sentence in enumerate(sentences(n))]
-    return {"Categories": ["Sorting"], "Definition": ["Sort the words."], "URL": [float("nan")],
-            "Positive Examples": [example, example], "Negative Examples": [example],
-            "Instances": instances, **changes}
+    instances = [
+        {"id": f"id-{i}", "input": sentence, "output": ["yes", "no", "maybe so"][: 1 + i % 3]}
+        for i, sentence in enumerate(sentences(n))
+    ]
+    return {
+        "Categories": ["Sorting"],
+        "Definition": ["Sort the words."],
+        "URL": [float("nan")],
+        "Positive Examples": [example, example],
+        "Negative Examples": [example],
+        "Instances": instances,
+        **changes,
+    }
 
 
 def write_task(folder: Path, name: str, task: dict | bytes) -> Path:
@@ -84,7 +111,7 @@ def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
 
 @pytest.fixture
 def repository(tmp_path):
-    """Three training tasks, of 10, 30 and 150 instances, a test task of 130, and files that are no tasks."""
+    """Training tasks of 10, 30 and 150 instances, a test task of 130, files that are no tasks."""
     for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 150), ("task9_t", 130)):
         write_task(tmp_path / "sni", name, task_json(n))
     for name in ("README.md", ".DS_Store", "task1_a.json.swp"):
@@ -95,7 +122,7 @@ def repository(tmp_path):
 
 @pytest.fixture
 def config(repository, tmp_path, monkeypatch):
-    """With a token cache of its own."""
+    """The settings for `repository`, with a token cache of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return DataConfig(data=str(repository))
 
@@ -110,7 +137,7 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="ignore")
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# --------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +147,13 @@ def t5_tokenizer(model_dir):
 
 
 def test_encode_equals_transformers(tokenizer, t5_tokenizer):
-    texts = [*sentences(300, seed=1), "", "  two  spaces\n\nand\tlines ", "\u4e16\u754c x", "\ufb01 \u00a0 x"]
+    texts = [
+        *sentences(300, seed=1),
+        "",
+        "  two  spaces\n\nand\tlines ",
+        "\u4e16\u754c x",
+        "\ufb01 \u00a0 x",
+    ]
     assert [tokenizer.encode(text) for text in texts] == t5_tokenizer(texts)["input_ids"]
     assert tokenizer.size == len(t5_tokenizer)
 
@@ -128,8 +161,10 @@ def test_encode_equals_transformers(tokenizer, t5_tokenizer):
 def test_decode_equals_transformers(tokenizer, t5_tokenizer):
     rng = random.Random(0)
     rows = [[rng.randrange(tokenizer.size) for _ in range(rng.randrange(30))] for _ in range(300)]
-    rows += [tokenizer.encode("the river . the ? the ! the , we do n't , he 's I 'm they 've we 're the ' s")]
-    theirs = t5_tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    text = "the river . the ? the ! the , we do n't , he 's I 'm they 've we 're the ' s"
+    rows.append(tokenizer.encode(text))
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": True}
+    theirs = t5_tokenizer.batch_decode(rows, **options)
     assert [tokenizer.decode(row) for row in rows] == [text.strip() for text in theirs]
     assert tokenizer.decode(np.array(rows[-1], np.int32)) == theirs[-1].strip()
 
@@ -149,36 +184,53 @@ def test_bad_tokenizer_is_one_line(tmp_path, model_dir):
     (tmp_path / "bad.model").write_bytes(b"not a model")
     (tmp_path / "empty.model").write_bytes(b"")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(model_dir / "text"), model_prefix=str(tmp_path / "other"), vocab_size=100, minloglevel=2)
-    for path, words in ((tmp_path, "spiece.model"), (tmp_path / "bad.model", "not a SentencePiece model"),
-                        (tmp_path / "empty.model", r"empty.model: (not a SentencePiece|pieces 0)"),
-                        (tmp_path / "other.model", "pieces 0 to 2")):
+        input=str(model_dir / "text"),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=100,
+        minloglevel=2,
+    )
+    for path, words in (
+        (tmp_path, "spiece.model"),
+        (tmp_path / "bad.model", "not a SentencePiece model"),
+        (tmp_path / "empty.model", r"empty.model: (not a SentencePiece|pieces 0)"),
+        (tmp_path / "other.model", "pieces 0 to 2"),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             tokenizers.load(path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ tasks, sets
+# ------------------------------------------------------------------------------------- tasks, sets
 
-ODD = {"definition a str": ({"Definition": "Sort them."}, lambda t: t["definition"] == "Sort them."),
-       "two definitions": ({"Definition": ["One.", "Two."]}, lambda t: t["definition"] == "One."),
-       "no id": ({"Instances": [{"input": "a", "output": ["b"]}] * 2},
-                 lambda t: [i["id"] for i in t["instances"]] == ["task1_x-0", "task1_x-1"]),
-       "output a str": ({"Instances": [{"output": "b", "input": "a", "id": "x"}]},
-                        lambda t: t["instances"] == [{"id": "x", "input": "a", "output": ["b"]}]),
-       "no explanation": ({"Positive Examples": [{"input": "a", "output": "b"}]},
-                          lambda t: t["positive"] == [{"input": "a", "output": "b"}]),
-       "blank texts": ({"Instances": [{"id": "x", "input": "", "output": ["", " \r\n\u00a0\x00"]}]},
-                       lambda t: t["instances"][0]["output"] == ["", " \r\n\u00a0\x00"]),
-       "no categories": ({"Categories": []}, lambda t: t["category"] == "Unknown"),
-       "category": ({}, lambda t: (t["name"], t["category"]) == ("task1_x", "Sorting"))}
+ODD = {
+    "definition a str": ({"Definition": "Sort them."}, lambda t: t["definition"] == "Sort them."),
+    "two definitions": ({"Definition": ["One.", "Two."]}, lambda t: t["definition"] == "One."),
+    "no id": (
+        {"Instances": [{"input": "a", "output": ["b"]}] * 2},
+        lambda t: [i["id"] for i in t["instances"]] == ["task1_x-0", "task1_x-1"],
+    ),
+    "output a str": (
+        {"Instances": [{"output": "b", "input": "a", "id": "x"}]},
+        lambda t: t["instances"] == [{"id": "x", "input": "a", "output": ["b"]}],
+    ),
+    "no explanation": (
+        {"Positive Examples": [{"input": "a", "output": "b"}]},
+        lambda t: t["positive"] == [{"input": "a", "output": "b"}],
+    ),
+    "blank texts": (
+        {"Instances": [{"id": "x", "input": "", "output": ["", " \r\n\u00a0\x00"]}]},
+        lambda t: t["instances"][0]["output"] == ["", " \r\n\u00a0\x00"],
+    ),
+    "no categories": ({"Categories": []}, lambda t: t["category"] == "Unknown"),
+    "category": ({}, lambda t: (t["name"], t["category"]) == ("task1_x", "Sorting")),
+}
 
 
 def test_a_question_of_other_bytes_than_text_is_refused():
     words, config = tokenizers.load(ROOT / "tiny"), data.DataConfig()
     for texts, field in (("\udce9", "x"), "--ask"), (("x", "\udce9"), "--input"):
         with pytest.raises(ValueError, match=f"{field}: expected text without lone surrogates"):
-            data.asked(*texts, words, config)
+            data.make_example(*texts, words, config)
 
 
 @pytest.mark.parametrize("changes, holds", ODD.values(), ids=ODD)
@@ -196,50 +248,59 @@ def instance(**row) -> dict:
     return task_json(Instances=[{"input": "b", "output": ["c"]}, {"input": "y", **row}])
 
 
-BAD = {"not JSON": (b"{", "not readable as JSON"),
-       "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
-       "a list": (b"[]", "no object"),
-       "too deep": (b"[" * 200_000, "not readable as JSON"),
-       "a number of 5000 digits": (b"[" + b"9" * 5000 + b"]", "not readable as JSON"),
-       "text without end": (instance(input="a" * 1_000_001, output="a"),
-                            r"Instances\[1\].input: .* at most 1000000 characters"),
-       "no definition": (without("Definition"), "Definition"),
-       "definition a number": (task_json(Definition=[3]), "Definition"),
-       "no instances": (without("Instances"), "Instances"),
-       "instances an object": (task_json(Instances={"a": 1}), "Instances"),
-       "instances empty": (task_json(Instances=[]), "Instances"),
-       "instance a str": (task_json(Instances=["a"]), "Instances"),
-       "no output": (instance(), r"Instances\[1\].output"),
-       "output empty": (instance(output=[]), r"Instances\[1\].output"),
-       "output a number": (instance(output=3), r"Instances\[1\].output"),
-       "output of numbers": (instance(output=["a", 3]), r"Instances\[1\].output"),
-       "input null": (instance(input=None, output="a"), r"Instances\[1\].input"),
-       "lone surrogate": (instance(output=["a\ud800"]), r"Instances\[1\].output.*surrogate"),
-       "examples a str": (task_json(**{"Positive Examples": "a"}), "Positive Examples"),
-       "no example output": (task_json(**{"Negative Examples": [{"input": "a"}]}), r"Examples\[0\].output")}
+BAD = {  # content of a task file: what the error says
+    "not JSON": (b"{", "Expecting property name"),
+    "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
+    "a list": (b"[]", "not a JSON object"),
+    "too deep": (b"[" * 200_000, "recursion"),
+    "a number of 5000 digits": (b"[" + b"9" * 5000 + b"]", "digits"),
+    "no definition": (without("Definition"), "Definition"),
+    "definition a number": (task_json(Definition=[3]), "Definition: expected a string"),
+    "no instances": (without("Instances"), "Instances"),
+    "instances an object": (task_json(Instances={"a": 1}), "'str' object"),
+    "instances empty": (task_json(Instances=[]), "Instances is empty"),
+    "instance a str": (task_json(Instances=["a"]), "'str' object"),
+    "no output": (instance(), "output"),
+    "output empty": (instance(output=[]), r"Instances\[1\]: output is empty"),
+    "output a number": (instance(output=3), r"Instances\[1\]: expected a string"),
+    "output an object": (instance(output={"a": "b"}), r"Instances\[1\]: expected a string"),
+    "output of numbers": (instance(output=["a", 3]), r"Instances\[1\]: expected a string"),
+    "input null": (instance(input=None, output="a"), r"Instances\[1\]: expected a string"),
+    "lone surrogate": (instance(output=["a\ud800"]), r"Instances\[1\]: .* lone surrogates"),
+    "examples a str": (task_json(**{"Positive Examples": "a"}), "string indices"),
+    "no example output": (task_json(**{"Negative Examples": [{"input": "a"}]}), "output"),
+    "example a number": (
+        task_json(**{"Negative Examples": [{"input": "a", "output": 3}]}),
+        "Negative Examples: expected a string",
+    ),
+}
 
 
-@pytest.mark.parametrize("content, words", BAD.values(), ids=BAD)
-def test_bad_file_is_one_line_with_file_and_field(tmp_path, content, words):
+@pytest.mark.parametrize("content, problem", BAD.values(), ids=BAD)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, problem):
     path = write_task(tmp_path, "task1_x", content)
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=problem) as caught:
         read_task(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 def test_splits_skip_missing_tasks_with_one_warning(repository, capsys):
-    write_lists(repository, ["task3_c", "task404_gone", "", "task1_a", "task3_c"], ["task9_t", "task5_gone"])
+    write_lists(
+        repository, ["task3_c", "task404_gone", "", "task1_a", "task3_c"], ["task9_t", "task5_gone"]
+    )
     for _ in range(2):
         assert read_splits(repository) == {"train": ["task3_c", "task1_a"], "test": ["task9_t"]}
-    warning, = capsys.readouterr().err.splitlines()
-    assert warning.endswith("2 of the 5 tasks of splits/default are missing")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.endswith("sni/tasks: 2 tasks of splits/default are missing")
 
 
 def test_splits_without_lists_or_tasks(repository, tmp_path):
     write_lists(repository, [], ["task9_t"])
     assert read_splits(repository) == {"train": [], "test": ["task9_t"]}
     write_lists(repository, ["task404_gone"], [])
-    with pytest.raises(ValueError, match="none of the 1 tasks"):
+    with pytest.raises(
+        ValueError, match="1 tasks of splits/default are missing, which is all of them"
+    ):
         read_splits(repository)
     with pytest.raises(ValueError, match="train_tasks.txt.*git clone"):
         read_splits(tmp_path)
@@ -247,11 +308,14 @@ def test_splits_without_lists_or_tasks(repository, tmp_path):
 
 def test_a_task_on_both_lists_is_refused(repository):
     write_lists(repository, ["task1_a", "task9_t", "task2_b"], ["task9_t"])
-    with pytest.raises(ValueError, match="test_tasks.txt: task9_t is in train_tasks.txt too; take it off"):
+    problem = "splits/default: task9_t is on both lists; take it off one of them"
+    with pytest.raises(ValueError, match=problem):
         read_splits(repository)
 
 
-@pytest.mark.parametrize("name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd", "\0", "a" * 999])
+@pytest.mark.parametrize(
+    "name", ["../task1_a", "a/b", "a\\b", "..", "/etc/passwd", "\0", "a" * 999]
+)
 def test_names_do_not_leave_their_folder(repository, name):
     write_lists(repository, [name], ["task9_t"])
     with pytest.raises(ValueError, match="plain name"):
@@ -267,7 +331,8 @@ def test_sets_are_disjoint_nested_and_fixed(n):
         assert len({*train, *dev, *seen}) == len(train) + len(dev) + len(seen)
         assert {*train, *dev, *seen} <= set(range(n))
         assert len(train) == min(size, n - len(dev) - len(seen))
-        assert (dev, seen) == sets[100][1:] and len(dev) == len(seen) == (20 if n >= 140 else n // 5)
+        assert (dev, seen) == sets[100][1:]
+        assert len(dev) == len(seen) == (20 if n >= 140 else n // 5)
         assert (dev != [] and seen != []) == (n >= 5) and set(train) <= set(sets[500][0])
     assert set(sets[10][0]) <= set(sets[30][0]) <= set(sets[100][0])
     if n > 20:
@@ -280,15 +345,17 @@ def test_a_split_is_the_same_for_ever():
 
 
 def test_repeated_instances_are_on_one_side():
-    """Half of the contents are there three times: none is in two sets, those held out are there once."""
+    """Half of the contents occur three times. None is in two sets. Dev and seen have each once."""
     contents = [*range(100), *range(50), *range(50)]
-    train, dev, seen = ([contents[i] for i in part] for part in split_instances(contents, "task1_a", 500))
-    assert not {*train} & {*dev} and not {*train} & {*seen} and {*train, *dev, *seen} == {*range(100)}
+    parts = split_instances(contents, "task1_a", 500)
+    train, dev, seen = ([contents[i] for i in part] for part in parts)
+    assert not {*train} & {*dev} and not {*train} & {*seen}
+    assert {*train, *dev, *seen} == {*range(100)}
     assert len({*dev, *seen}) == len(dev) + len(seen) == 40
     assert all(train.count(content) == (3 if content < 50 else 1) for content in train)
 
 
-# ----------------------------------------------------------------------------------------------------- prompt
+# ------------------------------------------------------------------------------------------ prompt
 
 
 def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
@@ -299,9 +366,13 @@ def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
         tasks = (json.loads(path.read_bytes()), "Instances"), (read_task(path), "instances")
         for row in of_task:
             names = row["encoding"].split("_")
-            options = dict(definition="def" in names, explanation="expl" in names,
-                           num_pos=2 * ("pos2" in names), num_neg=2 * ("neg2" in names),
-                           max_source_length=row["max_source_length"])  # fmt: skip
+            options = dict(
+                definition="def" in names,
+                explanation="expl" in names,
+                num_pos=2 * ("pos2" in names),
+                num_neg=2 * ("neg2" in names),
+                max_source_length=row["max_source_length"],
+            )
             for task, field in tasks:
                 source = render_prompt(task, task[field][row["instance"]], Bytes(), **options)
                 assert source == row["source"], row["id"]
@@ -318,12 +389,22 @@ def test_examples_are_taken_while_the_whole_fits():
     assert cut.startswith("Definition: Sort the words.\n\nNow complete") and len(cut) == 60
 
 
-# ------------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------- cache
 
 
 def contents(examples) -> list:
-    return [(e.id, e.task, e.category, e.source_ids.tolist(), [ids.tolist() for ids in e.target_ids],
-             e.references, e.task_index) for e in examples]
+    return [
+        (
+            e.id,
+            e.task,
+            e.category,
+            e.source_ids.tolist(),
+            [ids.tolist() for ids in e.target_ids],
+            e.references,
+            e.task_index,
+        )
+        for e in examples
+    ]
 
 
 def load_all(config, tokenizer) -> dict[str, list]:
@@ -331,8 +412,14 @@ def load_all(config, tokenizer) -> dict[str, list]:
 
 
 def count_encodes(monkeypatch) -> list:
-    calls, original = [], tokenizers.Tokenizer.encode
-    monkeypatch.setattr(tokenizers.Tokenizer, "encode", lambda *args: calls.append(args) or original(*args))
+    calls = []
+    original = tokenizers.Tokenizer.encode
+
+    def encode(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode", encode)
     return calls
 
 
@@ -341,24 +428,27 @@ def test_sets_hold_what_the_files_say(config, repository, tokenizer):
     sizes = {name: len(examples) for name, examples in sets.items()}
     assert sizes == dict(train=6 + 18 + 100, dev=2 + 6 + 20, seen=2 + 6 + 20, test=100)
     for which, examples in enumerate((sets["train"], sets["dev"], sets["seen"])):
-        assert examples.tasks == ["task1_a", "task2_b", "task3_c"] and len(list(examples)) == len(examples)
+        assert examples.tasks == ["task1_a", "task2_b", "task3_c"]
         assert examples.source_lengths.tolist() == [len(e.source_ids) for e in examples]
         for index, (name, n) in enumerate((("task1_a", 30), ("task2_b", 150), ("task3_c", 10))):
             task = read_task(repository / "tasks" / f"{name}.json")
             of_task = [e for e in examples if e.task == name]
-            assert [e.place for e in of_task] == split_instances(range(n), name, 100)[which]
-            example, instance = of_task[1], task["instances"][of_task[1].place]
+            assert [e.position for e in of_task] == split_instances(range(n), name, 100)[which]
+            example, instance = of_task[1], task["instances"][of_task[1].position]
             assert (example.id, example.references) == (instance["id"], instance["output"])
             assert (example.task_index, example.category) == (index, "Sorting")
             assert example.source_ids.dtype == np.int32
-            assert example.source_ids.tolist() == tokenizer.encode(render_prompt(task, instance, tokenizer))
-            assert [t.tolist() for t in example.target_ids] == list(map(tokenizer.encode, instance["output"]))
+            prompt = render_prompt(task, instance, tokenizer)
+            assert example.source_ids.tolist() == tokenizer.encode(prompt)
+            targets = [tokenizer.encode(text) for text in instance["output"]]
+            assert [ids.tolist() for ids in example.target_ids] == targets
     assert [e.id for e in sets["test"]] == [f"id-{i}" for i in range(100)]
     assert {e.task_index for e in sets["test"]} == {-1}
 
 
 def test_max_tasks_are_the_first_of_the_list(config, tokenizer):
-    assert load_sets(replace(config, max_tasks=2), tokenizer)["train"].tasks == ["task1_a", "task3_c"]
+    sets = load_sets(replace(config, max_tasks=2), tokenizer)
+    assert sets["train"].tasks == ["task1_a", "task3_c"]
 
 
 def test_a_subsample_is_spread_evenly_over_the_set():
@@ -369,7 +459,11 @@ def test_a_subsample_is_spread_evenly_over_the_set():
 def test_task_ids_are_those_of_the_run(config, tokenizer):
     run = ["task0_x", "task2_b", "task3_c"]
     seen = load_sets(config, tokenizer, ["seen"], training=run)["seen"]
-    assert {(e.task, e.task_index) for e in seen} == {("task1_a", -1), ("task2_b", 1), ("task3_c", 2)}
+    assert {(e.task, e.task_index) for e in seen} == {
+        ("task1_a", -1),
+        ("task2_b", 1),
+        ("task3_c", 2),
+    }
 
 
 def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tokenizer):
@@ -379,10 +473,10 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(repository, tmp_path, tok
         assert all(len(ids) <= 3 and ids[-1] == 1 for ids in example.target_ids)
 
 
-def test_a_question_that_is_cut_is_said(tokenizer, capsys):
-    data.asked("Say it.", "word", tokenizer, data.DataConfig())
+def test_a_question_that_is_cut_is_reported(tokenizer, capsys):
+    data.make_example("Say it.", "word", tokenizer, data.DataConfig())
     assert not capsys.readouterr().err
-    data.asked("Say it.", "word " * 3000, tokenizer, data.DataConfig(max_source_length=999))
+    data.make_example("Say it.", "word " * 3000, tokenizer, data.DataConfig(max_source_length=999))
     assert "--max-source-length 999: the end of the input is cut off" in capsys.readouterr().err
 
 
@@ -394,27 +488,23 @@ def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys)
         sets = load_sets(short, tokenizer, ["train", "dev", "seen"])
     shown = [tokenizer.decode(e.source_ids) for examples in sets.values() for e in examples]
     cut = sum(not text.endswith("Output:") for text in shown)
-    warning, = capsys.readouterr().err.splitlines()
-    assert 10 < cut and warning.endswith(f"--max-source-length 60: the ends of {cut} sources are cut off")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert 10 < cut and warning.endswith(
+        f"--max-source-length 60: {cut} sources are too long and lose their ends"
+    )
     load_sets(config, tokenizer)
     assert not capsys.readouterr().err
 
 
-def test_repeats_are_counted(config, repository, tokenizer, capsys):
-    instances = task_json(20)["Instances"]
-    twins = [*instances, {**instances[3], "id": "another"}, {**instances[4], "output": ["else"]}]
-    write_task(repository, "task1_a", task_json(Instances=twins))
-    load_sets(config, tokenizer)
-    assert "tasks: 1 instances repeat another of their task; none is on two sides" in capsys.readouterr().err
-
-
-def test_equal_ids_are_told_apart_by_place(config, repository, tokenizer):
+def test_equal_ids_are_told_apart_by_position(config, repository, tokenizer):
     instances = [{"id": "same", "input": f"{i}", "output": [f"{i}"]} for i in range(30)]
     write_task(repository, "task1_a", task_json(Instances=instances))
     of_task = [e for e in load_sets(config, tokenizer)["train"] if e.task == "task1_a"]
-    assert len({e.place for e in of_task}) == 18
+    assert len({e.position for e in of_task}) == 18
     inputs = evaluation.copy_heuristic("copy-input", config.data, of_task)
-    assert all(e.references == [str(e.place)] == [said] for e, said in zip(of_task, inputs, strict=True))
+    assert all(
+        e.references == [str(e.position)] == [said] for e, said in zip(of_task, inputs, strict=True)
+    )
 
 
 def test_second_load_does_not_tokenise(config, tokenizer, monkeypatch):
@@ -432,9 +522,20 @@ def test_train_dev_and_seen_share_one_cache_file(config, tokenizer, tmp_path, mo
     assert not calls and len(list((tmp_path / "orchmoe").iterdir())) == 1
 
 
-@pytest.mark.parametrize("change", [
-    dict(num_pos=1), dict(num_neg=1), dict(definition=False), dict(explanation=True), dict(max_tasks=1),
-    dict(max_source_length=50), dict(max_target_length=2), dict(train_instances=5)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(num_pos=1),
+        dict(num_neg=1),
+        dict(definition=False),
+        dict(explanation=True),
+        dict(max_tasks=1),
+        dict(max_source_length=50),
+        dict(max_target_length=2),
+        dict(train_instances=5),
+    ],
+    ids=str,
+)
 def test_the_cache_tells_options_apart(config, tokenizer, change, monkeypatch, tmp_path):
     before, changed = load_all(config, tokenizer), replace(config, **change)
     found = load_all(changed, tokenizer)
@@ -449,9 +550,12 @@ def test_the_cache_tells_tokenizers_apart(config, tokenizer, monkeypatch, tmp_pa
     assert before != found == load_all(config, other)
 
 
-def test_a_changed_file_is_read_anew_and_replaces_its_cache(config, repository, tokenizer, tmp_path):
+def test_a_changed_file_is_read_anew_and_replaces_its_cache(
+    config, repository, tokenizer, tmp_path
+):
     before = load_all(config, tokenizer)
-    path, size = repository / "tasks/task3_c.json", (repository / "tasks/task3_c.json").stat().st_size
+    path = repository / "tasks/task3_c.json"
+    size = path.stat().st_size
     write_task(repository, "task3_c", task_json(Definition=["Swap the words."]))
     assert path.stat().st_size == size
     after = load_all(config, tokenizer)
@@ -464,17 +568,29 @@ def test_the_digest_is_of_the_contents_of_the_tasks(config, repository, tokenize
         return {name: examples.digest for name, examples in load_sets(config, tokenizer).items()}
 
     first = digests()
-    assert re.fullmatch("[0-9a-f]{16}", first["train"]) and first["train"] == first["dev"] == first["seen"]
+    assert re.fullmatch("[0-9a-f]{16}", first["train"])
+    assert first["train"] == first["dev"] == first["seen"]
     path = repository / "tasks/task2_b.json"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"maybe so", b"maybe no"))
-    assert digests()["train"] != first["train"] and digests()["test"] == first["test"] != first["train"]
+    assert digests()["train"] != first["train"]
+    assert digests()["test"] == first["test"] != first["train"]
     path.write_bytes(whole)
     assert digests() == first
 
 
-DAMAGE = {"short": lambda raw: raw[:-1], "stub": lambda raw: raw[:20], "empty": lambda raw: b"",
-          "bit": lambda raw: raw[:9000] + bytes([raw[9000] ^ 1]) + raw[9001:]}
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+DAMAGE = {
+    "short": lambda raw: raw[:-1],
+    "stub": lambda raw: raw[:20],
+    "empty": lambda raw: b"",
+    "of somebody else": lambda raw: saved({"other": 1}),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -482,31 +598,34 @@ def test_a_damaged_cache_is_remade(config, tokenizer, tmp_path, damage):
     first = load_all(config, tokenizer)
     for path in (tmp_path / "orchmoe").iterdir():
         whole = path.read_bytes()
-        path.unlink()  # the maps of the first load live on
         path.write_bytes(damage(whole))
         assert load_all(config, tokenizer) == first and path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-def test_a_write_that_breaks_off_leaves_nothing(config, tokenizer, tmp_path, monkeypatch, capsys, number):
+def test_a_write_that_breaks_off_leaves_nothing(
+    config, tokenizer, tmp_path, monkeypatch, capsys, number
+):
     def breaks(*_):
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", breaks)
         whole = load_all(config, tokenizer)  # goes on without a cache
-    assert f"no token cache ({os.strerror(number)}" in capsys.readouterr().err
+    assert f"cannot save tokens ({os.strerror(number)}" in capsys.readouterr().err
     assert list((tmp_path / "orchmoe").iterdir()) == []
     assert load_all(config, tokenizer) == whole and len(list((tmp_path / "orchmoe").iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_one_warning(config, tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_costs_one_warning(
+    config, tokenizer, tmp_path, monkeypatch, capsys
+):
     whole = load_all(config, tokenizer)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_all(config, tokenizer) == whole
-    warning, = capsys.readouterr().err.splitlines()
-    assert "no token cache" in warning
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "cannot save tokens" in warning
 
 
 def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
@@ -520,8 +639,10 @@ def test_errors_of_a_load_are_one_line(config, repository, tokenizer):
 
 
 def test_real_files_are_read(sni_dir):
-    """All of the sample, whose tasks are cut to 100 instances; of the whole repository 100 MB, small files
-    first, and the largest file."""
+    """Read all files of the sample, whose tasks are cut to 100 instances.
+
+    Of the whole repository, read 100 MB (small files first) and the largest file.
+    """
     splits = read_splits(sni_dir)
     whole = (len(splits["train"]), len(splits["test"])) == (756, 119)
     assert whole or (len(splits["train"]), len(splits["test"])) == (687, 58)
@@ -534,7 +655,7 @@ def test_real_files_are_read(sni_dir):
     assert whole or sum(count == 100 for count in counts) > 700
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 
 LENGTHS = np.random.default_rng(0).integers(10, 1000, 1003)
 
@@ -556,11 +677,15 @@ def test_an_epoch_has_each_example_once_and_is_pure():
 
 
 def test_batch_at_forgets_nothing_and_mixes_nothing_up():
-    asked = [batch_at(lengths, 8, seed, step).tolist()
-             for seed in (0, 1) for lengths in (LENGTHS, LENGTHS[::-1]) for step in (3, 400, 3)]
+    found = [
+        batch_at(lengths, 8, seed, step).tolist()
+        for seed in (0, 1)
+        for lengths in (LENGTHS, LENGTHS[::-1])
+        for step in (3, 400, 3)
+    ]
     data._epoch.cache_clear()
-    assert asked[::3] == asked[2::3] and len(set(map(tuple, asked))) == 8
-    assert asked[-1] == batch_at(LENGTHS[::-1], 8, 1, 3).tolist()
+    assert found[::3] == found[2::3] and len(set(map(tuple, found))) == 8
+    assert found[-1] == batch_at(LENGTHS[::-1], 8, 1, 3).tolist()
 
 
 def test_bucketing_pads_far_less_than_random_batches():
@@ -569,22 +694,31 @@ def test_bucketing_pads_far_less_than_random_batches():
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
     bucketed = epoch_of(0, 0)
-    assert padded(bucketed) < 0.2 * padded([order[i:i + 8] for i in range(0, len(order), 8)])
+    assert padded(bucketed) < 0.2 * padded([order[i : i + 8] for i in range(0, len(order), 8)])
     means = [LENGTHS[batch].mean() for batch in bucketed]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # batches are not served by length
 
 
 def example(name: str, source: list[int], targets: list[list[int]], index: int = 0) -> data.Example:
     ids, target_ids = np.array(source, np.int32), [np.array(target, np.int32) for target in targets]
-    return data.Example(name, "task1_a", "category", ids, target_ids, ["reference"] * len(targets), index)
+    return data.Example(
+        id=name,
+        task="task1_a",
+        category="category",
+        source_ids=ids,
+        target_ids=target_ids,
+        references=["reference"] * len(targets),
+        task_index=index,
+    )
 
 
 def test_collate_pads_masks_and_shifts():
     rows = [example("a", [5, 6, 1], [[7, 4, 1]], 3), example("b", [8, 1], [[1], [9, 1]], -1)]
     batch = collate(rows, pad_id=4)
-    assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]] and batch.input_ids.dtype == torch.int64
+    assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.attention_mask.tolist() == [[True, True, True], [True, True, False]]
-    assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]] and batch.labels.dtype == torch.int64
+    assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]]
     assert batch.task_ids.tolist() == [3, -1] and batch.ids == ["a", "b"]
 
 
@@ -596,14 +730,17 @@ def test_a_batch_splits_into_its_rows():
         assert [i for rows, _ in pieces for i in rows] == list(range(7))
         for rows, piece in pieces:
             assert piece.ids == [f"e{i}" for i in rows] and piece.task_ids.tolist() == list(rows)
-    assert batch.target_tokens == 14 and torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
+    assert batch.target_tokens == 14
+    assert torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
 
 
 def test_pieces_of_a_batch_are_cut_to_their_longest():
     batch = collate([example(f"e{i}", [5] * (i + 1), [[9] * (4 - i)], i) for i in range(4)])
     (_, short), (_, long) = batch.split(2)
-    assert short.input_ids.shape == short.attention_mask.shape == (2, 2) and short.labels.shape == (2, 4)
-    assert long.input_ids.shape == long.attention_mask.shape == (2, 4) and long.labels.shape == (2, 2)
+    assert short.input_ids.shape == short.attention_mask.shape == (2, 2)
+    assert short.labels.shape == (2, 4)
+    assert long.input_ids.shape == long.attention_mask.shape == (2, 4)
+    assert long.labels.shape == (2, 2)
     assert short.attention_mask.tolist() == [[True, False], [True, True]]
     assert short.target_tokens + long.target_tokens == batch.target_tokens
 

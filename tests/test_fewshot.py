@@ -50,7 +50,7 @@ def test_a_table_of_all_ways(finished, tmp_path, small, monkeypatch):
 def test_each_seed_goes_on_from_its_own_run(finished, copied):
     config = fewshot.FewShotConfig(runs=(str(finished / "run"), str(copied)))
     study = fewshot.Study(config, {"t": ROOT}, {"t": {}}, ["", ""])
-    starts = [study.cell("all", "t", 4, seed, {}).configs["train"].start for seed in (0, 1)]
+    starts = [study.cell("all", "t", 4, seed, {}).configs.train.start for seed in (0, 1)]
     assert starts == [str(finished / "run"), str(copied)]
 
 
@@ -68,7 +68,7 @@ def test_a_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
     saved["train"]["extra_rank"] = 8
     (copied / "config.json").write_text(json.dumps(saved))
     extra = fewshot.as_large(str(copied))["extra_rank"]
-    base, config = on_meta(checkpoint.config(ROOT / "tiny")), OrchMoEConfig(**saved["adapter"])
+    base, config = on_meta(checkpoint.read_config(ROOT / "tiny")), OrchMoEConfig(**saved["adapter"])
     own, lora = (sum(parameters(name, base, config, extra_rank=ranks).values())
                  for name, ranks in (("orchmoe", 8), ("lora", extra)))  # fmt: skip
     assert abs(own - lora) < 0.03 * own

@@ -1,5 +1,7 @@
-"""The model and a training step on an NVIDIA GPU against the CPU in float64: pytest -m gpu. The step runs on
-a CPU too, else nothing would tell that what this file calls has changed."""
+"""Compare a training step and a generation on an NVIDIA GPU with the CPU in float64: pytest -m gpu.
+
+The training step also runs on a CPU, so that a renamed function is noticed without a GPU.
+"""
 
 import copy
 
@@ -11,66 +13,69 @@ from baselines import attach_method
 from orchmoe import OrchMoEConfig
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest value
-WAYS = [("cpu", torch.float32, "plain"),
-        *(pytest.param("cuda", dtype, way, marks=GPU) for dtype in CLOSE
-          for way in ("plain", "checkpointed", "compiled"))]  # fmt: skip
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
+CASES = [("cpu", torch.float32, "plain")]
+for dtype in CLOSE:
+    for mode in ("plain", "checkpointed", "compiled"):
+        CASES.append(pytest.param("cuda", dtype, mode, marks=GPU))
 
 
-def close(found, expected, dtype):
+def assert_close(found, expected, dtype):
     error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
     assert error < CLOSE[dtype], error
 
 
 def adapted(base, router="sample"):
-    adapters = attach_method("orchmoe", base, OrchMoEConfig(targets=("all",), router=router),
-                             generator=torch.Generator().manual_seed(0))  # fmt: skip
+    config = OrchMoEConfig(targets=("all",), router=router)
+    generator = torch.Generator().manual_seed(0)
+    adapters = attach_method("orchmoe", base, config, generator=generator)
     stir(adapters, torch.Generator().manual_seed(1))
     return adapters
 
 
 def moved(base, device, dtype):
-    """A copy of the base with its adapters on the device: the base in `dtype`, the adapters in float32."""
-    there = copy.deepcopy(base).to(device)
-    for parameter in there.parameters():
+    """Return a copy on the device, with the base in `dtype` and the adapters in float32."""
+    copied = copy.deepcopy(base).to(device)
+    for parameter in copied.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    for buffer in there.buffers():
+    for buffer in copied.buffers():
         buffer.data = buffer.data.float()
-    return there, there.skill_adapters
+    return copied, copied.skill_adapters
 
 
 def step(base, adapters, inputs):
-    """Loss and gradients of one batch."""
-    there = [tensor.to(base.device) for tensor in inputs]
-    with adapters.routed(base.embed(there[0]), there[1]):
-        loss = base.loss(*there)
+    """Return the loss and the gradients of one batch."""
+    ids, mask, labels = [tensor.to(base.device) for tensor in inputs]
+    with adapters.routed(base.embed(ids), mask):
+        loss = base.loss(ids, mask, labels)
         loss.backward()
-    groups = adapters.parameter_groups().values()
-    gradients = torch.cat([p.grad.flatten().double().cpu() for group in groups for p in group])
+    gradients = []
+    for group in adapters.parameter_groups().values():
+        gradients += [parameter.grad.flatten().double().cpu() for parameter in group]
     base.zero_grad(set_to_none=True)
-    return loss.detach(), gradients
+    return loss.detach(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("device, dtype, way", WAYS)
+@pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
-def test_a_training_step_is_that_of_the_cpu(small_t5, inputs, device, dtype, router, way):
+def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
     adapters = adapted(small_t5, router)
     for parameter in adapters.parameters():
         parameter.data = parameter.data.double()
     small_t5.double().train()
     expected = step(small_t5, adapters, inputs)
     base, adapters = moved(small_t5, device, dtype)
-    base.checkpoint_blocks = way == "checkpointed"
-    if way == "compiled":
+    base.checkpoint_blocks = mode == "checkpointed"
+    if mode == "compiled":
         torch._dynamo.reset()
-        base.compile_blocks()  # fullgraph: a graph break would raise
+        base.compile_blocks()  # with fullgraph=True, so that a graph break raises
     for found, wanted in zip(step(base, adapters, inputs), expected, strict=True):
-        close(found, wanted, dtype)
+        assert_close(found, wanted, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_generation_is_that_of_the_cpu(small_t5, inputs):
+def test_generation_is_as_on_the_cpu(small_t5, inputs):
     adapters = adapted(small_t5)
     ids, mask, _ = inputs
     with adapters.routed(small_t5.embed(ids), mask):

@@ -1,4 +1,4 @@
-"""metrics.py against rows of the official code, against rouge_score, and against a quadratic LCS."""
+"""Tests of metrics.py against the official numbers, rouge_score and a quadratic LCS."""
 
 import json
 import random
@@ -22,8 +22,29 @@ def test_golden_rows(golden_dir):
 
 
 def random_text(rng: random.Random) -> str:
-    words = ["running", "runs", "Run", "the", "it's", "ABC-12", "", "\n", "über", "flies", "12.5", "!?",
-             "dying", "die", "oings", "o", "ueds", "Die", "adding", "ADS", "ad"]
+    words = [
+        "running",
+        "runs",
+        "Run",
+        "the",
+        "it's",
+        "ABC-12",
+        "",
+        "\n",
+        "über",
+        "flies",
+        "12.5",
+        "!?",
+        "dying",
+        "die",
+        "oings",
+        "o",
+        "ueds",
+        "Die",
+        "adding",
+        "ADS",
+        "ad",
+    ]
     return " ".join(rng.choices(words, k=rng.randrange(0, 90)))
 
 
@@ -34,11 +55,15 @@ def test_equals_rouge_score():
     for _ in range(300):
         prediction, reference = random_text(rng), random_text(rng)
         wanted = scorer.score(reference, prediction)
-        assert metrics.rouge_1(prediction, [reference]) == pytest.approx(wanted["rouge1"].fmeasure, abs=1e-12)
-        assert metrics.rouge_l(prediction, [reference]) == pytest.approx(wanted["rougeL"].fmeasure, abs=1e-12)
+        assert metrics.rouge_1(prediction, [reference]) == pytest.approx(
+            wanted["rouge1"].fmeasure, abs=1e-12
+        )
+        assert metrics.rouge_l(prediction, [reference]) == pytest.approx(
+            wanted["rougeL"].fmeasure, abs=1e-12
+        )
 
 
-def test_lcs_equals_the_quadratic_programme():
+def test_lcs_equals_the_quadratic_dynamic_programme():
     rng = random.Random(1)
     for _ in range(300):
         a, b = (rng.choices("abcd", k=rng.randrange(0, 150)) for _ in range(2))
@@ -62,15 +87,29 @@ def test_texts_without_a_token_score_zero_even_when_equal():
 
 def test_score_takes_the_best_reference_and_averages_over_instances():
     def record(task, category, prediction, references):
-        return {"task": task, "category": category, "prediction": prediction, "references": references}
+        return {
+            "task": task,
+            "category": category,
+            "prediction": prediction,
+            "references": references,
+        }
 
-    scores = metrics.score([record("t1", "c", "a b", ["x", "a b"]), record("t1", "c", "", ["y"]),
-                            record("t2", "c", "q w", ["q"]), record("t3", "d", "n", ["n"])])
+    scores = metrics.score(
+        [
+            record("t1", "c", "a b", ["x", "a b"]),
+            record("t1", "c", "", ["y"]),
+            record("t2", "c", "q w", ["q"]),
+            record("t3", "d", "n", ["n"]),
+        ]
+    )
     assert scores["tasks"]["t1"] == {"exact_match": 50, "rouge1": 50, "rougeL": 50}
     assert scores["tasks"]["t2"]["rougeL"] == pytest.approx(200 / 3)
     assert scores["categories"]["c"]["rougeL"] == pytest.approx((100 + 0 + 200 / 3) / 3)
     assert scores["overall"]["rougeL"] == pytest.approx((100 + 0 + 200 / 3 + 100) / 4)
-    assert list(scores) == ["overall", "tasks", "categories"] and list(scores["categories"]) == ["c", "d"]
+    assert list(scores) == ["overall", "tasks", "categories"] and list(scores["categories"]) == [
+        "c",
+        "d",
+    ]
 
 
 def test_nothing_to_score_is_an_error():
@@ -79,10 +118,17 @@ def test_nothing_to_score_is_an_error():
 
 
 def test_a_user_without_home_or_name_can_score():
-    """As in a container that runs under any number: no HOME, no entry in the table of users."""
-    program = ("import pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
-               "print(metrics.rouge_l('running dogs', ['run dog']))")
+    """A container may run under any user number: no HOME, no entry in the table of users."""
+    program = (
+        "import pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
+        "print(metrics.rouge_l('running dogs', ['run dog']))"
+    )
     root = Path(metrics.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(root)}, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.stdout, done.stderr) == ("1.0\n", "")

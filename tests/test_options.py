@@ -1,5 +1,7 @@
-"""docs/options.md against the programs' own parsers, and the number of options. Print the page:
-python tests/test_options.py > docs/options.md"""
+"""docs/options.md equals the help texts of the programs, and commands in the pages are accepted.
+
+Print the page: python tests/test_options.py > docs/options.md
+"""
 
 import argparse
 import importlib
@@ -13,59 +15,85 @@ from conftest import ROOT
 import runtime
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
-STUDY = tuple(f"experiments.{name}" for name in ("bench", "compare", "fewshot", "pretrain", "report"))
-COMMAND = re.compile(r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE)
+STUDIES = tuple(
+    f"experiments.{name}" for name in ("bench", "compare", "fewshot", "pretrain", "report")
+)
+COMMAND = re.compile(
+    r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
+)
+HEAD = """# Options
+
+The flags of the programs, as `--help` prints them. With `--run`, `--resume` or `--start`, the
+settings of data and prompt are those of the run unless a flag gives them.
+"""
+
+
+class Made(Exception):
+    """Holds the parser of a program."""
 
 
 def parser_of(program):
-    """The parser that the program makes for itself."""
-    made = []
-    stop = mock.patch.object(runtime.Parser, "parse_args", lambda self: made.append(self) or sys.exit())
+    """Return the parser that the program makes for itself."""
+
+    def stop(parser):
+        raise Made(parser)
+
+    argv = [f"{program}.py"]
     try:
-        with stop, mock.patch.object(sys, "argv", [f"{program}.py"]):
-            importlib.import_module(program).main()
-    except SystemExit:
-        pass
-    return made[0]
+        with mock.patch.object(runtime.Parser, "parse_args", stop):
+            with mock.patch.object(sys, "argv", argv):
+                importlib.import_module(program).main()
+    except Made as made:
+        return made.args[0]
 
 
 def rows(program):
+    """Return the lines of the table of a program: a title for each group, a line for each flag."""
+    lines = []
     for group in parser_of(program)._action_groups:
-        shown = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        if shown and group.title not in ("options", "positional arguments"):
-            yield f"| **{group.title}** | |"
-        for action in shown:
-            if action.dest != "help":
-                names = ", ".join(f"`{name}`" for name in action.option_strings)
-                choices = f"{', '.join(action.choices)}: " if action.choices else ""
-                yield f"| {names} | {choices}{action.help.replace('%%', '%')} |"
+        actions = []
+        for action in group._group_actions:
+            if action.help != argparse.SUPPRESS and action.dest != "help":
+                actions.append(action)
+        if actions and group.title not in ("options", "positional arguments"):
+            lines.append(f"| **{group.title}** | |")
+        for action in actions:
+            flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
+            text = action.help.replace("%%", "%")
+            if action.choices:
+                text = f"{', '.join(action.choices)}: {text}"
+            lines.append(f"| {flags} | {text} |")
+    return lines
 
 
 def page():
-    head = ["# Options", "", "The flags of the programs, as `--help` has them. With `--run`, `--resume` or "
-            "`--start` settings of data and prompt", "that no flag names are the run's.", ""]
+    lines = [HEAD]
     for program in PROGRAMS:
-        title = program if "." in program else f"{program}.py"  # a module is run by python -m
-        head += [f"## {title}", "", "| flag | what it does |", "|---|---|", *rows(program), ""]
-    return "\n".join(head)
+        title = program if "." in program else f"{program}.py"  # python -m runs a module
+        lines += [f"## {title}", "", "| flag | what it does |", "|---|---|", *rows(program), ""]
+    return "\n".join(lines)
 
 
-def test_the_page_of_options_is_what_the_programs_take():
+def test_page_of_options_equals_the_help_texts():
     assert (ROOT / "docs/options.md").read_text(encoding="utf-8") == page()
 
 
-def test_the_commands_of_the_pages_are_taken_as_printed():
-    parsers, count = {program: parser_of(program) for program in PROGRAMS + STUDY}, 0
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        for program, words in COMMAND.findall(page.read_text(encoding="utf-8").replace("\\\n", "")):
-            if program in parsers:  # ValueError for a flag or a value that it does not take
-                parsers[program].parse_args(shlex.split(words.replace("SEED", "0"), comments=True))
+def test_commands_of_the_pages_are_accepted():
+    parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES}
+    count = 0
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        text = path.read_text(encoding="utf-8").replace("\\\n", "")
+        for program, words in COMMAND.findall(text):
+            if program in parsers:
+                arguments = shlex.split(words.replace("SEED", "0"), comments=True)
+                parsers[program].parse_args(arguments)  # ValueError for a wrong flag or value
                 count += 1
     assert count > 15
 
 
 def test_train_has_few_options():
-    assert len([row for row in rows("train") if row.startswith("| `--")]) <= 48
+    flags = [row for row in rows("train") if row.startswith("| `--")]
+    assert len(flags) <= 48
 
 
 if __name__ == "__main__":

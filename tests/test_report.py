@@ -370,7 +370,7 @@ def test_tables_and_pages_have_the_numbers_of_the_cells():
 
 
 def test_each_seed_is_a_run_of_its_own():
-    configs = {name: cls() for name, cls in train.CONFIGS.items()}
+    configs = train.Settings()
     config = compare.CompareConfig(seeds=2, tune=False, methods=("lora",), rows=("K = 1",))
     study = compare.Study(config, configs, None, {}, 3)
     many = {"200": dict.fromkeys(curves.ROWS, 0)}
@@ -379,7 +379,7 @@ def test_each_seed_is_a_run_of_its_own():
     for queues in (compare.method_cells(study)[0], compare.ablation_cells(study)[0], found):
         cells = [cell for queue in queues for cell in queue if cell.row in ("lora", "K = 1")]
         assert {cell.folder.name[-1:] for cell in cells} == {"0", "1"}
-        assert all(cell.configs["train"].seed == int(cell.folder.name[-1]) for cell in cells)
+        assert all(cell.configs.train.seed == int(cell.folder.name[-1]) for cell in cells)
 
 
 def test_the_unseen_tasks_are_halved_by_name_alone():
@@ -437,11 +437,11 @@ def test_a_router_of_the_definition_alone():
     tokenizer, base = tokenizers.load(ROOT / "tiny"), checkpoint.load(ROOT / "tiny")
     router = TaskRouter(base.config.d_model, OrchMoEConfig(), torch.Generator().manual_seed(0))
     asked = [("Count the words.", "one two"), ("Count the words.", "another text"), ("Sort.", "one two")]
-    batch = data.collate([data.asked(*texts, tokenizer, data.DataConfig()) for texts in asked])
+    batch = data.collate([data.make_example(*texts, tokenizer, data.DataConfig()) for texts in asked])
     embeddings = base.embed(batch.input_ids)
-    with mock.patch.object(TaskRouter, "features", definition_features(ROOT / "tiny")):
-        found = router.features(embeddings, batch.attention_mask)
+    with mock.patch.object(TaskRouter, "summarise", definition_features(ROOT / "tiny")):
+        found = router.summarise(embeddings, batch.attention_mask)
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
     alone = tokenizer.source("Definition: Count the words.\n\nNow")[:-1]  # without EOS
     assert batch.input_ids[0, :len(alone)].tolist() == alone
-    torch.testing.assert_close(found[0], router.features(embeddings[:1, :len(alone)])[0])
+    torch.testing.assert_close(found[0], router.summarise(embeddings[:1, :len(alone)])[0])

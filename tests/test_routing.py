@@ -52,7 +52,7 @@ def sampled(lengths):
 def test_a_report_is_of_the_w_and_c_of_all_examples(small_t5):
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(tasks=3, skills=2),
                              generator=torch.Generator().manual_seed(0))  # fmt: skip
-    nn.init.normal_(adapters.router.task, generator=torch.Generator().manual_seed(1))
+    nn.init.normal_(adapters.router.W_task, generator=torch.Generator().manual_seed(1))
     examples = sampled([3, 9, 5, 7, 4, 6])
     learnt = routing.report(small_t5, adapters, examples, batch_size=4)
     _, w = evaluation.measure(small_t5, adapters, examples)

@@ -55,7 +55,7 @@ def test_values_of_a_point_are_its_steps_from_the_start():
 
 
 def test_every_method_is_tuned_over_what_it_trains():
-    config = checkpoint.config(ROOT / "tiny")
+    config = checkpoint.read_config(ROOT / "tiny")
     rates = {"skills": "lr_skills", "router": "lr_router", "token_router": "lr_token_router",
              "allocation": "lr_allocation"}  # fmt: skip
     for name in ADAPTED:

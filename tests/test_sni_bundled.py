@@ -1,7 +1,6 @@
-"""The bundled miniature of Super-NaturalInstructions in sni/: format, splits, balance, and the answers, which
-are found a second time here by other means than those of sni/make_sni.py.
+"""Tests of the bundled miniature of Super-NaturalInstructions: format, splits, balance, answers.
 
-    pytest tests/test_sni_bundled.py
+The answers are found a second time here, by other means than those of sni/make_sni.py.
 """
 
 import json
@@ -15,11 +14,26 @@ import pytest
 from sni import make_sni
 
 SNI = Path(make_sni.__file__).parent
-KEYS = ["Contributors", "Source", "URL", "Categories", "Reasoning", "Definition", "Input_language",
-        "Output_language", "Instruction_language", "Domains", "Positive Examples", "Negative Examples",
-        "Instances", "Instance License"]
-TASKS = {path.stem: json.loads(path.read_text("utf-8"))
-         for path in sorted((SNI / "tasks").glob("task*.json"))}
+KEYS = [
+    "Contributors",
+    "Source",
+    "URL",
+    "Categories",
+    "Reasoning",
+    "Definition",
+    "Input_language",
+    "Output_language",
+    "Instruction_language",
+    "Domains",
+    "Positive Examples",
+    "Negative Examples",
+    "Instances",
+    "Instance License",
+]
+TASKS = {
+    path.stem: json.loads(path.read_text("utf-8"))
+    for path in sorted((SNI / "tasks").glob("task*.json"))
+}
 
 
 def names(split: str, part: str) -> list[str]:
@@ -40,19 +54,26 @@ def test_disk_holds_what_the_script_writes(tmp_path):
     (tmp_path / "tasks" / "task001_first_word_of_list.json").unlink()
     (tmp_path / "tasks" / "task999_stranger.json").touch()
     (tmp_path / "splits" / "default" / "test_tasks.txt").write_text("")
-    assert make_sni.differences(tmp_path) == ["splits/default/test_tasks.txt",
-                                              "tasks/task001_first_word_of_list.json",
-                                              "tasks/task999_stranger.json"]
+    assert make_sni.differences(tmp_path) == [
+        "splits/default/test_tasks.txt",
+        "tasks/task001_first_word_of_list.json",
+        "tasks/task999_stranger.json",
+    ]
 
 
 def test_it_is_small_and_varied():
-    assert sum(path.stat().st_size for path in SNI.rglob("*.*") if "__pycache__" not in path.parts) <= 5e6
+    assert (
+        sum(path.stat().st_size for path in SNI.rglob("*.*") if "__pycache__" not in path.parts)
+        <= 5e6
+    )
     assert len(TASKS) >= 40
     for part in ("train", "test", "excluded"):
         assert len({TASKS[name]["Categories"][0] for name in names("default", part)}) >= 8
     definitions = [task["Definition"][0] for task in TASKS.values()]
     assert len(set(definitions)) == len(definitions)
-    several = [task for task in TASKS.values() if any(len(i["output"]) > 1 for i in task["Instances"])]
+    several = [
+        task for task in TASKS.values() if any(len(i["output"]) > 1 for i in task["Instances"])
+    ]
     assert len(several) >= len(TASKS) / 4
 
 
@@ -64,7 +85,9 @@ def test_format(name):
     assert 2 <= len(task["Positive Examples"]) <= 4 and len(task["Negative Examples"]) == 2
     assert len(task["Instances"]) >= 100
     ids = [instance["id"] for instance in task["Instances"]]
-    assert len(set(ids)) == len(ids) and all(re.fullmatch(name[:7] + "-[0-9a-f]{32}", i) for i in ids)
+    assert len(set(ids)) == len(ids) and all(
+        re.fullmatch(name[:7] + "-[0-9a-f]{32}", i) for i in ids
+    )
     for instance in task["Instances"]:
         assert set(instance) == {"id", "input", "output"} and instance["input"].strip()
         references = instance["output"]
@@ -100,7 +123,9 @@ def test_labels_are_balanced():
         times = Counter(instance["output"][0] for instance in task["Instances"])
         if len(times) <= 4:
             balanced.append(name)
-            assert max(times.values()) - min(times.values()) <= (name not in names("default", "test"))
+            assert max(times.values()) - min(times.values()) <= (
+                name not in names("default", "test")
+            )
     assert len(balanced) >= 10 and len(set(balanced) & set(names("default", "test"))) >= 2
 
 
@@ -108,22 +133,35 @@ def test_text_holds_every_word_that_adapters_meet():
     rng = Random(0)
     text = words(*(make_sni.text_line(rng) for _ in range(10_000)))
     for name in names("default", "train") + names("default", "test"):
-        outputs = [reference for instance in TASKS[name]["Instances"] for reference in instance["output"]]
+        outputs = [
+            reference for instance in TASKS[name]["Instances"] for reference in instance["output"]
+        ]
         assert words(*TASKS[name]["Definition"], *inputs(TASKS[name]), *outputs) <= text, name
 
 
-# -------------------------------------------------- the answers once more, from nothing but the input's text
+# ------------------------------------------------ the answers again, from the text of the input
 
-ANTONYMS = [set(pair.split("/")) for pair in (
-    "big/small old/new heavy/light wet/dry clean/dirty cheap/expensive ugly/pretty strong/weak long/short "
-    "thick/thin hard/soft rough/smooth hot/cold fast/slow full/empty loud/quiet high/low wide/narrow "
-    "sharp/blunt bright/dark safe/dangerous sweet/sour happy/sad brave/afraid").split()]
-ANIMALS = set("dog cat cow horse goat hen duck pig bear goose owl frog mouse wolf lion tiger rabbit monkey "
-              "fox camel".split())
-PRAISE = set("wonderful lovely excellent great perfect pleasant superb fantastic amazing charming".split())
+ANTONYMS = [
+    set(pair.split("/"))
+    for pair in (
+        "big/small old/new heavy/light wet/dry clean/dirty cheap/expensive ugly/pretty strong/weak "
+        "long/short thick/thin hard/soft rough/smooth hot/cold fast/slow full/empty loud/quiet "
+        "high/low wide/narrow sharp/blunt bright/dark safe/dangerous sweet/sour happy/sad "
+        "brave/afraid"
+    ).split()
+]
+ANIMALS = set(
+    "dog cat cow horse goat hen duck pig bear goose owl frog mouse wolf lion tiger rabbit monkey "
+    "fox camel".split()
+)
+PRAISE = set(
+    "wonderful lovely excellent great perfect pleasant superb fantastic amazing charming".split()
+)
 MOOD = ("negative", "mixed", "positive")
-EVENT = re.compile(r"(?:(?:In|On) \w+, )?(?P<who>\w+) the (?P<job>\w+) "
-                   r"(?P<deed>\w+ an? (?P<adj>\w+) (?P<thing>\w+)).*\.")
+EVENT = re.compile(
+    r"(?:(?:In|On) \w+, )?(?P<who>\w+) the (?P<job>\w+) "
+    r"(?P<deed>\w+ an? (?P<adj>\w+) (?P<thing>\w+)).*\."
+)
 
 
 def opposite(adjective: str) -> str:
@@ -140,7 +178,10 @@ def has_thing(text: str) -> bool:
 
 
 def praised(text: str) -> list[tuple[str, bool]]:
-    return [(what, adjective in PRAISE) for what, adjective in re.findall(r"The (\w+) was (\w+)\.", text)]
+    return [
+        (what, adjective in PRAISE)
+        for what, adjective in re.findall(r"The (\w+) was (\w+)\.", text)
+    ]
 
 
 def cleft(word: str, text: str) -> str:
@@ -170,7 +211,9 @@ SOLVERS = {
     "task125_last_place_of_the_trip": lambda t: t.rstrip(".").split()[-1],
     "task126_what_was_good": lambda t: next(what for what, good in praised(t) if good),
     "task127_positive_negative_or_mixed": lambda t: MOOD[sum(good for _, good in praised(t))],
-    "task203_last_animal_of_list": lambda t: next(w for w in reversed(t.split(", ")) if w in ANIMALS),
+    "task203_last_animal_of_list": lambda t: next(
+        w for w in reversed(t.split(", ")) if w in ANIMALS
+    ),
     "task204_opposites_of_all_but_the_first": lambda t: ", ".join(map(opposite, t.split(", ")[1:])),
     "task205_second_and_last_are_opposites": lambda t: yes_no(set(t.split(", ")[1::2]) in ANTONYMS),
     "task206_count_the_animals": lambda t: str(len(ANIMALS & words(t))),

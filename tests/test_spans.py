@@ -112,7 +112,7 @@ def test_a_base_is_pretrained_and_goes_on_from_anywhere(home, tmp_path_factory):
         cwd=home)  # fmt: skip
     folder = home / "base"
     whole = (folder / "model/model.safetensors").read_bytes()
-    assert checkpoint.load(folder / "model").config == checkpoint.config(ROOT / "tiny")
+    assert checkpoint.load(folder / "model").config == checkpoint.read_config(ROOT / "tiny")
     assert tokenizers.load(folder / "model").fingerprint == tokenizers.load(ROOT / "tiny").fingerprint
     assert [row["step"] for row in records(folder) if "loss" in row] == list(range(4))
     for path in (folder / "checkpoint.pt", folder / "metrics.jsonl", folder / "model/model.safetensors"):

@@ -1,6 +1,9 @@
-"""tokenizer.py for decoder-only models: ids and texts equal transformers' on tokenizers trained here; special
-tokens in a text are text; the space between prompt and answer is there once; bad files are one line. T5's is
-tested in test_data.py."""
+"""Tests of tokenizer.py for decoder-only models. T5's tokenizer is tested in test_data.py.
+
+Ids and texts equal those of transformers, on tokenizers that are trained here. Special tokens that
+a text spells out are text. The space between prompt and answer occurs once. A bad file gives one
+line.
+"""
 
 import json
 import pickle
@@ -16,19 +19,35 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 PROMPT = "Definition: Sort them.\n\nInput: 12  and 345.\nOutput: "
-TEXTS = ["Hello, world!", " leading", "trailing ", "", "a\n\nb\t c", "naïve 漢字 😀 \u200b", "x" * 50, PROMPT,
-         "it 's , fine . isn 't it ?"]  # fmt: skip
+TEXTS = [
+    "Hello, world!",
+    " leading",
+    "trailing ",
+    "",
+    "a\n\nb\t c",
+    "naïve 漢字 😀 \u200b",
+    "x" * 50,
+    PROMPT,
+    "it 's , fine . isn 't it ?",
+]
 
 
 @pytest.fixture(scope="module")
 def corpus():
     task = json.loads(next((ROOT / "sni" / "tasks").glob("*.json")).read_text(encoding="utf-8"))
     lines = [task["Definition"][0]] + [row["input"] for row in task["Instances"]]
-    return [line for text in lines for line in text.splitlines()] + ["Output: 12 345", "Hello, world"]
+    return [line for text in lines for line in text.splitlines()] + [
+        "Output: 12 345",
+        "Hello, world",
+    ]
 
 
-SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
-            "clean_up_tokenization_spaces": False}  # fmt: skip
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "clean_up_tokenization_spaces": False,
+}
 
 
 def write_words(folder, corpus, *, post=None, **settings):
@@ -37,8 +56,12 @@ def write_words(folder, corpus, *, post=None, **settings):
     words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"],
-                                             show_progress=False, initial_alphabet=alphabet)  # fmt: skip
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=alphabet,
+    )
     words.train_from_iterator(corpus, trainer)
     if post:
         ends = [("<s>", 0), ("</s>", 1)]
@@ -54,9 +77,19 @@ def write_pieces(folder, corpus, eos_id=2):
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text("\n".join(corpus), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, unk_id=0, bos_id=1, eos_id=eos_id, minloglevel=2)  # fmt: skip
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=eos_id,
+        minloglevel=2,
+    )
     return folder
 
 
@@ -148,7 +181,9 @@ def test_ids_may_leave_gaps(tmp_path, corpus):
     values["model"]["vocab"][last] = top + 9
     path.write_text(json.dumps(values), encoding="utf-8")
     words = tokenizer.load(path.parent)
-    assert words.size == top + 10 and words.decode([top + 9]) == last.replace("Ġ", " ").strip() != ""
+    assert (
+        words.size == top + 10 and words.decode([top + 9]) == last.replace("Ġ", " ").strip() != ""
+    )
 
 
 def test_a_tokenizer_json_that_puts_a_space_before_every_text_gets_no_second(tmp_path, corpus):
@@ -172,18 +207,23 @@ def test_texts_are_stripped(tmp_path, corpus):
 
 def test_the_fingerprint_depends_on_the_pieces(tmp_path, corpus):
     (tmp_path / "other").mkdir()
-    for ours, others in zip(both(tmp_path, corpus), both(tmp_path / "other", corpus[:-9] * 2), strict=True):
-        assert (ours.bos_ids, ours.eos_ids, ours.lead) == (others.bos_ids, others.eos_ids, others.lead)
+    for ours, others in zip(
+        both(tmp_path, corpus), both(tmp_path / "other", corpus[:-9] * 2), strict=True
+    ):
+        assert ours.bos_ids == others.bos_ids
+        assert ours.eos_ids == others.eos_ids
+        assert ours.target_prefix == others.target_prefix
         assert ours.fingerprint != others.fingerprint
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "tokenizer.json",
-                                  "tokenizer_config.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path, name):
     (tmp_path / "tokenizer.json").touch()
     with open(tmp_path / name, "wb") as file:
-        file.truncate(10**12)  # sparse: it takes no room
-    with pytest.raises(ValueError, match=f"{name}: larger than 100000000 bytes"):
+        file.truncate(10**12)  # a sparse file takes no disk space
+    with pytest.raises(ValueError, match=f"{name}: larger than"):
         tokenizer.load(tmp_path)
 
 
@@ -220,29 +260,32 @@ def test_bad_files_are_one_line(tmp_path, corpus, monkeypatch):
     settings, words = folder / "tokenizer_config.json", folder / "tokenizer.json"
     whole = words.read_bytes()
 
-    def refused(said):
-        with pytest.raises(ValueError, match=said) as caught:
+    def refused(expected):
+        with pytest.raises(ValueError, match=expected) as caught:
             tokenizer.load(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
-    no_eos = "{}", '{"eos_token": "</z>"}', '{"eos_token": 7}', '{"eos_token": {}}'
-    for content, said in (("[]", "no object"), ("{", "not readable as JSON"),
-                          *((content, "has no eos_token") for content in no_eos)):  # fmt: skip
+    for content in ("[]", "{"):
         settings.write_text(content)
-        refused(said)
+        refused(settings.name)
+    for content in ("{}", '{"eos_token": "</z>"}', '{"eos_token": 7}', '{"eos_token": {}}'):
+        settings.write_text(content)
+        refused("has no eos_token")
     settings.write_text('{"eos_token": "\\ud800"}')
-    refused("not a tokenizer")
+    refused(words.name)
     settings.write_text(json.dumps(SETTINGS))
-    panic = whole.replace(b'"continuing_subword_prefix": null', b'"continuing_subword_prefix": "long"')
+    panic = whole.replace(
+        b'"continuing_subword_prefix": null', b'"continuing_subword_prefix": "long"'
+    )
     for content in (b"", b"{}", b"\xff", whole[:-9], b"[" * 10**5, panic):
         words.write_bytes(content)
-        refused("not a tokenizer")
+        refused(words.name)
     unknown = json.loads(whole)
     unknown["model"] |= {"unk_token": "<unk>", "vocab": {"a": 0}, "merges": []}
     words.write_text(json.dumps(unknown | {"added_tokens": unknown["added_tokens"][1:]}))
-    with pytest.raises(ValueError, match="not a tokenizer .*<unk>"):  # which shows at a text alone
+    with pytest.raises(ValueError, match=f"{words}: .*<unk>"):  # only a text shows it
         tokenizer.load(folder).encode("b")
     write_words(folder, corpus, post="$A </s>")
-    refused("ends prompts with EOS")
+    refused("ends prompts with EOS as T5 does")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refused("pip install tokenizers")

@@ -1,0 +1,362 @@
+"""The folder of a training run: its files, what it is bound to, resuming, and loading the result.
+
+    config.json           settings of the run, and the base and data that it is bound to: RunConfig
+    metrics.jsonl         one line for each step, and one for each evaluation
+    checkpoint.pt         the last state, from which a run resumes
+    adapter.safetensors   the adapter with the lowest dev loss (with --method full: model/)
+    scores.json           scores on seen and unseen tasks
+
+metrics.jsonl grows line by line. Every other file is written completely or not at all. Only rank 0
+writes.
+
+Test: pytest tests/test_run_folder.py tests/test_faults.py
+"""
+
+import fcntl
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import checkpoint
+import runtime
+import tokenizer as tokenizers
+from baselines import NoAdapter, attach_method
+from model import Backbone
+from orchmoe import Adapters, OrchMoEConfig
+
+# Settings that are paths. A resumed run may find the same data and base under other paths.
+PATHS = ("model", "data", "text", "start", "loras")
+
+
+# ------------------------------------------------------------------------------------ config.json
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Content of config.json: the settings of a run, and what it is bound to."""
+
+    folder: str  # where it was read from; not saved
+    train: dict  # fields of TrainConfig
+    data: dict  # fields of DataConfig
+    adapter: dict  # fields of OrchMoEConfig
+    tasks: tuple[str, ...]  # training tasks, in the order of their ids
+    base: str  # fingerprint of the frozen base
+    tokenizer: str  # fingerprint of the tokenizer
+    digests: dict  # of the contents of the task files: {"train": ..., "test": ...}
+    pretrain: dict | None = None  # settings of experiments/pretrain.py, None for other runs
+    torch: str = str(torch.__version__)  # version of torch that began the run
+
+    def section(self, cls: type, name: str) -> Any:
+        """Return the section `name` as the dataclass `cls`. Raise ValueError if it does not fit."""
+        with runtime.reading(f"{self.folder}/config.json"):
+            return runtime.from_json(cls, getattr(self, name))
+
+    def require_same(self, **found: Any) -> None:
+        """Raise ValueError if one of the named fields differs from what is found now."""
+        for name, value in found.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"{self.folder}: {name} changed since the run began; restore it, name its "
+                    "place with --model or --data, or start a new run"
+                )
+
+    def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
+        """Return state and metadata of the adapter that was best on dev.
+
+        Raise ValueError if it belongs to another run.
+        """
+        path = RunFolder(self.folder).adapter_path
+        state, metadata = checkpoint.load_adapter(path)
+        expected = {
+            "base": self.base,
+            "method": self.train["method"],
+            "tasks": list(self.tasks),
+        }
+        for name, value in expected.items():
+            if metadata[name] != value:
+                found = f"{metadata[name]!r:.60}"
+                raise ValueError(f"{path}: its {name}, {found}, is not the run's; restore the file")
+        return state, metadata
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """Return the config of the run in `folder`. Raise ValueError if there is none."""
+    path = runtime.require_path(
+        Path(folder) / "config.json", "name the folder of a run of train.py"
+    )
+    values = runtime.read_json(path)
+    with runtime.reading(path):
+        config = runtime.from_json(RunConfig, values | {"folder": str(folder)})
+        for name in ("model", "method"):
+            if not isinstance(config.train[name], str):
+                raise ValueError(f"train: {name} must be a text")
+    return config
+
+
+# ------------------------------------------------------------------------------------- the folder
+
+
+class RunFolder:
+    """Read and write the files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.log_path = self.path / "metrics.jsonl"
+        self.checkpoint_path = self.path / "checkpoint.pt"
+        self.adapter_path = self.path / "adapter.safetensors"
+        self.model_path = self.path / "model"
+        self.scores_path = self.path / "scores.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the folder and hold it for this run alone.
+
+        Raise ValueError if another process holds it. Remove files that a killed process left
+        incomplete. Rank 0 holds the lock for all processes.
+        """
+        if runtime.rank() != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
+            except BlockingIOError:
+                raise ValueError(
+                    f"{self.path}: another process is writing this run; wait, or change --out"
+                ) from None
+            except OSError as error:  # a file system without locks
+                runtime.warn(f"{self.path}: no lock ({error.strerror}); start no second run here")
+            for pattern in (".*.*.tmp", "model/.*.*.tmp"):
+                for half_written in self.path.glob(pattern):
+                    half_written.unlink()
+            yield
+
+    def bind(self, config: RunConfig) -> None:
+        """Write config.json. Raise ValueError if the folder is bound to another base or data."""
+        if self.config_path.exists():
+            names = ("tasks", "base", "tokenizer", "digests")
+            read_config(self.path).require_same(**{name: getattr(config, name) for name in names})
+        values = asdict(config)
+        del values["folder"]
+        for section in ("train", "data"):
+            for name in PATHS:
+                if name in values[section]:
+                    values[section][name] = _absolute(values[section][name])
+        runtime.write_json(self.config_path, values)
+
+    def log(self, **record: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        if runtime.rank() == 0:
+            with runtime.naming_write_errors(self.log_path), open(self.log_path, "ab") as file:
+                file.write(runtime.to_json(record))
+
+    def truncate_log(self, first_step: int) -> None:
+        """Remove the first line that is damaged or of a step >= first_step, and all after it."""
+        if runtime.rank() != 0 or not self.log_path.exists():
+            return
+        with runtime.naming_write_errors(self.log_path), open(self.log_path, "r+b") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"\n") or _step_of(line) >= first_step:
+                    break
+                end += len(line)
+            file.truncate(end)
+
+    def save_progress(
+        self,
+        step: int,
+        best: float,
+        adapters: Adapters,
+        optimizer: Optimizer,
+        start_w: Tensor | None = None,
+    ) -> None:
+        """Write checkpoint.pt.
+
+        step: the next step. best: the best dev loss. start_w: w (M,K) of dev before training.
+        """
+        if runtime.rank() != 0:
+            return
+        state = {
+            "step": step,
+            "best": best,
+            "start_w": start_w,
+            "weights": adapters.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        with runtime.atomic_write(self.checkpoint_path) as file:
+            torch.save(state, file)
+
+    def load_progress(
+        self, adapters: Adapters, optimizer: Optimizer
+    ) -> tuple[int, float, Tensor | None]:
+        """Load checkpoint.pt into place. Return (step, best, start_w), see `save_progress`."""
+        state = checkpoint.read_torch(self.checkpoint_path)
+        with runtime.reading(self.checkpoint_path, "restore the file, or start a new run"):
+            if type(state["step"]) is not int or type(state["best"]) is not float:
+                raise ValueError("step or best has another type")
+            adapters.load_state_dict(state["weights"])
+            # Only the moments are loaded. The learning rates are those of the config.
+            moments = state["optimizer"]["state"]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            for parameter, own in optimizer.state.items():  # torch does not compare shapes
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if own[name].shape != parameter.shape:
+                        raise ValueError("the moments of the optimizer have other shapes")
+            return state["step"], state["best"], state["start_w"]
+
+    def save_best(
+        self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer
+    ) -> None:
+        """Write the weights that are best on dev: the adapter, or with --method full the model."""
+        if runtime.rank() != 0:
+            return
+        method = config.train["method"]
+        if method == "full":
+            tokenizer.save(self.model_path)
+            checkpoint.save(base, self.model_path)
+        else:
+            checkpoint.save_adapter(
+                self.adapter_path,
+                adapters.state_dict(),
+                method=method,
+                config=config.adapter,
+                tasks=list(config.tasks),
+                base=config.base,
+            )
+
+    def load_best(self, config: RunConfig, adapters: Adapters) -> None:
+        """Load what `save_best` wrote."""
+        runtime.barrier()  # rank 0 may still be writing
+        if config.train["method"] == "full":
+            state = checkpoint.load(self.model_path).state_dict()
+        else:
+            state, _ = checkpoint.load_adapter(self.adapter_path)
+        adapters.load_state_dict(state)
+
+    def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
+        """Write the scores as the row `name` of scores.json. Return all rows."""
+        rows = {}
+        if self.scores_path.exists():
+            rows = runtime.read_json(self.scores_path)
+        rows[name] = scores
+        runtime.write_json(self.scores_path, rows)
+        return rows
+
+
+def new_folder(name: str) -> Path:
+    """Make the first of NAME-1, NAME-2, ... that does not exist. All ranks return the same."""
+    path = None
+    if runtime.rank() == 0:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while path is None:
+            try:
+                candidate = Path(f"{name}-{number}")
+                candidate.mkdir()
+                path = candidate
+            except FileExistsError:
+                number += 1
+    return runtime.gather_from_ranks(path)[0]
+
+
+def _absolute(place: str | tuple[str, ...]) -> str | list[str]:
+    """Return absolute paths, so that a run can be resumed from any working folder."""
+    if isinstance(place, tuple):
+        return [str(Path(item).absolute()) for item in place]
+    if not place:
+        return ""
+    return str(Path(place).absolute())
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line of metrics.jsonl, infinity if the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load(
+    device: runtime.Device,
+    *,
+    run: str | Path = "",
+    model: str | Path = "",
+    shard: bool = False,
+    attach: Callable[..., Adapters] = attach_method,
+) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
+    """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
+
+    Without a run, load the model in the folder `model` as it is. With a run, `model` is where its
+    base is now. shard: split the base over the processes of torchrun. attach: a function like
+    baselines.attach_method, for studies that change the routing. Raise ValueError if the base,
+    tokenizer or adapter is not the one of the run.
+    """
+    config = read_config(run) if run else None
+    full = config is not None and config.train["method"] == "full"
+    if full and model:
+        raise ValueError(f"--model: the run in {run} has its own weights; leave the flag out")
+    if full:
+        path = RunFolder(run).model_path
+        remedy = "the run has not saved any weights yet"
+        device = device._replace(dtype=torch.float32)  # as they were trained
+    elif config is not None:
+        path = model or config.train["model"]
+        remedy = f"it is the base of {run}; give its folder with --model"
+    else:
+        path = model
+        remedy = checkpoint.DOWNLOAD
+    runtime.require_path(path, remedy)
+
+    tokenizer = tokenizers.load(path)
+    if config is not None:
+        config.require_same(tokenizer=tokenizer.fingerprint)
+        if not full:
+            config.require_same(base=checkpoint.fingerprint(path))
+
+    if shard:
+        base = checkpoint.mapped(path)  # each process reads its own share
+    else:
+        base = checkpoint.load(path, dtype=device.dtype, device=device.device)
+    if config is None or full:
+        adapters = NoAdapter(base, full=full and not shard)
+    else:
+        adapters = attach_trained(config, base, attach)
+    if shard:
+        runtime.shard(base, base.blocks, device)
+    return base, adapters.eval(), tokenizer
+
+
+def attach_trained(
+    config: RunConfig, base: Backbone, attach: Callable[..., Adapters] = attach_method
+) -> Adapters:
+    """Attach the adapters of the run that were best on dev to its base."""
+    state, metadata = config.load_adapter()
+    path = RunFolder(config.folder).adapter_path
+    with runtime.reading(path):
+        method = metadata["method"]
+        adapter_config = runtime.from_json(OrchMoEConfig, metadata["config"])
+        options = {
+            "num_tasks": len(metadata["tasks"]),
+            "extra_rank": config.train.get("extra_rank", 0),
+        }
+        # Try it on the meta device first, so that a damaged config cannot allocate much memory.
+        with torch.device("meta"):
+            empty = type(base)(base.config)
+            attach(method, empty, adapter_config, **options).load_state_dict(state)
+    adapters = attach(method, base, adapter_config, **options)
+    adapters.load_state_dict(state)
+    return adapters
