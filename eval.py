@@ -12,7 +12,6 @@ Letters: M examples, K abstract tasks, T real tasks.  Test: pytest tests/test_pr
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -150,12 +149,9 @@ def router_weights(
     """
     if adapters.router is None:
         return None
-    base.eval()
-    ranks = (runtime.rank(), runtime.world_size())
     weights: dict[int, list[float]] = {}
-    for rows, batch in data.batches(examples, batch_size, base.device, "router", *ranks):
-        w = adapters.router(base.embed(batch.input_ids), batch.attention_mask)
-        weights.update(zip(rows, w.tolist(), strict=False))
+    for rows, _, routing in routed_batches(base, adapters, examples, batch_size, "router"):
+        weights.update(zip(rows, routing.w.tolist(), strict=False))
     return torch.tensor(in_order(weights))
 
 
@@ -163,14 +159,7 @@ def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, 
     """Return the scores under "overall", "tasks" and "categories", see metrics.score."""
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
-        records.append(
-            {
-                "task": example.task,
-                "category": example.category,
-                "references": example.references,
-                "prediction": prediction,
-            }
-        )
+        records.append({**example._asdict(), "prediction": prediction})
     return metrics.score(runtime.progress(records, "score", unit="ex"))
 
 
@@ -406,7 +395,7 @@ def write_results(
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "prediction": prediction}
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            file.write(runtime.to_json(row, ensure_ascii=False))
     (folder / "scores.json").unlink(missing_ok=True)  # it may belong to older predictions
 
     scores = score(examples, predictions)

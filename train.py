@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +39,9 @@ from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 
 # ---------------------------------------------------------------------------------- settings
 
-# The kinds of parameters that train, by --trainable. A mixture trains the router's bias alone.
-TRAINED_KINDS = {
+# For each value of --trainable, the kinds of parameters that train. Of the router, a mixture
+# trains only the bias.
+TRAINABLE_KINDS = {
     "all": ("skills", "router", "token_router", "allocation", "full"),
     "router": ("router", "token_router"),
     "allocation": ("allocation",),
@@ -67,13 +68,13 @@ class TrainConfig:
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # learning rate after warm-up; linear: to 0
     eval_every: int = 100  # steps between evaluations on dev, each with a checkpoint
-    eval_instances: int = 2000  # largest number of instances of an evaluated set (0: all)
+    eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
-    trainable: Literal[tuple(TRAINED_KINDS)] = "all"  # what trains of it; mixture: one w for all
+    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one w
     loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
-    extra_rank: int = 0  # ranks added over all Linears, to compare methods at equal size
+    extra_rank: int = 0  # ranks spread over all Linears, for comparisons at equal size
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
@@ -147,31 +148,34 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     fixed, defaults = settings_of_start(flags)
     settings = Settings.from_flags(defaults | flags | fixed)
 
-    method, router = settings.train.method, settings.adapter.router
-    rates = {item.name for item in fields(TrainConfig) if item.name.startswith("lr_")}
-    read = settings_read(method, router)
-    unread = ({item.name for item in fields(OrchMoEConfig)} | rates) - read
-    idle = rates - set(trained_rates(settings.train).values())
+    # The method must use every given flag, and something must train at every given rate.
+    config = settings.train
+    used_settings = settings_read(config.method, settings.adapter.router)
+    used_rates = learning_rate_fields(config).values()
+    adapter_settings = vars(settings.adapter)
     for name in sorted(flags):
+        problem = ""
         if name in fixed:
-            raise ValueError(f"{runtime.flag(name)}: comes with --start or --loras; leave it out")
-        if name in unread:
-            words = f"--method {method}"
-            if "router" in read:
-                words += f" --router {router}"
-            raise ValueError(f"{runtime.flag(name)}: {words} does not use it; leave it out")
-        if name in idle:
-            raise ValueError(f"{runtime.flag(name)}: nothing trains at that rate; leave it out")
+            problem = "comes with --start or --loras"
+        elif (name in adapter_settings or name.startswith("lr_")) and name not in used_settings:
+            problem = f"--method {config.method}"
+            if "router" in used_settings:
+                problem += f" --router {settings.adapter.router}"
+            problem += " does not use it"
+        elif name.startswith("lr_") and name not in used_rates:
+            problem = "nothing trains at that rate"
+        if problem:
+            raise ValueError(f"{runtime.flag(name)}: {problem}; leave it out")
     return settings
 
 
 def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
-    """Return the settings of the run in --out. Flags may change the places of its files only."""
+    """Return the settings of the run in --out. Flags may change only paths."""
     if not launch.out:
         raise ValueError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).values()
     for name in sorted(flags.keys() & saved.keys()):
-        may_change = name in PATHS and saved[name]
+        may_change = name in PATHS and saved[name]  # not a path that the run does not have
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has {saved[name]!r}; "
@@ -181,7 +185,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that --start or --loras bring: those that are fixed, and defaults."""
+    """Return settings of --start or --loras: those that are fixed, and those flags may change."""
     if flags.get("start"):
         folder = flags["start"]
         settings = saved_settings(read_config(folder))
@@ -212,9 +216,9 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 # ---------------------------------------------------------------------------------- optimizer
 
 
-def trained_rates(config: TrainConfig) -> dict[str, str]:
+def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
     """Return {kind of parameter that trains: the field of its learning rate}."""
-    rates = {kind: f"lr_{kind}" for kind in TRAINED_KINDS[config.trainable]}
+    rates = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
     if config.loras:
         del rates["skills"]
     if config.trainable == "mixture":
@@ -224,20 +228,19 @@ def trained_rates(config: TrainConfig) -> dict[str, str]:
 
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
     """Freeze what --trainable leaves out. Raise ValueError if nothing is left to train."""
-    rates = trained_rates(config)
+    rates = learning_rate_fields(config)
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
-            trains = kind in rates
-            if config.trainable == "mixture":
-                trains = trains and parameter.dim() == 1  # the bias
-            parameter.requires_grad_(trains)
+            is_bias = parameter.dim() == 1
+            is_wanted = is_bias or config.trainable != "mixture"
+            parameter.requires_grad_(kind in rates and is_wanted)
     if not any(adapters.parameter_groups().values()):
         raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
     """Return AdamW without weight decay, with a peak learning rate for each kind of parameter."""
-    rates = trained_rates(config)
+    rates = learning_rate_fields(config)
     groups = []
     for kind, parameters in adapters.parameter_groups().items():
         if parameters:
@@ -246,7 +249,7 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the factor on the peak rates: linear warm-up, then linear to 0 or constant."""
+    """Return the factor on the peak rates: a linear warm-up, then a linear decay to 0 or 1."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return warmup
@@ -254,16 +257,15 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(warmup, decay)
 
 
-# ------------------------------------------------------------------------- where training starts
+# --------------------------------------------------------------------------------- initial values
 
 
 def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Start the router from at most 2,000 training sources, see Adapters.fit_router."""
     sources = data.subsample(examples, 2000)
-    batch_size = min(8, config.eval_batch_size)  # larger scores (B,L,L) do not fit the caches
-    batches = []
-    for _, batch in data.batches(sources, batch_size, base.device, "router start"):
-        batches.append(batch)
+    # The scores (B,L,L) of larger batches do not fit into the caches of a CPU, and are slower.
+    batch_size = min(8, config.eval_batch_size)
+    batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
     adapters.fit_router(
         (base.embed(batch.input_ids) for batch in batches),
         (batch.attention_mask for batch in batches),
@@ -272,11 +274,11 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
-    """Load the adapters of the run in --start."""
+    """Load the adapters of the run in --start. A mixture then starts at their mean w."""
     state, _ = read_config(config.start).load_adapter()
     adapters.load_state_dict(state)
     if config.trainable == "mixture":
-        # A mixture is a router without W_task: w = softmax(b), at first the mean w of the sources.
+        # A mixture is a router without W_task: w = softmax(b). It starts at the mean w of sources.
         sources = data.subsample(examples, 2000)
         _, w = evaluation.measure(base, adapters, sources, batch_size=config.eval_batch_size)
         bias = w.mean(dim=0)
@@ -310,15 +312,16 @@ def train_step(
         micro_batch = micro_batch.to(base.device)
         noise, drop = routing_noise(adapters, config.seed, step, rows)
         with evaluation.routed(base, adapters, micro_batch, noise=noise, drop=drop) as routing:
-            part = base.loss(micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels)
-            part = part / batch.target_tokens
-            part.backward()
-        loss += part.item()
+            micro_loss = base.loss(
+                micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
+            )
+            micro_loss = micro_loss / batch.target_tokens
+            micro_loss.backward()
+        loss += micro_loss.item()
         entropy += evaluation.mean_entropy(routing.w) * len(rows) / len(batch.ids)
 
     parameters = []
     for group in optimizer.param_groups:
-        group["lr"] = group["max_lr"] * learning_rate_factor(step, config)
         parameters += group["params"]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
@@ -326,6 +329,8 @@ def train_step(
     norm = get_total_norm(gradients)
     require_finite(step, batch, loss=loss, gradient_norm=norm.item())
     clip_grads_with_norm_(parameters, LARGEST_NORM, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"] * learning_rate_factor(step, config)
     optimizer.step()
     return {
         "loss": loss,
@@ -348,6 +353,7 @@ def routing_noise(
         noise = runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
     drop = None
     if adapters.router_dropout > 0:
+        # Stream 1, so that it does not repeat the noise on Z.
         drop = runtime.uniform_noise(seed, step, rows, (), 1) < adapters.router_dropout
     return noise, drop
 
@@ -397,8 +403,8 @@ def train(
     for name, examples in held_out.items():
         held_out[name] = data.subsample(examples, config.eval_instances)
 
-    # The frozen base. In full training small updates would be lost in bfloat16 weights: these
-    # stay in float32, and autocast computes in bfloat16.
+    # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
+    # small updates. Autocast then computes in bfloat16.
     full = config.method == "full"
     if launch.shard:
         base = checkpoint.mapped(config.model)  # each process reads its own share
@@ -421,12 +427,12 @@ def train(
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)
-    # After `shard`, which splits what is frozen: the adapters stay whole in every process.
+    # Only after `shard`: it splits all frozen weights, and adapters must stay whole.
     freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 
-    # What the run is bound to: a resumed run must find the same.
-    bound = RunConfig(
+    # What the run is run_config to: a resumed run must find the same.
+    run_config = RunConfig(
         folder=launch.out,
         train=asdict(config),
         data=asdict(settings.data),
@@ -437,10 +443,10 @@ def train(
         digests={name: sets[name].digest for name in ("train", "test") if name in sets},
     )
 
-    # The start of the adapters. A checkpoint replaces it.
+    # Initial values of the adapters. A run with a checkpoint loads that instead, below.
     is_new = not (launch.out and RunFolder(launch.out).checkpoint_path.exists())
     if is_new and config.start:
-        read_config(config.start).require_same(base=bound.base, tokenizer=bound.tokenizer)
+        read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
         load_start(base, adapters, train_set, config)
     elif is_new:
         if config.loras:
@@ -453,17 +459,25 @@ def train(
         resume_command += f" --out {shlex.quote(str(run.path))}"
     with run.lock():
         if is_new and run.checkpoint_path.exists():
-            raise ValueError(f"{run.path}: another process has trained here; give another --out")
-        run.bind(bound)
-        print_start(adapters, train_set, run, config)
+            raise ValueError(
+                f"{run.path}: another process wrote a checkpoint meanwhile; give another --out"
+            )
+        run.bind(run_config)
+        counts = count_parameters(adapters)
+        skills, routing = counts["skills"], counts["routing"]
+        runtime.print_line(
+            f"{config.method}: {skills:,} in skills + {routing:,} in routing = "
+            f"{skills + routing:,} parameters train; on {len(train_set)} examples of "
+            f"{len(train_set.tasks)} tasks; run folder {run.path}"
+        )
         if resume_command:
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # New skills change nothing (B = 0), so this scores the frozen base. It does so in a resumed
-        # run too, because the checkpoint is not loaded yet.
+        # No checkpoint is loaded yet and B = 0, so this scores the frozen base. Initial values of
+        # --start or --loras are there only if the run is new.
         name = "start" if config.start or config.loras else "frozen base"
-        has_start = is_new or name == "frozen base"
-        if final_scores and has_start and not run.scores_path.exists():
+        can_score_start = is_new or name == "frozen base"
+        if final_scores and can_score_start and not run.scores_path.exists():
             run.add_scores(name, score_held_out(base, adapters, held_out, tokenizer, config, name))
 
         # A mixture has the same w for all samples: there is no routing to report.
@@ -472,13 +486,17 @@ def train(
         # Optimizer, and the state of an interrupted run.
         optimizer = make_optimizer(adapters, config)
         if is_new:
-            first_step, best_loss = 0, math.inf
+            first_step = 0
+            best_loss = math.inf
             start_w = evaluation.router_weights(base, adapters, held_out["dev"])
         else:
             first_step, best_loss, start_w = run.load_progress(adapters, optimizer)
         run.truncate_log(first_step)
-        runtime.broadcast(adapters.state_dict().values())  # processes that start equal stay equal
+        runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
+        autocast = torch.autocast(
+            device.device.type, torch.bfloat16, enabled=full and device.dtype == torch.bfloat16
+        )
         with runtime.stop_signals() as stop_requested:
             steps = range(first_step, config.steps)
             bar = runtime.progress(
@@ -488,11 +506,7 @@ def train(
                 # One step on a batch that depends on seed and step alone.
                 started = time.monotonic()
                 batch = training_batch(train_set, step, config)
-                with torch.autocast(
-                    device.device.type,
-                    torch.bfloat16,
-                    enabled=full and device.dtype == torch.bfloat16,
-                ):
+                with autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
                 record["tokens_per_s"] = round(tokens / (time.monotonic() - started))
@@ -519,7 +533,7 @@ def train(
                     run.log(step=step, **record)
                     if loss < best_loss:
                         best_loss = loss
-                        run.save_best(bound, base, adapters, tokenizer)
+                        run.save_best(run_config, base, adapters, tokenizer)
 
                 run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
                 if stopping:
@@ -531,7 +545,7 @@ def train(
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
-            run.load_best(bound, adapters)
+            run.load_best(run_config, adapters)
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             print_table(run.add_scores(name, scores), run, config)
@@ -571,19 +585,6 @@ def score_held_out(
     return scores
 
 
-def print_start(
-    adapters: Adapters, train_set: Examples, run: RunFolder, config: TrainConfig
-) -> None:
-    """Print what trains, and on what."""
-    counts = count_parameters(adapters)
-    skills, routing = counts["skills"], counts["routing"]
-    runtime.print_line(
-        f"{config.method}: {skills:,} in skills + {routing:,} in routing = {skills + routing:,} "
-        f"parameters train; on {len(train_set)} examples of {len(train_set.tasks)} tasks; run "
-        f"folder {run.path}"
-    )
-
-
 def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> None:
     """Print the scores as a table in Markdown, and the command that scores the whole test set."""
     header = "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
@@ -599,16 +600,16 @@ def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> N
                 cells.append(value)
         runtime.print_line(f"| {' | '.join(cells)} |")
 
+    split = "test" if "unseen" in scores else "seen"  # all rows have the same sets
     limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
     runtime.print_line(f"on {limit} instances of each set; the run folder {run.path} has the rest")
     program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
-    split = "test" if "unseen" in scores else "seen"
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")
 
 
 def print_router(report: dict[str, float], K: int) -> None:
-    """Print what the router does on dev: numbers by which a collapse shows."""
+    """Print statistics of w on dev, which show whether the router has collapsed."""
     runtime.print_line(
         f"router on dev: {report['used']} of {K} abstract tasks have a mean weight above 0.05, the "
         f"largest {report['largest']:.2f}; normalised entropy {report['normalised_entropy']:.2f}; "
