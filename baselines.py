@@ -5,7 +5,7 @@ All methods adapt the same Linears and follow one scale rule: alpha / (the rank 
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
-Test: pytest tests/test_baselines.py
+Test: pytest tests/unit/test_baselines.py tests/parity/test_peft.py
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ or in shards. Each family (t5.py, llama.py) brings its config and a table of ren
 checks that every tensor of the files has a place in the model, that every place has a tensor, and
 that all shapes are equal. A damaged or foreign file raises one ValueError that names the file.
 
-Test: pytest tests/test_checkpoint.py
+Test: pytest tests/unit/test_checkpoint.py
 """
 
 import hashlib

@@ -14,7 +14,7 @@ or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds e
 
 Letters: B batch, L source length, Lt target length.
 
-Test: pytest tests/test_data.py
+Test: pytest tests/unit/test_data.py
 """
 
 import functools

@@ -8,7 +8,7 @@ task. A run is scored with its own data settings, unless flags override them.
     python eval.py --run runs/orchmoe-1 --ask "Write the first word." --input "lion, June, wolf"
     python eval.py --heuristic copy-demo --data natural-instructions/
 
-Letters: M examples, K abstract tasks, T real tasks.  Test: pytest tests/test_programs.py
+Letters: M examples, K abstract tasks, T real tasks.  Test: pytest tests/programs/test_programs.py
 """
 
 import functools

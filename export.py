@@ -12,7 +12,7 @@ become skills: `load_peft` and `set_skills`.
 Letters: K abstract tasks, S skills, R rank of a skill, r rank of a LoRA, D input width, O output
 width, N adapted Linears, B batch, L length, V vocabulary.
 
-Test: pytest tests/test_export.py
+Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 """
 
 import importlib.util

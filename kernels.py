@@ -8,7 +8,7 @@ Both are compiled in training on CUDA.
     orchmoe.attach(model, config, mix=kernels.mix_skills)
 
 Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L.
-Test: pytest tests/test_kernels.py
+Test: pytest tests/unit/test_kernels.py
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ et al., arXiv 2305.13245 (grouped queries); Shazeer, arXiv 2002.05202 (SwiGLU).
 
 Letters: B batch, L length, D hidden_size, H heads of queries, G heads of keys and values,
 E head_dim, V vocabulary.
-Test: pytest tests/test_llama.py
+Test: pytest tests/unit/test_llama.py tests/parity/test_transformers.py
 """
 
 from dataclasses import asdict, dataclass, replace

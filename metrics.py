@@ -5,7 +5,7 @@ gives per cent. The numbers equal those of the official script, which uses the p
 with NLTK's Porter stemmer. This file is faster: it finds the longest common subsequence with bit
 operations, and it stems each word once.
 
-Test: pytest tests/test_metrics.py (compares with official numbers and with rouge_score)
+Test: pytest tests/unit/test_metrics.py; tests/parity compares with official numbers and rouge_score
 """
 
 import os

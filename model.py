@@ -3,7 +3,7 @@
 `Backbone` knows no family and no adapters. The families are in t5.py and llama.py.
 
 Letters: B batch, L length (Ls source, Lt target where both occur), D width, V vocabulary.
-Test: pytest tests/test_model.py
+Test: pytest tests/unit/test_model.py
 """
 
 import re

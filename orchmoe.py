@@ -22,7 +22,7 @@ O output width, K abstract tasks, S skills, R rank, N adapted Linears.
     with adapters.routed(model.embed(ids), mask):         # keep it open until after backward
         model.loss(ids, mask, labels).backward()
 
-Test: pytest tests/test_orchmoe.py
+Test: pytest tests/unit/test_orchmoe.py
 """
 
 import functools

@@ -9,7 +9,7 @@
 metrics.jsonl grows line by line. Every other file is written completely or not at all. Only rank 0
 writes.
 
-Test: pytest tests/test_run_folder.py tests/test_faults.py
+Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 """
 
 import fcntl

@@ -2,7 +2,7 @@
 
 This file imports no other file of the project.
 
-Test: pytest tests/test_programs.py tests/test_ranks.py
+Test: pytest tests/programs/test_programs.py tests/programs/test_ranks.py
 """
 
 import argparse

@@ -7,7 +7,7 @@ whoever wants to adapt them finds them by these names.
 
 Letters: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv,
 F d_ff, V vocabulary.
-Test: pytest tests/test_model.py
+Test: pytest tests/unit/test_model.py tests/parity/test_transformers.py
 """
 
 import math

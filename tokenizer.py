@@ -4,7 +4,7 @@ T5 has a SentencePiece model (spiece.model). Decoder-only models have a Sentence
 (tokenizer.model: Llama, Mistral) or a tokenizer.json, which needs the package `tokenizers`.
 A special token that is spelled out in a text, such as "</s>", is encoded as ordinary text.
 
-Test: pytest tests/test_tokenizer.py
+Test: pytest tests/unit/test_tokenizer.py
 """
 
 import hashlib

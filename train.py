@@ -8,7 +8,7 @@ the run folder, see run_folder.py. With --method full every weight of the model 
     python train.py --resume --out runs/lora --device cpu             # after an interruption
     python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # learn a new task
 
-Test: pytest tests/test_training.py tests/test_programs.py
+Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
 
 import math

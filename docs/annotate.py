@@ -6,7 +6,7 @@
 The page is one file without links to the network. The notes come from three places: the docstrings
 of orchmoe.py, docs/notes.py, and the numbers of a finished run in docs/explorer.json.
 
-Test: pytest tests/test_annotate.py
+Test: pytest tests/repo/test_annotate.py
 """
 
 import ast

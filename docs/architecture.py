@@ -1,4 +1,4 @@
-"""Draws architecture.svg beside it, of plain strings. Test: pytest tests/test_docs.py
+"""Draws architecture.svg beside it, of plain strings. Test: pytest tests/repo/test_docs.py
 
     python docs/architecture.py"""
 

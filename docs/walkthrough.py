@@ -1,6 +1,6 @@
 """Writes walkthrough.md beside it: one sample of sni/ from its prompt to its loss, with the numbers of a run
 that is trained here and now. Each section computes its step as the equation stands and checks that the model
-computes the same. Test: pytest tests/test_docs.py
+computes the same. Test: pytest tests/repo/test_docs.py
 
     python -m docs.walkthrough        # half a minute on one core"""
 

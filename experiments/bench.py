@@ -8,7 +8,7 @@ installed. Prints the table of docs/speed.md.
     python -m experiments.bench --data natural-instructions    # real prompts: epoch, generate, rouge, start
     python -m experiments.bench --only decoder --model smollm2 # a decoder-only base
 
-B batch, L length, D d_in, O d_out, S skills, R rank.  Test: pytest tests/test_bench.py"""
+B batch, L length, D d_in, O d_out, S skills, R rank.  Test: pytest tests/experiments/test_bench.py"""
 
 from __future__ import annotations
 

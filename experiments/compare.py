@@ -8,7 +8,7 @@ instances, which nothing is chosen by. Interrupted, the same command goes on; fi
     python -m experiments.compare --dry-run --model t5-xxl   # sizes and memory alone
 
 Writes OUT/results.json and OUT/results.md (ablations.json, ablations.md), and figures where matplotlib is
-there. Test: `pytest tests/test_compare.py`"""
+there. Test: `pytest tests/experiments/test_compare.py`"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What the cells of experiments/report.py say: curves of unseen against seen loss, compared where both are,
-with intervals over tasks and seeds; tables and a figure. Test: `pytest tests/test_report.py`"""
+with intervals over tasks and seeds; tables and a figure. Test: `pytest tests/experiments/test_report.py`"""
 
 from __future__ import annotations
 

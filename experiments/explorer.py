@@ -5,7 +5,7 @@ script. The page needs no network. Made by `python -m experiments.plot --run RUN
 docs/annotated.html ends with the explorer of the default run.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears, L length, D width.
-Test: pytest tests/test_explorer.py
+Test: pytest tests/repo/test_annotate.py
 """
 
 import html

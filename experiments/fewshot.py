@@ -5,7 +5,7 @@ trials for every way, on the dev instances of the first tasks. Interrupted, the 
 
     python -m experiments.fewshot --runs runs/orchmoe-1,runs/orchmoe-2,runs/orchmoe-3
 
-Writes OUT/fewshot.md and fewshot.json. Test: pytest tests/test_fewshot.py"""
+Writes OUT/fewshot.md and fewshot.json. Test: pytest tests/experiments/test_fewshot.py"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ the tokenizer alone. The run folder gets the model with the lowest dev loss as m
         --text text.txt --steps 9000 --lr-full 1e-2 --out runs/base
     python -m experiments.pretrain --resume --out runs/base
 
-Test: pytest tests/test_spans.py
+Test: pytest tests/experiments/test_spans.py
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from these files alone. Interrupted, the same command goes on.
 
 Without --results the cells are this repository's, which go on with its data and settings alone.
 
-Test: `pytest tests/test_report.py`"""
+Test: `pytest tests/experiments/test_report.py`"""
 
 from __future__ import annotations
 

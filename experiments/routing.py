@@ -1,5 +1,5 @@
 """What the router of a finished run has learnt, as numbers for a JSON file: that of a run for
-experiments.plot, that of each cell for experiments.compare. Test: pytest tests/test_routing.py"""
+experiments.plot, that of each cell for experiments.compare. Test: pytest tests/experiments/test_routing.py"""
 
 from __future__ import annotations
 

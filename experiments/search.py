@@ -1,5 +1,5 @@
 """What each method is tuned over, and the local search that tunes it: the same number of trials for all.
-Test: `pytest tests/test_search.py`."""
+Test: `pytest tests/experiments/test_search.py`."""
 
 from __future__ import annotations
 

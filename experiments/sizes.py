@@ -1,5 +1,5 @@
 """How many parameters a method trains, before anything is built, and the ranks that make methods of equal
-total size, for comparisons. Test: pytest tests/test_baselines.py tests/test_compare.py"""
+total size, for comparisons. Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """T5's span corruption (arXiv 1910.10683, section 3.1.4) for plain text: windows of a text file as batches
-that are a pure function of (seed, step). Test: `pytest tests/test_spans.py`."""
+that are a pure function of (seed, step). Test: `pytest tests/experiments/test_spans.py`."""
 
 from __future__ import annotations
 

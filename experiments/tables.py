@@ -1,5 +1,5 @@
 """What the numbers of a comparison say: differences with intervals over tasks and seeds, Markdown tables.
-Test: `pytest tests/test_tables.py`."""
+Test: `pytest tests/experiments/test_tables.py`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ trainer that you use. docs/use.md has a whole program and says what does not wor
     class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
         pass
 
-B batch, L length, D width of the embeddings. Test: pytest tests/test_trainer.py
+B batch, L length, D width of the embeddings. Test: pytest tests/parity/test_trainer.py
 """
 
 from contextlib import AbstractContextManager

@@ -1,33 +1,27 @@
-"""What tests share: paths, folders of real data, a small T5, and helpers that run the programs."""
+"""Session set-up and the fixtures of more than one test module; helpers.py has the functions."""
 
-import contextlib
-import importlib
-import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
+import sentencepiece
 import torch
-from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import checkpoint
+import tokenizer as tokenizers
+from experiments.pretrain import init_weights
+from t5 import T5, T5Config
+
+pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
+from helpers import LLAMA_FAMILIES, ROOT, SHORT, hf_llama, links, run, sentences  # noqa: E402
+
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
-import runtime  # noqa: E402  (after the path is set)
-from experiments.pretrain import init_weights  # noqa: E402
-from t5 import T5, T5Config  # noqa: E402
-
-try:  # pytest tests/test_fuzz.py --hypothesis-profile=long
+try:  # pytest tests/programs/test_fuzz.py --hypothesis-profile=long
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("long", max_examples=10_000, deadline=5000)
@@ -46,11 +40,6 @@ except ImportError:
 # One token cache for the whole session.
 CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = CACHE.name
-
-# Flags of a short training run.
-SHORT = "--device cpu --max-tasks 4 --eval-instances 8 --steps 8 --eval-every 4".split()
-SHORT += "--batch-size 8 --warmup 2".split()
-
 
 # ------------------------------------------------------------------------------------- real data
 
@@ -82,93 +71,6 @@ def golden_dir() -> Path:
 # ---------------------------------------------------------------------------------- the programs
 
 
-def command(program, *arguments):
-    """Return the words that start a program of the project."""
-    return [sys.executable, str(ROOT / program), *map(str, arguments)]
-
-
-def environment(**more):
-    """Return the environment of a process. Without a GPU two runs are equal bit for bit."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
-
-
-def run(program, *arguments, cwd, code=0):
-    """Run a program in this process, which saves the imports. It must end with `code`.
-
-    Return its stdout or, for another code than 0, its stderr.
-    """
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    runtime.warn.cache_clear()
-    words = [program, *map(str, arguments)]
-    output = io.StringIO()
-    errors = io.StringIO()
-    previous_folder = os.getcwd()
-    os.chdir(cwd)
-    try:
-        with (
-            mock.patch.object(sys, "argv", words),
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(errors),
-            pytest.raises(SystemExit) as end,
-        ):
-            runtime.run_program(module.main)
-    finally:
-        os.chdir(previous_folder)
-    assert end.value.code == code, output.getvalue() + errors.getvalue()
-    return (output if code == 0 else errors).getvalue()
-
-
-def process(program, *arguments, cwd, code=0, **variables):
-    """Do the same as `run` in another process, with more variables in its environment."""
-    done = subprocess.run(
-        command(program, *arguments),
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-def terminate_after(steps, *arguments, cwd, out="run"):
-    """Start train.py with --out `out`, send SIGTERM after some logged steps, return its stdout."""
-    program = subprocess.Popen(
-        command("train.py", *arguments, "--out", out),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
-        time.sleep(0.02)
-        assert program.poll() is None
-    program.send_signal(signal.SIGTERM)
-    output, _ = program.communicate(timeout=120)
-    assert program.returncode == 130
-    return output
-
-
-def records(folder):
-    """Return the lines of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trace(folder):
-    """Return all losses, norms and dev losses. They must not depend on interruptions."""
-    names = ("step", "loss", "norm", "dev_loss")
-    return [[row.get(name, 0.0) for name in names] for row in records(folder)]
-
-
-def links(folder):
-    """Link the bundled data and base into `folder`, so that README's commands work in it."""
-    for name in ("sni", "tiny"):
-        (folder / name).symlink_to(ROOT / name)
-    return folder
-
-
 @pytest.fixture
 def home(tmp_path):
     """Return an empty folder with the bundled data and base."""
@@ -194,25 +96,12 @@ def copied(finished, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ the models
 
 
-def stir(adapters: nn.Module, generator: torch.Generator) -> None:
-    """Set B and the token routers to random values, so that the outputs depend on the routing."""
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_W_task is not None:
-            nn.init.normal_(linear.skill_W_task, generator=generator)
-
-
 class Inputs(NamedTuple):
     """A batch for `small_t5`."""
 
     input_ids: torch.Tensor  # (B,L)
     attention_mask: torch.Tensor  # (B,L)
     labels: torch.Tensor  # (B,Lt)
-
-
-def teacher_forced(t5: T5, *inputs: torch.Tensor) -> torch.Tensor:
-    """Return logits (B,Lt,V) for sources (B,Ls), their mask, and targets so far (B,Lt)."""
-    return t5.logits(t5.hidden(*inputs))
 
 
 @pytest.fixture
@@ -246,3 +135,76 @@ def inputs() -> Inputs:
     labels[1, 3:] = -100
     labels[3, 2:] = -100
     return Inputs(ids.masked_fill(~mask, 0), mask, labels)
+
+
+@pytest.fixture(params=LLAMA_FAMILIES, scope="module")
+def llama_folder(request, tmp_path_factory):
+    """Return a model folder in shards, as transformers writes it."""
+    path = tmp_path_factory.mktemp(request.param)
+    hf_llama(request.param).save_pretrained(path, max_shard_size="20KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_pair(llama_folder):
+    """Return the model in `llama_folder` in the class of transformers, and in ours."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        llama_folder, attn_implementation="eager"
+    )
+    return model.eval(), checkpoint.load(llama_folder)
+
+
+@pytest.fixture
+def llama_batch():
+    """Return four sources, their mask and labels, of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, 97, (4, 9), generator=generator)
+    labels = torch.randint(10, 97, (4, 6), generator=generator)
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    labels[1, 3:] = labels[3, 2:] = -100
+    return ids, mask, labels
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """Return a folder with a small spiece.model like T5's."""
+    folder = tmp_path_factory.mktemp("model")
+    lines = [*sentences(2000), "Definition: Input: Output: Positive Example 1 - 2"]
+    (folder / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=200,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece="<pad>",
+        eos_piece="</s>",
+        unk_piece="<unk>",
+        minloglevel=2,
+        num_threads=1,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    """Return the tokenizer of `model_dir`."""
+    return tokenizers.load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Return lines of text to train tokenizers on."""
+    task = json.loads(next((ROOT / "sni" / "tasks").glob("*.json")).read_text(encoding="utf-8"))
+    lines = [task["Definition"][0]] + [row["input"] for row in task["Instances"]]
+    return [line for text in lines for line in text.splitlines()] + [
+        "Output: 12 345",
+        "Hello, world",
+    ]

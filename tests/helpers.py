@@ -1,0 +1,470 @@
+"""What tests share: how to run the programs, small models, tokenizers, and files of data."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import checkpoint
+import data
+import runtime
+import tokenizer as tokenizers
+from baselines import attach_method
+from checkpoint import (
+    read_folder,
+)
+from experiments.pretrain import init_weights
+from model import IGNORED
+from orchmoe import OrchMoEConfig
+from t5 import T5, T5Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# PYTHONPATH of a process whose program is a file of tests/ and imports this one.
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+
+# Flags of a short training run.
+SHORT = "--device cpu --max-tasks 4 --eval-instances 8 --steps 8 --eval-every 4".split()
+SHORT += "--batch-size 8 --warmup 2".split()
+
+
+# ------------------------------------------------------------------------------------- the programs
+
+
+def command(program, *arguments):
+    """Return the words that start a program of the project."""
+    return [sys.executable, str(ROOT / program), *map(str, arguments)]
+
+
+def environment(**more):
+    """Return the environment of a process. Without a GPU two runs are equal bit for bit."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
+
+
+def run(program, *arguments, cwd, code=0):
+    """Run a program in this process, which saves the imports. It must end with `code`.
+
+    Return its stdout or, for another code than 0, its stderr.
+    """
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    runtime.warn.cache_clear()
+    words = [program, *map(str, arguments)]
+    output = io.StringIO()
+    errors = io.StringIO()
+    previous_folder = os.getcwd()
+    os.chdir(cwd)
+    try:
+        with (
+            mock.patch.object(sys, "argv", words),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+            pytest.raises(SystemExit) as end,
+        ):
+            runtime.run_program(module.main)
+    finally:
+        os.chdir(previous_folder)
+    assert end.value.code == code, output.getvalue() + errors.getvalue()
+    return (output if code == 0 else errors).getvalue()
+
+
+def process(program, *arguments, cwd, code=0, **variables):
+    """Do the same as `run` in another process, with more variables in its environment."""
+    done = subprocess.run(
+        command(program, *arguments),
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def run_shell(words, cwd, line='exec "$@"', **variables):
+    """Start a command in another process with a line of shell, and wait for its end."""
+    return subprocess.run(
+        ["sh", "-c", line, "sh", *words],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def terminate_after(steps, *arguments, cwd, out="run"):
+    """Start train.py with --out `out`, send SIGTERM after some logged steps, return its stdout."""
+    program = subprocess.Popen(
+        command("train.py", *arguments, "--out", out),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
+        time.sleep(0.02)
+        assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    output, _ = program.communicate(timeout=120)
+    assert program.returncode == 130
+    return output
+
+
+def records(folder):
+    """Return the lines of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trace(folder):
+    """Return all losses, norms and dev losses. They must not depend on interruptions."""
+    names = ("step", "loss", "norm", "dev_loss")
+    return [[row.get(name, 0.0) for name in names] for row in records(folder)]
+
+
+def links(folder):
+    """Link the bundled data and base into `folder`, so that README's commands work in it."""
+    for name in ("sni", "tiny"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+# ------------------------------------------------------------------------------------ files of data
+
+WORDS = (
+    "river stone window garden letter morning teacher yellow simple answer number little people "
+    "under travel orange silver market doctor planet summer winter bridge don't isn't we're I've"
+).split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Return random sentences."""
+    rng = random.Random(seed)
+    return [
+        " ".join(rng.choices(WORDS, k=rng.randint(3, 25))).capitalize()
+        + rng.choice([".", "?", ", yes!"])
+        for _ in range(count)
+    ]
+
+
+def task_json(n: int = 10, **changes) -> dict:
+    """Return a task file with `n` instances, and some fields of it changed."""
+    example = {"input": "river", "output": "stone", "explanation": "So it is."}
+    instances = [
+        {"id": f"id-{i}", "input": sentence, "output": ["yes", "no", "maybe so"][: 1 + i % 3]}
+        for i, sentence in enumerate(sentences(n))
+    ]
+    return {
+        "Categories": ["Sorting"],
+        "Definition": ["Sort the words."],
+        "URL": [float("nan")],
+        "Positive Examples": [example, example],
+        "Negative Examples": [example],
+        "Instances": instances,
+        **changes,
+    }
+
+
+def write_task(folder: Path, name: str, task: dict | bytes) -> Path:
+    """Write a task file, given as an object or as bytes, and return its path."""
+    path = folder / "tasks" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(task if isinstance(task, bytes) else json.dumps(task).encode())
+    return path
+
+
+def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
+    """Write the lists of the default split."""
+    lists = folder / "splits" / "default"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "train_tasks.txt").write_text("\n".join(train) + "\n")
+    (lists / "test_tasks.txt").write_text("\n".join(test))
+
+
+def make_example(
+    name: str, source: list[int], targets: list[list[int]], index: int = 0
+) -> data.Example:
+    """Return an example with these token ids."""
+    ids, target_ids = np.array(source, np.int32), [np.array(target, np.int32) for target in targets]
+    return data.Example(
+        id=name,
+        task="task1_a",
+        category="category",
+        source_ids=ids,
+        target_ids=target_ids,
+        references=["reference"] * len(targets),
+        task_index=index,
+    )
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+PROMPT = "Definition: Sort them.\n\nInput: 12  and 345.\nOutput: "
+TOKENIZER_TEXTS = [
+    "Hello, world!",
+    " leading",
+    "trailing ",
+    "",
+    "a\n\nb\t c",
+    "naïve 漢字 😀 \u200b",
+    "x" * 50,
+    PROMPT,
+    "it 's , fine . isn 't it ?",
+]
+TOKENIZER_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+class Bytes:
+    """The tokenizer with which golden/prompts.jsonl was made."""
+
+    def encode(self, text):
+        return [*text.encode(), 256]
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="ignore")
+
+
+def count_encodes(monkeypatch) -> list:
+    """Return a list that grows by one with each call of Tokenizer.encode."""
+    calls = []
+    original = tokenizers.Tokenizer.encode
+
+    def encode(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode", encode)
+    return calls
+
+
+def write_words(folder, corpus, *, post=None, **settings):
+    """Train a byte-level BPE on the lines of `corpus`, write it into `folder` and return that."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=alphabet,
+    )
+    words.train_from_iterator(corpus, trainer)
+    if post:
+        ends = [("<s>", 0), ("</s>", 1)]
+        words.post_processor = tokenizers.processors.TemplateProcessing(post, special_tokens=ends)
+    folder.mkdir(exist_ok=True)
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_SETTINGS | settings))
+    return folder
+
+
+def write_pieces(folder, corpus, eos_id=2):
+    """Train Llama's kind of SentencePiece model on `corpus`, write it into `folder` and return that."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text").write_text("\n".join(corpus), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=eos_id,
+        minloglevel=2,
+    )
+    return folder
+
+
+# -------------------------------------------------------------------------------------- safetensors
+
+# Metadata that transformers asks for.
+PT = {"format": "pt"}
+
+
+def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
+    """Return a safetensors file with this header, given as an object or as bytes."""
+    raw = header
+    if not isinstance(header, bytes):
+        raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def safetensors_entry(
+    dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
+) -> dict:
+    """Return the entry of one tensor in the header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder as copies, so that the file can be written again."""
+    return {name: tensor.clone() for name, tensor in read_folder(folder).items()}
+
+
+def check_equal(found: dict, expected: dict):
+    """Require the same names, dtypes and values."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+# ----------------------------------------------------------------------------------------------- T5
+
+# Unequal depths, and a span of few buckets, so that the logarithmic ones are used at these lengths.
+T5_SIZES = dict(vocab_size=37, d_model=32, d_kv=8, d_ff=48, num_heads=3)
+T5_SPAN = dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
+T5_V1_1 = dict(feed_forward_proj="gated-gelu", scale_decoder_outputs=False, tied_head=False)
+T5_CONFIGS = {
+    "v1.0": T5Config(**T5_SIZES, **T5_SPAN, num_layers=2, num_decoder_layers=3),
+    "v1.1": T5Config(**T5_SIZES, **T5_SPAN, **T5_V1_1, num_layers=3, num_decoder_layers=1),
+}
+# For tests of each kind of T5.
+both_t5 = pytest.mark.parametrize("kind", T5_CONFIGS)
+
+
+def random_t5(config: T5Config, seed: int = 0) -> T5:
+    """Return a T5 whose attention is sharp, where positions matter and outputs vary."""
+    t5 = init_weights(T5(config), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in t5.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5, generator=generator)
+            elif "position" in name:
+                weight.normal_(generator=generator)
+            else:
+                weight.mul_(0.3 if "embedding" in name else 2)
+    return t5.eval()
+
+
+def t5_batch(lengths=(9, 14, 5, 1), target=7, seed=0):
+    """Return padded sources, their mask, and labels of several lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    input_ids = torch.randint(2, 37, mask.shape, generator=generator) * mask
+    labels = torch.randint(1, 37, (len(lengths), target), generator=generator)
+    for row in range(len(lengths)):
+        labels[row, target - row :] = IGNORED
+    return input_ids, mask, labels
+
+
+def teacher_forced(t5: T5, *inputs: torch.Tensor) -> torch.Tensor:
+    """Return logits (B,Lt,V) for sources (B,Ls), their mask, and targets so far (B,Lt)."""
+    return t5.logits(t5.hidden(*inputs))
+
+
+# -------------------------------------------------------------------------- Llama and its relatives
+
+LLAMA_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "eos_token_id": 3,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA_FAMILIES = {
+    "llama2": ("llama", {"num_key_value_heads": 4}),
+    "llama3": (
+        "llama",
+        {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "eos_token_id": [3, 5, 8]},
+    ),
+    "smollm2": ("llama", {"tie_word_embeddings": True, "rope_theta": 100_000}),
+    "mistral": (
+        "mistral",
+        {"head_dim": 12, "sliding_window": None, "max_position_embeddings": 8192},
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def hf_llama(name: str) -> torch.nn.Module:
+    """Return a random model of transformers whose greedy choices are far apart."""
+    transformers = pytest.importorskip("transformers")
+    kind, changes = LLAMA_FAMILIES[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(LLAMA_SIZES | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():  # biases and norms too
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def rows_of(batch):
+    """Yield (source, target) of each row without padding, each as a batch of one."""
+    for ids, mask, labels in zip(*batch, strict=True):
+        yield ids[mask][None], labels[labels != -100][None]
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+# Adapters that are exported.
+EXPORT_CONFIG = OrchMoEConfig(tasks=3, alpha=4.0)
+
+
+def stir(adapters: nn.Module, generator: torch.Generator) -> None:
+    """Set B and the token routers to random values, so that the outputs depend on the routing."""
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
+        if linear.skill_W_task is not None:
+            nn.init.normal_(linear.skill_W_task, generator=generator)
+
+
+def seeded_generator(seed=0):
+    """Return a CPU generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", **options):
+    """Return the base in `folder` and its adapters, which change the outputs a little."""
+    base = checkpoint.load(folder, dtype=torch.float32)
+    adapters = attach_method(method, base, config, generator=seeded_generator(), **options).eval()
+    stir(adapters, seeded_generator(1))
+    for linear in adapters.linears.values():
+        linear.skill_B.data *= 0.1
+    return base, adapters
+
+
+def factors_in(folder):
+    """Return the tensors of an exported LoRA."""
+    return load_file(folder / "adapter_model.safetensors")

@@ -1,0 +1,87 @@
+"""Compare a training step and a generation on an NVIDIA GPU with the CPU in float64: pytest -m gpu.
+
+The training step also runs on a CPU, so that a renamed function is noticed without a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from baselines import attach_method
+from helpers import stir
+from orchmoe import OrchMoEConfig
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
+CASES = [("cpu", torch.float32, "plain")]
+for dtype in CLOSE:
+    for mode in ("plain", "checkpointed", "compiled"):
+        CASES.append(pytest.param("cuda", dtype, mode, marks=GPU))
+
+
+def assert_close(found, expected, dtype):
+    error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
+    assert error < CLOSE[dtype], error
+
+
+def adapted(base, router="sample"):
+    config = OrchMoEConfig(targets=("all",), router=router)
+    generator = torch.Generator().manual_seed(0)
+    adapters = attach_method("orchmoe", base, config, generator=generator)
+    stir(adapters, torch.Generator().manual_seed(1))
+    return adapters
+
+
+def moved(base, device, dtype):
+    """Return a copy on the device, with the base in `dtype` and the adapters in float32."""
+    copied = copy.deepcopy(base).to(device)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for buffer in copied.buffers():
+        buffer.data = buffer.data.float()
+    return copied, copied.skill_adapters
+
+
+def step(base, adapters, inputs):
+    """Return the loss and the gradients of one batch."""
+    ids, mask, labels = [tensor.to(base.device) for tensor in inputs]
+    with adapters.routed(base.embed(ids), mask):
+        loss = base.loss(ids, mask, labels)
+        loss.backward()
+    gradients = []
+    for group in adapters.parameter_groups().values():
+        gradients += [parameter.grad.flatten().double().cpu() for parameter in group]
+    base.zero_grad(set_to_none=True)
+    return loss.detach(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("device, dtype, mode", CASES)
+@pytest.mark.parametrize("router", ["sample", "token"])
+def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
+    adapters = adapted(small_t5, router)
+    for parameter in adapters.parameters():
+        parameter.data = parameter.data.double()
+    small_t5.double().train()
+    expected = step(small_t5, adapters, inputs)
+    base, adapters = moved(small_t5, device, dtype)
+    base.checkpoint_blocks = mode == "checkpointed"
+    if mode == "compiled":
+        torch._dynamo.reset()
+        base.compile_blocks()  # with fullgraph=True, so that a graph break raises
+    for found, wanted in zip(step(base, adapters, inputs), expected, strict=True):
+        assert_close(found, wanted, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_generation_is_as_on_the_cpu(small_t5, inputs):
+    adapters = adapted(small_t5)
+    ids, mask, _ = inputs
+    with adapters.routed(small_t5.embed(ids), mask):
+        expected = small_t5.generate(ids, mask, max_new_tokens=20, on_keep=adapters.keep)
+    base, adapters = moved(small_t5, "cuda", torch.float32)
+    ids, mask = ids.cuda(), mask.cuda()
+    with adapters.routed(base.embed(ids), mask):
+        found = base.generate(ids, mask, max_new_tokens=20, on_keep=adapters.keep)
+    assert torch.equal(found.cpu(), expected)
