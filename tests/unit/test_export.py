@@ -187,11 +187,11 @@ def test_a_run_that_is_no_loras_is_refused_by_its_method(copied):
     assert "run: --method moe-lora: no LoRAs" in said
 
 
-def test_the_snippet_of_the_readme_computes_w(finished, tmp_path):
+def test_the_snippet_of_the_serving_page_computes_w(finished, tmp_path):
     pytest.importorskip("transformers")
     run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished)
     shutil.copytree(ROOT / "tiny", tmp_path / "base")
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
     snippet = snippet.replace("served/", f"{tmp_path}/served/")
     snippet = snippet.replace("flan-t5-base", f"{tmp_path}/base")
