@@ -3,7 +3,7 @@
 A frozen model gets LoRA "skills" in its Linears. A Task Router reads the source sample and
 estimates which abstract tasks it belongs to. An allocation matrix in each Linear turns that into
 weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). docs/paper.md says
-which of these lines the paper states, and which we inferred or chose. MIT licence.
+who says each line: the abstract, summaries of the paper, or we. MIT licence.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
     X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
@@ -46,7 +46,7 @@ ALL_TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "do
 
 @dataclass(frozen=True)
 class OrchMoEConfig:
-    """Adapters: what is added to the frozen base."""
+    """Adapters: settings of what is added to the frozen base."""
 
     tasks: int = 8  # K, number of abstract tasks of the router
     skills: int = 4  # S, number of LoRA skills in each adapted Linear
@@ -218,7 +218,7 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
 
 
 def scale_for_entropy(logits: Tensor, target: float) -> float:
-    """Return the factor on logits (M,K) that gives their softmax the mean entropy `target` (nats).
+    """Return the factor f for which softmax(f * logits), logits (M,K), has mean entropy `target`.
 
     Found by bisection: the entropy falls as the factor grows.
     """
@@ -246,9 +246,10 @@ def mix_skills(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return scale * sum_s c_s B_s A_s x, and with a weight also weight x + bias on top.
+    """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
 
-    The outputs of the skills are mixed, not their factors (Eq. 3, which we know from summaries).
+    The outputs of the skills are mixed, not their factors (Eq. 3 of the paper, known from
+    summaries).
     The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
@@ -353,7 +354,7 @@ class SkillLinear(nn.Linear):
         return super()._apply(apply, recurse)
 
     def __reduce_ex__(self, protocol: int):
-        """Copy and pickle by the base class, since pickle cannot find a class made at run time."""
+        """Copy and pickle through the base class: pickle cannot find a class made at run time."""
         return _new_skill_linear, (self.skill_base,), self.__dict__ | {"skill_weights": None}
 
 
@@ -371,7 +372,7 @@ def _new_skill_linear(base: type) -> SkillLinear:
 
 
 def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after`, the result of .to() for `before`, but never in half precision."""
+    """Return `after` (`before` after .to()), or in half precision `before`, only moved."""
     if after.dtype in (torch.bfloat16, torch.float16):
         return before.to(after.device)
     return after
@@ -391,7 +392,7 @@ def add_skills(
     *,
     skills: int | None = None,
 ) -> dict[str, SkillLinear]:
-    """Give each Linear S skills of its rank R, scaled by alpha / R.
+    """Give each Linear S skills of the rank R that `ranks` has for it, scaled by alpha / R.
 
     The Linears are changed in place. skills: S, if it is not config.skills; a plain LoRA is one
     skill of rank S R.
@@ -437,7 +438,7 @@ def add_skills(
 
 
 class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
-    """Own the adapted Linears and set their mixing weights.
+    """Hold the adapted Linears and set their mixing weights.
 
     This is the base class of all adapter methods. A method overrides `route`, which computes the
     weights. Only one of routed, disabled, folded, merge and detach can be active at a time.
@@ -488,11 +489,11 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         *,
         generator: Generator | None = None,
     ) -> None:
-        """Start the sample router from training sources. Call this once, before training.
+        """Initialise the sample router from training sources. Call it once, before training.
 
         embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
         padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
-        sources, and if an embedding is not finite.
+        sources (2 with router_init "normal"), and if an embedding is not finite.
         """
         if self.router is None:
             return
@@ -526,11 +527,11 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     ) -> Iterator[Routing]:
         """Route one batch: inside, every adapted Linear has its weights c.
 
-        Keep it open until after backward, because gradient checkpointing runs the blocks again.
+        Keep it open until after backward: gradient checkpointing runs the blocks again there.
         For generation, keep it open until the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
-        PyTorch's key_padding_mask). beams: how many consecutive rows each sample has.
+        PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
         Options: w (K,) or (B,K) to use instead of the router; task_ids (B,) for methods that need
         them; noise u (B,N,K,S) in [0,1) and drop (B,), true where router_dropout sets w = 1/K.
         Noise and drop are drawn here in training if they are not given.
@@ -562,7 +563,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @contextmanager
     def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
-        """Inside, the skills of ONE routing are added to the weights: as fast as the base.
+        """Inside, the skills of ONE routing are part of the weights: as fast as the base.
 
         The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
         embeddings=(1,L,D) and mask=, or task_ids=(1,). Raise ValueError for several samples, and
@@ -581,7 +582,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                         linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **routing: Tensor | None) -> None:
-        """Fold for good, so that the model runs without this file. Tied weights become separate."""
+        """Fold for good; the model then runs without this class. Tied weights become separate."""
         with self._exclusive("merge()"):
             for linear, weight in self._folded_weights(w, routing).items():
                 linear.weight = weight
@@ -606,7 +607,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return ""
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the samples at the positions `rows` (B',). `generate` calls it."""
+        """Keep only the samples at positions `rows` (B',). For `generate`, as samples finish."""
         if self._active in ("folded()", "disabled()") or self.routing().shared:
             return  # all samples are alike
         for linear in self.linears.values():
@@ -639,8 +640,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
         """Return all that training changes: router, Z and, under their Linears' names, the skills.
 
-        torch gives a destination when it collects the state of the whole model. The skills are
-        already in it then.
+        torch passes a destination when it collects the state of the whole model. Then the Linears
+        themselves put the skills in.
         """
         state = super().state_dict(
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
@@ -679,7 +680,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @contextmanager
     def _exclusive(self, method: str) -> Iterator[None]:
-        """Mark `method` as active. Raise RuntimeError if another one is, or the skills are gone."""
+        """Mark `method` as active. Raise RuntimeError if another is, or nothing is left."""
         with self._lock:
             if self._active:
                 raise RuntimeError(
@@ -800,7 +801,7 @@ class OrchMoE(Adapters):
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
         """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
 
-        The noise makes it a relaxed Bernoulli variable (Maddison et al. 2017), temperature 1.
+        With noise sigmoid(Z) is a relaxed Bernoulli variable (Maddison et al. 2017), temperature 1.
         """
         Z = self.Z.unsqueeze(0)
         if noise is not None:
@@ -847,7 +848,7 @@ class OrchMoE(Adapters):
         return noise
 
     def _drop_routing(self, w: Tensor, drop: Tensor | None) -> Tensor:
-        """Set w = 1/K where drop (B,) is true, so that the skills also work with the mean w."""
+        """Set w = 1/K where drop (B,) is true, so that the skills also work with a uniform w."""
         if not self.training or self.router_dropout == 0:
             return w
         if drop is None:
@@ -875,8 +876,8 @@ def attach(
     The Linears are those named in config.targets. Their inputs must be batch-first. To
     train a head of your own as well, call its requires_grad_() afterwards.
 
-    mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings that `routed`
-    gets, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
+    mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings given to
+    `routed`, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
     if a target does not exist or cannot have skills.
     """
     linears = target_linears(module, config.targets)

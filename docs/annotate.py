@@ -203,8 +203,8 @@ code. On the left is what each block does, its equation, and who says so:
 <span class="grade secondary">secondary</span> in summaries of the paper,
 <span class="grade inferred">inferred</span> from the papers that it builds on, or
 <span class="grade chosen">chosen</span> by us, because the full text was not available. Blocks
-without a colour are plain engineering.</p>
-<p>The numbers are those of one sample in a finished run of <code>python train.py</code>. At the end
+without a label are engineering, or follow from labelled ones.</p>
+<p>The numbers in the notes are those of one sample after a full run of <code>python train.py</code>. At the end
 of the page is <a href="#explore">an explorer</a>: choose a sample, move the weights of the abstract
 tasks, and see what changes.</p>
 """
@@ -250,8 +250,8 @@ def page() -> str:
             f'<div class="code"><pre>{text}</pre></div></div>'
         )
     explained = (
-        f"<p>{len(explored['samples'])} samples of the run of the default command, "
-        f"{explored['steps']} steps. What does the routing do, and where does it do nothing? "
+        f"<p>{len(explored['samples'])} samples of a run of the default command "
+        f"({explored['steps']} steps). Where does the routing matter, and where does it not? "
         "Compare the loss with the sample's own w and with w = 1/K, on seen and unseen tasks.</p>"
     )
     return (

@@ -22,19 +22,24 @@ class Note(NamedTuple):
 NOTES = {
     "module": Note(
         text=(
-            "The eight equations are the whole method. The colours at the left say for each "
-            "part who says so: the full text of the paper was not available to us."
+            "The eight equations are the whole method. The coloured labels in the notes give "
+            "the source of each part, because the full text of the paper was not available to "
+            "us. The only loss is that of the language model: there is no balancing loss."
         ),
         grade="stated",
-        source=("the abstract states the two modules, that no task ids are used, and the data set"),
+        source=(
+            "the abstract states the two modules and that no task ids are used, and names the "
+            "data set"
+        ),
     ),
     "imports": Note(
         text=("Only torch and the standard library, so that this one file can be copied."),
     ),
     "OrchMoEConfig": Note(
         text=(
-            "K, S, R, the adapted Linears and all defaults are chosen: no source that we "
-            "could read gives numbers."
+            "We chose K, S, R, the adapted Linears and all other defaults: no source that we "
+            "could read gives them. A target is the last part of a Linear's name, such as "
+            "q_proj in transformers' Llama."
         ),
         grade="chosen",
     ),
@@ -43,24 +48,27 @@ NOTES = {
         test="test_a_config_with_an_impossible_value_is_refused",
     ),
     "Routing": Note(
-        text=("A token router computes c inside each Linear, so w and c are None there."),
+        text=("With a token router each Linear computes its own w and c, so both are None here."),
     ),
     "TaskRouter": Note(
-        text=(
-            "The paper's Automatic Task Classification module. One router serves the whole model."
-        ),
+        text="This is the paper's Automatic Task Classification module.",
         grade="inferred",
-        source=("one router for the model, on the source; the other reading is --router token"),
+        source=(
+            "one router for the whole model, which reads the source; a router in each Linear, "
+            'which reads its tokens, is the other reading: router="token"'
+        ),
     ),
     "TaskRouter.__init__": Note(
-        text="w = W_task x_hat + b needs K (D + 1) parameters, and no others.",
+        text="The router trains K (D + 1) parameters, W_task and b, and no others.",
         test="test_the_initial_bias_gives_uniform_w_for_zero_x_hat",
     ),
     "TaskRouter.summarise": Note(
         text=(
-            "Nothing is learned here. After rmsnorm a token's product with itself is D, far "
-            "above that with other tokens. So a token attends to itself and its repetitions, "
-            "X_hat is nearly 2 X, and standardising undoes the factor."
+            "Nothing is learned here. After rmsnorm the product of a token with itself is D, "
+            "far above its products with other tokens. So a token attends almost only to "
+            "itself and its repetitions, and X_hat is nearly 2 X. Standardising removes the "
+            "factor 2: the attention changes almost nothing. In a decoder the mask must cover "
+            "the prompt alone, or the router would see the answer."
         ),
         equation="X^hat = softmax(X X^T / sqrt(D)) X + X ;; x^hat = mean_L X^hat",
         grade="secondary",
@@ -70,14 +78,17 @@ NOTES = {
         test="test_w_is_the_formula_in_numpy",
     ),
     "TaskRouter.forward": Note(
-        text="Routing is per sample, soft, and normalised by a softmax.",
-        equation="w = softmax(W_task (x^hat - μ) / σ + b)",
+        text="Without `fit`, mu = 0 and sd = 1, and w is nearly uniform.",
+        equation="w = softmax(W_task (x^hat - μ) / sd + b)",
         grade="secondary",
-        source=("w(X) = W_Task X_hat + Bias; the softmax is inferred, the standardising is chosen"),
+        source=("w = W_task x_hat + b; the softmax is inferred, the standardising is chosen"),
         test="test_w_is_the_formula_in_numpy",
     ),
     "TaskRouter.fit": Note(
-        text="With normal initial values w would hardly depend on the sample.",
+        text=(
+            "C are the centres, λ is the scale, and H is the mean entropy over the sources. A "
+            "one-hot w would have the entropy 0, a uniform w ln(K)."
+        ),
         equation="H(softmax(λ C x^hat)) = ln(K) / 3",
         grade="chosen",
         test="test_the_kmeans_start_tells_clusters_apart_without_labels",
@@ -87,13 +98,13 @@ NOTES = {
         test="test_a_source_of_another_shape_is_refused_with_the_given_shape",
     ),
     "masked_mean": Note(
-        text="The mean over real tokens only.",
+        text="Padding must not change the mean.",
         equation="x^hat = sum_l m_l X^hat_l / sum_l m_l",
         test="test_junk_in_the_padding_changes_nothing",
     ),
     "spherical_kmeans": Note(
         text=("It finds the abstract tasks: clusters of training sources, without labels."),
-        equation="C_k = normalise(sum_i x_i)",
+        equation="C_k = normalise(sum_i x_i) ;; i : x_i nearest C_k",
         grade="chosen",
         test="test_kmeans_centres_are_those_of_the_clusters",
     ),
@@ -103,18 +114,18 @@ NOTES = {
     ),
     "mix_skills": Note(
         text=(
-            "This is the specification. kernels.mix_skills computes the same faster, and "
-            "tests compare the outputs and all gradients of both."
+            "This is the specification. kernels.mix_skills computes the same faster; tests "
+            "compare the outputs and all gradients of both."
         ),
         equation="y = W_0 x + α / R sum_s c_s B_s A_s x",
         grade="secondary",
-        source="Eq. 3 as summarised: outputs are mixed, not factors",
+        source=("the paper's Eq. 3, as summaries give it: outputs are mixed, not factors"),
         test="test_mix_skills_equals_its_slow_twin",
     ),
     "SkillLinear": Note(
         text=(
-            "Changing the class keeps the object: a saved reference, a hook or a name still "
-            "finds it."
+            "Only the class changes and the object stays, so saved references, hooks and "
+            "names stay valid."
         ),
         test="test_attach_keeps_the_module_the_weight_and_the_class",
     ),
@@ -127,15 +138,18 @@ NOTES = {
         test="test_linear_is_the_equation_written_out",
     ),
     "SkillLinear.skill_c": Note(
-        text="Only a token router computes here: w of each token times Zhat.",
+        text=(
+            "The sample router has computed c already, in `route`. Only with a token router "
+            "is c computed here: w of each token, times Zhat."
+        ),
         equation="c = w Z^hat",
         grade="inferred",
         test="test_token_router_with_identity_allocation_is_moe_lora",
     ),
     "SkillLinear._base_trains": Note(
         text=(
-            "With --method full, or a Linear of your own that trains, W0 needs a gradient, "
-            "which the fused function does not compute."
+            "If W0 trains, because you unfroze it after attach, it needs a gradient, which "
+            "kernels.mix_skills does not compute."
         ),
         test="test_a_weight_that_trains_gets_its_gradient",
     ),
@@ -155,7 +169,11 @@ NOTES = {
         test="test_under_autocast_routing_stays_float32",
     ),
     "add_skills": Note(
-        text="The scale rule makes c = 1/S exactly one LoRA of rank S R.",
+        text=(
+            "alpha is the same for all methods. So a plain LoRA of rank S R has the scale "
+            "alpha / (S R), which is 1/S times the scale of a skill: with c = 1/S the skills "
+            "are exactly this LoRA."
+        ),
         equation="A ~ U(-1 / sqrt(D), 1 / sqrt(D)) ;; B = 0",
         grade="inferred",
         source="as LoRA starts (Hu et al. 2021); the scale rule is chosen",
@@ -173,14 +191,14 @@ NOTES = {
     "Adapters.module": Note(),
     "Adapters.route": Note(),
     "Adapters.fit_router": Note(
-        text="One pass over some hundred training sources.",
+        text="One pass over a few hundred training sources is enough.",
         grade="chosen",
         test="test_too_few_sources_are_refused",
     ),
     "Adapters.routed": Note(
         text=(
-            "A context and not an argument of forward, because the model between is not ours: "
-            "it passes nothing on to its Linears."
+            "It is a context and not an argument of forward, because the model's own code "
+            "would not pass such an argument on to its Linears."
         ),
         test="test_gradient_checkpointing_changes_nothing",
     ),
@@ -199,6 +217,10 @@ NOTES = {
         test="test_detach_restores_the_module",
     ),
     "Adapters.unfoldable": Note(
+        text=(
+            "The reasons are noise in training, a token router, and a Linear that computes "
+            "more than a product with a plain weight."
+        ),
         test="test_a_routing_that_no_single_weight_has_is_refused",
     ),
     "Adapters.keep": Note(
@@ -206,7 +228,10 @@ NOTES = {
     ),
     "Adapters.routing": Note(),
     "Adapters.parameter_groups": Note(
-        text=("The router reads standardised features and needs a rate some hundred times lower."),
+        text=(
+            "The router reads standardised features and needs a rate about a hundred times "
+            "lower than the skills."
+        ),
         grade="chosen",
     ),
     "Adapters.state_dict": Note(
@@ -223,7 +248,7 @@ NOTES = {
         test="test_a_fold_of_a_bfloat16_base_is_rounded_once",
     ),
     "Adapters._remove_skills": Note(
-        text="merge and detach end with it.",
+        text="This is the last step of merge and of detach.",
     ),
     "Adapters._warn_unvisited": Note(
         test="test_linears_that_are_never_called_are_reported_once",
@@ -231,23 +256,27 @@ NOTES = {
     "Adapters._apply": Note(),
     "Adapters.__getstate__": Note(
         text=(
-            "Inside disabled and folded the Linears have other classes, so a copy would have "
-            "lost its skills."
+            "Inside disabled and folded the Linears have their base classes, so a copy would "
+            "lose its skills."
         ),
     ),
     "OrchMoE": Note(
         text="The paper's Task-Skill Allocation module, together with the router.",
         grade="secondary",
-        source=("a learnable task-skill allocation matrix; one for each Linear is inferred"),
+        source=(
+            "a learnable task-skill allocation matrix; that each Linear has its own is inferred"
+        ),
     ),
     "OrchMoE.__init__": Note(
-        text=("Z starts wide, so that the abstract tasks begin with different skills."),
-        equation="Z ~ N(0, 3)",
+        text=(
+            "Z starts with a large spread, so that the abstract tasks begin with different skills."
+        ),
+        equation="Z ~ N(0, 9)",
         grade="chosen",
         test="test_Z_starts_with_the_given_standard_deviation",
     ),
     "OrchMoE.allocation_weights": Note(
-        text=("Each row of Zhat sums to 1: an abstract task shares itself out over the skills."),
+        text=("Each row of Zhat sums to 1: an abstract task divides its weight among the skills."),
         equation="Z^hat_ks = sigmoid(Z_ks) / sum_j sigmoid(Z_kj)",
         grade="inferred",
         source="as in Poly (Ponti et al. 2023)",
@@ -255,12 +284,15 @@ NOTES = {
     ),
     "OrchMoE.route": Note(
         text=(
-            "All Linears at once. w does not depend on the Linear, Zhat does not depend on "
-            "the sample."
+            "All Linears at once. w does not depend on the Linear. Zhat does not depend on "
+            "the sample, except with noise."
         ),
         equation="c_ns = sum_k w_k Z^hat_nks",
         grade="inferred",
-        source="from Eq. 3 as summarised, with skills that all abstract tasks share",
+        source=(
+            "from the paper's Eq. 3, as summaries give it; all abstract tasks share the "
+            "skills of a Linear"
+        ),
         test="test_one_hot_w_is_poly_with_mixed_outputs",
     ),
     "OrchMoE._noise": Note(
@@ -273,7 +305,7 @@ NOTES = {
         test="test_dropped_samples_have_exactly_the_mean_routing",
     ),
     "embedding_width": Note(
-        text="It decides D of the router.",
+        text="This is the D of the router, unless `width` is given.",
         test="test_the_width_can_be_given",
     ),
     "attach": Note(
@@ -284,7 +316,9 @@ NOTES = {
         test="test_a_linear_in_two_places_is_adapted_once",
     ),
     "_require_skills_possible": Note(
-        text="These Linears would be adapted in vain: their owner never calls them.",
+        text=(
+            "It refuses Linears whose skills would never run, and Linears that have no shape yet."
+        ),
         test="test_attach_refuses_what_it_cannot_adapt",
     ),
 }

@@ -134,7 +134,7 @@ def walk(base: Backbone, adapters: OrchMoE, example: data.Example) -> dict[str, 
     return {
         "TaskRouter.summarise": [
             f"sample {example.id}: L = {L}, D = {D}",
-            f"weight of a token in P on itself and its repetitions: {on_same_token:.4f}",
+            f"mean attention of a token to itself and its repetitions: {on_same_token:.4f}",
             f"x_hat = [{numbers(x_hat[0, :4])}, ...]",
         ],
         "TaskRouter.forward": [
