@@ -20,6 +20,7 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
+import runtime
 from docs.notes import NOTES, Note
 from experiments import explorer
 
@@ -201,12 +202,12 @@ INTRO = """
 code. On the left is what each block does, its equation, and who says so:
 <span class="grade stated">stated</span> in the paper's abstract,
 <span class="grade secondary">secondary</span> in summaries of the paper,
-<span class="grade inferred">inferred</span> from the papers that it builds on, or
+<span class="grade inferred">inferred</span> from papers that OrchMoE builds on, or
 <span class="grade chosen">chosen</span> by us, because the full text was not available. Blocks
 without a label are engineering, or follow from labelled ones.</p>
-<p>The numbers in the notes are those of one sample after a full run of <code>python train.py</code>. At the end
-of the page is <a href="#explore">an explorer</a>: choose a sample, move the weights of the abstract
-tasks, and see what changes.</p>
+<p>The numbers in the blue boxes are those of one sample after a full run of
+<code>python train.py</code>. At the end of the page is <a href="#explore">an explorer</a>: choose a
+sample, move the weights of the abstract tasks, and see what changes.</p>
 """
 
 
@@ -267,7 +268,7 @@ def page() -> str:
 
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
-        explorer.save(sys.argv[2], NUMBERS)
+        runtime.write_json(NUMBERS, explorer.collect(sys.argv[2]))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
 

@@ -22,14 +22,10 @@ class Note(NamedTuple):
 NOTES = {
     "module": Note(
         text=(
-            "The eight equations are the whole method. The coloured labels in the notes give "
-            "the source of each part, because the full text of the paper was not available to "
-            "us. The only loss is that of the language model: there is no balancing loss."
-        ),
-        grade="stated",
-        source=(
-            "the abstract states the two modules and that no task ids are used, and names the "
-            "data set"
+            "The eight equations at the right are this implementation; the abstract contains "
+            "none of them. The coloured labels in this column say who says each part, because "
+            "the full text of the paper was not available to us. The only loss is that of the "
+            "language model: there is no balancing loss."
         ),
     ),
     "imports": Note(
@@ -44,14 +40,14 @@ NOTES = {
         grade="chosen",
     ),
     "OrchMoEConfig.__post_init__": Note(
-        text="Mistakes are found here and not after hours of training.",
+        text="Impossible values are refused here, not after hours of training.",
         test="test_a_config_with_an_impossible_value_is_refused",
     ),
     "Routing": Note(
         text=("With a token router each Linear computes its own w and c, so both are None here."),
     ),
     "TaskRouter": Note(
-        text="This is the paper's Automatic Task Classification module.",
+        text=("Our version of what the abstract calls the Automatic Task Classification module."),
         grade="inferred",
         source=(
             "one router for the whole model, which reads the source; a router in each Linear, "
@@ -87,7 +83,8 @@ NOTES = {
     "TaskRouter.fit": Note(
         text=(
             "C are the centres, λ is the scale, and H is the mean entropy over the sources. A "
-            "one-hot w would have the entropy 0, a uniform w ln(K)."
+            "one-hot w would have the entropy 0, a uniform w ln(K). If W_task started with "
+            "small normal values, w would at first hardly depend on the sample."
         ),
         equation="H(softmax(λ C x^hat)) = ln(K) / 3",
         grade="chosen",
@@ -100,11 +97,16 @@ NOTES = {
     "masked_mean": Note(
         text="Padding must not change the mean.",
         equation="x^hat = sum_l m_l X^hat_l / sum_l m_l",
+        grade="chosen",
         test="test_junk_in_the_padding_changes_nothing",
     ),
     "spherical_kmeans": Note(
-        text=("It finds the abstract tasks: clusters of training sources, without labels."),
-        equation="C_k = normalise(sum_i x_i) ;; i : x_i nearest C_k",
+        text=(
+            "Here i runs over the sources that are nearest to centre k. This finds the "
+            "abstract tasks with which training starts: clusters of training sources, without "
+            "labels."
+        ),
+        equation="C_k = normalise(sum_i x_i)",
         grade="chosen",
         test="test_kmeans_centres_are_those_of_the_clusters",
     ),
@@ -134,7 +136,7 @@ NOTES = {
         text="Where the base is a plain Linear, one function computes both parts.",
         equation="y = W_0 x + α / R sum_s c_s B_s A_s x",
         grade="secondary",
-        source="skills are LoRA modules, outputs are mixed",
+        source="skills are LoRA modules, outputs are mixed; the scale rule is chosen",
         test="test_linear_is_the_equation_written_out",
     ),
     "SkillLinear.skill_c": Note(
@@ -172,11 +174,12 @@ NOTES = {
         text=(
             "alpha is the same for all methods. So a plain LoRA of rank S R has the scale "
             "alpha / (S R), which is 1/S times the scale of a skill: with c = 1/S the skills "
-            "are exactly this LoRA."
+            "are exactly this LoRA. B = 0, so before training the adapted model computes what "
+            "the base computes."
         ),
         equation="A ~ U(-1 / sqrt(D), 1 / sqrt(D)) ;; B = 0",
         grade="inferred",
-        source="as LoRA starts (Hu et al. 2021); the scale rule is chosen",
+        source="A and B start as in LoRA (Hu et al. 2021); the scale rule is chosen",
         test="test_equal_weights_are_the_matched_lora",
     ),
     "Adapters": Note(
@@ -261,7 +264,10 @@ NOTES = {
         ),
     ),
     "OrchMoE": Note(
-        text="The paper's Task-Skill Allocation module, together with the router.",
+        text=(
+            "Our version of what the abstract calls the Task-Skill Allocation module. This "
+            "class also holds the router."
+        ),
         grade="secondary",
         source=(
             "a learnable task-skill allocation matrix; that each Linear has its own is inferred"
@@ -290,8 +296,8 @@ NOTES = {
         equation="c_ns = sum_k w_k Z^hat_nks",
         grade="inferred",
         source=(
-            "from the paper's Eq. 3, as summaries give it; all abstract tasks share the "
-            "skills of a Linear"
+            "from the paper's Eq. 3, as summaries give it; that all abstract tasks share one "
+            "set of skills is our reading"
         ),
         test="test_one_hot_w_is_poly_with_mixed_outputs",
     ),

@@ -1,9 +1,11 @@
-"""What the cells of experiments/report.py say: curves of unseen against seen loss, compared where both are,
-with intervals over tasks and seeds; tables and a figure. Test: `pytest tests/experiments/test_report.py`"""
+"""The tables of experiments/report.py: curves of unseen against seen loss, and what stands beside.
 
-from __future__ import annotations
+Scale moves a method along a curve. Two curves are compared in the lowest loss on the one kind of
+tasks that each reaches at no more than some loss on the other kind.
 
-import hashlib
+Letters: P points of a curve, T tasks.  Test: pytest tests/experiments/test_report.py
+"""
+
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,265 +14,420 @@ import numpy as np
 
 import runtime
 from experiments import plot
-from experiments.compare import UNTRAINED
-from experiments.tables import METRICS, interval, table, tuning_table
+from experiments.study import UNTRAINED, Row
+from experiments.tables import (
+    METRICS,
+    Difference,
+    by_seed,
+    by_task,
+    interval,
+    signed,
+    table,
+    tuning_table,
+)
 
-Curve = dict[float, dict[int, dict[str, Any]]]  # {scale: {seed: cell}}
-# The method of each row; all are of one total size, that of the dearest routing.
-ROWS: dict[str, dict[str, Any]] = {
-    "orchmoe": {"method": "orchmoe"}, "token router": {"method": "orchmoe", "router": "token"},
-    "lora": {"method": "lora"}, "moe-lora": {"method": "moe-lora"}, "poly": {"method": "poly"},
-}  # fmt: skip
-SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha, in ranks
-EDGE = (0.25,)  # of the first seed alone: does less help yet?
-PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}  # of stages that answer, too
+# All of one total size, which is that of the dearest routing.
+ROWS = {
+    "orchmoe": Row(),
+    "token router": Row({"router": "token"}),
+    "lora": Row({"method": "lora"}),
+    "moe-lora": Row({"method": "moe-lora"}),
+    "poly": Row({"method": "poly"}),
+}
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha divided by the rank
+EDGE = (0.25,)  # with the first seed alone: does less help?
+# Stages that answer. Two examples in the prompt make it longer.
+PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}
 
-
-def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
-    """The unseen tasks in two, each by its own name, whatever others there are: what concerns generalisation
-    is chosen on the one, and shown on the other."""
-    found: dict[str, list[str]] = {"unseen-dev": [], "unseen-test": []}
-    for task in sorted(tasks):
-        found[tuple(found)[hashlib.sha256(task.encode()).digest()[0] % 2]].append(task)
-    return found
-
-
-def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name below the folder: cell} of all finished cells. ValueError names a file that is none."""
-    cells = {path: runtime.read_json(path) for path in sorted(folder.glob("*/*.json"))}
-    for path, cell in cells.items():
-        needed = {"settings", "dev_loss"} if path.parent.name == "tune" else {"settings", "seen", "unseen"}
-        if needed - cell.keys():
-            raise ValueError(f"{path}: no finished cell; delete it, and make it anew by its --stage")
-    return {str(path.relative_to(folder).with_suffix("")): cell for path, cell in cells.items()}
+Cells = dict[str, dict[str, Any]]  # by name
+Group = dict[int, dict[str, Any]]  # cells by seed
+Curve = dict[float, Group]  # by scale
 
 
-def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
-    """(T,) losses, or another metric, NaN where there is none: of seen tasks, or of a half of the unseen."""
-    scores = cell[which.partition("-")[0]]["tasks"]
-    names = {"seen": sorted(scores), **halves(scores)}[which]
-    return np.array([scores[task].get(metric, np.nan) for task in names])
+# ------------------------------------------------------------------------------ cells and curves
 
 
-def curves(cells: dict[str, dict[str, Any]]) -> dict[str, Curve]:
-    """{row: curve} of the stage `methods`."""
+def read_cells(folder: Path) -> Cells:
+    """Return all finished cells by stage/name. Raise ValueError for a file that is no cell."""
+    cells = {}
+    for path in sorted(folder.glob("*/*.json")):
+        cell = runtime.read_json(path)
+        needed = {"settings", "dev_loss"} if path.parent.name == "tune" else {"seen", "unseen"}
+        if not needed | {"settings"} <= cell.keys():
+            raise ValueError(f"{path}: no finished cell; delete it and make it again")
+        cells[f"{path.parent.name}/{path.stem}"] = cell
+    return cells
+
+
+def curves(cells: Cells) -> dict[str, Curve]:
+    """Return the curve of each row, from the cells of the stage methods."""
     found: dict[str, Curve] = {}
     for name, cell in cells.items():
         if name.startswith("methods/"):
-            row, rank, alpha, seed = (cell["settings"][name] for name in ("row", "rank", "alpha", "seed"))
-            found.setdefault(row, {}).setdefault(alpha / rank, {})[seed] = cell
+            settings = cell["settings"]
+            curve = found.setdefault(settings["row"], {})
+            group = curve.setdefault(settings["alpha"] / settings["rank"], {})
+            group[settings["seed"]] = cell
     return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
 
 
-def best_scales(cells: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """{row: scale} of the rows that have all scales: the least of dev loss and loss on the half of the unseen
-    tasks to choose by, summed, over the seeds that all scales have."""
-    found = {row: complete(curve) for row, curve in curves(cells).items()}
-    return {row: min(curve, key=lambda scale: np.mean(
-        [cell["dev_loss"] + by_task(cell, "unseen-dev").mean()
-         for cell in map(curve[scale].get, common(curve))]))
-            for row, curve in found.items() if curve.keys() >= set(SCALES)}
-
-
 def common(*curves: Curve) -> list[int]:
-    """The seeds that every point of them has."""
-    return sorted(set.intersection(*(set(group) for curve in curves for group in curve.values())))
-
-
-def listed(seeds: Iterable[int]) -> str:
-    return str(sorted(seeds))[1:-1]
+    """Return the seeds that every point of the curves has."""
+    seeds = []
+    for curve in curves:
+        seeds += [set(group) for group in curve.values()]
+    return sorted(set.intersection(*seeds))
 
 
 def complete(curve: Curve) -> Curve:
-    """The points that share seeds, as many cells as can be, or else as many points: a scale that is half made
-    takes no seeds away."""
-    parts = [{scale: group for scale, group in curve.items() if seeds <= set(group)}
-             for seeds in map(set, curve.values())]
+    """Return the points that share seeds: as many cells as possible, then as many points.
+
+    So a scale that is half made takes no seeds away.
+    """
+    parts = []
+    for seeds in map(set, curve.values()):
+        parts.append({scale: group for scale, group in curve.items() if seeds <= set(group)})
     return max(parts, key=lambda part: (len(part) * len(common(part)), len(part)))
 
 
-def losses(group: dict[int, dict], seeds: Sequence[int], which: str, metric: str = "loss") -> np.ndarray:
-    """(T, seeds) of one point."""
-    return np.stack([by_task(group[seed], which, metric) for seed in seeds], 1)
+def best_scales(cells: Cells) -> dict[str, float]:
+    """Return the best scale of each row that has all scales.
+
+    It has the lowest sum of the losses on dev and on unseen-dev, over the seeds that all have.
+    """
+    best = {}
+    for row, curve in curves(cells).items():
+        curve = complete(curve)
+        if not set(SCALES) <= curve.keys():
+            continue
+        losses = {}
+        for scale, group in curve.items():
+            chosen = [group[seed] for seed in common(curve)]
+            of_seeds = [cell["dev_loss"] + by_task(cell, "unseen-dev").mean() for cell in chosen]
+            losses[scale] = np.mean(of_seeds)
+        best[row] = min(losses, key=losses.get)
+    return best
 
 
-def stacked(points: Iterable[dict[int, dict]], seeds: Sequence[int], which: str) -> np.ndarray:
-    """(points, T, seeds)."""
-    return np.stack([losses(group, seeds, which) for group in points])
+def losses_of(groups: Iterable[Group], seeds: Sequence[int], which: str) -> np.ndarray:
+    """Return the losses (P,T,seeds) of points."""
+    losses = []
+    for group in groups:
+        losses.append(by_seed([group[seed] for seed in seeds], which))
+    return np.stack(losses)
 
 
-def reading(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """The lowest y of the curve through (x, y), straight from scale to scale, where x is no more than `at`;
-    NaN where it is nowhere."""
+# --------------------------------------------------------------------------- curve against curve
+
+
+def reading(x: np.ndarray, y: np.ndarray, limit: float) -> float:
+    """Return the lowest y of the curve through the points (x, y) where x is at most `limit`.
+
+    The curve is straight between its points. Return NaN if x is larger everywhere.
+    """
     steps = np.diff(x)
-    ways = (at - x[:-1]) / np.where(steps, steps, 1)
-    crossings = (y[:-1] + ways * np.diff(y))[(ways >= 0) & (ways <= 1)]
-    return min((*y[x <= at], *crossings), default=np.nan)
+    shares = (limit - x[:-1]) / np.where(steps == 0, 1, steps)
+    crossings = y[:-1] + shares * np.diff(y)
+    crossings = crossings[(shares >= 0) & (shares <= 1)]
+    return min([*y[x <= limit], *crossings], default=np.nan)
 
 
-def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> tuple[float, float, float] | None:
-    """read(*means) -> (seeds,) differences, of the mean losses (points, seeds) over each set of tasks, whose
-    losses are (points, T, seeds); its mean, and its interval over the tasks of all sets and over the seeds,
-    each task's part in it by what is read without it (Tukey 1958). None where it cannot be read."""
-    means, halves = [each.mean(1) for each in sets], []
-    whole = read(*means)
-    for i, each in enumerate(sets):
-        T = each.shape[1]
-        without = (T * means[i][:, None] - each) / (T - 1)
-        parts = np.stack([T * whole - (T - 1) * read(*means[:i], without[:, t], *means[i + 1:])
-                          for t in range(T)])  # (T, seeds)
+def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> Difference | None:
+    """Return the mean of read(*means) and its 95 % interval over tasks of both sets and seeds.
+
+    sets: two sets of losses (P,T,seeds). means: their means over the tasks, (P,seeds).
+    read: returns one difference for each seed. The part of a task is what is read without it
+    (Tukey 1958). Return None if it cannot be read.
+    """
+    means = [losses.mean(axis=1) for losses in sets]
+    whole = read(*means)  # (seeds,)
+    halves = []
+    for number, losses in enumerate(sets):
+        T = losses.shape[1]
+        parts = []
+        for t in range(T):
+            without = list(means)
+            without[number] = (T * means[number] - losses[:, t]) / (T - 1)
+            parts.append(T * whole - (T - 1) * read(*without))
+        parts = np.stack(parts)  # (T,seeds)
         if np.isnan(parts).any():
             return None
-        parts += whole - parts.mean(0)  # at a kink of what is read the mean of the parts is far from it
-        _, low, high = interval(parts if i == 0 else parts.mean(1, keepdims=True))  # the seeds count once
+        parts += whole - parts.mean(axis=0)  # their mean is far off where `read` has a kink
+        if number > 0:
+            parts = parts.mean(axis=1, keepdims=True)  # the seeds count once
+        _, low, high = interval(parts)
         halves.append((high - low) / 2)
+    mean = whole.mean()
     half = np.hypot(*halves)
-    return float(whole.mean()), float(whole.mean() - half), float(whole.mean() + half)
+    return float(mean), float(mean - half), float(mean + half)
 
 
-def at_most(one: Curve, other: Curve, along: str, across: str) -> tuple[float, float, float] | None:
-    """Difference one - other in the lowest loss `across` that each reaches at no more than one mean loss
-    `along`, with its interval: halfway from where both can be read, in all seeds, to where more of it helps
-    neither."""
-    one, other = complete(one), complete(other)
-    n, seeds = len(one), common(one, other)
+def at_most(one: Curve, other: Curve, along: str, across: str) -> Difference | None:
+    """Return the difference one - other of the lowest loss `across` at no more loss `along`.
+
+    It is read halfway from the first loss `along` that both reach, in all seeds, to the one from
+    which on more helps neither. Return None if the curves share no seed.
+    """
+    one = complete(one)
+    other = complete(other)
+    seeds = common(one, other)
     if not seeds:
         return None
-    sets = [stacked((*one.values(), *other.values()), seeds, which) for which in (across, along)]
-    y, x = (each.mean(1) for each in sets)  # (points, seeds)
-    parts = [(half, s) for half in (slice(0, n), slice(n, None)) for s in range(len(seeds))]
-    # Two points of the curves, and not two losses: without a task all losses move, and these with them.
-    least, most = (max(((half.start + of[half, s].argmin(), s) for half, s in parts), key=x.__getitem__)
-                   for of in (x, y))
+    groups = [*one.values(), *other.values()]
+    sets = [losses_of(groups, seeds, which) for which in (across, along)]
+    y, x = (losses.mean(axis=1) for losses in sets)  # (P,seeds)
 
-    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        at = max((x[least] + x[most]) / 2, *(x[part].min() for part in parts))
-        found = [reading(x[part], y[part], at) for part in parts]
-        return np.subtract(found[:len(seeds)], found[len(seeds):])
+    # The curve of each seed as an index: first all of `one`, then all of `other`.
+    parts = []
+    for points in (slice(0, len(one)), slice(len(one), None)):
+        parts += [(points, s) for s in range(len(seeds))]
+
+    def end(values):
+        """Return the lowest points of all curves: of these, the one with the largest x."""
+        lowest = [(points.start + values[points, s].argmin(), s) for points, s in parts]
+        return max(lowest, key=lambda point: x[point])
+
+    # These are points, not losses: without a task all losses move, and these with them.
+    first = end(x)
+    last = end(y)
+
+    def read(y, x):
+        limit = max((x[first] + x[last]) / 2, *(x[part].min() for part in parts))
+        found = [reading(x[part], y[part], limit) for part in parts]
+        return np.subtract(found[: len(seeds)], found[len(seeds) :])
 
     return jackknife(read, *sets)
 
 
-def above(point: dict[int, dict], curve: Curve, across: str) -> tuple[float, float, float] | None:
-    """The same of a point and a curve, at the point's own seen loss."""
-    def read(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        return np.array([y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))])
-
+def above(point: Group, curve: Curve, across: str) -> Difference | None:
+    """Return the difference of a point from a curve at the point's own seen loss."""
     curve = complete(curve)
     seeds = common({0: point}, curve)
-    points = point, *curve.values()
-    return jackknife(read, *(stacked(points, seeds, which) for which in (across, "seen"))) if seeds else None
+    if not seeds:
+        return None
+
+    def read(y, x):
+        found = [y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))]
+        return np.array(found)
+
+    groups = [point, *curve.values()]
+    return jackknife(read, *(losses_of(groups, seeds, which) for which in (across, "seen")))
 
 
 def figure(found: dict[str, Curve], path: Path) -> Path:
-    """Seen against unseen loss, a curve for each row over the scales that all its seeds have. The bars are
-    intervals, over tasks and the seeds that both have, of the difference from the first row's first scale,
-    whose own are nothing."""
+    """Draw seen against unseen loss, a curve for each row over the scales that all its seeds have.
+
+    The bars are 95 % intervals of the difference from the first scale of the first row.
+    """
     found = {row: complete(curve) for row, curve in found.items()}
-    row, scale = next((row, scale) for row, curve in found.items() for scale in curve)
-    reference = found[row][scale]
-    canvas, axes = plot.canvas("Loss on seen and on unseen tasks over the scales; lower left is better",
-                               f"bars: 95 % intervals of the difference from {row} x{scale:g}", 5)
-    for i, (row, curve) in enumerate(found.items()):
-        points, bars = [], []
+    first_row, first_curve = next(iter(found.items()))
+    scale, reference = next(iter(first_curve.items()))
+    canvas, axes = plot.canvas(
+        "Loss on seen and on unseen tasks over the scales; lower left is better",
+        f"bars: 95 % intervals of the difference from {first_row} x{scale:g}",
+        height=5,
+    )
+    for number, (row, curve) in enumerate(found.items()):
+        centres = []  # (P,2)
+        bars = []  # (P,2,2)
         for group in curve.values():
-            seeds, here = common({0: group}, {0: reference}), []
+            seeds = common({0: group}, {0: reference})
             for which in ("seen", "unseen-dev"):
-                mean, low, high = interval(losses(group, seeds, which) - losses(reference, seeds, which))
-                here.append((losses(group, common(curve), which).mean(), mean - low, high - mean))
-            points.append([at for at, *_ in here])
-            bars.append([bar for _, *bar in here])
-        x, y = np.array(points).T
-        errors = np.array(bars)  # (scales, 2, 2)
-        axes.errorbar(x, y, xerr=errors[:, 0].T, yerr=errors[:, 1].T, color=plot.COLOURS[i],
-                      label=f"{row}, seeds: {listed(common(curve))}", marker=plot.MARKERS[i], markersize=5,
-                      linewidth=1.5, elinewidth=0.6)
-        for scale, *at in zip(curve, x, y, strict=True):
-            axes.annotate(f"x{scale:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="seen tasks (nats per target token)", ylabel="unseen tasks, the half to choose by")
+                centres.append(losses_of([group], common(curve), which).mean())
+                pair = losses_of([group, reference], seeds, which)
+                mean, low, high = interval(pair[0] - pair[1])
+                bars.append((mean - low, high - mean))
+        x, y = np.reshape(centres, (-1, 2)).T
+        x_bars, y_bars = np.reshape(bars, (-1, 2, 2)).transpose(1, 2, 0)
+        axes.errorbar(
+            x,
+            y,
+            xerr=x_bars,
+            yerr=y_bars,
+            label=f"{row}, seeds: {listed(common(curve))}",
+            color=plot.COLOURS[number],
+            marker=plot.MARKERS[number],
+            markersize=5,
+            linewidth=1.5,
+            elinewidth=0.6,
+        )
+        for scale, *point in zip(curve, x, y, strict=True):
+            offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(f"x{scale:g}", point, **offset)
+    axes.set(xlabel="seen tasks (nats per target token)")
+    axes.set(ylabel="unseen tasks, the half to choose by")
     axes.legend()
     return plot.save(canvas, path)
 
 
-def text(cells: dict[str, dict[str, Any]], tuning: dict[str, dict], final: bool = False) -> str:
-    """All tables, as Markdown: the tuning, each point of the curves, curve against curve, best scale against
-    best scale, answers, and single changes against the curves. final: also of the unseen tasks that nothing
-    was chosen by; a curve is read at its lowest loss, which is a choice, and so never on these."""
-    which = ["seen", "unseen-dev", *(["unseen-test"] if final else [])]
-    found, best = curves(cells), best_scales(cells)
-    parts, intervals = [tuning_table(tuning)], []
+# ---------------------------------------------------------------------------------------- tables
 
-    def said(difference: tuple[float, float, float] | None) -> str:
-        intervals.append(difference)
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "not to be read"
 
-    def less(first: dict[int, dict], group: dict[int, dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
-        seeds = sorted(group) if group.keys() <= first.keys() and group is not first else []
-        found = [losses(first, seeds, name, metric) - losses(group, seeds, name, metric) if seeds else np.nan
-                 for name in which for metric in metrics]
-        return ["-" if np.isnan(each).any() else said(interval(each)) for each in found]
+def listed(seeds: Iterable[int]) -> str:
+    return ", ".join(str(seed) for seed in sorted(seeds))
 
-    def means(group: Iterable[dict], metrics: Iterable[str] = ("loss",)) -> list[str]:
-        values = [[by_task(cell, name, metric).mean() for cell in group]
-                  for name in which for metric in metrics]
-        return ["-" if np.isnan(of_seeds).any() else f"{np.mean(of_seeds):.3f}"
-                + (f" ({np.std(of_seeds, ddof=1):.3f})" if len(of_seeds) > 1 else "") for of_seeds in values]
 
-    lines = [[row, f"{scale:g}" + ", the best" * (scale == best.get(row)), listed(group),
-              f"{np.mean([cell['dev_loss'] for cell in group.values()]):.3f}", *means(group.values())]
-             for row, curve in found.items() for scale, group in curve.items()]
-    parts.append(table(["row", "scale", "seeds", "dev", *which], lines))
-    ways = [("unseen-dev", "seen"), ("seen", "unseen-dev")]
-    lines = [[row, listed(common(complete(found["orchmoe"]), complete(curve))),
-              *(said(at_most(found["orchmoe"], curve, *way)) for way in ways)]
-             for row, curve in found.items() if row != "orchmoe" and "orchmoe" in found]
-    heads = [f"{across} at no more {along}" for along, across in ways]
-    parts.append(table(["orchmoe - row", "seeds", *heads], lines))
-    chosen = {row: found[row][scale] for row, scale in best.items()}
-    lines = [[row, listed(group), *less(chosen["orchmoe"], group)]
-             for row, group in chosen.items() if row != "orchmoe" and "orchmoe" in chosen]
-    parts.append(table(["orchmoe - row, each at its best scale", "seeds", *which], lines))
-    groups: dict[tuple[str, str], dict[int, dict]] = {}
+class Page:
+    """Tables in Markdown. Counts the intervals that they show.
+
+    columns: (set or half, metric) of the losses, "unseen-test" only in the final tables.
+    """
+
+    def __init__(self, final: bool):
+        self.sets = ["seen", "unseen-dev"] + ["unseen-test"] * final
+        self.parts: list[str] = []
+        self.intervals = 0
+
+    def add(self, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        self.parts.append(table(head, rows))
+
+    def signed(self, difference: Difference | None) -> str:
+        if difference is None:
+            return "not to be read"
+        self.intervals += 1
+        return signed(difference)
+
+    def means(self, group: Group, metrics: Iterable[str] = ("loss",)) -> list[str]:
+        """Return mean and sd over seeds of the means over tasks."""
+        cells = []
+        for which in self.sets:
+            for metric in metrics:
+                values = by_seed(group.values(), which, metric).mean(axis=0)
+                text = f"{values.mean():.3f}"
+                if len(values) > 1:
+                    text += f" ({values.std(ddof=1):.3f})"
+                cells.append("-" if np.isnan(values).any() else text)
+        return cells
+
+    def differences(
+        self, first: Group, group: Group, metrics: Iterable[str] = ("loss",)
+    ) -> list[str]:
+        """Return the differences first - group of the seeds of `group`."""
+        cells = []
+        for which in self.sets:
+            for metric in metrics:
+                text = "-"
+                if group.keys() <= first.keys() and group is not first:
+                    seeds = sorted(group)
+                    one = by_seed([first[seed] for seed in seeds], which, metric)
+                    other = by_seed([group[seed] for seed in seeds], which, metric)
+                    if not np.isnan(one - other).any():
+                        text = self.signed(interval(one - other))
+                cells.append(text)
+        return cells
+
+
+def grouped(cells: Cells, stage: str) -> dict[str, Group]:
+    """Return the cells of a stage by what they are, and by seed."""
+    groups: dict[str, Group] = {}
     for name, cell in cells.items():
-        stage, what = name.split("/")[0], cell["settings"]["row"]
-        what += f", {name.rsplit('-', 2)[1]} tasks" if stage == "sizes" else ""
-        if stage in PROMPTS and what in ROWS:
-            what += f", scale {cell['settings']['alpha'] / cell['settings']['rank']:g}"
-        groups.setdefault((stage, what), {})[cell["settings"]["seed"]] = cell
-    for stage in PROMPTS:
-        of_stage = {what: group for (of, what), group in sorted(groups.items()) if of == stage}
-        heads = [f"{name} {METRICS[metric]}" for name in which for metric in METRICS]
-        lines = [[what, listed(group), *means(group.values(), METRICS)] for what, group in of_stage.items()]
-        parts.append(table([stage, "seeds", *heads], lines))
-        first = of_stage.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
-        pairs = {what: dict.fromkeys(first, group[0]) if what in UNTRAINED else group  # the same of each seed
-                 for what, group in of_stage.items() if first and group is not first}
-        lines = [[what, listed(group), *less(first, group, METRICS)] for what, group in pairs.items()]
-        parts.append(table([f"orchmoe - row, {stage}", "seeds", *heads], lines))
+        if not name.startswith(f"{stage}/"):
+            continue
+        settings = cell["settings"]
+        label = settings["row"]
+        if stage == "sizes":
+            label += f", {name.rsplit('-', 2)[1]} tasks"
+        if stage in PROMPTS and label in ROWS:
+            label += f", scale {settings['alpha'] / settings['rank']:g}"
+        groups.setdefault(label, {})[settings["seed"]] = cell
+    return dict(sorted(groups.items()))
 
-    sizes = {what: group for (stage, what), group in sorted(groups.items()) if stage == "sizes"}
-    for row, curve in found.items():  # beside them the same seeds of its curve's point
-        seeds = {seed for what, group in sizes.items() if what.startswith(f"{row}, ") for seed in group}
+
+def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
+    """Return all tables in Markdown.
+
+    final: also of the unseen tasks by which nothing was chosen. A curve is never read on these,
+    since its lowest loss is a choice.
+    """
+    page = Page(final)
+    page.parts.append(tuning_table(tuning))
+    found = curves(cells)
+    best = best_scales(cells)
+    orchmoe = found.get("orchmoe", {})
+
+    # All points of the curves.
+    rows = []
+    for row, curve in found.items():
+        for scale, group in curve.items():
+            name = f"{scale:g}, the best" if scale == best.get(row) else f"{scale:g}"
+            dev = np.mean([cell["dev_loss"] for cell in group.values()])
+            rows.append([row, name, listed(group), f"{dev:.3f}", *page.means(group)])
+    page.add(["row", "scale", "seeds", "dev", *page.sets], rows)
+
+    # Curve against curve.
+    ways = [("unseen-dev", "seen"), ("seen", "unseen-dev")]
+    others = {row: curve for row, curve in found.items() if row != "orchmoe" and orchmoe}
+    rows = []
+    for row, curve in others.items():
+        read = [page.signed(at_most(orchmoe, curve, *way)) for way in ways]
+        rows.append([row, listed(common(complete(orchmoe), complete(curve))), *read])
+    heads = [f"{across} at no more {along}" for along, across in ways]
+    page.add(["orchmoe - row", "seeds", *heads], rows)
+
+    # Best scale against best scale.
+    rows = []
+    for row, curve in others.items():
+        if row in best and "orchmoe" in best:
+            group = curve[best[row]]
+            differences = page.differences(orchmoe[best["orchmoe"]], group)
+            rows.append([row, listed(group), *differences])
+    page.add(["orchmoe - row, each at its best scale", "seeds", *page.sets], rows)
+
+    # Answers: means, and differences of OrchMoE from what is not OrchMoE.
+    titles = []
+    for which in page.sets:
+        titles += [f"{which} {title}" for title in METRICS.values()]
+    for stage in PROMPTS:
+        groups = grouped(cells, stage)
+        rows = [
+            [name, listed(group), *page.means(group, METRICS)] for name, group in groups.items()
+        ]
+        page.add([stage, "seeds", *titles], rows)
+        first = groups.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
+        rows = []
+        for name, group in groups.items():
+            if name in UNTRAINED and first:
+                group = dict.fromkeys(first, group[0])  # the same with every seed
+            if first and group is not first:
+                differences = page.differences(first, group, METRICS)
+                rows.append([name, listed(group), *differences])
+        page.add([f"orchmoe - row, {stage}", "seeds", *titles], rows)
+
+    # Numbers of training tasks. Beside them stand the same seeds on the tasks of the curves.
+    sizes = grouped(cells, "sizes")
+    for row, curve in found.items():
+        seeds: set[int] = set()
+        for name, group in sizes.items():
+            if name.startswith(f"{row}, "):
+                seeds |= group.keys()
         same = {seed: cell for seed, cell in curve.get(1.0, {}).items() if seed in seeds}
-        sizes |= {f"{row}, the curves' tasks": same} if same else {}
-    lines = [[what, listed(group), *means(group.values()),  # of fewer or more tasks there is no curve
-              *less(sizes.get("orchmoe, " + what.rpartition(", ")[2], {}), group)]
-             for what, group in sizes.items()]
-    itself = [f"orchmoe - it, {name}" for name in which]
-    parts.append(table(["sizes, scale 1", "seeds", *which, *itself], lines))
-    point = found.get("orchmoe", {}).get(1.0, {})
-    against = [row for row in ("orchmoe", "lora") if row in found]
+        if same:
+            sizes[f"{row}, the curves' tasks"] = same
+    itself = [f"orchmoe - it, {which}" for which in page.sets]
+    rows = []
+    for name, group in sizes.items():
+        first = sizes.get("orchmoe, " + name.rpartition(", ")[2], {})
+        rows.append([name, listed(group), *page.means(group), *page.differences(first, group)])
+    page.add(["sizes, scale 1", "seeds", *page.sets, *itself], rows)
+
+    # Single changes of OrchMoE, beside OrchMoE itself and beside curves at the same seen loss.
+    beside = {row: found[row] for row in ("orchmoe", "lora") if row in found}
+    heads = [*page.sets, *itself, *(f"unseen-dev - {row}'s curve" for row in beside)]
     for stage in ("ablations", "controls"):
-        lines = [[what, listed(group), *means(group.values()), *less(point, group),
-                  *(said(above(group, found[row], "unseen-dev")) for row in against)]
-                 for (of, what), group in sorted(groups.items()) if of == stage]
-        heads = [*which, *itself, *(f"unseen-dev - {row}'s curve" for row in against)]
-        parts.append(table([stage, "seeds", *heads], lines))
-    if any(intervals):
-        number = sum(map(bool, intervals))
-        parts.append("Means over tasks; in brackets the sd over seeds. Differences with 95 % intervals over "
-                     "tasks and seeds together, of one seed over tasks alone, which tells nothing of other "
-                     f"runs; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
-                     "differed. Losses in nats per target token, the less the better; ROUGE-L and exact "
-                     "match in per cent.")
-    return "\n\n".join(filter(None, parts)) + "\n"
+        rows = []
+        for name, group in grouped(cells, stage).items():
+            row = [name, listed(group), *page.means(group)]
+            row += page.differences(orchmoe.get(1.0, {}), group)
+            row += [page.signed(above(group, curve, "unseen-dev")) for curve in beside.values()]
+            rows.append(row)
+        page.add([stage, "seeds", *heads], rows)
+
+    if page.intervals:
+        page.parts.append(
+            "Means over tasks; in brackets the sd over seeds. Differences with 95 % intervals over "
+            "tasks and seeds together, of one seed over tasks alone, which tells nothing of other "
+            f"runs; of the {page.intervals} here about {page.intervals / 20:.0f} would exclude "
+            "zero if nothing differed. Losses in nats per target token, the less the better; "
+            "ROUGE-L and exact match in per cent."
+        )
+    return "\n\n".join(part for part in page.parts if part) + "\n"

@@ -29,12 +29,14 @@ SAMPLES = 20  # seen ones, and as many unseen ones
 
 
 @torch.no_grad()
-def collect(run: str | Path, device: runtime.Device, samples: int = SAMPLES) -> dict[str, Any]:
-    """Return what the explorer shows of the run, as plain JSON values.
+def collect(run: str | Path, *, model: str = "", samples: int = SAMPLES) -> dict[str, Any]:
+    """Return what the explorer shows of the run, as plain JSON values. Computes on the CPU.
 
-    Raise ValueError if the run has no sample router.
+    model: where the base of the run is now, if it has moved. Raise ValueError if the run has no
+    sample router.
     """
-    base, adapters, tokenizer = run_folder.load(device, run=run)
+    device = runtime.pick_device(device="cpu", dtype="float32")
+    base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
     if adapters.router is None:
         raise ValueError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
@@ -163,10 +165,11 @@ def numbers(values: Tensor) -> str:
     return ", ".join(f"{value:.3f}" for value in values.tolist())
 
 
-def save(run: str | Path, path: str | Path) -> None:
-    """Write what `collect` returns for the run to a JSON file."""
-    explored = collect(run, runtime.pick_device(device="cpu", dtype="float32"))
-    runtime.write_json(path, explored)
+def save_page(run: str | Path, path: str | Path, *, model: str = "") -> None:
+    """Write the explorer of a run to an HTML page."""
+    text = page(collect(run, model=model))
+    with runtime.atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def rounded(values: Tensor) -> list:

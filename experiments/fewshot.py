@@ -1,32 +1,32 @@
-"""A new task from a few examples. Each unseen task by itself: a finished run of OrchMoE goes on with one part
-of it (train.py --start --trainable), beside a fresh LoRA of the same size and the run as it is. Scored on 20
-instances of the task that nothing was trained on or chosen by. The rate of what trains is chosen by as many
-trials for every way, on the dev instances of the first tasks. Interrupted, the same command goes on.
+"""Learn a new task from a few examples: each unseen task by itself.
+
+A finished run of OrchMoE trains on with one part of it (train.py --start --trainable). Beside it
+stand a fresh LoRA of the same size and the run as it is. They are scored on 20 instances of the
+task, on which nothing was trained and by which nothing was chosen. The learning rate of what trains
+is chosen with as many trials for every way, on the dev instances of the first tasks.
 
     python -m experiments.fewshot --runs runs/orchmoe-1,runs/orchmoe-2,runs/orchmoe-3
 
-Writes OUT/fewshot.md and fewshot.json. Test: pytest tests/experiments/test_fewshot.py"""
-
-from __future__ import annotations
+Writes cells (see experiments/study.py), OUT/fewshot.md and OUT/fewshot.json.
+Letters: T tasks.  Test: pytest tests/experiments/test_fewshot.py
+"""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 import checkpoint
 import data
-import run_folder
 import runtime
 import train
-from experiments.compare import Cell, run_cells, slug
-from experiments.sizes import budget, on_meta, parameters
-from experiments.tables import interval
+from experiments.sizes import rank_for_total, total
+from experiments.study import Cell, Row, facts_of, file_name, run_cells, subset
+from experiments.tables import interval, signed, table
 from orchmoe import OrchMoEConfig
+from run_folder import read_config
 
 
 @dataclass(frozen=True)
@@ -35,174 +35,223 @@ class FewShotConfig:
 
     runs: tuple[str, ...] = ()  # folders of finished runs of OrchMoE, one a seed
     out: str = "results/fewshot"  # folder of the cells and the table
-    examples: tuple[str, ...] = ("4", "16", "64")  # training examples of the new task
-    steps: int = 50  # optimiser steps, all counted the same
+    examples: tuple[str, ...] = ("4", "16", "64")  # numbers of training examples of the new task
+    steps: int = 50  # optimiser steps, the same for all
     batch_size: int = 8  # examples of one step
     max_tasks: int = 0  # first N of the unseen tasks (0: all)
-    tuned: int = 3  # of these the first N choose the rates
-    jobs: int = 0  # cells at a time (0: one on a GPU; on the CPU one a core)
-    gpu: int | None = None  # number of the GPU (default: 0, where there is one)
-    device: Literal["cpu", ""] = ""  # no GPU even if there is one
+    tuned: int = 3  # the first N of these choose the rates
+    jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one a core, at most 8)
+    gpu: int | None = None  # number of the GPU (default: 0, if there is one)
+    device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, steps=1, batch_size=1, max_tasks=0, tuned=1, jobs=0)
-        good = [size for size in self.examples if size.isdecimal() and int(size)]
-        if not (self.runs and good and len(good) == len(self.examples)):
+        runtime.require_least(self, steps=1, batch_size=1, tuned=1)
+        numbers = [size.isdecimal() and int(size) > 0 for size in self.examples]
+        if not self.runs or not numbers or not all(numbers):
             raise ValueError("give --runs, folders of runs, and --examples, numbers above 0")
 
 
 class Way(NamedTuple):
-    fields: dict[str, Any]  # flags of train.py
+    """A way to learn the new task."""
+
+    flags: dict[str, Any]  # of train.py
     rate: str  # what is tuned
     values: tuple[float, ...]
 
 
 LORA = "fresh LoRA"
+AS_IT_IS = "as it is"
 WAYS = {
     "mixture": Way({"trainable": "mixture"}, "lr_allocation", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     "router": Way({"trainable": "router"}, "lr_router", (6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)),
     "all": Way({}, "lr_skills", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     LORA: Way({"method": "lora"}, "lr_skills", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
+Scores = dict[tuple[str, int], dict[str, np.ndarray]]  # by way and examples: metric -> (T, seeds)
 
 
-def subset(folder: Path, root: Path, train: Sequence[str], test: Sequence[str] = ()) -> Path:
-    """Makes `folder` a data folder of these tasks of `root` alone."""
-    lists = folder / "splits/default"
-    lists.mkdir(parents=True, exist_ok=True)
-    for name, tasks in (("train", train), ("test", test)):
-        with runtime.atomic_write(lists / f"{name}_tasks.txt") as file:  # another process may be reading it
-            file.write("".join(f"{task}\n" for task in tasks).encode())
-    link, target = folder / "tasks", (root / "tasks").resolve()
-    if link.is_symlink() and link.readlink() != target:  # of data that has moved, or of others
-        link.unlink()
-    if not link.exists():
-        link.symlink_to(target)
-    return folder
+def lora_flags(run: str) -> dict[str, Any]:
+    """Return flags of a LoRA with the total size of the run, on its base, with its prompt."""
+    saved = read_config(run)
+    adapter = saved.section(OrchMoEConfig, "adapter")
+    base = checkpoint.on_meta(checkpoint.read_config(saved.train["model"]))
+    size = total("orchmoe", base, adapter, extra_rank=saved.train["extra_rank"])
+    flags = {
+        "model": saved.train["model"],
+        "extra_rank": rank_for_total(size, "lora", base, adapter),
+    }
+    for name in ("skills", "rank", "alpha", "targets"):
+        flags[name] = getattr(adapter, name)
+    for name, value in saved.data.items():
+        if name not in data.FILE_FIELDS | {"train_instances"}:
+            flags[name] = tuple(value) if isinstance(value, list) else value
+    return flags
 
 
-class Study(NamedTuple):
-    config: FewShotConfig
-    roots: dict[str, Path]  # of each task
-    facts: dict[str, dict[str, Any]]  # of each task
-    runs: list[str]  # digests of their adapters
+class FewShot:
+    """What all cells share."""
 
-    def cell(self, row: str, task: str, examples: int, seed: int, fields: dict[str, Any], **options: Any
-             ) -> Cell:
-        """Cell of one way, or of the run as it is, on one task."""
-        config, run = self.config, self.config.runs[seed]
-        flags = {"data": str(self.roots[task]), "splits": "default", "max_tasks": 0, "seed": seed,
-                 "train_instances": examples, "steps": config.steps, "warmup": config.steps // 10,
-                 # one evaluation, at the end: with few examples there is no dev set to stop by
-                 "eval_every": config.steps, "batch_size": config.batch_size} | fields
-        if fields.get("method") == "lora":
-            flags |= as_large(run)
+    def __init__(self, config: FewShotConfig, device: runtime.Device):
+        self.config = config
+        self.device = device
+        saved = read_config(config.runs[0])
+        options = saved.section(data.DataConfig, "data")
+        self.root = Path(options.data)
+        self.tasks = data.read_splits(self.root, options.splits)["test"]
+        self.tasks = self.tasks[: config.max_tasks or None]
+        if not self.tasks:
+            raise ValueError(f"{self.root}: splits/{options.splits} has no test tasks to learn")
+
+    def cell(
+        self, way: str, task: str, examples: int, seed: int, scores: str = "answers", **rate: float
+    ) -> Cell:
+        """Return the cell of a way, or of the run as it is, on one task."""
+        config = self.config
+        run = config.runs[seed]
+        folder = Path(config.out, "tasks", task)
+        flags = {
+            "data": str(subset(folder, self.root, [task])),
+            "splits": "default",
+            "max_tasks": 0,
+            "seed": seed,
+            "train_instances": examples,
+            "steps": config.steps,
+            "warmup": config.steps // 10,
+            "eval_every": config.steps,  # once at the end: there are too few examples to stop by
+            "batch_size": config.batch_size,
+            **rate,
+        }
+        if way == LORA:
+            flags |= lora_flags(run)
         else:
             flags["start"] = run
-        tuned = "".join(f"_{value:g}" for name, value in fields.items() if name.startswith("lr_"))
-        kind = "cells" if options.get("closing", True) else "tune"
-        folder = Path(config.out, kind, f"{slug(row)}-{examples}-s{seed}{tuned}", task)
-        facts = self.facts[task] | {"run": self.runs[seed]}
-        return Cell(row, folder, train.read_settings(flags, train.LaunchConfig()), facts, **options)
+        if way in WAYS:
+            flags |= WAYS[way].flags
+        settings = train.read_settings(flags, train.LaunchConfig())
+        facts, _ = facts_of(settings.data, settings.train.model)
+        adapter = runtime.require_path(Path(run, "adapter.safetensors"), "it has no weights yet")
+        stage = "tune" if scores == "dev" else "cells"
+        tag = "".join(f"_{value:g}" for value in rate.values())
+        path = Path(config.out, stage, f"{file_name(way)}-{examples}-s{seed}{tag}", task)
+        trained = way != AS_IT_IS
+        return Cell(
+            name=way,
+            row=Row(model="trained" if trained else "run"),
+            settings=settings,
+            facts={
+                **facts,
+                "run": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+                "computed": f"{self.device.device.type}, {self.device.dtype}",
+            },
+            path=path.with_name(f"{task}.json"),
+            folder=path if trained else Path(run),
+            scores=scores,
+        )
+
+    def run(self, groups: dict[Any, list[Cell]]) -> None:
+        """Make the cells of all groups."""
+        queues = []
+        for cells in groups.values():
+            queues += [[cell] for cell in cells]
+        run_cells(queues, self.config.jobs, self.device)
+
+    def tune(self) -> dict[str, dict[float, float]]:
+        """Return the dev losses of each way by its rate: mean over tasks, 16 examples, one run."""
+        groups = {}
+        for name, way in WAYS.items():
+            for value in way.values:
+                cells = []
+                for task in self.tasks[: self.config.tuned]:
+                    cells.append(self.cell(name, task, 16, 0, "dev", **{way.rate: value}))
+                groups[name, value] = cells
+        self.run(groups)
+        losses: dict[str, dict[float, float]] = {name: {} for name in WAYS}
+        for (name, value), cells in groups.items():
+            of_tasks = [cell.result()["dev_loss"] for cell in cells]
+            losses[name][value] = float(np.mean(of_tasks))
+        return losses
+
+    def scores(self, best: dict[str, float]) -> Scores:
+        """Return the scores of all ways, each at its best rate, and of the runs as they are."""
+        kinds = [(AS_IT_IS, 0)]
+        for name in WAYS:
+            kinds += [(name, int(size)) for size in self.config.examples]
+        groups: dict[tuple[str, int], list[Cell]] = {}
+        for name, size in kinds:
+            rate = {WAYS[name].rate: best[name]} if name in WAYS else {}
+            cells = []
+            for task in self.tasks:
+                for seed in range(len(self.config.runs)):
+                    cells.append(self.cell(name, task, max(1, size), seed, **rate))
+            groups[name, size] = cells
+        self.run(groups)
+
+        shape = (len(self.tasks), len(self.config.runs))
+        found: Scores = {}
+        for kind, cells in groups.items():
+            overall = [cell.result()["seen"]["overall"] for cell in cells]
+            found[kind] = {}
+            for metric in ("rougeL", "loss"):
+                values = [scores[metric] for scores in overall]
+                found[kind][metric] = np.reshape(values, shape)
+        return found
 
 
-def as_large(run: str) -> dict[str, Any]:
-    """Flags of a LoRA of the run's total size, on its base, with its prompt."""
-    began = run_folder.read_config(run)
-    adapter, base = began.section(OrchMoEConfig, "adapter"), on_meta(
-        checkpoint.read_config(began.train["model"]))
-    own = sum(parameters("orchmoe", base, adapter, extra_rank=began.train.get("extra_rank", 0)).values())
-    extra = budget(("orchmoe", "lora"), base, adapter, least=own)["lora"]
-    prompt = ("definition", "num_pos", "num_neg", "explanation", "max_source_length", "max_target_length")
-    return {"model": began.train["model"], "extra_rank": extra, "targets": adapter.targets,
-            **{name: getattr(adapter, name) for name in ("skills", "rank", "alpha")},
-            **{name: began.data[name] for name in prompt if name in began.data}}
+def fewshot(config: FewShotConfig, device: runtime.Device) -> str:
+    """Make the cells that are missing, write the results and return the tables."""
+    study = FewShot(config, device)
+    tuning = study.tune()
+    best = {}
+    for name, losses in tuning.items():
+        way = WAYS[name]
+        best[name] = min(losses, key=losses.get)
+        if best[name] in (way.values[0], way.values[-1]):
+            runtime.warn(f"{name}: the best {way.rate}, {best[name]:g}, is the edge of those tried")
+    found = study.scores(best)
+    text = tables(found, tuning, best)
 
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def tune(study: Study, tasks: Sequence[str], place: runtime.Device) -> dict[str, dict[float, float]]:
-    """{way: {rate: dev loss, mean over the tasks}} at 16 examples, of the first run."""
-    cells = {way: {value: [study.cell(way, task, 16, 0, fields | {rate: value}, closing=False)
-                           for task in tasks] for value in values}
-             for way, (fields, rate, values) in WAYS.items()}
-    run_cells([[cell] for rates in cells.values() for group in rates.values() for cell in group],
-              study.config, place)
-    return {way: {value: float(np.mean([cell.scores["dev_loss"] for cell in group]))
-                  for value, group in rates.items()} for way, rates in cells.items()}
-
-
-def fewshot(config: FewShotConfig, place: runtime.Device) -> str:
-    """Runs what is missing, writes the results and returns the table."""
-    first = run_folder.read_config(config.runs[0])
-    options = first.section(data.DataConfig, "data")
-    facts = {"base": first.base, "tokenizer": first.tokenizer, "torch": torch.__version__,
-             "computed": f"{place.device.type}, {place.dtype}"}
-    root = Path(options.data)
-    tasks = data.read_splits(root, options.splits)["test"][:config.max_tasks or None]
-    if not tasks:
-        raise ValueError(f"{root}: splits/{options.splits} has no test tasks, which would be the new ones")
-    roots = {task: subset(Path(config.out, "tasks", task), root, [task]) for task in tasks}
-    kept = [runtime.require_path(Path(run, "adapter.safetensors"), "the run has kept no weights yet")
-            for run in config.runs]
-    study = Study(config, roots, {task: facts | {"digest": digest(root / "tasks" / f"{task}.json")}
-                                  for task in tasks}, list(map(digest, kept)))
-    tuning = tune(study, tasks[:config.tuned], place)
-    best = {way: min(losses, key=losses.get) for way, losses in tuning.items()}
-    for way, value in best.items():
-        if value in (WAYS[way].values[0], WAYS[way].values[-1]):
-            runtime.warn(f"{way}: the best of {WAYS[way].rate}, {value:g}, is on the edge of what was tried")
-    sizes, seeds = list(map(int, config.examples)), range(len(config.runs))
-    cells: dict[tuple[str, int], list[list[Cell]]] = {}  # [task][seed]
-    for way, (fields, rate, _) in WAYS.items():
-        for size in sizes:
-            cells[way, size] = [[study.cell(way, task, size, seed, fields | {rate: best[way]})
-                                 for seed in seeds] for task in tasks]
-    cells["as it is", 0] = [[study.cell("as it is", task, 1, seed, {}, of=Path(config.runs[seed]))
-                             for seed in seeds] for task in tasks]
-    run_cells([[cell] for rows in cells.values() for row in rows for cell in row], config, place)
-    found = {key: {metric: np.array([[cell.scores["seen"]["overall"][metric] for cell in row]
-                                     for row in rows]) for metric in ("rougeL", "loss")}
-             for key, rows in cells.items()}
-    text = table(found, sizes, tuning, best)
-    with runtime.atomic_write(Path(config.out) / "fewshot.md") as file:
+    out = Path(config.out)
+    with runtime.atomic_write(out / "fewshot.md") as file:
         file.write(text.encode())
-    runtime.write_json(Path(config.out) / "fewshot.json", {
-        "fewshot": asdict(config), **facts, "tasks": tasks, "tuning": tuning,
-        "scores": {f"{way}, {size}": {metric: values.tolist() for metric, values in each.items()}
-                   for (way, size), each in found.items()}})
+    scores = {}
+    for (name, size), metrics in found.items():
+        scores[f"{name}, {size}"] = {key: values.tolist() for key, values in metrics.items()}
+    results = {"fewshot": asdict(config), "tasks": study.tasks}
+    runtime.write_json(out / "fewshot.json", results | {"tuning": tuning, "scores": scores})
     return text
 
 
-def table(found: dict, sizes: Sequence[int], tuning: dict, best: dict) -> str:
-    """As Markdown: means over tasks and seeds, and differences to the fresh LoRA with intervals over both."""
-    def said(key: tuple[str, int]) -> list[str]:
-        cells = [f"{found[key]['rougeL'].mean():.2f}", f"{found[key]['loss'].mean():.3f}"]
-        if key[0] != LORA:
-            beside = found[LORA, key[1] or sizes[0]]["loss"]
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(found[key]["loss"] - beside)))
-        return cells
+def tables(found: Scores, tuning: dict[str, dict[float, float]], best: dict[str, float]) -> str:
+    """Return means over tasks and runs, and differences to the fresh LoRA with intervals."""
+    order = [AS_IT_IS, *WAYS]
+    kinds = sorted(found, key=lambda kind: (kind[1], order.index(kind[0])))
+    smallest = min(size for _, size in kinds if size)
+    rows = []
+    for name, size in kinds:
+        scores = found[name, size]
+        difference = "-"
+        if name != LORA:
+            beside = found[LORA, size or smallest]
+            difference = signed(interval(scores["loss"] - beside["loss"]))
+        means = [f"{scores['rougeL'].mean():.2f}", f"{scores['loss'].mean():.3f}"]
+        rows.append([name, size, *means, difference])
+    head = ["what trains", "examples", "ROUGE-L", "loss", "loss - fresh LoRA's"]
 
-    lines = ["| what trains | examples | ROUGE-L | loss | loss - fresh LoRA's |", "|---|---:|---:|---:|---:|"]
-    for way, size in sorted(found, key=lambda key: (key[1], list(WAYS).index(key[0]) if key[1] else 0)):
-        lines.append("| " + " | ".join([way, str(size), *(said((way, size)) + ["-"])[:3]]) + " |")
-    lines += ["", "| what trains | its rate | dev loss at each rate |", "|---|---|---|"]
-    for way, losses in tuning.items():
+    lines = ["| what trains | its rate | dev loss at each rate |", "|---|---|---|"]
+    for name, losses in tuning.items():
         tried = ", ".join(f"{value:g}: {loss:.3f}" for value, loss in losses.items())
-        lines.append(f"| {way} | {WAYS[way].rate} {best[way]:g} | {tried} |")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {WAYS[name].rate} {best[name]:g} | {tried} |")
+    return "\n\n".join([table(head, rows), "\n".join(lines)])
 
 
 def main() -> None:
     config = runtime.from_flags(FewShotConfig, runtime.read_flags(__doc__, FewShotConfig))
     runtime.require_single_process()
     config = replace(config, runs=tuple(str(Path(run).resolve()) for run in config.runs))
-    model = run_folder.read_config(config.runs[0]).train["model"]
-    place = runtime.pick_device(config.gpu, config.device, base=model)
-    runtime.print_line(place.description)
-    runtime.print_line(fewshot(config, place))
+    model = read_config(config.runs[0]).train["model"]
+    device = runtime.pick_device(config.gpu, config.device, base=model)
+    runtime.print_line(device.description)
+    runtime.print_line(fewshot(config, device))
 
 
 if __name__ == "__main__":

@@ -129,9 +129,13 @@ def make_optimizer(adapters: Adapters, lr: float, beta2: float) -> Optimizer:
 
 
 def batch_at(
-    step: int, tasks: data.Examples, text: TextStream | None, config: train.TrainConfig, ratio: float
+    step: int,
+    tasks: data.Examples,
+    text: TextStream | None,
+    config: train.TrainConfig,
+    ratio: float,
 ) -> data.Batch:
-    """Return the batch of a step: a share `ratio` of the batches is text. Depends on seed and step."""
+    """Return the batch of a step, which depends on (seed, step). A share `ratio` are text."""
     texts = int(step * ratio) if text else 0  # batches of text before this step
     if text and int((step + 1) * ratio) > texts:
         return text.batch_at(texts, config.batch_size)
@@ -145,7 +149,7 @@ def pretrain(
     folder: str,
     resume_command: str,
 ) -> bool:
-    """Train in the run folder, from its last checkpoint if there is one. Return False if stopped."""
+    """Train, from the last checkpoint if there is one. Return False if a signal stopped it."""
     config = settings.train
 
     # Tokenizer, model and data.

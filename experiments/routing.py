@@ -1,14 +1,16 @@
-"""What the router of a finished run has learnt, as numbers for a JSON file: that of a run for
-experiments.plot, that of each cell for experiments.compare. Test: pytest tests/experiments/test_routing.py"""
+"""What the router of a finished run has learnt, as numbers for a JSON file.
 
-from __future__ import annotations
+experiments/study.py reports on each of its runs, experiments/plot.py on any run of train.py.
+
+Letters: M samples, K abstract tasks, N adapted Linears, S skills.
+Test: pytest tests/experiments/test_routing.py
+"""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,52 +24,70 @@ from orchmoe import Adapters
 
 
 def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
-    """Nats that the abstract task, drawn from w (M,K), and the label of a sample tell of each other: 0 where
-    w does not depend on the label, at most the smaller of their two entropies. NaN where the rows of w are
-    no distributions."""
+    """Return the mutual information, in nats, of the label of a sample and its abstract task.
+
+    The abstract task is drawn from w (M,K). It is 0 where w does not depend on the label, and at
+    most the smaller of their two entropies. NaN if the rows of w are no distributions.
+    """
     if math.isnan(evaluation.mean_entropy(w)):
         return math.nan
-    rows = np.unique(np.array(labels), return_inverse=True)[1]
-    joint = torch.zeros(rows.max() + 1, w.shape[1], dtype=torch.float64)
-    joint.index_add_(0, torch.from_numpy(rows.reshape(-1)), w.double() / len(w))  # p(label, k)
-    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    return torch.special.xlogy(joint, joint / apart.clamp(min=1e-300)).sum().item()
+    known = sorted(set(labels))
+    rows = torch.tensor([known.index(label) for label in labels])
+    joint = torch.zeros(len(known), w.shape[1], dtype=torch.float64)
+    joint.index_add_(0, rows, w.double() / len(w))  # p(label, k)
+    independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
+    ratio = joint / independent.clamp(min=1e-300)
+    return torch.special.xlogy(joint, ratio).sum().item()
 
 
 @torch.no_grad()
-def report(base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
-           ) -> dict[str, Any]:
-    """What router_report says, mutual information with the real category, mean w of each real task (K), mean
-    c of each Linear (S), Zhat (N,K,S) and `distance`, the mean |c - 1/S|. {} for methods whose c is not one
-    for the sample."""
-    use, distance, learnt, w = 0.0, 0.0, {}, {}
-    for rows, _, routing in evaluation.routed_batches(base, adapters, examples, batch_size, "skills in use"):
-        if routing.c is None or routing.Zhat is None:
-            return {}
-        c = routing.c.float().expand(-1, len(rows), -1)  # (N,B,S)
-        use = use + c.sum(1) / len(examples)
-        distance += (c - 1 / c.shape[-1]).abs().mean().item() * len(rows) / len(examples)
-        learnt["allocation"] = routing.Zhat[0].float().cpu().numpy().round(4).tolist()
-        if not routing.shared:
-            w |= dict(zip(rows, routing.w.float().cpu(), strict=True))
-    names = adapters.linears.keys()
-    learnt |= {"distance": distance, "skill_use": dict(zip(names, use.cpu().tolist(), strict=True))}
-    if w:
-        w = torch.stack([w[i] for i in range(len(examples))])  # (M,K)
-        tasks = np.array([example.task for example in examples])
-        learnt |= evaluation.router_report(w, examples)
-        learnt["mutual_information"] = mutual_information(w, [example.category for example in examples])
-        learnt["w"] = {str(task): w[tasks == task].mean(0).tolist() for task in sorted(set(tasks))}
-        learnt["category"] = {example.task: example.category for example in examples}
-    return learnt
+def report(
+    base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Return numbers about the routing of M examples.
+
+    skill_use: mean c (S) of each Linear. distance: mean of |c - 1/S|. allocation: Zhat (N,K,S).
+    With a router of samples also router_report, mutual_information with the category, w: the mean
+    w (K) of each real task, and category: that of each task. Return {} for methods without one c
+    for a sample.
+    """
+    task_ids = torch.tensor([example.task_index for example in examples])
+    w = evaluation.router_weights(base, adapters, examples, batch_size)
+    if not adapters.linears:
+        return {}
+    routing = adapters.route(task_ids=task_ids.to(base.device), w=w)
+    if routing.c is None or routing.Zhat is None:
+        return {}
+    c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
+    use = dict(zip(adapters.linears, c.mean(dim=1).tolist(), strict=True))
+    found: dict[str, Any] = {
+        "allocation": routing.Zhat[0].double().round(decimals=4).tolist(),
+        "distance": (c - 1 / c.shape[-1]).abs().mean().item(),
+        "skill_use": use,
+    }
+    if not routing.shared:
+        w = routing.w.float().cpu()
+        categories = {example.task: example.category for example in examples}
+        tasks = [example.task for example in examples]
+        found |= evaluation.router_report(w, examples)
+        found["mutual_information"] = mutual_information(w, [categories[task] for task in tasks])
+        found["category"] = categories
+        found["w"] = {}
+        for name in sorted(categories):
+            rows = [i for i, task in enumerate(tasks) if task == name]
+            found["w"][name] = w[rows].mean(dim=0).tolist()
+    return found
 
 
-def of_run(folder: Path, place: runtime.Device, *, model: str = "") -> dict[str, Any]:
-    """`report` on the seen instances that a run of train.py was scored on. model: where the run's base is
-    now, if it has moved."""
+def report_on_run(folder: str | Path, device: runtime.Device, *, model: str = "") -> dict[str, Any]:
+    """Return the report on the seen instances that a run of train.py was scored on.
+
+    model: where the run's base is now, if it has moved.
+    """
     run = run_folder.read_config(folder)
-    config, data_config = run.section(train.TrainConfig, "train"), run.section(data.DataConfig, "data")
-    base, adapters, tokenizer = run_folder.load(place, run=folder, model=model)
+    config = run.section(train.TrainConfig, "train")
+    base, adapters, tokenizer = run_folder.load(device, run=folder, model=model)
     which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
+    data_config = run.section(data.DataConfig, "data")
     seen, _ = evaluation.load_examples(which, data_config, run, tokenizer)
     return report(base, adapters, seen, batch_size=config.eval_batch_size)

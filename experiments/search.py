@@ -1,38 +1,52 @@
-"""What each method is tuned over, and the local search that tunes it: the same number of trials for all.
-Test: `pytest tests/experiments/test_search.py`."""
+"""The local search that tunes each method with the same number of trials.
 
-from __future__ import annotations
+Test: pytest tests/experiments/test_search.py
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from orchmoe import OrchMoEConfig
+import runtime
+from baselines import settings_read
+
+# What can be tuned, in the order of a search: learning rates, and the scale of the skills.
+AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
+
+Point = tuple[int, ...]  # steps from the start along each axis
 
 
-def axes_of(method: str, adapter: OrchMoEConfig) -> tuple[str, ...]:
-    """What the method is tuned over: the rates of all that it trains, and its scale."""
-    if method == "full":
-        return ("lr_full",)
-    router = {"sample": ("lr_router",), "token": ("lr_token_router",), "none": ()}[adapter.router]
-    own = {"orchmoe": (*router, "lr_allocation"), "lora": (), "moe-lora": ("lr_token_router",)}
-    return "lr_skills", "alpha", *own.get(method, ("lr_allocation",))
+def axes_of(method: str, router: str, allowed: Sequence[str] = AXES) -> tuple[str, ...]:
+    """Return what a method is tuned over: the rates of all that it trains, and its scale."""
+    read = settings_read(method, router)
+    return tuple(axis for axis in allowed if axis in read)
 
 
 class Search:
-    """Local search on a grid around the values given: rates in steps of a factor sqrt(10), alpha of 2. The
-    next trial is an untried neighbour of the best so far, until all trials are spent. Iterating yields the
-    cells of the trials in turn, each to be finished, with its scores["dev_loss"], before the next is asked
-    for."""
+    """Local search on a grid around a start: steps of a factor sqrt(10) in rates, of 2 in alpha.
 
-    def __init__(self, axes: Sequence[str], start: dict[str, float], trials: int,
-                 cell_of: Callable[[dict[str, float]], Any]):
-        self.axes, self.start, self.trials, self.cell_of = axes, start, trials, cell_of
-        self.losses: dict[tuple[int, ...], float] = {}  # dev loss at each point, in steps from the start
-        for axis in axes:
-            if not start[axis] > 0:
-                raise ValueError(f"--{axis.replace('_', '-')} {start[axis]}: tuning starts from a value "
-                                 "above 0; give one, or --no-tune")
+    The next trial is an untried neighbour of the best point so far, until all trials are spent.
+    Iterating yields the cells of the trials. Each must be finished, with a dev_loss, before the
+    next one is asked for.
+    """
+
+    def __init__(
+        self,
+        start: dict[str, float],
+        trials: int,
+        cell_of: Callable[[dict[str, float]], Any] | None = None,
+    ):
+        """start: value of each axis. cell_of: makes the cell of a trial from such values."""
+        self.start = start
+        self.trials = trials
+        self.cell_of = cell_of
+        self.losses: dict[Point, float] = {}  # dev loss of each tried point
+        for axis, value in start.items():
+            if not value > 0:
+                raise ValueError(
+                    f"{runtime.flag(axis)} {value}: tuning starts from a value above 0; give one, "
+                    "or --no-tune"
+                )
 
     def __iter__(self) -> Iterator[Any]:
         self.losses = {}
@@ -40,39 +54,61 @@ class Search:
             point = self.next_point()
             cell = self.cell_of(self.values(point))
             yield cell
-            self.losses[point] = cell.scores["dev_loss"]
+            self.losses[point] = cell.result()["dev_loss"]
 
-    @property
-    def best(self) -> tuple[int, ...]:
+    def best(self) -> Point:
         return min(self.losses, key=self.losses.get)
 
-    def values(self, point: tuple[int, ...]) -> dict[str, float]:
-        steps = zip(self.axes, point, strict=True)
-        return {axis: float(f"{self.start[axis] * (2 if axis == 'alpha' else 10**0.5) ** i:.3g}")
-                for axis, i in steps}
+    def values(self, point: Point) -> dict[str, float]:
+        """Return the value of each axis at a point, with three digits."""
+        values = {}
+        for (axis, start), steps in zip(self.start.items(), point, strict=True):
+            factor = 2 if axis == "alpha" else 10**0.5
+            values[axis] = float(f"{start * factor**steps:.3g}")
+        return values
 
-    def next_point(self) -> tuple[int, ...]:
-        """Neighbours along one axis come before diagonal ones, and both before points two steps away; among
-        the neighbours those whose value of the axis was tried least."""
+    def next_point(self) -> Point:
+        """Return the untried point that is the nearest to the best one.
+
+        Neighbours along one axis come before diagonal ones. Of these, the ones come first whose
+        values were tried least.
+        """
         if not self.losses:
-            return (0,) * len(self.axes)
+            return (0,) * len(self.start)
+        best = self.best()
 
-        def cost(point: tuple[int, ...]) -> tuple:
-            moves = [abs(a - b) for a, b in zip(point, self.best, strict=True)]
-            tried = sum(other[i] == point[i] for i, move in enumerate(moves) if move for other in self.losses)
+        def cost(point):
+            moves = [abs(i - j) for i, j in zip(point, best, strict=True)]
+            tried = 0
+            for axis, move in enumerate(moves):
+                if move:
+                    tried += sum(other[axis] == point[axis] for other in self.losses)
             return sum(moves), tried, [-move for move in moves], point
 
         for reach in itertools.count(1):
-            near = itertools.product(*(range(i - reach, i + reach + 1) for i in self.best))
-            if untried := [point for point in near if point not in self.losses]:
+            ranges = [range(i - reach, i + reach + 1) for i in best]
+            untried = set(itertools.product(*ranges)) - self.losses.keys()
+            if untried:
                 return min(untried, key=cost)
 
     def edges(self) -> list[str]:
-        """The axes of which no trial had the next value on one side of the best's."""
-        tried = [set(values) for values in zip(*self.losses, strict=True)]
-        return [axis for axis, values, i in zip(self.axes, tried, self.best, strict=True)
-                if not {i - 1, i + 1} <= values]
+        """Return the axes on which the next value below or above the best was never tried."""
+        edges = []
+        for number, (axis, i) in enumerate(zip(self.start, self.best(), strict=True)):
+            tried = {point[number] for point in self.losses}
+            if not {i - 1, i + 1} <= tried:
+                edges.append(axis)
+        return edges
 
     def report(self) -> dict[str, Any]:
-        return {"best": self.values(self.best), "dev_loss": self.losses[self.best], "edges": self.edges(),
-                "trials": [{**self.values(point), "dev_loss": loss} for point, loss in self.losses.items()]}
+        """Return the best values, their dev loss, the edges, and all trials."""
+        best = self.best()
+        trials = []
+        for point, loss in self.losses.items():
+            trials.append({**self.values(point), "dev_loss": loss})
+        return {
+            "best": self.values(best),
+            "dev_loss": self.losses[best],
+            "edges": self.edges(),
+            "trials": trials,
+        }

@@ -1,53 +1,70 @@
-"""How many parameters a method trains, before anything is built, and the ranks that make methods of equal
-total size, for comparisons. Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py"""
+"""Parameter counts without building a model, and the ranks that give methods one total size.
 
-from __future__ import annotations
+Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
+"""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
-import torch
 from torch import nn
 
 import checkpoint
 from baselines import attach_method, count_parameters
-from model import Backbone
 from orchmoe import OrchMoEConfig
 
 
-def on_meta(described: Any) -> Backbone:
-    """The model that a family's config describes, without memory."""
-    family = next(kind for kind in checkpoint.FAMILIES.values() if isinstance(described, kind.Config))
-    with torch.device("meta"):
-        return family(described)
+def parameters(
+    method: str, module: nn.Module, config: OrchMoEConfig, **options: int
+) -> dict[str, int]:
+    """Return how many parameters attach_method would train, see baselines.count_parameters.
 
-
-def parameters(name: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> dict[str, int]:
-    """The `count` of what attach_method(name, module, config, **options) would train. The module, best one on
-    the meta device, is left as it was."""
-    adapters = attach_method(name, module, config, **options)
-    counted = count_parameters(adapters)
+    module: best one on the meta device, see checkpoint.on_meta. It is left as it was.
+    """
+    adapters = attach_method(method, module, config, **options)
+    counts = count_parameters(adapters)
     adapters.detach()
-    return counted
+    return counts
 
 
-def budget(names: Sequence[str], module: nn.Module, config: OrchMoEConfig, num_tasks: int = 0,
-           least: int = 0) -> dict[str, int]:
-    """The extra_rank of each method that makes all of one total size: the budget is the least total, `least`
-    or more, that every method reaches with S and R as they are, hence that of the method with the dearest
-    routing; the others come as near to it as whole extra ranks can, one Linear at a time. c-poly, which grows
-    with T, cannot stand in it. module: best one on the meta device."""
-    def total(name: str, extra: int) -> int:
-        return sum(parameters(name, module, config, extra_rank=extra, num_tasks=num_tasks).values())
+def total(*method: Any, **options: int) -> int:
+    """Return the sum of the counts of `parameters`."""
+    return sum(parameters(*method, **options).values())
 
-    target = max(least, *(total(name, 0) for name in names))
-    chosen = {}
-    for name in names:
-        low, high = 0, 1  # total(low) <= target < total(high)
-        while total(name, high) <= target:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total(name, middle) <= target else (low, middle)
-        chosen[name] = min(low, high, key=lambda extra: abs(total(name, extra) - target))
-    return chosen
+
+def rank_for_total(target: int, *method: Any, **options: int) -> int:
+    """Return the extra_rank of a method that brings its total nearest to `target`."""
+
+    def distance(extra_rank):
+        return total(*method, extra_rank=extra_rank, **options) - target
+
+    low = 0
+    high = 1
+    while distance(high) <= 0:
+        low = high
+        high = 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if distance(middle) <= 0:
+            low = middle
+        else:
+            high = middle
+    return low if abs(distance(low)) <= abs(distance(high)) else high
+
+
+@functools.cache
+def equal_ranks(
+    rows: tuple[tuple[str, str, OrchMoEConfig], ...], shape: Any, num_tasks: int = 0
+) -> dict[str, int]:
+    """Return the extra_rank that gives each row (name, method, config) the same total size.
+
+    This is the size of the largest row with S and R of its config. The others come as near to it
+    as whole ranks can. c-poly cannot take part, since its size grows with num_tasks.
+    shape: config of the base, see checkpoint.read_config.
+    """
+    base = checkpoint.on_meta(shape)
+    options = {"num_tasks": num_tasks}
+    target = max(total(method, base, config, **options) for _, method, config in rows)
+    ranks = {}
+    for name, method, config in rows:
+        ranks[name] = rank_for_total(target, method, base, config, **options)
+    return ranks

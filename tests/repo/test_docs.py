@@ -10,6 +10,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ import t5
 import train
 from baselines import attach_method, count_parameters
 from experiments import bench, compare, plot
+from experiments.tables import interval
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
 
@@ -113,7 +115,7 @@ def test_scaling_page_has_the_computed_memory():
         memory += [2 * size / 8, 2 * outside, 2 * max(blocks)]  # --shard over 8 processes
         cells = [name]
         cells += [f"{number:,}" for number in (size, *trained)]
-        cells += [compare._bytes(number) for number in memory]
+        cells += [compare.format_bytes(number) for number in memory]
         assert f"| {' | '.join(cells)} |" in page
 
 
@@ -292,22 +294,22 @@ def test_map_of_many_tasks_has_a_row_for_each_category(tmp_path, drawn, monkeypa
 
 
 def test_ablations_are_drawn_as_intervals(tmp_path, drawn):
-    rows = []
-    for name, mean, difference in (
-        ("default", 50, None),
-        ("K = 1", 48, [2, 1, 3]),
-        ("K = 4", 51, [-1, -2, 0]),
-    ):
-        cell = {"mean": mean, "sd": 0, "difference": difference}
-        rows.append({"row": name, "seen rougeL": cell})
-    results = {"summary": rows, "cells": [{}]}
-    (tmp_path / "ablations.json").write_text(json.dumps(results))
+    cells = []
+    for name, seen in (("default", [50, 54]), ("K = 1", [48, 50]), ("K = 4", [51, 54])):
+        tasks = {f"task{i}": {"rougeL": rouge} for i, rouge in enumerate(seen)}
+        cells.append({"row": name, "folder": name, "seen": {"tasks": tasks}})
+    (tmp_path / "ablations.json").write_text(json.dumps({"cells": cells}))
     assert [path.name for path in plot.figures(tmp_path)] == ["ablations.png"]
     require_readable(drawn, tmp_path)
     axes = drawn["ablations.png"].axes[0]
     assert labels(axes.get_yticklabels()) == ["K = 1", "K = 4"]
     lines = [list(line.get_xdata()) for line in axes.lines[:4]]
-    assert lines == [[1, 3], [2], [-2, 0], [-1]]
+    for bar, point, differences in (
+        (lines[0], lines[1], [2, 4]),
+        (lines[2], lines[3], [-1, 0]),
+    ):
+        mean, low, high = interval(np.array(differences)[:, None])  # two tasks, one seed
+        assert [*bar, *point] == [low, high, mean]
 
 
 def test_folder_without_results_is_refused(tmp_path, monkeypatch):

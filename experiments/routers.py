@@ -1,0 +1,131 @@
+"""Routers that take the place of the learnt one, to see whether the learnt routing matters.
+
+`attach_with` returns a function like baselines.attach_method, which attaches OrchMoE and then
+replaces its routing. train.train and run_folder.load take such a function as `attach`:
+
+    attach = attach_with("random", settings)
+    train.train(settings, device, launch, attach=attach)
+    base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
+
+Letters: B batch, L length, D width, K abstract tasks, T real tasks, m tokens of the marker.
+Test: pytest tests/experiments/test_compare.py tests/experiments/test_report.py
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import data
+import runtime
+import tokenizer as tokenizers
+import train
+from baselines import attach_method
+from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
+
+MARKER = " complete the following example"  # words of a prompt between its examples and its input
+
+
+class RandomRouter(TaskRouter):
+    """A w that says nothing about the sample, but is always the same for the same sample."""
+
+    def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return w (B,K). Its entropy is about ln(K) / 3, as that of a learnt router at its start.
+
+        w depends on sines of random projections, which are so steep that similar samples share
+        nothing.
+        """
+        x_hat = self.summarise(embeddings, mask)  # (B,D)
+        steep = 1e3 * torch.randn(self.W_task.shape, generator=runtime.generator(0))  # (K,D)
+        phases = x_hat @ steep.to(x_hat).T  # (B,K)
+        return (8.5 * phases.sin()).softmax(dim=-1)
+
+
+class DefinitionRouter(TaskRouter):
+    """A router that reads the definition and the examples of a prompt, but not the input."""
+
+    marker: Tensor  # (m,D), embeddings of MARKER
+
+    def summarise(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return x_hat (B,D) of the tokens before the marker."""
+        m = len(self.marker)
+        windows = embeddings.unfold(1, m, 1)  # (B,L-m+1,D,m)
+        is_marker = (windows == self.marker.to(embeddings).T).all(dim=-1).all(dim=-1)
+        behind = is_marker.cumsum(dim=1) > 0  # (B,L-m+1)
+        rest = behind[:, -1:].expand(-1, m - 1)
+        behind = torch.cat([behind, rest], dim=1)  # (B,L)
+        return super().summarise(embeddings, mask.bool() & ~behind)
+
+
+class Oracle(OrchMoE):
+    """OrchMoE with a given w for each training task, and w = 1/K for all other tasks."""
+
+    given_w: Tensor  # (T+1,K)
+
+    def route(
+        self, *inputs: Any, task_ids: Tensor | None = None, w: Tensor | None = None, **options: Any
+    ) -> Routing:
+        """Route by task_ids (B,). The id of an unseen task is -1, which takes the last row."""
+        if w is None:
+            w = self.given_w[task_ids]
+        return super().route(*inputs, w=w, **options)
+
+
+def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
+    """Return a function like attach_method with the router `name`, or attach_method itself for "".
+
+    random, definition: see the classes above. category: an oracle that knows the category of each
+    training task; the number of categories must not exceed K. task: an oracle that knows the task
+    itself, with K = T.
+    """
+    if name == "":
+        return attach_method
+    tokenizer = tokenizers.load(settings.train.model)
+
+    def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
+        if name == "task":
+            config = replace(config, tasks=options["num_tasks"])
+        adapters = attach_method(method, module, config, **options)
+        if name == "random":
+            adapters.router = replaced(adapters.router, RandomRouter)
+        elif name == "definition":
+            ids = tokenizer.source(MARKER)[len(tokenizer.bos_ids) :]
+            ids = [i for i in ids if i not in tokenizer.eos_ids]
+            adapters.router = replaced(adapters.router, DefinitionRouter)
+            marker = module.embed(torch.tensor([ids], device=module.device))[0]
+            adapters.router.register_buffer("marker", marker, persistent=False)
+        else:
+            examples = data.load_sets(settings.data, tokenizer, ["train"])["train"]
+            labels = {example.task: getattr(example, name) for example in examples}
+            w = given_weights([labels[task] for task in examples.tasks], config.tasks)
+            adapters = with_given_weights(adapters, w)
+        return adapters
+
+    return attach
+
+
+def replaced(router: TaskRouter, cls: type[TaskRouter]) -> TaskRouter:
+    """Return a router of another class with the same parameters."""
+    other = cls(len(router.mu), router.config)
+    other.load_state_dict(router.state_dict())
+    return other.to(router.mu)
+
+
+def given_weights(labels: Sequence[str], K: int) -> Tensor:
+    """Return w (T+1,K): one-hot for the label of each training task, then 1/K for unseen tasks."""
+    known = sorted(set(labels))
+    if len(known) > K:
+        raise ValueError(f"--tasks {K}: the training tasks have {len(known)} labels; raise it")
+    numbers = [known.index(label) for label in labels]
+    return torch.cat([torch.eye(K)[numbers], torch.full((1, K), 1 / K)])
+
+
+def with_given_weights(learnt: OrchMoE, w: Tensor) -> Oracle:
+    """Replace the adapters by an Oracle with the same skills and allocation."""
+    oracle = Oracle(learnt.module, learnt.linears, learnt.config)
+    oracle.load_state_dict(learnt.state_dict())
+    oracle.register_buffer("given_w", w, persistent=False)
+    learnt.module.skill_adapters = oracle.to(learnt.Z.device)
+    return oracle

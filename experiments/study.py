@@ -1,0 +1,530 @@
+"""The framework of all studies: rows of settings -> cells -> tables.
+
+A Row says what one line of a table changes in the settings of train.py. A Cell is one run of a row,
+or another scoring of a run: one JSON file with its settings and scores. A Study tunes rows and
+makes the cells of a grid: rows x points x seeds. It goes on after any interruption: finished cells
+are not made again, unfinished runs resume, and a cell of other settings is refused.
+
+    rows = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
+    controls = {"no router": Row({"router": "none"}, like="orchmoe")}
+    study = Study(settings, device, StudyConfig(), equal=rows)
+    study.tune(rows, trials=9)
+    points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
+    study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
+
+experiments/compare.py, report.py and fewshot.py are such studies.
+Test: pytest tests/experiments/test_compare.py tests/experiments/test_report.py
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import data
+import eval as evaluation
+import run_folder
+import runtime
+import tokenizer as tokenizers
+import train
+from baselines import count_parameters
+from experiments import plot, routing
+from experiments.routers import attach_with
+from experiments.search import AXES, Search, axes_of
+from experiments.sizes import equal_ranks
+from model import Backbone
+from orchmoe import Adapters, OrchMoEConfig
+
+# The flags of train.py that a study passes on, and those that it sets itself.
+SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
+FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")
+
+
+class Row(NamedTuple):
+    """What one row of a table changes."""
+
+    settings: dict[str, Any] = {}  # fields of train.Settings
+    like: str = ""  # row whose size and tuned values it takes (default: its own)
+    router: str = ""  # router that takes the place of the learnt one, see routers.attach_with
+    w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
+    run: str = ""  # name of the run that it scores, with {name} and {seed} (default: its own)
+    model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
+
+
+UNTRAINED = {name: Row(model=name) for name in ("frozen base", "copy-demo", "copy-input")}
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Study: how much is run, and where."""
+
+    out: str = "results"  # folder of the runs
+    results: str = ""  # folder of the finished cells (default: --out)
+    seeds: int = 3  # runs of each cell: initial values, order of the data, noise
+    tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
+    trials: int = 12  # runs of seed 0 that tune each row
+    jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one a core, at most 8)
+    gpu: int | None = None  # number of the GPU (default: 0, if there is one)
+    device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
+
+    def __post_init__(self) -> None:
+        runtime.require_least(self, seeds=1, trials=1)
+
+
+def read_study(
+    doc: str, cls: type, defaults: dict[str, Any], fixed: Sequence[str] = FIXED
+) -> tuple[dict[str, Any], Any, StudyConfig, train.Settings]:
+    """Return the flags of a study's program, and its own config, StudyConfig and settings."""
+    flags = runtime.read_flags(doc, cls, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
+    for name in fixed:
+        if name in flags:
+            raise ValueError(f"{runtime.flag(name)}: the study sets this itself; leave it out")
+    runtime.require_single_process()
+    values = defaults | flags
+    config, study_config = (runtime.from_flags(one, values) for one in (cls, StudyConfig))
+    return flags, config, study_config, train.Settings.from_flags(values)
+
+
+def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> None:
+    """Raise ValueError unless each given name is one of the choices and given once."""
+    for name in given:
+        if name not in choices or given.count(name) > 1:
+            raise ValueError(f"{flag} {name}: choose, once each, of {', '.join(choices) or 'none'}")
+
+
+def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device:
+    """Return the device of a study, and print it."""
+    of_model = settings.train
+    device = runtime.pick_device(config.gpu, config.device, of_model.dtype, base=of_model.model)
+    runtime.print_line(device.description)
+    return device
+
+
+def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
+    """Return settings with other values. Raise ValueError for a field that does not exist."""
+    unknown = values.keys() - settings.values().keys()
+    if unknown:
+        raise ValueError(f"{min(unknown)}: no field of the settings")
+    return train.Settings.from_flags(settings.values() | values)
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+
+class Cell(NamedTuple):
+    """One run of a row, or another scoring of a run."""
+
+    name: str  # of the row
+    row: Row
+    settings: train.Settings
+    facts: dict[str, str]  # what else the numbers depend on: base, data, device
+    path: Path  # its file
+    folder: Path  # of the run that it scores
+    scores: Literal["dev", "losses", "answers"] = "answers"  # each includes those before
+
+    def result(self) -> dict[str, Any]:
+        """Return the content of its file."""
+        return runtime.read_json(self.path)
+
+    def values(self) -> dict[str, Any]:
+        """Return all that the numbers depend on. Fingerprints replace paths."""
+        values = plain_values(self.settings)
+        for name in run_folder.PATHS:
+            values.pop(name, None)
+        return values | self.facts
+
+    def require_same(self) -> None:
+        """Raise ValueError if its file or its run was made with other settings."""
+        if self.path.exists():
+            require_saved(self.path, {"row": self.name, **self.values()})
+        if (self.folder / "config.json").exists() and self.row.model == "trained":
+            require_saved(
+                self.folder / "cell.json", {"replaced_router": self.row.router, **self.values()}
+            )
+
+
+def plain_values(settings: train.Settings) -> dict[str, Any]:
+    """Return all settings by name, as JSON has them."""
+    return json.loads(json.dumps(settings.values()))
+
+
+def require_saved(path: Path, expected: dict[str, Any]) -> None:
+    """Raise ValueError if the settings in the file differ from the expected ones."""
+    saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
+    if path.exists():
+        saved |= runtime.read_json(path).get("settings", {})
+    for name, value in expected.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{path}: made with {name} {saved.get(name)}, not {value}; name another folder "
+                "with --out or --results, or delete it"
+            )
+
+
+def run_cell(cell: Cell, device: runtime.Device) -> bool:
+    """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it."""
+    started = time.monotonic()
+    attach = attach_with(cell.row.router, cell.settings)
+    result = {
+        "settings": {"row": cell.name, **cell.values()},
+        "tree": tree(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),  # in bfloat16 the numbers depend on it
+    }
+    if cell.row.model == "trained":
+        made_with = {"replaced_router": cell.row.router, **cell.values()}
+        runtime.write_json(cell.folder / "cell.json", {"settings": made_with})
+        if steps_done(cell.folder) < cell.settings.train.steps:
+            launch = train.LaunchConfig(out=str(cell.folder))
+            if not train.train(cell.settings, device, launch, final_scores=False, attach=attach):
+                return False
+        if not cell.row.w:
+            on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
+            best = min(on_dev, key=lambda line: line["dev_loss"])
+            result["dev_loss"] = best["dev_loss"]
+            result["router"] = best.get("router")  # also its distance from its start
+    if cell.scores != "dev":
+        result |= score(cell, device, attach)
+    result["seconds"] = round(time.monotonic() - started)
+    runtime.write_json(cell.path, result)
+    return True
+
+
+def steps_done(folder: Path) -> int:
+    path = run_folder.RunFolder(folder).checkpoint_path
+    return checkpoint.read_torch(path)["step"] if path.exists() else 0
+
+
+def tree() -> str:
+    """Return the commit of the code, "" outside a clone."""
+    command = ["git", "-C", runtime.ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
+
+
+def load_sets(settings: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict[str, list]:
+    """Return dev, seen and, if there are test tasks, unseen, of at most --eval-instances each."""
+    names = {"dev": "dev", "seen": "seen", "test": "unseen"}
+    held_out = {}
+    for name, examples in data.load_sets(settings.data, tokenizer).items():
+        if name in names:
+            held_out[names[name]] = data.subsample(examples, settings.train.eval_instances)
+    return held_out
+
+
+def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
+    """Return scores on seen and unseen instances, the number of parameters, and the routing.
+
+    The overall loss is the mean over tasks, so that long targets weigh no more than short ones.
+    """
+    config = cell.settings.train
+    tokenizer = tokenizers.load(config.model)
+    held_out = load_sets(cell.settings, tokenizer)
+    dev = held_out.pop("dev")
+    result: dict[str, Any] = {}
+    if cell.row.model.startswith("copy"):
+        for which, examples in held_out.items():
+            root = cell.settings.data.data
+            predictions = evaluation.copy_heuristic(cell.row.model, root, examples)
+            result[which] = evaluation.score(examples, predictions)
+        return result
+    if cell.row.model == "frozen base":
+        base, adapters, _ = run_folder.load(device, model=config.model)
+    else:
+        base, adapters, _ = run_folder.load(device, run=cell.folder, attach=attach)
+        result["parameters"] = count_parameters(adapters)
+
+    options = {"batch_size": config.eval_batch_size}
+    for which, examples in held_out.items():
+        w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
+        tasks: dict[str, list[int]] = {}
+        for i, example in enumerate(examples):
+            tasks.setdefault(example.task, []).append(i)
+
+        result[which] = {"overall": {}, "tasks": {task: {} for task in tasks}}
+        if cell.scores == "answers":
+            predictions = evaluation.predict(base, adapters, examples, tokenizer, w=w, **options)
+            result[which] = evaluation.score(examples, predictions)
+        losses = []
+        for task, rows in tasks.items():
+            of_task = [examples[i] for i in rows]
+            given = None if w is None else w[rows]
+            loss, _ = evaluation.measure(base, adapters, of_task, w=given, **options)
+            result[which]["tasks"][task]["loss"] = loss
+            losses.append(loss)
+        result[which]["overall"]["loss"] = sum(losses) / len(losses)
+
+    if cell.row.model == "trained" and not cell.row.w:
+        report = routing.report(base, adapters, held_out["seen"], **options)
+        runtime.write_json(cell.folder / "routing.json", report)
+        numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+        result["learnt"] = numbers
+    return result
+
+
+def replaced_w(
+    kind: str,
+    config: train.TrainConfig,
+    base: Backbone,
+    adapters: Adapters,
+    dev: Sequence[data.Example],
+    examples: Sequence[data.Example],
+) -> Tensor | None:
+    """Return w (M,K) for the examples: the "mean" of dev, or that of "other" examples of the set.
+
+    Return None for "": the router's own w counts.
+    """
+    if kind == "mean":  # of dev, since nothing may be learnt from what is scored
+        w = evaluation.router_weights(base, adapters, dev, config.eval_batch_size)
+        return w.mean(dim=0).expand(len(examples), -1)
+    if kind == "other":
+        w = evaluation.router_weights(base, adapters, examples, config.eval_batch_size)
+        return w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
+    return None
+
+
+# ------------------------------------------------------------------------------ many at a time
+
+
+def _start_worker(threads: int) -> None:
+    """End this worker when its parent is killed. It would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Device) -> None:
+    """Make all cells that are not finished, `jobs` at a time. 0: as many as suit the machine.
+
+    The cells of one queue are made one after the other. The next one is asked for when the one
+    before it is finished. Exit with code 130 if a signal stopped a cell.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    if jobs == 0:
+        jobs = 1 if device.device.type == "cuda" else min(cores, 8)
+    # A single cell gets no more threads than one of several: its numbers must be the same.
+    threads = min(torch.get_num_threads(), max(1, cores // jobs))
+    torch.set_num_threads(threads)
+    stopped = threading.Event()
+
+    def finish(queue, run):
+        for cell in queue:
+            cell.require_same()
+            if not cell.path.exists() and not stopped.is_set():
+                if run(cell, device):
+                    print_done(cell)
+                else:
+                    stopped.set()
+            if stopped.is_set():
+                return
+
+    if jobs == 1 or len(queues) == 1:
+        for queue in queues:
+            finish(queue, run_cell)
+    else:
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
+        with (
+            ProcessPoolExecutor(jobs, spawn, _start_worker, (threads,)) as workers,
+            ThreadPoolExecutor(jobs) as waiting,  # each thread waits for one worker
+        ):
+
+            def run(*arguments):
+                return workers.submit(run_cell, *arguments).result()
+
+            futures = [waiting.submit(finish, queue, run) for queue in queues]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stopped.set()  # no further cells; those that run finish their step and save
+                raise
+    if stopped.is_set():
+        runtime.print_line("stopped; the same command goes on")
+        raise SystemExit(130)
+
+
+def print_done(cell: Cell) -> None:
+    result = cell.result()
+    parts = [str(cell.path)]
+    if "dev_loss" in result:
+        parts.append(f"dev loss {result['dev_loss']:.4f}")
+    for name, value in result.get("seen", {}).get("overall", {}).items():
+        parts.append(f"seen {name} {value:.2f}")
+    runtime.print_line(f"{', '.join(parts)}, {result['seconds']} s")
+
+
+# ----------------------------------------------------------------------------------------- study
+
+
+def file_name(row: str) -> str:
+    """Return the name of a row for files: "K = 1" gives "K___1"."""
+    return re.sub(r"[^\w.-]", "_", row)
+
+
+@functools.cache
+def facts_of(config: data.DataConfig, model: str) -> tuple[dict[str, str], int]:
+    """Return fingerprints of base, tokenizer and tasks, and the number of training tasks."""
+    tokenizer = tokenizers.load(model)
+    sets = data.load_sets(config, tokenizer)
+    facts = {"base": checkpoint.fingerprint(model), "tokenizer": tokenizer.fingerprint}
+    for part in ("train", "test"):
+        if part in sets:
+            facts[f"{part}_tasks"] = sets[part].digest
+    return facts, len(sets["train"].tasks)
+
+
+class Study:
+    """What all cells of a study share.
+
+    settings: for all rows, which points and rows change. equal: rows that get extra ranks, so that
+    all of them have one total size.
+    """
+
+    def __init__(
+        self,
+        settings: train.Settings,
+        device: runtime.Device,
+        config: StudyConfig,
+        equal: dict[str, Row],
+    ):
+        self.settings = settings
+        self.device = device
+        self.config = config
+        self.equal = equal
+        self.results = Path(config.results or config.out)
+        self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
+
+    def cell(
+        self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"
+    ) -> Cell:
+        """Return the cell of a row at a point. file: its name below the folder of results."""
+        settings = changed(self.settings, values)
+        model = settings.train.model
+        facts, num_tasks = facts_of(settings.data, model)
+        like = row.like or name
+        size = {}
+        if like in self.equal:
+            rows = []
+            for other, equal in self.equal.items():
+                of_row = changed(settings, equal.settings | {"alpha": None})
+                rows.append((other, of_row.train.method, of_row.adapter))
+            ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
+            size = {"extra_rank": ranks[like]}
+        tuned = self.best.get(like, {}) | self.best.get(name, {})
+        settings = changed(settings, size | tuned | values | row.settings)
+
+        run = row.run.format(name=Path(file).name, seed=settings.train.seed)
+        return Cell(
+            name=name,
+            row=row,
+            settings=settings,
+            facts=facts | {"computed": f"{self.device.device.type}, {self.device.dtype}"},
+            path=self.results / f"{file}.json",
+            folder=Path(self.config.out, run or file),
+            scores=scores,
+        )
+
+    def cells(
+        self,
+        stage: str,
+        rows: dict[str, Row],
+        points: dict[str, dict[str, Any]],
+        seeds: Iterable[int],
+        scores: str = "answers",
+    ) -> list[Cell]:
+        """Return the cells of all rows at all points {tag: values} with all seeds."""
+        cells = []
+        for seed in seeds:
+            for name, row in rows.items():
+                for tag, values in points.items():
+                    parts = [file_name(name), tag, f"s{seed}"]
+                    file = "-".join(part for part in parts if part)
+                    values = values | {"seed": seed}
+                    cells.append(self.cell(f"{stage}/{file}", name, row, values, scores))
+        return cells
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Make the cells that are not finished. Those that share a run are made in turn."""
+        queues: dict[Path, list[Cell]] = {}
+        for cell in cells:
+            queues.setdefault(cell.folder, []).append(cell)
+        run_cells(list(queues.values()), self.config.jobs, self.device)
+
+    def tune(
+        self, rows: dict[str, Row], trials: int, axes: Sequence[str] = AXES, **values: Any
+    ) -> dict[str, dict]:
+        """Find the values of each row that are best on dev, with seed 0, for all later cells.
+
+        axes: what may be tuned. values: further settings of the trials. Return the reports of the
+        searches, and add them to tuning.json.
+        """
+        searches = {}
+        for name, row in rows.items():
+            settings = self.cell("", name, row, values).settings
+            known = settings.values()
+            start = {}
+            for axis in axes_of(settings.train.method, settings.adapter.router, axes):
+                start[axis] = known[axis]
+                if known[axis] is None:
+                    start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
+            trial = functools.partial(self._trial, name, row, values)
+            searches[name] = Search(start, trials, trial)
+        run_cells(list(searches.values()), self.config.jobs, self.device)
+
+        reports = {name: search.report() for name, search in searches.items()}
+        for name, report in reports.items():
+            self.best[name] = report["best"]
+            if report["edges"]:
+                runtime.warn(
+                    f"{name}: the best value of {', '.join(report['edges'])} is on the edge of "
+                    "what was tried; raise --trials, for all rows"
+                )
+        path = self.results / "tuning.json"
+        runtime.write_json(path, read_tuning(self.results) | reports)
+        return reports
+
+    def _trial(self, name: str, row: Row, values: dict[str, Any], trial: dict[str, float]) -> Cell:
+        tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
+        return self.cell(f"tune/{tag}", name, row, values | trial, "dev")
+
+
+def read_tuning(results: Path) -> dict[str, dict]:
+    """Return the reports of all searches in a folder of results."""
+    path = results / "tuning.json"
+    return runtime.read_json(path) if path.exists() else {}
+
+
+def subset(
+    folder: Path, root: Path, train_tasks: list[str], test_tasks: Sequence[str] = ()
+) -> Path:
+    """Make `folder` a data folder with these tasks of `root` alone."""
+    lists = folder / "splits/default"
+    lists.mkdir(parents=True, exist_ok=True)
+    for name, tasks in (("train", train_tasks), ("test", test_tasks)):
+        # Another process may be reading the list.
+        with runtime.atomic_write(lists / f"{name}_tasks.txt") as file:
+            file.write("".join(f"{task}\n" for task in tasks).encode())
+    link = folder / "tasks"
+    target = (root / "tasks").resolve()
+    if link.is_symlink() and link.readlink() != target:  # the data has moved, or is other data
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(target)
+    return folder
