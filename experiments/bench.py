@@ -8,6 +8,7 @@ compare with transformers, peft or rouge-score are left out where these are not 
     python -m experiments.bench --only linear,step --gpu 0
     python -m experiments.bench --data natural-instructions     # with real prompts
     python -m experiments.bench --only decoder --model smollm2  # a decoder-only base
+    python -m experiments.bench --only peers --model smollm2    # peft's routed adapters
 
 Letters: B batch, L source length, Lt target length, D input width, O output width, S skills,
 R rank.
@@ -62,11 +63,11 @@ OURS = "OrchMoE"
 ACCUMULATED = "OrchMoE, --accumulate 2"  # two micro-batches, each cut to its own longest source
 POLY = "peft Poly"
 LORA = "peft LoRA"
+LILY = "peft Lily"
+XLORA = "peft X-LoRA"
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
-Step = Callable[[data.Batch], float]
-
 
 # The parts that need no --model.
 ALWAYS = ("linear", "step", "epoch", "generate", "decode", "rouge", "start")
@@ -77,7 +78,7 @@ class BenchConfig:
     """Benchmark: what is measured, on what, and where."""
 
     only: tuple[str, ...] = ALWAYS  # parts to measure
-    model: str = ""  # folder of a decoder-only base, for the further part decoder
+    model: str = ""  # folder of a decoder-only base, for the further parts decoder and peers
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
     data: str = "sni/"  # folder of Super-NaturalInstructions, or of that shape
     gpu: int | None = None  # number of the GPU (default: the CPU)
@@ -161,6 +162,82 @@ def installed(package: str) -> bool:
     return found
 
 
+# ----------------------------------------------------------------------------- adapters of peft
+
+# The routed adapters of peft, and the classes that an older peft lacks.
+PEERS = {POLY: "PolyConfig", LILY: "LilyConfig", XLORA: "XLoraConfig"}
+
+
+def available_peers() -> list[str]:
+    """Return the PEERS that the installed peft has. Warn of each other one."""
+    if not installed("peft"):
+        return []
+    import peft
+
+    found = []
+    for name, cls in PEERS.items():
+        if hasattr(peft, cls):
+            found.append(name)
+        else:
+            runtime.warn(f"peft {peft.__version__} has no {cls}: the rows of {name} are left out")
+    return found
+
+
+def adapter_weights(model: nn.Module) -> int:
+    """Return the number of weights in A and B, of our adapters or of peft's."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        if re.search(r"(skill|lora|lily)_[AB]\b", name):
+            count += parameter.numel()
+    return count
+
+
+def add_peft(
+    name: str, model: nn.Module, skills: int, tasks: int = 8, wide: bool = True, **options: Any
+) -> nn.Module:
+    """Return the model with adapters of peft that have as many weights as our skills.
+
+    wide: keep A and B in float32, which is the default of peft.
+    options: target_modules and task_type, for every config of peft.
+    """
+    import peft
+
+    rank = skills * R
+
+    def weights_at_rank_1(config):
+        adapted = peft.get_peft_model(model, config)
+        count = adapter_weights(adapted)
+        adapted.unload()
+        return count
+
+    if name == LORA:
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, **options)
+    elif name == POLY:
+        config = peft.PolyConfig(r=R, n_skills=skills, n_tasks=tasks, **options)
+    elif name == LILY:
+        # Four layers share an A, and all share four B: equal weights allow a larger rank.
+        options |= {"stride_A": 4, "num_B": 4}
+        lora = peft.LoraConfig(r=1, target_modules=options["target_modules"])
+        ours = rank * weights_at_rank_1(lora)
+        rank = round(ours / weights_at_rank_1(peft.LilyConfig(r=1, **options)))
+        config = peft.LilyConfig(r=rank, **options)
+    else:
+        # X-LoRA reads its experts from folders. All start as this one, whose B is 0.
+        model.config.use_cache = False
+        with tempfile.TemporaryDirectory() as folder:
+            expert = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=R, **options))
+            expert.save_pretrained(folder)
+            expert.unload()
+            config = peft.XLoraConfig(
+                hidden_size=model.config.hidden_size,
+                adapters={str(i): folder for i in range(skills)},
+                use_trainable_adapters=True,
+                task_type=options.get("task_type"),
+            )
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+
+
 # ------------------------------------------------------------------------------------ one Linear
 
 
@@ -193,7 +270,7 @@ class OwnForward(nn.Linear):
 
 
 def linear_contestants(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, peers: Sequence[str] = ()
 ) -> Contestants:
     """Return forward and backward of one frozen Linear, alone and with adapters."""
     samples, L, D, O = shape  # noqa: E741
@@ -204,11 +281,11 @@ def linear_contestants(
         linear = cls(D, O, bias=False, device=device, dtype=dtype)
         return nn.Sequential(OrderedDict(q=linear)).requires_grad_(False)
 
-    def contestant(module, *c):
+    def contestant(module, *c, **inputs):
         trained = [p for p in module.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.02)
-        return lambda: torch.autograd.grad(module(x), [x, *trained, *c], dy)
+        return lambda: torch.autograd.grad(module(x, **inputs), [x, *trained, *c], dy)
 
     def routed(mix=kernels.mix_skills, skills=S, cls=nn.Linear):
         module = frozen(cls)
@@ -219,11 +296,22 @@ def linear_contestants(
         return contestant(module.q, c)
 
     def lora(cls=nn.Linear, wide=True):
-        from peft import LoraConfig, get_peft_model
+        return contestant(add_peft(LORA, frozen(cls), S, wide=wide, target_modules=["q"]))
 
-        config = LoraConfig(r=S * R, lora_alpha=S * R, target_modules=["q"])
-        # wide is the default: A and B are float32 over a bf16 base, and x is cast up to them.
-        return contestant(get_peft_model(frozen(cls), config, autocast_adapter_dtype=wide))
+    def peer(name):
+        from transformers import PretrainedConfig
+
+        module = nn.Sequential(OrderedDict(model=frozen()))  # with the names of a decoder
+        module.config = PretrainedConfig(hidden_size=D)
+        add_peft(name, module, S, target_modules=["q"])
+        linear = module.model.q
+        if name == POLY:
+            return contestant(linear, task_ids=torch.arange(samples, device=device))
+        if name == XLORA:
+            # As with c: what makes these weights, once for all Linears, is in the training step.
+            scalings = torch.rand(samples, L, 1, S, device=device).requires_grad_()
+            return contestant(linear, scalings, scalings=scalings)
+        return contestant(linear)
 
     found = {
         "frozen Linear": contestant(frozen()),
@@ -240,10 +328,25 @@ def linear_contestants(
         found[f"own forward, {LORA}"] = lora(OwnForward)
         if dtype != torch.float32:
             found[f"{LORA} all in bf16"] = lora(wide=False)
+    for name in peers:
+        found[name] = peer(name)
     return found
 
 
-def bench_linear(setup: Setup) -> list[str]:
+LINEAR_ROWS = (
+    ("routed Linear", "frozen Linear", "<= 1.20"),
+    ("routed Linear", LORA, "<= 1.00"),
+    ("routed Linear", f"{LORA} all in bf16", ""),
+    ("plain twin", "routed Linear", ""),
+    ("loop over skills", "routed Linear", ">= 2"),
+    ("einsum with expert axis", "routed Linear", ""),
+    ("routed, S 16", "routed, S 4", "<= 1.25"),
+    ("own forward, routed", f"own forward, {LORA}", "<= 1.15"),
+)
+
+
+def bench_linear(setup: Setup, peers: Sequence[str] = ()) -> list[str]:
+    """Return the rows of one Linear: those of the peers, or all others."""
     shapes = [setup.choose((2, 16, 64, 96), (8, 256, 1024, 2816))]
     on_gpu = setup.device.type == "cuda"
     if on_gpu and not setup.quick:
@@ -257,22 +360,19 @@ def bench_linear(setup: Setup) -> list[str]:
     lines = []
     for shape in shapes:
         for dtype in dtypes:
-            contestants = linear_contestants(shape, setup.device, dtype)
+            contestants = linear_contestants(shape, setup.device, dtype, peers)
+            compared = LINEAR_ROWS
+            if peers:
+                compared = [(peer, "routed Linear", "") for peer in peers]
+                contestants = {name: contestants[name] for name in ("routed Linear", *peers)}
             times = interleave(setup, contestants, setup.choose(3, 21), warm=2)
             what = (
                 f"forward + backward in {runtime.dtype_name(dtype)}, {shape[2]} -> {shape[3]}, "
                 f"B {shape[0]}, L {shape[1]}, S {S}, R {R}, LoRA of rank {S * R}"
             )
-            for of, to, wanted in (
-                ("routed Linear", "frozen Linear", "<= 1.20"),
-                ("routed Linear", LORA, "<= 1.00" if dtype == torch.float32 else "<= 0.92"),
-                ("routed Linear", f"{LORA} all in bf16", ""),
-                ("plain twin", "routed Linear", ""),
-                ("loop over skills", "routed Linear", ">= 2"),
-                ("einsum with expert axis", "routed Linear", ""),
-                ("routed, S 16", "routed, S 4", "<= 1.25"),
-                ("own forward, routed", f"own forward, {LORA}", "<= 1.15"),
-            ):
+            for of, to, wanted in compared:
+                if (of, to) == ("routed Linear", LORA) and dtype != torch.float32:
+                    wanted = "<= 0.92"
                 if to in times:
                     lines.append(row(what, of, to, times, wanted))
     return lines
@@ -315,23 +415,26 @@ def quieten_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def stepper(model: nn.Module, loss_of: Callable[..., float], parts: int = 1) -> Step:
-    """Return a training step with AdamW. It returns the loss per target token.
+class Step:
+    """A training step with AdamW. A call returns the loss per target token.
 
     loss_of(batch, target_tokens): does forward and backward of one micro-batch of `parts`.
     """
-    trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    def step(batch):
+    def __init__(self, model: nn.Module, loss_of: Callable[..., float], parts: int = 1):
+        self.model = model.train()
+        self.loss_of = loss_of
+        self.parts = parts
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+
+    def __call__(self, batch: data.Batch) -> float:
         loss = 0.0
-        for _, part in batch.split(parts):
-            loss += loss_of(part.to(trained[0].device), batch.target_tokens)
-        optimizer.step()
-        optimizer.zero_grad()
+        for _, part in batch.split(self.parts):
+            loss += self.loss_of(part.to(self.trained[0].device), batch.target_tokens)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss
-
-    return step
 
 
 def our_step(base: Backbone, parts: int = 1, **skills: Any) -> Step:
@@ -344,7 +447,7 @@ def our_step(base: Backbone, parts: int = 1, **skills: Any) -> Step:
             loss.backward()
         return loss.item()
 
-    return stepper(base, loss_of, parts)
+    return Step(base, loss_of, parts)
 
 
 def their_step(model: nn.Module, inputs_of: Callable[[data.Batch], dict[str, Tensor]]) -> Step:
@@ -356,7 +459,7 @@ def their_step(model: nn.Module, inputs_of: Callable[[data.Batch], dict[str, Ten
         loss.backward()
         return loss.item()
 
-    return stepper(model, loss_of)
+    return Step(model, loss_of)
 
 
 def trainer(name: str, setup: Setup, tasks: int = 8) -> Step:
@@ -364,24 +467,19 @@ def trainer(name: str, setup: Setup, tasks: int = 8) -> Step:
     base = make_base(setup)
     if name in (OURS, ACCUMULATED):
         return our_step(base, parts=2 if name == ACCUMULATED else 1)
-    import peft
-
     targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
     options = {"target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
-    if name == POLY:
-        adapter = peft.PolyConfig(r=R, n_skills=S, n_tasks=tasks, poly_type="poly", **options)
-    else:
-        adapter = peft.LoraConfig(r=S * R, lora_alpha=S * R, lora_dropout=0.0, **options)
+    model = add_peft(name, as_transformers(base), S, tasks, **options)
 
     def inputs_of(batch):
         inputs = batch._asdict()
         del inputs["ids"]
         inputs["task_ids"] = batch.task_ids % tasks
-        if name == LORA:
+        if name != POLY:
             del inputs["task_ids"]
         return inputs
 
-    return their_step(peft.get_peft_model(as_transformers(base), adapter), inputs_of)
+    return their_step(model, inputs_of)
 
 
 def random_batch(setup: Setup) -> data.Batch:
@@ -396,13 +494,12 @@ def random_batch(setup: Setup) -> data.Batch:
     return data.collate(examples)
 
 
-def peak_memory(name: str, setup: Setup) -> float:
+def peak_memory(make_step: Callable[[], Step], batch: data.Batch, setup: Setup) -> float:
     """Return the MiB that three training steps add to what was there before them.
 
     On the CPU it is the resident set of the process, on CUDA what torch counts.
     """
-    step = trainer(name, setup)
-    batch = random_batch(setup)
+    step = make_step()
 
     def resident(field):
         status = Path("/proc/self/status").read_text()
@@ -420,6 +517,27 @@ def peak_memory(name: str, setup: Setup) -> float:
     if on_gpu:
         return torch.cuda.max_memory_allocated(setup.device) / 2**20 - before
     return resident("VmHWM") - before
+
+
+def memory_rows(
+    setup: Setup,
+    what: str,
+    makers: dict[str, Callable[[], Step]],
+    batch: data.Batch,
+    wanted: str = "",
+) -> list[str]:
+    """Return rows of the peak memory of others beside ours, each in a process of its own."""
+    if setup.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
+        return []
+    peaks = {}
+    for name, make_step in makers.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            peaks[name] = [fresh.submit(peak_memory, make_step, batch, setup).result()]
+    lines = []
+    for name in makers:
+        if name != OURS:
+            lines.append(row(f"peak memory of {what}", name, OURS, peaks, wanted, "MiB", 1))
+    return lines
 
 
 def bench_step(setup: Setup) -> list[str]:
@@ -448,14 +566,8 @@ def bench_step(setup: Setup) -> list[str]:
         times[floor] = [seconds * work / (4 * 2 * n**3) for seconds in times["GEMM"]]
         lines.append(row(what, name, floor, times))
 
-    if setup.device.type == "cuda" or Path("/proc/self/clear_refs").exists():
-        peaks = {}
-        for name in (OURS, *others):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                peaks[name] = [fresh.submit(peak_memory, name, setup).result()]
-        for other in others:
-            lines.append(row(f"peak memory of {what}", other, OURS, peaks, ">= 1", "MiB", 1))
-    return lines
+    makers = {name: functools.partial(trainer, name, setup) for name in (OURS, *others)}
+    return lines + memory_rows(setup, what, makers, batch, ">= 1")
 
 
 def bind(functions: dict[str, Callable], argument: Any) -> Contestants:
@@ -634,20 +746,14 @@ WIDE = f"transformers + {LORA}"
 NARROW = f"transformers + {LORA} all in bf16"
 
 
-def causal_lm(setup: Setup, dtype: torch.dtype, wide: bool = True) -> nn.Module:
-    """Return the model of transformers with a LoRA of peft.
-
-    wide: keep A and B in float32, which is the default of peft.
-    """
-    import peft
+def causal_lm(setup: Setup, dtype: torch.dtype, wide: bool = True, name: str = LORA) -> nn.Module:
+    """Return the model of transformers with adapters of peft."""
     from transformers import AutoModelForCausalLM
 
     quieten_transformers()
     base = AutoModelForCausalLM.from_pretrained(setup.model, dtype=dtype).to(setup.device)
-    rank = DECODER["skills"] * R
-    targets = ["q_proj", "v_proj"]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
-    return peft.get_peft_model(base, config, autocast_adapter_dtype=wide)
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return add_peft(name, base, DECODER["skills"], wide=wide, **options)
 
 
 def causal_inputs(batch: data.Batch) -> dict[str, Tensor]:
@@ -659,16 +765,28 @@ def causal_inputs(batch: data.Batch) -> dict[str, Tensor]:
     }
 
 
-def bench_decoder(setup: Setup) -> list[str]:
-    if not installed("peft"):
-        return []
-    B, L, Lt = setup.choose((2, 12, 4), (16, 144, 16))
+def decoder_batch(B: int, L: int, Lt: int) -> data.Batch:
+    """Return a batch without padding."""
     rng = np.random.default_rng(0)
     examples = []
     for i in range(B):
         source, target = rng.integers(3, 1000, L), rng.integers(3, 1000, Lt)
-        examples.append(data.Example(str(i), "", "", source, [target], [""]))
-    batch = data.collate(examples)
+        examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
+    return data.collate(examples)
+
+
+def check_first_losses(steps: dict[str, Step], batch: data.Batch) -> None:
+    """Take a step of each contestant. Raise ValueError if their losses differ."""
+    losses = {name: step(batch) for name, step in steps.items()}
+    if max(losses.values()) > 1.02 * min(losses.values()):
+        raise ValueError(f"the first losses of the contestants differ: {losses}")
+
+
+def bench_decoder(setup: Setup) -> list[str]:
+    if not installed("peft"):
+        return []
+    B, L, Lt = setup.choose((2, 12, 4), (16, 144, 16))
+    batch = decoder_batch(B, L, Lt)
 
     def loaded(dtype):
         return checkpoint.load(setup.model, dtype=dtype, device=setup.device)
@@ -685,9 +803,7 @@ def bench_decoder(setup: Setup) -> list[str]:
     steps[f"{OURS}, bf16"] = our_step(loaded(narrow), **DECODER)
     steps[f"{OURS}, float32"] = our_step(loaded(wide), **DECODER)
     steps[f"{OURS}, bf16, --compile"] = our_step(compiled, **DECODER)
-    losses = {name: step(batch) for name, step in steps.items()}
-    if max(losses.values()) > 1.02 * min(losses.values()):
-        raise ValueError(f"the first losses of the contestants differ: {losses}")
+    check_first_losses(steps, batch)
 
     times = interleave(setup, bind(steps, batch), setup.choose(1, 5))
     model = Path(setup.model).name
@@ -736,6 +852,59 @@ def generate_decoder(setup: Setup) -> list[str]:
         f"batches of {size}, {most} tokens"
     )
     return generation(setup, what, size, examples, tokenizer, ours, theirs)
+
+
+def decoder_trainer(name: str, setup: Setup) -> Step:
+    """Return the training step of a contestant over the base of --model, in bf16."""
+    if name == OURS:
+        base = checkpoint.load(setup.model, dtype=torch.bfloat16, device=setup.device)
+        return our_step(base, **DECODER)
+
+    def inputs_of(batch):
+        inputs = causal_inputs(batch)
+        if name == POLY:
+            inputs["task_ids"] = batch.task_ids
+        return inputs
+
+    return their_step(causal_lm(setup, torch.bfloat16, name=name), inputs_of)
+
+
+def compare_peers(
+    setup: Setup,
+    what: str,
+    make_step: Callable[[str, Setup], Step],
+    peers: Sequence[str],
+    batch: data.Batch,
+) -> list[str]:
+    """Return the rows of a training step and of its memory."""
+    makers = {name: functools.partial(make_step, name, setup) for name in (OURS, *peers)}
+    steps = {name: make() for name, make in makers.items()}
+    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
+    what = f"training step, {what}; weights in A and B: {', '.join(weights)}"
+    check_first_losses(steps, batch)
+    times = interleave(setup, bind(steps, batch), setup.choose(1, 5))
+    lines = [row(what, name, OURS, times) for name in peers]
+    return lines + memory_rows(setup, what, makers, batch)
+
+
+def bench_peers(setup: Setup) -> list[str]:
+    """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
+    peers = available_peers()
+    if not peers:
+        return []
+    lines = bench_linear(setup, peers)
+
+    batch = random_batch(setup)
+    B, L = batch.input_ids.shape
+    what = f"T5 v1.1-small shapes, batch {B} x {L}"
+    # X-LoRA of peft 0.21 cannot load its experts into a T5: it changes the names of the weights.
+    seq2seq = [name for name in peers if name != XLORA]
+    lines += compare_peers(setup, what, trainer, seq2seq, batch)
+
+    B, L, Lt = setup.choose((2, 12, 4), (8, 144, 16))
+    what = f"{Path(setup.model).name} in bf16, {B} x {L + Lt} tokens, q and v"
+    batch = decoder_batch(B, L, Lt)
+    return lines + compare_peers(setup, what, decoder_trainer, peers, batch)
 
 
 # -------------------------------------------------------------------------------- metric, start
@@ -818,6 +987,7 @@ PARTS = {
     "generate": bench_generate,
     "decode": bench_decode,
     "decoder": bench_decoder,
+    "peers": bench_peers,
     "rouge": bench_rouge,
     "start": bench_start,
 }
@@ -846,8 +1016,8 @@ def main() -> None:
     for part in config.only:
         if part not in PARTS:
             raise ValueError(f"--only {part}: choose from {', '.join(PARTS)}")
-    if "decoder" in config.only and not config.model:
-        raise ValueError("--only decoder: give the folder of a decoder-only base with --model")
+        if part in ("decoder", "peers") and not config.model:
+            raise ValueError(f"--only {part}: give the folder of a decoder-only base with --model")
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     setup = Setup(config.quick, config.data, config.model, device, dtype)
     runtime.print_line(f"{machine(setup)}\n\n{HEAD}")

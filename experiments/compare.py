@@ -70,7 +70,13 @@ ABLATIONS = {
     "S = 8": Row({"skills": 8}, **LIKE),
     "factors mixed": Row({"method": "orchmoe-factors"}, **LIKE),
 }
-DEFAULTS = {"out": "results/compare", "steps": 200, "eval_instances": 280, "lr_skills": 1e-2}
+DEFAULTS = {
+    "out": "results/compare",
+    "steps": 200,
+    "eval_instances": 280,
+    "lr_skills": 1e-2,
+    "lr_router": 2e-5,
+}
 
 
 @dataclass(frozen=True)

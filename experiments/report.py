@@ -87,6 +87,7 @@ DEFAULTS = {
     "eval_every": 100,
     "eval_instances": 300,
     "lr_skills": 1e-2,
+    "lr_router": 2e-5,
     "rank": 4,
     "train_instances": 8,
     "num_pos": 0,
