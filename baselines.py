@@ -308,7 +308,7 @@ _SETTINGS_READ = {
 }
 
 
-def settings_read(method: str, router: str) -> set[str]:
+def settings_of_method(method: str, router: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
     These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router,

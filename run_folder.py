@@ -1,6 +1,6 @@
 """The folder of a training run: its files, what it is bound to, resuming, and loading the result.
 
-    config.json           settings of the run, and the base and data that it is bound to: RunConfig
+    config.json           settings of the run, fingerprints of its base and data: see RunConfig
     metrics.jsonl         one line for each step, and one for each evaluation
     checkpoint.pt         the last state, from which a run resumes
     adapter.safetensors   the adapter with the lowest dev loss (with --method full: model/)
@@ -43,7 +43,7 @@ PATHS = ("model", "data", "text", "start", "loras")
 class RunConfig:
     """Content of config.json: the settings of a run, and what it is bound to."""
 
-    folder: str  # where it was read from; not saved
+    folder: str  # the folder of the run; not saved
     train: dict  # fields of TrainConfig
     data: dict  # fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
@@ -52,7 +52,7 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     digests: dict  # of the contents of the task files: {"train": ..., "test": ...}
     pretrain: dict | None = None  # settings of experiments/pretrain.py, None for other runs
-    torch: str = str(torch.__version__)  # version of torch that began the run
+    torch: str = str(torch.__version__)  # version of torch when the run began
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise ValueError if it does not fit."""
@@ -64,8 +64,8 @@ class RunConfig:
         for name, value in found.items():
             if value != getattr(self, name):
                 raise ValueError(
-                    f"{self.folder}: {name} changed since the run began; restore it, name its "
-                    "place with --model or --data, or start a new run"
+                    f"{self.folder}: {name} changed since the run began; restore it, give its "
+                    "folder with --model or --data, or start a new run"
                 )
 
     def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
@@ -97,7 +97,7 @@ def read_config(folder: str | Path) -> RunConfig:
         config = runtime.from_json(RunConfig, values | {"folder": str(folder)})
         for name in ("model", "method"):
             if not isinstance(config.train[name], str):
-                raise ValueError(f"train: {name} must be a text")
+                raise ValueError(f"train: {name} must be a string")
     return config
 
 
@@ -129,20 +129,23 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "wb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill frees it, too
             except BlockingIOError:
                 raise ValueError(
                     f"{self.path}: another process is writing this run; wait, or change --out"
                 ) from None
             except OSError as error:  # a file system without locks
-                runtime.warn(f"{self.path}: no lock ({error.strerror}); start no second run here")
+                runtime.warn(
+                    f"{self.path}: no lock ({error.strerror}); start one run at a time here"
+                )
+            # The temporary files of runtime.atomic_write.
             for pattern in (".*.*.tmp", "model/.*.*.tmp"):
                 for half_written in self.path.glob(pattern):
                     half_written.unlink()
             yield
 
     def bind(self, config: RunConfig) -> None:
-        """Write config.json. Raise ValueError if the folder is bound to another base or data."""
+        """Write config.json. Raise ValueError if an older one names another base or other data."""
         if self.config_path.exists():
             names = ("tasks", "base", "tokenizer", "digests")
             read_config(self.path).require_same(**{name: getattr(config, name) for name in names})
@@ -182,7 +185,8 @@ class RunFolder:
     ) -> None:
         """Write checkpoint.pt.
 
-        step: the next step. best: the best dev loss. start_w: w (M,K) of dev before training.
+        step: the next step. best: the best dev loss. start_w: the router's w (M,K) of
+        the M dev examples before training.
         """
         if runtime.rank() != 0:
             return
@@ -199,11 +203,11 @@ class RunFolder:
     def load_progress(
         self, adapters: Adapters, optimizer: Optimizer
     ) -> tuple[int, float, Tensor | None]:
-        """Load checkpoint.pt into place. Return (step, best, start_w), see `save_progress`."""
+        """Fill both from checkpoint.pt. Return (step, best, start_w), see `save_progress`."""
         state = checkpoint.read_torch(self.checkpoint_path)
         with runtime.reading(self.checkpoint_path, "restore the file, or start a new run"):
             if type(state["step"]) is not int or type(state["best"]) is not float:
-                raise ValueError("step or best has another type")
+                raise ValueError("step or best has the wrong type")
             adapters.load_state_dict(state["weights"])
             # Only the moments are loaded. The learning rates are those of the config.
             moments = state["optimizer"]["state"]
@@ -211,7 +215,7 @@ class RunFolder:
             for parameter, own in optimizer.state.items():  # torch does not compare shapes
                 for name in ("exp_avg", "exp_avg_sq"):
                     if own[name].shape != parameter.shape:
-                        raise ValueError("the moments of the optimizer have other shapes")
+                        raise ValueError("the moments of the optimizer do not fit the weights")
             return state["step"], state["best"], state["start_w"]
 
     def save_best(
@@ -254,7 +258,10 @@ class RunFolder:
 
 
 def new_folder(name: str) -> Path:
-    """Make the first of NAME-1, NAME-2, ... that does not exist. All ranks return the same."""
+    """Make the first of NAME-1, NAME-2, ... that does not exist. All ranks return the same.
+
+    Under torchrun, call it inside `runtime.distributed`.
+    """
     path = None
     if runtime.rank() == 0:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -300,10 +307,10 @@ def load(
 ) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
     """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
 
-    Without a run, load the model in the folder `model` as it is. With a run, `model` is where its
-    base is now. shard: split the base over the processes of torchrun. attach: a function like
-    baselines.attach_method, for studies that change the routing. Raise ValueError if the base,
-    tokenizer or adapter is not the one of the run.
+    Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
+    folder of its base, if that has moved. shard: split the base over the processes of torchrun.
+    attach: a function like baselines.attach_method, for studies that change the routing. Raise
+    ValueError if the base, tokenizer or adapter is not the one of the run.
     """
     config = read_config(run) if run else None
     full = config is not None and config.train["method"] == "full"
@@ -332,7 +339,7 @@ def load(
     else:
         base = checkpoint.load(path, dtype=device.dtype, device=device.device)
     if config is None or full:
-        adapters = NoAdapter(base, full=full and not shard)
+        adapters = NoAdapter(base, full=full and not shard)  # only frozen weights can be split
     else:
         adapters = attach_trained(config, base, attach)
     if shard:
@@ -343,7 +350,7 @@ def load(
 def attach_trained(
     config: RunConfig, base: Backbone, attach: Callable[..., Adapters] = attach_method
 ) -> Adapters:
-    """Attach the adapters of the run that were best on dev to its base."""
+    """Attach the best adapters of the run (lowest dev loss) to its base."""
     state, metadata = config.load_adapter()
     path = RunFolder(config.folder).adapter_path
     with runtime.reading(path):

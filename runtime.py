@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent  # the repository; its sni/ and tiny/ are the defaults
+ROOT = (
+    Path(__file__).resolve().parent
+)  # the repository; its sni/ and tiny/ are the default data and base
 LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
 
 
@@ -52,7 +54,7 @@ def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None
         if isinstance(error, OSError) and error.filename:
             raise
         problem = textwrap.shorten(str(error), 200, placeholder=" ...")
-        if type(error) is not ValueError:  # such as KeyError or JSONDecodeError
+        if type(error) is not ValueError:  # KeyError, or a subclass such as JSONDecodeError
             problem = f"{type(error).__name__}: {problem}"
         raise ValueError(f"{path}: {problem}; {remedy}") from error
 
@@ -86,7 +88,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Re-raise write errors with the final file name, which the system does not know."""
+    """Re-raise write errors with the final file name. The system knows the temporary one."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -95,7 +97,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
-        problem = f"{cause.strerror}; not written, the previous version is intact; mend the folder"
+        problem = f"{cause.strerror}; nothing was replaced; free space, or fix the folder"
         raise OSError(cause.errno, problem, str(path)) from error
 
 
@@ -113,7 +115,7 @@ def read_json(path: str | Path) -> dict:
 
 def to_json(value: Any, **options: Any) -> bytes:
     """Return `value` as JSON with a final newline. NaN and infinity become null."""
-    # The json module writes NaN as a bare word, which is not JSON.
+    # json.dumps writes NaN as a bare word, which is not JSON. Read it back as null.
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return (json.dumps(plain, **options) + "\n").encode()
 
@@ -148,8 +150,8 @@ def read_flags(
 ) -> dict[str, Any]:
     """Return the values that the command line gives. Each field of the dataclasses is a flag.
 
-    The help text of a flag is the comment beside its field. `defaults` replaces the defaults of
-    the fields in the help. Fields in `hidden` are left out of the help.
+    The help text of a flag is the comment on the line of its field, and its default. `defaults`
+    replaces the defaults that the help shows, nothing else. Fields in `hidden` are not shown.
     """
     parser = Parser(
         usage="%(prog)s [options]",
@@ -201,13 +203,13 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
-    """Return the dataclass `cls`, made from those of the flags that are its fields."""
+    """Return an instance of the dataclass `cls`, from the flags that are its fields."""
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in flags.items() if name in names})
 
 
 def from_json(cls: type, values: dict[str, Any]) -> Any:
-    """Return the dataclass `cls`, made from saved values. Missing fields get their defaults.
+    """Return an instance of the dataclass `cls`, from saved values. Missing fields get defaults.
 
     Raise ValueError for an unknown field or a value of another type. Call it inside `reading`.
     """
@@ -220,7 +222,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
             raise ValueError(f"{cls.__name__} has no field {name!r:.60}")
         if not _has_type(value, types[name]):
             raise ValueError(
-                f"{name}: {value!r:.60} has another type, or is not one of the choices"
+                f"{name}: {value!r:.60} has the wrong type, or is not one of the choices"
             )
         fields[name] = value
     return cls(**fields)
@@ -239,7 +241,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def require_least(config: Any, **least: int) -> None:
-    """Raise ValueError if a number of `config` is too small, too large or not finite.
+    """Raise ValueError if an int or float field of `config` is too small, too large or not finite.
 
     The smallest allowed value is 0, unless `least` gives another one for that field.
     """
@@ -354,7 +356,8 @@ def pick_device(
 
     Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
     bfloat16 on CUDA. On a CPU it is bfloat16 if the CPU multiplies it natively and the model in
-    the folder `base` is large, otherwise float32. Raise ValueError if there is no such GPU.
+    the folder `base` is large, otherwise float32. Raise ValueError if there are GPUs, but not the
+    one asked for.
     """
     if gpu is not None and device:
         raise ValueError(f"--gpu {gpu} --device {device}: give one of the two")
@@ -368,7 +371,7 @@ def pick_device(
         last_gpu = _torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
         remedy = "; start as many processes per node as there are GPUs, or give --device cpu"
     if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
-        raise ValueError(f"--gpu {own_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
+        raise ValueError(f"--gpu {last_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
 
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)
@@ -411,7 +414,7 @@ def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
 # ------------------------------------------------------------------------------------ processes
 
 # torchrun starts several processes. Each runs the whole program on its share of every batch.
-# Without torchrun there is one process, rank 0 of 1, and the functions below do nothing.
+# Without torchrun there is one process, rank 0 of 1: nothing to wait for, to sum or to send.
 
 
 def _torchrun_variable(name: str, default: int) -> int:
@@ -478,9 +481,9 @@ def barrier() -> None:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
-    """Replace the tensors by their sums over all processes; return the sums of the numbers.
+    """Replace each tensor by its sum over all processes, in place. Return the sums of the numbers.
 
-    The tensors must have one dtype. All of them travel in one message.
+    The tensors must have one dtype, which the numbers take too: all travel in one message.
     """
     if not dist.is_initialized():
         return list(numbers)
@@ -514,8 +517,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     """Split the frozen weights of `root` over all processes with FSDP2.
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
-    that its attribute `entries` names. Weights may be views of mapped files, of which each
-    process reads its own share. Trained parameters stay whole in every process.
+    that its attribute `entries` names. If the weights are views of mapped files, each process
+    reads only its own share. Trained parameters stay whole in every process.
     """
     # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -530,11 +533,11 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
         else:
             frozen[name] = parameter.detach().contiguous()  # FSDP2 takes no transposed weights
     if not frozen:
-        raise ValueError("--shard: there is no frozen base to split; not with --method full")
+        raise ValueError("--shard: --method full leaves no frozen base to split; drop --shard")
     if not dist.is_initialized():
         raise ValueError("--shard: splits the base over processes; start it with torchrun")
 
-    # FSDP2 divides weights that have no values yet. Their values follow, share by share.
+    # FSDP2 first splits weights without values; the loop below fills in the shares.
     empty = {name: weight.to("meta", device.dtype) for name, weight in frozen.items()}
     root.load_state_dict(empty, strict=False, assign=True)
     mesh = dist.init_device_mesh(device.device.type, (world_size(),))

@@ -30,7 +30,7 @@ import data
 import eval as evaluation
 import runtime
 import tokenizer as tokenizers
-from baselines import METHODS, attach_method, count_parameters, settings_read
+from baselines import METHODS, attach_method, count_parameters, settings_of_method
 from data import Batch, DataConfig, Examples
 from export import load_peft, set_skills
 from model import Backbone
@@ -39,8 +39,8 @@ from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 
 # ---------------------------------------------------------------------------------- settings
 
-# For each value of --trainable, the kinds of parameters that train. Of the router, a mixture
-# trains only the bias.
+# For each value of --trainable, the kinds of parameters that train. "mixture" learns one w for all
+# samples: only the bias of the router trains, see load_start.
 TRAINABLE_KINDS = {
     "all": ("skills", "router", "token_router", "allocation", "full"),
     "router": ("router", "token_router"),
@@ -72,7 +72,7 @@ class TrainConfig:
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
-    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one w
+    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one w for all
     loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
     extra_rank: int = 0  # ranks spread over all Linears, for comparisons at equal size
 
@@ -150,13 +150,13 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 
     # The method must use every given flag, and something must train at every given rate.
     config = settings.train
-    used_settings = settings_read(config.method, settings.adapter.router)
+    used_settings = settings_of_method(config.method, settings.adapter.router)
     used_rates = learning_rate_fields(config).values()
     adapter_settings = vars(settings.adapter)
     for name in sorted(flags):
         problem = ""
         if name in fixed:
-            problem = "comes with --start or --loras"
+            problem = "is fixed by --start or --loras"
         elif (name in adapter_settings or name.startswith("lr_")) and name not in used_settings:
             problem = f"--method {config.method}"
             if "router" in used_settings:
@@ -175,7 +175,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         raise ValueError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).values()
     for name in sorted(flags.keys() & saved.keys()):
-        may_change = name in PATHS and saved[name]  # not a path that the run does not have
+        may_change = name in PATHS and saved[name]  # none may be added
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has {saved[name]!r}; "
@@ -185,7 +185,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return settings of --start or --loras: those that are fixed, and those flags may change."""
+    """Return the settings that --start or --loras fix, and defaults that flags may change."""
     if flags.get("start"):
         folder = flags["start"]
         settings = saved_settings(read_config(folder))
@@ -234,6 +234,7 @@ def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
             is_bias = parameter.dim() == 1
             is_wanted = is_bias or config.trainable != "mixture"
             parameter.requires_grad_(kind in rates and is_wanted)
+    # The groups hold only parameters that still train.
     if not any(adapters.parameter_groups().values()):
         raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
@@ -249,7 +250,7 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the factor on the peak rates: a linear warm-up, then a linear decay to 0 or 1."""
+    """Return the factor on the peak rates: linear warm-up to 1, then linear decay, or 1."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return warmup
@@ -261,9 +262,9 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
-    """Start the router from at most 2,000 training sources, see Adapters.fit_router."""
+    """Initialise the router from at most 2,000 training sources, see Adapters.fit_router."""
     sources = data.subsample(examples, 2000)
-    # The scores (B,L,L) of larger batches do not fit into the caches of a CPU, and are slower.
+    # Attention scores (B,L,L) of larger batches overflow the caches of a CPU and are slower.
     batch_size = min(8, config.eval_batch_size)
     batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
     adapters.fit_router(
@@ -278,7 +279,7 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
     state, _ = read_config(config.start).load_adapter()
     adapters.load_state_dict(state)
     if config.trainable == "mixture":
-        # A mixture is a router without W_task: w = softmax(b). It starts at the mean w of sources.
+        # A mixture is a router without W_task: w depends on b alone. It starts at the mean w.
         sources = data.subsample(examples, 2000)
         _, w = evaluation.measure(base, adapters, sources, batch_size=config.eval_batch_size)
         bias = w.mean(dim=0)
@@ -343,7 +344,7 @@ def train_step(
 def routing_noise(
     adapters: Adapters, seed: int, step: int, rows: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise on Z and the samples with w = 1/K, for methods that use them.
+    """Return the noise on Z and a mask of samples that get w = 1/K, each None if unused.
 
     Each depends on seed, step and row alone, so that a resumed run draws the same.
     """
@@ -364,8 +365,8 @@ def require_finite(step: int, batch: Batch, **values: float) -> None:
         if not math.isfinite(value):
             raise ValueError(
                 f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
-                "the last checkpoint is intact; start again with lower learning rates or "
-                "--dtype float32"
+                "the last checkpoint is intact, but a resumed run would repeat this; start a new "
+                "run with lower learning rates or --dtype float32"
             )
 
 
@@ -384,12 +385,13 @@ def train(
     """Train from the start, or from the last checkpoint in launch.out. Return False if stopped.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
-    a table. resume_command: printed for the user, without the folder. attach: a function like
-    baselines.attach_method, for studies that change the routing.
+    a table. resume_command: what the user is told to run after an interruption; --out is added.
+    attach: a function like baselines.attach_method, for studies that change the routing.
     """
     config = settings.train
 
-    # Tokenizer and data. Of each evaluated set at most --eval-instances are used.
+    # Tokenizer and data. Seen: new instances of the training tasks. Unseen: the test tasks. Of each
+    # evaluated set at most --eval-instances are used.
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(settings.data, tokenizer)
     train_set = sets["train"]
@@ -431,7 +433,7 @@ def train(
     freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 
-    # What the run is run_config to: a resumed run must find the same.
+    # What the run is bound to (run.bind, below): a resumed run must find the same.
     run_config = RunConfig(
         folder=launch.out,
         train=asdict(config),
@@ -443,7 +445,8 @@ def train(
         digests={name: sets[name].digest for name in ("train", "test") if name in sets},
     )
 
-    # Initial values of the adapters. A run with a checkpoint loads that instead, below.
+    # Initial values of the adapters, unless a checkpoint is loaded below. A run that was
+    # interrupted before its first checkpoint is new again.
     is_new = not (launch.out and RunFolder(launch.out).checkpoint_path.exists())
     if is_new and config.start:
         read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
@@ -451,7 +454,7 @@ def train(
     elif is_new:
         if config.loras:
             set_skills(adapters, [load_peft(folder) for folder in config.loras])
-        fit_router(base, adapters, train_set, config)
+        fit_router(base, adapters, train_set, config)  # nothing happens without a sample router
 
     # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
@@ -473,8 +476,8 @@ def train(
         if resume_command:
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # No checkpoint is loaded yet and B = 0, so this scores the frozen base. Initial values of
-        # --start or --loras are there only if the run is new.
+        # Score the model before training. Without --start or --loras it is the frozen base, because
+        # B = 0 until a checkpoint is loaded. With them, only a new run has the initial values.
         name = "start" if config.start or config.loras else "frozen base"
         can_score_start = is_new or name == "frozen base"
         if final_scores and can_score_start and not run.scores_path.exists():
@@ -518,8 +521,8 @@ def train(
                 stopping = runtime.any_rank(stop_requested())  # all processes stop together
                 if not (evaluating or stopping):
                     continue
-                weights = get_total_norm(adapters.state_dict().values())
-                require_finite(step, batch, norm_of_the_weights=weights.item())
+                weight_norm = get_total_norm(adapters.state_dict().values())
+                require_finite(step, batch, norm_of_the_weights=weight_norm.item())
 
                 # The loss on dev. Keep the weights that are best there.
                 if evaluating:
@@ -538,9 +541,10 @@ def train(
                 run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
                 if stopping:
                     break
-            stopped = runtime.any_rank(stop_requested())
+            stopped = runtime.any_rank(stop_requested())  # also during the last evaluation
         if stopped:
-            runtime.print_line(f"stopped; resume with: {resume_command or run.path}")
+            how = resume_command or f"--resume --out {run.path}"
+            runtime.print_line(f"stopped; resume with: {how}")
             return False
 
         # The weights that were best on dev, scored on seen and unseen tasks.
@@ -586,7 +590,7 @@ def score_held_out(
 
 
 def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> None:
-    """Print the scores as a table in Markdown, and the command that scores the whole test set."""
+    """Print the scores as a table in Markdown, and the command that scores a whole set."""
     header = "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
     runtime.print_line(header)
     runtime.print_line("| --- | --- | --- | --- | --- |")
@@ -602,7 +606,7 @@ def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> N
 
     split = "test" if "unseen" in scores else "seen"  # all rows have the same sets
     limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
-    runtime.print_line(f"on {limit} instances of each set; the run folder {run.path} has the rest")
+    runtime.print_line(f"on {limit} instances of each set; {run.path} has all scores")
     program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -500,6 +500,8 @@ def peak_memory(make_step: Callable[[], Step], batch: data.Batch, setup: Setup) 
     On the CPU it is the resident set of the process, on CUDA what torch counts.
     """
     step = make_step()
+    for parameter in step.model.parameters():
+        parameter.sum()  # reads weights that still lie in a mapped file
 
     def resident(field):
         status = Path("/proc/self/status").read_text()
@@ -854,6 +856,9 @@ def generate_decoder(setup: Setup) -> list[str]:
     return generation(setup, what, size, examples, tokenizer, ours, theirs)
 
 
+# ------------------------------------------------------------------------- routed adapters of peft
+
+
 def decoder_trainer(name: str, setup: Setup) -> Step:
     """Return the training step of a contestant over the base of --model, in bf16."""
     if name == OURS:
@@ -887,24 +892,24 @@ def compare_peers(
     return lines + memory_rows(setup, what, makers, batch)
 
 
-def bench_peers(setup: Setup) -> list[str]:
+def bench_peers(setup: Setup) -> Iterator[str]:
     """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
     peers = available_peers()
     if not peers:
-        return []
-    lines = bench_linear(setup, peers)
+        return
+    yield from bench_linear(setup, peers)
 
     batch = random_batch(setup)
     B, L = batch.input_ids.shape
     what = f"T5 v1.1-small shapes, batch {B} x {L}"
     # X-LoRA of peft 0.21 cannot load its experts into a T5: it changes the names of the weights.
     seq2seq = [name for name in peers if name != XLORA]
-    lines += compare_peers(setup, what, trainer, seq2seq, batch)
+    yield from compare_peers(setup, what, trainer, seq2seq, batch)
 
     B, L, Lt = setup.choose((2, 12, 4), (8, 144, 16))
     what = f"{Path(setup.model).name} in bf16, {B} x {L + Lt} tokens, q and v"
     batch = decoder_batch(B, L, Lt)
-    return lines + compare_peers(setup, what, decoder_trainer, peers, batch)
+    yield from compare_peers(setup, what, decoder_trainer, peers, batch)
 
 
 # -------------------------------------------------------------------------------- metric, start

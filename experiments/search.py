@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import runtime
-from baselines import settings_read
+from baselines import settings_of_method
 
 # What can be tuned, in the order of a search: learning rates, and the scale of the skills.
 AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
@@ -18,7 +18,7 @@ Point = tuple[int, ...]  # steps from the start along each axis
 
 def axes_of(method: str, router: str, allowed: Sequence[str] = AXES) -> tuple[str, ...]:
     """Return what a method is tuned over: the rates of all that it trains, and its scale."""
-    read = settings_read(method, router)
+    read = settings_of_method(method, router)
     return tuple(axis for axis in allowed if axis in read)
 
 

@@ -371,7 +371,7 @@ def test_generation_waits_for_other_processes(small_t5, inputs):
     "flags, message",
     [
         ([], "splits the base over processes; start it with torchrun"),
-        (["--method", "full"], "there is no frozen base to split; not with --method full"),
+        (["--method", "full"], "--method full leaves no frozen base to split; drop --shard"),
     ],
 )
 def test_what_cannot_be_sharded(flags, message, tmp_path):

@@ -212,8 +212,8 @@ LORA = "--loras served/abstract-1"
 MISTAKES = {  # flags -> beginning of the message
     "--trainable router": "--trainable router: give --start with it",
     f"--start run {LORA}": "--start and --loras: give one of the two",
-    "--start run --rank 4": "--rank: comes with --start",
-    "--start run --method lora": "--method: comes with --start",
+    "--start run --rank 4": "--rank: is fixed by --start",
+    "--start run --method lora": "--method: is fixed by --start",
     "--start nowhere": "nowhere/config.json: does not exist",
     "--start run --model other": "run: base changed since the run began",
     f"{LORA},nowhere": "nowhere/adapter_config.json: does not exist",
@@ -222,8 +222,8 @@ MISTAKES = {  # flags -> beginning of the message
     "--targets: [('decoder.block.0.layer.0.SelfAttention.v'",
     "--start run --trainable mixture --lr-router 1": "--lr-router: nothing trains at that rate",
     f"{LORA} --lr-skills 1": "--lr-skills: nothing trains at that rate",
-    f"{LORA} --skills 2": "--skills: comes with --start or --loras",
-    f"{LORA} --method moe-lora": "--method: comes with --start or --loras",
+    f"{LORA} --skills 2": "--skills: is fixed by --start or --loras",
+    f"{LORA} --method moe-lora": "--method: is fixed by --start or --loras",
 }
 
 

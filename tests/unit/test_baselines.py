@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import train
-from baselines import METHODS, NoAdapter, attach_method, settings_read
+from baselines import METHODS, NoAdapter, attach_method, settings_of_method
 from experiments.sizes import equal_ranks, parameters, total
 from helpers import stir
 from orchmoe import OrchMoEConfig, target_linears
@@ -195,7 +195,7 @@ READ = {
 
 @pytest.mark.parametrize("method, router", READ)
 def test_settings_read_are_those_that_the_method_uses(small_t5, method, router):
-    read = settings_read(method, router)
+    read = settings_of_method(method, router)
     assert read == READ[method, router]
     assert read <= FIELDS | {field.name for field in fields(train.TrainConfig)}
 
