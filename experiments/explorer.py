@@ -29,7 +29,7 @@ SAMPLES = 20  # seen ones, and as many unseen ones
 
 
 @torch.no_grad()
-def collect(run: str | Path, *, model: str = "", samples: int = SAMPLES) -> dict[str, Any]:
+def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
     """Return what the explorer shows of the run, as plain JSON values. Computes on the CPU.
 
     model: where the base of the run is now, if it has moved. Raise ValueError if the run has no
@@ -50,7 +50,7 @@ def collect(run: str | Path, *, model: str = "", samples: int = SAMPLES) -> dict
         w = evaluation.router_weights(base, adapters, sets[name])  # (M,K)
         mean_w = w.mean(dim=0).expand_as(w)
         tasks = [example.task for example in sets[name]]
-        for row in spread(tasks, samples):
+        for row in spread(tasks, SAMPLES):
             example = sets[name][row]
             same_task = [i for i, task in enumerate(tasks) if task == example.task]
             other = (row + len(tasks) // 2) % len(tasks)  # far away, so most likely another task
@@ -82,7 +82,7 @@ def collect(run: str | Path, *, model: str = "", samples: int = SAMPLES) -> dict
                     "losses": losses,
                 }
             )
-    first = sets["seen"][spread([example.task for example in sets["seen"]], samples)[0]]
+    first = sets["seen"][spread([example.task for example in sets["seen"]], SAMPLES)[0]]
     return {
         "walk": walk(base, adapters, first),
         "run": Path(run).name,

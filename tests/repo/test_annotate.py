@@ -11,6 +11,7 @@ import pytest
 from docs import annotate
 from docs.notes import NOTES
 from experiments import explorer
+from helpers import run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SOURCE = annotate.SOURCE.read_text(encoding="utf-8")
@@ -114,6 +115,18 @@ def test_explored_samples_are_seen_and_unseen_and_routed(explored):
         assert set(sample["losses"]) == {"own", "mean", "other", "uniform"}
     for rows in explored["Zhat"]:
         assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in rows)
+
+
+def test_plot_writes_the_explorer_of_a_run(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(explorer, "SAMPLES", 2)
+    page = tmp_path / "page.html"
+    said = run("experiments/plot.py", "--run", "run", "--html", page, cwd=finished)
+    assert f"written: {page}" in said
+    text = page.read_text(encoding="utf-8")
+    numbers = re.search(r'id="explorer-data">(.*?)</script>', text, re.DOTALL)[1]
+    explored = json.loads(numbers.replace("<\\/", "</"))
+    assert [sample["kind"] for sample in explored["samples"]] == ["seen"] * 2 + ["unseen"] * 2
+    assert explored["steps"] == 8 and len(explored["Zhat"]) == len(explored["linears"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
