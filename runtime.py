@@ -97,7 +97,9 @@ def naming_write_errors(path: Path) -> Iterator[None]:
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
-        problem = f"{cause.strerror}; nothing was replaced; free space, or fix the folder"
+        problem = (
+            f"{cause.strerror}; not written, nothing was replaced; free space, or fix the folder"
+        )
         raise OSError(cause.errno, problem, str(path)) from error
 
 
