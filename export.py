@@ -340,8 +340,9 @@ CHECK_PROMPTS = (
     ("Definition: Is the review positive? Input: I would not buy it. Output:", " no, it is not"),
     ("Definition: Add the two numbers. Input: 17 and 25. Output:", " 42 is the sum"),
 )
-# Share of the largest logit by which the logits may differ. float32 rounds by 6e-8, and over the
-# blocks of a model the differences grow to some 1e-6; this is ten times as much.
+# Share of the largest logit by which the logits may differ. float32 rounds by 6e-8. Over the
+# blocks of a model this grows: 7e-7 was seen with 7 blocks, 5e-6 with 30. The limit is ten times
+# the larger one.
 CHECK_TOLERANCE = 5e-5
 
 
