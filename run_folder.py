@@ -353,7 +353,8 @@ def attach_trained(
     """Attach the best adapters of the run (lowest dev loss) to its base."""
     state, metadata = config.load_adapter()
     path = RunFolder(config.folder).adapter_path
-    with runtime.reading(path):
+    remedy = "restore the file, or train again if an older version wrote it"
+    with runtime.reading(path, remedy):
         method = metadata["method"]
         adapter_config = runtime.from_json(OrchMoEConfig, metadata["config"])
         options = {
