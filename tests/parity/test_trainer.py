@@ -715,3 +715,6 @@ if __name__ == "__main__":
     if trainer.args.process_index == 0:
         kind = type(trainer.model_wrapped).__name__
         print(f"{kind} in {trainer.args.world_size} processes")
+    # Threads of a process group that still lives when Python ends may abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
