@@ -46,7 +46,9 @@ SETS_OF_LIST = {
 }
 # Fields of DataConfig that only choose task files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "splits", "max_tasks"}
-CACHE_VERSION = 6  # increase it with every change of the prompt, the sets or the cache layout
+# The token cache holds what this code made. After a change of the code it is made again.
+CODE_FILES = (Path(__file__), Path(__file__).with_name("tokenizer.py"))
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
 
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key.
     """
-    full_key = json.dumps([CACHE_VERSION, key, list(map(str, files))])
+    full_key = json.dumps([CODE, key, list(map(str, files))])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(folder, "orchmoe", f"{name}.tokens")

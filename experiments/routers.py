@@ -43,6 +43,24 @@ class RandomRouter(TaskRouter):
         return (8.5 * phases.sin()).softmax(dim=-1)
 
 
+class SharpRouter(TaskRouter):
+    """A router that starts closer to one-hot."""
+
+    factor = 3.0  # on the logits of the start
+
+    @torch.no_grad()
+    def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start as TaskRouter does, with all logits multiplied by `factor`."""
+        super().fit(x_hat, generator)
+        self.W_task.mul_(self.factor)
+
+
+class FlatRouter(SharpRouter):
+    """A router that starts closer to uniform."""
+
+    factor = 1 / 3
+
+
 class DefinitionRouter(TaskRouter):
     """A router that reads the definition and the examples of a prompt, but not the input."""
 
@@ -73,12 +91,15 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
+ROUTERS = {"random": RandomRouter, "sharp": SharpRouter, "flat": FlatRouter}
+
+
 def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     """Return a function like attach_method with the router `name`, or attach_method itself for "".
 
-    random, definition: see the classes above. category: an oracle that knows the category of each
-    training task; the number of categories must not exceed K. task: an oracle that knows the task
-    itself, with K = T.
+    random, sharp, flat, definition: see the classes above. category: an oracle that knows the
+    category of each training task; the number of categories must not exceed K. task: an oracle
+    that knows the task itself, with K = T.
     """
     if name == "":
         return attach_method
@@ -88,8 +109,8 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
         if name == "task":
             config = replace(config, tasks=options["num_tasks"])
         adapters = attach_method(method, module, config, **options)
-        if name == "random":
-            adapters.router = replaced(adapters.router, RandomRouter)
+        if name in ROUTERS:
+            adapters.router = replaced(adapters.router, ROUTERS[name])
         elif name == "definition":
             ids = tokenizer.source(MARKER)[len(tokenizer.bos_ids) :]
             ids = [i for i in ids if i not in tokenizer.eos_ids]

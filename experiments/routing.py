@@ -40,6 +40,27 @@ def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
     return torch.special.xlogy(joint, ratio).sum().item()
 
 
+def skill_cosine(adapters: Adapters) -> float:
+    """Return how alike the skills are: the cosine of B_s A_s and B_t A_t, as flat vectors.
+
+    It is the mean over all pairs of skills and all Linears. Return NaN if there are no pairs, or
+    if a skill is zero.
+    """
+    cosines = []
+    for linear in adapters.linears.values():
+        A = linear.skill_A.double()  # (S,R,D)
+        B = linear.skill_B.double()  # (S,R,O)
+        # <B_s A_s, B_t A_t> without a matrix (O,D): sum over ranks of (A_s A_t^T) * (B_s B_t^T).
+        of_A = torch.einsum("srd,tqd->strq", A, A)
+        of_B = torch.einsum("sro,tqo->strq", B, B)
+        products = (of_A * of_B).sum(dim=(2, 3))  # (S,S)
+        norms = products.diagonal().sqrt()
+        cosine = products / (norms[:, None] * norms)
+        pairs = torch.ones_like(cosine).triu(1).bool()
+        cosines.append(cosine[pairs])
+    return torch.cat(cosines).mean().item()
+
+
 @torch.no_grad()
 def report(
     base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
@@ -47,9 +68,10 @@ def report(
     """Return numbers about the routing of M examples.
 
     skill_use: mean c (S) of each Linear. distance: mean of |c - 1/S|. allocation: Zhat (N,K,S).
-    With a router of samples also router_report, mutual_information with the category, w: the mean
-    w (K) of each real task, and category: that of each task. Return {} for methods without one c
-    for a sample.
+    skill_cosine: how alike the skills are. With a router of samples also router_report,
+    mutual_information with the category, task_information: that with the task, w: the mean w (K)
+    of each real task, and category: that of each task. Return {} for methods without one c for a
+    sample.
     """
     task_ids = torch.tensor([example.task_index for example in examples])
     w = evaluation.router_weights(base, adapters, examples, batch_size)
@@ -63,6 +85,7 @@ def report(
     found: dict[str, Any] = {
         "allocation": routing.Zhat[0].double().round(decimals=4).tolist(),
         "distance": (c - 1 / c.shape[-1]).abs().mean().item(),
+        "skill_cosine": skill_cosine(adapters),
         "skill_use": use,
     }
     if not routing.shared:
@@ -71,6 +94,7 @@ def report(
         tasks = [example.task for example in examples]
         found |= evaluation.router_report(w, examples)
         found["mutual_information"] = mutual_information(w, [categories[task] for task in tasks])
+        found["task_information"] = mutual_information(w, tasks)
         found["category"] = categories
         found["w"] = {}
         for name in sorted(categories):
