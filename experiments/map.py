@@ -14,18 +14,28 @@ Stages go on after an interruption. Without --results the cells are those of thi
 Test: pytest tests/experiments/test_map.py
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+
+import data
 import runtime
+from experiments import plot
 from experiments.study import (
     FIXED,
     Cell,
     Row,
     Study,
+    changed,
     pick_device,
     read_study,
+    run_cells,
+    subset,
 )
+from experiments.tables import Difference, by_seed, interval, mean_and_sd, signed, table
 
 RESULTS = runtime.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
@@ -56,9 +66,8 @@ ROUTERS = {
     "flatter start": Row(router="flat", **LIKE),
 }
 
-TASKS = 28  # training tasks of the bundled data
-CENTRE = {"skills": 4, "rank": 1, "steps": 600, "tasks": TASKS}
-# Each axis of the map: tag of a point -> what it changes. `tasks` is the number of training tasks.
+# Each axis of the map: what a point is called there -> what it changes. A point that changes
+# nothing is the centre: total rank 4, 600 steps, 28 training tasks. "tasks" is their number.
 AXES = {
     "total rank": {
         "2": {"skills": 2},
@@ -68,8 +77,10 @@ AXES = {
         "32": {"rank": 8},
     },
     "steps": {"300": {"steps": 300}, "600": {}, "1800": {"steps": 1800}},
-    "training tasks": {"7": {"tasks": 7}, "14": {"tasks": 14}, "28": {}},
+    "training tasks": {"7": {"train_tasks": 7}, "14": {"train_tasks": 14}, "28": {}},
 }
+CENTRE = "centre"
+CENTRE_TRIALS = 9  # of each row at the centre, over all that it trains
 
 DEFAULTS = {
     "out": "results/map",
@@ -100,12 +111,234 @@ def stage_cells(stage: str, study: Study) -> list[Cell]:
     return study.cells("router", ROUTERS, {"": {}}, seeds, "losses")
 
 
+# -------------------------------------------------------------------------------------- the map
+
+
+def point_name(axis: str, tag: str) -> str:
+    """Return the name of a point for folders: "steps-300", or "centre"."""
+    return f"{axis.replace(' ', '-')}-{tag}" if AXES[axis][tag] else CENTRE
+
+
+def points() -> dict[str, dict[str, Any]]:
+    """Return all points by name, the centre first, with what each changes."""
+    found: dict[str, dict[str, Any]] = {CENTRE: {}}
+    for axis, tags in AXES.items():
+        for tag, values in tags.items():
+            found[point_name(axis, tag)] = values
+    return found
+
+
+def study_at(point: str, study: Study) -> Study:
+    """Return the study of one point, in folders of its own."""
+    values = dict(points()[point])
+    tasks = values.pop("train_tasks", 0)
+    if tasks:
+        values["data"] = fewer_tasks(study, tasks)
+    if "steps" in values:
+        values["eval_every"] = values["steps"] // 2
+    folders = {
+        "out": str(Path(study.config.out, point)),
+        "results": str(study.results / point),
+    }
+    settings = changed(study.settings, values)
+    return Study(settings, study.device, replace(study.config, **folders), EQUAL)
+
+
+def fewer_tasks(study: Study, tasks: int) -> str:
+    """Return a data folder with `tasks` of the training tasks, evenly spaced in the list."""
+    root = Path(study.settings.data.data)
+    lists = data.read_splits(root)
+    every = len(lists["train"]) // tasks
+    chosen = lists["train"][::every][:tasks]
+    return str(subset(Path(study.config.out, f"tasks-{tasks}"), root, chosen, lists["test"]))
+
+
+def tune(point: str, study: Study, centre: dict[str, dict[str, float]]) -> None:
+    """Tune both rows at a point: all axes at the centre, elsewhere rate and scale of the skills.
+
+    centre: the best values of the centre, from which the other points start. The scale alpha / R
+    is what carries over.
+    """
+    if point == CENTRE:
+        study.tune(EQUAL, CENTRE_TRIALS)
+        return
+    for name, values in centre.items():
+        study.best[name] = values | {"alpha": values["alpha"] * study.settings.adapter.rank}
+    starts = dict(study.best)
+    study.tune(EQUAL, study.config.trials, ("lr_skills", "alpha"))
+    for name, start in starts.items():
+        study.best[name] = start | study.best[name]
+
+
+def make_map(study: Study) -> None:
+    """Tune at all points, then make the cells, one seed after the other."""
+    studies = {}
+    for point in points():
+        studies[point] = study_at(point, study)
+        tune(point, studies[point], studies[CENTRE].best)
+    queues = []
+    for seed in range(study.config.seeds):
+        for of_point in studies.values():
+            cells = of_point.cells("cells", ROWS, {"": {}}, [seed], "losses")
+            queues += [[cell] for cell in cells]
+    run_cells(queues, study.config.jobs, study.device)
+
+
+# ------------------------------------------------------------------------------ tables and figure
+
+Group = dict[int, dict[str, Any]]  # finished cells of a row by seed
+SETS = ("seen", "unseen")
+ROUTER = {  # numbers of routing.report, and how the tables call them
+    "entropy": "entropy of w",
+    "task_information": "information on the task",
+    "skill_cosine": "cosine of the skills",
+}
+
+
+def read_groups(folder: Path) -> dict[str, Group]:
+    """Return the finished cells of a stage or point, by row and point, then by seed."""
+    groups: dict[str, Group] = {}
+    for path in sorted(folder.glob("*.json")):
+        cell = runtime.read_json(path)
+        name = path.stem.rpartition("-s")[0]
+        groups.setdefault(name, {})[cell["settings"]["seed"]] = cell
+    return groups
+
+
+def difference(one: Group, other: Group, which: str) -> Difference | None:
+    """Return the paired difference of two rows over their common seeds, with its interval."""
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    pair = [by_seed([group[seed] for seed in seeds], which) for group in (one, other)]
+    return interval(pair[0] - pair[1])
+
+
+def losses(group: Group, which: str) -> list[float]:
+    return [cell[which]["overall"]["loss"] for cell in group.values()]
+
+
+def router_numbers(group: Group) -> list[str]:
+    """Return the mean over seeds of what the router does: its distance first, then ROUTER."""
+    found = [[cell.get("router", {}).get("distance") for cell in group.values()]]
+    for name in ROUTER:
+        found.append([cell.get("learnt", {}).get(name) for cell in group.values()])
+    texts = []
+    for values in found:
+        known = [value for value in values if value is not None]
+        texts.append(f"{np.mean(known):.3g}" if known else "-")
+    return texts
+
+
+def rows_of(groups: dict[str, Group], first: str) -> list[list[str]]:
+    """Return for each row: seeds, losses with their sd, difference from the first, its router."""
+    rows = []
+    for name, group in groups.items():
+        row = [name, len(group)]
+        for which in SETS:
+            row.append(mean_and_sd(losses(group, which), 3))
+        for which in SETS:
+            itself = name == first or first not in groups
+            found = None if itself else difference(group, groups[first], which)
+            row.append(signed(found) if found else "-")
+        rows.append(row + router_numbers(group))
+    return rows
+
+
+def stage_table(title: str, groups: dict[str, Group], first: str) -> str:
+    head = [title, "seeds", *SETS, *(f"{which} - {first}" for which in SETS)]
+    return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first))
+
+
+def text(results: Path) -> str:
+    """Return all tables of the finished cells in Markdown."""
+    parts = [
+        stage_table("calm", read_groups(results / "calm"), "-"),
+        stage_table("router", read_groups(results / "router"), "rate_1e-6"),
+    ]
+    for axis, tags in AXES.items():
+        for tag in tags:
+            groups = read_groups(results / point_name(axis, tag) / "cells")
+            ordered = {name: groups[name] for name in ROWS if name in groups}
+            parts.append(stage_table(f"{axis} {tag}", ordered, "lora"))
+    parts.append(
+        "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which "
+        "is the noise of a run. Differences with 95 % intervals over tasks and seeds together. "
+        "Distance: mean KL of w from its start, in nats."
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figure(results: Path, path: Path) -> Path | None:
+    """Draw each row minus LoRA along each axis. Return None without finished cells."""
+    size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
+    title = "Loss minus that of a LoRA of equal size; below 0 routing pays"
+    canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 5.5, **size)
+    drawn = False
+    for column, (axis, tags) in enumerate(AXES.items()):
+        for line, which in enumerate(SETS):
+            panel = axes[line][column]
+            panel.axhline(0, color="black", linewidth=0.8)
+            for number, name in enumerate(("orchmoe", "floor", "ceiling")):
+                places = []
+                found = []
+                for place, tag in enumerate(tags):
+                    groups = read_groups(results / point_name(axis, tag) / "cells")
+                    if name in groups and "lora" in groups:
+                        places.append(place + 0.08 * (number - 1))
+                        found.append(difference(groups[name], groups["lora"], which))
+                if not found:
+                    continue
+                drawn = True
+                mean, low, high = np.array(found).T
+                panel.errorbar(
+                    places,
+                    mean,
+                    yerr=[mean - low, high - mean],
+                    label=LABELS[name],
+                    color=plot.COLOURS[number],
+                    marker=plot.MARKERS[number],
+                    markersize=4,
+                    linewidth=1.2,
+                    elinewidth=0.8,
+                )
+            panel.set_xticks(range(len(tags)), tags)
+            panel.set_title(f"{which} tasks")
+            panel.set_xlabel(axis)
+    if not drawn:
+        return None
+    axes[0][0].set_ylabel("nats per target token")
+    axes[1][0].set_ylabel("nats per target token")
+    canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return plot.save(canvas, path)
+
+
+LABELS = {
+    "orchmoe": "OrchMoE",
+    "floor": "floor: no router, w = 1/K",
+    "ceiling": "ceiling: w is the real task",
+}
+
+
 def main() -> None:
     fixed = (*FIXED, "data", "splits", "max_tasks", "tasks", "skills", "alpha", "router")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
-        study.run(stage_cells(config.stage, study))
+        if config.stage == "map":
+            make_map(study)
+        else:
+            study.run(stage_cells(config.stage, study))
+
+    results = Path(study_config.results)
+    tables = text(results)
+    runtime.print_line(tables)
+    with runtime.atomic_write(results / "tables.md") as file:
+        file.write(tables.encode())
+    if importlib.util.find_spec("matplotlib"):
+        path = figure(results, results / "map.png")
+        if path:
+            runtime.print_line(f"written: {path}")
 
 
 if __name__ == "__main__":
