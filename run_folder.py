@@ -41,18 +41,18 @@ PATHS = ("model", "data", "text", "start", "loras")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Content of config.json: the settings of a run, and what it is bound to."""
+    """Content of config.json: the settings of a run, and fingerprints of what it was made from."""
 
-    folder: str  # the folder of the run; not saved
+    folder: str  # the folder it was read from; not saved
     train: dict  # fields of TrainConfig
     data: dict  # fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
     tasks: tuple[str, ...]  # training tasks, in the order of their ids
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
-    digests: dict  # of the contents of the task files: {"train": ..., "test": ...}
+    digests: dict  # hashes of the task files: {"train": ..., "test": ...}
     pretrain: dict | None = None  # settings of experiments/pretrain.py, None for other runs
-    torch: str = str(torch.__version__)  # version of torch when the run began
+    torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise ValueError if it does not fit."""
@@ -69,7 +69,7 @@ class RunConfig:
                 )
 
     def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
-        """Return state and metadata of the adapter that was best on dev.
+        """Return the state and the metadata of the adapter that was best on dev.
 
         Raise ValueError if it belongs to another run.
         """
@@ -118,9 +118,9 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder and hold it for this run alone.
+        """Make the folder and lock it.
 
-        Raise ValueError if another process holds it. Remove files that a killed process left
+        Raise ValueError if another process has locked it. Remove files that a killed process left
         incomplete. Rank 0 holds the lock for all processes.
         """
         if runtime.rank() != 0:
@@ -129,7 +129,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "wb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill frees it, too
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at a kill
             except BlockingIOError:
                 raise ValueError(
                     f"{self.path}: another process is writing this run; wait, or change --out"
@@ -138,7 +138,7 @@ class RunFolder:
                 runtime.warn(
                     f"{self.path}: no lock ({error.strerror}); start one run at a time here"
                 )
-            # The temporary files of runtime.atomic_write.
+            # Remove what an interrupted runtime.atomic_write left.
             for pattern in (".*.*.tmp", "model/.*.*.tmp"):
                 for half_written in self.path.glob(pattern):
                     half_written.unlink()
@@ -164,7 +164,7 @@ class RunFolder:
                 file.write(runtime.to_json(record))
 
     def truncate_log(self, first_step: int) -> None:
-        """Remove the first line that is damaged or of a step >= first_step, and all after it."""
+        """Cut the log before the first line that is damaged or whose step is >= first_step."""
         if runtime.rank() != 0 or not self.log_path.exists():
             return
         with runtime.naming_write_errors(self.log_path), open(self.log_path, "r+b") as file:
@@ -203,7 +203,7 @@ class RunFolder:
     def load_progress(
         self, adapters: Adapters, optimizer: Optimizer
     ) -> tuple[int, float, Tensor | None]:
-        """Fill both from checkpoint.pt. Return (step, best, start_w), see `save_progress`."""
+        """Load both from checkpoint.pt. Return (step, best, start_w), see `save_progress`."""
         state = checkpoint.read_torch(self.checkpoint_path)
         with runtime.reading(self.checkpoint_path, "restore the file, or start a new run"):
             if type(state["step"]) is not int or type(state["best"]) is not float:

@@ -1,7 +1,8 @@
 """Train adapters of a frozen transformer on Super-NaturalInstructions, then score them.
 
-Ends with a table of the frozen and the adapted model on seen and unseen tasks. The results are in
-the run folder, see run_folder.py. With --method full every weight of the model trains instead.
+The program ends with a table that compares the frozen and the adapted model on seen and unseen
+tasks. It writes its results to a run folder; run_folder.py lists the files. With --method full
+every weight of the model trains, and there are no adapters.
 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
@@ -39,8 +40,8 @@ from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 
 # ---------------------------------------------------------------------------------- settings
 
-# For each value of --trainable, the kinds of parameters that train. "mixture" learns one w for all
-# samples: only the bias of the router trains, see load_start.
+# For each value of --trainable, the kinds of parameters that train. "mixture" learns one vector of
+# routing weights w that all samples share: only the bias of the router trains, see load_start.
 TRAINABLE_KINDS = {
     "all": ("skills", "router", "token_router", "allocation", "full"),
     "router": ("router", "token_router"),
@@ -62,19 +63,19 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per optimiser step
     lr_skills: float = 1e-2  # peak learning rate of the skills, A and B
     lr_router: float = 2e-4  # peak learning rate of the sample router
-    lr_token_router: float = 1e-2  # peak learning rate of token routers, also those of moe-lora
+    lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
     warmup: int = 50  # steps of linear warm-up
-    schedule: Literal["linear", "constant"] = "linear"  # learning rate after warm-up; linear: to 0
-    eval_every: int = 100  # steps between evaluations on dev, each with a checkpoint
+    schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
+    eval_every: int = 100  # steps between evaluations on dev; each also saves a checkpoint
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
-    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one w for all
+    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
     loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
-    extra_rank: int = 0  # ranks spread over all Linears, for comparisons at equal size
+    extra_rank: int = 0  # more ranks, in total over all Linears, to make methods equally large
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
@@ -90,7 +91,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Launch: where the run computes and what it writes. A resumed run may change these."""
+    """Launch: where the run computes and writes. Nothing here is saved with the run."""
 
     out: str = ""  # run folder (default: runs/METHOD-N, the first that is free)
     resume: bool = False  # resume the run in --out with its own settings
@@ -100,7 +101,7 @@ class LaunchConfig:
     compile: bool = False  # compile each block: a minute at the start, faster steps afterwards
 
     def __post_init__(self) -> None:
-        if self.shard and self.compile:  # the hooks of FSDP2 are inside the blocks
+        if self.shard and self.compile:  # FSDP2 puts hooks into the blocks
             raise ValueError("--shard and --compile: give one of the two")
 
 
@@ -114,7 +115,7 @@ class Settings:
 
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> "Settings":
-        """Make settings from values by field name. Fields that are not given have defaults."""
+        """Make settings from flags by field name. Fields that are not given have defaults."""
         return cls(
             train=runtime.from_flags(TrainConfig, flags),
             data=runtime.from_flags(DataConfig, flags),
@@ -136,7 +137,7 @@ def saved_settings(run: RunConfig) -> Settings:
 
 
 def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
-    """Return the settings that the flags describe.
+    """Return the settings that the flags describe. `flags` holds only what was given.
 
     Raise ValueError for a flag that would have no effect.
     """
@@ -175,7 +176,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         raise ValueError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).values()
     for name in sorted(flags.keys() & saved.keys()):
-        may_change = name in PATHS and saved[name]  # none may be added
+        may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has {saved[name]!r}; "
@@ -217,7 +218,7 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
-    """Return {kind of parameter that trains: the field of its learning rate}."""
+    """Return the name of the learning-rate field for each kind of parameter that trains."""
     rates = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
     if config.loras:
         del rates["skills"]
@@ -227,7 +228,7 @@ def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
 
 
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
-    """Freeze what --trainable leaves out. Raise ValueError if nothing is left to train."""
+    """Freeze all parameters that do not train. Raise ValueError if none is left to train."""
     rates = learning_rate_fields(config)
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
@@ -250,7 +251,7 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the factor on the peak rates: linear warm-up to 1, then linear decay, or 1."""
+    """Return the factor on the peak rates: linear warm-up to 1, then linear decay to 0, or 1."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return warmup
@@ -262,9 +263,9 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
-    """Initialise the router from at most 2,000 training sources, see Adapters.fit_router."""
+    """Initialise the router from at most 2,000 training examples, see Adapters.fit_router."""
     sources = data.subsample(examples, 2000)
-    # Attention scores (B,L,L) of larger batches overflow the caches of a CPU and are slower.
+    # Larger batches are slower on a CPU: their attention scores (B,L,L) do not fit its caches.
     batch_size = min(8, config.eval_batch_size)
     batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
     adapters.fit_router(
@@ -275,11 +276,11 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
-    """Load the adapters of the run in --start. A mixture then starts at their mean w."""
+    """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
     state, _ = read_config(config.start).load_adapter()
     adapters.load_state_dict(state)
     if config.trainable == "mixture":
-        # A mixture is a router without W_task: w depends on b alone. It starts at the mean w.
+        # With W_task = 0 the router ignores the sample: w depends on the bias alone.
         sources = data.subsample(examples, 2000)
         _, w = evaluation.measure(base, adapters, sources, batch_size=config.eval_batch_size)
         bias = w.mean(dim=0)
@@ -344,9 +345,10 @@ def train_step(
 def routing_noise(
     adapters: Adapters, seed: int, step: int, rows: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise on Z and a mask of samples that get w = 1/K, each None if unused.
+    """Return the noise on the allocation Z, and a mask of the samples that get w = 1/K.
 
-    Each depends on seed, step and row alone, so that a resumed run draws the same.
+    Each is None if it is not used. They depend on seed, step and row alone, so that a resumed run
+    draws the same numbers.
     """
     rows = rows or [0]  # a process without rows has a dummy row, see Batch.split
     noise = None
@@ -354,7 +356,7 @@ def routing_noise(
         noise = runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
     drop = None
     if adapters.router_dropout > 0:
-        # Stream 1, so that it does not repeat the noise on Z.
+        # Stream 1 is independent of the noise on Z.
         drop = runtime.uniform_noise(seed, step, rows, (), 1) < adapters.router_dropout
     return noise, drop
 
@@ -382,7 +384,9 @@ def train(
     resume_command: str = "",
     attach: Callable[..., Adapters] = attach_method,
 ) -> bool:
-    """Train from the start, or from the last checkpoint in launch.out. Return False if stopped.
+    """Train from the start, or from the last checkpoint in launch.out.
+
+    Return False if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
     a table. resume_command: what the user is told to run after an interruption; --out is added.
@@ -390,8 +394,8 @@ def train(
     """
     config = settings.train
 
-    # Tokenizer and data. Seen: new instances of the training tasks. Unseen: the test tasks. Of each
-    # evaluated set at most --eval-instances are used.
+    # Tokenizer and data. `seen` holds new instances of the training tasks, `unseen` holds the test
+    # tasks. Each of the evaluated sets is cut to --eval-instances.
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(settings.data, tokenizer)
     train_set = sets["train"]
@@ -429,11 +433,11 @@ def train(
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)
-    # Only after `shard`: it splits all frozen weights, and adapters must stay whole.
+    # Freeze after sharding: `shard` splits every frozen weight, and adapters must stay whole.
     freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 
-    # What the run is bound to (run.bind, below): a resumed run must find the same.
+    # What identifies the run. `run.bind` saves it below, or compares it in a resumed run.
     run_config = RunConfig(
         folder=launch.out,
         train=asdict(config),
@@ -446,7 +450,7 @@ def train(
     )
 
     # Initial values of the adapters, unless a checkpoint is loaded below. A run that was
-    # interrupted before its first checkpoint is new again.
+    # interrupted before its first checkpoint starts again at step 0.
     is_new = not (launch.out and RunFolder(launch.out).checkpoint_path.exists())
     if is_new and config.start:
         read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
@@ -477,7 +481,8 @@ def train(
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
         # Score the model before training. Without --start or --loras it is the frozen base, because
-        # B = 0 until a checkpoint is loaded. With them, only a new run has the initial values.
+        # B = 0 until a checkpoint is loaded. With one of them, the initial values exist only in a
+        # new run.
         name = "start" if config.start or config.loras else "frozen base"
         can_score_start = is_new or name == "frozen base"
         if final_scores and can_score_start and not run.scores_path.exists():
@@ -541,9 +546,10 @@ def train(
                 run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
                 if stopping:
                     break
-            stopped = runtime.any_rank(stop_requested())  # also during the last evaluation
+            # A signal may also have arrived during the last evaluation.
+            stopped = runtime.any_rank(stop_requested())
         if stopped:
-            how = resume_command or f"--resume --out {run.path}"
+            how = resume_command or f"--resume --out {shlex.quote(str(run.path))}"
             runtime.print_line(f"stopped; resume with: {how}")
             return False
 
@@ -573,7 +579,7 @@ def score_held_out(
     config: TrainConfig,
     name: str,
 ) -> dict[str, dict]:
-    """Return the scores of the model as it is, on seen and unseen tasks."""
+    """Return the scores of the current model on seen and unseen tasks."""
     scores = {}
     for which in ("seen", "unseen"):
         if which in held_out:

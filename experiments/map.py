@@ -220,7 +220,8 @@ def losses(group: Group, which: str) -> list[float]:
 
 def router_numbers(group: Group) -> list[str]:
     """Return the mean over seeds of what the router does: its distance first, then ROUTER."""
-    found = [[cell.get("router", {}).get("distance") for cell in group.values()]]
+    # A cell of a method without a router has "router": None.
+    found = [[(cell.get("router") or {}).get("distance") for cell in group.values()]]
     for name in ROUTER:
         found.append([cell.get("learnt", {}).get(name) for cell in group.values()])
     texts = []

@@ -1,0 +1,107 @@
+"""The map of where routing pays: its points, their studies, and its tables."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import runtime
+import train
+from experiments import map as routing_map
+from experiments.sizes import total
+from experiments.study import Study, StudyConfig, read_tuning
+from experiments.tables import interval
+from helpers import run
+
+
+@pytest.fixture
+def study(tmp_path):
+    settings = train.Settings.from_flags(routing_map.DEFAULTS)
+    device = runtime.Device(torch.device("cpu"), torch.float32, "cpu")
+    config = StudyConfig(out=str(tmp_path / "runs"), results=str(tmp_path / "cells"))
+    return Study(settings, device, config, routing_map.EQUAL)
+
+
+def test_points_have_one_total_size_of_both_rows(study):
+    base = checkpoint.on_meta(checkpoint.read_config(study.settings.train.model))
+    sizes = {}
+    for point in routing_map.points():
+        of_point = routing_map.study_at(point, study)
+        for name, row in routing_map.EQUAL.items():
+            settings = of_point.cell("cells/x", name, row, {}).settings
+            adapter = settings.adapter
+            sizes[point, name] = total(
+                settings.train.method, base, adapter, extra_rank=settings.train.extra_rank
+            )
+        assert sizes[point, "lora"] == pytest.approx(sizes[point, "orchmoe"], rel=0.03)
+    assert sizes["total-rank-32", "lora"] > 3 * sizes["centre", "lora"]
+    assert len(sizes) == 18
+
+
+def test_fewer_tasks_are_spread_over_the_list_and_nested(study):
+    everything = data.read_splits(study.settings.data.data)
+    found = {}
+    for tasks in (7, 14):
+        found[tasks] = data.read_splits(routing_map.fewer_tasks(study, tasks))
+        assert len(found[tasks]["train"]) == tasks
+        assert found[tasks]["test"] == everything["test"]
+    assert set(found[7]["train"]) < set(found[14]["train"]) < set(everything["train"])
+
+
+def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypatch):
+    monkeypatch.setattr(Study, "tune", lambda self, *_: self.best.update(orchmoe={"alpha": 8.0}))
+    of_point = routing_map.study_at("total-rank-32", study)
+    routing_map.tune("total-rank-32", of_point, {"orchmoe": {"alpha": 2.0, "lr_router": 0.5}})
+    assert of_point.best["orchmoe"] == {"alpha": 8.0, "lr_router": 0.5}
+
+    monkeypatch.setattr(Study, "tune", lambda self, *_: None)
+    routing_map.tune("total-rank-32", of_point, {"orchmoe": {"alpha": 2.0, "lr_router": 0.5}})
+    assert of_point.best["orchmoe"] == {"alpha": 16.0, "lr_router": 0.5}  # alpha / R is still 2
+
+
+def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing_map, "AXES", {"steps": {"4": {"steps": 4}, "600": {}}})
+    monkeypatch.setattr(routing_map, "CENTRE_TRIALS", 2)
+    flags = ["--trials", 2, "--steps", 2, "--eval-every", 2, "--seeds", 2, "--eval-instances", 28]
+    flags += ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]
+    out = run("experiments/map.py", "--stage", "map", *flags, cwd=tmp_path)
+
+    kept = tmp_path / "kept"
+    rows = ("ceiling", "floor", "lora", "orchmoe")
+    for point in ("centre", "steps-4"):
+        names = [path.stem for path in sorted((kept / point / "cells").glob("*.json"))]
+        assert names == [f"{row}-s{seed}" for row in rows for seed in range(2)]
+        assert read_tuning(kept / point).keys() == {"lora", "orchmoe"}
+    cell = json.loads((kept / "steps-4/cells/ceiling-s1.json").read_text())
+    assert (cell["settings"]["steps"], cell["settings"]["lr_router"]) == (4, 1e-3)
+    assert "| ceiling | 2 | " in out
+    if importlib.util.find_spec("matplotlib"):
+        assert (kept / "map.png").exists()
+
+    before = {path: path.read_bytes() for path in kept.rglob("*.json")}
+    assert run("experiments/map.py", *flags, cwd=tmp_path).count("total rank") == 0
+    run("experiments/map.py", "--stage", "map", *flags, cwd=tmp_path)
+    assert before == {path: path.read_bytes() for path in kept.rglob("*.json")}
+
+
+def test_rows_of_gives_losses_noise_and_paired_differences():
+    def cell(seed, *losses):
+        part = {
+            "overall": {"loss": float(np.mean(losses))},
+            "tasks": {f"t{i}": {"loss": loss} for i, loss in enumerate(losses)},
+        }
+        return {"settings": {"seed": seed}, "seen": part, "unseen": part}
+
+    lora = {0: cell(0, 1.0, 2.0), 1: cell(1, 1.2, 2.2)}
+    orchmoe = {0: cell(0, 0.9, 1.8), 1: cell(1, 1.1, 2.1), 2: cell(2, 9.0, 9.0)}
+    orchmoe[0]["router"] = {"distance": 0.25}
+    first, second = routing_map.rows_of({"lora": lora, "orchmoe": orchmoe}, "lora")
+    assert first[:4] == ["lora", 2, "1.600 (0.141)", "1.600 (0.141)"]
+    assert first[4] == "-"
+    mean, low, high = interval(np.array([[-0.1, -0.1], [-0.2, -0.1]]))  # the common seeds
+    assert second[4] == f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert second[6] == "0.25"
