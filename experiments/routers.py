@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import data
 import runtime
@@ -91,6 +92,33 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
+class Specialising(OrchMoE):
+    """OrchMoE whose skills first train apart, each on its own clusters of samples.
+
+    During the first batches of training w is one-hot. Z starts so that abstract task k uses skill
+    k mod S alone.
+    """
+
+    apart: int  # number of these batches
+    batches: Tensor  # (), number of training batches so far; a resumed run goes on from it
+
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
+        **options: Any,
+    ) -> Routing:
+        """Return the routing of a batch, see OrchMoE.route."""
+        if self.training and w is None:
+            if self.batches < self.apart:
+                nearest = self.router(embeddings, mask).argmax(dim=-1)  # (B,)
+                w = F.one_hot(nearest, self.config.tasks).to(self.Z)
+            self.batches += 1
+        return super().route(embeddings, mask, w=w, **options)
+
+
 ROUTERS = {"random": RandomRouter, "sharp": SharpRouter, "flat": FlatRouter}
 
 
@@ -99,7 +127,8 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
 
     random, sharp, flat, definition: see the classes above. category: an oracle that knows the
     category of each training task; the number of categories must not exceed K. task: an oracle
-    that knows the task itself, with K = T.
+    that knows the task itself, with K = T. specialised: the skills train apart for the first third
+    of the steps.
     """
     if name == "":
         return attach_method
@@ -117,11 +146,19 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             adapters.router = replaced(adapters.router, DefinitionRouter)
             marker = module.embed(torch.tensor([ids], device=module.device))[0]
             adapters.router.register_buffer("marker", marker, persistent=False)
+        elif name == "specialised":
+            adapters = of_class(adapters, Specialising)
+            adapters.apart = settings.train.steps // 3
+            adapters.register_buffer("batches", torch.zeros((), device=adapters.Z.device))
+            K, S = adapters.Z.shape[1:]
+            own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
+            adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
         else:
             examples = data.load_sets(settings.data, tokenizer, ["train"])["train"]
             labels = {example.task: getattr(example, name) for example in examples}
             w = given_weights([labels[task] for task in examples.tasks], config.tasks)
-            adapters = with_given_weights(adapters, w)
+            adapters = of_class(adapters, Oracle)
+            adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
         return adapters
 
     return attach
@@ -143,10 +180,9 @@ def given_weights(labels: Sequence[str], K: int) -> Tensor:
     return torch.cat([torch.eye(K)[numbers], torch.full((1, K), 1 / K)])
 
 
-def with_given_weights(learnt: OrchMoE, w: Tensor) -> Oracle:
-    """Replace the adapters by an Oracle with the same skills and allocation."""
-    oracle = Oracle(learnt.module, learnt.linears, learnt.config)
-    oracle.load_state_dict(learnt.state_dict())
-    oracle.register_buffer("given_w", w, persistent=False)
-    learnt.module.skill_adapters = oracle.to(learnt.Z.device)
-    return oracle
+def of_class(adapters: OrchMoE, cls: type[OrchMoE]) -> OrchMoE:
+    """Replace the adapters of a model by those of another class with the same parameters."""
+    other = cls(adapters.module, adapters.linears, adapters.config)
+    other.load_state_dict(adapters.state_dict())
+    adapters.module.skill_adapters = other.to(adapters.Z.device)
+    return other
