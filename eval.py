@@ -37,7 +37,7 @@ from orchmoe import Adapters, Routing
 def routed(
     base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 ) -> AbstractContextManager[Routing]:
-    """Return a context manager that routes the batch, by its sources or by its task ids."""
+    """Return a context manager that routes the batch by its sources or its task ids."""
     embeddings = base.embed(batch.input_ids)
     return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
@@ -50,10 +50,11 @@ def routed_batches(
     description: str,
     w: Tensor | None = None,
 ) -> Iterator[tuple[list[int], data.Batch, Routing]]:
-    """Yield (rows, batch, routing) for the share of this process, each while it is routed.
+    """Yield (rows, batch, routing) for each batch of this process, while its routing is active.
 
     rows: positions of the batch in `examples`. If this process has none left, rows is empty and
-    the batch is one dummy row, because all processes must take the same number of steps.
+    the batch is one dummy row, which has no labels and so no loss: all processes must take the
+    same number of steps.
     w (M,K): weights of the abstract tasks to use instead of the router's.
     """
     base.eval()
@@ -105,7 +106,7 @@ def predict(
         )
         is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
         ended = is_eos.cumsum(dim=1) > 0
-        tokens = tokens.masked_fill(ended, -1)  # `decode` skips -1, so there is no text from EOS on
+        tokens = tokens.masked_fill(ended, -1)  # `decode` skips -1, so the text ends before EOS
         for position, ids in zip(rows, tokens.tolist(), strict=False):
             texts[position] = tokenizer.decode(ids)
     return in_order(texts)
@@ -181,10 +182,10 @@ def router_report(
 
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
     normalised_entropy: entropy / ln(K), so that 1 is uniform; 0 if K is 1.
-    largest: the mean weight of the abstract task that has the largest one.
+    largest: the largest of the mean weights of the abstract tasks.
     used: the number of abstract tasks with a mean weight above 0.05.
-    between: standard deviation of the mean w of the real tasks, mean over K.
-    within: standard deviation of w within a real task, mean over tasks and K.
+    between: standard deviation, over the real tasks, of their mean w; averaged over K.
+    within: standard deviation of w over the examples of a real task; averaged over tasks and K.
     distance: mean KL(w || start_w) in nats, where start_w (M,K) is the router's w before training.
 
     Warn if w is nearly uniform, or has collapsed to one abstract task.
@@ -208,8 +209,8 @@ def router_report(
         "within": within.mean().item(),
     }
     if start_w is not None and not math.isnan(entropy):
-        ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
-        report["distance"] = (w * ratio).sum(dim=-1).mean().item()
+        log_ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
+        report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
 
     if K > 1 and report["normalised_entropy"] > 0.98:
         runtime.warn(
@@ -263,15 +264,15 @@ class EvalConfig:
     """Evaluation: what is scored, on what, and where."""
 
     run: str = ""  # folder of a run of train.py
-    model: str = ""  # Hugging Face folder to score untrained; with --run: where its base is now
+    model: str = ""  # Hugging Face folder of a bare model; with --run: where its base is now
     heuristic: Literal["copy-demo", "copy-input", ""] = ""  # copy a positive example or the input
-    ask: str = ""  # instruction to answer instead of a set, with --run or --model
+    ask: str = ""  # instruction to answer instead of scoring a set; needs a --run or --model
     input: str = ""  # input text for --ask
-    split: Literal["train", "dev", "seen", "test"] = "test"  # seen: held out; test: unseen tasks
+    split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
     limit: int = 0  # score at most this many instances, evenly spaced (0: all)
     batch_size: int = 64  # samples generated at once
-    max_new_tokens: int = 127  # longest answer in tokens; the official 128 count the start token
+    max_new_tokens: int = 127  # longest answer in tokens; the official 128 include the start token
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
@@ -352,8 +353,7 @@ def load_examples(
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
-    If they differ from those of the run: raise ValueError if they are in the same place, and warn
-    if flags name another place.
+    If the files are not those of the run, raise ValueError; only warn if flags name other files.
     """
     training = run.tasks if run else None  # so that task ids are those of the run
     sets = data.load_sets(data_config, tokenizer, [config.split], training=training)
@@ -373,7 +373,7 @@ def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
     """Raise ValueError if the output folder holds a run, or an evaluation of something else."""
     folder = config.folder
     same = {"digest", *vars(data.DataConfig())} - set(data.FILE_FIELDS)
-    if config.out or not config.run:  # otherwise the path of the folder tells these
+    if config.out or not config.run:  # a default folder names these itself
         same |= {"run", "model", "heuristic", "split", "limit"}
     saved = settings
     if (folder / "scores.json").exists():

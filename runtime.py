@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-ROOT = (
-    Path(__file__).resolve().parent
-)  # the repository; its sni/ and tiny/ are the default data and base
+# The repository. Its sni/ and tiny/ are the default data and the default base.
+ROOT = Path(__file__).resolve().parent
 LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
 
 
@@ -88,7 +87,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Re-raise write errors with the final file name. The system knows the temporary one."""
+    """Re-raise write errors with the final file name. The system names the temporary file."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -152,7 +151,7 @@ def read_flags(
 ) -> dict[str, Any]:
     """Return the values that the command line gives. Each field of the dataclasses is a flag.
 
-    The help text of a flag is the comment on the line of its field, and its default. `defaults`
+    The help text of a flag is the comment on the line of its field, with its default. `defaults`
     replaces the defaults that the help shows, nothing else. Fields in `hidden` are not shown.
     """
     parser = Parser(
@@ -231,7 +230,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Return whether a JSON value has the type of a field. An int is also a float."""
+    """Return whether a JSON value has the type of a field. An int counts as a float."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -262,14 +261,14 @@ def require_least(config: Any, **least: int) -> None:
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run `main` and exit with the code that it returns (None means 0).
 
-    Bad input, lack of memory and a missing compiler print one line on stderr and exit with
+    Bad input, too little memory and a missing compiler print one line on stderr and exit with
     code 2. Ctrl-C exits with code 130. All other exceptions are bugs and keep their traceback.
     """
     # Both are None if the shell has closed them.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack some letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
 
     try:
         code = main() or 0
@@ -416,11 +415,11 @@ def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
 # ------------------------------------------------------------------------------------ processes
 
 # torchrun starts several processes. Each runs the whole program on its share of every batch.
-# Without torchrun there is one process, rank 0 of 1: nothing to wait for, to sum or to send.
+# Without torchrun there is one process, rank 0 of 1: what follows then does nothing.
 
 
 def _torchrun_variable(name: str, default: int) -> int:
-    # Clusters set RANK and WORLD_SIZE for single processes too, so these alone mean nothing.
+    # Clusters set RANK and WORLD_SIZE for single processes too, so they do not show torchrun.
     if not dist.is_torchelastic_launched():
         return default
     return int(os.environ[name])
@@ -439,7 +438,7 @@ def world_size() -> int:
 
 
 def launcher() -> str:
-    """Return the command that started this program, without its name and flags."""
+    """Return "python", or the torchrun command that started this program."""
     if not dist.is_torchelastic_launched():
         return "python"
     # Without the "--" torchrun would take our --run as its own flag.
@@ -508,7 +507,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
-    """Return the values of all processes, by rank."""
+    """Return the values of all processes, in the order of their ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -533,13 +532,13 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
             parameter.data = parameter.data.to(device.device)
             trained.add(parameter)
         else:
-            frozen[name] = parameter.detach().contiguous()  # FSDP2 takes no transposed weights
+            frozen[name] = parameter.detach().contiguous()  # FSDP2 needs untransposed weights
     if not frozen:
         raise ValueError("--shard: --method full leaves no frozen base to split; drop --shard")
     if not dist.is_initialized():
         raise ValueError("--shard: splits the base over processes; start it with torchrun")
 
-    # FSDP2 first splits weights without values; the loop below fills in the shares.
+    # FSDP2 first splits weights on the meta device; the loop below fills in the shares.
     empty = {name: weight.to("meta", device.dtype) for name, weight in frozen.items()}
     root.load_state_dict(empty, strict=False, assign=True)
     mesh = dist.init_device_mesh(device.device.type, (world_size(),))
@@ -599,7 +598,7 @@ def uniform_noise(
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has come.
+    """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has arrived.
 
     A loop can thus finish its step and save before it stops.
     """
