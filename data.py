@@ -2,8 +2,8 @@
 
 Data: arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts equal those of the
 official code. Each training task is shuffled with its name as the seed and split into three sets:
-train, dev and seen. "seen" is not trained on; only its tasks are. Tokens are cached. The indices of
-a batch depend only on the source lengths, the batch size, the seed and the step.
+train, dev and seen, where "seen" holds other instances of the tasks that are trained on. Tokens are
+cached. The indices of a batch depend only on the source lengths, batch size, seed and step.
 
 Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
 or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds examples.
@@ -46,7 +46,7 @@ SETS_OF_LIST = {
 }
 # Fields of DataConfig that only choose task files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "splits", "max_tasks"}
-# The token cache holds what this code made. After a change of the code it is made again.
+# The cached tokens depend on this code. After a change of the code they are made again.
 CODE_FILES = (Path(__file__), Path(__file__).with_name("tokenizer.py"))
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
 
@@ -198,11 +198,11 @@ def split_instances(
     contents: one value for each instance. Instances with equal values are copies of each other.
     name: the name of the task, which seeds the shuffle.
 
-    After the shuffle, each content is represented by its first copy. Of n such first copies, the
-    last 20 make up "seen" and the 20 before them "dev" (n // 5 each if n < 140), whatever
-    `train_instances` is. Of the other contents, the first `train_instances` instances in shuffled
-    order, copies included, make up "train". So a smaller "train" is the start of a larger one, and
-    no copy of an instance in "dev" or "seen" is in "train".
+    The n different contents are put in the order of their first copies in the shuffle. The last 20
+    of them give one instance each to "seen", and the 20 before them one each to "dev" (n // 5 each
+    if n < 140). "train" is the first `train_instances` instances, in shuffled order, of all other
+    contents, copies included. So a smaller "train" is the start of a larger one, and no copy of an
+    instance in "dev" or "seen" is in "train".
     """
     order = list(range(len(contents)))
     random.Random(f"0/{name}").shuffle(order)  # fixed seed "0/...": the sets never change
@@ -305,7 +305,7 @@ def _encode_source(
         explanation=config.explanation,
         max_source_length=config.max_source_length,
     )
-    is_cut = not prompt.endswith("Output: ")  # every complete prompt ends so
+    is_cut = not prompt.endswith("Output: ")  # every complete prompt ends like this
     return _limit(tokenizer.source(prompt), config.max_source_length), is_cut
 
 
@@ -393,12 +393,12 @@ def load_sets(
     """Return {name: set} for the given names of sets.
 
     names: by default "train", "dev", "seen" and, if a test task has a file, "test".
-    training: the training tasks of the run. Example.task_index is an index into them. By default
-    the training tasks that `config` chooses.
+    training: the training tasks of the run. Example.task_index is an index into them. The default
+    is the training tasks that `config` chooses.
 
     "train", "dev" and "seen" come from each training task (see `split_instances`), "test" is the
     first 100 instances of each test task, as in the official evaluation. Raise ValueError for bad
-    files, and if a list is needed of which no task has a file.
+    files, or if no task of a needed list has a file.
     """
     listed = read_splits(config.data, config.splits)
     for part in listed:
@@ -556,7 +556,7 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
     def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
-        """Cut the batch into at most `parts` pieces and yield the share of one process of each.
+        """Cut the batch into at most `parts` pieces. Yield the share of one process in each piece.
 
         All pieces have ceil(B / parts) rows, but the last may have fewer. Of each piece, process
         `rank` of `ranks` gets every `ranks`-th row, from row number `rank` on. Yield (rows, Batch
@@ -575,7 +575,7 @@ class Batch(NamedTuple):
                 labels = torch.full_like(labels, -100)
 
             # Drop the columns that are padding in all rows of the piece. Batches are sorted by
-            # source length, so that a piece often is shorter than its batch.
+            # source length, so that a piece is often shorter than its batch.
             source_length = mask.any(dim=0).sum()
             target_length = (labels != -100).any(dim=0).sum().clamp(min=1)
             piece = Batch(
@@ -589,7 +589,7 @@ class Batch(NamedTuple):
 
 
 def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Return the indices of the examples in the batch of `step`, which counts from 0.
+    """Return the indices of the examples in the batch of a step. Steps count from 0.
 
     lengths: source lengths of all examples. The result depends on nothing but the arguments. Each
     example occurs once in an epoch, and one batch of an epoch may have fewer than `batch_size`.

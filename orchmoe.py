@@ -2,8 +2,8 @@
 
 A frozen model gets LoRA "skills" in its Linears. A Task Router reads the source sample and
 estimates which abstract tasks it belongs to. An allocation matrix in each Linear turns that into
-weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). docs/paper.md says
-who says each line: the abstract, summaries of the paper, or we. MIT licence.
+weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). For each line below,
+docs/paper.md names the source: the abstract, summaries of the paper, or our choice. MIT licence.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
     X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
@@ -59,7 +59,7 @@ class OrchMoEConfig:
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
     router_dropout: float = 0.0  # share of training samples that get w = 1/K
     allocation_std: float = 3.0  # standard deviation of the initial Z
-    gumbel: bool = False  # add relaxed Bernoulli noise to Z in training
+    gumbel: bool = False  # train with logistic noise on Z: relaxed Bernoulli weights
 
     def __post_init__(self) -> None:
         for name in ("tasks", "skills", "rank"):
@@ -155,7 +155,7 @@ class TaskRouter(nn.Module):
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
         The rows of W_task become the centres of a spherical k-means, which needs no labels. They
-        are scaled so that the mean entropy of w is ln(K) / 3, between one-hot and uniform.
+        are scaled so that the mean entropy of w is ln(K) / 3 (one-hot w: 0; uniform w: ln(K)).
         """
         K = self.config.tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -198,8 +198,8 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
     """Return k unit vectors (k,D), the centres of points (M,D) by cosine similarity."""
     points = F.normalize(points, dim=-1)
 
-    # k-means++ start: points far from all picked points are more likely to be picked. On the CPU,
-    # as the generator is. The clamp keeps the sum positive when all points are equal.
+    # k-means++ start: points far from all picked points are more likely to be picked. It runs on
+    # the CPU, like the generator. The clamp keeps the sum positive when all points are equal.
     distance = torch.ones(len(points), device="cpu")
     picks = []
     for _ in range(k):
@@ -218,9 +218,9 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
 
 
 def scale_for_entropy(logits: Tensor, target: float) -> float:
-    """Return the factor f for which softmax(f * logits), logits (M,K), has mean entropy `target`.
+    """Return the factor f that gives softmax(f * logits) the mean entropy `target`.
 
-    Found by bisection: the entropy falls as the factor grows.
+    logits: (M,K). A bisection finds f, since the entropy falls as f grows.
     """
     low, high = -12.0, 12.0  # natural logarithm of the factor
     for _ in range(50):
@@ -248,8 +248,7 @@ def mix_skills(
 ) -> Tensor:
     """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
 
-    The outputs of the skills are mixed, not their factors (Eq. 3 of the paper, known from
-    summaries).
+    The outputs of the skills are mixed, not A and B (Eq. 3 of the paper, according to summaries).
     The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
@@ -260,10 +259,9 @@ def mix_skills(
     B = B.reshape(S * R, -1).to(x.dtype)
     if c.dim() == 2:
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
-    c = (scale * c).to(
-        x
-    )  # also to the device of x: a large base may be spread over several devices
-    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): a rank has the c of its skill
+    # Also to the device of x: a large base may be spread over several devices.
+    c = (scale * c).to(x)
+    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): each rank gets the c of its skill
 
     h = F.linear(x, A)  # (B,L,S R): all A_s x
     mixed = (h * c) @ B  # (B,L,O)
@@ -276,11 +274,11 @@ class SkillLinear(nn.Linear):
     """A Linear of the base with S skills.
 
     No SkillLinear is constructed. `add_skills` changes the class of an existing Linear, as
-    torch.nn.utils.parametrize does. An nn.Linear becomes a SkillLinear. A subclass Sub becomes a
-    new class SkillSub(SkillLinear, Sub). The object keeps its weight, name and hooks, and
-    isinstance(linear, Sub) still holds. `detach` restores the class.
+    torch.nn.utils.parametrize does. An nn.Linear gets the class SkillLinear. An instance of a
+    subclass Sub gets a new class SkillSub(SkillLinear, Sub). The object keeps its weight, name and
+    hooks, and isinstance(linear, Sub) still holds. `detach` restores the class.
 
-    Every attribute that this adds to the object starts with `skill_`.
+    Every attribute that the skills add to the object starts with `skill_`.
     """
 
     skill_base: type = nn.Linear  # the class that the Linear had before
@@ -372,7 +370,7 @@ def _new_skill_linear(base: type) -> SkillLinear:
 
 
 def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after` (`before` after .to()), or in half precision `before`, only moved."""
+    """Return `after`, made from `before` by .to(). If it is half precision, only move `before`."""
     if after.dtype in (torch.bfloat16, torch.float16):
         return before.to(after.device)
     return after
@@ -392,10 +390,9 @@ def add_skills(
     *,
     skills: int | None = None,
 ) -> dict[str, SkillLinear]:
-    """Give each Linear S skills of the rank R that `ranks` has for it, scaled by alpha / R.
+    """Give each Linear, in place, S skills of rank R, its entry in `ranks`. Scale: alpha / R.
 
-    The Linears are changed in place. skills: S, if it is not config.skills; a plain LoRA is one
-    skill of rank S R.
+    skills: S, if it is not config.skills. A plain LoRA has one skill of rank S R.
     """
     S = skills or config.skills
     alpha = config.rank if config.alpha is None else config.alpha
@@ -404,7 +401,7 @@ def add_skills(
         linear.__class__ = class_with_skills(base)
         D = linear.in_features
 
-        # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the start is the base.
+        # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
         bound = 1 / math.sqrt(D)
         A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
         dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
@@ -414,7 +411,7 @@ def add_skills(
         linear.skill_scale = alpha / R
         linear.skill_mix = mix
 
-        # Where the base computes W0 x + b and nothing else, `mix` does both in one function.
+        # If the base computes only W0 x + b, `mix` computes that too, in the same call.
         weight = linear._parameters.get("weight")
         linear.skill_plain = (
             base.forward is nn.Linear.forward
@@ -440,8 +437,8 @@ def add_skills(
 class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
     """Hold the adapted Linears and set their mixing weights.
 
-    This is the base class of all adapter methods. A method overrides `route`, which computes the
-    weights. Only one of routed, disabled, folded, merge and detach can be active at a time.
+    Each kind of adapter is a subclass. It overrides `route`, which computes the weights. Only one
+    of routed, disabled, folded, merge and detach can be active at a time.
     """
 
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
@@ -460,7 +457,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         parameters = module.named_parameters(remove_duplicate=False)
         self._trained_before = {name: parameter.requires_grad for name, parameter in parameters}
         for name, parameter in module.named_parameters():
-            own_name = name.rpartition(".")[2]  # a module may be called skill_... too
+            own_name = name.rpartition(".")[2]  # a module may be named skill_... too
             parameter.requires_grad_(own_name.startswith("skill_"))
 
     @property
@@ -525,7 +522,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         beams: int = 1,
         **options: Tensor | None,
     ) -> Iterator[Routing]:
-        """Route one batch: inside, every adapted Linear has its weights c.
+        """Route one batch. Within the `with` block every adapted Linear has its weights c.
 
         Keep it open until after backward: gradient checkpointing runs the blocks again there.
         For generation, keep it open until the last token. Open it anew for each micro-batch.
@@ -557,13 +554,13 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base as it was before attach, bit for bit."""
+        """Within the `with` block the model is the base as before attach, bit for bit."""
         with self._exclusive("disabled()"), self._base_classes():
             yield
 
     @contextmanager
     def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
-        """Inside, the skills of ONE routing are part of the weights: as fast as the base.
+        """Within the `with` block the skills of ONE routing are in the weights, at base speed.
 
         The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
         embeddings=(1,L,D) and mask=, or task_ids=(1,). Raise ValueError for several samples, and
@@ -582,14 +579,17 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                         linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **routing: Tensor | None) -> None:
-        """Fold for good; the model then runs without this class. Tied weights become separate."""
+        """Fold one routing for good and remove the adapters. Tied weights become separate.
+
+        For the arguments see `folded`.
+        """
         with self._exclusive("merge()"):
             for linear, weight in self._folded_weights(w, routing).items():
                 linear.weight = weight
             self._remove_skills()
 
     def detach(self) -> None:
-        """Take the skills out. Restore the classes, and which parameters of the base train."""
+        """Remove the skills. Restore the classes of the Linears and what trains in the base."""
         with self._exclusive("detach()"):
             self._remove_skills()
 
@@ -607,7 +607,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return ""
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the samples at positions `rows` (B',). For `generate`, as samples finish."""
+        """Keep only the samples at positions `rows` (B',): `generate` drops finished samples."""
         if self._active in ("folded()", "disabled()") or self.routing().shared:
             return  # all samples are alike
         for linear in self.linears.values():
@@ -638,7 +638,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
-        """Return all that training changes: router, Z and, under their Linears' names, the skills.
+        """Return all that training changes: the router, Z, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
         themselves put the skills in.
@@ -680,7 +680,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @contextmanager
     def _exclusive(self, method: str) -> Iterator[None]:
-        """Mark `method` as active. Raise RuntimeError if another is, or nothing is left."""
+        """Mark `method` as active. Raise RuntimeError if one is already, or after detach."""
         with self._lock:
             if self._active:
                 raise RuntimeError(
@@ -742,7 +742,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
 
     def _warn_unvisited(self) -> None:
-        """Warn about Linears that were not called: their owner reads their weights directly."""
+        """Warn about Linears that were not called. Their owner may read their weights directly."""
         missed = [name for name, linear in self.linears.items() if not linear.skill_visited]
         # Without gradients `routed` may be opened just to read w.
         nothing_ran = len(missed) == len(self.linears) and not torch.is_grad_enabled()
@@ -801,7 +801,8 @@ class OrchMoE(Adapters):
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
         """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
 
-        With noise sigmoid(Z) is a relaxed Bernoulli variable (Maddison et al. 2017), temperature 1.
+        With noise, sigmoid(Z) is a relaxed Bernoulli variable with temperature 1 (Maddison et al.
+        2017).
         """
         Z = self.Z.unsqueeze(0)
         if noise is not None:
@@ -873,8 +874,8 @@ def attach(
 ) -> Adapters:
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
-    The Linears are those named in config.targets. Their inputs must be batch-first. To
-    train a head of your own as well, call its requires_grad_() afterwards.
+    The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
+    of your own as well, call its requires_grad_() afterwards.
 
     mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings given to
     `routed`, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
@@ -894,7 +895,7 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
     Raise ValueError if a target does not exist or cannot have skills.
     """
     wanted = set(targets) - {"all"}
-    required = set(wanted)  # every given name must exist; of "all", some are enough
+    required = set(wanted)  # every given name must exist; for "all" one is enough
     if "all" in targets:
         wanted |= set(ALL_TARGETS)
 
