@@ -15,6 +15,7 @@ Test: pytest tests/experiments/test_map.py
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -226,14 +227,14 @@ def router_numbers(group: Group) -> list[str]:
     return texts
 
 
-def rows_of(groups: dict[str, Group], first: str) -> list[list[str]]:
+def rows_of(groups: dict[str, Group], first: str, sets: Sequence[str] = SETS) -> list[list[str]]:
     """Return for each row: seeds, losses with their sd, difference from the first, its router."""
     rows = []
     for name, group in groups.items():
         row = [name, len(group)]
-        for which in SETS:
+        for which in sets:
             row.append(mean_and_sd(losses(group, which), 3))
-        for which in SETS:
+        for which in sets:
             itself = name == first or first not in groups
             found = None if itself else difference(group, groups[first], which)
             row.append(signed(found) if found else "-")
@@ -241,9 +242,12 @@ def rows_of(groups: dict[str, Group], first: str) -> list[list[str]]:
     return rows
 
 
-def stage_table(title: str, groups: dict[str, Group], first: str) -> str:
-    head = [title, "seeds", *SETS, *(f"{which} - {first}" for which in SETS)]
-    return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first))
+def stage_table(
+    title: str, groups: dict[str, Group], first: str, sets: Sequence[str] = SETS
+) -> str:
+    """Return the table of one stage or point. first: the row whose losses are subtracted."""
+    head = [title, "seeds", *sets, *(f"{which} - {first}" for which in sets)]
+    return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first, sets))
 
 
 def text(results: Path) -> str:
