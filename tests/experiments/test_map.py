@@ -18,7 +18,6 @@ from experiments.study import Study, StudyConfig, read_tuning
 from experiments.tables import interval
 from helpers import run
 
-
 # Few and short prompts: the start of the router reads all that are trained on.
 SMALL = ["--train-instances", 4, "--num-pos", 0]
 
