@@ -1,10 +1,10 @@
 """One step and one run of train.py: rates, schedule, clipping, the log, and which weights are kept.
 
-The first tests take single steps on a small random T5, the last ones run the whole program.
+The first tests take single steps on a small random T5, the last ones start or run the program.
 """
 
-import json
 import math
+import tempfile
 
 import pytest
 import torch
@@ -13,105 +13,106 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
-import tokenizer as tokenizers
 import train
-from baselines import NoAdapter, attach_method
-from helpers import SHORT, records, run, stir, task_json, write_lists, write_task
+from baselines import attach_method
+from helpers import (
+    SHORT,
+    change_config,
+    make_example,
+    records,
+    rows_of,
+    run,
+    seeded_generator,
+    stir,
+)
 from orchmoe import OrchMoEConfig
 
-RATES = {
-    "lr_skills": 1.0,
-    "lr_router": 2.0,
-    "lr_token_router": 3.0,
-    "lr_allocation": 4.0,
-    "lr_full": 5.0,
-}
+DEFAULTS = train.TrainConfig()
 
 
 @pytest.fixture
 def batch(inputs):
-    return data.Batch(*inputs, torch.arange(4), ["a", "b", "c", "d"])
+    return data.Batch(*inputs, torch.arange(4), list("abcd"))
 
 
-def adapted(base, method="orchmoe", **options):
+@pytest.fixture
+def examples(inputs):
+    """Return the rows of the batch as examples."""
+    found = []
+    for source, target in rows_of(inputs):
+        found.append(make_example("", source[0].tolist(), target.tolist()))
+    return found
+
+
+def adapted(base, **options):
     """Return adapters of `base` in float64, with values that matter."""
     config = OrchMoEConfig(router_init="normal", **options)
-    generator = runtime.generator(0)
-    adapters = attach_method(method, base, config, num_tasks=4, generator=generator)
-    stir(adapters, torch.Generator().manual_seed(0))
+    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
+    stir(adapters, seeded_generator())
     return adapters.double()
 
 
-def make_example(name, task, source_ids=None, target_ids=()):
-    return data.Example(
-        id=name,
-        task=task,
-        category="c",
-        source_ids=source_ids,
-        target_ids=list(target_ids),
-        references=[],
-    )
+@pytest.fixture
+def take_step(small_t5, batch):
+    """Take one step with new adapters. Return its record and the optimizer."""
+
+    def take(step=0, config=DEFAULTS, **options):
+        adapters = adapted(small_t5, **options)
+        optimizer = train.make_optimizer(adapters, config)
+        record = train.train_step(small_t5, adapters, optimizer, batch, step, config)
+        adapters.detach()
+        return record, optimizer
+
+    return take
 
 
 # ---------------------------------------------------------------------------------- rates and norm
 
 
+RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4, "full": 5}
+
+
 @pytest.mark.parametrize(
-    "method, options, rates",
+    "method, router, kinds",
     [
-        ("orchmoe", {}, {1.0, 2.0, 4.0}),
-        ("orchmoe", {"router": "token"}, {1.0, 3.0, 4.0}),
-        ("moe-lora", {}, {1.0, 3.0}),
-        ("lora", {}, {1.0}),
-        ("poly", {}, {1.0, 4.0}),
-        ("full", {}, {5.0}),
+        ("orchmoe", "sample", ["skills", "router", "allocation"]),
+        ("orchmoe", "token", ["skills", "token_router", "allocation"]),
+        ("full", "sample", ["full"]),
     ],
 )
-def test_each_kind_of_parameter_has_its_own_rate(small_t5, method, options, rates):
-    adapters = attach_method(method, small_t5, OrchMoEConfig(**options), num_tasks=4)
-    groups = train.make_optimizer(adapters, train.TrainConfig(**RATES)).param_groups
-    assert {group["max_lr"] for group in groups} == rates
-
-    rate_of_parameter = {}
-    for group in groups:
-        assert group["betas"] == (0.9, 0.999)
-        assert group["weight_decay"] == 0
-        for parameter in group["params"]:
-            rate_of_parameter[id(parameter)] = group["max_lr"]
-    for kind, parameters in adapters.parameter_groups().items():
-        for parameter in parameters:
-            assert rate_of_parameter[id(parameter)] == RATES[f"lr_{kind}"]
+def test_each_kind_of_parameter_has_its_own_rate(small_t5, method, router, kinds):
+    config = train.TrainConfig(**{f"lr_{kind}": rate for kind, rate in RATES.items()})
+    adapters = attach_method(method, small_t5, OrchMoEConfig(router=router))
+    optimizer = train.make_optimizer(adapters, config)
+    found = {group["max_lr"]: group["params"] for group in optimizer.param_groups}
+    parameters = adapters.parameter_groups()
+    assert found == {RATES[kind]: parameters[kind] for kind in kinds}
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert optimizer.defaults["weight_decay"] == 0
 
 
-def test_schedule_warms_up_and_then_decays_or_stays_constant(small_t5, batch):
-    linear = train.TrainConfig(steps=10, warmup=4)
-    factors = [train.learning_rate_factor(step, linear) for step in range(10)]
-    expected = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-    assert factors == pytest.approx(expected)
-
-    constant = train.TrainConfig(steps=10, warmup=4, schedule="constant")
-    factors = [train.learning_rate_factor(step, constant) for step in range(10)]
-    assert factors == [0.25, 0.5, 0.75] + 7 * [1]
-
-    # A step applies the factor to all rates.
-    adapters = adapted(small_t5)
-    optimizer = train.make_optimizer(adapters, linear)
-    train.train_step(small_t5, adapters, optimizer, batch, 1, linear)
-    assert [group["lr"] / group["max_lr"] for group in optimizer.param_groups] == [0.5] * 3
+@pytest.mark.parametrize(
+    "schedule, later",
+    [("linear", [1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]), ("constant", [1] * 7)],
+)
+def test_schedule_warms_up_and_then_decays_or_stays_constant(take_step, schedule, later):
+    config = train.TrainConfig(steps=10, warmup=4, schedule=schedule)
+    factors = [train.learning_rate_factor(step, config) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, *later])
+    _, optimizer = take_step(1, config)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.5 * group["max_lr"]
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e9])
-def test_gradient_is_clipped_to_the_largest_norm(small_t5, batch, largest, monkeypatch):
+def test_gradient_is_clipped_to_the_largest_norm(take_step, largest, monkeypatch):
     monkeypatch.setattr(train, "LARGEST_NORM", largest)
-    config = train.TrainConfig()
-    adapters = adapted(small_t5)
-    optimizer = train.make_optimizer(adapters, config)
-    norm = train.train_step(small_t5, adapters, optimizer, batch, 0, config)["norm"]
-    assert norm > 0.1  # the norm before clipping
-
+    record, optimizer = take_step()
     gradients = []
     for group in optimizer.param_groups:
-        gradients += [p.grad for p in group["params"] if p.grad is not None]
+        gradients += [parameter.grad for parameter in group["params"]]
+    norm = record["norm"]  # before clipping
+    assert norm > 0.1
     clipped = torch.nn.utils.get_total_norm(gradients).item()
     assert clipped == pytest.approx(min(norm, largest), rel=1e-4)
 
@@ -119,112 +120,91 @@ def test_gradient_is_clipped_to_the_largest_norm(small_t5, batch, largest, monke
 # --------------------------------------------------------------------------------------- one step
 
 
-def test_each_step_draws_its_own_noise_and_drops_the_given_share(small_t5, batch, monkeypatch):
-    adapters = adapted(small_t5, gumbel=True, router_dropout=0.1)
-    noises = []
-    drops = []
-    route = adapters.route
-
-    def spy(*arguments, **options):
-        noises.append(options["noise"])
-        drops.append(options["drop"])
-        return route(*arguments, **options)
-
-    monkeypatch.setattr(adapters, "route", spy)
-    optimizer = train.make_optimizer(adapters, train.TrainConfig())
-    for seed in (0, 1):
-        for step in range(5):
-            config = train.TrainConfig(seed=seed)
-            train.train_step(small_t5, adapters, optimizer, batch, step, config)
-
-    first_values = torch.cat(noises).flatten(1)[:, 0]
-    assert len(first_values.unique()) == 2 * 5 * 4  # seeds, steps, rows
-    assert 0 < torch.cat(drops).float().mean() < 0.3
+def test_routing_noise_of_a_row_is_its_own_and_independent_of_its_dropout(small_t5):
+    adapters = adapted(small_t5, gumbel=True, router_dropout=0.3)
+    noise, drop = train.routing_noise(adapters, 0, 0, range(400))
+    noise = noise.flatten(1)[:, 0]
+    assert len(noise.unique()) == 400
+    assert drop.float().mean() == pytest.approx(0.3, abs=0.05)
+    assert noise[drop].mean() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("options", [{}, {"router_dropout": 0.5}, {"gumbel": True}])
-def test_micro_batches_add_up_to_the_whole_step(small_t5, batch, options):
+def test_micro_batches_add_up_to_the_whole_step(take_step, options):
     """Loss, norm and entropy are those of all rows. Noise belongs to a row, not to its part."""
-    results = []
-    for accumulate in (1, 3):
-        config = train.TrainConfig(accumulate=accumulate)
-        adapters = adapted(small_t5, **options).train()
-        optimizer = train.make_optimizer(adapters, config)
-        results.append(train.train_step(small_t5, adapters, optimizer, batch, 0, config))
-        adapters.detach()
-    whole, parts = results
+    whole, _ = take_step(**options)
+    parts, _ = take_step(config=train.TrainConfig(accumulate=3), **options)
     assert whole == pytest.approx(parts, rel=1e-6)
-    assert 0 < whole["entropy"] < math.log(8)
     assert whole["target_tokens"] == 17
-
-    if not options:
-        embeddings = small_t5.embed(batch.input_ids)
-        w = adapted(small_t5).route(embeddings, batch.attention_mask).w
-        entropy = evaluation.mean_entropy(w)
-        assert whole["entropy"] == pytest.approx(entropy, rel=1e-6)
+    if options:  # noise depends on the step and the seed
+        seed_1 = train.TrainConfig(seed=1)
+        for other, _ in (take_step(), take_step(1, **options), take_step(0, seed_1, **options)):
+            assert other["loss"] != pytest.approx(whole["loss"], rel=1e-6)
 
 
-def test_dev_loss_is_a_mean_over_target_tokens(small_t5, batch):
-    examples = []
-    for row, name in enumerate(batch.ids):
-        source = batch.input_ids[row][batch.attention_mask[row]].numpy()
-        labels = batch.labels[row]
-        target = labels[labels != -100].numpy()
-        examples.append(make_example(name, "t", source, [target]))
-
-    total = small_t5.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
-    frozen = NoAdapter(small_t5, full=False)
+def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples):
+    record, _ = take_step()
+    adapters = adapted(small_t5)
+    expected_w = adapters.route(small_t5.embed(batch.input_ids), batch.attention_mask).w.float()
+    assert record["entropy"] == pytest.approx(evaluation.mean_entropy(expected_w), rel=1e-6)
     for batch_size in (1, 3, 4):
-        loss, w = evaluation.measure(small_t5, frozen, examples, batch_size=batch_size)
-        assert w is None
-        assert loss == pytest.approx(total / batch.target_tokens, rel=1e-9)
+        loss, w = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size)
+        assert loss == pytest.approx(record["loss"], rel=1e-6)
+        torch.testing.assert_close(w, expected_w)
+
+
+def test_training_batch_depends_on_seed_and_step():
+    """Both change the order, and which references of an example are its targets."""
+    examples = [make_example(f"e{i}", [5], [[7], [8], [9]]) for i in range(8)]
+    train_set = data.Examples(examples, ["task1_a"], "")
+
+    def ids_and_targets(seed, step):
+        config = train.TrainConfig(seed=seed, batch_size=8)
+        batch = train.training_batch(train_set, step, config)
+        return batch.ids, dict(zip(batch.ids, batch.labels.tolist(), strict=True))
+
+    ids, targets = ids_and_targets(0, 0)
+    for other_ids, other_targets in (ids_and_targets(0, 1), ids_and_targets(1, 0)):
+        assert other_ids != ids
+        assert other_targets != targets
 
 
 # ----------------------------------------------------------------------------- report on the router
 
+REPORTS = {  # w of four samples, fields of the report, a word of the warning
+    "spread between tasks": (
+        torch.eye(2)[[0, 0, 1, 1]],
+        {"entropy": 0, "largest": 0.5, "used": 2, "between": 0.5, "within": 0},
+        "",
+    ),
+    "spread within tasks": (torch.eye(2)[[0, 1, 0, 1]], {"between": 0, "within": 0.5}, ""),
+    "half": (
+        torch.tensor([[0.5, 0.5, 0, 0]] * 4),
+        {"used": 2, "normalised_entropy": 0.5, "distance": math.log(2)},
+        "",
+    ),
+    "uniform": (torch.full((4, 4), 1 / 4), {"normalised_entropy": 1, "distance": 0}, "uniform"),
+    "collapsed": (
+        torch.tensor([[0.9, 0.1], [1, 0], [1, 0], [1, 0]]),
+        {"largest": 0.975, "used": 1},
+        "collapsed",
+    ),
+    "one": (torch.ones(4, 1), {"normalised_entropy": 0}, ""),
+    "no distributions": (2 * torch.eye(8)[[3, 3, 3, 3]], {"entropy": math.nan}, ""),
+}
 
-@pytest.mark.parametrize(
-    "w, words",
-    [
-        (torch.full((4, 8), 1 / 8), "the router is uniform"),
-        (torch.eye(8)[[3, 3, 3, 3]], "has collapsed"),
-        (torch.eye(8)[[0, 1, 2, 3]], ""),
-        (torch.ones(4, 1), ""),
-        (2 * torch.eye(8)[[3, 3, 3, 3]], ""),
-    ],
-)
-def test_uniform_or_collapsed_router_gives_a_warning(w, words, capsys):
+
+@pytest.mark.parametrize("w, expected, warning", REPORTS.values(), ids=REPORTS)
+def test_router_report(w, expected, warning, capsys):
+    """The tasks are a, a, b and b. The distance is that from uniform w."""
     runtime.warn.cache_clear()
-    examples = [make_example(str(i), "ab"[i % 2]) for i in range(4)]
-    evaluation.router_report(w, examples)
-    warning = capsys.readouterr().err
-    assert words in warning
-    assert bool(warning) == bool(words)
-
-
-def test_router_report_separates_spread_between_tasks_from_spread_within():
-    examples = [make_example(str(i), "aabb"[i]) for i in range(4)]
-    for rows, between, within in (([0, 0, 1, 1], 0.5, 0), ([0, 1, 0, 1], 0, 0.5)):
-        report = evaluation.router_report(torch.eye(2)[rows], examples)
-        assert report == {
-            "entropy": 0,
-            "normalised_entropy": 0,
-            "largest": 0.5,
-            "used": 2,
-            "between": between,
-            "within": within,
-        }
-
-
-def test_router_report_counts_used_abstract_tasks_and_measures_the_distance_from_the_start():
-    examples = [make_example(str(i), "aabb"[i]) for i in range(4)]
-    uniform = torch.full((4, 4), 1 / 4)
-    half = torch.tensor([0.5, 0.5, 0, 0]).expand(4, -1)
-    report = evaluation.router_report(half, examples, uniform)
-    assert report["used"] == 2
-    assert report["normalised_entropy"] == pytest.approx(0.5)
-    assert report["distance"] == pytest.approx(math.log(2))  # KL divergence of half from uniform
-    assert evaluation.router_report(half, examples, half)["distance"] == 0
+    examples = [make_example("", [], [])._replace(task=task) for task in "aabb"]
+    report = evaluation.router_report(w, examples, torch.full_like(w, 1 / w.shape[1]))
+    found = {name: report[name] for name in expected}
+    assert found == pytest.approx(expected, nan_ok=True, abs=1e-6)
+    said = capsys.readouterr().err
+    assert warning in said
+    assert bool(warning) == bool(said)
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -232,141 +212,105 @@ def test_router_report_counts_used_abstract_tasks_and_measures_the_distance_from
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 
 
-class FirstStep(Exception):
-    """Ends a run at its first step. Holds the base and the adapters."""
-
-    def __init__(self, base, adapters):
-        self.base = base
-        self.adapters = adapters
-        self.autocast = torch.is_autocast_enabled("cpu")
-
-
 @pytest.fixture
 def first_step(tmp_path, monkeypatch):
-    """Start runs of train.train that end at the first step. Return what they trained there."""
+    """Start runs of train.train that end at the first step.
 
-    def end(base, adapters, *_):
-        raise FirstStep(base, adapters)
+    Return the base and the adapters there, and whether autocast is on.
+    """
 
     def begin(device=CPU, **options):
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        reached = []
+
+        def end(base, adapters, *_):
+            reached.extend((base, adapters, torch.is_autocast_enabled("cpu")))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "train_step", end)
         settings = train.Settings(
             train=train.TrainConfig(**options),
             data=data.DataConfig(max_tasks=3, train_instances=8),
         )
-        launch = train.LaunchConfig(out=str(folder))
-        with pytest.raises(FirstStep) as reached:
+        launch = train.LaunchConfig(out=tempfile.mkdtemp(dir=tmp_path))
+        with pytest.raises(KeyboardInterrupt):
             train.train(settings, device, launch, final_scores=False)
-        return reached.value
+        assert not list(tmp_path.rglob("scores.json"))
+        return reached
 
-    monkeypatch.setattr(train, "train_step", end)
     return begin
 
 
 def test_full_training_keeps_float32_weights_and_computes_in_bfloat16(first_step):
     bfloat16 = CPU._replace(dtype=torch.bfloat16)
-    full = first_step(bfloat16, method="full")
-    assert {parameter.dtype for parameter in full.base.parameters()} == {torch.float32}
-    assert full.autocast
+    base, _, autocast = first_step(bfloat16, method="full", checkpoint_blocks=True)
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+    assert autocast
+    assert base.checkpoint_blocks
 
-    lora = first_step(bfloat16, method="lora")
-    assert lora.base.embedding.weight.dtype == torch.bfloat16
-    assert not lora.autocast
-
-
-def test_blocks_are_checkpointed_only_if_the_flag_is_given(first_step):
-    assert first_step(method="lora", checkpoint_blocks=True).base.checkpoint_blocks
-    assert not first_step(method="lora").base.checkpoint_blocks
+    base, _, autocast = first_step(bfloat16, method="lora")
+    assert base.embedding.weight.dtype == torch.bfloat16
+    assert not autocast
+    assert not base.checkpoint_blocks
 
 
-def test_router_start_ignores_the_padding_of_its_sources(first_step):
-    run = first_step()
-    router = run.adapters.router
-    config = data.DataConfig(max_tasks=3, train_instances=8)
-    tokenizer = tokenizers.load(runtime.ROOT / "tiny")
-    train_set = data.load_sets(config, tokenizer, ["train"])["train"]
-    assert len(set(train_set.source_lengths)) > 3  # so there was padding
-
+def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(tasks=2)).double()
+    train.fit_router(small_t5, adapters, examples, DEFAULTS)
     summaries = []
-    for example in train_set:
-        input_ids = torch.from_numpy(example.source_ids).long()[None]
-        embeddings = run.base.embed(input_ids)
+    for example in examples:
+        input_ids = torch.as_tensor(example.source_ids)[None]
         mask = torch.ones_like(input_ids, dtype=torch.bool)
-        summaries.append(router.summarise(embeddings, mask))
-    mean = torch.cat(summaries).mean(0)
-    torch.testing.assert_close(router.mu, mean, rtol=1e-3, atol=1e-4)
+        summaries.append(adapters.router.summarise(small_t5.embed(input_ids), mask))
+    torch.testing.assert_close(adapters.router.mu, torch.cat(summaries).mean(0))
 
 
 def test_the_seed_decides_the_initial_values(first_step):
-    one = first_step(seed=0).adapters
-    same = first_step(seed=0).adapters
-    other = first_step(seed=1).adapters
-    name = next(iter(one.linears))
-    values = {
-        "skill_A": [run.linears[name].skill_A for run in (one, same, other)],
-        "Z": [run.Z for run in (one, same, other)],
-        "W_task": [run.router.W_task for run in (one, same, other)],
-    }
-    for first, again, different in values.values():
-        assert torch.equal(first, again)
-        assert not torch.equal(first, different)
-
-
-def test_each_step_draws_one_of_several_references(tmp_path):
-    write_task(tmp_path, "task1_a", task_json(10))
-    write_lists(tmp_path, ["task1_a"], [])
-    tokenizer = tokenizers.load(runtime.ROOT / "tiny")
-    train_set = data.load_sets(data.DataConfig(data=str(tmp_path)), tokenizer, ["train"])["train"]
-
-    config = train.TrainConfig(batch_size=4)
-    drawn: dict[str, set] = {}
-    for step in range(12):
-        batch = train.training_batch(train_set, step, config)
-        for own_id, labels in zip(batch.ids, batch.labels, strict=True):
-            target = tuple(labels[labels != -100].tolist())
-            drawn.setdefault(own_id, set()).add(target)
-    assert max(len(targets) for targets in drawn.values()) == 3
-
-
-def test_last_step_is_evaluated_and_saved(tmp_path):
-    settings = train.Settings(
-        train=train.TrainConfig(method="lora", steps=3, eval_every=2, eval_instances=8),
-        data=data.DataConfig(max_tasks=2, train_instances=8),
-    )
-    launch = train.LaunchConfig(out=str(tmp_path))
-    assert train.train(settings, CPU, launch, final_scores=False)
-    evaluated = [row["step"] for row in records(tmp_path) if "dev_loss" in row]
-    assert evaluated == [1, 2]
-    assert checkpoint.read_torch(tmp_path / "checkpoint.pt")["step"] == 3
-    assert not (tmp_path / "scores.json").exists()  # final_scores=False
+    states = []
+    for seed in (0, 0, 1):
+        _, adapters, _ = first_step(seed=seed)
+        states.append(adapters.state_dict())
+    for name in ("Z", "router.W_task", "decoder.blocks.1.attention.v.skill_A"):
+        one, same, other = [state[name] for state in states]
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
 
 
 def test_best_weights_on_dev_are_kept_and_scored(home):
-    """With a rate that is too high, the dev loss rises after the first step.
+    """With a rate that is too high, the dev loss rises after the first evaluation.
 
     The weights of that step are kept and scored, also if the run is resumed later.
     """
-    options = [*SHORT, "--eval-every", "1", "--lr-skills", "0.05", "--lr-allocation", "3"]
+    options = [
+        *SHORT,
+        "--eval-instances",
+        "4",
+        "--eval-every",
+        "2",
+        "--lr-skills",
+        "0.05",
+        "--lr-allocation",
+        "3",
+    ]
     options += ["--warmup", "0", "--schedule", "constant"]
-    for steps in (1, 3):
+    for steps in (2, 3):
         run("train.py", *options, "--steps", steps, "--out", f"run{steps}", cwd=home)
-    one = home / "run1"
-    three = home / "run3"
+    short = home / "run2"
+    long = home / "run3"
 
-    def require_first_step_is_kept():
-        first, *later = [row["dev_loss"] for row in records(three) if "dev_loss" in row]
+    def require_short_run_is_kept(steps):
+        evaluated = [row for row in records(long) if "dev_loss" in row]
+        assert [row["step"] for row in evaluated] == steps
+        first, *later = [row["dev_loss"] for row in evaluated]
         assert first < min(later)
         for name in ("scores.json", "adapter.safetensors"):
-            assert (three / name).read_bytes() == (one / name).read_bytes()
+            assert (long / name).read_bytes() == (short / name).read_bytes()
 
-    require_first_step_is_kept()
-    last = checkpoint.read_torch(three / "checkpoint.pt")["weights"]
-    best, _ = checkpoint.load_adapter(three / "adapter.safetensors")
-    assert not torch.equal(last["Z"], best["Z"])
+    require_short_run_is_kept([1, 2])  # the last step is evaluated and saved, too
+    last = checkpoint.read_torch(long / "checkpoint.pt")
+    best, _ = checkpoint.load_adapter(long / "adapter.safetensors")
+    assert last["step"] == 3
+    assert not torch.equal(last["weights"]["Z"], best["Z"])
 
-    config = json.loads((three / "config.json").read_text())
-    config["train"]["steps"] = 4
-    (three / "config.json").write_text(json.dumps(config))
+    change_config(long, "train", steps=4)
     run("train.py", "--resume", "--out", "run3", "--device", "cpu", cwd=home)
-    assert records(three)[-1]["step"] == 3
-    require_first_step_is_kept()
+    require_short_run_is_kept([1, 2, 3])
