@@ -46,8 +46,17 @@ ROWS = EQUAL | {
     "ceiling": Row({"router": "none"}, router="task", **LIKE),
 }
 
-# Both rows at two rates. What counts is the sd over seeds.
-CALM = {"r0.01": {"lr_skills": 1e-2}, "r0.003": {"lr_skills": 3e-3}}
+# Both rows at several rates and numbers of steps. What counts is the sd over seeds. Rows that start
+# alike differ in the order of the data alone.
+CALM_ROWS = EQUAL | {
+    "lora, same start": Row({"method": "lora"}, like="lora", router="same start"),
+    "orchmoe, same start": Row(router="same start", **LIKE),
+}
+CALM = {
+    "r0.01": {"lr_skills": 1e-2},
+    "r0.003": {"lr_skills": 3e-3},
+    "r0.003-1800": {"lr_skills": 3e-3, "steps": 1800, "eval_every": 900},
+}
 # OrchMoE with other routers. The first one stays at its start.
 ROUTERS = {
     "rate 1e-6": Row({"lr_router": 1e-6}, **LIKE),
@@ -103,7 +112,7 @@ def stage_cells(stage: str, study: Study) -> list[Cell]:
     """Return the cells of the stages before the map. They are not tuned."""
     seeds = range(min(3, study.config.seeds))
     if stage == "calm":
-        return study.cells("calm", EQUAL, CALM, seeds, "losses")
+        return study.cells("calm", CALM_ROWS, CALM, seeds, "losses")
     return study.cells("router", ROUTERS, {"": {}}, seeds, "losses")
 
 

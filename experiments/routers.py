@@ -128,7 +128,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     random, sharp, flat, definition: see the classes above. category: an oracle that knows the
     category of each training task; the number of categories must not exceed K. task: an oracle
     that knows the task itself, with K = T. specialised: the skills train apart for the first third
-    of the steps.
+    of the steps. same start: the learnt router, and the initial values of seed 0 with every seed.
     """
     if name == "":
         return attach_method
@@ -137,6 +137,8 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":
             config = replace(config, tasks=options["num_tasks"])
+        if name == "same start":
+            options["generator"] = runtime.generator(0, 0)
         adapters = attach_method(method, module, config, **options)
         if name in ROUTERS:
             adapters.router = replaced(adapters.router, ROUTERS[name])
@@ -153,7 +155,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             K, S = adapters.Z.shape[1:]
             own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
             adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
-        else:
+        elif name in ("category", "task"):
             examples = data.load_sets(settings.data, tokenizer, ["train"])["train"]
             labels = {example.task: getattr(example, name) for example in examples}
             w = given_weights([labels[task] for task in examples.tasks], config.tasks)
