@@ -1,4 +1,4 @@
-"""The baselines against their equations written out, and parameter counts against closed forms.
+"""The baselines against their equations, and parameter counts against closed forms.
 
 parity/test_peft.py compares LoRA, Poly and MHR with those of peft.
 """
@@ -9,288 +9,202 @@ import pytest
 import torch
 from torch import nn
 
+import kernels
+import orchmoe
 import train
-from baselines import METHODS, NoAdapter, attach_method, settings_of_method
+from baselines import METHODS, attach_method, settings_of_method
 from experiments.sizes import equal_ranks, parameters, total
-from helpers import stir
+from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
 
 S, R, T, D = 3, 2, 5, 32
 CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0)
 TASK_IDS = torch.tensor([4, 0, -1, 2])
-EXACT = dict(rtol=1e-10, atol=1e-12)
+BY_TASK_ID = ("poly", "mhr", "c-poly")
 # Most tests call only one of the adapted Linears.
 pytestmark = pytest.mark.filterwarnings("ignore:.*adapted Linears were not called")
 
 
-def attached(name, base, **options):
-    """Return the method with random B and Z in float64, one of its Linears, and an input for it."""
-    generator = torch.Generator().manual_seed(0)
-    adapters = attach_method(name, base, CONFIG, num_tasks=T, generator=generator, **options)
+def attached(name, base):
+    """Return the method in float64, with random values for all that is 0 or nearly equal.
+
+    Each of the 12 Linears gets two extra ranks.
+    """
+    generator = seeded_generator()
+    options = {"num_tasks": T, "extra_rank": 24, "generator": generator}
+    adapters = attach_method(name, base, CONFIG, **options)
     base.double()
     stir(adapters, generator)
-    if hasattr(adapters, "Z"):
+    if name in BY_TASK_ID:
         nn.init.normal_(adapters.Z, generator=generator)
-    linear = next(iter(adapters.linears.values()))
-    return adapters, linear, torch.randn(4, 7, D, dtype=torch.float64, generator=generator)
+    if name == "c-poly":
+        nn.init.normal_(adapters.Z_private, generator=generator)
+    return adapters
 
 
 def normalised(z):
     return z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
 
 
-def task_rows(z):
-    """Return the normalised rows of Z (T,...) for TASK_IDS; their mean for the unseen task."""
-    rows = normalised(z)
-    return torch.stack([rows[i] if i >= 0 else rows.mean(0) for i in TASK_IDS])
+def rows_of_tasks(rows, unseen):
+    """Return the rows (T,...) of TASK_IDS, with `unseen` for the task that is not seen."""
+    return torch.stack([rows[i] if i >= 0 else unseen for i in TASK_IDS])
 
 
-def base_output(linear, x):
-    return x @ linear.weight.T
+def expected_weights(name, adapters, linear, x):
+    """Return the weights c of the skills of the first Linear, as the papers have them."""
+    if name == "lora":
+        return torch.ones(1, 1, dtype=torch.float64)
+    if name == "moe-lora":
+        return (x @ linear.skill_W_task.T).softmax(-1)  # (B,L,S)
+    rows = normalised(adapters.Z[0])  # (T,H,S)
+    common = rows_of_tasks(rows, unseen=rows.mean(0))
+    if name != "c-poly":
+        return common
+    private = rows_of_tasks(adapters.Z_private[0], unseen=torch.zeros(T))
+    return torch.cat([common[:, 0], private], 1)  # (B,S-1+T)
 
 
-def test_lora_is_one_adapter_of_the_whole_rank(small_t5):
-    adapters, linear, x = attached("lora", small_t5)
-    assert linear.skill_A.shape == (1, S * R, D)
-    with adapters.routed():
-        mixed = x @ linear.skill_A[0].T @ linear.skill_B[0]
-        expected = base_output(linear, x) + 5.0 / (S * R) * mixed
-        torch.testing.assert_close(linear(x), expected, **EXACT)
-
-
-def test_moe_lora_is_a_softmax_over_experts_for_each_token(small_t5):
-    adapters, linear, x = attached("moe-lora", small_t5)
-    assert linear.skill_W_task.shape == (S, D) and linear.skill_bias is None
-    with adapters.routed():
-        gate = (x @ linear.skill_W_task.T).softmax(-1)
-        mixed = torch.einsum("bls,bld,srd,sro->blo", gate, x, linear.skill_A, linear.skill_B)
-        expected = base_output(linear, x) + 5.0 / R * mixed
-        torch.testing.assert_close(linear(x), expected, **EXACT)
-
-
-def test_poly_mixes_factors_by_task(small_t5):
-    adapters, linear, x = attached("poly", small_t5)
-    c = task_rows(adapters.Z[0, :, 0])  # (B,S)
+@pytest.mark.parametrize("name", ["lora", "moe-lora", *BY_TASK_ID])
+def test_a_linear_is_the_equation_of_its_method(small_t5, name):
+    """The weights are those of the papers. test_kernels.py tests the functions that mix."""
+    adapters = attached(name, small_t5)
+    linear = next(iter(adapters.linears.values()))
+    x = torch.randn(4, 7, D, dtype=torch.float64)
+    mix = kernels.mix_factors if name in ("poly", "mhr") else orchmoe.mix_skills
+    rank = 2 + (S * R if name == "lora" else R)
+    c = expected_weights(name, adapters, linear, x)
+    expected = mix(x, linear.skill_A, linear.skill_B, c, 5.0 / rank, linear.weight)
     with adapters.routed(task_ids=TASK_IDS):
-        y = linear(x)
-    for b in range(4):
-        A = torch.tensordot(c[b], linear.skill_A, 1)
-        B = torch.tensordot(c[b], linear.skill_B, 1)
-        expected = base_output(linear, x[b]) + 5.0 / R * x[b] @ A.T @ B
-        torch.testing.assert_close(y[b], expected, **EXACT)
+        torch.testing.assert_close(linear(x), expected, rtol=1e-10, atol=1e-12)
+    assert linear.skill_A.shape[1] == rank
 
 
-def test_mhr_mixes_factors_by_task_and_head(small_t5):
-    adapters, linear, x = attached("mhr", small_t5, heads=4)
-    c = task_rows(adapters.Z[0])  # (B,H,S)
-
-    def mixed(factors, c):
-        """Mix the factors (S,R,D) with one mixture c (H,S) for each head."""
-        heads = []
-        for h, part in enumerate(factors.chunk(4, -1)):
-            heads.append(torch.tensordot(c[h], part, 1))
-        return torch.cat(heads, -1)  # (R,D)
-
-    with adapters.routed(task_ids=TASK_IDS):
-        y = linear(x)
-    for b in range(4):
-        A = mixed(linear.skill_A, c[b])
-        B = mixed(linear.skill_B, c[b])
-        expected = base_output(linear, x[b]) + 5.0 / R * x[b] @ A.T @ B
-        torch.testing.assert_close(y[b], expected, **EXACT)
-
-
-def test_mhr_refuses_widths_that_its_heads_do_not_divide():
-    module = torch.nn.Sequential(torch.nn.Linear(12, 10))
-    message = r"--method mhr: 0, Linear\(.*out_features=10.*into 4 heads"
-    with pytest.raises(ValueError, match=message):
-        attach_method("mhr", module, OrchMoEConfig(targets=("0",)), num_tasks=2)
-
-
-def test_c_poly_adds_a_private_skill_to_common_ones(small_t5):
-    adapters, linear, x = attached("c-poly", small_t5)
-    assert torch.equal(adapters.Z_private[0], torch.eye(T, dtype=torch.float64))
-    with torch.no_grad():
-        adapters.Z_private.normal_()
-    common = task_rows(adapters.Z[0, :, 0])  # (B,S-1)
-    private = torch.stack([adapters.Z_private[0, i] * (i >= 0) for i in TASK_IDS])
-    c = torch.cat([common, private], 1)
-    with adapters.routed(task_ids=TASK_IDS):
-        mixed = torch.einsum("bs,bld,srd,sro->blo", c, x, linear.skill_A, linear.skill_B)
-        expected = base_output(linear, x) + 5.0 / R * mixed
-        torch.testing.assert_close(linear(x), expected, **EXACT)
-
-
-@pytest.mark.parametrize("name", ["poly", "mhr", "c-poly"])
+@pytest.mark.parametrize("name", BY_TASK_ID)
 def test_noise_relaxes_the_rows_in_training_only(small_t5, name):
-    adapters, linear, x = attached(name, small_t5)
-    noise = torch.rand(4, *adapters.noise_shape)
-    with adapters.routed(task_ids=TASK_IDS, noise=noise) as quiet:
-        pass
+    adapters = attached(name, small_t5)
+    noise = torch.rand(4, *adapters.noise_shape, dtype=torch.float64)
+    in_evaluation = [adapters.route(task_ids=TASK_IDS, noise=u).c for u in (None, noise)]
+    assert torch.equal(*in_evaluation)
+
     adapters.train()
-    with adapters.routed(task_ids=TASK_IDS, noise=noise) as noisy, torch.no_grad():
-        logistic = noise.double().clamp(1e-6, 1 - 1e-6).logit().transpose(0, 1)
-        z = adapters.Z[:, TASK_IDS.clamp(min=0)] + logistic
-        expected = normalised(z)[:, 0]  # of sample 0, whose task is seen
-    found = noisy.c[:, 0]
+    seen = TASK_IDS >= 0
+    z = adapters.Z[:, TASK_IDS[seen]] + noise.logit().transpose(0, 1)[:, seen]
+    found = adapters.route(task_ids=TASK_IDS, noise=noise).c[:, seen]
     if name == "c-poly":
-        found = found[:, None, : S - 1]  # the common skills
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    assert not torch.allclose(noisy.c, quiet.c)
+        found = found[:, :, None, : S - 1]  # the common skills
+    torch.testing.assert_close(found, normalised(z))
 
 
-@pytest.mark.parametrize("name", ["poly", "mhr", "c-poly"])
-def test_methods_with_task_ids_ask_for_them(small_t5, name):
-    with pytest.raises(ValueError, match="num_tasks"):
-        attach_method(name, small_t5, CONFIG)
-    adapters, *_ = attached(name, small_t5)
-    with pytest.raises(ValueError, match="task_ids"), adapters.routed():
-        pass
+def test_the_routings_start_as_stated(small_t5):
+    linears = attach_method("moe-lora", small_t5, OrchMoEConfig()).linears.values()
+    start = torch.cat([linear.skill_W_task.flatten() for linear in linears])
+    assert start.std().item() == pytest.approx(0.02, rel=0.1)
+    small_t5.skill_adapters.detach()
+    adapters = attach_method("c-poly", small_t5, OrchMoEConfig(), num_tasks=T)
+    assert 0.9e-3 < adapters.Z.abs().max() <= 1e-3
+    assert torch.equal(adapters.Z_private[0], torch.eye(T))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_methods_start_as_the_base_train_and_generate(small_t5, inputs, name):
-    small_t5.requires_grad_(False)
+def test_all_methods_start_as_the_base_and_train(small_t5, inputs, name):
     before = small_t5.loss(*inputs)
-    generator = torch.Generator().manual_seed(0)
-    adapters = attach_method(name, small_t5, CONFIG, num_tasks=T, generator=generator)
-    ids, mask, _ = inputs
-    embeddings = small_t5.embed(ids)
-    with adapters.routed(embeddings, mask, task_ids=TASK_IDS):
+    adapters = attach_method(name, small_t5, CONFIG, num_tasks=T)
+    embeddings = small_t5.embed(inputs.input_ids)
+    with adapters.routed(embeddings, inputs.attention_mask, task_ids=TASK_IDS):
         loss = small_t5.loss(*inputs)
         loss.backward()
     torch.testing.assert_close(loss, before)
-    group = adapters.parameter_groups()["full" if name == "full" else "skills"]
-    assert any(p.grad is not None and p.grad.any() for p in group)
-    with torch.no_grad(), adapters.routed(embeddings, mask, task_ids=TASK_IDS):
-        small_t5.generate(ids, mask, max_new_tokens=4, on_keep=adapters.keep)
+    assert any(p.grad.any() for p in small_t5.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["lora", "moe-lora", "poly", "mhr", "c-poly"])
-def test_the_baselines_refuse_weights_of_abstract_tasks(small_t5, name):
-    adapters, *_ = attached(name, small_t5)
+# ---------------------------------------------------------------------------------------- refusals
+
+HEADS = replace(CONFIG, targets=("q", "head"))
+ONE_ROUTING = set(METHODS) - {"lora", "moe-lora", "full"}
+CANNOT_ATTACH = [
+    ("loraa", CONFIG, {"num_tasks": T}, "loraa"),
+    # Of a Linear 32 -> 48, 32 heads divide the input alone.
+    ("mhr", replace(CONFIG, targets=("wi_0",)), {"num_tasks": T, "heads": 32}, "into 32 heads"),
+    *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),
+    # The head reads the labels of all samples one after another, so it has no rows to route.
+    *((name, HEADS, {"num_tasks": T}, "targets: head reads") for name in sorted(ONE_ROUTING)),
+]
+
+
+@pytest.mark.parametrize("name, config, options, message", CANNOT_ATTACH)
+def test_attach_method_refuses(small_t5, name, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        attach_method(name, small_t5, config, **options)
+
+
+def test_lora_adapts_the_head(small_t5):
+    assert "head" in attach_method("lora", small_t5, HEADS).linears
+
+
+@pytest.mark.parametrize("name", ["lora", "moe-lora", *BY_TASK_ID])
+def test_route_refuses_weights_of_abstract_tasks_and_asks_for_task_ids(small_t5, name):
+    adapters = attached(name, small_t5)
     with pytest.raises(ValueError, match="w: only OrchMoE"):
-        with adapters.routed(task_ids=TASK_IDS, w=torch.ones(4)):
-            pass
+        adapters.route(task_ids=TASK_IDS, w=torch.ones(4))
+    if name in BY_TASK_ID:
+        with pytest.raises(ValueError, match="task_ids"):
+            adapters.route()
 
 
-SKILLS = {"skills", "rank", "alpha", "targets", "lr_skills"}
-FIELDS = {field.name for field in fields(OrchMoEConfig)}
-ORCHMOE = FIELDS | {"lr_skills", "lr_allocation"}
-READ = {
-    ("lora", "sample"): SKILLS,
-    ("moe-lora", "sample"): SKILLS | {"lr_token_router"},
-    ("poly", "sample"): SKILLS | {"lr_allocation"},
-    ("mhr", "sample"): SKILLS | {"lr_allocation"},
-    ("c-poly", "sample"): SKILLS | {"lr_allocation"},
-    ("full", "sample"): {"lr_full"},
-    ("orchmoe", "sample"): ORCHMOE | {"lr_router"},
-    ("orchmoe", "token"): (ORCHMOE | {"lr_token_router"}) - {"router_attention", "router_init"},
-    ("orchmoe", "none"): ORCHMOE - {"router_attention", "router_init", "router_norm"},
-    ("orchmoe-factors", "sample"): ORCHMOE | {"lr_router"},
-    ("orchmoe-factors", "none"): ORCHMOE - {"router_attention", "router_init", "router_norm"},
-}
+# ------------------------------------------------------------------------------ settings and sizes
+
+ROUTERS = {"orchmoe": ("sample", "token", "none"), "orchmoe-factors": ("sample", "none")}
 
 
-@pytest.mark.parametrize("method, router", READ)
-def test_settings_read_are_those_that_the_method_uses(small_t5, method, router):
-    read = settings_of_method(method, router)
-    assert read == READ[method, router]
-    assert read <= FIELDS | {field.name for field in fields(train.TrainConfig)}
-
-    # There is a learning rate for each kind of parameter that trains, and no other.
-    config = OrchMoEConfig(router=router)
-    adapters = attach_method(method, small_t5, config, num_tasks=T)
-    kinds = {kind for kind, group in adapters.parameter_groups().items() if group}
-    assert {f"lr_{kind}" for kind in kinds} == read - FIELDS
-
-
-def test_every_method_has_settings():
-    assert {method for method, _ in READ} == set(METHODS)
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_have_a_learning_rate_for_each_kind_of_parameter_that_trains(small_t5, method):
+    names = {field.name for field in fields(OrchMoEConfig)}
+    for router in ROUTERS.get(method, ("sample",)):
+        config = OrchMoEConfig(router=router)
+        adapters = attach_method(method, small_t5, config, num_tasks=T)
+        kinds = {f"lr_{kind}" for kind, group in adapters.parameter_groups().items() if group}
+        read = settings_of_method(method, router)
+        assert read - names == kinds
+        assert kinds <= {field.name for field in fields(train.TrainConfig)}
+        adapters.detach()
 
 
-def test_unknown_method_is_refused(small_t5):
-    with pytest.raises(ValueError, match="loraa"):
-        attach_method("loraa", small_t5, CONFIG)
-
-
-def test_a_head_has_no_rows_to_route(small_t5):
-    """The head reads the labels of all samples one after another; a LoRA is the same for all."""
-    config = replace(CONFIG, targets=("q", "head"))
-    for name in sorted(set(METHODS) - {"lora", "moe-lora", "full"}):
-        with pytest.raises(ValueError, match="targets: head reads labels of all samples at once"):
-            attach_method(name, small_t5, config, num_tasks=T)
-    assert "head" in attach_method("lora", small_t5, config).linears
-
-
-COUNTS = {  # parameters of one Linear, D -> O: the table of the methods
-    "lora": lambda d, o: S * R * (d + o),
-    "moe-lora": lambda d, o: S * R * (d + o) + S * d,
-    "poly": lambda d, o: S * R * (d + o) + T * S,
-    "mhr": lambda d, o: S * R * (d + o) + T * S * 4,
-    "c-poly": lambda d, o: (S - 1 + T) * R * (d + o) + T * (S - 1) + T * T,
-    "orchmoe": lambda d, o: S * R * (d + o) + 4 * S,
+COUNTS = {  # skills, their rank, and parameters of the routing of one Linear D -> O
+    "lora": (1, S * R, 0),
+    "moe-lora": (S, R, S * D),
+    "poly": (S, R, T * S),
+    "mhr": (S, R, T * S * 4),
+    "c-poly": (S - 1 + T, R, T * (S - 1) + T * T),
+    "orchmoe": (S, R, 4 * S),
 }
 
 
 @pytest.mark.parametrize("extra", [0, 7])
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
-    def anatomy():
-        """Return the class of each module, and which of its parameters train."""
-        found = []
-        for module in small_t5.modules():
-            found.append((type(module), [p.requires_grad for p in module.parameters()]))
-        return found
-
-    before = {key: value.clone() for key, value in small_t5.state_dict().items()}
-    anatomy_before = anatomy()
-    found = parameters(name, small_t5, CONFIG, num_tasks=T, extra_rank=extra)
-
-    linears = list(target_linears(small_t5, CONFIG.targets).values())
-    skills = {"lora": 1, "c-poly": S - 1 + T}.get(name, S)
+    config = replace(CONFIG, targets=("q", "wi_0"))
+    found = parameters(name, small_t5, config, num_tasks=T, extra_rank=extra)
+    skills, rank, routing = COUNTS[name]
+    linears = target_linears(small_t5, config.targets).values()
     expected = 4 * D + 4 if name == "orchmoe" else 0  # the Task Router
     for n, linear in enumerate(linears):
-        d, o = linear.in_features, linear.out_features
         # Extra ranks are shared out evenly: the first n Linears have floor(n extra / N).
         more = (n + 1) * extra // len(linears) - n * extra // len(linears)
-        expected += COUNTS[name](d, o) + more * skills * (d + o)
+        expected += skills * (rank + more) * (D + linear.out_features) + routing
     assert sum(found.values()) == expected
 
-    # Counting leaves the model as it was.
-    after = small_t5.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert anatomy() == anatomy_before
 
-
-@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
-def test_equal_ranks_make_totals_equal_within_three_per_cent(small_t5, targets):
+def test_equal_ranks_make_totals_equal_within_three_per_cent(small_t5):
     names = ["orchmoe", "lora", "moe-lora", "poly", "mhr"]
-    config = OrchMoEConfig(targets=targets)
+    config = OrchMoEConfig()
     rows = tuple((name, name, config) for name in names)
     extra = equal_ranks(rows, small_t5.config, num_tasks=28)
-
-    def total_with(name, extra_rank):
-        return total(name, small_t5, config, extra_rank=extra_rank, num_tasks=28)
-
-    least = max(total_with(name, 0) for name in names)
-    totals = [total_with(name, extra[name]) for name in names]
+    totals = [max(total(name, small_t5, config, num_tasks=28) for name in names)]
+    for name in names:
+        totals.append(total(name, small_t5, config, num_tasks=28, extra_rank=extra[name]))
     assert max(totals) <= 1.03 * min(totals)
-    assert all(abs(size - least) <= 0.03 * least for size in totals)
-    for name in names:  # the scale: alpha / the rank that adds up
-        adapters = attach_method(name, small_t5, config, extra_rank=extra[name], num_tasks=28)
-        for linear in adapters.linears.values():
-            assert linear.skill_scale == config.rank / linear.skill_A.shape[1]
-        adapters.detach()
-
-
-@pytest.mark.parametrize("way", ["routed", "folded", "disabled"])
-def test_without_adapters_every_way_gives_the_base(way, small_t5, inputs):
-    expected = small_t5.loss(*inputs)
-    with getattr(NoAdapter(small_t5, full=False), way)():
-        assert torch.equal(small_t5.loss(*inputs), expected)
 
 
 def test_mhr_on_flan_t5_xl_has_the_published_size():
@@ -302,23 +216,8 @@ def test_mhr_on_flan_t5_xl_has_the_published_size():
         num_layers=24,
         num_decoder_layers=24,
         num_heads=32,
-        feed_forward_proj="gated-gelu",
-        scale_decoder_outputs=False,
-        tied_head=False,
     )
     with torch.device("meta"):
         base = T5(config)
-    adapters = attach_method("mhr", base, OrchMoEConfig(skills=2, rank=8), num_tasks=4, heads=4)
-    assert len(adapters.linears) == 144
-    assert (
-        sum(p.numel() for group in adapters.parameter_groups().values() for p in group) == 9_441_792
-    )
-
-
-def test_the_routings_start_as_stated(small_t5):
-    linears = attach_method("moe-lora", small_t5, OrchMoEConfig()).linears.values()
-    start = torch.cat([linear.skill_W_task.flatten() for linear in linears])
-    assert start.std().item() == pytest.approx(0.02, rel=0.1)
-    small_t5.skill_adapters.detach()
-    Z = attach_method("poly", small_t5, OrchMoEConfig(), num_tasks=T).Z
-    assert 0.9e-3 < Z.abs().max() <= 1e-3
+    found = parameters("mhr", base, OrchMoEConfig(skills=2, rank=8), num_tasks=4, heads=4)
+    assert sum(found.values()) == 9_441_792

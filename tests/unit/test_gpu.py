@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from baselines import attach_method
-from helpers import stir
+from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
@@ -27,9 +27,8 @@ def assert_close(found, expected, dtype):
 
 def adapted(base, router="sample"):
     config = OrchMoEConfig(targets=("all",), router=router)
-    generator = torch.Generator().manual_seed(0)
-    adapters = attach_method("orchmoe", base, config, generator=generator)
-    stir(adapters, torch.Generator().manual_seed(1))
+    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
+    stir(adapters, seeded_generator(1))
     return adapters
 
 
