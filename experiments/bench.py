@@ -1,37 +1,33 @@
 """Measure how fast this code is beside what one would use instead: the tables of docs/speed.md.
 
 Each figure is a ratio of two times, measured in one process and in turns (A B C, C B A, ...), so
-that whatever slows the machine slows all. Beside it are its quartiles over the rounds. Rows that
-compare with transformers, peft or rouge-score are left out where these are not installed.
+that whatever slows the machine slows all. Beside it are its quartiles over the rounds.
 
-    python -m experiments.bench                                 # on the CPU, with sni/ and tiny/
+    python -m experiments.bench                               # on the CPU; a T5 of random weights
     python -m experiments.bench --only linear,step --gpu 0
-    python -m experiments.bench --data natural-instructions     # with real prompts
-    python -m experiments.bench --only decoder --model smollm2  # a decoder-only base
-    python -m experiments.bench --only peers --model smollm2    # peft's routed adapters
+    python -m experiments.bench --only step,generate --model smollm2 --data natural-instructions
+    python -m experiments.bench --only peers --model smollm2  # peft's routed adapters
 
+Needs transformers and peft. An older peft lacks Lily: then its rows are left out.
 Letters: B batch, L source length, Lt target length, D input width, O output width, S skills,
 R rank.
 Test: pytest tests/experiments/test_bench.py
 """
 
-import copy
-import functools
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
 import platform
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +35,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
 import eval as evaluation
 import kernels
-import metrics
 import orchmoe
 import runtime
 import t5
@@ -55,30 +49,26 @@ from experiments.pretrain import init_weights
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
-CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
-S, R = 8, 4  # of every contestant; a plain LoRA has rank S R
+R = 4  # of every contestant; a plain LoRA has rank S R
 
 OURS = "OrchMoE"
-ACCUMULATED = "OrchMoE, --accumulate 2"  # two micro-batches, each cut to its own longest source
 POLY = "peft Poly"
 LORA = "peft LoRA"
 LILY = "peft Lily"
 XLORA = "peft X-LoRA"
+PEERS = {POLY: "PolyConfig", LILY: "LilyConfig", XLORA: "XLoraConfig"}
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
-
-# The parts that need no --model.
-ALWAYS = ("linear", "step", "epoch", "generate", "decode", "rouge", "start")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Benchmark: what is measured, on what, and where."""
 
-    only: tuple[str, ...] = ALWAYS  # parts to measure
-    model: str = ""  # folder of a decoder-only base, for the further parts decoder and peers
+    only: tuple[str, ...] = ()  # parts to measure (default: all)
+    model: str = ""  # folder of a decoder-only base (default: a T5 of random weights)
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
     data: str = "sni/"  # folder of Super-NaturalInstructions, or of that shape
     gpu: int | None = None  # number of the GPU (default: the CPU)
@@ -96,12 +86,22 @@ class Setup(NamedTuple):
     def choose(self, quick: Any, full: Any) -> Any:
         return quick if self.quick else full
 
+    @property
+    def base_name(self) -> str:
+        return Path(self.model).name or "T5 v1.1-small shapes"
+
+    def adapter(self) -> OrchMoEConfig:
+        """Return our skills: in q and v of a decoder, in every Linear of a T5."""
+        if self.model:
+            return OrchMoEConfig(tasks=8, skills=4, rank=R, targets=("q", "v"))
+        return OrchMoEConfig(tasks=8, skills=8, rank=R, targets=("all",))
+
 
 # ------------------------------------------------------------------------------------- measuring
 
 
-def interleave(setup: Setup, contestants: Contestants, rounds: int, warm: int = 1) -> Times:
-    """Time the contestants in turns, in reverse order in every other round."""
+def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
+    """Time the contestants in turns, in reverse order in every other round. The first warms up."""
 
     def now():
         if setup.device.type == "cuda":
@@ -109,7 +109,7 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int, warm: int = 
         return time.perf_counter()
 
     times: Times = {name: [] for name in contestants}
-    for i in runtime.progress(range(-warm, rounds), ", ".join(contestants), unit="round"):
+    for i in runtime.progress(range(rounds + 1), ", ".join(contestants), unit="round"):
         names = list(contestants)
         if i % 2 == 1:
             names.reverse()
@@ -117,23 +117,13 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int, warm: int = 
             started = now()
             contestants[name]()
             times[name].append(now() - started)
-    return {name: seconds[warm:] for name, seconds in times.items()}
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def row(
-    what: str,
-    of: str,
-    to: str,
-    values: Times,
-    wanted: str = "",
-    unit: str = "ms",
-    factor: float = 1e3,
-) -> str:
-    """Return a line of the table: the median ratio of two contestants.
-
-    wanted: the bar that the project set itself. factor: turns the values into `unit`.
-    """
+def row(what: str, of: str, to: str, values: Times, wanted: str = "", unit: str = "ms") -> str:
+    """Return a line of the table: the median ratio of two contestants."""
     low, ratio, high = np.quantile(np.divide(values[of], values[to]), [0.25, 0.5, 0.75])
+    factor = 1e3 if unit == "ms" else 1
     sides = []
     for name in (of, to):
         sides.append(f"{name}, {factor * np.median(values[name]):.4g} {unit}")
@@ -141,46 +131,14 @@ def row(
     return f"| {' | '.join(cells)} |"
 
 
-def flops(function: Callable[[], object]) -> int:
-    """Return the floating point operations of matrix products and attention in one call."""
-
-    def count_addmm_(_, a, b, **_options):
-        return 2 * a[0] * a[1] * b[1]
-
-    # torch counts addmm, but not the form in place that kernels.py uses.
-    mapping = {torch.ops.aten.addmm_: count_addmm_}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def installed(package: str) -> bool:
-    """Return whether a package is installed. Warn if it is not."""
-    found = importlib.util.find_spec(package) is not None
-    if not found:
-        runtime.warn(f"{package} is not installed: the rows that compare with it are left out")
-    return found
-
-
 # ----------------------------------------------------------------------------- adapters of peft
-
-# The routed adapters of peft, and the classes that an older peft lacks.
-PEERS = {POLY: "PolyConfig", LILY: "LilyConfig", XLORA: "XLoraConfig"}
 
 
 def available_peers() -> list[str]:
-    """Return the PEERS that the installed peft has. Warn of each other one."""
-    if not installed("peft"):
-        return []
+    """Return those of PEERS that the installed peft has."""
     import peft
 
-    found = []
-    for name, cls in PEERS.items():
-        if hasattr(peft, cls):
-            found.append(name)
-        else:
-            runtime.warn(f"peft {peft.__version__} has no {cls}: the rows of {name} are left out")
-    return found
+    return [name for name, cls in PEERS.items() if hasattr(peft, cls)]
 
 
 def adapter_weights(model: nn.Module) -> int:
@@ -193,7 +151,7 @@ def adapter_weights(model: nn.Module) -> int:
 
 
 def add_peft(
-    name: str, model: nn.Module, skills: int, tasks: int = 8, wide: bool = True, **options: Any
+    name: str, model: nn.Module, skills: int, wide: bool = True, **options: Any
 ) -> nn.Module:
     """Return the model with adapters of peft that have as many weights as our skills.
 
@@ -210,21 +168,21 @@ def add_peft(
         adapted.unload()
         return count
 
-    if name == LORA:
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, **options)
-    elif name == POLY:
-        config = peft.PolyConfig(r=R, n_skills=skills, n_tasks=tasks, **options)
-    elif name == LILY:
-        # Four layers share an A, and all share four B: equal weights allow a larger rank.
-        options |= {"stride_A": 4, "num_B": 4}
-        lora = peft.LoraConfig(r=1, target_modules=options["target_modules"])
-        ours = rank * weights_at_rank_1(lora)
-        rank = round(ours / weights_at_rank_1(peft.LilyConfig(r=1, **options)))
-        config = peft.LilyConfig(r=rank, **options)
-    else:
-        # X-LoRA reads its experts from folders. All start as this one, whose B is 0.
-        model.config.use_cache = False
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if name == LORA:
+            config = peft.LoraConfig(r=rank, lora_alpha=rank, **options)
+        elif name == POLY:
+            config = peft.PolyConfig(r=R, n_skills=skills, n_tasks=8, **options)
+        elif name == LILY:
+            # Four layers share an A, and all share four B: equal weights allow a larger rank.
+            options |= {"stride_A": 4, "num_B": 4}
+            lora = peft.LoraConfig(r=1, target_modules=options["target_modules"])
+            ours = rank * weights_at_rank_1(lora)
+            rank = round(ours / weights_at_rank_1(peft.LilyConfig(r=1, **options)))
+            config = peft.LilyConfig(r=rank, **options)
+        else:
+            # X-LoRA reads its experts from folders. All start as this one, whose B is 0.
+            model.config.use_cache = False
             expert = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=R, **options))
             expert.save_pretrained(folder)
             expert.unload()
@@ -234,8 +192,7 @@ def add_peft(
                 use_trainable_adapters=True,
                 task_type=options.get("task_type"),
             )
-            return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
 
 
 # ------------------------------------------------------------------------------------ one Linear
@@ -262,239 +219,209 @@ def skills_einsum(
     return F.linear(x, weight, bias) + torch.einsum("bs,blso->blo", c, outputs)
 
 
-class OwnForward(nn.Linear):
-    """A Linear with a forward of its own, as a quantised one has."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
 def linear_contestants(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, peers: Sequence[str] = ()
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Contestants:
     """Return forward and backward of one frozen Linear, alone and with adapters."""
     samples, L, D, O = shape  # noqa: E741
     x = torch.randn(samples, L, D, device=device, dtype=dtype).requires_grad_()
     dy = torch.randn(samples, L, O, device=device, dtype=dtype)
 
-    def frozen(cls=nn.Linear):
-        linear = cls(D, O, bias=False, device=device, dtype=dtype)
+    def frozen():
+        linear = nn.Linear(D, O, bias=False, device=device, dtype=dtype)
         return nn.Sequential(OrderedDict(q=linear)).requires_grad_(False)
 
-    def contestant(module, *c, **inputs):
-        trained = [p for p in module.parameters() if p.requires_grad]
+    def contestant(linear, *c, **inputs):
+        trained = [p for p in linear.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.02)
-        return lambda: torch.autograd.grad(module(x, **inputs), [x, *trained, *c], dy)
+        return lambda: torch.autograd.grad(linear(x, **inputs), [x, *trained, *c], dy)
 
-    def routed(mix=kernels.mix_skills, skills=S, cls=nn.Linear):
-        module = frozen(cls)
+    def routed(mix=kernels.mix_skills, skills=8):
+        module = frozen()
         orchmoe.attach(module, OrchMoEConfig(skills=skills, rank=R, targets=("q",)), mix)
         # As `routed` does. What makes c, once for all Linears, is in the training step.
         c = torch.rand(samples, skills, device=device).requires_grad_()
         module.q.skill_weights = c
         return contestant(module.q, c)
 
-    def lora(cls=nn.Linear, wide=True):
-        return contestant(add_peft(LORA, frozen(cls), S, wide=wide, target_modules=["q"]))
-
-    def peer(name):
+    def adapted(name, wide=True):
         from transformers import PretrainedConfig
 
         module = nn.Sequential(OrderedDict(model=frozen()))  # with the names of a decoder
         module.config = PretrainedConfig(hidden_size=D)
-        add_peft(name, module, S, target_modules=["q"])
+        add_peft(name, module, 8, wide, target_modules=["q"])
         linear = module.model.q
         if name == POLY:
             return contestant(linear, task_ids=torch.arange(samples, device=device))
         if name == XLORA:
             # As with c: what makes these weights, once for all Linears, is in the training step.
-            scalings = torch.rand(samples, L, 1, S, device=device).requires_grad_()
+            scalings = torch.rand(samples, L, 1, 8, device=device).requires_grad_()
             return contestant(linear, scalings, scalings=scalings)
         return contestant(linear)
 
     found = {
-        "frozen Linear": contestant(frozen()),
+        "frozen Linear": contestant(frozen().q),
         "routed Linear": routed(),
         "plain twin": routed(orchmoe.mix_skills),
         "loop over skills": routed(skills_loop),
         "einsum with expert axis": routed(skills_einsum),
         "routed, S 4": routed(skills=4),
         "routed, S 16": routed(skills=16),
-        "own forward, routed": routed(cls=OwnForward),
     }
-    if installed("peft"):
-        found[LORA] = lora()
-        found[f"own forward, {LORA}"] = lora(OwnForward)
-        if dtype != torch.float32:
-            found[f"{LORA} all in bf16"] = lora(wide=False)
-    for name in peers:
-        found[name] = peer(name)
+    if dtype != torch.float32:
+        found[f"{LORA} all in bf16"] = adapted(LORA, wide=False)
+    for name in (LORA, *available_peers()):
+        found[name] = adapted(name)
     return found
 
 
 LINEAR_ROWS = (
     ("routed Linear", "frozen Linear", "<= 1.20"),
-    ("routed Linear", LORA, "<= 1.00"),
+    ("routed Linear", LORA, "<= 1.00, in bfloat16 0.92"),
     ("routed Linear", f"{LORA} all in bf16", ""),
     ("plain twin", "routed Linear", ""),
     ("loop over skills", "routed Linear", ">= 2"),
     ("einsum with expert axis", "routed Linear", ""),
     ("routed, S 16", "routed, S 4", "<= 1.25"),
-    ("own forward, routed", f"own forward, {LORA}", "<= 1.15"),
+    *((name, "routed Linear", "") for name in PEERS),
 )
 
 
-def bench_linear(setup: Setup, peers: Sequence[str] = ()) -> list[str]:
-    """Return the rows of one Linear: those of the peers, or all others."""
+def bench_linear(setup: Setup) -> list[str]:
+    """Return the rows of one Linear, in float32 and in bfloat16."""
     shapes = [setup.choose((2, 16, 64, 96), (8, 256, 1024, 2816))]
-    on_gpu = setup.device.type == "cuda"
-    if on_gpu and not setup.quick:
+    if setup.device.type == "cuda" and not setup.quick:
         shapes.append((8, 512, 4096, 10240))  # T5-XXL
-    dtypes = [torch.float32]
-    if on_gpu or re.search(r"\b(avx512_bf16|amx_bf16)\b", CPU):
-        dtypes.append(torch.bfloat16)
-    else:
-        runtime.warn("this CPU does not multiply bf16 natively: the rows in bf16 are left out")
 
     lines = []
     for shape in shapes:
-        for dtype in dtypes:
-            contestants = linear_contestants(shape, setup.device, dtype, peers)
-            compared = LINEAR_ROWS
-            if peers:
-                compared = [(peer, "routed Linear", "") for peer in peers]
-                contestants = {name: contestants[name] for name in ("routed Linear", *peers)}
-            times = interleave(setup, contestants, setup.choose(3, 21), warm=2)
+        for dtype in (torch.float32, torch.bfloat16):
+            contestants = linear_contestants(shape, setup.device, dtype)
+            times = interleave(setup, contestants, setup.choose(3, 21))
             what = (
                 f"forward + backward in {runtime.dtype_name(dtype)}, {shape[2]} -> {shape[3]}, "
-                f"B {shape[0]}, L {shape[1]}, S {S}, R {R}, LoRA of rank {S * R}"
+                f"B {shape[0]}, L {shape[1]}, S 8, R {R}, LoRA of rank {8 * R}"
             )
-            for of, to, wanted in compared:
-                if (of, to) == ("routed Linear", LORA) and dtype != torch.float32:
-                    wanted = "<= 0.92"
-                if to in times:
+            for of, to, wanted in LINEAR_ROWS:
+                if of in times and to in times:
                     lines.append(row(what, of, to, times, wanted))
     return lines
 
 
-# ------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------ bases and batches
 
 
-def make_base(setup: Setup) -> t5.T5:
-    """Return a T5 of v1.1-small's shapes with random weights."""
+def our_base(setup: Setup) -> Backbone:
+    """Return the base of --model, or else a T5 of v1.1-small's shapes with random weights."""
+    if setup.model:
+        return checkpoint.load(setup.model, dtype=setup.dtype, device=setup.device)
     sizes = setup.choose((1124, 32, 8, 48, 2, 2, 4), (32128, 512, 64, 1024, 8, 8, 6))
     options = {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False}
     shape = t5.T5Config(*sizes, **options, tied_head=False)
     return init_weights(t5.T5(shape), 0).to(setup.device, setup.dtype)
 
 
-def attach_skills(
-    base: Backbone, tasks: int = 8, skills: int = S, targets: tuple[str, ...] = ("all",)
-) -> Adapters:
-    config = OrchMoEConfig(tasks=tasks, skills=skills, rank=R, targets=targets)
-    return attach_method("orchmoe", base, config, generator=runtime.generator(0))
+def their_base(setup: Setup) -> nn.Module:
+    """Return the same base in the class of transformers."""
+    import transformers
 
-
-def as_transformers(base: t5.T5) -> nn.Module:
-    """Return the T5 of transformers with the same weights."""
-    from transformers import T5ForConditionalGeneration
-
-    quieten_transformers()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if setup.model:
+        cls = transformers.AutoModelForCausalLM
+        return cls.from_pretrained(setup.model, dtype=setup.dtype).to(setup.device)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(base, folder)
-        options = {"dtype": base.embedding.weight.dtype, "dropout_rate": 0.0}
-        model = T5ForConditionalGeneration.from_pretrained(folder, **options)
-        return copy.deepcopy(model).to(base.device)  # out of the mapped file
+        checkpoint.save(our_base(setup), folder)
+        cls = transformers.T5ForConditionalGeneration
+        model = cls.from_pretrained(folder, dtype=setup.dtype, dropout_rate=0.0)
+    return model.to(setup.device)
 
 
-def quieten_transformers() -> None:
-    from transformers import logging
+def our_adapters(setup: Setup, base: Backbone) -> Adapters:
+    return attach_method("orchmoe", base, setup.adapter(), generator=runtime.generator(0))
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def their_adapters(setup: Setup, name: str, model: nn.Module, wide: bool = True) -> nn.Module:
+    """Return the model of `their_base` with adapters of peft in the same Linears as ours."""
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    if not setup.model:
+        targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+        options = {"target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
+    return add_peft(name, model, setup.adapter().skills, wide, **options)
+
+
+def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
+    """Return a batch without padding for a decoder.
+
+    For a T5 the lengths are evenly spread from half of the longest to the longest.
+    """
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(B):
+        share = 1 if setup.model else (1 + i / (B - 1)) / 2
+        source, target = (rng.integers(3, 1000, int(length * share)) for length in (L, Lt))
+        examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
+    return data.collate(examples)
+
+
+# ------------------------------------------------------------------------------------- training
 
 
 class Step:
     """A training step with AdamW. A call returns the loss per target token.
 
-    loss_of(batch, target_tokens): does forward and backward of one micro-batch of `parts`.
+    loss_of(batch): returns the mean loss of the target tokens.
     """
 
-    def __init__(self, model: nn.Module, loss_of: Callable[..., float], parts: int = 1):
+    def __init__(self, model: nn.Module, loss_of: Callable[[data.Batch], Tensor]):
         self.model = model.train()
         self.loss_of = loss_of
-        self.parts = parts
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
     def __call__(self, batch: data.Batch) -> float:
-        loss = 0.0
-        for _, part in batch.split(self.parts):
-            loss += self.loss_of(part.to(self.trained[0].device), batch.target_tokens)
+        loss = self.loss_of(batch.to(self.trained[0].device))
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
+        return loss.item()
 
 
-def our_step(base: Backbone, parts: int = 1, **skills: Any) -> Step:
+def our_step(setup: Setup, compiled: bool = False) -> Step:
     """Return the training step of OrchMoE."""
-    adapters = attach_skills(base, **skills)
+    base = our_base(setup)
+    if compiled:
+        base.compile_blocks(setup.choose("eager", "inductor"))
+    adapters = our_adapters(setup, base)
 
-    def loss_of(batch, target_tokens):
+    def loss_of(batch):
         with evaluation.routed(base, adapters, batch):
-            loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / target_tokens
-            loss.backward()
-        return loss.item()
+            loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels)
+            return loss / batch.target_tokens
 
-    return Step(base, loss_of, parts)
+    return Step(base, loss_of)
 
 
-def their_step(model: nn.Module, inputs_of: Callable[[data.Batch], dict[str, Tensor]]) -> Step:
+def their_step(setup: Setup, name: str, wide: bool = True) -> Step:
     """Return the training step of a model of transformers with adapters of peft."""
+    model = their_adapters(setup, name, their_base(setup), wide)
 
-    def loss_of(batch, target_tokens):
-        mean = model(**inputs_of(batch), use_cache=False).loss
-        loss = mean * batch.target_tokens / target_tokens
-        loss.backward()
-        return loss.item()
+    def loss_of(batch):
+        inputs = {"attention_mask": batch.attention_mask}
+        inputs |= {"input_ids": batch.input_ids, "labels": batch.labels}
+        if setup.model:  # source and target in one row, without padding
+            no_labels = torch.full_like(batch.input_ids, -100)
+            inputs = {"input_ids": torch.cat((batch.input_ids, batch.labels), 1)}
+            inputs["labels"] = torch.cat((no_labels, batch.labels), 1)
+        if name == POLY:
+            inputs["task_ids"] = batch.task_ids
+        return model(**inputs, use_cache=False).loss
 
     return Step(model, loss_of)
 
 
-def trainer(name: str, setup: Setup, tasks: int = 8) -> Step:
-    """Return the training step of a contestant, with adapters in every Linear of a block."""
-    base = make_base(setup)
-    if name in (OURS, ACCUMULATED):
-        return our_step(base, parts=2 if name == ACCUMULATED else 1)
-    targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
-    options = {"target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
-    model = add_peft(name, as_transformers(base), S, tasks, **options)
-
-    def inputs_of(batch):
-        inputs = batch._asdict()
-        del inputs["ids"]
-        inputs["task_ids"] = batch.task_ids % tasks
-        if name != POLY:
-            del inputs["task_ids"]
-        return inputs
-
-    return their_step(model, inputs_of)
-
-
-def random_batch(setup: Setup) -> data.Batch:
-    """Return a batch whose lengths are evenly spread from half of the longest to the longest."""
-    B, L, Lt = setup.choose((4, 16, 8), (8, 256, 32))
-    rng = np.random.default_rng(0)
-    examples = []
-    for i in range(B):
-        share = (1 + i / (B - 1)) / 2
-        source, target = (rng.integers(3, 1000, int(length * share)) for length in (L, Lt))
-        examples.append(data.Example(str(i), str(i), "", source, [target], [""], i))
-    return data.collate(examples)
-
-
-def peak_memory(make_step: Callable[[], Step], batch: data.Batch, setup: Setup) -> float:
+def peak_memory(make_step: Callable[[], Step], batch: data.Batch, device: torch.device) -> float:
     """Return the MiB that three training steps add to what was there before them.
 
     On the CPU it is the resident set of the process, on CUDA what torch counts.
@@ -507,480 +434,223 @@ def peak_memory(make_step: Callable[[], Step], batch: data.Batch, setup: Setup) 
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1024
 
-    on_gpu = setup.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(setup.device)
-        before = torch.cuda.memory_allocated(setup.device) / 2**20
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 2**20
     else:
         Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark again
         before = resident("VmRSS")
     for _ in range(3):
         step(batch)
-    if on_gpu:
-        return torch.cuda.max_memory_allocated(setup.device) / 2**20 - before
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20 - before
     return resident("VmHWM") - before
 
 
 def memory_rows(
-    setup: Setup,
-    what: str,
-    makers: dict[str, Callable[[], Step]],
-    batch: data.Batch,
-    wanted: str = "",
+    setup: Setup, what: str, makers: dict[str, Callable[[], Step]], batch: data.Batch
 ) -> list[str]:
     """Return rows of the peak memory of others beside ours, each in a process of its own."""
     if setup.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
         return []
     peaks = {}
-    for name, make_step in makers.items():
+    for name, make in makers.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            peaks[name] = [fresh.submit(peak_memory, make_step, batch, setup).result()]
+            peaks[name] = [fresh.submit(peak_memory, make, batch, setup.device).result()]
     lines = []
     for name in makers:
         if name != OURS:
-            lines.append(row(f"peak memory of {what}", name, OURS, peaks, wanted, "MiB", 1))
+            lines.append(row(f"peak memory of {what}", name, OURS, peaks, unit="MiB"))
     return lines
 
 
-def bench_step(setup: Setup) -> list[str]:
-    others = [POLY, LORA] if installed("peft") else []
-    steps = {name: trainer(name, setup) for name in (OURS, *others, ACCUMULATED)}
-    batch = random_batch(setup)
-    losses = [step(batch) for step in steps.values()]
-    if max(losses) - min(losses) > 1e-3 * max(losses) and setup.dtype == torch.float32:
-        raise ValueError(f"{', '.join(steps)}: their first losses differ: {losses}")
+def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch) -> Times:
+    """Time training steps. Raise ValueError if the losses of the first ones differ."""
+    losses = {name: step(batch) for name, step in steps.items()}
+    if max(losses.values()) > 1.02 * min(losses.values()):
+        raise ValueError(f"the first losses of the contestants differ: {losses}")
+    contestants = {name: partial(step, batch) for name, step in steps.items()}
+    return interleave(setup, contestants, setup.choose(2, 9))
 
-    contestants = bind(steps, batch)
-    n = 2048
-    a, b = torch.randn(2, n, n, device=setup.device, dtype=setup.dtype)
-    contestants["GEMM"] = lambda: [a @ b for _ in range(4)]
-    times = interleave(setup, contestants, setup.choose(2, 9))
+
+def describe(setup: Setup, batch: data.Batch) -> str:
     B, L = batch.input_ids.shape
-    what = f"training step, T5 v1.1-small shapes, batch {B} x {L}, target {batch.labels.shape[1]}"
-    lines = []
-    for ours in (ACCUMULATED, OURS):
-        lines += [row(what, other, ours, times, ">= 1.10") for other in others]
-
-    # How far above the floor each is, and so how much is left to gain.
-    for name in (OURS, *others[:1]):
-        work = flops(contestants[name])
-        floor = f"its {work / 1e9:.0f} GFLOP at the rate of a {n} x {n} GEMM"
-        times[floor] = [seconds * work / (4 * 2 * n**3) for seconds in times["GEMM"]]
-        lines.append(row(what, name, floor, times))
-
-    makers = {name: functools.partial(trainer, name, setup) for name in (OURS, *others)}
-    return lines + memory_rows(setup, what, makers, batch, ">= 1")
+    return f"training step, {setup.base_name}, {B} x {L} tokens, targets of {batch.labels.shape[1]}"
 
 
-def bind(functions: dict[str, Callable], argument: Any) -> Contestants:
-    """Return functions without arguments."""
-    return {name: functools.partial(function, argument) for name, function in functions.items()}
-
-
-def bench_epoch(setup: Setup) -> list[str]:
-    if not installed("peft"):
-        return []
-    _, examples = load(setup, "train")
-    tasks = len({example.task for example in examples})
-    count, size = setup.choose((20, 4), (400, 16))
-    rng = np.random.default_rng(0)
-    chosen = [examples[i] for i in rng.permutation(len(examples))[:count]]
-    lengths = np.array([len(example.source_ids) for example in chosen])
-    orders = {
-        OURS: [data.batch_at(lengths, size, 0, step) for step in range(count // size)],
-        POLY: np.split(rng.permutation(count), count // size),
+def bench_step(setup: Setup) -> list[str]:
+    if setup.model:
+        return decoder_steps(setup)
+    makers = {
+        OURS: partial(our_step, setup),
+        POLY: partial(their_step, setup, POLY),
+        LORA: partial(their_step, setup, LORA),
     }
+    batch = random_batch(setup, *setup.choose((4, 16, 8), (8, 256, 32)))
+    what = describe(setup, batch)
+    times = time_steps(setup, {name: make() for name, make in makers.items()}, batch)
+    lines = [row(what, name, OURS, times, ">= 1.10") for name in (POLY, LORA)]
+    return lines + memory_rows(setup, what, makers, batch)
 
-    def contestant(name):
-        step = trainer(name, setup, tasks)
-        batches = []
-        for rows in orders[name]:
-            batches.append(data.collate([chosen[i] for i in rows]))
-        fifths = iter([batches[i::5] for i in (0, 0, 1, 2, 3, 4)])  # the first one warms up
 
-        def run():
-            for batch in next(fifths):
-                step(batch)
+def decoder_steps(setup: Setup) -> list[str]:
+    narrow = setup._replace(dtype=torch.bfloat16)
+    wide = setup._replace(dtype=torch.float32)
+    steps = {
+        f"{LORA}, bf16": their_step(narrow, LORA),
+        f"{LORA} all in bf16": their_step(narrow, LORA, wide=False),
+        f"{LORA}, float32": their_step(wide, LORA),
+        f"{OURS}, bf16": our_step(narrow),
+        f"{OURS}, bf16, --compile": our_step(narrow, compiled=True),
+        f"{OURS}, float32": our_step(wide),
+    }
+    batch = random_batch(setup, *setup.choose((2, 12, 4), (16, 144, 16)))
+    times = time_steps(setup, steps, batch)
+    lines = []
+    for of, to, wanted in (
+        (f"{LORA}, bf16", "bf16", ">= 1.8"),
+        (f"{LORA} all in bf16", "bf16", ""),
+        (f"{LORA}, float32", "bf16", ""),
+        (f"{LORA}, float32", "bf16, --compile", ">= 3.3"),
+        (f"{OURS}, bf16", "bf16, --compile", ""),
+        (f"{LORA}, float32", "float32", ""),
+        (f"{OURS}, float32", "bf16", ""),
+    ):
+        lines.append(row(describe(setup, batch), of, f"{OURS}, {to}", times, wanted))
+    return lines
 
-        return run
 
-    times = interleave(setup, {name: contestant(name) for name in orders}, 5)
-    what = f"a fifth of an epoch of {count} examples, batches by length against random ones"
-    return [row(what, POLY, OURS, times, ">= 2", "s", 1)]
+def bench_peers(setup: Setup) -> list[str]:
+    """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
+    peers = available_peers()
+    sizes = setup.choose((4, 16, 8), (8, 256, 32))
+    if setup.model:
+        sizes = setup.choose((2, 12, 4), (8, 144, 16))
+    elif XLORA in peers:
+        # In peft 0.21 it cannot load its experts into a T5: it changes the names of the weights.
+        peers.remove(XLORA)
+    makers = {OURS: partial(our_step, setup)}
+    for name in peers:
+        makers[name] = partial(their_step, setup, name)
+    batch = random_batch(setup, *sizes)
+    steps = {name: make() for name, make in makers.items()}
+    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
+    what = f"{describe(setup, batch)}; weights in A and B: {', '.join(weights)}"
+    times = time_steps(setup, steps, batch)
+    lines = [row(what, name, OURS, times) for name in peers]
+    return lines + memory_rows(setup, what, makers, batch)
 
 
 # ----------------------------------------------------------------------------------- generation
 
 
-def load(
-    setup: Setup, split: str, count: int = 0, model: str = "", length: int = 1024
-) -> tuple[tokenizers.Tokenizer, Sequence[data.Example]]:
-    """Return a tokenizer (of tiny/, or of a model), and `count` examples of a set (0: all)."""
-    tokenizer = tokenizers.load(model or runtime.ROOT / "tiny")
-    tasks = setup.choose(4, 0)
-    options = data.DataConfig(data=setup.data, max_tasks=tasks, max_source_length=length)
-    examples = data.load_sets(options, tokenizer, [split])[split]
-    return tokenizer, data.subsample(examples, count)
+def bench_generate(setup: Setup) -> list[str]:
+    """Return the row of greedy generation from real prompts.
 
-
-def generation(
-    setup: Setup,
-    what: str,
-    size: int,
-    examples: Sequence[data.Example],
-    tokenizer: tokenizers.Tokenizer,
-    our_texts: Callable[[], list[str]],
-    their_tokens: Callable[[Sequence[data.Example]], Tensor],
-) -> list[str]:
-    """Return the row of greedy generation in batches of `size`.
-
-    their_tokens: generates with transformers and returns the new tokens of a batch.
+    A decoder has adapters, as they start: all outputs are those of the base.
     """
+    count, size, most, longest = setup.choose((8, 4, 5, 64), (64, 16, 127, 1024))
+    base = our_base(setup)
+    model = their_base(setup)
+    adapters = NoAdapter(base, full=False)
+    if setup.model:
+        most, longest = setup.choose((3, 64), (32, 512))
+        adapters = our_adapters(setup, base)
+        model = their_adapters(setup, LORA, model)
+    model.eval()
+    tokenizer = tokenizers.load(setup.model or runtime.ROOT / "tiny")
+    tasks = setup.choose(4, 0)
+    options = data.DataConfig(data=setup.data, max_tasks=tasks, max_source_length=longest)
+    examples = data.load_sets(options, tokenizer, ["test"])["test"]
+    examples = data.subsample(examples, count)
     texts = {}
 
     def ours():
-        texts["ours"] = our_texts()
+        options = {"batch_size": size, "max_new_tokens": most}
+        texts["ours"] = evaluation.predict(base, adapters, examples, tokenizer, **options)
 
     def theirs():
         texts["theirs"] = []
-        for start in range(0, len(examples), size):
-            tokens = their_tokens(examples[start : start + size])
-            texts["theirs"] += [tokenizer.decode(ids) for ids in tokens.tolist()]
+        for start in range(0, count, size):
+            batch = examples[start : start + size]
+            sources = [torch.from_numpy(example.source_ids).long() for example in batch]
+            ids = nn.utils.rnn.pad_sequence(sources, True, -1, "left").to(setup.device)
+            tokens = model.generate(
+                input_ids=ids.clamp(min=0),
+                attention_mask=(ids >= 0).long(),
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=base.config.pad_token_id,
+            )
+            if setup.model:
+                tokens = tokens[:, ids.shape[1] :]
+            texts["theirs"] += [tokenizer.decode(row) for row in tokens.tolist()]
 
-    contestants = {"ours, longest first": ours, "transformers, file order": theirs}
-    times = interleave(setup, contestants, setup.choose(1, 3))
+    of, to = "transformers, file order", "ours, longest first"
+    times = interleave(setup, {to: ours, of: theirs}, setup.choose(1, 3))
     equal = sum(map(str.__eq__, texts["ours"], texts["theirs"]))
-    of, to = reversed(contestants)
-    return [
-        row(f"greedy generation, {what}, {equal} outputs equal", of, to, times, ">= 1.5", "s", 1)
-    ]
-
-
-def bench_generate(setup: Setup) -> list[str]:
-    if not installed("transformers"):
-        return []
-    count, size, most = setup.choose((8, 4, 5), (64, 16, 127))
-    base = make_base(setup)
-    model = as_transformers(base).eval()
-    tokenizer, examples = load(setup, "test", count)
-    ours = functools.partial(
-        evaluation.predict,
-        base,
-        NoAdapter(base, full=False),
-        examples,
-        tokenizer,
-        batch_size=size,
-        max_new_tokens=most,
+    what = (
+        f"greedy generation, {setup.base_name}, {count} prompts, batches of {size}, {most} tokens"
     )
-
-    def theirs(examples):
-        batch = data.collate(examples).to(setup.device)
-        mask = batch.attention_mask.long()
-        options = {"max_new_tokens": most, "do_sample": False, "num_beams": 1}
-        return model.generate(input_ids=batch.input_ids, attention_mask=mask, **options)
-
-    what = f"{count} test prompts, batches of {size}, {most} tokens"
-    return generation(setup, what, size, examples, tokenizer, ours, theirs)
+    return [row(f"{what}, {equal} outputs equal", of, to, times, ">= 1.5", "s")]
 
 
 @torch.no_grad()
 def bench_decode(setup: Setup) -> list[str]:
     """Decode one sample with folded, routed and no skills; then many samples of many tasks."""
     count, length, most, rounds = setup.choose((4, 16, 6, 2), (64, 128, 64, 15))
-    names = ("bare base", "folded", "routed")
-    bases = {name: make_base(setup).eval() for name in names}
-    adapters = {name: attach_skills(bases[name], count).eval() for name in names[1:]}
-    for each in adapters.values():
-        generator = torch.Generator(setup.device).manual_seed(0)
-        for linear in each.linears.values():
-            nn.init.normal_(linear.skill_B, std=0.02, generator=generator)
+    bare, folded, routed = (our_base(setup).eval() for _ in range(3))
+    adapters = []
+    for base in (folded, routed):
+        adapters.append(our_adapters(setup, base).eval())
+        torch.manual_seed(0)
+        for linear in adapters[-1].linears.values():
+            nn.init.normal_(linear.skill_B, std=0.02)
+    to_fold, to_route = adapters
     ids = torch.randint(3, 1000, (count, length), device=setup.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    sample = {"embeddings": bases["routed"].embed(ids[:1]), "mask": mask[:1]}
-    tokens = {}
+    sample = {"embeddings": bare.embed(ids[:1]), "mask": mask[:1]}
 
-    def one(name):
-        tokens[name] = bases[name].generate(ids[:1], mask[:1], max_new_tokens=most)
+    def decode(base):
+        return base.generate(ids[:1], mask[:1], max_new_tokens=most)
 
-    def many(w):
-        routed = adapters["routed"]
-        options = {"max_new_tokens": most // 2, "on_keep": routed.keep}
-        with routed.routed(w=w):
-            bases["routed"].generate(ids[:, :16], mask[:, :16], **options)
+    def decode_all(w):
+        with to_route.routed(w=w):
+            routed.generate(
+                ids[:, :16], mask[:, :16], max_new_tokens=most // 2, on_keep=to_route.keep
+            )
 
     def fold():
-        with adapters["folded"].folded(**sample):
+        with to_fold.folded(**sample):
             pass
 
-    contestants = {name: functools.partial(one, name) for name in names}
-    with adapters["folded"].folded(**sample), adapters["routed"].routed(**sample):
+    contestants = {
+        "bare base": partial(decode, bare),
+        "folded": partial(decode, folded),
+        "routed": partial(decode, routed),
+    }
+    with to_fold.folded(**sample), to_route.routed(**sample):
+        same = "the same" if torch.equal(decode(folded), decode(routed)) else "other"
         times = interleave(setup, contestants, rounds)
-    rates = {}
-    for name in names:
-        rates[name] = [tokens[name].shape[1] / seconds for seconds in times[name]]
-    times = {"a token of the bare base": [1 / rate for rate in rates["bare base"]]}
+    times["a token of the bare base"] = [seconds / most for seconds in times["bare base"]]
 
-    each_its_own = torch.eye(count, device=setup.device)
+    w = torch.rand(count, 8, device=setup.device).softmax(1)
     contestants = {
         "folding and restoring": fold,
-        "a batch of one task": lambda: many(each_its_own[[0] * count]),
-        f"a batch of {count} tasks": lambda: many(each_its_own),
+        "a batch of one task": partial(decode_all, w[:1].expand(count, -1)),
+        "a batch of many tasks": partial(decode_all, w),
     }
     times |= interleave(setup, contestants, rounds)
-    same = "the same" if torch.equal(tokens["folded"], tokens["routed"]) else "OTHER"
-    what = (
+    one = (
         f"decoding one sample, {length} tokens in, {most} out; folded gives {same} tokens as routed"
     )
-    fold, one_task, all_tasks = contestants
-    of_many = f"{most // 2} tokens of decode, OrchMoE"
+    many = f"decoding {count} samples, {most // 2} tokens out"
     return [
-        row(what, "folded", "bare base", rates, ">= 0.97", "tokens/s", 1),
-        row(what, "routed", "bare base", rates, "", "tokens/s", 1),
-        row(what, fold, "a token of the bare base", times),
-        row(of_many, all_tasks, one_task, times, "<= 1.05"),
+        row(one, "bare base", "folded", times, ">= 0.97"),
+        row(one, "bare base", "routed", times),
+        row(one, "folding and restoring", "a token of the bare base", times),
+        row(many, "a batch of many tasks", "a batch of one task", times, "<= 1.05"),
     ]
-
-
-# --------------------------------------------------------------------------- a decoder-only base
-
-DECODER = {"skills": 4, "targets": ("q", "v")}  # S R = 16, as the LoRA beside it
-WIDE = f"transformers + {LORA}"
-NARROW = f"transformers + {LORA} all in bf16"
-
-
-def causal_lm(setup: Setup, dtype: torch.dtype, wide: bool = True, name: str = LORA) -> nn.Module:
-    """Return the model of transformers with adapters of peft."""
-    from transformers import AutoModelForCausalLM
-
-    quieten_transformers()
-    base = AutoModelForCausalLM.from_pretrained(setup.model, dtype=dtype).to(setup.device)
-    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return add_peft(name, base, DECODER["skills"], wide=wide, **options)
-
-
-def causal_inputs(batch: data.Batch) -> dict[str, Tensor]:
-    """Return source and target in one row, for rows without padding."""
-    no_labels = torch.full_like(batch.input_ids, -100)
-    return {
-        "input_ids": torch.cat((batch.input_ids, batch.labels), 1),
-        "labels": torch.cat((no_labels, batch.labels), 1),
-    }
-
-
-def decoder_batch(B: int, L: int, Lt: int) -> data.Batch:
-    """Return a batch without padding."""
-    rng = np.random.default_rng(0)
-    examples = []
-    for i in range(B):
-        source, target = rng.integers(3, 1000, L), rng.integers(3, 1000, Lt)
-        examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
-    return data.collate(examples)
-
-
-def check_first_losses(steps: dict[str, Step], batch: data.Batch) -> None:
-    """Take a step of each contestant. Raise ValueError if their losses differ."""
-    losses = {name: step(batch) for name, step in steps.items()}
-    if max(losses.values()) > 1.02 * min(losses.values()):
-        raise ValueError(f"the first losses of the contestants differ: {losses}")
-
-
-def bench_decoder(setup: Setup) -> list[str]:
-    if not installed("peft"):
-        return []
-    B, L, Lt = setup.choose((2, 12, 4), (16, 144, 16))
-    batch = decoder_batch(B, L, Lt)
-
-    def loaded(dtype):
-        return checkpoint.load(setup.model, dtype=dtype, device=setup.device)
-
-    narrow, wide = torch.bfloat16, torch.float32
-    compiled = loaded(narrow)
-    compiled.compile_blocks(setup.choose("eager", "inductor"))
-    models = {
-        f"{WIDE}, bf16": causal_lm(setup, narrow),
-        NARROW: causal_lm(setup, narrow, wide=False),
-        f"{WIDE}, float32": causal_lm(setup, wide),
-    }
-    steps = {name: their_step(model, causal_inputs) for name, model in models.items()}
-    steps[f"{OURS}, bf16"] = our_step(loaded(narrow), **DECODER)
-    steps[f"{OURS}, float32"] = our_step(loaded(wide), **DECODER)
-    steps[f"{OURS}, bf16, --compile"] = our_step(compiled, **DECODER)
-    check_first_losses(steps, batch)
-
-    times = interleave(setup, bind(steps, batch), setup.choose(1, 5))
-    model = Path(setup.model).name
-    what = f"training step, {model}, {B} x {L + Lt} tokens of which {Lt} labels, q and v, S R 16"
-    lines = []
-    for of, kind, wanted in (
-        (f"{WIDE}, bf16", "bf16", ">= 1.8"),
-        (NARROW, "bf16", ""),
-        (f"{WIDE}, float32", "bf16", ""),
-        (f"{WIDE}, float32", "bf16, --compile", ">= 3.3"),
-        (f"{OURS}, bf16", "bf16, --compile", ""),
-        (f"{WIDE}, float32", "float32", ""),
-        (f"{OURS}, float32", "bf16", ""),
-    ):
-        lines.append(row(what, of, f"{OURS}, {kind}", times, wanted))
-    return lines + generate_decoder(setup)
-
-
-def generate_decoder(setup: Setup) -> list[str]:
-    """Return the row of generation in bf16. The adapters are as they start: all are the base."""
-    count, size, most, longest = setup.choose((4, 2, 3, 64), (64, 16, 32, 512))
-    base = checkpoint.load(setup.model, dtype=torch.bfloat16, device=setup.device)
-    model = causal_lm(setup, torch.bfloat16).eval()
-    tokenizer, examples = load(setup, "test", count, setup.model, longest)
-    ours = functools.partial(
-        evaluation.predict,
-        base,
-        attach_skills(base, **DECODER),
-        examples,
-        tokenizer,
-        batch_size=size,
-        max_new_tokens=most,
-    )
-    pad = base.config.pad_token_id
-
-    def theirs(examples):
-        sources = [torch.from_numpy(example.source_ids).long() for example in examples]
-        masks = [torch.ones_like(source) for source in sources]
-        ids = nn.utils.rnn.pad_sequence(sources, True, pad, "left").to(setup.device)
-        mask = nn.utils.rnn.pad_sequence(masks, True, 0, "left").to(setup.device)
-        options = {"max_new_tokens": most, "do_sample": False, "pad_token_id": pad}
-        return model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
-
-    what = (
-        f"{Path(setup.model).name} in bf16, the other's adapters in float32, {count} test prompts, "
-        f"batches of {size}, {most} tokens"
-    )
-    return generation(setup, what, size, examples, tokenizer, ours, theirs)
-
-
-# ------------------------------------------------------------------------- routed adapters of peft
-
-
-def decoder_trainer(name: str, setup: Setup) -> Step:
-    """Return the training step of a contestant over the base of --model, in bf16."""
-    if name == OURS:
-        base = checkpoint.load(setup.model, dtype=torch.bfloat16, device=setup.device)
-        return our_step(base, **DECODER)
-
-    def inputs_of(batch):
-        inputs = causal_inputs(batch)
-        if name == POLY:
-            inputs["task_ids"] = batch.task_ids
-        return inputs
-
-    return their_step(causal_lm(setup, torch.bfloat16, name=name), inputs_of)
-
-
-def compare_peers(
-    setup: Setup,
-    what: str,
-    make_step: Callable[[str, Setup], Step],
-    peers: Sequence[str],
-    batch: data.Batch,
-) -> list[str]:
-    """Return the rows of a training step and of its memory."""
-    makers = {name: functools.partial(make_step, name, setup) for name in (OURS, *peers)}
-    steps = {name: make() for name, make in makers.items()}
-    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
-    what = f"training step, {what}; weights in A and B: {', '.join(weights)}"
-    check_first_losses(steps, batch)
-    times = interleave(setup, bind(steps, batch), setup.choose(1, 5))
-    lines = [row(what, name, OURS, times) for name in peers]
-    return lines + memory_rows(setup, what, makers, batch)
-
-
-def bench_peers(setup: Setup) -> Iterator[str]:
-    """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
-    peers = available_peers()
-    if not peers:
-        return
-    yield from bench_linear(setup, peers)
-
-    batch = random_batch(setup)
-    B, L = batch.input_ids.shape
-    what = f"T5 v1.1-small shapes, batch {B} x {L}"
-    # X-LoRA of peft 0.21 cannot load its experts into a T5: it changes the names of the weights.
-    seq2seq = [name for name in peers if name != XLORA]
-    yield from compare_peers(setup, what, trainer, seq2seq, batch)
-
-    B, L, Lt = setup.choose((2, 12, 4), (8, 144, 16))
-    what = f"{Path(setup.model).name} in bf16, {B} x {L + Lt} tokens, q and v"
-    batch = decoder_batch(B, L, Lt)
-    yield from compare_peers(setup, what, decoder_trainer, peers, batch)
-
-
-# -------------------------------------------------------------------------------- metric, start
-
-
-def bench_rouge(setup: Setup) -> list[str]:
-    if not installed("rouge_score"):
-        return []
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    _, examples = load(setup, "test", setup.choose(50, 5000))
-    references = [example.references[0] for example in examples]
-
-    def ours(predictions):
-        metrics._stems.cache_clear()  # as a new evaluation starts
-        metrics._porter.cache_clear()
-        pairs = zip(predictions, references, strict=True)
-        return [metrics.rouge_l(prediction, [reference]) for prediction, reference in pairs]
-
-    def theirs(predictions):
-        found = map(scorer.score, references, predictions)
-        return [score["rougeL"].fmeasure for score in found]
-
-    lines = []
-    # The longest predictions that there are, and predictions as short as references.
-    for kind in ("copy-input", "copy-demo"):
-        predictions = evaluation.copy_heuristic(kind, setup.data, examples)
-        worst = np.abs(np.subtract(ours(predictions), theirs(predictions))).max()
-        if worst > 1e-9:
-            raise ValueError(f"metrics.rouge_l differs from rouge_score by {worst}")
-        contestants = bind({"metrics.rouge_l": ours, "rouge_score": theirs}, predictions)
-        times = interleave(setup, contestants, setup.choose(1, 3))
-        what = (
-            f"ROUGE-L of {len(examples)} pairs, {kind}, no stem known before; largest difference "
-            f"{worst:.0e}"
-        )
-        lines.append(row(what, "rouge_score", "metrics.rouge_l", times, ">= 10", "s", 1))
-    return lines
-
-
-def bench_start(setup: Setup) -> list[str]:
-    """Time from the command to the first line of the log, without and with a token cache."""
-    program = [sys.executable, runtime.ROOT / "train.py", "--device", "cpu", "--data", setup.data]
-    program += ["--steps", "100000", "--eval-instances", "1"]
-    if setup.quick:
-        program += ["--max-tasks", "4"]
-
-    def start(folder):
-        log = folder / "metrics.jsonl"
-        output = folder.with_suffix(".txt")
-        started = time.perf_counter()
-        variables = os.environ | {"XDG_CACHE_HOME": str(folder.parent)}
-        with open(output, "w") as file:
-            process = subprocess.Popen(
-                [*program, "--out", folder], stdout=file, stderr=file, env=variables
-            )
-            while not (log.exists() and log.stat().st_size):
-                if process.poll() is not None:
-                    raise ValueError(f"train.py ended: {output.read_text().strip()[-300:]}")
-                time.sleep(0.02)
-            seconds = time.perf_counter() - started
-            process.kill()
-            process.wait()
-        return seconds
-
-    with tempfile.TemporaryDirectory() as folder:
-        first, *later = [start(Path(folder, str(i))) for i in range(setup.choose(2, 4))]
-    times = {"first start": [first] * len(later), "second start": later}
-    what = f"from command to first step on {Path(setup.data).name}"
-    return [row(what, "first start", "second start", times, "second <= 8 s", "s", 1)]
 
 
 # ----------------------------------------------------------------------------------- the program
@@ -988,26 +658,21 @@ def bench_start(setup: Setup) -> list[str]:
 PARTS = {
     "linear": bench_linear,
     "step": bench_step,
-    "epoch": bench_epoch,
-    "generate": bench_generate,
     "decode": bench_decode,
-    "decoder": bench_decoder,
+    "generate": bench_generate,
     "peers": bench_peers,
-    "rouge": bench_rouge,
-    "start": bench_start,
 }
 
 
 def machine(setup: Setup) -> str:
     """Return one line about the machine and the versions."""
-    cpu = re.search(r"model name\s*:\s*(.+)", CPU)
-    name = cpu[1] if cpu else platform.processor()
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
-    versions = []
-    for package in ("torch", "transformers", "peft"):
-        if importlib.util.find_spec(package):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
+    packages = ("torch", "transformers", "peft")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return (
         f"{name}, {torch.get_num_threads()} threads, {runtime.dtype_name(setup.dtype)} where "
         f"nothing else is said, {', '.join(versions)}, {date.today():%d %B %Y}; load before it "
@@ -1021,12 +686,15 @@ def main() -> None:
     for part in config.only:
         if part not in PARTS:
             raise ValueError(f"--only {part}: choose from {', '.join(PARTS)}")
-        if part in ("decoder", "peers") and not config.model:
-            raise ValueError(f"--only {part}: give the folder of a decoder-only base with --model")
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed; pip install -r requirements-dev.txt")
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
+    if config.model:
+        dtype = torch.bfloat16
     setup = Setup(config.quick, config.data, config.model, device, dtype)
     runtime.print_line(f"{machine(setup)}\n\n{HEAD}")
-    for part in config.only:
+    for part in config.only or PARTS:
         for line in PARTS[part](setup):
             runtime.print_line(line)
 

@@ -1,23 +1,32 @@
 """Session set-up and the fixtures of more than one test module; helpers.py has the functions."""
 
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import sentencepiece
 import torch
 
 import checkpoint
+import runtime
 import tokenizer as tokenizers
 from experiments.pretrain import init_weights
-from t5 import T5, T5Config
+from t5 import T5
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
-from helpers import LLAMA_FAMILIES, ROOT, SHORT, hf_llama, links, run, sentences  # noqa: E402
+from helpers import (  # noqa: E402
+    LLAMA_FAMILIES,
+    ROOT,
+    SHORT,
+    SMALL_T5,
+    hf_llama,
+    links,
+    random_batch,
+    run,
+    sentences,
+    train_pieces,
+)
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
@@ -44,28 +53,21 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 # ------------------------------------------------------------------------------------- real data
 
 
-def _folder(variable: str) -> Path:
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} is not set")
-    return Path(os.environ[variable])
+def folder_of(variable):
+    """Return a fixture for the folder that an environment variable names."""
+
+    @pytest.fixture(scope="session")
+    def folder():
+        if not os.environ.get(variable):
+            pytest.skip(f"{variable} is not set")
+        return Path(os.environ[variable])
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def sni_dir() -> Path:
-    """Return the real Super-NaturalInstructions (tasks/, splits/)."""
-    return _folder("SNI_DIR")
-
-
-@pytest.fixture(scope="session")
-def smollm2_dir() -> Path:
-    """Return the folder that `python -m experiments.smollm2 --out DIR` has made."""
-    return _folder("SMOLLM2_DIR")
-
-
-@pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """Return the folder of prompts.jsonl and metrics.jsonl, made with the official code."""
-    return _folder("SNI_GOLDEN")
+sni_dir = folder_of("SNI_DIR")  # the real Super-NaturalInstructions (tasks/, splits/)
+smollm2_dir = folder_of("SMOLLM2_DIR")  # what `python -m experiments.smollm2 --out DIR` has made
+golden_dir = folder_of("SNI_GOLDEN")  # prompts.jsonl and metrics.jsonl, made with official code
 
 
 # ---------------------------------------------------------------------------------- the programs
@@ -96,45 +98,18 @@ def copied(finished, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ the models
 
 
-class Inputs(NamedTuple):
-    """A batch for `small_t5`."""
-
-    input_ids: torch.Tensor  # (B,L)
-    attention_mask: torch.Tensor  # (B,L)
-    labels: torch.Tensor  # (B,Lt)
-
-
 @pytest.fixture
-def small_t5() -> T5:
+def small_t5():
     """Return a random v1.1-shaped T5 in float64. Its outputs differ clearly between samples."""
-    base = T5(
-        T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_decoder_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            scale_decoder_outputs=False,
-            tied_head=False,
-        )
-    )
+    base = T5(SMALL_T5)
     init_weights(base, 0)
     return base.double().eval()
 
 
 @pytest.fixture
-def inputs() -> Inputs:
-    """Return four sources and targets of different lengths, padded."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, 60, (4, 9), generator=generator)
-    labels = torch.randint(2, 60, (4, 6), generator=generator)
-    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-    labels[1, 3:] = -100
-    labels[3, 2:] = -100
-    return Inputs(ids.masked_fill(~mask, 0), mask, labels)
+def inputs():
+    """Return a batch for `small_t5`."""
+    return random_batch(2, 60)
 
 
 @pytest.fixture(params=LLAMA_FAMILIES, scope="module")
@@ -157,13 +132,8 @@ def llama_pair(llama_folder):
 
 @pytest.fixture
 def llama_batch():
-    """Return four sources, their mask and labels, of different lengths."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(10, 97, (4, 9), generator=generator)
-    labels = torch.randint(10, 97, (4, 6), generator=generator)
-    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-    labels[1, 3:] = labels[3, 2:] = -100
-    return ids, mask, labels
+    """Return a batch for the models of LLAMA_FAMILIES."""
+    return random_batch(10, 97)
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -173,11 +143,9 @@ def llama_batch():
 def model_dir(tmp_path_factory):
     """Return a folder with a small spiece.model like T5's."""
     folder = tmp_path_factory.mktemp("model")
-    lines = [*sentences(2000), "Definition: Input: Output: Positive Example 1 - 2"]
-    (folder / "text").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "spiece"),
+    train_pieces(
+        folder / "spiece",
+        [*sentences(2000), "Definition: Input: Output: Positive Example 1 - 2"],
         vocab_size=200,
         hard_vocab_limit=False,
         pad_id=0,
@@ -187,7 +155,6 @@ def model_dir(tmp_path_factory):
         pad_piece="<pad>",
         eos_piece="</s>",
         unk_piece="<unk>",
-        minloglevel=2,
         num_threads=1,
     )
     return folder
@@ -202,9 +169,7 @@ def tokenizer(model_dir):
 @pytest.fixture(scope="module")
 def corpus():
     """Return lines of text to train tokenizers on."""
-    task = json.loads(next((ROOT / "sni" / "tasks").glob("*.json")).read_text(encoding="utf-8"))
-    lines = [task["Definition"][0]] + [row["input"] for row in task["Instances"]]
-    return [line for text in lines for line in text.splitlines()] + [
-        "Output: 12 345",
-        "Hello, world",
-    ]
+    task = runtime.read_json(next((ROOT / "sni/tasks").glob("*.json")))
+    lines = [task["Definition"][0], "Output: 12 345", "Hello, world"]
+    lines += [instance["input"] for instance in task["Instances"]]
+    return "\n".join(lines).splitlines()

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -10,8 +11,8 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -26,9 +27,6 @@ import data
 import runtime
 import tokenizer as tokenizers
 from baselines import attach_method
-from checkpoint import (
-    read_folder,
-)
 from experiments.pretrain import init_weights
 from model import IGNORED
 from orchmoe import OrchMoEConfig
@@ -85,14 +83,7 @@ def run(program, *arguments, cwd, code=0):
 
 def process(program, *arguments, cwd, code=0, **variables):
     """Do the same as `run` in another process, with more variables in its environment."""
-    done = subprocess.run(
-        command(program, *arguments),
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_shell(command(program, *arguments), cwd, **variables)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -109,22 +100,29 @@ def run_shell(words, cwd, line='exec "$@"', **variables):
     )
 
 
-def terminate_after(steps, *arguments, cwd, out="run"):
-    """Start train.py with --out `out`, send SIGTERM after some logged steps, return its stdout."""
-    program = subprocess.Popen(
-        command("train.py", *arguments, "--out", out),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not (cwd / out / "metrics.jsonl").exists() or len(records(cwd / out)) < steps:
-        time.sleep(0.02)
-        assert program.poll() is None
-    program.send_signal(signal.SIGTERM)
-    output, _ = program.communicate(timeout=120)
-    assert program.returncode == 130
-    return output
+@contextlib.contextmanager
+def interrupted(module, name, number, error=None, kind=signal.SIGTERM):
+    """Interrupt one call of `module.name`, counted from 1, by an error or else by a signal."""
+    original = getattr(module, name)
+    calls = itertools.count(1)
+
+    def function(*arguments, **options):
+        if next(calls) == number:
+            if error:
+                raise error
+            signal.raise_signal(kind)
+        return original(*arguments, **options)
+
+    with mock.patch.object(module, name, function):
+        yield
+
+
+def change_config(folder, section, **values):
+    """Change fields in a section of config.json."""
+    path = folder / "config.json"
+    config = runtime.read_json(path)
+    config[section] |= values
+    runtime.write_json(path, config)
 
 
 def records(folder):
@@ -154,7 +152,7 @@ WORDS = (
 ).split()
 
 
-def sentences(count: int, seed: int = 0) -> list[str]:
+def sentences(count, seed=0):
     """Return random sentences."""
     rng = random.Random(seed)
     return [
@@ -164,7 +162,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def task_json(n: int = 10, **changes) -> dict:
+def task_json(n=10, **changes):
     """Return a task file with `n` instances, and some fields of it changed."""
     example = {"input": "river", "output": "stone", "explanation": "So it is."}
     instances = [
@@ -182,7 +180,7 @@ def task_json(n: int = 10, **changes) -> dict:
     }
 
 
-def write_task(folder: Path, name: str, task: dict | bytes) -> Path:
+def write_task(folder, name, task):
     """Write a task file, given as an object or as bytes, and return its path."""
     path = folder / "tasks" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +188,7 @@ def write_task(folder: Path, name: str, task: dict | bytes) -> Path:
     return path
 
 
-def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
+def write_lists(folder, train, test):
     """Write the lists of the default split."""
     lists = folder / "splits" / "default"
     lists.mkdir(parents=True, exist_ok=True)
@@ -198,17 +196,14 @@ def write_lists(folder: Path, train: list[str], test: list[str]) -> None:
     (lists / "test_tasks.txt").write_text("\n".join(test))
 
 
-def make_example(
-    name: str, source: list[int], targets: list[list[int]], index: int = 0
-) -> data.Example:
+def make_example(name, source, targets, index=0):
     """Return an example with these token ids."""
-    ids, target_ids = np.array(source, np.int32), [np.array(target, np.int32) for target in targets]
     return data.Example(
         id=name,
         task="task1_a",
         category="category",
-        source_ids=ids,
-        target_ids=target_ids,
+        source_ids=np.array(source, np.int32),
+        target_ids=[np.array(target, np.int32) for target in targets],
         references=["reference"] * len(targets),
         task_index=index,
     )
@@ -246,7 +241,7 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="ignore")
 
 
-def count_encodes(monkeypatch) -> list:
+def count_encodes(monkeypatch):
     """Return a list that grows by one with each call of Tokenizer.encode."""
     calls = []
     original = tokenizers.Tokenizer.encode
@@ -282,13 +277,21 @@ def write_words(folder, corpus, *, post=None, **settings):
     return folder
 
 
+def train_pieces(prefix, lines, **options):
+    """Train a SentencePiece model on the lines and write it as PREFIX.model."""
+    prefix.parent.mkdir(exist_ok=True)
+    text = prefix.with_name("text")
+    text.write_text("\n".join(lines), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), minloglevel=2, **options
+    )
+
+
 def write_pieces(folder, corpus, eos_id=2):
     """Train Llama's kind of SentencePiece model on `corpus`. Write it into `folder`."""
-    folder.mkdir(exist_ok=True)
-    (folder / "text").write_text("\n".join(corpus), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
+    train_pieces(
+        folder / "tokenizer",
+        corpus,
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
@@ -298,7 +301,6 @@ def write_pieces(folder, corpus, eos_id=2):
         unk_id=0,
         bos_id=1,
         eos_id=eos_id,
-        minloglevel=2,
     )
     return folder
 
@@ -309,7 +311,7 @@ def write_pieces(folder, corpus, eos_id=2):
 PT = {"format": "pt"}
 
 
-def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
+def safetensors_bytes(header, data=b""):
     """Return a safetensors file with this header, given as an object or as bytes."""
     raw = header
     if not isinstance(header, bytes):
@@ -317,19 +319,17 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + data
 
 
-def safetensors_entry(
-    dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
-) -> dict:
+def safetensors_entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     """Return the entry of one tensor in the header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+def weights_of(folder):
     """Return the tensors of a folder as copies, so that the file can be written again."""
-    return {name: tensor.clone() for name, tensor in read_folder(folder).items()}
+    return {name: tensor.clone() for name, tensor in checkpoint.read_folder(folder).items()}
 
 
-def check_equal(found: dict, expected: dict):
+def check_equal(found, expected):
     """Require the same names, dtypes and values."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -346,11 +346,17 @@ T5_CONFIGS = {
     "v1.0": T5Config(**T5_SIZES, **T5_SPAN, num_layers=2, num_decoder_layers=3),
     "v1.1": T5Config(**T5_SIZES, **T5_SPAN, **T5_V1_1, num_layers=3, num_decoder_layers=1),
 }
+SMALL_T5 = T5Config(
+    **T5_SIZES | {"vocab_size": 64, "num_heads": 4},
+    **T5_V1_1,
+    num_layers=2,
+    num_decoder_layers=2,
+)
 # For tests of each kind of T5.
 both_t5 = pytest.mark.parametrize("kind", T5_CONFIGS)
 
 
-def random_t5(config: T5Config, seed: int = 0) -> T5:
+def random_t5(config, seed=0):
     """Return a T5 whose attention is sharp, where positions matter and outputs vary."""
     t5 = init_weights(T5(config), seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -365,18 +371,31 @@ def random_t5(config: T5Config, seed: int = 0) -> T5:
     return t5.eval()
 
 
-def t5_batch(lengths=(9, 14, 5, 1), target=7, seed=0):
-    """Return padded sources, their mask, and labels of several lengths."""
+class Inputs(NamedTuple):
+    """A batch."""
+
+    input_ids: torch.Tensor  # (B,L)
+    attention_mask: torch.Tensor  # (B,L)
+    labels: torch.Tensor  # (B,Lt)
+
+
+def random_batch(low, high, lengths=(9, 4, 7, 2), target_lengths=(6, 3, 6, 2), seed=1):
+    """Return padded sources and targets of these lengths, of ids in [low, high)."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    input_ids = torch.randint(2, 37, mask.shape, generator=generator) * mask
-    labels = torch.randint(1, 37, (len(lengths), target), generator=generator)
-    for row in range(len(lengths)):
-        labels[row, target - row :] = IGNORED
-    return input_ids, mask, labels
+    label_mask = torch.arange(max(target_lengths)) < torch.tensor(target_lengths)[:, None]
+    input_ids = torch.randint(low, high, mask.shape, generator=generator) * mask
+    labels = torch.randint(low, high, label_mask.shape, generator=generator)
+    return Inputs(input_ids, mask, labels.masked_fill(~label_mask, IGNORED))
 
 
-def teacher_forced(t5: T5, *inputs: torch.Tensor) -> torch.Tensor:
+def t5_batch(lengths=(9, 14, 5, 1), target=7):
+    """Return a batch for T5_CONFIGS. Each target is one token shorter than that before it."""
+    target_lengths = range(target, target - len(lengths), -1)
+    return random_batch(2, 37, lengths, target_lengths, seed=0)
+
+
+def teacher_forced(t5, *inputs: torch.Tensor):
     """Return logits (B,Lt,V) for sources (B,Ls), their mask, and targets so far (B,Lt)."""
     return t5.logits(t5.hidden(*inputs))
 
@@ -418,7 +437,7 @@ LLAMA_FAMILIES = {
 }
 
 
-def hf_llama(name: str) -> torch.nn.Module:
+def hf_llama(name):
     """Return a random model of transformers whose greedy choices are far apart."""
     transformers = pytest.importorskip("transformers")
     kind, changes = LLAMA_FAMILIES[name]
@@ -442,7 +461,7 @@ def rows_of(batch):
 EXPORT_CONFIG = OrchMoEConfig(tasks=3, alpha=4.0)
 
 
-def stir(adapters: nn.Module, generator: torch.Generator) -> None:
+def stir(adapters, generator):
     """Set B and the token routers to random values, so that the outputs depend on the routing."""
     for linear in adapters.linears.values():
         nn.init.normal_(linear.skill_B, std=0.3, generator=generator)

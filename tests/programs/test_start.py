@@ -1,7 +1,7 @@
 """Runs that start from a finished run (--start, --trainable) or from LoRAs (--loras)."""
 
-import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -13,30 +13,35 @@ import export
 import run_folder
 import runtime
 import train
-from helpers import ROOT, process, run, terminate_after, trace
+from helpers import ROOT, change_config, interrupted, run, trace, write_lists
+from runtime import read_json, write_json
 
-CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 SIZES = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8"]
 SIZES += ["--warmup", "0", "--device", "cpu", "--eval-instances", "8"]
-FAST = ["--lr-allocation", "0.1"]
+UNFIT = [("poly", "train", {"method": "poly"}), ("unrouted", "adapter", {"router": "none"})]
 
 
-@pytest.fixture
-def new(finished, tmp_path):
-    """A folder with `run`, the finished run, and `data` with one task that the run has not seen."""
-    (tmp_path / "run").symlink_to(finished / "run")
-    lists = tmp_path / "data/splits/default"
-    lists.mkdir(parents=True)
-    (tmp_path / "data/tasks").symlink_to(ROOT / "sni/tasks")
+@pytest.fixture(scope="module")
+def home(finished, tmp_path_factory):
+    """Return the working folder of the tests, which give their runs different names.
+
+    It has `run`, the finished run; `served`, that run as LoRAs; `foreign`, a LoRA of another base;
+    `data`, with one task that the run has not seen; and configs of runs that cannot be continued.
+    """
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "run").symlink_to(finished / "run")
+    run("export.py", "--run", "run", "--out", "served", cwd=folder)
+    shutil.copytree(folder / "served/abstract-2", folder / "foreign")
+    config = read_json(folder / "foreign/adapter_config.json")
+    write_json(folder / "foreign/adapter_config.json", config | {"base_model_name_or_path": "x"})
     unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
-    (lists / "train_tasks.txt").write_text(unseen + "\n")
-    (lists / "test_tasks.txt").write_text("")
-    return tmp_path
-
-
-def load_state(folder):
-    state, _ = checkpoint.load_adapter(folder / "adapter.safetensors")
-    return state
+    write_lists(folder / "data", [unseen], [])
+    (folder / "data/tasks").symlink_to(ROOT / "sni/tasks")
+    for name, section, change in UNFIT:
+        (folder / name).mkdir()
+        shutil.copy(finished / "run/config.json", folder / name)
+        change_config(folder / name, section, **change)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------ --start
@@ -52,158 +57,97 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_only_the_trainable_part_changes(part, new):
-    arguments = ["--start", "run", "--trainable", part, "--data", "data", *SIZES, "--out", "on"]
-    if part != "router":
-        arguments += FAST
-    output = run("train.py", *arguments, cwd=new)
+def test_only_the_trainable_part_changes(part, home):
+    arguments = ["--start", "run", "--trainable", part, "--data", "data", *SIZES, "--out", part]
+    output = run("train.py", *arguments, cwd=home)
     count, expected = PARTS[part]
     assert f"= {count:,} parameters train" in output
-    assert "| start |" in output
     assert "--split seen\n" in output  # there are no unseen tasks
+    assert ("router on dev: " in output) == (part != "mixture")
 
-    before = load_state(new / "run")
-    after = load_state(new / "on")
+    before, _ = checkpoint.load_adapter(home / "run/adapter.safetensors")
+    after, _ = checkpoint.load_adapter(home / part / "adapter.safetensors")
     changed = set()
-    for name in before:
-        if not torch.equal(before[name], after[name]):
+    for name, tensor in before.items():
+        if not torch.equal(tensor, after[name]):
             changed.add("skills" if "skill_" in name else name)
     assert changed == expected
-    evaluated = run("eval.py", "--run", "on", "--split", "dev", "--device", "cpu", cwd=new)
+    evaluated = run("eval.py", "--run", part, "--split", "dev", "--device", "cpu", cwd=home)
     assert "1 dev tasks" in evaluated
 
 
-class FirstStep(Exception):
-    """Ends a run at its first step. Holds the base and the adapters."""
-
-    def __init__(self, base, adapters):
-        self.base = base
-        self.adapters = adapters
-
-
 @pytest.fixture
-def first_step(new, monkeypatch):
-    """Start a run from `run` that ends at the first step. Return what it trained there."""
-
-    def end(base, adapters, *_):
-        raise FirstStep(base, adapters)
-
-    def begin(**flags):
-        flags |= {"start": "run", "data": "data", "train_instances": 16}
-        launch = train.LaunchConfig(out="on")
-        settings = train.read_settings(flags, launch)
-        with pytest.raises(FirstStep) as reached:
-            train.train(settings, CPU, launch, final_scores=False)
-        return reached.value
-
-    monkeypatch.chdir(new)
-    monkeypatch.setattr(train, "train_step", end)
-    return begin
-
-
-def test_mixture_starts_at_the_mean_w_and_has_one_w_for_all_samples(first_step, new):
-    base, adapters, tokenizer = run_folder.load(CPU, run="run")
+def trained(home, monkeypatch):
+    """Return base and adapters of the finished run, and training examples of the other task."""
+    monkeypatch.chdir(home)
+    base, adapters, tokenizer = run_folder.load(runtime.pick_device(device="cpu"), run="run")
     config = data.DataConfig(data="data", train_instances=16)
-    sets = data.load_sets(config, tokenizer)
-    _, w = evaluation.measure(base, adapters, sets["train"])
-    assert w.std(0).max() > 1e-3  # otherwise any router would pass
+    return base, adapters, data.load_sets(config, tokenizer)["train"]
 
-    mixture = first_step(trainable="mixture")
-    _, mixed = evaluation.measure(mixture.base, mixture.adapters, sets["dev"])
+
+MIXTURE = train.TrainConfig(start="run", trainable="mixture")
+
+
+def test_mixture_starts_at_the_mean_w_and_has_one_w_for_all_samples(trained):
+    base, adapters, examples = trained
+    _, w = evaluation.measure(base, adapters, examples)
+    assert w.std(0).max() > 1e-3  # otherwise any router would pass
+    train.load_start(base, adapters, examples, MIXTURE)
+    _, mixed = evaluation.measure(base, adapters, examples)
     torch.testing.assert_close(mixed, w.mean(0).expand_as(mixed))
 
 
-def test_mixture_of_a_one_hot_router_is_finite(first_step, monkeypatch):
+def test_mixture_of_a_one_hot_router_is_finite(trained, monkeypatch):
     w = torch.eye(8)[:1]
-    monkeypatch.setattr(evaluation, "measure", lambda *_arguments, **_options: (0.0, w))
-    bias = first_step(trainable="mixture").adapters.router.bias
+    monkeypatch.setattr(evaluation, "measure", mock.Mock(return_value=(0.0, w)))
+    base, adapters, examples = trained
+    train.load_start(base, adapters, examples, MIXTURE)
+    bias = adapters.router.bias
     torch.testing.assert_close(bias.softmax(-1), w[0], atol=1e-4, rtol=0)
     assert bias.isfinite().all()
 
 
-def test_start_is_scored_as_the_finished_run_was(new):
-    sizes = [*SIZES, "--max-tasks", "4"]  # with the sizes of the finished run
-    run("train.py", "--start", "run", *sizes, "--out", "on", cwd=new)
-    start = json.loads((new / "on/scores.json").read_text())["start"]
-    assert start == json.loads((new / "run/scores.json").read_text())["orchmoe"]
+def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_factory):
+    arguments = ["train.py", "--start", "run", "--trainable", "allocation", *SIZES, "--out"]
+    run(*arguments, "whole", cwd=home)
+    start = read_json(home / "whole/scores.json")["start"]
+    assert start == read_json(home / "run/scores.json")["orchmoe"]
 
-
-def test_adapter_of_another_run_is_refused(new, tmp_path):
-    shutil.copytree(new / "run", tmp_path / "other")
-    path = tmp_path / "other/adapter.safetensors"
-    state, metadata = checkpoint.load_adapter(path)
-    checkpoint.save_adapter(path, state, **metadata | {"base": "0" * 16})
-    error = run("train.py", "--start", tmp_path / "other", *SIZES, "--out", "on", cwd=new, code=2)
-    assert "adapter.safetensors: its base, '0000000000000000', is not the run's" in error
-
-
-@pytest.mark.slow
-def test_stopped_start_resumes_bit_for_bit(new):
-    arguments = ["--start", "run", "--trainable", "mixture", "--data", "data", *SIZES]
-    arguments += ["--steps", "12"]
-    process("train.py", *arguments, "--out", "whole", cwd=new)
-    terminate_after(3, *arguments, cwd=new, out="stopped")
-    process("train.py", "--resume", "--out", "stopped", "--device", "cpu", cwd=new)
-    assert trace(new / "whole") == trace(new / "stopped")
-    whole = (new / "whole/adapter.safetensors").read_bytes()
-    assert (new / "stopped/adapter.safetensors").read_bytes() == whole
-
-
-def test_start_without_a_checkpoint_resumes_from_any_working_folder(new, tmp_path_factory):
-    arguments = ["--start", "run", "--trainable", "mixture", "--data", "data", *SIZES]
-    run("train.py", *arguments, "--out", "on", cwd=new)
-    whole = (new / "on/adapter.safetensors").read_bytes()
-    for name in ("checkpoint.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
-        (new / "on" / name).unlink()
-    elsewhere = tmp_path_factory.mktemp("x")
-    resume = ["train.py", "--resume", "--device", "cpu", "--out", new / "on"]
-    output = run(*resume, cwd=elsewhere)
-    assert (new / "on/adapter.safetensors").read_bytes() == whole
-    assert "| start |" in output
-
+    with interrupted(train, "train_step", 3):
+        run(*arguments, "on", cwd=home, code=130)
+    (home / "on/scores.json").unlink()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    resume = ["train.py", "--resume", "--device", "cpu", "--out", home / "on"]
     # With a checkpoint, the weights are no longer those of the start and are not scored as such.
-    (new / "on/scores.json").unlink()
-    output = run(*resume, cwd=new)
-    assert "| start |" not in output
-    assert "| orchmoe |" in output
+    assert "| start |" not in run(*resume, cwd=elsewhere)
+    assert trace(home / "on") == trace(home / "whole")
+
+    for name in ("checkpoint.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
+        (home / "on" / name).unlink()
+    run(*resume, cwd=elsewhere)
+    for name in ("adapter.safetensors", "scores.json"):
+        assert (home / "on" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------ --loras
 
 
-@pytest.fixture(scope="session")
-def exported(finished, tmp_path_factory):
-    """The finished run as LoRAs. Tests must not change it."""
-    folder = tmp_path_factory.mktemp("exported")
-    run("export.py", "--run", finished / "run", "--out", folder / "served", cwd=folder)
-    return folder / "served"
-
-
-@pytest.fixture
-def served(new, exported):
-    (new / "served").symlink_to(exported)
-    return new
-
-
-def test_loras_become_skills_and_stay_frozen(served):
-    arguments = ["--loras", "served/abstract-1,served/abstract-2", "--data", "data", *SIZES, *FAST]
-    output = run("train.py", *arguments, "--out", "on", cwd=served)
+def test_loras_become_skills_and_stay_frozen(home):
+    arguments = ["--loras", "served/abstract-1,served/abstract-2", "--data", "data", *SIZES]
+    output = run("train.py", *arguments, "--out", "loras", cwd=home)
     assert "orchmoe: 0 in skills + 1,608 in routing" in output
     assert "| start |" in output
 
-    after, metadata = checkpoint.load_adapter(served / "on/adapter.safetensors")
-    for name, value in {"skills": 2, "rank": 8, "alpha": None, "allocation_std": 0.0}.items():
-        assert metadata["config"][name] == value
+    after, metadata = checkpoint.load_adapter(home / "loras/adapter.safetensors")
+    fixed = {"skills": 2, "rank": 8, "alpha": None, "allocation_std": 0.0}
+    assert metadata["config"] == metadata["config"] | fixed
     ours = "encoder.blocks.0.attention.q"
     theirs = "encoder.block.0.layer.0.SelfAttention.q"
     for s, folder in enumerate(("abstract-1", "abstract-2")):
-        A, B = export.load_peft(served / "served" / folder).factors[theirs]
+        A, B = export.load_peft(home / "served" / folder).factors[theirs]
         assert torch.equal(after[f"{ours}.skill_A"][s], A)
         assert torch.equal(after[f"{ours}.skill_B"][s], B.T)
     assert after["Z"].abs().max() > 0.01  # it started at 0
-
-    evaluated = run("eval.py", "--run", "on", "--split", "dev", "--device", "cpu", cwd=served)
-    assert "dev tasks" in evaluated
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -215,7 +159,6 @@ MISTAKES = {  # flags -> beginning of the message
     "--start run --rank 4": "--rank: is fixed by --start",
     "--start run --method lora": "--method: is fixed by --start",
     "--start nowhere": "nowhere/config.json: does not exist",
-    "--start run --model other": "run: base changed since the run began",
     f"{LORA},nowhere": "nowhere/adapter_config.json: does not exist",
     f"{LORA},foreign": "--loras: different bases",
     f"{LORA} --targets q": "served/abstract-1: its Linears are not those of this base and "
@@ -223,67 +166,18 @@ MISTAKES = {  # flags -> beginning of the message
     "--start run --trainable mixture --lr-router 1": "--lr-router: nothing trains at that rate",
     f"{LORA} --lr-skills 1": "--lr-skills: nothing trains at that rate",
     f"{LORA} --skills 2": "--skills: is fixed by --start or --loras",
-    f"{LORA} --method moe-lora": "--method: is fixed by --start or --loras",
+    "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
+    "--start unrouted --trainable mixture": "--trainable mixture: unrouted has no such parameters",
+    "--resume --out run --start other": "--start other: the run in run has ''",
+    "--resume --out run --loras other": "--loras ('other',): the run in run has ()",
 }
 
 
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
-def test_mistake_prints_one_line_and_leaves_no_folder(flags, beginning, served):
-    if "other" in flags:
-        base = checkpoint.load(ROOT / "tiny")
-        base.embedding.weight.data[0] += 1
-        checkpoint.save(base, served / "other")
-        (served / "other/spiece.model").symlink_to(ROOT / "tiny/spiece.model")
-    if "foreign" in flags:
-        lora = served / "served/abstract-2"
-        (served / "foreign").mkdir()
-        config = json.loads((lora / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = "x"
-        (served / "foreign/adapter_config.json").write_text(json.dumps(config))
-        weights = "adapter_model.safetensors"
-        (served / "foreign" / weights).symlink_to(lora / weights)
-
-    arguments = [*flags.split(), "--data", "data", *SIZES, "--out", "on"]
-    error = run("train.py", *arguments, cwd=served, code=2)
+def test_mistake_prints_one_line_and_leaves_no_folder(flags, beginning, home, monkeypatch):
+    monkeypatch.setattr(train, "train_step", None)  # no mistake may come so far
+    arguments = ["--data", "data", "--out", "refused", *flags.split()]
+    error = run("train.py", *arguments, cwd=home, code=2)
     assert error.startswith(f"train.py: error: {beginning}")
     assert error.count("\n") == 1
-    assert not (served / "on").exists()
-
-
-def test_resumed_run_refuses_another_start(finished):
-    for flag in ("--start", "--loras"):
-        error = run("train.py", "--resume", "--out", "run", flag, "other", cwd=finished, code=2)
-        assert error.startswith(f"train.py: error: {flag}")
-        assert "the run in run has" in error
-
-
-@pytest.mark.parametrize(
-    "section, change, flags, words",
-    [
-        (
-            "train",
-            {"method": "poly"},
-            "",
-            "--method poly cannot continue on other tasks; start from a run of orchmoe",
-        ),
-        (
-            "adapter",
-            {"router": "none"},
-            "--trainable mixture",
-            "--trainable mixture: run has no such parameters",
-        ),
-        (
-            "adapter",
-            {"router": "none"},
-            "--trainable router",
-            "--trainable router: run has no such parameters",
-        ),
-    ],
-)
-def test_start_refuses_a_run_without_the_needed_part(section, change, flags, words, copied):
-    config = json.loads((copied / "config.json").read_text())
-    config[section] |= change
-    (copied / "config.json").write_text(json.dumps(config))
-    arguments = ["--start", "run", *flags.split(), *SIZES, "--out", "on"]
-    error = run("train.py", *arguments, cwd=copied.parent, code=2)
-    assert words in error
+    assert not (home / "refused").exists()
