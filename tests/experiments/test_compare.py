@@ -85,11 +85,6 @@ def test_ablation_that_is_not_possible_is_refused(name, given, words):
         compare.ablation(name, OrchMoEConfig(**given))
 
 
-def test_changed_refuses_a_field_that_does_not_exist():
-    with pytest.raises(ValueError, match="rnak: no field of the settings"):
-        study.changed(train.Settings(), {"rnak": 4})
-
-
 # ---------------------------------------------------------------------------------------- routers
 
 
@@ -370,28 +365,3 @@ def test_cells_of_all_seeds_are_runs_of_their_own(make_cells, tmp_path):
     for seed, cell in enumerate(cells[:2]):
         assert cell.settings.train.seed == seed
         assert cell.folder.name == cell.path.stem == f"{cell.name}-s{seed}"
-
-
-def test_study_of_a_grid_with_a_ceiling(home, monkeypatch):
-    """A study is declared by rows, points and seeds. All rows have one size at each point."""
-    monkeypatch.chdir(home)
-    sizes = {"max_tasks": 3, "train_instances": 8, "eval_instances": 6, "batch_size": 4}
-    settings = train.Settings.from_flags({"data": "sni", "model": "tiny", **sizes})
-    rows = {
-        "orchmoe": Row(),
-        "lora": Row({"method": "lora"}),
-        "ceiling": Row({"router": "none"}, like="orchmoe", router="task"),
-    }
-    equal = {name: rows[name] for name in ("orchmoe", "lora")}
-    grid = study.Study(settings, CPU, StudyConfig(out="grid", jobs=1), equal)
-    cells = grid.cells("grid", rows, {"large": {"rank": 3, "steps": 2}}, [0], "losses")
-    grid.run(cells)
-
-    orchmoe, lora, ceiling = (cell.result() for cell in cells)
-    sizes = [sum(found["parameters"].values()) for found in (orchmoe, lora)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.03)
-    assert orchmoe["router"]["distance"] > 0  # of the router from its start
-    assert sum("loss" in line for line in plot.records(cells[0].folder)) == 2
-    assert ceiling["parameters"]["routing"] == 20 * 3 * 4  # Z of 20 Linears: K = T = 3, S = 4
-    assert ceiling["learnt"]["entropy"] == 0  # w is one-hot
-    assert ceiling["learnt"]["largest"] == pytest.approx(1 / 3)  # another one for each task

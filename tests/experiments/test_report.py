@@ -14,7 +14,7 @@ import data
 import runtime
 import tokenizer as tokenizers
 import train
-from experiments import compare, curves, report
+from experiments import curves, report
 from experiments.routers import attach_with
 from experiments.study import Study, StudyConfig, read_tuning, subset
 from experiments.tables import halves, interval
@@ -194,11 +194,6 @@ def test_report_refuses_before_anything_is_made(flags, words, made, tmp_path):
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "kept").exists()
-
-
-def test_rows_can_be_named_by_a_flag():
-    for rows in (*report.STAGES.values(), compare.ABLATIONS):
-        assert not [row for row in rows if "," in row]  # which would end its name
 
 
 def test_subset_has_these_tasks_alone(tmp_path):

@@ -103,10 +103,5 @@ def test_help_of_compare_has_its_own_defaults_and_hides_what_it_sets():
     assert found["method"] == found["seed"] == found["extra_rank"] == argparse.SUPPRESS
 
 
-def test_train_has_few_options():
-    titles = 4
-    assert len(rows("train")) <= titles + 48
-
-
 if __name__ == "__main__":
     print(page(), end="")
