@@ -255,14 +255,14 @@ def stage_table(
     title: str, groups: dict[str, Group], first: str, sets: Sequence[str] = SETS
 ) -> str:
     """Return the table of one stage or point. first: the row whose losses are subtracted."""
-    head = [title, "seeds", *sets, *(f"{which} - {first}" for which in sets)]
+    head = [title, "seeds", *sets, *(f"{which}, minus {first}" for which in sets)]
     return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first, sets))
 
 
 def text(results: Path) -> str:
     """Return all tables of the finished cells in Markdown."""
     parts = [
-        stage_table("calm", read_groups(results / "calm"), "-"),
+        stage_table("calm", read_groups(results / "calm"), "lora-r0.01"),
         stage_table("router", read_groups(results / "router"), "rate_1e-6"),
     ]
     for axis, tags in AXES.items():

@@ -80,13 +80,12 @@ def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
         assert names == [f"{row}-s0" for row in rows]
         assert read_tuning(kept / point).keys() == {"lora", "orchmoe"}
     cell = json.loads((kept / "steps-4/cells/ceiling-s0.json").read_text())
-    assert (cell["settings"]["steps"], cell["settings"]["lr_router"]) == (4, 1e-3)
+    assert cell["settings"]["steps"] == 4
     assert "| ceiling | 1 | " in out
     assert cell["parameters"]["routing"] == 20 * 28 * 4  # Z of 20 Linears: K = T = 28, S = 4
     assert cell["learnt"]["entropy"] == 0  # w is one-hot
     assert cell["learnt"]["largest"] == pytest.approx(1 / 28)  # another one for each task
-    if importlib.util.find_spec("matplotlib"):
-        assert (kept / "map.png").exists()
+    assert (kept / "map.png").exists() or not importlib.util.find_spec("matplotlib")
 
     before = {path: path.read_bytes() for path in kept.rglob("*.json")}
     run("experiments/map.py", "--stage", "map", *flags, cwd=tmp_path)

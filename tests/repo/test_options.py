@@ -20,7 +20,8 @@ import runtime  # noqa: E402
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
 STUDIES = tuple(
-    f"experiments.{name}" for name in ("bench", "compare", "fewshot", "pretrain", "report")
+    f"experiments.{name}"
+    for name in ("bench", "compare", "decision", "fewshot", "map", "pretrain", "report")
 )
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
