@@ -1,18 +1,19 @@
-"""One decision on a base that knows its language: does OrchMoE beat a LoRA of the same size there?
+"""One decision: does OrchMoE beat a LoRA of the same total size on a pretrained base?
 
-The point is a small rank, many tasks with dozens of examples each, and a router that moves. The
-training tasks are drawn by name among those whose prompts fit. All other tasks are unseen: the
-official test tasks, and the training tasks that are left out. docs/evidence.md has the plan, which
-was written before the cells were made.
+The setting is a small rank, many tasks with dozens of examples each, and a high rate of the router.
+The training tasks are drawn with a fixed seed among those whose prompts fit. All other tasks that
+fit are unseen: official test tasks, and training tasks that are left out. The two primary outcomes
+are OrchMoE minus LoRA on seen and on unseen tasks. MoE-LoRA has the same S and R, and more weights
+in its routers. For floor and ceiling see experiments/map.py.
 
     python -m experiments.decision --stage pilot --data natural-instructions --model smollm2
     python -m experiments.decision --stage cells --data natural-instructions --model smollm2
     python -m experiments.decision                   # the tables of the finished cells
 
-The pilot makes floor and ceiling alone, with three seeds: if they do not differ by three times the
-noise of a run, no router can show anything here. `cells` tunes the three methods, with the same
-number of trials, and makes all cells. Stages go on after an interruption. Without --results the
-cells are those of this repository.
+The pilot makes floor and ceiling alone, with at most three seeds. If the ceiling is not better on
+seen tasks by three times the noise of a run, the decision is not worth its cells. `cells` tunes the
+three methods, with the same number of trials over lr_skills and alpha, and makes all cells. Stages
+go on after an interruption. Without --results the cells are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
@@ -27,13 +28,14 @@ import data
 import runtime
 import tokenizer as tokenizers
 from experiments.map import ROWS as MAP_ROWS
-from experiments.map import Group, difference, read_groups, stage_table
+from experiments.map import Group, difference, losses, read_groups, stage_table
 from experiments.study import FIXED, Row, Study, pick_device, read_study, subset
 from experiments.tables import Difference, signed, table
 
 RESULTS = runtime.ROOT / "experiments/results/decision"
-EQUAL = {"orchmoe": Row(), "lora": Row({"method": "lora"}), "moe-lora": Row({"method": "moe-lora"})}
-ROWS = EQUAL | {name: MAP_ROWS[name] for name in ("floor", "ceiling")}
+EQUAL = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
+TUNED = EQUAL | {"moe-lora": Row({"method": "moe-lora"})}
+ROWS = TUNED | {name: MAP_ROWS[name] for name in ("floor", "ceiling")}
 MARGIN = 0.02  # nats; a smaller difference counts as none
 
 DEFAULTS = {
@@ -63,53 +65,60 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "table"] = "table"  # what is made
-    train_tasks: int = 24  # training tasks, drawn by name
+    stage: Literal["pilot", "cells", "table"] = "table"  # what is made; table: nothing
+    train_tasks: int = 24  # number of training tasks
 
 
-def fitting_tasks(study: Study, number: int) -> list[str]:
-    """Return so many training tasks, drawn by name among those that fit.
-
-    A task fits if it has 100 different instances, and if at least 95 % of its prompts are whole.
-    """
+def whole_prompts(study: Study, task: str) -> tuple[float, int]:
+    """Return the share of whole prompts among the first 100 of a task, and its different inputs."""
     settings = study.settings
     tokenizer = tokenizers.load(settings.train.model)
-    root = Path(settings.data.data)
-    names = sorted(data.read_splits(root)["train"])
-    random.Random("decision").shuffle(names)
-    found = []
-    for name in names:
-        task = data.read_task(root / "tasks" / f"{name}.json")
-        instances = task["instances"][:100]
-        whole = 0
-        for instance in instances:
-            prompt = data.render_prompt(
-                task,
-                instance,
-                tokenizer,
-                num_pos=0,
-                max_source_length=settings.data.max_source_length,
-            )
-            whole += prompt.endswith("Output: ")
-        different = {instance["input"] for instance in instances}
-        if len(different) == 100 and whole >= 95:
-            found.append(name)
-        if len(found) == number:
-            return sorted(found)
-    raise ValueError(f"{root}: {len(found)} training tasks fit, fewer than {number}")
+    values = data.read_task(Path(settings.data.data, "tasks", f"{task}.json"))
+    instances = values["instances"][:100]
+    whole = 0
+    for instance in instances:
+        length = settings.data.max_source_length
+        prompt = data.render_prompt(
+            values, instance, tokenizer, num_pos=0, max_source_length=length
+        )
+        whole += prompt.endswith("Output: ")
+    return whole / len(instances), len({instance["input"] for instance in instances})
+
+
+def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
+    """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
+
+    Only tasks of which 95 % of the prompts are whole take part. `number` of the training tasks with
+    100 different inputs are drawn with a fixed seed. Raise ValueError if there are fewer.
+    """
+    root = study.settings.data.data
+    lists = data.read_splits(root)
+    test = [task for task in sorted(lists["test"]) if whole_prompts(study, task)[0] >= 0.95]
+    order = sorted(lists["train"])
+    random.Random("decision").shuffle(order)
+    train = []
+    left_out = []
+    for task in order:
+        share, different = whole_prompts(study, task)
+        if share >= 0.95 and different == 100 and len(train) < number:
+            train.append(task)
+        elif share >= 0.95:
+            left_out.append(task)
+    if len(train) < number:
+        raise ValueError(f"{root}: {len(train)} training tasks fit, fewer than {number}")
+    return {"train": sorted(train), "test": test, "left out": sorted(left_out)}
 
 
 def data_of(study: Study, number: int) -> str:
-    """Return a data folder with the training tasks, in which all other tasks are test tasks."""
-    root = Path(study.settings.data.data)
-    lists = data.read_splits(root)
-    chosen = fitting_tasks(study, number)
-    left_out = sorted(set(lists["train"]) - set(chosen))
-    runtime.write_json(
-        study.results / "tasks.json",
-        {"train": chosen, "test": sorted(lists["test"]), "left out": left_out},
-    )
-    return str(subset(Path(study.config.out, "tasks"), root, chosen, [*lists["test"], *left_out]))
+    """Return a data folder with these tasks, in which all unseen tasks are test tasks."""
+    path = study.results / "tasks.json"
+    tasks = choose_tasks(study, number)
+    if path.exists() and runtime.read_json(path) != tasks:
+        raise ValueError(f"{path}: made with other tasks; name another folder with --results")
+    runtime.write_json(path, tasks)
+    folder = Path(study.config.out, "tasks")
+    unseen = [*tasks["test"], *tasks["left out"]]
+    return str(subset(folder, Path(study.settings.data.data), tasks["train"], unseen))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -131,12 +140,12 @@ def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, 
 def verdict(found: Difference) -> str:
     """Return what a difference of OrchMoE from another row decides, by its 95 % interval."""
     _, low, high = found
+    if -MARGIN < low and high < MARGIN:
+        return f"equivalent within {MARGIN}"
     if high < 0:
         return "better"
     if low > 0:
         return "worse"
-    if -MARGIN < low and high < MARGIN:
-        return f"equivalent within {MARGIN}"
     return "undecided"
 
 
@@ -145,34 +154,43 @@ def text(results: Path) -> str:
     lists = runtime.read_json(results / "tasks.json")
     sets = ("seen", "unseen", "test", "left out")
     parts = []
-    for stage in ("pilot", "cells"):
+    for stage, first in (("pilot", "floor"), ("cells", "lora")):
         groups: dict[str, Group] = {}
         for name, group in read_groups(results / stage).items():
             groups[name] = {seed: with_groups(cell, lists) for seed, cell in group.items()}
         ordered = {name: groups[name] for name in ROWS if name in groups}
-        first = "floor" if stage == "pilot" else "lora"
         parts.append(stage_table(stage, ordered, first, sets))
+        if stage == "pilot" and ordered.keys() == {"floor", "ceiling"}:
+            floor, ceiling = (losses(ordered[name], "seen") for name in ("floor", "ceiling"))
+            gain = np.mean(floor) - np.mean(ceiling)
+            noise = max(np.std(floor, ddof=1), np.std(ceiling, ddof=1))
+            parts.append(
+                f"Seen: floor minus ceiling {gain:.3f}, {gain / noise:.1f} times the noise."
+            )
         if stage == "cells" and "orchmoe" in ordered:
             rows = []
-            for name in ordered.keys() - {"orchmoe"}:
+            for name in [name for name in ordered if name != "orchmoe"]:
                 for which in sets:
                     found = difference(ordered["orchmoe"], ordered[name], which)
-                    rows.append([f"orchmoe - {name}", which, signed(found), verdict(found)])
-            parts.append(table(["difference", "tasks", "nats", "verdict"], sorted(rows)))
+                    if found:
+                        row = [f"orchmoe - {name}", which, signed(found), verdict(found)]
+                        rows.append(row)
+            parts.append(table(["difference", "tasks", "nats", "verdict"], rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main() -> None:
-    fixed = (*FIXED, "splits", "max_tasks", "alpha", "router")
+    fixed = (*FIXED, "splits", "max_tasks", "alpha", "router", "tune")
     _, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, fixed)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study, config.train_tasks)}
         if config.stage == "pilot":
             rows = {name: ROWS[name] for name in ("floor", "ceiling")}
-            study.run(study.cells("pilot", rows, {"": values}, range(3), "losses"))
+            seeds = range(min(3, study_config.seeds))
+            study.run(study.cells("pilot", rows, {"": values}, seeds, "losses"))
         else:
-            study.tune(EQUAL, study_config.trials, ("lr_skills", "alpha"), **values)
+            study.tune(TUNED, study_config.trials, ("lr_skills", "alpha"), **values)
             seeds = range(study_config.seeds)
             study.run(study.cells("cells", ROWS, {"": values}, seeds, "losses"))
 

@@ -1,12 +1,14 @@
 """When does routing pay? OrchMoE against a LoRA of the same total size, on the bundled data.
 
-The map varies one thing at a time around a centre: the total rank, the number of steps, and the
-number of training tasks. Each point has four rows. LoRA and OrchMoE are tuned there on dev, with
-the same number of trials. The floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE
-that is given the real task, w = one-hot. Both take the rates of OrchMoE.
+The map varies one flag at a time around a centre: the total rank, the number of steps, and the
+number of training tasks (with fewer tasks there are fewer examples, too). Each point has four rows.
+LoRA and OrchMoE have one total size and are tuned there on dev, with the same number of trials. The
+floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE that is given the real task,
+w = one-hot; on unseen tasks it has w = 1/K. Both take the rates of OrchMoE, and their sizes differ
+from the others' by the weights of the routing. OrchMoE minus the floor is what routing does.
 
     python -m experiments.map --stage calm       # how much do two runs of the same settings differ?
-    python -m experiments.map --stage router     # which router moves, and does that help?
+    python -m experiments.map --stage router     # which routers leave their start?
     python -m experiments.map --stage map        # the map itself: hours on two cores
     python -m experiments.map                    # the tables and the figure of the finished cells
 
@@ -46,8 +48,8 @@ ROWS = EQUAL | {
     "ceiling": Row({"router": "none"}, router="task", **LIKE),
 }
 
-# Both rows at several rates and numbers of steps. What counts is the sd over seeds. Rows that start
-# alike differ in the order of the data alone.
+# LoRA and OrchMoE at several rates and numbers of steps, to see the sd over seeds. With the same
+# start, the runs of a row differ in the order of the data alone.
 CALM_ROWS = EQUAL | {
     "lora, same start": Row({"method": "lora"}, like="lora", router="same start"),
     "orchmoe, same start": Row(router="same start", **LIKE),
@@ -69,10 +71,11 @@ ROUTERS = {
     "normal start": Row({"router_init": "normal"}, **LIKE),
     "sharper start": Row(router="sharp", **LIKE),
     "flatter start": Row(router="flat", **LIKE),
+    "skills apart first": Row(router="specialised", **LIKE),
 }
 
 # Each axis of the map: what a point is called there -> what it changes. A point that changes
-# nothing is the centre: total rank 4, 600 steps, 28 training tasks. "tasks" is their number.
+# nothing is the centre: total rank 4, 600 steps, 28 training tasks ("train_tasks").
 AXES = {
     "total rank": {
         "2": {"skills": 2},
@@ -85,7 +88,7 @@ AXES = {
     "training tasks": {"7": {"train_tasks": 7}, "14": {"train_tasks": 14}, "28": {}},
 }
 CENTRE = "centre"
-CENTRE_TRIALS = 9  # of each row at the centre, over all that it trains
+CENTRE_TRIALS = 9  # trials of each row at the centre, where all its rates are tuned
 
 DEFAULTS = {
     "out": "results/map",
@@ -105,11 +108,11 @@ DEFAULTS = {
 class MapConfig:
     """Map: which cells are made."""
 
-    stage: Literal["calm", "router", "map", "table"] = "table"  # what is made
+    stage: Literal["calm", "router", "map", "table"] = "table"  # what is made; table: nothing
 
 
 def stage_cells(stage: str, study: Study) -> list[Cell]:
-    """Return the cells of the stages before the map. They are not tuned."""
+    """Return the cells of "calm" or "router": untuned, with at most 3 seeds."""
     seeds = range(min(3, study.config.seeds))
     if stage == "calm":
         return study.cells("calm", CALM_ROWS, CALM, seeds, "losses")
@@ -159,7 +162,7 @@ def fewer_tasks(study: Study, tasks: int) -> str:
 
 
 def tune(point: str, study: Study, centre: dict[str, dict[str, float]]) -> None:
-    """Tune both rows at a point: all axes at the centre, elsewhere rate and scale of the skills.
+    """Tune both rows: every rate and the scale at the centre, elsewhere lr_skills and alpha.
 
     centre: the best values of the centre, from which the other points start. The scale alpha / R
     is what carries over.
@@ -193,7 +196,8 @@ def make_map(study: Study) -> None:
 
 Group = dict[int, dict[str, Any]]  # finished cells of a row by seed
 SETS = ("seen", "unseen")
-ROUTER = {  # numbers of routing.report, and how the tables call them
+PAIRS = (("orchmoe", "lora"), ("orchmoe", "floor"), ("ceiling", "floor"))
+ROUTER = {  # numbers of routing.report, and their names in the tables
     "entropy": "entropy of w",
     "task_information": "information on the task",
     "skill_cosine": "cosine of the skills",
@@ -219,6 +223,14 @@ def difference(one: Group, other: Group, which: str) -> Difference | None:
     return interval(pair[0] - pair[1])
 
 
+def signed_difference(groups: dict[str, Group], name: str, first: str, which: str) -> str:
+    """Return the difference of two rows with its interval, "-" if there is none."""
+    if name == first or name not in groups or first not in groups:
+        return "-"
+    found = difference(groups[name], groups[first], which)
+    return signed(found) if found else "-"
+
+
 def losses(group: Group, which: str) -> list[float]:
     return [cell[which]["overall"]["loss"] for cell in group.values()]
 
@@ -242,11 +254,10 @@ def rows_of(groups: dict[str, Group], first: str, sets: Sequence[str] = SETS) ->
     for name, group in groups.items():
         row = [name, len(group)]
         for which in sets:
-            row.append(mean_and_sd(losses(group, which), 3))
+            values = losses(group, which)
+            row.append(mean_and_sd(values, 3) if len(values) > 1 else f"{values[0]:.3f}")
         for which in sets:
-            itself = name == first or first not in groups
-            found = None if itself else difference(group, groups[first], which)
-            row.append(signed(found) if found else "-")
+            row.append(signed_difference(groups, name, first, which))
         rows.append(row + router_numbers(group))
     return rows
 
@@ -265,14 +276,21 @@ def text(results: Path) -> str:
         stage_table("calm", read_groups(results / "calm"), "lora-r0.01"),
         stage_table("router", read_groups(results / "router"), "rate_1e-6"),
     ]
+    pairs = []
     for axis, tags in AXES.items():
         for tag in tags:
             groups = read_groups(results / point_name(axis, tag) / "cells")
             ordered = {name: groups[name] for name in ROWS if name in groups}
             parts.append(stage_table(f"{axis} {tag}", ordered, "lora"))
+            for one, other in PAIRS:
+                found = [signed_difference(groups, one, other, which) for which in SETS]
+                if found != ["-", "-"]:
+                    pairs.append([f"{axis} {tag}", f"{one} - {other}", *found])
+    parts.append(table(["point", "difference", *SETS], pairs))
     parts.append(
         "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which "
-        "is the noise of a run. Differences with 95 % intervals over tasks and seeds together. "
+        "is the noise of a run. Differences with 95 % intervals over tasks and seeds together, of "
+        "one seed over tasks alone. "
         "Distance: mean KL of w from its start, in nats."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -281,7 +299,7 @@ def text(results: Path) -> str:
 def figure(results: Path, path: Path) -> Path | None:
     """Draw each row minus LoRA along each axis. Return None without finished cells."""
     size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
-    title = "Loss minus that of a LoRA of equal size; below 0 routing pays"
+    title = "Loss minus that of a LoRA (OrchMoE: of equal size); lower is better"
     canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 5.5, **size)
     drawn = False
     for column, (axis, tags) in enumerate(AXES.items()):
@@ -293,10 +311,13 @@ def figure(results: Path, path: Path) -> Path | None:
                 found = []
                 for place, tag in enumerate(tags):
                     groups = read_groups(results / point_name(axis, tag) / "cells")
-                    if name in groups and "lora" in groups:
+                    both = name in groups and "lora" in groups
+                    paired = difference(groups[name], groups["lora"], which) if both else None
+                    if paired:
                         places.append(place + 0.08 * (number - 1))
-                        found.append(difference(groups[name], groups["lora"], which))
-                if not found:
+                        found.append(paired)
+                # The ceiling knows no unseen task.
+                if not found or (name, which) == ("ceiling", "unseen"):
                     continue
                 drawn = True
                 mean, low, high = np.array(found).T
@@ -330,7 +351,8 @@ LABELS = {
 
 
 def main() -> None:
-    fixed = (*FIXED, "data", "splits", "max_tasks", "tasks", "skills", "alpha", "router")
+    fixed = (*FIXED, "data", "splits", "max_tasks", "tasks", "skills", "rank", "alpha", "router")
+    fixed += ("tune", "steps")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)

@@ -1,4 +1,4 @@
-"""Routers that take the place of the learnt one, to see whether the learnt routing matters.
+"""Routers that take the place of the learnt one, and other starts of the learnt one.
 
 `attach_with` returns a function like baselines.attach_method, which attaches OrchMoE and then
 replaces its routing. train.train and run_folder.load take such a function as `attach`:
@@ -30,7 +30,7 @@ MARKER = " complete the following example"  # words of a prompt between its exam
 
 
 class RandomRouter(TaskRouter):
-    """A w that says nothing about the sample, but is always the same for the same sample."""
+    """A router whose w says nothing about the sample, but is always the same for a sample."""
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return w (B,K). Its entropy is about ln(K) / 3, as that of a learnt router at its start.
@@ -60,6 +60,14 @@ class FlatRouter(SharpRouter):
     """A router that starts closer to uniform."""
 
     factor = 1 / 3
+
+
+class SameStart(TaskRouter):
+    """A router whose k-means starts as that of seed 0, with every seed."""
+
+    def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start as TaskRouter does, with the generator that train.fit_router has for seed 0."""
+        super().fit(x_hat, runtime.generator(0, 1))
 
 
 class DefinitionRouter(TaskRouter):
@@ -119,7 +127,13 @@ class Specialising(OrchMoE):
         return super().route(embeddings, mask, w=w, **options)
 
 
-ROUTERS = {"random": RandomRouter, "sharp": SharpRouter, "flat": FlatRouter}
+ROUTERS = {
+    "random": RandomRouter,
+    "sharp": SharpRouter,
+    "flat": FlatRouter,
+    "same start": SameStart,
+}
+NAMES = ("", *ROUTERS, "definition", "specialised", "category", "task")
 
 
 def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
@@ -130,6 +144,8 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     that knows the task itself, with K = T. specialised: the skills train apart for the first third
     of the steps. same start: the learnt router, and the initial values of seed 0 with every seed.
     """
+    if name not in NAMES:
+        raise ValueError(f"router {name}: choose of {', '.join(NAMES[1:])}")
     if name == "":
         return attach_method
     tokenizer = tokenizers.load(settings.train.model)
@@ -140,22 +156,22 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
         if name == "same start":
             options["generator"] = runtime.generator(0, 0)
         adapters = attach_method(method, module, config, **options)
-        if name in ROUTERS:
+        if name in ROUTERS and adapters.router is not None:
             adapters.router = replaced(adapters.router, ROUTERS[name])
-        elif name == "definition":
+        if name == "definition":
             ids = tokenizer.source(MARKER)[len(tokenizer.bos_ids) :]
             ids = [i for i in ids if i not in tokenizer.eos_ids]
             adapters.router = replaced(adapters.router, DefinitionRouter)
             marker = module.embed(torch.tensor([ids], device=module.device))[0]
             adapters.router.register_buffer("marker", marker, persistent=False)
-        elif name == "specialised":
+        if name == "specialised":
             adapters = of_class(adapters, Specialising)
             adapters.apart = settings.train.steps // 3
             adapters.register_buffer("batches", torch.zeros((), device=adapters.Z.device))
             K, S = adapters.Z.shape[1:]
             own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
             adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
-        elif name in ("category", "task"):
+        if name in ("category", "task"):
             examples = data.load_sets(settings.data, tokenizer, ["train"])["train"]
             labels = {example.task: getattr(example, name) for example in examples}
             w = given_weights([labels[task] for task in examples.tasks], config.tasks)

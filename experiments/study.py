@@ -12,7 +12,7 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
     study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
 
-experiments/compare.py, report.py and fewshot.py are such studies.
+compare.py, report.py, fewshot.py, map.py and decision.py of experiments/ are studies.
 Test: pytest tests/experiments/test_compare.py tests/experiments/test_report.py
 """
 
@@ -48,7 +48,7 @@ from experiments.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
-# The flags of train.py that a study passes on, and those that it sets itself.
+# SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")
 
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     like: str = ""  # row whose size and tuned values it takes (default: its own)
     router: str = ""  # router that takes the place of the learnt one, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
-    run: str = ""  # name of the run that it scores, with {name} and {seed} (default: its own)
+    run: str = ""  # run that it scores; {name} and {seed} are filled in (default: its own)
     model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
 
 
@@ -76,7 +76,7 @@ class StudyConfig:
     seeds: int = 3  # runs of each cell: initial values, order of the data, noise
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 12  # runs of seed 0 that tune each row
-    jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one a core, at most 8)
+    jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one per core, at most 8)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
@@ -146,14 +146,16 @@ class Cell(NamedTuple):
             values.pop(name, None)
         return values | self.facts
 
+    def made_with(self) -> dict[str, Any]:
+        """Return `values` and the router that takes the place of the learnt one."""
+        return {"replaced_router": self.row.router, **self.values()}
+
     def require_same(self) -> None:
         """Raise ValueError if its file or its run was made with other settings."""
         if self.path.exists():
-            require_saved(self.path, {"row": self.name, **self.values()})
+            require_saved(self.path, {"row": self.name, **self.made_with()})
         if (self.folder / "config.json").exists() and self.row.model == "trained":
-            require_saved(
-                self.folder / "cell.json", {"replaced_router": self.row.router, **self.values()}
-            )
+            require_saved(self.folder / "cell.json", self.made_with())
 
 
 def plain_values(settings: train.Settings) -> dict[str, Any]:
@@ -163,7 +165,8 @@ def plain_values(settings: train.Settings) -> dict[str, Any]:
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings in the file differ from the expected ones."""
-    saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
+    # What did not exist yet had its default; older cells are of the router that their row names.
+    saved = plain_values(train.Settings()) | {"replaced_router": expected["replaced_router"]}
     if path.exists():
         saved |= runtime.read_json(path).get("settings", {})
     for name, value in expected.items():
@@ -179,14 +182,13 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     started = time.monotonic()
     attach = attach_with(cell.row.router, cell.settings)
     result = {
-        "settings": {"row": cell.name, **cell.values()},
+        "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),  # in bfloat16 the numbers depend on it
     }
     if cell.row.model == "trained":
-        made_with = {"replaced_router": cell.row.router, **cell.values()}
-        runtime.write_json(cell.folder / "cell.json", {"settings": made_with})
+        runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.train.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             if not train.train(cell.settings, device, launch, final_scores=False, attach=attach):
@@ -209,12 +211,17 @@ def steps_done(folder: Path) -> int:
 
 
 def tree() -> str:
-    """Return the commit of the code, "" outside a clone."""
-    command = ["git", "-C", runtime.ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    """Return the commit, with "-dirty" if Python files differ from it; "" outside a clone."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", runtime.ROOT, *words], capture_output=True, text=True)
+
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        is_dirty = git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0
     except OSError:  # there is no git
         return ""
+    return f"{commit}-dirty" if commit and is_dirty else commit
 
 
 def load_sets(settings: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict[str, list]:
@@ -287,7 +294,7 @@ def replaced_w(
 ) -> Tensor | None:
     """Return w (M,K) for the examples: the "mean" of dev, or that of "other" examples of the set.
 
-    Return None for "": the router's own w counts.
+    Return None for "": then the router's own w is used.
     """
     if kind == "mean":  # of dev, since nothing may be learnt from what is scored
         w = evaluation.router_weights(base, adapters, dev, config.eval_batch_size)
@@ -356,7 +363,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                 stopped.set()  # no further cells; those that run finish their step and save
                 raise
     if stopped.is_set():
-        runtime.print_line("stopped; the same command goes on")
+        runtime.print_line("stopped; run the same command to continue")
         raise SystemExit(130)
 
 
@@ -393,8 +400,8 @@ def facts_of(config: data.DataConfig, model: str) -> tuple[dict[str, str], int]:
 class Study:
     """What all cells of a study share.
 
-    settings: for all rows, which points and rows change. equal: rows that get extra ranks, so that
-    all of them have one total size.
+    settings: those that all rows share; points and rows change some of them. equal: rows that get
+    extra ranks, so that all of them have one total size.
     """
 
     def __init__(

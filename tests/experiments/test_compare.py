@@ -308,7 +308,7 @@ def test_run_cells_ends_when_a_cell_is_stopped(tmp_path, finished_at_once, capsy
     with pytest.raises(SystemExit) as end:
         study.run_cells([[cell_of(tmp_path, name)] for name in "abc"], 1, CPU)
     assert end.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "run the same command to continue" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"a.json"}
 
 

@@ -69,7 +69,8 @@ def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypa
 def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(routing_map, "AXES", {"steps": {"4": {"steps": 4}, "600": {}}})
     monkeypatch.setattr(routing_map, "CENTRE_TRIALS", 2)
-    flags = ["--trials", 1, "--steps", 2, "--eval-every", 2, "--seeds", 1, "--eval-instances", 28]
+    monkeypatch.setitem(routing_map.DEFAULTS, "steps", 2)
+    flags = ["--trials", 1, "--eval-every", 2, "--seeds", 1, "--eval-instances", 28]
     flags += ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1, *SMALL]
     out = run("experiments/map.py", "--stage", "map", *flags, cwd=tmp_path)
 
@@ -118,6 +119,7 @@ def test_rows_of_gives_losses_noise_and_paired_differences():
     "low, high, expected",
     [
         (-0.09, -0.01, "better"),
+        (-0.015, -0.001, "equivalent within 0.02"),
         (0.01, 0.09, "worse"),
         (-0.019, 0.019, "equivalent within 0.02"),
         (-0.03, 0.01, "undecided"),
@@ -145,8 +147,8 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     assert groups["left out"]["tasks"].keys() == set(lists["left out"])
 
 
-def test_fitting_tasks_have_enough_instances_and_whole_prompts(study):
+def test_choose_tasks_needs_whole_prompts(study):
     settings = train.Settings.from_flags(decision.DEFAULTS | {"max_source_length": 60})
     other = Study(settings, study.device, study.config, {})
     with pytest.raises(ValueError, match="training tasks fit"):
-        decision.fitting_tasks(other, 28)
+        decision.choose_tasks(other, 28)
