@@ -165,9 +165,10 @@ def plain_values(settings: train.Settings) -> dict[str, Any]:
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings in the file differ from the expected ones."""
-    # What did not exist yet had its default; older cells are of the router that their row names.
-    saved = plain_values(train.Settings()) | {"replaced_router": expected["replaced_router"]}
+    saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
+        # Older cells do not say it: they are of the router that their row names.
+        saved |= {"replaced_router": expected["replaced_router"]}
         saved |= runtime.read_json(path).get("settings", {})
     for name, value in expected.items():
         if saved.get(name) != value:

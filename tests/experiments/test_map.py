@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import checkpoint
 import data
@@ -25,7 +24,7 @@ SMALL = ["--train-instances", 4, "--num-pos", 0]
 @pytest.fixture
 def study(tmp_path):
     settings = train.Settings.from_flags(routing_map.DEFAULTS)
-    device = runtime.Device(torch.device("cpu"), torch.float32, "cpu")
+    device = runtime.pick_device(device="cpu")
     config = StudyConfig(out=str(tmp_path / "runs"), results=str(tmp_path / "cells"))
     return Study(settings, device, config, routing_map.EQUAL)
 
@@ -42,7 +41,6 @@ def test_points_have_one_total_size_of_both_rows(study):
                 settings.train.method, base, adapter, extra_rank=settings.train.extra_rank
             )
         assert sizes[point, "lora"] == pytest.approx(sizes[point, "orchmoe"], rel=0.03)
-    assert sizes["total-rank-32", "lora"] > 3 * sizes["centre", "lora"]
 
 
 def test_fewer_tasks_are_spread_over_the_list_and_nested(study):
@@ -134,7 +132,7 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     flags += ["--eval-instances", 80, "--max-source-length", 1024, "--results", "kept"]
     flags += ["--out", "out", "--device", "cpu", *SMALL]
     out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
-    assert "| ceiling | 3 | " in out
+    assert "times the noise" in out
 
     lists = json.loads((tmp_path / "kept/tasks.json").read_text())
     assert (len(lists["train"]), len(lists["test"]), len(lists["left out"])) == (3, 12, 25)
