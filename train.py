@@ -458,7 +458,8 @@ def train(
     elif is_new:
         if config.loras:
             set_skills(adapters, [load_peft(folder) for folder in config.loras])
-        fit_router(base, adapters, train_set, config)  # nothing happens without a sample router
+        if adapters.router is not None:
+            fit_router(base, adapters, train_set, config)
 
     # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
