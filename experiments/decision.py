@@ -69,17 +69,19 @@ class DecisionConfig:
     train_tasks: int = 24  # number of training tasks
 
 
-def whole_prompts(study: Study, task: str) -> tuple[float, int]:
-    """Return the share of whole prompts among the first 100 of a task, and its different inputs."""
-    settings = study.settings
-    tokenizer = tokenizers.load(settings.train.model)
-    values = data.read_task(Path(settings.data.data, "tasks", f"{task}.json"))
+def whole_prompts(
+    config: data.DataConfig, task: str, tokenizer: tokenizers.Tokenizer
+) -> tuple[float, int]:
+    """Return the share of prompts that fit, and the number of different inputs, of a task.
+
+    Both are of its first 100 instances.
+    """
+    values = data.read_task(Path(config.data, "tasks", f"{task}.json"))
     instances = values["instances"][:100]
     whole = 0
     for instance in instances:
-        length = settings.data.max_source_length
         prompt = data.render_prompt(
-            values, instance, tokenizer, num_pos=0, max_source_length=length
+            values, instance, tokenizer, num_pos=0, max_source_length=config.max_source_length
         )
         whole += prompt.endswith("Output: ")
     return whole / len(instances), len({instance["input"] for instance in instances})
@@ -91,21 +93,26 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     Only tasks of which 95 % of the prompts are whole take part. `number` of the training tasks with
     100 different inputs are drawn with a fixed seed. Raise ValueError if there are fewer.
     """
-    root = study.settings.data.data
-    lists = data.read_splits(root)
-    test = [task for task in sorted(lists["test"]) if whole_prompts(study, task)[0] >= 0.95]
+    config = study.settings.data
+    tokenizer = tokenizers.load(study.settings.train.model)
+    lists = data.read_splits(config.data)
+    test = []
+    for task in sorted(lists["test"]):
+        share, _ = whole_prompts(config, task, tokenizer)
+        if share >= 0.95:
+            test.append(task)
     order = sorted(lists["train"])
     random.Random("decision").shuffle(order)
     train = []
     left_out = []
     for task in order:
-        share, different = whole_prompts(study, task)
+        share, different = whole_prompts(config, task, tokenizer)
         if share >= 0.95 and different == 100 and len(train) < number:
             train.append(task)
         elif share >= 0.95:
             left_out.append(task)
     if len(train) < number:
-        raise ValueError(f"{root}: {len(train)} training tasks fit, fewer than {number}")
+        raise ValueError(f"{config.data}: {len(train)} training tasks fit, fewer than {number}")
     return {"train": sorted(train), "test": test, "left out": sorted(left_out)}
 
 

@@ -35,7 +35,6 @@ from experiments.study import (
     changed,
     pick_device,
     read_study,
-    run_cells,
     subset,
 )
 from experiments.tables import Difference, by_seed, interval, mean_and_sd, signed, table
@@ -184,12 +183,11 @@ def make_map(study: Study) -> None:
     for point in points():
         studies[point] = study_at(point, study)
         tune(point, studies[point], studies[CENTRE].best)
-    queues = []
+    cells = []
     for seed in range(study.config.seeds):
         for of_point in studies.values():
-            cells = of_point.cells("cells", ROWS, {"": {}}, [seed], "losses")
-            queues += [[cell] for cell in cells]
-    run_cells(queues, study.config.jobs, study.device)
+            cells += of_point.cells("cells", ROWS, {"": {}}, [seed], "losses")
+    study.run(cells)
 
 
 # ------------------------------------------------------------------------------ tables and figure
