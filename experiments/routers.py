@@ -145,7 +145,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     of the steps. same start: the learnt router, and the initial values of seed 0 with every seed.
     """
     if name not in NAMES:
-        raise ValueError(f"router {name}: choose of {', '.join(NAMES[1:])}")
+        raise ValueError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
     if name == "":
         return attach_method
     tokenizer = tokenizers.load(settings.train.model)
