@@ -1,12 +1,19 @@
-"""The tables of experiments/report.py: curves of unseen against seen loss, and what stands beside.
+"""The tables of the first study on SmolLM2: all methods at one total size, at several scales.
 
-Scale moves a method along a curve. Two curves are compared in the lowest loss on the one kind of
-tasks that each reaches at no more than some loss on the other kind.
+Scale moves a method along a curve of unseen against seen loss. Two curves are compared in the
+lowest loss on the one kind of tasks that each reaches at no more than some loss on the other kind.
+The tables are made from the finished cells in experiments/results/. docs/evidence.md says how these
+were made.
 
-Letters: P points of a curve, T tasks.  Test: pytest tests/experiments/test_report.py
+    python -m experiments.curves            # the tables, and the figure of the curves
+    python -m experiments.curves --final    # also of the unseen tasks by which nothing was chosen
+
+Letters: P points of a curve, T tasks.  Test: pytest tests/experiments/test_curves.py
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ import numpy as np
 
 import runtime
 from experiments import plot
-from experiments.study import UNTRAINED, Row
+from experiments.study import UNTRAINED, read_tuning
 from experiments.tables import (
     METRICS,
     Difference,
@@ -26,18 +33,20 @@ from experiments.tables import (
     tuning_table,
 )
 
-# All of one total size, which is that of the dearest routing.
-ROWS = {
-    "orchmoe": Row(),
-    "token router": Row({"router": "token"}),
-    "lora": Row({"method": "lora"}),
-    "moe-lora": Row({"method": "moe-lora"}),
-    "poly": Row({"method": "poly"}),
-}
-SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha divided by the rank
-EDGE = (0.25,)  # with the first seed alone: does less help?
-# Stages that answer. Two examples in the prompt make it longer.
-PROMPTS = {"answers": {}, "examples": {"num_pos": 2, "max_source_length": 640}}
+RESULTS = runtime.ROOT / "experiments/results"
+STAGES = ("tune", "methods", "answers", "sizes", "ablations", "controls")  # folders of cells
+# All of one total size, which is that of the token router.
+ROWS = ("orchmoe", "token router", "lora", "moe-lora", "poly")
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha divided by the rank; the first seed has 0.25, too
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """Curves: of which cells, and on which tasks."""
+
+    results: str = str(RESULTS)  # folder of the finished cells
+    final: bool = False  # show the unseen tasks by which nothing was chosen
+
 
 Cells = dict[str, dict[str, Any]]  # by name
 Group = dict[int, dict[str, Any]]  # cells by seed
@@ -50,12 +59,13 @@ Curve = dict[float, Group]  # by scale
 def read_cells(folder: Path) -> Cells:
     """Return all finished cells by stage/name. Raise ValueError for a file that is no cell."""
     cells = {}
-    for path in sorted(folder.glob("*/*.json")):
-        cell = runtime.read_json(path)
-        needed = {"settings", "dev_loss"} if path.parent.name == "tune" else {"seen", "unseen"}
-        if not needed | {"settings"} <= cell.keys():
-            raise ValueError(f"{path}: no finished cell; delete it and make it again")
-        cells[f"{path.parent.name}/{path.stem}"] = cell
+    for stage in sorted(STAGES):
+        needed = {"settings", "dev_loss"} if stage == "tune" else {"settings", "seen", "unseen"}
+        for path in sorted(folder.glob(f"{stage}/*.json")):
+            cell = runtime.read_json(path)
+            if not needed <= cell.keys():
+                raise ValueError(f"{path}: no finished cell")
+            cells[f"{stage}/{path.stem}"] = cell
     return cells
 
 
@@ -327,7 +337,7 @@ def grouped(cells: Cells, stage: str) -> dict[str, Group]:
         label = settings["row"]
         if stage == "sizes":
             label += f", {name.rsplit('-', 2)[1]} tasks"
-        if stage in PROMPTS and label in ROWS:
+        if stage == "answers" and label in ROWS:
             label += f", scale {settings['alpha'] / settings['rank']:g}"
         groups.setdefault(label, {})[settings["seed"]] = cell
     return dict(sorted(groups.items()))
@@ -377,21 +387,18 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
     titles = []
     for which in page.sets:
         titles += [f"{which} {title}" for title in METRICS.values()]
-    for stage in PROMPTS:
-        groups = grouped(cells, stage)
-        rows = [
-            [name, listed(group), *page.means(group, METRICS)] for name, group in groups.items()
-        ]
-        page.add([stage, "seeds", *titles], rows)
-        first = groups.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
-        rows = []
-        for name, group in groups.items():
-            if name in UNTRAINED and first:
-                group = dict.fromkeys(first, group[0])  # the same with every seed
-            if first and group is not first:
-                differences = page.differences(first, group, METRICS)
-                rows.append([name, listed(group), *differences])
-        page.add([f"orchmoe - row, {stage}", "seeds", *titles], rows)
+    answers = grouped(cells, "answers")
+    rows = [[name, listed(group), *page.means(group, METRICS)] for name, group in answers.items()]
+    page.add(["answers", "seeds", *titles], rows)
+    first = answers.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
+    rows = []
+    for name, group in answers.items():
+        if name in UNTRAINED and first:
+            group = dict.fromkeys(first, group[0])  # the same with every seed
+        if first and group is not first:
+            differences = page.differences(first, group, METRICS)
+            rows.append([name, listed(group), *differences])
+    page.add(["orchmoe - row, answers", "seeds", *titles], rows)
 
     # Numbers of training tasks. Beside them stand the same seeds on the tasks of the curves.
     sizes = grouped(cells, "sizes")
@@ -431,3 +438,19 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
             "ROUGE-L and exact match in per cent."
         )
     return "\n\n".join(part for part in page.parts if part) + "\n"
+
+
+def main() -> None:
+    config = runtime.from_flags(CurvesConfig, runtime.read_flags(__doc__, CurvesConfig))
+    results = Path(config.results)
+    cells = read_cells(results)
+    tables = text(cells, read_tuning(results), config.final)
+    runtime.print_line(tables)
+    with runtime.atomic_write(results / ("final.md" if config.final else "tables.md")) as file:
+        file.write(tables.encode())
+    if importlib.util.find_spec("matplotlib"):
+        runtime.print_line(f"written: {figure(curves(cells), results / 'curves.png')}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

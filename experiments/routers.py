@@ -7,11 +7,11 @@ replaces its routing. train.train and run_folder.load take such a function as `a
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
 
-Letters: B batch, L length, D width, K abstract tasks, T real tasks, m tokens of the marker.
-Test: pytest tests/experiments/test_compare.py tests/experiments/test_report.py
+Letters: B batch, L length, D width, K abstract tasks, T training tasks.
+Test: pytest tests/experiments/test_compare.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import data
 import runtime
-import tokenizer as tokenizers
 import train
 from baselines import attach_method
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
-
-MARKER = " complete the following example"  # words of a prompt between its examples and its input
 
 
 class RandomRouter(TaskRouter):
@@ -68,22 +64,6 @@ class SameStart(TaskRouter):
     def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
         """Start as TaskRouter does, with the generator that train.fit_router has for seed 0."""
         super().fit(x_hat, runtime.generator(0, 1))
-
-
-class DefinitionRouter(TaskRouter):
-    """A router that reads the definition and the examples of a prompt, but not the input."""
-
-    marker: Tensor  # (m,D), embeddings of MARKER
-
-    def summarise(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Return x_hat (B,D) of the tokens before the marker."""
-        m = len(self.marker)
-        windows = embeddings.unfold(1, m, 1)  # (B,L-m+1,D,m)
-        is_marker = (windows == self.marker.to(embeddings).T).all(dim=-1).all(dim=-1)
-        behind = is_marker.cumsum(dim=1) > 0  # (B,L-m+1)
-        rest = behind[:, -1:].expand(-1, m - 1)
-        behind = torch.cat([behind, rest], dim=1)  # (B,L)
-        return super().summarise(embeddings, mask.bool() & ~behind)
 
 
 class Oracle(OrchMoE):
@@ -133,22 +113,20 @@ ROUTERS = {
     "flat": FlatRouter,
     "same start": SameStart,
 }
-NAMES = ("", *ROUTERS, "definition", "specialised", "category", "task")
+NAMES = ("", *ROUTERS, "specialised", "task")
 
 
 def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     """Return a function like attach_method with the router `name`, or attach_method itself for "".
 
-    random, sharp, flat, definition: see the classes above. category: an oracle that knows the
-    category of each training task; the number of categories must not exceed K. task: an oracle
-    that knows the task itself, with K = T. specialised: the skills train apart for the first third
-    of the steps. same start: the learnt router, and the initial values of seed 0 with every seed.
+    random, sharp, flat: see the classes above. task: an oracle that knows the task of each training
+    sample, with K = T. specialised: the skills train apart for the first third of the steps.
+    same start: the learnt router, and the initial values of seed 0 with every seed.
     """
     if name not in NAMES:
         raise ValueError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
     if name == "":
         return attach_method
-    tokenizer = tokenizers.load(settings.train.model)
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":
@@ -158,12 +136,6 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
         adapters = attach_method(method, module, config, **options)
         if name in ROUTERS and adapters.router is not None:
             adapters.router = replaced(adapters.router, ROUTERS[name])
-        if name == "definition":
-            ids = tokenizer.source(MARKER)[len(tokenizer.bos_ids) :]
-            ids = [i for i in ids if i not in tokenizer.eos_ids]
-            adapters.router = replaced(adapters.router, DefinitionRouter)
-            marker = module.embed(torch.tensor([ids], device=module.device))[0]
-            adapters.router.register_buffer("marker", marker, persistent=False)
         if name == "specialised":
             adapters = of_class(adapters, Specialising)
             adapters.apart = settings.train.steps // 3
@@ -171,10 +143,9 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             K, S = adapters.Z.shape[1:]
             own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
             adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
-        if name in ("category", "task"):
-            examples = data.load_sets(settings.data, tokenizer, ["train"])["train"]
-            labels = {example.task: getattr(example, name) for example in examples}
-            w = given_weights([labels[task] for task in examples.tasks], config.tasks)
+        if name == "task":
+            K = config.tasks
+            w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
             adapters = of_class(adapters, Oracle)
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
         return adapters
@@ -187,15 +158,6 @@ def replaced(router: TaskRouter, cls: type[TaskRouter]) -> TaskRouter:
     other = cls(len(router.mu), router.config)
     other.load_state_dict(router.state_dict())
     return other.to(router.mu)
-
-
-def given_weights(labels: Sequence[str], K: int) -> Tensor:
-    """Return w (T+1,K): one-hot for the label of each training task, then 1/K for unseen tasks."""
-    known = sorted(set(labels))
-    if len(known) > K:
-        raise ValueError(f"--tasks {K}: the training tasks have {len(known)} labels; raise it")
-    numbers = [known.index(label) for label in labels]
-    return torch.cat([torch.eye(K)[numbers], torch.full((1, K), 1 / K)])
 
 
 def of_class(adapters: OrchMoE, cls: type[OrchMoE]) -> OrchMoE:

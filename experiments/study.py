@@ -12,8 +12,8 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
     study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
 
-compare.py, report.py, fewshot.py, map.py and decision.py of experiments/ are studies.
-Test: pytest tests/experiments/test_compare.py tests/experiments/test_report.py
+compare.py, fewshot.py, map.py and decision.py of experiments/ are studies.
+Test: pytest tests/experiments/test_compare.py
 """
 
 import functools

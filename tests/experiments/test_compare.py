@@ -12,12 +12,13 @@ import sys
 import pytest
 import torch
 
+import data
 import runtime
 import train
 from baselines import attach_method
 from experiments import compare, plot, routers, study
 from experiments.study import Cell, Row, StudyConfig
-from helpers import LLAMA_SIZES, links
+from helpers import LLAMA_SIZES, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig, TaskRouter
 
@@ -118,21 +119,12 @@ def test_random_router_takes_the_place_of_the_learnt_one(small_t5):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("label, number", [("task", 28), ("category", 14)])
-def test_oracle_has_an_abstract_task_for_each_label(label, number, small_t5, home, monkeypatch):
-    monkeypatch.chdir(home)
-    attach = routers.attach_with(label, train.Settings.from_flags({"data": "sni"}))
-    config = OrchMoEConfig(router="none", tasks=28)
-    adapters = attach("orchmoe", small_t5, config, num_tasks=28)
+def test_oracle_has_an_abstract_task_for_each_task(small_t5):
+    attach = routers.attach_with("task", train.Settings())
+    adapters = attach("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
-    assert all(w.max() == w.sum() == 1 for w in known)
-    assert len({w.argmax().item() for w in known}) == number
-
-
-def test_given_weights_refuses_too_few_abstract_tasks():
-    with pytest.raises(ValueError, match="--tasks 1: the training tasks have 2 labels"):
-        routers.given_weights(["b", "a"], 1)
+    assert torch.equal(torch.stack(known), torch.eye(28))
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -365,3 +357,13 @@ def test_cells_of_all_seeds_are_runs_of_their_own(make_cells, tmp_path):
     for seed, cell in enumerate(cells[:2]):
         assert cell.settings.train.seed == seed
         assert cell.folder.name == cell.path.stem == f"{cell.name}-s{seed}"
+
+
+def test_subset_has_these_tasks_alone(tmp_path):
+    task = "task201_opposite_of_second_word"
+    folder = study.subset(tmp_path / "one", ROOT / "sni", [task])
+    assert data.read_splits(folder) == {"train": [task], "test": []}
+    with open(folder / "splits/default/train_tasks.txt") as read:  # by another process
+        study.subset(folder, tmp_path / "moved", ["task1"])
+        assert read.read() == f"{task}\n"
+    assert (folder / "tasks").readlink() == tmp_path / "moved/tasks"
