@@ -47,8 +47,8 @@ DEFAULTS = {
     "steps": 180,
     "batch_size": 8,
     "warmup": 20,
-    "eval_every": 90,
-    "eval_instances": 1600,
+    "eval_every": 180,
+    "eval_instances": 880,
     "train_instances": 60,
     "num_pos": 0,
     "max_source_length": 200,
@@ -178,7 +178,7 @@ def text(results: Path) -> str:
             rows = []
             for name in [name for name in ordered if name != "orchmoe"]:
                 for which in sets:
-                    found = difference(ordered["orchmoe"], ordered[name], which)
+                    found = difference(ordered, "orchmoe", name, which)
                     if found:
                         row = [f"orchmoe - {name}", which, signed(found), verdict(found)]
                         rows.append(row)

@@ -194,7 +194,14 @@ def make_map(study: Study) -> None:
 
 Group = dict[int, dict[str, Any]]  # finished cells of a row by seed
 SETS = ("seen", "unseen")
-PAIRS = (("orchmoe", "lora"), ("orchmoe", "floor"), ("ceiling", "floor"))
+# Differences in the table of the map: one row minus another, on a set.
+DIFFERENCES = (
+    ("orchmoe", "lora", "seen"),
+    ("orchmoe", "lora", "unseen"),
+    ("orchmoe", "floor", "seen"),
+    ("orchmoe", "floor", "unseen"),
+    ("ceiling", "floor", "seen"),
+)
 ROUTER = {  # numbers of routing.report, and their names in the tables
     "entropy": "entropy of w",
     "task_information": "information on the task",
@@ -212,20 +219,28 @@ def read_groups(folder: Path) -> dict[str, Group]:
     return groups
 
 
-def difference(one: Group, other: Group, which: str) -> Difference | None:
+def read_map(results: Path) -> dict[str, dict[str, dict[str, Group]]]:
+    """Return the finished cells of the map by axis and tag, and then as `read_groups` does."""
+    found: dict[str, dict[str, dict[str, Group]]] = {}
+    for axis, tags in AXES.items():
+        found[axis] = {}
+        for tag in tags:
+            found[axis][tag] = read_groups(results / point_name(axis, tag) / "cells")
+    return found
+
+
+def difference(groups: dict[str, Group], one: str, other: str, which: str) -> Difference | None:
     """Return the paired difference of two rows over their common seeds, with its interval."""
-    seeds = sorted(one.keys() & other.keys())
-    if not seeds:
+    seeds = sorted(groups.get(one, {}).keys() & groups.get(other, {}).keys())
+    if not seeds or one == other:
         return None
-    pair = [by_seed([group[seed] for seed in seeds], which) for group in (one, other)]
+    pair = [by_seed([groups[name][seed] for seed in seeds], which) for name in (one, other)]
     return interval(pair[0] - pair[1])
 
 
-def signed_difference(groups: dict[str, Group], name: str, first: str, which: str) -> str:
+def signed_difference(groups: dict[str, Group], one: str, other: str, which: str) -> str:
     """Return the difference of two rows with its interval, "-" if there is none."""
-    if name == first or name not in groups or first not in groups:
-        return "-"
-    found = difference(groups[name], groups[first], which)
+    found = difference(groups, one, other, which)
     return signed(found) if found else "-"
 
 
@@ -268,57 +283,72 @@ def stage_table(
     return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first, sets))
 
 
-def text(results: Path) -> str:
-    """Return all tables of the finished cells in Markdown."""
+def noise(group: Group) -> str:
+    """Return the sd of the seen loss over seeds, "-" of one seed."""
+    values = losses(group, "seen")
+    return f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
+
+
+def map_table(found: dict[str, dict[str, dict[str, Group]]]) -> str:
+    """Return the table of the map: a line for each point, with DIFFERENCES and what is beside."""
+    rows = []
+    for axis, tags in found.items():
+        for tag, groups in tags.items():
+            if not {"lora", "orchmoe"} <= groups.keys():
+                continue
+            row = [f"{axis} {tag}", len(groups["lora"].keys() & groups["orchmoe"].keys())]
+            row += [signed_difference(groups, *names) for names in DIFFERENCES]
+            row += [noise(groups[name]) for name in ("lora", "orchmoe")]
+            rows.append(row + router_numbers(groups["orchmoe"])[:1])
+    head = [f"{one} - {other}, {which}" for one, other, which in DIFFERENCES]
+    head = ["point", "seeds", *head, "noise of lora", "noise of orchmoe", "distance of w"]
+    return table(head, rows)
+
+
+def text(results: Path, found: dict[str, dict[str, dict[str, Group]]]) -> str:
+    """Return all tables of the finished cells in Markdown. found: those of the map."""
     parts = [
+        map_table(found),
         stage_table("calm", read_groups(results / "calm"), "lora-r0.01"),
         stage_table("router", read_groups(results / "router"), "rate_1e-6"),
     ]
-    pairs = []
-    for axis, tags in AXES.items():
-        for tag in tags:
-            groups = read_groups(results / point_name(axis, tag) / "cells")
+    for axis, tags in found.items():
+        for tag, groups in tags.items():
             ordered = {name: groups[name] for name in ROWS if name in groups}
             parts.append(stage_table(f"{axis} {tag}", ordered, "lora"))
-            for one, other in PAIRS:
-                found = [signed_difference(groups, one, other, which) for which in SETS]
-                if found != ["-", "-"]:
-                    pairs.append([f"{axis} {tag}", f"{one} - {other}", *found])
-    parts.append(table(["point", "difference", *SETS], pairs))
     parts.append(
         "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which "
-        "is the noise of a run. Differences with 95 % intervals over tasks and seeds together, of "
-        "one seed over tasks alone. "
+        "is the noise of a run. The columns of the noise have that of the seen loss. Differences "
+        "with 95 % intervals over tasks and seeds together, of one seed over tasks alone. "
         "Distance: mean KL of w from its start, in nats."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def figure(results: Path, path: Path) -> Path | None:
+def figure(found: dict[str, dict[str, dict[str, Group]]], path: Path) -> Path | None:
     """Draw each row minus LoRA along each axis. Return None without finished cells."""
     size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
     title = "Loss minus that of a LoRA (OrchMoE: of equal size); lower is better"
     canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 5.5, **size)
     drawn = False
-    for column, (axis, tags) in enumerate(AXES.items()):
+    for column, (axis, tags) in enumerate(found.items()):
         for line, which in enumerate(SETS):
             panel = axes[line][column]
             panel.axhline(0, color="black", linewidth=0.8)
             for number, name in enumerate(("orchmoe", "floor", "ceiling")):
+                if (name, which) == ("ceiling", "unseen"):  # it knows no unseen task
+                    continue
                 places = []
-                found = []
-                for place, tag in enumerate(tags):
-                    groups = read_groups(results / point_name(axis, tag) / "cells")
-                    both = name in groups and "lora" in groups
-                    paired = difference(groups[name], groups["lora"], which) if both else None
+                bars = []
+                for place, groups in enumerate(tags.values()):
+                    paired = difference(groups, name, "lora", which)
                     if paired:
                         places.append(place + 0.08 * (number - 1))
-                        found.append(paired)
-                # The ceiling knows no unseen task.
-                if not found or (name, which) == ("ceiling", "unseen"):
+                        bars.append(paired)
+                if not bars:
                     continue
                 drawn = True
-                mean, low, high = np.array(found).T
+                mean, low, high = np.array(bars).T
                 panel.errorbar(
                     places,
                     mean,
@@ -360,12 +390,13 @@ def main() -> None:
             study.run(stage_cells(config.stage, study))
 
     results = Path(study_config.results)
-    tables = text(results)
+    found = read_map(results)
+    tables = text(results, found)
     runtime.print_line(tables)
     with runtime.atomic_write(results / "tables.md") as file:
         file.write(tables.encode())
     if importlib.util.find_spec("matplotlib"):
-        path = figure(results, results / "map.png")
+        path = figure(found, results / "map.png")
         if path:
             runtime.print_line(f"written: {path}")
 

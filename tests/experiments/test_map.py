@@ -90,7 +90,10 @@ def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
     assert before == {path: path.read_bytes() for path in kept.rglob("*.json")}
 
 
-def test_rows_of_gives_losses_noise_and_paired_differences():
+@pytest.fixture
+def groups():
+    """Cells of LoRA with two seeds, and of OrchMoE with a third one."""
+
     def cell(seed, *losses):
         part = {
             "overall": {"loss": float(np.mean(losses))},
@@ -101,12 +104,24 @@ def test_rows_of_gives_losses_noise_and_paired_differences():
     lora = {0: cell(0, 1.0, 2.0), 1: cell(1, 1.2, 2.2)}
     orchmoe = {0: cell(0, 0.9, 1.8), 1: cell(1, 1.1, 2.1), 2: cell(2, 9.0, 9.0)}
     orchmoe[0]["router"] = {"distance": 0.25}
-    first, second = routing_map.rows_of({"lora": lora, "orchmoe": orchmoe}, "lora")
+    return {"lora": lora, "orchmoe": orchmoe}
+
+
+def test_rows_of_gives_losses_noise_and_paired_differences(groups):
+    first, second = routing_map.rows_of(groups, "lora")
     assert first[:4] == ["lora", 2, "1.600 (0.141)", "1.600 (0.141)"]
     assert first[4] == "-"
     mean, low, high = interval(np.array([[-0.1, -0.1], [-0.2, -0.1]]))  # the common seeds
     assert second[4] == f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     assert second[6] == "0.25"
+
+
+def test_map_table_has_the_noise_and_the_distance_beside_each_difference(groups):
+    del groups["orchmoe"][2]
+    _, _, line = routing_map.map_table({"steps": {"4": groups, "8": {}}}).splitlines()
+    cells = line.strip("| ").split(" | ")
+    assert cells[:3] == ["steps 4", "2", routing_map.rows_of(groups, "lora")[1][4]]
+    assert cells[4:] == ["-", "-", "-", "0.141", "0.177", "0.25"]  # no floor; sds; the distance
 
 
 # --------------------------------------------------------------------------------------- decision
