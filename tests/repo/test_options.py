@@ -21,7 +21,7 @@ import runtime  # noqa: E402
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
 STUDIES = tuple(
     f"experiments.{name}"
-    for name in ("bench", "compare", "decision", "fewshot", "map", "pretrain", "report")
+    for name in ("bench", "compare", "curves", "decision", "fewshot", "map", "pretrain")
 )
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
