@@ -28,6 +28,7 @@ from experiments.tables import (
     by_seed,
     by_task,
     interval,
+    publish,
     signed,
     table,
     tuning_table,
@@ -444,10 +445,8 @@ def main() -> None:
     config = runtime.from_flags(CurvesConfig, runtime.read_flags(__doc__, CurvesConfig))
     results = Path(config.results)
     cells = read_cells(results)
-    tables = text(cells, read_tuning(results), config.final)
-    runtime.print_line(tables)
-    with runtime.atomic_write(results / ("final.md" if config.final else "tables.md")) as file:
-        file.write(tables.encode())
+    path = results / ("final.md" if config.final else "tables.md")
+    publish(text(cells, read_tuning(results), config.final), path)
     if importlib.util.find_spec("matplotlib"):
         runtime.print_line(f"written: {figure(curves(cells), results / 'curves.png')}")
 

@@ -30,7 +30,7 @@ import tokenizer as tokenizers
 from experiments.map import ROWS as MAP_ROWS
 from experiments.map import Group, difference, losses, read_groups, stage_table
 from experiments.study import FIXED, Row, Study, pick_device, read_study, subset
-from experiments.tables import Difference, signed, table
+from experiments.tables import Difference, publish, signed, table
 
 RESULTS = runtime.ROOT / "experiments/results/decision"
 EQUAL = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
@@ -203,10 +203,7 @@ def main() -> None:
 
     results = Path(study_config.results)
     runtime.require_path(results / "tasks.json", "make the cells with --stage")
-    tables = text(results)
-    runtime.print_line(tables)
-    with runtime.atomic_write(results / "tables.md") as file:
-        file.write(tables.encode())
+    publish(text(results), results / "tables.md")
 
 
 if __name__ == "__main__":

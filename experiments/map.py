@@ -37,7 +37,7 @@ from experiments.study import (
     read_study,
     subset,
 )
-from experiments.tables import Difference, by_seed, interval, mean_and_sd, signed, table
+from experiments.tables import Difference, by_seed, interval, mean_and_sd, publish, signed, table
 
 RESULTS = runtime.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
@@ -391,10 +391,7 @@ def main() -> None:
 
     results = Path(study_config.results)
     found = read_map(results)
-    tables = text(results, found)
-    runtime.print_line(tables)
-    with runtime.atomic_write(results / "tables.md") as file:
-        file.write(tables.encode())
+    publish(text(results, found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):
         path = figure(found, results / "map.png")
         if path:

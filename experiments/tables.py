@@ -6,9 +6,12 @@ Letters: T tasks.  Test: pytest tests/experiments/test_tables.py
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import runtime
 
 METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
 COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))
@@ -111,6 +114,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     if not lines:
         return ""
     return "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
+
+
+def publish(text: str, path: Path) -> None:
+    """Print the tables and write them to a file."""
+    runtime.print_line(text)
+    with runtime.atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def signed(difference: Difference, digits: int = 3) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 import runtime
 from experiments import curves
+from experiments import map as routing_map
 from experiments.study import read_tuning
 from experiments.tables import halves, interval
 from helpers import ROOT, run
@@ -206,6 +207,9 @@ def test_tables_and_pages_have_the_numbers_of_the_cells():
     assert text == (curves.RESULTS / "final.md").read_text()
     first_seed = {name: each for name, each in cells.items() if name.endswith("-s0")}
     text += curves.text(first_seed, tuning)
+    of_map = routing_map.text(routing_map.RESULTS, routing_map.read_map(routing_map.RESULTS))
+    assert of_map == (routing_map.RESULTS / "tables.md").read_text()
+    text += of_map
 
     def quoted(text):
         number = r"([-+]?\d+\.\d+)"
