@@ -361,11 +361,15 @@ def routing_noise(
     return noise, drop
 
 
+class DivergedError(ValueError):
+    """A loss, a gradient or a weight is not a finite number."""
+
+
 def require_finite(step: int, batch: Batch, **values: float) -> None:
-    """Raise ValueError if a value is not a finite number."""
+    """Raise DivergedError if a value is not a finite number."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise ValueError(
+            raise DivergedError(
                 f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
                 "the last checkpoint is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"

@@ -25,9 +25,11 @@ from experiments.study import UNTRAINED, read_tuning
 from experiments.tables import (
     METRICS,
     Difference,
+    Group,
     by_seed,
     by_task,
     interval,
+    paired,
     publish,
     signed,
     table,
@@ -50,7 +52,6 @@ class CurvesConfig:
 
 
 Cells = dict[str, dict[str, Any]]  # by name
-Group = dict[int, dict[str, Any]]  # cells by seed
 Curve = dict[float, Group]  # by scale
 
 
@@ -91,9 +92,10 @@ def common(*curves: Curve) -> list[int]:
 
 
 def complete(curve: Curve) -> Curve:
-    """Return the points that share seeds: as many cells as possible, then as many points.
+    """Return points of the curve that share their seeds.
 
-    So a scale that is half made takes no seeds away.
+    They have as many cells as possible, and of these choices as many points. A scale with missing
+    seeds is left out, so that it does not remove seeds from the others.
     """
     parts = []
     for seeds in map(set, curve.values()):
@@ -281,11 +283,13 @@ def listed(seeds: Iterable[int]) -> str:
 class Page:
     """Tables in Markdown. Counts the intervals that they show.
 
-    columns: (set or half, metric) of the losses, "unseen-test" only in the final tables.
+    sets: the sets and halves that have columns, "unseen-test" only in the final tables.
     """
 
     def __init__(self, final: bool):
-        self.sets = ["seen", "unseen-dev"] + ["unseen-test"] * final
+        self.sets = ["seen", "unseen-dev"]
+        if final:
+            self.sets.append("unseen-test")
         self.parts: list[str] = []
         self.intervals = 0
 
@@ -319,11 +323,9 @@ class Page:
             for metric in metrics:
                 text = "-"
                 if group.keys() <= first.keys() and group is not first:
-                    seeds = sorted(group)
-                    one = by_seed([first[seed] for seed in seeds], which, metric)
-                    other = by_seed([group[seed] for seed in seeds], which, metric)
-                    if not np.isnan(one - other).any():
-                        text = self.signed(interval(one - other))
+                    differences = paired(first, group, which, metric)
+                    if not np.isnan(differences).any():
+                        text = self.signed(interval(differences))
                 cells.append(text)
         return cells
 

@@ -1,24 +1,26 @@
 """One decision: does OrchMoE beat a LoRA of the same total size on a pretrained base?
 
-The setting is a small rank, many tasks with dozens of examples each, and a high rate of the router.
-The training tasks are drawn with a fixed seed among those whose prompts fit. All other tasks that
-fit are unseen: official test tasks, and training tasks that are left out. The two primary outcomes
-are OrchMoE minus LoRA on seen and on unseen tasks. MoE-LoRA has the same S and R, and more weights
-in its routers. For floor and ceiling see experiments/map.py.
+docs/evidence.md has the plan, which was written before the first cell. This program is the plan: it
+takes no flags for what the plan says. The setting is a small rank, many tasks with dozens of
+examples each, and a high rate of the router. The training tasks are drawn with a fixed seed among
+those whose prompts fit. All other tasks that fit are unseen: official test tasks, and training
+tasks that are left out. The two primary outcomes are OrchMoE minus LoRA on seen and on unseen
+tasks. MoE-LoRA has the same S and R, and more weights in its routers. For floor and ceiling see
+experiments/map.py.
 
     python -m experiments.decision --stage pilot --data natural-instructions --model smollm2
     python -m experiments.decision --stage cells --data natural-instructions --model smollm2
     python -m experiments.decision                   # the tables of the finished cells
 
-The pilot makes floor and ceiling alone, with at most three seeds. If the ceiling is not better on
-seen tasks by three times the noise of a run, the decision is not worth its cells. `cells` tunes the
-three methods, with the same number of trials over lr_skills and alpha, and makes all cells. Stages
-go on after an interruption. Without --results the cells are those of this repository.
+The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
+tasks by three times the noise of a run, the decision is not run. `cells` tunes the three methods,
+with the same number of trials over lr_skills and alpha, and makes all cells. Stages go on after an
+interruption. Without --results the cells are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +29,29 @@ import numpy as np
 import data
 import runtime
 import tokenizer as tokenizers
+from experiments.map import EQUAL, difference, losses, read_groups, stage_table
 from experiments.map import ROWS as MAP_ROWS
-from experiments.map import Group, difference, losses, read_groups, stage_table
-from experiments.study import FIXED, Row, Study, pick_device, read_study, subset
-from experiments.tables import Difference, publish, signed, table
+from experiments.study import (
+    SETTINGS,
+    Row,
+    Study,
+    StudyConfig,
+    pick_device,
+    read_study,
+    read_tuning,
+    subset,
+)
+from experiments.tables import Difference, Group, publish, signed, table, tuning_table
 
 RESULTS = runtime.ROOT / "experiments/results/decision"
-EQUAL = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
 TUNED = EQUAL | {"moe-lora": Row({"method": "moe-lora"})}
-ROWS = TUNED | {name: MAP_ROWS[name] for name in ("floor", "ceiling")}
+ROWS = TUNED | MAP_ROWS
+PILOT = {name: ROWS[name] for name in ("floor", "ceiling")}
+PILOT_SEEDS = 3
+TRAIN_TASKS = 24
+WHOLE = 95  # of the first 100 prompts of a task must fit
 MARGIN = 0.02  # nats; a smaller difference counts as none
+CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")  # what is not in the plan
 
 DEFAULTS = {
     "out": "results/decision",
@@ -53,7 +68,7 @@ DEFAULTS = {
     "num_pos": 0,
     "max_source_length": 200,
     "max_target_length": 64,
-    "tasks": 24,
+    "tasks": TRAIN_TASKS,
     "rank": 1,
     "lr_skills": 1e-2,
     "lr_allocation": 1e-1,
@@ -65,16 +80,15 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "table"] = "table"  # what is made; table: nothing
-    train_tasks: int = 24  # number of training tasks
+    stage: Literal["pilot", "cells", "table"] = "table"  # the cells to make; table: none
 
 
 def whole_prompts(
     config: data.DataConfig, task: str, tokenizer: tokenizers.Tokenizer
-) -> tuple[float, int]:
-    """Return the share of prompts that fit, and the number of different inputs, of a task.
+) -> tuple[int, int]:
+    """Return how many prompts of a task fit, and its number of different inputs.
 
-    Both are of its first 100 instances.
+    Only the first 100 instances count.
     """
     values = data.read_task(Path(config.data, "tasks", f"{task}.json"))
     instances = values["instances"][:100]
@@ -84,42 +98,45 @@ def whole_prompts(
             values, instance, tokenizer, num_pos=0, max_source_length=config.max_source_length
         )
         whole += prompt.endswith("Output: ")
-    return whole / len(instances), len({instance["input"] for instance in instances})
+    return whole, len({instance["input"] for instance in instances})
 
 
 def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
 
-    Only tasks of which 95 % of the prompts are whole take part. `number` of the training tasks with
-    100 different inputs are drawn with a fixed seed. Raise ValueError if there are fewer.
+    A task takes part if at least WHOLE of its first 100 prompts fit, so it needs as many instances.
+    `number` of the training tasks with 100 different inputs are drawn with a fixed seed. Raise
+    ValueError if there are fewer.
     """
     config = study.settings.data
     tokenizer = tokenizers.load(study.settings.train.model)
     lists = data.read_splits(config.data)
     test = []
     for task in sorted(lists["test"]):
-        share, _ = whole_prompts(config, task, tokenizer)
-        if share >= 0.95:
+        whole, _ = whole_prompts(config, task, tokenizer)
+        if whole >= WHOLE:
             test.append(task)
     order = sorted(lists["train"])
     random.Random("decision").shuffle(order)
     train = []
     left_out = []
     for task in order:
-        share, different = whole_prompts(config, task, tokenizer)
-        if share >= 0.95 and different == 100 and len(train) < number:
+        whole, different = whole_prompts(config, task, tokenizer)
+        if whole < WHOLE:
+            continue
+        if different == 100 and len(train) < number:
             train.append(task)
-        elif share >= 0.95:
+        else:
             left_out.append(task)
     if len(train) < number:
         raise ValueError(f"{config.data}: {len(train)} training tasks fit, fewer than {number}")
     return {"train": sorted(train), "test": test, "left out": sorted(left_out)}
 
 
-def data_of(study: Study, number: int) -> str:
+def data_of(study: Study) -> str:
     """Return a data folder with these tasks, in which all unseen tasks are test tasks."""
     path = study.results / "tasks.json"
-    tasks = choose_tasks(study, number)
+    tasks = choose_tasks(study, TRAIN_TASKS)
     if path.exists() and runtime.read_json(path) != tasks:
         raise ValueError(f"{path}: made with other tasks; name another folder with --results")
     runtime.write_json(path, tasks)
@@ -135,18 +152,17 @@ def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, 
     """Return the cell with the two groups of unseen tasks as sets of their own."""
     parts = {}
     for group in ("test", "left out"):
-        tasks = {}
-        for name, scores in cell["unseen"]["tasks"].items():
-            if name in lists[group]:
-                tasks[name] = scores
+        tasks = {name: cell["unseen"]["tasks"][name] for name in lists[group]}
         mean = float(np.mean([scores["loss"] for scores in tasks.values()]))
         parts[group] = {"tasks": tasks, "overall": {"loss": mean}}
     return cell | parts
 
 
-def verdict(found: Difference) -> str:
-    """Return what a difference of OrchMoE from another row decides, by its 95 % interval."""
+def verdict(found: Difference, seeds: int) -> str:
+    """Return what the difference of OrchMoE from another row decides, by its 95 % interval."""
     _, low, high = found
+    if seeds < DEFAULTS["seeds"]:
+        return "unfinished"
     if -MARGIN < low and high < MARGIN:
         return f"equivalent within {MARGIN}"
     if high < 0:
@@ -156,52 +172,63 @@ def verdict(found: Difference) -> str:
     return "undecided"
 
 
+def pilot_verdict(groups: dict[str, Group]) -> str:
+    """Return whether the ceiling is better than the floor by three times the noise of a run."""
+    floor, ceiling = (losses(groups.get(name, {}), "seen") for name in PILOT)
+    if min(len(floor), len(ceiling)) < PILOT_SEEDS:
+        return "The pilot is unfinished."
+    gain = np.mean(floor) - np.mean(ceiling)
+    noise = max(np.std(floor, ddof=1), np.std(ceiling, ddof=1))
+    decision = "the decision is run" if gain > 3 * noise else "the decision is not run"
+    return f"Seen: floor - ceiling {gain:.3f}, {gain / noise:.1f} times the noise: {decision}."
+
+
 def text(results: Path) -> str:
     """Return the tables of the finished cells in Markdown."""
     lists = runtime.read_json(results / "tasks.json")
     sets = ("seen", "unseen", "test", "left out")
-    parts = []
-    for stage, first in (("pilot", "floor"), ("cells", "lora")):
+    stages = {}
+    for stage in ("pilot", "cells"):
         groups: dict[str, Group] = {}
         for name, group in read_groups(results / stage).items():
             groups[name] = {seed: with_groups(cell, lists) for seed, cell in group.items()}
-        ordered = {name: groups[name] for name in ROWS if name in groups}
-        parts.append(stage_table(stage, ordered, first, sets))
-        if stage == "pilot" and ordered.keys() == {"floor", "ceiling"}:
-            floor, ceiling = (losses(ordered[name], "seen") for name in ("floor", "ceiling"))
-            gain = np.mean(floor) - np.mean(ceiling)
-            noise = max(np.std(floor, ddof=1), np.std(ceiling, ddof=1))
-            parts.append(
-                f"Seen: floor minus ceiling {gain:.3f}, {gain / noise:.1f} times the noise."
-            )
-        if stage == "cells" and "orchmoe" in ordered:
-            rows = []
-            for name in [name for name in ordered if name != "orchmoe"]:
-                for which in sets:
-                    found = difference(ordered, "orchmoe", name, which)
-                    if found:
-                        row = [f"orchmoe - {name}", which, signed(found), verdict(found)]
-                        rows.append(row)
-            parts.append(table(["difference", "tasks", "nats", "verdict"], rows))
+        stages[stage] = {name: groups[name] for name in ROWS if name in groups}
+
+    pilot, cells = stages["pilot"], stages["cells"]
+    rows = []
+    for name in cells:
+        for which in sets:
+            found = difference(cells, "orchmoe", name, which)
+            if found:
+                seeds = len(cells["orchmoe"].keys() & cells[name].keys())
+                decided = verdict(found, seeds)
+                rows.append([f"orchmoe - {name}", which, seeds, signed(found), decided])
+    parts = [
+        stage_table("pilot", pilot, "floor", sets),
+        pilot_verdict(pilot),
+        tuning_table(read_tuning(results)),
+        stage_table("cells", cells, "lora", sets),
+        table(["difference", "tasks", "seeds", "nats", "verdict"], rows),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main() -> None:
-    fixed = (*FIXED, "splits", "max_tasks", "alpha", "router", "tune")
-    _, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, fixed)
+    planned = []
+    for cls in (*SETTINGS, StudyConfig):
+        planned += [field.name for field in fields(cls) if field.name not in CHOICES]
+    _, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
+    results = Path(study_config.results)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
-        values = {"data": data_of(study, config.train_tasks)}
+        values = {"data": data_of(study)}
+        rows, seeds = ROWS, range(study_config.seeds)
         if config.stage == "pilot":
-            rows = {name: ROWS[name] for name in ("floor", "ceiling")}
-            seeds = range(min(3, study_config.seeds))
-            study.run(study.cells("pilot", rows, {"": values}, seeds, "losses"))
+            rows, seeds = PILOT, range(PILOT_SEEDS)
         else:
             study.tune(TUNED, study_config.trials, ("lr_skills", "alpha"), **values)
-            seeds = range(study_config.seeds)
-            study.run(study.cells("cells", ROWS, {"": values}, seeds, "losses"))
+        study.run(study.cells(config.stage, rows, {"": values}, seeds, "losses"))
 
-    results = Path(study_config.results)
     runtime.require_path(results / "tasks.json", "make the cells with --stage")
     publish(text(results), results / "tables.md")
 

@@ -1,11 +1,11 @@
 """When does routing pay? OrchMoE against a LoRA of the same total size, on the bundled data.
 
-The map varies one flag at a time around a centre: the total rank, the number of steps, and the
-number of training tasks (with fewer tasks there are fewer examples, too). Each point has four rows.
-LoRA and OrchMoE have one total size and are tuned there on dev, with the same number of trials. The
-floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE that is given the real task,
-w = one-hot; on unseen tasks it has w = 1/K. Both take the rates of OrchMoE, and their sizes differ
-from the others' by the weights of the routing. OrchMoE minus the floor is what routing does.
+The map goes along three axes from a centre: the total rank, the number of steps, and the number of
+training tasks (with fewer tasks there are fewer examples, too). Each point has four rows. LoRA and
+OrchMoE have the same total size, and both are tuned on dev with the same number of trials. The
+floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE that is told the real task, with
+w one-hot, and 1/K on unseen tasks. Floor and ceiling use the tuned values of OrchMoE, and their
+sizes differ from the others' by the weights of the routing.
 
     python -m experiments.map --stage calm       # how much do two runs of the same settings differ?
     python -m experiments.map --stage router     # which routers leave their start?
@@ -35,9 +35,20 @@ from experiments.study import (
     changed,
     pick_device,
     read_study,
+    read_tuning,
     subset,
 )
-from experiments.tables import Difference, by_seed, interval, mean_and_sd, publish, signed, table
+from experiments.tables import (
+    Difference,
+    Group,
+    interval,
+    mean_and_sd,
+    paired,
+    publish,
+    signed,
+    table,
+    tuning_table,
+)
 
 RESULTS = runtime.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
@@ -58,7 +69,7 @@ CALM = {
     "r0.003": {"lr_skills": 3e-3},
     "r0.003-1800": {"lr_skills": 3e-3, "steps": 1800, "eval_every": 900},
 }
-# OrchMoE with other routers. The first one stays at its start.
+# OrchMoE with other routers. At a rate of 1e-6 the router stays at its start.
 ROUTERS = {
     "rate 1e-6": Row({"lr_router": 1e-6}, **LIKE),
     "rate 2e-4": Row({"lr_router": 2e-4}, **LIKE),
@@ -73,7 +84,7 @@ ROUTERS = {
     "skills apart first": Row(router="specialised", **LIKE),
 }
 
-# Each axis of the map: what a point is called there -> what it changes. A point that changes
+# Each axis of the map: label of a point -> the settings that it changes. A point that changes
 # nothing is the centre: total rank 4, 600 steps, 28 training tasks ("train_tasks").
 AXES = {
     "total rank": {
@@ -107,7 +118,7 @@ DEFAULTS = {
 class MapConfig:
     """Map: which cells are made."""
 
-    stage: Literal["calm", "router", "map", "table"] = "table"  # what is made; table: nothing
+    stage: Literal["calm", "router", "map", "table"] = "table"  # the cells to make; table: none
 
 
 def stage_cells(stage: str, study: Study) -> list[Cell]:
@@ -161,20 +172,17 @@ def fewer_tasks(study: Study, tasks: int) -> str:
 
 
 def tune(point: str, study: Study, centre: dict[str, dict[str, float]]) -> None:
-    """Tune both rows: every rate and the scale at the centre, elsewhere lr_skills and alpha.
+    """Tune both rows: all rates and alpha at the centre, elsewhere lr_skills and alpha.
 
-    centre: the best values of the centre, from which the other points start. The scale alpha / R
-    is what carries over.
+    centre: the best values of the centre, from which the other points start. alpha is multiplied by
+    R, so that alpha / R stays the same (the centre has R = 1).
     """
     if point == CENTRE:
         study.tune(EQUAL, CENTRE_TRIALS)
         return
     for name, values in centre.items():
         study.best[name] = values | {"alpha": values["alpha"] * study.settings.adapter.rank}
-    starts = dict(study.best)
     study.tune(EQUAL, study.config.trials, ("lr_skills", "alpha"))
-    for name, start in starts.items():
-        study.best[name] = start | study.best[name]
 
 
 def make_map(study: Study) -> None:
@@ -192,7 +200,7 @@ def make_map(study: Study) -> None:
 
 # ------------------------------------------------------------------------------ tables and figure
 
-Group = dict[int, dict[str, Any]]  # finished cells of a row by seed
+Groups = dict[str, Group]  # finished cells by row
 SETS = ("seen", "unseen")
 # Differences in the table of the map: one row minus another, on a set.
 DIFFERENCES = (
@@ -202,16 +210,16 @@ DIFFERENCES = (
     ("orchmoe", "floor", "unseen"),
     ("ceiling", "floor", "seen"),
 )
-ROUTER = {  # numbers of routing.report, and their names in the tables
+ROUTER_COLUMNS = {  # numbers of routing.report, and their names in the tables
     "entropy": "entropy of w",
     "task_information": "information on the task",
     "skill_cosine": "cosine of the skills",
 }
 
 
-def read_groups(folder: Path) -> dict[str, Group]:
-    """Return the finished cells of a stage or point, by row and point, then by seed."""
-    groups: dict[str, Group] = {}
+def read_groups(folder: Path) -> Groups:
+    """Return the finished cells of a stage or point, by row and tag, then by seed."""
+    groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
         cell = runtime.read_json(path)
         name = path.stem.rpartition("-s")[0]
@@ -219,26 +227,19 @@ def read_groups(folder: Path) -> dict[str, Group]:
     return groups
 
 
-def read_map(results: Path) -> dict[str, dict[str, dict[str, Group]]]:
-    """Return the finished cells of the map by axis and tag, and then as `read_groups` does."""
-    found: dict[str, dict[str, dict[str, Group]]] = {}
-    for axis, tags in AXES.items():
-        found[axis] = {}
-        for tag in tags:
-            found[axis][tag] = read_groups(results / point_name(axis, tag) / "cells")
-    return found
+def read_map(results: Path) -> dict[str, Groups]:
+    """Return the finished cells of the map by point."""
+    return {point: read_groups(results / point / "cells") for point in points()}
 
 
-def difference(groups: dict[str, Group], one: str, other: str, which: str) -> Difference | None:
+def difference(groups: Groups, one: str, other: str, which: str) -> Difference | None:
     """Return the paired difference of two rows over their common seeds, with its interval."""
-    seeds = sorted(groups.get(one, {}).keys() & groups.get(other, {}).keys())
-    if not seeds or one == other:
+    if one == other or not groups.get(one, {}).keys() & groups.get(other, {}).keys():
         return None
-    pair = [by_seed([groups[name][seed] for seed in seeds], which) for name in (one, other)]
-    return interval(pair[0] - pair[1])
+    return interval(paired(groups[one], groups[other], which))
 
 
-def signed_difference(groups: dict[str, Group], one: str, other: str, which: str) -> str:
+def signed_difference(groups: Groups, one: str, other: str, which: str) -> str:
     """Return the difference of two rows with its interval, "-" if there is none."""
     found = difference(groups, one, other, which)
     return signed(found) if found else "-"
@@ -248,11 +249,17 @@ def losses(group: Group, which: str) -> list[float]:
     return [cell[which]["overall"]["loss"] for cell in group.values()]
 
 
+def noise(group: Group) -> str:
+    """Return the sd of the seen loss over seeds, "-" if there is one seed."""
+    values = losses(group, "seen")
+    return f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
+
+
 def router_numbers(group: Group) -> list[str]:
-    """Return the mean over seeds of what the router does: its distance first, then ROUTER."""
+    """Return the means over seeds of what the router does: its distance, then ROUTER_COLUMNS."""
     # A cell of a method without a router has "router": None.
     found = [[(cell.get("router") or {}).get("distance") for cell in group.values()]]
-    for name in ROUTER:
+    for name in ROUTER_COLUMNS:
         found.append([cell.get("learnt", {}).get(name) for cell in group.values()])
     texts = []
     for values in found:
@@ -261,39 +268,30 @@ def router_numbers(group: Group) -> list[str]:
     return texts
 
 
-def rows_of(groups: dict[str, Group], first: str, sets: Sequence[str] = SETS) -> list[list[str]]:
-    """Return for each row: seeds, losses with their sd, difference from the first, its router."""
+def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str] = SETS) -> str:
+    """Return a line for each row: seeds, losses with their sd, and what its router does.
+
+    first: the row whose losses are subtracted from those of the others (default: none).
+    """
+    compared = sets if first else ()
     rows = []
     for name, group in groups.items():
         row = [name, len(group)]
         for which in sets:
             values = losses(group, which)
             row.append(mean_and_sd(values, 3) if len(values) > 1 else f"{values[0]:.3f}")
-        for which in sets:
-            row.append(signed_difference(groups, name, first, which))
+        row += [signed_difference(groups, name, first, which) for which in compared]
         rows.append(row + router_numbers(group))
-    return rows
+    head = [title, "seeds", *sets, *(f"{which}, minus {first}" for which in compared)]
+    return table([*head, "distance of w", *ROUTER_COLUMNS.values()], rows)
 
 
-def stage_table(
-    title: str, groups: dict[str, Group], first: str, sets: Sequence[str] = SETS
-) -> str:
-    """Return the table of one stage or point. first: the row whose losses are subtracted."""
-    head = [title, "seeds", *sets, *(f"{which}, minus {first}" for which in sets)]
-    return table([*head, "distance of w", *ROUTER.values()], rows_of(groups, first, sets))
-
-
-def noise(group: Group) -> str:
-    """Return the sd of the seen loss over seeds, "-" of one seed."""
-    values = losses(group, "seen")
-    return f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
-
-
-def map_table(found: dict[str, dict[str, dict[str, Group]]]) -> str:
-    """Return the table of the map: a line for each point, with DIFFERENCES and what is beside."""
+def map_table(found: dict[str, Groups]) -> str:
+    """Return a line for each point: DIFFERENCES, the noise of both rows, the distance of w."""
     rows = []
-    for axis, tags in found.items():
-        for tag, groups in tags.items():
+    for axis, tags in AXES.items():
+        for tag in tags:
+            groups = found[point_name(axis, tag)]
             if not {"lora", "orchmoe"} <= groups.keys():
                 continue
             row = [f"{axis} {tag}", len(groups["lora"].keys() & groups["orchmoe"].keys())]
@@ -305,55 +303,69 @@ def map_table(found: dict[str, dict[str, dict[str, Group]]]) -> str:
     return table(head, rows)
 
 
-def text(results: Path, found: dict[str, dict[str, dict[str, Group]]]) -> str:
+def text(results: Path, found: dict[str, Groups]) -> str:
     """Return all tables of the finished cells in Markdown. found: those of the map."""
+    tuning = {}
+    for point in found:
+        for name, report in read_tuning(results / point).items():
+            tuning[f"{point}: {name}"] = report
     parts = [
         map_table(found),
-        stage_table("calm", read_groups(results / "calm"), "lora-r0.01"),
+        tuning_table(tuning),
+        stage_table("calm", read_groups(results / "calm")),
         stage_table("router", read_groups(results / "router"), "rate_1e-6"),
     ]
-    for axis, tags in found.items():
-        for tag, groups in tags.items():
-            ordered = {name: groups[name] for name in ROWS if name in groups}
-            parts.append(stage_table(f"{axis} {tag}", ordered, "lora"))
-    parts.append(
-        "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which "
-        "is the noise of a run. The columns of the noise have that of the seen loss. Differences "
-        "with 95 % intervals over tasks and seeds together, of one seed over tasks alone. "
-        "Distance: mean KL of w from its start, in nats."
-    )
+    for point, groups in found.items():
+        ordered = {name: groups[name] for name in ROWS if name in groups}
+        parts.append(stage_table(point, ordered, "lora"))
+    count = sum(part.count("[") for part in parts)
+    chance = f"about {count / 20:.0f} would exclude zero if nothing differed"
+    parts.append(f"{NOTE} Of the {count} intervals here {chance}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def figure(found: dict[str, dict[str, dict[str, Group]]], path: Path) -> Path | None:
+NOTE = (
+    "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which is "
+    "the noise of a run. The columns of the noise have that of the seen loss. Differences with "
+    "95 % intervals over tasks and seeds together, of one seed over tasks alone. Distance: mean KL "
+    "of w from its start on dev, in nats; the other numbers of the router are of seen instances."
+)
+LABELS = {
+    "orchmoe": "OrchMoE",
+    "floor": "floor: no router, w = 1/K",
+    "ceiling": "ceiling: w is the real task",
+}
+
+
+def figure(found: dict[str, Groups], path: Path) -> Path | None:
     """Draw each row minus LoRA along each axis. Return None without finished cells."""
+    if not any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values()):
+        return None
     size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
     title = "Loss minus that of a LoRA (OrchMoE: of equal size); lower is better"
     canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 5.5, **size)
-    drawn = False
-    for column, (axis, tags) in enumerate(found.items()):
+    drawn = {}  # a handle for each label
+    for column, (axis, tags) in enumerate(AXES.items()):
         for line, which in enumerate(SETS):
             panel = axes[line][column]
             panel.axhline(0, color="black", linewidth=0.8)
-            for number, name in enumerate(("orchmoe", "floor", "ceiling")):
+            for number, (name, label) in enumerate(LABELS.items()):
                 if (name, which) == ("ceiling", "unseen"):  # it knows no unseen task
                     continue
                 places = []
                 bars = []
-                for place, groups in enumerate(tags.values()):
-                    paired = difference(groups, name, "lora", which)
-                    if paired:
+                for place, tag in enumerate(tags):
+                    bar = difference(found[point_name(axis, tag)], name, "lora", which)
+                    if bar:
                         places.append(place + 0.08 * (number - 1))
-                        bars.append(paired)
+                        bars.append(bar)
                 if not bars:
                     continue
-                drawn = True
                 mean, low, high = np.array(bars).T
-                panel.errorbar(
+                drawn[label] = panel.errorbar(
                     places,
                     mean,
                     yerr=[mean - low, high - mean],
-                    label=LABELS[name],
                     color=plot.COLOURS[number],
                     marker=plot.MARKERS[number],
                     markersize=4,
@@ -363,24 +375,15 @@ def figure(found: dict[str, dict[str, dict[str, Group]]], path: Path) -> Path | 
             panel.set_xticks(range(len(tags)), tags)
             panel.set_title(f"{which} tasks")
             panel.set_xlabel(axis)
-    if not drawn:
-        return None
-    axes[0][0].set_ylabel("nats per target token")
-    axes[1][0].set_ylabel("nats per target token")
-    canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for row in axes:
+        row[0].set_ylabel("nats per target token")
+    canvas.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     return plot.save(canvas, path)
-
-
-LABELS = {
-    "orchmoe": "OrchMoE",
-    "floor": "floor: no router, w = 1/K",
-    "ceiling": "ceiling: w is the real task",
-}
 
 
 def main() -> None:
     fixed = (*FIXED, "data", "splits", "max_tasks", "tasks", "skills", "rank", "alpha", "router")
-    fixed += ("tune", "steps")
+    fixed = (*fixed, "tune", "steps", "accumulate")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)

@@ -26,13 +26,13 @@ from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
 
 
 class RandomRouter(TaskRouter):
-    """A router whose w says nothing about the sample, but is always the same for a sample."""
+    """A router whose w is fixed for each sample and unrelated to its content."""
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return w (B,K). Its entropy is about ln(K) / 3, as that of a learnt router at its start.
 
-        w depends on sines of random projections, which are so steep that similar samples share
-        nothing.
+        w is the softmax of sines of random projections. The projections are so large that similar
+        samples get unrelated w.
         """
         x_hat = self.summarise(embeddings, mask)  # (B,D)
         steep = 1e3 * torch.randn(self.W_task.shape, generator=runtime.generator(0))  # (K,D)
@@ -59,7 +59,7 @@ class FlatRouter(SharpRouter):
 
 
 class SameStart(TaskRouter):
-    """A router whose k-means starts as that of seed 0, with every seed."""
+    """A router whose k-means uses the random numbers of seed 0, with every seed."""
 
     def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
         """Start as TaskRouter does, with the generator that train.fit_router has for seed 0."""
@@ -117,7 +117,7 @@ NAMES = ("", *ROUTERS, "specialised", "task")
 
 
 def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
-    """Return a function like attach_method with the router `name`, or attach_method itself for "".
+    """Return a function like attach_method with the router `name`. With "" it is the learnt one.
 
     random, sharp, flat: see the classes above. task: an oracle that knows the task of each training
     sample, with K = T. specialised: the skills train apart for the first third of the steps.
@@ -125,8 +125,6 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     """
     if name not in NAMES:
         raise ValueError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
-    if name == "":
-        return attach_method
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":

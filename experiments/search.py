@@ -4,6 +4,7 @@ Test: pytest tests/experiments/test_search.py
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ class Search:
             point = self.next_point()
             cell = self.cell_of(self.values(point))
             yield cell
-            self.losses[point] = cell.result()["dev_loss"]
+            loss = cell.result()["dev_loss"]
+            self.losses[point] = math.inf if loss is None else loss  # None: the run diverged
 
     def best(self) -> Point:
         return min(self.losses, key=self.losses.get)

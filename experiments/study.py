@@ -18,6 +18,7 @@ Test: pytest tests/experiments/test_compare.py
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -192,7 +193,18 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
         runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.train.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
-            if not train.train(cell.settings, device, launch, final_scores=False, attach=attach):
+            try:
+                finished = train.train(
+                    cell.settings, device, launch, final_scores=False, attach=attach
+                )
+            except train.DivergedError as error:
+                if cell.scores != "dev":
+                    raise
+                # A trial that diverges has no loss, and the search goes on with other values.
+                diverged = {"dev_loss": None, "diverged": str(error)}
+                runtime.write_json(cell.path, result | diverged)
+                return True
+            if not finished:
                 return False
         if not cell.row.w:
             on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
@@ -311,8 +323,12 @@ def replaced_w(
 
 def _start_worker(threads: int) -> None:
     """End this worker when its parent is killed. It would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 
 
@@ -335,13 +351,14 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     def finish(queue, run):
         for cell in queue:
             cell.require_same()
-            if not cell.path.exists() and not stopped.is_set():
-                if run(cell, device):
-                    print_done(cell)
-                else:
-                    stopped.set()
             if stopped.is_set():
                 return
+            if cell.path.exists():
+                continue
+            if not run(cell, device):
+                stopped.set()
+                return
+            print_done(cell)
 
     if jobs == 1 or len(queues) == 1:
         for queue in queues:
@@ -371,11 +388,11 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
 def print_done(cell: Cell) -> None:
     result = cell.result()
     parts = [str(cell.path)]
-    if "dev_loss" in result:
+    if "diverged" in result:
+        parts.append("diverged")
+    elif "dev_loss" in result:
         parts.append(f"dev loss {result['dev_loss']:.4f}")
-    for name, value in result.get("seen", {}).get("overall", {}).items():
-        parts.append(f"seen {name} {value:.2f}")
-    runtime.print_line(f"{', '.join(parts)}, {result['seconds']} s")
+    runtime.print_line(", ".join(parts))
 
 
 # ----------------------------------------------------------------------------------------- study
@@ -472,6 +489,7 @@ class Study:
         """Make the cells that are not finished. Those that share a run are made in turn."""
         queues: dict[Path, list[Cell]] = {}
         for cell in cells:
+            cell.require_same()  # before any of them is made
             queues.setdefault(cell.folder, []).append(cell)
         run_cells(list(queues.values()), self.config.jobs, self.device)
 
@@ -498,7 +516,9 @@ class Study:
 
         reports = {name: search.report() for name, search in searches.items()}
         for name, report in reports.items():
-            self.best[name] = report["best"]
+            if report["dev_loss"] == math.inf:
+                raise ValueError(f"{name}: all trials diverged; start from a lower --lr-skills")
+            self.best[name] = self.best.get(name, {}) | report["best"]
             if report["edges"]:
                 runtime.warn(
                     f"{name}: the best value of {', '.join(report['edges'])} is on the edge of "

@@ -22,6 +22,7 @@ ROUTER = {  # numbers of routing.report
     "distance": "mean abs(c - 1/S)",
 }
 Difference = tuple[float, float, float]  # mean, low, high
+Group = dict[int, dict[str, Any]]  # the cells of a row by seed
 
 
 # -------------------------------------------------------------------------------------- intervals
@@ -103,6 +104,18 @@ def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarra
 def by_seed(cells: Iterable[dict], which: str, metric: str = "loss") -> np.ndarray:
     """Return the scores (T, seeds) of cells that are one for each seed."""
     return np.stack([by_task(cell, which, metric) for cell in cells], axis=1)
+
+
+def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.ndarray:
+    """Return the differences one - other (T, seeds) of the seeds that both have."""
+    cells = []
+    for group in (one, other):
+        cells.append([group[seed] for seed in sorted(one.keys() & other.keys())])
+    for first, second in zip(*cells, strict=True):
+        part = which.partition("-")[0]
+        if first[part]["tasks"].keys() != second[part]["tasks"].keys():
+            raise ValueError(f"the cells of two rows have different {part} tasks")
+    return by_seed(cells[0], which, metric) - by_seed(cells[1], which, metric)
 
 
 # --------------------------------------------------------------------------------------- Markdown

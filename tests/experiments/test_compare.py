@@ -17,6 +17,7 @@ import runtime
 import train
 from baselines import attach_method
 from experiments import compare, plot, routers, study
+from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
 from helpers import LLAMA_SIZES, ROOT, links
 from helpers import run as run_program
@@ -214,6 +215,29 @@ def test_cell_require_same(tmp_path):
     (cell.folder / "config.json").touch()  # a run that nobody knows
     with pytest.raises(ValueError, match="lora/cell.json: made with replaced_router None, not "):
         cell.require_same()
+
+
+def test_run_cell_records_a_trial_that_diverges(tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise train.DivergedError("step 3")
+
+    monkeypatch.setattr(train, "train", diverge)
+    trial = cell_of(tmp_path, "lora", scores="dev")
+    assert study.run_cell(trial, CPU)
+    assert trial.result()["diverged"] == "step 3"
+    search = Search({"lr_skills": 1e-2}, 1, lambda _: trial)
+    assert list(search) == [trial]
+    assert search.losses == {(0,): math.inf}
+    with pytest.raises(train.DivergedError):
+        study.run_cell(trial._replace(scores="losses"), CPU)
+
+
+def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
+    cells = [cell_of(tmp_path, name) for name in "ab"]
+    runtime.write_json(cells[1].path, {"settings": {"row": "other"}})
+    with pytest.raises(ValueError, match="b.json: made with row other"):
+        study.Study(train.Settings(), CPU, StudyConfig(jobs=1), {}).run(cells)
 
 
 def test_controls_of_the_router(small, home, monkeypatch):

@@ -53,14 +53,30 @@ def test_fewer_tasks_are_spread_over_the_list(study):
 
 
 def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypatch):
-    monkeypatch.setattr(Study, "tune", lambda self, *_: self.best.update(orchmoe={"alpha": 8.0}))
-    of_point = routing_map.study_at("total-rank-32", study)
-    routing_map.tune("total-rank-32", of_point, {"orchmoe": {"alpha": 2.0, "lr_router": 0.5}})
-    assert of_point.best["orchmoe"] == {"alpha": 8.0, "lr_router": 0.5}
+    """All searches here find that their start is the best."""
 
-    monkeypatch.setattr(Study, "tune", lambda self, *_: None)
-    routing_map.tune("total-rank-32", of_point, {"orchmoe": {"alpha": 2.0, "lr_router": 0.5}})
-    assert of_point.best["orchmoe"] == {"alpha": 16.0, "lr_router": 0.5}  # alpha / R is still 2
+    def search(searches, *_):
+        for each in searches:
+            each.losses = {(0,) * len(each.start): 1.0}
+
+    monkeypatch.setattr("experiments.study.run_cells", search)
+    of_point = routing_map.study_at("total-rank-32", study)
+    centre = {"lora": {"alpha": 4.0}, "orchmoe": {"alpha": 2.0, "lr_router": 0.5}}
+    routing_map.tune("total-rank-32", of_point, centre)
+    tuned = {"lr_skills": 0.01, "alpha": 16.0}  # alpha / R is still 2
+    assert of_point.best["orchmoe"] == tuned | {"lr_router": 0.5}
+    assert of_point.best["lora"] == {"lr_skills": 0.01, "alpha": 32.0}
+    assert read_tuning(of_point.results)["orchmoe"]["best"] == tuned
+
+
+def test_tune_refuses_rates_at_which_every_trial_diverges(study, monkeypatch):
+    def search(searches, *_):
+        for each in searches:
+            each.losses = {(0,) * len(each.start): np.inf}
+
+    monkeypatch.setattr("experiments.study.run_cells", search)
+    with pytest.raises(ValueError, match="lora: all trials diverged"):
+        study.tune(routing_map.EQUAL, 1)
 
 
 def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
@@ -107,21 +123,37 @@ def groups():
     return {"lora": lora, "orchmoe": orchmoe}
 
 
-def test_rows_of_gives_losses_noise_and_paired_differences(groups):
-    first, second = routing_map.rows_of(groups, "lora")
-    assert first[:4] == ["lora", 2, "1.600 (0.141)", "1.600 (0.141)"]
-    assert first[4] == "-"
+def cells_of(table):
+    """Return the cells of a table, line by line."""
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def test_stage_table_has_losses_noise_and_paired_differences(groups):
+    first, second = cells_of(routing_map.stage_table("x", groups, "lora"))
+    assert first[:5] == ["lora", "2", "1.600 (0.141)", "1.600 (0.141)", "-"]
     mean, low, high = interval(np.array([[-0.1, -0.1], [-0.2, -0.1]]))  # the common seeds
     assert second[4] == f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     assert second[6] == "0.25"
+    _, second = cells_of(routing_map.stage_table("x", groups))  # nothing is subtracted
+    assert second[4] == "0.25"
 
 
 def test_map_table_has_the_noise_and_the_distance_beside_each_difference(groups):
     del groups["orchmoe"][2]
-    _, _, line = routing_map.map_table({"steps": {"4": groups, "8": {}}}).splitlines()
-    cells = line.strip("| ").split(" | ")
-    assert cells[:3] == ["steps 4", "2", routing_map.rows_of(groups, "lora")[1][4]]
+    found = {point: {} for point in routing_map.points()} | {"steps-300": groups}
+    (cells,) = cells_of(routing_map.map_table(found))
+    assert cells[:3] == [
+        "steps 300",
+        "2",
+        cells_of(routing_map.stage_table("", groups, "lora"))[1][4],
+    ]
     assert cells[4:] == ["-", "-", "-", "0.141", "0.177", "0.25"]  # no floor; sds; the distance
+
+
+def test_difference_refuses_other_tasks(groups):
+    groups["lora"][1]["seen"]["tasks"] = {"t0": {"loss": 1.0}, "other": {"loss": 1.0}}
+    with pytest.raises(ValueError, match="different seen tasks"):
+        routing_map.difference(groups, "orchmoe", "lora", "seen")
 
 
 # --------------------------------------------------------------------------------------- decision
@@ -138,13 +170,40 @@ def test_map_table_has_the_noise_and_the_distance_beside_each_difference(groups)
     ],
 )
 def test_verdict(low, high, expected):
-    assert decision.verdict(((low + high) / 2, low, high)) == expected
+    found = ((low + high) / 2, low, high)
+    assert decision.verdict(found, 5) == expected
+    assert decision.verdict(found, 4) == "unfinished"
 
 
-def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_path):
-    flags = ["--train-tasks", 3, "--tasks", 3, "--steps", 2, "--eval-every", 2, "--jobs", 1]
-    flags += ["--eval-instances", 80, "--max-source-length", 1024, "--results", "kept"]
-    flags += ["--out", "out", "--device", "cpu", *SMALL]
+def test_pilot_verdict_needs_three_times_the_noise_and_all_seeds():
+    def group(*losses):
+        cells = [{"seen": {"overall": {"loss": loss}}} for loss in losses]
+        return dict(enumerate(cells))
+
+    floor = group(1.0, 1.1, 1.2)  # the sd is 0.1
+    far, near = group(0.79, 0.79, 0.79), group(0.81, 0.81, 0.81)
+    assert "3.1 times the noise: the decision is run." in decision.pilot_verdict(
+        {"floor": floor, "ceiling": far}
+    )
+    assert "2.9 times the noise: the decision is not run." in decision.pilot_verdict(
+        {"floor": floor, "ceiling": near}
+    )
+    assert "unfinished" in decision.pilot_verdict({"floor": floor, "ceiling": group(0.1, 0.1)})
+    assert "unfinished" in decision.pilot_verdict({"floor": floor})
+
+
+def test_decision_takes_no_flag_for_what_the_plan_says(tmp_path):
+    for flag in ("--steps", "--lr-skills", "--seeds", "--num-pos"):
+        error = run("experiments/decision.py", flag, 1, cwd=tmp_path, code=2)
+        assert f"{flag}: the study sets this itself" in error
+
+
+def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(decision, "TRAIN_TASKS", 3)
+    small = {"tasks": 3, "steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 80}
+    small["max_source_length"] = 1024
+    monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | small)
+    flags = ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]
     out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
     assert "times the noise" in out
 
