@@ -478,19 +478,27 @@ def describe(setup: Setup, batch: data.Batch) -> str:
     return f"training step, {setup.base_name}, {B} x {L} tokens, targets of {batch.labels.shape[1]}"
 
 
+def beside_ours(setup: Setup, names: list[str], wanted: str = "") -> list[str]:
+    """Return rows of the training step, and of its memory, of adapters of peft beside ours."""
+    sizes = setup.choose((4, 16, 8), (8, 256, 32))
+    if setup.model:
+        sizes = setup.choose((2, 12, 4), (8, 144, 16))
+    makers = {OURS: partial(our_step, setup)}
+    for name in names:
+        makers[name] = partial(their_step, setup, name)
+    batch = random_batch(setup, *sizes)
+    steps = {name: make() for name, make in makers.items()}
+    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
+    what = f"{describe(setup, batch)}; weights in A and B: {', '.join(weights)}"
+    times = time_steps(setup, steps, batch)
+    lines = [row(what, name, OURS, times, wanted) for name in names]
+    return lines + memory_rows(setup, what, makers, batch)
+
+
 def bench_step(setup: Setup) -> list[str]:
     if setup.model:
         return decoder_steps(setup)
-    makers = {
-        OURS: partial(our_step, setup),
-        POLY: partial(their_step, setup, POLY),
-        LORA: partial(their_step, setup, LORA),
-    }
-    batch = random_batch(setup, *setup.choose((4, 16, 8), (8, 256, 32)))
-    what = describe(setup, batch)
-    times = time_steps(setup, {name: make() for name, make in makers.items()}, batch)
-    lines = [row(what, name, OURS, times, ">= 1.10") for name in (POLY, LORA)]
-    return lines + memory_rows(setup, what, makers, batch)
+    return beside_ours(setup, [POLY, LORA], ">= 1.10")
 
 
 def decoder_steps(setup: Setup) -> list[str]:
@@ -523,22 +531,10 @@ def decoder_steps(setup: Setup) -> list[str]:
 def bench_peers(setup: Setup) -> list[str]:
     """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
     peers = available_peers()
-    sizes = setup.choose((4, 16, 8), (8, 256, 32))
-    if setup.model:
-        sizes = setup.choose((2, 12, 4), (8, 144, 16))
-    elif XLORA in peers:
+    if not setup.model and XLORA in peers:
         # In peft 0.21 it cannot load its experts into a T5: it changes the names of the weights.
         peers.remove(XLORA)
-    makers = {OURS: partial(our_step, setup)}
-    for name in peers:
-        makers[name] = partial(their_step, setup, name)
-    batch = random_batch(setup, *sizes)
-    steps = {name: make() for name, make in makers.items()}
-    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
-    what = f"{describe(setup, batch)}; weights in A and B: {', '.join(weights)}"
-    times = time_steps(setup, steps, batch)
-    lines = [row(what, name, OURS, times) for name in peers]
-    return lines + memory_rows(setup, what, makers, batch)
+    return beside_ours(setup, peers)
 
 
 # ----------------------------------------------------------------------------------- generation

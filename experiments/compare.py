@@ -35,7 +35,7 @@ from experiments.study import (
     read_study,
     require_choices,
 )
-from experiments.tables import markdown, table
+from experiments.tables import markdown, publish, table
 from orchmoe import OrchMoEConfig
 
 # ------------------------------------------------------------------------------ what is compared
@@ -45,30 +45,29 @@ ADAPTED = tuple(name for name in ROWS if name != "full")
 # Rows of one total size. The private skills of c-poly grow with the number of tasks.
 EQUAL = {name: ROWS[name] for name in ADAPTED if name != "c-poly"}
 
-LIKE = {"like": "orchmoe"}
 DEFAULT_RUN = "ablations/default-s{seed}"
 # Each row has one difference from the default. S R and the scale alpha / (S R) stay the same.
 ABLATIONS = {
-    "default": Row(**LIKE),
-    "w replaced by its mean": Row(w="mean", run=DEFAULT_RUN, **LIKE),
-    "w of another sample": Row(w="other", run=DEFAULT_RUN, **LIKE),
-    "router: token": Row({"router": "token"}, **LIKE),
-    "router: none": Row({"router": "none"}, **LIKE),
-    "router: random": Row(router="random", **LIKE),
-    "router start: normal": Row({"router_init": "normal"}, **LIKE),
-    "attention off": Row({"router_attention": False}, **LIKE),
-    "w without softmax": Row({"router_norm": "none"}, **LIKE),
-    "w = 1/K for half of the samples": Row({"router_dropout": 0.5}, **LIKE),
-    "Gumbel noise on": Row({"gumbel": True}, **LIKE),
-    "allocation start: sd 1": Row({"allocation_std": 1.0}, **LIKE),
-    "allocation start: sd 0.001": Row({"allocation_std": 1e-3}, **LIKE),
-    "K = 1": Row({"tasks": 1}, **LIKE),
-    "K = 4": Row({"tasks": 4}, **LIKE),
-    "K = 16": Row({"tasks": 16}, **LIKE),
-    "S = 1": Row({"skills": 1}, **LIKE),
-    "S = 2": Row({"skills": 2}, **LIKE),
-    "S = 8": Row({"skills": 8}, **LIKE),
-    "factors mixed": Row({"method": "orchmoe-factors"}, **LIKE),
+    "default": Row(),
+    "w replaced by its mean": Row(w="mean", run=DEFAULT_RUN),
+    "w of another sample": Row(w="other", run=DEFAULT_RUN),
+    "router: token": Row({"router": "token"}),
+    "router: none": Row({"router": "none"}),
+    "router: random": Row(router="random"),
+    "router start: normal": Row({"router_init": "normal"}),
+    "attention off": Row({"router_attention": False}),
+    "w without softmax": Row({"router_norm": "none"}),
+    "w = 1/K for half of the samples": Row({"router_dropout": 0.5}),
+    "Gumbel noise on": Row({"gumbel": True}),
+    "allocation start: sd 1": Row({"allocation_std": 1.0}),
+    "allocation start: sd 0.001": Row({"allocation_std": 1e-3}),
+    "K = 1": Row({"tasks": 1}),
+    "K = 4": Row({"tasks": 4}),
+    "K = 16": Row({"tasks": 16}),
+    "S = 1": Row({"skills": 1}),
+    "S = 2": Row({"skills": 2}),
+    "S = 8": Row({"skills": 8}),
+    "factors mixed": Row({"method": "orchmoe-factors"}),
 }
 DEFAULTS = {
     "out": "results/compare",
@@ -100,7 +99,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
 
     Raise ValueError if it changes nothing or is not possible.
     """
-    row = ABLATIONS[name]
+    row = ABLATIONS[name]._replace(like="orchmoe")  # its size and its tuned values
     known = vars(adapter)
     if row.settings and all(known.get(field) == value for field, value in row.settings.items()):
         raise ValueError(
@@ -193,7 +192,7 @@ def format_bytes(number: float) -> str:
 
 def method_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dict[str, dict]]:
     """Tune the methods. Return the cells of all methods, and the reports of the searches."""
-    rows = {name: ROWS[name] for name in config.methods}
+    rows = {name: row for name, row in ROWS.items() if name in config.methods}  # orchmoe first
     reports = {}
     if study.config.tune:
         reports = study.tune(rows, study.config.trials)
@@ -220,16 +219,13 @@ def ablation_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dic
     return study.cells("ablations", rows, {"": point}, range(study.config.seeds)), reports
 
 
-def compare(config: CompareConfig, study: Study) -> str:
-    """Make the cells that are missing, write the results and return the tables."""
+def compare(config: CompareConfig, study: Study) -> None:
+    """Make the cells that are missing. Write the results, and print the tables."""
     make_cells = ablation_cells if config.ablations else method_cells
     cells, tuning = make_cells(config, study)
     study.run(cells)
 
-    reference = cells[0].name
-    if "orchmoe" in config.methods and not config.ablations:
-        reference = "orchmoe"
-    rows: dict[str, list[dict]] = {reference: []}
+    rows: dict[str, list[dict]] = {}
     for cell in cells:
         result = {"row": cell.name, "folder": str(cell.folder), **cell.result()}
         rows.setdefault(cell.name, []).append(result)
@@ -239,9 +235,7 @@ def compare(config: CompareConfig, study: Study) -> str:
     results = {"comparison": asdict(config) | asdict(study.config), **asdict(study.settings)}
     results |= {"tuning": tuning, "cells": sum(rows.values(), [])}
     runtime.write_json(study.results / f"{file}.json", results)
-    with runtime.atomic_write(study.results / f"{file}.md") as stream:
-        stream.write(text.encode())
-    return text
+    publish(text, study.results / f"{file}.md")
 
 
 def main() -> None:
@@ -268,7 +262,7 @@ def main() -> None:
         return
 
     study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
-    runtime.print_line(compare(config, study))
+    compare(config, study)
     if importlib.util.find_spec("matplotlib"):
         for path in plot.figures(study.results):
             runtime.print_line(f"written: {path}")

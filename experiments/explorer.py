@@ -22,6 +22,7 @@ import data
 import eval as evaluation
 import run_folder
 import runtime
+import tokenizer as tokenizers
 from model import Backbone
 from orchmoe import OrchMoE
 
@@ -48,7 +49,7 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
         if name not in sets:
             continue
         w = evaluation.router_weights(base, adapters, sets[name])  # (M,K)
-        mean_w = w.mean(dim=0).expand_as(w)
+        mean_w = w.mean(dim=0)
         tasks = [example.task for example in sets[name]]
         for row in spread(tasks, SAMPLES):
             example = sets[name][row]
@@ -56,7 +57,7 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
             other = (row + len(tasks) // 2) % len(tasks)  # far away, so most likely another task
             routings = {
                 "own": w[row],
-                "mean": mean_w[row],
+                "mean": mean_w,
                 "other": w[other],
                 "uniform": torch.full_like(w[row], 1 / w.shape[1]),
             }
@@ -71,20 +72,19 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
                     "id": example.id,
                     "task": example.task,
                     "category": example.category,
-                    "prompt": prompt_of(config, data_config, example, tokenizer),
+                    "prompt": prompt_of(data_config, example, tokenizer),
                     "answer": answer,
                     "references": example.references[:3],
                     "w": rounded(w[row]),
                     "task_w": rounded(w[same_task].mean(dim=0)),
                     "other_w": rounded(w[other]),
                     "other_task": tasks[other],
-                    "mean_w": rounded(mean_w[row]),
+                    "mean_w": rounded(mean_w),
                     "losses": losses,
                 }
             )
-    first = sets["seen"][spread([example.task for example in sets["seen"]], SAMPLES)[0]]
     return {
-        "walk": walk(base, adapters, first),
+        "walk": walk(base, adapters, sets["seen"][0]),
         "run": Path(run).name,
         "steps": config.train["steps"],
         "linears": list(adapters.linears),
@@ -102,7 +102,9 @@ def spread(tasks: list[str], count: int) -> list[int]:
     return rows
 
 
-def prompt_of(config: run_folder.RunConfig, data_config, example, tokenizer) -> str:
+def prompt_of(
+    data_config: data.DataConfig, example: data.Example, tokenizer: tokenizers.Tokenizer
+) -> str:
     """Return the prompt of an example as text."""
     task = data.read_task(Path(data_config.data) / "tasks" / f"{example.task}.json")
     names = ("definition", "num_pos", "num_neg", "explanation", "max_source_length")

@@ -7,12 +7,12 @@ is chosen with as many trials for every way, on the dev instances of the first t
 
     python -m experiments.fewshot --runs runs/orchmoe-1,runs/orchmoe-2,runs/orchmoe-3
 
-Writes cells (see experiments/study.py), OUT/fewshot.md and OUT/fewshot.json.
+Writes cells (see experiments/study.py) and OUT/fewshot.md.
 Letters: T tasks.  Test: pytest tests/experiments/test_fewshot.py
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +24,7 @@ import runtime
 import train
 from experiments.sizes import rank_for_total, total
 from experiments.study import Cell, Row, facts_of, file_name, run_cells, subset
-from experiments.tables import interval, signed, table
-from orchmoe import OrchMoEConfig
+from experiments.tables import interval, publish, signed, table
 from run_folder import read_config
 
 
@@ -72,19 +71,16 @@ Scores = dict[tuple[str, int], dict[str, np.ndarray]]  # by way and examples: me
 
 def lora_flags(run: str) -> dict[str, Any]:
     """Return flags of a LoRA with the total size of the run, on its base, with its prompt."""
-    saved = read_config(run)
-    adapter = saved.section(OrchMoEConfig, "adapter")
-    base = checkpoint.on_meta(checkpoint.read_config(saved.train["model"]))
-    size = total("orchmoe", base, adapter, extra_rank=saved.train["extra_rank"])
+    saved = train.saved_settings(read_config(run))
+    base = checkpoint.on_meta(checkpoint.read_config(saved.train.model))
+    size = total("orchmoe", base, saved.adapter, extra_rank=saved.train.extra_rank)
     flags = {
-        "model": saved.train["model"],
-        "extra_rank": rank_for_total(size, "lora", base, adapter),
+        **vars(saved.data),
+        "model": saved.train.model,
+        "extra_rank": rank_for_total(size, "lora", base, saved.adapter),
     }
     for name in ("skills", "rank", "alpha", "targets"):
-        flags[name] = getattr(adapter, name)
-    for name, value in saved.data.items():
-        if name not in data.FILE_FIELDS | {"train_instances"}:
-            flags[name] = tuple(value) if isinstance(value, list) else value
+        flags[name] = getattr(saved.adapter, name)
     return flags
 
 
@@ -109,7 +105,8 @@ class FewShot:
         config = self.config
         run = config.runs[seed]
         folder = Path(config.out, "tasks", task)
-        flags = {
+        flags = lora_flags(run) if way == LORA else {"start": run}
+        flags |= {
             "data": str(subset(folder, self.root, [task])),
             "splits": "default",
             "max_tasks": 0,
@@ -121,10 +118,6 @@ class FewShot:
             "batch_size": config.batch_size,
             **rate,
         }
-        if way == LORA:
-            flags |= lora_flags(run)
-        else:
-            flags["start"] = run
         if way in WAYS:
             flags |= WAYS[way].flags
         settings = train.read_settings(flags, train.LaunchConfig())
@@ -197,8 +190,8 @@ class FewShot:
         return found
 
 
-def fewshot(config: FewShotConfig, device: runtime.Device) -> str:
-    """Make the cells that are missing, write the results and return the tables."""
+def fewshot(config: FewShotConfig, device: runtime.Device) -> None:
+    """Make the cells that are missing. Print the tables, and write them."""
     study = FewShot(config, device)
     tuning = study.tune()
     best = {}
@@ -207,18 +200,7 @@ def fewshot(config: FewShotConfig, device: runtime.Device) -> str:
         best[name] = min(losses, key=losses.get)
         if best[name] in (way.values[0], way.values[-1]):
             runtime.warn(f"{name}: the best {way.rate}, {best[name]:g}, is the edge of those tried")
-    found = study.scores(best)
-    text = tables(found, tuning, best)
-
-    out = Path(config.out)
-    with runtime.atomic_write(out / "fewshot.md") as file:
-        file.write(text.encode())
-    scores = {}
-    for (name, size), metrics in found.items():
-        scores[f"{name}, {size}"] = {key: values.tolist() for key, values in metrics.items()}
-    results = {"fewshot": asdict(config), "tasks": study.tasks}
-    runtime.write_json(out / "fewshot.json", results | {"tuning": tuning, "scores": scores})
-    return text
+    publish(tables(study.scores(best), tuning, best), Path(config.out, "fewshot.md"))
 
 
 def tables(found: Scores, tuning: dict[str, dict[float, float]], best: dict[str, float]) -> str:
@@ -247,11 +229,10 @@ def tables(found: Scores, tuning: dict[str, dict[float, float]], best: dict[str,
 def main() -> None:
     config = runtime.from_flags(FewShotConfig, runtime.read_flags(__doc__, FewShotConfig))
     runtime.require_single_process()
-    config = replace(config, runs=tuple(str(Path(run).resolve()) for run in config.runs))
     model = read_config(config.runs[0]).train["model"]
     device = runtime.pick_device(config.gpu, config.device, base=model)
     runtime.print_line(device.description)
-    runtime.print_line(fewshot(config, device))
+    fewshot(config, device)
 
 
 if __name__ == "__main__":
