@@ -57,7 +57,7 @@ DEFAULTS = {
     "out": "results/decision",
     "results": str(RESULTS),
     "seeds": 5,
-    "trials": 5,
+    "trials": 7,
     "dtype": "float32",
     "steps": 180,
     "batch_size": 8,

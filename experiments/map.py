@@ -104,7 +104,7 @@ DEFAULTS = {
     "out": "results/map",
     "results": str(RESULTS),
     "seeds": 5,
-    "trials": 5,
+    "trials": 7,
     "steps": 600,
     "eval_every": 300,
     "eval_instances": 560,
