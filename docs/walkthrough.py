@@ -227,8 +227,8 @@ def task_weights(shown: Shown) -> str:
     rows = [
         ["W_task x̂ + b", *numbers(logits[0])],
         ["**w**", *numbers(w[0])],
-        ["its task, mean w", *numbers(w_seen[:half].mean(dim=0))],
-        ["the other, mean w", *numbers(w_seen[half:].mean(dim=0))],
+        ["mean w of its task", *numbers(w_seen[:half].mean(dim=0))],
+        ["mean w of the other task", *numbers(w_seen[half:].mean(dim=0))],
     ]
     return f"""
 ## 3. Which abstract tasks this is: `TaskRouter.forward`

@@ -262,7 +262,14 @@ def test_snippet_of_t5_trains_and_generates(tmp_path, monkeypatch):
     """The name that the Hub would resolve is a local folder."""
     shutil.copytree(ROOT / "tiny", tmp_path / "google" / "flan-t5-base")
     monkeypatch.chdir(tmp_path)
-    run_printed("T5ForConditionalGeneration")
+    names = run_printed("T5ForConditionalGeneration")
+    snippets = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
+    [fit] = [snippet for snippet in snippets if "in prompts" in snippet]
+    names["prompts"] = [f"Opposite of {word}?" for word in "hot big old wet far low new".split()]
+    names["prompts"] += ["June, wolf, lion"]
+    before = names["adapters"].router.W_task.clone()
+    exec(fit, names)
+    assert not torch.equal(names["adapters"].router.W_task, before)
 
 
 def test_snippet_of_a_llama_trains_and_generates(tmp_path, monkeypatch):
