@@ -13,9 +13,9 @@ experiments/map.py.
     python -m experiments.decision                   # the tables of the finished cells
 
 The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
-tasks by three times the noise of a run, the decision is not run. `cells` tunes the three methods,
-with the same number of trials over lr_skills and alpha, and makes all cells. Stages go on after an
-interruption. Without --results the cells are those of this repository.
+tasks by three times the noise of a run, `cells` is refused. It tunes OrchMoE, LoRA and MoE-LoRA,
+with the same number of trials over lr_skills and alpha, and makes all cells. An interrupted stage
+continues when it is run again. Without --results the cells are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
@@ -49,9 +49,10 @@ ROWS = TUNED | MAP_ROWS
 PILOT = {name: ROWS[name] for name in ("floor", "ceiling")}
 PILOT_SEEDS = 3
 TRAIN_TASKS = 24
-WHOLE = 95  # of the first 100 prompts of a task must fit
+MIN_FITTING = 95  # so many of the first 100 prompts of a task must fit
 MARGIN = 0.02  # nats; a smaller difference counts as none
-CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")  # what is not in the plan
+# The flags that remain. All other settings are those of the plan.
+CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")
 
 DEFAULTS = {
     "out": "results/decision",
@@ -80,10 +81,10 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "table"] = "table"  # the cells to make; table: none
+    stage: Literal["pilot", "cells", "table"] = "table"  # cells to make (table: none)
 
 
-def whole_prompts(
+def fitting_prompts(
     config: data.DataConfig, task: str, tokenizer: tokenizers.Tokenizer
 ) -> tuple[int, int]:
     """Return how many prompts of a task fit, and its number of different inputs.
@@ -92,19 +93,21 @@ def whole_prompts(
     """
     values = data.read_task(Path(config.data, "tasks", f"{task}.json"))
     instances = values["instances"][:100]
-    whole = 0
+    fitting = 0
     for instance in instances:
         prompt = data.render_prompt(
             values, instance, tokenizer, num_pos=0, max_source_length=config.max_source_length
         )
-        whole += prompt.endswith("Output: ")
-    return whole, len({instance["input"] for instance in instances})
+        if prompt.endswith("Output: "):  # a prompt that is too long loses its end
+            fitting += 1
+    return fitting, len({instance["input"] for instance in instances})
 
 
 def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
 
-    A task takes part if at least WHOLE of its first 100 prompts fit, so it needs as many instances.
+    A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
+    instances never does.
     `number` of the training tasks with 100 different inputs are drawn with a fixed seed. Raise
     ValueError if there are fewer.
     """
@@ -113,16 +116,16 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     lists = data.read_splits(config.data)
     test = []
     for task in sorted(lists["test"]):
-        whole, _ = whole_prompts(config, task, tokenizer)
-        if whole >= WHOLE:
+        fitting, _ = fitting_prompts(config, task, tokenizer)
+        if fitting >= MIN_FITTING:
             test.append(task)
     order = sorted(lists["train"])
     random.Random("decision").shuffle(order)
     train = []
     left_out = []
     for task in order:
-        whole, different = whole_prompts(config, task, tokenizer)
-        if whole < WHOLE:
+        fitting, different = fitting_prompts(config, task, tokenizer)
+        if fitting < MIN_FITTING:
             continue
         if different == 100 and len(train) < number:
             train.append(task)
@@ -172,15 +175,21 @@ def verdict(found: Difference, seeds: int) -> str:
     return "undecided"
 
 
-def pilot_verdict(groups: dict[str, Group]) -> str:
-    """Return whether the ceiling is better than the floor by three times the noise of a run."""
-    floor, ceiling = (losses(groups.get(name, {}), "seen") for name in PILOT)
+def pilot_verdict(groups: dict[str, Group]) -> tuple[bool, str]:
+    """Return whether the decision may be run, and why.
+
+    The ceiling must be better than the floor by three times the noise of a run, on seen tasks.
+    """
+    floor = losses(groups.get("floor", {}), "seen")
+    ceiling = losses(groups.get("ceiling", {}), "seen")
     if min(len(floor), len(ceiling)) < PILOT_SEEDS:
-        return "The pilot is unfinished."
+        return False, "The pilot is unfinished."
     gain = np.mean(floor) - np.mean(ceiling)
     noise = max(np.std(floor, ddof=1), np.std(ceiling, ddof=1))
-    decision = "the decision is run" if gain > 3 * noise else "the decision is not run"
-    return f"Seen: floor - ceiling {gain:.3f}, {gain / noise:.1f} times the noise: {decision}."
+    passed = bool(gain > 3 * noise)
+    decision = "the decision is run" if passed else "the decision is not run"
+    why = f"floor - ceiling {gain:.3f}, {gain / noise:.1f} times the noise"
+    return passed, f"Pilot, seen tasks: {why}: {decision}."
 
 
 def text(results: Path) -> str:
@@ -204,10 +213,10 @@ def text(results: Path) -> str:
                 decided = verdict(found, seeds)
                 rows.append([f"orchmoe - {name}", which, seeds, signed(found), decided])
     parts = [
-        stage_table("pilot", pilot, "floor", sets),
-        pilot_verdict(pilot),
+        stage_table("pilot", pilot, sets=sets),
+        pilot_verdict(pilot)[1],
         tuning_table(read_tuning(results)),
-        stage_table("cells", cells, "lora", sets),
+        stage_table("cells", cells, sets=sets),
         table(["difference", "tasks", "seeds", "nats", "verdict"], rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -217,17 +226,22 @@ def main() -> None:
     planned = []
     for cls in (*SETTINGS, StudyConfig):
         planned += [field.name for field in fields(cls) if field.name not in CHOICES]
-    _, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
+    flags, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
     results = Path(study_config.results)
     if config.stage != "table":
+        if not {"data", "model"} <= flags.keys():
+            raise ValueError(f"--stage {config.stage}: give --data and --model")
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study)}
-        rows, seeds = ROWS, range(study_config.seeds)
         if config.stage == "pilot":
-            rows, seeds = PILOT, range(PILOT_SEEDS)
+            cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
         else:
+            passed, why = pilot_verdict(read_groups(results / "pilot"))
+            if not passed:
+                raise ValueError(f"--stage cells: {why}")
             study.tune(TUNED, study_config.trials, ("lr_skills", "alpha"), **values)
-        study.run(study.cells(config.stage, rows, {"": values}, seeds, "losses"))
+            cells = study.cells("cells", ROWS, {"": values}, range(study_config.seeds), "losses")
+        study.run(cells)
 
     runtime.require_path(results / "tasks.json", "make the cells with --stage")
     publish(text(results), results / "tables.md")

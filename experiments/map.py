@@ -3,16 +3,17 @@
 The map goes along three axes from a centre: the total rank, the number of steps, and the number of
 training tasks (with fewer tasks there are fewer examples, too). Each point has four rows. LoRA and
 OrchMoE have the same total size, and both are tuned on dev with the same number of trials. The
-floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE that is told the real task, with
-w one-hot, and 1/K on unseen tasks. Floor and ceiling use the tuned values of OrchMoE, and their
-sizes differ from the others' by the weights of the routing.
+floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE with the real task given: w is
+one-hot on training tasks, and 1/K on unseen ones. Floor and ceiling use the tuned values of
+OrchMoE. They have no router, so their sizes differ a little from the other two.
 
     python -m experiments.map --stage calm       # how much do two runs of the same settings differ?
     python -m experiments.map --stage router     # which routers leave their start?
     python -m experiments.map --stage map        # the map itself: hours on two cores
     python -m experiments.map                    # the tables and the figure of the finished cells
 
-Stages go on after an interruption. Without --results the cells are those of this repository.
+An interrupted stage continues when it is run again. Without --results the cells are those of this
+repository.
 Test: pytest tests/experiments/test_map.py
 """
 
@@ -118,7 +119,7 @@ DEFAULTS = {
 class MapConfig:
     """Map: which cells are made."""
 
-    stage: Literal["calm", "router", "map", "table"] = "table"  # the cells to make; table: none
+    stage: Literal["calm", "router", "map", "table"] = "table"  # cells to make (table: none)
 
 
 def stage_cells(stage: str, study: Study) -> list[Cell]:
@@ -222,6 +223,8 @@ def read_groups(folder: Path) -> Groups:
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
         cell = runtime.read_json(path)
+        if "diverged" in cell:
+            continue  # it has no losses
         name = path.stem.rpartition("-s")[0]
         groups.setdefault(name, {})[cell["settings"]["seed"]] = cell
     return groups
@@ -234,7 +237,8 @@ def read_map(results: Path) -> dict[str, Groups]:
 
 def difference(groups: Groups, one: str, other: str, which: str) -> Difference | None:
     """Return the paired difference of two rows over their common seeds, with its interval."""
-    if one == other or not groups.get(one, {}).keys() & groups.get(other, {}).keys():
+    common_seeds = groups.get(one, {}).keys() & groups.get(other, {}).keys()
+    if one == other or not common_seeds:
         return None
     return interval(paired(groups[one], groups[other], which))
 
@@ -320,7 +324,7 @@ def text(results: Path, found: dict[str, Groups]) -> str:
         parts.append(stage_table(point, ordered, "lora"))
     count = sum(part.count("[") for part in parts)
     chance = f"about {count / 20:.0f} would exclude zero if nothing differed"
-    parts.append(f"{NOTE} Of the {count} intervals here {chance}.")
+    parts.append(f"{NOTE} Of the {count} intervals here, some of them repeated, {chance}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -352,18 +356,18 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
             for number, (name, label) in enumerate(LABELS.items()):
                 if (name, which) == ("ceiling", "unseen"):  # it knows no unseen task
                     continue
-                places = []
+                xs = []
                 bars = []
-                for place, tag in enumerate(tags):
+                for x, tag in enumerate(tags):
                     bar = difference(found[point_name(axis, tag)], name, "lora", which)
                     if bar:
-                        places.append(place + 0.08 * (number - 1))
+                        xs.append(x + 0.08 * (number - 1))
                         bars.append(bar)
                 if not bars:
                     continue
                 mean, low, high = np.array(bars).T
                 drawn[label] = panel.errorbar(
-                    places,
+                    xs,
                     mean,
                     yerr=[mean - low, high - mean],
                     color=plot.COLOURS[number],

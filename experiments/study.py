@@ -198,9 +198,6 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
                     cell.settings, device, launch, final_scores=False, attach=attach
                 )
             except train.DivergedError as error:
-                if cell.scores != "dev":
-                    raise
-                # A trial that diverges has no loss, and the search goes on with other values.
                 diverged = {"dev_loss": None, "diverged": str(error)}
                 runtime.write_json(cell.path, result | diverged)
                 return True
@@ -336,7 +333,8 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     """Make all cells that are not finished, `jobs` at a time. 0: as many as suit the machine.
 
     The cells of one queue are made one after the other. The next one is asked for when the one
-    before it is finished. Exit with code 130 if a signal stopped a cell.
+    before it is finished. Exit with code 130 if a signal stopped a cell. Raise ValueError if a cell
+    diverged, when all others are made.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -347,18 +345,21 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     threads = min(torch.get_num_threads(), max(1, cores // jobs))
     torch.set_num_threads(threads)
     stopped = threading.Event()
+    diverged = []
 
     def finish(queue, run):
         for cell in queue:
             cell.require_same()
             if stopped.is_set():
                 return
-            if cell.path.exists():
-                continue
-            if not run(cell, device):
-                stopped.set()
-                return
-            print_done(cell)
+            if not cell.path.exists():
+                if not run(cell, device):
+                    stopped.set()
+                    return
+                print_done(cell)
+            # A search goes on with other values. Any other cell has no scores for a table.
+            if cell.scores != "dev" and "diverged" in cell.result():
+                diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) == 1:
         for queue in queues:
@@ -383,6 +384,8 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     if stopped.is_set():
         runtime.print_line("stopped; run the same command to continue")
         raise SystemExit(130)
+    if diverged:
+        raise ValueError(f"{min(diverged)}: the run diverged; it has no scores")
 
 
 def print_done(cell: Cell) -> None:

@@ -228,8 +228,10 @@ def test_run_cell_records_a_trial_that_diverges(tmp_path, monkeypatch):
     search = Search({"lr_skills": 1e-2}, 1, lambda _: trial)
     assert list(search) == [trial]
     assert search.losses == {(0,): math.inf}
-    with pytest.raises(train.DivergedError):
-        study.run_cell(trial._replace(scores="losses"), CPU)
+    cells = [cell_of(tmp_path, name, scores="losses") for name in "ab"]
+    with pytest.raises(ValueError, match="a.json: the run diverged; it has no scores"):
+        study.run_cells([cells], 1, CPU)
+    assert cells[1].path.exists()  # the others are made all the same
 
 
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from experiments import map as routing_map
 from experiments.sizes import total
 from experiments.study import Study, StudyConfig, read_tuning
 from experiments.tables import interval
-from helpers import run
+from helpers import ROOT, run
 
 # Few and short prompts: the start of the router reads all that are trained on.
 SMALL = ["--train-instances", 4, "--num-pos", 0]
@@ -182,14 +182,13 @@ def test_pilot_verdict_needs_three_times_the_noise_and_all_seeds():
 
     floor = group(1.0, 1.1, 1.2)  # the sd is 0.1
     far, near = group(0.79, 0.79, 0.79), group(0.81, 0.81, 0.81)
-    assert "3.1 times the noise: the decision is run." in decision.pilot_verdict(
-        {"floor": floor, "ceiling": far}
-    )
-    assert "2.9 times the noise: the decision is not run." in decision.pilot_verdict(
-        {"floor": floor, "ceiling": near}
-    )
-    assert "unfinished" in decision.pilot_verdict({"floor": floor, "ceiling": group(0.1, 0.1)})
-    assert "unfinished" in decision.pilot_verdict({"floor": floor})
+    passed, why = decision.pilot_verdict({"floor": floor, "ceiling": far})
+    assert passed and "3.1 times the noise: the decision is run." in why
+    passed, why = decision.pilot_verdict({"floor": floor, "ceiling": near})
+    assert not passed and "2.9 times the noise: the decision is not run." in why
+    unfinished = (False, "The pilot is unfinished.")
+    assert decision.pilot_verdict({"floor": floor, "ceiling": group(0.1, 0.1)}) == unfinished
+    assert decision.pilot_verdict({"floor": floor}) == unfinished
 
 
 def test_decision_takes_no_flag_for_what_the_plan_says(tmp_path):
@@ -204,6 +203,12 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     small["max_source_length"] = 1024
     monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | small)
     flags = ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]
+    flags += ["--data", ROOT / "sni", "--model", ROOT / "tiny"]
+    error = run("experiments/decision.py", "--stage", "cells", *flags, cwd=tmp_path, code=2)
+    assert "--stage cells: The pilot is unfinished." in error
+    assert "give --data and --model" in run(
+        "experiments/decision.py", "--stage", "pilot", cwd=tmp_path, code=2
+    )
     out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
     assert "times the noise" in out
 
