@@ -346,8 +346,9 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
     if not any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values()):
         return None
     size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
-    title = "Loss minus that of a LoRA (OrchMoE: of equal size); lower is better"
-    canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 5.5, **size)
+    title = "Loss minus that of a LoRA: below zero is better than the LoRA"
+    below = "LoRA and OrchMoE have one total size; bars: 95 % intervals over tasks and seeds"
+    canvas, axes = plot.canvas(title, below, 5.5, **size)
     drawn = {}  # a handle for each label
     for column, (axis, tags) in enumerate(AXES.items()):
         for line, which in enumerate(SETS):
@@ -377,6 +378,7 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
                     elinewidth=0.8,
                 )
             panel.set_xticks(range(len(tags)), tags)
+            panel.set_xlim(-0.3, len(tags) - 0.7)
             panel.set_title(f"{which} tasks")
             panel.set_xlabel(axis)
     for row in axes:
