@@ -13,9 +13,10 @@ experiments/map.py.
     python -m experiments.decision                   # the tables of the finished cells
 
 The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
-tasks by three times the noise of a run, `cells` is refused. It tunes OrchMoE, LoRA and MoE-LoRA,
-with the same number of trials over lr_skills and alpha, and makes all cells. An interrupted stage
-continues when it is run again. Without --results the cells are those of this repository.
+tasks by three times the noise of a run, the stage `cells` is refused. This stage tunes OrchMoE,
+LoRA and MoE-LoRA, with the same number of trials over lr_skills and alpha, and makes all cells. An
+interrupted stage continues when it is run again. Without --results the cells are those of this
+repository.
 Test: pytest tests/experiments/test_map.py
 """
 
@@ -107,9 +108,8 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
 
     A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
-    instances never does.
-    `number` of the training tasks with 100 different inputs are drawn with a fixed seed. Raise
-    ValueError if there are fewer.
+    instances never does. `number` of the training tasks with 100 different inputs are drawn with a
+    fixed seed. Raise ValueError if there are fewer.
     """
     config = study.settings.data
     tokenizer = tokenizers.load(study.settings.train.model)
@@ -231,14 +231,15 @@ def main() -> None:
     if config.stage != "table":
         if not {"data", "model"} <= flags.keys():
             raise ValueError(f"--stage {config.stage}: give --data and --model")
+        if config.stage == "cells":
+            passed, why = pilot_verdict(read_groups(results / "pilot"))
+            if not passed:
+                raise ValueError(f"--stage cells: {why}")
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study)}
         if config.stage == "pilot":
             cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
         else:
-            passed, why = pilot_verdict(read_groups(results / "pilot"))
-            if not passed:
-                raise ValueError(f"--stage cells: {why}")
             study.tune(TUNED, study_config.trials, ("lr_skills", "alpha"), **values)
             cells = study.cells("cells", ROWS, {"": values}, range(study_config.seeds), "losses")
         study.run(cells)
