@@ -235,6 +235,38 @@ def read_map(results: Path) -> dict[str, Groups]:
     return {point: read_groups(results / point / "cells") for point in points()}
 
 
+def is_finished(groups: Groups) -> bool:
+    """Return whether all rows of a point have all seeds."""
+    return all(len(groups.get(row, {})) >= DEFAULTS["seeds"] for row in ROWS)
+
+
+def mean_over_points(found: dict[str, Groups]) -> Groups:
+    """Return cells whose losses are means over all finished points with 28 training tasks."""
+    chosen = []
+    for name, values in points().items():
+        if "train_tasks" not in values and is_finished(found[name]):
+            chosen.append(found[name])
+    groups: Groups = {}
+    if not chosen:
+        return groups
+    for row in ROWS:
+        groups[row] = {}
+        for seed in range(DEFAULTS["seeds"]):
+            cells = [of_point[row][seed] for of_point in chosen]
+            groups[row][seed] = {which: mean_losses(cells, which) for which in SETS}
+    return groups
+
+
+def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
+    """Return the part `which` of a cell, with the mean losses of several cells."""
+    tasks = {}
+    for task in cells[0][which]["tasks"]:
+        values = [cell[which]["tasks"][task]["loss"] for cell in cells]
+        tasks[task] = {"loss": float(np.mean(values))}
+    overall = float(np.mean([scores["loss"] for scores in tasks.values()]))
+    return {"tasks": tasks, "overall": {"loss": overall}}
+
+
 def difference(groups: Groups, one: str, other: str, which: str) -> Difference | None:
     """Return the paired difference of two rows over their common seeds, with its interval."""
     common_seeds = groups.get(one, {}).keys() & groups.get(other, {}).keys()
@@ -292,16 +324,19 @@ def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str]
 
 def map_table(found: dict[str, Groups]) -> str:
     """Return a line for each point: DIFFERENCES, the noise of both rows, the distance of w."""
-    rows = []
+    lines = {}
     for axis, tags in AXES.items():
         for tag in tags:
-            groups = found[point_name(axis, tag)]
-            if not {"lora", "orchmoe"} <= groups.keys():
-                continue
-            row = [f"{axis} {tag}", len(groups["lora"].keys() & groups["orchmoe"].keys())]
-            row += [signed_difference(groups, *names) for names in DIFFERENCES]
-            row += [noise(groups[name]) for name in ("lora", "orchmoe")]
-            rows.append(row + router_numbers(groups["orchmoe"])[:1])
+            lines[f"{axis} {tag}"] = found[point_name(axis, tag)]
+    lines["mean over finished points of 28 tasks"] = mean_over_points(found)
+    rows = []
+    for label, groups in lines.items():
+        if not (groups.get("lora") and groups.get("orchmoe")):
+            continue
+        row = [label, len(groups["lora"].keys() & groups["orchmoe"].keys())]
+        row += [signed_difference(groups, *names) for names in DIFFERENCES]
+        row += [noise(groups[name]) for name in ("lora", "orchmoe")]
+        rows.append(row + router_numbers(groups["orchmoe"])[:1])
     head = [f"{one} - {other}, {which}" for one, other, which in DIFFERENCES]
     head = ["point", "seeds", *head, "noise of lora", "noise of orchmoe", "distance of w"]
     return table(head, rows)
