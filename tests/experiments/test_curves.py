@@ -184,20 +184,6 @@ def test_figure_uses_the_half_to_choose_by_and_all_seeds_of_a_curve(monkeypatch,
 # ----------------------------------------------------------------------------------------- tables
 
 
-def test_readme_has_the_numbers_of_the_tables():
-    page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Does it beat LoRA?")[2]
-    tables = (curves.RESULTS / "tables.md").read_text()
-    points, by_curves, _ = re.split(r"\| orchmoe - row.*", tables, maxsplit=2)
-    rows = re.findall(r"^\| (\w[\w -]+) \| (\d.+) \|$", page, re.MULTILINE)
-    assert {row.lower() for row, _ in rows} == set(curves.ROWS)
-    for row, cells in rows:
-        *losses, one, other = cells.split(" | ")
-        best = re.search(rf"\| {row.lower()} \| \S+, the best \|.*", points)[0]
-        assert best.endswith(f" | {' | '.join(losses)} |")
-        if row != "OrchMoE":
-            assert re.search(rf"\| {row.lower()} \|.*", by_curves)[0].endswith(f"{one} | {other} |")
-
-
 def test_tables_and_pages_have_the_numbers_of_the_cells():
     """The pages quote differences with intervals either way round, of all seeds or the first."""
     cells = curves.read_cells(curves.RESULTS)
@@ -211,16 +197,16 @@ def test_tables_and_pages_have_the_numbers_of_the_cells():
     assert of_map == (routing_map.RESULTS / "tables.md").read_text()
     text += of_map
 
-    def quoted(text):
+    def quoted(text, least):
         number = r"([-+]?\d+\.\d+)"
         found = re.findall(rf"{number}\s+\[{number},\s+{number}\]", text)
-        assert len(found) == len(re.findall(rf"\[{number},\s+{number}\]", text)) > 9
+        assert len(found) == len(re.findall(rf"\[{number},\s+{number}\]", text)) >= least
         return {tuple(map(float, each)) for each in found}
 
-    there = quoted(text)
+    there = quoted(text, least=100)
     there |= {(-mean, -high, -low) for mean, low, high in there}
-    for page in ("README.md", "docs/evidence.md"):
-        assert quoted((ROOT / page).read_text(encoding="utf-8")) <= there
+    for page, least in (("README.md", 2), ("docs/evidence.md", 10)):
+        assert quoted((ROOT / page).read_text(encoding="utf-8"), least) <= there
 
 
 def test_curves_writes_the_tables_of_a_folder(tmp_path):
