@@ -5,7 +5,7 @@ training tasks (with fewer tasks there are fewer examples, too). Each point has 
 OrchMoE have the same total size, and both are tuned on dev with the same number of trials. The
 floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE with the real task given: w is
 one-hot on training tasks, and 1/K on unseen ones. Floor and ceiling use the tuned values of
-OrchMoE. They have no router, so their sizes differ a little from the other two.
+OrchMoE. They have no router, so their sizes differ from those of the other two.
 
     python -m experiments.map --stage calm       # how much do two runs of the same settings differ?
     python -m experiments.map --stage router     # which routers leave their start?
@@ -210,6 +210,8 @@ DIFFERENCES = (
     ("orchmoe", "floor", "seen"),
     ("orchmoe", "floor", "unseen"),
     ("orchmoe", "ceiling", "seen"),
+    ("orchmoe", "ceiling", "unseen"),
+    ("floor", "lora", "seen"),
     ("ceiling", "floor", "seen"),
 )
 ROUTER_COLUMNS = {  # numbers of routing.report, and their names in the tables
@@ -236,34 +238,42 @@ def read_map(results: Path) -> dict[str, Groups]:
     return {point: read_groups(results / point / "cells") for point in points()}
 
 
-def is_finished(groups: Groups) -> bool:
-    """Return whether all rows of a point have all seeds."""
-    return all(len(groups.get(row, {})) >= DEFAULTS["seeds"] for row in ROWS)
+def finished_points(found: dict[str, Groups]) -> list[Groups]:
+    """Return the points with 28 training tasks at which all rows have all seeds.
 
-
-def mean_over_points(found: dict[str, Groups]) -> Groups:
-    """Return cells whose losses are means over all finished points with 28 training tasks."""
-    chosen = []
+    Points with fewer tasks stay out, because their losses are means over other seen tasks.
+    """
+    seeds = set(range(DEFAULTS["seeds"]))
+    finished = []
     for name, values in points().items():
-        if "train_tasks" not in values and is_finished(found[name]):
-            chosen.append(found[name])
+        of_point = found[name]
+        complete = all(of_point.get(row, {}).keys() >= seeds for row in ROWS)
+        if complete and "train_tasks" not in values:
+            finished.append(of_point)
+    return finished
+
+
+def mean_over_points(finished: Sequence[Groups]) -> Groups:
+    """Return groups with the mean losses over points, for each row and seed."""
     groups: Groups = {}
-    if not chosen:
-        return groups
     for row in ROWS:
         groups[row] = {}
         for seed in range(DEFAULTS["seeds"]):
-            cells = [of_point[row][seed] for of_point in chosen]
+            cells = [of_point[row][seed] for of_point in finished]
             groups[row][seed] = {which: mean_losses(cells, which) for which in SETS}
     return groups
 
 
 def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
-    """Return the part `which` of a cell, with the mean losses of several cells."""
+    """Return one part of a cell, "seen" or "unseen", with the mean losses of several cells."""
+    names = cells[0][which]["tasks"].keys()
+    if any(cell[which]["tasks"].keys() != names for cell in cells):
+        raise ValueError(f"the points have different {which} tasks")
     tasks = {}
-    for task in cells[0][which]["tasks"]:
-        values = [cell[which]["tasks"][task]["loss"] for cell in cells]
-        tasks[task] = {"loss": float(np.mean(values))}
+    for name in names:
+        tasks[name] = {
+            "loss": float(np.mean([cell[which]["tasks"][name]["loss"] for cell in cells]))
+        }
     overall = float(np.mean([scores["loss"] for scores in tasks.values()]))
     return {"tasks": tasks, "overall": {"loss": overall}}
 
@@ -323,21 +333,28 @@ def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str]
     return table([*head, "distance of w", *ROUTER_COLUMNS.values()], rows)
 
 
+def by_axis(found: dict[str, Groups]) -> dict[str, dict[str, Groups]]:
+    """Return the groups of each axis by the labels of its points, and the mean over points."""
+    lines: dict[str, dict[str, Groups]] = {}
+    for axis, tags in AXES.items():
+        lines[axis] = {tag: found[point_name(axis, tag)] for tag in tags}
+    finished = finished_points(found)
+    if finished:
+        lines["mean over"] = {f"{len(finished)} points": mean_over_points(finished)}
+    return lines
+
+
 def map_table(found: dict[str, Groups]) -> str:
     """Return a line for each point: DIFFERENCES, the noise of both rows, the distance of w."""
-    lines = {}
-    for axis, tags in AXES.items():
-        for tag in tags:
-            lines[f"{axis} {tag}"] = found[point_name(axis, tag)]
-    lines["mean over finished points of 28 tasks"] = mean_over_points(found)
     rows = []
-    for label, groups in lines.items():
-        if not (groups.get("lora") and groups.get("orchmoe")):
-            continue
-        row = [label, len(groups["lora"].keys() & groups["orchmoe"].keys())]
-        row += [signed_difference(groups, *names) for names in DIFFERENCES]
-        row += [noise(groups[name]) for name in ("lora", "orchmoe")]
-        rows.append(row + router_numbers(groups["orchmoe"])[:1])
+    for axis, line in by_axis(found).items():
+        for tag, groups in line.items():
+            if not {"lora", "orchmoe"} <= groups.keys():
+                continue
+            row = [f"{axis} {tag}", len(groups["lora"].keys() & groups["orchmoe"].keys())]
+            row += [signed_difference(groups, *names) for names in DIFFERENCES]
+            row += [noise(groups[name]) for name in ("lora", "orchmoe")]
+            rows.append(row + router_numbers(groups["orchmoe"])[:1])
     head = [f"{one} - {other}, {which}" for one, other, which in DIFFERENCES]
     head = ["point", "seeds", *head, "noise of lora", "noise of orchmoe", "distance of w"]
     return table(head, rows)
@@ -372,8 +389,8 @@ NOTE = (
 )
 LABELS = {
     "orchmoe": "OrchMoE",
-    "floor": "floor: no router, w = 1/K",
-    "ceiling": "ceiling: w is the real task",
+    "floor": "OrchMoE without a router, w = 1/K",
+    "ceiling": "OrchMoE that is given the real task",
 }
 
 
@@ -381,44 +398,37 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
     """Draw each row minus LoRA along each axis. Return None without finished cells."""
     if not any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values()):
         return None
-    size = {"nrows": 2, "ncols": len(AXES), "sharey": "row", "squeeze": False}
+    lines = by_axis(found)
     title = "Loss minus that of a LoRA: below zero is better than the LoRA"
-    below = "LoRA and OrchMoE have one total size; bars: 95 % intervals over tasks and seeds"
-    canvas, axes = plot.canvas(title, below, 5.5, **size)
+    below = "LoRA and OrchMoE have the same size; bars: 95 % intervals over tasks and seeds"
+    size = {"nrows": 2, "ncols": len(lines), "sharey": "row", "squeeze": False}
+    widths = [1 + len(line) for line in lines.values()]
+    canvas, axes = plot.canvas(title, below, 5.5, width_ratios=widths, **size)
     drawn = {}  # a handle for each label
-    for column, (axis, tags) in enumerate(AXES.items()):
-        for line, which in enumerate(SETS):
-            panel = axes[line][column]
+    for column, (axis, line) in enumerate(lines.items()):
+        for row, which in enumerate(SETS):
+            panel = axes[row][column]
             panel.axhline(0, color="black", linewidth=0.8)
             for number, (name, label) in enumerate(LABELS.items()):
-                if (name, which) == ("ceiling", "unseen"):  # it knows no unseen task
-                    continue
-                xs = []
-                bars = []
-                for x, tag in enumerate(tags):
-                    bar = difference(found[point_name(axis, tag)], name, "lora", which)
-                    if bar:
-                        xs.append(x + 0.08 * (number - 1))
-                        bars.append(bar)
-                if not bars:
-                    continue
-                mean, low, high = np.array(bars).T
-                drawn[label] = panel.errorbar(
-                    xs,
-                    mean,
-                    yerr=[mean - low, high - mean],
-                    color=plot.COLOURS[number],
-                    marker=plot.MARKERS[number],
-                    markersize=4,
-                    linewidth=1.2,
-                    elinewidth=0.8,
-                )
-            panel.set_xticks(range(len(tags)), tags)
-            panel.set_xlim(-0.3, len(tags) - 0.7)
-            panel.set_title(f"{which} tasks")
+                for x, groups in enumerate(line.values()):
+                    found_here = difference(groups, name, "lora", which)
+                    if not found_here:
+                        continue
+                    mean, low, high = found_here
+                    drawn[label] = panel.errorbar(
+                        x + 0.2 * (number - 1),
+                        mean,
+                        yerr=[[mean - low], [high - mean]],
+                        color=plot.COLOURS[number],
+                        marker=plot.MARKERS[number],
+                        markersize=4,
+                        linewidth=1,
+                    )
+            panel.set_xticks(range(len(line)), line)
+            panel.set_xlim(-0.5, len(line) - 0.5)
             panel.set_xlabel(axis)
-    for row in axes:
-        row[0].set_ylabel("nats per target token")
+    for row, which in enumerate(SETS):
+        axes[row][0].set_ylabel(f"{which} tasks (nats per token)")
     canvas.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     return plot.save(canvas, path)
 

@@ -147,8 +147,8 @@ def test_map_table_has_the_noise_and_the_distance_beside_each_difference(groups)
         "2",
         cells_of(routing_map.stage_table("", groups, "lora"))[1][4],
     ]
-    assert cells[4:8] == ["-"] * 4  # neither floor nor ceiling
-    assert cells[8:] == ["0.141", "0.177", "0.25"]  # sds of the losses, and the distance
+    assert cells[4:-3] == ["-"] * 6  # neither floor nor ceiling
+    assert cells[-3:] == ["0.141", "0.177", "0.25"]  # sds of the losses, and the distance
 
 
 def test_mean_over_points_is_over_finished_points_of_the_same_tasks(groups, monkeypatch):
@@ -157,15 +157,18 @@ def test_mean_over_points_is_over_finished_points_of_the_same_tasks(groups, monk
     swapped = {name: {0: group[1], 1: group[0]} for name, group in rows.items()}
     unfinished = rows | {"floor": {0: groups["lora"][0]}}
     found = {point: {} for point in routing_map.points()} | {"total-rank-2": unfinished}
-    assert routing_map.mean_over_points(found) == {}
+    assert routing_map.finished_points(found) == []
     found |= {"centre": rows, "steps-300": swapped, "training-tasks-7": rows}
-    mean = routing_map.mean_over_points(found)
+    mean = routing_map.mean_over_points(routing_map.finished_points(found))
     assert all(group.keys() == {0, 1} for group in mean.values())
     assert mean["lora"][0]["seen"]["tasks"]["t1"]["loss"] == pytest.approx((2.0 + 2.2) / 2)
     assert mean["orchmoe"][1]["unseen"]["overall"]["loss"] == pytest.approx(1.475)
     label, seeds, seen, *_ = cells_of(routing_map.map_table(found))[-1]
-    assert (label, seeds) == ("mean over finished points of 28 tasks", "2")
+    assert (label, seeds) == ("mean over 2 points", "2")
     assert seen.startswith("-0.125 [")
+    swapped["floor"][1]["seen"]["tasks"]["other"] = {"loss": 1.0}
+    with pytest.raises(ValueError, match="the points have different seen tasks"):
+        routing_map.map_table(found)
 
 
 def test_difference_refuses_other_tasks(groups):
