@@ -59,8 +59,8 @@ ROWS = EQUAL | {
     "ceiling": Row({"router": "none"}, router="task", **LIKE),
 }
 
-# LoRA and OrchMoE at several rates and numbers of steps, to see the sd over seeds. With the same
-# start, the runs of a row differ in the order of the data alone.
+# LoRA and OrchMoE at several rates and numbers of steps, to see how much runs differ. In the rows
+# "same start" all seeds have the same initial values, so only the order of the data differs.
 CALM_ROWS = EQUAL | {
     "lora, same start": Row({"method": "lora"}, like="lora", router="same start"),
     "orchmoe, same start": Row(router="same start", **LIKE),
@@ -246,10 +246,10 @@ def finished_points(found: dict[str, Groups]) -> list[Groups]:
     seeds = set(range(DEFAULTS["seeds"]))
     finished = []
     for name, values in points().items():
-        of_point = found[name]
-        complete = all(of_point.get(row, {}).keys() >= seeds for row in ROWS)
+        groups = found[name]
+        complete = all(groups.get(row, {}).keys() >= seeds for row in ROWS)
         if complete and "train_tasks" not in values:
-            finished.append(of_point)
+            finished.append(groups)
     return finished
 
 
@@ -259,7 +259,7 @@ def mean_over_points(finished: Sequence[Groups]) -> Groups:
     for row in ROWS:
         groups[row] = {}
         for seed in range(DEFAULTS["seeds"]):
-            cells = [of_point[row][seed] for of_point in finished]
+            cells = [point[row][seed] for point in finished]
             groups[row][seed] = {which: mean_losses(cells, which) for which in SETS}
     return groups
 
@@ -434,8 +434,9 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
 
 
 def main() -> None:
-    fixed = (*FIXED, "data", "splits", "max_tasks", "tasks", "skills", "rank", "alpha", "router")
-    fixed = (*fixed, "tune", "steps", "accumulate")
+    # These are no flags here, because the map sets them.
+    adapter = ("tasks", "skills", "rank", "alpha", "router")
+    fixed = (*FIXED, *adapter, "data", "splits", "max_tasks", "tune", "steps", "accumulate")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
     if config.stage != "table":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
