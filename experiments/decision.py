@@ -30,7 +30,7 @@ import numpy as np
 import data
 import runtime
 import tokenizer as tokenizers
-from experiments.map import EQUAL, difference, losses, read_groups, stage_table
+from experiments.map import EQUAL, difference, losses, read_groups, stage_table, with_overall
 from experiments.map import ROWS as MAP_ROWS
 from experiments.study import (
     SETTINGS,
@@ -156,8 +156,7 @@ def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, 
     parts = {}
     for group in ("test", "left out"):
         tasks = {name: cell["unseen"]["tasks"][name] for name in lists[group]}
-        mean = float(np.mean([scores["loss"] for scores in tasks.values()]))
-        parts[group] = {"tasks": tasks, "overall": {"loss": mean}}
+        parts[group] = with_overall(tasks)
     return cell | parts
 
 

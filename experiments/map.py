@@ -265,15 +265,19 @@ def mean_over_points(finished: Sequence[Groups]) -> Groups:
 
 
 def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
-    """Return one part of a cell, "seen" or "unseen", with the mean losses of several cells."""
+    """Return the means of several cells, task by task, on the set `which`."""
     names = cells[0][which]["tasks"].keys()
     if any(cell[which]["tasks"].keys() != names for cell in cells):
         raise ValueError(f"the points have different {which} tasks")
     tasks = {}
     for name in names:
-        tasks[name] = {
-            "loss": float(np.mean([cell[which]["tasks"][name]["loss"] for cell in cells]))
-        }
+        values = [cell[which]["tasks"][name]["loss"] for cell in cells]
+        tasks[name] = {"loss": float(np.mean(values))}
+    return with_overall(tasks)
+
+
+def with_overall(tasks: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return what a cell says of a set of tasks: their scores, and the mean of their losses."""
     overall = float(np.mean([scores["loss"] for scores in tasks.values()]))
     return {"tasks": tasks, "overall": {"loss": overall}}
 
@@ -411,10 +415,10 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
             panel.axhline(0, color="black", linewidth=0.8)
             for number, (name, label) in enumerate(LABELS.items()):
                 for x, groups in enumerate(line.values()):
-                    found_here = difference(groups, name, "lora", which)
-                    if not found_here:
+                    bar = difference(groups, name, "lora", which)
+                    if not bar:
                         continue
-                    mean, low, high = found_here
+                    mean, low, high = bar
                     drawn[label] = panel.errorbar(
                         x + 0.2 * (number - 1),
                         mean,
