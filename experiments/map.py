@@ -393,8 +393,8 @@ NOTE = (
 )
 LABELS = {
     "orchmoe": "OrchMoE",
-    "floor": "OrchMoE without a router, w = 1/K",
-    "ceiling": "OrchMoE that is given the real task",
+    "floor": "floor: OrchMoE without a router",
+    "ceiling": "ceiling: OrchMoE that is given the real task",
 }
 
 
