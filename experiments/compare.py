@@ -53,7 +53,7 @@ ABLATIONS = {
     "w of another sample": Row(w="other", run=DEFAULT_RUN),
     "router: token": Row({"router": "token"}),
     "router: none": Row({"router": "none"}),
-    "router: random": Row(router="random"),
+    "router: random": Row(replaced_router="random"),
     "router start: normal": Row({"router_init": "normal"}),
     "attention off": Row({"router_attention": False}),
     "w without softmax": Row({"router_norm": "none"}),

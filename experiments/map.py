@@ -56,14 +56,14 @@ LIKE = {"like": "orchmoe"}
 EQUAL = {"lora": Row({"method": "lora"}), "orchmoe": Row()}
 ROWS = EQUAL | {
     "floor": Row({"router": "none"}, **LIKE),
-    "ceiling": Row({"router": "none"}, router="task", **LIKE),
+    "ceiling": Row({"router": "none"}, replaced_router="task", **LIKE),
 }
 
 # LoRA and OrchMoE at several rates and numbers of steps, to see how much runs differ. In the rows
 # "same start" all seeds have the same initial values, so only the order of the data differs.
 CALM_ROWS = EQUAL | {
-    "lora, same start": Row({"method": "lora"}, like="lora", router="same start"),
-    "orchmoe, same start": Row(router="same start", **LIKE),
+    "lora, same start": Row({"method": "lora"}, like="lora", replaced_router="same start"),
+    "orchmoe, same start": Row(replaced_router="same start", **LIKE),
 }
 CALM = {
     "r0.01": {"lr_skills": 1e-2},
@@ -80,9 +80,9 @@ ROUTERS = {
     "K 32": Row({"tasks": 32}, **LIKE),
     "K 64": Row({"tasks": 64}, **LIKE),
     "normal start": Row({"router_init": "normal"}, **LIKE),
-    "sharper start": Row(router="sharp", **LIKE),
-    "flatter start": Row(router="flat", **LIKE),
-    "skills apart first": Row(router="specialised", **LIKE),
+    "sharper start": Row(replaced_router="sharp", **LIKE),
+    "flatter start": Row(replaced_router="flat", **LIKE),
+    "skills apart first": Row(replaced_router="specialised", **LIKE),
 }
 
 # Each axis of the map: label of a point -> the settings that it changes. A point that changes

@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    router: str = ""  # router that takes the place of the learnt one, see routers.attach_with
+    replaced_router: str = ""  # in place of the learnt router, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {name} and {seed} are filled in (default: its own)
     model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
@@ -149,7 +149,7 @@ class Cell(NamedTuple):
 
     def made_with(self) -> dict[str, Any]:
         """Return `values` and the router that takes the place of the learnt one."""
-        return {"replaced_router": self.row.router, **self.values()}
+        return {"replaced_router": self.row.replaced_router, **self.values()}
 
     def require_same(self) -> None:
         """Raise ValueError if its file or its run was made with other settings."""
@@ -182,7 +182,7 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it."""
     started = time.monotonic()
-    attach = attach_with(cell.row.router, cell.settings)
+    attach = attach_with(cell.row.replaced_router, cell.settings)
     result = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),

@@ -70,7 +70,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
         row = compare.ablation(name, default)
         settings = study.changed(train.Settings(adapter=default), row.settings)
         assert size_and_scales(settings.adapter) == size_and_scales(default)
-    differences = [row.router, row.w, *compare.ABLATIONS[name].settings]
+    differences = [row.replaced_router, row.w, *compare.ABLATIONS[name].settings]
     assert len(list(filter(None, differences))) == (name != "default")
 
 
