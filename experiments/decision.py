@@ -239,7 +239,8 @@ def main() -> None:
         if config.stage == "pilot":
             cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
         else:
-            study.tune(TUNED, study_config.trials, ("lr_skills", "alpha"), **values)
+            axes = ("lr_skills", "alpha")
+            study.tune(TUNED, study_config.trials, axes, "dev tasks", **values)
             cells = study.cells("cells", ROWS, {"": values}, range(study_config.seeds), "losses")
         study.run(cells)
 

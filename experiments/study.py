@@ -134,7 +134,7 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "losses", "answers"] = "answers"  # each includes those before
+    scores: Literal["dev", "dev tasks", "losses", "answers"] = "answers"  # see `run_cell`
 
     def result(self) -> dict[str, Any]:
         """Return the content of its file."""
@@ -180,7 +180,11 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 
 
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
-    """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it."""
+    """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
+
+    The dev loss is that of the run, which weighs all target tokens alike. With "dev tasks" it is
+    the mean over tasks. "losses" adds seen and unseen instances, "answers" also their answers.
+    """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.settings)
     result = {
@@ -210,6 +214,8 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
             result["router"] = best.get("router")  # also its distance from its start
     if cell.scores != "dev":
         result |= score(cell, device, attach)
+    if cell.scores == "dev tasks":
+        result["dev_loss"] = result["dev"]["overall"]["loss"]
     result["seconds"] = round(time.monotonic() - started)
     runtime.write_json(cell.path, result)
     return True
@@ -247,12 +253,15 @@ def load_sets(settings: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict
 def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
-    The overall loss is the mean over tasks, so that long targets weigh no more than short ones.
+    With "dev tasks" return scores on dev and the number of parameters. The overall loss is the
+    mean over tasks, so that long targets weigh no more than short ones.
     """
     config = cell.settings.train
     tokenizer = tokenizers.load(config.model)
     held_out = load_sets(cell.settings, tokenizer)
     dev = held_out.pop("dev")
+    if cell.scores == "dev tasks":
+        held_out = {"dev": dev}
     result: dict[str, Any] = {}
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
@@ -286,7 +295,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             losses.append(loss)
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
 
-    if cell.row.model == "trained" and not cell.row.w:
+    if cell.row.model == "trained" and not cell.row.w and "seen" in held_out:
         report = routing.report(base, adapters, held_out["seen"], **options)
         runtime.write_json(cell.folder / "routing.json", report)
         numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
@@ -497,12 +506,18 @@ class Study:
         run_cells(list(queues.values()), self.config.jobs, self.device)
 
     def tune(
-        self, rows: dict[str, Row], trials: int, axes: Sequence[str] = AXES, **values: Any
+        self,
+        rows: dict[str, Row],
+        trials: int,
+        axes: Sequence[str] = AXES,
+        scores: str = "dev",
+        **values: Any,
     ) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
 
-        axes: what may be tuned. values: further settings of the trials. Return the reports of the
-        searches, and add them to tuning.json.
+        axes: what may be tuned. scores: "dev" or "dev tasks", the loss that decides. values:
+        further settings of the trials. Return the reports of the searches, and add them to
+        tuning.json.
         """
         searches = {}
         for name, row in rows.items():
@@ -513,7 +528,7 @@ class Study:
                 start[axis] = known[axis]
                 if known[axis] is None:
                     start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
-            trial = functools.partial(self._trial, name, row, values)
+            trial = functools.partial(self._trial, name, row, scores, values)
             searches[name] = Search(start, trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device)
 
@@ -531,9 +546,11 @@ class Study:
         runtime.write_json(path, read_tuning(self.results) | reports)
         return reports
 
-    def _trial(self, name: str, row: Row, values: dict[str, Any], trial: dict[str, float]) -> Cell:
+    def _trial(
+        self, name: str, row: Row, scores: str, values: dict[str, Any], trial: dict[str, float]
+    ) -> Cell:
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
-        return self.cell(f"tune/{tag}", name, row, values | trial, "dev")
+        return self.cell(f"tune/{tag}", name, row, values | trial, scores)
 
 
 def read_tuning(results: Path) -> dict[str, dict]:

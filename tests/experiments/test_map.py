@@ -79,6 +79,16 @@ def test_tune_refuses_rates_at_which_every_trial_diverges(study, monkeypatch):
         study.tune(routing_map.EQUAL, 1)
 
 
+def test_tune_by_task_takes_the_mean_over_the_tasks_of_dev(study):
+    small = {"steps": 1, "eval_every": 1, "train_instances": 4, "num_pos": 0}
+    report = study.tune({"lora": routing_map.EQUAL["lora"]}, 1, (), "dev tasks", **small)["lora"]
+    (path,) = (study.results / "tune").glob("lora*.json")
+    cell = json.loads(path.read_text())
+    losses = [task["loss"] for task in cell["dev"]["tasks"].values()]
+    assert len(losses) == 28 and "seen" not in cell
+    assert report["dev_loss"] == cell["dev_loss"] == pytest.approx(np.mean(losses))
+
+
 def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(routing_map, "AXES", {"steps": {"4": {"steps": 4}, "600": {}}})
     monkeypatch.setattr(routing_map, "CENTRE_TRIALS", 2)
