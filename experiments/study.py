@@ -367,7 +367,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                     return
                 print_done(cell)
             # A search goes on with other values. Any other cell has no scores for a table.
-            if cell.scores != "dev" and "diverged" in cell.result():
+            if cell.scores in ("losses", "answers") and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) == 1:
