@@ -14,9 +14,9 @@ experiments/map.py.
 
 The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
 tasks by three times the noise of a run, the stage `cells` is refused. This stage tunes OrchMoE,
-LoRA and MoE-LoRA, with the same number of trials over lr_skills and alpha, and makes all cells. An
-interrupted stage continues when it is run again. Without --results the cells are those of this
-repository.
+LoRA and MoE-LoRA, with the same number of trials over lr_skills and alpha, by the mean of the dev
+loss over tasks. Then it makes all cells. An interrupted stage continues when it is run again.
+Without --results the cells are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 

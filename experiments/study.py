@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = ""  # in place of the learnt router, see routers.attach_with
+    replaced_router: str = ""  # takes the place of the learnt router, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {name} and {seed} are filled in (default: its own)
     model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
@@ -182,8 +182,9 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
-    The dev loss is that of the run, which weighs all target tokens alike. With "dev tasks" it is
-    the mean over tasks. "losses" adds seen and unseen instances, "answers" also their answers.
+    The dev loss weighs all target tokens alike. If the cell scores "dev tasks", it is the mean
+    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances, and
+    one that scores "answers" also has scores of the generated answers.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.settings)
@@ -253,8 +254,8 @@ def load_sets(settings: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict
 def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
-    With "dev tasks" return scores on dev and the number of parameters. The overall loss is the
-    mean over tasks, so that long targets weigh no more than short ones.
+    A cell that scores "dev tasks" gets scores on dev instead, and no routing. The overall loss is
+    the mean over tasks, so that long targets weigh no more than short ones.
     """
     config = cell.settings.train
     tokenizer = tokenizers.load(config.model)
