@@ -1,7 +1,8 @@
 """The methods that OrchMoE is compared with.
 
-`attach_method(name, module, config)` freezes the module and returns Adapters, whatever the method.
-All methods adapt the same Linears and follow one scale rule: alpha / (the rank that adds up).
+`attach_method(name, module, config)` returns Adapters, whatever the method. All methods adapt the
+same Linears of a frozen module; only "full" trains the module itself. The scale is alpha / (the
+rank of one skill, or of the whole adapter for LoRA).
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
@@ -219,7 +220,7 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach the method `name` with S = config.skills and R = config.rank.
 
-    extra_rank: ranks on top of R, in total over the Linears, which share them evenly; it makes
+    extra_rank: how many ranks to add, in total over the Linears, which share them evenly; it makes
     methods equal in size. num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr.
     orchmoe-factors is OrchMoE with factors mixed as in Poly. Raise ValueError for an unknown name,
     a missing T, targets that the method cannot adapt, or widths that `heads` does not divide.
@@ -239,7 +240,8 @@ def attach_method(
     head = getattr(module, "head", None)
     if head in found.values() and name not in ("lora", "moe-lora"):
         raise ValueError(
-            f"targets: head reads labels of all samples at once; not with --method {name}"
+            f"targets: head reads the tokens of all samples as one list, so --method {name} "
+            "cannot mix its skills by sample"
         )
     if name == "mhr":
         for path, linear in found.items():
@@ -250,28 +252,29 @@ def attach_method(
 
     # The first n Linears together get floor(n * extra_rank / N) extra ranks.
     N = len(found)
-    extra = [(n + 1) * extra_rank // N - n * extra_rank // N for n in range(N)]
+    totals = [n * extra_rank // N for n in range(N + 1)]
+    extra = [totals[n + 1] - totals[n] for n in range(N)]
 
-    def skills(count: int, rank: int, mix: Mix) -> dict[str, SkillLinear]:
+    def add(count: int, rank: int, mix: Mix) -> dict[str, SkillLinear]:
         ranks = [rank + more for more in extra]
         return add_skills(found, ranks, config, mix, generator, skills=count)
 
     if name == "orchmoe":
-        adapters = OrchMoE(module, skills(S, R, kernels.mix_skills), config, generator)
+        adapters = OrchMoE(module, add(S, R, kernels.mix_skills), config, generator)
     elif name == "orchmoe-factors":
-        adapters = OrchMoE(module, skills(S, R, kernels.mix_factors), config, generator)
+        adapters = OrchMoE(module, add(S, R, kernels.mix_factors), config, generator)
     elif name == "lora":
-        adapters = LoRA(module, skills(1, S * R, kernels.mix_skills))
+        adapters = LoRA(module, add(1, S * R, kernels.mix_skills))
     elif name == "moe-lora":
-        adapters = MoELoRA(module, skills(S, R, kernels.mix_skills), S, generator)
+        adapters = MoELoRA(module, add(S, R, kernels.mix_skills), S, generator)
     elif name == "poly":
-        linears = skills(S, R, kernels.mix_factors)
+        linears = add(S, R, kernels.mix_factors)
         adapters = Poly(module, linears, num_tasks, S, 1, generator)
     elif name == "mhr":
-        linears = skills(S, R, kernels.mix_factors)
+        linears = add(S, R, kernels.mix_factors)
         adapters = Poly(module, linears, num_tasks, S, heads, generator)
     elif name == "c-poly":
-        linears = skills(S - 1 + num_tasks, R, kernels.mix_skills)
+        linears = add(S - 1 + num_tasks, R, kernels.mix_skills)
         adapters = CPoly(module, linears, num_tasks, S, generator)
 
     device = next(iter(found.values())).weight.device

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class _SkillLinear(torch.autograd.Function):
+class _LinearWithSkills(torch.autograd.Function):
     """y = x W0^T + b + hc B, where h = x A^T and hc = h * c.
 
     A (SR,D) and B (SR,O) hold the factors of all skills below one another, so two products serve
-    all skills and nothing of shape (M,S,O) exists.
+    all skills and nothing of shape (M,S,O) exists. c contains the scale.
 
     Why this is a function of its own: autograd would compute the same numbers, but it would write
     the two terms of y (and of dx) to separate tensors and then add them. Here the second term is
@@ -101,11 +101,11 @@ def _compiled_in_training(function: Callable) -> Callable:
     """
 
     @wraps(function)
-    def mix(x: Tensor, *rest) -> Tensor:
+    def mix(x: Tensor, *rest, **named) -> Tensor:
         training = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
         if training and not torch.compiler.is_compiling():
-            return _compiled(function)(x, *rest)
-        return function(x, *rest)
+            return _compiled(function)(x, *rest, **named)
+        return function(x, *rest, **named)
 
     return mix
 
@@ -145,7 +145,7 @@ def mix_skills(
     if c.dim() == 2:
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
     c = (scale * c).to(x).repeat_interleave(R, dim=-1)  # one number for each rank of each skill
-    return _SkillLinear.apply(x, A, B, c, weight, bias)
+    return _LinearWithSkills.apply(x, A, B, c, weight, bias)
 
 
 @_compiled_in_training

@@ -59,7 +59,7 @@ class OrchMoEConfig:
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
     router_dropout: float = 0.0  # share of training samples that get w = 1/K
     allocation_std: float = 3.0  # standard deviation of the initial Z
-    gumbel: bool = False  # train with logistic noise on Z: relaxed Bernoulli weights
+    gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
 
     def __post_init__(self) -> None:
         for name in ("tasks", "skills", "rank"):
@@ -91,7 +91,7 @@ class Routing(NamedTuple):
     w: Tensor | None  # (B,K), or (K,) if all samples share it; None for the token router
     Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise; None for methods without Z
     c: Tensor | None  # (N,B,S), or (N,1,S) if all samples share it; None for the token router
-    shared: bool  # true if all samples are routed alike, so that a Linear takes any batch size
+    shared: bool  # true if Zhat and c have no sample dimension; then any batch size fits
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -290,9 +290,8 @@ class SkillLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + bias + scale * sum_s c_s B_s A_s x, (B,...,O) for x (B,...,D)."""
-        batch, length = x.shape[:1].numel(), x.shape[1:-1].numel()
-        if x.dim() == 1:  # a single vector is a batch of one
-            batch = 1
+        batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
+        length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
         rows = x.reshape(batch, length, self.in_features)  # (B,L,D)
         c = self.skill_c(rows)
         mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
@@ -370,7 +369,7 @@ def _new_skill_linear(base: type) -> SkillLinear:
 
 
 def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after`, made from `before` by .to(). If it is half precision, only move `before`."""
+    """Return `after`, made from `before` by .to(). If it is half precision, move `before` only."""
     if after.dtype in (torch.bfloat16, torch.float16):
         return before.to(after.device)
     return after
@@ -390,7 +389,7 @@ def add_skills(
     *,
     skills: int | None = None,
 ) -> dict[str, SkillLinear]:
-    """Give each Linear, in place, S skills of rank R, its entry in `ranks`. Scale: alpha / R.
+    """Add S skills to each Linear, in place. `ranks` gives R for each Linear. Scale: alpha / R.
 
     skills: S, if it is not config.skills. A plain LoRA has one skill of rank S R.
     """
@@ -530,7 +529,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
         PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
         Options: w (K,) or (B,K) to use instead of the router; task_ids (B,) for methods that need
-        them; noise u (B,N,K,S) in [0,1) and drop (B,), true where router_dropout sets w = 1/K.
+        them; noise u in [0,1), (B,N,K,S) or (B,N,H,S) for Poly with H heads; drop (B,), true where
+        router_dropout sets w = 1/K.
         Noise and drop are drawn here in training if they are not given.
         """
         with self._exclusive("routed()"):
@@ -559,7 +559,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             yield
 
     @contextmanager
-    def folded(self, w: Tensor | None = None, **routing: Tensor | None) -> Iterator[None]:
+    def folded(self, w: Tensor | None = None, **options: Tensor | None) -> Iterator[None]:
         """Within the `with` block the skills of ONE routing are in the weights, at base speed.
 
         The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
@@ -567,24 +567,24 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         if `unfoldable` gives a reason.
         """
         with self._exclusive("folded()"):
-            folded = self._folded_weights(w, routing)
-            originals = {linear: linear.weight for linear in folded}
+            new_weights = self._folded_weights(w, options)
+            originals = {linear: linear.weight for linear in new_weights}
             with self._base_classes():
                 try:
-                    for linear, weight in folded.items():
+                    for linear, weight in new_weights.items():
                         linear.weight = weight
                     yield
                 finally:
                     for linear, weight in originals.items():
                         linear.weight = weight
 
-    def merge(self, w: Tensor | None = None, **routing: Tensor | None) -> None:
+    def merge(self, w: Tensor | None = None, **options: Tensor | None) -> None:
         """Fold one routing for good and remove the adapters. Tied weights become separate.
 
         For the arguments see `folded`.
         """
         with self._exclusive("merge()"):
-            for linear, weight in self._folded_weights(w, routing).items():
+            for linear, weight in self._folded_weights(w, options).items():
                 linear.weight = weight
             self._remove_skills()
 
@@ -606,16 +606,16 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 return f"{name}: {linear.skill_base.__name__} computes more than a plain product"
         return ""
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the samples at positions `rows` (B',): `generate` drops finished samples."""
+    def keep(self, positions: Tensor) -> None:
+        """Keep only the samples at these positions (B',): `generate` drops finished samples."""
         if self._active in ("folded()", "disabled()") or self.routing().shared:
-            return  # all samples are alike
+            return  # no weights are stored for single samples
         for linear in self.linears.values():
             if linear.skill_beams > 1:
                 raise ValueError(
                     "keep: it counts samples, but with beams a sample has several rows"
                 )
-            linear.skill_weights = linear.skill_weights[rows]
+            linear.skill_weights = linear.skill_weights[positions]
 
     def routing(self) -> Routing:
         """Return w, Zhat and c of the routed batch. Raise RuntimeError outside `routed`."""
@@ -666,9 +666,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         different = own.keys() ^ state.keys()
         if strict and different:
             name = min(different)
-            place = "the given state" if name in own else "these adapters"
+            lacking = "the given state" if name in own else "these adapters"
             raise ValueError(
-                f"adapter state: {name} is missing in {place}; load the state of a whole model "
+                f"adapter state: {name} is missing in {lacking}; load the state of a whole model "
                 "with model.load_state_dict"
             )
         for name in sorted(names):
@@ -708,13 +708,13 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @torch.no_grad()
     def _folded_weights(
-        self, w: Tensor | None, routing: dict[str, Tensor | None]
+        self, w: Tensor | None, options: dict[str, Tensor | None]
     ) -> dict[SkillLinear, nn.Parameter]:
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
         reason = self.unfoldable()
         if reason:
             raise ValueError(f"{self._active}: {reason}")
-        c = self.route(w=w, **routing).c  # (N,1,S)
+        c = self.route(w=w, **options).c  # (N,1,S)
         if c.shape[1] != 1:
             raise ValueError(f"{self._active}: give one sample or one w (K,), not {c.shape[1]}")
 
@@ -793,6 +793,7 @@ class OrchMoE(Adapters):
             self.router = TaskRouter(width, config, generator).to(self.Z)
         if config.router == "token":
             for linear in linears.values():
+                # Each token has its own w. Tokens are neither normalised nor standardised.
                 router = TaskRouter(linear.in_features, config, generator).to(linear.skill_A)
                 linear.skill_W_task = router.W_task
                 linear.skill_bias = router.bias
@@ -835,11 +836,12 @@ class OrchMoE(Adapters):
                 w = self._drop_routing(w, drop)
             if w.shape[-1] != K:
                 raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
+            # w, Zhat or both may have one row for all samples: einsum broadcasts it.
             c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
         return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
 
     def _noise(self, noise: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        """Return the noise for Z: the given one, or a new one; None outside training."""
+        """Return the noise for Z, given or drawn. None outside training and without gumbel."""
         if not self.training or self.noise_shape is None:
             return None
         if noise is None and embeddings is None:
@@ -890,7 +892,7 @@ def attach(
 
 
 def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return {path: Linear} of the Linears that `targets` names, in the order of the module.
+    """Return {path: Linear} of the Linears named in `targets`, in the order of the module.
 
     Raise ValueError if a target does not exist or cannot have skills.
     """

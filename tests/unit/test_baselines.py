@@ -128,7 +128,7 @@ CANNOT_ATTACH = [
     # Of a Linear 32 -> 48, 32 heads divide the input alone.
     ("mhr", replace(CONFIG, targets=("wi_0",)), {"num_tasks": T, "heads": 32}, "into 32 heads"),
     *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),
-    # The head reads the labels of all samples one after another, so it has no rows to route.
+    # The head reads the tokens of all samples as one list, so it has no samples to route.
     *((name, HEADS, {"num_tasks": T}, "targets: head reads") for name in sorted(ONE_ROUTING)),
 ]
 
