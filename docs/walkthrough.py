@@ -120,20 +120,21 @@ def opening(shown: Shown) -> str:
 # One sample, step by step
 
 Written by `python -m docs.walkthrough`, not by hand: a test trains the run again and compares every
-word and, up to rounding, every number. **The run** is that of
+word, and every number within 1 % or 0.01. **The run** is that of
 
 ```
 python train.py --steps {SETTINGS.train.steps} --device cpu
 ```
 
-on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train, a sixth of the
-default's steps. It has only begun to learn; what matters here is the arithmetic, which is the same
-at any step. What the paper fixes of it and what was chosen is graded in [docs/paper.md](paper.md).
+on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train. It has a
+sixth of the default steps, so it has only begun to learn. What matters here is the arithmetic,
+which is the same at any step. [docs/paper.md](paper.md) says what comes from the paper and what we
+chose.
 
 ![The Task Router makes w of the source's embeddings; w and the allocation matrices give each Linear
 its weights of skills.](architecture.svg)
 
-The letters are those of the figure; here B = 1."""
+The letters are those of the figure and of README.md; here B = 1."""
 
 
 def prompt(shown: Shown) -> str:
@@ -163,14 +164,14 @@ definition, two positive examples, and the input:
 {text}
 ```
 
-Right is {right}; the first is the target here.
+The references are {right}; the first is the target here.
 SentencePiece makes {len(ids)} tokens of the source and {len(target)} of the
 target, both with EOS:
 
 {table(["", "1", "2", "3", "4", "5", "6", "7", "8"], rows)}
 
-`input_ids` {shape(shown.batch.input_ids)}, `labels` {shape(shown.batch.labels)}. No task id goes
-further than this: `OrchMoE.route` does not use it."""
+`input_ids` {shape(shown.batch.input_ids)}, `labels` {shape(shown.batch.labels)}. The batch
+also has a task id, but `OrchMoE.route` ignores it."""
 
 
 def features(shown: Shown) -> str:
@@ -202,7 +203,7 @@ target can reach the router.
 
 P = softmax(X Xᵀ / √D), {shape(P)}, with D = {D} and nothing learned. After rmsnorm a token's
 product with itself is D, far above that with any other, so it reads itself: {on_same_id:.4f} of P
-lies on tokens of the query's own id, and the mean of P X is that of X but for {moved:.5f} of its
+lies on tokens with the query's id, and the means of P X and X differ by {moved:.5f} of its
 length. So X̂ is nearly 2 X, and standardising undoes the 2.
 
 x̂ = mean_L(P X + X), {shape(x_hat)}, then standardised by μ and sd, which one pass over the training
@@ -239,7 +240,7 @@ no label told the router that they are two tasks.
 
 {table(["abstract task", *map(str, range(1, K + 1))], rows)}
 
-Entropy of w: {evaluation.mean_entropy(w):.3f} nats; were it uniform, ln K = {math.log(K):.3f}."""
+Entropy of w: {evaluation.mean_entropy(w):.3f} nats; a uniform w has ln K = {math.log(K):.3f}."""
 
 
 def allocation(shown: Shown) -> str:

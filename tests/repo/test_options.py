@@ -28,8 +28,9 @@ COMMAND = re.compile(
 )
 HEAD = """# Options
 
-The flags of the programs, as `--help` prints them. With `--run`, `--resume` or `--start`, the
-settings of data and prompt are those of the run unless a flag gives them.
+The flags of the programs, as `--help` prints them. With `--run` or `--start`, the settings of data
+and prompt are those of the run unless a flag gives them. With `--resume`, a flag may only name a new
+place of the model or the data.
 """
 
 
