@@ -145,16 +145,17 @@ def read_config(folder: str | Path) -> Any:
 
 
 def on_meta(config: Any) -> Backbone:
-    """Return the model that a config describes with names and shapes but without memory."""
+    """Return the model of a config on the meta device: names and shapes, but no values."""
     family = FAMILY_OF_CONFIG[type(config)]
     with torch.device("meta"):
         return family(config)
 
 
 def hf_name(module: nn.Module, name: str) -> str:
-    """Return Hugging Face's name of a parameter or submodule.
+    """Return Hugging Face's name of a parameter.
 
-    A Backbone has rename rules; the names of any other module stay as they are.
+    For a submodule give its name with a dot behind it. A Backbone has rename rules; the names of
+    any other module stay as they are.
     """
     if isinstance(module, Backbone):
         for pattern, replacement in module.renames:
@@ -202,17 +203,17 @@ def mapped(folder: str | Path) -> Backbone:
     with runtime.reading(folder / "config.json"):
         backbone = on_meta(config)  # fails for sizes beyond 64 bits
 
-    # Every place gets one tensor of its shape, and every tensor is used once.
+    # Every parameter gets one tensor of its shape, and every tensor is used once.
     state = {}
-    for name, place in backbone.state_dict().items():
+    for name, parameter in backbone.state_dict().items():
         source = hf_name(backbone, name)
         if source not in tensors:
             raise ValueError(f"{folder}: missing tensor {source!r}; restore the weights")
         tensor = tensors.pop(source)
-        if tensor.shape != place.shape or tensor.dtype not in FLOAT_DTYPES:
+        if tensor.shape != parameter.shape or tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{folder}: {source} is {tensor.dtype} {list(tensor.shape)!s:.60}, but config.json "
-                f"asks for floats {list(place.shape)}; restore the files"
+                f"asks for floats {list(parameter.shape)}; restore the files"
             )
         state[name] = tensor
     if tensors:
@@ -232,10 +233,10 @@ def save(backbone: Backbone, folder: str | Path) -> None:
     """
     folder = Path(folder)
     state = backbone.state_dict()
-    foreign = state.keys() ^ on_meta(backbone.config).state_dict().keys()
-    if foreign:
+    differing = state.keys() ^ on_meta(backbone.config).state_dict().keys()
+    if differing:
         raise ValueError(
-            f"{folder}: not saved, since {sorted(foreign)[:3]} are not weights of the base; "
+            f"{folder}: not saved, since {sorted(differing)[:3]} are not weights of the base; "
             "detach the adapters first"
         )
     tensors = {hf_name(backbone, name): weight for name, weight in state.items()}

@@ -156,8 +156,8 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     _require_plain_name(splits, "--splits")
     found: dict[str, list[str]] = {"train": [], "test": []}
     missing = []
-    for part in found:
-        path = root / "splits" / splits / f"{part}_tasks.txt"
+    for list_name in found:
+        path = root / "splits" / splits / f"{list_name}_tasks.txt"
         if not path.is_file():
             raise ValueError(
                 f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
@@ -168,7 +168,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         for name in dict.fromkeys(names):  # each name once, in order
             _require_plain_name(name, str(path))
             if (root / "tasks" / f"{name}.json").is_file():
-                found[part].append(name)
+                found[list_name].append(name)
             else:
                 missing.append(name)
 
@@ -310,7 +310,7 @@ def _encode_source(
 
 
 def _limit(ids: list[int], length: int) -> np.ndarray:
-    """Return at most `length` ids (int32). The last id, which is EOS, stays the last."""
+    """Return at most `length` ids (int32). The last id, usually EOS, stays the last."""
     if len(ids) > length:
         ids = ids[: length - 1] + ids[-1:]
     return np.array(ids, np.int32)
@@ -372,7 +372,7 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: names of all tasks on the list of the set, sorted.
+    tasks: names of the tasks on the list of the set that have a file, at most max_tasks, sorted.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
     """
 
@@ -401,8 +401,8 @@ def load_sets(
     files, or if no task of a needed list has a file.
     """
     listed = read_splits(config.data, config.splits)
-    for part in listed:
-        listed[part] = sorted(listed[part][: config.max_tasks or None])
+    for list_name in listed:
+        listed[list_name] = sorted(listed[list_name][: config.max_tasks or None])
     if not names:
         names = ["train", "dev", "seen"]
         if listed["test"]:
@@ -411,35 +411,35 @@ def load_sets(
         training = listed["train"]
 
     sets = {}
-    for part, tasks in listed.items():
-        if set(names) & set(SETS_OF_LIST[part]):
-            sets |= _load_list(config, tokenizer, part, tasks, training)
+    for list_name, tasks in listed.items():
+        if set(names) & set(SETS_OF_LIST[list_name]):
+            sets |= _load_list(config, tokenizer, list_name, tasks, training)
     return {name: sets[name] for name in names}
 
 
 def _load_list(
     config: DataConfig,
     tokenizer: Tokenizer,
-    part: str,
+    list_name: str,
     tasks: list[str],
     training: Sequence[str],
 ) -> dict[str, Examples]:
     """Return all sets of one list ("train" or "test"), with tokens from the cache if possible."""
     folder = Path(config.data) / "tasks"
     if not tasks:
-        raise ValueError(f"{folder}: no task of {part}_tasks.txt is here; complete the folder")
+        raise ValueError(f"{folder}: no task of {list_name}_tasks.txt is here; complete the folder")
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
     options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
 
     def encode_tasks() -> list[dict]:
         bar = runtime.progress(paths, "tokenising", unit="task")
-        return [_encode_task(path, part, tokenizer, config) for path in bar]
+        return [_encode_task(path, list_name, tokenizer, config) for path in bar]
 
-    encoded = cached([part, options, tokenizer.fingerprint], paths, encode_tasks)
+    encoded = cached([list_name, options, tokenizer.fingerprint], paths, encode_tasks)
 
     # Turn the plain values of the cache into examples.
     task_index = {task: i for i, task in enumerate(training)}
-    examples = {name: [] for name in SETS_OF_LIST[part]}
+    examples = {name: [] for name in SETS_OF_LIST[list_name]}
     digest = hashlib.sha256()
     cut = 0
     for task in encoded:
@@ -470,7 +470,9 @@ def _load_list(
     return {name: Examples(examples[name], tasks, short_digest) for name in examples}
 
 
-def _encode_task(path: Path, part: str, tokenizer: Tokenizer, config: DataConfig) -> dict[str, Any]:
+def _encode_task(
+    path: Path, list_name: str, tokenizer: Tokenizer, config: DataConfig
+) -> dict[str, Any]:
     """Return what the cache keeps of a task file, as plain values.
 
     rows: {set: [(position, id, references), ...]}, see Example.
@@ -481,7 +483,7 @@ def _encode_task(path: Path, part: str, tokenizer: Tokenizer, config: DataConfig
     """
     task = read_task(path)
     instances = task["instances"]
-    if part == "train":
+    if list_name == "train":
         contents = [(instance["input"], *instance["output"]) for instance in instances]
         train, dev, seen = split_instances(contents, task["name"], config.train_instances)
         positions = {"train": train, "dev": dev, "seen": seen}
@@ -610,13 +612,13 @@ def _epoch(length_bytes: bytes, batch_size: int, seed: int, epoch: int) -> list[
     lengths = np.frombuffer(length_bytes, np.int64)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    batches = []
+    epoch_batches = []
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start : start + 50 * batch_size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         for first in range(0, len(pool), batch_size):
-            batches.append(pool[first : first + batch_size])
-    return [batches[i] for i in rng.permutation(len(batches))]
+            epoch_batches.append(pool[first : first + batch_size])
+    return [epoch_batches[i] for i in rng.permutation(len(epoch_batches))]
 
 
 def collate(

@@ -107,6 +107,7 @@ def predict(
         is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
         ended = is_eos.cumsum(dim=1) > 0
         tokens = tokens.masked_fill(ended, -1)  # `decode` skips -1, so the text ends before EOS
+        # A process without rows has a dummy batch of one, which zip drops here and below.
         for position, ids in zip(rows, tokens.tolist(), strict=False):
             texts[position] = tokenizer.decode(ids)
     return in_order(texts)
@@ -187,6 +188,7 @@ def router_report(
     between: standard deviation, over the real tasks, of their mean w; averaged over K.
     within: standard deviation of w over the examples of a real task; averaged over tasks and K.
     distance: mean KL(w || start_w) in nats, where start_w (M,K) is the router's w before training.
+    It is left out without start_w, or if the rows of w are not distributions.
 
     Warn if w is nearly uniform, or has collapsed to one abstract task.
     """
@@ -313,10 +315,10 @@ def answer(
     data_config = replace(data_config, definition=True)
     example = data.make_example(config.ask, config.input, tokenizer, data_config)
     texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
-    runtime.print_line(f"{config.run or config.model}: the prompt has no examples")
+    runtime.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     runtime.print_line(f"answer: {texts[0]}")
 
-    _, w = measure(base, adapters, [example])
+    w = router_weights(base, adapters, [example])
     if w is not None:
         shares = []
         for k in w[0].argsort(descending=True).tolist():
@@ -364,7 +366,7 @@ def load_examples(
             own = run.section(data.DataConfig, "data")
             names = data.FILE_FIELDS
             if all(getattr(data_config, name) == getattr(own, name) for name in names):
-                run.require_same(digests={kind: examples.digest})
+                run.require_same(digests=run.digests | {kind: examples.digest})
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 
@@ -372,16 +374,16 @@ def load_examples(
 def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
     """Raise ValueError if the output folder holds a run, or an evaluation of something else."""
     folder = config.folder
-    same = {"digest", *vars(data.DataConfig())} - set(data.FILE_FIELDS)
+    compared = {"digest", *vars(data.DataConfig())} - set(data.FILE_FIELDS)
     if config.out or not config.run:  # a default folder names these itself
-        same |= {"run", "model", "heuristic", "split", "limit"}
-    saved = settings
+        compared |= {"run", "model", "heuristic", "split", "limit"}
+    is_taken = (folder / "config.json").exists()
     if (folder / "scores.json").exists():
         saved = runtime.read_json(folder / "scores.json").get("config")
         if not isinstance(saved, dict):
             saved = {}
-    is_other = any(saved.get(name, "missing") != settings[name] for name in same)
-    if is_other or (folder / "config.json").exists():
+        is_taken |= any(saved.get(name, "missing") != settings[name] for name in compared)
+    if is_taken:
         raise ValueError(f"{folder}: holds a run or a different evaluation; choose another --out")
 
 

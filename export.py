@@ -1,9 +1,10 @@
 """PEFT folders in and out, and the program that writes a trained run as plain LoRAs for servers.
 
-OrchMoE is K LoRAs of rank S R that share one A, weighted by the router: sum_k w_k LoRA_k with
-B_k = scale * Zhat_ks B_s. The program writes each as a folder in PEFT's form, and the router beside
-them; docs/serving.md says how to load them. The other way round, LoRAs that exist already can
-become skills: `load_peft` and `set_skills`.
+OrchMoE is K LoRAs of rank S R, mixed by the router: sum_k w_k LoRA_k. All have the same A, which is
+A_1 to A_S below one another. The B of LoRA k is scale * Zhat_ks B_s for s = 1 to S. The program
+writes each LoRA as a folder in PEFT's form, and the router beside them; docs/serving.md says how to
+load them. The other way round, LoRAs that exist already can become skills: `load_peft` and
+`set_skills`.
 
     python export.py --run runs/orchmoe-1 --out served                 # K LoRAs and the router
     python export.py --run runs/orchmoe-1 --out served --routing mean  # one more, for the mean w
@@ -334,7 +335,7 @@ def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Pa
 
 # ----------------------------------------------------------------------------------- the check
 
-# Sources, and answers of which every token is predicted from the tokens before it.
+# Pairs of a source and an answer. The logits at each token of the answer are compared.
 CHECK_PROMPTS = (
     ("Definition: Name the first animal. Input: June, wolf, lion. Output:", " wolf and lion"),
     ("Definition: Is the review positive? Input: I would not buy it. Output:", " no, it is not"),

@@ -30,7 +30,7 @@ class LlamaConfig(Config):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    max_position_embeddings: int  # tokens of the longest row; at most Mistral 0.1's window
+    max_position_embeddings: int  # tokens of the longest row; for Mistral 0.1, of its window
     num_key_value_heads: int
     head_dim: int
     eos_ids: tuple  # generation ends at any of them
@@ -52,7 +52,7 @@ class LlamaConfig(Config):
         "layer_types": ("full_attention",),
         "num_experts": (),
         "quantization_config": (),
-        "full_attention": (),
+        "full_attention": (),  # a name that rope_parameters has if they differ between blocks
     }
 
     def __post_init__(self):
@@ -158,17 +158,17 @@ def read_rope(values: dict) -> dict:
     return rope
 
 
-# Rotary positions. Numbers i and i + E/2 of a head are the coordinates of point i in a plane. At
+# Rotary positions. Components i and i + E/2 of a head are the coordinates of point i in a plane. At
 # position p this point is turned by the angle p f_i, where f_i = theta^(-2i/E).
 #
-#     number i + E/2
+#     component i + E/2
 #       |     * at p + 1             For E = 8 and theta = 10,000:
 #       |    /
-#       |   /     * at p             point i   numbers   f_i     positions in a full turn
-#       |  /   /                        0      0 and 4   1             6
-#       | / /  <- angle f_i             1      1 and 5   0.1          63
-#       |//                             2      2 and 6   0.01        628
-#       +-----------> number i          3      3 and 7   0.001     6,283
+#       |   /     * at p             point i   components   f_i     positions in a full turn
+#       |  /   /                        0       0 and 4     1             6
+#       | / /  <- angle f_i             1       1 and 5     0.1          63
+#       |//                             2       2 and 6     0.01        628
+#       +-----------> component i       3       3 and 7     0.001     6,283
 #
 # Turning q and k by the same angle does not change their product. So the product of q at position p
 # and k at position p' depends on p - p' alone.
@@ -231,7 +231,7 @@ def cached_attention(q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
     columns = torch.arange(k.shape[2], device=q.device)
     seen = columns <= position[:, None, None, None]  # (B,1,1,columns)
 
-    # The H/G queries that share a key stand where positions do, so that no key is repeated.
+    # The H/G queries of one key head take the place of the positions, so no key is repeated.
     q = q[:, 0].unflatten(1, (k.shape[1], -1))  # (B,G,H/G,E)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B,G,H/G,E)
     return y.flatten(1, 2)[:, None]
@@ -282,7 +282,7 @@ class Attention(nn.Module):
         cache: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """Return what x (B,L,D) reads, (B,L,D); called in the three ways above."""
+        """Return the output of attention (B,L,D) for x (B,L,D), in one of the three ways above."""
         L = x.shape[1]
         q = self.q(x).unflatten(-1, (-1, self.head_dim))  # (B,L,H,E)
         k = self.k(x).unflatten(-1, (-1, self.head_dim))  # (B,L,G,E)
@@ -306,7 +306,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    entries = ("read",)  # called from outside and computes with weights, as forward does
+    fsdp_methods = ("read",)  # see Backbone
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

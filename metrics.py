@@ -55,9 +55,9 @@ def _unigram_overlap(a: Sequence[str], b: Sequence[str]) -> int:
 def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
-    This is the usual dynamic programme, with each of its rows in one integer (Hyyro, 2004):
-    bit i of `row` is 0 where the row grows by one at a[i]. The addition carries all steps of a
-    row at once, so that each token of b costs a few integer operations.
+    This is the usual dynamic programme, with each of its rows in one integer (Hyyro, 2004). Bit i
+    is 0 where LCS(a[:i+1], b so far) exceeds LCS(a[:i], b so far). The addition carries all steps
+    of a row at once, so that each token of b costs a few integer operations.
     """
     # Bit i of positions[token] is 1 where a[i] is the token.
     positions: dict[str, int] = defaultdict(int)
@@ -65,11 +65,11 @@ def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
         positions[token] |= 1 << i
 
     all_bits = (1 << len(a)) - 1
-    row = all_bits
+    bits = all_bits
     for token in b:
-        matched = row & positions.get(token, 0)
-        row = ((row + matched) | (row - matched)) & all_bits
-    return len(a) - row.bit_count()
+        matched = bits & positions.get(token, 0)
+        bits = ((bits + matched) | (bits - matched)) & all_bits
+    return len(a) - bits.bit_count()
 
 
 def _f_measure(

@@ -7,7 +7,7 @@ Test: pytest tests/unit/test_model.py
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -23,8 +23,8 @@ class Config:
     """Base of the frozen dataclass that describes a model of one family.
 
     Its fields are named as in Hugging Face's config.json. Raise ValueError if a field has another
-    type than declared, if a number is not above 0 (a token id: not 0 or more), or if it does not
-    fit into 64 bits.
+    type than declared, or if a number is out of range. Numbers must be above 0, token ids at least
+    0, and all of them below 2^63.
     """
 
     # The values that these entries of a config.json may have, if they are there. Other values
@@ -73,9 +73,9 @@ class Backbone(nn.Module):
     `pad_token_id`, which `generate` writes behind the end of a row.
     """
 
-    # Methods that are called from outside and compute with weights. A sharded model gathers its
-    # weights when one of them is called. None of them calls another.
-    entries = ("embed", "loss", "generate")
+    # Methods besides forward that compute with weights. A sharded model gathers its weights when
+    # one of them is called. None of them calls another.
+    fsdp_methods = ("embed", "loss", "generate")
 
     # Config.from_hf(values of a config.json) returns a config, and config.to_hf() such values.
     Config: type[Config]
@@ -83,12 +83,12 @@ class Backbone(nn.Module):
     renames: tuple[tuple[str, str], ...]
     # Hugging Face's names of the embedding table. They all name the same tensor.
     tables: tuple[str, ...]
-    # Regular expression for the names of tensors in a file that nothing reads.
+    # Regular expression: names of tensors that a file may hold and the model does not use.
     unused: str
 
     embedding: nn.Embedding
     head: nn.Linear | None  # None: the embedding table is the head
-    blocks: tuple[nn.Module, ...]
+    blocks: Sequence[nn.Module]
     longest: int | None = None  # tokens of the longest row, in a family that has a limit
 
     def __init__(self, config: Any):
@@ -145,8 +145,8 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Any]:
         """Read the sources (B,Ls). Return the tokens (B,) that the first step reads, and the state.
 
-        The state holds caches and masks. Its method keep(rows) drops all rows but those at the
-        positions `rows` (B',) among the current ones.
+        The state holds caches and masks. Its method keep(rows) keeps only the rows of the current
+        batch with these indices (B',).
         """
         raise NotImplementedError
 
@@ -182,10 +182,11 @@ class Backbone(nn.Module):
         """Return the greedy continuation of sources (B,Ls): the new tokens alone, (B,n).
 
         A row ends at its first EOS and is padded behind it; n <= max_new_tokens. Rows that have
-        ended leave the batch: on_keep(rows) is told the positions (B',) of those that stay.
+        ended leave the batch: on_keep(rows) gets the indices (B',) of those that stay.
 
-        agree(some rows go on) -> whether to take another step. Processes that share the weights
-        need it, because all of them must take the same number of steps.
+        agree: for processes that share the weights, since all must take the same number of steps.
+        It is called after each step, with True if this process has rows that go on, and returns
+        whether all processes take another step.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")

@@ -145,7 +145,10 @@ class RunFolder:
             yield
 
     def bind(self, config: RunConfig) -> None:
-        """Write config.json. Raise ValueError if an older one names another base or other data."""
+        """Write config.json.
+
+        Raise ValueError if an older one names another base or tokenizer, or other tasks or data.
+        """
         if self.config_path.exists():
             names = ("tasks", "base", "tokenizer", "digests")
             read_config(self.path).require_same(**{name: getattr(config, name) for name in names})
@@ -203,7 +206,10 @@ class RunFolder:
     def load_progress(
         self, adapters: Adapters, optimizer: Optimizer
     ) -> tuple[int, float, Tensor | None]:
-        """Load both from checkpoint.pt. Return (step, best, start_w), see `save_progress`."""
+        """Load the adapters and the optimizer's state from checkpoint.pt.
+
+        Return (step, best, start_w), see `save_progress`.
+        """
         state = checkpoint.read_torch(self.checkpoint_path)
         with runtime.reading(self.checkpoint_path, "restore the file, or start a new run"):
             if type(state["step"]) is not int or type(state["best"]) is not float:
@@ -276,13 +282,13 @@ def new_folder(name: str) -> Path:
     return runtime.gather_from_ranks(path)[0]
 
 
-def _absolute(place: str | tuple[str, ...]) -> str | list[str]:
+def _absolute(path: str | tuple[str, ...]) -> str | list[str]:
     """Return absolute paths, so that a run can be resumed from any working folder."""
-    if isinstance(place, tuple):
-        return [str(Path(item).absolute()) for item in place]
-    if not place:
+    if isinstance(path, tuple):
+        return [str(Path(item).absolute()) for item in path]
+    if not path:
         return ""
-    return str(Path(place).absolute())
+    return str(Path(path).absolute())
 
 
 def _step_of(line: bytes) -> float:
@@ -339,7 +345,8 @@ def load(
     else:
         base = checkpoint.load(path, dtype=device.dtype, device=device.device)
     if config is None or full:
-        adapters = NoAdapter(base, full=full and not shard)  # only frozen weights can be split
+        trainable = full and not shard  # only frozen weights can be split
+        adapters = NoAdapter(base, full=trainable)
     else:
         adapters = attach_trained(config, base, attach)
     if shard:

@@ -87,7 +87,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Re-raise write errors with the final file name. The system names the temporary file."""
+    """Re-raise write errors with the final file name; the system's own name the temporary file."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -365,7 +365,8 @@ def pick_device(
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     use_gpu = device != "cpu" and gpus > 0
 
-    own_gpu = last_gpu = gpu or 0
+    own_gpu = gpu or 0
+    last_gpu = own_gpu  # of all processes on this node
     remedy = ""
     if world_size() > 1:
         own_gpu = local_rank()
@@ -415,7 +416,7 @@ def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
 # ------------------------------------------------------------------------------------ processes
 
 # torchrun starts several processes. Each runs the whole program on its share of every batch.
-# Without torchrun there is one process, rank 0 of 1: what follows then does nothing.
+# Without torchrun there is one process, rank 0 of 1, and only `shard` cannot be used.
 
 
 def _torchrun_variable(name: str, default: int) -> int:
@@ -438,7 +439,7 @@ def world_size() -> int:
 
 
 def launcher() -> str:
-    """Return "python", or the torchrun command that started this program."""
+    """Return "python", or a torchrun command for as many processes on one node."""
     if not dist.is_torchelastic_launched():
         return "python"
     # Without the "--" torchrun would take our --run as its own flag.
@@ -518,7 +519,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     """Split the frozen weights of `root` over all processes with FSDP2.
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
-    that its attribute `entries` names. If the weights are views of mapped files, each process
+    that its attribute `fsdp_methods` names. If the weights are views of mapped files, each process
     reads only its own share. Trained parameters stay whole in every process.
     """
     # Imported here because it takes half a second, and only this function needs it.
@@ -544,7 +545,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     mesh = dist.init_device_mesh(device.device.type, (world_size(),))
     for module in (*blocks, root):
         fully_shard(module, mesh=mesh, ignored_params=trained)
-        for method in getattr(module, "entries", ()):
+        for method in getattr(module, "fsdp_methods", ()):
             register_fsdp_forward_method(module, method)
 
     shares = {}

@@ -1,9 +1,9 @@
-"""T5 from scratch. v1.0 (relu, tied and scaled head) and v1.1, Flan and LM-adapted (gated GELU, own
-head) differ only in T5Config.
+"""T5 from scratch. v1.0 (relu, tied and scaled head) and v1.1, Flan and LM-adapted (gated GELU, a
+separate head) differ only in T5Config.
 
 Sources: Raffel et al., arXiv 1910.10683, section 2.1; Shazeer, arXiv 2002.05202 (gated FFN).
-This file knows nothing of adapters. Its Linears are called q, k, v, o, wi, wi_0, wi_1 and wo, and
-whoever wants to adapt them finds them by these names.
+This file knows nothing of adapters. They find its Linears by their names: q, k, v, o, wi, wi_0,
+wi_1, wo and head.
 
 Letters: B batch, L length (Ls source, Lt target where both occur), D d_model, H heads, E d_kv,
 F d_ff, V vocabulary.
@@ -94,7 +94,7 @@ class T5Config(Config):
 # ---------------------------------------------------------------------------------------- attention
 
 
-def lowest(dtype: torch.dtype) -> float:
+def masked_score(dtype: torch.dtype) -> float:
     """Return what is added to the score of a key that must not be seen.
 
     It is finite, so that a row without any key is uniform and not NaN. It is half of the lowest
@@ -106,7 +106,7 @@ def lowest(dtype: torch.dtype) -> float:
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the bias (B,1,1,L) that hides padding, given mask (B,L), true at real tokens."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    bias.masked_fill_(~mask.bool(), lowest(dtype))
+    bias.masked_fill_(~mask.bool(), masked_score(dtype))
     return bias[:, None, None, :]
 
 
@@ -155,7 +155,7 @@ class RelativeBias(nn.Module):
         )
         strip = F.embedding(numbers, self.weight).T  # (H,2L-1)
         if self.causal:
-            strip = strip.masked_fill(distance > 0, lowest(strip.dtype))
+            strip = strip.masked_fill(distance > 0, masked_score(strip.dtype))
         return strip
 
     def forward(self, length: int) -> Tensor:
@@ -210,7 +210,7 @@ class Attention(nn.Module):
         keys_values: KeysValues | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return what x (B,L,D) reads, (B,L,D).
+        """Return the output of attention (B,L,D) for x (B,L,D).
 
         With `keys_values` this is cross-attention. Without, x attends to itself and, if there is a
         cache, to the target tokens in it; x is then added to the cache.
@@ -258,7 +258,7 @@ def norm(config: T5Config) -> nn.RMSNorm:
 class Block(nn.Module):
     """A block of the encoder or, if `cross`, of the decoder, which reads the encoder states too."""
 
-    entries = ("start", "step")  # called from outside and compute with weights, as forward does
+    fsdp_methods = ("start", "step")  # see Backbone
 
     def __init__(self, config: T5Config, *, cross: bool):
         super().__init__()
@@ -296,8 +296,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the output (B,L,D), given the keys and values of the source.
 
-        With a cache, x (B,1,D) is the next token of each row. Generation calls this method, which
-        is not compiled, because the cache grows.
+        With a cache, x (B,1,D) is the next token of each row. Generation calls this method
+        directly and not forward, which may be compiled, because the cache grows.
         """
         x = x + self.attention(self.attention_norm(x), bias, cache=cache)
         if source is not None:
@@ -438,8 +438,8 @@ class T5(Backbone):
 
     @classmethod
     def tidy(cls, config: T5Config, tensors: dict[str, Tensor]) -> T5Config:
-        # The file decides whether there is a head of its own. tie_word_embeddings does not:
-        # transformers 5 writes it as true for every T5.
+        # A head in the file is used even if tie_word_embeddings is true, which transformers 5
+        # writes for every T5.
         config = super().tidy(config, tensors)
         has_head = "lm_head.weight" in tensors
         return replace(config, tied_head=config.tied_head and not has_head)

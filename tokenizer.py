@@ -1,8 +1,9 @@
-"""Tokenizers of Hugging Face model folders, with the ids and texts of transformers.
+"""Tokenizers of Hugging Face model folders: ids and texts are those of transformers.
 
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a SentencePiece model
 (tokenizer.model: Llama, Mistral) or a tokenizer.json, which needs the package `tokenizers`.
-A special token that is spelled out in a text, such as "</s>", is encoded as ordinary text.
+Two things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
+ordinary text, and decoded texts have no outer white space.
 
 Test: pytest tests/unit/test_tokenizer.py
 """
@@ -27,7 +28,7 @@ class Tokenizer:
     """The common part of all tokenizers. A subclass defines _setup, _encode and _decode."""
 
     size: int  # every id is below it
-    pad_id: int  # at masked positions
+    pad_id: int  # fills up rows
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
     target_prefix = ""  # at the start of a target: the space that `source` removes
@@ -80,7 +81,7 @@ class Tokenizer:
         return settings
 
 
-class Pieces(Tokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
 
     def _setup(self, content: bytes) -> None:
@@ -101,7 +102,7 @@ class Pieces(Tokenizer):
         return self.sp.decode(known)
 
 
-class T5Pieces(Pieces):
+class T5Tokenizer(SentencePieceTokenizer):
     """T5's SentencePiece model, and 100 sentinels behind its pieces. Sentinel 0 is the last id."""
 
     pad_id = 0
@@ -131,7 +132,7 @@ class T5Pieces(Pieces):
         return text
 
 
-class LlamaPieces(Pieces):
+class LlamaTokenizer(SentencePieceTokenizer):
     """Llama's or Mistral's SentencePiece model. It puts a space before every text by itself."""
 
     def _setup(self, content: bytes) -> None:
@@ -146,7 +147,7 @@ class LlamaPieces(Pieces):
         self.pad_id = eos_id
 
 
-class Words(Tokenizer):
+class JsonTokenizer(Tokenizer):
     """A tokenizer.json, whose EOS is named in tokenizer_config.json."""
 
     def _setup(self, content: bytes) -> None:
@@ -158,22 +159,22 @@ class Words(Tokenizer):
             eos = eos.get("content")
 
         with reading(self.path, REMEDY):
-            words = tokenizers.Tokenizer.from_buffer(content)
-            words.no_truncation()  # the file may ask for truncation and padding
-            words.no_padding()
-            words.encode_special_tokens = True  # a special token that a text spells out is text
-            self._words = words
+            inner = tokenizers.Tokenizer.from_buffer(content)
+            inner.no_truncation()  # the file may ask for truncation and padding
+            inner.no_padding()
+            inner.encode_special_tokens = True  # a special token that a text spells out is text
+            self._tokenizer = inner
 
-            eos_id = words.token_to_id(eos) if isinstance(eos, str) else None
+            eos_id = inner.token_to_id(eos) if isinstance(eos, str) else None
             if eos_id is None:
-                raise ValueError("has no eos_token of tokenizer_config.json")
+                raise ValueError("lacks the eos_token that tokenizer_config.json names")
             self.eos_ids = (eos_id,)
             self.pad_id = eos_id
 
             # The template in the file decides whether there is a BOS. The setting add_bos_token
             # has no effect, as in transformers 5.
-            plain = words.encode("a", add_special_tokens=False)
-            full = words.encode("a")
+            plain = inner.encode("a", add_special_tokens=False)
+            full = inner.encode("a")
             start = len(full.ids) - len(plain.ids)
             if full.ids[start:] != plain.ids:
                 raise ValueError("ends prompts with EOS as T5 does, but there is no spiece.model")
@@ -183,19 +184,23 @@ class Words(Tokenizer):
             if not "".join(plain.tokens).startswith(("▁", "Ġ")):
                 self.target_prefix = " "
 
-            words.add_special_tokens([eos])  # so that EOS is never decoded as text
-            self.size = 1 + max(words.get_vocab().values())
+            inner.add_special_tokens([eos])  # so that EOS is never decoded as text
+            self.size = 1 + max(inner.get_vocab().values())
 
     def _encode(self, text: str) -> list[int]:
         with reading(self.path, REMEDY):  # some damage shows only when a text is encoded
-            return self._words.encode(text, add_special_tokens=False).ids
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
         with reading(self.path, REMEDY):
-            return self._words.decode(ids, skip_special_tokens=True)
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-KINDS = {"spiece.model": T5Pieces, "tokenizer.model": LlamaPieces, "tokenizer.json": Words}
+KINDS = {
+    "spiece.model": T5Tokenizer,
+    "tokenizer.model": LlamaTokenizer,
+    "tokenizer.json": JsonTokenizer,
+}
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
@@ -207,7 +212,7 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     folder = require_path(folder, f"name a local folder, nothing is downloaded here; {download}")
     for path in [folder / name for name in KINDS] + [folder]:
         if path.is_file():
-            kind = KINDS.get(path.name, T5Pieces)
+            kind = KINDS.get(path.name, T5Tokenizer)
             return kind(path)
     raise ValueError(
         f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder"

@@ -13,6 +13,7 @@ Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -122,8 +123,8 @@ class Settings:
             adapter=runtime.from_flags(OrchMoEConfig, flags),
         )
 
-    def values(self) -> dict[str, Any]:
-        """Return all values by field name."""
+    def as_flags(self) -> dict[str, Any]:
+        """Return all settings by field name, as `from_flags` takes them."""
         return {**vars(self.train), **vars(self.data), **vars(self.adapter)}
 
 
@@ -153,17 +154,18 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     config = settings.train
     used_settings = settings_of_method(config.method, settings.adapter.router)
     used_rates = learning_rate_fields(config).values()
-    adapter_settings = vars(settings.adapter)
     for name in sorted(flags):
+        is_rate = name.startswith("lr_")
+        is_method_setting = is_rate or name in vars(settings.adapter)
         problem = ""
         if name in fixed:
             problem = "is fixed by --start or --loras"
-        elif (name in adapter_settings or name.startswith("lr_")) and name not in used_settings:
+        elif is_method_setting and name not in used_settings:
             problem = f"--method {config.method}"
             if "router" in used_settings:
                 problem += f" --router {settings.adapter.router}"
             problem += " does not use it"
-        elif name.startswith("lr_") and name not in used_rates:
+        elif is_rate and name not in used_rates:
             problem = "nothing trains at that rate"
         if problem:
             raise ValueError(f"{runtime.flag(name)}: {problem}; leave it out")
@@ -174,7 +176,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings of the run in --out. Flags may change only paths."""
     if not launch.out:
         raise ValueError("--resume: give the folder of the run with --out")
-    saved = saved_settings(read_config(launch.out)).values()
+    saved = saved_settings(read_config(launch.out)).as_flags()
     for name in sorted(flags.keys() & saved.keys()):
         may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
@@ -219,22 +221,22 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
     """Return the name of the learning-rate field for each kind of parameter that trains."""
-    rates = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
+    rate_fields = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
     if config.loras:
-        del rates["skills"]
+        del rate_fields["skills"]
     if config.trainable == "mixture":
-        rates["router"] = "lr_allocation"  # a mixture is one row of an allocation
-    return rates
+        rate_fields["router"] = "lr_allocation"  # a mixture is one row of an allocation
+    return rate_fields
 
 
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
     """Freeze all parameters that do not train. Raise ValueError if none is left to train."""
-    rates = learning_rate_fields(config)
+    trained_kinds = learning_rate_fields(config).keys()
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
             is_bias = parameter.dim() == 1
             is_wanted = is_bias or config.trainable != "mixture"
-            parameter.requires_grad_(kind in rates and is_wanted)
+            parameter.requires_grad_(kind in trained_kinds and is_wanted)
     # The groups hold only parameters that still train.
     if not any(adapters.parameter_groups().values()):
         raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
@@ -242,16 +244,16 @@ def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
     """Return AdamW without weight decay, with a peak learning rate for each kind of parameter."""
-    rates = learning_rate_fields(config)
+    rate_fields = learning_rate_fields(config)
     groups = []
     for kind, parameters in adapters.parameter_groups().items():
         if parameters:
-            groups.append({"params": parameters, "max_lr": getattr(config, rates[kind])})
+            groups.append({"params": parameters, "max_lr": getattr(config, rate_fields[kind])})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Return the factor on the peak rates: linear warm-up to 1, then linear decay to 0, or 1."""
+    """Return the factor on the peak rates: warm-up to 1, then linear decay, or constant 1."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return warmup
@@ -282,7 +284,7 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends on the bias alone.
         sources = data.subsample(examples, 2000)
-        _, w = evaluation.measure(base, adapters, sources, batch_size=config.eval_batch_size)
+        w = evaluation.router_weights(base, adapters, sources, config.eval_batch_size)
         bias = w.mean(dim=0)
         if adapters.router.config.router_norm == "softmax":
             bias = bias.clamp(min=1e-6).log()
@@ -371,7 +373,7 @@ def require_finite(step: int, batch: Batch, **values: float) -> None:
         if not math.isfinite(value):
             raise DivergedError(
                 f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
-                "the last checkpoint is intact, but a resumed run would repeat this; start a new "
+                "checkpoint.pt is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"
             )
 
@@ -405,7 +407,7 @@ def train(
     train_set = sets["train"]
     if not sets["dev"]:
         raise ValueError(
-            f"{settings.data.data}: no training task has the 5 instances for a dev set"
+            f"{settings.data.data}: no training task has the 5 different instances for a dev set"
         )
     held_out = {"dev": sets["dev"], "seen": sets["seen"]}
     if "test" in sets:
@@ -488,10 +490,11 @@ def train(
         # Score the model before training. Without --start or --loras it is the frozen base, because
         # B = 0 until a checkpoint is loaded. With one of them, the initial values exist only in a
         # new run.
-        name = "start" if config.start or config.loras else "frozen base"
-        can_score_start = is_new or name == "frozen base"
-        if final_scores and can_score_start and not run.scores_path.exists():
-            run.add_scores(name, score_held_out(base, adapters, held_out, tokenizer, config, name))
+        has_start = bool(config.start or config.loras)
+        if final_scores and (is_new or not has_start) and not run.scores_path.exists():
+            name = "start" if has_start else "frozen base"
+            scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
+            run.add_scores(name, scores)
 
         # A mixture has the same w for all samples: there is no routing to report.
         routes_samples = adapters.router is not None and config.trainable != "mixture"
@@ -501,7 +504,9 @@ def train(
         if is_new:
             first_step = 0
             best_loss = math.inf
-            start_w = evaluation.router_weights(base, adapters, held_out["dev"])
+            start_w = evaluation.router_weights(
+                base, adapters, held_out["dev"], config.eval_batch_size
+            )
         else:
             first_step, best_loss, start_w = run.load_progress(adapters, optimizer)
         run.truncate_log(first_step)
@@ -563,9 +568,12 @@ def train(
             run.load_best(run_config, adapters)
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
-            print_table(run.add_scores(name, scores), run, config)
+            rows = run.add_scores(name, scores)
+            print_table(rows, run, config)
             if routes_samples:
-                w = evaluation.router_weights(base, adapters, held_out["dev"])
+                w = evaluation.router_weights(
+                    base, adapters, held_out["dev"], config.eval_batch_size
+                )
                 print_router(evaluation.router_report(w, held_out["dev"], start_w), w.shape[1])
     return True
 
@@ -602,8 +610,9 @@ def score_held_out(
 
 def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> None:
     """Print the scores as a table in Markdown, and the command that scores a whole set."""
-    header = "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
-    runtime.print_line(header)
+    runtime.print_line(
+        "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
+    )
     runtime.print_line("| --- | --- | --- | --- | --- |")
     for name, scores in rows.items():
         cells = [name]
@@ -615,10 +624,11 @@ def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> N
                 cells.append(value)
         runtime.print_line(f"| {' | '.join(cells)} |")
 
-    split = "test" if "unseen" in scores else "seen"  # all rows have the same sets
+    has_unseen = any("unseen" in scores for scores in rows.values())
+    split = "test" if has_unseen else "seen"
     limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
     runtime.print_line(f"on {limit} instances of each set; {run.path} has all scores")
-    program = shlex.quote(str(Path(sys.argv[0]).with_name("eval.py")))
+    program = shlex.quote(os.path.relpath(runtime.ROOT / "eval.py"))
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")
 

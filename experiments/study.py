@@ -116,10 +116,10 @@ def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device
 
 def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
     """Return settings with other values. Raise ValueError for a field that does not exist."""
-    unknown = values.keys() - settings.values().keys()
+    unknown = values.keys() - settings.as_flags().keys()
     if unknown:
         raise ValueError(f"{min(unknown)}: no field of the settings")
-    return train.Settings.from_flags(settings.values() | values)
+    return train.Settings.from_flags(settings.as_flags() | values)
 
 
 # ----------------------------------------------------------------------------------------- cells
@@ -161,7 +161,7 @@ class Cell(NamedTuple):
 
 def plain_values(settings: train.Settings) -> dict[str, Any]:
     """Return all settings by name, as JSON has them."""
-    return json.loads(json.dumps(settings.values()))
+    return json.loads(json.dumps(settings.as_flags()))
 
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
@@ -523,7 +523,7 @@ class Study:
         searches = {}
         for name, row in rows.items():
             settings = self.cell("", name, row, values).settings
-            known = settings.values()
+            known = settings.as_flags()
             start = {}
             for axis in axes_of(settings.train.method, settings.adapter.router, axes):
                 start[axis] = known[axis]

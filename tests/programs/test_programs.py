@@ -303,7 +303,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     w = routing.w[0]
     shares = [f"{k + 1} at {100 * w[k]:.1f} %" for k in w.argsort(descending=True).tolist()]
     expected = [
-        "run: the prompt has no examples",
+        "run: answered without examples in the prompt",
         f"answer: {tokenizer.decode(tokens)}",
         f"router: abstract task {', '.join(shares)} (numbered as in the figures)",
     ]
@@ -437,7 +437,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --model tiny --limit 1 --out file": "file: File exists",
     "train.py --out empty": "--out empty: holds a run; add --resume, or give another folder",
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
-    "train.py --data small": "small: no training task has the 5 instances for a dev set",
+    "train.py --data small": "small: no training task has the 5 different instances",
     f"{HEURISTIC} --data bare": "bare/tasks/task2_b.json: no Positive Examples to copy",
     "experiments/plot.py --run empty": "empty/metrics.jsonl: ",
     "experiments/plot.py --results empty": "empty/results.json: KeyError: ",
