@@ -13,7 +13,6 @@ Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -177,14 +176,19 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if not launch.out:
         raise ValueError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).as_flags()
+    require_unchanged(flags, saved, launch.out)
+    return Settings.from_flags(saved | flags)
+
+
+def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
+    """Raise ValueError if a flag differs from the settings of the run in `folder`."""
     for name in sorted(flags.keys() & saved.keys()):
         may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
-                f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has {saved[name]!r}; "
+                f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "
                 "leave it out"
             )
-    return Settings.from_flags(saved | flags)
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -409,11 +413,7 @@ def train(
         raise ValueError(
             f"{settings.data.data}: no training task has the 5 different instances for a dev set"
         )
-    held_out = {"dev": sets["dev"], "seen": sets["seen"]}
-    if "test" in sets:
-        held_out["unseen"] = sets["test"]
-    for name, examples in held_out.items():
-        held_out[name] = data.subsample(examples, config.eval_instances)
+    held_out = held_out_sets(sets, config.eval_instances)
 
     # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
     # small updates. Autocast then computes in bfloat16.
@@ -578,6 +578,19 @@ def train(
     return True
 
 
+def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.Example]]:
+    """Return the sets "dev", "seen" and, if there are test tasks, "unseen".
+
+    Each is cut to `limit` examples, evenly spaced (0: all).
+    """
+    names = {"dev": "dev", "seen": "seen", "test": "unseen"}
+    held_out = {}
+    for name, examples in sets.items():
+        if name in names:
+            held_out[names[name]] = data.subsample(examples, limit)
+    return held_out
+
+
 def training_batch(train_set: Examples, step: int, config: TrainConfig) -> Batch:
     """Return the batch of a step. It depends on the seed and the step alone."""
     rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
@@ -628,7 +641,7 @@ def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> N
     split = "test" if has_unseen else "seen"
     limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
     runtime.print_line(f"on {limit} instances of each set; {run.path} has all scores")
-    program = shlex.quote(os.path.relpath(runtime.ROOT / "eval.py"))
+    program = shlex.quote(str(Path(sys.argv[0] or "train.py").with_name("eval.py")))
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")
 

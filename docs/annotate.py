@@ -14,12 +14,20 @@ import html
 import io
 import json
 import keyword
+import math
 import re
 import sys
 import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import eval as evaluation
+import run_folder
 import runtime
 from docs.notes import NOTES, Note
 from experiments import explorer
@@ -266,9 +274,80 @@ def page() -> str:
     )
 
 
+# ------------------------------------------------------------------------- the numbers of a run
+
+
+@torch.no_grad()
+def walk(run: str) -> dict[str, list[str]]:
+    """Return the numbers of one seen sample at each step of orchmoe.py, as lines of text.
+
+    run: the folder of a run with a sample router that uses its attention.
+    """
+    device = runtime.pick_device(device="cpu", dtype="float32")
+    base, adapters, tokenizer = run_folder.load(device, run=run)
+    config = run_folder.read_config(run)
+    data_config = config.section(data.DataConfig, "data")
+    example = data.load_sets(data_config, tokenizer, training=config.tasks)["seen"][0]
+    router = adapters.router
+    batch = data.collate([example])
+    embeddings = base.embed(batch.input_ids)
+    path, linear = next(iter(adapters.linears.items()))
+    inputs = []
+    hook = linear.register_forward_hook(lambda _, given, output: inputs.append((given[0], output)))
+    with evaluation.routed(base, adapters, batch) as routing:
+        base.loss(batch.input_ids, batch.attention_mask, batch.labels)
+    hook.remove()
+    x, y = inputs[0]
+    frozen = F.linear(x, linear.weight, linear.bias)
+
+    _, L, D = embeddings.shape
+    X = F.rms_norm(embeddings, (D,), eps=1e-6)
+    P = (X @ X.mT / math.sqrt(D)).softmax(dim=-1)  # (1,L,L)
+    same_token = batch.input_ids[:, :, None] == batch.input_ids[:, None, :]
+    on_same_token = (P * same_token).sum(dim=-1).mean()
+    x_hat = router.summarise(embeddings)
+    standard = (x_hat - router.mu) / router.sd
+    logits = F.linear(standard, router.W_task, router.bias)
+    N, K, S = adapters.Z.shape
+    return {
+        "TaskRouter.summarise": [
+            f"sample {example.id}: L = {L}, D = {D}",
+            f"mean attention of a token to itself and its repetitions: {on_same_token:.4f}",
+            f"x_hat = [{numbers(x_hat[0, :4])}, ...]",
+        ],
+        "TaskRouter.forward": [
+            f"standardised x_hat = [{numbers(standard[0, :4])}, ...]",
+            f"W_task x_hat + b = [{numbers(logits[0])}]",
+            f"w = [{numbers(routing.w[0])}], sum {routing.w.sum():.4f}",
+        ],
+        "OrchMoE.__init__": [f"N = {N} adapted Linears, K = {K}, S = {S}"],
+        "OrchMoE.allocation_weights": [
+            f"{path}, row of the largest w:",
+            f"Zhat = [{numbers(routing.Zhat[0, 0, routing.w[0].argmax()])}]",
+        ],
+        "OrchMoE.route": [f"{path}: c = [{numbers(routing.c[0, 0])}]"],
+        "SkillLinear.forward": [
+            f"{path}: x {tuple(x.shape)} -> y {tuple(y.shape)}",
+            f"norm of W0 x: {frozen.norm():.2f}, of the skills' part: {(y - frozen).norm():.2f}",
+        ],
+        "mix_skills": [
+            f"A {tuple(linear.skill_A.shape)}, B {tuple(linear.skill_B.shape)}: "
+            f"one LoRA of rank {linear.skill_A.shape[0] * linear.skill_A.shape[1]}",
+        ],
+    }
+
+
+def numbers(values: Tensor) -> str:
+    return ", ".join(f"{value:.3f}" for value in values.tolist())
+
+
+# ----------------------------------------------------------------------------------- the program
+
+
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
-        runtime.write_json(NUMBERS, explorer.collect(sys.argv[2]))
+        run = sys.argv[2]
+        runtime.write_json(NUMBERS, {"walk": walk(run), **explorer.collect(run)})
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
 

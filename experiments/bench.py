@@ -70,7 +70,7 @@ class BenchConfig:
     only: tuple[str, ...] = ()  # parts to measure (default: all)
     model: str = ""  # folder of a decoder-only base (default: a T5 of random weights)
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
-    data: str = "sni/"  # folder of Super-NaturalInstructions, or of that shape
+    data: str = str(runtime.ROOT / "sni")  # folder of SNI, or of that shape (default: sni/)
     gpu: int | None = None  # number of the GPU (default: the CPU)
 
 
@@ -101,7 +101,10 @@ class Setup(NamedTuple):
 
 
 def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
-    """Time the contestants in turns, in reverse order in every other round. The first warms up."""
+    """Time the contestants in turns, in reverse order in every other round.
+
+    The first round is dropped.
+    """
 
     def now():
         if setup.device.type == "cuda":

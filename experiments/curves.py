@@ -5,13 +5,12 @@ lowest loss on the one kind of tasks that each reaches at no more than some loss
 The tables are made from the finished cells in experiments/results/. docs/evidence.md says how these
 were made.
 
-    python -m experiments.curves            # the tables, and the figure of the curves
+    python -m experiments.curves            # the tables
     python -m experiments.curves --final    # also of the unseen tasks by which nothing was chosen
 
 Letters: P points of a curve, T tasks.  Test: pytest tests/experiments/test_curves.py
 """
 
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 
 import runtime
-from experiments import plot
 from experiments.study import UNTRAINED, read_tuning
 from experiments.tables import (
     METRICS,
@@ -28,7 +26,9 @@ from experiments.tables import (
     Group,
     by_seed,
     by_task,
+    chance,
     interval,
+    mean_and_sd,
     paired,
     publish,
     signed,
@@ -40,7 +40,7 @@ RESULTS = runtime.ROOT / "experiments/results"
 STAGES = ("tune", "methods", "answers", "sizes", "ablations", "controls")  # folders of cells
 # All of one total size, which is that of the token router.
 ROWS = ("orchmoe", "token router", "lora", "moe-lora", "poly")
-SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha divided by the rank; the first seed has 0.25, too
+SCALES = (0.5, 1.0, 2.0, 4.0)  # alpha divided by the rank; most rows have 0.25 with the first seed
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def curves(cells: Cells) -> dict[str, Curve]:
     return {row: dict(sorted(found[row].items())) for row in ROWS if row in found}
 
 
-def common(*curves: Curve) -> list[int]:
+def common(*given: Curve) -> list[int]:
     """Return the seeds that every point of the curves has."""
     seeds = []
-    for curve in curves:
+    for curve in given:
         seeds += [set(group) for group in curve.values()]
     return sorted(set.intersection(*seeds))
 
@@ -178,8 +178,9 @@ def jackknife(read: Callable[..., np.ndarray], *sets: np.ndarray) -> Difference 
 def at_most(one: Curve, other: Curve, along: str, across: str) -> Difference | None:
     """Return the difference one - other of the lowest loss `across` at no more loss `along`.
 
-    It is read halfway from the first loss `along` that both reach, in all seeds, to the one from
-    which on more helps neither. Return None if the curves share no seed.
+    The limit on the loss `along` is halfway between two losses: the lowest one that every curve
+    reaches, and the one beyond which no curve gets lower `across`. Return None if the curves share
+    no seed.
     """
     one = complete(one)
     other = complete(other)
@@ -200,7 +201,7 @@ def at_most(one: Curve, other: Curve, along: str, across: str) -> Difference | N
         lowest = [(points.start + values[points, s].argmin(), s) for points, s in parts]
         return max(lowest, key=lambda point: x[point])
 
-    # These are points, not losses: without a task all losses move, and these with them.
+    # Positions of points. Without a task their losses are others, so `read` looks them up again.
     first = end(x)
     last = end(y)
 
@@ -212,67 +213,6 @@ def at_most(one: Curve, other: Curve, along: str, across: str) -> Difference | N
     return jackknife(read, *sets)
 
 
-def above(point: Group, curve: Curve, across: str) -> Difference | None:
-    """Return the difference of a point from a curve at the point's own seen loss."""
-    curve = complete(curve)
-    seeds = common({0: point}, curve)
-    if not seeds:
-        return None
-
-    def read(y, x):
-        found = [y[0, s] - reading(x[1:, s], y[1:, s], x[0, s]) for s in range(len(seeds))]
-        return np.array(found)
-
-    groups = [point, *curve.values()]
-    return jackknife(read, *(losses_of(groups, seeds, which) for which in (across, "seen")))
-
-
-def figure(found: dict[str, Curve], path: Path) -> Path:
-    """Draw seen against unseen loss, a curve for each row over the scales that all its seeds have.
-
-    The bars are 95 % intervals of the difference from the first scale of the first row.
-    """
-    found = {row: complete(curve) for row, curve in found.items()}
-    first_row, first_curve = next(iter(found.items()))
-    scale, reference = next(iter(first_curve.items()))
-    canvas, axes = plot.canvas(
-        "Loss on seen and on unseen tasks over the scales; lower left is better",
-        f"bars: 95 % intervals of the difference from {first_row} x{scale:g}",
-        height=5,
-    )
-    for number, (row, curve) in enumerate(found.items()):
-        centres = []  # (P,2)
-        bars = []  # (P,2,2)
-        for group in curve.values():
-            seeds = common({0: group}, {0: reference})
-            for which in ("seen", "unseen-dev"):
-                centres.append(losses_of([group], common(curve), which).mean())
-                pair = losses_of([group, reference], seeds, which)
-                mean, low, high = interval(pair[0] - pair[1])
-                bars.append((mean - low, high - mean))
-        x, y = np.reshape(centres, (-1, 2)).T
-        x_bars, y_bars = np.reshape(bars, (-1, 2, 2)).transpose(1, 2, 0)
-        axes.errorbar(
-            x,
-            y,
-            xerr=x_bars,
-            yerr=y_bars,
-            label=f"{row}, seeds: {listed(common(curve))}",
-            color=plot.COLOURS[number],
-            marker=plot.MARKERS[number],
-            markersize=5,
-            linewidth=1.5,
-            elinewidth=0.6,
-        )
-        for scale, *point in zip(curve, x, y, strict=True):
-            offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(f"x{scale:g}", point, **offset)
-    axes.set(xlabel="seen tasks (nats per target token)")
-    axes.set(ylabel="unseen tasks, the half to choose by")
-    axes.legend()
-    return plot.save(canvas, path)
-
-
 # ---------------------------------------------------------------------------------------- tables
 
 
@@ -281,7 +221,7 @@ def listed(seeds: Iterable[int]) -> str:
 
 
 class Page:
-    """Tables in Markdown. Counts the intervals that they show.
+    """The columns of the tables.
 
     sets: the sets and halves that have columns, "unseen-test" only in the final tables.
     """
@@ -290,17 +230,6 @@ class Page:
         self.sets = ["seen", "unseen-dev"]
         if final:
             self.sets.append("unseen-test")
-        self.parts: list[str] = []
-        self.intervals = 0
-
-    def add(self, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        self.parts.append(table(head, rows))
-
-    def signed(self, difference: Difference | None) -> str:
-        if difference is None:
-            return "not to be read"
-        self.intervals += 1
-        return signed(difference)
 
     def means(self, group: Group, metrics: Iterable[str] = ("loss",)) -> list[str]:
         """Return mean and sd over seeds of the means over tasks."""
@@ -308,10 +237,7 @@ class Page:
         for which in self.sets:
             for metric in metrics:
                 values = by_seed(group.values(), which, metric).mean(axis=0)
-                text = f"{values.mean():.3f}"
-                if len(values) > 1:
-                    text += f" ({values.std(ddof=1):.3f})"
-                cells.append("-" if np.isnan(values).any() else text)
+                cells.append("-" if np.isnan(values).any() else mean_and_sd(values, 3))
         return cells
 
     def differences(
@@ -325,7 +251,7 @@ class Page:
                 if group.keys() <= first.keys() and group is not first:
                     differences = paired(first, group, which, metric)
                     if not np.isnan(differences).any():
-                        text = self.signed(interval(differences))
+                        text = signed(interval(differences))
                 cells.append(text)
         return cells
 
@@ -353,7 +279,7 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
     since its lowest loss is a choice.
     """
     page = Page(final)
-    page.parts.append(tuning_table(tuning))
+    parts = [tuning_table(tuning)]
     found = curves(cells)
     best = best_scales(cells)
     orchmoe = found.get("orchmoe", {})
@@ -365,17 +291,18 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
             name = f"{scale:g}, the best" if scale == best.get(row) else f"{scale:g}"
             dev = np.mean([cell["dev_loss"] for cell in group.values()])
             rows.append([row, name, listed(group), f"{dev:.3f}", *page.means(group)])
-    page.add(["row", "scale", "seeds", "dev", *page.sets], rows)
+    parts.append(table(["row", "scale", "seeds", "dev", *page.sets], rows))
 
     # Curve against curve.
     ways = [("unseen-dev", "seen"), ("seen", "unseen-dev")]
     others = {row: curve for row, curve in found.items() if row != "orchmoe" and orchmoe}
     rows = []
     for row, curve in others.items():
-        read = [page.signed(at_most(orchmoe, curve, *way)) for way in ways]
+        found_differences = [at_most(orchmoe, curve, *way) for way in ways]
+        read = [signed(each) if each else "not to be read" for each in found_differences]
         rows.append([row, listed(common(complete(orchmoe), complete(curve))), *read])
     heads = [f"{across} at no more {along}" for along, across in ways]
-    page.add(["orchmoe - row", "seeds", *heads], rows)
+    parts.append(table(["orchmoe - row", "seeds", *heads], rows))
 
     # Best scale against best scale.
     rows = []
@@ -384,7 +311,7 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
             group = curve[best[row]]
             differences = page.differences(orchmoe[best["orchmoe"]], group)
             rows.append([row, listed(group), *differences])
-    page.add(["orchmoe - row, each at its best scale", "seeds", *page.sets], rows)
+    parts.append(table(["orchmoe - row, each at its best scale", "seeds", *page.sets], rows))
 
     # Answers: means, and differences of OrchMoE from what is not OrchMoE.
     titles = []
@@ -392,7 +319,7 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
         titles += [f"{which} {title}" for title in METRICS.values()]
     answers = grouped(cells, "answers")
     rows = [[name, listed(group), *page.means(group, METRICS)] for name, group in answers.items()]
-    page.add(["answers", "seeds", *titles], rows)
+    parts.append(table(["answers", "seeds", *titles], rows))
     first = answers.get(f"orchmoe, scale {best.get('orchmoe', 0):g}", {})
     rows = []
     for name, group in answers.items():
@@ -401,7 +328,7 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
         if first and group is not first:
             differences = page.differences(first, group, METRICS)
             rows.append([name, listed(group), *differences])
-    page.add(["orchmoe - row, answers", "seeds", *titles], rows)
+    parts.append(table(["orchmoe - row, answers", "seeds", *titles], rows))
 
     # Numbers of training tasks. Beside them stand the same seeds on the tasks of the curves.
     sizes = grouped(cells, "sizes")
@@ -418,29 +345,24 @@ def text(cells: Cells, tuning: dict[str, dict], final: bool = False) -> str:
     for name, group in sizes.items():
         first = sizes.get("orchmoe, " + name.rpartition(", ")[2], {})
         rows.append([name, listed(group), *page.means(group), *page.differences(first, group)])
-    page.add(["sizes, scale 1", "seeds", *page.sets, *itself], rows)
+    parts.append(table(["sizes, scale 1", "seeds", *page.sets, *itself], rows))
 
-    # Single changes of OrchMoE, beside OrchMoE itself and beside curves at the same seen loss.
-    beside = {row: found[row] for row in ("orchmoe", "lora") if row in found}
-    heads = [*page.sets, *itself, *(f"unseen-dev - {row}'s curve" for row in beside)]
+    # Single changes of OrchMoE, beside OrchMoE itself.
     for stage in ("ablations", "controls"):
         rows = []
         for name, group in grouped(cells, stage).items():
-            row = [name, listed(group), *page.means(group)]
-            row += page.differences(orchmoe.get(1.0, {}), group)
-            row += [page.signed(above(group, curve, "unseen-dev")) for curve in beside.values()]
-            rows.append(row)
-        page.add([stage, "seeds", *heads], rows)
+            differences = page.differences(orchmoe.get(1.0, {}), group)
+            rows.append([name, listed(group), *page.means(group), *differences])
+        parts.append(table([stage, "seeds", *page.sets, *itself], rows))
 
-    if page.intervals:
-        page.parts.append(
+    if any("[" in part for part in parts):
+        parts.append(
             "Means over tasks; in brackets the sd over seeds. Differences with 95 % intervals over "
             "tasks and seeds together, of one seed over tasks alone, which tells nothing of other "
-            f"runs; of the {page.intervals} here about {page.intervals / 20:.0f} would exclude "
-            "zero if nothing differed. Losses in nats per target token, the less the better; "
+            f"runs; {chance(parts)}. Losses in nats per target token, the less the better; "
             "ROUGE-L and exact match in per cent."
         )
-    return "\n\n".join(part for part in page.parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main() -> None:
@@ -449,8 +371,6 @@ def main() -> None:
     cells = read_cells(results)
     path = results / ("final.md" if config.final else "tables.md")
     publish(text(cells, read_tuning(results), config.final), path)
-    if importlib.util.find_spec("matplotlib"):
-        runtime.print_line(f"written: {figure(curves(cells), results / 'curves.png')}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def fitting_prompts(
 ) -> tuple[int, int]:
     """Return how many prompts of a task fit, and its number of different inputs.
 
-    Only the first 100 instances count.
+    Only its first 100 instances count.
     """
     values = data.read_task(Path(config.data, "tasks", f"{task}.json"))
     instances = values["instances"][:100]
@@ -108,8 +108,8 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
 
     A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
-    instances never does. `number` of the training tasks with 100 different inputs are drawn with a
-    fixed seed. Raise ValueError if there are fewer.
+    instances than that never takes part. `number` of the training tasks with 100 different inputs
+    are drawn with a fixed seed. Raise ValueError if there are fewer.
     """
     config = study.settings.data
     tokenizer = tokenizers.load(study.settings.train.model)
@@ -236,9 +236,10 @@ def main() -> None:
                 raise ValueError(f"--stage cells: {why}")
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study)}
-        if config.stage == "pilot":
-            cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
-        else:
+        cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
+        if config.stage == "cells":
+            for cell in cells:
+                cell.require_same()  # the pilot was made with this base and these tasks
             axes = ("lr_skills", "alpha")
             study.tune(TUNED, study_config.trials, axes, "dev tasks", **values)
             cells = study.cells("cells", ROWS, {"": values}, range(study_config.seeds), "losses")

@@ -12,6 +12,7 @@ Letters: T tasks.  Test: pytest tests/experiments/test_fewshot.py
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -161,7 +162,8 @@ class FewShot:
         losses: dict[str, dict[float, float]] = {name: {} for name in WAYS}
         for (name, value), cells in groups.items():
             of_tasks = [cell.result()["dev_loss"] for cell in cells]
-            losses[name][value] = float(np.mean(of_tasks))
+            diverged = None in of_tasks
+            losses[name][value] = math.inf if diverged else float(np.mean(of_tasks))
         return losses
 
     def scores(self, best: dict[str, float]) -> Scores:
@@ -219,11 +221,12 @@ def tables(found: Scores, tuning: dict[str, dict[float, float]], best: dict[str,
         rows.append([name, size, *means, difference])
     head = ["what trains", "examples", "ROUGE-L", "loss", "loss - fresh LoRA's"]
 
-    lines = ["| what trains | its rate | dev loss at each rate |", "|---|---|---|"]
+    rates = []
     for name, losses in tuning.items():
         tried = ", ".join(f"{value:g}: {loss:.3f}" for value, loss in losses.items())
-        lines.append(f"| {name} | {WAYS[name].rate} {best[name]:g} | {tried} |")
-    return "\n\n".join([table(head, rows), "\n".join(lines)])
+        rates.append([name, f"{WAYS[name].rate} {best[name]:g}", tried])
+    head_of_rates = ["what trains", "its rate", "dev loss at each rate"]
+    return "\n\n".join([table(head, rows), table(head_of_rates, rates)])
 
 
 def main() -> None:

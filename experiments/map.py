@@ -30,7 +30,6 @@ import runtime
 from experiments import plot
 from experiments.study import (
     FIXED,
-    Cell,
     Row,
     Study,
     changed,
@@ -42,6 +41,7 @@ from experiments.study import (
 from experiments.tables import (
     Difference,
     Group,
+    chance,
     interval,
     mean_and_sd,
     paired,
@@ -60,7 +60,8 @@ ROWS = EQUAL | {
 }
 
 # LoRA and OrchMoE at several rates and numbers of steps, to see how much runs differ. In the rows
-# "same start" all seeds have the same initial values, so only the order of the data differs.
+# "same start" all seeds have the same initial values. Only the order of the data and the references
+# that are drawn as targets differ.
 CALM_ROWS = EQUAL | {
     "lora, same start": Row({"method": "lora"}, like="lora", replaced_router="same start"),
     "orchmoe, same start": Row(replaced_router="same start", **LIKE),
@@ -70,7 +71,7 @@ CALM = {
     "r0.003": {"lr_skills": 3e-3},
     "r0.003-1800": {"lr_skills": 3e-3, "steps": 1800, "eval_every": 900},
 }
-# OrchMoE with other routers. At a rate of 1e-6 the router stays at its start.
+# OrchMoE with other routers, at the centre. At a rate of 1e-6 the router stays at its start.
 ROUTERS = {
     "rate 1e-6": Row({"lr_router": 1e-6}, **LIKE),
     "rate 2e-4": Row({"lr_router": 2e-4}, **LIKE),
@@ -84,6 +85,8 @@ ROUTERS = {
     "flatter start": Row(replaced_router="flat", **LIKE),
     "skills apart first": Row(replaced_router="specialised", **LIKE),
 }
+# Rows and points of the stages besides the map. They are untuned and have at most 3 seeds.
+STAGES = {"calm": (CALM_ROWS, CALM), "router": (ROUTERS, {"": {}})}
 
 # Each axis of the map: label of a point -> the settings that it changes. A point that changes
 # nothing is the centre: total rank 4, 600 steps, 28 training tasks ("train_tasks").
@@ -120,14 +123,6 @@ class MapConfig:
     """Map: which cells are made."""
 
     stage: Literal["calm", "router", "map", "table"] = "table"  # cells to make (table: none)
-
-
-def stage_cells(stage: str, study: Study) -> list[Cell]:
-    """Return the cells of "calm" or "router": untuned, with at most 3 seeds."""
-    seeds = range(min(3, study.config.seeds))
-    if stage == "calm":
-        return study.cells("calm", CALM_ROWS, CALM, seeds, "losses")
-    return study.cells("router", ROUTERS, {"": {}}, seeds, "losses")
 
 
 # -------------------------------------------------------------------------------------- the map
@@ -328,9 +323,7 @@ def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str]
     rows = []
     for name, group in groups.items():
         row = [name, len(group)]
-        for which in sets:
-            values = losses(group, which)
-            row.append(mean_and_sd(values, 3) if len(values) > 1 else f"{values[0]:.3f}")
+        row += [mean_and_sd(losses(group, which), 3) for which in sets]
         row += [signed_difference(groups, name, first, which) for which in compared]
         rows.append(row + router_numbers(group))
     head = [title, "seeds", *sets, *(f"{which}, minus {first}" for which in compared)]
@@ -379,15 +372,13 @@ def text(results: Path, found: dict[str, Groups]) -> str:
     for point, groups in found.items():
         ordered = {name: groups[name] for name in ROWS if name in groups}
         parts.append(stage_table(point, ordered, "lora"))
-    count = sum(part.count("[") for part in parts)
-    chance = f"about {count / 20:.0f} would exclude zero if nothing differed"
-    parts.append(f"{NOTE} Of the {count} intervals here, some of them repeated, {chance}.")
+    parts.append(f"{NOTE} Some of the intervals are repeated; {chance(parts)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 NOTE = (
     "Losses in nats per target token, means over tasks; in brackets the sd over seeds, which is "
-    "the noise of a run. The columns of the noise have that of the seen loss. Differences with "
+    'the noise of a run; the columns "noise" have that of the seen loss. Differences with '
     "95 % intervals over tasks and seeds together, of one seed over tasks alone. Distance: mean KL "
     "of w from its start on dev, in nats; the other numbers of the router are of seen instances."
 )
@@ -447,7 +438,8 @@ def main() -> None:
         if config.stage == "map":
             make_map(study)
         else:
-            study.run(stage_cells(config.stage, study))
+            seeds = range(min(3, study_config.seeds))
+            study.run(study.cells(config.stage, *STAGES[config.stage], seeds, "losses"))
 
     results = Path(study_config.results)
     found = read_map(results)

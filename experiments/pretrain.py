@@ -238,13 +238,7 @@ def read_own_settings(flags: dict[str, Any], launch: train.LaunchConfig) -> Pret
     if not launch.resume:
         return runtime.from_flags(PretrainConfig, flags)
     saved = vars(read_config(launch.out).section(PretrainConfig, "pretrain"))
-    for name in sorted(flags.keys() & saved.keys()):
-        moved = name == "text" and saved["text"]  # the file may be in another place now
-        if flags[name] != saved[name] and not moved:
-            raise ValueError(
-                f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has "
-                f"{saved[name]!r}; leave it out"
-            )
+    train.require_unchanged(flags, saved, launch.out)
     return runtime.from_flags(PretrainConfig, saved | flags)
 
 

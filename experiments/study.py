@@ -61,7 +61,7 @@ class Row(NamedTuple):
     like: str = ""  # row whose size and tuned values it takes (default: its own)
     replaced_router: str = ""  # takes the place of the learnt router, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
-    run: str = ""  # run that it scores; {name} and {seed} are filled in (default: its own)
+    run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
 
 
@@ -74,7 +74,7 @@ class StudyConfig:
 
     out: str = "results"  # folder of the runs
     results: str = ""  # folder of the finished cells (default: --out)
-    seeds: int = 3  # runs of each cell: initial values, order of the data, noise
+    seeds: int = 3  # runs of each row: initial values, order of the data, noise
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 12  # runs of seed 0 that tune each row
     jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one per core, at most 8)
@@ -140,16 +140,12 @@ class Cell(NamedTuple):
         """Return the content of its file."""
         return runtime.read_json(self.path)
 
-    def values(self) -> dict[str, Any]:
+    def made_with(self) -> dict[str, Any]:
         """Return all that the numbers depend on. Fingerprints replace paths."""
         values = plain_values(self.settings)
         for name in run_folder.PATHS:
             values.pop(name, None)
-        return values | self.facts
-
-    def made_with(self) -> dict[str, Any]:
-        """Return `values` and the router that takes the place of the learnt one."""
-        return {"replaced_router": self.row.replaced_router, **self.values()}
+        return {"replaced_router": self.row.replaced_router, **values, **self.facts}
 
     def require_same(self) -> None:
         """Raise ValueError if its file or its run was made with other settings."""
@@ -168,7 +164,7 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings in the file differ from the expected ones."""
     saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
-        # Older cells do not say it: they are of the router that their row names.
+        # Older cells do not have it, and are not checked for it: the row's name implies it.
         saved |= {"replaced_router": expected["replaced_router"]}
         saved |= runtime.read_json(path).get("settings", {})
     for name, value in expected.items():
@@ -188,26 +184,36 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.settings)
-    result = {
+    about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),  # in bfloat16 the numbers depend on it
     }
+    try:
+        result = train_and_score(cell, device, attach)
+    except train.DivergedError as error:
+        result = {"dev_loss": None, "diverged": str(error)}
+    if not result:
+        return False
+    result["seconds"] = round(time.monotonic() - started)
+    runtime.write_json(cell.path, about | result)
+    return True
+
+
+def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
+    """Return the results of a cell, {} if a signal stopped it. Raise DivergedError if it diverged.
+
+    For the arguments see `score`.
+    """
+    result: dict[str, Any] = {}
     if cell.row.model == "trained":
         runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.train.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
-            try:
-                finished = train.train(
-                    cell.settings, device, launch, final_scores=False, attach=attach
-                )
-            except train.DivergedError as error:
-                diverged = {"dev_loss": None, "diverged": str(error)}
-                runtime.write_json(cell.path, result | diverged)
-                return True
-            if not finished:
-                return False
+            options = {"final_scores": False, "attach": attach}
+            if not train.train(cell.settings, device, launch, **options):
+                return {}
         if not cell.row.w:
             on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
             best = min(on_dev, key=lambda line: line["dev_loss"])
@@ -217,9 +223,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
         result |= score(cell, device, attach)
     if cell.scores == "dev tasks":
         result["dev_loss"] = result["dev"]["overall"]["loss"]
-    result["seconds"] = round(time.monotonic() - started)
-    runtime.write_json(cell.path, result)
-    return True
+    return result
 
 
 def steps_done(folder: Path) -> int:
@@ -241,25 +245,17 @@ def tree() -> str:
     return f"{commit}-dirty" if commit and is_dirty else commit
 
 
-def load_sets(settings: train.Settings, tokenizer: tokenizers.Tokenizer) -> dict[str, list]:
-    """Return dev, seen and, if there are test tasks, unseen, of at most --eval-instances each."""
-    names = {"dev": "dev", "seen": "seen", "test": "unseen"}
-    held_out = {}
-    for name, examples in data.load_sets(settings.data, tokenizer).items():
-        if name in names:
-            held_out[names[name]] = data.subsample(examples, settings.train.eval_instances)
-    return held_out
-
-
 def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
     A cell that scores "dev tasks" gets scores on dev instead, and no routing. The overall loss is
-    the mean over tasks, so that long targets weigh no more than short ones.
+    the mean over tasks, so that long targets weigh no more than short ones. attach: a function like
+    baselines.attach_method. Raise DivergedError if a loss is not finite.
     """
     config = cell.settings.train
     tokenizer = tokenizers.load(config.model)
-    held_out = load_sets(cell.settings, tokenizer)
+    sets = data.load_sets(cell.settings.data, tokenizer)
+    held_out = train.held_out_sets(sets, config.eval_instances)
     dev = held_out.pop("dev")
     if cell.scores == "dev tasks":
         held_out = {"dev": dev}
@@ -292,6 +288,8 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             of_task = [examples[i] for i in rows]
             given = None if w is None else w[rows]
             loss, _ = evaluation.measure(base, adapters, of_task, w=given, **options)
+            if not math.isfinite(loss):
+                raise train.DivergedError(f"{task}: the loss on {which} instances is {loss}")
             result[which]["tasks"][task]["loss"] = loss
             losses.append(loss)
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
@@ -312,9 +310,9 @@ def replaced_w(
     dev: Sequence[data.Example],
     examples: Sequence[data.Example],
 ) -> Tensor | None:
-    """Return w (M,K) for the examples: the "mean" of dev, or that of "other" examples of the set.
+    """Return w (M,K) for the examples, or None for kind "": then the router's own w is used.
 
-    Return None for "": then the router's own w is used.
+    kind: with "mean" every example gets the mean w of dev, with "other" the w of another example.
     """
     if kind == "mean":  # of dev, since nothing may be learnt from what is scored
         w = evaluation.router_weights(base, adapters, dev, config.eval_batch_size)
@@ -329,7 +327,7 @@ def replaced_w(
 
 
 def _start_worker(threads: int) -> None:
-    """End this worker when its parent is killed. It would wait for work forever."""
+    """Set the threads of this worker, and end it when its parent is killed."""
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -344,7 +342,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
 
     The cells of one queue are made one after the other. The next one is asked for when the one
     before it is finished. Exit with code 130 if a signal stopped a cell. Raise ValueError if a cell
-    diverged, when all others are made.
+    other than a trial diverged, when all others are made.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -461,6 +459,7 @@ class Study:
         if like in self.equal:
             rows = []
             for other, equal in self.equal.items():
+                # alpha does not change the size. Without it equal_ranks finds it in its cache.
                 of_row = changed(settings, equal.settings | {"alpha": None})
                 rows.append((other, of_row.train.method, of_row.adapter))
             ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
@@ -468,7 +467,7 @@ class Study:
         tuned = self.best.get(like, {}) | self.best.get(name, {})
         settings = changed(settings, size | tuned | values | row.settings)
 
-        run = row.run.format(name=Path(file).name, seed=settings.train.seed)
+        run = row.run.format(seed=settings.train.seed)
         return Cell(
             name=name,
             row=row,

@@ -82,7 +82,7 @@ def t_quantile(freedom: float) -> float:
 
 
 def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
-    """Split the unseen tasks in two, each by its own name, whatever others there are.
+    """Split the unseen tasks in two: a hash of a task's name decides its half.
 
     Choices about generalisation are made on "unseen-dev", and shown on "unseen-test".
     """
@@ -157,13 +157,12 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
     """Return all tables of a comparison: tuning, scores, differences, and what the routers do.
 
     rows: the cells of each row, one for each seed. Differences are those of the first row from
-    the others. What is not trained has one cell, which stands beside every seed.
+    the others. An untrained row has one cell, which is compared with each seed of the first row.
     """
     reference, first = next(iter(rows.items()))
     scores = []
     differences = []
     routers = []
-    number = 0
     for name, cells in rows.items():
         sizes = cells[0].get("parameters")
         losses = [cell["dev_loss"] for cell in cells if "dev_loss" in cell]
@@ -185,7 +184,6 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
                 if cells is not first:
                     one = by_seed(first, which, metric)
                     difference = signed(interval(one - by_seed(cells, which, metric)), digits)
-                    number += 1
             scores[-1].append(score)
             differences[-1].append(difference)
 
@@ -204,11 +202,12 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
         table(["row", "skills + routing", "dev loss", *titles], scores),
         table([f"{reference} - row", *titles], differences[1:]),
         table(["row, on seen instances", *ROUTER.values()], routers),
-        "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
-        f"together; of the {number} here about {number / 20:.0f} would exclude zero if nothing "
-        "differed. ROUGE-L and exact match in per cent; loss: nats per target token, of seen and "
-        "unseen the mean over tasks.",
     ]
+    parts.append(
+        "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
+        f"together; {chance(parts)}. ROUGE-L and exact match in per cent; loss: nats per target "
+        "token, of seen and unseen the mean over tasks."
+    )
     if "c-poly" in rows:
         parts.append(
             "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."
@@ -217,5 +216,14 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
 
 
 def mean_and_sd(values: Sequence[float], digits: int) -> str:
-    sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ({sd:.{digits}f})"
+    """Return "mean (sd)", or the value alone if there is one."""
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({np.std(values, ddof=1):.{digits}f})"
+    return text
+
+
+def chance(parts: Iterable[str]) -> str:
+    """Return how many of the intervals in these tables would exclude zero by chance alone."""
+    count = sum(part.count("[") for part in parts)
+    return f"of the {count} here about {count / 20:.0f} would exclude zero if nothing differed"

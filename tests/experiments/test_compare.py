@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 import runtime
 import train
 from baselines import attach_method
@@ -201,7 +202,7 @@ def test_cell_require_same(tmp_path):
     """A cell is bound to its settings, data and base. Settings that are new had their defaults."""
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
-    saved = {"row": "lora", **cell.values()}
+    saved = {"row": "lora", **cell.made_with()}
     del saved["router_dropout"]
     runtime.write_json(cell.path, {"settings": saved})
     cell.require_same()
@@ -233,6 +234,13 @@ def test_run_cells_records_a_trial_that_diverges(scores, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a.json: the run diverged; it has no scores"):
         study.run_cells([cells], 1, CPU)
     assert cells[1].path.exists()  # the others are made all the same
+
+
+def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (math.nan, None))
+    cell = cell_of(tmp_path, "a", scores="losses", row=study.UNTRAINED["frozen base"])
+    assert study.run_cell(cell, CPU)
+    assert "the loss on seen instances is nan" in cell.result()["diverged"]
 
 
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):

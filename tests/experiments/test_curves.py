@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import runtime
-from experiments import curves
+from experiments import curves, decision
 from experiments import map as routing_map
 from experiments.study import read_tuning
 from experiments.tables import halves, interval
@@ -56,12 +56,9 @@ def test_curves_along_a_line():
     moved = line(0.1)
     shifted = pytest.approx((0.1, 0.1, 0.1))
     assert curves.at_most(moved, line(), "seen", "unseen-test") == shifted
-    assert curves.above(moved[1.25], line(), "unseen-dev") == shifted
     # One that ends before the other starts is read at its end: more loss on seen tasks is useless.
     found = curves.at_most(line(), line(0.6), "seen", "unseen-test")[0]
     assert found == pytest.approx(3.5 - (5 - 1.25))
-    assert curves.above({0: flat(2.0, 1.0)}, line(), "unseen-dev")[0] == -2.5
-    assert curves.above({0: flat(0.9, 1.0)}, line(), "unseen-dev") is None
 
 
 def test_reading_of_a_curve_with_a_turn_is_at_its_best():
@@ -82,7 +79,6 @@ def test_intervals_contain_the_noise_of_the_loss_they_are_read_at():
     expected = pytest.approx(interval(shift[:, None]))
     assert curves.at_most(moved, still, "seen", "unseen-test") == expected
     assert curves.at_most(moved, still, "unseen-test", "seen") == expected
-    assert curves.above(moved[1.25], still, "unseen-test") == expected
     # What all lose alike in a task is no noise of a difference, however steep the two are.
     found = curves.at_most(moved, line(shift, slope=2), "seen", "unseen-test")
     assert found == pytest.approx((1.25, found[0], found[0]))
@@ -171,16 +167,6 @@ def test_best_scales_use_dev_and_the_half_to_choose_by():
     assert curves.best_scales(cells) == {"lora": 4.0}
 
 
-def test_figure_uses_the_half_to_choose_by_and_all_seeds_of_a_curve(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(curves.plot, "save", lambda canvas, path: canvas)
-    cells = at({0.25: 9.0, 1.0: 2.0, 2.0: 2.5}, 9.0) | at({1.0: 3.0, 2.0: 3.5}, 9.0, seed=1)
-    canvas = curves.figure(curves.curves(cells), tmp_path)
-    (drawn,) = canvas.axes[0].containers
-    assert drawn.get_label() == "lora, seeds: 0, 1"
-    assert drawn.lines[0].get_xydata().tolist() == [[1.0, 2.5], [1.0, 3.0]]
-
-
 # ----------------------------------------------------------------------------------------- tables
 
 
@@ -195,7 +181,9 @@ def test_tables_and_pages_have_the_numbers_of_the_cells():
     text += curves.text(first_seed, tuning)
     of_map = routing_map.text(routing_map.RESULTS, routing_map.read_map(routing_map.RESULTS))
     assert of_map == (routing_map.RESULTS / "tables.md").read_text()
-    text += of_map
+    of_decision = decision.text(decision.RESULTS)
+    assert of_decision == (decision.RESULTS / "tables.md").read_text()
+    text += of_map + of_decision
 
     def quoted(text, least):
         number = r"([-+]?\d+\.\d+)"

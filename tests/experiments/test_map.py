@@ -253,6 +253,12 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     assert groups["test"]["overall"]["loss"] == pytest.approx(np.mean(losses))
     assert groups["left out"]["tasks"].keys() == set(lists["left out"])
 
+    # A pilot of other settings allows nothing.
+    monkeypatch.setattr(decision, "pilot_verdict", lambda _: (True, ""))
+    monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | {"steps": 3})
+    error = run("experiments/decision.py", "--stage", "cells", *flags, cwd=tmp_path, code=2)
+    assert "floor-s0.json: made with steps 2, not 3" in error
+
 
 def test_choose_tasks_needs_whole_prompts(study):
     settings = train.Settings.from_flags(decision.DEFAULTS | {"max_source_length": 60})
