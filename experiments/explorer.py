@@ -4,7 +4,7 @@
 script. The page needs no network. Made by `python -m experiments.plot --run RUN --html page.html`;
 docs/annotated.html ends with the explorer of the default run.
 
-Letters: M samples, K abstract tasks, S skills, N adapted Linears, L length, D width.
+Letters: M samples, K abstract tasks, S skills, N adapted Linears.
 Test: pytest tests/repo/test_annotate.py
 """
 
