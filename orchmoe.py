@@ -91,7 +91,7 @@ class Routing(NamedTuple):
     w: Tensor | None  # (B,K), or (K,) if all samples share it; None for the token router
     Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise; None for methods without Z
     c: Tensor | None  # (N,B,S), or (N,1,S) if all samples share it; None for the token router
-    shared: bool  # true if Zhat and c have no sample dimension; then any batch size fits
+    shared: bool  # true if no weights belong to single samples; then any batch size fits
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -155,7 +155,8 @@ class TaskRouter(nn.Module):
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
         The rows of W_task become the centres of a spherical k-means, which needs no labels. They
-        are scaled so that the mean entropy of w is ln(K) / 3 (one-hot w: 0; uniform w: ln(K)).
+        are scaled so that the mean entropy of w is ln(K) / 3 (one-hot w: 0; uniform w: ln(K)), or
+        without the softmax so that w has the standard deviation 1/K.
         """
         K = self.config.tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -172,7 +173,7 @@ class TaskRouter(nn.Module):
         if self.config.router_norm == "softmax":
             scale = scale_for_entropy(logits, math.log(K) / 3)
         else:
-            scale = 1 / K / logits.std().clamp(min=1e-6)  # w gets the standard deviation 1/K
+            scale = 1 / K / logits.std().clamp(min=1e-6)
         self.W_task.copy_(scale * centres)
 
     def _check_shapes(self, embeddings: Tensor, mask: Tensor | None) -> None:
@@ -198,8 +199,9 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
     """Return k unit vectors (k,D), the centres of points (M,D) by cosine similarity."""
     points = F.normalize(points, dim=-1)
 
-    # k-means++ start: points far from all picked points are more likely to be picked. It runs on
-    # the CPU, like the generator. The clamp keeps the sum positive when all points are equal.
+    # k-means++ start: points far from all picked points are more likely to be picked. Distances
+    # count up to 1. It runs on the CPU, like the generator. The clamp keeps the sum positive when
+    # all points are equal.
     distance = torch.ones(len(points), device="cpu")
     picks = []
     for _ in range(k):
@@ -369,7 +371,7 @@ def _new_skill_linear(base: type) -> SkillLinear:
 
 
 def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after`, made from `before` by .to(). If it is half precision, move `before` only."""
+    """Return `after`, or if it is half precision, `before` on the device of `after`."""
     if after.dtype in (torch.bfloat16, torch.float16):
         return before.to(after.device)
     return after

@@ -3,7 +3,7 @@
 The page shows the docstring of a block from orchmoe.py itself. Here is the rest: the equation, who
 says so, and the test that pins it. Grades are those of docs/paper.md: stated (the paper's
 abstract), secondary (summaries of the paper), inferred (from the papers it builds on), chosen
-(ours). Blocks without a grade are plain engineering.
+(ours). Blocks without a grade are engineering, or follow from blocks that have one.
 
 Equations are in the notation of docs/annotate.py: "X^hat" has a hat, "B_s" an index, "X^T" a T.
 """
@@ -23,13 +23,15 @@ NOTES = {
     "module": Note(
         text=(
             "The eight equations at the right are this implementation; the abstract contains "
-            "none of them. The coloured labels in this column say who says each part, because "
-            "the full text of the paper was not available to us. The only loss is that of the "
-            "language model: there is no balancing loss."
+            "none of them. The source is the prompt, never the answer. x is the input of one "
+            "Linear and y its output, W0 is its frozen weight, A_s and B_s are a skill, and scale "
+            "is alpha / R. The code stores B_s transposed and multiplies from the right: x A^T B. "
+            "An abstract task is an index without a name; it starts as a cluster of prompts. The "
+            "only loss is that of the language model: there is no balancing loss."
         ),
     ),
     "imports": Note(
-        text=("Only torch and the standard library, so that this one file can be copied."),
+        text="There is nothing else to install.",
     ),
     "OrchMoEConfig": Note(
         text=(
@@ -75,18 +77,18 @@ NOTES = {
     ),
     "TaskRouter.forward": Note(
         text="Without `fit`, mu = 0 and sd = 1, and w is nearly uniform.",
-        equation="w = softmax(W_task (x^hat - μ) / sd + b)",
+        equation="w = softmax(W_task ((x^hat - μ) / sd) + b)",
         grade="secondary",
         source=("w = W_task x_hat + b; the softmax is inferred, the standardising is chosen"),
         test="test_w_is_the_formula_in_numpy",
     ),
     "TaskRouter.fit": Note(
         text=(
-            "C are the centres, λ is the scale, and H is the mean entropy over the sources. A "
-            "one-hot w would have the entropy 0, a uniform w ln(K). If W_task started with "
-            "small normal values, w would at first hardly depend on the sample."
+            "x_hat is standardised here. C are the centres and H is the mean entropy over the "
+            "sources. If W_task started with small normal values, w would at first hardly depend "
+            "on the sample."
         ),
-        equation="H(softmax(λ C x^hat)) = ln(K) / 3",
+        equation="H(softmax(scale C x^hat)) = ln(K) / 3",
         grade="chosen",
         test="test_the_kmeans_start_tells_clusters_apart_without_labels",
     ),
@@ -95,7 +97,7 @@ NOTES = {
         test="test_a_source_of_another_shape_is_refused_with_the_given_shape",
     ),
     "masked_mean": Note(
-        text="Padding must not change the mean.",
+        text="m_l is 1 at real tokens and 0 at padding.",
         equation="x^hat = sum_l m_l X^hat_l / sum_l m_l",
         grade="chosen",
         test="test_junk_in_the_padding_changes_nothing",
@@ -103,8 +105,7 @@ NOTES = {
     "spherical_kmeans": Note(
         text=(
             "Here i runs over the sources that are nearest to centre k. This finds the "
-            "abstract tasks with which training starts: clusters of training sources, without "
-            "labels."
+            "abstract tasks with which training starts."
         ),
         equation="C_k = normalise(sum_i x_i)",
         grade="chosen",
@@ -116,25 +117,22 @@ NOTES = {
     ),
     "mix_skills": Note(
         text=(
-            "This is the specification. kernels.mix_skills computes the same faster; tests "
-            "compare the outputs and all gradients of both."
+            "kernels.mix_skills computes the same faster; tests compare the outputs and all "
+            "gradients of both."
         ),
-        equation="y = W_0 x + α / R sum_s c_s B_s A_s x",
+        equation="y = W_0 x + (α / R) sum_s c_s B_s A_s x",
         grade="secondary",
         source=("the paper's Eq. 3, as summaries give it: outputs are mixed, not factors"),
         test="test_mix_skills_equals_its_slow_twin",
     ),
     "SkillLinear": Note(
-        text=(
-            "Only the class changes and the object stays, so saved references, hooks and "
-            "names stay valid."
-        ),
+        text=("Because the object stays, saved references, hooks and names stay valid."),
         test="test_attach_keeps_the_module_the_weight_and_the_class",
     ),
     "SkillLinear.skill_parameters": Note(),
     "SkillLinear.forward": Note(
         text="Where the base is a plain Linear, one function computes both parts.",
-        equation="y = W_0 x + α / R sum_s c_s B_s A_s x",
+        equation="y = W_0 x + (α / R) sum_s c_s B_s A_s x",
         grade="secondary",
         source="skills are LoRA modules, outputs are mixed; the scale rule is chosen",
         test="test_linear_is_the_equation_written_out",
@@ -210,7 +208,7 @@ NOTES = {
     ),
     "Adapters.folded": Note(
         text="One routing is one LoRA, so it can be part of the weights.",
-        equation="W = W_0 + α / R sum_s c_s B_s A_s",
+        equation="W = W_0 + (α / R) sum_s c_s B_s A_s",
         test="test_folded_equals_routed_for_any_number_of_rows",
     ),
     "Adapters.merge": Note(
@@ -232,8 +230,10 @@ NOTES = {
     "Adapters.routing": Note(),
     "Adapters.parameter_groups": Note(
         text=(
-            "The router reads standardised features and needs a rate about a hundred times "
-            "lower than the skills."
+            "The router reads standardised features and needs a rate 50 to 150 times lower than "
+            "the skills. At the first step B = 0, so only B gets a gradient; once B is not 0, the "
+            "loss reaches w and Z through c. adapters.parameters() lacks the skills, because they "
+            "belong to the model: use these groups."
         ),
         grade="chosen",
     ),
@@ -277,7 +277,7 @@ NOTES = {
         text=(
             "Z starts with a large spread, so that the abstract tasks begin with different skills."
         ),
-        equation="Z ~ N(0, 9)",
+        equation="Z ~ N(0, 3^2)",
         grade="chosen",
         test="test_Z_starts_with_the_given_standard_deviation",
     ),
@@ -302,6 +302,8 @@ NOTES = {
         test="test_one_hot_w_is_poly_with_mixed_outputs",
     ),
     "OrchMoE._noise": Note(
+        text="It is drawn for each sample and each Linear.",
+        equation="Z + log(u / (1 - u)), u ~ U(0, 1)",
         grade="inferred",
         source="as in Poly; off by default",
         test="test_noise_acts_in_training_only",

@@ -120,7 +120,7 @@ def opening(shown: Shown) -> str:
 # One sample, step by step
 
 Written by `python -m docs.walkthrough`, not by hand: a test trains the run again and compares every
-word, and every number within 1 % or 0.01. **The run** is that of
+word, and every number within 1 % or 0.01. **The run** was made by
 
 ```
 python train.py --steps {SETTINGS.train.steps} --device cpu
@@ -198,17 +198,17 @@ def features(shown: Shown) -> str:
     return f"""
 ## 2. What the router reads: `TaskRouter.summarise`
 
-X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder, so nothing of the
-target can reach the router.
+X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder. The source holds
+no target, so the router cannot read the answer.
 
 P = softmax(X Xᵀ / √D), {shape(P)}, with D = {D} and nothing learned. After rmsnorm a token's
-product with itself is D, far above that with any other, so it reads itself: {on_same_id:.4f} of P
-lies on tokens with the query's id, and the means of P X and X differ by {moved:.5f} of its
-length. So X̂ is nearly 2 X, and standardising undoes the 2.
+product with itself is D, far above that with any other, so it attends almost only to itself:
+{on_same_id:.4f} of P lies on tokens with the query's id, and the means of P X and X differ by
+{moved:.5f} of its length. So X̂ is nearly 2 X, and standardising undoes the 2.
 
-x̂ = mean_L(P X + X), {shape(x_hat)}, then standardised by μ and sd, which one pass over the training
-sources set before the first step (`TaskRouter.fit`). The first four of its {D} numbers, and its
-length:
+x̂ = mean_L(P X + X), {shape(x_hat)}, then standardised by μ and sd, which one pass over at most
+2,000 training sources set before the first step (`TaskRouter.fit`). The first four of its {D}
+numbers, and its length:
 
 {table(["", "1", "2", "3", "4", "length"], rows)}"""
 
@@ -383,7 +383,8 @@ is frozen and gets none.
 
 {table(["", *norms], rows)}
 
-AdamW steps by its rate whatever the norm, so each kind has a rate of its own (`make_optimizer`). To
+AdamW normalises each gradient, so the learning rate and not the norm sets the size of a step. So
+each kind has a rate of its own (`make_optimizer`). To
 see w of every task and Ẑ of every Linear: `python -m experiments.plot --run RUN`."""
 
 

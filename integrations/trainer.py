@@ -1,7 +1,7 @@
 """Train OrchMoE's adapters with transformers' Trainer or Seq2SeqTrainer, or with TRL's SFTTrainer.
 
-Copy this file and orchmoe.py into your project. The mixin needs torch alone, and goes before the
-trainer that you use. docs/use.md has a whole program and says what does not work.
+Copy this file and orchmoe.py into your project. The mixin needs torch alone. List it before the
+trainer among the base classes. docs/use.md has a whole program and says what does not work.
 
     class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
         pass
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
-ROWS_OF_SEVERAL_SAMPLES = ("packing", "eval_packing", "padding_free")  # settings of SFTConfig
+# Settings of SFTConfig that put several samples into one row.
+PACKING_SETTINGS = ("packing", "eval_packing", "padding_free")
 
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -49,8 +50,10 @@ class RoutedTraining:
 
         # Trainer refuses a quantised model unless it finds adapters, and it looks for peft's only.
         model._hf_peft_config_loaded = True
-        super().__init__(model, *args, **kwargs)
-        model._hf_peft_config_loaded = False
+        try:
+            super().__init__(model, *args, **kwargs)
+        finally:
+            model._hf_peft_config_loaded = False
 
     # ---- What the router reads ----
 
@@ -65,10 +68,10 @@ class RoutedTraining:
         """
         mask = inputs.get("attention_mask")
         if self.model.skill_adapters.router is None:
-            return mask  # no router reads the sample
+            return None  # no router reads the sample
         if self.model.config.is_encoder_decoder:
             return mask  # the input_ids are the source; the answer is in the labels alone
-        if any(getattr(self.args, name, False) for name in ROWS_OF_SEVERAL_SAMPLES):
+        if any(getattr(self.args, name, False) for name in PACKING_SETTINGS):
             raise ValueError(
                 "packing: a packed row holds several samples, but the router weights the skills "
                 "once per row; set packing=False and padding_free=False, or use router='token'"
@@ -86,7 +89,7 @@ class RoutedTraining:
         return mask
 
     def routed(self, inputs: dict[str, Tensor], beams: int = 1) -> AbstractContextManager:
-        """Return the context inside which the model is routed for this batch, as for `generate`."""
+        """Return a context that routes this batch. Open it around `generate`, too."""
         embeddings = self.router_embeddings(inputs)
         return self.model.skill_adapters.routed(embeddings, self.router_mask(inputs), beams=beams)
 
@@ -119,14 +122,17 @@ class RoutedTraining:
             return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        beams = getattr(self.args, "generation_num_beams", None) or 1  # Seq2SeqTrainer's
+        # What Seq2SeqTrainer passes on to generate: the arguments of `predict`, or those of args.
+        options = {**getattr(self, "_gen_kwargs", {}), **kwargs}
+        defaults = getattr(self.model, "generation_config", None)
+        beams = options.get("num_beams") or getattr(defaults, "num_beams", None) or 1
         with self.routed(inputs, beams):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     # ---- Checkpoints ----
 
     def _save(self, output_dir=None, state_dict=None):
-        """Write the adapters instead of the whole model, whose base never changes."""
+        """Write the adapters alone: the base never changes, and the tokenizer is yours."""
         if not self.args.should_save:  # only one process writes
             return
         folder = Path(output_dir or self.args.output_dir)

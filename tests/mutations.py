@@ -4,8 +4,8 @@
     python tests/mutations.py OTHER      # with the tests of another checkout
 
 Each line of mutations.jsonl replaces one text `old`, which occurs once in `file`. It is killed if a
-test fails, those in `tests` or else any of the fast suite. One that survives is a property that no
-test holds.
+test fails that passes without it: one of those in `tests`, or else any of the fast suite. One that
+survives is a property that no test holds.
 """
 
 import json
@@ -37,6 +37,8 @@ def main() -> None:
         checkout = Path(folder) / "checkout"
         shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", "runs", "tests"))
         shutil.copytree(suite / "tests", checkout / "tests")
+        if fails(checkout, []):
+            raise SystemExit("the tests fail without any mutation")
         for line in lines:
             mutation = json.loads(line)
             path = checkout / mutation["file"]

@@ -400,13 +400,19 @@ def test_training_without_a_router_of_samples_takes_any_text(router, tmp_path):
 # ---- generation ----
 
 
-def test_beams_of_seq2seq_trainer_are_those_of_generate(tmp_path):
+@pytest.mark.parametrize("place", ["args", "predict", "generation_config"])
+def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     model = adapted(make_t5())
     stir(model.skill_adapters, seeded_generator(3))
-    options = {"generation_num_beams": 3, "generation_max_length": 9, "predict_with_generate": True}
+    options = {"generation_max_length": 9, "predict_with_generate": True}
+    if place == "args":
+        options["generation_num_beams"] = 3
     trainer = make_trainer(tmp_path, model, per_device_eval_batch_size=4, **options)
     trainer.fit_router()
-    found = trainer.predict(PAIRS[:4]).predictions
+    if place == "generation_config":
+        model.generation_config.num_beams = 3
+    of_predict = {"num_beams": 3} if place == "predict" else {}
+    found = trainer.predict(PAIRS[:4], **of_predict).predictions
     source = tokens_of(PROMPTS[:4])
     with trainer.routed(source, beams=3):
         expected = model.generate(**source, num_beams=3, max_length=9)

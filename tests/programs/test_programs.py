@@ -359,10 +359,11 @@ def test_merged_model_of_the_page_predicts_as_the_run(home, finished, monkeypatc
     assert predict("tiny") != expected
 
 
-OFFICIAL = {  # ROUGE-L by the number of test tasks: a sample, or all tasks as published
-    "copy-demo": {58: pytest.approx(29.6919, abs=5e-5), 119: pytest.approx(28.54, abs=0.05)},
-    "copy-input": {58: pytest.approx(16.5341, abs=5e-5), 119: pytest.approx(14.20, abs=0.05)},
+OFFICIAL = {  # ROUGE-L and exact match of 58 test tasks, with the official code
+    "copy-demo": (29.6919, 23.3748),
+    "copy-input": (16.5341, 0.3112),
 }
+PUBLISHED = {"copy-demo": 28.54, "copy-input": 14.20}  # ROUGE-L of all 119 test tasks
 
 
 @pytest.mark.slow
@@ -370,15 +371,21 @@ OFFICIAL = {  # ROUGE-L by the number of test tasks: a sample, or all tasks as p
 def test_heuristics_on_the_official_test_tasks(home, sni_dir, kind):
     run("eval.py", "--heuristic", kind, "--data", sni_dir, "--out", "out", cwd=home)
     scores = read_json(home / "out/scores.json")
-    assert scores["overall"]["rougeL"] == OFFICIAL[kind][len(scores["tasks"])]
+    overall = scores["overall"]
+    if len(scores["tasks"]) == 119:
+        assert overall["rougeL"] == pytest.approx(PUBLISHED[kind], abs=0.05)
+    else:
+        found = (overall["rougeL"], overall["exact_match"])
+        assert found == pytest.approx(OFFICIAL[kind], abs=5e-5)
 
 
 @pytest.mark.slow
 def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 10 --batch-size 4 --warmup 5 --eval-instances 8 --device cpu --out run"
-    run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
-    run(*EVALUATE, "--split", "test", cwd=home)
+    out = run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
+    assert f" of {len(data.read_splits(sni_dir)['train'])} tasks; run folder run" in out
+    assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
 
 
 # ---------------------------------------------------------------------------- how a program ends

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import io
+import json
 import re
 import sys
 import tokenize
@@ -131,10 +132,16 @@ def test_files_behind_train_stay_small_and_plain():
     assert total["comprehension"] <= 45 * thousands
 
 
-def test_top_level_has_few_files_and_the_formatter_lays_them_out():
+def test_top_level_has_few_files():
     assert len(FILES) <= 15
-    for path in FILES:
-        assert not re.search(r"fmt: *(skip|off)", path.read_text(encoding="utf-8")), path.name
+
+
+def test_mutations_replace_a_text_that_occurs_once():
+    lines = (ROOT / "tests/mutations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 100
+    for mutation in map(json.loads, lines):
+        text = (ROOT / mutation["file"]).read_text(encoding="utf-8")
+        assert text.count(mutation["old"]) == 1, mutation
 
 
 # ------------------------------------------------------------------------------------------- pages
@@ -145,7 +152,7 @@ FOREIGN = set(
     --help --local-dir --depth --prediction --reference --hypothesis-profile evaluation.py
     --nproc-per-node --nnodes --node-rank --master-addr --master-port --outtype --outfile --lora
     convert_lora_to_gguf.py convert_hf_to_gguf.py --lora-init-without-apply --enable-lora
-    --max-lora-rank --lora-modules load_best_model_at_end
+    --max-lora-rank --lora-modules load_best_model_at_end neftune_noise_alpha
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

@@ -1,4 +1,4 @@
-"""Compiled blocks of an adapted T5: one graph without breaks for all lengths, the same numbers."""
+"""Compiled blocks of an adapted T5: few graphs without breaks for all lengths, the same numbers."""
 
 import functools
 

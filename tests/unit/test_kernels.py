@@ -154,21 +154,21 @@ def test_bfloat16_input_gives_bfloat16_output_from_float32_weights():
 
 
 @pytest.mark.parametrize("mix", [kernels.mix_skills, kernels.mix_factors])
-def test_one_graph_without_breaks_serves_all_lengths(mix):
+def test_two_graphs_without_breaks_serve_all_lengths(mix):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(mix, backend="aot_eager", fullgraph=True, dynamic=True)
     x, *rest = arguments(FORMS["sample"])
     for length in (5, 7, 9):
         assert_equal_twins(compiled, mix, (x[:, :1].repeat(1, length, 1), *rest))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("linear", ["", "weight bias"])
 @forms
-def test_cuda_equals_the_cpu_in_float64(shape, linear, dtype, tolerance):
+def test_mix_skills_on_cuda_equals_the_cpu_in_float64(shape, linear, dtype, tolerance):
     expected = outputs_and_gradients(mix_skills_slow, arguments(shape, linear=linear))
     found = outputs_and_gradients(kernels.mix_skills, arguments(shape, dtype, linear, "cuda"))
     for ours, exact in zip(found, expected, strict=True):

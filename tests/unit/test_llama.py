@@ -9,8 +9,6 @@ import copy
 import dataclasses
 import functools
 import re
-import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -26,21 +24,15 @@ from baselines import NoAdapter
 from helpers import (
     LLAMA3_ROPE,
     ROOT,
-    command,
-    environment,
     hf_llama,
     make_example,
-    process,
     rows_of,
     run,
     seeded_generator,
     stir,
-    trace,
     write_words,
 )
 from llama import Llama, LlamaConfig, causal_attention
-
-pytest.importorskip("transformers")  # it makes the random models
 
 
 def test_predictions_end_at_any_eos(llama_pair, llama_batch):
@@ -278,29 +270,6 @@ REFUSED = [
 def test_from_hf_refuses_another_computation_by_field_and_value(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LlamaConfig.from_hf(VALUES | change)
-
-
-# -------------------------------------------------------------------------------------- a real base
-
-
-@pytest.mark.soak
-def test_training_of_smollm2_goes_on_after_a_kill(smollm2_dir, sni_dir, tmp_path):
-    flags = "--max-tasks 4 --train-instances 10 --batch-size 4 --steps 20 --eval-every 5".split()
-    flags += "--max-source-length 256 --max-target-length 32 --eval-instances 2".split()
-    flags += ["--device", "cpu", "--model", smollm2_dir, "--data", sni_dir, "--out"]
-    process("train.py", *flags, "whole", cwd=tmp_path)
-    training = command("train.py", *flags, "killed")
-    killed = subprocess.Popen(training, cwd=tmp_path, env=environment())
-    log = tmp_path / "killed/metrics.jsonl"
-    while not log.exists() or len(log.read_bytes().splitlines()) < 9:  # after the first checkpoint
-        time.sleep(0.02)
-        assert killed.poll() is None
-    killed.kill()
-    killed.wait()
-    process("train.py", *"--resume --device cpu --out killed".split(), cwd=tmp_path)
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
-    whole = (tmp_path / "whole/adapter.safetensors").read_bytes()
-    assert (tmp_path / "killed/adapter.safetensors").read_bytes() == whole
 
 
 # ------------------------------------------------------------------------------------- the programs

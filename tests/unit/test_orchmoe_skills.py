@@ -167,7 +167,7 @@ def test_a_linear_returns_its_own_output_plus_the_skills_and_only_they_train(kin
 def test_attach_keeps_the_module_the_weight_and_the_class():
     base = net("own forward")
     base.q.register_buffer("steps", torch.tensor(3))
-    q, weight, before = base.q, base.q.weight, base.state_dict()
+    q, weight, before = base.q, base.q.weight, copy.deepcopy(base.state_dict())
     attached(base)
     assert base.q is q and base.q.weight is weight
     assert isinstance(base.q, Squared)
