@@ -174,10 +174,13 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(hostile, bounded, name,
         READERS[name](path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["task1_a.json", "spiece.model", "adapter.safetensors", "checkpoint.pt", "pytorch_model.bin"],
-)
+HUGE = """
+    task1_a.json spiece.model tokenizer.json config.json model/config.json adapter.safetensors
+    checkpoint.pt pytorch_model.bin
+"""
+
+
+@pytest.mark.parametrize("name", HUGE.split())
 def test_a_file_of_a_terabyte_is_refused_before_it_is_read(hostile, bounded, name):
     path = hostile(name, b'{"a": "')
     os.truncate(path, 2**40)  # sparse: it takes no space
