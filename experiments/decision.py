@@ -1,6 +1,6 @@
 """One decision: does OrchMoE beat a LoRA of the same total size on a pretrained base?
 
-docs/evidence.md has the plan, which was written before the first cell. This program is the plan: it
+docs/decision.md has the plan, which was written before the first cell. This program is the plan: it
 takes no flags for what the plan says. The setting is a small rank, many tasks with dozens of
 examples each, and a high rate of the router. The training tasks are drawn with a fixed seed among
 those whose prompts fit. All other tasks that fit are unseen: official test tasks, and training
