@@ -8,8 +8,8 @@ steps for all. Results are of seen and unseen instances, by which nothing is cho
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
     python -m experiments.compare --dry-run --model t5-xxl   # sizes and memory alone
 
-Writes cells (see experiments/study.py), OUT/results.json and OUT/results.md (ablations.json and
-ablations.md), and figures if matplotlib is installed.
+Writes cells (see experiments/study.py), results.json and results.md (ablations.json and
+ablations.md), and figures if matplotlib is installed, into the folder of --results, or else --out.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -227,7 +227,7 @@ def compare(config: CompareConfig, study: Study) -> None:
 
     rows: dict[str, list[dict]] = {}
     for cell in cells:
-        result = {"row": cell.name, "folder": str(cell.folder), **cell.result()}
+        result = {"row": cell.name, "folder": str(cell.folder.absolute()), **cell.result()}
         rows.setdefault(cell.name, []).append(result)
     text = markdown(rows, tuning)
 

@@ -45,7 +45,7 @@ class PlotConfig:
     """Figures: of a run, or of a comparison."""
 
     run: str = ""  # folder of a run of train.py
-    results: str = ""  # folder of a comparison, the --out of experiments.compare
+    results: str = ""  # folder with the results of experiments.compare
     model: str = ""  # with --run: where the run's base is now, if it has moved
     html: str = ""  # with --run: write the routing explorer to this page instead of figures
     gpu: int | None = None  # number of the GPU, to compute what the router does
@@ -299,11 +299,11 @@ def figures(out: Path) -> Iterator[Path]:
     ablations = read_rows(out / "ablations.json")
     if not rows and not ablations:
         raise ValueError(
-            f"{out}: no results.json or ablations.json; name the --out of a comparison"
+            f"{out}: no results.json or ablations.json; name the folder of a comparison"
         )
     if ablations:
         yield ablation_intervals(ablations, out / "ablations.png")
-    runs = {row: out / "methods" / Path(cells[0]["folder"]).name for row, cells in rows.items()}
+    runs = {row: Path(cells[0]["folder"]) for row, cells in rows.items()}
     logs = {row: records(run) for row, run in runs.items() if (run / "metrics.jsonl").exists()}
     if logs:
         yield loss_curves(logs, out / "loss.png")
