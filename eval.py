@@ -418,7 +418,8 @@ def main() -> None:
 
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
     if config.heuristic:
-        runtime.require_single_process()
+        if runtime.world_size() > 1:
+            raise ValueError("--heuristic: start it without torchrun")
         device = runtime.pick_device(device="cpu")
     elif run and run.train["method"] == "full":
         device = runtime.pick_device(config.gpu, config.device, "float32")

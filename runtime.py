@@ -87,7 +87,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Re-raise write errors with the final file name; the system's own name the temporary file."""
+    """Re-raise write errors with the final file name; the system names the temporary file."""
     try:
         yield
     except (OSError, RuntimeError) as error:

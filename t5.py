@@ -297,7 +297,7 @@ class Block(nn.Module):
         """Return the output (B,L,D), given the keys and values of the source.
 
         With a cache, x (B,1,D) is the next token of each row. Generation calls this method
-        directly and not forward, which may be compiled, because the cache grows.
+        instead of forward: forward may be compiled, and the cache grows.
         """
         x = x + self.attention(self.attention_norm(x), bias, cache=cache)
         if source is not None:

@@ -347,7 +347,8 @@ def numbers(values: Tensor) -> str:
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
         run = sys.argv[2]
-        runtime.write_json(NUMBERS, {"walk": walk(run), **explorer.collect(run)})
+        explored = explorer.collect(run)
+        runtime.write_json(NUMBERS, {"walk": walk(run), **explored})
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
 

@@ -230,10 +230,10 @@ NOTES = {
     "Adapters.routing": Note(),
     "Adapters.parameter_groups": Note(
         text=(
-            "The router reads standardised features and needs a rate 50 to 150 times lower than "
-            "the skills. At the first step B = 0, so only B gets a gradient; once B is not 0, the "
-            "loss reaches w and Z through c. adapters.parameters() lacks the skills, because they "
-            "belong to the model: use these groups."
+            "The router reads standardised features, and its default rate is 50 times lower than "
+            "that of the skills. At the first step B = 0, so only B gets a gradient; once B is "
+            "not 0, the loss reaches w and Z through c. adapters.parameters() lacks the skills, "
+            "because they belong to the model: use these groups."
         ),
         grade="chosen",
     ),

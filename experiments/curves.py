@@ -201,7 +201,7 @@ def at_most(one: Curve, other: Curve, along: str, across: str) -> Difference | N
         lowest = [(points.start + values[points, s].argmin(), s) for points, s in parts]
         return max(lowest, key=lambda point: x[point])
 
-    # Positions of points. Without a task their losses are others, so `read` looks them up again.
+    # Positions of points, because leaving out a task changes losses; `read` looks them up anew.
     first = end(x)
     last = end(y)
 

@@ -200,6 +200,8 @@ def fewshot(config: FewShotConfig, device: runtime.Device) -> None:
     for name, losses in tuning.items():
         way = WAYS[name]
         best[name] = min(losses, key=losses.get)
+        if losses[best[name]] == math.inf:
+            raise ValueError(f"{name}: the runs diverged at all values of {way.rate}")
         if best[name] in (way.values[0], way.values[-1]):
             runtime.warn(f"{name}: the best {way.rate}, {best[name]:g}, is the edge of those tried")
     publish(tables(study.scores(best), tuning, best), Path(config.out, "fewshot.md"))

@@ -303,7 +303,10 @@ def figures(out: Path) -> Iterator[Path]:
         )
     if ablations:
         yield ablation_intervals(ablations, out / "ablations.png")
-    runs = {row: Path(cells[0]["folder"]) for row, cells in rows.items()}
+    runs = {}
+    for row, cells in rows.items():
+        folder = Path(cells[0]["folder"])
+        runs[row] = folder if folder.exists() else out / "methods" / folder.name
     logs = {row: records(run) for row, run in runs.items() if (run / "metrics.jsonl").exists()}
     if logs:
         yield loss_curves(logs, out / "loss.png")

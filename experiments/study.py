@@ -164,7 +164,7 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings in the file differ from the expected ones."""
     saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
-        # Older cells do not have it, and are not checked for it: the row's name implies it.
+        # Older cells lack `replaced_router`. It follows from the row's name and is not checked.
         saved |= {"replaced_router": expected["replaced_router"]}
         saved |= runtime.read_json(path).get("settings", {})
     for name, value in expected.items():
@@ -459,7 +459,7 @@ class Study:
         if like in self.equal:
             rows = []
             for other, equal in self.equal.items():
-                # alpha does not change the size. Without it equal_ranks finds it in its cache.
+                # alpha does not change the size. Without it equal_ranks can use its cache.
                 of_row = changed(settings, equal.settings | {"alpha": None})
                 rows.append((other, of_row.train.method, of_row.adapter))
             ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)

@@ -37,8 +37,9 @@ def main() -> None:
         checkout = Path(folder) / "checkout"
         shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", "runs", "tests"))
         shutil.copytree(suite / "tests", checkout / "tests")
-        if fails(checkout, []):
-            raise SystemExit("the tests fail without any mutation")
+        for tests in sorted({"", *(json.loads(line)["tests"] for line in lines)}):
+            if fails(checkout, tests.split()):
+                raise SystemExit(f"without any mutation these tests fail: {tests}")
         for line in lines:
             mutation = json.loads(line)
             path = checkout / mutation["file"]

@@ -203,7 +203,7 @@ def test_cell_require_same(tmp_path):
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
     saved = {"row": "lora", **cell.made_with()}
-    del saved["router_dropout"]
+    del saved["router_dropout"], saved["replaced_router"]
     runtime.write_json(cell.path, {"settings": saved})
     cell.require_same()
     settings = study.changed(cell.settings, {"router_dropout": 0.5})

@@ -109,6 +109,8 @@ def test_plot_writes_the_explorer_of_a_run(finished, tmp_path, monkeypatch):
     explored = json.loads(numbers.replace("<\\/", "</"))
     require_samples(explored, 2)
     assert explored["steps"] == 8
+    walk = json.loads(annotate.NUMBERS.read_text())["walk"]
+    assert annotate.walk(finished / "run").keys() == walk.keys()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")

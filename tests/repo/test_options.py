@@ -29,8 +29,8 @@ COMMAND = re.compile(
 HEAD = """# Options
 
 The flags of the programs, as `--help` prints them. With `--run` or `--start`, the settings of data
-and prompt are those of the run unless a flag gives them. With `--resume`, a flag may only name
-another place of the model or the data.
+and prompt are those of the run unless a flag gives them. With `--resume`, all settings are those of
+the run; only the paths that it already has may change.
 """
 
 
