@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def highlight(source: str) -> list[str]:
     lines = source.splitlines()
     spans: dict[int, list[tuple[int, int, str]]] = {}
     previous = ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens_of(source):
         kind = kind_of(token, previous)
         previous = token.string
         if kind:
@@ -118,11 +119,28 @@ def highlight(source: str) -> list[str]:
     return found
 
 
+def tokens_of(source: str) -> Iterator[tokenize.TokenInfo]:
+    """Yield the tokens of a source. An f-string is one token, as it was before Python 3.12."""
+    depth = 0  # of f-strings within one another
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name == "FSTRING_START":
+            if depth == 0:
+                start = token.start
+            depth += 1
+        elif name == "FSTRING_END":
+            depth -= 1
+            if depth == 0:
+                yield tokenize.TokenInfo(tokenize.STRING, "", start, token.end, token.line)
+        elif depth == 0:
+            yield token
+
+
 def kind_of(token: tokenize.TokenInfo, previous: str) -> str:
     """Return the CSS class of a token, "" for none."""
     if token.type == tokenize.COMMENT:
         return "co"
-    if token.type == tokenize.STRING or "FSTRING" in tokenize.tok_name[token.type]:
+    if token.type == tokenize.STRING:
         return "st"
     if token.type == tokenize.NUMBER:
         return "nu"

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import io
 import json
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.annotate import tokens_of
 from helpers import ROOT
 
 FILES = sorted(ROOT.glob("*.py"))
@@ -111,7 +111,7 @@ def measure(source: str) -> Counter:
             counts[name] += isinstance(node, kind)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             docstring_lines.update(range(node.lineno, node.end_lineno + 1))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens_of(source):
         is_code = token.type not in LAYOUT_TOKENS and token.start[0] not in docstring_lines
         counts["tokens"] += is_code
     return counts

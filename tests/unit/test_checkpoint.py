@@ -6,6 +6,7 @@ parity/test_transformers.py compares folders with those of transformers.
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,8 @@ def test_read_tensors_refuses(content, words, tmp_path):
 def test_read_tensors_refuses_a_nested_tensor_although_it_is_strided(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save({"x": torch.nested.nested_tensor([ONES])}, path)
-    check_refused(checkpoint.read_tensors, path, "'x' is not")
+    words = "'x' is not" if sys.version_info < (3, 13) else "refused"  # there torch refuses it
+    check_refused(checkpoint.read_tensors, path, words)
 
 
 NAMES = ["../model.safetensors", "/etc/passwd", "..", "a\\b", "", "a\n"]
