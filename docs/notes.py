@@ -238,7 +238,7 @@ NOTES = {
         grade="chosen",
     ),
     "Adapters.state_dict": Note(
-        test="test_adapter_state_alone_restores_the_function",
+        test="test_the_adapter_state_restores_the_function",
     ),
     "Adapters.load_state_dict": Note(
         test="test_a_state_that_does_not_fit_changes_nothing",

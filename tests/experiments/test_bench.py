@@ -1,5 +1,5 @@
 """The benchmark runs on small shapes, its contestants compute the same, and it prints the tables
-of docs/speed.md. How fast anything is, is not a matter for a test.
+of docs/speed.md. Speed is not tested.
 """
 
 import importlib.util

@@ -46,7 +46,7 @@ def test_dry_run_says_sizes_and_memory(home):
     assert "* at equal S R only" in out
 
 
-def test_dry_run_needs_the_config_of_a_base_alone(home, tmp_path):
+def test_dry_run_needs_only_the_config_of_a_base(home, tmp_path):
     """Nothing is allocated: the base has 73 GB."""
     sizes = {"hidden_size": 2**15, "intermediate_size": 2**16, "vocab_size": 2**17}
     config = LLAMA_SIZES | sizes | {"model_type": "llama", "num_hidden_layers": 1}
@@ -91,7 +91,7 @@ def test_ablation_that_is_not_possible_is_refused(name, given, words):
 # ---------------------------------------------------------------------------------------- routers
 
 
-def test_random_router_depends_on_the_sample_alone_and_is_as_sharp_as_a_start():
+def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     config = OrchMoEConfig()
     router = routers.RandomRouter(32, config)
     rng = torch.Generator().manual_seed(0)
@@ -168,7 +168,7 @@ def test_compare_from_start_to_table(small):
     assert seen["overall"]["loss"] == pytest.approx(sum(losses) / len(losses))
 
 
-def test_compare_makes_lost_cells_alone(small, home):
+def test_compare_remakes_only_lost_cells(small, home):
     files = [*small.glob("tune/*.json"), *small.glob("methods/*.json")]
     assert len(files) == 12  # 6 of the tuning, 6 of the comparison
     files += small.rglob("metrics.jsonl")
@@ -394,7 +394,7 @@ def test_cells_of_all_seeds_are_runs_of_their_own(make_cells, tmp_path):
         assert cell.folder.name == cell.path.stem == f"{cell.name}-s{seed}"
 
 
-def test_subset_has_these_tasks_alone(tmp_path):
+def test_subset_has_only_these_tasks(tmp_path):
     task = "task201_opposite_of_second_word"
     folder = study.subset(tmp_path / "one", ROOT / "sni", [task])
     assert data.read_splits(folder) == {"train": [task], "test": []}

@@ -40,7 +40,7 @@ def line(right=0.0, slope=1):
 
 
 def test_complete_prefers_cells_then_points():
-    """A scale that is half made is left out, and takes no seed away."""
+    """An incomplete scale is left out if it would reduce the number of common seeds."""
     one = flat(1.0, 2.0)
     both = {0: one, 1: one}
     half = {0: one}
@@ -79,7 +79,7 @@ def test_intervals_contain_the_noise_of_the_loss_they_are_read_at():
     expected = pytest.approx(interval(shift[:, None]))
     assert curves.at_most(moved, still, "seen", "unseen-test") == expected
     assert curves.at_most(moved, still, "unseen-test", "seen") == expected
-    # What all lose alike in a task is no noise of a difference, however steep the two are.
+    # An offset that both curves share in a task does not widen the interval.
     found = curves.at_most(moved, line(shift, slope=2), "seen", "unseen-test")
     assert found == pytest.approx((1.25, found[0], found[0]))
 

@@ -75,7 +75,7 @@ def test_markdown_of_a_w_without_entropy():
     assert text.count("| lora |") == 1  # it has no router
 
 
-def test_halves_depend_on_the_name_alone():
+def test_halves_depend_only_on_the_name():
     names = [f"task{i}" for i in range(400)]
     first = tables.halves(names)
     assert 150 < len(first["unseen-dev"]) < 250

@@ -247,7 +247,7 @@ def test_checkpointing_and_accumulation_change_nothing(make, make_base, split, t
         torch.testing.assert_close(found[name], tensor, **CLOSE)
 
 
-def test_noise_is_drawn_in_training_alone(tmp_path, monkeypatch):
+def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     """The first step after an evaluation is routed in training mode as well."""
     model = adapted(make_llama(), gumbel=True)
     trainer = make_sft(tmp_path, model, max_steps=3, eval_strategy="steps", eval_steps=1)
@@ -331,7 +331,7 @@ ROUTED = {
 
 
 @pytest.mark.parametrize("make, rows, prompts", ROUTED.values(), ids=ROUTED)
-def test_router_reads_the_prompts_alone(make, rows, prompts, tmp_path, monkeypatch):
+def test_router_reads_only_the_prompts(make, rows, prompts, tmp_path, monkeypatch):
     """In fit_router, training and evaluation w is as in generation, so it depends on no answer."""
     model = adapted(make_llama())
     adapters = model.skill_adapters

@@ -237,8 +237,8 @@ KINDS = {
     "no bos": {},
     "bos by template": {"post": "<s> $A"},
     "a template counts, not the setting": {"post": "<s> $A", "add_bos_token": False},
-    "nor does it add one": {"add_bos_token": True},
-    "not cleaned up": {"clean_up_tokenization_spaces": True},
+    "add_bos_token adds no BOS": {"add_bos_token": True},
+    "the clean-up setting is ignored": {"clean_up_tokenization_spaces": True},
     "eos as an object": {"eos_token": {"content": "</s>", "__type": "AddedToken"}},
 }
 

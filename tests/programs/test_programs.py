@@ -503,7 +503,7 @@ def mistaken(tmp_path_factory):
 
 @pytest.mark.parametrize("line, words", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_file(mistaken, monkeypatch, line, words):
-    monkeypatch.setattr(train, "train_step", None)  # no mistake may come so far
+    monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
     monkeypatch.setattr(evaluation, "predict", None)
     before = sorted(mistaken.rglob("*"))
     error = run(*shlex.split(line), cwd=mistaken, code=2)

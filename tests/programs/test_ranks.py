@@ -98,7 +98,7 @@ def trace(shard, accumulate, method):
 
 
 def loading(folder):
-    """Return how many bytes of memory the loading of a sharded base takes at most, and a share.
+    """Return the peak memory of loading a sharded base, and the size of a share, in bytes.
 
     Mapped files are not counted.
     """

@@ -175,7 +175,7 @@ MISTAKES = {  # flags -> beginning of the message
 
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_folder(flags, beginning, home, monkeypatch):
-    monkeypatch.setattr(train, "train_step", None)  # no mistake may come so far
+    monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
     arguments = ["--data", "data", "--out", "refused", *flags.split()]
     error = run("train.py", *arguments, cwd=home, code=2)
     assert error.startswith(f"train.py: error: {beginning}")

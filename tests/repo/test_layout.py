@@ -70,7 +70,7 @@ def test_imports_point_down(path):
     assert imported(ast.walk(tree)) <= allowed | OPTIONAL.get(path.stem, set())
 
 
-def test_orchmoe_needs_torch_alone():
+def test_orchmoe_needs_only_torch():
     tree = parse(ROOT / "orchmoe.py")
     assert imported(ast.walk(tree)) - sys.stdlib_module_names == {"torch"}
 

@@ -379,7 +379,7 @@ def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
         assert sorted(map(len, batches))[1:] == [8] * (steps - 1)
 
 
-def test_batch_at_depends_on_its_arguments_alone():
+def test_batch_at_depends_only_on_its_arguments():
     arguments = list(product((LENGTHS, LENGTHS[::-1]), [8], (0, 1), (3, 129, 400)))
     found = [tuple(batch_at(*each)) for each in arguments]
     assert len(set(found)) == 12  # epochs, seeds and lengths have their own orders

@@ -89,7 +89,7 @@ def test_mix_factors_equals_its_slow_twin(shape, linear):
 
 @pytest.mark.parametrize("linear", ["", "weight"])
 @forms
-def test_an_argument_that_trains_alone_gets_its_gradient(shape, linear):
+def test_the_only_argument_that_trains_gets_its_gradient(shape, linear):
     for trained in range(4):
         given = list(arguments(shape, linear=linear))
         for i in range(4):

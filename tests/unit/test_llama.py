@@ -154,7 +154,7 @@ def adapted(model, **changes):
     return own, adapters
 
 
-def test_the_router_reads_the_prompt_alone(llama_pair, llama_batch):
+def test_the_router_reads_only_the_prompt(llama_pair, llama_batch):
     ids, mask, labels = llama_batch
     own, adapters = adapted(llama_pair[1])
 

@@ -106,7 +106,7 @@ def test_w_is_the_formula_in_numpy(options):
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_a_source_of_padding_alone_has_zero_x_hat(attention):
+def test_a_source_of_only_padding_has_zero_x_hat(attention):
     router = TaskRouter(16, OrchMoEConfig(router_attention=attention))
     embeddings = torch.randn(3, 5, 16, requires_grad=True)
     mask = torch.tensor([[1], [0], [1]]).expand(3, 5)
@@ -528,7 +528,7 @@ def test_the_router_compiles_without_breaks():
 
 
 @sample_and_token
-def test_adapter_state_alone_restores_the_function(small_t5, inputs, router):
+def test_the_adapter_state_restores_the_function(small_t5, inputs, router):
     adapters = attached(small_t5, router=router)
     expected = logits(small_t5, inputs)
     state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}

@@ -42,7 +42,7 @@ def test_lock_refuses_a_second_process_until_the_first_is_killed(tmp_path):
         pass
 
 
-def test_lock_removes_half_written_files_of_a_killed_run_alone(tmp_path):
+def test_lock_removes_only_half_written_files_of_a_killed_run(tmp_path):
     half_written = [tmp_path / ".checkpoint.pt.7.tmp", tmp_path / "model/.config.json.7.tmp"]
     others = [tmp_path / ".somebody.tmp", tmp_path / "other/.scores.json.7.tmp"]
     for path in (*half_written, *others):

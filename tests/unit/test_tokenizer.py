@@ -81,7 +81,7 @@ def test_decode_drops_unknown_ids_and_outer_space(words):
 
 
 @pytest.mark.parametrize("is_added", [False, True])
-def test_eos_is_no_text_whatever_the_file_calls_it(load_changed, is_added):
+def test_eos_is_never_decoded_as_text(load_changed, is_added):
     """EOS may be in the vocabulary alone, or added as an ordinary word."""
 
     def change(values):
