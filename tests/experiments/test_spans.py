@@ -1,4 +1,4 @@
-"""experiments/spans.py and pretrain.py: no text is lost, and batches depend only on their arguments."""
+"""experiments/spans.py and pretrain.py: no text is lost, batches depend only on their arguments."""
 
 import lzma
 
