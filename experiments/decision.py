@@ -239,7 +239,7 @@ def main() -> None:
         cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
         if config.stage == "cells":
             for cell in cells:
-                cell.require_same()  # the pilot was made with this base and these tasks
+                cell.require_same()  # the pilot must be one of this base and these tasks
             axes = ("lr_skills", "alpha")
             study.tune(TUNED, study_config.trials, axes, "dev tasks", **values)
             cells = study.cells("cells", ROWS, {"": values}, range(study_config.seeds), "losses")

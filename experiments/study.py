@@ -194,17 +194,17 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
         result = train_and_score(cell, device, attach)
     except train.DivergedError as error:
         result = {"dev_loss": None, "diverged": str(error)}
-    if not result:
+    if result is None:
         return False
     result["seconds"] = round(time.monotonic() - started)
     runtime.write_json(cell.path, about | result)
     return True
 
 
-def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
-    """Return the results of a cell, {} if a signal stopped it. Raise DivergedError if it diverged.
+def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any] | None:
+    """Return the results of a cell, None if a signal stopped it.
 
-    For the arguments see `score`.
+    For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
     """
     result: dict[str, Any] = {}
     if cell.row.model == "trained":
@@ -213,7 +213,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
             launch = train.LaunchConfig(out=str(cell.folder))
             options = {"final_scores": False, "attach": attach}
             if not train.train(cell.settings, device, launch, **options):
-                return {}
+                return None
         if not cell.row.w:
             on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
             best = min(on_dev, key=lambda line: line["dev_loss"])

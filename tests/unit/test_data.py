@@ -254,10 +254,11 @@ def test_tasks_are_the_first_of_the_list_and_have_the_ids_of_the_run(config, tok
 
 def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
     short = replace(config, max_source_length=20, max_target_length=3)
-    examples = load_sets(short, tokenizer)["train"]
-    assert 19 <= max(examples.source_lengths) <= 20  # the cut text may have fewer tokens
-    assert max(len(ids) for example in examples for ids in example.target_ids) == 3
-    for example in examples:
+    whole = load_sets(config, tokenizer)["train"]
+    for example, uncut in zip(load_sets(short, tokenizer)["train"], whole, strict=True):
+        assert 19 <= len(example.source_ids) <= 20  # the cut text may have fewer tokens
+        for ids, all_ids in zip(example.target_ids, uncut.target_ids, strict=True):
+            assert len(ids) == min(3, len(all_ids))
         for ids in [example.source_ids, *example.target_ids]:
             assert ids[-1] == 1
 
