@@ -198,17 +198,18 @@ def features(shown: Shown) -> str:
     return f"""
 ## 2. What the router reads: `TaskRouter.summarise`
 
-X = rmsnorm(E), E the embeddings of the source, {shape(X)}: before the encoder. The source holds
-no target, so the router cannot read the answer.
+X = rmsnorm(E) has shape {shape(X)}. E are the embeddings of the source, before the encoder. The
+source holds no target, so the router cannot read the answer.
 
-P = softmax(X Xᵀ / √D), {shape(P)}, with D = {D} and nothing learned. After rmsnorm a token's
-product with itself is D, far above that with any other, so it attends almost only to itself:
-{on_same_id:.4f} of P lies on tokens with the query's id, and the means of P X and X differ by
-{moved:.5f} of its length. So X̂ is nearly 2 X, and standardising undoes the 2.
+P = softmax(X Xᵀ / √D) has shape {shape(P)}, with D = {D}. Nothing in it is learned. After rmsnorm a
+token's product with itself is D, far above that with any other. So it attends almost only to itself
+and to its repetitions: these get {on_same_id:.4f} of the attention. The mean of P X over the tokens
+differs from that of X by {moved:.5f} of its length. So X̂ is nearly 2 X, and standardising undoes
+the 2.
 
-x̂ = mean_L(P X + X), {shape(x_hat)}, then standardised by μ and sd, which one pass over at most
-2,000 training sources set before the first step (`TaskRouter.fit`). The first four of its {D}
-numbers, and its length:
+x̂ = mean_L(P X + X) has shape {shape(x_hat)}. It is standardised by μ and sd, which one pass over at
+most 2,000 training sources set before the first step (`TaskRouter.fit`). The table shows the first
+four of its {D} numbers, and its length:
 
 {table(["", "1", "2", "3", "4", "length"], rows)}"""
 
@@ -234,9 +235,9 @@ def task_weights(shown: Shown) -> str:
     return f"""
 ## 3. Which abstract tasks this is: `TaskRouter.forward`
 
-w = softmax(W_task x̂ + b), with W_task {shape(router.W_task)}: {shape(w)}. Below it the mean w of
-the {half} seen instances of this task, and of those of `{OTHER}`:
-no label told the router that they are two tasks.
+w = softmax(W_task x̂ + b) has shape {shape(w)}, and W_task {shape(router.W_task)}. The rows below
+it are the mean w of the {half} seen instances of this task, and of those of
+`{OTHER}`. No label told the router that they are two tasks.
 
 {table(["abstract task", *map(str, range(1, K + 1))], rows)}
 
@@ -253,8 +254,9 @@ def allocation(shown: Shown) -> str:
     return f"""
 ## 4. Which skills an abstract task uses: `OrchMoE.allocation_weights`
 
-Every adapted Linear has a matrix Z (K,S) of its own; Ẑ = sigmoid(Z), each row divided by its sum,
-{shape(shown.routing.Zhat[0])} for all {len(shown.adapters.linears)} Linears. That of `{LINEAR}`:
+Every adapted Linear has a matrix Z (K,S) of its own. Ẑ is sigmoid(Z), each row divided by its sum.
+For all {len(shown.adapters.linears)} Linears together it has shape {shape(shown.routing.Zhat[0])}.
+This is Ẑ of `{LINEAR}`:
 
 {table(["abstract task", *skills], rows)}"""
 
@@ -270,8 +272,8 @@ def skill_weights(shown: Shown) -> str:
     return f"""
 ## 5. The weights of the skills for this sample: `OrchMoE.route`
 
-c = w Ẑ, {shape(shown.routing.c)}, all Linears in one einsum. `Adapters.routed` hands each Linear
-its slice. Three of them:
+c = w Ẑ has shape {shape(shown.routing.c)}: one einsum computes all Linears. `Adapters.routed` hands
+each Linear its slice. The table shows three of them:
 
 {table(["Linear", *skills], rows)}
 
@@ -323,16 +325,16 @@ h ← (α/R) c h     each c_s for the {R} ranks of its skill
 h B_cat           {shape(h)} {shape(B)} → {shape(skills)}
 ```
 
-At the source's last token, column s.r being rank r of skill s:
+The next table is for the last token of the source. Column s.r is rank r of skill s:
 
 {table(["", *ranks], of_ranks)}
 
-and of the {O} outputs the first four, and the length of the vector:
+The last table shows the first four of the {O} outputs, and the length of the vector:
 
 {table(["", "1", "2", "3", "4", "length"], of_outputs)}
 
-This costs S R (D + O) = {S * R * (D + O):,} multiplications a token beside the
-D O = {D * O:,} of W₀."""
+For each token this costs S R (D + O) = {S * R * (D + O):,} multiplications, beside the D O =
+{D * O:,} of W₀."""
 
 
 def token_losses(base: Backbone, batch: data.Batch) -> Tensor:

@@ -234,12 +234,17 @@ def test_skills_in_bfloat16_compute_as_in_float32_and_train(make, router):
 PAGES = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/use.md"))
 
 
-def run_printed(about):
-    """Run the one snippet that contains `about`, check that it trains, and return its names."""
+def printed(about):
+    """Return the one snippet that contains `about`."""
     snippets = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
     [snippet] = [snippet for snippet in snippets if about in snippet]
+    return snippet
+
+
+def run_printed(about):
+    """Run the one snippet that contains `about`, check that it trains, and return its names."""
     names = {}
-    exec(snippet, names)
+    exec(printed(about), names)
     assert all(linear.skill_B.grad.any() for linear in names["adapters"].linears.values())
     return names
 
@@ -248,11 +253,9 @@ def test_snippet_of_a_sequential_saves_what_can_be_loaded(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     names = run_printed("torch.nn.Sequential")
     trained = names["adapters"]
-    [save] = re.findall("`(torch.save.*?)`", PAGES)
-    [load] = re.findall("`(saved = torch.load.*?)`", PAGES)
-    exec(save, names)
+    exec(printed("torch.save"), names)
     names["model"] = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))
-    exec(load, names)
+    exec(printed("torch.load"), names)
     found = names["model"].skill_adapters
     assert found.config == trained.config
     check_equal(found.state_dict(), trained.state_dict())
@@ -263,12 +266,10 @@ def test_snippet_of_t5_trains_and_generates(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "tiny", tmp_path / "google" / "flan-t5-base")
     monkeypatch.chdir(tmp_path)
     names = run_printed("T5ForConditionalGeneration")
-    snippets = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
-    [fit] = [snippet for snippet in snippets if "in prompts" in snippet]
     names["prompts"] = [f"Opposite of {word}?" for word in "hot big old wet far low new".split()]
     names["prompts"] += ["June, wolf, lion"]
     before = names["adapters"].router.W_task.clone()
-    exec(fit, names)
+    exec(printed("in prompts"), names)
     assert not torch.equal(names["adapters"].router.W_task, before)
 
 
