@@ -63,8 +63,9 @@ class OrchMoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "skills", "rank"):
-            if not 1 <= getattr(self, name) <= 2**20:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be from 1 to 2^20")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= 2**20:
+                raise ValueError(f"{name}: {value!r} must be an int from 1 to 2^20")
         if self.alpha is not None and not 0 < self.alpha < 1e18:
             raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e18")
         if isinstance(self.targets, str) or not self.targets:
@@ -135,7 +136,9 @@ class TaskRouter(nn.Module):
         X_hat = X
         if self.config.router_attention:
             scores = X @ X.mT / math.sqrt(D)  # (B,L,L)
-            scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
+            # Not -inf: in a row that is all padding the softmax would give NaN.
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask[:, None, :], lowest)
             P = scores.softmax(dim=-1)
             X_hat = P @ X + X  # (B,L,D)
 
@@ -457,9 +460,10 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         # Remember for `detach` what trained, then freeze the base.
         parameters = module.named_parameters(remove_duplicate=False)
         self._trained_before = {name: parameter.requires_grad for name, parameter in parameters}
-        for name, parameter in module.named_parameters():
-            own_name = name.rpartition(".")[2]  # a module may be named skill_... too
-            parameter.requires_grad_(own_name.startswith("skill_"))
+        module.requires_grad_(False)
+        for linear in linears.values():
+            for parameter in linear.skill_parameters().values():
+                parameter.requires_grad_(True)
 
     @property
     def module(self) -> nn.Module:
@@ -604,7 +608,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 return (
                     "with a token router every token has its own w, so one weight cannot hold them"
                 )
-            if not linear.skill_plain:
+            # A weight that was pruned or parametrised after `attach` is not a Parameter any more.
+            weight = linear._parameters.get("weight")
+            if not linear.skill_plain or type(weight) is not nn.Parameter:
                 return f"{name}: {linear.skill_base.__name__} computes more than a plain product"
         return ""
 
@@ -898,6 +904,12 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
 
     Raise ValueError if a target does not exist or cannot have skills.
     """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"module: the adapters would be an item of this {type(module).__name__}; attach to the "
+            "module that it belongs to"
+        )
+
     wanted = set(targets) - {"all"}
     required = set(wanted)  # every given name must exist; for "all" one is enough
     if "all" in targets:

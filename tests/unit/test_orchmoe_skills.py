@@ -322,10 +322,13 @@ def test_a_linear_in_two_places_is_adapted_once():
     assert adapters.linears == {"0.q": shared}
 
 
-def test_a_module_of_the_base_whose_name_starts_with_skill_is_frozen_too():
-    base = nn.ModuleDict({"skill_head": nn.Linear(4, 4), "q": nn.Linear(4, 4)})
-    attach(base, OrchMoEConfig(targets=("q",)))
-    assert not base["skill_head"].weight.requires_grad
+def test_what_the_base_calls_skill_is_frozen_too():
+    base = net()
+    base.skill_head = nn.Linear(4, 4)
+    base.skill_bias = nn.Parameter(torch.zeros(4))
+    attached(base)
+    assert not base.skill_head.weight.requires_grad
+    assert not base.skill_bias.requires_grad
 
 
 # --------------------------------------------------------------- disabled, folded, merge and detach
@@ -513,10 +516,14 @@ def test_a_routing_that_no_single_weight_has_is_refused(
     enter(adapters, "disabled")  # the refused method is no longer active
 
 
-def test_an_integer_weight_is_not_plain():
+def test_a_weight_that_is_an_integer_or_pruned_after_attach_is_not_plain():
     base = net()
     base.q.weight = nn.Parameter(base.q.weight.to(torch.int8), requires_grad=False)
     assert attached(base).unfoldable() == "q: Linear computes more than a plain product"
+    base = net()
+    adapters = attached(base)
+    prune.l1_unstructured(base.q, "weight", 0.5)
+    assert adapters.unfoldable() == "q: Linear computes more than a plain product"
 
 
 def with_own_forward():
@@ -551,3 +558,10 @@ def test_attach_refuses_what_it_cannot_adapt(make, targets, message):
     with pytest.raises(ValueError, match=message):
         attach(base, OrchMoEConfig(targets=targets))
     assert_same(base, before)
+
+
+def test_attach_refuses_a_list_of_modules():
+    base = nn.ModuleList([nn.Linear(D, D)])
+    with pytest.raises(ValueError, match="module: .* an item of this ModuleList"):
+        attach(base, OrchMoEConfig(targets=("0",)))
+    assert len(base) == 1
