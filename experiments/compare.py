@@ -8,8 +8,9 @@ steps for all. Results are of seen and unseen instances, by which nothing is cho
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
     python -m experiments.compare --dry-run --model t5-xxl   # sizes and memory alone
 
-Writes cells (see experiments/study.py), results.json and results.md (ablations.json and
-ablations.md), and figures if matplotlib is installed, into the folder of --results, or else --out.
+Writes cells (see experiments/study.py), results.json and results.md, and figures if matplotlib is
+installed, into the folder of --results, or else --out; with --ablations, ablations.json and
+ablations.md.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -263,6 +264,8 @@ def main() -> None:
 
     study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
     compare(config, study)
+    if config.ablations:
+        return
     if importlib.util.find_spec("matplotlib"):
         for path in plot.figures(study.results):
             runtime.print_line(f"written: {path}")

@@ -5,7 +5,7 @@ matplotlib, and no display. The colours can be told apart by the colour-blind (O
 cividis).
 
     python -m experiments.plot --run runs/orchmoe-1       # loss, categories, router, allocation
-    python -m experiments.plot --results results/compare  # the same, and ablations if there are any
+    python -m experiments.plot --results results/compare  # the same of a comparison
     python -m experiments.plot --run runs/orchmoe-1 --html page.html      # the routing explorer
 
 Letters: K abstract tasks, N adapted Linears, S skills.  Test: pytest tests/repo/test_docs.py
@@ -22,7 +22,6 @@ import numpy as np
 import run_folder
 import runtime
 from experiments import explorer, routing
-from experiments.tables import by_seed, interval
 
 COLOURS = (
     "#0072B2",
@@ -214,26 +213,6 @@ def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
     return save(figure, path)
 
 
-def ablation_intervals(rows: dict[str, list[dict]], path: Path) -> Path:
-    """Draw what each change costs: the difference default - row in ROUGE-L, with its interval."""
-    names = [name for name in rows if name != "default"]
-    title = "Ablations: ROUGE-L of the default less that of the row, 95 % interval"
-    height = 1.4 + 0.24 * len(names)
-    figure, panels = canvas(title, path.parent, height, ncols=2, sharey=True)
-    for axes, which, colour in zip(panels, ("seen", "unseen"), COLOURS, strict=False):
-        for i, name in enumerate(names):
-            if which in rows[name][0]:
-                scores = [by_seed(rows[row], which, "rougeL") for row in ("default", name)]
-                mean, low, high = interval(scores[0] - scores[1])
-                axes.plot([low, high], [i, i], color=colour, linewidth=2)
-                axes.plot(mean, i, color=colour, marker="o", markersize=5)
-        axes.axvline(0, color="0.4", linewidth=1, zorder=0)
-        axes.set(xlabel="points of ROUGE-L; right: default better", title=f"{which} tasks")
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    return save(figure, path)
-
-
 # ------------------------------------------------------------------------ of a run, of a comparison
 
 
@@ -282,27 +261,14 @@ def run_figures(folder: Path) -> Iterator[Path]:
     yield from routing_figures(folder, folder)
 
 
-def read_rows(path: Path) -> dict[str, list[dict]]:
-    """Return the cells of each row of a comparison, the lowest seed first. {} without a file."""
-    rows: dict[str, list[dict]] = {}
-    if path.exists():
-        results = runtime.read_json(path)
-        with runtime.reading(path, "run the comparison again"):
-            for cell in results["cells"]:
-                rows.setdefault(cell["row"], []).append(cell)
-    return rows
-
-
 def figures(out: Path) -> Iterator[Path]:
-    """Draw every figure that results.json and ablations.json of a comparison have numbers for."""
-    rows = read_rows(out / "results.json")
-    ablations = read_rows(out / "ablations.json")
-    if not rows and not ablations:
-        raise ValueError(
-            f"{out}: no results.json or ablations.json; name the folder of a comparison"
-        )
-    if ablations:
-        yield ablation_intervals(ablations, out / "ablations.png")
+    """Draw every figure that results.json of a comparison has the numbers for."""
+    path = runtime.require_path(out / "results.json", "name the folder of a comparison")
+    results = runtime.read_json(path)
+    rows: dict[str, list[dict]] = {}  # the cells of each row, the lowest seed first
+    with runtime.reading(path, "run the comparison again"):
+        for cell in results["cells"]:
+            rows.setdefault(cell["row"], []).append(cell)
     runs = {}
     for row, cells in rows.items():
         folder = Path(cells[0]["folder"])

@@ -34,6 +34,15 @@ def prompt_mask(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return mask
 
 
+def holds_several_samples(position_ids: Tensor, attention_mask: Tensor | None = None) -> bool:
+    """Return whether the positions (B,L) of real tokens start anew within a row."""
+    starts_anew = position_ids.diff(dim=1) <= 0  # (B,L-1)
+    if attention_mask is not None:
+        is_real = attention_mask.bool()
+        starts_anew = starts_anew & is_real[:, 1:] & is_real[:, :-1]
+    return bool(starts_anew.any())
+
+
 class RoutedTraining:
     """Mixin for a trainer whose model has adapters: routes each batch and saves the adapters alone.
 
@@ -64,22 +73,31 @@ class RoutedTraining:
     def router_mask(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """Return the mask (B,L) of the tokens that the router may read: the prompt, not the answer.
 
-        Raise ValueError if a row has no prompt or holds several samples.
+        Raise ValueError if a row has no prompt or holds several samples, or if it gets noise.
         """
         mask = inputs.get("attention_mask")
         if self.model.skill_adapters.router is None:
             return None  # no router reads the sample
+        if self.args.neftune_noise_alpha:
+            raise ValueError(
+                "neftune_noise_alpha: the router would read the noise, too; leave it unset"
+            )
         if self.model.config.is_encoder_decoder:
             return mask  # the input_ids are the source; the answer is in the labels alone
-        if any(getattr(self.args, name, False) for name in PACKING_SETTINGS):
+
+        is_packed = any(getattr(self.args, name, False) for name in PACKING_SETTINGS)
+        positions = inputs.get("position_ids")
+        if positions is not None and positions.dim() == 2:
+            is_packed = is_packed or holds_several_samples(positions, mask)
+        if is_packed:
             raise ValueError(
                 "packing: a packed row holds several samples, but the router weights the skills "
                 "once per row; set packing=False and padding_free=False, or use router='token'"
             )
 
         labels = inputs.get("labels")
-        if labels is None:
-            return mask  # the row is a prompt, as in generation
+        if labels is None or labels.dim() == 1:
+            return mask  # the row is a prompt, as in generation and in classification
         mask = prompt_mask(labels, mask)
         if not mask.any(dim=1).all():
             raise ValueError(
@@ -103,16 +121,28 @@ class RoutedTraining:
     # ---- Training and evaluation ----
 
     def create_optimizer(self, model=None):
-        """Give each kind of parameter its own learning rate."""
-        if self.optimizer is None:
-            rates = {"skills": self.args.learning_rate, **self.rates}
+        """Give each kind of parameter its own learning rate.
+
+        Raise ValueError if a parameter of the base requires a gradient.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+
+        found = self.optimizer_cls_and_kwargs  # what the caller gave
+        if found is None:
+            found = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer_class, options = found
+        rates = {"skills": options.get("lr", self.args.learning_rate), **self.rates}
+        groups = []
+        ours = set()
+        for kind, parameters in self.model.skill_adapters.parameter_groups().items():
             decay = self.args.weight_decay
-            groups = [
-                {"params": parameters, "lr": rates[kind], "weight_decay": decay}
-                for kind, parameters in self.model.skill_adapters.parameter_groups().items()
-            ]
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **options)
+            groups.append({"params": parameters, "lr": rates[kind], "weight_decay": decay})
+            ours |= set(parameters)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter not in ours:
+                raise ValueError(f"model: {name} requires a gradient, but only adapters can train")
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -124,7 +154,8 @@ class RoutedTraining:
     def prediction_step(self, model, inputs, *args, **kwargs):
         # What Seq2SeqTrainer passes on to generate: the arguments of `predict`, or those of args.
         options = {**getattr(self, "_gen_kwargs", {}), **kwargs}
-        defaults = getattr(self.model, "generation_config", None)
+        given = options.get("generation_config")
+        defaults = given or getattr(self.model, "generation_config", None)
         beams = options.get("num_beams") or getattr(defaults, "num_beams", None) or 1
         with self.routed(inputs, beams):
             return super().prediction_step(model, inputs, *args, **kwargs)

@@ -228,6 +228,11 @@ def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
     assert [group["lr"] for group in groups] == [0.03, 2e-5, 1e-2, 1e-2]
     assert {group["weight_decay"] for group in groups} == {0.01}
 
+    trainer.optimizer = None
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.5})
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5, 2e-5, 1e-2, 1e-2]
+
 
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
@@ -372,10 +377,22 @@ def test_prompt_mask_ends_where_the_first_answer_starts():
     assert prompt_mask(labels, attention_mask).int().tolist() == expected
 
 
+def with_a_trained_head():
+    model = adapted(make_llama())
+    model.lm_head.requires_grad_(True)
+    return model
+
+
 ANSWER_ALONE = {"input_ids": [5, 6], "labels": [5, 6]}
+TWO_SAMPLES = {"input_ids": [5] * 4, "labels": [-100, 5, -100, 5], "position_ids": [0, 1, 0, 1]}
 REFUSED = {
     "no adapters": (make_trainer, {"model": make_llama()}, "call attach"),
     "no prompt": (make_trainer, {"rows": [*TOKENS[:7], ANSWER_ALONE]}, "labels: a row has no"),
+    "text": (make_sft, {"rows": [{"text": text} for text in PROMPTS]}, "labels: a row has no"),
+    "all labels": (make_sft, {"completion_only_loss": False}, "labels: a row has no"),
+    "flattened": (make_trainer, {"rows": [TWO_SAMPLES] * 8}, "packing: "),
+    "noise": (make_trainer, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: "),
+    "a head": (make_trainer, {"model": with_a_trained_head()}, "lm_head.weight requires"),
     "packing": (make_sft, {"packing": True, "max_length": 64}, "packing: "),
     "padding_free": (make_sft, {"padding_free": True, "max_length": None}, "packing: "),
 }
@@ -400,7 +417,7 @@ def test_training_without_a_router_of_samples_takes_any_text(router, tmp_path):
 # ---- generation ----
 
 
-@pytest.mark.parametrize("place", ["args", "predict", "generation_config"])
+@pytest.mark.parametrize("place", ["args", "predict", "generation_config", "given config"])
 def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     model = adapted(make_t5())
     stir(model.skill_adapters, seeded_generator(3))
@@ -412,6 +429,9 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     if place == "generation_config":
         model.generation_config.num_beams = 3
     of_predict = {"num_beams": 3} if place == "predict" else {}
+    if place == "given config":
+        given = transformers.GenerationConfig(num_beams=3, max_length=9, **IDS)
+        of_predict["generation_config"] = given
     found = trainer.predict(PAIRS[:4], **of_predict).predictions
     source = tokens_of(PROMPTS[:4])
     with trainer.routed(source, beams=3):

@@ -14,7 +14,6 @@ import t5
 from baselines import attach_method, count_parameters
 from docs import architecture, walkthrough
 from experiments import compare, plot
-from experiments.tables import interval
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
 
@@ -169,18 +168,3 @@ def test_map_of_many_tasks_has_a_row_for_each_category(tmp_path, drawn, monkeypa
     axes = drawn["router.png"].axes[0]
     assert labels(axes.yaxis) == ["A", "B"]
     np.testing.assert_allclose(image(axes), [[0.3, 0.7], [0.9, 0.1]])
-
-
-def test_ablations_are_drawn_as_intervals(tmp_path, drawn):
-    cells = []
-    for name, first, second in (("default", 50, 54), ("K = 1", 48, 50)):
-        tasks = {"a": {"rougeL": first}, "b": {"rougeL": second}}
-        cells.append({"row": name, "folder": name, "seen": {"tasks": tasks}})
-    (tmp_path / "ablations.json").write_text(json.dumps({"cells": cells}))
-    list(plot.figures(tmp_path))
-    axes = drawn["ablations.png"].axes[0]
-    assert labels(axes.yaxis) == ["K = 1"]
-    bar, point = axes.lines[:2]
-    mean, low, high = interval(np.array([[2], [4]]))  # two tasks, one seed
-    assert list(bar.get_xdata()) == [low, high]
-    assert list(point.get_xdata()) == [mean]
