@@ -177,9 +177,12 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         folder = root / "splits" / splits
         raise ValueError(f"{folder}: {min(both)} is on both lists; take it off one of them")
     if missing:
-        problem = f"{root / 'tasks'}: {len(missing)} tasks of splits/{splits} are missing"
+        problem = (
+            f"{root / 'tasks'}: {len(missing)} tasks of splits/{splits} are missing, "
+            f"such as {missing[0]}"
+        )
         if not found["train"] and not found["test"]:
-            raise ValueError(f"{problem}, which is all of them; complete the folder")
+            raise ValueError(f"{problem}, and no other is there; complete the folder")
         runtime.warn(problem)
     return found
 

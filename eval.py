@@ -244,7 +244,7 @@ def require_fit(
     if base.longest is not None and longest > base.longest:
         raise ValueError(
             f"--max-source-length: an example and its answer have up to {longest} tokens, but the "
-            f"model has {base.longest} positions; lower it"
+            f"model has {base.longest} positions; lower it, --max-target-length or --max-new-tokens"
         )
     if largest_id >= base.config.vocab_size:
         raise ValueError(
@@ -396,7 +396,7 @@ def write_results(
     """Write predictions.jsonl and scores.json, and print the overall scores."""
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
-            row = {"id": example.id, "prediction": prediction}
+            row = {"id": example.id, "task": example.task, "prediction": prediction}
             file.write(runtime.to_json(row, ensure_ascii=False))
     (folder / "scores.json").unlink(missing_ok=True)  # it may belong to older predictions
 

@@ -63,6 +63,8 @@ class RunConfig:
         """Raise ValueError if one of the named fields differs from what is found now."""
         for name, value in found.items():
             if value != getattr(self, name):
+                if name == "digests":
+                    name = "digests (contents of task files or split lists)"
                 raise ValueError(
                     f"{self.folder}: {name} changed since the run began; restore it, give its "
                     "folder with --model or --data, or start a new run"

@@ -182,7 +182,11 @@ def read_flags(
 
     if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # bytes that Python could not decode
         parser.error("an argument is not UTF-8; rename the file or folder that it names")
-    return vars(parser.parse_args())
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if value in ("", ()):  # often a variable of the shell that is not set
+            parser.error(f"{flag(name)}: empty; give a value, or leave it out")
+    return values
 
 
 def _argparse_options(hint: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from data import Batch, DataConfig, Examples
 from export import load_peft, set_skills
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
+from run_folder import RunConfig, RunFolder, new_folder, read_config
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -143,7 +143,8 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """
     if launch.resume:
         return resumed_settings(flags, launch)
-    if launch.out and any(Path(launch.out).glob("*.json*")):
+    folder = Path(launch.out)
+    if launch.out and any((*folder.glob("*.json*"), *folder.glob("*.pt"))):
         raise ValueError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
 
     fixed, defaults = settings_of_start(flags)
@@ -183,7 +184,8 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
     """Raise ValueError if a flag differs from the settings of the run in `folder`."""
     for name in sorted(flags.keys() & saved.keys()):
-        may_change = name in PATHS and saved[name]  # a path may change, but none may be added
+        # These may have moved; the run is bound to their contents. None may be added.
+        may_change = name in ("model", "data", "text") and saved[name]
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "

@@ -91,8 +91,6 @@ class CompareConfig:
     def __post_init__(self) -> None:
         require_choices("--methods", self.methods, ROWS)
         require_choices("--rows", self.rows, ABLATIONS)
-        if not self.methods:
-            raise ValueError(f"--methods: name at least one of {', '.join(ADAPTED)}")
 
 
 def ablation(name: str, adapter: OrchMoEConfig) -> Row:

@@ -216,7 +216,8 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
     export = ["export.py", "--run", "run", "--out", "served", "--routing", "mean", *moved]
-    require_changed("digests", [*EVALUATE, *moved], [*RESUME, *moved], export)
+    contents = "digests (contents of task files or split lists)"
+    require_changed(contents, [*EVALUATE, *moved], [*RESUME, *moved], export)
 
     # A field that SentencePiece does not know: the same pieces in another file.
     with open(tmp_path / "tiny/spiece.model", "ab") as file:
@@ -266,7 +267,8 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
     assert len(lines) == 4
     for line in lines:
         row = json.loads(line)
-        assert row == {"id": row["id"], "prediction": f"prediction for {row['id']}"}
+        assert row["task"].startswith("task")
+        assert row["prediction"] == f"prediction for {row['id']}"
 
 
 def test_evaluation_does_not_replace_another_one(copied):
@@ -445,6 +447,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     "eval.py --model tiny --limit 1 --out file": "file: File exists",
     "train.py --out empty": "--out empty: holds a run; add --resume, or give another folder",
+    "train.py --out left": "--out left: holds a run; add --resume, or give another folder",
+    "train.py --start ''": "--start: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
     f"{HEURISTIC} --data bare": "bare/tasks/task2_b.json: no Positive Examples to copy",
@@ -496,6 +500,8 @@ def mistaken(tmp_path_factory):
         write_task(folder / name, "task1_a", task)
         write_task(folder / name, "task2_b", task)
     (folder / "empty").mkdir()
+    (folder / "left").mkdir()
+    (folder / "left/checkpoint.pt").touch()
     for name in ("config.json", "metrics.jsonl", "results.json"):
         (folder / "empty" / name).write_text("{}")
     return folder
