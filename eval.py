@@ -244,7 +244,7 @@ def require_fit(
     if base.longest is not None and longest > base.longest:
         raise ValueError(
             f"--max-source-length: an example and its answer have up to {longest} tokens, but the "
-            f"model has {base.longest} positions; lower it, --max-target-length or --max-new-tokens"
+            f"model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
         )
     if largest_id >= base.config.vocab_size:
         raise ValueError(

@@ -65,7 +65,7 @@ class OrchMoEConfig:
         for name in ("tasks", "skills", "rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 2**20:
-                raise ValueError(f"{name}: {value!r} must be an int from 1 to 2^20")
+                raise ValueError(f"{name}: {value!r} must be a Python int from 1 to 2^20")
         if self.alpha is not None and not 0 < self.alpha < 1e18:
             raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e18")
         if isinstance(self.targets, str) or not self.targets:
@@ -889,7 +889,7 @@ def attach(
 
     mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings given to
     `routed`, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
-    if a target does not exist or cannot have skills.
+    if `target_linears` refuses the module or a target.
     """
     linears = target_linears(module, config.targets)
     ranks = [config.rank] * len(linears)
@@ -902,9 +902,10 @@ def attach(
 def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Return {path: Linear} of the Linears named in `targets`, in the order of the module.
 
-    Raise ValueError if a target does not exist or cannot have skills.
+    Raise ValueError if a target does not exist or cannot have skills, or if the module is a list
+    or a dict of modules.
     """
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if type(module) in (nn.ModuleList, nn.ModuleDict):
         raise ValueError(
             f"module: the adapters would be an item of this {type(module).__name__}; attach to the "
             "module that it belongs to"

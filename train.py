@@ -36,7 +36,7 @@ from data import Batch, DataConfig, Examples
 from export import load_peft, set_skills
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from run_folder import RunConfig, RunFolder, new_folder, read_config
+from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -184,8 +184,7 @@ def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
     """Raise ValueError if a flag differs from the settings of the run in `folder`."""
     for name in sorted(flags.keys() & saved.keys()):
-        # These may have moved; the run is bound to their contents. None may be added.
-        may_change = name in ("model", "data", "text") and saved[name]
+        may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
             raise ValueError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "

@@ -235,8 +235,8 @@ def task_weights(shown: Shown) -> str:
     return f"""
 ## 3. Which abstract tasks this is: `TaskRouter.forward`
 
-w = softmax(W_task x̂ + b) has shape {shape(w)}, and W_task {shape(router.W_task)}. The rows below
-it are the mean w of the {half} seen instances of this task, and of those of
+w = softmax(W_task x̂ + b) has shape {shape(w)}, and W_task {shape(router.W_task)}. The table shows
+w of this sample and, below it, the mean w of the {half} seen instances of this task and of those of
 `{OTHER}`. No label told the router that they are two tasks.
 
 {table(["abstract task", *map(str, range(1, K + 1))], rows)}
@@ -329,7 +329,7 @@ The next table is for the last token of the source. Column s.r is rank r of skil
 
 {table(["", *ranks], of_ranks)}
 
-The last table shows the first four of the {O} outputs, and the length of the vector:
+The next one shows the first four of the {O} outputs, and the length of the vector:
 
 {table(["", "1", "2", "3", "4", "length"], of_outputs)}
 

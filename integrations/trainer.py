@@ -78,7 +78,7 @@ class RoutedTraining:
         mask = inputs.get("attention_mask")
         if self.model.skill_adapters.router is None:
             return None  # no router reads the sample
-        if self.args.neftune_noise_alpha:
+        if getattr(self.args, "neftune_noise_alpha", None):
             raise ValueError(
                 "neftune_noise_alpha: the router would read the noise, too; leave it unset"
             )
@@ -86,6 +86,7 @@ class RoutedTraining:
             return mask  # the input_ids are the source; the answer is in the labels alone
 
         is_packed = any(getattr(self.args, name, False) for name in PACKING_SETTINGS)
+        is_packed = is_packed or "cu_seq_lens_q" in inputs  # from a collator that flattens
         positions = inputs.get("position_ids")
         if positions is not None and positions.dim() == 2:
             is_packed = is_packed or holds_several_samples(positions, mask)
@@ -96,7 +97,7 @@ class RoutedTraining:
             )
 
         labels = inputs.get("labels")
-        if labels is None or labels.dim() == 1:
+        if labels is None or labels.shape != inputs["input_ids"].shape:
             return mask  # the row is a prompt, as in generation and in classification
         mask = prompt_mask(labels, mask)
         if not mask.any(dim=1).all():
@@ -128,7 +129,7 @@ class RoutedTraining:
         if self.optimizer is not None:
             return self.optimizer
 
-        found = self.optimizer_cls_and_kwargs  # what the caller gave
+        found = getattr(self, "optimizer_cls_and_kwargs", None)  # what the caller gave
         if found is None:
             found = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         optimizer_class, options = found
@@ -154,9 +155,10 @@ class RoutedTraining:
     def prediction_step(self, model, inputs, *args, **kwargs):
         # What Seq2SeqTrainer passes on to generate: the arguments of `predict`, or those of args.
         options = {**getattr(self, "_gen_kwargs", {}), **kwargs}
-        given = options.get("generation_config")
-        defaults = given or getattr(self.model, "generation_config", None)
-        beams = options.get("num_beams") or getattr(defaults, "num_beams", None) or 1
+        beams = options.get("num_beams")
+        for config in (options.get("generation_config"), self.model.generation_config):
+            beams = beams or getattr(config, "num_beams", None)
+        beams = beams or 1
         with self.routed(inputs, beams):
             return super().prediction_step(model, inputs, *args, **kwargs)
 

@@ -7,6 +7,7 @@ router.
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import eval as evaluation
 import runtime
 import train
 from baselines import attach_method
-from experiments import compare, routers, study
+from experiments import compare, plot, routers, study
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
 from helpers import LLAMA_SIZES, ROOT, links
@@ -371,6 +372,12 @@ def test_compare_refuses_a_wrong_command_line(home, flags, words):
 def test_compare_refuses_several_processes(home, monkeypatch):
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     assert "this program runs in one process" in run(home, code=2)
+
+
+def test_pyplot_without_matplotlib_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        plot.pyplot()
 
 
 # -------------------------------------------------------------------------------------- the study

@@ -98,33 +98,6 @@ def test_jackknife_seeds_count_what_is_read():
     assert found == pytest.approx(interval(parts))
 
 
-@pytest.mark.slow
-def test_at_most_coverage_on_curves_like_the_real_ones():
-    """Two curves of three seeds from one distribution, 60 times: nothing is to be found."""
-    rng = np.random.default_rng(0)
-
-    def draw(means, tasks):  # (scales, tasks, seeds)
-        spreads = [(0.04, (1, 3)), (0.12, (tasks, 1)), (0.2, (tasks, 3))]  # runs, tasks, the rest
-        noise = [rng.normal(0, sd, (4, *shape)) for sd, shape in spreads]
-        return np.reshape(means, (4, 1, 1)) + sum(noise)
-
-    def curve():
-        seen = draw([1.945, 1.916, 1.901, 1.91], 199)
-        unseen = draw([2.32, 2.328, 2.417, 2.476], 58)
-        found = {}
-        for scale, x, y in zip(curves.SCALES, seen, unseen, strict=True):
-            found[scale] = {s: cell(x[:, s], y[:, s]) for s in range(3)}
-        return found
-
-    held = []
-    for _ in range(60):
-        one, other = curve(), curve()
-        for way in (("seen", "unseen-dev"), ("unseen-dev", "seen")):
-            _, low, high = curves.at_most(one, other, *way)
-            held.append(low <= 0 <= high)
-    assert np.mean(held) >= 0.93
-
-
 def test_read_cells_names_a_file_that_is_no_cell(tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/lora-x1-s0.json").write_text('{"settings": {}, "seen": {}}')

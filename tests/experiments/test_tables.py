@@ -10,7 +10,7 @@ from experiments import tables
 
 
 def test_t_quantile():
-    for freedom, point in {1: 12.706, 4: 2.776, 30: 2.042}.items():
+    for freedom, point in {1: 12.706, 2: 4.303, 5: 2.571, 11: 2.201, 30: 2.042}.items():
         assert tables.t_quantile(freedom) == pytest.approx(point, abs=1e-3)
 
 

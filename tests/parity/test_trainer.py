@@ -19,7 +19,12 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from integrations.trainer import ADAPTER_FILE, RoutedTraining, prompt_mask  # noqa: E402
+from integrations.trainer import (  # noqa: E402
+    ADAPTER_FILE,
+    RoutedTraining,
+    holds_several_samples,
+    prompt_mask,
+)
 from orchmoe import OrchMoEConfig, attach  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -377,6 +382,14 @@ def test_prompt_mask_ends_where_the_first_answer_starts():
     assert prompt_mask(labels, attention_mask).int().tolist() == expected
 
 
+def test_positions_of_padding_are_not_those_of_another_sample():
+    packed, left, right = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0]])[:, None]
+    assert holds_several_samples(packed)
+    assert holds_several_samples(packed, torch.ones(1, 4))
+    assert not holds_several_samples(left, torch.tensor([[0, 0, 1, 1]]))
+    assert not holds_several_samples(right, torch.tensor([[1, 1, 0, 0]]))
+
+
 def with_a_trained_head():
     model = adapted(make_llama())
     model.lm_head.requires_grad_(True)
@@ -417,7 +430,7 @@ def test_training_without_a_router_of_samples_takes_any_text(router, tmp_path):
 # ---- generation ----
 
 
-@pytest.mark.parametrize("place", ["args", "predict", "generation_config", "given config"])
+@pytest.mark.parametrize("place", ["args", "predict", "generation_config", "given", "given, unset"])
 def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     model = adapted(make_t5())
     stir(model.skill_adapters, seeded_generator(3))
@@ -426,12 +439,15 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
         options["generation_num_beams"] = 3
     trainer = make_trainer(tmp_path, model, per_device_eval_batch_size=4, **options)
     trainer.fit_router()
-    if place == "generation_config":
+    if place in ("generation_config", "given, unset"):
         model.generation_config.num_beams = 3
     of_predict = {"num_beams": 3} if place == "predict" else {}
-    if place == "given config":
-        given = transformers.GenerationConfig(num_beams=3, max_length=9, **IDS)
+    if place.startswith("given"):
+        given = transformers.GenerationConfig(max_length=9, **IDS)
         of_predict["generation_config"] = given
+    if place == "given":
+        given.num_beams = 3
+        model.generation_config.num_beams = 2
     found = trainer.predict(PAIRS[:4], **of_predict).predictions
     source = tokens_of(PROMPTS[:4])
     with trainer.routed(source, beams=3):

@@ -258,7 +258,7 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
 def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch):
     def predict(base, adapters, examples, tokenizer, **options):
         assert options == {"batch_size": 3, "max_new_tokens": 5}
-        return [f"prediction for {example.id}" for example in examples]
+        return [f"prediction for {example.task} {example.id}" for example in examples]
 
     monkeypatch.setattr(evaluation, "predict", predict)
     arguments = ["--model", "tiny", "--limit", "4", "--batch-size", "3", "--max-new-tokens", "5"]
@@ -267,8 +267,8 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
     assert len(lines) == 4
     for line in lines:
         row = json.loads(line)
-        assert row["task"].startswith("task")
-        assert row["prediction"] == f"prediction for {row['id']}"
+        prediction = f"prediction for {row['task']} {row['id']}"
+        assert row == {"id": row["id"], "task": row["task"], "prediction": prediction}
 
 
 def test_evaluation_does_not_replace_another_one(copied):

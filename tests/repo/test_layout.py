@@ -177,6 +177,8 @@ def anchors(page: Path) -> list[str]:
 def test_pages_name_what_exists(page):
     text = page.read_text(encoding="utf-8")
     assert "@@" not in text
+    for line in re.findall(".*```.*", text):
+        assert re.fullmatch(r" *```\w*", line), line
     for target, _, heading in re.findall(r"\]\((?!http)([^)#]*)(#?)([^)]*)\)", text):
         linked = page.parent / target if target else page
         assert linked.exists(), target
