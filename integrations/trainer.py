@@ -134,10 +134,10 @@ class RoutedTraining:
             found = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         optimizer_class, options = found
         rates = {"skills": options.get("lr", self.args.learning_rate), **self.rates}
+        decay = self.args.weight_decay
         groups = []
         ours = set()
         for kind, parameters in self.model.skill_adapters.parameter_groups().items():
-            decay = self.args.weight_decay
             groups.append({"params": parameters, "lr": rates[kind], "weight_decay": decay})
             ours |= set(parameters)
         for name, parameter in self.model.named_parameters():
@@ -156,10 +156,10 @@ class RoutedTraining:
         # What Seq2SeqTrainer passes on to generate: the arguments of `predict`, or those of args.
         options = {**getattr(self, "_gen_kwargs", {}), **kwargs}
         beams = options.get("num_beams")
-        for config in (options.get("generation_config"), self.model.generation_config):
+        own_config = getattr(self.model, "generation_config", None)
+        for config in (options.get("generation_config"), own_config):
             beams = beams or getattr(config, "num_beams", None)
-        beams = beams or 1
-        with self.routed(inputs, beams):
+        with self.routed(inputs, beams or 1):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     # ---- Checkpoints ----
