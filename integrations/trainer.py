@@ -86,11 +86,11 @@ class RoutedTraining:
             return mask  # the input_ids are the source; the answer is in the labels alone
 
         is_packed = any(getattr(self.args, name, False) for name in PACKING_SETTINGS)
-        is_packed = is_packed or "cu_seq_lens_q" in inputs  # from a collator that flattens
+        is_flattened = "cu_seq_lens_q" in inputs  # some collators give it, others the positions
         positions = inputs.get("position_ids")
         if positions is not None and positions.dim() == 2:
-            is_packed = is_packed or holds_several_samples(positions, mask)
-        if is_packed:
+            is_flattened = is_flattened or holds_several_samples(positions, mask)
+        if is_packed or is_flattened:
             raise ValueError(
                 "packing: a packed row holds several samples, but the router weights the skills "
                 "once per row; set packing=False and padding_free=False, or use router='token'"
