@@ -86,7 +86,7 @@ class RoutedTraining:
             return mask  # the input_ids are the source; the answer is in the labels alone
 
         is_packed = any(getattr(self.args, name, False) for name in PACKING_SETTINGS)
-        is_flattened = "cu_seq_lens_q" in inputs  # some collators give it, others the positions
+        is_flattened = "cu_seq_lens_q" in inputs  # a collator that flattens gives this or positions
         positions = inputs.get("position_ids")
         if positions is not None and positions.dim() == 2:
             is_flattened = is_flattened or holds_several_samples(positions, mask)
