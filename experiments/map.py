@@ -207,6 +207,7 @@ DIFFERENCES = (
     ("orchmoe", "ceiling", "seen"),
     ("orchmoe", "ceiling", "unseen"),
     ("floor", "lora", "seen"),
+    ("ceiling", "lora", "seen"),
     ("ceiling", "floor", "seen"),
 )
 ROUTER_COLUMNS = {  # numbers of routing.report, and their names in the tables

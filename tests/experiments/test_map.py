@@ -157,7 +157,7 @@ def test_map_table_has_the_noise_and_the_distance_beside_each_difference(groups)
         "2",
         cells_of(routing_map.stage_table("", groups, "lora"))[1][4],
     ]
-    assert cells[4:-3] == ["-"] * 6  # neither floor nor ceiling
+    assert cells[4:-3] == ["-"] * 7  # neither floor nor ceiling
     assert cells[-3:] == ["0.141", "0.177", "0.25"]  # sds of the losses, and the distance
 
 
