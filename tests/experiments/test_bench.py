@@ -69,9 +69,10 @@ def test_training_has_the_rows_of_the_page(printed, setup):
 
 
 @pytest.mark.slow
-def test_generation_of_a_decoder_is_that_of_transformers(printed, smollm2_dir):
-    require_peers()
-    assert "8 outputs equal" in printed("--only", "generate", "--model", smollm2_dir)
+def test_generation_of_a_decoder_is_that_of_transformers(setup, smollm2_dir):
+    """In float32: rounding to bfloat16 decides between tokens that are almost equally likely."""
+    (row,) = bench.bench_generate(setup._replace(model=str(smollm2_dir)))
+    assert "8 outputs equal" in row
 
 
 @pytest.fixture(scope="module")
