@@ -210,8 +210,8 @@ def text(results: Path) -> str:
             found = difference(cells, one, other, which)
             if found:
                 seeds = len(cells[one].keys() & cells[other].keys())
-                planned = (one, other) not in NOT_PLANNED
-                decided = verdict(found, seeds) if planned else "not planned"
+                is_extra = (one, other) in NOT_PLANNED
+                decided = "not planned" if is_extra else verdict(found, seeds)
                 rows.append([f"{one} - {other}", which, seeds, signed(found), decided])
     parts = [
         stage_table("pilot", pilot, sets=sets),
