@@ -1,26 +1,31 @@
 """One decision: does OrchMoE beat a LoRA of the same total size on a pretrained base?
 
-docs/decision.md has the plan, which was written before the first cell. This program is the plan: it
-takes no flags for what the plan says. The setting is a small rank, many tasks with dozens of
-examples each, and a high rate of the router. The training tasks are drawn with a fixed seed among
-those whose prompts fit. All other tasks that fit are unseen: official test tasks, and training
-tasks that are left out. The two primary outcomes are OrchMoE minus LoRA on seen and on unseen
-tasks. MoE-LoRA has the same S and R, and more weights in its routers. For floor and ceiling see
-experiments/map.py.
+experiments/results/decision/plan.md has the plan, which was written before the first cell. This
+program is the plan: it takes no flags for what the plan says. The setting is a small rank, many
+tasks with dozens of examples each, and a high rate of the router. The training tasks are drawn with
+a fixed seed among those whose prompts fit. All other tasks that fit are unseen: official test
+tasks, and training tasks that are left out. The two primary outcomes are OrchMoE minus LoRA on seen
+and on unseen tasks. MoE-LoRA has the same S and R, and more weights in its routers. For floor and
+ceiling see experiments/map.py.
 
     python -m experiments.decision --stage pilot --data natural-instructions --model smollm2
     python -m experiments.decision --stage cells --data natural-instructions --model smollm2
+    python -m experiments.decision --stage after --data natural-instructions --model smollm2
     python -m experiments.decision                   # the tables of the finished cells
 
 The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
 tasks by three times the noise of a run, the stage `cells` is refused. This stage tunes OrchMoE,
 LoRA and MoE-LoRA, with the same number of trials over lr_skills and alpha, by the mean of the dev
-loss over tasks. Then it makes all cells. An interrupted stage continues when it is run again.
+loss over tasks. Then it makes all cells. The stage `after` adds the rows that were planned after
+the decision, see after.md beside plan.md. An interrupted stage continues when it is run again.
 Without --results the cells are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
+import itertools
+import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +35,23 @@ import numpy as np
 import data
 import runtime
 import tokenizer as tokenizers
-from experiments.map import EQUAL, difference, losses, read_groups, stage_table, with_overall
+from experiments.map import (
+    EQUAL,
+    Groups,
+    difference,
+    losses,
+    read_groups,
+    stage_table,
+    with_overall,
+)
 from experiments.map import ROWS as MAP_ROWS
 from experiments.study import (
     SETTINGS,
+    UNTRAINED,
     Row,
     Study,
     StudyConfig,
+    file_name,
     pick_device,
     read_study,
     read_tuning,
@@ -53,6 +68,32 @@ TRAIN_TASKS = 24
 MIN_FITTING = 95  # so many of the first 100 prompts of a task must fit
 MARGIN = 0.02  # nats; a smaller difference counts as none
 NOT_PLANNED = (("floor", "lora"), ("ceiling", "lora"))  # differences that are not in the plan
+
+ALL_SETS = ("seen", "unseen", "test", "left out")
+
+# The rows after the decision, in the order of their plan. They are tuned already.
+AFTER = {  # with all seeds
+    "orchmoe": Row({"alpha": 1.0}),
+    "frozen router": Row({"alpha": 1.0, "lr_router": 0.0}, like="orchmoe"),
+    "lora": Row({"method": "lora", "alpha": 4.0}),
+    "lora alpha 1": Row({"method": "lora", "alpha": 1.0}, like="lora"),
+}
+AFTER_ALPHA = {  # with two seeds
+    "orchmoe alpha 2": Row({"alpha": 2.0}, like="orchmoe"),
+    "orchmoe alpha 4": Row({"alpha": 4.0}, like="orchmoe"),
+}
+# The best point of this grid, on dev with seed 0, is the row "lora best".
+GRID = list(itertools.product((2.0, 4.0, 8.0), (3.2e-3, 1e-2, 3.2e-2)))  # alpha, lr_skills
+AFTER_ROWS = ("frozen base", *AFTER, "lora best", *AFTER_ALPHA)
+AFTER_DIFFERENCES = (
+    ("orchmoe", "frozen router"),
+    ("orchmoe", "lora"),
+    ("orchmoe", "lora best"),
+    ("frozen router", "lora"),
+    ("lora alpha 1", "lora"),
+    ("orchmoe", "lora alpha 1"),
+)
+
 # The flags that remain. All other settings are those of the plan.
 CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")
 
@@ -83,7 +124,7 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "table"] = "table"  # cells to make (table: none)
+    stage: Literal["pilot", "cells", "after", "table"] = "table"  # cells to make (table: none)
 
 
 def fitting_prompts(
@@ -149,6 +190,32 @@ def data_of(study: Study) -> str:
     return str(subset(folder, Path(study.settings.data.data), tasks["train"], unseen))
 
 
+def make_after(study: Study, values: dict[str, Any]) -> None:
+    """Make the cells after the decision in the order of their plan.
+
+    values: further settings of all of them.
+    """
+
+    def cells(rows, seeds, scores="losses", stage="after"):
+        return study.cells(stage, rows, {"": values}, seeds, scores)
+
+    seeds = range(study.config.seeds)
+    study.run(cells({"frozen base": UNTRAINED["frozen base"]}, [0]))
+    study.run(cells(AFTER, seeds))
+
+    grid = {}
+    for alpha, rate in GRID:
+        settings = {"method": "lora", "alpha": alpha, "lr_skills": rate}
+        grid[f"lora {alpha:g} {rate:g}"] = Row(settings, like="lora")
+    trials = cells(grid, [0], "dev tasks", "grid")
+    study.run(trials)
+    best = min(trials, key=lambda cell: cell.result()["dev_loss"] or math.inf)  # None: it diverged
+    row = best.row._replace(run=f"grid/{file_name(best.name)}-s{{seed}}")  # seed 0 is trained
+    study.run(cells({"lora best": row}, seeds))
+
+    study.run(cells(AFTER_ALPHA, range(2)))
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 
@@ -192,33 +259,44 @@ def pilot_verdict(groups: dict[str, Group]) -> tuple[bool, str]:
     return passed, f"Pilot, seen tasks: {why}: {decision}."
 
 
+def difference_rows(
+    groups: Groups, pairs: Iterable[tuple[str, str]], planned: bool = True
+) -> list[list]:
+    """Return a line for each pair of rows and set of tasks: difference, seeds, nats, verdict."""
+    rows = []
+    for one, other in pairs:
+        for which in ALL_SETS:
+            found = difference(groups, one, other, which)
+            if found:
+                seeds = len(groups[one].keys() & groups[other].keys())
+                decided = verdict(found, seeds) if planned else "not planned"
+                rows.append([f"{one} - {other}", which, seeds, signed(found), decided])
+    return rows
+
+
 def text(results: Path) -> str:
     """Return the tables of the finished cells in Markdown."""
     lists = runtime.read_json(results / "tasks.json")
-    sets = ("seen", "unseen", "test", "left out")
     stages = {}
-    for stage in ("pilot", "cells"):
-        groups: dict[str, Group] = {}
+    for stage in ("pilot", "cells", "after"):
+        groups: Groups = {}
         for name, group in read_groups(results / stage).items():
             groups[name] = {seed: with_groups(cell, lists) for seed, cell in group.items()}
-        stages[stage] = {name: groups[name] for name in ROWS if name in groups}
+        # In the order of the plan. File names have no spaces.
+        known = {file_name(name): name for name in (*ROWS, *AFTER_ROWS)}
+        stages[stage] = {known[name]: groups[name] for name in known if name in groups}
 
-    pilot, cells = stages["pilot"], stages["cells"]
-    rows = []
-    for one, other in [("orchmoe", name) for name in cells] + list(NOT_PLANNED):
-        for which in sets:
-            found = difference(cells, one, other, which)
-            if found:
-                seeds = len(cells[one].keys() & cells[other].keys())
-                is_extra = (one, other) in NOT_PLANNED
-                decided = "not planned" if is_extra else verdict(found, seeds)
-                rows.append([f"{one} - {other}", which, seeds, signed(found), decided])
+    cells, after = stages["cells"], stages["after"]
+    head = ["difference", "tasks", "seeds", "nats", "verdict"]
+    rows = difference_rows(cells, [("orchmoe", name) for name in cells])
     parts = [
-        stage_table("pilot", pilot, sets=sets),
-        pilot_verdict(pilot)[1],
+        stage_table("pilot", stages["pilot"], sets=ALL_SETS),
+        pilot_verdict(stages["pilot"])[1],
         tuning_table(read_tuning(results)),
-        stage_table("cells", cells, sets=sets),
-        table(["difference", "tasks", "seeds", "nats", "verdict"], rows),
+        stage_table("cells", cells, sets=ALL_SETS),
+        table(head, rows + difference_rows(cells, NOT_PLANNED, planned=False)),
+        stage_table("after the decision", after, sets=ALL_SETS),
+        table(head, difference_rows(after, AFTER_DIFFERENCES)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -239,6 +317,9 @@ def main() -> None:
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study)}
         cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
+        if config.stage == "after":
+            make_after(study, values)
+            cells = []
         if config.stage == "cells":
             for cell in cells:
                 cell.require_same()  # the pilot must be one of this base and these tasks

@@ -304,8 +304,12 @@ def noise(group: Group) -> str:
 
 def router_numbers(group: Group) -> list[str]:
     """Return the means over seeds of what the router does: its distance, then ROUTER_COLUMNS."""
-    # A cell of a method without a router has "router": None.
-    found = [[(cell.get("router") or {}).get("distance") for cell in group.values()]]
+    distances = []
+    for cell in group.values():
+        router = cell.get("router") or {}  # a method without a router has "router": None
+        # Cells of the first version call it "distance".
+        distances.append(router.get("distance_from_start", router.get("distance")))
+    found = [distances]
     for name in ROUTER_COLUMNS:
         found.append([cell.get("learnt", {}).get(name) for cell in group.values()])
     texts = []

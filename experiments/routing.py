@@ -67,8 +67,8 @@ def report(
 ) -> dict[str, Any]:
     """Return numbers about the routing of M examples.
 
-    skill_use: mean c (S) of each Linear. distance: mean of |c - 1/S|. allocation: Zhat (N,K,S).
-    skill_cosine: how alike the skills are. With a router of samples also router_report,
+    skill_use: mean c (S) of each Linear. distance_from_equal: mean of |c - 1/S|. allocation: Zhat
+    (N,K,S). skill_cosine: how alike the skills are. With a router of samples also router_report,
     mutual_information with the category, task_information: that with the task, w: the mean w (K)
     of each real task, and category: that of each task. Return {} for methods without one c for a
     sample.
@@ -84,7 +84,7 @@ def report(
     use = dict(zip(adapters.linears, c.mean(dim=1).tolist(), strict=True))
     found: dict[str, Any] = {
         "allocation": routing.Zhat[0].double().round(decimals=4).tolist(),
-        "distance": (c - 1 / c.shape[-1]).abs().mean().item(),
+        "distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item(),
         "skill_cosine": skill_cosine(adapters),
         "skill_use": use,
     }

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import threading
@@ -164,8 +165,8 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings in the file differ from the expected ones."""
     saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
-        # Older cells lack `replaced_router`. It follows from the row's name and is not checked.
-        saved |= {"replaced_router": expected["replaced_router"]}
+        # Older cells lack these. They are not checked.
+        saved |= {name: expected[name] for name in ("replaced_router", "cpu") if name in expected}
         saved |= runtime.read_json(path).get("settings", {})
     for name, value in expected.items():
         if saved.get(name) != value:
@@ -218,7 +219,9 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
             on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
             best = min(on_dev, key=lambda line: line["dev_loss"])
             result["dev_loss"] = best["dev_loss"]
-            result["router"] = best.get("router")  # also its distance from its start
+            result["router"] = best.get("router")
+            if result["router"]:  # the mean KL divergence of w from its start
+                result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
         result |= score(cell, device, attach)
     if cell.scores == "dev tasks":
@@ -415,6 +418,20 @@ def file_name(row: str) -> str:
 
 
 @functools.cache
+def kind_of_cpu() -> str:
+    """Return what tells kinds of CPU apart, on which the numbers of a cell may differ a little."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor()
+    values = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), value.strip())
+    names = ("model name", "cpu family", "model")
+    return ", ".join(values[name] for name in names if name in values)
+
+
+@functools.cache
 def facts_of(config: data.DataConfig, model: str) -> tuple[dict[str, str], int]:
     """Return fingerprints of base, tokenizer and tasks, and the number of training tasks."""
     tokenizer = tokenizers.load(model)
@@ -467,12 +484,15 @@ class Study:
         tuned = self.best.get(like, {}) | self.best.get(name, {})
         settings = changed(settings, size | tuned | values | row.settings)
 
+        of_device = {"computed": f"{self.device.device.type}, {self.device.dtype}"}
+        if self.device.device.type == "cpu":
+            of_device["cpu"] = kind_of_cpu()
         run = row.run.format(seed=settings.train.seed)
         return Cell(
             name=name,
             row=row,
             settings=settings,
-            facts=facts | {"computed": f"{self.device.device.type}, {self.device.dtype}"},
+            facts=facts | of_device,
             path=self.results / f"{file}.json",
             folder=Path(self.config.out, run or file),
             scores=scores,
@@ -528,7 +548,7 @@ class Study:
                 start[axis] = known[axis]
                 if known[axis] is None:
                     start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
-            trial = functools.partial(self._trial, name, row, scores, values)
+            trial = functools.partial(self.trial, name, row, scores, values)
             searches[name] = Search(start, trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device)
 
@@ -546,9 +566,10 @@ class Study:
         runtime.write_json(path, read_tuning(self.results) | reports)
         return reports
 
-    def _trial(
+    def trial(
         self, name: str, row: Row, scores: str, values: dict[str, Any], trial: dict[str, float]
     ) -> Cell:
+        """Return the cell of a trial. For the arguments see `tune`; trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
         return self.cell(f"tune/{tag}", name, row, values | trial, scores)
 

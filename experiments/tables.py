@@ -19,7 +19,7 @@ ROUTER = {  # numbers of routing.report
     "mutual_information": "information on the category",
     "entropy": "entropy of w",
     "largest": "largest mean w",
-    "distance": "mean abs(c - 1/S)",
+    "distance_from_equal": "mean abs(c - 1/S)",
 }
 Difference = tuple[float, float, float]  # mean, low, high
 Group = dict[int, dict[str, Any]]  # the cells of a row by seed
@@ -73,8 +73,9 @@ def t_quantile(freedom: float) -> float:
     With t = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1).
     """
     angles = np.linspace(0, np.pi / 2, 200_001)
-    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
-    angle = np.interp(0.95 * mass[-1], mass, angles)
+    middles = (angles[1:] + angles[:-1]) / 2
+    mass = np.cumsum(np.cos(middles) ** (freedom - 1))  # up to angles[1:]
+    angle = np.interp(0.95 * mass[-1], mass, angles[1:])
     return float(freedom**0.5 * np.tan(angle))
 
 
@@ -115,6 +116,9 @@ def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.nda
         part = which.partition("-")[0]
         if first[part]["tasks"].keys() != second[part]["tasks"].keys():
             raise ValueError(f"the cells of two rows have different {part} tasks")
+        cpus = [cell.get("settings", {}).get("cpu") for cell in (first, second)]
+        if cpus[0] != cpus[1]:  # older cells do not name theirs
+            raise ValueError(f"the cells of two rows were made on different CPUs: {cpus}")
     return by_seed(cells[0], which, metric) - by_seed(cells[1], which, metric)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -265,3 +266,30 @@ def test_choose_tasks_needs_whole_prompts(study):
     other = Study(settings, study.device, study.config, {})
     with pytest.raises(ValueError, match="training tasks fit"):
         decision.choose_tasks(other, 28)
+
+
+def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monkeypatch):
+    small = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 28, "num_pos": 0}
+    small["batch_size"] = 2
+    monkeypatch.setattr(decision, "GRID", [(4.0, 1e-2), (2.0, 3.2e-2)])
+    study.config = replace(study.config, seeds=1, jobs=1)
+    decision.make_after(study, small)
+    cells = {path.stem: runtime.read_json(path) for path in study.results.glob("after/*.json")}
+    assert cells.keys() == {
+        *("frozen_base-s0", "orchmoe-s0", "frozen_router-s0", "lora-s0", "lora_alpha_1-s0"),
+        *("lora_best-s0", "orchmoe_alpha_2-s0", "orchmoe_alpha_2-s1"),
+        *("orchmoe_alpha_4-s0", "orchmoe_alpha_4-s1"),
+    }
+    assert cells["frozen_router-s0"]["router"]["distance_from_start"] == 0
+    assert cells["orchmoe-s0"]["router"]["distance_from_start"] > 0
+    grid = [runtime.read_json(path) for path in study.results.glob("grid/*.json")]
+    best = min(grid, key=lambda cell: cell["dev_loss"])
+    for name in ("alpha", "lr_skills"):
+        assert cells["lora_best-s0"]["settings"][name] == best["settings"][name]
+    assert "seen" not in grid[0]
+
+
+def test_difference_refuses_two_kinds_of_cpu(groups):
+    groups["lora"][1]["settings"]["cpu"] = "another"
+    with pytest.raises(ValueError, match="made on different CPUs"):
+        routing_map.difference(groups, "orchmoe", "lora", "seen")

@@ -78,7 +78,7 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
     with torch.no_grad():
         c = adapters.route(w=w).c  # (N,M,S)
     close = functools.partial(pytest.approx, rel=1e-4)
-    assert learnt["distance"] == close((c - 1 / 2).abs().mean().item())
+    assert learnt["distance_from_equal"] == close((c - 1 / 2).abs().mean().item())
     assert list(learnt["skill_use"].values())[3] == close(c[3].mean(0).tolist())
     assert learnt["w"]["a2"] == close(w[[1, 4]].mean(0).tolist())
     information = routing.mutual_information(w, [example.category for example in examples])
@@ -88,7 +88,7 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
 @pytest.mark.parametrize(
     "method, router, names",
     [
-        ("orchmoe", "none", {"allocation", "distance", "skill_cosine", "skill_use"}),
+        ("orchmoe", "none", {"allocation", "distance_from_equal", "skill_cosine", "skill_use"}),
         ("orchmoe", "token", set()),
         ("moe-lora", "sample", set()),
         ("c-poly", "sample", set()),

@@ -1,0 +1,190 @@
+"""How many examples of a task does each method need? On the bundled data, at one total size.
+
+experiments/results/efficiency/plan.md has the plan, which was written before the first cell. With
+10, 25, 50 and 100 training examples of each task OrchMoE, LoRA, MoE-LoRA and Poly train for the
+same number of steps. Each is tuned at each number with the same number of trials. The best trial is
+also the run of seed 0.
+
+    python -m experiments.efficiency --stage cells --device cpu     # hours on two cores
+    python -m experiments.efficiency           # the tables and the figure of the finished cells
+
+Test: pytest tests/experiments/test_efficiency.py
+"""
+
+import importlib.util
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import runtime
+from experiments import plot
+from experiments.map import Groups, losses, read_groups, signed_difference, stage_table
+from experiments.study import (
+    SETTINGS,
+    Row,
+    Study,
+    StudyConfig,
+    changed,
+    pick_device,
+    read_study,
+    read_tuning,
+)
+from experiments.tables import publish, table, tuning_table
+
+RESULTS = runtime.ROOT / "experiments/results/efficiency"
+EQUAL = {name: Row({"method": name}) for name in ("orchmoe", "lora", "moe-lora", "poly")}
+EXAMPLES = (10, 25, 50, 100)
+# The order of the runs: these methods at each of these numbers, then the next methods.
+METHODS_IN_ORDER = (("orchmoe", "lora"), ("moe-lora", "poly"))
+EXAMPLES_IN_ORDER = (10, 100, 25, 50)
+SETS = ("seen", "unseen")
+# The flags that remain. All other settings are those of the plan.
+CHOICES = ("out", "results", "jobs", "gpu", "device")
+
+DEFAULTS = {
+    "out": "results/efficiency",
+    "results": str(RESULTS),
+    "seeds": 5,
+    "trials": 5,
+    "dtype": "float32",
+    "steps": 600,
+    "eval_every": 200,
+    "eval_instances": 560,
+    "rank": 1,
+    "alpha": 2.0,
+    "lr_skills": 1e-2,
+    "lr_router": 1e-3,
+    "lr_allocation": 1e-2,
+}
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Efficiency: which cells are made."""
+
+    stage: Literal["cells", "table"] = "table"  # cells to make (table: none)
+
+
+def study_at(examples: int, study: Study) -> Study:
+    """Return the study with so many training examples of each task, in folders of its own."""
+    folders = {
+        "out": str(Path(study.config.out, str(examples))),
+        "results": str(study.results / str(examples)),
+    }
+    settings = changed(study.settings, {"train_instances": examples})
+    return Study(settings, study.device, replace(study.config, **folders), EQUAL)
+
+
+def make_cells(study: Study) -> None:
+    """Tune each method at each number of examples, then make its cells, seed by seed."""
+    for methods in METHODS_IN_ORDER:
+        rows = {name: EQUAL[name] for name in methods}
+        for examples in EXAMPLES_IN_ORDER:
+            of_number = study_at(examples, study)
+            of_number.tune(rows, study.config.trials, ("lr_skills", "alpha"))
+            seeds = range(study.config.seeds)
+            cells = []
+            for cell in of_number.cells("cells", rows, {"": {}}, seeds, "losses"):
+                if cell.settings.train.seed == 0:  # the best trial is this run
+                    best = of_number.best[cell.name]
+                    trial = of_number.trial(cell.name, rows[cell.name], "dev", {}, best)
+                    cell = cell._replace(folder=trial.folder)
+                cells.append(cell)
+            of_number.run(cells)
+
+
+# ------------------------------------------------------------------------------ tables and figure
+
+
+def examples_needed(found: dict[int, Groups], which: str) -> str:
+    """Return how many examples OrchMoE needs for the mean loss of a LoRA with the most examples.
+
+    Between two numbers of examples its loss is a straight line over the logarithm of the number.
+    """
+    numbers = [number for number in EXAMPLES if "orchmoe" in found[number]]
+    target = found[EXAMPLES[-1]].get("lora")
+    if not numbers or not target:
+        return "unfinished"
+    goal = np.mean(losses(target, which))
+    means = [np.mean(losses(found[number]["orchmoe"], which)) for number in numbers]
+    if means[0] <= goal:
+        return f"at most {numbers[0]}"
+    for i in range(1, len(numbers)):
+        if means[i] <= goal:
+            share = (means[i - 1] - goal) / (means[i - 1] - means[i])
+            return f"{numbers[i - 1] * (numbers[i] / numbers[i - 1]) ** share:.0f}"
+    return f"more than {numbers[-1]}"
+
+
+def text(results: Path, found: dict[int, Groups]) -> str:
+    """Return the tables of the finished cells in Markdown. found: the cells by examples."""
+    tuning = {}
+    rows = []
+    for number, groups in found.items():
+        for name, report in read_tuning(results / str(number)).items():
+            tuning[f"{number} examples: {name}"] = report
+        for other in EQUAL:
+            both = groups.get("orchmoe", {}).keys() & groups.get(other, {}).keys()
+            if both and other != "orchmoe":
+                row = [f"{number} examples: orchmoe - {other}", len(both)]
+                rows.append(row + [signed_difference(groups, "orchmoe", other, s) for s in SETS])
+    parts = [table(["difference", "seeds", *SETS], rows)]
+    needed = [examples_needed(found, which) for which in SETS]
+    parts.append(
+        f"For the mean loss of a LoRA with {EXAMPLES[-1]} examples OrchMoE needs {needed[0]} "
+        f"examples on seen tasks, and {needed[1]} on unseen tasks."
+    )
+    for number, groups in found.items():
+        ordered = {name: groups[name] for name in EQUAL if name in groups}
+        parts.append(stage_table(f"{number} examples", ordered))
+    parts.append(tuning_table(tuning))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figure(found: dict[int, Groups], path: Path) -> Path:
+    """Draw the losses of each method against the examples; bars: the sd over seeds."""
+    title = "Loss on seen and on unseen tasks against the training examples of each task"
+    below = "all methods have the same size and the same number of steps; bars: sd over seeds"
+    canvas, axes = plot.canvas(title, below, 3.8, ncols=len(SETS))
+    for panel, which in zip(axes, SETS, strict=True):
+        for number, name in enumerate(EQUAL):
+            points = [
+                (x, losses(groups[name], which)) for x, groups in found.items() if name in groups
+            ]
+            panel.errorbar(
+                [x for x, _ in points],
+                [np.mean(values) for _, values in points],
+                yerr=[np.std(values, ddof=min(1, len(values) - 1)) for _, values in points],
+                color=plot.COLOURS[number],
+                marker=plot.MARKERS[number],
+                markersize=4,
+                label=name,
+            )
+        panel.set_xscale("log")
+        panel.set_xticks(EXAMPLES, EXAMPLES)
+        panel.minorticks_off()
+        panel.set(xlabel="examples of each task", ylabel=f"{which} loss (nats per token)")
+    axes[0].legend()
+    return plot.save(canvas, path)
+
+
+def main() -> None:
+    planned = []
+    for cls in (*SETTINGS, StudyConfig):
+        planned += [field.name for field in fields(cls) if field.name not in CHOICES]
+    _, config, study_config, settings = read_study(__doc__, EfficiencyConfig, DEFAULTS, planned)
+    if config.stage == "cells":
+        study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
+        make_cells(study)
+
+    results = Path(study_config.results)
+    found = {number: read_groups(results / str(number) / "cells") for number in EXAMPLES}
+    publish(text(results, found), results / "tables.md")
+    if any(found.values()) and importlib.util.find_spec("matplotlib"):
+        runtime.print_line(f"written: {figure(found, results / 'efficiency.png')}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

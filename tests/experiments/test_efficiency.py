@@ -1,0 +1,53 @@
+"""How many examples a method needs: the order of its cells, and what the tables say."""
+
+import importlib.util
+import json
+
+from experiments import efficiency
+from helpers import run
+
+
+def test_efficiency_scores_the_best_trial_as_seed_0(tmp_path, monkeypatch):
+    small = {"steps": 2, "eval_every": 1, "eval_instances": 28, "num_pos": 0, "batch_size": 2}
+    small |= {"seeds": 2, "trials": 2}
+    monkeypatch.setattr(efficiency, "DEFAULTS", efficiency.DEFAULTS | small)
+    monkeypatch.setattr(efficiency, "EXAMPLES", (2, 4))
+    monkeypatch.setattr(efficiency, "EXAMPLES_IN_ORDER", (2, 4))
+    monkeypatch.setattr(efficiency, "METHODS_IN_ORDER", (("orchmoe", "lora"),))
+    flags = ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]
+    out = run("experiments/efficiency.py", "--stage", "cells", *flags, cwd=tmp_path)
+
+    kept = tmp_path / "kept"
+    names = sorted(path.stem for path in kept.glob("4/cells/*.json"))
+    assert names == ["lora-s0", "lora-s1", "orchmoe-s0", "orchmoe-s1"]
+    best = json.loads((kept / "4/tuning.json").read_text())["lora"]
+    cell = json.loads((kept / "4/cells/lora-s0.json").read_text())
+    assert cell["dev_loss"] == best["dev_loss"]
+    assert cell["settings"]["alpha"] == best["best"]["alpha"]
+    assert cell["settings"]["train_instances"] == 4
+    assert not (tmp_path / "out/4/cells/lora-s0").exists()  # it is not trained once more
+    assert (tmp_path / "out/4/cells/lora-s1").exists()
+    sizes = []
+    for row in ("lora", "orchmoe"):
+        parts = json.loads((kept / f"2/cells/{row}-s1.json").read_text())["parameters"]
+        sizes.append(sum(parts.values()))
+    assert abs(sizes[0] / sizes[1] - 1) < 0.03
+    assert "| 2 examples: orchmoe - lora | 2 | " in out
+    assert (kept / "efficiency.png").exists() or not importlib.util.find_spec("matplotlib")
+
+
+def test_examples_needed_is_read_off_between_two_numbers():
+    def group(loss):
+        return {0: {"seen": {"overall": {"loss": loss}}}}
+
+    def needed(*losses):
+        found = {number: {} for number in efficiency.EXAMPLES}
+        for number, loss in zip(efficiency.EXAMPLES, losses, strict=False):
+            found[number]["orchmoe"] = group(loss)
+        found[100]["lora"] = group(1.0)
+        return efficiency.examples_needed(found, "seen")
+
+    assert needed(2.0, 1.5, 0.5, 0.4) == "35"  # half way between 25 and 50 on a log scale
+    assert needed(0.9, 0.8) == "at most 10"
+    assert needed(2.0, 1.9, 1.8, 1.7) == "more than 100"
+    assert needed() == "unfinished"
