@@ -237,14 +237,15 @@ def require_fit(
     largest_id = 0
     for example in examples:
         targets = [len(ids) for ids in example.target_ids]
-        longest = max(longest, len(example.source_ids) + max(max_new_tokens, *targets))
+        row = len(example.source_ids) + max(max_new_tokens, *targets)
+        longest = max(longest, row - 1)  # the last token is only predicted
         for ids in (example.source_ids, *example.target_ids):
             if len(ids) > 0:
                 largest_id = max(largest_id, int(ids.max()))
     if base.longest is not None and longest > base.longest:
         raise ValueError(
-            f"--max-source-length: an example and its answer have up to {longest} tokens, but the "
-            f"model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
+            f"--max-source-length: an example and its answer need up to {longest} positions, but "
+            f"the model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
         )
     if largest_id >= base.config.vocab_size:
         raise ValueError(
