@@ -33,7 +33,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
-PATHS = ("model", "data", "text", "start", "loras")
+PATHS = ("model", "data", "text", "start")
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -284,10 +284,8 @@ def new_folder(name: str) -> Path:
     return runtime.gather_from_ranks(path)[0]
 
 
-def _absolute(path: str | tuple[str, ...]) -> str | list[str]:
-    """Return absolute paths, so that a run can be resumed from any working folder."""
-    if isinstance(path, tuple):
-        return [str(Path(item).absolute()) for item in path]
+def _absolute(path: str) -> str:
+    """Return an absolute path, so that a run can be resumed from any working folder."""
     if not path:
         return ""
     return str(Path(path).absolute())

@@ -33,7 +33,6 @@ import runtime
 import tokenizer as tokenizers
 from baselines import METHODS, attach_method, count_parameters, settings_of_method
 from data import Batch, DataConfig, Examples
-from export import load_peft, set_skills
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
@@ -74,13 +73,10 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
-    loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
     extra_rank: int = 0  # more ranks, in total over all Linears, to make methods equally large
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
-        if self.start and self.loras:
-            raise ValueError("--start and --loras: give one of the two")
         if self.trainable != "all" and not self.start:
             raise ValueError(f"--trainable {self.trainable}: give --start with it")
 
@@ -159,7 +155,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         is_method_setting = is_rate or name in vars(settings.adapter)
         problem = ""
         if name in fixed:
-            problem = "is fixed by --start or --loras"
+            problem = "is fixed by --start"
         elif is_method_setting and name not in used_settings:
             problem = f"--method {config.method}"
             if "router" in used_settings:
@@ -193,7 +189,7 @@ def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str)
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that --start or --loras fix, and defaults that flags may change."""
+    """Return the settings that --start fixes, and defaults that flags may change."""
     if flags.get("start"):
         folder = flags["start"]
         settings = saved_settings(read_config(folder))
@@ -208,16 +204,6 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         defaults = {**vars(settings.data), "model": settings.train.model}
         return fixed, defaults
 
-    if flags.get("loras"):
-        loras = [load_peft(folder) for folder in flags["loras"]]
-        for lora in loras:
-            if lora.base != loras[0].base:
-                raise ValueError(f"--loras: different bases, {loras[0].base} and {lora.base}")
-        rank = max(lora.rank for lora in loras)
-        fixed = {"method": "orchmoe", "skills": len(loras), "rank": rank, "alpha": None}
-        defaults = {"allocation_std": 0.0}  # start from the average of the LoRAs
-        return fixed, defaults
-
     return {}, {}
 
 
@@ -227,8 +213,6 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
     """Return the name of the learning-rate field for each kind of parameter that trains."""
     rate_fields = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
-    if config.loras:
-        del rate_fields["skills"]
     if config.trainable == "mixture":
         rate_fields["router"] = "lr_allocation"  # a mixture is one row of an allocation
     return rate_fields
@@ -462,11 +446,8 @@ def train(
     if is_new and config.start:
         read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
         load_start(base, adapters, train_set, config)
-    elif is_new:
-        if config.loras:
-            set_skills(adapters, [load_peft(folder) for folder in config.loras])
-        if adapters.router is not None:
-            fit_router(base, adapters, train_set, config)
+    elif is_new and adapters.router is not None:
+        fit_router(base, adapters, train_set, config)
 
     # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
@@ -488,10 +469,11 @@ def train(
         if resume_command:
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # Score the model before training. Without --start or --loras it is the frozen base, because
-        # B = 0 until a checkpoint is loaded. With one of them, the initial values exist only in a
-        # new run.
-        has_start = bool(config.start or config.loras)
+        # Score the model before training: the frozen base, as B = 0 until a checkpoint is loaded,
+        # unless --start or `attach` sets the skills. Those of --start exist only in a new run.
+        has_start = bool(config.start)
+        for linear in adapters.linears.values():
+            has_start = has_start or bool(linear.skill_B.any())
         if final_scores and (is_new or not has_start) and not run.scores_path.exists():
             name = "start" if has_start else "frozen base"
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)

@@ -64,7 +64,6 @@ HIDDEN = (
     "lr_allocation",
     "start",
     "trainable",
-    "loras",
     "extra_rank",
     *(field.name for field in fields(OrchMoEConfig)),
 )

@@ -51,7 +51,7 @@ from orchmoe import Adapters, OrchMoEConfig
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
-FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")
+FIXED = ("method", "seed", "extra_rank", "start", "trainable")
 
 
 class Row(NamedTuple):

@@ -215,7 +215,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     task["Instances"][0]["output"] = ["changed"]
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
-    export = ["export.py", "--run", "run", "--out", "served", "--routing", "mean", *moved]
+    export = ["export.py", "--run", "run", "--out", "served", "--mean", *moved]
     contents = "digests (contents of task files or split lists)"
     require_changed(contents, [*EVALUATE, *moved], [*RESUME, *moved], export)
 
