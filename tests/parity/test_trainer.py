@@ -230,13 +230,13 @@ def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
     linears = len(trainer.model.skill_adapters.linears)
     # Skills, router, token router and allocation.
     assert [len(group["params"]) for group in groups] == [2 * linears, 2, 0, 1]
-    assert [group["lr"] for group in groups] == [0.03, 2e-5, 1e-2, 1e-2]
+    assert [group["lr"] for group in groups] == [0.03, 1e-3, 1e-2, 1e-1]
     assert {group["weight_decay"] for group in groups} == {0.01}
 
     trainer.optimizer = None
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.5})
     assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5, 2e-5, 1e-2, 1e-2]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5, 1e-3, 1e-2, 1e-1]
 
 
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
