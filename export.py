@@ -118,11 +118,11 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
     routings: dict[str, Tensor | None] = {"lora": None}
     if method == "orchmoe":
-        one_hot = torch.eye(adapters.config.tasks)
+        one_hot = torch.eye(adapters.config.abstract_tasks)
         routings = {f"abstract-{k + 1}": w for k, w in enumerate(one_hot)}
     abstract = list(routings)
     if config.w:
-        routings["w"] = given_routing(config, adapters.config.tasks)
+        routings["w"] = given_routing(config, adapters.config.abstract_tasks)
     if config.mean:
         routings["mean"] = mean_routing(config, run, base, adapters, tokenizer)
 

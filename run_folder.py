@@ -56,7 +56,8 @@ class RunConfig:
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise ValueError if it does not fit."""
-        with runtime.reading(f"{self.folder}/config.json"):
+        remedy = "restore the file, or train again if an older version wrote it"
+        with runtime.reading(f"{self.folder}/config.json", remedy):
             return runtime.from_json(cls, getattr(self, name))
 
     def require_same(self, **found: Any) -> None:

@@ -303,8 +303,8 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
         micro_batch = micro_batch.to(base.device)
-        noise, drop = routing_noise(adapters, config.seed, step, rows)
-        with evaluation.routed(base, adapters, micro_batch, noise=noise, drop=drop) as routing:
+        noise = routing_noise(adapters, config.seed, step, rows)
+        with evaluation.routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
             )
@@ -333,23 +333,15 @@ def train_step(
     }
 
 
-def routing_noise(
-    adapters: Adapters, seed: int, step: int, rows: Sequence[int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise on the allocation Z, and a mask of the samples that get w = 1/K.
+def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
+    """Return the noise on the allocation Z, None if it is not used.
 
-    Each is None if it is not used. They depend on seed, step and row alone, so that a resumed run
-    draws the same numbers.
+    It depends on seed, step and row alone, so that a resumed run draws the same numbers.
     """
+    if adapters.noise_shape is None:
+        return None
     rows = rows or [0]  # a process without rows has a dummy row, see Batch.split
-    noise = None
-    if adapters.noise_shape is not None:
-        noise = runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
-    drop = None
-    if adapters.router_dropout > 0:
-        # Stream 1 is independent of the noise on Z.
-        drop = runtime.uniform_noise(seed, step, rows, (), 1) < adapters.router_dropout
-    return noise, drop
+    return runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
 
 
 class DivergedError(ValueError):

@@ -93,8 +93,8 @@ class Setup(NamedTuple):
     def adapter(self) -> OrchMoEConfig:
         """Return our skills: in q and v of a decoder, in every Linear of a T5."""
         if self.model:
-            return OrchMoEConfig(tasks=8, skills=4, rank=R, targets=("q", "v"))
-        return OrchMoEConfig(tasks=8, skills=8, rank=R, targets=("all",))
+            return OrchMoEConfig(abstract_tasks=8, skills=4, rank=R, targets=("q", "v"))
+        return OrchMoEConfig(abstract_tasks=8, skills=8, rank=R, targets=("all",))
 
 
 # ------------------------------------------------------------------------------------- measuring

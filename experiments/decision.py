@@ -71,7 +71,7 @@ DEFAULTS = {
     "num_pos": 0,
     "max_source_length": 200,
     "max_target_length": 64,
-    "tasks": TRAIN_TASKS,
+    "abstract_tasks": TRAIN_TASKS,
     "rank": 1,
     "lr_skills": 1e-2,
     "lr_allocation": 1e-1,

@@ -166,7 +166,10 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     if path.exists():
         # Older cells lack `replaced_router`. It follows from the row's name and is not checked.
         saved |= {"replaced_router": expected["replaced_router"]}
-        saved |= runtime.read_json(path).get("settings", {})
+        settings = runtime.read_json(path).get("settings", {})
+        if "tasks" in settings:  # its name in older cells
+            settings["abstract_tasks"] = settings.pop("tasks")
+        saved |= settings
     for name, value in expected.items():
         if saved.get(name) != value:
             raise ValueError(

@@ -85,7 +85,7 @@ def test_output_and_gradients_equal_peft(method, heads):
 
 # --------------------------------------------------------------------------------- folders for peft
 
-K = EXPORT_CONFIG.tasks
+K = EXPORT_CONFIG.abstract_tasks
 
 
 @pytest.fixture(params=["tiny", "llama", pytest.param("smollm2", marks=pytest.mark.slow)])
@@ -179,7 +179,7 @@ def test_saved_routing_is_that_of_folded_and_comes_back_as_a_skill(folder, tmp_p
     assert_close(theirs(in_peft(folder, [tmp_path / "mean"]), "mean"), expected)
 
     lora = load_peft(tmp_path / "mean")
-    again, alone = load_adapted(folder, OrchMoEConfig(tasks=1, skills=1, rank=lora.rank))
+    again, alone = load_adapted(folder, OrchMoEConfig(abstract_tasks=1, skills=1, rank=lora.rank))
     set_skills(alone, [lora])
     with alone.routed(w=torch.ones(1)):
         assert_close(ours(again), expected)
@@ -203,7 +203,7 @@ def test_loras_of_peft_become_the_skills(folder, tmp_path):
         made_by_peft(folder, tmp_path / "a", r=2),
         made_by_peft(folder, tmp_path / "b", r=3, use_rslora=True),
     ]
-    config = OrchMoEConfig(tasks=2, skills=2, rank=3, alpha=1.5, allocation_std=0.0)
+    config = OrchMoEConfig(abstract_tasks=2, skills=2, rank=3, alpha=1.5, allocation_std=0.0)
     base, adapters = load_adapted(folder, config)
     set_skills(adapters, [load_peft(path) for path in folders])
 

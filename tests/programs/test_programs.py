@@ -483,7 +483,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --model tiny --ask Go --input word --out x": ALONE,
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
-    "train.py --method poly --tasks 64": "--tasks: --method poly does not use it",
+    "train.py --method poly --abstract-tasks 64": "--abstract-tasks: --method poly does not use it",
     "train.py --method full --rank 3": "--rank: --method full does not use it",
     "train.py --lr-full 3": "--lr-full: --method orchmoe --router sample does not use it",
     "train.py --router none --router-norm none": "--router-norm: --method orchmoe --router none",

@@ -28,7 +28,7 @@ from helpers import (
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter
 
-K = EXPORT_CONFIG.tasks
+K = EXPORT_CONFIG.abstract_tasks
 
 
 def config_of(lora):
