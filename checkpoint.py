@@ -3,7 +3,7 @@
 A Hugging Face folder holds config.json and the weights: a safetensors file or a torch file, whole
 or in shards. Each family (t5.py, llama.py) brings its config and a table of rename rules. Loading
 checks that every tensor of the files has a place in the model, that every place has a tensor, and
-that all shapes are equal. A damaged or foreign file raises one ValueError that names the file.
+that all shapes are equal. A damaged or foreign file raises one UserError that names the file.
 
 Test: pytest tests/unit/test_checkpoint.py
 """
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import runtime
 from llama import Llama
 from model import Backbone
+from runtime import UserError
 from t5 import T5
 
 # By model_type, as config.json has it.
@@ -97,28 +98,28 @@ def read_torch(path: str | Path) -> Any:
 
 
 def _check_archive(path: str | Path) -> None:
-    """Raise ValueError if a zip file has compressed members, or pickles of more than tensors."""
+    """Raise UserError if a zip file has compressed members, or pickles of more than tensors."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("refused, a part of it is compressed")
+                raise UserError("refused, a part of it is compressed")
             if member.filename.endswith(".pkl"):
                 with archive.open(member) as file:
                     _check_pickle(file)
 
 
 def _check_pickle(file: IO[bytes]) -> None:
-    """Raise ValueError if the next pickle of the file names more than plain tensors need.
+    """Raise UserError if the next pickle of the file names more than plain tensors need.
 
     torch.load with weights_only allows more, such as bytearray(10**10).
     """
     for opcode, name, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(name):
-            raise ValueError(MORE_THAN_TENSORS)
+            raise UserError(MORE_THAN_TENSORS)
 
 
 def _check_sizes(value: Any, file_size: int) -> None:
-    """Raise ValueError if tensors have more elements than are stored, as `expand` makes them."""
+    """Raise UserError if tensors have more elements than are stored, as `expand` makes them."""
     total = 0
     waiting = [value]
     seen = set()  # an object may contain itself
@@ -135,7 +136,7 @@ def _check_sizes(value: Any, file_size: int) -> None:
             total += item.nbytes
             # T5 has its table under four names.
             if item.nbytes > item.untyped_storage().nbytes() or total > 4 * file_size:
-                raise ValueError("refused, its tensors have more elements than are stored")
+                raise UserError("refused, its tensors have more elements than are stored")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
             return read_tensors(whole)
         if index.exists():
             return _read_shards(index)
-    raise ValueError(
+    raise UserError(
         f"{folder}: no weights here; add model.safetensors or pytorch_model.bin, whole or in shards"
     )
 
@@ -262,16 +263,16 @@ def mapped(folder: str | Path) -> Backbone:
     for name, parameter in backbone.state_dict().items():
         source = hf_name(backbone, name)
         if source not in tensors:
-            raise ValueError(f"{folder}: missing tensor {source!r}; restore the weights")
+            raise UserError(f"{folder}: missing tensor {source!r}; restore the weights")
         tensor = tensors.pop(source)
         if tensor.shape != parameter.shape or tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {source} is {tensor.dtype} {list(tensor.shape)!s:.60}, but config.json "
                 f"asks for floats {list(parameter.shape)}; restore the files"
             )
         state[name] = tensor
     if tensors:
-        raise ValueError(
+        raise UserError(
             f"{folder}: unexpected tensors ({len(tensors)}): {sorted(tensors)[:3]!s:.200}; "
             "restore the files"
         )
@@ -283,13 +284,13 @@ def mapped(folder: str | Path) -> Backbone:
 def save(backbone: Backbone, folder: str | Path) -> None:
     """Write config.json and model.safetensors as transformers reads them.
 
-    Raise ValueError if the model has other tensors than its config describes.
+    Raise UserError if the model has other tensors than its config describes.
     """
     folder = Path(folder)
     state = backbone.state_dict()
     differing = state.keys() ^ on_meta(backbone.config).state_dict().keys()
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{folder}: not saved, since {sorted(differing)[:3]} are not weights of the base; "
             "detach the adapters first"
         )

@@ -27,6 +27,7 @@ import runtime
 from integrations.peft_folder import save_peft
 from model import Backbone
 from orchmoe import Adapters, TaskRouter
+from runtime import UserError
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
@@ -47,9 +48,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if not (self.run and self.out):
-            raise ValueError("give --run, the folder of a run, and --out, a folder to write")
+            raise UserError("give --run, the folder of a run, and --out, a folder to write")
         if self.data and not self.mean:
-            raise ValueError("--data: only --mean reads data; leave it out")
+            raise UserError("--data: only --mean reads data; leave it out")
 
 
 def given_routing(config: ExportConfig, K: int) -> Tensor:
@@ -70,7 +71,7 @@ def mean_routing(
 ) -> Tensor:
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
-        raise ValueError("--mean: the run has no router; give --w")
+        raise UserError("--mean: the run has no router; give --w")
     data_config = run.section(data.DataConfig, "data")
     if config.data:
         data_config = replace(data_config, data=config.data)
@@ -103,14 +104,14 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     method = run.train["method"]
     out = Path(config.out)
     if method not in ("orchmoe", "lora"):
-        raise ValueError(
+        raise UserError(
             f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
             "export runs of orchmoe or lora"
         )
     if method == "lora" and (config.mean or config.w):
-        raise ValueError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
+        raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
     if out.exists():
-        raise ValueError(f"{out}: exists; name a new folder by --out")
+        raise UserError(f"{out}: exists; name a new folder by --out")
 
     base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
     base_folder = Path(config.model or run.train["model"]).resolve()

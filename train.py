@@ -36,6 +36,7 @@ from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
+from runtime import UserError
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -78,7 +79,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
         if self.trainable != "all" and not self.start:
-            raise ValueError(f"--trainable {self.trainable}: give --start with it")
+            raise UserError(f"--trainable {self.trainable}: give --start with it")
 
     @property
     def eval_batch_size(self) -> int:
@@ -98,7 +99,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if self.shard and self.compile:  # FSDP2 puts hooks into the blocks
-            raise ValueError("--shard and --compile: give one of the two")
+            raise UserError("--shard and --compile: give one of the two")
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,13 @@ def saved_settings(run: RunConfig) -> Settings:
 def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings that the flags describe. `flags` holds only what was given.
 
-    Raise ValueError for a flag that would have no effect.
+    Raise UserError for a flag that would have no effect.
     """
     if launch.resume:
         return resumed_settings(flags, launch)
     folder = Path(launch.out)
     if launch.out and any((*folder.glob("*.json*"), *folder.glob("*.pt"))):
-        raise ValueError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
+        raise UserError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
 
     fixed, defaults = settings_of_start(flags)
     settings = Settings.from_flags(defaults | flags | fixed)
@@ -164,25 +165,25 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         elif is_rate and name not in used_rates:
             problem = "nothing trains at that rate"
         if problem:
-            raise ValueError(f"{runtime.flag(name)}: {problem}; leave it out")
+            raise UserError(f"{runtime.flag(name)}: {problem}; leave it out")
     return settings
 
 
 def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings of the run in --out. Flags may change only paths."""
     if not launch.out:
-        raise ValueError("--resume: give the folder of the run with --out")
+        raise UserError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).as_flags()
     require_unchanged(flags, saved, launch.out)
     return Settings.from_flags(saved | flags)
 
 
 def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
-    """Raise ValueError if a flag differs from the settings of the run in `folder`."""
+    """Raise UserError if a flag differs from the settings of the run in `folder`."""
     for name in sorted(flags.keys() & saved.keys()):
         may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
-            raise ValueError(
+            raise UserError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "
                 "leave it out"
             )
@@ -190,21 +191,19 @@ def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str)
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that --start fixes, and defaults that flags may change."""
-    if flags.get("start"):
-        folder = flags["start"]
-        settings = saved_settings(read_config(folder))
-        method = settings.train.method
-        if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
-            raise ValueError(
-                f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
-                "run of orchmoe, orchmoe-factors, lora or moe-lora"
-            )
-        fixed = {**vars(settings.adapter), "method": method}
-        fixed["extra_rank"] = settings.train.extra_rank
-        defaults = {**vars(settings.data), "model": settings.train.model}
-        return fixed, defaults
-
-    return {}, {}
+    folder = flags.get("start")
+    if not folder:
+        return {}, {}
+    settings = saved_settings(read_config(folder))
+    method = settings.train.method
+    if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
+        raise UserError(
+            f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
+            "run of orchmoe, orchmoe-factors, lora or moe-lora"
+        )
+    fixed = {**vars(settings.adapter), "method": method}
+    fixed["extra_rank"] = settings.train.extra_rank
+    return fixed, {**vars(settings.data), "model": settings.train.model}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -219,7 +218,7 @@ def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
 
 
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
-    """Freeze all parameters that do not train. Raise ValueError if none is left to train."""
+    """Freeze all parameters that do not train. Raise UserError if none is left to train."""
     trained_kinds = learning_rate_fields(config).keys()
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
@@ -228,7 +227,7 @@ def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
             parameter.requires_grad_(kind in trained_kinds and is_wanted)
     # The groups hold only parameters that still train.
     if not any(adapters.parameter_groups().values()):
-        raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
+        raise UserError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
@@ -259,6 +258,9 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
     # Larger batches are slower on a CPU: their attention scores (B,L,L) do not fit its caches.
     batch_size = min(8, config.eval_batch_size)
     batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
+    K = adapters.router.bias.numel()
+    if adapters.router.config.router_init == "kmeans" and len(sources) < K:
+        raise UserError(f"{len(sources)} training examples are too few for K = {K} abstract tasks")
     adapters.fit_router(
         (base.embed(batch.input_ids) for batch in batches),
         (batch.attention_mask for batch in batches),
@@ -344,7 +346,7 @@ def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int])
     return runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """A loss, a gradient or a weight is not a finite number."""
 
 
@@ -387,7 +389,7 @@ def train(
     sets = data.load_sets(settings.data, tokenizer)
     train_set = sets["train"]
     if not sets["dev"]:
-        raise ValueError(
+        raise UserError(
             f"{settings.data.data}: no training task has the 5 different instances for a dev set"
         )
     held_out = held_out_sets(sets, config.eval_instances)
@@ -404,14 +406,15 @@ def train(
         evaluation.require_fit(base, tokenizer, examples)
 
     # The adapters.
-    adapters = attach(
-        config.method,
-        base,
-        settings.adapter,
-        num_tasks=len(train_set.tasks),
-        extra_rank=config.extra_rank,
-        generator=runtime.generator(config.seed, 0),
-    )
+    with runtime.checking_settings():
+        adapters = attach(
+            config.method,
+            base,
+            settings.adapter,
+            num_tasks=len(train_set.tasks),
+            extra_rank=config.extra_rank,
+            generator=runtime.generator(config.seed, 0),
+        )
     if launch.compile:
         base.compile_blocks()
     if launch.shard:
@@ -447,7 +450,7 @@ def train(
         resume_command += f" --out {shlex.quote(str(run.path))}"
     with run.lock():
         if is_new and run.checkpoint_path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{run.path}: another process wrote a checkpoint meanwhile; give another --out"
             )
         run.bind(run_config)

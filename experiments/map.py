@@ -50,6 +50,7 @@ from experiments.tables import (
     table,
     tuning_table,
 )
+from runtime import UserError
 
 RESULTS = runtime.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
@@ -264,7 +265,7 @@ def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
     """Return the means of several cells, task by task, on the set `which`."""
     names = cells[0][which]["tasks"].keys()
     if any(cell[which]["tasks"].keys() != names for cell in cells):
-        raise ValueError(f"the points have different {which} tasks")
+        raise UserError(f"the points have different {which} tasks")
     tasks = {}
     for name in names:
         values = [cell[which]["tasks"][name]["loss"] for cell in cells]

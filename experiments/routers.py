@@ -23,6 +23,7 @@ import runtime
 import train
 from baselines import attach_method
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
+from runtime import UserError
 
 
 class RandomRouter(TaskRouter):
@@ -124,7 +125,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     same start: the learnt router, and the initial values of seed 0 with every seed.
     """
     if name not in NAMES:
-        raise ValueError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
+        raise UserError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":

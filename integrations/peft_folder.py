@@ -25,6 +25,7 @@ import checkpoint
 import kernels
 import runtime
 from orchmoe import Adapters, SkillLinear
+from runtime import UserError
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -81,7 +82,7 @@ def save_peft(
     ranks: r is S R or, if `ranks` are given, the smallest of them that is at least S R; the
         factors are filled up with zeros.
 
-    Raise ValueError if no LoRA equals this routing, or if all `ranks` are below S R.
+    Raise UserError if no LoRA equals this routing, or if all `ranks` are below S R.
     """
     linears = linears_by_hf_name(adapters)
 
@@ -89,19 +90,19 @@ def save_peft(
     if any(linear.skill_mix is kernels.mix_factors for linear in linears.values()):
         reason = "skills that mix their factors are no LoRA of rank S R"
     if reason:
-        raise ValueError(f"{folder}: not written: {reason}")
+        raise UserError(f"{folder}: not written: {reason}")
 
     # One rank for all Linears, since servers ignore patterns of ranks.
     r = max(linear.skill_A.shape[0] * linear.skill_A.shape[1] for linear in linears.values())
     if ranks:
         large_enough = [rank for rank in ranks if rank >= r]
         if not large_enough:
-            raise ValueError(f"{folder}: not written: its rank {r} is above all of {ranks}")
+            raise UserError(f"{folder}: not written: its rank {r} is above all of {ranks}")
         r = min(large_enough)
 
     c = adapters.route(w=w).c  # (N,1,S)
     if c.shape[1] != 1:
-        raise ValueError(f"{folder}: not written: give the w (K,) of one sample, not {c.shape[1]}")
+        raise UserError(f"{folder}: not written: give the w (K,) of one sample, not {c.shape[1]}")
 
     tensors = {}
     for (name, linear), c_linear in zip(linears.items(), c.squeeze(1), strict=True):
@@ -132,7 +133,7 @@ def save_peft(
 
 
 def load_peft(folder: str | Path) -> Lora:
-    """Return the LoRA in a PEFT folder. Raise ValueError if it is more than a plain LoRA."""
+    """Return the LoRA in a PEFT folder. Raise UserError if it is more than a plain LoRA."""
     folder = Path(folder)
     path = folder / "adapter_config.json"
     runtime.require_path(path, "name the folder of a LoRA as peft saves it")
@@ -161,14 +162,14 @@ def load_peft(folder: str | Path) -> Lora:
 
 
 def require_plain(values: dict[str, Any]) -> None:
-    """Raise ValueError if an adapter_config.json describes more than a plain LoRA."""
+    """Raise UserError if an adapter_config.json describes more than a plain LoRA."""
     allowed = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
     for field in REFUSED:
         allowed[field] = (None, False, {}, [])
     for field, choices in allowed.items():
         value = values.get(field)
         if value not in choices:
-            raise ValueError(f"{field} {value!r:.60} makes it more than a plain LoRA")
+            raise UserError(f"{field} {value!r:.60} makes it more than a plain LoRA")
 
 
 def pair_factors(
@@ -182,10 +183,10 @@ def pair_factors(
     for key, tensor in tensors.items():
         match = LORA_KEY.fullmatch(key)
         if match is None or tensor.dtype not in checkpoint.FLOAT_DTYPES:
-            raise ValueError(f"{key!r:.80} is no factor of a LoRA in a Linear")
+            raise UserError(f"{key!r:.80} is no factor of a LoRA in a Linear")
         names.add(match[1])
     if not names:
-        raise ValueError("it is empty")
+        raise UserError("it is empty")
 
     factors = {}
     for name in sorted(names):
@@ -194,9 +195,9 @@ def pair_factors(
         rank_A, _ = A.shape
         _, rank_B = B.shape
         if rank_A != r or rank_B != r:
-            raise ValueError(f"{name!r:.80}: the factors are not of rank {r}")
+            raise UserError(f"{name!r:.80}: the factors are not of rank {r}")
         if not (A.isfinite().all() and B.isfinite().all()):
-            raise ValueError(f"{name!r:.80}: the factors are not finite")
+            raise UserError(f"{name!r:.80}: the factors are not finite")
         factors[name] = (A, B)
     return factors
 
@@ -206,7 +207,7 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     """Make each LoRA one skill and freeze the skills, so that only the routing trains.
 
     The adapters must have one skill for each LoRA, of the largest of their ranks or more.
-    Raise ValueError if the Linears of a LoRA are not exactly the adapted ones: a Linear that is
+    Raise UserError if the Linears of a LoRA are not exactly the adapted ones: a Linear that is
     left out in silence would compute as the base.
     """
     linears = linears_by_hf_name(adapters)
@@ -215,7 +216,7 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
         found = {name: (len(B), A.shape[1]) for name, (A, B) in lora.factors.items()}
         differing = sorted(found.items() ^ expected.items())
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{lora.folder}: its Linears are not those of this base and --targets: "
                 f"{differing[:3]!s:.300}; give the base and the targets of the LoRA"
             )
@@ -224,7 +225,7 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     for name, linear in linears.items():
         S, R, _ = linear.skill_A.shape
         if len(loras) != S or max(ranks) > R:
-            raise ValueError(f"{name}: LoRAs of ranks {ranks} do not fit {S} skills of rank {R}")
+            raise UserError(f"{name}: LoRAs of ranks {ranks} do not fit {S} skills of rank {R}")
 
     for name, linear in linears.items():
         linear.skill_A.zero_().requires_grad_(False)
