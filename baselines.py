@@ -70,7 +70,6 @@ class Baseline(Adapters):
         *,
         task_ids: Tensor | None = None,
         noise: Tensor | None = None,
-        drop: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Routing:
         """Return the routing of a batch. Only task_ids and noise are used."""

@@ -3,7 +3,7 @@
 A Hugging Face folder holds config.json and the weights: a safetensors file or a torch file, whole
 or in shards. Each family (t5.py, llama.py) brings its config and a table of rename rules. Loading
 checks that every tensor of the files has a place in the model, that every place has a tensor, and
-that all shapes are equal. A damaged or foreign file raises one ValueError that names the file.
+that all shapes are equal. A damaged or foreign file raises one UserError that names the file.
 
 Test: pytest tests/unit/test_checkpoint.py
 """
@@ -12,12 +12,13 @@ import hashlib
 import json
 import math
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -26,16 +27,23 @@ from torch import Tensor, nn
 import runtime
 from llama import Llama
 from model import Backbone
+from runtime import UserError
 from t5 import T5
 
 # By model_type, as config.json has it.
 FAMILIES = {"t5": T5, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 FAMILY_OF_CONFIG = {family.Config: family for family in FAMILIES.values()}
+LARGEST_DEPTH = 1000  # blocks of a model
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DOWNLOAD = (
     "name a local folder, nothing is downloaded here; "
     "`hf download NAME --local-dir DIR` gets a model from the Hub"
 )
+# What a pickle of plain tensors names.
+PLAIN_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+)
+MORE_THAN_TENSORS = "refused, it is damaged or holds more than plain tensors"
 
 # ----------------------------------------------------------------------------- files of tensors
 
@@ -55,26 +63,80 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 def write_safetensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file. The same content always gives the same bytes."""
-    # The package orders several metadata keys at random, anew in each process.
-    assert len(metadata) == 1
+    """Write a safetensors file. The same content always gives the same bytes.
+
+    metadata: one entry. The package orders several at random, anew in each process.
+    """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with runtime.atomic_write(path) as file:
         file.write(safetensors.torch.save(contiguous, metadata))
 
 
 def read_torch(path: str | Path) -> Any:
-    """Return what torch.save wrote. Tensors are mapped: no value is read before it is used."""
+    """Return what torch.save wrote: plain tensors in dicts and lists, numbers and strings.
+
+    Tensors are mapped: no value is read before it is used. The file cannot run code, nor claim
+    much more memory than it has bytes.
+    """
     with runtime.reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of unusual pickle protocols
         # The oldest T5 files have the format before torch 1.6, which cannot be mapped.
-        mappable = zipfile.is_zipfile(path)
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_archive(path)
+        else:
+            with open(path, "rb") as file:
+                for _ in range(4):  # three short pickles precede that of the tensors
+                    _check_pickle(file)
         try:
-            # weights_only: the file cannot run code.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError:
             # torch's own message advises to load the file in a way that does run code.
-            raise ValueError("refused, it is damaged or holds more than tensors") from None
+            raise ValueError(MORE_THAN_TENSORS) from None
+        _check_sizes(value, Path(path).stat().st_size)
+        return value
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise UserError if a zip file has compressed members, or pickles of more than tensors."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError("refused, a part of it is compressed")
+            if member.filename.endswith(".pkl"):
+                with archive.open(member) as file:
+                    _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Raise UserError if the next pickle of the file names more than plain tensors need.
+
+    torch.load with weights_only allows more, such as bytearray(10**10).
+    """
+    for opcode, name, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(name):
+            raise UserError(MORE_THAN_TENSORS)
+
+
+def _check_sizes(value: Any, file_size: int) -> None:
+    """Raise UserError if tensors have more elements than are stored, as `expand` makes them."""
+    total = 0
+    waiting = [value]
+    seen = set()  # an object may contain itself
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, Tensor):
+            total += item.nbytes
+            # T5 has its table under four names.
+            if item.nbytes > item.untyped_storage().nbytes() or total > 4 * file_size:
+                raise UserError("refused, its tensors have more elements than are stored")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -86,16 +148,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = read_torch(path)
     with runtime.reading(path):
         for name, tensor in tensors.items():
-            if not (isinstance(name, str) and _is_dense(tensor)):
-                raise ValueError(f"{name!r:.60} is not the name of a dense tensor")
+            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+                raise ValueError(f"{name!r:.60} is not the name of a tensor")
     return tensors
-
-
-def _is_dense(value: Any) -> bool:
-    """Return whether the value is a tensor that has all its elements in memory."""
-    if not isinstance(value, Tensor) or value.is_nested:
-        return False
-    return value.layout == torch.strided and value.device.type == "cpu"
 
 
 def read_folder(folder: str | Path) -> dict[str, Tensor]:
@@ -108,16 +163,17 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
             return read_tensors(whole)
         if index.exists():
             return _read_shards(index)
-    raise ValueError(
+    raise UserError(
         f"{folder}: no weights here; add model.safetensors or pytorch_model.bin, whole or in shards"
     )
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all shards that an index file names."""
+    """Return the tensors that an index file names, each from the shard that it names."""
     values = runtime.read_json(index)
     with runtime.reading(index):
-        shards = sorted(set(values["weight_map"].values()))
+        shard_of = values["weight_map"]
+        shards = sorted(set(shard_of.values()))
         for shard in shards:
             # A path could lead out of the folder.
             if not re.fullmatch(r"\w[\w.-]*", shard):
@@ -125,7 +181,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
     tensors = {}
     for shard in shards:
-        tensors |= read_tensors(index.parent / shard)
+        for name, tensor in read_tensors(index.parent / shard).items():
+            if shard_of.get(name) == shard:
+                tensors[name] = tensor
     return tensors
 
 
@@ -141,7 +199,11 @@ def read_config(folder: str | Path) -> Any:
         supported = list(FAMILIES)
         if model_type not in supported:
             raise ValueError(f"model_type {model_type!r:.60} is none of {', '.join(supported)}")
-        return FAMILIES[model_type].Config.from_hf(values)
+        config = FAMILIES[model_type].Config.from_hf(values)
+        # Modules take memory even without their weights: about 100 kB a block.
+        if config.num_blocks > LARGEST_DEPTH:
+            raise ValueError(f"{config.num_blocks} blocks are more than {LARGEST_DEPTH}")
+        return config
 
 
 def on_meta(config: Any) -> Backbone:
@@ -190,13 +252,6 @@ def mapped(folder: str | Path) -> Backbone:
     config = read_config(folder)
     tensors = read_folder(folder)
 
-    # Every block has tensors. Modules take memory even without their weights, so this bounds what
-    # a damaged config.json can take.
-    if config.num_blocks > len(tensors):
-        raise ValueError(
-            f"{folder}: config.json has {config.num_blocks} blocks, but the weights have only "
-            f"{len(tensors)} tensors; restore the files"
-        )
     with runtime.reading(folder):
         family = FAMILY_OF_CONFIG[type(config)]
         config = family.tidy(config, tensors)
@@ -208,16 +263,16 @@ def mapped(folder: str | Path) -> Backbone:
     for name, parameter in backbone.state_dict().items():
         source = hf_name(backbone, name)
         if source not in tensors:
-            raise ValueError(f"{folder}: missing tensor {source!r}; restore the weights")
+            raise UserError(f"{folder}: missing tensor {source!r}; restore the weights")
         tensor = tensors.pop(source)
         if tensor.shape != parameter.shape or tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {source} is {tensor.dtype} {list(tensor.shape)!s:.60}, but config.json "
                 f"asks for floats {list(parameter.shape)}; restore the files"
             )
         state[name] = tensor
     if tensors:
-        raise ValueError(
+        raise UserError(
             f"{folder}: unexpected tensors ({len(tensors)}): {sorted(tensors)[:3]!s:.200}; "
             "restore the files"
         )
@@ -229,13 +284,13 @@ def mapped(folder: str | Path) -> Backbone:
 def save(backbone: Backbone, folder: str | Path) -> None:
     """Write config.json and model.safetensors as transformers reads them.
 
-    Raise ValueError if the model has other tensors than its config describes.
+    Raise UserError if the model has other tensors than its config describes.
     """
     folder = Path(folder)
     state = backbone.state_dict()
     differing = state.keys() ^ on_meta(backbone.config).state_dict().keys()
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{folder}: not saved, since {sorted(differing)[:3]} are not weights of the base; "
             "detach the adapters first"
         )
@@ -249,7 +304,7 @@ def fingerprint(folder: str | Path) -> str:
     """Return 16 hex digits that tell one base from another, in whatever files it is stored.
 
     They cover the config and, of each tensor, name, dtype, shape and up to 1,024 evenly spaced
-    values. docs/security.md says why not all values.
+    values. SECURITY.md says why not all values.
     """
     backbone = mapped(folder)
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())
@@ -263,7 +318,7 @@ def fingerprint(folder: str | Path) -> str:
 
 # -------------------------------------------------------------------------------------- adapters
 
-ADAPTER_FIELDS = {"method": str, "config": dict, "tasks": list, "base": str}
+ADAPTER_FIELDS = {"method", "config", "tasks", "base"}
 
 
 def save_adapter(
@@ -290,7 +345,6 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     state, metadata = read_safetensors(path)
     with runtime.reading(path, "this is no adapter of this version; train it again"):
         info = json.loads(metadata["adapter"])
-        for field, kind in ADAPTER_FIELDS.items():
-            if not isinstance(info[field], kind):
-                raise ValueError(f"{field} is not a {kind.__name__}")
+        if info.keys() != ADAPTER_FIELDS:
+            raise ValueError(f"its fields are {sorted(info)!s:.100}")
     return state, info

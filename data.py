@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import runtime
+from runtime import UserError
 from tokenizer import Tokenizer
 
 # The sets made from each list of tasks.
@@ -80,7 +81,7 @@ def read_task(path: str | os.PathLike) -> dict:
     instances: list of {id, input, output}, where output is a list of references.
 
     Older forms of the official files are accepted: a str as Definition or output, no ids, no
-    explanations. Raise ValueError for everything else.
+    explanations. Raise UserError for everything else.
     """
     path = Path(path)
     task = runtime.read_json(path)
@@ -131,17 +132,17 @@ def _first(value: Any) -> Any:
 
 
 def require_text(value: Any, field: str) -> str:
-    """Return `value`. Raise ValueError if it is not a str that UTF-8 can encode.
+    """Return `value`. Raise UserError if it is not a str that UTF-8 can encode.
 
     JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would
     silently change prompts and references.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{field}: expected a string")
+        raise UserError(f"{field}: expected a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{field}: expected text without lone surrogates") from None
+        raise UserError(f"{field}: expected text without lone surrogates") from None
     return value
 
 
@@ -149,7 +150,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
 
     The order is that of the lists. Tasks without a file in tasks/ are left out with a warning.
-    Raise ValueError if a list is missing, if none of the listed tasks has a file, or if a task
+    Raise UserError if a list is missing, if none of the listed tasks has a file, or if a task
     with a file is on both lists.
     """
     root = Path(root)
@@ -159,7 +160,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     for list_name in found:
         path = root / "splits" / splits / f"{list_name}_tasks.txt"
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
                 "e.g. from git clone https://github.com/allenai/natural-instructions"
             )
@@ -175,22 +176,22 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     both = set(found["train"]) & set(found["test"])
     if both:
         folder = root / "splits" / splits
-        raise ValueError(f"{folder}: {min(both)} is on both lists; take it off one of them")
+        raise UserError(f"{folder}: {min(both)} is on both lists; take it off one of them")
     if missing:
         problem = (
             f"{root / 'tasks'}: {len(missing)} tasks of splits/{splits} are missing, "
             f"such as {missing[0]}"
         )
         if not found["train"] and not found["test"]:
-            raise ValueError(f"{problem}, and no other is there; complete the folder")
+            raise UserError(f"{problem}, and no other is there; complete the folder")
         runtime.warn(problem)
     return found
 
 
 def _require_plain_name(name: str, origin: str) -> None:
-    """Raise ValueError for a name that is too long or could lead out of its folder."""
+    """Raise UserError for a name that is too long or could lead out of its folder."""
     if ".." in name or not re.fullmatch(r"[^/\\\0]{1,240}", name):
-        raise ValueError(f"{origin}: {name!r:.80} is not a plain name; give a short file name")
+        raise UserError(f"{origin}: {name!r:.80} is not a plain name; give a short file name")
 
 
 def split_instances(
@@ -400,7 +401,7 @@ def load_sets(
     is the training tasks that `config` chooses.
 
     "train", "dev" and "seen" come from each training task (see `split_instances`), "test" is the
-    first 100 instances of each test task, as in the official evaluation. Raise ValueError for bad
+    first 100 instances of each test task, as in the official evaluation. Raise UserError for bad
     files, or if no task of a needed list has a file.
     """
     listed = read_splits(config.data, config.splits)
@@ -430,7 +431,7 @@ def _load_list(
     """Return all sets of one list ("train" or "test"), with tokens from the cache if possible."""
     folder = Path(config.data) / "tasks"
     if not tasks:
-        raise ValueError(f"{folder}: no task of {list_name}_tasks.txt is here; complete the folder")
+        raise UserError(f"{folder}: no task of {list_name}_tasks.txt is here; complete the folder")
     paths = [folder.resolve() / f"{task}.json" for task in tasks]
     options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
 

@@ -30,6 +30,7 @@ import tokenizer as tokenizers
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
+from runtime import UserError
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -232,27 +233,28 @@ def require_fit(
     examples: Sequence[Example],
     max_new_tokens: int = 127,
 ) -> None:
-    """Raise ValueError if an example is too long, or the tokenizer does not fit the model."""
+    """Raise UserError if an example is too long, or the tokenizer does not fit the model."""
     longest = 0
     largest_id = 0
     for example in examples:
         targets = [len(ids) for ids in example.target_ids]
-        longest = max(longest, len(example.source_ids) + max(max_new_tokens, *targets))
+        row = len(example.source_ids) + max(max_new_tokens, *targets)
+        longest = max(longest, row - 1)  # the last token is only predicted
         for ids in (example.source_ids, *example.target_ids):
             if len(ids) > 0:
                 largest_id = max(largest_id, int(ids.max()))
     if base.longest is not None and longest > base.longest:
-        raise ValueError(
-            f"--max-source-length: an example and its answer have up to {longest} tokens, but the "
-            f"model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
+        raise UserError(
+            f"--max-source-length: an example and its answer need up to {longest} positions, but "
+            f"the model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
         )
     if largest_id >= base.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"token id {largest_id}: the model has {base.config.vocab_size} tokens; the tokenizer "
             "in its folder belongs to another model"
         )
     if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
-        raise ValueError(
+        raise UserError(
             f"eos_token_id: config.json says {base.config.eos_ids}, the tokenizer "
             f"{tokenizer.eos_ids}; correct one of them"
         )
@@ -283,12 +285,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         runtime.require_least(self, batch_size=1, max_new_tokens=1)
         if bool(self.run or self.model) == bool(self.heuristic):
-            raise ValueError("give --run or --model, or --heuristic alone")
+            raise UserError("give --run or --model, or --heuristic alone")
         if self.ask or self.input:
             if not (self.ask.strip() and self.input.strip()):
-                raise ValueError('give both --ask "instruction" and --input "text"')
+                raise UserError('give both --ask "instruction" and --input "text"')
             if self.heuristic or self.out:
-                raise ValueError("--ask: it cannot be combined with --heuristic or --out")
+                raise UserError("--ask: it cannot be combined with --heuristic or --out")
 
     @property
     def folder(self) -> Path:
@@ -343,7 +345,7 @@ def copy_heuristic(kind: str, root: str, examples: Sequence[Example]) -> list[st
         elif task["positive"]:
             predictions.append(task["positive"][0]["output"])
         else:
-            raise ValueError(f"{path}: no Positive Examples to copy; use --heuristic copy-input")
+            raise UserError(f"{path}: no Positive Examples to copy; use --heuristic copy-input")
     return predictions
 
 
@@ -355,7 +357,7 @@ def load_examples(
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
-    If the files are not those of the run, raise ValueError; only warn if flags name other files.
+    If the files are not those of the run, raise UserError; only warn if flags name other files.
     """
     training = run.tasks if run else None  # so that task ids are those of the run
     sets = data.load_sets(data_config, tokenizer, [config.split], training=training)
@@ -372,7 +374,7 @@ def load_examples(
 
 
 def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the output folder holds a run, or an evaluation of something else."""
+    """Raise UserError if the output folder holds a run, or an evaluation of something else."""
     folder = config.folder
     compared = {"digest", *vars(data.DataConfig())} - set(data.FILE_FIELDS)
     if config.out or not config.run:  # a default folder names these itself
@@ -384,7 +386,7 @@ def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
             saved = {}
         is_taken |= any(saved.get(name, "missing") != settings[name] for name in compared)
     if is_taken:
-        raise ValueError(f"{folder}: holds a run or a different evaluation; choose another --out")
+        raise UserError(f"{folder}: holds a run or a different evaluation; choose another --out")
 
 
 def write_results(
@@ -419,7 +421,7 @@ def main() -> None:
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
     if config.heuristic:
         if runtime.world_size() > 1:
-            raise ValueError("--heuristic: start it without torchrun")
+            raise UserError("--heuristic: start it without torchrun")
         device = runtime.pick_device(device="cpu")
     elif run and run.train["method"] == "full":
         device = runtime.pick_device(config.gpu, config.device, "float32")

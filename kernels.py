@@ -35,7 +35,7 @@ class _LinearWithSkills(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, A: Tensor, B: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """Return y (B,L,O).
+        """Return y (M,O). The caller unflattens it, since a view from in here is read-only.
 
         x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), weight (O,D), bias (O): one dtype.
         """
@@ -51,17 +51,17 @@ class _LinearWithSkills(torch.autograd.Function):
             y.addmm_(hc, B)  # y += hc B
 
         ctx.save_for_backward(x, A, B, c, h, hc, weight)
-        return y.unflatten(0, shape)
+        ctx.shape = shape
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        """Return the gradients of forward's arguments, given that of y (B,L,O)."""
+        """Return the gradients of forward's arguments, given that of y (M,O)."""
         x, A, B, c, h, hc, weight = ctx.saved_tensors
         needs_x, needs_A, needs_B, needs_c, _, _ = ctx.needs_input_grad
         dx = dA = dB = dc = None
-        shape = dy.shape[:2]  # (B,L)
-        dy = dy.flatten(0, 1)  # (M,O)
+        shape = ctx.shape  # (B,L)
 
         # y = x W0^T + b + hc B
         if needs_B:
@@ -145,7 +145,8 @@ def mix_skills(
     if c.dim() == 2:
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
     c = (scale * c).to(x).repeat_interleave(R, dim=-1)  # one number for each rank of each skill
-    return _LinearWithSkills.apply(x, A, B, c, weight, bias)
+    y = _LinearWithSkills.apply(x, A, B, c, weight, bias)  # (M,O)
+    return y.unflatten(0, x.shape[:2])
 
 
 @_compiled_in_training

@@ -376,17 +376,19 @@ class Llama(Backbone):
 
         input_ids (B,Ls): sources; labels (B,Lt): targets. All padding is moved to the end of the
         rows. The new labels are -100 everywhere but on the target. Raise ValueError if a row has no
-        source, or if it is too long for the model when `new_tokens` more are added.
+        source, or if it is too long for the model when `new_tokens` more are added. The last token
+        of a row is only predicted, so it needs no position.
         """
         if not attention_mask.any(1).all():
             raise ValueError("a row has no source; each row needs at least one token of a source")
         ids = torch.cat((input_ids, labels), 1)  # (B,Ls+Lt)
         real = torch.cat((attention_mask.bool(), labels != IGNORED), 1)
         length = int(real.sum(1).max())
-        if length + new_tokens > self.longest:
+        positions = length + new_tokens - 1
+        if positions > self.longest:
             raise ValueError(
-                f"a row of {length + new_tokens} tokens, but the model has {self.longest} "
-                "positions; lower --max-source-length, --max-target-length or --max-new-tokens"
+                f"a row needs {positions} positions, but the model has {self.longest} positions; "
+                "lower --max-source-length, --max-target-length or --max-new-tokens"
             )
 
         # Move the real tokens to the front. A stable sort leaves them in their order.
@@ -425,9 +427,8 @@ class Llama(Backbone):
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
     ) -> tuple[Tensor, State]:
-        new_tokens = max_new_tokens - 1  # the last one is not read
-        ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0], new_tokens)
-        columns = ids.shape[1] + new_tokens
+        ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0], max_new_tokens)
+        columns = ids.shape[1] + max_new_tokens - 1  # the last token is not read
 
         # Zeros: columns that are not seen enter a sum with weight 0, and 0 times NaN is NaN.
         shape = (2, len(ids), columns, self.config.num_key_value_heads, self.config.head_dim)

@@ -48,7 +48,7 @@ ALL_TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "do
 class OrchMoEConfig:
     """Adapters: settings of what is added to the frozen base."""
 
-    tasks: int = 8  # K, number of abstract tasks of the router
+    abstract_tasks: int = 8  # K, number of abstract tasks of the router
     skills: int = 4  # S, number of LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
     alpha: float | None = None  # scale of the skills is alpha / rank (default: alpha = rank)
@@ -57,12 +57,11 @@ class OrchMoEConfig:
     router_attention: bool = True  # self-attention over the sample before its mean
     router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W_task x_hat + b
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
-    router_dropout: float = 0.0  # share of training samples that get w = 1/K
     allocation_std: float = 3.0  # standard deviation of the initial Z
     gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "skills", "rank"):
+        for name in ("abstract_tasks", "skills", "rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 2**20:
                 raise ValueError(f"{name}: {value!r} must be a Python int from 1 to 2^20")
@@ -76,10 +75,6 @@ class OrchMoEConfig:
             raise ValueError(f"router_norm: {self.router_norm!r} must be softmax or none")
         if self.router_init not in ("kmeans", "normal"):
             raise ValueError(f"router_init: {self.router_init!r} must be kmeans or normal")
-        if not 0 <= self.router_dropout <= 1:
-            raise ValueError(f"router_dropout: {self.router_dropout!r} must be from 0 to 1")
-        if self.router_dropout > 0 and self.router != "sample":
-            raise ValueError(f"router_dropout: {self.router_dropout!r} needs the sample router")
         if not 0 <= self.allocation_std < 1e18:
             raise ValueError(
                 f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e18"
@@ -107,7 +102,7 @@ class TaskRouter(nn.Module):
     def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
         super().__init__()
         self.config = config
-        K = config.tasks
+        K = config.abstract_tasks
         W_task = torch.empty(K, width).normal_(0, 0.02, generator=generator)
         bias = torch.zeros(K)
         if config.router_norm == "none":
@@ -161,7 +156,7 @@ class TaskRouter(nn.Module):
         are scaled so that the mean entropy of w is ln(K) / 3 (one-hot w: 0; uniform w: ln(K)), or
         without the softmax so that w has the standard deviation 1/K.
         """
-        K = self.config.tasks
+        K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))
         sd = x_hat.std(dim=0, correction=0)
         # A feature that is nearly constant here, but varies later, must not dominate w.
@@ -446,7 +441,6 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     """
 
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    router_dropout = 0.0  # share of training samples that get w = 1/K
     _lock = threading.Lock()  # two threads must not pass the check in `_exclusive` together
 
     def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
@@ -477,7 +471,6 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         *,
         task_ids: Tensor | None = None,
         noise: Tensor | None = None,
-        drop: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Routing:
         """Return the routing of a batch. For the arguments see `routed`."""
@@ -499,7 +492,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         """
         if self.router is None:
             return
-        K = self.router.config.tasks
+        K = self.router.config.abstract_tasks
         least = max(2, K) if self.router.config.router_init == "kmeans" else 2
         with full_precision(self.router.mu.device):
             if masks is None:
@@ -535,9 +528,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
         PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
         Options: w (K,) or (B,K) to use instead of the router; task_ids (B,) for methods that need
-        them; noise u in [0,1), (B,N,K,S) or (B,N,H,S) for Poly with H heads; drop (B,), true where
-        router_dropout sets w = 1/K.
-        Noise and drop are drawn here in training if they are not given.
+        them; noise u in [0,1), (B,N,K,S) or (B,N,H,S) for Poly with H heads. Noise is drawn here in
+        training if it is not given.
         """
         with self._exclusive("routed()"):
             routing = self.route(embeddings, mask, **options)
@@ -601,7 +593,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     def unfoldable(self) -> str:
         """Return why one routing cannot be folded into the weights, or "" if it can."""
-        if self.training and (self.noise_shape or self.router_dropout):
+        if self.training and self.noise_shape:
             return "training draws noise; call .eval() first"
         for name, linear in self.linears.items():
             if linear.skill_W_task is not None:
@@ -788,8 +780,7 @@ class OrchMoE(Adapters):
     ):
         super().__init__(module, linears)
         self.config = config
-        self.router_dropout = config.router_dropout
-        shape = (len(linears), config.tasks, config.skills)
+        shape = (len(linears), config.abstract_tasks, config.skills)
         if config.gumbel:
             self.noise_shape = shape
         first = next(iter(linears.values()))
@@ -826,7 +817,6 @@ class OrchMoE(Adapters):
         *,
         task_ids: Tensor | None = None,
         noise: Tensor | None = None,
-        drop: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Routing:
         """Return w, Zhat and c of all Linears. task_ids are ignored: OrchMoE needs none."""
@@ -835,13 +825,12 @@ class OrchMoE(Adapters):
         if w is None and self.config.router == "token":
             return Routing(w=None, Zhat=Zhat, c=None, shared=noise is None)
 
-        K = self.config.tasks
+        K = self.config.abstract_tasks
         with full_precision(Zhat.device):
             if w is None and self.router is None:
                 w = Zhat.new_full((K,), 1 / K)
             elif w is None:
                 w = self.router(embeddings, mask)
-                w = self._drop_routing(w, drop)
             if w.shape[-1] != K:
                 raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
             # w, Zhat or both may have one row for all samples: einsum broadcasts it.
@@ -857,14 +846,6 @@ class OrchMoE(Adapters):
         if noise is None:
             noise = torch.rand(len(embeddings), *self.noise_shape)
         return noise
-
-    def _drop_routing(self, w: Tensor, drop: Tensor | None) -> Tensor:
-        """Set w = 1/K where drop (B,) is true, so that the skills also work with a uniform w."""
-        if not self.training or self.router_dropout == 0:
-            return w
-        if drop is None:
-            drop = torch.rand(len(w)) < self.router_dropout
-        return torch.where(drop.to(w.device).unsqueeze(1), 1 / self.config.tasks, w)
 
 
 def embedding_width(module: nn.Module) -> int:

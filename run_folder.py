@@ -31,9 +31,10 @@ import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from runtime import UserError
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
-PATHS = ("model", "data", "text", "start", "loras")
+PATHS = ("model", "data", "text", "start")
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -55,17 +56,18 @@ class RunConfig:
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
-        """Return the section `name` as the dataclass `cls`. Raise ValueError if it does not fit."""
-        with runtime.reading(f"{self.folder}/config.json"):
+        """Return the section `name` as the dataclass `cls`. Raise UserError if it does not fit."""
+        remedy = "restore the file, or train again if an older version wrote it"
+        with runtime.reading(f"{self.folder}/config.json", remedy):
             return runtime.from_json(cls, getattr(self, name))
 
     def require_same(self, **found: Any) -> None:
-        """Raise ValueError if one of the named fields differs from what is found now."""
+        """Raise UserError if one of the named fields differs from what is found now."""
         for name, value in found.items():
             if value != getattr(self, name):
                 if name == "digests":
                     name = "digests (contents of task files or split lists)"
-                raise ValueError(
+                raise UserError(
                     f"{self.folder}: {name} changed since the run began; restore it, give its "
                     "folder with --model or --data, or start a new run"
                 )
@@ -73,7 +75,7 @@ class RunConfig:
     def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
         """Return the state and the metadata of the adapter that was best on dev.
 
-        Raise ValueError if it belongs to another run.
+        Raise UserError if it belongs to another run.
         """
         path = RunFolder(self.folder).adapter_path
         state, metadata = checkpoint.load_adapter(path)
@@ -85,12 +87,12 @@ class RunConfig:
         for name, value in expected.items():
             if metadata[name] != value:
                 found = f"{metadata[name]!r:.60}"
-                raise ValueError(f"{path}: its {name}, {found}, is not the run's; restore the file")
+                raise UserError(f"{path}: its {name}, {found}, is not the run's; restore the file")
         return state, metadata
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """Return the config of the run in `folder`. Raise ValueError if there is none."""
+    """Return the config of the run in `folder`. Raise UserError if there is none."""
     path = runtime.require_path(
         Path(folder) / "config.json", "name the folder of a run of train.py"
     )
@@ -122,7 +124,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Make the folder and lock it.
 
-        Raise ValueError if another process has locked it. Remove files that a killed process left
+        Raise UserError if another process has locked it. Remove files that a killed process left
         incomplete. Rank 0 holds the lock for all processes.
         """
         if runtime.rank() != 0:
@@ -133,7 +135,7 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at a kill
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: another process is writing this run; wait, or change --out"
                 ) from None
             except OSError as error:  # a file system without locks
@@ -149,7 +151,7 @@ class RunFolder:
     def bind(self, config: RunConfig) -> None:
         """Write config.json.
 
-        Raise ValueError if an older one names another base or tokenizer, or other tasks or data.
+        Raise UserError if an older one names another base or tokenizer, or other tasks or data.
         """
         if self.config_path.exists():
             names = ("tasks", "base", "tokenizer", "digests")
@@ -158,8 +160,9 @@ class RunFolder:
         del values["folder"]
         for section in ("train", "data"):
             for name in PATHS:
-                if name in values[section]:
-                    values[section][name] = _absolute(values[section][name])
+                path = values[section].get(name)
+                if path:  # so that the run can be resumed from any working folder
+                    values[section][name] = str(Path(path).absolute())
         runtime.write_json(self.config_path, values)
 
     def log(self, **record: Any) -> None:
@@ -284,15 +287,6 @@ def new_folder(name: str) -> Path:
     return runtime.gather_from_ranks(path)[0]
 
 
-def _absolute(path: str | tuple[str, ...]) -> str | list[str]:
-    """Return absolute paths, so that a run can be resumed from any working folder."""
-    if isinstance(path, tuple):
-        return [str(Path(item).absolute()) for item in path]
-    if not path:
-        return ""
-    return str(Path(path).absolute())
-
-
 def _step_of(line: bytes) -> float:
     """Return the step of a line of metrics.jsonl, infinity if the line is damaged."""
     try:
@@ -318,12 +312,12 @@ def load(
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
     folder of its base, if that has moved. shard: split the base over the processes of torchrun.
     attach: a function like baselines.attach_method, for studies that change the routing. Raise
-    ValueError if the base, tokenizer or adapter is not the one of the run.
+    UserError if the base, tokenizer or adapter is not the one of the run.
     """
     config = read_config(run) if run else None
     full = config is not None and config.train["method"] == "full"
     if full and model:
-        raise ValueError(f"--model: the run in {run} has its own weights; leave the flag out")
+        raise UserError(f"--model: the run in {run} has its own weights; leave the flag out")
     if full:
         path = RunFolder(run).model_path
         remedy = "the run has not saved any weights yet"

@@ -34,12 +34,37 @@ ROOT = Path(__file__).resolve().parent
 LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
 
 
+# --------------------------------------------------------------------------------------- errors
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. `run_program` prints it as one line."""
+
+
+@contextmanager
+def checking_settings() -> Iterator[None]:
+    """Turn a ValueError inside the block into a UserError.
+
+    For the places where a config is made from flags, or adapters are attached as flags say. Only
+    plain ValueErrors are turned: subclasses, such as UnicodeDecodeError, are not about settings.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise UserError(str(error)) from error
+        raise
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
 @contextmanager
 def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None]:
-    """Turn any failure inside the block into one ValueError: "path: what is wrong; remedy".
+    """Turn any failure inside the block into one UserError: "path: what is wrong; remedy".
+
+    Only parsing belongs inside. A bug in what computes with the parsed values must not look like a
+    damaged file.
 
     Readers of damaged or foreign files fail in many ways: KeyError, TypeError, errors of other
     packages. This is the one place that catches them all. An OSError that names its file is
@@ -53,17 +78,24 @@ def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None
         if isinstance(error, OSError) and error.filename:
             raise
         problem = textwrap.shorten(str(error), 200, placeholder=" ...")
-        if type(error) is not ValueError:  # KeyError, or a subclass such as JSONDecodeError
+        if type(error) not in (ValueError, UserError):  # KeyError, JSONDecodeError, ...
             problem = f"{type(error).__name__}: {problem}"
-        raise ValueError(f"{path}: {problem}; {remedy}") from error
+        raise UserError(f"{path}: {problem}; {remedy}") from error
 
 
 def require_path(path: str | Path, remedy: str) -> Path:
-    """Return `path`. Raise ValueError with the remedy if nothing is there."""
+    """Return `path`. Raise UserError with the remedy if nothing is there."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: does not exist; {remedy}")
+        raise UserError(f"{path}: does not exist; {remedy}")
     return path
+
+
+def require_new(paths: Iterable[Path], remedy: str) -> None:
+    """Raise UserError with the remedy if one of the paths, which are to be written, exists."""
+    for path in paths:
+        if os.path.lexists(path):  # also a link to nowhere
+            raise UserError(f"{path}: exists, and nothing is overwritten; {remedy}")
 
 
 @contextmanager
@@ -103,7 +135,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 
 
 def read_json(path: str | Path) -> dict:
-    """Return the JSON object in `path`. Raise ValueError if it holds none, or is too large."""
+    """Return the JSON object in `path`. Raise UserError if it holds none, or is too large."""
     with reading(path), open(path, "rb") as file:
         content = file.read(LARGEST_JSON + 1)
         if len(content) > LARGEST_JSON:
@@ -132,10 +164,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, which `run_program` prints."""
+    """An argument parser whose errors are UserErrors."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def flag(name: str) -> str:
@@ -210,7 +242,8 @@ def _split_names(text: str) -> tuple[str, ...]:
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
     """Return an instance of the dataclass `cls`, from the flags that are its fields."""
     names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in flags.items() if name in names})
+    with checking_settings():
+        return cls(**{name: value for name, value in flags.items() if name in names})
 
 
 def from_json(cls: type, values: dict[str, Any]) -> Any:
@@ -246,7 +279,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def require_least(config: Any, **least: int) -> None:
-    """Raise ValueError if an int or float field of `config` is too small, too large or not finite.
+    """Raise UserError if an int or float field of `config` is too small, too large or not finite.
 
     The smallest allowed value is 0, unless `least` gives another one for that field.
     """
@@ -256,7 +289,7 @@ def require_least(config: Any, **least: int) -> None:
         value = getattr(config, name)
         smallest = least.get(name, 0)
         if not smallest <= value < 2**53:
-            raise ValueError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")
+            raise UserError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")
 
 
 # ------------------------------------------------------------------------------------- messages
@@ -265,8 +298,9 @@ def require_least(config: Any, **least: int) -> None:
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run `main` and exit with the code that it returns (None means 0).
 
-    Bad input, too little memory and a missing compiler print one line on stderr and exit with
-    code 2. Ctrl-C exits with code 130. All other exceptions are bugs and keep their traceback.
+    A UserError, an OSError that names a file, too little memory and a missing compiler print one
+    line on stderr and exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs
+    and keep their traceback.
     """
     # Both are None if the shell has closed them.
     sys.stdout = sys.stdout or open(os.devnull, "w")
@@ -304,7 +338,7 @@ def user_message(error: Exception) -> str | None:
         text = f"out of memory ({text:.120}); lower the batch sizes, or use a smaller model"
     elif isinstance(error, RuntimeError) and re.search(r"C(\+\+)? compiler", text):
         text = "torch.compile finds no C compiler; install gcc, or set TORCHDYNAMO_DISABLE=1"
-    elif not isinstance(error, ValueError | OSError):
+    elif not isinstance(error, UserError):
         return None
     return " ".join(text.split())
 
@@ -361,11 +395,11 @@ def pick_device(
 
     Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
     bfloat16 on CUDA. On a CPU it is bfloat16 if the CPU multiplies it natively and the model in
-    the folder `base` is large, otherwise float32. Raise ValueError if there are GPUs, but not the
+    the folder `base` is large, otherwise float32. Raise UserError if there are GPUs, but not the
     one asked for.
     """
     if gpu is not None and device:
-        raise ValueError(f"--gpu {gpu} --device {device}: give one of the two")
+        raise UserError(f"--gpu {gpu} --device {device}: give one of the two")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     use_gpu = device != "cpu" and gpus > 0
 
@@ -377,7 +411,7 @@ def pick_device(
         last_gpu = _torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
         remedy = "; start as many processes per node as there are GPUs, or give --device cpu"
     if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
-        raise ValueError(f"--gpu {last_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
+        raise UserError(f"--gpu {last_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
 
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)
@@ -451,9 +485,9 @@ def launcher() -> str:
 
 
 def require_single_process() -> None:
-    """Raise ValueError under torchrun. For programs that run in one process."""
+    """Raise UserError under torchrun. For programs that run in one process."""
     if world_size() > 1:
-        raise ValueError("this program runs in one process; start it without torchrun")
+        raise UserError("this program runs in one process; start it without torchrun")
 
 
 @contextmanager
@@ -539,9 +573,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
         else:
             frozen[name] = parameter.detach().contiguous()  # FSDP2 needs untransposed weights
     if not frozen:
-        raise ValueError("--shard: --method full leaves no frozen base to split; drop --shard")
+        raise UserError("--shard: --method full leaves no frozen base to split; drop --shard")
     if not dist.is_initialized():
-        raise ValueError("--shard: splits the base over processes; start it with torchrun")
+        raise UserError("--shard: splits the base over processes; start it with torchrun")
 
     # FSDP2 first splits weights on the meta device; the loop below fills in the shares.
     empty = {name: weight.to("meta", device.dtype) for name, weight in frozen.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from runtime import atomic_write, read_json, reading, require_path
+from runtime import UserError, atomic_write, read_json, reading, require_path
 
 LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"
@@ -37,7 +37,7 @@ class Tokenizer:
     def __init__(self, path: Path):
         self.path = path
         if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{path}: larger than {LARGEST_FILE} bytes; {REMEDY}")
+            raise UserError(f"{path}: larger than {LARGEST_FILE} bytes; {REMEDY}")
         content = path.read_bytes()
         self._files = {path.name: content}  # what `save` writes
         self._setup(content)
@@ -90,7 +90,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.sp.LoadFromSerializedProto(content)
             self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         except Exception:
-            raise ValueError(f"{self.path}: not a SentencePiece model; {REMEDY}") from None
+            raise UserError(f"{self.path}: not a SentencePiece model; {REMEDY}") from None
         self.size = len(self.pieces)
 
     def _encode(self, text: str) -> list[int]:
@@ -113,9 +113,7 @@ class T5Tokenizer(SentencePieceTokenizer):
         self._files = {"spiece.model": content}
         self.size = len(self.pieces) + 100
         if self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
-            raise ValueError(
-                f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>; {REMEDY}"
-            )
+            raise UserError(f"{self.path}: pieces 0 to 2 are not T5's <pad>, </s>, <unk>; {REMEDY}")
 
     # The encoder reads the source and the decoder writes the target. Both end with EOS.
 
@@ -140,7 +138,7 @@ class LlamaTokenizer(SentencePieceTokenizer):
         bos_id = self.sp.bos_id()
         eos_id = self.sp.eos_id()
         if bos_id < 0 or eos_id < 0:
-            raise ValueError(f"{self.path}: has no BOS or no EOS; {REMEDY}")
+            raise UserError(f"{self.path}: has no BOS or no EOS; {REMEDY}")
         if self._settings().get("add_bos_token", True):
             self.bos_ids = (bos_id,)
         self.eos_ids = (eos_id,)
@@ -206,7 +204,7 @@ KINDS = {
 def load(folder: str | os.PathLike) -> Tokenizer:
     """Return the tokenizer of a model folder, or of a single file (T5's may have any name).
 
-    Raise ValueError if there is none or if it is damaged.
+    Raise UserError if there is none or if it is damaged.
     """
     download = "`hf download NAME --local-dir DIR` gets a model from the Hub"
     folder = require_path(folder, f"name a local folder, nothing is downloaded here; {download}")
@@ -214,6 +212,6 @@ def load(folder: str | os.PathLike) -> Tokenizer:
         if path.is_file():
             kind = KINDS.get(path.name, T5Tokenizer)
             return kind(path)
-    raise ValueError(
+    raise UserError(
         f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder"
     )

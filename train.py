@@ -33,10 +33,10 @@ import runtime
 import tokenizer as tokenizers
 from baselines import METHODS, attach_method, count_parameters, settings_of_method
 from data import Batch, DataConfig, Examples
-from export import load_peft, set_skills
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
+from runtime import UserError
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -74,15 +74,12 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
-    loras: tuple[str, ...] = ()  # PEFT folders of LoRAs that become the skills and stay frozen
     extra_rank: int = 0  # more ranks, in total over all Linears, to make methods equally large
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
-        if self.start and self.loras:
-            raise ValueError("--start and --loras: give one of the two")
         if self.trainable != "all" and not self.start:
-            raise ValueError(f"--trainable {self.trainable}: give --start with it")
+            raise UserError(f"--trainable {self.trainable}: give --start with it")
 
     @property
     def eval_batch_size(self) -> int:
@@ -102,7 +99,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if self.shard and self.compile:  # FSDP2 puts hooks into the blocks
-            raise ValueError("--shard and --compile: give one of the two")
+            raise UserError("--shard and --compile: give one of the two")
 
 
 @dataclass(frozen=True)
@@ -139,13 +136,13 @@ def saved_settings(run: RunConfig) -> Settings:
 def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings that the flags describe. `flags` holds only what was given.
 
-    Raise ValueError for a flag that would have no effect.
+    Raise UserError for a flag that would have no effect.
     """
     if launch.resume:
         return resumed_settings(flags, launch)
     folder = Path(launch.out)
     if launch.out and any((*folder.glob("*.json*"), *folder.glob("*.pt"))):
-        raise ValueError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
+        raise UserError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
 
     fixed, defaults = settings_of_start(flags)
     settings = Settings.from_flags(defaults | flags | fixed)
@@ -159,7 +156,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         is_method_setting = is_rate or name in vars(settings.adapter)
         problem = ""
         if name in fixed:
-            problem = "is fixed by --start or --loras"
+            problem = "is fixed by --start"
         elif is_method_setting and name not in used_settings:
             problem = f"--method {config.method}"
             if "router" in used_settings:
@@ -168,57 +165,45 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         elif is_rate and name not in used_rates:
             problem = "nothing trains at that rate"
         if problem:
-            raise ValueError(f"{runtime.flag(name)}: {problem}; leave it out")
+            raise UserError(f"{runtime.flag(name)}: {problem}; leave it out")
     return settings
 
 
 def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings of the run in --out. Flags may change only paths."""
     if not launch.out:
-        raise ValueError("--resume: give the folder of the run with --out")
+        raise UserError("--resume: give the folder of the run with --out")
     saved = saved_settings(read_config(launch.out)).as_flags()
     require_unchanged(flags, saved, launch.out)
     return Settings.from_flags(saved | flags)
 
 
 def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
-    """Raise ValueError if a flag differs from the settings of the run in `folder`."""
+    """Raise UserError if a flag differs from the settings of the run in `folder`."""
     for name in sorted(flags.keys() & saved.keys()):
         may_change = name in PATHS and saved[name]  # a path may change, but none may be added
         if flags[name] != saved[name] and not may_change:
-            raise ValueError(
+            raise UserError(
                 f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "
                 "leave it out"
             )
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that --start or --loras fix, and defaults that flags may change."""
-    if flags.get("start"):
-        folder = flags["start"]
-        settings = saved_settings(read_config(folder))
-        method = settings.train.method
-        if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
-            raise ValueError(
-                f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
-                "run of orchmoe, orchmoe-factors, lora or moe-lora"
-            )
-        fixed = {**vars(settings.adapter), "method": method}
-        fixed["extra_rank"] = settings.train.extra_rank
-        defaults = {**vars(settings.data), "model": settings.train.model}
-        return fixed, defaults
-
-    if flags.get("loras"):
-        loras = [load_peft(folder) for folder in flags["loras"]]
-        for lora in loras:
-            if lora.base != loras[0].base:
-                raise ValueError(f"--loras: different bases, {loras[0].base} and {lora.base}")
-        rank = max(lora.rank for lora in loras)
-        fixed = {"method": "orchmoe", "skills": len(loras), "rank": rank, "alpha": None}
-        defaults = {"allocation_std": 0.0}  # start from the average of the LoRAs
-        return fixed, defaults
-
-    return {}, {}
+    """Return the settings that --start fixes, and defaults that flags may change."""
+    folder = flags.get("start")
+    if not folder:
+        return {}, {}
+    settings = saved_settings(read_config(folder))
+    method = settings.train.method
+    if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
+        raise UserError(
+            f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
+            "run of orchmoe, orchmoe-factors, lora or moe-lora"
+        )
+    fixed = {**vars(settings.adapter), "method": method}
+    fixed["extra_rank"] = settings.train.extra_rank
+    return fixed, {**vars(settings.data), "model": settings.train.model}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -227,15 +212,13 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
     """Return the name of the learning-rate field for each kind of parameter that trains."""
     rate_fields = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
-    if config.loras:
-        del rate_fields["skills"]
     if config.trainable == "mixture":
         rate_fields["router"] = "lr_allocation"  # a mixture is one row of an allocation
     return rate_fields
 
 
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
-    """Freeze all parameters that do not train. Raise ValueError if none is left to train."""
+    """Freeze all parameters that do not train. Raise UserError if none is left to train."""
     trained_kinds = learning_rate_fields(config).keys()
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
@@ -244,7 +227,7 @@ def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
             parameter.requires_grad_(kind in trained_kinds and is_wanted)
     # The groups hold only parameters that still train.
     if not any(adapters.parameter_groups().values()):
-        raise ValueError(f"--trainable {config.trainable}: {config.start} has no such parameters")
+        raise UserError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
@@ -275,6 +258,9 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
     # Larger batches are slower on a CPU: their attention scores (B,L,L) do not fit its caches.
     batch_size = min(8, config.eval_batch_size)
     batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
+    K = adapters.router.bias.numel()
+    if adapters.router.config.router_init == "kmeans" and len(sources) < K:
+        raise UserError(f"{len(sources)} training examples are too few for K = {K} abstract tasks")
     adapters.fit_router(
         (base.embed(batch.input_ids) for batch in batches),
         (batch.attention_mask for batch in batches),
@@ -319,8 +305,8 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
         micro_batch = micro_batch.to(base.device)
-        noise, drop = routing_noise(adapters, config.seed, step, rows)
-        with evaluation.routed(base, adapters, micro_batch, noise=noise, drop=drop) as routing:
+        noise = routing_noise(adapters, config.seed, step, rows)
+        with evaluation.routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
             )
@@ -349,26 +335,18 @@ def train_step(
     }
 
 
-def routing_noise(
-    adapters: Adapters, seed: int, step: int, rows: Sequence[int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise on the allocation Z, and a mask of the samples that get w = 1/K.
+def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
+    """Return the noise on the allocation Z, None if it is not used.
 
-    Each is None if it is not used. They depend on seed, step and row alone, so that a resumed run
-    draws the same numbers.
+    It depends on seed, step and row alone, so that a resumed run draws the same numbers.
     """
+    if adapters.noise_shape is None:
+        return None
     rows = rows or [0]  # a process without rows has a dummy row, see Batch.split
-    noise = None
-    if adapters.noise_shape is not None:
-        noise = runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
-    drop = None
-    if adapters.router_dropout > 0:
-        # Stream 1 is independent of the noise on Z.
-        drop = runtime.uniform_noise(seed, step, rows, (), 1) < adapters.router_dropout
-    return noise, drop
+    return runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """A loss, a gradient or a weight is not a finite number."""
 
 
@@ -411,7 +389,7 @@ def train(
     sets = data.load_sets(settings.data, tokenizer)
     train_set = sets["train"]
     if not sets["dev"]:
-        raise ValueError(
+        raise UserError(
             f"{settings.data.data}: no training task has the 5 different instances for a dev set"
         )
     held_out = held_out_sets(sets, config.eval_instances)
@@ -428,14 +406,15 @@ def train(
         evaluation.require_fit(base, tokenizer, examples)
 
     # The adapters.
-    adapters = attach(
-        config.method,
-        base,
-        settings.adapter,
-        num_tasks=len(train_set.tasks),
-        extra_rank=config.extra_rank,
-        generator=runtime.generator(config.seed, 0),
-    )
+    with runtime.checking_settings():
+        adapters = attach(
+            config.method,
+            base,
+            settings.adapter,
+            num_tasks=len(train_set.tasks),
+            extra_rank=config.extra_rank,
+            generator=runtime.generator(config.seed, 0),
+        )
     if launch.compile:
         base.compile_blocks()
     if launch.shard:
@@ -462,11 +441,8 @@ def train(
     if is_new and config.start:
         read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
         load_start(base, adapters, train_set, config)
-    elif is_new:
-        if config.loras:
-            set_skills(adapters, [load_peft(folder) for folder in config.loras])
-        if adapters.router is not None:
-            fit_router(base, adapters, train_set, config)
+    elif is_new and adapters.router is not None:
+        fit_router(base, adapters, train_set, config)
 
     # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
@@ -474,7 +450,7 @@ def train(
         resume_command += f" --out {shlex.quote(str(run.path))}"
     with run.lock():
         if is_new and run.checkpoint_path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{run.path}: another process wrote a checkpoint meanwhile; give another --out"
             )
         run.bind(run_config)
@@ -488,10 +464,11 @@ def train(
         if resume_command:
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # Score the model before training. Without --start or --loras it is the frozen base, because
-        # B = 0 until a checkpoint is loaded. With one of them, the initial values exist only in a
-        # new run.
-        has_start = bool(config.start or config.loras)
+        # Score the model before training: the frozen base, as B = 0 until a checkpoint is loaded,
+        # unless --start or `attach` sets the skills. Those of --start exist only in a new run.
+        has_start = bool(config.start)
+        for linear in adapters.linears.values():
+            has_start = has_start or bool(linear.skill_B.any())
         if final_scores and (is_new or not has_start) and not run.scores_path.exists():
             name = "start" if has_start else "frozen base"
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)

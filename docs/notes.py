@@ -308,10 +308,6 @@ NOTES = {
         source="as in Poly; off by default",
         test="test_noise_acts_in_training_only",
     ),
-    "OrchMoE._drop_routing": Note(
-        grade="chosen",
-        test="test_dropped_samples_have_exactly_the_mean_routing",
-    ),
     "embedding_width": Note(
         text="This is the D of the router, unless `width` is given.",
         test="test_the_width_can_be_given",

@@ -48,6 +48,7 @@ from baselines import NoAdapter, attach_method
 from experiments.pretrain import init_weights
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from runtime import UserError
 
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R
@@ -93,8 +94,8 @@ class Setup(NamedTuple):
     def adapter(self) -> OrchMoEConfig:
         """Return our skills: in q and v of a decoder, in every Linear of a T5."""
         if self.model:
-            return OrchMoEConfig(tasks=8, skills=4, rank=R, targets=("q", "v"))
-        return OrchMoEConfig(tasks=8, skills=8, rank=R, targets=("all",))
+            return OrchMoEConfig(abstract_tasks=8, skills=4, rank=R, targets=("q", "v"))
+        return OrchMoEConfig(abstract_tasks=8, skills=8, rank=R, targets=("all",))
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -468,7 +469,7 @@ def memory_rows(
 
 
 def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch) -> Times:
-    """Time training steps. Raise ValueError if the losses of the first ones differ."""
+    """Time training steps. Raise UserError if the losses of the first ones differ."""
     losses = {name: step(batch) for name, step in steps.items()}
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise ValueError(f"the first losses of the contestants differ: {losses}")
@@ -684,10 +685,10 @@ def main() -> None:
     runtime.require_single_process()
     for part in config.only:
         if part not in PARTS:
-            raise ValueError(f"--only {part}: choose from {', '.join(PARTS)}")
+            raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")
     for package in ("transformers", "peft"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; pip install -r requirements-dev.txt")
+            raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     if config.model:
         dtype = torch.bfloat16

@@ -38,6 +38,7 @@ from experiments.study import (
 )
 from experiments.tables import markdown, publish, table
 from orchmoe import OrchMoEConfig
+from runtime import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
@@ -58,13 +59,12 @@ ABLATIONS = {
     "router start: normal": Row({"router_init": "normal"}),
     "attention off": Row({"router_attention": False}),
     "w without softmax": Row({"router_norm": "none"}),
-    "w = 1/K for half of the samples": Row({"router_dropout": 0.5}),
     "Gumbel noise on": Row({"gumbel": True}),
     "allocation start: sd 1": Row({"allocation_std": 1.0}),
     "allocation start: sd 0.001": Row({"allocation_std": 1e-3}),
-    "K = 1": Row({"tasks": 1}),
-    "K = 4": Row({"tasks": 4}),
-    "K = 16": Row({"tasks": 16}),
+    "K = 1": Row({"abstract_tasks": 1}),
+    "K = 4": Row({"abstract_tasks": 4}),
+    "K = 16": Row({"abstract_tasks": 16}),
     "S = 1": Row({"skills": 1}),
     "S = 2": Row({"skills": 2}),
     "S = 8": Row({"skills": 8}),
@@ -96,16 +96,16 @@ class CompareConfig:
 def ablation(name: str, adapter: OrchMoEConfig) -> Row:
     """Return a row of ABLATIONS for these settings. With another S, R follows: S R stays.
 
-    Raise ValueError if it changes nothing or is not possible.
+    Raise UserError if it changes nothing or is not possible.
     """
     row = ABLATIONS[name]._replace(like="orchmoe")  # its size and its tuned values
     known = vars(adapter)
     if row.settings and all(known.get(field) == value for field, value in row.settings.items()):
-        raise ValueError(
+        raise UserError(
             f"--rows {name}: the given settings are the same already; leave out the row or the flag"
         )
     if row.w and adapter.router != "sample":
-        raise ValueError(
+        raise UserError(
             f"--rows {name}: --router {adapter.router} has no w of a sample; leave one out"
         )
     if "skills" not in row.settings:
@@ -113,7 +113,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
     total = adapter.skills * adapter.rank
     skills = row.settings["skills"]
     if total % skills:
-        raise ValueError(f"--rows {name}: S R = {total} is no multiple of {skills}; leave it out")
+        raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}; leave it out")
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return row._replace(settings={"skills": skills, "rank": total // skills, "alpha": alpha})
 
@@ -246,7 +246,7 @@ def main() -> None:
         useless["trials"] = "not with --no-tune"
     for name, why in useless.items():
         if name in flags:
-            raise ValueError(f"{runtime.flag(name)}: {why}; leave it out")
+            raise UserError(f"{runtime.flag(name)}: {why}; leave it out")
 
     if config.dry_run:
         shape = SIZES.get(settings.train.model)

@@ -35,6 +35,7 @@ from experiments.tables import (
     table,
     tuning_table,
 )
+from runtime import UserError
 
 RESULTS = runtime.ROOT / "experiments/results"
 STAGES = ("tune", "methods", "answers", "sizes", "ablations", "controls")  # folders of cells
@@ -59,14 +60,14 @@ Curve = dict[float, Group]  # by scale
 
 
 def read_cells(folder: Path) -> Cells:
-    """Return all finished cells by stage/name. Raise ValueError for a file that is no cell."""
+    """Return all finished cells by stage/name. Raise UserError for a file that is no cell."""
     cells = {}
     for stage in sorted(STAGES):
         needed = {"settings", "dev_loss"} if stage == "tune" else {"settings", "seen", "unseen"}
         for path in sorted(folder.glob(f"{stage}/*.json")):
             cell = runtime.read_json(path)
             if not needed <= cell.keys():
-                raise ValueError(f"{path}: no finished cell")
+                raise UserError(f"{path}: no finished cell")
             cells[f"{stage}/{path.stem}"] = cell
     return cells
 

@@ -58,6 +58,7 @@ from experiments.study import (
     subset,
 )
 from experiments.tables import Difference, Group, publish, signed, table, tuning_table
+from runtime import UserError
 
 RESULTS = runtime.ROOT / "experiments/results/decision"
 TUNED = EQUAL | {"moe-lora": Row({"method": "moe-lora"})}
@@ -112,7 +113,7 @@ DEFAULTS = {
     "num_pos": 0,
     "max_source_length": 200,
     "max_target_length": 64,
-    "tasks": TRAIN_TASKS,
+    "abstract_tasks": TRAIN_TASKS,
     "rank": 1,
     "lr_skills": 1e-2,
     "lr_allocation": 1e-1,
@@ -151,7 +152,7 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
 
     A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
     instances than that never takes part. `number` of the training tasks with 100 different inputs
-    are drawn with a fixed seed. Raise ValueError if there are fewer.
+    are drawn with a fixed seed. Raise UserError if there are fewer.
     """
     config = study.settings.data
     tokenizer = tokenizers.load(study.settings.train.model)
@@ -174,7 +175,7 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
         else:
             left_out.append(task)
     if len(train) < number:
-        raise ValueError(f"{config.data}: {len(train)} training tasks fit, fewer than {number}")
+        raise UserError(f"{config.data}: {len(train)} training tasks fit, fewer than {number}")
     return {"train": sorted(train), "test": test, "left out": sorted(left_out)}
 
 
@@ -183,7 +184,7 @@ def data_of(study: Study) -> str:
     path = study.results / "tasks.json"
     tasks = choose_tasks(study, TRAIN_TASKS)
     if path.exists() and runtime.read_json(path) != tasks:
-        raise ValueError(f"{path}: made with other tasks; name another folder with --results")
+        raise UserError(f"{path}: made with other tasks; name another folder with --results")
     runtime.write_json(path, tasks)
     folder = Path(study.config.out, "tasks")
     unseen = [*tasks["test"], *tasks["left out"]]
@@ -309,11 +310,11 @@ def main() -> None:
     results = Path(study_config.results)
     if config.stage != "table":
         if not {"data", "model"} <= flags.keys():
-            raise ValueError(f"--stage {config.stage}: give --data and --model")
+            raise UserError(f"--stage {config.stage}: give --data and --model")
         if config.stage == "cells":
             passed, why = pilot_verdict(read_groups(results / "pilot"))
             if not passed:
-                raise ValueError(f"--stage cells: {why}")
+                raise UserError(f"--stage cells: {why}")
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
         values = {"data": data_of(study)}
         cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")

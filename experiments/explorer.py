@@ -21,6 +21,7 @@ import eval as evaluation
 import run_folder
 import runtime
 import tokenizer as tokenizers
+from runtime import UserError
 
 SAMPLES = 20  # seen ones, and as many unseen ones
 
@@ -29,13 +30,13 @@ SAMPLES = 20  # seen ones, and as many unseen ones
 def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
     """Return what the explorer shows of the run, as plain JSON values. Computes on the CPU.
 
-    model: where the base of the run is now, if it has moved. Raise ValueError if the run has no
+    model: where the base of the run is now, if it has moved. Raise UserError if the run has no
     sample router.
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
     if adapters.router is None:
-        raise ValueError(f"{run}: has no sample router, so there is no routing of samples to show")
+        raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
     data_config = config.section(data.DataConfig, "data")
     sets = data.load_sets(data_config, tokenizer, training=config.tasks)

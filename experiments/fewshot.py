@@ -27,6 +27,7 @@ from experiments.sizes import rank_for_total, total
 from experiments.study import Cell, Row, facts_of, file_name, run_cells, subset
 from experiments.tables import interval, publish, signed, table
 from run_folder import read_config
+from runtime import UserError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FewShotConfig:
         runtime.require_least(self, steps=1, batch_size=1, tuned=1)
         numbers = [size.isdecimal() and int(size) > 0 for size in self.examples]
         if not self.runs or not numbers or not all(numbers):
-            raise ValueError("give --runs, folders of runs, and --examples, numbers above 0")
+            raise UserError("give --runs, folders of runs, and --examples, numbers above 0")
 
 
 class Way(NamedTuple):
@@ -97,7 +98,7 @@ class FewShot:
         self.tasks = data.read_splits(self.root, options.splits)["test"]
         self.tasks = self.tasks[: config.max_tasks or None]
         if not self.tasks:
-            raise ValueError(f"{self.root}: splits/{options.splits} has no test tasks to learn")
+            raise UserError(f"{self.root}: splits/{options.splits} has no test tasks to learn")
 
     def cell(
         self, way: str, task: str, examples: int, seed: int, scores: str = "answers", **rate: float
@@ -201,7 +202,7 @@ def fewshot(config: FewShotConfig, device: runtime.Device) -> None:
         way = WAYS[name]
         best[name] = min(losses, key=losses.get)
         if losses[best[name]] == math.inf:
-            raise ValueError(f"{name}: the runs diverged at all values of {way.rate}")
+            raise UserError(f"{name}: the runs diverged at all values of {way.rate}")
         if best[name] in (way.values[0], way.values[-1]):
             runtime.warn(f"{name}: the best {way.rate}, {best[name]:g}, is the edge of those tried")
     publish(tables(study.scores(best), tuning, best), Path(config.out, "fewshot.md"))

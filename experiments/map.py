@@ -50,6 +50,7 @@ from experiments.tables import (
     table,
     tuning_table,
 )
+from runtime import UserError
 
 RESULTS = runtime.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
@@ -77,9 +78,9 @@ ROUTERS = {
     "rate 2e-4": Row({"lr_router": 2e-4}, **LIKE),
     "rate 1e-3": Row({"lr_router": 1e-3}, **LIKE),
     "rate 5e-3": Row({"lr_router": 5e-3}, **LIKE),
-    "K 16": Row({"tasks": 16}, **LIKE),
-    "K 32": Row({"tasks": 32}, **LIKE),
-    "K 64": Row({"tasks": 64}, **LIKE),
+    "K 16": Row({"abstract_tasks": 16}, **LIKE),
+    "K 32": Row({"abstract_tasks": 32}, **LIKE),
+    "K 64": Row({"abstract_tasks": 64}, **LIKE),
     "normal start": Row({"router_init": "normal"}, **LIKE),
     "sharper start": Row(replaced_router="sharp", **LIKE),
     "flatter start": Row(replaced_router="flat", **LIKE),
@@ -264,7 +265,7 @@ def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
     """Return the means of several cells, task by task, on the set `which`."""
     names = cells[0][which]["tasks"].keys()
     if any(cell[which]["tasks"].keys() != names for cell in cells):
-        raise ValueError(f"the points have different {which} tasks")
+        raise UserError(f"the points have different {which} tasks")
     tasks = {}
     for name in names:
         values = [cell[which]["tasks"][name]["loss"] for cell in cells]
@@ -435,7 +436,7 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
 
 def main() -> None:
     # These are no flags here, because the map sets them.
-    adapter = ("tasks", "skills", "rank", "alpha", "router")
+    adapter = ("abstract_tasks", "skills", "rank", "alpha", "router")
     fixed = (*FIXED, *adapter, "data", "splits", "max_tasks", "tune", "steps", "accumulate")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
     if config.stage != "table":

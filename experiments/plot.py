@@ -22,6 +22,7 @@ import numpy as np
 import run_folder
 import runtime
 from experiments import explorer, routing
+from runtime import UserError
 
 COLOURS = (
     "#0072B2",
@@ -52,17 +53,17 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         if bool(self.run) == bool(self.results):
-            raise ValueError("give one of --run and --results")
+            raise UserError("give one of --run and --results")
         if self.html and not self.run:
-            raise ValueError("--html: give --run with it")
+            raise UserError("--html: give --run with it")
 
 
 def pyplot() -> Any:
-    """Return matplotlib.pyplot, which draws into memory. Raise ValueError if it is missing."""
+    """Return matplotlib.pyplot, which draws into memory. Raise UserError if it is missing."""
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("figures need matplotlib; pip install matplotlib") from None
+        raise UserError("figures need matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -75,7 +76,7 @@ def pyplot() -> Any:
 
 
 def records(folder: str | Path) -> list[dict]:
-    """Return the log of a run. Raise ValueError if it is damaged or has no dev loss yet."""
+    """Return the log of a run. Raise UserError if it is damaged or has no dev loss yet."""
     path = runtime.require_path(Path(folder) / "metrics.jsonl", "name the folder of a run")
     with runtime.reading(path, "resume the run, which repairs it"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

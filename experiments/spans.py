@@ -14,6 +14,7 @@ import torch
 
 import runtime
 from data import Batch, Example, cached, collate
+from runtime import UserError
 from tokenizer import Tokenizer
 
 
@@ -35,7 +36,7 @@ class TextStream:
         tokens = content["tokens"].numpy()
         n = len(tokens) // length
         if length < 2 or n == 0:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(tokens)} tokens, no window of {length}; give a longer text"
             )
         self._windows = tokens[: n * length].reshape(n, length)

@@ -49,10 +49,11 @@ from experiments.search import AXES, Search, axes_of
 from experiments.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from runtime import UserError
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
-FIXED = ("method", "seed", "extra_rank", "start", "trainable", "loras")
+FIXED = ("method", "seed", "extra_rank", "start", "trainable")
 
 
 class Row(NamedTuple):
@@ -93,7 +94,7 @@ def read_study(
     flags = runtime.read_flags(doc, cls, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
     for name in fixed:
         if name in flags:
-            raise ValueError(f"{runtime.flag(name)}: the study sets this itself; leave it out")
+            raise UserError(f"{runtime.flag(name)}: the study sets this itself; leave it out")
     runtime.require_single_process()
     values = defaults | flags
     config, study_config = (runtime.from_flags(one, values) for one in (cls, StudyConfig))
@@ -101,10 +102,10 @@ def read_study(
 
 
 def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> None:
-    """Raise ValueError unless each given name is one of the choices and given once."""
+    """Raise UserError unless each given name is one of the choices and given once."""
     for name in given:
         if name not in choices or given.count(name) > 1:
-            raise ValueError(f"{flag} {name}: choose, once each, of {', '.join(choices) or 'none'}")
+            raise UserError(f"{flag} {name}: choose, once each, of {', '.join(choices) or 'none'}")
 
 
 def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device:
@@ -116,10 +117,10 @@ def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device
 
 
 def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
-    """Return settings with other values. Raise ValueError for a field that does not exist."""
+    """Return settings with other values. Raise UserError for a field that does not exist."""
     unknown = values.keys() - settings.as_flags().keys()
     if unknown:
-        raise ValueError(f"{min(unknown)}: no field of the settings")
+        raise UserError(f"{min(unknown)}: no field of the settings")
     return train.Settings.from_flags(settings.as_flags() | values)
 
 
@@ -149,7 +150,7 @@ class Cell(NamedTuple):
         return {"replaced_router": self.row.replaced_router, **values, **self.facts}
 
     def require_same(self) -> None:
-        """Raise ValueError if its file or its run was made with other settings."""
+        """Raise UserError if its file or its run was made with other settings."""
         if self.path.exists():
             require_saved(self.path, {"row": self.name, **self.made_with()})
         if (self.folder / "config.json").exists() and self.row.model == "trained":
@@ -162,15 +163,18 @@ def plain_values(settings: train.Settings) -> dict[str, Any]:
 
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
-    """Raise ValueError if the settings in the file differ from the expected ones."""
+    """Raise UserError if the settings in the file differ from the expected ones."""
     saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
         # Older cells lack these. They are not checked.
         saved |= {name: expected[name] for name in ("replaced_router", "cpu") if name in expected}
-        saved |= runtime.read_json(path).get("settings", {})
+        settings = runtime.read_json(path).get("settings", {})
+        if "tasks" in settings:  # its name in older cells
+            settings["abstract_tasks"] = settings.pop("tasks")
+        saved |= settings
     for name, value in expected.items():
         if saved.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{path}: made with {name} {saved.get(name)}, not {value}; name another folder "
                 "with --out or --results, or delete it"
             )
@@ -344,7 +348,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     """Make all cells that are not finished, `jobs` at a time. 0: as many as suit the machine.
 
     The cells of one queue are made one after the other. The next one is asked for when the one
-    before it is finished. Exit with code 130 if a signal stopped a cell. Raise ValueError if a cell
+    before it is finished. Exit with code 130 if a signal stopped a cell. Raise UserError if a cell
     other than a trial diverged, when all others are made.
     """
     cores = os.cpu_count() or 1
@@ -396,7 +400,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
         runtime.print_line("stopped; run the same command to continue")
         raise SystemExit(130)
     if diverged:
-        raise ValueError(f"{min(diverged)}: the run diverged; it has no scores")
+        raise UserError(f"{min(diverged)}: the run diverged; it has no scores")
 
 
 def print_done(cell: Cell) -> None:
@@ -555,7 +559,7 @@ class Study:
         reports = {name: search.report() for name, search in searches.items()}
         for name, report in reports.items():
             if report["dev_loss"] == math.inf:
-                raise ValueError(f"{name}: all trials diverged; start from a lower --lr-skills")
+                raise UserError(f"{name}: all trials diverged; start from a lower --lr-skills")
             self.best[name] = self.best.get(name, {}) | report["best"]
             if report["edges"]:
                 runtime.warn(

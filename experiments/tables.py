@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import runtime
+from runtime import UserError
 
 METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
 COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))
@@ -115,10 +116,10 @@ def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.nda
     for first, second in zip(*cells, strict=True):
         part = which.partition("-")[0]
         if first[part]["tasks"].keys() != second[part]["tasks"].keys():
-            raise ValueError(f"the cells of two rows have different {part} tasks")
+            raise UserError(f"the cells of two rows have different {part} tasks")
         cpus = [cell.get("settings", {}).get("cpu") for cell in (first, second)]
         if cpus[0] != cpus[1]:  # older cells do not name theirs
-            raise ValueError(f"the cells of two rows were made on different CPUs: {cpus}")
+            raise UserError(f"the cells of two rows were made on different CPUs: {cpus}")
     return by_seed(cells[0], which, metric) - by_seed(cells[1], which, metric)
 
 

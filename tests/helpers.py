@@ -458,7 +458,7 @@ def rows_of(batch):
 # ----------------------------------------------------------------------------------------- adapters
 
 # Adapters that are exported.
-EXPORT_CONFIG = OrchMoEConfig(tasks=3, alpha=4.0)
+EXPORT_CONFIG = OrchMoEConfig(abstract_tasks=3, alpha=4.0)
 
 
 def stir(adapters, generator):

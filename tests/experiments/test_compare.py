@@ -78,7 +78,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
 @pytest.mark.parametrize(
     "name, given, words",
     [
-        ("K = 4", {"tasks": 4}, "the given settings are the same already"),
+        ("K = 4", {"abstract_tasks": 4}, "the given settings are the same already"),
         ("S = 8", {"rank": 3}, "S R = 12 is no multiple of 8"),
         ("w replaced by its mean", {"router": "none"}, "--router none has no w"),
     ],
@@ -103,7 +103,7 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     alone = router(embeddings[2:3, :6], mask[2:3, :6])
     assert torch.allclose(w[2:3], alone, atol=5e-2)  # no padding, no neighbours
     entropy = torch.special.entr(w).sum(-1).mean()
-    assert entropy == pytest.approx(math.log(config.tasks) / 3, rel=0.1)
+    assert entropy == pytest.approx(math.log(config.abstract_tasks) / 3, rel=0.1)
     # Similar samples share nothing.
     assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2
 
@@ -203,10 +203,11 @@ def test_cell_require_same(tmp_path):
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
     saved = {"row": "lora", **cell.made_with()}
-    del saved["router_dropout"], saved["replaced_router"]
+    del saved["gumbel"], saved["replaced_router"]
+    saved["tasks"] = saved.pop("abstract_tasks")  # as older cells call it
     runtime.write_json(cell.path, {"settings": saved})
     cell.require_same()
-    settings = study.changed(cell.settings, {"router_dropout": 0.5})
+    settings = study.changed(cell.settings, {"gumbel": True})
     facts = cell.facts | {"train_tasks": "other"}
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
         with pytest.raises(ValueError, match="lora.json: made with .*; name another folder"):

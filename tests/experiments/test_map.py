@@ -231,7 +231,13 @@ def test_decision_takes_no_flag_for_what_the_plan_says(tmp_path):
 
 def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(decision, "TRAIN_TASKS", 3)
-    small = {"tasks": 3, "steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 80}
+    small = {
+        "abstract_tasks": 3,
+        "steps": 2,
+        "eval_every": 2,
+        "train_instances": 4,
+        "eval_instances": 80,
+    }
     small["max_source_length"] = 1024
     monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | small)
     flags = ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]

@@ -70,7 +70,7 @@ def sampled(lengths):
 
 
 def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
-    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(tasks=3, skills=2))
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(abstract_tasks=3, skills=2))
     nn.init.normal_(adapters.router.W_task, generator=torch.Generator().manual_seed(1))
     examples = sampled([3, 9, 5, 7, 4, 6])
     learnt = routing.report(small_t5, adapters, examples, batch_size=4)

@@ -75,7 +75,9 @@ def llama():
 
 def attached(case, router="sample", mix=orchmoe.mix_skills):
     """Return adapters that change the outputs a lot, and differently for each sample."""
-    config = OrchMoEConfig(targets=case.targets, router=router, tasks=5, skills=3, alpha=4.0)
+    config = OrchMoEConfig(
+        targets=case.targets, router=router, abstract_tasks=5, skills=3, alpha=4.0
+    )
     adapters = attach(case.base.eval(), config, mix, generator=seeded_generator(2))
     stir(adapters, seeded_generator(3))
     if adapters.router is not None:

@@ -1,25 +1,19 @@
 """Compare methods and exported folders with peft."""
 
-import math
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
-import export
-import tokenizer as tokenizers
 from baselines import attach_method
 from helpers import (
     EXPORT_CONFIG,
     ROOT,
-    factors_in,
     hf_llama,
     load_adapted,
-    run,
     seeded_generator,
 )
+from integrations.peft_folder import load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig
 
 peft = pytest.importorskip("peft")
@@ -91,18 +85,21 @@ def test_output_and_gradients_equal_peft(method, heads):
 
 # --------------------------------------------------------------------------------- folders for peft
 
-K = EXPORT_CONFIG.tasks
+K = EXPORT_CONFIG.abstract_tasks
 
 
-@pytest.fixture(params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
-def folder(request):
+@pytest.fixture(params=["tiny", "llama", pytest.param("smollm2", marks=pytest.mark.slow)])
+def folder(request, tmp_path):
     if request.param == "tiny":
         return ROOT / "tiny"
-    return request.getfixturevalue("smollm2_dir")
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2_dir")
+    hf_llama("llama2").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
 
 
 def random_ids(*shape, seed=2):
-    return torch.randint(5, 500, shape, generator=seeded_generator(seed))
+    return torch.randint(5, 97, shape, generator=seeded_generator(seed))
 
 
 IDS, TOKENS = random_ids(1, 9), random_ids(1, 5, seed=3)
@@ -110,13 +107,22 @@ IDS, TOKENS = random_ids(1, 9), random_ids(1, 5, seed=3)
 
 @torch.no_grad()
 def ours(base):
-    return export.our_logits(base, IDS, TOKENS)
+    """Return the logits (n,V) that predict each of the TOKENS after IDS."""
+    newest, state = base.start(IDS, torch.ones_like(IDS), TOKENS.shape[1])
+    logits = []
+    for token in TOKENS.T:
+        logits.append(base.step(newest, state)[0])
+        newest = token
+    return torch.stack(logits)
 
 
 @torch.no_grad()
 def theirs(model, lora):
+    """Return the same logits, computed by peft with this LoRA."""
     model.set_adapter(lora)
-    return export.peft_logits(model, IDS, TOKENS)
+    if model.config.is_encoder_decoder:
+        return model(input_ids=IDS, labels=TOKENS).logits[0]
+    return model(torch.cat((IDS, TOKENS), 1)).logits[0, IDS.shape[1] - 1 : -1]
 
 
 def hf_model(folder):
@@ -145,7 +151,7 @@ def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, 
     adapters.fit_router([base.embed(random_ids(20, 7))])
     loras = [tmp_path / f"abstract-{k + 1}" for k in range(K)]
     for k, lora in enumerate(loras):
-        assert export.save_peft(adapters, torch.eye(K)[k], lora, "base") == 12
+        assert save_peft(adapters, torch.eye(K)[k], lora, "base") == 12
 
     model = in_peft(folder, loras)
     for k, lora in enumerate(loras):
@@ -167,14 +173,14 @@ def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, 
 def test_saved_routing_is_that_of_folded_and_comes_back_as_a_skill(folder, tmp_path):
     base, adapters = load_adapted(folder)
     w = torch.tensor([0.2, 0.5, 0.3])
-    assert export.save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
+    assert save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
     with adapters.folded(w):
         expected = ours(base)
     assert_close(theirs(in_peft(folder, [tmp_path / "mean"]), "mean"), expected)
 
-    lora = export.load_peft(tmp_path / "mean")
-    again, alone = load_adapted(folder, OrchMoEConfig(tasks=1, skills=1, rank=lora.rank))
-    export.set_skills(alone, [lora])
+    lora = load_peft(tmp_path / "mean")
+    again, alone = load_adapted(folder, OrchMoEConfig(abstract_tasks=1, skills=1, rank=lora.rank))
+    set_skills(alone, [lora])
     with alone.routed(w=torch.ones(1)):
         assert_close(ours(again), expected)
     assert not any(alone.parameter_groups()["skills"])  # frozen
@@ -197,9 +203,9 @@ def test_loras_of_peft_become_the_skills(folder, tmp_path):
         made_by_peft(folder, tmp_path / "a", r=2),
         made_by_peft(folder, tmp_path / "b", r=3, use_rslora=True),
     ]
-    config = OrchMoEConfig(tasks=2, skills=2, rank=3, alpha=1.5, allocation_std=0.0)
+    config = OrchMoEConfig(abstract_tasks=2, skills=2, rank=3, alpha=1.5, allocation_std=0.0)
     base, adapters = load_adapted(folder, config)
-    export.set_skills(adapters, [export.load_peft(path) for path in folders])
+    set_skills(adapters, [load_peft(path) for path in folders])
 
     model = in_peft(folder, folders)
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "average", combination_type="cat")
@@ -207,42 +213,3 @@ def test_loras_of_peft_become_the_skills(folder, tmp_path):
         adapters.Z.data[:] = torch.tensor(Z)
         with adapters.routed(w=torch.full((2,), 0.5)):
             assert_close(ours(base), theirs(model, name))
-
-
-# ------------------------------------------------------------------------------------------ --check
-
-
-def test_check_compares_a_run_with_peft(finished, tmp_path):
-    arguments = ("--out", tmp_path / "served", "--w", "1,0,0,0,0,0,0,-1", "--check")
-    said = run("export.py", "--run", "run", *arguments, cwd=finished)
-    assert "check: the logits of peft differ from ours by at most" in said
-
-
-@pytest.mark.parametrize(
-    "family, method, factor",
-    [("t5", "orchmoe", 1.01), ("llama", "orchmoe", 1.01), ("t5", "lora", math.nan)],
-)
-def test_check_refuses_a_folder_with_other_values(family, method, factor, tmp_path):
-    folder = ROOT / "tiny"
-    if family == "llama":
-        folder = tmp_path / "llama"
-        model = hf_llama("llama2")
-        model.resize_token_embeddings(1024)
-        model.save_pretrained(folder)
-    base, adapters = load_adapted(folder, method=method)
-    routings = {"lora": None}
-    if method == "orchmoe":
-        routings = {f"abstract-{k + 1}": w for k, w in enumerate(torch.eye(K))}
-    for name, w in routings.items():
-        export.save_peft(adapters, w, tmp_path / name, "base")
-    tokenizer = tokenizers.load(ROOT / "tiny")
-    arguments = (tmp_path, routings, folder, base, adapters, tokenizer)
-    export.check_in_peft(*arguments)
-
-    tensors = factors_in(tmp_path / name)  # of the last folder alone
-    for key in tensors:
-        if "lora_B" in key:
-            tensors[key] *= factor
-    save_file(tensors, tmp_path / name / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: peft computes other logits"):
-        export.check_in_peft(*arguments)

@@ -27,8 +27,8 @@ import tokenizer as tokenizers
 import train
 from experiments import plot, spans
 from experiments.pretrain import random_base
-from export import load_peft
 from helpers import ROOT, SHORT, change_config, command, interrupted, run, run_shell, trace
+from integrations.peft_folder import load_peft
 from run_folder import RunFolder
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
@@ -271,7 +271,7 @@ def test_fields_that_an_older_run_lacks_have_their_defaults(copied):
     path = copied / "config.json"
     config = runtime.read_json(path)
     del config["train"]["trainable"], config["data"]["explanation"]
-    del config["adapter"]["router_dropout"], config["torch"], config["pretrain"]
+    del config["adapter"]["gumbel"], config["torch"], config["pretrain"]
     runtime.write_json(path, config)
     assert resumed(copied) == before
 
@@ -282,7 +282,6 @@ RUN_FIELDS = [  # values that config.json of a run must not have
     ("train", "lr_router", 10**400),
     ("train", "stepz", 8),
     ("train", "schedule", "cosine"),
-    ("train", "loras", [1]),
     ("data", "num_neg", -1),
     ("adapter", "rank", 0),
     ("adapter", "targets", "q"),

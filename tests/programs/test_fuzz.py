@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 import checkpoint
 import data
-import export
 import metrics
 import runtime
 import tokenizer as tokenizers
@@ -37,6 +36,7 @@ from helpers import (
     write_pieces,
     write_words,
 )
+from integrations import peft_folder
 from orchmoe import OrchMoEConfig
 from run_folder import RunFolder
 
@@ -230,7 +230,7 @@ def test_adapters(folder, info):
 
 LORA = runtime.to_json(
     {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
-    | dict.fromkeys(export.REFUSED)
+    | dict.fromkeys(peft_folder.REFUSED)
 )
 KEY_A = "base_model.model.q.lora_A.weight"
 KEY_B = KEY_A.replace("A", "B")
@@ -248,7 +248,7 @@ def test_peft_folders(folder, config, tensors):
     (path / "adapter_config.json").write_bytes(config)
     save_file(tensors, path / "adapter_model.safetensors")
     with refusing(path):
-        lora = export.load_peft(path)
+        lora = peft_folder.load_peft(path)
         assert isinstance(lora.base, str)
         assert 2 * len(lora.factors) == len(tensors) > 0
         for A, B in lora.factors.values():

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
+import orchmoe
 import run_folder
 import runtime
 import tokenizer as tokenizers
@@ -37,10 +39,11 @@ from helpers import (
     write_task,
 )
 from orchmoe import OrchMoEConfig
-from runtime import read_json
+from runtime import UserError, read_json
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 RESUME = ["train.py", "--resume", "--out", "run", "--device", "cpu"]
+BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "1"]
 EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu"]
 
 # ------------------------------------------------------------------------------------ a whole run
@@ -215,7 +218,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     task["Instances"][0]["output"] = ["changed"]
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
-    export = ["export.py", "--run", "run", "--out", "served", "--routing", "mean", *moved]
+    export = ["export.py", "--run", "run", "--out", "served", "--mean", *moved]
     contents = "digests (contents of task files or split lists)"
     require_changed(contents, [*EVALUATE, *moved], [*RESUME, *moved], export)
 
@@ -413,9 +416,22 @@ def test_lack_of_memory_or_compiler_prints_one_line(error, beginning, monkeypatc
     assert message.count("\n") == 1
 
 
-def test_bug_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a bug"):
-        runtime.run_program(mock.Mock(side_effect=RuntimeError("a bug")))
+@pytest.mark.parametrize(
+    "owner, name",
+    [(data, "collate"), (orchmoe.TaskRouter, "forward"), (evaluation.metrics, "score")],
+    ids=["batch", "router", "metric"],
+)
+def test_bug_keeps_its_traceback(home, monkeypatch, owner, name):
+    """A ValueError of Python is a bug, wherever it is raised. It is no mistake of the user."""
+
+    def unpack(*args, **options):
+        _first, _second = (1, 2, 3)
+
+    monkeypatch.setattr(owner, name, unpack)
+    monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF])
+    monkeypatch.chdir(home)
+    with pytest.raises(ValueError, match="^too many values to unpack"):
+        runtime.run_program(train.main)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +439,7 @@ def test_bug_keeps_its_traceback():
 )
 def test_failing_process_names_its_rank(joined, expected, monkeypatch):
     """Before the processes have joined, all meet the same error, and rank 0 prints it."""
-    monkeypatch.setattr(train, "main", mock.Mock(side_effect=ValueError("bad")))
+    monkeypatch.setattr(train, "main", mock.Mock(side_effect=UserError("bad")))
     monkeypatch.setattr(runtime, "rank", lambda: 1)
     monkeypatch.setattr(runtime, "local_rank", lambda: 1)
     monkeypatch.setattr(runtime.dist, "is_initialized", lambda: joined)
@@ -458,7 +474,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
     "train.py --gpu -1": "--gpu -1: there are ",
-    "train.py --max-tasks 1 --train-instances 5": "fit_router: 5 sources are too few for K = 8",
+    "train.py --max-tasks 1 --train-instances 5": "5 training examples are too few for K = 8",
     "train.py --steps 0": "--steps 0: give 1 or more",
     "train.py --batch-size 0": "--batch-size 0: give 1 or more",
     "train.py --accumulate 0": "--accumulate 0: give 1 or more",
@@ -483,7 +499,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --model tiny --ask Go --input word --out x": ALONE,
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
-    "train.py --method poly --tasks 64": "--tasks: --method poly does not use it",
+    "train.py --method poly --abstract-tasks 64": "--abstract-tasks: --method poly does not use it",
     "train.py --method full --rank 3": "--rank: --method full does not use it",
     "train.py --lr-full 3": "--lr-full: --method orchmoe --router sample does not use it",
     "train.py --router none --router-norm none": "--router-norm: --method orchmoe --router none",

@@ -1,5 +1,6 @@
-"""Runs that start from a finished run (--start, --trainable) or from LoRAs (--loras)."""
+"""Runs that start from a finished run (--start, --trainable) or from LoRAs (docs/use.md)."""
 
+import re
 import shutil
 from unittest import mock
 
@@ -9,12 +10,11 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
-import export
 import run_folder
 import runtime
 import train
 from helpers import ROOT, change_config, interrupted, run, trace, write_lists
-from runtime import read_json, write_json
+from runtime import read_json
 
 SIZES = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8"]
 SIZES += ["--warmup", "0", "--device", "cpu", "--eval-instances", "8"]
@@ -25,15 +25,12 @@ UNFIT = [("poly", "train", {"method": "poly"}), ("unrouted", "adapter", {"router
 def home(finished, tmp_path_factory):
     """Return the working folder of the tests, which give their runs different names.
 
-    It has `run`, the finished run; `served`, that run as LoRAs; `foreign`, a LoRA of another base;
-    `data`, with one task that the run has not seen; and configs of runs that cannot be continued.
+    It has `run`, the finished run; `served`, that run as LoRAs; `data`, with
+    one task that the run has not seen; and configs of runs that cannot be continued.
     """
     folder = tmp_path_factory.mktemp("start")
     (folder / "run").symlink_to(finished / "run")
     run("export.py", "--run", "run", "--out", "served", cwd=folder)
-    shutil.copytree(folder / "served/abstract-2", folder / "foreign")
-    config = read_json(folder / "foreign/adapter_config.json")
-    write_json(folder / "foreign/adapter_config.json", config | {"base_model_name_or_path": "x"})
     unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
     write_lists(folder / "data", [unseen], [])
     (folder / "data/tasks").symlink_to(ROOT / "sni/tasks")
@@ -129,47 +126,43 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
         assert (home / "on" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------ --loras
+# ------------------------------------------------------------------------- existing LoRAs as skills
 
 
-def test_loras_become_skills_and_stay_frozen(home):
-    arguments = ["--loras", "served/abstract-1,served/abstract-2", "--data", "data", *SIZES]
-    output = run("train.py", *arguments, "--out", "loras", cwd=home)
-    assert "orchmoe: 0 in skills + 1,608 in routing" in output
-    assert "| start |" in output
+def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monkeypatch):
+    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n([^`]*set_skills[^`]*)```", page)
+    monkeypatch.chdir(home)
+    (home / "tiny").symlink_to(ROOT / "tiny")
+    snippet = snippet.replace('"lora-a", "lora-b"', '"served/abstract-1", "served/abstract-2"')
+    short = "steps=4, eval_every=4, batch_size=8, eval_instances=8, warmup=0"
+    names = {}
+    exec(snippet.replace("steps=600", short), names)
+    assert read_json(home / "runs/loras/scores.json").keys() == {"start", "orchmoe"}
 
-    after, metadata = checkpoint.load_adapter(home / "loras/adapter.safetensors")
-    fixed = {"skills": 2, "rank": 8, "alpha": None, "allocation_std": 0.0}
-    assert metadata["config"] == metadata["config"] | fixed
+    after, metadata = checkpoint.load_adapter(home / "runs/loras/adapter.safetensors")
+    assert metadata["config"]["skills"] == 2 and metadata["config"]["rank"] == 8
     ours = "encoder.blocks.0.attention.q"
     theirs = "encoder.block.0.layer.0.SelfAttention.q"
-    for s, folder in enumerate(("abstract-1", "abstract-2")):
-        A, B = export.load_peft(home / "served" / folder).factors[theirs]
+    for s, lora in enumerate(names["loras"]):
+        A, B = lora.factors[theirs]
         assert torch.equal(after[f"{ours}.skill_A"][s], A)
         assert torch.equal(after[f"{ours}.skill_B"][s], B.T)
     assert after["Z"].abs().max() > 0.01  # it started at 0
+    run("eval.py", "--run", "runs/loras", "--split", "dev", "--device", "cpu", cwd=home)
 
 
 # ----------------------------------------------------------------------------------------- mistakes
 
-LORA = "--loras served/abstract-1"
 MISTAKES = {  # flags -> beginning of the message
     "--trainable router": "--trainable router: give --start with it",
-    f"--start run {LORA}": "--start and --loras: give one of the two",
     "--start run --rank 4": "--rank: is fixed by --start",
     "--start run --method lora": "--method: is fixed by --start",
     "--start nowhere": "nowhere/config.json: does not exist",
-    f"{LORA},nowhere": "nowhere/adapter_config.json: does not exist",
-    f"{LORA},foreign": "--loras: different bases",
-    f"{LORA} --targets q": "served/abstract-1: its Linears are not those of this base and "
-    "--targets: [('decoder.block.0.layer.0.SelfAttention.v'",
     "--start run --trainable mixture --lr-router 1": "--lr-router: nothing trains at that rate",
-    f"{LORA} --lr-skills 1": "--lr-skills: nothing trains at that rate",
-    f"{LORA} --skills 2": "--skills: is fixed by --start or --loras",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
     "--start unrouted --trainable mixture": "--trainable mixture: unrouted has no such parameters",
     "--resume --out run --start other": "--start other: the run in run has ''",
-    "--resume --out run --loras other": "--loras ('other',): the run in run has ()",
 }
 
 

@@ -1,4 +1,4 @@
-"""What people read: walkthrough, drawing, scaling page, progress bars and figures."""
+"""What people read: walkthrough, drawing, table of memory, progress bars and figures."""
 
 import json
 import multiprocessing
@@ -63,8 +63,8 @@ def size_of(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_scaling_page_has_the_computed_memory():
-    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+def test_page_on_data_has_the_computed_memory():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     for name, config in compare.SIZES.items():
         with torch.device("meta"):
             base = t5.T5(config)

@@ -1,7 +1,4 @@
-"""docs/options.md equals the help texts of the programs, and commands in the pages are accepted.
-
-Print the page: python tests/repo/test_options.py > docs/options.md
-"""
+"""Commands in the pages are accepted by the programs, and every flag has a help text."""
 
 import argparse
 import contextlib
@@ -9,14 +6,10 @@ import importlib
 import re
 import shlex
 import sys
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pytest does it by itself
-
-import runtime  # noqa: E402
+import runtime
+from helpers import ROOT
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
 STUDIES = tuple(
@@ -26,12 +19,6 @@ STUDIES = tuple(
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
 )
-HEAD = """# Options
-
-The flags of the programs, as `--help` prints them. With `--run` or `--start`, the settings of data
-and prompt are those of the run unless a flag gives them. With `--resume`, all settings are those of
-the run; only the paths that it already has may change.
-"""
 
 
 def parser_of(program):
@@ -46,41 +33,10 @@ def parser_of(program):
     return parse.call_args.args[0]
 
 
-def rows(program):
-    """Return the lines of the table of a program: a title for each group, a line for each flag."""
-    lines = []
-    for group in parser_of(program)._action_groups:
-        actions = []
-        for action in group._group_actions:
-            if action.help != argparse.SUPPRESS and action.dest != "help":
-                actions.append(action)
-        if actions and group.title not in ("options", "positional arguments"):
-            lines.append(f"| **{group.title}** | |")
-        for action in actions:
-            flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
-            text = action.help.replace("%%", "%")
-            if action.choices:
-                text = f"{', '.join(action.choices)}: {text}"
-            lines.append(f"| {flags} | {text} |")
-    return lines
-
-
-def page():
-    lines = [HEAD]
-    for program in PROGRAMS:
-        title = program if "." in program else f"{program}.py"  # python -m runs a module
-        lines += [f"## {title}", "", "| flag | what it does |", "|---|---|", *rows(program), ""]
-    return "\n".join(lines)
-
-
-def test_page_of_options_equals_the_help_texts():
-    assert (ROOT / "docs/options.md").read_text(encoding="utf-8") == page()
-
-
 def test_commands_of_the_pages_are_accepted():
     parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES}
     count = 0
-    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+    for path in (ROOT / "README.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
         text = path.read_text(encoding="utf-8").replace("\\\n", "")
         for program, words in COMMAND.findall(text):
             if program in parsers:
@@ -103,7 +59,3 @@ def test_help_of_compare_has_its_own_defaults_and_hides_what_it_sets():
     found = {action.dest: action.help for action in parser_of("experiments.compare")._actions}
     assert found["steps"].endswith("(default: 200)")
     assert found["method"] == found["seed"] == found["extra_rank"] == argparse.SUPPRESS
-
-
-if __name__ == "__main__":
-    print(page(), end="")

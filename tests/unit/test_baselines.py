@@ -19,7 +19,7 @@ from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
 
 S, R, T, D = 3, 2, 5, 32
-CONFIG = OrchMoEConfig(skills=S, rank=R, tasks=4, alpha=5.0)
+CONFIG = OrchMoEConfig(skills=S, rank=R, abstract_tasks=4, alpha=5.0)
 TASK_IDS = torch.tensor([4, 0, -1, 2])
 BY_TASK_ID = ("poly", "mhr", "c-poly")
 # Most tests call only one of the adapted Linears.

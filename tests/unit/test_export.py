@@ -1,4 +1,4 @@
-"""Test export.py: the files that it writes and reads, the program, and what it refuses.
+"""Test export.py and integrations/peft_folder.py: files, the program, and what they refuse.
 
 parity/test_peft.py compares the logits of exported folders with those of peft.
 """
@@ -6,7 +6,6 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -17,10 +16,19 @@ import eval as evaluation
 import export
 import run_folder
 import runtime
-from helpers import EXPORT_CONFIG, ROOT, change_config, factors_in, load_adapted, run
+from helpers import (
+    EXPORT_CONFIG,
+    ROOT,
+    change_config,
+    check_equal,
+    factors_in,
+    load_adapted,
+    run,
+)
+from integrations.peft_folder import load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter
 
-K = EXPORT_CONFIG.tasks
+K = EXPORT_CONFIG.abstract_tasks
 
 
 def config_of(lora):
@@ -42,7 +50,7 @@ def config_of(lora):
 def test_save_peft_refuses_what_no_lora_computes(method, w, ranks, reason, tmp_path):
     _, adapters = load_adapted(ROOT / "tiny", method=method)
     with pytest.raises(ValueError, match=f"not written: .*{reason}"):
-        export.save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
+        save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
     assert not (tmp_path / "out").exists()
 
 
@@ -69,7 +77,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
 
     change_config(copied, "data", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
-    arguments = ("--routing", "mean", "--data", ROOT / "sni", "--pad-rank")
+    arguments = ("--mean", "--data", ROOT / "sni", "--pad-rank")
     run("export.py", "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
     served = copied.parent / "served"
     names = [f"abstract-{k}" for k in range(1, 9)]
@@ -107,38 +115,30 @@ def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
     }
 
 
-PROMPT = "Definition: Say the first word."
-
-
-def test_program_takes_the_routing_of_a_prompt_or_given_weights(finished, tmp_path):
-    w = ",".join(str(value) for value in w_of(finished / "run", PROMPT).tolist())
-    sample, given = tmp_path / "sample", tmp_path / "w"
-    base = ("--base", "google/flan-t5-base")
-    arguments = ("--out", sample, "--routing", "sample", "--input", PROMPT, *base)
-    run("export.py", "--run", "run", *arguments, cwd=finished)
-    run("export.py", "--run", "run", "--out", given, "--w", w, cwd=finished)
-    assert config_of(sample / "sample")["base_model_name_or_path"] == "google/flan-t5-base"
-    expected = factors_in(given / "w")
-    for name, tensor in factors_in(sample / "sample").items():
-        torch.testing.assert_close(tensor, expected[name])
+def test_program_takes_given_weights(finished, tmp_path):
+    w = torch.tensor([-1.0, 2, 0, 0, 0, 0, 0, 0.5])
+    arguments = ("--w=" + ",".join(map(str, w.tolist())), "--base", "google/flan-t5-base")
+    run("export.py", "--run", "run", "--out", tmp_path / "out", *arguments, cwd=finished)
+    assert config_of(tmp_path / "out/w")["base_model_name_or_path"] == "google/flan-t5-base"
+    _, adapters, _ = load_run(finished / "run")
+    save_peft(adapters, w, tmp_path / "expected", "base")
+    check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
 
 
 GIVEN = "--run run --out x"
 MISTAKES = {  # flags -> beginning of the message
     "": "give --run",
-    f"{GIVEN} --routing sample": "--routing sample needs --input",
-    f"{GIVEN} --input a": "--routing sample needs --input",
     f"{GIVEN} --w 1,2": "--w: 2 numbers",
     f"{GIVEN} --w 1,0,0,0,0,0,0,nan": "--w: 8 numbers, or some are not finite",
     f"{GIVEN} --w 1,two": "--w: could not convert",
-    f"{GIVEN} --w 1,2 --routing mean": "--w and --routing: give one",
-    f"{GIVEN} --data sni": "--data: only --routing mean reads data",
-    "--run run --out run": "run: not empty",
+    f"{GIVEN} --data sni": "--data: only --mean reads data",
+    "--run run --out empty": "empty: exists",
 }
 
 
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line(flags, beginning, copied):
+    (copied.parent / "empty").mkdir()
     said = run("export.py", *flags.split(), cwd=copied.parent, code=2)
     assert said.startswith(f"export.py: error: {beginning}") and said.count("\n") == 1
 
@@ -152,13 +152,7 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
     assert f"run: --method {method}" in said and reason in said
 
 
-def test_check_without_peft_is_refused_before_anything_is_written(finished, tmp_path, monkeypatch):
-    pytest.importorskip("transformers")  # it is looked for first
-    monkeypatch.setitem(sys.modules, "peft", None)
-    arguments = ("--out", tmp_path / "served", "--check")
-    said = run("export.py", "--run", "run", *arguments, cwd=finished, code=2)
-    assert "--check: peft is not installed" in said
-    assert not (tmp_path / "served").exists()
+PROMPT = "Definition: Say the first word."
 
 
 def test_snippet_of_the_serving_page_computes_w(finished, tmp_path, monkeypatch):
@@ -170,7 +164,9 @@ def test_snippet_of_the_serving_page_computes_w(finished, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     found = {"prompt": PROMPT}
     exec(snippet, found)
-    expected = w_of(finished / "run", PROMPT)
+    base, adapters, tokenizer = load_run(finished / "run")
+    with torch.no_grad():
+        expected = adapters.router(base.embed(torch.tensor([tokenizer.source(PROMPT)])))[0]
     torch.testing.assert_close(found["w"], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -180,7 +176,7 @@ def test_snippet_of_the_serving_page_computes_w(finished, tmp_path, monkeypatch)
 @pytest.fixture
 def lora(tmp_path):
     _, adapters = load_adapted(ROOT / "tiny")
-    export.save_peft(adapters, torch.eye(K)[0], tmp_path / "lora", "base")
+    save_peft(adapters, torch.eye(K)[0], tmp_path / "lora", "base")
     return tmp_path / "lora"
 
 
@@ -210,7 +206,7 @@ def test_load_peft_refuses_what_is_no_plain_lora(config, tensors, lora):
     (lora / "adapter_config.json").write_text(json.dumps(config_of(lora) | config))
     save_file(factors_in(lora) | tensors, lora / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"^{lora}/adapter_.*: ") as refusal:
-        export.load_peft(lora)
+        load_peft(lora)
     assert "\n" not in str(refusal.value)
 
 
@@ -227,6 +223,6 @@ def test_set_skills_refuses_loras_that_do_not_fit(options, loras, message, lora)
     config = OrchMoEConfig(**{"skills": 1, "rank": 8, **options})
     _, adapters = load_adapted(ROOT / "tiny", config)
     with pytest.raises(ValueError, match=message):
-        export.set_skills(adapters, loras * [export.load_peft(lora)])
+        set_skills(adapters, loras * [load_peft(lora)])
     # Nothing is frozen.
     assert len(adapters.parameter_groups()["skills"]) == 2 * len(adapters.linears)

@@ -1,6 +1,7 @@
 """kernels.py against slow twins in float64: outputs and every gradient, for all forms of c, with
 and without the frozen weight; what backward keeps and computes; autocast and compilation."""
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,60 @@ def test_the_only_argument_that_trains_gets_its_gradient(shape, linear):
         for i in range(4):
             given[i] = given[i].detach().requires_grad_(i == trained)
         assert_equal_twins(kernels.mix_skills, mix_skills_slow, given)
+
+
+def set_slice(y):
+    y[..., 1:7] = 1
+    return y
+
+
+IN_PLACE = {
+    "relu": torch.nn.ReLU(inplace=True),
+    "dropout": torch.nn.Dropout(0.5, inplace=True),
+    "add": lambda y: y.add_(1),
+    "mul": lambda y: y.mul_(y.detach().clone()),
+    "clamp": lambda y: y.clamp_(-1, 1),
+    "slice": set_slice,
+    "view": lambda y: y.view(2, -1).sigmoid_(),
+}
+
+
+@pytest.mark.parametrize("size", [(B, L, D), (B, D), (D,)])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_the_output_of_an_adapted_linear_may_be_changed_in_place(change, size):
+    def twin(mix):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(D, D_OUT))).double()
+        config = orchmoe.OrchMoEConfig(router="none", targets=("q",))
+        adapters = orchmoe.attach(base, config, mix)
+        torch.nn.init.normal_(base.q.skill_B)
+        x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        with adapters.routed():
+            y = base.q(x)
+            y = IN_PLACE[change](y)
+            return y, *torch.autograd.grad(
+                y.square().sum(), [x, *base.q.skill_parameters().values()]
+            )
+
+    torch.testing.assert_close(twin(kernels.mix_skills), twin(orchmoe.mix_skills))
+
+
+def test_a_model_that_clips_its_queries_in_place_trains():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.OlmoConfig(**sizes, num_attention_heads=2, clip_qkv=0.1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(12).view(2, 6)
+    gradients = []
+    for mix in (kernels.mix_skills, orchmoe.mix_skills):
+        skills = orchmoe.OrchMoEConfig(targets=("q_proj", "v_proj"))
+        adapters = orchmoe.attach(model, skills, mix, generator=torch.Generator().manual_seed(0))
+        with adapters.routed(model.get_input_embeddings()(ids)):
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([linear.skill_B.grad for linear in adapters.linears.values()])
+        adapters.detach()
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_second_derivative_is_an_error():

@@ -133,11 +133,18 @@ def test_rows_that_cannot_be_computed_are_refused(llama_pair, llama_batch):
         own.loss(ids, mask, labels)
 
     ids = torch.full((1, 60), 9)
-    own.loss(ids, ids > 0, ids[:, :4])
-    own.generate(ids, ids > 0, max_new_tokens=5)  # the last token is not read
-    too_long = "65 tokens, but the model has 64 positions"
+    example = make_example("", [9] * 60, [[9] * 5])
+    words = SimpleNamespace(eos_ids=own.config.eos_ids)
+    # The last token of a row is not read.
+    own.loss(ids, ids > 0, ids[:, :5])
+    own.generate(ids, ids > 0, max_new_tokens=5)
+    evaluation.require_fit(own, words, [example], max_new_tokens=5)
+
+    too_long = "65 positions, but the model has 64 positions"
     with pytest.raises(ValueError, match=too_long):
-        own.loss(ids, ids > 0, ids[:, :5])
+        own.loss(ids, ids > 0, ids[:, :6])
+    with pytest.raises(ValueError, match=too_long):
+        evaluation.require_fit(own, words, [example], max_new_tokens=6)
     with pytest.raises(ValueError, match=too_long):
         own.generate(ids, ids > 0, max_new_tokens=6)
 

@@ -23,7 +23,7 @@ sample_and_token = pytest.mark.parametrize("router", ["sample", "token"])
 
 def attached(base, **options):
     """Return adapters in `base`, all in float64, whose outputs depend on B, Z and the router."""
-    config = OrchMoEConfig(**{"tasks": 5, "skills": 3, "rank": 2, **options})
+    config = OrchMoEConfig(**{"abstract_tasks": 5, "skills": 3, "rank": 2, **options})
     adapters = attach(base, config, generator=seeded_generator(2))
     base.double()
     generator = seeded_generator(3)
@@ -91,7 +91,7 @@ def w_in_numpy(router, embeddings, mask):
 
 @pytest.mark.parametrize("options", [{}, {"router_attention": False}, {"router_norm": "none"}])
 def test_w_is_the_formula_in_numpy(options):
-    router = TaskRouter(24, OrchMoEConfig(tasks=5, **options)).double()
+    router = TaskRouter(24, OrchMoEConfig(abstract_tasks=5, **options)).double()
     generator = seeded_generator()
     for tensor in router.state_dict().values():
         tensor.uniform_(0.5, 1, generator=generator)
@@ -180,14 +180,14 @@ def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
 
 @pytest.mark.parametrize("std", [0.0, 3.0])
 def test_Z_starts_with_the_given_standard_deviation(std):
-    config = OrchMoEConfig(targets=("0",), tasks=64, skills=32, allocation_std=std)
+    config = OrchMoEConfig(targets=("0",), abstract_tasks=64, skills=32, allocation_std=std)
     Z = attach(nn.Sequential(nn.Linear(4, 4)), config).Z
     assert Z.std().item() == pytest.approx(std, rel=0.1)
 
 
 @pytest.mark.parametrize("norm", ["softmax", "none"])
 def test_the_initial_bias_gives_uniform_w_for_zero_x_hat(norm):
-    router = TaskRouter(16, OrchMoEConfig(tasks=5, router_norm=norm))
+    router = TaskRouter(16, OrchMoEConfig(abstract_tasks=5, router_norm=norm))
     torch.testing.assert_close(router(torch.zeros(1, 3, 16)), torch.full((1, 5), 1 / 5))
 
 
@@ -224,7 +224,7 @@ def test_equal_weights_are_the_matched_lora(small_t5, skills):
 
 @pytest.mark.parametrize("norm", ["softmax", "none"])
 def test_token_router_with_identity_allocation_is_moe_lora(small_t5, norm):
-    adapters = attached(small_t5, router="token", router_norm=norm, tasks=3)
+    adapters = attached(small_t5, router="token", router_norm=norm, abstract_tasks=3)
     with torch.no_grad():
         adapters.Z.copy_(torch.eye(3).mul(200).sub(100))  # so that sigmoid(Z) is the identity
 
@@ -255,34 +255,6 @@ def test_router_none_is_the_mean_row_for_every_sample():
     adapters = small(router="none")
     mean_row = adapters.allocation_weights()[0].mean(1)  # (N,S)
     torch.testing.assert_close(adapters.route().c[:, 0], mean_row, **EXACT)
-
-
-# ---------------------------------------------------------------------------------- routing dropout
-
-
-def test_dropped_samples_have_exactly_the_mean_routing():
-    adapters = small(router_dropout=0.3).train()
-    x = random(3, 5, 16)
-    routing = adapters.route(x, drop=torch.tensor([False, True, False]))
-    assert (routing.w[1] == 1 / 5).all()
-    assert torch.equal(routing.w[[0, 2]], adapters.router(x)[[0, 2]])
-    mean_row = adapters.allocation_weights()[0, 0].mean(0)
-    torch.testing.assert_close(routing.c[0, 1], mean_row, **EXACT)
-    given = torch.eye(5)[:3]  # a given w is not dropped
-    assert torch.equal(adapters.route(w=given, drop=torch.ones(3)).w, given)
-
-
-def test_the_configured_share_of_samples_is_dropped():
-    torch.manual_seed(0)
-    w = small(router_dropout=0.3).train().route(random(2000, 2, 16)).w
-    assert (w == 1 / 5).all(1).double().mean().item() == pytest.approx(0.3, abs=0.03)
-
-
-def test_nothing_is_dropped_in_evaluation_or_without_the_option():
-    x = random(3, 5, 16)
-    for adapters in (small(router_dropout=0.5).eval(), small().train()):
-        dropped = adapters.route(x, drop=torch.ones(3, dtype=torch.bool))
-        assert torch.equal(dropped.w, adapters.router(x))
 
 
 # -------------------------------------------------------------------------------------- invariances
@@ -486,14 +458,12 @@ def test_the_width_can_be_given(width, expected):
 @pytest.mark.parametrize(
     "options",
     [
-        {"tasks": 0},
-        {"tasks": 8.0},
+        {"abstract_tasks": 0},
+        {"abstract_tasks": 8.0},
         {"rank": -1},
         {"alpha": 0.0},
         {"alpha": math.nan},
         {"allocation_std": -1.0},
-        {"router_dropout": 1.5},
-        {"router_dropout": 0.5, "router": "token"},
         {"targets": ()},
         {"targets": "q"},
         {"router": "tokens"},
@@ -581,7 +551,7 @@ def clustered():
 
 def fitted(x_hat, **options):
     """Return a router that was fitted to x_hat (M,32), and the logits (M,4) without their bias."""
-    router = TaskRouter(32, OrchMoEConfig(tasks=4, **options), seeded_generator(1))
+    router = TaskRouter(32, OrchMoEConfig(abstract_tasks=4, **options), seeded_generator(1))
     router.fit(x_hat, seeded_generator())
     return router, F.linear((x_hat - router.mu) / router.sd, router.W_task.detach())
 
@@ -635,7 +605,7 @@ def test_fit_router_refuses_sources_that_are_not_finite():
 
 
 @pytest.mark.parametrize(
-    "options, least", [({}, 5), ({"tasks": 1}, 2), ({"router_init": "normal"}, 2)]
+    "options, least", [({}, 5), ({"abstract_tasks": 1}, 2), ({"router_init": "normal"}, 2)]
 )
 def test_too_few_sources_are_refused(options, least):
     adapters, x = small(**options), random(least, 7, 16)

@@ -120,16 +120,12 @@ def test_gradient_is_clipped_to_the_largest_norm(take_step, largest, monkeypatch
 # --------------------------------------------------------------------------------------- one step
 
 
-def test_routing_noise_of_a_row_is_its_own_and_independent_of_its_dropout(small_t5):
-    adapters = adapted(small_t5, gumbel=True, router_dropout=0.3)
-    noise, drop = train.routing_noise(adapters, 0, 0, range(400))
-    noise = noise.flatten(1)[:, 0]
-    assert len(noise.unique()) == 400
-    assert drop.float().mean() == pytest.approx(0.3, abs=0.05)
-    assert noise[drop].mean() == pytest.approx(0.5, abs=0.1)
+def test_routing_noise_of_a_row_is_its_own(small_t5):
+    noise = train.routing_noise(adapted(small_t5, gumbel=True), 0, 0, range(400))
+    assert len(noise.flatten(1)[:, 0].unique()) == 400
 
 
-@pytest.mark.parametrize("options", [{}, {"router_dropout": 0.5}, {"gumbel": True}])
+@pytest.mark.parametrize("options", [{}, {"gumbel": True}])
 def test_micro_batches_add_up_to_the_whole_step(take_step, options):
     """Loss, norm and entropy are those of all rows. Noise belongs to a row, not to its part."""
     whole, _ = take_step(**options)
@@ -254,7 +250,7 @@ def test_full_training_keeps_float32_weights_and_computes_in_bfloat16(first_step
 
 
 def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
-    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(tasks=2)).double()
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(abstract_tasks=2)).double()
     train.fit_router(small_t5, adapters, examples, DEFAULTS)
     summaries = []
     for example in examples:

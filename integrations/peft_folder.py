@@ -1,0 +1,236 @@
+"""PEFT folders out and in: save adapters as a LoRA in PEFT's form, and make LoRAs the skills.
+
+OrchMoE is K LoRAs of rank S R, mixed by the router: sum_k w_k LoRA_k. All have the same A, which is
+A_1 to A_S below one another. The B of LoRA k is scale * Zhat_ks B_s for s = 1 to S. So adapters
+under one routing are a plain LoRA, which `save_peft` writes; export.py is the program around it.
+The other way round, `load_peft` and `set_skills` make existing LoRAs the skills.
+
+Letters: K abstract tasks, S skills, R rank of a skill, r rank of a LoRA, D input width, O output
+width, N adapted Linears.
+
+Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import kernels
+import runtime
+from orchmoe import Adapters, SkillLinear
+from runtime import UserError
+
+LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+# Fields of adapter_config.json that make an adapter more than W + scale B A in some Linears.
+REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+# Other ways to start a LoRA change the base: pissa, loftq and more.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class Lora(NamedTuple):
+    """A LoRA: it adds scale * B A to the weight of each of its Linears."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]  # name in transformers -> A (r,D) and scale * B (O,r)
+    rank: int  # r
+    base: str  # name or folder of the base, as adapter_config.json has it
+    folder: str
+
+
+def linears_by_hf_name(adapters: Adapters) -> dict[str, SkillLinear]:
+    """Return the adapted Linears by the names that they have in transformers."""
+    linears = {}
+    for name, linear in adapters.linears.items():
+        # The rename rules expect the dot between the name of a module and its parameter.
+        hf_name = checkpoint.hf_name(adapters.module, f"{name}.").removesuffix(".")
+        linears[hf_name] = linear
+    return linears
+
+
+@torch.no_grad()
+def save_peft(
+    adapters: Adapters,
+    w: Tensor | None,
+    folder: str | Path,
+    base: str,
+    *,
+    ranks: Sequence[int] = (),
+) -> int:
+    """Write the skills under one routing as a LoRA in PEFT's form, and return its rank r.
+
+    w: (K,), the weights of the abstract tasks; None for a method without a router.
+    base: the name by which a server knows the base.
+    ranks: r is S R or, if `ranks` are given, the smallest of them that is at least S R; the
+        factors are filled up with zeros.
+
+    Raise UserError if no LoRA equals this routing, or if all `ranks` are below S R.
+    """
+    linears = linears_by_hf_name(adapters)
+
+    reason = adapters.unfoldable()
+    if any(linear.skill_mix is kernels.mix_factors for linear in linears.values()):
+        reason = "skills that mix their factors are no LoRA of rank S R"
+    if reason:
+        raise UserError(f"{folder}: not written: {reason}")
+
+    # One rank for all Linears, since servers ignore patterns of ranks.
+    r = max(linear.skill_A.shape[0] * linear.skill_A.shape[1] for linear in linears.values())
+    if ranks:
+        large_enough = [rank for rank in ranks if rank >= r]
+        if not large_enough:
+            raise UserError(f"{folder}: not written: its rank {r} is above all of {ranks}")
+        r = min(large_enough)
+
+    c = adapters.route(w=w).c  # (N,1,S)
+    if c.shape[1] != 1:
+        raise UserError(f"{folder}: not written: give the w (K,) of one sample, not {c.shape[1]}")
+
+    tensors = {}
+    for (name, linear), c_linear in zip(linears.items(), c.squeeze(1), strict=True):
+        A = linear.skill_A.flatten(0, 1)  # (S R,D)
+        B = linear.skill_scale * c_linear[:, None, None] * linear.skill_B  # (S,R,O)
+        B = B.flatten(0, 1).T  # (O,S R)
+        padding = r - len(A)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padding))  # (r,D)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(B, (0, padding))  # (O,r)
+
+    task_type = "SEQ_2_SEQ_LM" if hasattr(adapters.module, "encoder") else "CAUSAL_LM"
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": r,  # the scale is in B already
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in linears}),
+        "inference_mode": True,
+    }
+    checkpoint.write_safetensors(
+        Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"}
+    )
+    runtime.write_json(Path(folder) / "adapter_config.json", peft_config)
+    return r
+
+
+def load_peft(folder: str | Path) -> Lora:
+    """Return the LoRA in a PEFT folder. Raise UserError if it is more than a plain LoRA."""
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    runtime.require_path(path, "name the folder of a LoRA as peft saves it")
+    values = runtime.read_json(path)
+    with runtime.reading(path, "name the folder of a plain LoRA"):
+        require_plain(values)
+        r = values["r"]
+        alpha = values["lora_alpha"]
+        base = values["base_model_name_or_path"]
+        if type(r) is not int or r < 1 or not isinstance(base, str):
+            raise ValueError(
+                f"r {r!r:.40} must be a whole number above 0, and base_model_name_or_path "
+                f"{base!r:.40} a text"
+            )
+        scale = alpha / r
+        if values.get("use_rslora"):
+            scale = alpha / math.sqrt(r)
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        path = folder / "adapter_model.bin"
+    tensors = checkpoint.read_tensors(path)
+    with runtime.reading(path):
+        factors = pair_factors(tensors, r, scale)
+    return Lora(factors=factors, rank=r, base=base, folder=str(folder))
+
+
+def require_plain(values: dict[str, Any]) -> None:
+    """Raise UserError if an adapter_config.json describes more than a plain LoRA."""
+    allowed = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
+    for field in REFUSED:
+        allowed[field] = (None, False, {}, [])
+    for field, choices in allowed.items():
+        value = values.get(field)
+        if value not in choices:
+            raise UserError(f"{field} {value!r:.60} makes it more than a plain LoRA")
+
+
+def pair_factors(
+    tensors: dict[str, Tensor], r: int, scale: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A (r,D) and scale * B (O,r) by the name of their Linear.
+
+    Raise an error for a tensor that is no such factor, and for a factor without its partner.
+    """
+    names = set()
+    for key, tensor in tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if match is None or tensor.dtype not in checkpoint.FLOAT_DTYPES:
+            raise UserError(f"{key!r:.80} is no factor of a LoRA in a Linear")
+        names.add(match[1])
+    if not names:
+        raise UserError("it is empty")
+
+    factors = {}
+    for name in sorted(names):
+        A = tensors[f"base_model.model.{name}.lora_A.weight"].float()
+        B = scale * tensors[f"base_model.model.{name}.lora_B.weight"].float()
+        rank_A, _ = A.shape
+        _, rank_B = B.shape
+        if rank_A != r or rank_B != r:
+            raise UserError(f"{name!r:.80}: the factors are not of rank {r}")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise UserError(f"{name!r:.80}: the factors are not finite")
+        factors[name] = (A, B)
+    return factors
+
+
+@torch.no_grad()
+def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
+    """Make each LoRA one skill and freeze the skills, so that only the routing trains.
+
+    The adapters must have one skill for each LoRA, of the largest of their ranks or more.
+    Raise UserError if the Linears of a LoRA are not exactly the adapted ones: a Linear that is
+    left out in silence would compute as the base.
+    """
+    linears = linears_by_hf_name(adapters)
+    expected = {name: tuple(linear.weight.shape) for name, linear in linears.items()}  # (O,D)
+    for lora in loras:
+        found = {name: (len(B), A.shape[1]) for name, (A, B) in lora.factors.items()}
+        differing = sorted(found.items() ^ expected.items())
+        if differing:
+            raise UserError(
+                f"{lora.folder}: its Linears are not those of this base and --targets: "
+                f"{differing[:3]!s:.300}; give the base and the targets of the LoRA"
+            )
+
+    ranks = [lora.rank for lora in loras]
+    for name, linear in linears.items():
+        S, R, _ = linear.skill_A.shape
+        if len(loras) != S or max(ranks) > R:
+            raise UserError(f"{name}: LoRAs of ranks {ranks} do not fit {S} skills of rank {R}")
+
+    for name, linear in linears.items():
+        linear.skill_A.zero_().requires_grad_(False)
+        linear.skill_B.zero_().requires_grad_(False)
+        for s, lora in enumerate(loras):
+            A, B = lora.factors[name]
+            linear.skill_A[s, : lora.rank] = A
+            linear.skill_B[s, : lora.rank] = B.T / linear.skill_scale
