@@ -1,4 +1,4 @@
-"""Score a run, a bare model or a heuristic with the official metric of Super-NaturalInstructions.
+"""Score a run or a bare model with the official metric of Super-NaturalInstructions.
 
 Writes predictions.jsonl, which the official scoring script can read too, and scores.json. With
 --ask it prints the answer to one instruction instead, and the router's weight of each abstract
@@ -6,13 +6,13 @@ task. A run is scored with its own data settings, unless flags override them.
 
     python eval.py --run runs/orchmoe-1 --split test --gpu 0
     python eval.py --run runs/orchmoe-1 --ask "Write the first word." --input "lion, June, wolf"
-    python eval.py --heuristic copy-demo --data natural-instructions/
+    python eval.py --model tiny/ --split seen --limit 100 --device cpu
 
 Letters: M examples, K abstract tasks, T real tasks.  Test: pytest tests/programs/test_programs.py
 """
 
-import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -26,11 +26,11 @@ import data
 import metrics
 import run_folder
 import runtime
-import tokenizer as tokenizers
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
 from runtime import UserError
+from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -82,7 +82,7 @@ def predict(
     base: Backbone,
     adapters: Adapters,
     examples: Sequence[Example],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     *,
     batch_size: int = 64,
     max_new_tokens: int = 127,
@@ -229,7 +229,7 @@ def router_report(
 
 def require_fit(
     base: Backbone,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     max_new_tokens: int = 127,
 ) -> None:
@@ -269,7 +269,6 @@ class EvalConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # Hugging Face folder of a bare model; with --run: where its base is now
-    heuristic: Literal["copy-demo", "copy-input", ""] = ""  # copy a positive example or the input
     ask: str = ""  # instruction to answer instead of scoring a set; needs a --run or --model
     input: str = ""  # input text for --ask
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
@@ -284,13 +283,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         runtime.require_least(self, batch_size=1, max_new_tokens=1)
-        if bool(self.run or self.model) == bool(self.heuristic):
-            raise UserError("give --run or --model, or --heuristic alone")
-        if self.ask or self.input:
-            if not (self.ask.strip() and self.input.strip()):
-                raise UserError('give both --ask "instruction" and --input "text"')
-            if self.heuristic or self.out:
-                raise UserError("--ask: it cannot be combined with --heuristic or --out")
+        if not (self.run or self.model):
+            raise UserError("give --run, the folder of a run, or --model, the folder of a model")
+        if bool(self.ask.strip()) != bool(self.input.strip()):
+            raise UserError('give both --ask "instruction" and --input "text"')
 
     @property
     def folder(self) -> Path:
@@ -299,7 +295,7 @@ class EvalConfig:
             return Path(self.out)
         name = "eval"
         if not self.run:
-            name += f"-{self.heuristic or Path(self.model).resolve().name}"
+            name += f"-{Path(self.model).resolve().name}"
         name += f"-{self.split}"
         if self.limit:
             name += f"-{self.limit}"
@@ -309,7 +305,7 @@ class EvalConfig:
 def answer(
     base: Backbone,
     adapters: Adapters,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     config: EvalConfig,
     data_config: data.DataConfig,
 ) -> None:
@@ -330,30 +326,11 @@ def answer(
         )
 
 
-def copy_heuristic(kind: str, root: str, examples: Sequence[Example]) -> list[str]:
-    """Return predictions without a model.
-
-    copy-demo: the output of the task's first positive example. copy-input: the instance's input.
-    """
-    read_task = functools.lru_cache(1)(data.read_task)  # examples of a task are together
-    predictions = []
-    for example in runtime.progress(examples, kind, unit="ex"):
-        path = Path(root) / "tasks" / f"{example.task}.json"
-        task = read_task(path)
-        if kind == "copy-input":
-            predictions.append(task["instances"][example.position]["input"])
-        elif task["positive"]:
-            predictions.append(task["positive"][0]["output"])
-        else:
-            raise UserError(f"{path}: no Positive Examples to copy; use --heuristic copy-input")
-    return predictions
-
-
 def load_examples(
     config: EvalConfig,
     data_config: data.DataConfig,
     run: run_folder.RunConfig | None,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
@@ -364,29 +341,51 @@ def load_examples(
     examples = sets[config.split]
     if run:
         kind = "test" if config.split == "test" else "train"
-        if examples.digest != run.digests.get(kind, examples.digest):
-            own = run.section(data.DataConfig, "data")
-            names = data.FILE_FIELDS
-            if all(getattr(data_config, name) == getattr(own, name) for name in names):
-                run.require_same(digests=run.digests | {kind: examples.digest})
+        own = run.section(data.DataConfig, "data")
+        names = data.FILE_FIELDS
+        changed = [name for name in names if getattr(data_config, name) != getattr(own, name)]
+        fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
+        if examples.digest == run.digests.get(kind, examples.digest):
+            pass
+        elif not changed:
+            run.require_same(digests=run.digests | {kind: examples.digest})
+        elif changed != ["max_tasks"] or not fewer_tasks:
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 
 
+def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, is_full: bool) -> None:
+    """Raise UserError for a given flag that would have no effect."""
+    idle = {"max_target_length": "the metrics take whole references"}
+    if config.split != "train":
+        idle["train_instances"] = f"--split {config.split} does not depend on it"
+    if is_full:
+        for name in ("model", "dtype"):
+            idle[name] = "a run with --method full has its own weights, in float32"
+    if config.ask:
+        for name in ("split", "out", "limit", "batch_size", *vars(data.DataConfig())):
+            idle[name] = "--ask does not use it"
+        del idle["max_source_length"]
+    for name in sorted(flags.keys() & idle.keys()):
+        raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
+
+
 def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
-    """Raise UserError if the output folder holds a run, or an evaluation of something else."""
-    folder = config.folder
-    compared = {"digest", *vars(data.DataConfig())} - set(data.FILE_FIELDS)
-    if config.out or not config.run:  # a default folder names these itself
-        compared |= {"run", "model", "heuristic", "split", "limit"}
-    is_taken = (folder / "config.json").exists()
-    if (folder / "scores.json").exists():
-        saved = runtime.read_json(folder / "scores.json").get("config")
-        if not isinstance(saved, dict):
-            saved = {}
-        is_taken |= any(saved.get(name, "missing") != settings[name] for name in compared)
-    if is_taken:
-        raise UserError(f"{folder}: holds a run or a different evaluation; choose another --out")
+    """Raise UserError if the output folder holds a run, or results of another evaluation."""
+    path = config.folder / "scores.json"
+    compared = {"split", "limit", "max_new_tokens", "digest"}
+    compared |= vars(data.DataConfig()).keys() - data.FILE_FIELDS
+    if config.out or not config.run:
+        compared.add("scored")  # the folder of a run may have moved with its evaluations
+    if path.exists():
+        saved = runtime.read_json(path).get("config")
+        if isinstance(saved, dict) and all(saved.get(name) == settings[name] for name in compared):
+            return
+    names = ("config.json", "predictions.jsonl", "scores.json")
+    runtime.require_new(
+        [config.folder / name for name in names],
+        "it belongs to a run or a different evaluation; choose another --out",
+    )
 
 
 def write_results(
@@ -396,11 +395,12 @@ def write_results(
     predictions: Sequence[str],
 ) -> None:
     """Write predictions.jsonl and scores.json, and print the overall scores."""
+    # First without scores, so that no scores stand beside predictions that are not theirs.
+    runtime.write_json(folder / "scores.json", {"config": settings})
     with runtime.atomic_write(folder / "predictions.jsonl") as file:
         for example, prediction in zip(examples, predictions, strict=True):
             row = {"id": example.id, "task": example.task, "prediction": prediction}
             file.write(runtime.to_json(row, ensure_ascii=False))
-    (folder / "scores.json").unlink(missing_ok=True)  # it may belong to older predictions
 
     scores = score(examples, predictions)
     runtime.write_json(folder / "scores.json", {**scores, "config": settings})
@@ -418,26 +418,19 @@ def main() -> None:
     saved = vars(run.section(data.DataConfig, "data")) if run else {}
     data_config = runtime.from_flags(data.DataConfig, saved | flags)
 
+    is_full = run is not None and run.train["method"] == "full"
+    refuse_idle_flags(flags, config, is_full)
+
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
-    if config.heuristic:
-        if runtime.world_size() > 1:
-            raise UserError("--heuristic: start it without torchrun")
-        device = runtime.pick_device(device="cpu")
-    elif run and run.train["method"] == "full":
-        device = runtime.pick_device(config.gpu, config.device, "float32")
-    else:
-        base_folder = config.model or run.train["model"]
-        device = runtime.pick_device(config.gpu, config.device, config.dtype, base=base_folder)
+    dtype = "float32" if is_full else config.dtype
+    base_folder = config.model or run.train["model"]
+    device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     runtime.print_line(device.description)
 
     with runtime.distributed(device.device):
-        # The model. A heuristic has none. Any tokenizer will do for it, since it copies texts.
-        if config.heuristic:
-            tokenizer = tokenizers.load(runtime.ROOT / "tiny")
-        else:
-            base, adapters, tokenizer = run_folder.load(
-                device, run=config.run, model=config.model, shard=config.shard
-            )
+        base, adapters, tokenizer = run_folder.load(
+            device, run=config.run, model=config.model, shard=config.shard
+        )
         if config.ask:
             answer(base, adapters, tokenizer, config, data_config)
             return
@@ -447,6 +440,7 @@ def main() -> None:
         settings = {
             **asdict(config),
             **asdict(data_config),
+            "scored": os.path.realpath(config.run or config.model),
             "dtype": runtime.dtype_name(device.dtype),
             "digest": digest,
             "instances": len(examples),
@@ -454,19 +448,16 @@ def main() -> None:
         require_free(config, settings)
 
         # Predictions and scores.
-        if config.heuristic:
-            predictions = copy_heuristic(config.heuristic, data_config.data, examples)
-        else:
-            require_fit(base, tokenizer, examples, config.max_new_tokens)
-            config.folder.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
-            predictions = predict(
-                base,
-                adapters,
-                examples,
-                tokenizer,
-                batch_size=config.batch_size,
-                max_new_tokens=config.max_new_tokens,
-            )
+        require_fit(base, tokenizer, examples, config.max_new_tokens)
+        config.folder.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
+        predictions = predict(
+            base,
+            adapters,
+            examples,
+            tokenizer,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
         if runtime.rank() == 0:
             write_results(config.folder, settings, examples, predictions)
 

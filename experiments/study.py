@@ -44,6 +44,7 @@ import tokenizer as tokenizers
 import train
 from baselines import count_parameters
 from experiments import plot, routing
+from experiments.heuristics import copy_heuristic
 from experiments.routers import attach_with
 from experiments.search import AXES, Search, axes_of
 from experiments.sizes import equal_ranks
@@ -270,7 +271,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
             root = cell.settings.data.data
-            predictions = evaluation.copy_heuristic(cell.row.model, root, examples)
+            predictions = copy_heuristic(cell.row.model, root, examples)
             result[which] = evaluation.score(examples, predictions)
         return result
     if cell.row.model == "frozen base":

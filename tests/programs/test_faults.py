@@ -298,8 +298,8 @@ def test_a_run_with_a_bad_setting_is_refused(copied, section, field, value):
 def test_scores_of_something_else_are_not_overwritten(home):
     scores = {"config": 3}
     runtime.write_json(home / "scores.json", scores)
-    error = run("eval.py", "--heuristic", "copy-demo", "--out", ".", cwd=home, code=2)
-    assert "error: .: holds a run or a different evaluation" in error
+    error = run("eval.py", "--model", "tiny", "--limit", "2", "--out", ".", cwd=home, code=2)
+    assert "error: scores.json: exists, and nothing is overwritten" in error
     assert runtime.read_json(home / "scores.json") == scores
 
 
@@ -336,9 +336,9 @@ def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
 
 
 def test_a_closed_stderr_and_a_stdout_of_few_letters_do_no_harm(home):
-    heuristic = "eval.py --heuristic copy-demo --max-tasks 2 --limit 8 --out it\u2019s".split()
+    score = "eval.py --model tiny --device cpu --max-tasks 2 --limit 2 --out it\u2019s".split()
     line = 'exec "$@" 2>&-'
-    done = run_shell(command(*heuristic), home, line, PYTHONIOENCODING="latin-1")
+    done = run_shell(command(*score), home, line, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0
     assert "it\\u2019s/predictions.jsonl" in done.stdout
 

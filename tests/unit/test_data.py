@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
 import tokenizer as tokenizers
 from data import (
     DataConfig,
@@ -29,6 +28,7 @@ from data import (
     render_prompt,
     split_instances,
 )
+from experiments.heuristics import copy_heuristic
 from helpers import ROOT, Bytes, count_encodes, make_example, task_json, write_lists, write_task
 
 
@@ -288,7 +288,7 @@ def test_equal_ids_are_told_apart_by_position(config, repository, tokenizer):
     rows = [{"id": "same", "input": f"{i}", "output": [f"{i}"]} for i in range(30)]
     write_task(repository, "task1_a", task_json(Instances=rows))
     of_task = [e for e in load_sets(config, tokenizer)["train"] if e.task == "task1_a"]
-    inputs = evaluation.copy_heuristic("copy-input", config.data, of_task)
+    inputs = copy_heuristic("copy-input", config.data, of_task)
     assert inputs == [e.references[0] for e in of_task]
     assert len(set(inputs)) == 18
 
