@@ -25,6 +25,7 @@ import os
 import random
 import re
 import string
+import time
 import zipfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def split_instances(
 
     The n different contents are put in the order of their first copies in the shuffle. The last 20
     of them give one instance each to "seen", and the 20 before them one each to "dev" (n // 5 each
-    if n < 140). "train" is the first `train_instances` instances, in shuffled order, of all other
+    if n < 100). "train" is the first `train_instances` instances, in shuffled order, of all other
     contents, copies included. So a smaller "train" is the start of a larger one, and no copy of an
     instance in "dev" or "seen" is in "train".
     """
@@ -217,7 +218,7 @@ def split_instances(
         first_copy.setdefault(contents[i], i)
     unique = list(first_copy.values())
 
-    held_out = 20 if len(unique) >= 140 else len(unique) // 5
+    held_out = min(20, len(unique) // 5)
     dev_start = len(unique) - 2 * held_out
     seen_start = len(unique) - held_out
     training_contents = {contents[i] for i in unique[:dev_start]}
@@ -283,7 +284,8 @@ def render_prompt(
     prompt = head + tail
     ids = tokenizer.encode(prompt)
     if len(ids) > max_source_length:
-        prompt = tokenizer.decode(ids[:max_source_length])
+        # A character of several tokens may be cut in two. Its first part decodes to U+FFFD.
+        prompt = tokenizer.decode(ids[:max_source_length]).rstrip("\ufffd")
     return prompt
 
 
@@ -310,14 +312,14 @@ def _encode_source(
         max_source_length=config.max_source_length,
     )
     is_cut = not prompt.endswith("Output: ")  # every complete prompt ends like this
-    return _limit(tokenizer.source(prompt), config.max_source_length), is_cut
+    return _limit(tokenizer.source(prompt), config.max_source_length, tokenizer), is_cut
 
 
-def _limit(ids: list[int], length: int) -> np.ndarray:
-    """Return at most `length` ids (int32). The last id, usually EOS, stays the last."""
-    if len(ids) > length:
+def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Return at most `length` ids (int32). EOS at the end stays there."""
+    if len(ids) > length and ids[-1] in tokenizer.eos_ids:
         ids = ids[: length - 1] + ids[-1:]
-    return np.array(ids, np.int32)
+    return np.array(ids[:length], np.int32)
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -330,7 +332,8 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     files: they count as unchanged if their sizes and modification times are unchanged.
     make: its result may consist of tensors, lists, tuples, dicts, strings and numbers.
 
-    Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key.
+    Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
+    one is written, files older than 30 days are removed.
     """
     full_key = json.dumps([CODE, key, list(map(str, files))])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
@@ -351,6 +354,9 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     try:
         with runtime.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
+        for file in path.parent.iterdir():
+            if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
+                file.unlink()
     except OSError as error:
         problem = f"cannot save tokens ({error.strerror}); the next start tokenises again"
         runtime.warn(f"{path.parent}: {problem}")
@@ -439,7 +445,8 @@ def _load_list(
         bar = runtime.progress(paths, "tokenising", unit="task")
         return [_encode_task(path, list_name, tokenizer, config) for path in bar]
 
-    encoded = cached([list_name, options, tokenizer.fingerprint], paths, encode_tasks)
+    key = [list_name, options, tokenizer.fingerprint, tokenizer.version]
+    encoded = cached(key, paths, encode_tasks)
 
     # Turn the plain values of the cache into examples.
     task_index = {task: i for i, task in enumerate(training)}
@@ -505,7 +512,7 @@ def _encode_task(
             cut += is_cut
             pieces.append(source)
             for text in instance["output"]:
-                pieces.append(_limit(tokenizer.target(text), config.max_target_length))
+                pieces.append(_limit(tokenizer.target(text), config.max_target_length, tokenizer))
             rows[set_name].append((position, instance["id"], instance["output"]))
     return {
         "name": task["name"],
@@ -532,7 +539,7 @@ def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataC
         task="question",
         category="question",
         source_ids=source_ids,
-        target_ids=[_limit(tokenizer.target(""), 1)],  # EOS alone, so that collate works
+        target_ids=[_limit(tokenizer.target(""), 1, tokenizer)],  # EOS alone, so that collate works
         references=[],
     )
 

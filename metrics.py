@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 # NLTK cannot be imported by a user without HOME and without an entry in the table of users.
-if os.path.expanduser("~") == "~":
+has_home = os.path.expanduser("~") != "~"
+if not has_home:
     os.environ["HOME"] = os.sep
 
 from nltk.stem.porter import PorterStemmer  # noqa: E402
+
+if not has_home:
+    del os.environ["HOME"]
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again

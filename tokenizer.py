@@ -32,7 +32,8 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
     target_prefix = ""  # at the start of a target: the space that `source` removes
-    fingerprint: str  # 64 hex digits of everything that the ids depend on
+    fingerprint: str  # 64 hex digits of the files and options that the ids depend on
+    version: str  # of the package that makes the ids
 
     def __init__(self, path: Path):
         self.path = path
@@ -83,6 +84,8 @@ class Tokenizer:
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
+
+    version = sentencepiece.__version__
 
     def _setup(self, content: bytes) -> None:
         try:
@@ -162,6 +165,7 @@ class JsonTokenizer(Tokenizer):
             inner.no_padding()
             inner.encode_special_tokens = True  # a special token that a text spells out is text
             self._tokenizer = inner
+            self.version = tokenizers.__version__
 
             eos_id = inner.token_to_id(eos) if isinstance(eos, str) else None
             if eos_id is None:

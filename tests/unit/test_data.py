@@ -29,7 +29,16 @@ from data import (
     split_instances,
 )
 from experiments.heuristics import copy_heuristic
-from helpers import ROOT, Bytes, count_encodes, make_example, task_json, write_lists, write_task
+from helpers import (
+    ROOT,
+    Bytes,
+    count_encodes,
+    make_example,
+    task_json,
+    write_lists,
+    write_task,
+    write_words,
+)
 
 
 @pytest.fixture
@@ -166,7 +175,7 @@ def test_real_files_are_read(sni_dir):
 def test_split_instances_gives_disjoint_sets_and_the_start_of_a_larger_train(n):
     train, dev, seen = split_instances(range(n), "task1_a", 1000)
     assert sorted(train + dev + seen) == list(range(n))
-    assert len(dev) == len(seen) == (20 if n >= 140 else n // 5)
+    assert len(dev) == len(seen) == min(20, n // 5)
     assert split_instances(range(n), "task1_a", 10) == (train[:10], dev, seen)
 
 
@@ -264,6 +273,18 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
             assert ids[-1] == 1
 
 
+def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
+    """A character beyond ASCII has two to four tokens. What is left is the start of the whole."""
+    words = tokenizers.load(write_words(tmp_path / "words", corpus))
+    text = "a\u00e9\u6f22\U0001f600" * 9
+    whole = data.make_example("Say it.", text, words, DataConfig()).source_ids.tolist()
+    for limit in range(50, len(whole)):
+        config = DataConfig(max_source_length=limit)
+        source = data.make_example("Say it.", text, words, config).source_ids.tolist()
+        assert source == whole[: len(source)]
+        assert limit - 4 < len(source) <= limit
+
+
 def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys):
     rows = [{"input": "river " * n, "output": "a"} for n in (*range(1, 20), 300, 301, 302)]
     write_task(repository, "task3_c", task_json(Instances=rows))
@@ -277,8 +298,8 @@ def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys)
 def test_question_is_refused_or_reported_like_a_file(tokenizer, capsys):
     data.make_example("Say it.", "word", tokenizer, DataConfig())
     assert not capsys.readouterr().err
-    data.make_example("Say it.", "word " * 300, tokenizer, DataConfig(max_source_length=99))
-    assert "--max-source-length 99: the end of the input is cut off" in capsys.readouterr().err
+    data.make_example("Say it.", "word " * 300, tokenizer, DataConfig(max_source_length=45))
+    assert "--max-source-length 45: the end of the input is cut off" in capsys.readouterr().err
     for texts, flag in (("\udce9", "x"), "--ask"), (("x", "\udce9"), "--input"):
         with pytest.raises(ValueError, match=f"{flag}: expected text without lone surrogates"):
             data.make_example(*texts, tokenizer, DataConfig())
@@ -358,6 +379,18 @@ def test_cached_replaces_a_damaged_file(cache):
     (path,) = cache.iterdir()
     path.write_bytes(b"")
     assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
+
+
+def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
+    config, tokenizer, cache, monkeypatch
+):
+    load_sets(config, tokenizer, ["test"])
+    (old,) = cache.iterdir()
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(tokenizer, "version", "0.0.0")
+    load_sets(config, tokenizer, ["test"])
+    (new,) = cache.iterdir()
+    assert new.name != old.name
 
 
 def test_cached_goes_on_with_a_warning_if_it_cannot_write(cache, capsys):

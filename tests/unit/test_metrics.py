@@ -56,9 +56,9 @@ def test_score_takes_the_best_reference_and_averages_over_instances():
 def test_a_user_without_home_or_name_can_score():
     """A container may run under any user number: no HOME, no entry in the table of users."""
     program = (
-        "import pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
-        "print(metrics.rouge_l('running dogs', ['run dog']))"
+        "import os, pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
+        "print(metrics.rouge_l('running dogs', ['run dog']), 'HOME' in os.environ)"
     )
     words = [sys.executable, "-c", program]
     environment = {"PYTHONPATH": str(ROOT)}
-    assert subprocess.check_output(words, env=environment, text=True) == "1.0\n"
+    assert subprocess.check_output(words, env=environment, text=True) == "1.0 False\n"
