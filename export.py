@@ -1,12 +1,14 @@
-"""Write a trained run as plain LoRAs for servers.
+"""Write trained adapters as plain LoRAs for servers.
 
 OrchMoE is K LoRAs of rank S R, mixed by the router: sum_k w_k LoRA_k. The program writes each of
-them as a folder in PEFT's form, see integrations/peft_folder.py, and the router beside them.
-docs/serving.md says how to load them.
+them as a folder in PEFT's form, see integrations/peft_folder.py, and the router beside them. The
+adapters come from a run of train.py, or from the adapter.pt of integrations/trainer.py.
+docs/use.md says how to serve them.
 
-    python export.py --run runs/orchmoe-1 --out served                 # K LoRAs and the router
-    python export.py --run runs/orchmoe-1 --out served --mean          # one more, for the mean w
-    python export.py --run runs/lora-1 --out served                    # one LoRA
+    python export.py --run runs/orchmoe-1 --out served           # K LoRAs and the router
+    python export.py --run runs/orchmoe-1 --out served --mean    # one more, for the mean w
+    python export.py --run runs/lora-1 --out served              # one LoRA
+    python export.py --adapter run/adapter.pt --model Qwen3-8B --out served
 
 Letters: K abstract tasks, S skills, R rank of a skill, D width of the embeddings.
 
@@ -26,7 +28,7 @@ import run_folder
 import runtime
 from integrations.peft_folder import save_peft
 from model import Backbone
-from orchmoe import Adapters, TaskRouter
+from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
 from runtime import UserError
 from tokenizer import Tokenizer
 
@@ -35,22 +37,75 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for thes
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export: which run, what of it, and where to."""
+    """Export: which adapters, what of them, and where to."""
 
     run: str = ""  # folder of a run of train.py
-    out: str = ""  # folder to write; each LoRA gets a folder inside
-    model: str = ""  # where the run's base is now, if it has moved
+    adapter: str = ""  # adapter.pt of integrations/trainer.py, instead of a run
+    model: str = ""  # folder of the adapter's base, or where the run's base is now
     data: str = ""  # where the run's data is now, if it has moved; for --mean
+    out: str = ""  # folder to write; each LoRA gets a folder inside
     base: str = ""  # name by which the server knows the base (default: its folder)
     pad_rank: bool = False  # fill ranks up with zeros to the next rank that vLLM supports
-    mean: bool = False  # add a LoRA for the mean w of the dev set
+    mean: bool = False  # add a LoRA for the mean w of the run's dev set
     w: tuple[str, ...] = ()  # add a LoRA for these K weights; if the first is negative: --w=-1,2
 
     def __post_init__(self) -> None:
-        if not (self.run and self.out):
-            raise UserError("give --run, the folder of a run, and --out, a folder to write")
+        if bool(self.run) == bool(self.adapter):
+            raise UserError("give --run, the folder of a run, or --adapter, an adapter.pt")
+        if self.adapter and not self.model:
+            raise UserError("--adapter: give the folder of its base with --model")
+        if not self.out:
+            raise UserError("give --out, the folder to write")
+        if self.mean and self.adapter:
+            raise UserError("--mean: only a run knows its dev set; give --w, or leave it out")
         if self.data and not self.mean:
             raise UserError("--data: only --mean reads data; leave it out")
+
+
+# ------------------------------------------------------------------------ an adapter of a trainer
+
+
+def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
+    """Return the adapters in an adapter.pt, and the name of the base's embedding table.
+
+    They are attached to transformers' model of the folder `model`, because the file has its names.
+    Its weights have no values (they are on the meta device) and so take no memory.
+    """
+    # Imported here, since runs of train.py do not need it.
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--adapter: needs transformers; pip install transformers") from None
+
+    saved = checkpoint.read_torch(runtime.require_path(path, "name an adapter.pt"))
+    with runtime.reading(path, "name an adapter.pt of integrations/trainer.py"):
+        adapter_config = runtime.from_json(OrchMoEConfig, saved["config"])
+        state = {name: tensor.float() for name, tensor in saved["state"].items()}
+
+    runtime.require_path(model, checkpoint.DOWNLOAD)
+    with runtime.reading(model, "name a folder that transformers loads"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        model_class = transformers.AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            model_class = transformers.AutoModelForSeq2SeqLM
+        base = model_class.from_config(config)
+
+    with runtime.reading(path, f"{model} must be the base that it was trained on"):
+        with torch.device("meta"):
+            adapters = attach(base, adapter_config)
+            adapters.load_state_dict(state)  # compares names and shapes, but copies no values
+    whole_state = {}
+    for name, tensor in state.items():
+        prefix = "" if ".skill_" in name else "skill_adapters."
+        whole_state[prefix + name] = tensor
+    base.load_state_dict(whole_state, strict=False, assign=True)
+
+    table = base.get_input_embeddings()
+    embedding = next(name for name, module in base.named_modules() if module is table)
+    return adapters.eval(), f"{embedding}.weight"
+
+
+# ------------------------------------------------------------------------------------- the program
 
 
 def given_routing(config: ExportConfig, K: int) -> Tensor:
@@ -100,21 +155,27 @@ def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Pa
 
 def export(config: ExportConfig, device: runtime.Device) -> None:
     """Write the LoRAs that the config asks for, and the router."""
-    run = run_folder.read_config(config.run)
-    method = run.train["method"]
     out = Path(config.out)
-    if method not in ("orchmoe", "lora"):
-        raise UserError(
-            f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
-            "export runs of orchmoe or lora"
-        )
-    if method == "lora" and (config.mean or config.w):
-        raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
     if out.exists():
         raise UserError(f"{out}: exists; name a new folder by --out")
 
-    base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
-    base_folder = Path(config.model or run.train["model"]).resolve()
+    method = "orchmoe"
+    if config.adapter:
+        adapters, embedding = load_adapter(config.adapter, config.model)
+        base_folder = config.model
+    else:
+        run = run_folder.read_config(config.run)
+        method = run.train["method"]
+        if method not in ("orchmoe", "lora"):
+            raise UserError(
+                f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
+                "export runs of orchmoe or lora"
+            )
+        if method == "lora" and (config.mean or config.w):
+            raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
+        base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
+        base_folder = config.model or run.train["model"]
+        embedding = checkpoint.hf_name(base, "embedding.weight")
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
     routings: dict[str, Tensor | None] = {"lora": None}
@@ -128,7 +189,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         routings["mean"] = mean_routing(config, run, base, adapters, tokenizer)
 
     ranks = VLLM_RANKS if config.pad_rank else ()
-    base_name = config.base or str(base_folder)
+    base_name = config.base or str(Path(base_folder).resolve())
     for name, w in routings.items():
         rank = save_peft(adapters, w, out / name, base_name, ranks=ranks)
     runtime.print_line(
@@ -136,7 +197,6 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     )
 
     if adapters.router is not None:
-        embedding = checkpoint.hf_name(base, "embedding.weight")
         save_router(adapters.router, embedding, abstract, out)
         runtime.print_line(f"written to {out}: router.safetensors and router.json")
 

@@ -113,10 +113,12 @@ def save_peft(
         tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padding))  # (r,D)
         tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(B, (0, padding))  # (O,r)
 
-    task_type = "SEQ_2_SEQ_LM" if hasattr(adapters.module, "encoder") else "CAUSAL_LM"
+    # transformers' config says whether there is an encoder; our own T5 has it as a module.
+    hf_config = getattr(adapters.module, "config", None)
+    has_encoder = getattr(hf_config, "is_encoder_decoder", hasattr(adapters.module, "encoder"))
     peft_config = {
         "peft_type": "LORA",
-        "task_type": task_type,
+        "task_type": "SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": r,  # the scale is in B already

@@ -4,6 +4,7 @@ TRL's SFTTrainer, on a tiny random Llama and T5 on the CPU.
 This file is also the program that torchrun starts in the test of two processes.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from helpers import PYTHONPATH, ROOT, check_equal, seeded_generator, stir
+from helpers import PYTHONPATH, ROOT, check_equal, run, seeded_generator, stir
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
@@ -25,7 +27,7 @@ from integrations.trainer import (  # noqa: E402
     holds_several_samples,
     prompt_mask,
 )
-from orchmoe import OrchMoEConfig, attach  # noqa: E402
+from orchmoe import OrchMoEConfig, TaskRouter, attach  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -454,6 +456,54 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
         expected = model.generate(**source, num_beams=3, max_length=9)
     assert found[:, : expected.shape[1]].tolist() == expected.tolist()
     assert len(expected.unique(dim=0)) > 1
+
+
+# ---- export.py ----
+
+
+@pytest.mark.parametrize("make_base", [make_llama, make_t5])
+def test_exported_adapter_gives_the_same_logits_in_peft(make_base, tmp_path):
+    peft = pytest.importorskip("peft")
+    make_base().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path / "run", adapted(make_base()), max_steps=3)
+    trainer.fit_router()
+    trainer.train()
+    trainer.save_model()
+    arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
+    run("export.py", *arguments, "--w", "1,0,0,-1", cwd=tmp_path)
+
+    names = [f"abstract-{k}" for k in range(1, 5)]
+    folders = [tmp_path / "served" / name for name in (*names, "w")]
+    model = make_base().eval()
+    theirs = peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+    kind = "Seq2SeqLM" if model.config.is_encoder_decoder else "CausalLM"
+    assert type(theirs).__name__ == f"PeftModelFor{kind}"
+    for folder in folders[1:]:
+        theirs.load_adapter(folder, adapter_name=folder.name)
+    source = tokens_of(PROMPTS[:1])
+    batch = {**source, "labels": source["input_ids"]}
+    ours = trainer.model.eval()
+    with torch.no_grad():
+        with trainer.routed(source):
+            expected = ours(**batch).logits
+            w = ours.skill_adapters.routing().w[0]
+        with ours.skill_adapters.disabled():
+            assert (ours(**batch).logits - expected).abs().max() > 0.1
+        theirs.add_weighted_adapter(names, w.tolist(), "mixed", combination_type="cat")
+        theirs.set_adapter("mixed")
+        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+        with ours.skill_adapters.routed(w=torch.tensor([1.0, 0, 0, -1])):
+            expected = ours(**batch).logits
+        theirs.set_adapter("w")
+        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+    # With the files that export.py writes, a server computes the same w.
+    router = load_file(tmp_path / "served/router.safetensors")
+    facts = json.loads((tmp_path / "served/router.json").read_text())
+    table = load_file(tmp_path / "base/model.safetensors")[facts["embedding"]]
+    task_router = TaskRouter(table.shape[1], ours.skill_adapters.config)
+    task_router.load_state_dict(router)
+    assert torch.equal(task_router(table[source["input_ids"]])[0], w)
 
 
 # ---- A quantised base ----

@@ -39,7 +39,7 @@ LEVEL = {
     "experiments": 6,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
-OPTIONAL = {"tokenizer": {"tokenizers"}}  # inside functions
+OPTIONAL = {"tokenizer": {"tokenizers"}, "export": {"transformers"}}  # inside functions
 
 
 def parse(path: Path) -> ast.Module:

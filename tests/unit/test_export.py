@@ -26,7 +26,7 @@ from helpers import (
     run,
 )
 from integrations.peft_folder import load_peft, save_peft, set_skills
-from orchmoe import OrchMoEConfig, TaskRouter
+from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 K = EXPORT_CONFIG.abstract_tasks
 
@@ -127,7 +127,12 @@ def test_program_takes_given_weights(finished, tmp_path):
 
 GIVEN = "--run run --out x"
 MISTAKES = {  # flags -> beginning of the message
-    "": "give --run",
+    "": "give --run, the folder of a run, or --adapter",
+    f"{GIVEN} --adapter a --model b": "give --run, the folder of a run, or --adapter",
+    "--run run": "give --out",
+    "--adapter a --out x": "--adapter: give the folder of its base",
+    "--adapter a --model b --out x --mean": "--mean: only a run knows its dev set",
+    "--adapter a --model b --out x": "a: does not exist",
     f"{GIVEN} --w 1,2": "--w: 2 numbers",
     f"{GIVEN} --w 1,0,0,0,0,0,0,nan": "--w: 8 numbers, or some are not finite",
     f"{GIVEN} --w 1,two": "--w: could not convert",
@@ -150,6 +155,29 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
     change_config(copied, "train", method=method)
     said = run("export.py", *GIVEN.split(), *flags.split(), cwd=copied.parent, code=2)
     assert f"run: --method {method}" in said and reason in said
+
+
+@pytest.mark.parametrize(
+    "options, change, message",
+    [
+        ({}, {"config": {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an adapter.pt"),
+        ({}, {"state": {"Z": 1}}, "AttributeError"),
+        ({}, {"state": {}}, "Z is missing in the given state"),
+        ({"targets": ("k",)}, {}, "k.skill_A is missing .*tiny must be the base"),
+        ({"skills": 3}, {}, "Z has shape"),
+        ({"router": "token"}, {"config": {"router": "token"}}, "not written: with a token router"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
+    adapters = attach(transformers.T5ForConditionalGeneration(config), OrchMoEConfig(**options))
+    saved = {"config": vars(OrchMoEConfig()), "state": adapters.state_dict()}
+    torch.save(saved | change, tmp_path / "adapter.pt")
+    arguments = ("--adapter", "adapter.pt", "--model", ROOT / "tiny", "--out", "served")
+    said = run("export.py", *arguments, cwd=tmp_path, code=2)
+    assert re.match(f"export.py: error: (adapter.pt|served/abstract-1): .*{message}", said), said
+    assert said.count("\n") == 1 and not (tmp_path / "served").exists()
 
 
 PROMPT = "Definition: Say the first word."
