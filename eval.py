@@ -341,7 +341,7 @@ def load_examples(
     examples = sets[config.split]
     if run:
         kind = "test" if config.split == "test" else "train"
-        own = run.section(data.DataConfig, "data")
+        own = run.section(data.DataConfig, "dataset")
         names = data.FILE_FIELDS
         changed = [name for name in names if getattr(data_config, name) != getattr(own, name)]
         fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
@@ -415,15 +415,15 @@ def main() -> None:
     flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = runtime.from_flags(EvalConfig, flags)
     run = run_folder.read_config(config.run) if config.run else None
-    saved = vars(run.section(data.DataConfig, "data")) if run else {}
+    saved = vars(run.section(data.DataConfig, "dataset")) if run else {}
     data_config = runtime.from_flags(data.DataConfig, saved | flags)
 
-    is_full = run is not None and run.train["method"] == "full"
+    is_full = run is not None and run.training["method"] == "full"
     refuse_idle_flags(flags, config, is_full)
 
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
     dtype = "float32" if is_full else config.dtype
-    base_folder = config.model or run.train["model"]
+    base_folder = config.model or run.training["model"]
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     runtime.print_line(device.description)
 

@@ -127,7 +127,7 @@ def mean_routing(
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
         raise UserError("--mean: the run has no router; give --w")
-    data_config = run.section(data.DataConfig, "data")
+    data_config = run.section(data.DataConfig, "dataset")
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.load_sets(data_config, tokenizer, ["dev"], training=run.tasks)["dev"]
@@ -165,7 +165,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         base_folder = config.model
     else:
         run = run_folder.read_config(config.run)
-        method = run.train["method"]
+        method = run.training["method"]
         if method not in ("orchmoe", "lora"):
             raise UserError(
                 f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
@@ -174,7 +174,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         if method == "lora" and (config.mean or config.w):
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
         base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
-        base_folder = config.model or run.train["model"]
+        base_folder = config.model or run.training["model"]
         embedding = checkpoint.hf_name(base, "embedding.weight")
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.

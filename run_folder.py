@@ -2,7 +2,7 @@
 
     config.json           settings of the run, fingerprints of its base and data: see RunConfig
     metrics.jsonl         one line for each step, and one for each evaluation
-    checkpoint.pt         the last state, from which a run resumes
+    progress.pt           the last state, from which a run resumes
     adapter.safetensors   the adapter with the lowest dev loss (with --method full: model/)
     scores.json           scores on seen and unseen tasks
 
@@ -27,14 +27,16 @@ from torch.optim import Optimizer
 
 import checkpoint
 import runtime
-import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from runtime import UserError
+from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
 PATHS = ("model", "data", "text", "start")
+REMEDY = "restore the file, or train again if an older version wrote it"
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -45,8 +47,8 @@ class RunConfig:
     """Content of config.json: the settings of a run, and fingerprints of what it was made from."""
 
     folder: str  # the folder it was read from; not saved
-    train: dict  # fields of TrainConfig
-    data: dict  # fields of DataConfig
+    training: dict  # fields of TrainConfig
+    dataset: dict  # fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
     tasks: tuple[str, ...]  # training tasks, in the order of their ids
     base: str  # fingerprint of the frozen base
@@ -57,8 +59,7 @@ class RunConfig:
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise UserError if it does not fit."""
-        remedy = "restore the file, or train again if an older version wrote it"
-        with runtime.reading(f"{self.folder}/config.json", remedy):
+        with runtime.reading(f"{self.folder}/config.json", REMEDY):
             return runtime.from_json(cls, getattr(self, name))
 
     def require_same(self, **found: Any) -> None:
@@ -81,7 +82,7 @@ class RunConfig:
         state, metadata = checkpoint.load_adapter(path)
         expected = {
             "base": self.base,
-            "method": self.train["method"],
+            "method": self.training["method"],
             "tasks": list(self.tasks),
         }
         for name, value in expected.items():
@@ -97,11 +98,11 @@ def read_config(folder: str | Path) -> RunConfig:
         Path(folder) / "config.json", "name the folder of a run of train.py"
     )
     values = runtime.read_json(path)
-    with runtime.reading(path):
+    with runtime.reading(path, REMEDY):
         config = runtime.from_json(RunConfig, values | {"folder": str(folder)})
         for name in ("model", "method"):
-            if not isinstance(config.train[name], str):
-                raise ValueError(f"train: {name} must be a string")
+            if not isinstance(config.training[name], str):
+                raise ValueError(f"training: {name} must be a string")
     return config
 
 
@@ -115,7 +116,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_path = self.path / "config.json"
         self.log_path = self.path / "metrics.jsonl"
-        self.checkpoint_path = self.path / "checkpoint.pt"
+        self.progress_path = self.path / "progress.pt"
         self.adapter_path = self.path / "adapter.safetensors"
         self.model_path = self.path / "model"
         self.scores_path = self.path / "scores.json"
@@ -158,7 +159,7 @@ class RunFolder:
             read_config(self.path).require_same(**{name: getattr(config, name) for name in names})
         values = asdict(config)
         del values["folder"]
-        for section in ("train", "data"):
+        for section in ("training", "dataset"):
             for name in PATHS:
                 path = values[section].get(name)
                 if path:  # so that the run can be resumed from any working folder
@@ -191,7 +192,7 @@ class RunFolder:
         optimizer: Optimizer,
         start_w: Tensor | None = None,
     ) -> None:
-        """Write checkpoint.pt.
+        """Write progress.pt.
 
         step: the next step. best: the best dev loss. start_w: the router's w (M,K) of
         the M dev examples before training.
@@ -205,18 +206,18 @@ class RunFolder:
             "weights": adapters.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        with runtime.atomic_write(self.checkpoint_path) as file:
+        with runtime.atomic_write(self.progress_path) as file:
             torch.save(state, file)
 
     def load_progress(
         self, adapters: Adapters, optimizer: Optimizer
     ) -> tuple[int, float, Tensor | None]:
-        """Load the adapters and the optimizer's state from checkpoint.pt.
+        """Load the adapters and the optimizer's state from progress.pt.
 
         Return (step, best, start_w), see `save_progress`.
         """
-        state = checkpoint.read_torch(self.checkpoint_path)
-        with runtime.reading(self.checkpoint_path, "restore the file, or start a new run"):
+        state = checkpoint.read_torch(self.progress_path)
+        with runtime.reading(self.progress_path, "restore the file, or start a new run"):
             if type(state["step"]) is not int or type(state["best"]) is not float:
                 raise ValueError("step or best has the wrong type")
             adapters.load_state_dict(state["weights"])
@@ -230,12 +231,12 @@ class RunFolder:
             return state["step"], state["best"], state["start_w"]
 
     def save_best(
-        self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: tokenizers.Tokenizer
+        self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
     ) -> None:
         """Write the weights that are best on dev: the adapter, or with --method full the model."""
         if runtime.rank() != 0:
             return
-        method = config.train["method"]
+        method = config.training["method"]
         if method == "full":
             tokenizer.save(self.model_path)
             checkpoint.save(base, self.model_path)
@@ -252,7 +253,7 @@ class RunFolder:
     def load_best(self, config: RunConfig, adapters: Adapters) -> None:
         """Load what `save_best` wrote."""
         runtime.barrier()  # rank 0 may still be writing
-        if config.train["method"] == "full":
+        if config.training["method"] == "full":
             state = checkpoint.load(self.model_path).state_dict()
         else:
             state, _ = checkpoint.load_adapter(self.adapter_path)
@@ -306,7 +307,7 @@ def load(
     model: str | Path = "",
     shard: bool = False,
     attach: Callable[..., Adapters] = attach_method,
-) -> tuple[Backbone, Adapters, tokenizers.Tokenizer]:
+) -> tuple[Backbone, Adapters, Tokenizer]:
     """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
@@ -315,7 +316,7 @@ def load(
     UserError if the base, tokenizer or adapter is not the one of the run.
     """
     config = read_config(run) if run else None
-    full = config is not None and config.train["method"] == "full"
+    full = config is not None and config.training["method"] == "full"
     if full and model:
         raise UserError(f"--model: the run in {run} has its own weights; leave the flag out")
     if full:
@@ -323,14 +324,14 @@ def load(
         remedy = "the run has not saved any weights yet"
         device = device._replace(dtype=torch.float32)  # as they were trained
     elif config is not None:
-        path = model or config.train["model"]
+        path = model or config.training["model"]
         remedy = f"it is the base of {run}; give its folder with --model"
     else:
         path = model
         remedy = checkpoint.DOWNLOAD
     runtime.require_path(path, remedy)
 
-    tokenizer = tokenizers.load(path)
+    tokenizer = load_tokenizer(path)
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
         if not full:
@@ -356,13 +357,12 @@ def attach_trained(
     """Attach the best adapters of the run (lowest dev loss) to its base."""
     state, metadata = config.load_adapter()
     path = RunFolder(config.folder).adapter_path
-    remedy = "restore the file, or train again if an older version wrote it"
-    with runtime.reading(path, remedy):
+    with runtime.reading(path, REMEDY):
         method = metadata["method"]
         adapter_config = runtime.from_json(OrchMoEConfig, metadata["config"])
         options = {
             "num_tasks": len(metadata["tasks"]),
-            "extra_rank": config.train.get("extra_rank", 0),
+            "extra_rank": config.training.get("extra_rank", 0),
         }
         # Try it on the meta device first, so that a damaged config cannot allocate much memory.
         with torch.device("meta"):

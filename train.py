@@ -30,13 +30,14 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
-import tokenizer as tokenizers
 from baselines import METHODS, attach_method, count_parameters, settings_of_method
 from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
 from runtime import UserError
+from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -68,7 +69,7 @@ class TrainConfig:
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
     warmup: int = 50  # steps of linear warm-up
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
-    eval_every: int = 100  # steps between evaluations on dev; each also saves a checkpoint
+    eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
@@ -106,29 +107,29 @@ class LaunchConfig:
 class Settings:
     """All settings that decide the result of a run."""
 
-    train: TrainConfig = field(default_factory=TrainConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    dataset: DataConfig = field(default_factory=DataConfig)
     adapter: OrchMoEConfig = field(default_factory=OrchMoEConfig)
 
     @classmethod
     def from_flags(cls, flags: dict[str, Any]) -> "Settings":
         """Make settings from flags by field name. Fields that are not given have defaults."""
         return cls(
-            train=runtime.from_flags(TrainConfig, flags),
-            data=runtime.from_flags(DataConfig, flags),
+            training=runtime.from_flags(TrainConfig, flags),
+            dataset=runtime.from_flags(DataConfig, flags),
             adapter=runtime.from_flags(OrchMoEConfig, flags),
         )
 
     def as_flags(self) -> dict[str, Any]:
         """Return all settings by field name, as `from_flags` takes them."""
-        return {**vars(self.train), **vars(self.data), **vars(self.adapter)}
+        return {**vars(self.training), **vars(self.dataset), **vars(self.adapter)}
 
 
 def saved_settings(run: RunConfig) -> Settings:
     """Return the settings of a run."""
     return Settings(
-        train=run.section(TrainConfig, "train"),
-        data=run.section(DataConfig, "data"),
+        training=run.section(TrainConfig, "training"),
+        dataset=run.section(DataConfig, "dataset"),
         adapter=run.section(OrchMoEConfig, "adapter"),
     )
 
@@ -148,7 +149,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     settings = Settings.from_flags(defaults | flags | fixed)
 
     # The method must use every given flag, and something must train at every given rate.
-    config = settings.train
+    config = settings.training
     used_settings = settings_of_method(config.method, settings.adapter.router)
     used_rates = learning_rate_fields(config).values()
     for name in sorted(flags):
@@ -195,15 +196,15 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if not folder:
         return {}, {}
     settings = saved_settings(read_config(folder))
-    method = settings.train.method
+    method = settings.training.method
     if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
         raise UserError(
             f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
             "run of orchmoe, orchmoe-factors, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
-    fixed["extra_rank"] = settings.train.extra_rank
-    return fixed, {**vars(settings.data), "model": settings.train.model}
+    fixed["extra_rank"] = settings.training.extra_rank
+    return fixed, {**vars(settings.dataset), "model": settings.training.model}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -356,7 +357,7 @@ def require_finite(step: int, batch: Batch, **values: float) -> None:
         if not math.isfinite(value):
             raise DivergedError(
                 f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
-                "checkpoint.pt is intact, but a resumed run would repeat this; start a new "
+                "progress.pt is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"
             )
 
@@ -373,7 +374,7 @@ def train(
     resume_command: str = "",
     attach: Callable[..., Adapters] = attach_method,
 ) -> bool:
-    """Train from the start, or from the last checkpoint in launch.out.
+    """Train from the start, or from progress.pt in launch.out.
 
     Return False if a signal stopped the run before its end.
 
@@ -381,16 +382,16 @@ def train(
     a table. resume_command: what the user is told to run after an interruption; --out is added.
     attach: a function like baselines.attach_method, for studies that change the routing.
     """
-    config = settings.train
+    config = settings.training
 
     # Tokenizer and data. `seen` holds new instances of the training tasks, `unseen` holds the test
     # tasks. Each of the evaluated sets is cut to --eval-instances.
-    tokenizer = tokenizers.load(config.model)
-    sets = data.load_sets(settings.data, tokenizer)
+    tokenizer = load_tokenizer(config.model)
+    sets = data.load_sets(settings.dataset, tokenizer)
     train_set = sets["train"]
     if not sets["dev"]:
         raise UserError(
-            f"{settings.data.data}: no training task has the 5 different instances for a dev set"
+            f"{settings.dataset.data}: no training task has the 5 different instances for a dev set"
         )
     held_out = held_out_sets(sets, config.eval_instances)
 
@@ -426,8 +427,8 @@ def train(
     # What identifies the run. `run.bind` saves it below, or compares it in a resumed run.
     run_config = RunConfig(
         folder=launch.out,
-        train=asdict(config),
-        data=asdict(settings.data),
+        training=asdict(config),
+        dataset=asdict(settings.dataset),
         adapter=asdict(settings.adapter),
         tasks=tuple(train_set.tasks),
         base=checkpoint.fingerprint(config.model),
@@ -435,9 +436,9 @@ def train(
         digests={name: sets[name].digest for name in ("train", "test") if name in sets},
     )
 
-    # Initial values of the adapters, unless a checkpoint is loaded below. A run that was
-    # interrupted before its first checkpoint starts again at step 0.
-    is_new = not (launch.out and RunFolder(launch.out).checkpoint_path.exists())
+    # Initial values of the adapters, unless progress.pt is loaded below. A run that was
+    # interrupted before its first save starts again at step 0.
+    is_new = not (launch.out and RunFolder(launch.out).progress_path.exists())
     if is_new and config.start:
         read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
         load_start(base, adapters, train_set, config)
@@ -449,10 +450,8 @@ def train(
     if resume_command:
         resume_command += f" --out {shlex.quote(str(run.path))}"
     with run.lock():
-        if is_new and run.checkpoint_path.exists():
-            raise UserError(
-                f"{run.path}: another process wrote a checkpoint meanwhile; give another --out"
-            )
+        if is_new and run.progress_path.exists():
+            raise UserError(f"{run.path}: another process wrote it meanwhile; give another --out")
         run.bind(run_config)
         counts = count_parameters(adapters)
         skills, routing = counts["skills"], counts["routing"]
@@ -464,7 +463,7 @@ def train(
         if resume_command:
             runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # Score the model before training: the frozen base, as B = 0 until a checkpoint is loaded,
+        # Score the model before training: the frozen base, as B = 0 until progress.pt is loaded,
         # unless --start or `attach` sets the skills. Those of --start exist only in a new run.
         has_start = bool(config.start)
         for linear in adapters.linears.values():
@@ -579,7 +578,7 @@ def score_held_out(
     base: Backbone,
     adapters: Adapters,
     held_out: dict[str, list[data.Example]],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     config: TrainConfig,
     name: str,
 ) -> dict[str, dict]:
@@ -641,11 +640,11 @@ def main() -> int:
     settings = read_settings(flags, launch)
 
     # Where to compute. The dtype is saved, so that a resumed run keeps it on another machine.
-    config = settings.train
+    config = settings.training
     device = runtime.pick_device(launch.gpu, launch.device, config.dtype, base=config.model)
     runtime.print_line(device.description)
     config = replace(config, dtype=runtime.dtype_name(device.dtype))
-    settings = replace(settings, train=config)
+    settings = replace(settings, training=config)
 
     command = [runtime.launcher(), shlex.quote(sys.argv[0]), "--resume"]
     if launch.gpu is not None:

@@ -304,7 +304,7 @@ def walk(run: str) -> dict[str, list[str]]:
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run)
     config = run_folder.read_config(run)
-    data_config = config.section(data.DataConfig, "data")
+    data_config = config.section(data.DataConfig, "dataset")
     example = data.load_sets(data_config, tokenizer, training=config.tasks)["seen"][0]
     router = adapters.router
     batch = data.collate([example])

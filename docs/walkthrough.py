@@ -66,7 +66,7 @@ def page() -> str:
         launch = train.LaunchConfig(out=f"{folder}/run")
         train.train(SETTINGS, device, launch, final_scores=False)
         base, adapters, words = run_folder.load(device, run=launch.out)
-    seen = data.load_sets(SETTINGS.data, words, ["seen"])["seen"]
+    seen = data.load_sets(SETTINGS.dataset, words, ["seen"])["seen"]
     seen = [example for example in seen if example.task in (TASK, OTHER)]
     seen.sort(key=lambda example: example.task != TASK)
     shown = follow(base, adapters, words, seen)
@@ -96,7 +96,7 @@ def follow(
         loss.backward()
     hook.remove()
     return Shown(
-        frozen=checkpoint.load(SETTINGS.train.model),
+        frozen=checkpoint.load(SETTINGS.training.model),
         base=base,
         adapters=adapters,
         tokenizer=words,
@@ -123,7 +123,7 @@ Written by `python -m docs.walkthrough`, not by hand: a test trains the run agai
 word, and every number within 1 % or 0.01. **The run** was made by
 
 ```
-python train.py --steps {SETTINGS.train.steps} --device cpu
+python train.py --steps {SETTINGS.training.steps} --device cpu
 ```
 
 on `sni/` and `tiny/`, seed 0: {frozen:,} frozen weights, {trained:,} that train. It has a
@@ -140,7 +140,7 @@ The letters are those of the figure and of README.md; here B = 1."""
 def prompt(shown: Shown) -> str:
     example = shown.seen[0]
     words = shown.tokenizer
-    task = data.read_task(Path(SETTINGS.data.data) / "tasks" / f"{TASK}.json")
+    task = data.read_task(Path(SETTINGS.dataset.data) / "tasks" / f"{TASK}.json")
     instance = next(row for row in task["instances"] if row["id"] == example.id)
     text = data.render_prompt(task, instance, words)
     ids = example.source_ids.tolist()
@@ -372,7 +372,7 @@ def backward(shown: Shown) -> str:
             norms[name] = torch.cat(gradients).norm()
     for name, parameter in shown.base.named_parameters():
         assert "skill_" in name or parameter.grad is None
-    rates = [getattr(SETTINGS.train, f"lr_{name}") for name in norms]
+    rates = [getattr(SETTINGS.training, f"lr_{name}") for name in norms]
     rows = [
         ["norm of the gradient", *numbers(norms.values(), digits=4)],
         ["peak learning rate", *(f"{rate:g}" for rate in rates)],

@@ -249,14 +249,14 @@ def main() -> None:
             raise UserError(f"{runtime.flag(name)}: {why}; leave it out")
 
     if config.dry_run:
-        shape = SIZES.get(settings.train.model)
+        shape = SIZES.get(settings.training.model)
         if shape is None:
-            folder = Path(settings.train.model)
+            folder = Path(settings.training.model)
             remedy = f"name a model's folder, or one of {', '.join(SIZES)}"
             runtime.require_path(folder / "config.json", remedy)
             shape = checkpoint.read_config(folder)
-        tasks = data.read_splits(settings.data.data, settings.data.splits)["train"]
-        tasks = tasks[: settings.data.max_tasks or None]
+        tasks = data.read_splits(settings.dataset.data, settings.dataset.splits)["train"]
+        tasks = tasks[: settings.dataset.max_tasks or None]
         runtime.print_line(dry_run(config.methods, shape, settings.adapter, len(tasks)))
         return
 

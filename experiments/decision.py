@@ -154,8 +154,8 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     instances than that never takes part. `number` of the training tasks with 100 different inputs
     are drawn with a fixed seed. Raise UserError if there are fewer.
     """
-    config = study.settings.data
-    tokenizer = tokenizers.load(study.settings.train.model)
+    config = study.settings.dataset
+    tokenizer = tokenizers.load(study.settings.training.model)
     lists = data.read_splits(config.data)
     test = []
     for task in sorted(lists["test"]):
@@ -188,7 +188,7 @@ def data_of(study: Study) -> str:
     runtime.write_json(path, tasks)
     folder = Path(study.config.out, "tasks")
     unseen = [*tasks["test"], *tasks["left out"]]
-    return str(subset(folder, Path(study.settings.data.data), tasks["train"], unseen))
+    return str(subset(folder, Path(study.settings.dataset.data), tasks["train"], unseen))
 
 
 def make_after(study: Study, values: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def make_cells(study: Study) -> None:
             seeds = range(study.config.seeds)
             cells = []
             for cell in of_number.cells("cells", rows, {"": {}}, seeds, "losses"):
-                if cell.settings.train.seed == 0:  # the best trial is this run
+                if cell.settings.training.seed == 0:  # the best trial is this run
                     best = of_number.best[cell.name]
                     trial = of_number.trial(cell.name, rows[cell.name], "dev", {}, best)
                     cell = cell._replace(folder=trial.folder)

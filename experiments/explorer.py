@@ -38,7 +38,7 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
     if adapters.router is None:
         raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
-    data_config = config.section(data.DataConfig, "data")
+    data_config = config.section(data.DataConfig, "dataset")
     sets = data.load_sets(data_config, tokenizer, training=config.tasks)
 
     shown = []
@@ -82,7 +82,7 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
             )
     return {
         "run": Path(run).name,
-        "steps": config.train["steps"],
+        "steps": config.training["steps"],
         "linears": list(adapters.linears),
         "Zhat": rounded(adapters.allocation_weights()[0]),  # (N,K,S)
         "samples": shown,

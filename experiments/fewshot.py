@@ -74,11 +74,11 @@ Scores = dict[tuple[str, int], dict[str, np.ndarray]]  # by way and examples: me
 def lora_flags(run: str) -> dict[str, Any]:
     """Return flags of a LoRA with the total size of the run, on its base, with its prompt."""
     saved = train.saved_settings(read_config(run))
-    base = checkpoint.on_meta(checkpoint.read_config(saved.train.model))
-    size = total("orchmoe", base, saved.adapter, extra_rank=saved.train.extra_rank)
+    base = checkpoint.on_meta(checkpoint.read_config(saved.training.model))
+    size = total("orchmoe", base, saved.adapter, extra_rank=saved.training.extra_rank)
     flags = {
-        **vars(saved.data),
-        "model": saved.train.model,
+        **vars(saved.dataset),
+        "model": saved.training.model,
         "extra_rank": rank_for_total(size, "lora", base, saved.adapter),
     }
     for name in ("skills", "rank", "alpha", "targets"):
@@ -93,7 +93,7 @@ class FewShot:
         self.config = config
         self.device = device
         saved = read_config(config.runs[0])
-        options = saved.section(data.DataConfig, "data")
+        options = saved.section(data.DataConfig, "dataset")
         self.root = Path(options.data)
         self.tasks = data.read_splits(self.root, options.splits)["test"]
         self.tasks = self.tasks[: config.max_tasks or None]
@@ -123,7 +123,7 @@ class FewShot:
         if way in WAYS:
             flags |= WAYS[way].flags
         settings = train.read_settings(flags, train.LaunchConfig())
-        facts, _ = facts_of(settings.data, settings.train.model)
+        facts, _ = facts_of(settings.dataset, settings.training.model)
         adapter = runtime.require_path(Path(run, "adapter.safetensors"), "it has no weights yet")
         stage = "tune" if scores == "dev" else "cells"
         tag = "".join(f"_{value:g}" for value in rate.values())
@@ -235,7 +235,7 @@ def tables(found: Scores, tuning: dict[str, dict[float, float]], best: dict[str,
 def main() -> None:
     config = runtime.from_flags(FewShotConfig, runtime.read_flags(__doc__, FewShotConfig))
     runtime.require_single_process()
-    model = read_config(config.runs[0]).train["model"]
+    model = read_config(config.runs[0]).training["model"]
     device = runtime.pick_device(config.gpu, config.device, base=model)
     runtime.print_line(device.description)
     fewshot(config, device)

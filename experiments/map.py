@@ -161,7 +161,7 @@ def study_at(point: str, study: Study) -> Study:
 
 def fewer_tasks(study: Study, tasks: int) -> str:
     """Return a data folder with `tasks` of the training tasks, evenly spaced in the list."""
-    root = Path(study.settings.data.data)
+    root = Path(study.settings.dataset.data)
     lists = data.read_splits(root)
     every = len(lists["train"]) // tasks
     chosen = lists["train"][::every][:tasks]

@@ -247,7 +247,7 @@ def measure_routing(folder: Path, config: PlotConfig) -> None:
         return
     if path.exists() and path.stat().st_mtime >= adapter.stat().st_mtime:
         return
-    base = config.model or run_folder.read_config(folder).train["model"]
+    base = config.model or run_folder.read_config(folder).training["model"]
     device = runtime.pick_device(config.gpu, config.device, base=base)
     runtime.write_json(path, routing.report_on_run(folder, device, model=config.model))
     runtime.print_line(f"written: {path}")

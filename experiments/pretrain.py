@@ -150,7 +150,7 @@ def pretrain(
     resume_command: str,
 ) -> bool:
     """Train, from the last checkpoint if there is one. Return False if a signal stopped it."""
-    config = settings.train
+    config = settings.training
 
     # Tokenizer, model and data.
     tokenizer = tokenizers.load(config.model)
@@ -161,10 +161,10 @@ def pretrain(
             f"{config.model}/config.json: vocab_size {base.config.vocab_size} is less than the "
             f"{tokenizer.size} of the tokenizer"
         )
-    sets = data.load_sets(settings.data, tokenizer)
+    sets = data.load_sets(settings.dataset, tokenizer)
     dev = data.subsample(sets["dev"], config.eval_instances)
     if not dev:
-        raise UserError(f"{settings.data.data}: no task has the 5 instances for a dev set")
+        raise UserError(f"{settings.dataset.data}: no task has the 5 instances for a dev set")
     text = None
     if own.text:
         text = TextStream(own.text, tokenizer, length=own.text_length, seed=config.seed)
@@ -174,8 +174,8 @@ def pretrain(
     optimizer = make_optimizer(adapters, config.lr_full, own.beta2)
     bound = RunConfig(
         folder=folder,
-        train=asdict(config),
-        data=asdict(settings.data),
+        training=asdict(config),
+        dataset=asdict(settings.dataset),
         adapter=asdict(settings.adapter),
         tasks=tuple(sets["train"].tasks),
         base="",
@@ -188,7 +188,7 @@ def pretrain(
         run.bind(bound)
         runtime.print_line(f"after an interruption, resume with: {resume_command}")
         first_step, best_loss = 0, math.inf
-        if run.checkpoint_path.exists():
+        if run.progress_path.exists():
             first_step, best_loss, _ = run.load_progress(adapters, optimizer)
         run.truncate_log(first_step)
         runtime.broadcast(adapters.state_dict().values())
@@ -251,10 +251,10 @@ def main() -> int:
     settings = train.read_settings(flags, launch)
     own = read_own_settings(flags, launch)
 
-    device = runtime.pick_device(launch.gpu, launch.device, settings.train.dtype)
+    device = runtime.pick_device(launch.gpu, launch.device, settings.training.dtype)
     runtime.print_line(device.description)
-    config = replace(settings.train, dtype=runtime.dtype_name(device.dtype))
-    settings = replace(settings, train=config)
+    config = replace(settings.training, dtype=runtime.dtype_name(device.dtype))
+    settings = replace(settings, training=config)
 
     launcher = runtime.launcher().removesuffix(" --")  # torchrun has a flag -m of its own
     command = f"{launcher} -m experiments.pretrain --resume --out {shlex.quote(launch.out)}"

@@ -137,7 +137,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             adapters.router = replaced(adapters.router, ROUTERS[name])
         if name == "specialised":
             adapters = of_class(adapters, Specialising)
-            adapters.apart = settings.train.steps // 3
+            adapters.apart = settings.training.steps // 3
             adapters.register_buffer("batches", torch.zeros((), device=adapters.Z.device))
             K, S = adapters.Z.shape[1:]
             own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)

@@ -109,9 +109,9 @@ def report_on_run(folder: str | Path, device: runtime.Device, *, model: str = ""
     model: where the run's base is now, if it has moved.
     """
     run = run_folder.read_config(folder)
-    config = run.section(train.TrainConfig, "train")
+    config = run.section(train.TrainConfig, "training")
     base, adapters, tokenizer = run_folder.load(device, run=folder, model=model)
     which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
-    data_config = run.section(data.DataConfig, "data")
+    data_config = run.section(data.DataConfig, "dataset")
     seen, _ = evaluation.load_examples(which, data_config, run, tokenizer)
     return report(base, adapters, seen, batch_size=config.eval_batch_size)

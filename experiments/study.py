@@ -111,7 +111,7 @@ def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> 
 
 def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device:
     """Return the device of a study, and print it."""
-    of_model = settings.train
+    of_model = settings.training
     device = runtime.pick_device(config.gpu, config.device, of_model.dtype, base=of_model.model)
     runtime.print_line(device.description)
     return device
@@ -215,7 +215,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
     result: dict[str, Any] = {}
     if cell.row.model == "trained":
         runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
-        if steps_done(cell.folder) < cell.settings.train.steps:
+        if steps_done(cell.folder) < cell.settings.training.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             options = {"final_scores": False, "attach": attach}
             if not train.train(cell.settings, device, launch, **options):
@@ -235,7 +235,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
 
 
 def steps_done(folder: Path) -> int:
-    path = run_folder.RunFolder(folder).checkpoint_path
+    path = run_folder.RunFolder(folder).progress_path
     return checkpoint.read_torch(path)["step"] if path.exists() else 0
 
 
@@ -260,9 +260,9 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     the mean over tasks, so that long targets weigh no more than short ones. attach: a function like
     baselines.attach_method. Raise DivergedError if a loss is not finite.
     """
-    config = cell.settings.train
+    config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
-    sets = data.load_sets(cell.settings.data, tokenizer)
+    sets = data.load_sets(cell.settings.dataset, tokenizer)
     held_out = train.held_out_sets(sets, config.eval_instances)
     dev = held_out.pop("dev")
     if cell.scores == "dev tasks":
@@ -270,7 +270,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     result: dict[str, Any] = {}
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
-            root = cell.settings.data.data
+            root = cell.settings.dataset.data
             predictions = copy_heuristic(cell.row.model, root, examples)
             result[which] = evaluation.score(examples, predictions)
         return result
@@ -474,8 +474,8 @@ class Study:
     ) -> Cell:
         """Return the cell of a row at a point. file: its name below the folder of results."""
         settings = changed(self.settings, values)
-        model = settings.train.model
-        facts, num_tasks = facts_of(settings.data, model)
+        model = settings.training.model
+        facts, num_tasks = facts_of(settings.dataset, model)
         like = row.like or name
         size = {}
         if like in self.equal:
@@ -483,7 +483,7 @@ class Study:
             for other, equal in self.equal.items():
                 # alpha does not change the size. Without it equal_ranks can use its cache.
                 of_row = changed(settings, equal.settings | {"alpha": None})
-                rows.append((other, of_row.train.method, of_row.adapter))
+                rows.append((other, of_row.training.method, of_row.adapter))
             ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
             size = {"extra_rank": ranks[like]}
         tuned = self.best.get(like, {}) | self.best.get(name, {})
@@ -492,7 +492,7 @@ class Study:
         of_device = {"computed": f"{self.device.device.type}, {self.device.dtype}"}
         if self.device.device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
-        run = row.run.format(seed=settings.train.seed)
+        run = row.run.format(seed=settings.training.seed)
         return Cell(
             name=name,
             row=row,
@@ -549,7 +549,7 @@ class Study:
             settings = self.cell("", name, row, values).settings
             known = settings.as_flags()
             start = {}
-            for axis in axes_of(settings.train.method, settings.adapter.router, axes):
+            for axis in axes_of(settings.training.method, settings.adapter.router, axes):
                 start[axis] = known[axis]
                 if known[axis] is None:
                     start[axis] = float(settings.adapter.rank)  # which is what alpha = None means

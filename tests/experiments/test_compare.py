@@ -159,7 +159,7 @@ def test_compare_from_start_to_table(small):
         best = min(report["trials"], key=lambda trial: trial["dev_loss"])
         assert report["best"].items() < best.items()
         config = read(small / f"methods/{name}-s0/config.json")
-        assert report["best"].items() <= (config["train"] | config["adapter"]).items()
+        assert report["best"].items() <= (config["training"] | config["adapter"]).items()
     orchmoe, lora, full = (cell["parameters"] for cell in results["cells"][:3])
     assert sum(full.values()) == 2_699_040  # of tiny/
     assert sum(orchmoe.values()) == pytest.approx(sum(lora.values()), rel=0.03)
@@ -391,7 +391,7 @@ def test_cells_of_all_seeds_are_runs_of_their_own(make_cells, tmp_path):
     own = compare.CompareConfig(methods=("lora",), rows=("default",))
     cells, _ = make_cells(own, study.Study(settings, CPU, config, compare.EQUAL))
     for seed, cell in enumerate(cells[:2]):
-        assert cell.settings.train.seed == seed
+        assert cell.settings.training.seed == seed
         assert cell.folder.name == cell.path.stem == f"{cell.name}-s{seed}"
 
 

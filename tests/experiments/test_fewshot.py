@@ -32,10 +32,10 @@ def test_fewshot_table_of_all_ways(finished, tmp_path, monkeypatch):
         assert f"| {name} | 2 | " in out
         assert f"| {name} | 5 | " in out
         assert config["tasks"] == [task]
-        assert config["data"]["train_instances"] == 5
-        assert config["train"]["trainable"] == way.flags.get("trainable", "all")
-        assert config["train"][way.rate] == way.values[0]
-        assert bool(config["train"]["start"]) == (name != fewshot.LORA)
+        assert config["dataset"]["train_instances"] == 5
+        assert config["training"]["trainable"] == way.flags.get("trainable", "all")
+        assert config["training"][way.rate] == way.values[0]
+        assert bool(config["training"]["start"]) == (name != fewshot.LORA)
 
 
 def few_shot(*runs):
@@ -46,7 +46,7 @@ def few_shot(*runs):
 def test_cell_starts_from_the_run_of_its_seed(finished, copied):
     study = few_shot(finished / "run", copied)
     cells = [study.cell("all", study.tasks[0], 4, seed) for seed in (0, 1)]
-    starts = [cell.settings.train.start for cell in cells]
+    starts = [cell.settings.training.start for cell in cells]
     assert starts == [str(finished / "run"), str(copied)]
     # The digest of the adapter tells the cells of other runs apart, not its place.
     assert cells[0].facts == cells[1].facts
@@ -57,7 +57,7 @@ def test_cell_starts_from_the_run_of_its_seed(finished, copied):
 def test_fresh_lora_is_as_large_as_a_run_with_extra_ranks(copied):
     path = copied / "config.json"
     saved = json.loads(path.read_text())
-    saved["train"]["extra_rank"] = 8
+    saved["training"]["extra_rank"] = 8
     path.write_text(json.dumps(saved))
     extra_rank = fewshot.lora_flags(str(copied))["extra_rank"]
     base = checkpoint.on_meta(checkpoint.read_config(ROOT / "tiny"))

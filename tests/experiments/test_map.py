@@ -31,7 +31,7 @@ def study(tmp_path):
 
 
 def test_points_have_one_total_size_of_both_rows(study):
-    base = checkpoint.on_meta(checkpoint.read_config(study.settings.train.model))
+    base = checkpoint.on_meta(checkpoint.read_config(study.settings.training.model))
     sizes = {}
     for point in routing_map.points():
         of_point = routing_map.study_at(point, study)
@@ -39,13 +39,13 @@ def test_points_have_one_total_size_of_both_rows(study):
             settings = of_point.cell("cells/x", name, row, {}).settings
             adapter = settings.adapter
             sizes[point, name] = total(
-                settings.train.method, base, adapter, extra_rank=settings.train.extra_rank
+                settings.training.method, base, adapter, extra_rank=settings.training.extra_rank
             )
         assert sizes[point, "lora"] == pytest.approx(sizes[point, "orchmoe"], rel=0.03)
 
 
 def test_fewer_tasks_are_spread_over_the_list(study):
-    everything = data.read_splits(study.settings.data.data)
+    everything = data.read_splits(study.settings.dataset.data)
     found = {}
     for tasks in (7, 14):
         found[tasks] = data.read_splits(routing_map.fewer_tasks(study, tasks))

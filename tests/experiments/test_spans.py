@@ -137,7 +137,7 @@ def test_pretraining_resumes_from_anywhere(home, tmp_path_factory):
     tokenizers.load(folder / "model")
     assert [row["step"] for row in records(folder) if "loss" in row] == list(range(4))
 
-    for path in (folder / "checkpoint.pt", folder / "metrics.jsonl", weights):
+    for path in (folder / "progress.pt", folder / "metrics.jsonl", weights):
         path.unlink()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     run(program, "--resume", *common, cwd=elsewhere)

@@ -23,13 +23,13 @@ import checkpoint
 import data
 import run_folder
 import runtime
-import tokenizer as tokenizers
 import train
 from experiments import plot, spans
 from experiments.pretrain import random_base
 from helpers import ROOT, SHORT, change_config, command, interrupted, run, run_shell, trace
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
+from tokenizer import load as load_tokenizer
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--batch-size", "2", "--out"]
@@ -77,13 +77,13 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_the_run_can_resume(home):
     with interrupted(train, "train_step", 7):
         run(*start, "run", cwd=home, code=130)
     folder = home / "run"
-    before = (folder / "checkpoint.pt").read_bytes()
-    for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.pt"):
+    before = (folder / "progress.pt").read_bytes()
+    for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "progress.pt"):
         size = (folder / name).stat().st_size
         with largest_file(size - 1):
             error = run(*RESUME, "run", cwd=home, code=2)
         assert f"run/{name}: File too large; not written" in error
-        assert (folder / "checkpoint.pt").read_bytes() == before
+        assert (folder / "progress.pt").read_bytes() == before
         assert not list(folder.rglob("*.tmp"))
     run(*RESUME, "run", cwd=home)
     assert trace(folder) == trace(home / "whole")
@@ -106,7 +106,7 @@ def of_folder(read):
 
 
 def read_text(path):
-    return spans.TextStream(path, tokenizers.load(ROOT / "tiny"), length=8, seed=0)
+    return spans.TextStream(path, load_tokenizer(ROOT / "tiny"), length=8, seed=0)
 
 
 def read_cache(path):
@@ -126,13 +126,13 @@ READERS = {
     "model.safetensors.index.json": of_folder(checkpoint.read_folder),
     "pytorch_model.bin": of_folder(checkpoint.read_folder),
     "adapter.safetensors": checkpoint.load_adapter,
-    "checkpoint.pt": checkpoint.read_torch,
+    "progress.pt": checkpoint.read_torch,
     "adapter_config.json": of_folder(load_peft),
     "adapter_model.safetensors": of_folder(load_peft),
     "adapter_model.bin": of_folder(load_peft),
-    "spiece.model": tokenizers.load,
-    "tokenizer.model": tokenizers.load,
-    "tokenizer.json": tokenizers.load,
+    "spiece.model": load_tokenizer,
+    "tokenizer.model": load_tokenizer,
+    "tokenizer.json": load_tokenizer,
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
     "scores.json": runtime.read_json,
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(hostile, bounded, name,
 
 HUGE = """
     task1_a.json spiece.model tokenizer.json config.json model/config.json adapter.safetensors
-    checkpoint.pt pytorch_model.bin
+    progress.pt pytorch_model.bin
 """
 
 
@@ -227,7 +227,7 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 
 def test_an_archive_on_several_disks_is_refused(tmp_path):
     """zipfile raises an error for this one when it is asked whether the file is an archive."""
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "progress.pt"
     torch.save({}, path)
     content = bytearray(path.read_bytes())
     content[content.rindex(b"PK\x06\x07") + 16] = 7  # the number of disks in the zip64 locator
@@ -270,19 +270,19 @@ def test_fields_that_an_older_run_lacks_have_their_defaults(copied):
     before = resumed(copied)
     path = copied / "config.json"
     config = runtime.read_json(path)
-    del config["train"]["trainable"], config["data"]["explanation"]
+    del config["training"]["trainable"], config["dataset"]["explanation"]
     del config["adapter"]["gumbel"], config["torch"], config["pretrain"]
     runtime.write_json(path, config)
     assert resumed(copied) == before
 
 
 RUN_FIELDS = [  # values that config.json of a run must not have
-    ("train", "seed", "0"),
-    ("train", "method", 3),
-    ("train", "lr_router", 10**400),
-    ("train", "stepz", 8),
-    ("train", "schedule", "cosine"),
-    ("data", "num_neg", -1),
+    ("training", "seed", "0"),
+    ("training", "method", 3),
+    ("training", "lr_router", 10**400),
+    ("training", "stepz", 8),
+    ("training", "schedule", "cosine"),
+    ("dataset", "num_neg", -1),
     ("adapter", "rank", 0),
     ("adapter", "targets", "q"),
 ]
@@ -312,8 +312,8 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
 
     monkeypatch.setattr(RunFolder, "lock", wait_and_lock)
     error = run("train.py", *SHORT, "--out", "run", cwd=home, code=2)
-    assert error.startswith("train.py: error: run: another process wrote a checkpoint meanwhile")
-    for name in ("config.json", "checkpoint.pt"):
+    assert error.startswith("train.py: error: run: another process wrote it meanwhile")
+    for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 
 

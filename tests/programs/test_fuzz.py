@@ -24,7 +24,7 @@ import checkpoint
 import data
 import metrics
 import runtime
-import tokenizer as tokenizers
+import tokenizer
 from helpers import (
     LLAMA3_ROPE,
     LLAMA_SIZES,
@@ -269,7 +269,7 @@ def test_checkpoints(folder, content):
         # These adapters and this optimizer accept any state.
         return RunFolder(path.parent).load_progress(mock.Mock(), mock.MagicMock(state={}))
 
-    found = read(reader, folder / "checkpoint.pt", content, CHECKPOINT)
+    found = read(reader, folder / "progress.pt", content, CHECKPOINT)
     if found is not None:
         step, best, _ = found
         assert type(step) is int and type(best) is float
@@ -333,7 +333,7 @@ def tokenizer_folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", tokenizers.KINDS)
+@pytest.mark.parametrize("name", tokenizer.KINDS)
 @given(st.data())
 def test_tokenizers(folder, tokenizer_folder, name, drawn):
     whole = (tokenizer_folder / name).read_bytes()
@@ -342,7 +342,7 @@ def test_tokenizers(folder, tokenizer_folder, name, drawn):
     settings = folder / "tokenizer_config.json"
     settings.write_bytes(drawn.draw(damaged_or_changed(TOKENIZER_SETTINGS)))
     with refusing(folder):
-        found = tokenizers.load(folder / name)
+        found = tokenizer.load(folder / name)
         ids = found.encode("ab ba the dog </s>")  # some damage shows only here
         assert ids[-1] == found.eos_ids[0]
         assert all(0 <= i < found.size for i in ids)

@@ -22,7 +22,6 @@ import eval as evaluation
 import orchmoe
 import run_folder
 import runtime
-import tokenizer as tokenizers
 import train
 from baselines import METHODS, attach_method
 from helpers import (
@@ -40,6 +39,7 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig
 from runtime import UserError, read_json
+from tokenizer import load as load_tokenizer
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 RESUME = ["train.py", "--resume", "--out", "run", "--device", "cpu"]
@@ -81,7 +81,7 @@ def test_table_has_each_score_under_its_heading(capsys):
 
 
 def test_full_weights_are_evaluated_in_float32(copied):
-    change_config(copied, "train", method="full")
+    change_config(copied, "training", method="full")
     cwd = copied.parent
     assert "run/model: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
 
@@ -119,13 +119,13 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
     with interrupted(module, name, number, error):
         run("train.py", *SHORT, "--gumbel", "--out", "run", cwd=home, code=130)
     resumed = home / "run"
-    assert checkpoint.read_torch(resumed / "checkpoint.pt")["step"] == step
+    assert checkpoint.read_torch(resumed / "progress.pt")["step"] == step
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
     run(*RESUME, cwd=home)
     names = ["adapter.safetensors", "scores.json", "config.json"]
     if step == 8:  # the checkpoint is still that of another process
-        names.append("checkpoint.pt")
+        names.append("progress.pt")
     for name in names:
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     for row, expected in zip(records(resumed), records(whole), strict=True):
@@ -163,9 +163,7 @@ def test_step_that_is_not_finite_changes_no_weight(small_t5, inputs, damage, wor
     damage(adapters.linears["decoder.blocks.1.attention.v"].skill_B)
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
     batch = data.Batch(*inputs, torch.zeros(4, dtype=torch.int64), ["a", "b", "c", "d"])
-    with pytest.raises(
-        ValueError, match=f"^step 7 on a, b, c, d: {words}; checkpoint.pt is intact"
-    ):
+    with pytest.raises(ValueError, match=f"^step 7 on a, b, c, d: {words}; progress.pt is intact"):
         train.train_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
     for name, tensor in adapters.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -182,7 +180,7 @@ def test_step_that_breaks_the_weights_is_not_saved(home, monkeypatch):
     assert "step 0 on " in error
     assert "the norm of the weights is inf" in error
     names = {path.name for path in (home / "run").iterdir()}
-    assert not names & {"checkpoint.pt", "adapter.safetensors"}
+    assert not names & {"progress.pt", "adapter.safetensors"}
 
 
 def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
@@ -197,8 +195,8 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
 def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     shutil.copytree(ROOT / "sni", tmp_path / "sni")
     shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
-    change_config(copied, "data", data=str(tmp_path / "sni"))
-    change_config(copied, "train", model=str(tmp_path / "tiny"))
+    change_config(copied, "dataset", data=str(tmp_path / "sni"))
+    change_config(copied, "training", model=str(tmp_path / "tiny"))
 
     def require_changed(name, *lines):
         for line in lines:
@@ -230,8 +228,8 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
 
 def test_moved_base_and_data_are_given_with_flags(copied):
     cwd = copied.parent
-    change_config(copied, "train", model="gone")
-    change_config(copied, "data", data="gone")
+    change_config(copied, "training", model="gone")
+    change_config(copied, "dataset", data="gone")
     moved = ["--model", ROOT / "tiny", "--data", ROOT / "sni"]
     assert "gone: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
     run(*EVALUATE, *moved, cwd=cwd)
@@ -241,8 +239,8 @@ def test_moved_base_and_data_are_given_with_flags(copied):
 
 def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     saved = run_folder.read_config(copied)
-    own_data = saved.section(data.DataConfig, "data")
-    tokenizer = tokenizers.load(ROOT / "tiny")
+    own_data = saved.section(data.DataConfig, "dataset")
+    tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
     runtime.warn.cache_clear()
     evaluation.load_examples(config, own_data, saved, tokenizer)
@@ -511,7 +509,7 @@ def mistaken(tmp_path_factory):
         write_task(folder / name, "task2_b", task)
     (folder / "empty").mkdir()
     (folder / "left").mkdir()
-    (folder / "left/checkpoint.pt").touch()
+    (folder / "left/progress.pt").touch()
     for name in ("config.json", "metrics.jsonl", "results.json"):
         (folder / "empty" / name).write_text("{}")
     return folder

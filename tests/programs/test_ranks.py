@@ -24,7 +24,6 @@ import checkpoint
 import data
 import runtime
 import t5
-import tokenizer as tokenizers
 import train
 from baselines import attach_method
 from experiments.pretrain import init_weights
@@ -40,6 +39,7 @@ from helpers import (
     run_shell,
 )
 from orchmoe import OrchMoEConfig
+from tokenizer import load as load_tokenizer
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(SMALL_T5, vocab_size=1000)
@@ -71,7 +71,7 @@ def trace(shard, accumulate, method):
     """
     config = train.TrainConfig(batch_size=7, accumulate=accumulate, warmup=0, steps=60)
     data_config = data.DataConfig(max_tasks=6, max_source_length=48)
-    tokenizer = tokenizers.load(config.model)
+    tokenizer = load_tokenizer(config.model)
     examples = data.load_sets(data_config, tokenizer, ["train"])["train"]
 
     base = init_weights(t5.T5(SMALL), 0)

@@ -18,7 +18,7 @@ from runtime import read_json
 
 SIZES = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8"]
 SIZES += ["--warmup", "0", "--device", "cpu", "--eval-instances", "8"]
-UNFIT = [("poly", "train", {"method": "poly"}), ("unrouted", "adapter", {"router": "none"})]
+UNFIT = [("poly", "training", {"method": "poly"}), ("unrouted", "adapter", {"router": "none"})]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
     assert "| start |" not in run(*resume, cwd=elsewhere)
     assert trace(home / "on") == trace(home / "whole")
 
-    for name in ("checkpoint.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
+    for name in ("progress.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
         (home / "on" / name).unlink()
     run(*resume, cwd=elsewhere)
     for name in ("adapter.safetensors", "scores.json"):

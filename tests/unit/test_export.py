@@ -71,11 +71,11 @@ def w_of(folder, prompt):
 def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, monkeypatch):
     """The mean is that of dev, from the data in its new place."""
     base, adapters, tokenizer = load_run(copied)
-    config = run_folder.read_config(copied).section(data.DataConfig, "data")
+    config = run_folder.read_config(copied).section(data.DataConfig, "dataset")
     dev = data.load_sets(config, tokenizer, ["dev"])["dev"]
     _, w = evaluation.measure(base, adapters, dev)
 
-    change_config(copied, "data", data="moved")
+    change_config(copied, "dataset", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
     arguments = ("--mean", "--data", ROOT / "sni", "--pad-rank")
     run("export.py", "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
@@ -152,7 +152,7 @@ def test_mistake_prints_one_line(flags, beginning, copied):
     "method, flags, reason", [("moe-lora", "", "no LoRAs"), ("lora", "--w 1", "has no routing")]
 )
 def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, copied):
-    change_config(copied, "train", method=method)
+    change_config(copied, "training", method=method)
     said = run("export.py", *GIVEN.split(), *flags.split(), cwd=copied.parent, code=2)
     assert f"run: --method {method}" in said and reason in said
 

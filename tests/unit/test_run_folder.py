@@ -43,7 +43,7 @@ def test_lock_refuses_a_second_process_until_the_first_is_killed(tmp_path):
 
 
 def test_lock_removes_only_half_written_files_of_a_killed_run(tmp_path):
-    half_written = [tmp_path / ".checkpoint.pt.7.tmp", tmp_path / "model/.config.json.7.tmp"]
+    half_written = [tmp_path / ".progress.pt.7.tmp", tmp_path / "model/.config.json.7.tmp"]
     others = [tmp_path / ".somebody.tmp", tmp_path / "other/.scores.json.7.tmp"]
     for path in (*half_written, *others):
         path.parent.mkdir(exist_ok=True)
@@ -83,8 +83,8 @@ def test_new_folder_below_a_dangling_link_is_an_error(tmp_path):
 def config():
     return RunConfig(
         folder="",
-        train={"model": "tiny", "method": "lora", "start": ""},
-        data={"data": "sni"},
+        training={"model": "tiny", "method": "lora", "start": ""},
+        dataset={"data": "sni"},
         adapter={"rank": 2},
         tasks=("task1_a", "task2_b"),
         base="0123",
@@ -96,13 +96,13 @@ def config():
 def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The same base and data may have been somewhere else.
-    RunFolder("run").bind(replace(config, train=config.train | {"model": "elsewhere"}))
+    RunFolder("run").bind(replace(config, training=config.training | {"model": "elsewhere"}))
     RunFolder("run").bind(config)
     assert read_config("run") == replace(
         config,
         folder="run",
-        train=config.train | {"model": f"{tmp_path}/tiny"},
-        data={"data": f"{tmp_path}/sni"},
+        training=config.training | {"model": f"{tmp_path}/tiny"},
+        dataset={"data": f"{tmp_path}/sni"},
     )
 
 
@@ -192,10 +192,10 @@ def trained(small_t5):
 
 
 def change_checkpoint(folder, change):
-    """Rewrite checkpoint.pt: `change` changes its state in place."""
-    state = torch.load(folder.checkpoint_path)
+    """Rewrite progress.pt: `change` changes its state in place."""
+    state = torch.load(folder.progress_path)
     change(state)
-    torch.save(state, folder.checkpoint_path)
+    torch.save(state, folder.progress_path)
 
 
 def test_load_progress_restores_weights_and_moments_and_no_settings(trained, tmp_path):
@@ -217,7 +217,7 @@ def moments(state):
     return state["optimizer"]["state"][0]
 
 
-OTHER_STATES = {  # changes of checkpoint.pt that keep it a file of tensors
+OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
     "no start": lambda state: state.pop("start_w"),
     "step as text": lambda state: state.update(step="5"),
     "weights as a list": lambda state: state.update(weights=[]),
@@ -231,7 +231,7 @@ def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path,
     folder = RunFolder(tmp_path)
     folder.save_progress(7, 1.25, *trained(seed=1))
     change_checkpoint(folder, change)
-    with pytest.raises(ValueError, match=f"^{folder.checkpoint_path}: .*; restore the file"):
+    with pytest.raises(ValueError, match=f"^{folder.progress_path}: .*; restore the file"):
         folder.load_progress(*trained(seed=2))
 
 

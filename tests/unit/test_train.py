@@ -224,8 +224,8 @@ def first_step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "train_step", end)
         settings = train.Settings(
-            train=train.TrainConfig(**options),
-            data=data.DataConfig(max_tasks=3, train_instances=8),
+            training=train.TrainConfig(**options),
+            dataset=data.DataConfig(max_tasks=3, train_instances=8),
         )
         launch = train.LaunchConfig(out=tempfile.mkdtemp(dir=tmp_path))
         with pytest.raises(KeyboardInterrupt):
@@ -302,11 +302,11 @@ def test_best_weights_on_dev_are_kept_and_scored(home):
             assert (long / name).read_bytes() == (short / name).read_bytes()
 
     require_short_run_is_kept([1, 2])  # the last step is evaluated and saved, too
-    last = checkpoint.read_torch(long / "checkpoint.pt")
+    last = checkpoint.read_torch(long / "progress.pt")
     best, _ = checkpoint.load_adapter(long / "adapter.safetensors")
     assert last["step"] == 3
     assert not torch.equal(last["weights"]["Z"], best["Z"])
 
-    change_config(long, "train", steps=4)
+    change_config(long, "training", steps=4)
     run("train.py", "--resume", "--out", "run3", "--device", "cpu", cwd=home)
     require_short_run_is_kept([1, 2, 3])
