@@ -236,10 +236,12 @@ def load(
     On the CPU, weights that have this dtype already stay mapped.
     """
     backbone = mapped(folder)
-    parameters = list(backbone.parameters())
+    modules = list(backbone.modules())
     # One by one, so that no more than one tensor exists twice.
-    for parameter in runtime.progress(parameters, "reading weights", unit="tensor"):
-        parameter.data = parameter.data.to(device, dtype).contiguous()
+    for module in runtime.progress(modules, "reading weights", unit="layer"):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            weight = parameter.detach().to(device, dtype).contiguous()
+            setattr(module, name, nn.Parameter(weight))
     return backbone
 
 
