@@ -1,0 +1,243 @@
+"""The programs on a device that is not the CPU: no tensor is left behind on the other one.
+
+The device of second_device.cpp computes on the CPU, so all numbers must be those of the CPU.
+"""
+
+import copy
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+
+import runtime
+import train
+from baselines import attach_method
+from helpers import (
+    LLAMA_FAMILIES,
+    LLAMA_SIZES,
+    T5_CONFIGS,
+    interrupted,
+    links,
+    random_batch,
+    random_t5,
+    run,
+    seeded_generator,
+    stir,
+    trace,
+)
+from llama import Llama, LlamaConfig
+from orchmoe import OrchMoEConfig
+
+# --------------------------------------------------------------------------------------- the device
+
+FOLDER = Path(__file__).parent
+CPU = torch.device("cpu")
+SECOND = SimpleNamespace(  # what torch asks the module of a device, here torch.second
+    is_available=lambda: True,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    manual_seed_all=lambda seed: None,
+    _is_in_bad_fork=lambda: False,
+    get_amp_supported_dtype=lambda: [torch.bfloat16],
+)
+
+
+def build(source):
+    """Return the path of the compiled library. It is compiled once for each version of torch."""
+    library = FOLDER / f"build/{torch.__version__}.so"
+    if library.exists() and library.stat().st_mtime > source.stat().st_mtime:
+        return library
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler ({compiler})")
+    library.parent.mkdir(exist_ok=True)
+    unfinished = library.with_name(f"{os.getpid()}.so")
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", source, "-o", unfinished]
+    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    command += [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
+    unfinished.rename(library)
+    return library
+
+
+@pytest.fixture(scope="module", autouse=True)
+def second():
+    """Return the second device. The programs pick it unless they get --device cpu."""
+    library = build(FOLDER / "second_device.cpp")
+    torch.utils.rename_privateuse1_backend("second")
+    torch._register_device_module("second", SECOND)
+    torch.ops.load_library(library)
+    device = torch.device("second", 0)
+
+    pick_device = runtime.pick_device
+
+    def pick_second(gpu=None, device_flag="", *arguments, **options):
+        picked = pick_device(None, "cpu", *arguments, **options)
+        return picked if device_flag == "cpu" else picked._replace(device=device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "pick_device", pick_second)
+        yield device
+
+
+def test_tensors_of_two_devices_are_refused(second):
+    """As CUDA does. A single number may be on the CPU, and so may indices."""
+    here = torch.ones(3, 4)
+    there = here.to(second)
+    index = torch.tensor([0, 2])
+    assert torch.equal((there + torch.tensor(1.0))[index].cpu(), here[:2] + 1)
+    for mixed in (
+        lambda: here + there,
+        lambda: there @ here.T,
+        lambda: torch.cat([there, here]),
+        lambda: there.masked_fill(here > 0, 0.0),
+        lambda: there.index_select(0, index),
+        lambda: here[index.to(second)],
+        lambda: there.normal_(generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError, match="device|on the CPU"):
+            mixed()
+
+
+# ------------------------------------------------------------------------------------- the programs
+
+SMALL = {"max_tasks": 4, "train_instances": 5, "eval_instances": 8, "max_source_length": 64}
+SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 4, "warmup": 1}
+ANSWER = ["--split", "seen", "--limit", "3", "--max-new-tokens", "8"]
+ON_CPU = ["--device", "cpu"]
+QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
+CASES = {
+    "orchmoe": {"accumulate": 2},
+    "lora": {"checkpoint_blocks": True},
+    "moe-lora": {},
+    "poly": {},
+    "mhr": {},
+    "c-poly": {},
+    "orchmoe-factors": {"gumbel": True},
+    "full": {},
+    "token router": {"router": "token"},
+    "no router": {"router": "none"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "mixture": {"trainable": "mixture"},
+    "router": {"trainable": "router"},
+    "allocation": {"trainable": "allocation"},
+}
+
+
+def words(flags):
+    """Return the command line of these flags."""
+    line = []
+    for name, value in flags.items():
+        line += [runtime.flag(name), str(value)]
+    return line
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Return a folder with `run`, trained on the second device."""
+    folder = links(tmp_path_factory.mktemp("second"))
+    output = run("train.py", *words(SMALL), "--out", "run", cwd=folder)
+    assert "| orchmoe |" in output
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    flags = SMALL | CASES[case]
+    flags["method"] = case if case in train.METHODS else "orchmoe"
+    if "trainable" in flags:
+        flags["start"] = "run"
+    settings = train.Settings.from_flags(flags)
+    dtype = getattr(torch, settings.training.dtype.replace("auto", "float32"))
+    losses = []
+    for device in (CPU, second):
+        out = tmp_path / device.type
+        launch = train.LaunchConfig(out=str(out))
+        picked = runtime.Device(device, dtype, "")
+        train.train(settings, picked, launch, final_scores=False)
+        losses.append(trace(out))
+    rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(*losses, rtol=rtol, atol=1e-5)
+    run("eval.py", "--run", out, *ANSWER, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("first, then", [([], ON_CPU), (ON_CPU, []), ([], [])])
+def test_a_run_resumes_on_either_device(first, then, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score_held_out", lambda *_: {})
+    with interrupted(train, "train_step", 1):
+        run("train.py", *words(SMALL), "--out", "run", *first, cwd=tmp_path, code=130)
+    run("train.py", "--resume", "--out", "run", *then, cwd=tmp_path)
+    found, expected = trace(tmp_path / "run"), trace(home / "run")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [["--run", "run"], ["--model", "tiny"]], ids=["run", "bare"])
+def test_answers_are_those_of_the_cpu(model, home):
+    answers = []
+    for device in ([], ON_CPU):
+        output = run("eval.py", *model, *QUESTION, *device, cwd=home)
+        answers.append(output.splitlines()[1:])  # the first line names the device
+    assert answers[0] == answers[1]
+    run("eval.py", *model, *ANSWER, cwd=home)
+
+
+# --------------------------------------------------------------------------------------- the models
+
+
+def small_model(name):
+    """Return a random model of one of the families."""
+    if name in T5_CONFIGS:
+        return random_t5(T5_CONFIGS[name])
+    kind, changes = LLAMA_FAMILIES[name]
+    config = LlamaConfig.from_hf({**LLAMA_SIZES, "model_type": kind, **changes})
+    model = Llama(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
+    return model
+
+
+@pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
+def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
+    results = []
+    for device in (CPU, second):
+        base = small_model(name)
+        config = OrchMoEConfig(targets=("all",))
+        adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
+        stir(adapters, seeded_generator(1))
+        base.to(device).train()
+        batch = [tensor.to(device) for tensor in random_batch(2, 37)]
+        ids, mask, labels = batch
+        embeddings = base.embed(ids)
+        one = {"embeddings": embeddings[:1], "mask": mask[:1]}
+
+        with adapters.routed(embeddings, mask):
+            values = [base.loss(*batch)]
+            values[0].backward()
+        for group in adapters.parameter_groups().values():
+            values += [parameter.grad for parameter in group]
+
+        base.eval()
+        with torch.no_grad():
+            with adapters.routed(embeddings, mask):
+                values.append(base.generate(ids, mask, max_new_tokens=5, on_keep=adapters.keep))
+            with adapters.routed(embeddings, mask):
+                adapters.keep(torch.tensor([0, 2], device=device))
+                values.append(base.loss(ids[[0, 2]], mask[[0, 2]], labels[[0, 2]]))
+            with adapters.disabled():
+                values.append(base.loss(*batch))
+            with adapters.folded(**one):
+                values.append(base.loss(*batch))
+            copied = copy.deepcopy(base)
+            copied.skill_adapters.merge(**one)
+            values.append(copied.loss(*batch))
+            adapters.detach()
+            values.append(base.loss(*batch))
+        results.append([value.detach().cpu() for value in values])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
