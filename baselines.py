@@ -12,6 +12,7 @@ Test: pytest tests/unit/test_baselines.py tests/parity/test_peft.py
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +21,53 @@ from torch import Tensor, nn
 import kernels
 from orchmoe import (
     Adapters,
-    Mix,
     OrchMoE,
     OrchMoEConfig,
     Routing,
-    SkillLinear,
-    add_skills,
+    new_skills,
     target_linears,
 )
+
+# What Adapters take: the Linears by path, and the result of new_skills for each of them.
+Linears = dict[str, nn.Linear]
+Skills = list[dict[str, Any]]
 
 METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
 
 
-class NoAdapter(Adapters):
+class Baseline(Adapters):
+    """Base of the methods below. They have no abstract tasks and no Task Router."""
+
+    router = None
+    needs_task_ids = False  # whether `route` takes task_ids
+
+    def fit_router(self, *_args, **_options) -> None:
+        """Do nothing, since there is no router."""
+
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
+        noise: Tensor | None = None,
+        task_ids: Tensor | None = None,
+    ) -> Routing:
+        """Return the routing of a batch. Only task_ids and noise are used."""
+        if w is not None:
+            raise ValueError("w: only OrchMoE routes by weights of abstract tasks; leave it out")
+        return self.route_by_id(task_ids, noise)
+
+    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
+        """Return the routing of samples with these task ids (B,), -1 where the task is unseen."""
+        raise NotImplementedError
+
+
+class NoAdapter(Baseline):
     """y = W0 x: the frozen base. If `full`, every weight of it trains."""
 
     def __init__(self, module: nn.Module, *, full: bool):
-        super().__init__(module, {})
+        super().__init__(module, {}, [])
         module.requires_grad_(full)
 
     @contextmanager
@@ -60,28 +91,6 @@ class NoAdapter(Adapters):
         return self.module.state_dict()
 
 
-class Baseline(Adapters):
-    """Base of the methods below. They have no abstract tasks, so they refuse weights w of tasks."""
-
-    def route(
-        self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        task_ids: Tensor | None = None,
-        noise: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Routing:
-        """Return the routing of a batch. Only task_ids and noise are used."""
-        if w is not None:
-            raise ValueError("w: only OrchMoE routes by weights of abstract tasks; leave it out")
-        return self.route_by_id(task_ids, noise)
-
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        """Return the routing of samples with these task ids (B,), -1 where the task is unseen."""
-        raise NotImplementedError
-
-
 class LoRA(Baseline):
     """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
 
@@ -89,12 +98,10 @@ class LoRA(Baseline):
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
-    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
-        super().__init__(module, linears)
-        self.register_buffer("ones", torch.ones(len(linears), 1, 1), persistent=False)
-
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        return Routing(w=None, Zhat=None, c=self.ones, shared=True)  # one skill, with c = 1
+        A = next(iter(self.linears.values())).skill_A
+        c = A.new_ones(len(self.linears), 1, 1)  # one skill, with c = 1
+        return Routing(w=None, Zhat=None, c=c, shared=True)
 
 
 class MoELoRA(Baseline):
@@ -108,20 +115,22 @@ class MoELoRA(Baseline):
     def __init__(
         self,
         module: nn.Module,
-        linears: dict[str, SkillLinear],
-        skills: int,
+        linears: Linears,
+        skills: Skills,
         generator: torch.Generator | None,
     ):
-        super().__init__(module, linears)
-        for linear in linears.values():
-            W_task = torch.empty(skills, linear.in_features)
-            W_task.normal_(0, 0.02, generator=generator)
-            linear.skill_W_task = nn.Parameter(W_task.to(linear.weight.device))
-        identity = torch.eye(skills).expand(1, len(linears), -1, -1)  # (1,N,S,S)
-        self.register_buffer("identity", identity, persistent=False)
+        for attributes in skills:
+            A = attributes["skill_A"]
+            W_task = torch.empty(len(A), A.shape[-1]).normal_(0, 0.02, generator=generator)
+            attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
+            attributes["skill_softmax"] = True
+        super().__init__(module, linears, skills)
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        return Routing(w=None, Zhat=self.identity, c=None, shared=True)
+        A = next(iter(self.linears.values())).skill_A
+        identity = torch.eye(len(A)).to(A)  # (S,S)
+        Zhat = identity.expand(1, len(self.linears), -1, -1)  # (1,N,S,S)
+        return Routing(w=None, Zhat=Zhat, c=None, shared=True)
 
 
 def normalised_sigmoid(Z: Tensor) -> Tensor:
@@ -143,20 +152,22 @@ class Poly(Baseline):
     train on new tasks.
     """
 
+    needs_task_ids = True
+
     def __init__(
         self,
         module: nn.Module,
-        linears: dict[str, SkillLinear],
-        tasks: int,
-        skills: int,
-        heads: int,
+        linears: Linears,
+        skills: Skills,
+        shape: tuple[int, int, int],
         generator: torch.Generator | None,
     ):
-        super().__init__(module, linears)
-        Z = torch.empty(len(linears), tasks, heads, skills)
-        Z.uniform_(-1e-3, 1e-3, generator=generator)
+        """shape: (T,H,S) of the Z of one Linear."""
+        Z = torch.empty(len(linears), *shape).uniform_(-1e-3, 1e-3, generator=generator)
+        Z = Z.to(skills[0]["skill_A"])
+        super().__init__(module, linears, skills)
         self.Z = nn.Parameter(Z)
-        self.noise_shape = (len(linears), heads, skills)
+        self.noise_shape = (len(linears), *shape[1:])
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
@@ -190,13 +201,15 @@ class CPoly(Poly):
     def __init__(
         self,
         module: nn.Module,
-        linears: dict[str, SkillLinear],
-        tasks: int,
-        skills: int,
+        linears: Linears,
+        skills: Skills,
+        shape: tuple[int, int, int],
         generator: torch.Generator | None,
     ):
-        super().__init__(module, linears, tasks, skills - 1, 1, generator)
-        self.Z_private = nn.Parameter(torch.eye(tasks).repeat(len(linears), 1, 1))
+        """shape: (T,1,S-1)."""
+        Z_private = torch.eye(shape[0]).repeat(len(linears), 1, 1)
+        super().__init__(module, linears, skills, shape, generator)
+        self.Z_private = nn.Parameter(Z_private.to(self.Z))
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,S-1+T). noise: u (B,N,1,S-1) in [0,1), in training; drawn if None."""
@@ -222,9 +235,8 @@ def attach_method(
     extra_rank: how many ranks to add, in total over the Linears, which share them evenly; it makes
     methods equal in size. num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr.
     orchmoe-factors is OrchMoE with factors mixed as in Poly. Raise ValueError for an unknown name,
-    a missing T, targets that the method cannot adapt, or widths that `heads` does not divide.
+    a missing T, or targets that the method cannot adapt.
     """
-    S, R = config.skills, config.rank
     if name not in METHODS:
         raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
     if name == "full":
@@ -235,50 +247,39 @@ def attach_method(
         raise ValueError(
             "--method orchmoe-factors --router token: factors are mixed once per sample"
         )
-    found = target_linears(module, config.targets)
-    head = getattr(module, "head", None)
-    if head in found.values() and name not in ("lora", "moe-lora"):
+    linears = target_linears(module, config.targets)
+    if getattr(module, "head", None) in linears.values() and name not in ("lora", "moe-lora"):
         raise ValueError(
             f"targets: head reads the tokens of all samples as one list, so --method {name} "
             "cannot mix its skills by sample"
         )
-    if name == "mhr":
-        for path, linear in found.items():
-            if linear.in_features % heads or linear.out_features % heads:
-                raise ValueError(
-                    f"--method mhr: {path}, {linear}, cannot be split into {heads} heads"
-                )
 
-    # The first n Linears together get floor(n * extra_rank / N) extra ranks.
-    N = len(found)
-    totals = [n * extra_rank // N for n in range(N + 1)]
-    extra = [totals[n + 1] - totals[n] for n in range(N)]
+    S, R, T = config.skills, config.rank, num_tasks
+    count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
+    mix = kernels.mix_skills
+    if name in ("poly", "mhr", "orchmoe-factors"):
+        mix = kernels.mix_factors
+    N = len(linears)
+    skills = []
+    for n, linear in enumerate(linears.values()):
+        # The first n Linears together get floor(n * extra_rank / N) extra ranks.
+        more = (n + 1) * extra_rank // N - n * extra_rank // N
+        options = {"skills": count, "rank": rank + more}
+        skills.append(new_skills(linear, config, mix, generator, **options))
 
-    def add(count: int, rank: int, mix: Mix) -> dict[str, SkillLinear]:
-        ranks = [rank + more for more in extra]
-        return add_skills(found, ranks, config, mix, generator, skills=count)
-
-    if name == "orchmoe":
-        adapters = OrchMoE(module, add(S, R, kernels.mix_skills), config, generator)
-    elif name == "orchmoe-factors":
-        adapters = OrchMoE(module, add(S, R, kernels.mix_factors), config, generator)
+    if name in ("orchmoe", "orchmoe-factors"):
+        adapters = OrchMoE(module, linears, skills, config, generator)
     elif name == "lora":
-        adapters = LoRA(module, add(1, S * R, kernels.mix_skills))
+        adapters = LoRA(module, linears, skills)
     elif name == "moe-lora":
-        adapters = MoELoRA(module, add(S, R, kernels.mix_skills), S, generator)
-    elif name == "poly":
-        linears = add(S, R, kernels.mix_factors)
-        adapters = Poly(module, linears, num_tasks, S, 1, generator)
-    elif name == "mhr":
-        linears = add(S, R, kernels.mix_factors)
-        adapters = Poly(module, linears, num_tasks, S, heads, generator)
+        adapters = MoELoRA(module, linears, skills, generator)
     elif name == "c-poly":
-        linears = add(S - 1 + num_tasks, R, kernels.mix_skills)
-        adapters = CPoly(module, linears, num_tasks, S, generator)
-
-    device = next(iter(found.values())).weight.device
-    module.skill_adapters = adapters.to(device).train(module.training)
-    return module.skill_adapters
+        adapters = CPoly(module, linears, skills, (T, 1, S - 1), generator)
+    else:
+        H = heads if name == "mhr" else 1
+        adapters = Poly(module, linears, skills, (T, H, S), generator)
+    module.skill_adapters = adapters.train(module.training)
+    return adapters
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:

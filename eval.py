@@ -40,7 +40,9 @@ def routed(
 ) -> AbstractContextManager[Routing]:
     """Return a context manager that routes the batch by its sources or its task ids."""
     embeddings = base.embed(batch.input_ids)
-    return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
+    if getattr(adapters, "needs_task_ids", False):
+        options["task_ids"] = batch.task_ids
+    return adapters.routed(embeddings, batch.attention_mask, **options)
 
 
 def routed_batches(

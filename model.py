@@ -97,6 +97,10 @@ class Backbone(nn.Module):
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
 
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """Return the head, which the target "all" leaves out."""
+        return self.head
+
     @classmethod
     def tidy(cls, config: Any, tensors: dict[str, Tensor]) -> Any:
         """Remove from the tensors of a file what is unused or there twice.

@@ -31,17 +31,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
-
-# The target "all": every Linear in a block of T5 or Llama.
-ALL_TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class OrchMoEConfig:
     skills: int = 4  # S, number of LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
     alpha: float | None = None  # scale of the skills is alpha / rank (default: alpha = rank)
-    targets: tuple[str, ...] = ("q", "v")  # names of the Linears to adapt, or "all"
+    targets: tuple[str, ...] = ("q", "v")  # names of Linears; all: every one but the output head
     router: Literal["sample", "token", "none"] = "sample"  # what w depends on; none: w = 1/K
     router_attention: bool = True  # self-attention over the sample before its mean
     router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W_task x_hat + b
@@ -61,31 +58,26 @@ class OrchMoEConfig:
     gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
 
     def __post_init__(self) -> None:
-        for name in ("abstract_tasks", "skills", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 2**20:
-                raise ValueError(f"{name}: {value!r} must be a Python int from 1 to 2^20")
-        if self.alpha is not None and not 0 < self.alpha < 1e18:
-            raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e18")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            choices = get_args(field.type)
+            if field.type is int and not (isinstance(value, int) and 1 <= value <= 2**20):
+                raise ValueError(f"{field.name}: {value!r} must be a Python int from 1 to 2^20")
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name}: {value!r} must be one of {', '.join(choices)}")
+        if self.alpha is not None and not 0 < self.alpha < 1e6:
+            raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e6")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
-        if self.router not in ("sample", "token", "none"):
-            raise ValueError(f"router: {self.router!r} must be sample, token or none")
-        if self.router_norm not in ("softmax", "none"):
-            raise ValueError(f"router_norm: {self.router_norm!r} must be softmax or none")
-        if self.router_init not in ("kmeans", "normal"):
-            raise ValueError(f"router_init: {self.router_init!r} must be kmeans or normal")
-        if not 0 <= self.allocation_std < 1e18:
-            raise ValueError(
-                f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e18"
-            )
+        if not 0 <= self.allocation_std < 1e6:
+            raise ValueError(f"allocation_std: {self.allocation_std!r} must be from 0 to 1e6")
 
 
 class Routing(NamedTuple):
     """The result of routing one batch."""
 
     w: Tensor | None  # (B,K), or (K,) if all samples share it; None for the token router
-    Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise; None for methods without Z
+    Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise
     c: Tensor | None  # (N,B,S), or (N,1,S) if all samples share it; None for the token router
     shared: bool  # true if no weights belong to single samples; then any batch size fits
 
@@ -104,11 +96,10 @@ class TaskRouter(nn.Module):
         self.config = config
         K = config.abstract_tasks
         W_task = torch.empty(K, width).normal_(0, 0.02, generator=generator)
-        bias = torch.zeros(K)
-        if config.router_norm == "none":
-            bias = torch.full((K,), 1 / K)  # without the softmax, w starts near 1/K
         self.W_task = nn.Parameter(W_task)
-        self.bias = nn.Parameter(bias)
+        self.bias = nn.Parameter(torch.zeros(K))
+        if config.router_norm == "none":
+            nn.init.constant_(self.bias, 1 / K)  # without the softmax, w starts near 1/K
         # Mean and standard deviation of x_hat over training sources. `fit` sets them.
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
@@ -175,15 +166,16 @@ class TaskRouter(nn.Module):
         self.W_task.copy_(scale * centres)
 
     def _check_shapes(self, embeddings: Tensor, mask: Tensor | None) -> None:
-        width = len(self.mu)
-        shape = tuple(getattr(embeddings, "shape", ()))
-        if len(shape) != 3 or shape[-1] != width:
+        D = len(self.mu)
+        shape = tuple(getattr(embeddings, "shape", ()))  # () if it is no tensor
+        if shape[2:] != (D,):
             raise ValueError(
-                f"embeddings: expected (B,L,D) with D = {width}, got {shape}; embed the token ids "
+                f"embeddings: expected (B,L,D) with D = {D}, got {shape}; embed the token ids "
                 "first, or give attach(..., width=D) for another D"
             )
-        if mask is not None and mask.shape != shape[:2]:
-            raise ValueError(f"mask: expected (B,L) = {shape[:2]}, got {tuple(mask.shape)}")
+        mask_shape = tuple(getattr(mask, "shape", ()))
+        if mask is not None and mask_shape != shape[:2]:
+            raise ValueError(f"mask: expected a tensor (B,L) = {shape[:2]}, got {mask_shape}")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -273,7 +265,7 @@ def mix_skills(
 class SkillLinear(nn.Linear):
     """A Linear of the base with S skills.
 
-    No SkillLinear is constructed. `add_skills` changes the class of an existing Linear, as
+    No SkillLinear is constructed. Adapters change the class of an existing Linear, as
     torch.nn.utils.parametrize does. An nn.Linear gets the class SkillLinear. An instance of a
     subclass Sub gets a new class SkillSub(SkillLinear, Sub). The object keeps its weight, name and
     hooks, and isinstance(linear, Sub) still holds. `detach` restores the class.
@@ -308,7 +300,7 @@ class SkillLinear(nn.Linear):
 
     def skill_c(self, x: Tensor) -> Tensor:
         """Return c for x (B,L,D): (B,S) or (1,S), or (B,L,S) from a token router."""
-        weights = self.skill_weights  # c (B,S) or, for a token router, Zhat (B,K,S)
+        weights = self.skill_weights
         if weights is None:
             raise RuntimeError(
                 "a Linear with skills was called outside `with adapters.routed(...)`"
@@ -380,74 +372,76 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def add_skills(
-    linears: dict[str, nn.Linear],
-    ranks: Sequence[int],
+def new_skills(
+    linear: nn.Linear,
     config: OrchMoEConfig,
     mix: Mix,
     generator: Generator | None,
     *,
     skills: int | None = None,
-) -> dict[str, SkillLinear]:
-    """Add S skills to each Linear, in place. `ranks` gives R for each Linear. Scale: alpha / R.
+    rank: int | None = None,
+) -> dict[str, Any]:
+    """Return the attributes that turn `linear` into a SkillLinear. It is not changed.
 
-    skills: S, if it is not config.skills. A plain LoRA has one skill of rank S R.
+    skills: S, and rank: R, if they are not those of the config.
     """
     S = skills or config.skills
+    R = rank or config.rank
+    D = linear.in_features
     alpha = config.rank if config.alpha is None else config.alpha
-    for linear, R in zip(linears.values(), ranks, strict=True):
-        base = type(linear)
-        linear.__class__ = class_with_skills(base)
-        D = linear.in_features
 
-        # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
-        bound = 1 / math.sqrt(D)
-        A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
-        dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
-        A = A.to(linear.weight.device, dtype)
-        linear.skill_A = nn.Parameter(A)
-        linear.skill_B = nn.Parameter(A.new_zeros(S, R, linear.out_features))
-        linear.skill_scale = alpha / R
-        linear.skill_mix = mix
+    # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
+    bound = 1 / math.sqrt(D)
+    A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
+    dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
+    A = A.to(linear.weight.device, dtype)
 
-        # If the base computes only W0 x + b, `mix` computes that too, in the same call.
-        weight = linear._parameters.get("weight")
-        linear.skill_plain = (
-            base.forward is nn.Linear.forward
-            and type(weight) is nn.Parameter
-            and weight.is_floating_point()
-        )
-
-        # The token router of this Linear, which OrchMoE may set: W_task (K,D) and b (K).
-        linear.skill_W_task = None
-        linear.skill_bias = None
-        linear.skill_softmax = True
-
-        # Set by `routed`: c or Zhat, and how many rows one sample may have (None: any number).
-        linear.skill_weights = None
-        linear.skill_beams = None
-        linear.skill_visited = False
-    return linears
+    weight = linear._parameters.get("weight")  # None if it is parametrised
+    is_plain = (
+        type(linear).forward is nn.Linear.forward
+        and type(weight) is nn.Parameter
+        and weight.is_floating_point()
+    )
+    return {
+        "skill_A": nn.Parameter(A),
+        "skill_B": nn.Parameter(A.new_zeros(S, R, linear.out_features)),
+        "skill_scale": alpha / R,
+        "skill_mix": mix,
+        "skill_plain": is_plain,  # then `mix` can compute W0 x + b too, in the same call
+        # The token router, which OrchMoE may set: W_task (K,D), b (K), and whether w is a softmax.
+        "skill_W_task": None,
+        "skill_bias": None,
+        "skill_softmax": config.router_norm == "softmax",
+        # Set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S), and how many rows one
+        # sample may have (None: any number).
+        "skill_weights": None,
+        "skill_beams": None,
+        "skill_visited": False,
+    }
 
 
 # --------------------------------------------------------------------------------- the adapters
 
 
 class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
-    """Hold the adapted Linears and set their mixing weights.
+    """Add skills to Linears, and set their mixing weights.
 
-    Each kind of adapter is a subclass. It overrides `route`, which computes the weights. Only one
-    of routed, disabled, folded, merge and detach can be active at a time.
+    The subclass OrchMoE computes the weights: it overrides `route`. Only one of routed, disabled,
+    folded, merge and detach can be active at a time.
     """
 
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
     _lock = threading.Lock()  # two threads must not pass the check in `_exclusive` together
 
-    def __init__(self, module: nn.Module, linears: dict[str, SkillLinear]):
+    def __init__(
+        self, module: nn.Module, linears: dict[str, nn.Linear], skills: Sequence[dict[str, Any]]
+    ):
+        """Freeze `module` and add `skills`, one result of `new_skills` for each of its Linears."""
         super().__init__()
+        # A class may refuse subclasses, so make them before anything changes.
+        classes = [class_with_skills(type(linear)) for linear in linears.values()]
         self.linears = linears  # a plain dict: the Linears are registered in the base already
         self._module = [module]  # in a list, so that the base is not registered below itself
-        self.router: TaskRouter | None = None
         self._active = ""  # name of the active method
         self._routing: Routing | None = None
 
@@ -455,61 +449,19 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         parameters = module.named_parameters(remove_duplicate=False)
         self._trained_before = {name: parameter.requires_grad for name, parameter in parameters}
         module.requires_grad_(False)
-        for linear in linears.values():
-            for parameter in linear.skill_parameters().values():
-                parameter.requires_grad_(True)
+        for linear, cls, attributes in zip(linears.values(), classes, skills, strict=True):
+            linear.__class__ = cls
+            for name, value in attributes.items():
+                setattr(linear, name, value)
 
     @property
     def module(self) -> nn.Module:
         """The model that the adapters are attached to."""
         return self._module[0]
 
-    def route(
-        self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        task_ids: Tensor | None = None,
-        noise: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Routing:
-        """Return the routing of a batch. For the arguments see `routed`."""
+    def route(self, *inputs: Any, **options: Any) -> Routing:
+        """Return the weights of a batch. For the arguments see `routed`."""
         raise NotImplementedError
-
-    @torch.no_grad()
-    def fit_router(
-        self,
-        embeddings: Iterable[Tensor],
-        masks: Iterable[Tensor] | None = None,
-        *,
-        generator: Generator | None = None,
-    ) -> None:
-        """Initialise the sample router from training sources. Call it once, before training.
-
-        embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
-        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
-        sources (2 with router_init "normal"), and if an embedding is not finite.
-        """
-        if self.router is None:
-            return
-        K = self.router.config.abstract_tasks
-        least = max(2, K) if self.router.config.router_init == "kmeans" else 2
-        with full_precision(self.router.mu.device):
-            if masks is None:
-                parts = [self.router.summarise(batch) for batch in embeddings]
-            else:
-                pairs = zip(embeddings, masks, strict=True)
-                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
-            sources = sum(len(part) for part in parts)
-            if sources < least:
-                raise ValueError(
-                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
-                    f"give at least {least}, better hundreds"
-                )
-            x_hat = torch.cat(parts)
-            if not x_hat.isfinite().all():
-                raise ValueError("fit_router: the embeddings of the sources are not all finite")
-            self.router.fit(x_hat, generator)
 
     @contextmanager
     def routed(
@@ -517,8 +469,10 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        w: Tensor | None = None,
+        noise: Tensor | None = None,
         beams: int = 1,
-        **options: Tensor | None,
+        **options: Any,
     ) -> Iterator[Routing]:
         """Route one batch. Within the `with` block every adapted Linear has its weights c.
 
@@ -526,13 +480,13 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         For generation, keep it open until the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
-        PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
-        Options: w (K,) or (B,K) to use instead of the router; task_ids (B,) for methods that need
-        them; noise u in [0,1), (B,N,K,S) or (B,N,H,S) for Poly with H heads. Noise is drawn here in
-        training if it is not given.
+        PyTorch's key_padding_mask). w: (K,) or (B,K), to use instead of the router's. noise: u in
+        [0,1), (B,*noise_shape), for training with gumbel; if it is not given, it is drawn here.
+        beams: how many consecutive rows belong to one sample. options: what else the `route` of a
+        subclass takes.
         """
         with self._exclusive("routed()"):
-            routing = self.route(embeddings, mask, **options)
+            routing = self.route(embeddings, mask, w=w, noise=noise, **options)
             if routing.c is None:
                 parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
             else:
@@ -557,12 +511,12 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             yield
 
     @contextmanager
-    def folded(self, w: Tensor | None = None, **options: Tensor | None) -> Iterator[None]:
+    def folded(self, w: Tensor | None = None, **options: Any) -> Iterator[None]:
         """Within the `with` block the skills of ONE routing are in the weights, at base speed.
 
         The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
-        embeddings=(1,L,D) and mask=, or task_ids=(1,). Raise ValueError for several samples, and
-        if `unfoldable` gives a reason.
+        embeddings=(1,L,D) and mask=. Raise ValueError for several samples, and if `unfoldable`
+        gives a reason.
         """
         with self._exclusive("folded()"):
             new_weights = self._folded_weights(w, options)
@@ -576,7 +530,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                     for linear, weight in originals.items():
                         linear.weight = weight
 
-    def merge(self, w: Tensor | None = None, **options: Tensor | None) -> None:
+    def merge(self, w: Tensor | None = None, **options: Any) -> None:
         """Fold one routing for good and remove the adapters. Tied weights become separate.
 
         For the arguments see `folded`.
@@ -626,15 +580,17 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that train, by kind. Each kind needs its own learning rate."""
         groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
-        for name, parameter in self.named_parameters():
-            kind = "router" if name.startswith("router.") else "allocation"
-            groups[kind].append(parameter)
-        for linear in self.linears.values():
-            for name, parameter in SkillLinear.skill_parameters(linear).items():
-                kind = "skills" if name in ("skill_A", "skill_B") else "token_router"
-                groups[kind].append(parameter)
-        for kind, group in groups.items():
-            groups[kind] = [parameter for parameter in group if parameter.requires_grad]
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name.endswith(("skill_A", "skill_B")):
+                kind = "skills"
+            elif "skill_" in name:
+                kind = "token_router"
+            elif name.startswith("router."):
+                kind = "router"
+            else:
+                kind = "allocation"
+            if tensor.requires_grad:
+                groups[kind].append(tensor)
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
@@ -667,10 +623,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         if strict and different:
             name = min(different)
             lacking = "the given state" if name in own else "these adapters"
-            raise ValueError(
-                f"adapter state: {name} is missing in {lacking}; load the state of a whole model "
-                "with model.load_state_dict"
-            )
+            raise ValueError(f"adapter state: {name} is missing in {lacking}")
         for name in sorted(names):
             given, expected = tuple(state[name].shape), tuple(own[name].shape)
             if given != expected:
@@ -708,7 +661,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     @torch.no_grad()
     def _folded_weights(
-        self, w: Tensor | None, options: dict[str, Tensor | None]
+        self, w: Tensor | None, options: dict[str, Any]
     ) -> dict[SkillLinear, nn.Parameter]:
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
         reason = self.unfoldable()
@@ -772,31 +725,35 @@ class OrchMoE(Adapters):
     def __init__(
         self,
         module: nn.Module,
-        linears: dict[str, SkillLinear],
+        linears: dict[str, nn.Linear],
+        skills: Sequence[dict[str, Any]],
         config: OrchMoEConfig,
         generator: Generator | None = None,
         *,
         width: int | None = None,
     ):
-        super().__init__(module, linears)
-        self.config = config
+        # Make all tensors first. If one of them fails, nothing in `module` has changed yet.
         shape = (len(linears), config.abstract_tasks, config.skills)
-        if config.gumbel:
-            self.noise_shape = shape
-        first = next(iter(linears.values()))
         Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        self.Z = nn.Parameter(Z.to(first.skill_A))
-
+        Z = Z.to(skills[0]["skill_A"])
+        router = None
         if config.router == "sample":
             width = width or embedding_width(module)
-            self.router = TaskRouter(width, config, generator).to(self.Z)
+            router = TaskRouter(width, config, generator).to(Z)
         if config.router == "token":
-            for linear in linears.values():
+            for linear, attributes in zip(linears.values(), skills, strict=True):
                 # Each token has its own w. Tokens are neither normalised nor standardised.
-                router = TaskRouter(linear.in_features, config, generator).to(linear.skill_A)
-                linear.skill_W_task = router.W_task
-                linear.skill_bias = router.bias
-                linear.skill_softmax = config.router_norm == "softmax"
+                token_router = TaskRouter(linear.in_features, config, generator)
+                token_router.to(attributes["skill_A"])
+                attributes["skill_W_task"] = token_router.W_task
+                attributes["skill_bias"] = token_router.bias
+
+        super().__init__(module, linears, skills)
+        self.config = config
+        self.Z = nn.Parameter(Z)
+        self.router = router
+        if config.gumbel:
+            self.noise_shape = shape
 
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
         """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
@@ -815,12 +772,16 @@ class OrchMoE(Adapters):
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        task_ids: Tensor | None = None,
-        noise: Tensor | None = None,
         w: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Routing:
-        """Return w, Zhat and c of all Linears. task_ids are ignored: OrchMoE needs none."""
-        noise = self._noise(noise, embeddings)
+        """Return w, Zhat and c of all Linears. For the arguments see `routed`."""
+        if not self.training or self.noise_shape is None:
+            noise = None
+        elif noise is None:
+            if embeddings is None:
+                raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings")
+            noise = torch.rand(len(embeddings), *self.noise_shape)
         Zhat = self.allocation_weights(noise)
         if w is None and self.config.router == "token":
             return Routing(w=None, Zhat=Zhat, c=None, shared=noise is None)
@@ -831,21 +792,43 @@ class OrchMoE(Adapters):
                 w = Zhat.new_full((K,), 1 / K)
             elif w is None:
                 w = self.router(embeddings, mask)
-            if w.shape[-1] != K:
+            if w.dim() not in (1, 2) or w.shape[-1] != K:
                 raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
             # w, Zhat or both may have one row for all samples: einsum broadcasts it.
             c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
         return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
 
-    def _noise(self, noise: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        """Return the noise for Z, given or drawn. None outside training and without gumbel."""
-        if not self.training or self.noise_shape is None:
-            return None
-        if noise is None and embeddings is None:
-            raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings")
-        if noise is None:
-            noise = torch.rand(len(embeddings), *self.noise_shape)
-        return noise
+    @torch.no_grad()
+    def fit_router(
+        self,
+        embeddings: Iterable[Tensor],
+        masks: Iterable[Tensor] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Initialise the sample router from training sources. Call it once, before training.
+
+        embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
+        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
+        sources.
+        """
+        if self.router is None:
+            return
+        K = self.config.abstract_tasks
+        least = max(2, K)
+        with full_precision(self.router.mu.device):
+            if masks is None:
+                parts = [self.router.summarise(batch) for batch in embeddings]
+            else:
+                pairs = zip(embeddings, masks, strict=True)
+                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
+            sources = sum(len(part) for part in parts)
+            if sources < least:
+                raise ValueError(
+                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
+                    f"give at least {least}, better hundreds"
+                )
+            self.router.fit(torch.cat(parts), generator)
 
 
 def embedding_width(module: nn.Module) -> int:
@@ -862,7 +845,7 @@ def attach(
     *,
     width: int | None = None,
     generator: Generator | None = None,
-) -> Adapters:
+) -> OrchMoE:
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
     The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
@@ -870,12 +853,11 @@ def attach(
 
     mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings given to
     `routed`, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
-    if `target_linears` refuses the module or a target.
+    if a target does not exist or cannot have skills.
     """
     linears = target_linears(module, config.targets)
-    ranks = [config.rank] * len(linears)
-    skill_linears = add_skills(linears, ranks, config, mix, generator)
-    adapters = OrchMoE(module, skill_linears, config, generator, width=width)
+    skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]
+    adapters = OrchMoE(module, linears, skills, config, generator, width=width)
     module.skill_adapters = adapters.train(module.training)
     return adapters
 
@@ -883,48 +865,40 @@ def attach(
 def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Return {path: Linear} of the Linears named in `targets`, in the order of the module.
 
-    Raise ValueError if a target does not exist or cannot have skills, or if the module is a list
-    or a dict of modules.
+    "all" stands for every Linear but the output head, which is what a method
+    get_output_embeddings() returns. Raise ValueError if a target does not exist or cannot have
+    skills.
     """
-    if type(module) in (nn.ModuleList, nn.ModuleDict):
-        raise ValueError(
-            f"module: the adapters would be an item of this {type(module).__name__}; attach to the "
-            "module that it belongs to"
-        )
-
-    wanted = set(targets) - {"all"}
-    required = set(wanted)  # every given name must exist; for "all" one is enough
-    if "all" in targets:
-        wanted |= set(ALL_TARGETS)
+    heads = []
+    for child in module.modules():
+        if hasattr(child, "get_output_embeddings"):  # as in transformers
+            heads.append(child.get_output_embeddings())
 
     available = set()
-    found: dict[nn.Linear, str] = {}
+    found: dict[str, nn.Linear] = {}
     for owner_path, owner in module.named_modules():
-        for name, child in owner.named_children():
+        for name, child in owner._modules.items():
             if not isinstance(child, nn.Linear):
                 continue
             path = f"{owner_path}.{name}".lstrip(".")
             available.add(name)
-            if isinstance(child, SkillLinear):
+            if hasattr(child, "skill_A"):
                 raise ValueError(f"module: {path} has skills already; detach() them first")
-            if name in wanted:
-                _require_skills_possible(owner, child, path)
-                found.setdefault(child, path)  # a Linear in two places is adapted once
+            is_wanted = name in targets or ("all" in targets and child not in heads)
+            if not is_wanted or child in found.values():  # one in two places is adapted once
+                continue
+            if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                raise ValueError(f"targets: {path}: {type(owner).__name__} would bypass its skills")
+            if "forward" in vars(child):  # accelerate sets one
+                raise ValueError(
+                    f"targets: {path} has a forward set on the instance, which bypasses skills; "
+                    "delete it"
+                )
+            found[path] = child
 
-    missing = required - available
+    missing = set(targets) - {"all"} - available
     if missing or not found:
-        names = ", ".join(sorted(missing or wanted))
+        names = ", ".join(sorted(missing or targets))
         choices = ", ".join(sorted(available)) or "none"
         raise ValueError(f"targets: no Linear has the name {names}; the model has {choices}")
-    return {path: child for child, path in found.items()}
-
-
-def _require_skills_possible(owner: nn.Module, linear: nn.Linear, path: str) -> None:
-    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        raise ValueError(f"targets: {path}: {type(owner).__name__} would bypass its skills")
-    if nn.parameter.is_lazy(linear.weight):
-        raise ValueError(f"targets: {path} has no shape yet; run the model once first")
-    if "forward" in vars(linear):  # accelerate sets one
-        raise ValueError(
-            f"targets: {path} has a forward set on the instance, which bypasses skills; delete it"
-        )
+    return found

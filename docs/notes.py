@@ -168,7 +168,7 @@ NOTES = {
     "full_precision": Note(
         test="test_under_autocast_routing_stays_float32",
     ),
-    "add_skills": Note(
+    "new_skills": Note(
         text=(
             "alpha is the same for all methods. So a plain LoRA of rank S R has the scale "
             "alpha / (S R), which is 1/S times the scale of a skill: with c = 1/S the skills "
@@ -191,11 +191,6 @@ NOTES = {
     ),
     "Adapters.module": Note(),
     "Adapters.route": Note(),
-    "Adapters.fit_router": Note(
-        text="One pass over a few hundred training sources is enough.",
-        grade="chosen",
-        test="test_too_few_sources_are_refused",
-    ),
     "Adapters.routed": Note(
         text=(
             "It is a context and not an argument of forward, because the model's own code "
@@ -301,12 +296,10 @@ NOTES = {
         ),
         test="test_one_hot_w_is_poly_with_mixed_outputs",
     ),
-    "OrchMoE._noise": Note(
-        text="It is drawn for each sample and each Linear.",
-        equation="Z + log(u / (1 - u)), u ~ U(0, 1)",
-        grade="inferred",
-        source="as in Poly; off by default",
-        test="test_noise_acts_in_training_only",
+    "OrchMoE.fit_router": Note(
+        text="One pass over a few hundred training sources is enough.",
+        grade="chosen",
+        test="test_too_few_sources_are_refused",
     ),
     "embedding_width": Note(
         text="This is the D of the router, unless `width` is given.",
@@ -318,11 +311,5 @@ NOTES = {
     ),
     "target_linears": Note(
         test="test_a_linear_in_two_places_is_adapted_once",
-    ),
-    "_require_skills_possible": Note(
-        text=(
-            "It refuses Linears whose skills would never run, and Linears that have no shape yet."
-        ),
-        test="test_attach_refuses_what_it_cannot_adapt",
     ),
 }

@@ -72,6 +72,8 @@ class Oracle(OrchMoE):
 
     given_w: Tensor  # (T+1,K)
 
+    needs_task_ids = True
+
     def route(
         self, *inputs: Any, task_ids: Tensor | None = None, w: Tensor | None = None, **options: Any
     ) -> Routing:
@@ -136,7 +138,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
         if name in ROUTERS and adapters.router is not None:
             adapters.router = replaced(adapters.router, ROUTERS[name])
         if name == "specialised":
-            adapters = of_class(adapters, Specialising)
+            adapters.__class__ = Specialising
             adapters.apart = settings.training.steps // 3
             adapters.register_buffer("batches", torch.zeros((), device=adapters.Z.device))
             K, S = adapters.Z.shape[1:]
@@ -145,7 +147,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
         if name == "task":
             K = config.abstract_tasks
             w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
-            adapters = of_class(adapters, Oracle)
+            adapters.__class__ = Oracle
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
         return adapters
 
@@ -157,11 +159,3 @@ def replaced(router: TaskRouter, cls: type[TaskRouter]) -> TaskRouter:
     other = cls(len(router.mu), router.config)
     other.load_state_dict(router.state_dict())
     return other.to(router.mu)
-
-
-def of_class(adapters: OrchMoE, cls: type[OrchMoE]) -> OrchMoE:
-    """Replace the adapters of a model by those of another class with the same parameters."""
-    other = cls(adapters.module, adapters.linears, adapters.config)
-    other.load_state_dict(adapters.state_dict())
-    adapters.module.skill_adapters = other.to(adapters.Z.device)
-    return other

@@ -20,7 +20,7 @@ import run_folder
 import runtime
 import train
 from model import Backbone
-from orchmoe import Adapters
+from orchmoe import Adapters, OrchMoE
 
 
 def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
@@ -73,12 +73,11 @@ def report(
     of each real task, and category: that of each task. Return {} for methods without one c for a
     sample.
     """
-    task_ids = torch.tensor([example.task_index for example in examples])
-    w = evaluation.router_weights(base, adapters, examples, batch_size)
-    if not adapters.linears:
+    if not isinstance(adapters, OrchMoE):
         return {}
-    routing = adapters.route(task_ids=task_ids.to(base.device), w=w)
-    if routing.c is None or routing.Zhat is None:
+    w = evaluation.router_weights(base, adapters, examples, batch_size)
+    routing = adapters.route(w=w)
+    if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
     use = dict(zip(adapters.linears, c.mean(dim=1).tolist(), strict=True))

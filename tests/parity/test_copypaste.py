@@ -105,6 +105,16 @@ models = pytest.mark.parametrize("make", [t5, llama])
 routers = pytest.mark.parametrize("router", ["sample", "token"])
 
 
+@models
+@pytest.mark.parametrize("wrap", [lambda base: base, nn.Sequential])
+def test_all_leaves_the_output_head_as_it_is(make, wrap):
+    base = make().base
+    adapters = attach(wrap(base), OrchMoEConfig(targets=("all",)))
+    without = [name for name, m in base.named_modules() if type(m) is nn.Linear]
+    assert without == ["lm_head"]
+    assert base.lm_head not in adapters.linears.values()
+
+
 # ------------------------------------------------------------------------------- samples of a batch
 
 

@@ -111,8 +111,9 @@ def test_the_routings_start_as_stated(small_t5):
 def test_all_methods_start_as_the_base_and_train(small_t5, inputs, name):
     before = small_t5.loss(*inputs)
     adapters = attach_method(name, small_t5, CONFIG, num_tasks=T)
+    options = {"task_ids": TASK_IDS} if name in BY_TASK_ID else {}
     embeddings = small_t5.embed(inputs.input_ids)
-    with adapters.routed(embeddings, inputs.attention_mask, task_ids=TASK_IDS):
+    with adapters.routed(embeddings, inputs.attention_mask, **options):
         loss = small_t5.loss(*inputs)
         loss.backward()
     torch.testing.assert_close(loss, before)
@@ -125,8 +126,6 @@ HEADS = replace(CONFIG, targets=("q", "head"))
 ONE_ROUTING = set(METHODS) - {"lora", "moe-lora", "full"}
 CANNOT_ATTACH = [
     ("loraa", CONFIG, {"num_tasks": T}, "loraa"),
-    # Of a Linear 32 -> 48, 32 heads divide the input alone.
-    ("mhr", replace(CONFIG, targets=("wi_0",)), {"num_tasks": T, "heads": 32}, "into 32 heads"),
     *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),
     # The head reads the tokens of all samples as one list, so it has no samples to route.
     *((name, HEADS, {"num_tasks": T}, "targets: head reads") for name in sorted(ONE_ROUTING)),
