@@ -60,10 +60,15 @@ class RoutedTraining:
 
         # Trainer refuses a quantised model unless it finds adapters, and it looks for peft's only.
         model._hf_peft_config_loaded = True
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        values = [parameter.data for parameter in trained]
         try:
             super().__init__(model, *args, **kwargs)
         finally:
             model._hf_peft_config_loaded = False
+        # On a quantised base SFTTrainer casts what trains to bfloat16. Adapters stay in float32.
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.data = value.to(parameter.device)
 
     # ---- What the router reads ----
 

@@ -15,12 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import PYTHONPATH, ROOT, check_equal, run, seeded_generator, stir
+from helpers import (
+    PYTHONPATH,
+    ROOT,
+    check_equal,
+    interrupted,
+    run,
+    run_shell,
+    seeded_generator,
+    stir,
+)
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+from integrations import finetune_7b  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
@@ -559,6 +569,76 @@ def test_skills_over_a_quantised_base_train_load_and_generate(make_config, tmp_p
     assert torch.equal(*logits)
     with pytest.raises(ValueError, match="q_proj"):
         model.skill_adapters.merge(torch.full((4,), 0.25))
+
+
+# ---- integrations/finetune_7b.py ----
+
+
+@pytest.fixture(params=["llama", pytest.param("smollm2", marks=pytest.mark.slow)])
+def base_folder(request, tmp_path):
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2_dir")
+    make_llama(width=64).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    datasets.Dataset.from_list(TEXT).to_json(tmp_path / "data.jsonl")
+    options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
+    options |= {"warmup_steps": 0, "learning_rate": 0.03}
+
+    def fine_tune(name, resume=False):
+        model, tokenizer = finetune_7b.load_base(base_folder)
+        arguments = (tmp_path / "data.jsonl", tmp_path / name, resume)
+        transformers.set_seed(0)
+        finetune_7b.fine_tune(model, tokenizer, *arguments, **options)
+        return model, tokenizer
+
+    trained, tokenizer = fine_tune("whole")
+    stop = interrupted(finetune_7b.RoutedSFTTrainer, "training_step", 5, KeyboardInterrupt)
+    with stop, pytest.raises(KeyboardInterrupt):
+        fine_tune("run")
+    assert not (tmp_path / "run/adapter.pt").exists()
+    fine_tune("run", resume=True)
+    expected, found = [torch.load(tmp_path / name / ADAPTER_FILE) for name in ("whole", "run")]
+    check_equal(found["state"], expected["state"])
+
+    # A new process gives the same answers.
+    prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
+    answers = finetune_7b.answer(trained, tokenizer, prompts)
+    with trained.skill_adapters.disabled():
+        batch = tokenizer(prompts, padding=True, return_tensors="pt")
+        rows = trained.generate(**batch, max_new_tokens=64, do_sample=False)
+    of_base = tokenizer.batch_decode(rows[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    assert answers != of_base
+    program = [sys.executable, "-m", "integrations.finetune_7b", "--model", str(base_folder)]
+    done = run_shell([*program, "--out", str(tmp_path / "run"), "--ask", *prompts], ROOT)
+    lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
+    assert done.stdout == "".join(lines), done.stderr
+
+    # In float32, padding changes nothing, and peft computes the same from the exported folders.
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    finetune_7b.load_adapters(plain, tmp_path / "run" / ADAPTER_FILE)
+    alone = [finetune_7b.answer(plain, tokenizer, [prompt])[0] for prompt in prompts]
+    assert finetune_7b.answer(plain, tokenizer, prompts) == alone
+    arguments = ["--adapter", "run/adapter.pt", "--model", base_folder, "--out", "served"]
+    run("export.py", *arguments, cwd=tmp_path)
+    served = sorted((tmp_path / "served").glob("abstract-*"))
+    twin = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    twin = peft.PeftModel.from_pretrained(twin, served[0], adapter_name=served[0].name)
+    for folder in served[1:]:
+        twin.load_adapter(folder, adapter_name=folder.name)
+    ids = tokenizer(prompts[:1], return_tensors="pt").input_ids
+    with torch.no_grad(), plain.skill_adapters.routed(plain.get_input_embeddings()(ids)) as routing:
+        logits = plain(ids).logits
+    w = routing.w[0].tolist()
+    twin.add_weighted_adapter([lora.name for lora in served], w, "mixed", combination_type="cat")
+    twin.set_adapter("mixed")
+    torch.testing.assert_close(twin(ids).logits, logits, rtol=1e-4, atol=1e-3)
 
 
 # ---- The page ----
