@@ -24,8 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from integrations.trainer import ADAPTER_FILE, RoutedTraining
 from orchmoe import OrchMoEConfig, attach
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=LINEARS)
+ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=("all",))
 
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):

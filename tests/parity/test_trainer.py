@@ -4,16 +4,17 @@ TRL's SFTTrainer, on a tiny random Llama and T5 on the CPU.
 This file is also the program that torchrun starts in the test of two processes.
 """
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from helpers import (
     PYTHONPATH,
@@ -30,14 +31,14 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from integrations import finetune_7b  # noqa: E402
+from integrations import finetune_7b, serve  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
     holds_several_samples,
     prompt_mask,
 )
-from orchmoe import OrchMoEConfig, TaskRouter, attach  # noqa: E402
+from orchmoe import OrchMoEConfig, attach  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -472,12 +473,14 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
 
 
 @pytest.mark.parametrize("make_base", [make_llama, make_t5])
-def test_exported_adapter_gives_the_same_logits_in_peft(make_base, tmp_path):
+def test_exported_adapter_gives_the_same_logits_and_answers(
+    make_base, tmp_path, monkeypatch, capsys
+):
     peft = pytest.importorskip("peft")
     make_base().save_pretrained(tmp_path / "base")
-    trainer = make_trainer(tmp_path / "run", adapted(make_base()), max_steps=3)
+    trainer = make_trainer(tmp_path / "run", adapted(make_base()))
     trainer.fit_router()
-    trainer.train()
+    stir(trainer.model.skill_adapters, seeded_generator(3))
     trainer.save_model()
     arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
     run("export.py", *arguments, "--w", "1,0,0,-1", cwd=tmp_path)
@@ -507,13 +510,46 @@ def test_exported_adapter_gives_the_same_logits_in_peft(make_base, tmp_path):
         theirs.set_adapter("w")
         torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
-    # With the files that export.py writes, a server computes the same w.
-    router = load_file(tmp_path / "served/router.safetensors")
-    facts = json.loads((tmp_path / "served/router.json").read_text())
-    table = load_file(tmp_path / "base/model.safetensors")[facts["embedding"]]
-    task_router = TaskRouter(table.shape[1], ours.skill_adapters.config)
-    task_router.load_state_dict(router)
-    assert torch.equal(task_router(table[source["input_ids"]])[0], w)
+    # integrations/serve.py gives the greedy answers of the trained model, through peft.
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    words = ["serve", "--served", f"{tmp_path}/served", "--base", f"{tmp_path}/base"]
+    monkeypatch.setattr(sys, "argv", [*words, "--max-tokens", "9", "--ask", *PROMPTS[:3]])
+    serve.main()
+    lines = []
+    for prompt in PROMPTS[:3]:
+        source = tokens_of([prompt])
+        with trainer.routed(source):
+            row = ours.generate(**source, max_new_tokens=9, do_sample=False)[0]
+        start = 0 if ours.config.is_encoder_decoder else source["input_ids"].shape[1]
+        answer = TOKENIZER.decode(row[start:], skip_special_tokens=True)
+        lines.append(f"{prompt} -> {answer}\n")
+    assert capsys.readouterr().out.endswith("".join(lines))
+    assert len({line.partition("->")[2] for line in lines}) > 1
+
+    # Through a llama-server (here one that returns the request), with w of the last prompt.
+    seen = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"content": " red"}')
+
+    with http.server.HTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [*words, "--server", f"http://localhost:{server.server_port}", "--ask", prompt],
+        )
+        serve.main()
+    assert capsys.readouterr().out == f"{prompt} ->  red\n"
+    [request] = seen
+    assert request["prompt"] == source["input_ids"][0].tolist() and not request["cache_prompt"]
+    with trainer.routed(source) as routing:
+        scales = [lora["scale"] for lora in request["lora"]]
+        torch.testing.assert_close(torch.tensor(scales), routing.w[0].detach())
 
 
 # ---- A quantised base ----
