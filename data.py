@@ -19,6 +19,7 @@ Test: pytest tests/unit/test_data.py
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import re
 import string
 import time
 import zipfile
+from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +43,10 @@ import runtime
 from runtime import UserError
 from tokenizer import Tokenizer
 
-# The sets made from each list of tasks.
-SETS_OF_LIST = {
-    "train": ("train", "dev", "seen"),
-    "test": ("test",),
-}
-# Fields of DataConfig that only choose task files. The cache key has the paths instead.
-FILE_FIELDS = {"data", "splits", "max_tasks"}
+# Fields of DataConfig that only choose files. The cache key has the paths instead.
+FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
+LARGEST_LINE = 10**6  # bytes of a line in a JSONL file
+NO_TASK = "-"  # the task of a row without one
 # The cached tokens depend on this code. After a change of the code they are made again.
 CODE_FILES = (Path(__file__), Path(__file__).with_name("tokenizer.py"))
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
@@ -57,7 +56,9 @@ CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdig
 class DataConfig:
     """Data: which tasks are read and how a prompt is built."""
 
-    data: str = str(runtime.ROOT / "sni")  # folder with tasks/ and splits/ (default: bundled sni/)
+    data: str = str(runtime.ROOT / "sni")  # DIR with tasks/, or FILE.jsonl (default: bundled sni/)
+    test: str = ""  # JSONL file of unseen tasks, beside a JSONL file in --data
+    wrapper: bool = False  # put the rows of a JSONL file into SNI's prompt
     splits: str = "default"  # folder of split lists under splits/
     definition: bool = True  # put the task definition into the prompt
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
@@ -65,11 +66,31 @@ class DataConfig:
     explanation: bool = False  # add the explanations of these examples
     max_source_length: int = 1024  # most tokens of a source, EOS included
     max_target_length: int = 128  # most tokens of a target, EOS included
-    train_instances: int = 100  # most training instances of each task
+    train_instances: int | None = None  # most of each task, 0: all (default: 100, of JSONL all)
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, train_instances=1, max_source_length=2, max_target_length=2)
+        runtime.require_least(self, max_source_length=2, max_target_length=2)
+        if self.train_limit < 0:
+            raise UserError(f"--train-instances {self.train_instances}: give 0 or more")
+
+    @property
+    def is_jsonl(self) -> bool:
+        return self.data.endswith(".jsonl")
+
+    @property
+    def train_limit(self) -> int:
+        """Return the most training instances of each task, 0 for all."""
+        if self.train_instances is None:
+            return 0 if self.is_jsonl else 100
+        return self.train_instances
+
+    @property
+    def idle(self) -> set[str]:
+        """Return the fields without effect on this kind of data."""
+        if self.is_jsonl:
+            return {"splits", "max_tasks", "definition", "num_pos", "num_neg", "explanation"}
+        return {"test", "wrapper"}
 
 
 # ------------------------------------------------------------------------------ tasks and splits
@@ -162,8 +183,8 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         path = root / "splits" / splits / f"{list_name}_tasks.txt"
         if not path.is_file():
             raise UserError(
-                f"{path}: no such file; --data takes a folder with splits/ and tasks/, "
-                "e.g. from git clone https://github.com/allenai/natural-instructions"
+                f"{path}: no such file; --data takes FILE.jsonl, or a folder with splits/ and "
+                "tasks/, e.g. from git clone https://github.com/allenai/natural-instructions"
             )
         lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         names = [line.strip() for line in lines if line.strip()]
@@ -224,6 +245,87 @@ def split_instances(
     training_contents = {contents[i] for i in unique[:dev_start]}
     train = [i for i in order if contents[i] in training_contents]
     return train[:train_instances], unique[dev_start:seen_start], unique[seen_start:]
+
+
+# ---------------------------------------------------------------------------------- rows of JSONL
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """Return the rows of a JSONL file as tasks like those of `read_task`, without examples.
+
+    A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
+    `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
+    beside the instruction, `task` and `id`. Raise UserError with the number of a bad line.
+
+    An instance with both an instruction and an input has the instruction as its "definition".
+    """
+    tasks: dict[str, dict] = {}
+    number = 0
+    with open(path, "rb") as file:
+        while line := file.readline(LARGEST_LINE + 1):
+            number += 1
+            with runtime.reading(f"{path}, line {number}", "repair the line"):
+                name, instance = _read_row(line, number)
+            task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
+            task["instances"].append(instance)
+    return list(tasks.values())
+
+
+def _read_row(line: bytes, number: int) -> tuple[str, dict]:
+    """Return the task and the instance in a line."""
+    if len(line) > LARGEST_LINE:
+        raise ValueError(f"longer than {LARGEST_LINE} bytes")
+    row = json.loads(line.decode("utf-8-sig"))
+    if "messages" in row:
+        raise ValueError("chat templates are left to TRL; see integrations/trainer.py")
+    instruction = _field(row, "prompt", "instruction")
+    text = row.get("input") or row.get("context")
+    references = _field(row, "completion", "output", "response")
+    if not isinstance(references, list):
+        references = [references]
+    instance = {"id": str(row.get("id", number)), "input": instruction, "output": references}
+    if text:
+        instance |= {"definition": instruction, "input": text}
+    task = row.get("task", NO_TASK)
+    for value in [task, instance["id"], instruction, instance["input"], *references]:
+        require_text(value, "prompt, answer, task or id")
+    if not instruction.strip() or not references:
+        raise ValueError("the prompt or the list of answers is empty")
+    return task, instance
+
+
+def _field(row: dict, *names: str) -> Any:
+    """Return the first of these fields that the row has."""
+    for name in names:
+        if name in row:
+            return row[name]
+    raise ValueError(f"there is no {' or '.join(names)}")
+
+
+def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
+    """Return indices of rows: 2 % of all prompts in "dev", 4 % in "seen", all others in "train".
+
+    A hash of the prompt decides. So rows with equal prompts are in one set, and a row stays in its
+    set whatever lines are added.
+    """
+    positions: dict[str, list[int]] = {"train": [], "dev": [], "seen": []}
+    for position, instance in enumerate(instances):
+        digest = hashlib.sha256(_plain_prompt(instance).encode()).digest()
+        percent = int.from_bytes(digest[:8], "little") % 100
+        name = "train"
+        if percent < 2:
+            name = "dev"
+        elif percent < 6:
+            name = "seen"
+        positions[name].append(position)
+    return positions
+
+
+def _plain_prompt(instance: dict) -> str:
+    """Return the prompt of a row as the file has it."""
+    if "definition" in instance:
+        return f"{instance['definition']}\n\n{instance['input']}"
+    return instance["input"]
 
 
 # ---------------------------------------------------------------------------------------- prompt
@@ -297,29 +399,42 @@ def _line(name: str, text: str) -> str:
     return line
 
 
-def _encode_source(
-    task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[np.ndarray, bool]:
-    """Return the ids of a source, and whether its end was cut off."""
-    prompt = render_prompt(
-        task,
+def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
+    """Return the prompt of an instance as the settings ask for it."""
+    if not config.is_jsonl:
+        return render_prompt(
+            task,
+            instance,
+            tokenizer,
+            definition=config.definition,
+            num_pos=config.num_pos,
+            num_neg=config.num_neg,
+            explanation=config.explanation,
+            max_source_length=config.max_source_length,
+        )
+    if not config.wrapper:
+        return _plain_prompt(instance)
+    return render_prompt(
+        instance,
         instance,
         tokenizer,
-        definition=config.definition,
-        num_pos=config.num_pos,
-        num_neg=config.num_neg,
-        explanation=config.explanation,
+        definition="definition" in instance,
         max_source_length=config.max_source_length,
     )
-    is_cut = not prompt.endswith("Output: ")  # every complete prompt ends like this
-    return _limit(tokenizer.source(prompt), config.max_source_length, tokenizer), is_cut
 
 
-def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> np.ndarray:
-    """Return at most `length` ids (int32). EOS at the end stays there."""
+def _is_cut(prompt: str, ids: list[int], config: DataConfig) -> bool:
+    """Return whether the end of a prompt is cut off, by `render_prompt` or because of its ids."""
+    is_plain = config.is_jsonl and not config.wrapper
+    is_whole = is_plain or prompt.endswith("Output: ")  # as every other complete prompt
+    return not is_whole or len(ids) > config.max_source_length
+
+
+def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """Return at most `length` ids. EOS at the end stays there."""
     if len(ids) > length and ids[-1] in tokenizer.eos_ids:
-        ids = ids[: length - 1] + ids[-1:]
-    return np.array(ids[:length], np.int32)
+        return ids[: length - 1] + ids[-1:]
+    return ids[:length]
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -335,7 +450,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, files older than 30 days are removed.
     """
-    full_key = json.dumps([CODE, key, list(map(str, files))])
+    full_key = json.dumps([CODE, key, [str(file.resolve()) for file in files]])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(folder, "orchmoe", f"{name}.tokens")
@@ -382,7 +497,7 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: names of the tasks on the list of the set that have a file, at most max_tasks, sorted.
+    tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
     """
 
@@ -402,55 +517,77 @@ def load_sets(
 ) -> dict[str, Examples]:
     """Return {name: set} for the given names of sets.
 
-    names: by default "train", "dev", "seen" and, if a test task has a file, "test".
+    names: by default "train", "dev", "seen" and, if there are test tasks, "test".
     training: the training tasks of the run. Example.task_index is an index into them. The default
-    is the training tasks that `config` chooses.
+    is the training tasks that are read here.
 
-    "train", "dev" and "seen" come from each training task (see `split_instances`), "test" is the
-    first 100 instances of each test task, as in the official evaluation. Raise UserError for bad
-    files, or if no task of a needed list has a file.
+    Of a folder, "train", "dev" and "seen" come from each training task (see `split_instances`), and
+    "test" is the first 100 instances of each test task, as in the official evaluation. Of a JSONL
+    file, `split_rows` gives the three sets, and "test" is the whole file --test. Raise UserError
+    for bad files, or if there is nothing for a needed set.
     """
-    listed = read_splits(config.data, config.splits)
-    for list_name in listed:
-        listed[list_name] = sorted(listed[list_name][: config.max_tasks or None])
+    files = _files(config)
     if not names:
         names = ["train", "dev", "seen"]
-        if listed["test"]:
+        if files["test"]:
             names.append("test")
-    if training is None:
-        training = listed["train"]
 
     sets = {}
-    for list_name, tasks in listed.items():
-        if set(names) & set(SETS_OF_LIST[list_name]):
-            sets |= _load_list(config, tokenizer, list_name, tasks, training)
+    if set(names) - {"test"}:
+        sets |= _load_list(config, tokenizer, "train", files["train"], training)
+    if "test" in names:
+        sets |= _load_list(config, tokenizer, "test", files["test"], training or [])
     return {name: sets[name] for name in names}
+
+
+def _files(config: DataConfig) -> dict[str, list[Path]]:
+    """Return the files of the training tasks and of the test tasks."""
+    if config.is_jsonl:
+        return {
+            "train": [Path(config.data)],
+            "test": [Path(config.test)] if config.test else [],
+        }
+    files = {}
+    for list_name, tasks in read_splits(config.data, config.splits).items():
+        chosen = sorted(tasks[: config.max_tasks or None])
+        files[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
+    return files
 
 
 def _load_list(
     config: DataConfig,
     tokenizer: Tokenizer,
     list_name: str,
-    tasks: list[str],
-    training: Sequence[str],
+    paths: list[Path],
+    training: Sequence[str] | None,
 ) -> dict[str, Examples]:
     """Return all sets of one list ("train" or "test"), with tokens from the cache if possible."""
-    folder = Path(config.data) / "tasks"
-    if not tasks:
-        raise UserError(f"{folder}: no task of {list_name}_tasks.txt is here; complete the folder")
-    paths = [folder.resolve() / f"{task}.json" for task in tasks]
+    if not paths:
+        raise UserError(
+            f"{config.data}: no task of {list_name}_tasks.txt is here; complete the folder "
+            "(beside a JSONL file give another one with --test)"
+        )
     options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
 
-    def encode_tasks() -> list[dict]:
-        bar = runtime.progress(paths, "tokenising", unit="task")
-        return [_encode_task(path, list_name, tokenizer, config) for path in bar]
+    def encode_all() -> list[dict]:
+        result = []
+        for path in runtime.progress(paths, "tokenising", unit="file"):
+            for task in read_rows(path) if config.is_jsonl else [read_task(path)]:
+                result.append(_encode_task(task, path, list_name, tokenizer, config))
+        return result
 
-    key = [list_name, options, tokenizer.fingerprint, tokenizer.version]
-    encoded = cached(key, paths, encode_tasks)
+    key = [list_name, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
+    encoded = cached(key, paths, encode_all)
+    tasks = sorted(task["name"] for task in encoded)
+    if tasks == [NO_TASK]:
+        tasks = []
+    if training is None:
+        training = tasks
 
     # Turn the plain values of the cache into examples.
     task_index = {task: i for i, task in enumerate(training)}
-    examples = {name: [] for name in SETS_OF_LIST[list_name]}
+    set_names = ("test",) if list_name == "test" else ("train", "dev", "seen")
+    examples = {name: [] for name in set_names}
     digest = hashlib.sha256()
     cut = 0
     for task in encoded:
@@ -458,79 +595,108 @@ def _load_list(
         cut += task["cut"]
         ends = np.cumsum(task["lengths"])
         pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
-        for name, rows in task["rows"].items():
-            for position, instance_id, references in rows:
-                source_ids = next(pieces)
-                target_ids = [next(pieces) for _ in references]
-                example = Example(
-                    id=instance_id,
-                    task=task["name"],
-                    category=task["category"],
-                    source_ids=source_ids,
-                    target_ids=target_ids,
-                    references=references,
-                    task_index=task_index.get(task["name"], -1),
-                    position=position,
-                )
-                examples[name].append(example)
+        for set_name, position, instance_id, references in json.loads(task["rows"]):
+            example = Example(
+                id=instance_id,
+                task=task["name"],
+                category=task["category"],
+                source_ids=next(pieces),
+                target_ids=[next(pieces) for _ in references],
+                references=references,
+                task_index=task_index.get(task["name"], -1),
+                position=position,
+            )
+            examples[set_name].append(example)
 
     if cut:
         limit = f"--max-source-length {config.max_source_length}"
         runtime.warn(f"{limit}: {cut} sources are too long and lose their ends")
+    if config.is_jsonl and list_name == "train":
+        for name in ("dev", "seen"):
+            if len(examples[name]) < 5:
+                raise UserError(
+                    f"{config.data}: {len(examples[name])} of its rows are in the set {name!r}, "
+                    "which needs 5; add rows with other prompts"
+                )
     short_digest = digest.hexdigest()[:16]
     return {name: Examples(examples[name], tasks, short_digest) for name in examples}
 
 
 def _encode_task(
-    path: Path, list_name: str, tokenizer: Tokenizer, config: DataConfig
+    task: dict, path: Path, list_name: str, tokenizer: Tokenizer, config: DataConfig
 ) -> dict[str, Any]:
-    """Return what the cache keeps of a task file, as plain values.
+    """Return what the cache keeps of a task, as few plain values.
 
-    rows: {set: [(position, id, references), ...]}, see Example.
+    rows: [set, position, id, references] of each row, see Example; as JSON, which is read fast.
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
     cut: the number of sources that lost their ends.
     digest: a hash of the file.
     """
-    task = read_task(path)
     instances = task["instances"]
-    if list_name == "train":
-        contents = [(instance["input"], *instance["output"]) for instance in instances]
-        train, dev, seen = split_instances(contents, task["name"], config.train_instances)
-        positions = {"train": train, "dev": dev, "seen": seen}
+    limit = config.train_limit or len(instances)
+    if config.is_jsonl:
+        positions = split_rows(instances)
+        positions["train"] = positions["train"][:limit]
     else:
-        positions = {"test": range(min(len(instances), 100))}
+        contents = [(instance["input"], *instance["output"]) for instance in instances]
+        split = split_instances(contents, task["name"], limit)
+        positions = dict(zip(("train", "dev", "seen"), split, strict=True))
+    if list_name == "test":
+        last = len(instances) if config.is_jsonl else 100
+        positions = {"test": range(min(len(instances), last))}
 
-    rows = {}
-    pieces = []
-    cut = 0
+    rows = []
+    prompts = []
+    answers = []
     for set_name, chosen in positions.items():
-        rows[set_name] = []
         for position in chosen:
             instance = instances[position]
-            source, is_cut = _encode_source(task, instance, tokenizer, config)
-            cut += is_cut
-            pieces.append(source)
-            for text in instance["output"]:
-                pieces.append(_limit(tokenizer.target(text), config.max_target_length, tokenizer))
-            rows[set_name].append((position, instance["id"], instance["output"]))
+            rows.append([set_name, position, instance["id"], instance["output"]])
+            prompts.append(prompt_of(task, instance, tokenizer, config))
+            answers += instance["output"]
+
+    ids = array("i")
+    lengths = array("i")
+    cut = 0
+    sources = tokenizer.sources(prompts)
+    targets = tokenizer.targets(answers)
+    for row, prompt, source in zip(rows, prompts, sources, strict=True):
+        cut += _is_cut(prompt, source, config)
+        pieces = [_limit(source, config.max_source_length, tokenizer)]
+        for target in itertools.islice(targets, len(row[3])):
+            pieces.append(_limit(target, config.max_target_length, tokenizer))
+        for piece in pieces:
+            ids.extend(piece)
+            lengths.append(len(piece))
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
     return {
         "name": task["name"],
         "category": task["category"],
-        "rows": rows,
-        "ids": torch.from_numpy(np.concatenate(pieces)),
-        "lengths": [len(piece) for piece in pieces],
+        "rows": json.dumps(rows),
+        "ids": torch.from_numpy(np.array(ids, np.int32)),
+        "lengths": list(lengths),
         "cut": cut,
-        "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "digest": digest.hexdigest(),
     }
 
 
 def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
-    """Return an Example without references for an instruction and an input of the user."""
-    task = {"definition": require_text(definition, "--ask")}
-    instance = {"input": require_text(text, "--input")}
-    source_ids, is_cut = _encode_source(task, instance, tokenizer, config)
-    if is_cut:
+    """Return an Example without references for an instruction and an input of the user.
+
+    The prompt is built like those of the data. Beside rows of JSONL the input may be empty.
+    """
+    require_text(definition, "--ask")
+    require_text(text, "--input")
+    if not definition.strip() or not (text.strip() or config.is_jsonl):
+        raise UserError('give both --ask "instruction" and --input "text"')
+    instance = {"definition": definition, "input": text}
+    if not text:
+        instance = {"input": definition}
+    prompt = prompt_of(instance, instance, tokenizer, config)
+    source = tokenizer.source(prompt)
+    if _is_cut(prompt, source, config):
         runtime.warn(
             f"--max-source-length {config.max_source_length}: the end of the input is cut off"
         )
@@ -538,8 +704,8 @@ def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataC
         id="question",
         task="question",
         category="question",
-        source_ids=source_ids,
-        target_ids=[_limit(tokenizer.target(""), 1, tokenizer)],  # EOS alone, so that collate works
+        source_ids=np.array(_limit(source, config.max_source_length, tokenizer), np.int32),
+        target_ids=[np.array(tokenizer.target("")[-1:], np.int32)],  # so that collate works
         references=[],
     )
 

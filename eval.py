@@ -271,8 +271,8 @@ class EvalConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # Hugging Face folder of a bare model; with --run: where its base is now
-    ask: str = ""  # instruction to answer instead of scoring a set; needs a --run or --model
-    input: str = ""  # input text for --ask
+    ask: str = ""  # instruction to answer instead of scoring a set
+    input: str = ""  # input text for --ask; may be missing if --data is a JSONL file
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
     limit: int = 0  # score at most this many instances, evenly spaced (0: all)
@@ -287,8 +287,6 @@ class EvalConfig:
         runtime.require_least(self, batch_size=1, max_new_tokens=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
-        if bool(self.ask.strip()) != bool(self.input.strip()):
-            raise UserError('give both --ask "instruction" and --input "text"')
 
     @property
     def folder(self) -> Path:
@@ -356,18 +354,27 @@ def load_examples(
     return data.subsample(examples, config.limit), examples.digest
 
 
-def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, is_full: bool) -> None:
+def refuse_idle_flags(
+    flags: dict[str, Any], config: EvalConfig, data_config: data.DataConfig, is_full: bool
+) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = {"max_target_length": "the metrics take whole references"}
+    idle = dict.fromkeys(data_config.idle, f"--data {data_config.data} does not use it")
+    idle["max_target_length"] = "the metrics take whole references"
     if config.split != "train":
         idle["train_instances"] = f"--split {config.split} does not depend on it"
+    if config.split != "test":
+        idle["test"] = f"--split {config.split} does not depend on it"
     if is_full:
         for name in ("model", "dtype"):
             idle[name] = "a run with --method full has its own weights, in float32"
     if config.ask:
-        for name in ("split", "out", "limit", "batch_size", *vars(data.DataConfig())):
-            idle[name] = "--ask does not use it"
-        del idle["max_source_length"]
+        used = {"max_source_length"}
+        if data_config.is_jsonl:
+            used |= {"data", "wrapper"}
+        unused = {"split", "out", "limit", "batch_size", *vars(data_config)} - used
+        idle |= dict.fromkeys(unused, "--ask does not use it")
+    else:
+        idle["input"] = "only --ask uses it"
     for name in sorted(flags.keys() & idle.keys()):
         raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
 
@@ -421,7 +428,7 @@ def main() -> None:
     data_config = runtime.from_flags(data.DataConfig, saved | flags)
 
     is_full = run is not None and run.training["method"] == "full"
-    refuse_idle_flags(flags, config, is_full)
+    refuse_idle_flags(flags, config, data_config, is_full)
 
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
     dtype = "float32" if is_full else config.dtype

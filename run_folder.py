@@ -35,7 +35,7 @@ from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
-PATHS = ("model", "data", "text", "start")
+PATHS = ("model", "data", "test", "text", "start")
 REMEDY = "restore the file, or train again if an older version wrote it"
 
 

@@ -158,6 +158,8 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         problem = ""
         if name in fixed:
             problem = "is fixed by --start"
+        elif name in settings.dataset.idle:
+            problem = f"--data {settings.dataset.data} does not use it"
         elif is_method_setting and name not in used_settings:
             problem = f"--method {config.method}"
             if "router" in used_settings:
@@ -407,6 +409,11 @@ def train(
         evaluation.require_fit(base, tokenizer, examples)
 
     # The adapters.
+    if config.method in ("poly", "mhr", "c-poly") and not train_set.tasks:
+        raise UserError(
+            f"--method {config.method}: it routes by task id; give the rows of "
+            f"{settings.dataset.data} the field `task`"
+        )
     with runtime.checking_settings():
         adapters = attach(
             config.method,
@@ -546,7 +553,9 @@ def train(
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             rows = run.add_scores(name, scores)
-            print_table(rows, run, config)
+            counts = {"train": len(train_set)}
+            counts |= {which: len(examples) for which, examples in held_out.items()}
+            print_table(rows, run, counts)
             if routes_samples:
                 w = evaluation.router_weights(
                     base, adapters, held_out["dev"], config.eval_batch_size
@@ -598,8 +607,11 @@ def score_held_out(
     return scores
 
 
-def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> None:
-    """Print the scores as a table in Markdown, and the command that scores a whole set."""
+def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -> None:
+    """Print the scores as a table in Markdown, and the command that scores a whole set.
+
+    counts: the number of rows that were used of each set.
+    """
     runtime.print_line(
         "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
     )
@@ -616,8 +628,8 @@ def print_table(rows: dict[str, dict], run: RunFolder, config: TrainConfig) -> N
 
     has_unseen = any("unseen" in scores for scores in rows.values())
     split = "test" if has_unseen else "seen"
-    limit = f"at most {config.eval_instances}" if config.eval_instances else "all"
-    runtime.print_line(f"on {limit} instances of each set; {run.path} has all scores")
+    sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
+    runtime.print_line(f"rows: {sizes}; {run.path} has all scores")
     program = shlex.quote(str(Path(sys.argv[0] or "train.py").with_name("eval.py")))
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")

@@ -8,7 +8,7 @@ groups: PRETRAIN (the base learns the words and to read a definition), TRAIN (ne
 words, for the adapters) and TEST (each task recombines what TRAIN teaches). Every run writes the
 same bytes.
 
-    python sni/make_sni.py                         # write tasks/ and splits/ beside this file
+    python sni/make_sni.py                         # write tasks/, splits/ and own.jsonl here
     python sni/make_sni.py --check                 # compare the files on disk with these
     python sni/make_sni.py --text FILE --lines N   # write N lines of plain text of the same world
     python sni/make_sni.py --out DIR --pretrain N  # a copy with up to N instances of each
@@ -1404,15 +1404,30 @@ def all_files(pretrain: int = 0) -> dict[str, str]:
     }
     for key, names in lists.items():
         files[f"splits/{key}_tasks.txt"] = "".join(f"{name}\n" for name in names)
+    files["own.jsonl"] = own_rows([files[f"tasks/{name}.json"] for name in train])
     return files
+
+
+def own_rows(task_files: list[str]) -> str:
+    """Return an example of a user's own data: the last 8 instances of each task, mixed."""
+    rows = []
+    for task in map(json.loads, task_files):
+        for instance in task["Instances"][-8:]:
+            output = instance["output"]
+            if len(output) == 1:
+                output = output[0]
+            row = {"instruction": task["Definition"][0], "input": instance["input"]}
+            rows.append(json.dumps(row | {"output": output}) + "\n")
+    Random("own").shuffle(rows)
+    return "".join(rows)
 
 
 def differences(folder: Path = HERE) -> list[str]:
     """Return the paths that are missing, different or too many on disk."""
     expected = {path: content.encode() for path, content in all_files().items()}
     found = {}
-    for part in ("tasks", "splits"):
-        for path in (folder / part).rglob("*.*"):
+    for pattern in ("tasks/**/*.*", "splits/**/*.*", "*.jsonl"):
+        for path in folder.glob(pattern):
             if path.is_file():
                 found[path.relative_to(folder).as_posix()] = path.read_bytes()
     return sorted({path for path, _ in expected.items() ^ found.items()})

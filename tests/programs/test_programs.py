@@ -68,16 +68,43 @@ def test_every_method_trains_and_is_scored(home, method):
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
+def test_own_rows_train_and_are_scored_and_a_question_is_built_like_them(home, monkeypatch):
+    own = "--data sni/own.jsonl --test sni/own.jsonl --eval-instances 8 --steps 4 --eval-every 2"
+    own += " --batch-size 8 --warmup 2 --device cpu --out run"
+    output = run("train.py", *own.split(), cwd=home)
+    assert "rows: 203 train, 7 dev, 8 seen, 8 unseen; run has all scores" in output
+    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
+    again = read_json(home / "run/eval-test-8/scores.json")
+    assert read_json(home / "run/scores.json")["orchmoe"]["unseen"]["overall"] == again["overall"]
+
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    predict = mock.Mock(return_value=["a text"])
+    monkeypatch.setattr(evaluation, "predict", predict)
+    ask = ["eval.py", "--run", "run", "--device", "cpu", "--ask", "Write the first word."]
+    for given, text in (
+        ([], "Write the first word."),
+        (["--input", "a b"], "Write the first word.\n\na b"),
+        (
+            ["--wrapper"],
+            "Now complete the following example -\nInput: Write the first word.\nOutput: ",
+        ),
+    ):
+        run(*ask, *given, cwd=home)
+        (example,) = predict.call_args.args[2]
+        assert example.source_ids.tolist() == tokenizer.source(text)
+
+
 def test_table_has_each_score_under_its_heading(capsys):
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0}}
     rows = {"lora": {"seen": seen}, "orchmoe": {"seen": seen, "unseen": unseen}}
-    train.print_table(rows, run_folder.RunFolder("run"), train.TrainConfig())
+    train.print_table(rows, run_folder.RunFolder("run"), {"train": 9, "dev": 1})
     output = capsys.readouterr().out
     names = "seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match"
     assert f"| model | {names} |\n" in output
     assert "| orchmoe | 2.00 | 1.00 | 4.00 | 3.00 |\n" in output
     assert "| lora | 2.00 | 1.00 | - | - |\n" in output
+    assert "rows: 9 train, 1 dev; run has all scores\n" in output
 
 
 def test_full_weights_are_evaluated_in_float32(copied):
@@ -456,6 +483,10 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
+    "train.py --data bad.jsonl": "bad.jsonl, line 2: JSONDecodeError: ",
+    "train.py --data few.jsonl": "few.jsonl: 0 of its rows are in the set 'dev', which needs 5",
+    "eval.py --model tiny --data bad.jsonl --split seen": "bad.jsonl, line 2: JSONDecodeError: ",
+    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
     "experiments/plot.py --run empty": "empty/metrics.jsonl: ",
     "experiments/plot.py --results empty": "empty/results.json: KeyError: ",
     # Values.
@@ -467,7 +498,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --batch-size 0": "--batch-size 0: give 1 or more",
     "train.py --accumulate 0": "--accumulate 0: give 1 or more",
     "train.py --eval-every 0": "--eval-every 0: give 1 or more",
-    "train.py --train-instances 0": "--train-instances 0: give 1 or more",
+    "train.py --train-instances -1": "--train-instances -1: give 0 or more",
     "train.py --max-source-length 1": "--max-source-length 1: give 2 or more",
     "train.py --max-target-length 1": "--max-target-length 1: give 2 or more",
     "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",
@@ -489,6 +520,11 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --lr-full 3": "--lr-full: --method orchmoe --router sample does not use it",
     f"{TINY} --max-target-length 9": "--max-target-length: the metrics take whole references",
     f"{TINY} --train-instances 9": "--train-instances: --split test does not depend on it",
+    f"{TINY} --input word": "--input: only --ask uses it; leave it out",
+    f"{TINY} --split seen --test x": "--test: --split seen does not depend on it; leave it out",
+    "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
+    "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
+    "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give the",
     f"{ASK} --split seen": "--split: --ask does not use it; leave it out",
     f"{ASK} --limit 9": "--limit: --ask does not use it; leave it out",
     f"{ASK} --out x": "--out: --ask does not use it; leave it out",
@@ -507,6 +543,8 @@ def mistaken(tmp_path_factory):
         write_lists(folder / name, ["task1_a"], ["task2_b"])
         write_task(folder / name, "task1_a", task)
         write_task(folder / name, "task2_b", task)
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": ')
+    (folder / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "empty").mkdir()
     (folder / "left").mkdir()
     (folder / "left/progress.pt").touch()

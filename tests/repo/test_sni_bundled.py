@@ -43,7 +43,9 @@ def test_differences_name_files_that_are_not_what_the_script_writes(tmp_path, mo
     (tmp_path / changed[0]).write_text("")
     (tmp_path / changed[1]).unlink()
     (tmp_path / "tasks/task999_stranger.json").touch()
-    assert make_sni.differences(tmp_path) == [*changed, "tasks/task999_stranger.json"]
+    (tmp_path / "own.jsonl").write_text("")
+    changed = ["own.jsonl", *changed, "tasks/task999_stranger.json"]
+    assert make_sni.differences(tmp_path) == changed
 
 
 def test_every_task_has_its_own_definition():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import tokenizer as tokenizers
+import runtime
 from data import (
     DataConfig,
     batch_at,
@@ -39,6 +39,7 @@ from helpers import (
     write_task,
     write_words,
 )
+from tokenizer import load as load_tokenizer
 
 
 @pytest.fixture
@@ -197,6 +198,139 @@ def test_split_instances_keeps_copies_on_one_side():
         assert train.count(content) == (3 if content < 50 else 1)
 
 
+# ------------------------------------------------------------------------------------ rows of JSONL
+
+
+def write_rows(path, rows):
+    """Write a JSONL file, of objects or of lines as bytes, and return its path."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_read_rows_takes_the_usual_fields(tmp_path):
+    rows = [
+        b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], "task": "t", "id": 7}',
+        {"instruction": "Sort.", "input": "b a", "output": "a b"},
+        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
+        {"instruction": "Sort.", "input": None, "output": "", "task": "t"},
+    ]
+    expected = {
+        "t": [
+            {"id": "7", "input": "Say\0 it.", "output": ["y", "n"]},
+            {"id": "4", "input": "Sort.", "output": [""]},
+        ],
+        data.NO_TASK: [
+            {"id": "2", "input": "b a", "output": ["a b"], "definition": "Sort."},
+            {"id": "3", "input": "Sort.", "output": ["a b"]},
+        ],
+    }
+    tasks = data.read_rows(write_rows(tmp_path / "own.jsonl", rows))
+    assert {task["name"]: task["instances"] for task in tasks} == expected
+
+
+BAD_ROWS = {  # what the error says: a line of a JSONL file
+    "there is no prompt or instruction": {"text": "a"},
+    "there is no completion or output or response": {"prompt": "a"},
+    "JSONDecodeError": b'{"prompt": "a", "comp',
+    "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
+    "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
+    "there is no prompt": [1, 2],
+    "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
+    "UnicodeDecodeError: .*start byte": '{"prompt": "a"}'.encode("utf-16"),
+    "integrations/trainer.py": {"messages": [{"role": "user", "content": "a"}]},
+    "expected a string": {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+    "task or id: expected a string": {"prompt": "a", "completion": "b", "task": 3},
+    "lone surrogates": {"prompt": "a", "completion": "\ud800"},
+    "the prompt or the list of answers is empty": {"prompt": " ", "completion": "b"},
+    "list of answers is empty": {"prompt": "a", "completion": []},
+    "TypeError": b"3",
+    "JSONDecodeError: Expecting value": b"",
+}
+
+
+@pytest.mark.parametrize("problem, row", BAD_ROWS.items(), ids=BAD_ROWS)
+def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
+    good = {"prompt": "a", "completion": "b"}
+    path = write_rows(tmp_path / "own.jsonl", [good, row, good])
+    with pytest.raises(runtime.UserError, match=problem) as caught:
+        data.read_rows(path)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def own_rows(count, **more):
+    return [{"prompt": f"Say {i}.", "completion": f"{i}", **more} for i in range(count)]
+
+
+def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together():
+    def prompts(rows):
+        instances = [{"input": row["prompt"]} for row in rows]
+        positions = data.split_rows(instances)
+        return {name: {instances[i]["input"] for i in chosen} for name, chosen in positions.items()}
+
+    found = prompts(own_rows(3000))
+    assert [len(found[name]) for name in ("train", "dev", "seen")] == [2823, 62, 115]
+    twice = prompts(own_rows(4000) + own_rows(3000))
+    for name, texts in found.items():
+        assert texts <= twice[name]
+    assert sum(map(len, twice.values())) == 4000
+
+
+def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tokenizer):
+    rows = own_rows(300, id="same", task="b")
+    rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    other = write_rows(tmp_path / "other.jsonl", own_rows(3, task="c"))
+    config = DataConfig(data=str(path), test=str(other))
+    sets = load_sets(config, tokenizer)
+    assert sets["train"].tasks == ["-", "b"]
+    assert {example.task: example.task_index for example in sets["train"]} == {"-": 0, "b": 1}
+    assert [example.task_index for example in sets["test"]] == [-1, -1, -1]
+    everything = [*sets["train"], *sets["dev"], *sets["seen"]]
+    assert len(everything) == 300
+
+    plain = {tuple(example.source_ids) for example in everything}
+    assert plain >= {tuple(tokenizer.source(text)) for text in ("Say 1.", "Sort.\n\nb 1")}
+    (example,) = [example for example in everything if example.id == "7"]  # its line
+    assert example.source_ids.tolist() == tokenizer.source("Sort.\n\nb 2")
+    assert example.references == ["a", "c"]
+    assert [ids.tolist() for ids in example.target_ids] == [tokenizer.target(t) for t in "ac"]
+
+    wrapped = load_sets(replace(config, wrapper=True), tokenizer, ["train", "dev", "seen"])
+    sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
+    for text in (
+        "Now complete the following example -\nInput: Say 1.\nOutput: ",
+        "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: ",
+    ):
+        assert tuple(tokenizer.source(text)) in sources
+
+    # A question is built like the rows.
+    question = data.make_example("Sort.", "b 2", tokenizer, config)
+    assert question.source_ids.tolist() == example.source_ids.tolist()
+    question = data.make_example("Say 1.", "", tokenizer, replace(config, wrapper=True))
+    assert tuple(question.source_ids) in sources
+
+
+def test_training_rows_are_limited_only_if_asked_and_few_rows_are_refused(
+    tmp_path, cache, tokenizer, capsys
+):
+    path = write_rows(tmp_path / "own.jsonl", own_rows(300))
+    config = DataConfig(data=str(path))
+    sets = load_sets(config, tokenizer)
+    assert sets["train"].tasks == []
+    for limit, count in ((0, len(sets["train"])), (9, 9)):
+        train = load_sets(replace(config, train_instances=limit), tokenizer, ["train"])["train"]
+        assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
+    load_sets(replace(config, max_source_length=2), tokenizer, ["train"])
+    assert ": 300 sources are too long" in capsys.readouterr().err
+    with pytest.raises(runtime.UserError, match="give another one with --test"):
+        load_sets(config, tokenizer, ["test"])
+    for rows in ([], own_rows(1) * 300):  # an empty file, equal prompts
+        with pytest.raises(runtime.UserError, match="of its rows are in the set .* needs 5"):
+            load_sets(DataConfig(data=str(write_rows(path, rows))), tokenizer)
+
+
 # ------------------------------------------------------------------------------------------- prompt
 
 
@@ -275,7 +409,7 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
 
 def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
     """A character beyond ASCII has two to four tokens. What is left is the start of the whole."""
-    words = tokenizers.load(write_words(tmp_path / "words", corpus))
+    words = load_tokenizer(write_words(tmp_path / "words", corpus))
     text = "a\u00e9\u6f22\U0001f600" * 9
     whole = data.make_example("Say it.", text, words, DataConfig()).source_ids.tolist()
     for limit in range(50, len(whole)):
@@ -315,7 +449,7 @@ def test_equal_ids_are_told_apart_by_position(config, repository, tokenizer):
 
 
 def test_bad_settings_and_lists_are_refused(config, repository, tokenizer):
-    for name, value in dict(num_pos=-1, train_instances=0, max_source_length=1).items():
+    for name, value in dict(num_pos=-1, train_instances=-1, max_source_length=1).items():
         with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
             DataConfig(**{name: value})
     write_lists(repository, [], ["task9_t"])
@@ -344,7 +478,7 @@ def test_second_load_does_not_tokenise(config, tokenizer, cache, monkeypatch):
 
 
 def test_cache_tells_options_and_tokenizers_apart(config, tokenizer):
-    found = [loaded(config, tokenizer), loaded(config, tokenizers.load(ROOT / "tiny"))]
+    found = [loaded(config, tokenizer), loaded(config, load_tokenizer(ROOT / "tiny"))]
     for change in (
         dict(num_pos=1),
         dict(num_neg=1),
