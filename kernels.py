@@ -3,16 +3,13 @@
 `mix_skills` computes the same as orchmoe.mix_skills, which is its plain specification and has the
 same signature. It treats a frozen Linear and its skills as one function with its own backward.
 `mix_factors` mixes the factors of the skills instead of their outputs (Poly, MHR).
-Both are compiled in training on CUDA.
+`--compile` compiles them as a part of their block.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
 
 Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L.
 Test: pytest tests/unit/test_kernels.py
 """
-
-from collections.abc import Callable
-from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -88,29 +85,6 @@ class _LinearWithSkills(torch.autograd.Function):
         return dx, dA, dB, dc, None, None
 
 
-@cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
-
-
-def _compiled_in_training(function: Callable) -> Callable:
-    """Return `function`, which now runs compiled in training on CUDA and as it is elsewhere.
-
-    Generation stays uncompiled: its batches shrink, and a batch or length of one would be compiled
-    once more. Inside a compiled block the function is part of that block's graph.
-    """
-
-    @wraps(function)
-    def mix(x: Tensor, *rest, **named) -> Tensor:
-        training = x.is_cuda and torch.is_grad_enabled() and min(x.shape[:2]) > 1
-        if training and not torch.compiler.is_compiling():
-            return _compiled(function)(x, *rest, **named)
-        return function(x, *rest, **named)
-
-    return mix
-
-
-@_compiled_in_training
 def mix_skills(
     x: Tensor,
     A: Tensor,
@@ -149,7 +123,6 @@ def mix_skills(
     return y.unflatten(0, x.shape[:2])
 
 
-@_compiled_in_training
 def mix_factors(
     x: Tensor,
     A: Tensor,

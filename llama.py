@@ -306,8 +306,6 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    fsdp_methods = ("read",)  # see Backbone
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D = config.hidden_size
@@ -324,10 +322,6 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), *context)
         h = self.ffn_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    # Generation calls forward by this name, which compile() leaves as it is: in generation rows and
-    # columns change at almost every step.
-    read = forward
 
 
 @dataclass
@@ -416,7 +410,7 @@ class Llama(Backbone):
             if caches is None:
                 x = self.run_block(block, x, turn)
             else:
-                x = block.read(x, turn, caches[n], position)
+                x = block(x, turn, caches[n], position)
         return self.norm(x)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ Letters: B batch, L length (Ls source, Lt target where both occur), D width, V v
 Test: pytest tests/unit/test_model.py
 """
 
+import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +99,7 @@ class Backbone(nn.Module):
         self.config = config
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
+        self.compile_backend = ""  # of torch.compile, which compile_blocks sets
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the head, which the target "all" leaves out."""
@@ -167,11 +171,26 @@ class Backbone(nn.Module):
         return F.cross_entropy(logits, labels[real], reduction="sum")
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return block(*inputs), with gradient checkpointing if `checkpoint_blocks` asks for it."""
+        """Return block(*inputs), compiled and with gradient checkpointing where these are set."""
+        call = block
+        if self.compile_backend and compiles_well(*inputs):
+            call = partial(self._run_compiled, compiled_call(self.compile_backend), block)
         if self.checkpoint_blocks and self.training:
             # No block draws random numbers, so their state need not be kept.
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+            return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return call(*inputs)
+
+    def _run_compiled(self, compiled: Callable, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Return compiled(block, *inputs) or, if torch cannot compile, block(*inputs)."""
+        errors = torch._dynamo.exc
+        try:
+            return compiled(block, *inputs)
+        except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
+            if re.search(r"C(\+\+)? compiler", str(error)):
+                raise  # only the user can help
+            self.compile_backend = ""
+            warnings.warn(f"not compiled from now on, for {error!r:.300}", stacklevel=2)
+            return block(*inputs)
 
     @torch.no_grad()
     def generate(
@@ -225,9 +244,32 @@ class Backbone(nn.Module):
         return tokens[:, : t + 1]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile each block as one graph for all lengths. Blocks of one kind share their code.
+        """Compile the blocks for training, each as one graph. Call it after `attach`.
 
-        Call it after the adapters are attached. Decoding stays uncompiled.
+        Evaluation and generation stay uncompiled.
         """
-        for block in self.blocks:
-            block.compile(dynamic=True, fullgraph=True, backend=backend)
+        # Two sizes that are equal in one batch must not be taken for the same size.
+        torch.fx.experimental._config.use_duck_shape = False
+        # Compile backward at once, so that `_run_compiled` meets its errors too.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+        torch._logging.set_logs(dynamo=logging.ERROR)  # we warn of the limit ourselves
+        self.compile_backend = backend
+
+
+@cache
+def compiled_call(backend: str) -> Callable[..., Tensor]:
+    """Return the function (block, *inputs) -> block(*inputs), compiled for all lengths."""
+    return torch.compile(
+        lambda block, *inputs: block(*inputs), dynamic=True, fullgraph=True, backend=backend
+    )
+
+
+def compiles_well(x: Tensor, *context: Tensor) -> bool:
+    """Return whether a block is compiled for x (B,L,D) and its context.
+
+    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
+    with or without gradients. So that there are at most four, we leave out rows of one token, and
+    x without a gradient, as in evaluation and in the first block of an adapted model.
+    """
+    lengths = [tensor.shape[1] for tensor in (x, *context) if tensor.dim() == 3]
+    return x.requires_grad and min(lengths) > 1

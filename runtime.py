@@ -18,6 +18,7 @@ import signal
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,6 +308,7 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
+    warnings.showwarning = lambda message, *_: warn(str(message))  # one line, without source code
 
     try:
         code = main() or 0

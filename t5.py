@@ -296,8 +296,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the output (B,L,D), given the keys and values of the source.
 
-        With a cache, x (B,1,D) is the next token of each row. Generation calls this method
-        instead of forward: forward may be compiled, and the cache grows.
+        With a cache, x (B,1,D) is the next token of each row. Generation calls this method instead
+        of forward, so that the keys and values of the source are computed once.
         """
         x = x + self.attention(self.attention_norm(x), bias, cache=cache)
         if source is not None:

@@ -55,6 +55,7 @@ def step(base, adapters, inputs):
     return loss.detach(), torch.cat(gradients)
 
 
+@pytest.mark.filterwarnings("error:not compiled")
 @pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
@@ -67,7 +68,7 @@ def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, route
     base.checkpoint_blocks = mode == "checkpointed"
     if mode == "compiled":
         torch._dynamo.reset()
-        base.compile_blocks()  # with fullgraph=True, so that a graph break raises
+        base.compile_blocks()
     for found, wanted in zip(step(base, adapters, inputs), expected, strict=True):
         assert_close(found, wanted, dtype)
 

@@ -2,7 +2,6 @@
 and without the frozen weight; what backward keeps and computes; autocast and compilation."""
 
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,21 +218,6 @@ def test_two_graphs_without_breaks_serve_all_lengths(mix):
     for length in (5, 7, 9):
         assert_equal_twins(compiled, mix, (x[:, :1].repeat(1, length, 1), *rest))
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-
-
-def test_mixing_is_compiled_in_training_on_cuda_only(monkeypatch):
-    monkeypatch.setattr(kernels, "_compiled", lambda function: lambda x, scale: "compiled")
-    mix = kernels._compiled_in_training(lambda x, scale: "plain")
-    for is_cuda, shape, expected in (
-        (True, (2, 3, 4), "compiled"),
-        (False, (2, 3, 4), "plain"),
-        (True, (1, 3, 4), "plain"),
-        (True, (2, 1, 4), "plain"),
-    ):
-        x = SimpleNamespace(is_cuda=is_cuda, shape=shape)
-        assert mix(x, scale=1.0) == expected
-        with torch.no_grad():
-            assert mix(x, 1.0) == "plain"
 
 
 @pytest.mark.gpu
