@@ -19,14 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from orchmoe import (
-    Adapters,
-    OrchMoE,
-    OrchMoEConfig,
-    Routing,
-    new_skills,
-    target_linears,
-)
+from orchmoe import Adapters, OrchMoEConfig, Routing, attach, new_skills, target_linears
 
 # What Adapters take: the Linears by path, and the result of new_skills for each of them.
 Linears = dict[str, nn.Linear]
@@ -225,17 +218,15 @@ def attach_method(
     module: nn.Module,
     config: OrchMoEConfig,
     *,
-    extra_rank: int = 0,
     num_tasks: int = 0,
     heads: int = 4,
     generator: torch.Generator | None = None,
 ) -> Adapters:
     """Freeze `module` and attach the method `name` with S = config.skills and R = config.rank.
 
-    extra_rank: how many ranks to add, in total over the Linears, which share them evenly; it makes
-    methods equal in size. num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr.
-    orchmoe-factors is OrchMoE with factors mixed as in Poly. Raise ValueError for an unknown name,
-    a missing T, or targets that the method cannot adapt.
+    num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr. orchmoe-factors is OrchMoE with
+    factors mixed as in Poly. Raise ValueError for an unknown name, a missing T, or targets that
+    the method cannot adapt.
     """
     if name not in METHODS:
         raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -254,22 +245,18 @@ def attach_method(
             "cannot mix its skills by sample"
         )
 
-    S, R, T = config.skills, config.rank, num_tasks
-    count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
     mix = kernels.mix_skills
     if name in ("poly", "mhr", "orchmoe-factors"):
         mix = kernels.mix_factors
-    N = len(linears)
-    skills = []
-    for n, linear in enumerate(linears.values()):
-        # The first n Linears together get floor(n * extra_rank / N) extra ranks.
-        more = (n + 1) * extra_rank // N - n * extra_rank // N
-        options = {"skills": count, "rank": rank + more}
-        skills.append(new_skills(linear, config, mix, generator, **options))
-
     if name in ("orchmoe", "orchmoe-factors"):
-        adapters = OrchMoE(module, linears, skills, config, generator)
-    elif name == "lora":
+        return attach(module, config, mix, generator=generator)
+
+    S, R, T = config.skills, config.rank, num_tasks
+    count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
+    skills = []
+    for linear in linears.values():
+        skills.append(new_skills(linear, config, mix, generator, skills=count, rank=rank))
+    if name == "lora":
         adapters = LoRA(module, linears, skills)
     elif name == "moe-lora":
         adapters = MoELoRA(module, linears, skills, generator)

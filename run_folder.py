@@ -360,10 +360,7 @@ def attach_trained(
     with runtime.reading(path, REMEDY):
         method = metadata["method"]
         adapter_config = runtime.from_json(OrchMoEConfig, metadata["config"])
-        options = {
-            "num_tasks": len(metadata["tasks"]),
-            "extra_rank": config.training.get("extra_rank", 0),
-        }
+        options = {"num_tasks": len(metadata["tasks"])}
         # Try it on the meta device first, so that a damaged config cannot allocate much memory.
         with torch.device("meta"):
             empty = type(base)(base.config)

@@ -75,7 +75,6 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
     start: str = ""  # folder of a finished run to start from: its base, method and adapters
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
-    extra_rank: int = 0  # more ranks, in total over all Linears, to make methods equally large
 
     def __post_init__(self) -> None:
         runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
@@ -205,7 +204,6 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             "run of orchmoe, orchmoe-factors, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
-    fixed["extra_rank"] = settings.training.extra_rank
     return fixed, {**vars(settings.dataset), "model": settings.training.model}
 
 
@@ -420,7 +418,6 @@ def train(
             base,
             settings.adapter,
             num_tasks=len(train_set.tasks),
-            extra_rank=config.extra_rank,
             generator=runtime.generator(config.seed, 0),
         )
     if launch.compile:
@@ -647,7 +644,7 @@ def print_router(report: dict[str, float], K: int) -> None:
 def main() -> int:
     # Settings: from the command line, or from the run folder if the run is resumed.
     configs = (LaunchConfig, TrainConfig, DataConfig, OrchMoEConfig)
-    flags = runtime.read_flags(__doc__, *configs, hidden=("extra_rank",))
+    flags = runtime.read_flags(__doc__, *configs)
     launch = runtime.from_flags(LaunchConfig, flags)
     settings = read_settings(flags, launch)
 

@@ -209,13 +209,14 @@ def ablation_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dic
         reports = study.tune({"orchmoe": ROWS["orchmoe"]}, study.config.trials)
     tuned = study.cell("", "orchmoe", ROWS["orchmoe"], {}).settings
     rows = {name: ablation(name, tuned.adapter) for name in names}
-    point = {"extra_rank": 0}
+    equal_rank = Study(study.settings, study.device, study.config, equal={})
+    equal_rank.best = study.best
     if study.config.tune and "router: token" in rows:
         # The rate that was tuned for the sample router means nothing to this one.
         token = {"router: token": rows["router: token"]}
         trials = max(3, study.config.trials // 3)
-        reports |= study.tune(token, trials, ["lr_token_router"], **point)
-    return study.cells("ablations", rows, {"": point}, range(study.config.seeds)), reports
+        reports |= equal_rank.tune(token, trials, ["lr_token_router"])
+    return equal_rank.cells("ablations", rows, {"": {}}, range(study.config.seeds)), reports
 
 
 def compare(config: CompareConfig, study: Study) -> None:

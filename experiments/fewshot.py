@@ -71,19 +71,21 @@ WAYS = {
 Scores = dict[tuple[str, int], dict[str, np.ndarray]]  # by way and examples: metric -> (T, seeds)
 
 
-def lora_flags(run: str) -> dict[str, Any]:
-    """Return flags of a LoRA with the total size of the run, on its base, with its prompt."""
+def lora_flags(run: str) -> tuple[dict[str, Any], int]:
+    """Return flags of a LoRA on the base of the run, with its prompt, and the extra ranks.
+
+    The extra ranks give it the total size of the run.
+    """
     saved = train.saved_settings(read_config(run))
     base = checkpoint.on_meta(checkpoint.read_config(saved.training.model))
-    size = total("orchmoe", base, saved.adapter, extra_rank=saved.training.extra_rank)
+    size = total("orchmoe", base, saved.adapter)
     flags = {
         **vars(saved.dataset),
         "model": saved.training.model,
-        "extra_rank": rank_for_total(size, "lora", base, saved.adapter),
     }
     for name in ("skills", "rank", "alpha", "targets"):
         flags[name] = getattr(saved.adapter, name)
-    return flags
+    return flags, rank_for_total(size, "lora", base, saved.adapter)
 
 
 class FewShot:
@@ -107,7 +109,7 @@ class FewShot:
         config = self.config
         run = config.runs[seed]
         folder = Path(config.out, "tasks", task)
-        flags = lora_flags(run) if way == LORA else {"start": run}
+        flags, extra_rank = lora_flags(run) if way == LORA else ({"start": run}, 0)
         flags |= {
             "data": str(subset(folder, self.root, [task])),
             "splits": "default",
@@ -141,6 +143,7 @@ class FewShot:
             path=path.with_name(f"{task}.json"),
             folder=path if trained else Path(run),
             scores=scores,
+            extra_rank=extra_rank,
         )
 
     def run(self, groups: dict[Any, list[Cell]]) -> None:

@@ -65,7 +65,6 @@ HIDDEN = (
     "lr_allocation",
     "start",
     "trainable",
-    "extra_rank",
     *(field.name for field in fields(OrchMoEConfig)),
 )
 

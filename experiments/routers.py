@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import runtime
 import train
-from baselines import attach_method
+from experiments.sizes import attach_larger
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
 from runtime import UserError
 
@@ -119,9 +119,12 @@ ROUTERS = {
 NAMES = ("", *ROUTERS, "specialised", "task")
 
 
-def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
+def attach_with(
+    name: str, settings: train.Settings, extra_rank: int = 0
+) -> Callable[..., Adapters]:
     """Return a function like attach_method with the router `name`. With "" it is the learnt one.
 
+    extra_rank: see sizes.attach_larger.
     random, sharp, flat: see the classes above. task: an oracle that knows the task of each training
     sample, with K = T. specialised: the skills train apart for the first third of the steps.
     same start: the learnt router, and the initial values of seed 0 with every seed.
@@ -134,7 +137,7 @@ def attach_with(name: str, settings: train.Settings) -> Callable[..., Adapters]:
             config = replace(config, abstract_tasks=options["num_tasks"])
         if name == "same start":
             options["generator"] = runtime.generator(0, 0)
-        adapters = attach_method(method, module, config, **options)
+        adapters = attach_larger(method, module, config, extra_rank=extra_rank, **options)
         if name in ROUTERS and adapters.router is not None:
             adapters.router = replaced(adapters.router, ROUTERS[name])
         if name == "specialised":

@@ -75,8 +75,11 @@ def report(
     """
     if not isinstance(adapters, OrchMoE):
         return {}
-    w = evaluation.router_weights(base, adapters, examples, batch_size)
-    routing = adapters.route(w=w)
+    options = {"w": evaluation.router_weights(base, adapters, examples, batch_size)}
+    if getattr(adapters, "needs_task_ids", False):
+        task_ids = torch.tensor([example.task_index for example in examples])
+        options["task_ids"] = task_ids.to(base.device)
+    routing = adapters.route(**options)
     if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it

@@ -6,21 +6,64 @@ Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
 import functools
 from typing import Any
 
-from torch import nn
+from torch import Generator, nn
 
 import checkpoint
-from baselines import attach_method, count_parameters
-from orchmoe import OrchMoEConfig
+import kernels
+from baselines import LoRA, MoELoRA, Poly, attach_method, count_parameters
+from orchmoe import Adapters, OrchMoE, OrchMoEConfig, new_skills, target_linears
+
+
+def attach_larger(
+    method: str,
+    module: nn.Module,
+    config: OrchMoEConfig,
+    *,
+    extra_rank: int = 0,
+    num_tasks: int = 0,
+    heads: int = 4,
+    generator: Generator | None = None,
+) -> Adapters:
+    """Do the same as attach_method, with `extra_rank` more ranks in total over the Linears.
+
+    The Linears share them evenly: the first n of N together get floor(n * extra_rank / N).
+    """
+    if extra_rank == 0:
+        options = {"num_tasks": num_tasks, "heads": heads, "generator": generator}
+        return attach_method(method, module, config, **options)
+    S, R = config.skills, config.rank
+    if method == "lora":
+        S, R = 1, S * R
+    mix = kernels.mix_factors if method in ("poly", "mhr") else kernels.mix_skills
+    linears = target_linears(module, config.targets)
+    N = len(linears)
+    skills = []
+    for n, linear in enumerate(linears.values()):
+        rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
+        skills.append(new_skills(linear, config, mix, generator, skills=S, rank=rank))
+    if method == "orchmoe":
+        adapters = OrchMoE(module, linears, skills, config, generator)
+    elif method == "lora":
+        adapters = LoRA(module, linears, skills)
+    elif method == "moe-lora":
+        adapters = MoELoRA(module, linears, skills, generator)
+    elif method in ("poly", "mhr"):
+        shape = (num_tasks, heads if method == "mhr" else 1, S)
+        adapters = Poly(module, linears, skills, shape, generator)
+    else:
+        raise ValueError(f"{method}: it cannot get extra ranks")
+    module.skill_adapters = adapters.train(module.training)
+    return adapters
 
 
 def parameters(
     method: str, module: nn.Module, config: OrchMoEConfig, **options: int
 ) -> dict[str, int]:
-    """Return how many parameters attach_method would train, see baselines.count_parameters.
+    """Return how many parameters attach_larger would train, see baselines.count_parameters.
 
     module: best one on the meta device, see checkpoint.on_meta. It is left as it was.
     """
-    adapters = attach_method(method, module, config, **options)
+    adapters = attach_larger(method, module, config, **options)
     counts = count_parameters(adapters)
     adapters.detach()
     return counts

@@ -54,7 +54,7 @@ from runtime import UserError
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
-FIXED = ("method", "seed", "extra_rank", "start", "trainable")
+FIXED = ("method", "seed", "start", "trainable")
 
 
 class Row(NamedTuple):
@@ -138,6 +138,7 @@ class Cell(NamedTuple):
     path: Path  # its file
     folder: Path  # of the run that it scores
     scores: Literal["dev", "dev tasks", "losses", "answers"] = "answers"  # see `run_cell`
+    extra_rank: int = 0  # see sizes.attach_larger
 
     def result(self) -> dict[str, Any]:
         """Return the content of its file."""
@@ -148,7 +149,8 @@ class Cell(NamedTuple):
         values = plain_values(self.settings)
         for name in run_folder.PATHS:
             values.pop(name, None)
-        return {"replaced_router": self.row.replaced_router, **values, **self.facts}
+        values |= {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
+        return {**values, **self.facts}
 
     def require_same(self) -> None:
         """Raise UserError if its file or its run was made with other settings."""
@@ -189,7 +191,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     one that scores "answers" also has scores of the generated answers.
     """
     started = time.monotonic()
-    attach = attach_with(cell.row.replaced_router, cell.settings)
+    attach = attach_with(cell.row.replaced_router, cell.settings, cell.extra_rank)
     about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
@@ -477,7 +479,7 @@ class Study:
         model = settings.training.model
         facts, num_tasks = facts_of(settings.dataset, model)
         like = row.like or name
-        size = {}
+        extra_rank = 0
         if like in self.equal:
             rows = []
             for other, equal in self.equal.items():
@@ -485,9 +487,9 @@ class Study:
                 of_row = changed(settings, equal.settings | {"alpha": None})
                 rows.append((other, of_row.training.method, of_row.adapter))
             ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
-            size = {"extra_rank": ranks[like]}
+            extra_rank = ranks[like]
         tuned = self.best.get(like, {}) | self.best.get(name, {})
-        settings = changed(settings, size | tuned | values | row.settings)
+        settings = changed(settings, tuned | values | row.settings)
 
         of_device = {"computed": f"{self.device.device.type}, {self.device.dtype}"}
         if self.device.device.type == "cpu":
@@ -501,6 +503,7 @@ class Study:
             path=self.results / f"{file}.json",
             folder=Path(self.config.out, run or file),
             scores=scores,
+            extra_rank=extra_rank,
         )
 
     def cells(

@@ -474,10 +474,10 @@ def seeded_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", **options):
+def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", attach=attach_method, **options):
     """Return the base in `folder` and its adapters, which change the outputs a little."""
     base = checkpoint.load(folder, dtype=torch.float32)
-    adapters = attach_method(method, base, config, generator=seeded_generator(), **options).eval()
+    adapters = attach(method, base, config, generator=seeded_generator(), **options).eval()
     stir(adapters, seeded_generator(1))
     for linear in adapters.linears.values():
         linear.skill_B.data *= 0.1

@@ -36,11 +36,9 @@ def test_points_have_one_total_size_of_both_rows(study):
     for point in routing_map.points():
         of_point = routing_map.study_at(point, study)
         for name, row in routing_map.EQUAL.items():
-            settings = of_point.cell("cells/x", name, row, {}).settings
-            adapter = settings.adapter
-            sizes[point, name] = total(
-                settings.training.method, base, adapter, extra_rank=settings.training.extra_rank
-            )
+            cell = of_point.cell("cells/x", name, row, {})
+            method, adapter = cell.settings.training.method, cell.settings.adapter
+            sizes[point, name] = total(method, base, adapter, extra_rank=cell.extra_rank)
         assert sizes[point, "lora"] == pytest.approx(sizes[point, "orchmoe"], rel=0.03)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import checkpoint
 from baselines import attach_method
+from experiments.sizes import attach_larger
 from helpers import (
     EXPORT_CONFIG,
     ROOT,
@@ -147,7 +148,8 @@ def assert_close(a, b):
 
 def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, tmp_path):
     without = ours(checkpoint.load(folder, dtype=torch.float32))
-    base, adapters = load_adapted(folder, extra_rank=3)  # ranks that differ between Linears
+    # With ranks that differ between Linears.
+    base, adapters = load_adapted(folder, attach=attach_larger, extra_rank=3)
     adapters.fit_router([base.embed(random_ids(20, 7))])
     loras = [tmp_path / f"abstract-{k + 1}" for k in range(K)]
     for k, lora in enumerate(loras):

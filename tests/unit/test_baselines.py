@@ -13,7 +13,7 @@ import kernels
 import orchmoe
 import train
 from baselines import METHODS, attach_method, settings_of_method
-from experiments.sizes import equal_ranks, parameters, total
+from experiments.sizes import attach_larger, equal_ranks, parameters, total
 from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 from t5 import T5, T5Config
@@ -27,13 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*adapted Linears were not calle
 
 
 def attached(name, base):
-    """Return the method in float64, with random values for all that is 0 or nearly equal.
-
-    Each of the 12 Linears gets two extra ranks.
-    """
+    """Return the method in float64, with random values for all that is 0 or nearly equal."""
     generator = seeded_generator()
-    options = {"num_tasks": T, "extra_rank": 24, "generator": generator}
-    adapters = attach_method(name, base, CONFIG, **options)
+    adapters = attach_method(name, base, CONFIG, num_tasks=T, generator=generator)
     base.double()
     stir(adapters, generator)
     if name in BY_TASK_ID:
@@ -73,7 +69,7 @@ def test_a_linear_is_the_equation_of_its_method(small_t5, name):
     linear = next(iter(adapters.linears.values()))
     x = torch.randn(4, 7, D, dtype=torch.float64)
     mix = kernels.mix_factors if name in ("poly", "mhr") else orchmoe.mix_skills
-    rank = 2 + (S * R if name == "lora" else R)
+    rank = S * R if name == "lora" else R
     c = expected_weights(name, adapters, linear, x)
     expected = mix(x, linear.skill_A, linear.skill_B, c, 5.0 / rank, linear.weight)
     with adapters.routed(task_ids=TASK_IDS):
@@ -178,10 +174,32 @@ COUNTS = {  # skills, their rank, and parameters of the routing of one Linear D 
     "c-poly": (S - 1 + T, R, T * (S - 1) + T * T),
     "orchmoe": (S, R, 4 * S),
 }
+WITH_EXTRA_RANKS = [(name, 7) for name in COUNTS if name != "c-poly"]
 
 
-@pytest.mark.parametrize("extra", [0, 7])
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name, extra", WITH_EXTRA_RANKS)
+def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name, extra):
+    """With 12 extra ranks each of the 12 Linears is as if R were larger by one."""
+    config = replace(CONFIG, rank=R + 1, alpha=6.0)
+    if name == "lora":
+        config = replace(CONFIG, skills=1, rank=S * R + 1, alpha=6.0)
+    states = []
+    for attach, given, options in (
+        (attach_method, config, {}),
+        (attach_larger, replace(CONFIG, alpha=6.0), {"extra_rank": 12}),
+    ):
+        options |= {"num_tasks": T, "generator": seeded_generator()}
+        adapters = attach(name, small_t5, given, **options)
+        scales = [linear.skill_scale for linear in adapters.linears.values()]
+        mixes = [linear.skill_mix for linear in adapters.linears.values()]
+        states.append((type(adapters), scales, mixes, adapters.state_dict()))
+        adapters.detach()
+    (*expected, state), (*found, other) = states
+    assert found == expected and other.keys() == state.keys()
+    assert all(torch.equal(other[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name, extra", [*((name, 0) for name in COUNTS), *WITH_EXTRA_RANKS])
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     config = replace(CONFIG, targets=("q", "wi_0"))
     found = parameters(name, small_t5, config, num_tasks=T, extra_rank=extra)
