@@ -195,7 +195,7 @@ def test_pages_name_what_exists(page):
     for name in re.findall(r"(?:`|python )(\w+\.py)\b", text):
         exists = (page.parent / name).exists() or (ROOT / name).exists()
         assert exists or name in FOREIGN, name
-    for name in re.findall(r"python -m ([a-z0-9.]+)", text):
+    for name in re.findall(r"python -m ([a-z0-9_.]+)", text):
         assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
     for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
         assert hasattr(NAMES[owner], name), f"{owner}.{name}"

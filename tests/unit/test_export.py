@@ -5,7 +5,6 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -178,24 +177,6 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
     said = run("export.py", *arguments, cwd=tmp_path, code=2)
     assert re.match(f"export.py: error: (adapter.pt|served/abstract-1): .*{message}", said), said
     assert said.count("\n") == 1 and not (tmp_path / "served").exists()
-
-
-PROMPT = "Definition: Say the first word."
-
-
-def test_snippet_of_the_serving_page_computes_w(finished, tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    run("export.py", "--run", "run", "--out", tmp_path / "served", cwd=finished)
-    shutil.copytree(ROOT / "tiny", tmp_path / "flan-t5-base")
-    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    [snippet] = re.findall(r"```python\n(import json.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    found = {"prompt": PROMPT}
-    exec(snippet, found)
-    base, adapters, tokenizer = load_run(finished / "run")
-    with torch.no_grad():
-        expected = adapters.router(base.embed(torch.tensor([tokenizer.source(PROMPT)])))[0]
-    torch.testing.assert_close(found["w"], expected, atol=1e-5, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------- folders that others made
