@@ -80,12 +80,11 @@ def read_torch(path: str | Path) -> Any:
     """
     with runtime.reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of unusual pickle protocols
-        # The oldest T5 files have the format before torch 1.6, which cannot be mapped.
         is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _check_archive(path)
-        else:
-            with open(path, "rb") as file:
+        with open(path, "rb") as file:
+            if is_zip:
+                _check_archive(file)
+            else:  # the format before torch 1.6, which the oldest T5 files have
                 for _ in range(4):  # three short pickles precede that of the tensors
                     _check_pickle(file)
         try:
@@ -97,15 +96,14 @@ def read_torch(path: str | Path) -> Any:
         return value
 
 
-def _check_archive(path: str | Path) -> None:
+def _check_archive(file: IO[bytes]) -> None:
     """Raise UserError if a zip file has compressed members, or pickles of more than tensors."""
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise UserError("refused, a part of it is compressed")
-            if member.filename.endswith(".pkl"):
-                with archive.open(member) as file:
-                    _check_pickle(file)
+    archive = zipfile.ZipFile(file)
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UserError("refused, a part of it is compressed")
+        if member.filename.endswith(".pkl"):
+            _check_pickle(archive.open(member))
 
 
 def _check_pickle(file: IO[bytes]) -> None:

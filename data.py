@@ -687,8 +687,6 @@ def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataC
 
     The prompt is built like those of the data. Beside rows of JSONL the input may be empty.
     """
-    require_text(definition, "--ask")
-    require_text(text, "--input")
     if not definition.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
     instance = {"definition": definition, "input": text}

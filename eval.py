@@ -237,23 +237,19 @@ def require_fit(
 ) -> None:
     """Raise UserError if an example is too long, or the tokenizer does not fit the model."""
     longest = 0
-    largest_id = 0
     for example in examples:
         targets = [len(ids) for ids in example.target_ids]
         row = len(example.source_ids) + max(max_new_tokens, *targets)
         longest = max(longest, row - 1)  # the last token is only predicted
-        for ids in (example.source_ids, *example.target_ids):
-            if len(ids) > 0:
-                largest_id = max(largest_id, int(ids.max()))
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and its answer need up to {longest} positions, but "
             f"the model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
         )
-    if largest_id >= base.config.vocab_size:
+    if tokenizer.size > base.config.vocab_size:
         raise UserError(
-            f"token id {largest_id}: the model has {base.config.vocab_size} tokens; the tokenizer "
-            "in its folder belongs to another model"
+            f"tokenizer: it has {tokenizer.size} tokens, the model {base.config.vocab_size}; that "
+            "in the folder belongs to another model"
         )
     if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
         raise UserError(

@@ -111,8 +111,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.size = len(self.pieces)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if len(texts) == 1:  # without starting threads
-            return [self.sp.encode(texts[0])]
         return self.sp.encode(texts)
 
     def _decode(self, ids: list[int]) -> str:

@@ -41,7 +41,7 @@ def test_predictions_end_at_any_eos(llama_pair, llama_batch):
     free = own.generate(*llama_batch[:2], max_new_tokens=6).tolist()
     eos_ids = (free[1][0], free[2][2])  # so that a row ends at once, and another in the middle
     own.config = dataclasses.replace(own.config, eos_ids=eos_ids)
-    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0], eos_ids=eos_ids)
+    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0], eos_ids=eos_ids, size=9)
     expected, examples = [], []
     for row, (source, target) in zip(free, rows_of(llama_batch), strict=True):
         ends = [i for i, token in enumerate(row) if token in eos_ids]
@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_computed_are_refused(llama_pair, llama_batch):
 
     ids = torch.full((1, 60), 9)
     example = make_example("", [9] * 60, [[9] * 5])
-    words = SimpleNamespace(eos_ids=own.config.eos_ids)
+    words = SimpleNamespace(eos_ids=own.config.eos_ids, size=9)
     # The last token of a row is not read.
     own.loss(ids, ids > 0, ids[:, :5])
     own.generate(ids, ids > 0, max_new_tokens=5)
@@ -309,7 +309,7 @@ def test_the_programs_run_on_a_decoder_only_model(tmp_path, corpus, method):
 ASK = [*"--model model --device cpu --ask Go. --input".split(), "x" * 600]
 BEYOND_THE_MODEL = [
     ("train.py", SHORT, {"max_position_embeddings": 300}, "the model has 300 positions"),
-    ("train.py", SHORT, {"vocab_size": 400}, "the model has 400 tokens; the tokenizer in its"),
+    ("train.py", SHORT, {"vocab_size": 400}, "it has 500 tokens, the model 400; that in"),
     ("train.py", SHORT, {"eos_token_id": [2, 7]}, "eos_token_id: config.json says (2, 7)"),
     ("eval.py", ASK, {}, "but the model has 512 positions"),
 ]
