@@ -7,13 +7,12 @@ floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE with the real
 one-hot on training tasks, and 1/K on unseen ones. Floor and ceiling use the tuned values of
 OrchMoE. They have no router, so their sizes differ from those of the other two.
 
-    python -m experiments.map --stage calm       # how much do two runs of the same settings differ?
-    python -m experiments.map --stage router     # which routers leave their start?
     python -m experiments.map --stage map        # the map itself: hours on two cores
     python -m experiments.map                    # the tables and the figure of the finished cells
 
 An interrupted stage continues when it is run again. Without --results the cells are those of this
-repository.
+repository. Among these are cells of two earlier stages, calm (how much do two runs differ?) and
+router (which routers leave their start?). Commit 5df92fe has the program that made them.
 Test: pytest tests/experiments/test_map.py
 """
 
@@ -60,35 +59,6 @@ ROWS = EQUAL | {
     "ceiling": Row({"router": "none"}, replaced_router="task", **LIKE),
 }
 
-# LoRA and OrchMoE at several rates and numbers of steps, to see how much runs differ. In the rows
-# "same start" all seeds have the same initial values. Only the order of the data and the references
-# that are drawn as targets differ.
-CALM_ROWS = EQUAL | {
-    "lora, same start": Row({"method": "lora"}, like="lora", replaced_router="same start"),
-    "orchmoe, same start": Row(replaced_router="same start", **LIKE),
-}
-CALM = {
-    "r0.01": {"lr_skills": 1e-2},
-    "r0.003": {"lr_skills": 3e-3},
-    "r0.003-1800": {"lr_skills": 3e-3, "steps": 1800, "eval_every": 900},
-}
-# OrchMoE with other routers, at the centre. At a rate of 1e-6 the router stays at its start.
-ROUTERS = {
-    "rate 1e-6": Row({"lr_router": 1e-6}, **LIKE),
-    "rate 2e-4": Row({"lr_router": 2e-4}, **LIKE),
-    "rate 1e-3": Row({"lr_router": 1e-3}, **LIKE),
-    "rate 5e-3": Row({"lr_router": 5e-3}, **LIKE),
-    "K 16": Row({"abstract_tasks": 16}, **LIKE),
-    "K 32": Row({"abstract_tasks": 32}, **LIKE),
-    "K 64": Row({"abstract_tasks": 64}, **LIKE),
-    "normal start": Row({"router_init": "normal"}, **LIKE),
-    "sharper start": Row(replaced_router="sharp", **LIKE),
-    "flatter start": Row(replaced_router="flat", **LIKE),
-    "skills apart first": Row(replaced_router="specialised", **LIKE),
-}
-# Rows and points of the stages besides the map. They are untuned and have at most 3 seeds.
-STAGES = {"calm": (CALM_ROWS, CALM), "router": (ROUTERS, {"": {}})}
-
 # Each axis of the map: label of a point -> the settings that it changes. A point that changes
 # nothing is the centre: total rank 4, 600 steps, 28 training tasks ("train_tasks").
 AXES = {
@@ -103,6 +73,7 @@ AXES = {
     "training tasks": {"7": {"train_tasks": 7}, "14": {"train_tasks": 14}, "28": {}},
 }
 CENTRE = "centre"
+MEAN = "mean over"  # the label of the last line of the map, before "7 points"
 CENTRE_TRIALS = 9  # trials of each row at the centre, where all its rates are tuned
 
 DEFAULTS = {
@@ -123,7 +94,7 @@ DEFAULTS = {
 class MapConfig:
     """Map: which cells are made."""
 
-    stage: Literal["calm", "router", "map", "table"] = "table"  # cells to make (table: none)
+    stage: Literal["map", "table"] = "table"  # cells to make (table: none)
 
 
 # -------------------------------------------------------------------------------------- the map
@@ -343,7 +314,7 @@ def by_axis(found: dict[str, Groups]) -> dict[str, dict[str, Groups]]:
         lines[axis] = {tag: found[point_name(axis, tag)] for tag in tags}
     finished = finished_points(found)
     if finished:
-        lines["mean over"] = {f"{len(finished)} points": mean_over_points(finished)}
+        lines[MEAN] = {f"{len(finished)} points": mean_over_points(finished)}
     return lines
 
 
@@ -390,8 +361,8 @@ NOTE = (
 )
 LABELS = {
     "orchmoe": "OrchMoE",
-    "floor": "floor: OrchMoE without a router",
-    "ceiling": "ceiling: OrchMoE that is given the real task",
+    "floor": "OrchMoE without a router (floor)",
+    "ceiling": "OrchMoE that is given the real task (ceiling)",
 }
 
 
@@ -428,6 +399,9 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
             panel.set_xticks(range(len(line)), line)
             panel.set_xlim(-0.5, len(line) - 0.5)
             panel.set_xlabel(axis)
+            if axis == MEAN:  # "mean over 7 points" is read from above
+                panel.set_xticks([0], [axis])
+                panel.set_xlabel(*line)
     for row, which in enumerate(SETS):
         axes[row][0].set_ylabel(f"{which} tasks (nats per token)")
     canvas.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
@@ -439,13 +413,8 @@ def main() -> None:
     adapter = ("abstract_tasks", "skills", "rank", "alpha", "router")
     fixed = (*FIXED, *adapter, "data", "splits", "max_tasks", "tune", "steps", "accumulate")
     _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
-    if config.stage != "table":
-        study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
-        if config.stage == "map":
-            make_map(study)
-        else:
-            seeds = range(min(3, study_config.seeds))
-            study.run(study.cells(config.stage, *STAGES[config.stage], seeds, "losses"))
+    if config.stage == "map":
+        make_map(Study(settings, pick_device(study_config, settings), study_config, EQUAL))
 
     results = Path(study_config.results)
     found = read_map(results)
