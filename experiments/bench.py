@@ -45,7 +45,7 @@ import runtime
 import t5
 import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from runtime import UserError

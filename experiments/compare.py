@@ -6,27 +6,16 @@ steps for all. Results are of seen and unseen instances, by which nothing is cho
 
     python -m experiments.compare                            # tuning, then all methods
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
-    python -m experiments.compare --dry-run --model t5-xxl   # sizes and memory alone
 
-Writes cells (see experiments/study.py), results.json and results.md, and figures if matplotlib is
-installed, into the folder of --results, or else --out; with --ablations, ablations.json and
-ablations.md.
+Writes cells (see experiments/study.py), results.json and results.md into the folder of --results,
+or else --out; with --ablations, ablations.json and ablations.md.
 Test: pytest tests/experiments/test_compare.py
 """
 
-import importlib.util
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import checkpoint
-import data
 import runtime
-import t5
 from baselines import METHODS
-from experiments import plot
-from experiments.sizes import equal_ranks, parameters
 from experiments.study import (
     UNTRAINED,
     Cell,
@@ -36,7 +25,7 @@ from experiments.study import (
     read_study,
     require_choices,
 )
-from experiments.tables import markdown, publish, table
+from experiments.tables import markdown, publish
 from orchmoe import OrchMoEConfig
 from runtime import UserError
 
@@ -86,7 +75,6 @@ class CompareConfig:
     methods: tuple[str, ...] = ADAPTED  # methods to compare
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
-    dry_run: bool = False  # print parameters and memory, and stop
 
     def __post_init__(self) -> None:
         require_choices("--methods", self.methods, ROWS)
@@ -116,74 +104,6 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
         raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}; leave it out")
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return row._replace(settings={"skills": skills, "rank": total // skills, "alpha": alpha})
-
-
-# -------------------------------------------------------------------------------------- accounting
-
-
-def t5_config(width: int, feed_forward: int, blocks: int, heads: int) -> t5.T5Config:
-    """Return a T5 v1.1 of this size."""
-    return t5.T5Config(
-        vocab_size=32128,
-        d_model=width,
-        d_kv=64,
-        d_ff=feed_forward,
-        num_layers=blocks,
-        num_decoder_layers=blocks,
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        scale_decoder_outputs=False,
-        tied_head=False,
-    )
-
-
-SIZES = {
-    "t5-small": t5_config(512, 1024, 8, 6),
-    "t5-base": t5_config(768, 2048, 12, 12),
-    "t5-large": t5_config(1024, 2816, 24, 16),
-    "t5-xl": t5_config(2048, 5120, 24, 32),
-    "t5-xxl": t5_config(4096, 10240, 24, 64),
-}
-
-
-def dry_run(methods: Sequence[str], shape: Any, adapter: OrchMoEConfig, num_tasks: int) -> str:
-    """Return parameters and memory of each method in Markdown. Nothing is allocated.
-
-    shape: config of the base.
-    """
-    ranks = equal_ranks(tuple((name, name, adapter) for name in EQUAL), shape, num_tasks)
-    base = checkpoint.on_meta(shape)
-    size = sum(parameter.numel() for parameter in base.parameters())
-    rows = []
-    for name in methods:
-        extra_rank = ranks.get(name, 0)
-        options = {"extra_rank": extra_rank, "num_tasks": num_tasks}
-        counts = parameters(name, base, adapter, **options)
-        total = sum(counts.values())
-        row = ["c-poly*" if name == "c-poly" else name, adapter.skills * adapter.rank, extra_rank]
-        row += [f"{count:,}" for count in (*counts.values(), total)]
-        row.append(f"{100 * total / size:.3f} %")
-        row += [format_bytes(4 * total), format_bytes(4 * total), format_bytes(8 * total)]
-        rows.append(row)
-    head = (
-        "method, S R, extra ranks, skills, routing, total, of the base, weights, gradients, AdamW"
-    )
-    text = (
-        f"base: {size:,} parameters, frozen: {format_bytes(4 * size)} in float32, "
-        f"{format_bytes(2 * size)} in bfloat16; T = {num_tasks}\n\n{table(head.split(', '), rows)}"
-    )
-    if "c-poly" in methods:
-        text += "\n\n* at equal S R only: its private skills grow with the number of tasks"
-    return text
-
-
-def format_bytes(number: float) -> str:
-    """Return a number of bytes with three digits: 1770000 gives "1.77 MB"."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.3g} {units[0]}"
 
 
 # -------------------------------------------------------------------------------------- the study
@@ -249,27 +169,8 @@ def main() -> None:
         if name in flags:
             raise UserError(f"{runtime.flag(name)}: {why}; leave it out")
 
-    if config.dry_run:
-        shape = SIZES.get(settings.training.model)
-        if shape is None:
-            folder = Path(settings.training.model)
-            remedy = f"name a model's folder, or one of {', '.join(SIZES)}"
-            runtime.require_path(folder / "config.json", remedy)
-            shape = checkpoint.read_config(folder)
-        tasks = data.read_splits(settings.dataset.data, settings.dataset.splits)["train"]
-        tasks = tasks[: settings.dataset.max_tasks or None]
-        runtime.print_line(dry_run(config.methods, shape, settings.adapter, len(tasks)))
-        return
-
     study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
     compare(config, study)
-    if config.ablations:
-        return
-    if importlib.util.find_spec("matplotlib"):
-        for path in plot.figures(study.results):
-            runtime.print_line(f"written: {path}")
-    else:
-        runtime.print_line("no figures, since matplotlib is not installed")
 
 
 if __name__ == "__main__":

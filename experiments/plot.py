@@ -1,11 +1,10 @@
-"""Draw figures of a run or of a comparison, as PNG files beside their numbers.
+"""Draw figures of a run, as PNG files beside their numbers.
 
 What the router of a run does is computed first, and written to routing.json in its folder. Needs
 matplotlib, and no display. The colours can be told apart by the colour-blind (Okabe and Ito;
 cividis).
 
-    python -m experiments.plot --run runs/orchmoe-1       # loss, categories, router, allocation
-    python -m experiments.plot --results results/compare  # the same of a comparison
+    python -m experiments.plot --run runs/orchmoe-1       # loss, router, allocation
     python -m experiments.plot --run runs/orchmoe-1 --html page.html      # the routing explorer
 
 Letters: K abstract tasks, N adapted Linears, S skills.  Test: pytest tests/repo/test_docs.py
@@ -35,27 +34,23 @@ COLOURS = (
     "#000000",
 )
 MARKERS = "osD^vP*X"
-GREYS = {"frozen base": "0", "copy-demo": "0.5", "copy-input": "0.78"}  # rows without training
 WIDTH = 8.5  # inches at 150 dots: a page shows it at 850 pixels, where 9 points are 12 pixels
 MOST_ROWS = 100  # with more tasks the map of the router has one row for each category
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Figures: of a run, or of a comparison."""
+    """Figures: of which run."""
 
     run: str = ""  # folder of a run of train.py
-    results: str = ""  # folder with the results of experiments.compare
-    model: str = ""  # with --run: where the run's base is now, if it has moved
-    html: str = ""  # with --run: write the routing explorer to this page instead of figures
+    model: str = ""  # where the run's base is now, if it has moved
+    html: str = ""  # write the routing explorer to this page instead of figures
     gpu: int | None = None  # number of the GPU, to compute what the router does
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
-        if bool(self.run) == bool(self.results):
-            raise UserError("give one of --run and --results")
-        if self.html and not self.run:
-            raise UserError("--html: give --run with it")
+        if not self.run:
+            raise UserError("give --run, the folder of a run")
 
 
 def pyplot() -> Any:
@@ -103,58 +98,21 @@ def save(figure: Any, path: Path) -> Path:
 # --------------------------------------------------------------------------------------- figures
 
 
-def loss_curves(runs: dict[str, list[dict]], path: Path) -> Path:
-    """Draw the dev loss (marked) and the running mean of the training loss (thin) of runs."""
+def loss_curve(log: list[dict], path: Path) -> Path:
+    """Draw the dev loss (marked) and the running mean of the training loss (thin) of a run."""
     title = "Loss: dev (marked), running mean of training (thin)"
     figure, axes = canvas(title, path.parent, height=4)
-    for number, (name, log) in enumerate(runs.items()):
-        colour = COLOURS[number % 8]
-        losses = [row["loss"] for row in log if "loss" in row]
-        steps = [row["step"] for row in log if "loss" in row]
-        window = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=colour, alpha=0.5, linewidth=1)
+    losses = [row["loss"] for row in log if "loss" in row]
+    steps = [row["step"] for row in log if "loss" in row]
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes.plot(steps[window - 1 :], smooth, color=COLOURS[0], alpha=0.5, linewidth=1)
 
-        dev = [row for row in log if "dev_loss" in row]
-        axes.plot(
-            [row["step"] + 1 for row in dev],
-            [row["dev_loss"] for row in dev],
-            color=colour,
-            marker=MARKERS[number % 8],
-            markersize=4,
-            label=name,
-        )
+    dev = [row for row in log if "dev_loss" in row]
+    dev_steps = [row["step"] + 1 for row in dev]
+    axes.plot(dev_steps, [row["dev_loss"] for row in dev], color=COLOURS[0], marker="o")
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return save(figure, path)
-
-
-def category_bars(scores: dict[str, list[dict]], path: Path, which: str) -> Path:
-    """Draw the ROUGE-L of each category, mean over the seeds, from the scores of each row."""
-    categories = sorted(set().union(*(runs[0]["categories"] for runs in scores.values())))
-    thickness = 0.8 / len(scores)
-    title = f"ROUGE-L on {which} tasks by category (in brackets: over all)"
-    height = 1.4 + len(categories) * (0.1 + 0.075 * len(scores))
-    figure, axes = canvas(title, path.parent, height)
-    colours = iter(COLOURS * len(scores))
-    for number, (row, runs) in enumerate(scores.items()):
-        values = []
-        for name in categories:
-            values.append(np.mean([run["categories"][name]["rougeL"] for run in runs]))
-        overall = np.mean([run["overall"]["rougeL"] for run in runs])
-        axes.barh(
-            np.arange(len(categories)) + (number - (len(scores) - 1) / 2) * thickness,
-            values,
-            thickness,
-            label=f"{row} ({overall:.1f})",
-            color=GREYS[row] if row in GREYS else next(colours),
-        )
-    axes.set_yticks(range(len(categories)), categories)
-    axes.grid(axis="x", color="0.85", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set(xlabel="ROUGE-L (%)", xlim=(0, 100), ylim=(len(categories) - 0.5, -0.5))
-    figure.legend(loc="outside lower center", ncols=min(4, len(scores)))
     return save(figure, path)
 
 
@@ -214,29 +172,7 @@ def allocation_map(learnt: dict, path: Path, of: Path) -> Path:
     return save(figure, path)
 
 
-# ------------------------------------------------------------------------ of a run, of a comparison
-
-
-def routing_figures(run: Path, folder: Path) -> Iterator[Path]:
-    """Draw what routing.json of a run has the numbers for, into a folder."""
-    learnt = {}
-    if (run / "routing.json").exists():
-        learnt = runtime.read_json(run / "routing.json")
-    if "w" in learnt:
-        yield router_map(learnt, folder / "router.png", run)
-    if "allocation" in learnt:
-        yield allocation_map(learnt, folder / "allocation.png", run)
-
-
-def all_category_bars(rows: dict[str, list[dict]], folder: Path) -> Iterator[Path]:
-    """Draw category_bars of seen and unseen tasks, from the results of each row."""
-    for which in ("seen", "unseen"):
-        scores = {}
-        for row, results in rows.items():
-            if which in results[0]:
-                scores[row] = [result[which] for result in results]
-        if scores:
-            yield category_bars(scores, folder / f"categories-{which}.png", which)
+# ----------------------------------------------------------------------------- figures of a run
 
 
 def measure_routing(folder: Path, config: PlotConfig) -> None:
@@ -255,31 +191,14 @@ def measure_routing(folder: Path, config: PlotConfig) -> None:
 
 def run_figures(folder: Path) -> Iterator[Path]:
     """Draw every figure that the folder of a run has the numbers for."""
-    yield loss_curves({folder.name: records(folder)}, folder / "loss.png")
-    if (folder / "scores.json").exists():
-        scores = runtime.read_json(folder / "scores.json")
-        yield from all_category_bars({row: [scores[row]] for row in scores}, folder)
-    yield from routing_figures(folder, folder)
-
-
-def figures(out: Path) -> Iterator[Path]:
-    """Draw every figure that results.json of a comparison has the numbers for."""
-    path = runtime.require_path(out / "results.json", "name the folder of a comparison")
-    results = runtime.read_json(path)
-    rows: dict[str, list[dict]] = {}  # the cells of each row, the lowest seed first
-    with runtime.reading(path, "run the comparison again"):
-        for cell in results["cells"]:
-            rows.setdefault(cell["row"], []).append(cell)
-    runs = {}
-    for row, cells in rows.items():
-        folder = Path(cells[0]["folder"])
-        runs[row] = folder if folder.exists() else out / "methods" / folder.name
-    logs = {row: records(run) for row, run in runs.items() if (run / "metrics.jsonl").exists()}
-    if logs:
-        yield loss_curves(logs, out / "loss.png")
-    yield from all_category_bars(rows, out)
-    if "orchmoe" in runs:
-        yield from routing_figures(runs["orchmoe"], out)
+    yield loss_curve(records(folder), folder / "loss.png")
+    learnt = {}
+    if (folder / "routing.json").exists():
+        learnt = runtime.read_json(folder / "routing.json")
+    if "w" in learnt:
+        yield router_map(learnt, folder / "router.png", folder)
+    if "allocation" in learnt:
+        yield allocation_map(learnt, folder / "allocation.png", folder)
 
 
 def main() -> None:
@@ -288,13 +207,11 @@ def main() -> None:
     if config.html:
         explorer.save_page(config.run, config.html, model=config.model)
         paths = [config.html]
-    elif config.run:
+    else:
         folder = Path(config.run)
         records(folder)  # raises before anything is computed
         measure_routing(folder, config)
         paths = run_figures(folder)
-    else:
-        paths = figures(Path(config.results))
     for path in paths:
         runtime.print_line(f"written: {path}")
 

@@ -1,11 +1,14 @@
-"""Routers that take the place of the learnt one, and other starts of the learnt one.
+"""What studies change in a method: the router, and the ranks.
 
-`attach_with` returns a function like baselines.attach_method, which attaches OrchMoE and then
-replaces its routing. train.train and run_folder.load take such a function as `attach`:
+`attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
+it as `attach`:
 
-    attach = attach_with("random", settings)
+    attach = attach_with("random")
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
+
+A replaced router has a buffer with its name, which is saved with the adapter. So the programs of
+this repository, which know only the learnt router, refuse such a run.
 
 Letters: B batch, L length, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
@@ -17,10 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import runtime
-import train
 from experiments.sizes import attach_larger
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
 from runtime import UserError
@@ -41,32 +42,6 @@ class RandomRouter(TaskRouter):
         return (8.5 * phases.sin()).softmax(dim=-1)
 
 
-class SharpRouter(TaskRouter):
-    """A router that starts closer to one-hot."""
-
-    factor = 3.0  # on the logits of the start
-
-    @torch.no_grad()
-    def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start as TaskRouter does, with all logits multiplied by `factor`."""
-        super().fit(x_hat, generator)
-        self.W_task.mul_(self.factor)
-
-
-class FlatRouter(SharpRouter):
-    """A router that starts closer to uniform."""
-
-    factor = 1 / 3
-
-
-class SameStart(TaskRouter):
-    """A router whose k-means uses the random numbers of seed 0, with every seed."""
-
-    def fit(self, x_hat: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start as TaskRouter does, with the generator that train.fit_router has for seed 0."""
-        super().fit(x_hat, runtime.generator(0, 1))
-
-
 class Oracle(OrchMoE):
     """OrchMoE with a given w for each training task, and w = 1/K for all other tasks."""
 
@@ -83,51 +58,14 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
-class Specialising(OrchMoE):
-    """OrchMoE whose skills first train apart, each on its own clusters of samples.
-
-    During the first batches of training w is one-hot. Z starts so that abstract task k uses skill
-    k mod S alone.
-    """
-
-    apart: int  # number of these batches
-    batches: Tensor  # (), number of training batches so far; a resumed run goes on from it
-
-    def route(
-        self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        w: Tensor | None = None,
-        **options: Any,
-    ) -> Routing:
-        """Return the routing of a batch, see OrchMoE.route."""
-        if self.training and w is None:
-            if self.batches < self.apart:
-                nearest = self.router(embeddings, mask).argmax(dim=-1)  # (B,)
-                w = F.one_hot(nearest, self.config.abstract_tasks).to(self.Z)
-            self.batches += 1
-        return super().route(embeddings, mask, w=w, **options)
+NAMES = ("", "random", "task")
 
 
-ROUTERS = {
-    "random": RandomRouter,
-    "sharp": SharpRouter,
-    "flat": FlatRouter,
-    "same start": SameStart,
-}
-NAMES = ("", *ROUTERS, "specialised", "task")
-
-
-def attach_with(
-    name: str, settings: train.Settings, extra_rank: int = 0
-) -> Callable[..., Adapters]:
+def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
     """Return a function like attach_method with the router `name`. With "" it is the learnt one.
 
-    extra_rank: see sizes.attach_larger.
-    random, sharp, flat: see the classes above. task: an oracle that knows the task of each training
-    sample, with K = T. specialised: the skills train apart for the first third of the steps.
-    same start: the learnt router, and the initial values of seed 0 with every seed.
+    random: see RandomRouter. task: an oracle that knows the task of each training sample, with
+    K = T. extra_rank: more ranks, see sizes.attach_larger.
     """
     if name not in NAMES:
         raise UserError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
@@ -135,30 +73,17 @@ def attach_with(
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":
             config = replace(config, abstract_tasks=options["num_tasks"])
-        if name == "same start":
-            options["generator"] = runtime.generator(0, 0)
         adapters = attach_larger(method, module, config, extra_rank=extra_rank, **options)
-        if name in ROUTERS and adapters.router is not None:
-            adapters.router = replaced(adapters.router, ROUTERS[name])
-        if name == "specialised":
-            adapters.__class__ = Specialising
-            adapters.apart = settings.training.steps // 3
-            adapters.register_buffer("batches", torch.zeros((), device=adapters.Z.device))
-            K, S = adapters.Z.shape[1:]
-            own_skill = F.one_hot(torch.arange(K) % S, S)  # (K,S)
-            adapters.Z.data.copy_(8.0 * own_skill - 4.0)  # with S = 4 this Zhat is 0.95
+        if name == "random":
+            adapters.router.__class__ = RandomRouter
         if name == "task":
             K = config.abstract_tasks
             w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
             adapters.__class__ = Oracle
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
+        if name:
+            mark = torch.ones_like(adapters.Z[0, 0, 0])
+            adapters.register_buffer(f"replaced_router_{name}", mark)
         return adapters
 
     return attach
-
-
-def replaced(router: TaskRouter, cls: type[TaskRouter]) -> TaskRouter:
-    """Return a router of another class with the same parameters."""
-    other = cls(len(router.mu), router.config)
-    other.load_state_dict(router.state_dict())
-    return other.to(router.mu)

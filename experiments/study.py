@@ -12,10 +12,11 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
     study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
 
-compare.py, fewshot.py, map.py and decision.py of experiments/ are studies.
+compare.py, decision.py, efficiency.py and map.py of experiments/ are studies.
 Test: pytest tests/experiments/test_compare.py
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -23,10 +24,11 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +151,8 @@ class Cell(NamedTuple):
         values = plain_values(self.settings)
         for name in run_folder.PATHS:
             values.pop(name, None)
-        values |= {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
-        return {**values, **self.facts}
+        of_row = {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
+        return {**values, **of_row, **self.facts}
 
     def require_same(self) -> None:
         """Raise UserError if its file or its run was made with other settings."""
@@ -191,7 +193,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     one that scores "answers" also has scores of the generated answers.
     """
     started = time.monotonic()
-    attach = attach_with(cell.row.replaced_router, cell.settings, cell.extra_rank)
+    attach = attach_with(cell.row.replaced_router, cell.extra_rank)
     about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
@@ -336,15 +338,48 @@ def replaced_w(
 # ------------------------------------------------------------------------------ many at a time
 
 
+GRACE = 60  # seconds that a worker has to save its run when its parent is gone
+
+
 def _start_worker(threads: int) -> None:
     """Set the threads of this worker, and end it when its parent is killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells
 
     def end_with_parent():
         multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)  # a run that trains finishes its step and saves
+        time.sleep(GRACE)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _in_worker(run: Callable[..., bool], cell: Cell, device: runtime.Device) -> bool:
+    """Make a cell in a worker. A signal outside of training stops it at once."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    try:
+        return run(cell, device)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _pass_on_sigterm(stopped: threading.Event) -> Iterator[None]:
+    """Tell the workers when this process is told to stop, and set `stopped`."""
+
+    def pass_on(_number, _frame):
+        stopped.set()
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # which sends SIGTERM
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Device) -> None:
@@ -385,12 +420,13 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
         with (
+            _pass_on_sigterm(stopped),
             ProcessPoolExecutor(jobs, spawn, _start_worker, (threads,)) as workers,
             ThreadPoolExecutor(jobs) as waiting,  # each thread waits for one worker
         ):
 
             def run(*arguments):
-                return workers.submit(run_cell, *arguments).result()
+                return workers.submit(_in_worker, run_cell, *arguments).result()
 
             futures = [waiting.submit(finish, queue, run) for queue in queues]
             try:

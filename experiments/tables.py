@@ -3,7 +3,6 @@
 Letters: T tasks.  Test: pytest tests/experiments/test_tables.py
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -83,24 +82,10 @@ def t_quantile(freedom: float) -> float:
 # ------------------------------------------------------------------------------------- from cells
 
 
-def halves(tasks: Iterable[str]) -> dict[str, list[str]]:
-    """Split the unseen tasks in two: a hash of a task's name decides its half.
-
-    Choices about generalisation are made on "unseen-dev", and shown on "unseen-test".
-    """
-    found: dict[str, list[str]] = {"unseen-dev": [], "unseen-test": []}
-    for task in sorted(tasks):
-        is_test = hashlib.sha256(task.encode()).digest()[0] % 2
-        found["unseen-test" if is_test else "unseen-dev"].append(task)
-    return found
-
-
 def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
-    """Return the scores (T,) on the tasks of a set or half, by name. NaN where there are none."""
-    part, _, half = which.partition("-")
-    scores = cell[part]["tasks"]
-    names = halves(scores)[which] if half else sorted(scores)
-    return np.array([scores[name].get(metric, np.nan) for name in names])
+    """Return the scores (T,) on the tasks of a set, by name. NaN where there are none."""
+    scores = cell[which]["tasks"]
+    return np.array([scores[name].get(metric, np.nan) for name in sorted(scores)])
 
 
 def by_seed(cells: Iterable[dict], which: str, metric: str = "loss") -> np.ndarray:
@@ -114,9 +99,8 @@ def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.nda
     for group in (one, other):
         cells.append([group[seed] for seed in sorted(one.keys() & other.keys())])
     for first, second in zip(*cells, strict=True):
-        part = which.partition("-")[0]
-        if first[part]["tasks"].keys() != second[part]["tasks"].keys():
-            raise UserError(f"the cells of two rows have different {part} tasks")
+        if first[which]["tasks"].keys() != second[which]["tasks"].keys():
+            raise UserError(f"the cells of two rows have different {which} tasks")
         cpus = [cell.get("settings", {}).get("cpu") for cell in (first, second)]
         if cpus[0] != cpus[1]:  # older cells do not name theirs
             raise UserError(f"the cells of two rows were made on different CPUs: {cpus}")

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import runtime
 import tokenizer as tokenizers
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from t5 import T5
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values

@@ -27,7 +27,7 @@ import data
 import runtime
 import tokenizer as tokenizers
 from baselines import attach_method
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from model import IGNORED
 from orchmoe import OrchMoEConfig
 from t5 import T5, T5Config

@@ -7,7 +7,10 @@ router.
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from baselines import attach_method
 from experiments import compare, plot, routers, study
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
-from helpers import LLAMA_SIZES, ROOT, links
+from helpers import ROOT, environment, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig, TaskRouter
 
@@ -34,26 +37,6 @@ def home(tmp_path_factory):
 
 def run(home, *arguments, code=0):
     return run_program("experiments/compare.py", *arguments, cwd=home, code=code)
-
-
-# ------------------------------------------------------------------------------------------ sizes
-
-
-def test_dry_run_says_sizes_and_memory(home):
-    out = run(home, "--dry-run", "--methods", "lora,c-poly", "--model", "t5-small")
-    assert "base: 76,961,152 parameters" in out
-    assert "| lora | 8 | 110 | 442,624 | 0 | 442,624 |" in out
-    assert "* at equal S R only" in out
-
-
-def test_dry_run_needs_only_the_config_of_a_base(home, tmp_path):
-    """Nothing is allocated: the base has 73 GB."""
-    sizes = {"hidden_size": 2**15, "intermediate_size": 2**16, "vocab_size": 2**17}
-    config = LLAMA_SIZES | sizes | {"model_type": "llama", "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    out = run(home, "--dry-run", "--methods", "moe-lora", "--model", tmp_path)
-    assert "base: 18,253,709,312 parameters" in out
-    assert f"| moe-lora | 8 | 0 | {8 * (2 * 2**15 + 2**15 + 2**14):,} | {2 * 4 * 2**15:,} |" in out
 
 
 # -------------------------------------------------------------------------------------- ablations
@@ -109,20 +92,24 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
 
 
 def test_random_router_takes_the_place_of_the_learnt_one(small_t5):
-    """Everything else starts as it would with the learnt router."""
+    """Everything else starts as it would with the learnt router, which refuses its state."""
     states = []
     for name, cls in (("random", routers.RandomRouter), ("", TaskRouter)):
-        attach = routers.attach_with(name, train.Settings())
+        attach = routers.attach_with(name)
         generator = torch.Generator().manual_seed(0)
         adapters = attach("orchmoe", small_t5, OrchMoEConfig(), generator=generator)
         assert type(adapters.router) is cls
         states.append(adapters.state_dict())
+        if not name:
+            with pytest.raises(ValueError, match="replaced_router_random is missing in these"):
+                adapters.load_state_dict(states[0])
         adapters.detach()
+    assert states[0].pop("replaced_router_random") == 1
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):
-    attach = routers.attach_with("task", train.Settings())
+    attach = routers.attach_with("task")
     adapters = attach("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
@@ -348,6 +335,34 @@ def test_run_cells_ends_when_a_cell_of_several_fails(tmp_path):
         study.run_cells(queues, 2, CPU)
 
 
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_runs_are_saved_when_only_the_parent_gets_a_signal(tmp_path, kind):
+    flags = "--methods orchmoe,lora --no-tune --seeds 1 --steps 9999 --eval-every 9999 --jobs 2 "
+    flags += "--max-tasks 2 --eval-instances 2 --batch-size 2 --device cpu --out"
+    words = [sys.executable, "-m", "experiments.compare", *flags.split(), str(tmp_path)]
+    folders = [tmp_path / f"methods/{name}-s0" for name in ("orchmoe", "lora")]
+    with subprocess.Popen(words, cwd=ROOT, env=environment()) as parent:
+        wait_for(lambda: all(len(log_of(folder)) > 2 for folder in folders))
+        parent.send_signal(kind)
+        assert parent.wait() == (130 if kind == signal.SIGTERM else -kind)
+    wait_for(lambda: all((folder / "progress.pt").exists() for folder in folders))
+
+
+def wait_for(condition):
+    """Wait until the condition holds, for at most five minutes."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def log_of(folder):
+    """Return the lines of the log of a run that may not have begun."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
@@ -359,7 +374,6 @@ REFUSED = {
     "--rows default": "--rows: it goes with --ablations",
     "--no-tune --trials 3": "--trials: not with --no-tune",
     "--seeds 0": "--seeds 0: give 1 or more",
-    "--dry-run --model t5-xxs": "t5-xxs/config.json: does not exist; name a model's folder",
 }
 
 

@@ -86,11 +86,3 @@ def test_markdown_of_a_w_without_entropy():
     text = tables.markdown({"lora": [{}], "w without softmax": [{"learnt": learnt}]}, {})
     assert "| w without softmax | - | - | 2.000 | 0.100 |" in text
     assert text.count("| lora |") == 1  # it has no router
-
-
-def test_halves_depend_only_on_the_name():
-    names = [f"task{i}" for i in range(400)]
-    first = tables.halves(names)
-    assert 150 < len(first["unseen-dev"]) < 250
-    few = tables.halves(names[100:])
-    assert all(set(few[half]) <= set(first[half]) for half in first)

@@ -24,8 +24,7 @@ import data
 import run_folder
 import runtime
 import train
-from experiments import plot, spans
-from experiments.pretrain import random_base
+from experiments import plot
 from helpers import ROOT, SHORT, change_config, command, interrupted, run, run_shell, trace
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
@@ -92,21 +91,9 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_the_run_can_resume(home):
 # --------------------------------------------------------------------------------- hostile files
 
 
-def test_a_random_model_larger_than_memory_is_refused_before_it_allocates(tmp_path, bounded):
-    path = tmp_path / "config.json"
-    config = runtime.read_json(ROOT / "tiny/config.json")
-    runtime.write_json(path, config | {"d_model": 2**16, "vocab_size": 2**22})
-    with refusal(path):
-        random_base(str(tmp_path), 0, CPU.device)
-
-
 def of_folder(read):
     """Return a reader of a file that gives `read` its folder."""
     return lambda path: read(path.parent)
-
-
-def read_text(path):
-    return spans.TextStream(path, load_tokenizer(ROOT / "tiny"), length=8, seed=0)
 
 
 def read_cache(path):
@@ -137,8 +124,6 @@ READERS = {
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
     "scores.json": runtime.read_json,
     "metrics.jsonl": of_folder(plot.records),
-    "text.txt": read_text,
-    "text.xz": read_text,
     "x.tokens": read_cache,
 }
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}

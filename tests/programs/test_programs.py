@@ -488,7 +488,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --model tiny --data bad.jsonl --split seen": "bad.jsonl, line 2: JSONDecodeError: ",
     f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
     "experiments/plot.py --run empty": "empty/metrics.jsonl: ",
-    "experiments/plot.py --results empty": "empty/results.json: KeyError: ",
     # Values.
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",

@@ -26,7 +26,7 @@ import runtime
 import t5
 import train
 from baselines import attach_method
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from helpers import (
     PYTHONPATH,
     ROOT,

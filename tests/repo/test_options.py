@@ -13,8 +13,7 @@ from helpers import ROOT
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
 STUDIES = tuple(
-    f"experiments.{name}"
-    for name in ("bench", "compare", "curves", "decision", "fewshot", "map", "pretrain")
+    f"experiments.{name}" for name in ("bench", "compare", "decision", "efficiency", "map")
 )
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE

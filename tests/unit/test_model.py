@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from helpers import T5_CONFIGS, both_t5, check_equal, random_t5, t5_batch, teacher_forced
 from model import IGNORED, Backbone
 from t5 import T5, padding_bias
