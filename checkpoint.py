@@ -318,7 +318,7 @@ def fingerprint(folder: str | Path) -> str:
 
 # -------------------------------------------------------------------------------------- adapters
 
-ADAPTER_FIELDS = {"method", "config", "tasks", "base"}
+ADAPTER_FIELDS = {"method", "config", "kind", "tasks", "base"}
 
 
 def save_adapter(
@@ -327,20 +327,21 @@ def save_adapter(
     *,
     method: str,
     config: dict,
+    kind: str,
     tasks: list[str],
     base: str,
 ) -> None:
     """Write adapters as one safetensors file that says what they are.
 
-    config: the settings of the method. tasks: the training tasks in the order of their ids.
-    base: the fingerprint of the base.
+    config: the settings of the method. kind: see run_folder.kind_of. tasks: the training tasks in
+    the order of their ids. base: the fingerprint of the base.
     """
-    info = {"method": method, "config": config, "tasks": tasks, "base": base}
+    info = {"method": method, "config": config, "kind": kind, "tasks": tasks, "base": base}
     write_safetensors(path, state, {"adapter": json.dumps(info)})
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Return the state and {method, config, tasks, base} of a file that save_adapter wrote."""
+    """Return the state of a file that save_adapter wrote, and what it says, by ADAPTER_FIELDS."""
     path = runtime.require_path(path, "name the folder of a run that has saved an adapter")
     state, metadata = read_safetensors(path)
     with runtime.reading(path, "this is no adapter of this version; train it again"):

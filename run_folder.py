@@ -54,6 +54,7 @@ class RunConfig:
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
     digests: dict  # hashes of the task files: {"train": ..., "test": ...}
+    kind: str  # of its adapters, see kind_of
     pretrain: dict | None = None  # settings of experiments/pretrain.py, None for other runs
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
@@ -73,6 +74,14 @@ class RunConfig:
                     "folder with --model or --data, or start a new run"
                 )
 
+    def require_kind(self, kind: str) -> None:
+        """Raise UserError if the run has adapters of another kind."""
+        if kind != self.kind:
+            raise UserError(
+                f"{self.folder}: a study trained it with its own classes ({self.kind} in place of "
+                f"{kind}); only that study can go on with it"
+            )
+
     def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
         """Return the state and the metadata of the adapter that was best on dev.
 
@@ -83,6 +92,7 @@ class RunConfig:
         expected = {
             "base": self.base,
             "method": self.training["method"],
+            "kind": self.kind,
             "tasks": list(self.tasks),
         }
         for name, value in expected.items():
@@ -90,6 +100,11 @@ class RunConfig:
                 found = f"{metadata[name]!r:.60}"
                 raise UserError(f"{path}: its {name}, {found}, is not the run's; restore the file")
         return state, metadata
+
+
+def kind_of(adapters: Adapters) -> str:
+    """Return the classes of the adapters and of their router, which studies replace."""
+    return f"{type(adapters).__name__}, {type(adapters.router).__name__}"
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -152,11 +167,14 @@ class RunFolder:
     def bind(self, config: RunConfig) -> None:
         """Write config.json.
 
-        Raise UserError if an older one names another base or tokenizer, or other tasks or data.
+        Raise UserError if an older one names another base, tokenizer or kind of adapters, or other
+        tasks or data.
         """
         if self.config_path.exists():
             names = ("tasks", "base", "tokenizer", "digests")
-            read_config(self.path).require_same(**{name: getattr(config, name) for name in names})
+            older = read_config(self.path)
+            older.require_same(**{name: getattr(config, name) for name in names})
+            older.require_kind(config.kind)
         values = asdict(config)
         del values["folder"]
         for section in ("training", "dataset"):
@@ -246,6 +264,7 @@ class RunFolder:
                 adapters.state_dict(),
                 method=method,
                 config=config.adapter,
+                kind=config.kind,
                 tasks=list(config.tasks),
                 base=config.base,
             )
@@ -363,8 +382,10 @@ def attach_trained(
         options = {"num_tasks": len(metadata["tasks"])}
         # Try it on the meta device first, so that a damaged config cannot allocate much memory.
         with torch.device("meta"):
-            empty = type(base)(base.config)
-            attach(method, empty, adapter_config, **options).load_state_dict(state)
+            empty = attach(method, type(base)(base.config), adapter_config, **options)
+    config.require_kind(kind_of(empty))
+    with runtime.reading(path, REMEDY):
+        empty.load_state_dict(state)
     adapters = attach(method, base, adapter_config, **options)
     adapters.load_state_dict(state)
     return adapters

@@ -34,7 +34,7 @@ from baselines import METHODS, attach_method, count_parameters, settings_of_meth
 from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from run_folder import PATHS, RunConfig, RunFolder, new_folder, read_config
+from run_folder import PATHS, RunConfig, RunFolder, kind_of, new_folder, read_config
 from runtime import UserError
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -271,7 +271,9 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
-    state, _ = read_config(config.start).load_adapter()
+    start = read_config(config.start)
+    start.require_kind(kind_of(adapters))
+    state, _ = start.load_adapter()
     adapters.load_state_dict(state)
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends on the bias alone.
@@ -438,6 +440,7 @@ def train(
         base=checkpoint.fingerprint(config.model),
         tokenizer=tokenizer.fingerprint,
         digests={name: sets[name].digest for name in ("train", "test") if name in sets},
+        kind=kind_of(adapters),
     )
 
     # Initial values of the adapters, unless progress.pt is loaded below. A run that was

@@ -17,6 +17,7 @@ import torch
 
 import data
 import eval as evaluation
+import run_folder
 import runtime
 import train
 from baselines import attach_method
@@ -114,6 +115,31 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
     assert torch.equal(torch.stack(known), torch.eye(28))
+
+
+@pytest.mark.parametrize("name", ["random", "task"])
+def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch):
+    """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
+    monkeypatch.chdir(home)
+    folder = home / name
+    flags = {"max_tasks": 2, "steps": 2, "batch_size": 2, "eval_instances": 4, "train_instances": 8}
+    settings = train.Settings.from_flags(flags | {"abstract_tasks": 2, "dtype": "float32"})
+    attach = routers.attach_with(name, settings)
+    launch = train.LaunchConfig(out=str(folder), device="cpu")
+    assert train.train(settings, CPU, launch, attach=attach, final_scores=False)
+    run_folder.load(CPU, run=folder, attach=attach)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    cpu = ("--device", "cpu")
+    for program, *arguments in (
+        ("eval.py", "--run", folder, *cpu),
+        ("export.py", "--run", folder, "--out", "served"),
+        ("train.py", "--resume", "--out", folder, *cpu),
+        ("train.py", "--start", folder, "--steps", 1, "--max-tasks", 2, "--out", "next", *cpu),
+    ):
+        error = run_program(program, *arguments, cwd=home, code=2)
+        assert "error: " in error and "a study trained it with its own classes" in error
+        assert error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -226,6 +226,7 @@ def test_an_archive_on_several_disks_is_refused(tmp_path):
 ADAPTERS = [  # words of the message, changed metadata of adapter.safetensors, its changed config
     ("its method", {"method": "lora"}, {}),
     ("its base", {"base": "0" * 16}, {}),
+    ("its kind", {"kind": "OrchMoE, RandomRouter"}, {}),
     ("its tasks", {"tasks": ["task1"]}, {}),
     ("Z has shape", {}, {"skills": 4096, "rank": 4096}),  # a terabyte
     ("alpha", {}, {"alpha": 10**400}),

@@ -213,7 +213,7 @@ def test_safetensors(folder, content):
         assert all(isinstance(value, str) for value in metadata.values())
 
 
-ADAPTER = runtime.to_json({"method": "lora", "config": {}, "tasks": ["a"], "base": "0" * 16})
+ADAPTER = runtime.to_json({"method": "lora", "config": {}, "tasks": ["a"], "base": "0", "kind": ""})
 
 
 @given(damaged_or_changed(ADAPTER))

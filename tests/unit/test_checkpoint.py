@@ -61,7 +61,7 @@ def test_adapters_come_back_and_the_order_of_their_tensors_does_not_matter(tmp_p
     state["strided"] = torch.arange(24).view(4, 6).T[::2]
     state["bfloat16"] = torch.arange(6).bfloat16()
     info = {"method": "é", "config": {"targets": ["q"], "alpha": None}, "tasks": ["b", "a"]}
-    info["base"] = "0" * 16
+    info |= {"base": "0" * 16, "kind": "LoRA, NoneType"}
     checkpoint.save_adapter(tmp_path / "a", state, **info)
     checkpoint.save_adapter(tmp_path / "b", dict(reversed(state.items())), **info)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

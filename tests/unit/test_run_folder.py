@@ -90,6 +90,7 @@ def config():
         base="0123",
         tokenizer="4567",
         digests={"train": "89ab"},
+        kind="LoRA, NoneType",
     )
 
 
