@@ -57,7 +57,15 @@ from experiments.study import (
     read_tuning,
     subset,
 )
-from experiments.tables import Difference, Group, publish, signed, table, tuning_table
+from experiments.tables import (
+    Difference,
+    Group,
+    mean_and_sd,
+    publish,
+    signed,
+    table,
+    tuning_table,
+)
 from runtime import UserError
 
 RESULTS = runtime.ROOT / "experiments/results/decision"
@@ -275,6 +283,18 @@ def difference_rows(
     return rows
 
 
+def alpha_table(groups: Groups) -> str:
+    """Return the losses of each row against its alpha and rate."""
+    rows = []
+    for name, group in groups.items():
+        settings = next(iter(group.values()))["settings"]
+        if name == "frozen base":
+            continue
+        row = [name, f"{settings['alpha']:g}", f"{settings['lr_skills']:g}", len(group)]
+        rows.append(row + [mean_and_sd(losses(group, which), 3) for which in ALL_SETS])
+    return table(["row", "alpha", "rate", "seeds", *ALL_SETS], rows)
+
+
 def text(results: Path) -> str:
     """Return the tables of the finished cells in Markdown."""
     lists = runtime.read_json(results / "tasks.json")
@@ -298,6 +318,7 @@ def text(results: Path) -> str:
         table(head, rows + difference_rows(cells, NOT_PLANNED, planned=False)),
         stage_table("after the decision", after, sets=ALL_SETS),
         table(head, difference_rows(after, AFTER_DIFFERENCES)),
+        alpha_table(after),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -225,6 +225,11 @@ def test_cell_require_same(tmp_path):
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
         with pytest.raises(ValueError, match="lora.json: made with .*; name another folder"):
             other.require_same()
+    on = {kind: cell._replace(facts=cell.facts | {"cpu": kind}) for kind in ("A", "B")}
+    on["B"].require_same()  # older cells do not name their CPU
+    runtime.write_json(cell.path, {"settings": {"row": "lora", **on["A"].made_with()}})
+    with pytest.raises(ValueError, match="made with cpu A, not B"):
+        on["B"].require_same()
     cell.path.unlink()
     cell.folder.mkdir()
     (cell.folder / "config.json").touch()  # a run that nobody knows

@@ -272,6 +272,14 @@ def test_choose_tasks_needs_whole_prompts(study):
         decision.choose_tasks(other, 28)
 
 
+def with_sets(group):
+    """Return cells in which both groups of unseen tasks are all unseen ones."""
+    found = {}
+    for seed, cell in group.items():
+        found[seed] = cell | {"test": cell["unseen"], "left out": cell["unseen"]}
+    return found
+
+
 def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monkeypatch):
     small = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 28, "num_pos": 0}
     small["batch_size"] = 2
@@ -290,6 +298,10 @@ def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monk
     best = min(grid, key=lambda cell: cell["dev_loss"])
     for name in ("alpha", "lr_skills"):
         assert cells["lora_best-s0"]["settings"][name] == best["settings"][name]
+    groups = routing_map.read_groups(study.results / "after")
+    lines = cells_of(decision.alpha_table({"x": with_sets(groups["lora_alpha_1"])}))
+    loss = cells["lora_alpha_1-s0"]["seen"]["overall"]["loss"]
+    assert [line[:5] for line in lines] == [["x", "1", "0.01", "1", f"{loss:.3f}"]]
     assert "seen" not in grid[0]
 
 
