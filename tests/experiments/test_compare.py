@@ -124,7 +124,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch
     folder = home / name
     flags = {"max_tasks": 2, "steps": 2, "batch_size": 2, "eval_instances": 4, "train_instances": 8}
     settings = train.Settings.from_flags(flags | {"abstract_tasks": 2, "dtype": "float32"})
-    attach = routers.attach_with(name, settings)
+    attach = routers.attach_with(name)
     launch = train.LaunchConfig(out=str(folder), device="cpu")
     assert train.train(settings, CPU, launch, attach=attach, final_scores=False)
     run_folder.load(CPU, run=folder, attach=attach)
