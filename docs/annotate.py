@@ -1,10 +1,11 @@
-"""Write docs/annotated.html: orchmoe.py with notes beside the code, and the routing explorer.
+"""Write docs/annotated.html: the idea of orchmoe.py, its lines with notes, and one run of it.
 
     python -m docs.annotate                       # from docs/explorer.json
     python -m docs.annotate --run runs/orchmoe-1  # first remake docs/explorer.json from this run
 
-The page is one file without links to the network. The notes come from three places: the docstrings
-of orchmoe.py, docs/notes.py, and the numbers of a finished run in docs/explorer.json.
+The page is one file that makes no request. Its text is in docs/annotated.txt, its code in
+orchmoe.py, its numbers in docs/explorer.json (made by docs/numbers.py), its style and script in
+annotated.css and annotated.js, and its explorer in experiments/.
 
 Test: pytest tests/repo/test_annotate.py
 """
@@ -14,68 +15,69 @@ import html
 import io
 import json
 import keyword
-import math
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-import data
-import eval as evaluation
-import run_folder
 import runtime
-from docs.notes import NOTES, Note
+from docs import notes, numbers
 from experiments import explorer
 
 DOCS = Path(__file__).resolve().parent
 SOURCE = DOCS.parent / "orchmoe.py"
 NUMBERS = DOCS / "explorer.json"
 PAGE = DOCS / "annotated.html"
+# What the explorer of the page and annotated.js read.
+EXPLORED = ("linears", "Zhat", "sums_to_one", "mean_w", "tasks", "samples", "first", "words")
+LITTLE = 0.05  # nats; a smaller difference of losses counts as none
 
 
-class Block(NamedTuple):
-    """A piece of orchmoe.py that has a note: lines `first` to `last`, counted from 1."""
+class Piece(NamedTuple):
+    """A piece of orchmoe.py: lines `first` to `last`, counted from 1."""
 
     name: str
     first: int
     last: int
-    docstring: str
+    docstring: range  # its lines, empty without one
 
 
-# --------------------------------------------------------------------------- the blocks of the file
+# --------------------------------------------------------------------------- the pieces of the file
 
 
-def find_blocks(source: str) -> list[Block]:
-    """Cut a module into blocks: every line belongs to exactly one.
+def find_pieces(source: str) -> list[Piece]:
+    """Cut a module into pieces: every line belongs to exactly one.
 
-    Functions and methods are blocks. So are the head of a class, up to its first method, the
+    Functions and methods are pieces. So are the head of a class, up to its first method, the
     docstring of the module, and the imports with the constants behind them.
     """
     tree = ast.parse(source)
-    starts = [("module", 1, ast.get_docstring(tree) or "")]
-    starts.append(("imports", tree.body[0].end_lineno + 1, ""))
+    starts = [("module", 1, range(0))]
+    starts.append(("imports", tree.body[0].end_lineno + 1, range(0)))
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
-        starts.append((node.name, first_line(node, source), ast.get_docstring(node) or ""))
+        starts.append((node.name, first_line(node, source), docstring_lines(node)))
         if isinstance(node, ast.ClassDef):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef):
                     name = f"{node.name}.{method.name}"
-                    docstring = ast.get_docstring(method) or ""
-                    starts.append((name, first_line(method, source), docstring))
+                    starts.append((name, first_line(method, source), docstring_lines(method)))
 
     lasts = [first - 1 for _, first, _ in starts[1:]] + [len(source.splitlines())]
     return [
-        Block(name, first, last, docstring)
+        Piece(name, first, last, docstring)
         for (name, first, docstring), last in zip(starts, lasts, strict=True)
     ]
+
+
+def docstring_lines(node: ast.FunctionDef | ast.ClassDef) -> range:
+    """Return the numbers of the lines of a docstring."""
+    if ast.get_docstring(node) is None:
+        return range(0)
+    return range(node.body[0].lineno, node.body[0].end_lineno + 1)
 
 
 def first_line(node: ast.FunctionDef | ast.ClassDef, source: str) -> int:
@@ -90,7 +92,7 @@ def first_line(node: ast.FunctionDef | ast.ClassDef, source: str) -> int:
     return above + 1
 
 
-# -------------------------------------------------------------------------------- the code as HTML
+# --------------------------------------------------------------------------------- the code as HTML
 
 
 def highlight(source: str) -> list[str]:
@@ -153,220 +155,439 @@ def kind_of(token: tokenize.TokenInfo, previous: str) -> str:
 
 # ---------------------------------------------------------------------------------- the mathematics
 
-MATH_TOKEN = re.compile(r"[A-Za-zα-ωΑ-Ω]+(?:\^hat)?(?:\^T)?(?:_[A-Za-z0-9]+)?|[0-9.]+|\S")
-FUNCTIONS = ("softmax", "sigmoid", "mean", "normalise", "ln", "H", "U", "N")
+NAME = re.compile(r"([^\W\d_]+|[\d.]+)(\^hat)?(?:_(\w+?))?(?:\^(\w))?(?=\W|$)")
+MATH_TOKEN = re.compile(f"{NAME.pattern.replace('(', '(?:').replace('(?:?', '(?')}|\\S")
+SIGNS = {"-": "&#8722;", "~": "&#8764;"}
+THIN = '<mspace width="0.2em"></mspace>'
 
 
-def mathml(equation: str) -> str:
-    """Return MathML for one equation: "X^hat" has a hat, "B_s" an index, "sqrt(D)" a root."""
-    parts = []
+def mathml(equation: str, display: str = "inline") -> str:
+    """Return MathML for an equation in the notation of docs/notes.py."""
     tokens = MATH_TOKEN.findall(equation)
+    return f'<math display="{display}">{math_row(tokens, "")}</math>'
+
+
+def math_row(tokens: list[str], end: str) -> str:
+    """Return an mrow of the tokens before `end`. Take them and `end` away."""
+    parts = []
+    after_operand = False  # two operands side by side get a thin space between them
     while tokens:
         token = tokens.pop(0)
+        if token == end:
+            break
+        is_operand = token[0].isalnum()
+        if is_operand and after_operand:
+            parts.append(THIN)
         if token == "sqrt":
-            end = tokens.index(")")
-            inside = "".join(atom(name) for name in tokens[1:end])
-            parts.append(f"<msqrt><mrow>{inside}</mrow></msqrt>")
-            tokens = tokens[end + 1 :]
+            tokens.pop(0)  # its bracket
+            parts.append(f"<msqrt>{math_row(tokens, ')')}</msqrt>")
+        elif token == "frac":
+            tokens.pop(0)
+            above = math_row(tokens, ";")
+            parts.append(f"<mfrac>{above}{math_row(tokens, ')')}</mfrac>")
+        elif token == "(":
+            parts.append(f"<mrow><mo>(</mo>{math_row(tokens, ')')}<mo>)</mo></mrow>")
         else:
-            parts.append(atom(token))
-    return f'<math display="block"><mrow>{"".join(parts)}</mrow></math>'
+            parts.append(math_atom(token))
+        after_operand = is_operand or token == "("
+    return f"<mrow>{''.join(parts)}</mrow>"
 
 
-def atom(token: str) -> str:
+def math_atom(token: str) -> str:
     """Return MathML for one name, number or sign."""
-    if re.fullmatch(r"[0-9.]+", token):
-        return f"<mn>{token}</mn>"
-    if not token[0].isalpha():
-        sign = {"-": "&#8722;", "~": "&#8764;"}.get(token, html.escape(token))
-        return f"<mo>{sign}</mo>"
-    name, _, index = token.partition("_")
-    name, transposed = name.removesuffix("^T"), name.endswith("^T")
-    name, hat = name.removesuffix("^hat"), name.endswith("^hat")
+    match = NAME.fullmatch(token)
+    if match is None:
+        return f"<mo>{SIGNS.get(token, html.escape(token))}</mo>"
+    name, hat, index, power = match.groups()
     if name == "sum":
         return f"<munder><mo>&#8721;</mo><mi>{index}</mi></munder>"
-    variant = ' mathvariant="normal"' if name in FUNCTIONS and len(name) > 1 else ""
-    result = f"<mi{variant}>{name}</mi>"
+    kind = "mn" if name[0].isdigit() else "mi"
+    result = f"<{kind}>{name}</{kind}>"
     if hat:
-        result = f"<mover accent='true'>{result}<mo>^</mo></mover>"
-    if transposed:
-        result = f"<msup>{result}<mi>T</mi></msup>"
+        result = f'<mover accent="true">{result}<mo stretchy="false" class="hat">^</mo></mover>'
     if index:
-        result = f"<msub>{result}<mi mathvariant='normal'>{index}</mi></msub>"
+        result = f"<msub>{result}<mi>{index}</mi></msub>"
+    if power:
+        result = f'<msup>{result}<mi mathvariant="normal">{power}</mi></msup>'
     return result
+
+
+# ----------------------------------------------------------------------------------------- the text
+
+
+def prose(text: str, values: dict[str, Any]) -> str:
+    """Return the paragraphs of a text as HTML. `values` has what its {names} stand for."""
+    parts = []
+    for paragraph in text.strip().split("\n\n"):
+        paragraph = " ".join(paragraph.split())
+        if match := re.fullmatch(r"\{(table|text|html) (\w+)\}", paragraph):
+            value = values[match[2]]
+            if match[1] == "table":
+                value = table_html(value)
+            elif match[1] == "text":
+                value = f"<pre>{html.escape(value)}</pre>"
+            parts.append(value)
+        elif match := re.fullmatch(r"\$([^$]*)\$", paragraph):
+            parts.append(mathml(match[1], "block"))
+        elif match := re.fullmatch(r"(\d+)\. (.*)", paragraph):
+            parts.append(f'<p class="item">{match[1]}. {inline(match[2], values)}</p>')
+        elif paragraph:
+            parts.append(f"<p>{inline(paragraph, values)}</p>")
+    return "\n".join(parts)
+
+
+def inline(text: str, walk: dict[str, Any]) -> str:
+    """Return one paragraph as HTML."""
+    text = re.sub(r"\{(\w+)\}", lambda match: walk[match[1]], text)
+    parts = re.split(r"(`[^`]*`|\$[^$]*\$)", text)
+    for i, part in enumerate(parts):
+        if part.startswith("`"):
+            parts[i] = f"<code>{html.escape(part[1:-1])}</code>"
+        elif part.startswith("$"):
+            parts[i] = mathml(part[1:-1])
+        else:
+            part = html.escape(part, quote=False)
+            part = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part)
+            parts[i] = re.sub(r"\[([^]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', part)
+    return "".join(parts)
+
+
+def table_html(rows: list[list[str]]) -> str:
+    """Return a table. The first row is its head, and the first cell of a row names the row."""
+    head = "".join(f'<th scope="col">{inline(cell, {})}</th>' for cell in rows[0])
+    lines = []
+    for cells in rows[1:]:
+        others = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells[1:])
+        lines.append(f'<tr><th scope="row">{inline(cells[0], {})}</th>{others}</tr>')
+    body = "\n".join(lines)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+# ----------------------------------------------------------------------------------------- the code
+
+
+def code_html(code: list[str], lines: Iterable[int], name: str) -> str:
+    """Return lines of the piece `name` as highlighted code with their numbers."""
+    parts = [f'<span data-n="{number}">{code[number - 1]}\n</span>' for number in lines]
+    kind = "code method" if "." in name else "code"
+    return f'<pre class="{kind}">{"".join(parts)}</pre>'
+
+
+def note_lines(piece: Piece, block: notes.Block, source: list[str]) -> list[range]:
+    """Return the lines of each note of a block. Raise ValueError if a note names no single line."""
+    starts = []
+    for note in block.notes:
+        found = []
+        for number in range(piece.first, piece.last + 1):
+            if source[number - 1].strip() == note.line and number not in piece.docstring:
+                found.append(number)
+        if len(found) != 1:
+            raise ValueError(f"note of {block.name}: {len(found)} lines are {note.line!r}")
+        starts += found
+    first = [n for n in range(piece.first, piece.last + 1) if is_code(source[n - 1])][0]
+    if starts != sorted(starts) or starts[0] != first:
+        raise ValueError(
+            f"notes of {block.name}: they must follow the lines, from the first one on"
+        )
+    starts[0] = piece.first
+    ends = [*starts[1:], piece.last + 1]
+    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def is_code(line: str) -> bool:
+    return line.strip() != "" and not line.startswith("# ---")
+
+
+def block_html(
+    piece: Piece, block: notes.Block, source: list[str], code: list[str], walk: dict[str, Any]
+) -> str:
+    """Return a block of a section: its equation, evidence and text, then notes beside the code."""
+    title = "" if block.title == block.name else f"{block.title}: "
+    parts = [
+        f'<section class="block" id="{block.anchor}">'
+        f'<h3>{title}<code>{block.name}</code> <a class="self" href="#{block.anchor}" '
+        f'aria-label="link to {block.name}">#</a></h3>'
+    ]
+    for equation in block.equations:
+        parts.append(mathml(equation, "block"))
+    for grade, what in block.evidence:
+        badge = f'<span class="grade {grade}">{grade}</span>'
+        parts.append(f'<p class="evidence">{badge} {html.escape(what)}</p>')
+    parts.append(prose(block.text, walk))
+    if block.notes:
+        for note, lines in zip(block.notes, note_lines(piece, block, source), strict=True):
+            shown = [number for number in lines if number not in piece.docstring]
+            parts.append(
+                f'<div class="pair"><div class="note">{prose(note.text, walk)}</div>\n'
+                f"{code_html(code, shown, piece.name)}</div>"
+            )
+        if piece.docstring:
+            folded = code_html(code, piece.docstring, piece.name)
+            parts.append(f"<details><summary>Its docstring</summary>{folded}</details>")
+    else:
+        parts.append(code_html(code, range(piece.first, piece.last + 1), piece.name))
+    if block.sample:
+        parts.append(f"<aside><h4>Our sample</h4>{prose(block.sample.text, walk)}</aside>")
+    if block.test:
+        parts.append(f'<p class="small">Held by the test <code>{block.test}</code></p>')
+    parts.append("</section>")
+    return "\n".join(part for part in parts if part)
+
+
+def engineering_html(
+    pieces: list[Piece], code: list[str], items: list[str], values: dict[str, Any]
+) -> str:
+    """Return the pieces that no section has, folded, in the order of the file."""
+    known = dict(item.split(": ", 1) for item in items)
+    unknown = known.keys() - {piece.name for piece in pieces}
+    if unknown:
+        raise ValueError(f"annotated.txt: no piece of the rest is called {', '.join(unknown)}")
+    parts = []
+    for piece in pieces:
+        anchor = piece.name.replace(".", "-").lower()
+        text = inline(known.get(piece.name, ""), values)
+        parts.append(
+            f'<details id="code-{anchor}"><summary><code>{piece.name}</code> {text}</summary>'
+            f"{code_html(code, range(piece.first, piece.last + 1), piece.name)}</details>"
+        )
+    return "\n".join(parts)
+
+
+# --------------------------------------------------------------------------------- what the run did
+
+
+def heat(value: float, digits: int = 2) -> str:
+    """Return a cell of a heat map."""
+    return f'<td class="cell" style="--v:{min(value, 1):.2f}">{value:.{digits}f}</td>'
+
+
+def spoken(name: str) -> str:
+    """Return the name of a task without its underscores."""
+    return html.escape(name.replace("_", " "))
+
+
+def tasks_html(explored: dict[str, Any]) -> str:
+    """Return the heat map: the mean w of each task, sorted by its largest abstract task."""
+    K = len(explored["Zhat"][0])
+    groups: list[list[tuple[int, dict]]] = [[] for _ in range(K)]
+    for number, task in enumerate(explored["tasks"]):
+        largest = task["w"].index(max(task["w"]))
+        groups[largest].append((number, task))
+    head = "".join(f'<th scope="col">{k + 1}</th>' for k in range(K))
+    bodies = []
+    for k, group in enumerate(groups):
+        group.sort(key=lambda pair: -pair[1]["w"][k])
+        words = html.escape(explored["words"][k])
+        rows = [
+            f'<tr><th scope="rowgroup" colspan="{K + 2}" class="group">'
+            f'<a href="#abstract-task-{k + 1}">Abstract task {k + 1}</a>: {words}</th></tr>'
+        ]
+        for number, task in group:
+            cells = "".join(heat(value) for value in task["w"])
+            rows.append(
+                f'<tr><th scope="row"><button type="button" data-task="{number}" '
+                f'aria-expanded="false">{spoken(task["name"])}</button></th>'
+                f'<td class="text {task["kind"]}">{task["kind"]}</td>{cells}</tr>'
+            )
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    return (
+        '<div class="wide"><table class="tasks"><thead><tr><th scope="col">task</th>'
+        f'<th scope="col"></th>{head}</tr></thead>\n' + "\n".join(bodies) + "</table></div>"
+    )
+
+
+def cards_html(explored: dict[str, Any]) -> str:
+    """Return a card for each abstract task, with the sources that have it most strongly."""
+    cards = []
+    for k, sources in enumerate(explored["strongest"]):
+        items = []
+        for source in sources:
+            items.append(
+                f"<li><b>{source['w']:.2f}</b> {spoken(source['task'])} ({source['kind']})"
+                f"<br><q>{html.escape(source['text'])}</q></li>"
+            )
+        cards.append(
+            f'<div class="card" id="abstract-task-{k + 1}"><h4>Abstract task {k + 1}</h4>'
+            f"<p>{html.escape(explored['words'][k])}</p><ul>{''.join(items)}</ul></div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def gap_html(task: dict[str, Any], setting: str) -> str:
+    """Return a cell with the loss of a setting minus that with the own w."""
+    gap = task[setting]["loss"] - task["own"]["loss"]
+    kind = ""
+    if abs(gap) > LITTLE:
+        kind = ' class="good"' if gap > 0 else ' class="bad"'
+    sign = "&#8722;" if gap < 0 else "+"
+    return f"<td{kind}>{sign}{abs(gap):.2f}</td>"
+
+
+def losses_html(explored: dict[str, Any]) -> str:
+    """Return two tables: what other weights than the own w cost, on seen and on unseen tasks."""
+    tables = [losses_table(explored, kind) for kind in ("seen", "unseen")]
+    return f'<div class="columns">{"".join(tables)}</div>'
+
+
+def losses_table(explored: dict[str, Any], kind: str) -> str:
+    tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+    tasks.sort(key=lambda task: task["own"]["loss"] - task["mean"]["loss"])
+    rows = []
+    for task in [average(tasks, f"all {len(tasks)} tasks"), *tasks]:
+        count = task["count"]
+        cells = "".join(gap_html(task, setting) for setting in ("mean", "uniform", "other", "off"))
+        rights = [f"{100 * task[name]['right'] / count:.0f}" for name in ("own", "mean", "uniform")]
+        cells += "".join(f"<td>{right}</td>" for right in rights)
+        rows.append(
+            f'<tr><th scope="row">{spoken(task["name"])}</th>'
+            f"<td>{task['own']['loss']:.2f}</td>{cells}</tr>"
+        )
+    heads = ("own w", "mean w", "1/K", "another&#8217;s w", "w = 0", "own w", "mean w", "1/K")
+    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    return (
+        f'<div class="wide"><table class="losses"><caption>{kind.capitalize()} tasks</caption>'
+        '<thead><tr><td></td><th scope="colgroup">loss</th><th scope="colgroup" colspan="4">loss '
+        'minus that with the own w</th><th scope="colgroup" colspan="3">right answers, %</th></tr>'
+        f'<tr><th scope="col">task</th>{columns}</tr></thead>\n<tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
+    )
+
+
+def average(tasks: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the mean loss over the tasks, and the sum of their right answers."""
+    result = {"name": name, "count": sum(task["count"] for task in tasks)}
+    for setting in numbers.COMPARED:
+        loss = sum(task[setting]["loss"] for task in tasks) / len(tasks)
+        right = sum(task[setting]["right"] for task in tasks)
+        result[setting] = {"loss": loss, "right": right}
+    return result
+
+
+def linears_html(explored: dict[str, Any]) -> str:
+    """Return a table of the Linears: what is lost if one of them alone is not routed."""
+    spread, rise = explored["without_one"]["spread"], explored["without_one"]["rise"]
+    rows = []
+    for name, s, r in zip(explored["linears"], spread, rise, strict=True):
+        sign = "&#8722;" if r < 0 else "+"
+        rows.append(
+            f'<tr><th scope="row">{name.replace("blocks.", "").replace(".", " ")}</th>'
+            f"<td>{s:.3f}</td><td>{sign}{abs(r):.4f}</td></tr>"
+        )
+    return (
+        '<div class="wide"><table><thead><tr><th scope="col">Linear</th><th scope="col">spread of c'
+        f'</th><th scope="col">loss</th></tr></thead>\n<tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def little_effect(explored: dict[str, Any], kind: str) -> str:
+    """Return the names of the tasks whose loss neither the mean w nor 1/K changes by LITTLE."""
+    names = []
+    for task in explored["tasks"]:
+        gaps = [task[setting]["loss"] - task["own"]["loss"] for setting in ("mean", "uniform")]
+        if task["kind"] == kind and max(map(abs, gaps)) <= LITTLE:
+            names.append(spoken(task["name"]))
+    return ", ".join(names) or "none"
+
+
+def shares(explored: dict[str, Any], kind: str) -> str:
+    """Return how many answers are right, among the shown samples and in the whole set."""
+    shown = [s for s in explored["samples"] if explored["tasks"][s["task"]]["kind"] == kind]
+    right = sum(sample["results"][0][2] for sample in shown)
+    whole = average([task for task in explored["tasks"] if task["kind"] == kind], "")
+    return (
+        f"{right} of the {len(shown)} {kind} ones are right ({100 * right / len(shown):.0f} %; of "
+        f"all {whole['count']}: {100 * whole['own']['right'] / whole['count']:.0f} %)"
+    )
 
 
 # ----------------------------------------------------------------------------------------- the page
 
-STYLE = """
-body { font-family: system-ui, sans-serif; margin: 0; line-height: 1.45; color: #1c2430; }
-header, section.intro { max-width: 70rem; margin: 0 auto; padding: 1rem; }
-.block { display: grid; grid-template-columns: minmax(16rem, 26rem) minmax(0, 1fr);
-  border-top: 1px solid #e3e6ea; }
-.note { padding: .8rem 1rem; font-size: .88rem; }
-.note h2 { font: 600 .9rem ui-monospace, monospace; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.note p { margin: .4rem 0; }
-.numbers { background: #f2f6fb; padding: .4rem .6rem; font: .76rem/1.5 ui-monospace, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-.test { color: #5b6675; font-size: .78rem; overflow-wrap: anywhere; }
-.grade { font-size: .72rem; padding: .08rem .4rem; border-radius: .6rem; color: #fff; }
-.stated { background: #1b7f4b; } .secondary { background: #1f5fa8; }
-.inferred { background: #8a5a00; } .chosen { background: #9a3a6a; }
-.code { background: #fbfbfc; padding: .8rem 0; overflow-x: auto; }
-.code pre { margin: 0; font: .78rem/1.5 ui-monospace, monospace; }
-.code .n { display: inline-block; width: 3.2rem; text-align: right; padding-right: 1rem;
-  color: #9aa4b1; user-select: none; }
-.co { color: #6b7684; font-style: italic; } .st { color: #2f6b3a; } .nu { color: #7a3e9d; }
-.kw { color: #a8323e; } .df { color: #1f5fa8; font-weight: 600; }
-math { font-size: 1.05rem; margin: .3rem 0; overflow-x: auto; }
-@media (max-width: 800px) { .block { grid-template-columns: minmax(0, 1fr); }
-  .code .n { width: 2.2rem; padding-right: .6rem; } }
-"""
-
-INTRO = """
-<p>This page shows <code>orchmoe.py</code> from its first line to its last. On the right is the
-code. On the left is what each block does, its equation, and who says so:
-<span class="grade stated">stated</span> in the paper's abstract,
-<span class="grade secondary">secondary</span> in summaries of the paper,
-<span class="grade inferred">inferred</span> from papers that OrchMoE builds on, or
-<span class="grade chosen">chosen</span> by us, because the full text was not available. Blocks
-without a label are engineering, or follow from labelled ones.</p>
-<p>The numbers in the blue boxes are those of one sample after a full run of
-<code>python train.py</code>. At the end of the page is <a href="#explore">an explorer</a>: choose a
-sample, move the weights of the abstract tasks, and see what changes.</p>
-"""
-
-
-def note_html(block: Block, note: Note, numbers: dict[str, list[str]]) -> str:
-    """Return the left column of a block."""
-    parts = [f"<h2>{html.escape(block.name)}</h2>"]
-    if note.grade:
-        source = f" {html.escape(note.source)}" if note.source else ""
-        parts.append(f'<p><span class="grade {note.grade}">{note.grade}</span>{source}</p>')
-    for equation in note.equation.split(" ;; "):
-        if equation:
-            parts.append(mathml(equation))
-    if block.name != "module":
-        for paragraph in block.docstring.split("\n\n"):
-            if paragraph and not paragraph.startswith("  "):
-                parts.append(f"<p>{html.escape(' '.join(paragraph.split()))}</p>")
-    if note.text:
-        parts.append(f"<p>{html.escape(note.text)}</p>")
-    if block.name in numbers:
-        lines = html.escape("\n".join(numbers[block.name]))
-        parts.append(f'<div class="numbers">{lines}</div>')
-    if note.test:
-        parts.append(f'<p class="test">Test: {note.test}</p>')
-    return "\n".join(parts)
-
 
 def page() -> str:
     """Return the whole page."""
-    source = SOURCE.read_text(encoding="utf-8")
+    text = SOURCE.read_text(encoding="utf-8")
+    source = text.splitlines()
+    code = highlight(text)
+    sections = notes.sections()
+    items = {section.anchor: section.items for section in sections}
     explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
-    code = highlight(source)
-    rows = []
-    for block in find_blocks(source):
-        lines = []
-        for number in range(block.first, block.last + 1):
-            lines.append(f'<span class="n">{number}</span>{code[number - 1]}')
-        note = note_html(block, NOTES[block.name], explored["walk"])
-        text = "\n".join(lines)
-        rows.append(
-            f'<div class="block"><div class="note">{note}</div>\n'
-            f'<div class="code"><pre>{text}</pre></div></div>'
+    explored["words"] = [item.split(" | ")[0] for item in items["abstract-tasks"]]
+
+    # Everything that a text can name.
+    pieces = {piece.name: piece for piece in find_pieces(text)}
+    told = {block.name for section in sections for block in section.blocks}
+    values = explored["walk"] | values_of(explored)
+    rest = [piece for piece in pieces.values() if piece.name not in told]
+    values |= {
+        "drawing": f"<figure>{(DOCS / 'architecture.svg').read_text(encoding='utf-8')}</figure>",
+        "grades": grades_html(items["idea"]),
+        "tasks": tasks_html(explored),
+        "cards": cards_html(explored),
+        "losses": losses_html(explored),
+        "linears": linears_html(explored),
+        "explorer": explorer.section({name: explored[name] for name in EXPLORED}),
+        "pieces": engineering_html(rest, code, items["engineering"], values),
+    }
+
+    contents = []
+    bodies = []
+    for section in sections:
+        parts = [prose(section.text, values)]
+        for block in section.blocks:
+            parts.append(block_html(pieces[block.name], block, source, code, values))
+        body = "\n".join(parts)
+        contents.append(f'<li><a href="#{section.anchor}">{section.title}</a></li>')
+        bodies.append(
+            f'<section class="step" id="{section.anchor}">\n<h2>{section.title}</h2>\n'
+            f"{body}\n</section>"
         )
-    explained = (
-        f"<p>{len(explored['samples'])} samples of a run of the default command "
-        f"({explored['steps']} steps). Where does the routing matter, and where does it not? "
-        "Compare the loss with the sample's own w and with w = 1/K, on seen and unseen tasks.</p>"
-    )
+    style = explorer.read("explorer.css") + (DOCS / "annotated.css").read_text(encoding="utf-8")
+    script = (DOCS / "annotated.js").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>OrchMoE, annotated</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        f"<header><h1>OrchMoE, annotated</h1>{INTRO}</header>\n"
-        + "\n".join(rows)
-        + f'\n<section class="intro" id="explore"><h1>Explore the routing</h1>{explained}\n'
-        f"{explorer.section(explored)}</section>\n</body></html>\n"
+        f"<title>OrchMoE, annotated</title>\n<style>\n{style}</style></head>\n<body>\n"
+        '<nav id="contents" aria-label="Contents"><details open><summary>Contents</summary>'
+        f"<ol>{''.join(contents)}</ol></details></nav>\n<main>\n<h1>OrchMoE, annotated</h1>\n"
+        + "\n".join(bodies)
+        + f"\n</main>\n<script>\n{script}</script>\n</body></html>\n"
     )
 
 
-# ------------------------------------------------------------------------- the numbers of a run
+def grades_html(items: list[str]) -> str:
+    """Return what the labels mean."""
+    lines = []
+    for item in items:
+        grade, meaning = item.split(": ", 1)
+        lines.append(f'<li><span class="grade {grade}">{grade}</span> {meaning}</li>')
+    return f'<ul class="grades">{"".join(lines)}</ul>'
 
 
-@torch.no_grad()
-def walk(run: str) -> dict[str, list[str]]:
-    """Return the numbers of one seen sample at each step of orchmoe.py, as lines of text.
-
-    run: the folder of a run with a sample router that uses its attention.
-    """
-    device = runtime.pick_device(device="cpu", dtype="float32")
-    base, adapters, tokenizer = run_folder.load(device, run=run)
-    config = run_folder.read_config(run)
-    data_config = config.section(data.DataConfig, "dataset")
-    example = data.load_sets(data_config, tokenizer, training=config.tasks)["seen"][0]
-    router = adapters.router
-    batch = data.collate([example])
-    embeddings = base.embed(batch.input_ids)
-    path, linear = next(iter(adapters.linears.items()))
-    inputs = []
-    hook = linear.register_forward_hook(lambda _, given, output: inputs.append((given[0], output)))
-    with evaluation.routed(base, adapters, batch) as routing:
-        base.loss(batch.input_ids, batch.attention_mask, batch.labels)
-    hook.remove()
-    x, y = inputs[0]
-    frozen = F.linear(x, linear.weight, linear.bias)
-
-    _, L, D = embeddings.shape
-    X = F.rms_norm(embeddings, (D,), eps=1e-6)
-    P = (X @ X.mT / math.sqrt(D)).softmax(dim=-1)  # (1,L,L)
-    same_token = batch.input_ids[:, :, None] == batch.input_ids[:, None, :]
-    on_same_token = (P * same_token).sum(dim=-1).mean()
-    x_hat = router.summarise(embeddings)
-    standard = (x_hat - router.mu) / router.sd
-    logits = F.linear(standard, router.W_task, router.bias)
-    N, K, S = adapters.Z.shape
-    return {
-        "TaskRouter.summarise": [
-            f"sample {example.id}: L = {L}, D = {D}",
-            f"mean attention of a token to itself and its repetitions: {on_same_token:.4f}",
-            f"x_hat = [{numbers(x_hat[0, :4])}, ...]",
-        ],
-        "TaskRouter.forward": [
-            f"standardised x_hat = [{numbers(standard[0, :4])}, ...]",
-            f"W_task x_hat + b = [{numbers(logits[0])}]",
-            f"w = [{numbers(routing.w[0])}], sum {routing.w.sum():.4f}",
-        ],
-        "OrchMoE.__init__": [f"N = {N} adapted Linears, K = {K}, S = {S}"],
-        "OrchMoE.allocation_weights": [
-            f"{path}, row of the largest w:",
-            f"Zhat = [{numbers(routing.Zhat[0, 0, routing.w[0].argmax()])}]",
-        ],
-        "OrchMoE.route": [f"{path}: c = [{numbers(routing.c[0, 0])}]"],
-        "SkillLinear.forward": [
-            f"{path}: x {tuple(x.shape)} -> y {tuple(y.shape)}",
-            f"norm of W0 x: {frozen.norm():.2f}, of the skills' part: {(y - frozen).norm():.2f}",
-        ],
-        "mix_skills": [
-            f"A {tuple(linear.skill_A.shape)}, B {tuple(linear.skill_B.shape)}: "
-            f"one LoRA of rank {linear.skill_A.shape[0] * linear.skill_A.shape[1]}",
-        ],
-    }
+def values_of(explored: dict[str, Any]) -> dict[str, Any]:
+    """Return numbers of the run for the texts of the page."""
+    values: dict[str, Any] = {"steps": str(explored["steps"])}
+    heads = ("own w", "mean w", "w = 1/K", "w of another sample", "w = 0: the base alone")
+    values["means"] = [["mean loss over tasks", *heads]]
+    for kind in ("seen", "unseen"):
+        tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+        values[f"{kind}_tasks"] = str(len(tasks))
+        values[f"{kind}_share"] = shares(explored, kind)
+        values[f"{kind}_little"] = little_effect(explored, kind)
+        whole = average(tasks, "")
+        losses = [f"{whole[setting]['loss']:.2f}" for setting in numbers.COMPARED]
+        values["means"].append([f"{len(tasks)} {kind} tasks", *losses])
+    return values
 
 
-def numbers(values: Tensor) -> str:
-    return ", ".join(f"{value:.3f}" for value in values.tolist())
-
-
-# ----------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
-        run = sys.argv[2]
-        explored = explorer.collect(run)
-        runtime.write_json(NUMBERS, {"walk": walk(run), **explored})
+        runtime.write_json(NUMBERS, numbers.collect(sys.argv[2]))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
 

@@ -1,37 +1,65 @@
-"""The routing explorer: one HTML page that shows what the router of a run does with single samples.
+"""The routing explorer: a page where a finished run answers, and shows what its router does.
 
-`collect` computes the numbers from a finished run, `section` turns them into HTML with an inline
-script. The page needs no network. Made by `python -m experiments.plot --run RUN --html page.html`;
-docs/annotated.html ends with the explorer of the default run.
+    python -m experiments.explorer --run RUN    # then open the address that it prints
+
+The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
+page shows the weights c of the skills, the answer and, with a reference, the loss. It is served on
+127.0.0.1 alone, one request at a time, until Ctrl-C. docs/annotated.html holds the same page with
+stored answers. Markup, style and script are in explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
-Test: pytest tests/repo/test_annotate.py
+Test: pytest tests/repo/test_explorer.py
 """
 
+import functools
 import html
 import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import data
 import eval as evaluation
+import metrics
 import run_folder
 import runtime
-import tokenizer as tokenizers
+from data import Example
+from model import Backbone
+from orchmoe import Adapters
 from runtime import UserError
+from tokenizer import Tokenizer
 
-SAMPLES = 20  # seen ones, and as many unseen ones
+SHOWN = 3  # samples of each task that can be chosen
+LARGEST_REQUEST = 100_000  # bytes
+LONGEST_ANSWER = 64  # tokens
+
+# The examples of a task are together.
+read_task = functools.lru_cache(1)(data.read_task)
+read_rows = functools.lru_cache(1)(data.read_rows)
 
 
-@torch.no_grad()
-def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
-    """Return what the explorer shows of the run, as plain JSON values. Computes on the CPU.
+class Loaded(NamedTuple):
+    """A finished run with a sample router, on the CPU."""
 
-    model: where the base of the run is now, if it has moved. Raise UserError if the run has no
-    sample router.
+    base: Backbone
+    adapters: Adapters
+    tokenizer: Tokenizer
+    config: run_folder.RunConfig
+    data_config: data.DataConfig
+    sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
+
+
+def load(run: str | Path, *, model: str = "") -> Loaded:
+    """Load a run. Raise UserError if it has no sample router.
+
+    model: where the base of the run is now, if it has moved.
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
@@ -40,105 +68,271 @@ def collect(run: str | Path, *, model: str = "") -> dict[str, Any]:
     config = run_folder.read_config(run)
     data_config = config.section(data.DataConfig, "dataset")
     sets = data.load_sets(data_config, tokenizer, training=config.tasks)
+    if "test" in sets:
+        sets["unseen"] = sets["test"]
+    return Loaded(base, adapters, tokenizer, config, data_config, sets)
 
-    shown = []
-    for kind, name in (("seen", "seen"), ("unseen", "test")):
-        if name not in sets:
-            continue
-        w = evaluation.router_weights(base, adapters, sets[name])  # (M,K)
-        mean_w = w.mean(dim=0)
-        tasks = [example.task for example in sets[name]]
-        for row in spread(tasks, SAMPLES):
-            example = sets[name][row]
-            same_task = [i for i, task in enumerate(tasks) if task == example.task]
-            other = (row + len(tasks) // 2) % len(tasks)  # far away, so most likely another task
-            routings = {
-                "own": w[row],
-                "mean": mean_w,
-                "other": w[other],
-                "uniform": torch.full_like(w[row], 1 / w.shape[1]),
-            }
-            losses = {}
-            for routing, weights in routings.items():
-                loss, _ = evaluation.measure(base, adapters, [example], w=weights[None])
-                losses[routing] = round(loss, 4)
-            answer = evaluation.predict(base, adapters, [example], tokenizer)[0]
-            shown.append(
-                {
-                    "kind": kind,
-                    "id": example.id,
-                    "task": example.task,
-                    "category": example.category,
-                    "prompt": prompt_of(data_config, example, tokenizer),
-                    "answer": answer,
-                    "references": example.references[:3],
-                    "w": rounded(w[row]),
-                    "task_w": rounded(w[same_task].mean(dim=0)),
-                    "other_w": rounded(w[other]),
-                    "other_task": tasks[other],
-                    "mean_w": rounded(mean_w),
-                    "losses": losses,
-                }
-            )
-    return {
-        "run": Path(run).name,
-        "steps": config.training["steps"],
-        "linears": list(adapters.linears),
-        "Zhat": rounded(adapters.allocation_weights()[0]),  # (N,K,S)
-        "samples": shown,
+
+# ------------------------------------------------------------------------- the numbers of a page
+
+
+@torch.no_grad()
+def collect(loaded: Loaded) -> dict[str, Any]:
+    """Return what a page shows of a run without answers, as plain JSON values."""
+    explored = {
+        "run": Path(loaded.config.folder).name,
+        "linears": list(loaded.adapters.linears),
+        "Zhat": rounded(loaded.adapters.allocation_weights()[0]),  # (N,K,S)
+        "sums_to_one": loaded.config.adapter["router_norm"] == "softmax",
+        "mean_w": {},
+        "tasks": [],
+        "samples": [],
+        "first": 0,  # the sample that is shown first
     }
+    for kind in ("seen", "unseen"):
+        examples = loaded.sets.get(kind, [])
+        if examples:
+            w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
+            explored["mean_w"][kind] = rounded(w.mean(dim=0))
+        for rows in rows_by_task(examples):
+            add_task(explored, loaded, kind, rows, w)
+    if not explored["samples"]:
+        raise UserError(f"{loaded.config.folder}: its data have no seen and no unseen samples")
+    return explored
 
 
-def spread(tasks: list[str], count: int) -> list[int]:
-    """Return `count` positions, evenly over the set, with at most two of one task."""
-    rows = []
-    for row in data.subsample(range(len(tasks)), 4 * count):
-        if len(rows) < count and [tasks[i] for i in rows].count(tasks[row]) < 2:
-            rows.append(row)
-    return rows
+def rows_by_task(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the positions of the examples of each task."""
+    rows: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        rows.setdefault(example.task, []).append(row)
+    return list(rows.values())
 
 
-def prompt_of(
-    data_config: data.DataConfig, example: data.Example, tokenizer: tokenizers.Tokenizer
-) -> str:
-    """Return the prompt of an example as text."""
-    task = data.read_task(Path(data_config.data) / "tasks" / f"{example.task}.json")
-    names = ("definition", "num_pos", "num_neg", "explanation", "max_source_length")
-    options = {name: getattr(data_config, name) for name in names}
-    return data.render_prompt(task, task["instances"][example.position], tokenizer, **options)
+def add_task(
+    explored: dict[str, Any], loaded: Loaded, kind: str, rows: list[int], w: Tensor
+) -> None:
+    """Add one task to "tasks", and SHOWN samples, evenly spaced over its rows, to "samples"."""
+    examples = loaded.sets[kind]
+    shown = data.subsample(rows, SHOWN)
+    prompts = {row: texts_of(loaded, kind, examples[row])[1] for row in shown}
+    head = os.path.commonprefix(list(prompts.values()))
+    head = head[: head.rfind("\n") + 1]
+    for row in shown:
+        other = (row + len(examples) // 2) % len(examples)  # far away: most likely of another task
+        explored["samples"].append(
+            {
+                "task": len(explored["tasks"]),
+                "row": row,
+                "tail": prompts[row][len(head) :],  # the prompt behind the head of its task
+                "references": examples[row].references[:3],
+                "w": rounded(w[row]),
+                "other_w": rounded(w[other]),
+                "other_task": examples[other].task,
+            }
+        )
+    explored["tasks"].append(
+        {
+            "name": examples[rows[0]].task,
+            "kind": kind,
+            "w": rounded(w[rows].mean(dim=0)),
+            "head": head,  # what the prompts of its shown samples begin with
+        }
+    )
 
 
-def save_page(run: str | Path, path: str | Path, *, model: str = "") -> None:
-    """Write the explorer of a run to an HTML page."""
-    text = page(collect(run, model=model))
-    with runtime.atomic_write(path) as file:
-        file.write(text.encode())
+def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
+    """Return the input and the prompt of an example, seen or unseen, as text."""
+    config = loaded.data_config
+    if config.is_jsonl:
+        tasks = read_rows(config.data if kind == "seen" else config.test)
+        task = next(task for task in tasks if task["name"] == example.task)
+    else:
+        task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
+    instance = task["instances"][example.position]
+    return instance["input"], data.prompt_of(task, instance, loaded.tokenizer, config)
 
 
-def rounded(values: Tensor) -> list:
-    """Return a tensor as nested lists with four decimals."""
-    return torch.round(values.float().cpu(), decimals=4).double().round(decimals=4).tolist()
+def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
+    """Return [answer, loss, whether the answer is right] of one example with w (K).
+
+    Loss and rightness are None without a reference.
+    """
+    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
+    options = {"w": w[None], "max_new_tokens": LONGEST_ANSWER}
+    text = evaluation.predict(base, adapters, [example], tokenizer, **options)[0]
+    if not example.references:
+        return [text, None, None]
+    loss, _ = evaluation.measure(base, adapters, [example], w=w[None])
+    return [text, round(loss, 4), metrics.exact_match(text, example.references) == 1]
+
+
+def rounded(values: Tensor, decimals: int = 4) -> list:
+    """Return a tensor as nested lists of rounded numbers."""
+    return values.double().cpu().round(decimals=decimals).tolist()
 
 
 # ----------------------------------------------------------------------------------------- the page
 
 
+def read(name: str) -> str:
+    """Return the text of one of the files of the page."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 def section(explored: dict[str, Any]) -> str:
-    """Return the explorer as HTML: style, markup, numbers and script, from explorer.html."""
-    template = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
+    """Return the explorer as HTML: style, markup, numbers and script."""
     numbers = json.dumps(explored, ensure_ascii=False, separators=(",", ":"))
-    numbers = numbers.replace("</", "<\\/")  # "</script>" in a prompt must not end the element
-    return template.replace("@NUMBERS@", numbers)
+    # No text of a sample may end the script element, or begin a comment in it.
+    numbers = numbers.replace("<", "\\u003c")
+    return (
+        f"<style>\n{read('explorer.css')}</style>\n{read('explorer.html')}"
+        f'<script type="application/json" id="explorer-data">{numbers}</script>\n'
+        f"<script>\n{read('explorer.js')}</script>\n"
+    )
 
 
 def page(explored: dict[str, Any]) -> str:
-    """Return the page of one run."""
+    """Return a page that has the explorer alone."""
     title = html.escape(f"What the router of {explored['run']} does")
-    body_style = "max-width: 80rem; margin: 1.5rem auto; padding: 0 1rem; line-height: 1.4"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title></head>\n"
-        f'<body style="font-family: system-ui, sans-serif; {body_style}"><h1>{title}</h1>\n'
-        f"{section(explored)}</body></html>\n"
+        f"<title>{title}</title></head>\n<body><main class='alone'><h1>{title}</h1>\n"
+        f"{section(explored)}</main></body></html>\n"
     )
+
+
+# --------------------------------------------------------------------------------------- the server
+
+
+class Server(HTTPServer):
+    """Answers on 127.0.0.1, one request at a time."""
+
+    def __init__(self, loaded: Loaded, port: int):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.loaded = loaded
+        self.page = page(collect(loaded) | {"live": True}).encode()
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page. POST / takes and returns JSON, see `reply`.
+
+    Another site that is open in the same browser cannot use the server: its requests have another
+    Origin or, if its name leads here, another Host.
+    """
+
+    server: Server
+    timeout = 10  # seconds for one read, so that a silent client does not block the others
+
+    def do_GET(self) -> None:
+        if self.is_refused():
+            return
+        self.send(200, "text/html; charset=utf-8", self.server.page)
+
+    def do_POST(self) -> None:
+        if self.is_refused():
+            return
+        try:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            code, result = 200, reply(self.server.loaded, request)
+        except (ValueError, TypeError, KeyError) as error:
+            code, result = 400, {"error": str(error)}
+        self.send(code, "application/json", json.dumps(result).encode())
+
+    def is_refused(self) -> bool:
+        """Refuse a request that this page did not make, or that is too large."""
+        host = self.headers.get("Host", "")
+        is_post = self.command == "POST"
+        origin = self.headers.get("Origin", "" if is_post else f"http://{host}")
+        length = self.headers.get("Content-Length", "" if is_post else "0")
+        code = 200
+        if host not in self.server.hosts or origin != f"http://{host}":
+            code = 403
+        elif self.path != "/":
+            code = 404
+        elif not length.isdecimal() or int(length) > LARGEST_REQUEST:
+            code = 413
+        if code != 200:
+            self.send(code, "text/plain", b"refused")
+        return code != 200
+
+    def send(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        policy = "default-src 'none'; connect-src 'self'"
+        policy += "; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        self.send_header("Content-Security-Policy", policy)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@torch.no_grad()
+def reply(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
+    """Return {"w", "result"} for {"prompt", "reference", "w"}. A w of None means the router's.
+
+    Raise ValueError for a text that is too long or a w that does not fit.
+    """
+    reference = data.require_text(request["reference"], "reference")
+    ids = {
+        "prompt": loaded.tokenizer.source(data.require_text(request["prompt"], "prompt")),
+        "reference": loaded.tokenizer.target(reference),
+    }
+    for name, most in (
+        ("prompt", loaded.data_config.max_source_length),
+        ("reference", loaded.data_config.max_target_length),
+    ):
+        if not 0 < len(ids[name]) <= most:
+            raise ValueError(f"{name}: {len(ids[name])} tokens; give 1 to {most}")
+    example = Example(
+        id="typed",
+        task="typed",
+        category="typed",
+        source_ids=np.array(ids["prompt"], np.int32),
+        target_ids=[np.array(ids["reference"], np.int32)],
+        references=[reference] if reference else [],
+    )
+    w = request["w"]
+    if w is None:
+        w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
+    w = torch.as_tensor(w, dtype=torch.float32)
+    if not w.isfinite().all():
+        raise ValueError("w: give finite numbers")
+    return {"w": rounded(w), "result": answer(loaded, example, w)}
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+@dataclass(frozen=True)
+class ExplorerConfig:
+    """Explorer: the run, and the port of the page."""
+
+    run: str = ""  # folder of a run of train.py
+    model: str = ""  # where the base of the run is now, if it has moved
+    port: int = 8000  # of the page; 0: any free one
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port {self.port}: give 0 to 65535")
+
+
+def main() -> None:
+    config = runtime.from_flags(ExplorerConfig, runtime.read_flags(__doc__, ExplorerConfig))
+    loaded = load(config.run, model=config.model)
+    try:
+        server = Server(loaded, config.port)
+    except OSError as error:
+        raise UserError(f"--port {config.port}: {error.strerror}; give another one") from None
+    with server:
+        runtime.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -5,7 +5,6 @@ matplotlib, and no display. The colours can be told apart by the colour-blind (O
 cividis).
 
     python -m experiments.plot --run runs/orchmoe-1       # loss, router, allocation
-    python -m experiments.plot --run runs/orchmoe-1 --html page.html      # the routing explorer
 
 Letters: K abstract tasks, N adapted Linears, S skills.  Test: pytest tests/repo/test_docs.py
 """
@@ -20,7 +19,7 @@ import numpy as np
 
 import run_folder
 import runtime
-from experiments import explorer, routing
+from experiments import routing
 from runtime import UserError
 
 COLOURS = (
@@ -44,7 +43,6 @@ class PlotConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # where the run's base is now, if it has moved
-    html: str = ""  # write the routing explorer to this page instead of figures
     gpu: int | None = None  # number of the GPU, to compute what the router does
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
@@ -204,15 +202,10 @@ def run_figures(folder: Path) -> Iterator[Path]:
 def main() -> None:
     config = runtime.from_flags(PlotConfig, runtime.read_flags(__doc__, PlotConfig))
     runtime.require_single_process()
-    if config.html:
-        explorer.save_page(config.run, config.html, model=config.model)
-        paths = [config.html]
-    else:
-        folder = Path(config.run)
-        records(folder)  # raises before anything is computed
-        measure_routing(folder, config)
-        paths = run_figures(folder)
-    for path in paths:
+    folder = Path(config.run)
+    records(folder)  # raises before anything is computed
+    measure_routing(folder, config)
+    for path in run_figures(folder):
         runtime.print_line(f"written: {path}")
 
 

@@ -1,136 +1,155 @@
-"""The annotated page and the explorer: complete, up to date, and working in a browser."""
+"""The annotated page: complete, up to date, and true for the run that it shows."""
 
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
-import torch
 
-from docs import annotate
-from docs.notes import NOTES
+import data
+from docs import annotate, notes, numbers
 from experiments import explorer
-from helpers import run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SOURCE = annotate.SOURCE.read_text(encoding="utf-8")
-
-# What a reader would do: choose another sample, then set the weight of abstract task 1 to 0.9.
-DRIVER = """
-<pre id="report"></pre>
-<script>
-const read = () => ({
-  task: document.getElementById("about").textContent,
-  state: document.getElementById("state").textContent,
-  w: [...document.querySelectorAll(".weight span")].map(e => +e.textContent),
-  c: [...document.querySelectorAll("#heat [data-c]")].map(e => +e.dataset.c),
-  losses: [...document.querySelectorAll("#losses tr")].map(r => +r.cells[1].textContent),
-});
-const report = [];
-const list = document.getElementById("sample");
-list.value = "@SAMPLE@";
-list.dispatchEvent(new Event("change"));
-report.push(read());
-const slider = document.getElementById("w0");
-slider.value = "0.9";
-slider.dispatchEvent(new Event("input"));
-report.push(read());
-document.getElementById("report").textContent = "REPORT" + JSON.stringify(report) + "END";
-</script>
-"""
+PAGE = annotate.PAGE.read_text(encoding="utf-8")
+EXPLORED = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+TASKS = EXPLORED["tasks"]
+SECTIONS = {section.anchor: section for section in notes.sections()}
+BLOCKS = {block.name: block for section in SECTIONS.values() for block in section.blocks}
+PIECES = {piece.name: piece for piece in annotate.find_pieces(SOURCE)}
+# The method: few lines for each note.
+CORE = (
+    "TaskRouter.__init__",
+    "TaskRouter.summarise",
+    "TaskRouter.forward",
+    "TaskRouter.fit",
+    "masked_mean",
+    "OrchMoE.__init__",
+    "OrchMoE.allocation_weights",
+    "OrchMoE.route",
+    "mix_skills",
+    "SkillLinear.forward",
+)
 
 
-def open_in_browser(page, folder):
-    """Return what the driver reads from the page after choosing and after moving."""
-    path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    flags += " --disable-background-networking --disable-component-update --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder}/profile", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    report = re.search(r"REPORT(.*?)END", done.stdout, re.DOTALL)
-    assert report, done.stderr[-500:]
-    return json.loads(html.unescape(report[1]))
+# --------------------------------------------------------------------------------------- the page
 
 
 def test_page_is_up_to_date():
-    assert annotate.page() == annotate.PAGE.read_text(encoding="utf-8")
+    assert annotate.page() == PAGE
 
 
-def test_page_needs_no_network():
-    page = annotate.PAGE.read_text(encoding="utf-8")
-    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|@import|url\(', page)
-    assert len(page) < 600_000
+def test_page_is_small_and_makes_no_request():
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|@import|url\((?!#)', PAGE)
+    assert len(PAGE.encode()) < 400_000
 
 
-def test_find_blocks_covers_every_line_once():
-    blocks = annotate.find_blocks(SOURCE)
-    lines = [line for block in blocks for line in range(block.first, block.last + 1)]
-    assert lines == list(range(1, len(SOURCE.splitlines()) + 1))
-
-
-def test_every_block_has_a_note_or_a_docstring_and_every_note_a_block():
-    blocks = annotate.find_blocks(SOURCE)
-    assert {block.name for block in blocks} == NOTES.keys()
-    for block in blocks:
-        assert block.docstring or NOTES[block.name].text, block.name
-
-
-def test_notes_name_tests_that_exist():
-    names = set()
-    for path in (annotate.DOCS.parent / "tests").rglob("test_*.py"):
-        names.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-    named = {note.test for note in NOTES.values() if note.test}
-    assert len(named) >= 8
-    assert named <= names
-
-
-def test_highlight_keeps_the_text():
+def test_every_line_is_on_the_page_once():
+    shown = re.findall(r'<span data-n="(\d+)">', PAGE)
+    assert sorted(map(int, shown)) == list(range(1, len(SOURCE.splitlines()) + 1))
     lines = [html.unescape(re.sub(r"<[^>]*>", "", line)) for line in annotate.highlight(SOURCE)]
     assert lines == SOURCE.splitlines()
 
 
-def require_samples(explored, number):
-    """Require this number of seen samples, then as many unseen ones, each with its w."""
-    kinds = [sample["kind"] for sample in explored["samples"]]
-    assert kinds == ["seen"] * number + ["unseen"] * number
-    for sample in explored["samples"]:
-        assert sum(sample["w"]) == pytest.approx(1, abs=1e-3)
-    assert len(explored["Zhat"]) == len(explored["linears"])
+def test_anchors_are_unique_and_every_link_has_one():
+    anchors = re.findall(r' id="([^"]+)"', PAGE)
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r'href="#([^"]+)"', PAGE)) <= set(anchors)
 
 
-def test_plot_writes_the_explorer_of_a_run(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(explorer, "SAMPLES", 2)
-    page = tmp_path / "page.html"
-    run("experiments/plot.py", "--run", "run", "--html", page, cwd=finished)
-    numbers = re.search(r'id="explorer-data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
-    explored = json.loads(numbers.replace("<\\/", "</"))
-    require_samples(explored, 2)
-    assert explored["steps"] == 8
-    walk = json.loads(annotate.NUMBERS.read_text())["walk"]
-    assert annotate.walk(finished / "run").keys() == walk.keys()
+# ---------------------------------------------------------------------------------------- the notes
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_explorer_in_a_browser(tmp_path):
-    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
-    require_samples(explored, explorer.SAMPLES)
-    chosen = 25  # an unseen one
-    sample = explored["samples"][chosen]
-    page = annotate.PAGE.read_text(encoding="utf-8")
-    driver = DRIVER.replace("@SAMPLE@", str(chosen))
-    after, moved = open_in_browser(page.replace("</body>", f"{driver}</body>"), tmp_path)
-    assert sample["task"] in after["task"]
-    assert after["w"] == pytest.approx(sample["w"], abs=1e-3)
-    assert after["losses"] == pytest.approx(list(sample["losses"].values()), abs=1e-3)
-    assert after["state"].startswith("These are the router's")
+@pytest.mark.parametrize("name", CORE)
+def test_a_note_of_the_core_is_about_few_lines(name):
+    for lines in annotate.note_lines(PIECES[name], BLOCKS[name], SOURCE.splitlines()):
+        code = [n for n in lines if n not in PIECES[name].docstring]
+        code = [n for n in code if annotate.is_code(SOURCE.splitlines()[n - 1])]
+        assert len(code) <= 8, BLOCKS[name].notes
 
-    w = moved["w"]
-    assert w[0] == pytest.approx(0.9)
-    assert sum(w) == pytest.approx(1, abs=5e-3)
-    assert moved["state"].startswith("These are not the router's")
-    c = torch.tensor(w) @ torch.tensor(explored["Zhat"])
-    assert moved["c"] == pytest.approx(c.flatten().tolist(), abs=3e-3)
-    assert moved["c"] != after["c"]
+
+def test_a_note_about_a_line_that_is_gone_is_refused():
+    changed = SOURCE.replace("P = scores.softmax(dim=-1)", "P = scores.softmax(-1)").splitlines()
+    name = "TaskRouter.summarise"
+    with pytest.raises(ValueError, match="0 lines are 'P = scores.softmax"):
+        annotate.note_lines(PIECES[name], BLOCKS[name], changed)
+
+
+def test_notes_name_what_exists():
+    root = annotate.DOCS.parent
+    code = "".join(path.read_text() for path in [annotate.SOURCE, root / "kernels.py"])
+    tests = "".join(path.read_text() for path in root.glob("tests/*/test_*.py"))
+    text = notes.TEXT.read_text(encoding="utf-8")
+    for name in re.findall(r"`([a-z_]\w+)", text):
+        assert name in ("python", "orchmoe", "kernels") or re.search(rf"\b{name}\b", code), name
+    named = [block.test for block in BLOCKS.values() if block.test]
+    assert len(named) >= 15
+    for name in named:
+        assert f"def {name}(" in tests, name
+    assert {grade for block in BLOCKS.values() for grade, _ in block.evidence} == {*notes.GRADES}
+
+
+def test_mathml_of_hats_indices_and_fractions():
+    found = annotate.mathml("frac(Z^hat_nk ; sqrt(D)) X^T")
+    hat = '<mover accent="true"><mi>Z</mi><mo stretchy="false" class="hat">^</mo></mover>'
+    root = "<msqrt><mrow><mi>D</mi></mrow></msqrt>"
+    fraction = f"<mfrac><mrow><msub>{hat}<mi>nk</mi></msub></mrow><mrow>{root}</mrow></mfrac>"
+    transposed = '<msup><mi>X</mi><mi mathvariant="normal">T</mi></msup>'
+    inside = f"{fraction}{annotate.THIN}{transposed}"
+    assert found == f'<math display="inline"><mrow>{inside}</mrow></math>'
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def test_words_of_the_abstract_tasks_fit_the_run():
+    """Each seen task is named behind the words of the abstract task that it has most."""
+    named = []
+    for k, item in enumerate(SECTIONS["abstract-tasks"].items):
+        for number in item.split(" | ")[1].split():
+            task = next(task for task in TASKS if task["name"].startswith(f"task{number}_"))
+            assert max(task["w"]) == task["w"][k], task["name"]
+            named.append(task["name"])
+    assert sorted(named) == sorted(task["name"] for task in TASKS if task["kind"] == "seen")
+
+
+def test_samples_are_evenly_spaced_over_each_task():
+    starts = {"seen": 0, "unseen": 0}
+    for number, task in enumerate(TASKS):
+        rows = [sample["row"] for sample in EXPLORED["samples"] if sample["task"] == number]
+        first = starts[task["kind"]]
+        starts[task["kind"]] += task["count"]
+        assert rows == [first + i * task["count"] // 3 for i in range(3)], task["name"]
+    assert len(TASKS) == 40
+
+
+def test_the_first_sample_is_one_where_routing_matters():
+    own, mean, uniform = EXPLORED["samples"][EXPLORED["first"]]["results"][:3]
+    assert [own[2], mean[2], uniform[2]] == [True, False, False]
+    assert uniform[1] > own[1] + 0.5
+
+
+def test_right_answers_stand_beside_those_of_the_whole_set():
+    for kind in ("seen", "unseen"):
+        whole = [task for task in TASKS if task["kind"] == kind]
+        right = sum(task["own"]["right"] for task in whole)
+        count = sum(task["count"] for task in whole)
+        assert f"of all {count}: {100 * right / count:.0f} %" in PAGE
+
+
+def test_numbers_are_made_from_a_run(finished, monkeypatch):
+    """Each step of the walk is compared with the model while it is made."""
+    monkeypatch.setattr(explorer, "LONGEST_ANSWER", 2)
+    monkeypatch.setattr(numbers, "COMPARED", ("own",))
+    load_sets = data.load_sets
+
+    def few(*arguments, **options):
+        sets = load_sets(*arguments, **options)
+        return {name: sets[name][:25] for name in ("seen", "test")}
+
+    monkeypatch.setattr(data, "load_sets", few)
+    found = numbers.collect(finished / "run")
+    assert found.keys() == EXPLORED.keys()
+    assert found["walk"].keys() == EXPLORED["walk"].keys()
+    assert found["tasks"][0].keys() < TASKS[0].keys()
+    assert len(found["without_one"]["rise"]) == len(found["linears"])

@@ -178,6 +178,8 @@ for path in FILES:
 
 def anchors(page: Path) -> list[str]:
     """Return the names by which links reach the headings of a page."""
+    if page.suffix == ".html":
+        return re.findall(r' id="([^"]+)"', page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 

@@ -1,0 +1,74 @@
+(function () {
+  const data = JSON.parse(document.getElementById("explorer-data").textContent);
+
+  // The contents are open beside a wide page. On a narrow one they close after a choice.
+  const contents = document.querySelector("#contents details");
+  const wide = window.matchMedia("(min-width: 64rem)");
+  const follow = () => (contents.open = wide.matches);
+  wide.addEventListener("change", follow);
+  follow();
+  contents.addEventListener("click", (event) => {
+    if (event.target.closest("a") && !wide.matches) contents.open = false;
+  });
+
+  // Mark the section in view.
+  const links = [...document.querySelectorAll("#contents a")];
+  const steps = links.map((link) => document.querySelector(link.getAttribute("href")));
+  function mark() {
+    let current = 0;
+    steps.forEach((step, i) => {
+      if (step.getBoundingClientRect().top < window.innerHeight / 3) current = i;
+    });
+    links.forEach((link, i) => {
+      if (i === current) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    });
+  }
+  document.addEventListener("scroll", mark, { passive: true });
+  mark();
+
+  // A link into a folded block opens it.
+  function unfold() {
+    const target = location.hash && document.getElementById(location.hash.slice(1));
+    if (target && target.tagName === "DETAILS") target.open = true;
+  }
+  window.addEventListener("hashchange", unfold);
+  unfold();
+
+  // Press a task in the heat map: its samples appear below it.
+  function listSamples(button) {
+    const row = button.closest("tr");
+    const task = data.tasks[button.dataset.task];
+    const open = button.getAttribute("aria-expanded") === "true";
+    button.setAttribute("aria-expanded", String(!open));
+    if (open) {
+      while (row.nextSibling && row.nextSibling.className === "sample") row.nextSibling.remove();
+      return;
+    }
+    [...task.listed].reverse().forEach(([text, shares, number]) => {
+      const line = document.createElement("tr");
+      line.className = "sample";
+      const head = line.appendChild(document.createElement("th"));
+      head.scope = "row";
+      head.textContent = text;
+      const place = line.insertCell();
+      if (number >= 0) {
+        const opener = place.appendChild(document.createElement("button"));
+        opener.type = "button";
+        opener.dataset.sample = number;
+        opener.textContent = "try";
+        opener.setAttribute("aria-label", "try this sample in the explorer");
+      }
+      shares.forEach((share) => {
+        const cell = line.insertCell();
+        cell.className = "cell";
+        cell.style.setProperty("--v", share / 100);
+        cell.textContent = (share / 100).toFixed(2);
+      });
+      row.after(line);
+    });
+  }
+  document.querySelectorAll("[data-task]").forEach((button) => {
+    button.addEventListener("click", () => listSamples(button));
+  });
+})();

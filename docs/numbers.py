@@ -1,0 +1,386 @@
+"""The numbers of docs/annotated.html, from one finished run: docs/explorer.json.
+
+`collect` adds to what experiments/explorer.py shows of a run: the answers of its samples, what
+routing does for each task and in each Linear, and the walk, one sample from its prompt to its
+gradients. The walk computes each step as its equation says, and checks that the model computes the
+same.
+
+Letters: B batch, L source length, D input width, O output width, K abstract tasks, N adapted
+Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+import data
+import eval as evaluation
+import metrics
+from experiments import explorer
+from experiments.explorer import Loaded, rounded, rows_by_task
+from tokenizer import Tokenizer
+
+LISTED = 12  # samples of each task whose w is listed
+COMPARED = ("own", "mean", "uniform", "other", "off")  # settings that are measured on whole sets
+LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks into
+LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.attention.v", LINEAR)
+
+
+def collect(run: str | Path) -> dict[str, Any]:
+    """Return all numbers of the page, as plain JSON values."""
+    loaded = explorer.load(run)
+    explored = explorer.collect(loaded)
+    explored["steps"] = loaded.config.training["steps"]
+    for kind in ("seen", "unseen"):
+        add_results(explored, loaded, kind)
+    explored["first"] = first_sample(explored)
+    explored["strongest"] = strongest_sources(explored, loaded)
+    explored["without_one"] = without_one(loaded)
+    explored["walk"] = walk(loaded, explored)
+    return explored
+
+
+# ------------------------------------------------------------------------- answers of all samples
+
+
+def settings_of(w: Tensor) -> dict[str, Tensor]:
+    """Return the ways to route M samples whose own weights are w (M,K): {name: (M,K)}.
+
+    explorer.js lists the results of a sample in this order.
+    """
+    M, K = w.shape
+    settings = {
+        "own": w,
+        "mean": w.mean(dim=0).expand(M, K),
+        "uniform": torch.full_like(w, 1 / K),
+        "other": w.roll(-(M // 2), dims=0),  # as explorer.add_task chooses it
+        "off": torch.zeros_like(w),
+    }
+    for k in range(K):
+        settings[str(k + 1)] = torch.eye(K)[k].expand(M, K)
+    return settings
+
+
+@torch.no_grad()
+def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
+    """Add the results of one set to its tasks and to its shown samples."""
+    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
+    examples = loaded.sets[kind]
+    w = evaluation.router_weights(base, adapters, examples)
+    settings = settings_of(w)
+
+    numbers = {}  # {row: number of the shown sample}
+    for number, sample in enumerate(explored["samples"]):
+        task = explored["tasks"][sample["task"]]
+        if task["kind"] == kind:
+            row = sample["row"]
+            numbers[row] = number
+            sample["results"] = [
+                explorer.answer(loaded, examples[row], given[row]) for given in settings.values()
+            ]
+
+    tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+    for task, rows in zip(tasks, rows_by_task(examples), strict=True):
+        part = [examples[row] for row in rows]
+        for name in COMPARED:
+            given = settings[name][rows]
+            loss, _ = evaluation.measure(base, adapters, part, w=given)
+            options = {"w": given, "max_new_tokens": explorer.LONGEST_ANSWER}
+            predictions = evaluation.predict(base, adapters, part, tokenizer, **options)
+            right = 0
+            for prediction, example in zip(predictions, part, strict=True):
+                right += int(metrics.exact_match(prediction, example.references))
+            task[name] = {"loss": round(loss, 4), "right": right}
+        task["category"] = part[0].category
+        task["count"] = len(rows)
+        listed = sorted({*data.subsample(rows, LISTED), *(row for row in rows if row in numbers)})
+        task["listed"] = []
+        for row in listed:
+            text, _ = explorer.texts_of(loaded, kind, examples[row])
+            shares = (100 * w[row]).round().int().tolist()
+            task["listed"].append([text[:50], shares, numbers.get(row, -1)])
+
+
+def first_sample(explored: dict[str, Any]) -> int:
+    """Return the number of the sample with which the page opens: one where routing matters.
+
+    Of the seen samples that are right with their own w, and wrong with the mean w and with w = 1/K,
+    it is the one whose loss rises most with w = 1/K. If there is none, it is that of all samples.
+    """
+
+    def gain(number: int) -> tuple[bool, float]:
+        sample = explored["samples"][number]
+        own, mean, uniform = sample["results"][:3]
+        is_seen = explored["tasks"][sample["task"]]["kind"] == "seen"
+        matters = is_seen and own[2] and not mean[2] and not uniform[2]
+        return matters, uniform[1] - own[1]
+
+    return max(range(len(explored["samples"])), key=gain)
+
+
+def strongest_sources(explored: dict[str, Any], loaded: Loaded) -> list[list[dict[str, Any]]]:
+    """Return, for each abstract task, three sources of three tasks that have it most strongly."""
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for kind in ("seen", "unseen"):
+        examples = loaded.sets[kind]
+        w = evaluation.router_weights(loaded.base, loaded.adapters, examples)
+        for rows in rows_by_task(examples):
+            values, places = w[rows].max(dim=0)
+            for k, value in enumerate(values.tolist()):
+                example = examples[rows[places[k]]]
+                text, _ = explorer.texts_of(loaded, kind, example)
+                best[k, example.task] = {
+                    "task": example.task,
+                    "kind": kind,
+                    "text": text,
+                    "w": value,
+                }
+    K = len(explored["Zhat"][0])
+    strongest = []
+    for k in range(K):
+        sources = [source for (number, _), source in best.items() if number == k]
+        sources.sort(key=lambda source: -source["w"])
+        strongest.append([source | {"w": round(source["w"], 2)} for source in sources[:3]])
+    return strongest
+
+
+@torch.no_grad()
+def without_one(loaded: Loaded) -> dict[str, list[float]]:
+    """Return what each Linear loses, over the seen samples, if it alone is not routed.
+
+    spread: how far c differs between samples, as the mean of |c - mean c|. rise: how much the loss
+    rises if this Linear, and no other, uses the mean c for all samples.
+    """
+    base, adapters, examples = loaded.base, loaded.adapters, loaded.sets["seen"]
+    w = evaluation.router_weights(base, adapters, examples)
+    c = adapters.route(w=w).c  # (N,M,S)
+    mean_c = c.mean(dim=1, keepdim=True)  # (N,1,S)
+    spread = (c - mean_c).abs().mean(dim=(1, 2))  # (N,)
+
+    losses = []
+    linears = list(adapters.linears.values())
+    for n in range(-1, len(linears)):  # -1: all are routed
+        total = 0.0
+        tokens = 0
+        for _, batch, _ in evaluation.routed_batches(base, adapters, examples, 64, "Linears"):
+            if n >= 0:
+                linears[n].skill_weights = mean_c[n].expand(len(batch.ids), -1)
+            total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
+            tokens += batch.target_tokens
+        losses.append(total / tokens)
+    return {
+        "spread": rounded(spread),
+        "rise": [round(loss - losses[0], 4) for loss in losses[1:]],
+    }
+
+
+# ------------------------------------------------------------------------------------- one sample
+
+
+def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of the first sample at each step: texts, and tables as lists of rows.
+
+    Every step is computed as its equation says, and compared with what the model computes.
+    """
+    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
+    sample = explored["samples"][explored["first"]]
+    example = loaded.sets["seen"][sample["row"]]
+    batch = data.collate([example])
+    calls = {}  # {Linear: (input, output)}
+    hooks = []
+    for name, linear in adapters.linears.items():
+
+        def remember(_: Any, inputs: tuple, output: Tensor, name: str = name) -> None:
+            calls[name] = (inputs[0][0].detach(), output[0].detach())
+
+        hooks.append(linear.register_forward_hook(remember))
+    with evaluation.routed(base, adapters, batch) as routing:
+        loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / batch.target_tokens
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+
+    trained = adapters.parameter_groups()
+    found = {
+        "task": example.task,
+        "other": sample["other_task"],
+        "frozen": f"{sum(p.numel() for n, p in base.named_parameters() if 'skill_' not in n):,}",
+        "trained": f"{sum(p.numel() for group in trained.values() for p in group):,}",
+        "prompt": explored["tasks"][sample["task"]]["head"] + sample["tail"],
+        "references": " or ".join(sample["references"]),
+        "answer": sample["results"][0][0],
+        "answer_uniform": sample["results"][2][0],
+        "pieces": pieces(tokenizer, batch.input_ids[0, :6]),
+        "length": str(batch.input_ids.shape[1]),
+        "targets": str(batch.target_tokens),
+    }
+    with torch.no_grad():
+        found |= walk_router(loaded, explored, sample, batch, routing)
+        found |= walk_linear(loaded, routing, calls)
+        found |= walk_loss(loaded, batch, routing, loss)
+    norms = {}
+    for name, group in trained.items():
+        if group:
+            norms[name] = torch.cat([parameter.grad.flatten() for parameter in group]).norm()
+    rates = [loaded.config.training[f"lr_{name}"] for name in norms]
+    found["gradients"] = [
+        ["", *norms],
+        ["norm of the gradient", *decimals(norms.values())],
+        ["peak learning rate", *(f"{rate:g}" for rate in rates)],
+    ]
+    base.zero_grad()
+    return found
+
+
+def walk_router(
+    loaded: Loaded, explored: dict, sample: dict, batch: data.Batch, routing: Any
+) -> dict[str, Any]:
+    """Return the numbers from the embeddings to c."""
+    router = loaded.adapters.router
+    embeddings = loaded.base.embed(batch.input_ids)
+    D = embeddings.shape[-1]
+    X = F.rms_norm(embeddings, (D,), eps=1e-6)  # (1,L,D)
+    P = (X @ X.mT / math.sqrt(D)).softmax(dim=-1)  # (1,L,L)
+    X_hat = P @ X + X  # (1,L,D)
+    x_hat = X_hat.mean(dim=1)  # (1,D)
+    assert_close(x_hat, router.summarise(embeddings, batch.attention_mask))
+    standard = (x_hat - router.mu) / router.sd
+    logits = standard @ router.W_task.T + router.bias  # (1,K)
+    w = logits.softmax(dim=-1)
+    assert_close(w, routing.w)
+
+    ids = batch.input_ids[0]
+    same_id = ids.unsqueeze(1) == ids  # (L,L)
+    mean = X.mean(dim=1)
+    by_name = {task["name"]: task for task in explored["tasks"]}
+    K = w.shape[1]
+
+    n = list(loaded.adapters.linears).index(LINEAR)
+    Z = loaded.adapters.Z[n]  # (K,S)
+    Zhat = Z.sigmoid() / Z.sigmoid().sum(dim=-1, keepdim=True)
+    assert_close(Zhat, routing.Zhat[0, n])
+    skills = [f"skill {s + 1}" for s in range(Zhat.shape[1])]
+    c_rows = []
+    for name in LINEARS:
+        position = list(loaded.adapters.linears).index(name)
+        c = routing.w[0] @ routing.Zhat[0, position]  # (S,)
+        assert_close(c, routing.c[position, 0])
+        c_rows.append([name, *decimals(c)])
+    return {
+        "width": str(D),
+        "to_itself": f"{P[0, same_id].sum() / len(ids):.4f}",
+        "moved": f"{((P @ X).mean(dim=1) - mean).norm() / mean.norm():.5f}",
+        "features": [
+            ["", "1", "2", "3", "4", "length"],
+            ["$x^hat$", *decimals([*x_hat[0, :4], x_hat.norm()])],
+            ["$(x^hat - μ) / sd$", *decimals([*standard[0, :4], standard.norm()])],
+        ],
+        "weights": [
+            ["abstract task", *map(str, range(1, K + 1))],
+            ["$W_task x^hat + b$", *decimals(logits[0], 2)],
+            ["$w$", *decimals(w[0], 2)],
+            ["mean $w$ of its task", *decimals(by_name[sample_task(explored, sample)]["w"], 2)],
+            ["mean $w$ of the other task", *decimals(by_name[sample["other_task"]]["w"], 2)],
+        ],
+        "entropy": f"{evaluation.mean_entropy(w):.2f}",
+        "most_entropy": f"{math.log(K):.2f}",
+        "allocation": [
+            ["abstract task", *skills],
+            *([str(k + 1), *decimals(row)] for k, row in enumerate(Zhat)),
+        ],
+        "c": [["Linear", *skills], *c_rows],
+    }
+
+
+def sample_task(explored: dict, sample: dict) -> str:
+    return explored["tasks"][sample["task"]]["name"]
+
+
+def walk_linear(loaded: Loaded, routing: Any, calls: dict) -> dict[str, Any]:
+    """Return the numbers of one Linear, and how large the skills' part is in all of them."""
+    linears = loaded.adapters.linears
+    shares = []
+    for name, linear in linears.items():
+        x, y = calls[name]
+        frozen = F.linear(x, linear.weight, linear.bias)
+        shares.append(((y - frozen).norm() / frozen.norm()).item())
+
+    n = list(linears).index(LINEAR)
+    linear = linears[LINEAR]
+    x, y = calls[LINEAR]  # (L,D), (L,O)
+    c = routing.c[n, 0]  # (S,)
+    S, R, D = linear.skill_A.shape
+    A = linear.skill_A.reshape(S * R, D)
+    B = linear.skill_B.reshape(S * R, -1)
+    h = x @ A.T  # (L,S R)
+    weights = linear.skill_scale * c.repeat_interleave(R)  # (S R,)
+    skills = (weights * h) @ B  # (L,O)
+    frozen = x @ linear.weight.T  # (L,O)
+    assert_close(frozen + skills, y)
+    one_by_one = torch.zeros_like(skills)
+    for s in range(S):
+        part = (x @ linear.skill_A[s].T) @ linear.skill_B[s]
+        one_by_one += linear.skill_scale * c[s] * part
+    assert_close(one_by_one, skills)
+
+    ranks = []
+    for s in range(S):
+        ranks += [f"{s + 1}.{r + 1}" for r in range(R)]
+    outputs = []
+    for name, value in (("$W_0 x$", frozen), ("skills", skills), ("$y$", y)):
+        outputs.append([name, *decimals([*value[-1, :4], value[-1].norm()], 2)])
+    return {
+        "linear": LINEAR,
+        "ranks": [
+            ["", *ranks],
+            ["$h = A x$", *decimals(h[-1], 2)],
+            ["$scale c$", *decimals(weights, 2)],
+            ["$scale c h$", *decimals(weights * h[-1], 2)],
+        ],
+        "outputs": [["", "1", "2", "3", "4", "length"], *outputs],
+        "share": f"{shares[n]:.2f}",
+        "share_least": f"{min(shares):.2f}",
+        "share_most": f"{max(shares):.2f}",
+        "products": f"{S * R * (D + linear.out_features):,}",
+        "products_frozen": f"{D * linear.out_features:,}",
+    }
+
+
+def walk_loss(loaded: Loaded, batch: data.Batch, routing: Any, loss: Tensor) -> dict[str, Any]:
+    """Return -ln p of each target token."""
+    K = routing.w.shape[1]
+    rows = []
+    for name, w in (
+        ("w = 0: the frozen base", torch.zeros(K)),
+        ("w = 1/K", torch.full((K,), 1 / K)),
+        ("its own w", routing.w[0]),
+    ):
+        with loaded.adapters.routed(w=w):
+            losses = token_losses(loaded, batch)
+        rows.append([name, *decimals([*losses, losses.mean()])])
+    assert_close(losses.mean(), loss)
+    words = pieces(loaded.tokenizer, batch.labels[0]).split("  ")
+    return {"token_losses": [["", *words, "mean"], *rows]}
+
+
+def token_losses(loaded: Loaded, batch: data.Batch) -> Tensor:
+    """Return -ln p of each target token, (Lt,)."""
+    base = loaded.base
+    start = batch.labels.new_full((1, 1), base.config.decoder_start_token_id)
+    read = torch.cat((start, batch.labels[:, :-1]), dim=1)
+    hidden = base.hidden(batch.input_ids, batch.attention_mask, read)
+    return F.cross_entropy(base.logits(hidden)[0], batch.labels[0], reduction="none")
+
+
+def pieces(tokenizer: Tokenizer, ids: Tensor) -> str:
+    return "  ".join(tokenizer.sp.id_to_piece(int(i)) for i in ids)
+
+
+def decimals(values: Iterable, digits: int = 3) -> list[str]:
+    return [f"{float(value):.{digits}f}" for value in values]
