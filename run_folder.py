@@ -35,7 +35,7 @@ from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
-PATHS = ("model", "data", "test", "text", "start")
+PATHS = ("model", "data", "test", "start")
 REMEDY = "restore the file, or train again if an older version wrote it"
 
 
@@ -55,7 +55,6 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     digests: dict  # hashes of the task files: {"train": ..., "test": ...}
     kind: str  # of its adapters, see kind_of
-    pretrain: dict | None = None  # settings of experiments/pretrain.py, None for other runs
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:

@@ -7,8 +7,8 @@ it as `attach`:
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
 
-A replaced router has a buffer with its name, which is saved with the adapter. So the programs of
-this repository, which know only the learnt router, refuse such a run.
+A run says of which class its router is. So eval.py and export.py, which know only the learnt
+router, refuse a run in which it was replaced.
 
 Letters: B batch, L length, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
@@ -81,9 +81,6 @@ def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
             w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
             adapters.__class__ = Oracle
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
-        if name:
-            mark = torch.ones_like(adapters.Z[0, 0, 0])
-            adapters.register_buffer(f"replaced_router_{name}", mark)
         return adapters
 
     return attach

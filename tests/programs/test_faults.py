@@ -257,7 +257,7 @@ def test_fields_that_an_older_run_lacks_have_their_defaults(copied):
     path = copied / "config.json"
     config = runtime.read_json(path)
     del config["training"]["trainable"], config["dataset"]["explanation"]
-    del config["adapter"]["gumbel"], config["torch"], config["pretrain"]
+    del config["adapter"]["gumbel"], config["torch"]
     runtime.write_json(path, config)
     assert resumed(copied) == before
 
