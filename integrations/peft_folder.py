@@ -29,19 +29,27 @@ from runtime import UserError
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Fields of adapter_config.json that make an adapter more than W + scale B A in some Linears.
-REFUSED = (
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
+# Fields of adapter_config.json that do not make an adapter more than W + scale B A in some Linears.
+# All others must be empty.
+HARMLESS = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+    "ensure_weight_tying",
 )
 # Other ways to start a LoRA change the base: pissa, loftq and more.
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -166,12 +174,10 @@ def load_peft(folder: str | Path) -> Lora:
 def require_plain(values: dict[str, Any]) -> None:
     """Raise UserError if an adapter_config.json describes more than a plain LoRA."""
     allowed = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
-    for field in REFUSED:
-        allowed[field] = (None, False, {}, [])
-    for field, choices in allowed.items():
+    for field in {"peft_type", *values} - {*HARMLESS}:
         value = values.get(field)
-        if value not in choices:
-            raise UserError(f"{field} {value!r:.60} makes it more than a plain LoRA")
+        if value not in allowed.get(field, (None, False, {}, [])):
+            raise ValueError(f"{field} {value!r:.60} makes it more than a plain LoRA")
 
 
 def pair_factors(

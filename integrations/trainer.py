@@ -178,7 +178,9 @@ class RoutedTraining:
         folder.mkdir(parents=True, exist_ok=True)
         adapters = self.model.skill_adapters
         saved = {"config": vars(adapters.config), "state": adapters.state_dict()}
-        torch.save(saved, folder / ADAPTER_FILE)
+        incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
+        torch.save(saved, incomplete)
+        incomplete.replace(folder / ADAPTER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapters. Raise ValueError if they were trained with another config."""

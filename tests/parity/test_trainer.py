@@ -469,49 +469,25 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     assert len(expected.unique(dim=0)) > 1
 
 
-# ---- export.py ----
+# ---- export.py and integrations/serve.py ----
 
 
 @pytest.mark.parametrize("make_base", [make_llama, make_t5])
-def test_exported_adapter_gives_the_same_logits_and_answers(
-    make_base, tmp_path, monkeypatch, capsys
-):
-    peft = pytest.importorskip("peft")
+def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
     make_base().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
     trainer = make_trainer(tmp_path / "run", adapted(make_base()))
     trainer.fit_router()
-    stir(trainer.model.skill_adapters, seeded_generator(3))
+    model = trainer.model.eval()
+    stir(model.skill_adapters, seeded_generator(3))
     trainer.save_model()
     arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
-    run("export.py", *arguments, "--w", "1,0,0,-1", cwd=tmp_path)
+    run("export.py", *arguments, cwd=tmp_path)
+    lora = json.loads((tmp_path / "served/abstract-4/adapter_config.json").read_text())
+    has_encoder = model.config.is_encoder_decoder
+    assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
-    names = [f"abstract-{k}" for k in range(1, 5)]
-    folders = [tmp_path / "served" / name for name in (*names, "w")]
-    model = make_base().eval()
-    theirs = peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
-    kind = "Seq2SeqLM" if model.config.is_encoder_decoder else "CausalLM"
-    assert type(theirs).__name__ == f"PeftModelFor{kind}"
-    for folder in folders[1:]:
-        theirs.load_adapter(folder, adapter_name=folder.name)
-    source = tokens_of(PROMPTS[:1])
-    batch = {**source, "labels": source["input_ids"]}
-    ours = trainer.model.eval()
-    with torch.no_grad():
-        with trainer.routed(source):
-            expected = ours(**batch).logits
-            w = ours.skill_adapters.routing().w[0]
-        with ours.skill_adapters.disabled():
-            assert (ours(**batch).logits - expected).abs().max() > 0.1
-        theirs.add_weighted_adapter(names, w.tolist(), "mixed", combination_type="cat")
-        theirs.set_adapter("mixed")
-        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-        with ours.skill_adapters.routed(w=torch.tensor([1.0, 0, 0, -1])):
-            expected = ours(**batch).logits
-        theirs.set_adapter("w")
-        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-
-    # integrations/serve.py gives the greedy answers of the trained model, through peft.
-    TOKENIZER.save_pretrained(tmp_path / "base")
     words = ["serve", "--served", f"{tmp_path}/served", "--base", f"{tmp_path}/base"]
     monkeypatch.setattr(sys, "argv", [*words, "--max-tokens", "9", "--ask", *PROMPTS[:3]])
     serve.main()
@@ -519,8 +495,8 @@ def test_exported_adapter_gives_the_same_logits_and_answers(
     for prompt in PROMPTS[:3]:
         source = tokens_of([prompt])
         with trainer.routed(source):
-            row = ours.generate(**source, max_new_tokens=9, do_sample=False)[0]
-        start = 0 if ours.config.is_encoder_decoder else source["input_ids"].shape[1]
+            row = model.generate(**source, max_new_tokens=9, do_sample=False)[0]
+        start = 0 if has_encoder else source["input_ids"].shape[1]
         answer = TOKENIZER.decode(row[start:], skip_special_tokens=True)
         lines.append(f"{prompt} -> {answer}\n")
     assert capsys.readouterr().out.endswith("".join(lines))
@@ -567,7 +543,6 @@ def bitsandbytes(**options):
 
 QUANTISED = {
     "torchao": int8_torchao,
-    "nf4": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "int8": lambda: bitsandbytes(load_in_8bit=True),
 }
 
@@ -646,11 +621,6 @@ def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tm
     # A new process gives the same answers.
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
     answers = finetune_7b.answer(trained, tokenizer, prompts)
-    with trained.skill_adapters.disabled():
-        batch = tokenizer(prompts, padding=True, return_tensors="pt")
-        rows = trained.generate(**batch, max_new_tokens=64, do_sample=False)
-    of_base = tokenizer.batch_decode(rows[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    assert answers != of_base
     program = [sys.executable, "-m", "integrations.finetune_7b", "--model", str(base_folder)]
     done = run_shell([*program, "--out", str(tmp_path / "run"), "--ask", *prompts], ROOT)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
@@ -671,6 +641,8 @@ def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tm
     ids = tokenizer(prompts[:1], return_tensors="pt").input_ids
     with torch.no_grad(), plain.skill_adapters.routed(plain.get_input_embeddings()(ids)) as routing:
         logits = plain(ids).logits
+    with torch.no_grad(), plain.skill_adapters.disabled():
+        assert (plain(ids).logits - logits).abs().max() > 0.1
     w = routing.w[0].tolist()
     twin.add_weighted_adapter([lora.name for lora in served], w, "mixed", combination_type="cat")
     twin.set_adapter("mixed")

@@ -230,7 +230,7 @@ def test_adapters(folder, info):
 
 LORA = runtime.to_json(
     {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
-    | dict.fromkeys(peft_folder.REFUSED)
+    | dict.fromkeys(["use_dora", "rank_pattern", "modules_to_save"])
 )
 KEY_A = "base_model.model.q.lora_A.weight"
 KEY_B = KEY_A.replace("A", "B")

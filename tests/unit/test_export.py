@@ -197,6 +197,7 @@ A = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     [
         ({"use_dora": True}, {}),
         ({"rank_pattern": {"q": 4}}, {}),
+        ({"setting_of_a_later_version": True}, {}),
         ({"bias": "all"}, {}),
         ({"peft_type": "IA3"}, {}),
         ({"init_lora_weights": "pissa_niter_4"}, {}),
