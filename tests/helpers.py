@@ -28,6 +28,7 @@ import runtime
 import tokenizer as tokenizers
 from baselines import attach_method
 from experiments.random_t5 import init_weights
+from llama import Llama, LlamaConfig
 from model import IGNORED
 from orchmoe import OrchMoEConfig
 from t5 import T5, T5Config
@@ -447,6 +448,18 @@ def hf_llama(name):
     for parameter in model.parameters():  # biases and norms too
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def small_model(name):
+    """Return a random model of T5_CONFIGS or LLAMA_FAMILIES."""
+    if name in T5_CONFIGS:
+        return random_t5(T5_CONFIGS[name])
+    kind, changes = LLAMA_FAMILIES[name]
+    config = LlamaConfig.from_hf({**LLAMA_SIZES, "model_type": kind, **changes})
+    model = Llama(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
+    return model
 
 
 def rows_of(batch):

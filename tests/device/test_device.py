@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.utils import cpp_extension
 
 import runtime
@@ -20,18 +19,16 @@ import train
 from baselines import attach_method
 from helpers import (
     LLAMA_FAMILIES,
-    LLAMA_SIZES,
     T5_CONFIGS,
     interrupted,
     links,
     random_batch,
-    random_t5,
     run,
     seeded_generator,
+    small_model,
     stir,
     trace,
 )
-from llama import Llama, LlamaConfig
 from orchmoe import OrchMoEConfig
 
 # --------------------------------------------------------------------------------------- the device
@@ -189,18 +186,6 @@ def test_answers_are_those_of_the_cpu(model, home):
 
 
 # --------------------------------------------------------------------------------------- the models
-
-
-def small_model(name):
-    """Return a random model of one of the families."""
-    if name in T5_CONFIGS:
-        return random_t5(T5_CONFIGS[name])
-    kind, changes = LLAMA_FAMILIES[name]
-    config = LlamaConfig.from_hf({**LLAMA_SIZES, "model_type": kind, **changes})
-    model = Llama(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
-    return model
 
 
 @pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
