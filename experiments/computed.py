@@ -30,11 +30,11 @@ from torch.utils.flop_counter import flop_registry
 import checkpoint
 import runtime
 from baselines import attach_method
-from experiments.compare import SIZES
 from experiments.tables import table
 from llama import LlamaConfig
 from model import Backbone, Config
 from orchmoe import OrchMoEConfig
+from t5 import T5Config
 
 B, LS, LT = 8, 512, 128
 FLOP_RATE = 989e12  # of an H100 in bfloat16, per second
@@ -42,12 +42,29 @@ BYTE_RATE = 3.35e12
 HEAD = "model,method,checkpoint blocks,TFLOP,GB moved,peak GB,ms for FLOP,ms for bytes,figures"
 FOUR_BITS = "Qwen3-8B with 4-bit weights"
 
+
+def t5_config(width: int, feed_forward: int, blocks: int, heads: int) -> T5Config:
+    """Return a T5 v1.1 of this size."""
+    return T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_kv=64,
+        d_ff=feed_forward,
+        num_layers=blocks,
+        num_decoder_layers=blocks,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        scale_decoder_outputs=False,
+        tied_head=False,
+    )
+
+
 # Sizes of a decoder: vocabulary, width, feed-forward, blocks, heads of queries, longest row, heads
 # of keys, width of a head, EOS.
 MODELS = {
-    "T5-base": SIZES["t5-base"],
-    "T5-XL": SIZES["t5-xl"],
-    "T5-XXL": SIZES["t5-xxl"],
+    "T5-base": t5_config(768, 2048, 12, 12),
+    "T5-XL": t5_config(2048, 5120, 24, 32),
+    "T5-XXL": t5_config(4096, 10240, 24, 64),
     "Llama-3.2-1B": LlamaConfig(
         "llama", 128256, 2048, 8192, 16, 32, 640, 8, 64, (0,), tie_word_embeddings=True
     ),

@@ -13,6 +13,7 @@ import t5
 from baselines import attach_method, count_parameters
 from docs import architecture
 from experiments import plot
+from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
 
@@ -41,22 +42,6 @@ def test_matrices_of_the_drawing_have_the_shapes_of_the_code():
     assert f"A: {shape(A.flatten(0, 1))}<" in drawing
     assert f"B: {shape(B.flatten(0, 1).T)}<" in drawing
     assert f"the frozen weight, {shape(linear.weight)}<" in drawing
-
-
-def t5_config(width, feed_forward, blocks, heads):
-    """Return a T5 v1.1 of this size."""
-    return t5.T5Config(
-        vocab_size=32128,
-        d_model=width,
-        d_kv=64,
-        d_ff=feed_forward,
-        num_layers=blocks,
-        num_decoder_layers=blocks,
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        scale_decoder_outputs=False,
-        tied_head=False,
-    )
 
 
 SIZES = {
