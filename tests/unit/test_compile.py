@@ -13,7 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.exc import InvalidCxxCompiler
 
 from baselines import METHODS, attach_method
-from experiments.pretrain import init_weights
+from experiments.random_t5 import init_weights
 from helpers import (
     LLAMA_FAMILIES,
     LLAMA_SIZES,
