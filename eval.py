@@ -335,6 +335,8 @@ def load_examples(
     training = run.tasks if run else None  # so that task ids are those of the run
     sets = data.load_sets(data_config, tokenizer, [config.split], training=training)
     examples = sets[config.split]
+    if not examples:
+        raise UserError(f"--split {config.split}: there is no instance to score; choose another")
     if run:
         kind = "test" if config.split == "test" else "train"
         own = run.section(data.DataConfig, "dataset")

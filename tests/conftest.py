@@ -10,9 +10,9 @@ import torch
 
 import checkpoint
 import runtime
-import tokenizer as tokenizers
 from experiments.random_t5 import init_weights
 from t5 import T5
+from tokenizer import load as load_tokenizer
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
 from helpers import (  # noqa: E402
@@ -163,7 +163,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(model_dir):
     """Return the tokenizer of `model_dir`."""
-    return tokenizers.load(model_dir)
+    return load_tokenizer(model_dir)
 
 
 @pytest.fixture(scope="module")

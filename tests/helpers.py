@@ -25,13 +25,13 @@ from torch import nn
 import checkpoint
 import data
 import runtime
-import tokenizer as tokenizers
 from baselines import attach_method
 from experiments.random_t5 import init_weights
 from llama import Llama, LlamaConfig
 from model import IGNORED
 from orchmoe import OrchMoEConfig
 from t5 import T5, T5Config
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -245,13 +245,13 @@ class Bytes:
 def count_encodes(monkeypatch):
     """Return a list that grows by one with each call of Tokenizer.encode."""
     calls = []
-    original = tokenizers.Tokenizer.encode
+    original = Tokenizer.encode
 
     def encode(*args):
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(tokenizers.Tokenizer, "encode", encode)
+    monkeypatch.setattr(Tokenizer, "encode", encode)
     return calls
 
 

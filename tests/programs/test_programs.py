@@ -486,6 +486,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --data bad.jsonl": "bad.jsonl, line 2: JSONDecodeError: ",
     "train.py --data few.jsonl": "few.jsonl: 0 of its rows are in the set 'dev', which needs 5",
     "eval.py --model tiny --data bad.jsonl --split seen": "bad.jsonl, line 2: JSONDecodeError: ",
+    f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
     f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
     "experiments/plot.py --run empty": "empty/metrics.jsonl: ",
     # Values.
