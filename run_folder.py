@@ -13,11 +13,12 @@ Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 """
 
 import fcntl
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
 # Settings that are paths. A resumed run may find the same data and base under other paths.
-PATHS = ("model", "data", "test", "start")
+PATHS = {"model", "data", "test"}
 REMEDY = "restore the file, or train again if an older version wrote it"
 
 
@@ -55,6 +56,7 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     digests: dict  # hashes of the task files: {"train": ..., "test": ...}
     kind: str  # of its adapters, see kind_of
+    start: str = ""  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -80,6 +82,11 @@ class RunConfig:
                 f"{self.folder}: a study trained it with its own classes ({self.kind} in place of "
                 f"{kind}); only that study can go on with it"
             )
+
+    def adapter_digest(self) -> str:
+        """Return 16 hex digits that tell the adapter that was best on dev from any other."""
+        content = RunFolder(self.folder).adapter_path.read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
         """Return the state and the metadata of the adapter that was best on dev.
@@ -135,6 +142,15 @@ class RunFolder:
         self.model_path = self.path / "model"
         self.scores_path = self.path / "scores.json"
 
+    def best_path(self, method: str) -> Path:
+        """Return where the weights that are best on dev are."""
+        return self.model_path if method == "full" else self.adapter_path
+
+    def require_new(self, method: str, remedy: str) -> None:
+        """Raise UserError if a path that a run of this method writes exists."""
+        paths = (self.config_path, self.log_path, self.progress_path, self.scores_path)
+        runtime.require_new((*paths, self.best_path(method)), remedy)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Make the folder and lock it.
@@ -146,7 +162,7 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "wb") as file:
+        with open(self.path / ".lock", "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at a kill
             except BlockingIOError:
@@ -158,7 +174,7 @@ class RunFolder:
                     f"{self.path}: no lock ({error.strerror}); start one run at a time here"
                 )
             # Remove what an interrupted runtime.atomic_write left.
-            for pattern in (".*.*.tmp", "model/.*.*.tmp"):
+            for pattern in (".*.[0-9]*.tmp", "model/.*.[0-9]*.tmp"):
                 for half_written in self.path.glob(pattern):
                     half_written.unlink()
             yield
@@ -167,17 +183,22 @@ class RunFolder:
         """Write config.json.
 
         Raise UserError if an older one names another base, tokenizer or kind of adapters, or other
-        tasks or data.
+        tasks or data; or if there is none, but a file that a run would overwrite.
         """
         if self.config_path.exists():
-            names = ("tasks", "base", "tokenizer", "digests")
-            older = read_config(self.path)
-            older.require_same(**{name: getattr(config, name) for name in names})
-            older.require_kind(config.kind)
+            saved = read_config(self.path)
+            names = ["tasks", "base", "tokenizer", "digests"]
+            if not self.progress_path.exists():  # the run still depends on --start
+                names.append("start")
+            saved.require_same(**{name: getattr(config, name) for name in names})
+            saved.require_kind(config.kind)
+            config = replace(config, start=saved.start)
+        else:
+            self.require_new(config.training["method"], "give another --out")
         values = asdict(config)
         del values["folder"]
         for section in ("training", "dataset"):
-            for name in PATHS:
+            for name in PATHS | {"start"}:
                 path = values[section].get(name)
                 if path:  # so that the run can be resumed from any working folder
                     values[section][name] = str(Path(path).absolute())
@@ -195,7 +216,7 @@ class RunFolder:
             return
         with runtime.naming_write_errors(self.log_path), open(self.log_path, "r+b") as file:
             end = 0
-            for line in file:
+            while line := file.readline(2**20):  # a damaged file may be one long line
                 if not line.endswith(b"\n") or _step_of(line) >= first_step:
                     break
                 end += len(line)
@@ -227,16 +248,20 @@ class RunFolder:
             torch.save(state, file)
 
     def load_progress(
-        self, adapters: Adapters, optimizer: Optimizer
+        self, adapters: Adapters, optimizer: Optimizer, dev_examples: int
     ) -> tuple[int, float, Tensor | None]:
         """Load the adapters and the optimizer's state from progress.pt.
 
-        Return (step, best, start_w), see `save_progress`.
+        dev_examples: M. Return (step, best, start_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
         with runtime.reading(self.progress_path, "restore the file, or start a new run"):
             if type(state["step"]) is not int or type(state["best"]) is not float:
                 raise ValueError("step or best has the wrong type")
+            if adapters.router is not None:
+                K = adapters.Z.shape[1]
+                if state["start_w"].shape != (dev_examples, K):
+                    raise ValueError("start_w does not fit the dev examples")
             adapters.load_state_dict(state["weights"])
             # Only the moments are loaded. The learning rates are those of the config.
             moments = state["optimizer"]["state"]
@@ -279,11 +304,21 @@ class RunFolder:
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
-        rows = {}
-        if self.scores_path.exists():
-            rows = runtime.read_json(self.scores_path)
-        rows[name] = scores
+        rows = self.read_scores() | {name: scores}
         runtime.write_json(self.scores_path, rows)
+        return rows
+
+    def read_scores(self) -> dict[str, dict]:
+        """Return the rows of scores.json."""
+        if not self.scores_path.exists():
+            return {}
+        rows = runtime.read_json(self.scores_path)
+        with runtime.reading(self.scores_path, "restore or delete the file"):
+            for row in rows.values():
+                for scores in row.values():
+                    for metric in ("rougeL", "exact_match"):
+                        if not isinstance(scores["overall"][metric], float):
+                            raise ValueError(f"{metric} is not a number")
         return rows
 
 

@@ -442,10 +442,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
     """Return whether this CPU multiplies bfloat16 natively and the model is large enough."""
-    native = False
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # torch may lack them
-        if hasattr(torch.cpu, name):
-            native = native or getattr(torch.cpu, name)()
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     size = 0
     for pattern in ("*.safetensors", "*.bin"):
         size += sum(path.stat().st_size for path in Path(base).glob(pattern))
@@ -624,16 +621,14 @@ def generator(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed >> 1)
 
 
-def uniform_noise(
-    seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...], *stream: int
-) -> Tensor:
+def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Return noise u (B, *shape) in [0, 1) on the CPU, one row for each sample.
 
-    Row b depends on (seed, step, samples[b], *stream) alone: not on the batch around it.
+    Row b depends on (seed, step, samples[b]) alone: not on the batch around it.
     """
     rows = []
     for sample in samples:
-        rows.append(torch.rand(shape, generator=generator(seed, step, sample, *stream)))
+        rows.append(torch.rand(shape, generator=generator(seed, step, sample)))
     return torch.stack(rows)
 
 
@@ -641,11 +636,13 @@ def uniform_noise(
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has arrived.
 
-    A loop can thus finish its step and save before it stops.
+    A loop can thus finish its step and save before it stops. A second Ctrl-C ends it at once.
     """
     received: list[int] = []
 
     def remember(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
         received.append(number)
 
     previous = {}

@@ -13,12 +13,12 @@ Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
 
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,7 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: Literal[METHODS] = "orchmoe"  # method to train
+    method: Literal[METHODS] = "orchmoe"  # method to train; lora is one LoRA of rank S R
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
@@ -136,19 +136,25 @@ def saved_settings(run: RunConfig) -> Settings:
 def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings that the flags describe. `flags` holds only what was given.
 
-    Raise UserError for a flag that would have no effect.
+    With --resume they are those of the run in --out, and flags may change only paths. Raise
+    UserError for a flag that would have no effect.
     """
+    if launch.resume and not launch.out:
+        raise UserError("--resume: give the folder of the run with --out")
     if launch.resume:
-        return resumed_settings(flags, launch)
-    folder = Path(launch.out)
-    if launch.out and any((*folder.glob("*.json*"), *folder.glob("*.pt"))):
-        raise UserError(f"--out {launch.out}: holds a run; add --resume, or give another folder")
+        saved = saved_settings(read_config(launch.out)).as_flags()
+        require_unchanged(flags, saved, launch.out)
+        return Settings.from_flags(saved | flags)
 
     fixed, defaults = settings_of_start(flags)
     settings = Settings.from_flags(defaults | flags | fixed)
 
-    # The method must use every given flag, and something must train at every given rate.
     config = settings.training
+    if launch.out:
+        remedy = "add --resume, or give another --out"
+        RunFolder(launch.out).require_new(config.method, remedy)
+
+    # The method must use every given flag, and something must train at every given rate.
     used_settings = settings_of_method(config.method, settings.adapter.router)
     used_rates = learning_rate_fields(config).values()
     for name in sorted(flags):
@@ -160,24 +166,19 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         elif name in settings.dataset.idle:
             problem = f"--data {settings.dataset.data} does not use it"
         elif is_method_setting and name not in used_settings:
-            problem = f"--method {config.method}"
-            if "router" in used_settings:
-                problem += f" --router {settings.adapter.router}"
-            problem += " does not use it"
+            router = f" --router {settings.adapter.router}" if "router" in used_settings else ""
+            problem = f"--method {config.method}{router} does not use it"
         elif is_rate and name not in used_rates:
             problem = "nothing trains at that rate"
         if problem:
             raise UserError(f"{runtime.flag(name)}: {problem}; leave it out")
-    return settings
 
-
-def resumed_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
-    """Return the settings of the run in --out. Flags may change only paths."""
-    if not launch.out:
-        raise UserError("--resume: give the folder of the run with --out")
-    saved = saved_settings(read_config(launch.out)).as_flags()
-    require_unchanged(flags, saved, launch.out)
-    return Settings.from_flags(saved | flags)
+    if config.warmup >= config.steps:
+        if "warmup" in flags:
+            raise UserError(f"--warmup {config.warmup}: give less than --steps {config.steps}")
+        config = replace(config, warmup=config.steps // 10)
+        runtime.print_line(f"warm-up: {config.warmup} of {config.steps} steps")
+    return replace(settings, training=config)
 
 
 def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
@@ -274,7 +275,8 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
     start = read_config(config.start)
     start.require_kind(kind_of(adapters))
     state, _ = start.load_adapter()
-    adapters.load_state_dict(state)
+    with runtime.reading(f"{config.start}/adapter.safetensors"):
+        adapters.load_state_dict(state)
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends on the bias alone.
         sources = data.subsample(examples, 2000)
@@ -447,8 +449,10 @@ def train(
     # interrupted before its first save starts again at step 0.
     is_new = not (launch.out and RunFolder(launch.out).progress_path.exists())
     if is_new and config.start:
-        read_config(config.start).require_same(base=run_config.base, tokenizer=run_config.tokenizer)
+        start = read_config(config.start)
+        start.require_same(base=run_config.base, tokenizer=run_config.tokenizer)
         load_start(base, adapters, train_set, config)
+        run_config = replace(run_config, start=start.adapter_digest())
     elif is_new and adapters.router is not None:
         fit_router(base, adapters, train_set, config)
 
@@ -462,8 +466,11 @@ def train(
         run.bind(run_config)
         counts = count_parameters(adapters)
         skills, routing = counts["skills"], counts["routing"]
+        method = config.method
+        if method == "lora":
+            method = f"lora of rank {settings.adapter.skills * settings.adapter.rank} (S R)"
         runtime.print_line(
-            f"{config.method}: {skills:,} in skills + {routing:,} in routing = "
+            f"{method}: {skills:,} in skills + {routing:,} in routing = "
             f"{skills + routing:,} parameters train; on {len(train_set)} examples of "
             f"{len(train_set.tasks)} tasks; run folder {run.path}"
         )
@@ -475,7 +482,7 @@ def train(
         has_start = bool(config.start)
         for linear in adapters.linears.values():
             has_start = has_start or bool(linear.skill_B.any())
-        if final_scores and (is_new or not has_start) and not run.scores_path.exists():
+        if final_scores and (is_new or not has_start) and not run.read_scores():
             name = "start" if has_start else "frozen base"
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             run.add_scores(name, scores)
@@ -492,7 +499,9 @@ def train(
                 base, adapters, held_out["dev"], config.eval_batch_size
             )
         else:
-            first_step, best_loss, start_w = run.load_progress(adapters, optimizer)
+            first_step, best_loss, start_w = run.load_progress(
+                adapters, optimizer, len(held_out["dev"])
+            )
         run.truncate_log(first_step)
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
@@ -630,18 +639,23 @@ def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -
     split = "test" if has_unseen else "seen"
     sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
     runtime.print_line(f"rows: {sizes}; {run.path} has all scores")
-    program = shlex.quote(str(Path(sys.argv[0] or "train.py").with_name("eval.py")))
+    program = shlex.quote(os.path.relpath(evaluation.__file__))
     command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
     runtime.print_line(f"next: {command}")
 
 
 def print_router(report: dict[str, float], K: int) -> None:
     """Print statistics of w on dev, which show whether the router has collapsed."""
-    runtime.print_line(
+    text = (
         f"router on dev: {report['used']} of {K} abstract tasks have a mean weight above 0.05, the "
-        f"largest {report['largest']:.2f}; normalised entropy {report['normalised_entropy']:.2f}; "
-        f"distance from its start {report.get('distance', math.nan):.2g} nats (mean KL of w)"
+        f"largest {report['largest']:.2f}"
     )
+    if "distance" in report:  # each w is a distribution
+        text += (
+            f"; normalised entropy {report['normalised_entropy']:.2f}; distance from its start "
+            f"{report['distance']:.2g} nats (mean KL of w)"
+        )
+    runtime.print_line(text)
 
 
 def main() -> int:

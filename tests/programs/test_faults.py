@@ -257,7 +257,7 @@ def test_fields_that_an_older_run_lacks_have_their_defaults(copied):
     path = copied / "config.json"
     config = runtime.read_json(path)
     del config["training"]["trainable"], config["dataset"]["explanation"]
-    del config["adapter"]["gumbel"], config["torch"]
+    del config["adapter"]["gumbel"], config["torch"], config["start"]
     runtime.write_json(path, config)
     assert resumed(copied) == before
 
@@ -303,6 +303,13 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 
 
+@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}], ids=str)
+def test_a_resumed_run_refuses_damaged_scores(copied, rows):
+    runtime.write_json(copied / "scores.json", rows)
+    error = run(*RESUME, "run", cwd=copied.parent, code=2)
+    assert error.startswith("train.py: error: run/scores.json: ") and error.count("\n") == 1
+
+
 def test_a_resumed_run_without_scores_scores_the_frozen_base_again(copied):
     path = copied / "scores.json"
     before = path.read_text()
@@ -346,4 +353,5 @@ def test_printed_commands_work_for_any_names_of_folders(home, monkeypatch, capsy
     resume, score = map(shlex.split, re.findall(r": (python .*)", output))
     assert resume[:3] == ["python", "my house/train.py", "--resume"]
     assert resume[-2:] == ["--out", "it's my run"]
-    assert score[:4] == ["python", "my house/eval.py", "--run", "it's my run"]
+    program = os.path.relpath(ROOT / "eval.py")  # also if another program has called `train`
+    assert score[:4] == ["python", program, "--run", "it's my run"]

@@ -225,7 +225,7 @@ def test_adapters(folder, info):
     found = read(checkpoint.load_adapter, path, file_of(info), file_of(ADAPTER))
     if found is not None:
         _, info = found
-        assert isinstance(info["config"], dict) and isinstance(info["tasks"], list)
+        assert info.keys() == checkpoint.ADAPTER_FIELDS  # run_folder compares their values
 
 
 LORA = runtime.to_json(
@@ -267,7 +267,8 @@ CHECKPOINT = buffer.getvalue()
 def test_checkpoints(folder, content):
     def reader(path):
         # These adapters and this optimizer accept any state.
-        return RunFolder(path.parent).load_progress(mock.Mock(), mock.MagicMock(state={}))
+        optimizer = mock.MagicMock(state={})
+        return RunFolder(path.parent).load_progress(mock.Mock(router=None), optimizer, 0)
 
     found = read(reader, folder / "progress.pt", content, CHECKPOINT)
     if found is not None:

@@ -3,6 +3,7 @@
 `MISTAKES` holds mistakes on the command line and in files, and the message of each.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -43,7 +44,7 @@ from tokenizer import load as load_tokenizer
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 RESUME = ["train.py", "--resume", "--out", "run", "--device", "cpu"]
-BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "1"]
+BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
 EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu"]
 
 # ------------------------------------------------------------------------------------ a whole run
@@ -107,6 +108,26 @@ def test_table_has_each_score_under_its_heading(capsys):
     assert "rows: 9 train, 1 dev; run has all scores\n" in output
 
 
+def test_full_training_does_not_overwrite_its_base(home):
+    shutil.copytree(ROOT / "tiny", home / "work/model")
+    arguments = ["--method", "full", "--model", "work/model", "--out", "work"]
+    error = run("train.py", *arguments, *SHORT, cwd=home, code=2)
+    assert error.startswith("train.py: error: work/model: exists, and nothing is overwritten; ")
+    for path in (ROOT / "tiny").iterdir():
+        assert (home / "work/model" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_says_what_its_settings_leave_open(home):
+    """These are the rank of a plain LoRA, a shorter warm-up, and a w that is no distribution."""
+    brief = "--device cpu --max-tasks 2 --eval-instances 2 --steps 20 --eval-every 20".split()
+    output = run("train.py", *brief, "--method", "lora", "--skills", "2", cwd=home)
+    assert "warm-up: 2 of 20 steps\n" in output
+    assert "\nlora of rank 4 (S R): " in output
+    output = run("train.py", *brief, "--router-norm", "none", cwd=home)
+    assert "\nrouter on dev: " in output
+    assert "nan" not in output
+
+
 def test_full_weights_are_evaluated_in_float32(copied):
     change_config(copied, "training", method="full")
     cwd = copied.parent
@@ -165,8 +186,11 @@ def test_stop_signals_are_noted_and_their_handlers_are_restored():
         with runtime.stop_signals() as stop_requested:
             assert not stop_requested()
             signal.raise_signal(kind)
-            signal.raise_signal(kind)  # a second signal is no different
             assert stop_requested()
+            signal.raise_signal(signal.SIGTERM)
+            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends the program
+                signal.raise_signal(signal.SIGINT)
+                assert kind == signal.SIGTERM
         assert signal.getsignal(kind) == handler
 
 
@@ -477,8 +501,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --resume": "--resume: give the folder of the run with --out",
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     f"{TINY} --limit 1 --out file": "file: File exists",
-    "train.py --out empty": "--out empty: holds a run; add --resume, or give another folder",
-    "train.py --out left": "--out left: holds a run; add --resume, or give another folder",
+    "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
+    "train.py --out left": "left/adapter.safetensors: exists, and nothing is overwritten; add",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
@@ -501,6 +525,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --train-instances -1": "--train-instances -1: give 0 or more",
     "train.py --max-source-length 1": "--max-source-length 1: give 2 or more",
     "train.py --max-target-length 1": "--max-target-length 1: give 2 or more",
+    "train.py --steps 20 --warmup 20": "--warmup 20: give less than --steps 20",
     "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",
     f"{TINY} --batch-size 0": "--batch-size 0: give 1 or more",
     f"{TINY} --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
@@ -547,7 +572,7 @@ def mistaken(tmp_path_factory):
     (folder / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "empty").mkdir()
     (folder / "left").mkdir()
-    (folder / "left/progress.pt").touch()
+    (folder / "left/adapter.safetensors").touch()
     for name in ("config.json", "metrics.jsonl", "results.json"):
         (folder / "empty" / name).write_text("{}")
     return folder

@@ -16,6 +16,7 @@ from baselines import attach_method
 from helpers import records, seeded_generator
 from orchmoe import OrchMoEConfig
 from run_folder import RunConfig, RunFolder, new_folder, read_config
+from runtime import UserError
 
 # ----------------------------------------------------------------------------------------- the lock
 
@@ -105,6 +106,16 @@ def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch)
         training=config.training | {"model": f"{tmp_path}/tiny"},
         dataset={"data": f"{tmp_path}/sni"},
     )
+
+
+def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path):
+    (tmp_path / "model").mkdir()  # only --method full writes it
+    folder = RunFolder(tmp_path)
+    folder.adapter_path.write_text("an adapter")
+    with pytest.raises(UserError, match=f"^{folder.adapter_path}: exists"):
+        folder.bind(config)
+    folder.adapter_path.unlink()
+    folder.bind(config)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +219,7 @@ def test_load_progress_restores_weights_and_moments_and_no_settings(trained, tmp
         folder, lambda state: state["optimizer"]["param_groups"][0].update(eps="x", max_lr=1e9)
     )
     loaded, its_optimizer = trained(seed=2)
-    found = folder.load_progress(loaded, its_optimizer)
+    found = folder.load_progress(loaded, its_optimizer, 3)
     states = [loaded.state_dict(), its_optimizer.state_dict()]
     expected = [7, 1.25, start_w, adapters.state_dict(), optimizer.state_dict()]
     torch.testing.assert_close([*found, *states], expected, rtol=0, atol=0)
@@ -220,6 +231,7 @@ def moments(state):
 
 OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
     "no start": lambda state: state.pop("start_w"),
+    "a start of other examples": lambda state: state.update(start_w=torch.rand(2, 8)),
     "step as text": lambda state: state.update(step="5"),
     "weights as a list": lambda state: state.update(weights=[]),
     "a moment of another shape": lambda state: moments(state).update(exp_avg=torch.zeros(1)),
@@ -230,10 +242,10 @@ OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
 @pytest.mark.parametrize("change", OTHER_STATES.values(), ids=OTHER_STATES)
 def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path, change):
     folder = RunFolder(tmp_path)
-    folder.save_progress(7, 1.25, *trained(seed=1))
+    folder.save_progress(7, 1.25, *trained(seed=1), torch.rand(3, 8))
     change_checkpoint(folder, change)
     with pytest.raises(ValueError, match=f"^{folder.progress_path}: .*; restore the file"):
-        folder.load_progress(*trained(seed=2))
+        folder.load_progress(*trained(seed=2), 3)
 
 
 # ----------------------------------------------------------------------------------------- the rest
@@ -241,9 +253,10 @@ def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path,
 
 def test_add_scores_keeps_the_rows_that_are_there(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.add_scores("frozen base", {"seen": {}})
-    expected = {"frozen base": {"seen": {}}, "lora": {"unseen": {}}}
-    assert folder.add_scores("lora", {"unseen": {}}) == expected
+    scores = {"overall": {"rougeL": 1.0, "exact_match": 2.0}}
+    folder.add_scores("frozen base", {"seen": scores})
+    expected = {"frozen base": {"seen": scores}, "lora": {"unseen": scores}}
+    assert folder.add_scores("lora", {"unseen": scores}) == expected
     assert runtime.read_json(folder.scores_path) == expected
 
 
