@@ -26,7 +26,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,11 +46,10 @@ from experiments.map import (
 )
 from experiments.map import ROWS as MAP_ROWS
 from experiments.study import (
-    SETTINGS,
     UNTRAINED,
     Row,
     Study,
-    StudyConfig,
+    all_flags_but,
     file_name,
     pick_device,
     read_study,
@@ -324,9 +323,7 @@ def text(results: Path) -> str:
 
 
 def main() -> None:
-    planned = []
-    for cls in (*SETTINGS, StudyConfig):
-        planned += [field.name for field in fields(cls) if field.name not in CHOICES]
+    planned = all_flags_but(CHOICES)
     flags, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
     results = Path(study_config.results)
     if config.stage != "table":

@@ -12,7 +12,8 @@ Test: pytest tests/experiments/test_efficiency.py
 """
 
 import importlib.util
-from dataclasses import dataclass, fields, replace
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,9 @@ import runtime
 from experiments import plot
 from experiments.map import Groups, losses, read_groups, signed_difference, stage_table
 from experiments.study import (
-    SETTINGS,
     Row,
     Study,
-    StudyConfig,
+    all_flags_but,
     changed,
     pick_device,
     read_study,
@@ -98,24 +98,24 @@ def make_cells(study: Study) -> None:
 # ------------------------------------------------------------------------------ tables and figure
 
 
-def examples_needed(found: dict[int, Groups], which: str) -> str:
-    """Return how many examples OrchMoE needs for the mean loss of a LoRA with the most examples.
+def examples_needed(goal: float, means: dict[int, float]) -> str:
+    """Return the number of examples with which a mean loss falls to `goal`.
 
-    Between two numbers of examples its loss is a straight line over the logarithm of the number.
+    means: by number of examples. Between two of them the loss is a straight line over the logarithm
+    of the number.
     """
-    numbers = [number for number in EXAMPLES if "orchmoe" in found[number]]
-    target = found[EXAMPLES[-1]].get("lora")
-    if not numbers or not target:
-        return "unfinished"
-    goal = np.mean(losses(target, which))
-    means = [np.mean(losses(found[number]["orchmoe"], which)) for number in numbers]
-    if means[0] <= goal:
+    numbers = list(means)
+    if means[numbers[0]] <= goal:
         return f"at most {numbers[0]}"
-    for i in range(1, len(numbers)):
-        if means[i] <= goal:
-            share = (means[i - 1] - goal) / (means[i - 1] - means[i])
-            return f"{numbers[i - 1] * (numbers[i] / numbers[i - 1]) ** share:.0f}"
+    for low, high in itertools.pairwise(numbers):
+        if means[high] <= goal:
+            share = (means[low] - goal) / (means[low] - means[high])
+            return f"{low * (high / low) ** share:.0f}"
     return f"more than {numbers[-1]}"
+
+
+def is_finished(groups: Groups, name: str) -> bool:
+    return len(groups.get(name, {})) == DEFAULTS["seeds"]
 
 
 def text(results: Path, found: dict[int, Groups]) -> str:
@@ -128,14 +128,21 @@ def text(results: Path, found: dict[int, Groups]) -> str:
         for other in EQUAL:
             both = groups.get("orchmoe", {}).keys() & groups.get(other, {}).keys()
             if both and other != "orchmoe":
-                row = [f"{number} examples: orchmoe - {other}", len(both)]
+                finished = is_finished(groups, "orchmoe") and is_finished(groups, other)
+                seeds = f"{len(both)}" if finished else f"{len(both)}, unfinished"
+                row = [f"{number} examples: orchmoe - {other}", seeds]
                 rows.append(row + [signed_difference(groups, "orchmoe", other, s) for s in SETS])
     parts = [table(["difference", "seeds", *SETS], rows)]
-    needed = [examples_needed(found, which) for which in SETS]
-    parts.append(
-        f"For the mean loss of a LoRA with {EXAMPLES[-1]} examples OrchMoE needs {needed[0]} "
-        f"examples on seen tasks, and {needed[1]} on unseen tasks."
-    )
+
+    most = found[EXAMPLES[-1]]
+    if all(is_finished(found[n], "orchmoe") for n in EXAMPLES) and is_finished(most, "lora"):
+        for which in SETS:
+            means = {n: np.mean(losses(found[n]["orchmoe"], which)) for n in EXAMPLES}
+            needed = examples_needed(np.mean(losses(most["lora"], which)), means)
+            parts.append(
+                f"On {which} tasks OrchMoE has the loss of a LoRA with {EXAMPLES[-1]} examples "
+                f"with {needed}."
+            )
     for number, groups in found.items():
         ordered = {name: groups[name] for name in EQUAL if name in groups}
         parts.append(stage_table(f"{number} examples", ordered))
@@ -171,9 +178,7 @@ def figure(found: dict[int, Groups], path: Path) -> Path:
 
 
 def main() -> None:
-    planned = []
-    for cls in (*SETTINGS, StudyConfig):
-        planned += [field.name for field in fields(cls) if field.name not in CHOICES]
+    planned = all_flags_but(CHOICES)
     _, config, study_config, settings = read_study(__doc__, EfficiencyConfig, DEFAULTS, planned)
     if config.stage == "cells":
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)

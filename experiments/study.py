@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,6 +102,14 @@ def read_study(
     values = defaults | flags
     config, study_config = (runtime.from_flags(one, values) for one in (cls, StudyConfig))
     return flags, config, study_config, train.Settings.from_flags(values)
+
+
+def all_flags_but(choices: Sequence[str]) -> list[str]:
+    """Return the flags that a study with a plan sets itself: all but the choices."""
+    names = []
+    for cls in (*SETTINGS, StudyConfig):
+        names += [field.name for field in fields(cls) if field.name not in choices]
+    return names
 
 
 def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> None:

@@ -33,21 +33,18 @@ def test_efficiency_scores_the_best_trial_as_seed_0(tmp_path, monkeypatch):
         sizes.append(sum(parts.values()))
     assert abs(sizes[0] / sizes[1] - 1) < 0.03
     assert "| 2 examples: orchmoe - lora | 2 | " in out
+    assert "On unseen tasks OrchMoE has the loss of a LoRA with 4 examples with " in out
+    (kept / "4/cells/orchmoe-s1.json").unlink()
+    out = run("experiments/efficiency.py", "--results", "kept", cwd=tmp_path)
+    assert "| 4 examples: orchmoe - lora | 1, unfinished | " in out
+    assert "has the loss of a LoRA" not in out
     assert (kept / "efficiency.png").exists() or not importlib.util.find_spec("matplotlib")
 
 
 def test_examples_needed_is_read_off_between_two_numbers():
-    def group(loss):
-        return {0: {"seen": {"overall": {"loss": loss}}}}
-
     def needed(*losses):
-        found = {number: {} for number in efficiency.EXAMPLES}
-        for number, loss in zip(efficiency.EXAMPLES, losses, strict=False):
-            found[number]["orchmoe"] = group(loss)
-        found[100]["lora"] = group(1.0)
-        return efficiency.examples_needed(found, "seen")
+        return efficiency.examples_needed(1.0, dict(zip((10, 25, 50, 100), losses, strict=True)))
 
     assert needed(2.0, 1.5, 0.5, 0.4) == "35"  # half way between 25 and 50 on a log scale
-    assert needed(0.9, 0.8) == "at most 10"
+    assert needed(0.9, 0.8, 0.7, 0.6) == "at most 10"
     assert needed(2.0, 1.9, 1.8, 1.7) == "more than 100"
-    assert needed() == "unfinished"
