@@ -15,6 +15,7 @@ import html
 import io
 import json
 import keyword
+import math
 import re
 import sys
 import tokenize
@@ -30,6 +31,22 @@ DOCS = Path(__file__).resolve().parent
 SOURCE = DOCS.parent / "orchmoe.py"
 NUMBERS = DOCS / "explorer.json"
 PAGE = DOCS / "annotated.html"
+# Equation, shape of its left side, anchor of the block that computes it, and its name.
+EQUATIONS = (
+    ("X = rmsnorm(E)", "(B,L,D)", "router-summarise", "the embeddings E of the source, scaled"),
+    ("X^hat = softmax(X X^T / sqrt(D)) X + X", "(B,L,D)", "router-summarise", "attention"),
+    ("x^hat = mean_L X^hat", "(B,D)", "router-summarise", "mean over the tokens"),
+    ("x^hat = (x^hat - μ) / sd", "(B,D)", "w", "standardised"),
+    ("w = softmax(W_task x^hat + b)", "(B,K)", "w", "weights of the abstract tasks"),
+    (
+        "Z^hat_ks = sigmoid(Z_ks) / sum_j sigmoid(Z_kj)",
+        "(N,K,S)",
+        "allocation-weights",
+        "allocation",
+    ),
+    ("c = w Z^hat", "(N,B,S)", "c", "weights of the skills"),
+    ("y = W_0 x + scale sum_s c_s B_s A_s x", "(B,L,O)", "linear", "output of a Linear"),
+)
 # What the explorer of the page and annotated.js read.
 EXPLORED = ("linears", "Zhat", "sums_to_one", "mean_w", "tasks", "samples", "first", "words")
 LITTLE = 0.05  # nats; a smaller difference of losses counts as none
@@ -482,14 +499,14 @@ def linears_html(explored: dict[str, Any]) -> str:
     )
 
 
-def little_effect(explored: dict[str, Any], kind: str) -> str:
-    """Return the names of the tasks whose loss neither the mean w nor 1/K changes by LITTLE."""
+def gaps_within(explored: dict[str, Any], kind: str, low: float, high: float) -> str:
+    """Return the names of the tasks whose loss the mean w and 1/K both change by low to high."""
     names = []
     for task in explored["tasks"]:
         gaps = [task[setting]["loss"] - task["own"]["loss"] for setting in ("mean", "uniform")]
-        if task["kind"] == kind and max(map(abs, gaps)) <= LITTLE:
-            names.append(spoken(task["name"]))
-    return ", ".join(names) or "none"
+        if task["kind"] == kind and low <= min(gaps) and max(gaps) <= high:
+            names.append(task["name"].replace("_", " "))
+    return ", ".join(names) or "(none)"
 
 
 def shares(explored: dict[str, Any], kind: str) -> str:
@@ -524,6 +541,7 @@ def page() -> str:
     values |= {
         "drawing": f"<figure>{(DOCS / 'architecture.svg').read_text(encoding='utf-8')}</figure>",
         "grades": grades_html(items["idea"]),
+        "equations": equations_html(),
         "tasks": tasks_html(explored),
         "cards": cards_html(explored),
         "losses": losses_html(explored),
@@ -557,6 +575,17 @@ def page() -> str:
     )
 
 
+def equations_html() -> str:
+    """Return the equations as a table, each with a link to its block."""
+    rows = []
+    for equation, shape, anchor, name in EQUATIONS:
+        link = f'<a href="#{anchor}">{name}</a>'
+        rows.append(
+            f'<tr><td>{mathml(equation)}</td><td>{shape}</td><td class="text">{link}</td></tr>'
+        )
+    return f'<div class="wide"><table class="equations">{"".join(rows)}</table></div>'
+
+
 def grades_html(items: list[str]) -> str:
     """Return what the labels mean."""
     lines = []
@@ -575,7 +604,8 @@ def values_of(explored: dict[str, Any]) -> dict[str, Any]:
         tasks = [task for task in explored["tasks"] if task["kind"] == kind]
         values[f"{kind}_tasks"] = str(len(tasks))
         values[f"{kind}_share"] = shares(explored, kind)
-        values[f"{kind}_little"] = little_effect(explored, kind)
+        values[f"{kind}_little"] = gaps_within(explored, kind, -LITTLE, LITTLE)
+        values[f"{kind}_harm"] = gaps_within(explored, kind, -math.inf, -LITTLE)
         whole = average(tasks, "")
         losses = [f"{whole[setting]['loss']:.2f}" for setting in numbers.COMPARED]
         values["means"].append([f"{len(tasks)} {kind} tasks", *losses])
