@@ -188,14 +188,27 @@ def test_answers_are_those_of_the_cpu(model, home):
 # --------------------------------------------------------------------------------------- the models
 
 
+def adapted(name):
+    """Return a random model and its adapters, on the CPU."""
+    base = small_model(name)
+    config = OrchMoEConfig(targets=("all",))
+    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
+    stir(adapters, seeded_generator(1))
+    return base, adapters
+
+
+def test_skills_move_with_a_base_that_becomes_bfloat16(second):
+    base, adapters = adapted("v1.1")
+    base.to(second, torch.bfloat16)
+    for tensor in adapters.state_dict().values():
+        assert (tensor.device, tensor.dtype) == (second, torch.float32)
+
+
 @pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
 def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     results = []
     for device in (CPU, second):
-        base = small_model(name)
-        config = OrchMoEConfig(targets=("all",))
-        adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
-        stir(adapters, seeded_generator(1))
+        base, adapters = adapted(name)
         base.to(device).train()
         batch = [tensor.to(device) for tensor in random_batch(2, 37)]
         ids, mask, labels = batch
