@@ -32,7 +32,6 @@ class Baseline(Adapters):
     """Base of the methods below. They have no abstract tasks and no Task Router."""
 
     router = None
-    needs_task_ids = False  # whether `route` takes task_ids
 
     def fit_router(self, *_args, **_options) -> None:
         """Do nothing, since there is no router."""
@@ -66,7 +65,7 @@ class NoAdapter(Baseline):
     @contextmanager
     def routed(self, *_args, **_options) -> Iterator[Routing]:
         """Do nothing. The same holds for `disabled` and `folded`."""
-        yield Routing(w=None, Zhat=None, c=None, shared=True)
+        yield Routing()
 
     disabled = routed
     folded = routed
@@ -94,7 +93,7 @@ class LoRA(Baseline):
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         A = next(iter(self.linears.values())).skill_A
         c = A.new_ones(len(self.linears), 1, 1)  # one skill, with c = 1
-        return Routing(w=None, Zhat=None, c=c, shared=True)
+        return Routing(c=c)
 
 
 class MoELoRA(Baseline):
@@ -118,12 +117,11 @@ class MoELoRA(Baseline):
             attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
             attributes["skill_softmax"] = True
         super().__init__(module, linears, skills)
+        identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
+        self.register_buffer("identity", identity, persistent=False)
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        A = next(iter(self.linears.values())).skill_A
-        identity = torch.eye(len(A)).to(A)  # (S,S)
-        Zhat = identity.expand(1, len(self.linears), -1, -1)  # (1,N,S,S)
-        return Routing(w=None, Zhat=Zhat, c=None, shared=True)
+        return Routing(Zhat=self.identity)
 
 
 def normalised_sigmoid(Z: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ class Poly(Baseline):
     train on new tasks.
     """
 
-    needs_task_ids = True
+    needs_task_ids = True  # in `route`
 
     def __init__(
         self,
@@ -164,8 +162,6 @@ class Poly(Baseline):
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
-        if task_ids is None:
-            raise ValueError("task_ids: give the task of each sample (B,), -1 where it is unseen")
         rows = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
         if self.training:
             if noise is None:
@@ -177,7 +173,7 @@ class Poly(Baseline):
         unseen = normalised_sigmoid(self.Z).mean(1, keepdim=True)  # (N,1,H,S)
         is_seen = (task_ids >= 0).view(1, -1, 1, 1)
         c = torch.where(is_seen, seen, unseen)
-        return Routing(w=None, Zhat=None, c=c, shared=False)
+        return Routing(c=c, shared=False)
 
 
 class CPoly(Poly):
@@ -210,7 +206,7 @@ class CPoly(Poly):
         is_seen = (task_ids >= 0).unsqueeze(-1)  # (B,1)
         private = self.Z_private[:, task_ids.clamp(min=0)] * is_seen  # (N,B,T)
         c = torch.cat([common, private], dim=-1)
-        return Routing(w=None, Zhat=None, c=c, shared=False)
+        return Routing(c=c, shared=False)
 
 
 def attach_method(

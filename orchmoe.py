@@ -76,10 +76,10 @@ class OrchMoEConfig:
 class Routing(NamedTuple):
     """The result of routing one batch."""
 
-    w: Tensor | None  # (B,K), or (K,) if all samples share it; None for the token router
-    Zhat: Tensor | None  # (1,N,K,S), or (B,N,K,S) with noise
-    c: Tensor | None  # (N,B,S), or (N,1,S) if all samples share it; None for the token router
-    shared: bool  # true if no weights belong to single samples; then any batch size fits
+    w: Tensor | None = None  # (B,K), or (K,) if all samples share it; None for the token router
+    Zhat: Tensor | None = None  # (1,N,K,S), or (B,N,K,S) with noise
+    c: Tensor | None = None  # (N,B,S), or (N,1,S) if all share it; None for the token router
+    shared: bool = True  # no weights belong to single samples; then any batch size fits
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -784,7 +784,7 @@ class OrchMoE(Adapters):
             noise = torch.rand(len(embeddings), *self.noise_shape)
         Zhat = self.allocation_weights(noise)
         if w is None and self.config.router == "token":
-            return Routing(w=None, Zhat=Zhat, c=None, shared=noise is None)
+            return Routing(Zhat=Zhat, shared=noise is None)
 
         K = self.config.abstract_tasks
         with full_precision(Zhat.device):
