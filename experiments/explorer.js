@@ -198,7 +198,7 @@
       element("value" + k).textContent = value.toFixed(3);
     });
     const current = nameOfCurrent();
-    element("state").textContent = current
+    element("state").textContent = current && current !== "now"
       ? "The sliders show w of: " + NAMES[current] + "."
       : "This w is your own; the router gives this sample another.";
     drawAnswers();
@@ -262,7 +262,7 @@
     }
     const option = document.createElement("option");
     option.value = index;
-    option.textContent = task.name.replaceAll("_", " ") + ": " + entry.tail.replace(/^Input: /, "").slice(0, 60);
+    option.textContent = task.name.replaceAll("_", " ") + ": " + entry.tail.replace(/^Input: /, "").split("\n")[0].slice(0, 60);
     groups[task.kind].append(option);
   });
 
@@ -271,7 +271,8 @@
     row.className = "weight";
     const label = row.appendChild(document.createElement("label"));
     label.htmlFor = "w" + k;
-    label.textContent = k + 1 + (data.words ? ": " + data.words[k] : "");
+    const strongest = data.tasks.reduce((most, task) => (task.w[k] > most.w[k] ? task : most));
+    label.textContent = k + 1 + ": " + (data.words ? data.words[k] : "most in " + strongest.name.replaceAll("_", " "));
     const slider = row.appendChild(document.createElement("input"));
     Object.assign(slider, { type: "range", id: "w" + k, step: 0.001 });
     Object.assign(slider, data.sums_to_one ? { min: 0, max: 1 } : { min: -1, max: 2 });
