@@ -7,6 +7,7 @@ that whatever slows the machine slows all. Beside it are its quartiles over the 
     python -m experiments.bench --only linear,step --gpu 0
     python -m experiments.bench --only step,generate --model smollm2 --data natural-instructions
     python -m experiments.bench --only peers --model smollm2  # peft's routed adapters
+    python -m experiments.bench --only host                   # what Python costs, at tiny shapes
 
 Needs transformers and peft. An older peft lacks Lily: then its rows are left out.
 Letters: B batch, L source length, Lt target length, D input width, O output width, S skills,
@@ -25,6 +26,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -127,7 +129,7 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
 def row(what: str, of: str, to: str, values: Times, wanted: str = "", unit: str = "ms") -> str:
     """Return a line of the table: the median ratio of two contestants."""
     low, ratio, high = np.quantile(np.divide(values[of], values[to]), [0.25, 0.5, 0.75])
-    factor = 1e3 if unit == "ms" else 1
+    factor = {"ms": 1e3, "us": 1e6}.get(unit, 1)
     sides = []
     for name in (of, to):
         sides.append(f"{name}, {factor * np.median(values[name]):.4g} {unit}")
@@ -363,7 +365,7 @@ def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
     rng = np.random.default_rng(0)
     examples = []
     for i in range(B):
-        share = 1 if setup.model else (1 + i / (B - 1)) / 2
+        share = 1 if setup.model or B == 1 else (1 + i / (B - 1)) / 2
         source, target = (rng.integers(3, 1000, int(length * share)) for length in (L, Lt))
         examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
     return data.collate(examples)
@@ -375,43 +377,45 @@ def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
 class Step:
     """A training step with AdamW. A call returns the loss per target token.
 
-    loss_of(batch): returns the mean loss of the target tokens.
+    backward(batch): computes the gradients, and returns the mean loss of the target tokens.
     """
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[data.Batch], Tensor]):
+    def __init__(self, model: nn.Module, backward: Callable[[data.Batch], Tensor]):
         self.model = model.train()
-        self.loss_of = loss_of
+        self.backward = backward
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
     def __call__(self, batch: data.Batch) -> float:
-        loss = self.loss_of(batch.to(self.trained[0].device))
-        loss.backward()
+        loss = self.backward(batch.to(self.trained[0].device))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
 
 
-def our_step(setup: Setup, compiled: bool = False) -> Step:
+def our_step(setup: Setup, compiled: bool = False, checkpointed: bool = False) -> Step:
     """Return the training step of OrchMoE."""
     base = our_base(setup)
+    base.checkpoint_blocks = checkpointed
     if compiled:
         base.compile_blocks(setup.choose("eager", "inductor"))
     adapters = our_adapters(setup, base)
 
-    def loss_of(batch):
+    def backward(batch):
         with evaluation.routed(base, adapters, batch):
             loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels)
-            return loss / batch.target_tokens
+            loss = loss / batch.target_tokens
+            loss.backward()
+        return loss
 
-    return Step(base, loss_of)
+    return Step(base, backward)
 
 
 def their_step(setup: Setup, name: str, wide: bool = True) -> Step:
     """Return the training step of a model of transformers with adapters of peft."""
     model = their_adapters(setup, name, their_base(setup), wide)
 
-    def loss_of(batch):
+    def backward(batch):
         inputs = {"attention_mask": batch.attention_mask}
         inputs |= {"input_ids": batch.input_ids, "labels": batch.labels}
         if setup.model:  # source and target in one row, without padding
@@ -420,9 +424,11 @@ def their_step(setup: Setup, name: str, wide: bool = True) -> Step:
             inputs["labels"] = torch.cat((no_labels, batch.labels), 1)
         if name == POLY:
             inputs["task_ids"] = batch.task_ids
-        return model(**inputs, use_cache=False).loss
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss
 
-    return Step(model, loss_of)
+    return Step(model, backward)
 
 
 def peak_memory(make_step: Callable[[], Step], batch: data.Batch, device: torch.device) -> float:
@@ -455,7 +461,10 @@ def memory_rows(
     setup: Setup, what: str, makers: dict[str, Callable[[], Step]], batch: data.Batch
 ) -> list[str]:
     """Return rows of the peak memory of others beside ours, each in a process of its own."""
-    if setup.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
+    measurable = setup.device.type == "cuda"
+    if setup.device.type == "cpu":
+        measurable = Path("/proc/self/clear_refs").exists()
+    if not measurable:
         return []
     peaks = {}
     for name, make in makers.items():
@@ -539,6 +548,52 @@ def bench_peers(setup: Setup) -> list[str]:
         # In peft 0.21 it cannot load its experts into a T5: it changes the names of the weights.
         peers.remove(XLORA)
     return beside_ours(setup, peers)
+
+
+# ------------------------------------------------------------------------------------ host time
+
+MIXES = {
+    "plain twin": orchmoe.mix_skills,
+    "routed": kernels.mix_skills,
+    "compiled mix": torch.compile(kernels.mix_skills, dynamic=True),
+    "--compile": kernels.mix_skills,
+}
+
+
+def bench_host(setup: Setup) -> list[str]:
+    """Return the rows of what Python costs in a Linear and in a block, where kernels are tiny."""
+    tiny = setup._replace(quick=True, model="")
+    contestants: Contestants = {}
+    with ExitStack() as stack:
+        for name, mix in MIXES.items():
+            base = our_base(tiny).train()
+            block = base.encoder.blocks[1]
+            adapters = orchmoe.attach(block, tiny.adapter(), mix)
+            x = base.embed(torch.ones(2, 4, dtype=torch.long, device=base.device))
+            stack.enter_context(adapters.routed(x))
+            x = x.detach().requires_grad_()
+            calls = {"Linear": partial(block.attention.q, x)}
+            if name == "--compile":
+                base.compile_blocks(setup.choose("eager", "inductor"))
+                calls = {}  # it compiles whole blocks
+            calls["block"] = partial(base.run_block, block, x, base.encoder.position(4))
+            trained = [x, *(p for p in block.parameters() if p.requires_grad)]
+            for part, call in calls.items():
+                contestants[f"{name}, {part}"] = call
+                contestants[f"{name}, {part} and backward"] = partial(gradients, call, trained)
+        times = interleave(setup, contestants, setup.choose(3, 1000))
+    what = "host time, 2 x 4 tokens, every Linear of a block adapted"
+    lines = []
+    for name in times:
+        mix, part = name.split(", ")
+        if mix != "routed":
+            lines.append(row(what, name, f"routed, {part}", times, unit="us"))
+    return lines
+
+
+def gradients(call: Callable[[], Tensor], trained: list[Tensor]) -> None:
+    y = call()
+    torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
 
 
 # ----------------------------------------------------------------------------------- generation
@@ -661,6 +716,7 @@ PARTS = {
     "decode": bench_decode,
     "generate": bench_generate,
     "peers": bench_peers,
+    "host": bench_host,
 }
 
 
@@ -680,15 +736,19 @@ def machine(setup: Setup) -> str:
     )
 
 
+def require_packages() -> None:
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
+
+
 def main() -> None:
     config = runtime.from_flags(BenchConfig, runtime.read_flags(__doc__, BenchConfig))
     runtime.require_single_process()
     for part in config.only:
         if part not in PARTS:
             raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")
-    for package in ("transformers", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
+    require_packages()
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     if config.model:
         dtype = torch.bfloat16
