@@ -577,7 +577,8 @@ def bench_host(setup: Setup) -> list[str]:
                 base.compile_blocks(setup.choose("eager", "inductor"))
                 calls = {}  # it compiles whole blocks
             calls["block"] = partial(base.run_block, block, x, base.encoder.position(4))
-            trained = [x, *(p for p in block.parameters() if p.requires_grad)]
+            trained = [x, *adapters.parameter_groups()["skills"]]
+            trained += [linear.skill_weights for linear in adapters.linears.values()]
             for part, call in calls.items():
                 contestants[f"{name}, {part}"] = call
                 contestants[f"{name}, {part} and backward"] = partial(gradients, call, trained)
