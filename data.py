@@ -46,6 +46,7 @@ from tokenizer import Tokenizer
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 LARGEST_LINE = 10**6  # bytes of a line in a JSONL file
+LEAST_ROWS = {"train": 1, "dev": 5, "seen": 5, "test": 1}  # of a JSONL file
 NO_TASK = "-"  # the task of a row without one
 # The cached tokens depend on this code. After a change of the code they are made again.
 CODE_FILES = (Path(__file__), Path(__file__).with_name("tokenizer.py"))
@@ -217,7 +218,7 @@ def _require_plain_name(name: str, origin: str) -> None:
 
 
 def split_instances(
-    contents: Sequence[Hashable], name: str, train_instances: int
+    contents: Sequence[Hashable], name: str, train_instances: int | None
 ) -> tuple[list[int], list[int], list[int]]:
     """Return three lists of indices (train, dev, seen) into the instances of a training task.
 
@@ -425,9 +426,9 @@ def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConf
 
 def _is_cut(prompt: str, ids: list[int], config: DataConfig) -> bool:
     """Return whether the end of a prompt is cut off, by `render_prompt` or because of its ids."""
-    is_plain = config.is_jsonl and not config.wrapper
-    is_whole = is_plain or prompt.endswith("Output: ")  # as every other complete prompt
-    return not is_whole or len(ids) > config.max_source_length
+    if config.is_jsonl and not config.wrapper:
+        return len(ids) > config.max_source_length
+    return not prompt.endswith("Output: ")  # every complete prompt ends like this
 
 
 def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -572,8 +573,11 @@ def _load_list(
     def encode_all() -> list[dict]:
         result = []
         for path in runtime.progress(paths, "tokenising", unit="file"):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             for task in read_rows(path) if config.is_jsonl else [read_task(path)]:
-                result.append(_encode_task(task, path, list_name, tokenizer, config))
+                encoded_task = _encode_task(task, list_name, tokenizer, config)
+                result.append({"digest": digest, **encoded_task})
         return result
 
     key = [list_name, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
@@ -611,19 +615,18 @@ def _load_list(
     if cut:
         limit = f"--max-source-length {config.max_source_length}"
         runtime.warn(f"{limit}: {cut} sources are too long and lose their ends")
-    if config.is_jsonl and list_name == "train":
-        for name in ("dev", "seen"):
-            if len(examples[name]) < 5:
-                raise UserError(
-                    f"{config.data}: {len(examples[name])} of its rows are in the set {name!r}, "
-                    "which needs 5; add rows with other prompts"
-                )
+    for name, found in examples.items():
+        if config.is_jsonl and len(found) < LEAST_ROWS[name]:
+            raise UserError(
+                f"{paths[0]}: {len(found)} of its rows are in the set {name!r}, which needs "
+                f"{LEAST_ROWS[name]}; add rows with other prompts"
+            )
     short_digest = digest.hexdigest()[:16]
     return {name: Examples(examples[name], tasks, short_digest) for name in examples}
 
 
 def _encode_task(
-    task: dict, path: Path, list_name: str, tokenizer: Tokenizer, config: DataConfig
+    task: dict, list_name: str, tokenizer: Tokenizer, config: DataConfig
 ) -> dict[str, Any]:
     """Return what the cache keeps of a task, as few plain values.
 
@@ -631,20 +634,19 @@ def _encode_task(
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
     cut: the number of sources that lost their ends.
-    digest: a hash of the file.
     """
     instances = task["instances"]
-    limit = config.train_limit or len(instances)
-    if config.is_jsonl:
+    limit = config.train_limit or None  # a slice up to None has all
+    if list_name == "test":
+        last = None if config.is_jsonl else 100
+        positions = {"test": range(len(instances))[:last]}
+    elif config.is_jsonl:
         positions = split_rows(instances)
         positions["train"] = positions["train"][:limit]
     else:
         contents = [(instance["input"], *instance["output"]) for instance in instances]
         split = split_instances(contents, task["name"], limit)
         positions = dict(zip(("train", "dev", "seen"), split, strict=True))
-    if list_name == "test":
-        last = len(instances) if config.is_jsonl else 100
-        positions = {"test": range(min(len(instances), last))}
 
     rows = []
     prompts = []
@@ -669,8 +671,6 @@ def _encode_task(
         for piece in pieces:
             ids.extend(piece)
             lengths.append(len(piece))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
     return {
         "name": task["name"],
         "category": task["category"],
@@ -678,7 +678,6 @@ def _encode_task(
         "ids": torch.from_numpy(np.array(ids, np.int32)),
         "lengths": list(lengths),
         "cut": cut,
-        "digest": digest.hexdigest(),
     }
 
 

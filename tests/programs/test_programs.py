@@ -509,6 +509,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data bad.jsonl": "bad.jsonl, line 2: JSONDecodeError: ",
     "train.py --data few.jsonl": "few.jsonl: 0 of its rows are in the set 'dev', which needs 5",
+    "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
+    "train.py --data none.jsonl": "none.jsonl: No such file or directory",
     "eval.py --model tiny --data bad.jsonl --split seen": "bad.jsonl, line 2: JSONDecodeError: ",
     f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
     f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
@@ -570,6 +572,7 @@ def mistaken(tmp_path_factory):
         write_task(folder / name, "task2_b", task)
     (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": ')
     (folder / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "no.jsonl").touch()
     (folder / "empty").mkdir()
     (folder / "left").mkdir()
     (folder / "left/adapter.safetensors").touch()

@@ -327,7 +327,7 @@ def test_training_rows_are_limited_only_if_asked_and_few_rows_are_refused(
     with pytest.raises(runtime.UserError, match="give another one with --test"):
         load_sets(config, tokenizer, ["test"])
     for rows in ([], own_rows(1) * 300):  # an empty file, equal prompts
-        with pytest.raises(runtime.UserError, match="of its rows are in the set .* needs 5"):
+        with pytest.raises(runtime.UserError, match="0 of its rows are in the set .* needs"):
             load_sets(DataConfig(data=str(write_rows(path, rows))), tokenizer)
 
 
