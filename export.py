@@ -85,6 +85,9 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
     runtime.require_path(model, checkpoint.DOWNLOAD)
     with runtime.reading(model, "name a folder that transformers loads"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        for name, value in config.to_dict().items():
+            if name.endswith("layers") and type(value) is int and value > checkpoint.LARGEST_DEPTH:
+                raise ValueError(f"{name}: {value:.3g} is above {checkpoint.LARGEST_DEPTH}")
         model_class = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             model_class = transformers.AutoModelForSeq2SeqLM

@@ -162,9 +162,10 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
         ({}, {"config": {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an adapter.pt"),
         ({}, {"state": {"Z": 1}}, "AttributeError"),
         ({}, {"state": {}}, "Z is missing in the given state"),
-        ({"targets": ("k",)}, {}, "k.skill_A is missing .*tiny must be the base"),
+        ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
         ({"skills": 3}, {}, "Z has shape"),
         ({"router": "token"}, {"config": {"router": "token"}}, "not written: with a token router"),
+        ({}, {"layers": 10**8}, "num_layers: 1e[+]08 is above 1000"),
     ],
 )
 def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path):
@@ -173,9 +174,13 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
     adapters = attach(transformers.T5ForConditionalGeneration(config), OrchMoEConfig(**options))
     saved = {"config": vars(OrchMoEConfig()), "state": adapters.state_dict()}
     torch.save(saved | change, tmp_path / "adapter.pt")
-    arguments = ("--adapter", "adapter.pt", "--model", ROOT / "tiny", "--out", "served")
+    config.num_layers = change.get("layers", config.num_layers)
+    config.save_pretrained(tmp_path / "base")
+    arguments = ("--adapter", "adapter.pt", "--model", "base", "--out", "served")
     said = run("export.py", *arguments, cwd=tmp_path, code=2)
-    assert re.match(f"export.py: error: (adapter.pt|served/abstract-1): .*{message}", said), said
+    assert re.match(f"export.py: error: (adapter.pt|base|served/abstract-1): .*{message}", said), (
+        said
+    )
     assert said.count("\n") == 1 and not (tmp_path / "served").exists()
 
 
