@@ -143,7 +143,13 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         raise UserError("--resume: give the folder of the run with --out")
     if launch.resume:
         saved = saved_settings(read_config(launch.out)).as_flags()
-        require_unchanged(flags, saved, launch.out)
+        for name in sorted(flags.keys() & saved.keys()):
+            may_change = name in PATHS and saved[name]  # a path may change, but none may be added
+            if flags[name] != saved[name] and not may_change:
+                raise UserError(
+                    f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has "
+                    f"{saved[name]!r}; leave it out"
+                )
         return Settings.from_flags(saved | flags)
 
     fixed, defaults = settings_of_start(flags)
@@ -179,17 +185,6 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         config = replace(config, warmup=config.steps // 10)
         runtime.print_line(f"warm-up: {config.warmup} of {config.steps} steps")
     return replace(settings, training=config)
-
-
-def require_unchanged(flags: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
-    """Raise UserError if a flag differs from the settings of the run in `folder`."""
-    for name in sorted(flags.keys() & saved.keys()):
-        may_change = name in PATHS and saved[name]  # a path may change, but none may be added
-        if flags[name] != saved[name] and not may_change:
-            raise UserError(
-                f"{runtime.flag(name)} {flags[name]}: the run in {folder} has {saved[name]!r}; "
-                "leave it out"
-            )
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
