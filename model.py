@@ -180,7 +180,7 @@ class Backbone(nn.Module):
             return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
         return call(*inputs)
 
-    def _run_compiled(self, compiled: Callable, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def _run_compiled(self, compiled, block, *inputs):
         """Return compiled(block, *inputs) or, if torch cannot compile, block(*inputs)."""
         errors = torch._dynamo.exc
         try:
@@ -257,7 +257,7 @@ class Backbone(nn.Module):
 
 
 @cache
-def compiled_call(backend: str) -> Callable[..., Tensor]:
+def compiled_call(backend: str) -> Callable:
     """Return the function (block, *inputs) -> block(*inputs), compiled for all lengths."""
     return torch.compile(
         lambda block, *inputs: block(*inputs), dynamic=True, fullgraph=True, backend=backend

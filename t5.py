@@ -110,6 +110,18 @@ def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias[:, None, None, :]
 
 
+def aligned(bias: Tensor) -> Tensor:
+    """Return a bias (...,L), on CUDA with each row at a multiple of 8 numbers in memory.
+
+    Attention on CUDA needs that. Otherwise torch would copy the bias in every block, and --compile
+    would make a graph for each remainder of L.
+    """
+    L = bias.shape[-1]
+    if bias.device.type == "cpu":
+        return bias
+    return F.pad(bias, (0, 8 - L % 8))[..., :L]
+
+
 def relative_buckets(
     distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> Tensor:
@@ -391,7 +403,7 @@ class T5(Backbone):
         """
         x = self.embedding(input_ids)
         bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)
-        return self.encoder(x, bias, run_block=self.run_block)  # bias (B,H,Ls,Ls)
+        return self.encoder(x, aligned(bias), run_block=self.run_block)  # bias (B,H,Ls,Ls)
 
     def hidden(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
@@ -400,8 +412,8 @@ class T5(Backbone):
         states = self.encode(input_ids, attention_mask)
         x = self.embedding(decoder_input_ids)
         # Padding of the target needs no mask: it comes last, so no real position sees it.
-        bias = self.decoder.position(x.shape[1])
-        states_bias = padding_bias(attention_mask, x.dtype)
+        bias = aligned(self.decoder.position(x.shape[1]))
+        states_bias = aligned(padding_bias(attention_mask, x.dtype))
         return self.decoder(x, bias, states, states_bias, run_block=self.run_block)
 
     def logits(self, hidden: Tensor) -> Tensor:

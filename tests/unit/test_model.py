@@ -17,7 +17,7 @@ import checkpoint
 from experiments.random_t5 import init_weights
 from helpers import T5_CONFIGS, both_t5, check_equal, random_t5, t5_batch, teacher_forced
 from model import IGNORED, Backbone
-from t5 import T5, padding_bias
+from t5 import T5, aligned, padding_bias
 
 # --------------------------------------------------------------------------------------- generation
 
@@ -89,6 +89,17 @@ def test_a_row_without_any_real_token_gives_no_nan(dtype):
     assert all(weight.grad.isfinite().all() for weight in t5.parameters())
     assert t5.loss(input_ids, mask, torch.full_like(labels, IGNORED)) == 0
     t5.generate(input_ids[2:3], mask[2:3], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("length", [7, 8, 9])
+def test_rows_of_a_bias_are_aligned_on_a_gpu_alone(length):
+    """Where L is a multiple of 8, too, the rows are longer than L: all L have the same graph."""
+    bias = torch.zeros(2, 4, length, length)
+    assert aligned(bias) is bias
+    on_gpu = aligned(bias.to("meta"))
+    assert on_gpu.shape == bias.shape
+    assert all(stride % 8 == 0 for stride in on_gpu.stride()[:3])
+    assert length < on_gpu.stride(2) <= length + 8
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
