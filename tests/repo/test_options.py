@@ -12,9 +12,8 @@ import runtime
 from helpers import ROOT
 
 PROGRAMS = ("train", "eval", "export", "experiments.plot")
-STUDIES = tuple(
-    f"experiments.{name}" for name in ("bench", "compare", "decision", "efficiency", "map")
-)
+NAMES = ("bench", "compare", "computed", "decision", "efficiency", "explorer", "gpu_check", "map")
+STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
 )
