@@ -24,6 +24,7 @@ import transformers
 from safetensors.torch import load_file
 
 import checkpoint
+import runtime
 from orchmoe import OrchMoEConfig, TaskRouter
 
 
@@ -111,4 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_program(main)
