@@ -39,6 +39,10 @@ from t5 import T5Config
 B, LS, LT = 8, 512, 128
 FLOP_RATE = 989e12  # of an H100 in bfloat16, per second
 BYTE_RATE = 3.35e12
+TITLE = (
+    f"Computed by `python -m experiments.computed`: a step of {B} rows of {LS} source and {LT} "
+    "target tokens, the base in bfloat16, with the default adapters or a LoRA of the same rank S R."
+)
 HEAD = "model,method,checkpoint blocks,TFLOP,GB moved,peak GB,ms for FLOP,ms for bytes,figures"
 FOUR_BITS = "Qwen3-8B with 4-bit weights"
 
@@ -186,7 +190,7 @@ def main() -> None:
         figures = [count.operations / 1e12, count.bytes / 1e9, peak / 1e9]
         figures += [1e3 * count.operations / FLOP_RATE, 1e3 * count.bytes / BYTE_RATE]
         rows.append([model, method, blocks, *(f"{figure:.1f}" for figure in figures), "computed"])
-    runtime.print_line(table(HEAD.split(","), rows))
+    runtime.print_line(f"{TITLE}\n\n{table(HEAD.split(','), rows)}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import run_folder
 import runtime
 import train
 from baselines import attach_method
+from experiments import gpu_check
+from experiments.bench import Setup
 from helpers import (
     LLAMA_FAMILIES,
+    ROOT,
     T5_CONFIGS,
     interrupted,
     links,
@@ -153,6 +157,14 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
         flags["start"] = "run"
     settings = train.Settings.from_flags(flags)
     dtype = getattr(torch, settings.training.dtype.replace("auto", "float32"))
+    train_step = train.train_step
+    seen = []
+
+    def recorded_step(base, *rest):
+        seen.append(base.device)
+        return train_step(base, *rest)
+
+    monkeypatch.setattr(train, "train_step", recorded_step)
     losses = []
     for device in (CPU, second):
         out = tmp_path / device.type
@@ -160,6 +172,7 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
         picked = runtime.Device(device, dtype, "")
         train.train(settings, picked, launch, final_scores=False)
         losses.append(trace(out))
+    assert seen == [CPU, CPU, second, second]
     rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*losses, rtol=rtol, atol=1e-5)
     run("eval.py", "--run", out, *ANSWER, cwd=tmp_path)
@@ -176,13 +189,23 @@ def test_a_run_resumes_on_either_device(first, then, home, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("model", [["--run", "run"], ["--model", "tiny"]], ids=["run", "bare"])
-def test_answers_are_those_of_the_cpu(model, home):
+def test_answers_are_those_of_the_cpu(model, second, home):
+    base, _, _ = run_folder.load(runtime.pick_device(), model=home / "tiny")
+    assert base.device == second
     answers = []
     for device in ([], ON_CPU):
         output = run("eval.py", *model, *QUESTION, *device, cwd=home)
         answers.append(output.splitlines()[1:])  # the first line names the device
     assert answers[0] == answers[1]
     run("eval.py", *model, *ANSWER, cwd=home)
+
+
+def test_the_check_of_a_gpu(second):
+    """Without compilation and peak memory, which are those of CUDA."""
+    pytest.importorskip("peft")
+    setup = Setup(True, str(ROOT / "sni"), "", second, torch.float32)
+    rows = list(gpu_check.check(setup))
+    assert len(rows) > 5
 
 
 # --------------------------------------------------------------------------------------- the models
