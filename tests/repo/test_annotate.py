@@ -113,14 +113,19 @@ def test_words_of_the_abstract_tasks_fit_the_run():
     assert sorted(named) == sorted(task["name"] for task in TASKS if task["kind"] == "seen")
 
 
-def test_samples_are_evenly_spaced_over_each_task():
+def require_even_spacing(explored):
+    """Require three samples of each task, evenly spaced over the rows of the task."""
     starts = {"seen": 0, "unseen": 0}
-    for number, task in enumerate(TASKS):
-        rows = [sample["row"] for sample in EXPLORED["samples"] if sample["task"] == number]
+    for number, task in enumerate(explored["tasks"]):
+        rows = [sample["row"] for sample in explored["samples"] if sample["task"] == number]
         first = starts[task["kind"]]
         starts[task["kind"]] += task["count"]
         assert rows == [first + i * task["count"] // 3 for i in range(3)], task["name"]
+
+
+def test_samples_are_evenly_spaced_over_each_task():
     assert len(TASKS) == 40
+    require_even_spacing(EXPLORED)
 
 
 def test_the_first_sample_is_one_where_routing_matters():
@@ -151,5 +156,6 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
     found = numbers.collect(finished / "run")
     assert found.keys() == EXPLORED.keys()
     assert found["walk"].keys() == EXPLORED["walk"].keys()
+    require_even_spacing(found)
     assert found["tasks"][0].keys() < TASKS[0].keys()
     assert len(found["without_one"]["rise"]) == len(found["linears"])
