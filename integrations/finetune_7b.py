@@ -107,8 +107,10 @@ def main():
     args = parser.parse_args()
     if args.data and args.out.exists() and not args.resume:
         parser.error(f"--out {args.out}: exists; name a new folder, or add --resume")
-    if args.ask and args.resume:
-        parser.error("--resume: has no effect with --ask; leave it out")
+    if args.resume and not (args.data and any(args.out.glob("checkpoint-*"))):
+        parser.error(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
+    if args.ask and not (args.out / ADAPTER_FILE).exists():
+        parser.error(f"--out {args.out}: no {ADAPTER_FILE} here; finish the training first")
 
     model, tokenizer = load_base(args.model)
     if args.data:

@@ -649,6 +649,23 @@ def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tm
     torch.testing.assert_close(twin(ids).logits, logits, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data a.jsonl --out .", "--out .: exists"),
+        ("--data a.jsonl --out . --resume", "--resume: needs --data, and a checkpoint in ."),
+        ("--ask a --out . --resume", "--resume: needs --data"),
+        ("--ask a --out new", "--out new: no adapter.pt here"),
+    ],
+)
+def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune_7b", "--model", "base", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        finetune_7b.main()
+    assert f"error: {message}" in capsys.readouterr().err
+
+
 # ---- The page ----
 
 
