@@ -399,20 +399,20 @@ def tasks_html(explored: dict[str, Any]) -> str:
         group.sort(key=lambda pair: -pair[1]["w"][k])
         words = html.escape(explored["words"][k])
         rows = [
-            f'<tr><th scope="rowgroup" colspan="{K + 2}" class="group">'
+            f'<tr><th scope="rowgroup" colspan="{K + 1}" class="group">'
             f'<a href="#abstract-task-{k + 1}">Abstract task {k + 1}</a>: {words}</th></tr>'
         ]
         for number, task in group:
             cells = "".join(heat(value) for value in task["w"])
+            kind = " <i>(unseen)</i>" if task["kind"] == "unseen" else ""
             rows.append(
                 f'<tr><th scope="row"><button type="button" data-task="{number}" '
-                f'aria-expanded="false">{spoken(task["name"])}</button></th>'
-                f'<td class="text {task["kind"]}">{task["kind"]}</td>{cells}</tr>'
+                f'aria-expanded="false">{spoken(task["name"])}{kind}</button></th>{cells}</tr>'
             )
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     return (
         '<div class="wide"><table class="tasks"><thead><tr><th scope="col">task</th>'
-        f'<th scope="col"></th>{head}</tr></thead>\n' + "\n".join(bodies) + "</table></div>"
+        f"{head}</tr></thead>\n" + "\n".join(bodies) + "</table></div>"
     )
 
 

@@ -50,13 +50,12 @@
       line.className = "sample";
       const head = line.appendChild(document.createElement("th"));
       head.scope = "row";
-      head.textContent = text;
-      const place = line.insertCell();
+      head.textContent = text + " ";
       if (number >= 0) {
-        const opener = place.appendChild(document.createElement("button"));
+        const opener = head.appendChild(document.createElement("button"));
         opener.type = "button";
         opener.dataset.sample = number;
-        opener.textContent = "try";
+        opener.textContent = "try it";
         opener.setAttribute("aria-label", "try this sample in the explorer");
       }
       shares.forEach((share) => {

@@ -9,6 +9,7 @@ Letters: B batch, L source length, D input width, O output width, K abstract tas
 Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 """
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -219,6 +220,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
         "pieces": pieces(tokenizer, batch.input_ids[0, :6]),
         "length": str(batch.input_ids.shape[1]),
         "targets": str(batch.target_tokens),
+        "distance": f"{distance(loaded.config.folder):.3f}",
     }
     with torch.no_grad():
         found |= walk_router(loaded, explored, sample, batch, routing)
@@ -236,6 +238,13 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
     ]
     base.zero_grad()
     return found
+
+
+def distance(run: str | Path) -> float:
+    """Return how far training moved w, as train.py last logged it: mean KL from its start, nats."""
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    reports = [json.loads(line)["router"] for line in lines if '"router"' in line]
+    return reports[-1]["distance"]
 
 
 def walk_router(

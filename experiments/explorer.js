@@ -10,14 +10,14 @@
     now: "your sliders",
     kept: "the kept sliders",
     own: "the router",
-    mean: "the mean of all samples",
+    mean: "the mean w",
     uniform: "1/K each",
     other: "another sample",
     off: "off",
   };
   const ORDER = ["own", "mean", "uniform", "other", "off"];
   for (let k = 1; k <= K; k++) {
-    NAMES[k] = "abstract task " + k + " alone";
+    NAMES[k] = "only w" + [...String(k)].map((digit) => String.fromCodePoint(0x2080 + Number(digit))).join("");
     ORDER.push(String(k));
   }
 

@@ -99,7 +99,7 @@ def test_stored_answers_appear_at_stored_weights(annotated):
     c = skills(annotated).view(-1, 2, S)
     torch.testing.assert_close(c[:, 0], w @ torch.tensor(explored["Zhat"]), atol=0.006, rtol=0)
     slide(annotated, 2, 1)
-    assert "abstract task 3 alone" in text(annotated, current)
+    assert "only w\u2083" in text(annotated, current)
     assert sample["results"][5 + 2][0] in text(annotated, current)
     assert len(annotated.find_elements("css selector", "#weights input")) == K
 
