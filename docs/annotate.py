@@ -598,6 +598,8 @@ def grades_html(items: list[str]) -> str:
 def values_of(explored: dict[str, Any]) -> dict[str, Any]:
     """Return numbers of the run for the texts of the page."""
     values: dict[str, Any] = {"steps": str(explored["steps"])}
+    N, K, S = len(explored["Zhat"]), len(explored["Zhat"][0]), len(explored["Zhat"][0][0])
+    values |= {"N": str(N), "K": str(K), "S": str(S)}
     heads = ("own w", "mean w", "w = 1/K", "w of another sample", "w = 0: the base alone")
     values["means"] = [["mean loss over tasks", *heads]]
     for kind in ("seen", "unseen"):

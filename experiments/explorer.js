@@ -166,8 +166,8 @@
     else if (gaps.every((gap) => Math.abs(gap) <= LITTLE))
       text += "The loss is almost the same with " + names + ": routing does next to nothing here";
     else text += "Compared with " + names + ", the loss says no clear word about routing here";
-    if (own[2] && rights < others.length) text += ", and it changes a right answer into a wrong one to do without";
-    if (!own[2] && rights > 0) text += ", although doing without it gives a right answer";
+    if (own[2] && rights < others.length) text += ", and without it the right answer is lost";
+    if (!own[2] && rights > 0) text += ", although without it an answer is right";
     element("verdict").textContent = text + ".";
   }
 
@@ -179,7 +179,7 @@
     let sum = 0;
     now.forEach((row, n) => {
       const line = body.insertRow();
-      cell(line, data.linears[n].replace("blocks.", "").replaceAll(".", " "));
+      cell(line, data.linears[n].replace("blocks.", "").replace(/[._]/g, " "));
       [row, own[n]].forEach((c, group) =>
         c.forEach((value, s) => {
           const made = cell(line, value.toFixed(2), "cell" + (group && !s ? " gap" : ""));
