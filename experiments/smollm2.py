@@ -128,6 +128,7 @@ def main() -> None:
     for package in ("gguf", "tokenizers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install {package}")
+    runtime.require_new([flags.out], "give another --out")
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory() as scratch:

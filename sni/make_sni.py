@@ -1551,6 +1551,9 @@ def main() -> None:
         "--pretrain", type=int, default=0, help="largest number of instances of a pre-training task"
     )
     args = parser.parse_args()
+    for path in (args.text, args.out / "tasks"):
+        if path and path.parent != HERE and path.exists():
+            parser.error(f"{path}: exists, and nothing is overwritten; give another place")
     if args.text:
         rng = Random("text")
         args.text.write_bytes("".join(text_line(rng) + "\n" for _ in range(args.lines)).encode())
