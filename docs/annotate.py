@@ -355,9 +355,16 @@ def block_html(
 
 
 def engineering_html(
-    pieces: list[Piece], code: list[str], items: list[str], values: dict[str, Any]
+    pieces: list[Piece],
+    source: list[str],
+    code: list[str],
+    items: list[str],
+    values: dict[str, Any],
 ) -> str:
-    """Return the pieces that no section has, folded, in the order of the file."""
+    """Return the pieces that no section has, folded, in the order of the file.
+
+    A piece without an item has the first line of its docstring.
+    """
     known = dict(item.split(": ", 1) for item in items)
     unknown = known.keys() - {piece.name for piece in pieces}
     if unknown:
@@ -365,7 +372,12 @@ def engineering_html(
     parts = []
     for piece in pieces:
         anchor = piece.name.replace(".", "-").lower()
-        text = inline(known.get(piece.name, ""), values)
+        text = ""
+        if piece.name in known:
+            text = inline(known[piece.name], values)
+        elif piece.docstring:
+            text = html.escape(source[piece.docstring.start - 1].strip().strip('"'))
+            text = re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
         parts.append(
             f'<details id="code-{anchor}"><summary><code>{piece.name}</code> {text}</summary>'
             f"{code_html(code, range(piece.first, piece.last + 1), piece.name)}</details>"
@@ -547,7 +559,7 @@ def page() -> str:
         "losses": losses_html(explored),
         "linears": linears_html(explored),
         "explorer": explorer.section({name: explored[name] for name in EXPLORED}),
-        "pieces": engineering_html(rest, code, items["engineering"], values),
+        "pieces": engineering_html(rest, source, code, items["engineering"], values),
     }
 
     contents = []

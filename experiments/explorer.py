@@ -181,12 +181,12 @@ def read(name: str) -> str:
 
 
 def section(explored: dict[str, Any]) -> str:
-    """Return the explorer as HTML: style, markup, numbers and script."""
+    """Return the explorer as HTML: markup, numbers and script. Its style is explorer.css."""
     numbers = json.dumps(explored, ensure_ascii=False, separators=(",", ":"))
     # No text of a sample may end the script element, or begin a comment in it.
     numbers = numbers.replace("<", "\\u003c")
     return (
-        f"<style>\n{read('explorer.css')}</style>\n{read('explorer.html')}"
+        f"{read('explorer.html')}"
         f'<script type="application/json" id="explorer-data">{numbers}</script>\n'
         f"<script>\n{read('explorer.js')}</script>\n"
     )
@@ -198,7 +198,8 @@ def page(explored: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title></head>\n<body><main class='alone'><h1>{title}</h1>\n"
+        f"<title>{title}</title>\n<style>\n{read('explorer.css')}</style></head>\n"
+        f"<body><main class='alone'><h1>{title}</h1>\n"
         f"{section(explored)}</main></body></html>\n"
     )
 

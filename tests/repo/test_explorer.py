@@ -138,6 +138,7 @@ def server(request, finished, tmp_path_factory):
     folder = finished / "run"
     if request.param == "decoder":
         home = links(tmp_path_factory.mktemp("decoder"))
+        torch.manual_seed(0)
         base = Llama(LlamaConfig.from_hf(DECODER)).float()
         write_pieces(home / "llama", sentences(500))
         checkpoint.save(base, home / "llama")
@@ -145,6 +146,8 @@ def server(request, finished, tmp_path_factory):
         folder = home / "run"
     loaded = explorer.load(folder)
     stir(loaded.adapters, seeded_generator())
+    for linear in loaded.adapters.linears.values():
+        linear.skill_B.data *= 10
     with explorer.Server(loaded, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
