@@ -1,6 +1,8 @@
 """Session set-up and the fixtures of more than one test module; helpers.py has the functions."""
 
+import contextlib
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -94,6 +96,16 @@ def copied(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
+
+
+@pytest.fixture
+def little_memory():
+    """Fail if the process grows by 500 MB or more, including what hypothesis remembers."""
+    with contextlib.suppress(OSError):  # Linux: reset the peak, which an earlier test may have set
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
 # ------------------------------------------------------------------------------------ the models

@@ -108,15 +108,6 @@ def test_table_has_each_score_under_its_heading(capsys):
     assert "rows: 9 train, 1 dev; run has all scores\n" in output
 
 
-def test_full_training_does_not_overwrite_its_base(home):
-    shutil.copytree(ROOT / "tiny", home / "work/model")
-    arguments = ["--method", "full", "--model", "work/model", "--out", "work"]
-    error = run("train.py", *arguments, *SHORT, cwd=home, code=2)
-    assert error.startswith("train.py: error: work/model: exists, and nothing is overwritten; ")
-    for path in (ROOT / "tiny").iterdir():
-        assert (home / "work/model" / path.name).read_bytes() == path.read_bytes()
-
-
 def test_a_run_says_what_its_settings_leave_open(home):
     """These are the rank of a plain LoRA, a shorter warm-up, and a w that is no distribution."""
     brief = "--device cpu --max-tasks 2 --eval-instances 2 --steps 20 --eval-every 20".split()
@@ -503,6 +494,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --out left": "left/adapter.safetensors: exists, and nothing is overwritten; add",
+    "train.py --method full --model own/model --out own": "own/model: exists, and nothing is",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
@@ -576,6 +568,8 @@ def mistaken(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "left").mkdir()
     (folder / "left/adapter.safetensors").touch()
+    (folder / "own").mkdir()
+    (folder / "own/model").symlink_to(ROOT / "tiny")
     for name in ("config.json", "metrics.jsonl", "results.json"):
         (folder / "empty" / name).write_text("{}")
     return folder

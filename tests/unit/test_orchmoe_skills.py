@@ -179,22 +179,17 @@ def test_attach_keeps_the_module_the_weight_and_the_class():
 
 
 def test_hooks_act_with_skills_and_without():
-    base, twin, x = net(), net(), X.clone().requires_grad_()
+    base, twin = net(), net()
     for model in (base, twin):
         model.q.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
         model.q.register_forward_hook(lambda _module, _args, y: y + 1)
-    backward = []
-    base.q.register_full_backward_hook(lambda *_args: backward.append(1))
     adapters = attached(base)
-    with adapters.routed(x) as routing:
-        base(x).sum().backward()
-        assert backward
-        expected = twin.q(x) + skills(base.q, 2 * x, routing.c[0])
-        torch.testing.assert_close(base.q(x), expected, **CLOSE)
+    with adapters.routed(X) as routing:
+        base.v(X)
+        expected = twin.q(X) + skills(base.q, 2 * X, routing.c[0])
+        torch.testing.assert_close(base.q(X), expected, **CLOSE)
     with adapters.disabled():
-        assert torch.equal(base(x), twin(x))
-    adapters.detach()
-    assert torch.equal(base(x), twin(x))
+        assert torch.equal(base(X), twin(X))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -284,25 +279,6 @@ def test_a_change_of_dtype_leaves_the_adapters_in_float32(router, dtype):
     assert routed(base, X.to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("kind", ["plain", "parametrized"])
-def test_a_compiled_model_is_one_graph_without_breaks(kind):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    base = net(kind)
-    adapters = attached(base)
-    parameters = [p for p in base.parameters() if p.requires_grad]
-    compiled = torch.compile(base, backend="eager", fullgraph=True)
-    for sign in (1, -1):  # the second routing must not be a constant of the first graph
-        found = []
-        for function in (base, compiled):
-            with adapters.routed(sign * X):
-                y = function(X)
-                found.append([y, *torch.autograd.grad(y.sum(), parameters)])
-        torch.testing.assert_close(*found, **CLOSE)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
-
-
 def test_a_tied_weight_is_adapted_only_in_its_linear():
     base = nn.Sequential(nn.Embedding(10, D), nn.Linear(D, 10, bias=False))
     base[1].weight = base[0].weight
@@ -316,15 +292,10 @@ def test_a_tied_weight_is_adapted_only_in_its_linear():
     assert base[1].weight is base[0].weight
 
 
-def test_a_linear_in_two_places_is_adapted_once():
-    shared = nn.Linear(D, D)
-    base = nn.Sequential(nn.ModuleDict({"q": shared}), nn.ModuleDict({"v": shared}))
-    adapters = attach(base, OrchMoEConfig(targets=("q", "v")))
-    assert adapters.linears == {"0.q": shared}
-
-
-@pytest.mark.parametrize("targets, path", [(("q",), "q"), (("twin",), "twin"), (("all",), "q")])
-def test_a_linear_with_two_names_can_be_named_by_either(targets, path):
+@pytest.mark.parametrize(
+    "targets, path", [(("q", "twin"), "q"), (("twin",), "twin"), (("all",), "q")]
+)
+def test_a_linear_with_two_names_can_be_named_by_either_and_is_adapted_once(targets, path):
     base = net()
     base.twin = base.q
     base.v = base.head = None

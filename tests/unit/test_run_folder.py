@@ -251,15 +251,6 @@ def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path,
 # ----------------------------------------------------------------------------------------- the rest
 
 
-def test_add_scores_keeps_the_rows_that_are_there(tmp_path):
-    folder = RunFolder(tmp_path)
-    scores = {"overall": {"rougeL": 1.0, "exact_match": 2.0}}
-    folder.add_scores("frozen base", {"seen": scores})
-    expected = {"frozen base": {"seen": scores}, "lora": {"unseen": scores}}
-    assert folder.add_scores("lora", {"unseen": scores}) == expected
-    assert runtime.read_json(folder.scores_path) == expected
-
-
 def test_only_rank_0_writes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "rank", lambda: 1)
     folder = RunFolder(tmp_path)
