@@ -6,12 +6,11 @@ Letters: B batch, L length (Ls source, Lt target where both occur), D width, V v
 Test: pytest tests/unit/test_model.py
 """
 
-import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +24,9 @@ IGNORED = -100  # the label of positions that carry no loss
 class Config:
     """Base of the frozen dataclass that describes a model of one family.
 
-    Its fields are named as in Hugging Face's config.json. Raise ValueError if a field has another
-    type than declared, or if a number is out of range. Numbers must be above 0, token ids at least
-    0, and all of them below 2^63.
+    Its fields are named as in Hugging Face's config.json; the first is vocab_size. Raise ValueError
+    if a field has another type than declared, or if a number is out of range. Numbers must be
+    above 0 and below 2^63, token ids at least 0 and below vocab_size.
     """
 
     # The values that these entries of a config.json may have, if they are there. Other values
@@ -43,10 +42,12 @@ class Config:
                 raise ValueError(f"{field.name} must be {wanted}, not {value!r:.60}")
 
             if field.type in (int, float):
-                lower = -1 if field.name.endswith("_token_id") else 0
-                if not lower < value < 2**63:
+                lower, upper = 0, 2**63
+                if field.name.endswith("_token_id"):
+                    lower, upper = -1, self.vocab_size
+                if not lower < value < upper:
                     raise ValueError(
-                        f"{field.name} must be above {lower} and below 2^63, not {value!r:.60}"
+                        f"{field.name} must be above {lower} and below {upper}, not {value!r:.60}"
                     )
 
     @classmethod
@@ -99,7 +100,7 @@ class Backbone(nn.Module):
         self.config = config
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
-        self.compile_backend = ""  # of torch.compile, which compile_blocks sets
+        self.compiled = None  # the function (block, *inputs) -> block(*inputs), see compile_blocks
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the head, which the target "all" leaves out."""
@@ -173,8 +174,8 @@ class Backbone(nn.Module):
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Return block(*inputs), compiled and with gradient checkpointing where these are set."""
         call = block
-        if self.compile_backend and compiles_well(*inputs):
-            call = partial(self._run_compiled, compiled_call(self.compile_backend), block)
+        if self.compiled and compiles_well(*inputs):
+            call = partial(self._run_compiled, self.compiled, block)
         if self.checkpoint_blocks and self.training:
             # No block draws random numbers, so their state need not be kept.
             return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -188,7 +189,7 @@ class Backbone(nn.Module):
         except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
             if re.search(r"C(\+\+)? compiler", str(error)):
                 raise  # only the user can help
-            self.compile_backend = ""
+            self.compiled = None
             warnings.warn(f"not compiled from now on, for {error!r:.300}", stacklevel=2)
             return block(*inputs)
 
@@ -211,8 +212,6 @@ class Backbone(nn.Module):
         It is called after each step, with True if this process has rows that go on, and returns
         whether all processes take another step.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         newest, state = self.start(input_ids, attention_mask, max_new_tokens)
         tokens = newest.new_full((len(newest), max_new_tokens), self.config.pad_token_id)
         eos_ids = newest.new_tensor(self.config.eos_ids)
@@ -252,16 +251,9 @@ class Backbone(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False
         # Compile backward at once, so that `_run_compiled` meets its errors too.
         torch._functorch.config.force_non_lazy_backward_lowering = True
-        torch._logging.set_logs(dynamo=logging.ERROR)  # we warn of the limit ourselves
-        self.compile_backend = backend
-
-
-@cache
-def compiled_call(backend: str) -> Callable:
-    """Return the function (block, *inputs) -> block(*inputs), compiled for all lengths."""
-    return torch.compile(
-        lambda block, *inputs: block(*inputs), dynamic=True, fullgraph=True, backend=backend
-    )
+        self.compiled = torch.compile(
+            lambda block, *inputs: block(*inputs), dynamic=True, fullgraph=True, backend=backend
+        )
 
 
 def compiles_well(x: Tensor, *context: Tensor) -> bool:

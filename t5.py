@@ -46,12 +46,6 @@ class T5Config(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        largest = max(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id)
-        if largest >= self.vocab_size:
-            raise ValueError(
-                f"vocab_size {self.vocab_size} must be above pad_token_id, eos_token_id and "
-                "decoder_start_token_id"
-            )
         # Else `relative_buckets` has no exact buckets, or no range for the logarithmic ones.
         if not 4 <= self.relative_attention_num_buckets < 2 * self.relative_attention_max_distance:
             raise ValueError(
@@ -351,14 +345,10 @@ class State:
         return self.strip[:, zero - t : zero + 1][None, :, None]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, and the columns that are padding in all of them."""
-        mask = self.mask[rows]
-        last = mask.cumsum(1).argmax(1)  # (B'): the last real token of each row
-        length = int(last.max()) + 1
-        self.mask = mask[:, :length]
-
+        """Drop all rows but these."""
+        self.mask = self.mask[rows]
         for cache in self.caches:
-            cache.source = cache.source[:, :, :, :length].index_select(1, rows)
+            cache.source = cache.source.index_select(1, rows)
             cache.target = cache.target.index_select(1, rows)
 
 

@@ -150,7 +150,7 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     ):
         check(base, backend, BATCHES[:3], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
-    assert not base.compile_backend
+    assert base.compiled is None
 
 
 def test_a_missing_compiler_is_an_error():

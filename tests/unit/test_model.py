@@ -50,8 +50,6 @@ def test_generate_drops_a_row_at_any_eos(pad):
     assert tokens.tolist() == expected
     assert kept == [[0, 1], [1]]  # it is not called when no row stays
     assert backbone.read.tolist() == [[12, 12, 11, 10, 9, 8]]
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        backbone.generate(input_ids, None, max_new_tokens=0)
 
 
 @both_t5
@@ -70,7 +68,6 @@ def test_cached_logits_equal_the_teacher_forced_ones_also_when_rows_are_dropped(
         if t == 3:
             rows = torch.tensor([0, 2, 3])
             state.keep(rows)
-            assert state.caches[0].source.shape[3] == 9  # of 14: the longest of these sources
 
 
 # ---------------------------------------------------------------------------- loss, masks, training
@@ -187,7 +184,7 @@ REFUSED = [
     ("pad_token_id", -1),
     ("relative_attention_num_buckets", 2),
     ("relative_attention_max_distance", 4),
-    ("vocab_size", 1),
+    ("eos_token_id", 37),
     ("scale_decoder_outputs", 1),
 ]
 
