@@ -343,10 +343,10 @@ def load_examples(
         names = data.FILE_FIELDS
         changed = [name for name in names if getattr(data_config, name) != getattr(own, name)]
         fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
-        if examples.digest == run.digests.get(kind, examples.digest):
+        if examples.digest == run.data.get(kind, examples.digest):
             pass
         elif not changed:
-            run.require_same(digests=run.digests | {kind: examples.digest})
+            run.require_same(data=run.data | {kind: examples.digest})
         elif changed != ["max_tasks"] or not fewer_tasks:
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest

@@ -134,7 +134,7 @@ def mean_routing(
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.load_sets(data_config, tokenizer, ["dev"], training=run.tasks)["dev"]
-    run.require_same(digests=run.digests | {"train": dev.digest})
+    run.require_same(data=run.data | {"train": dev.digest})
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 

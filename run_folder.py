@@ -14,10 +14,9 @@ Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 
 import fcntl
 import hashlib
-import json
-import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ class RunConfig:
     tasks: tuple[str, ...]  # training tasks, in the order of their ids
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
-    digests: dict  # hashes of the task files: {"train": ..., "test": ...}
-    kind: str  # of its adapters, see kind_of
+    data: dict  # hashes of task files and split lists: {"train": ..., "test": ...}
+    kind: str  # classes of its adapters, see kind_of
     start: str = ""  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
@@ -67,45 +66,37 @@ class RunConfig:
     def require_same(self, **found: Any) -> None:
         """Raise UserError if one of the named fields differs from what is found now."""
         for name, value in found.items():
-            if value != getattr(self, name):
-                if name == "digests":
-                    name = "digests (contents of task files or split lists)"
+            saved = getattr(self, name)
+            if value != saved:
                 raise UserError(
-                    f"{self.folder}: {name} changed since the run began; restore it, give its "
-                    "folder with --model or --data, or start a new run"
+                    f"{self.folder}: {name} changed since the run began, from {saved!r:.50} to "
+                    f"{value!r:.50}; restore it, give its folder with --model or --data, or start "
+                    "a new run"
                 )
-
-    def require_kind(self, kind: str) -> None:
-        """Raise UserError if the run has adapters of another kind."""
-        if kind != self.kind:
-            raise UserError(
-                f"{self.folder}: a study trained it with its own classes ({self.kind} in place of "
-                f"{kind}); only that study can go on with it"
-            )
 
     def adapter_digest(self) -> str:
         """Return 16 hex digits that tell the adapter that was best on dev from any other."""
         content = RunFolder(self.folder).adapter_path.read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
-    def load_adapter(self) -> tuple[dict[str, Tensor], dict]:
-        """Return the state and the metadata of the adapter that was best on dev.
+    def load_adapter(self) -> dict[str, Tensor]:
+        """Return the state of the adapter that was best on dev.
 
         Raise UserError if it belongs to another run.
         """
         path = RunFolder(self.folder).adapter_path
         state, metadata = checkpoint.load_adapter(path)
         expected = {
-            "base": self.base,
             "method": self.training["method"],
+            "config": self.adapter,
             "kind": self.kind,
             "tasks": list(self.tasks),
+            "base": self.base,
         }
         for name, value in expected.items():
             if metadata[name] != value:
-                found = f"{metadata[name]!r:.60}"
-                raise UserError(f"{path}: its {name}, {found}, is not the run's; restore the file")
-        return state, metadata
+                raise UserError(f"{path}: its {name} is not the run's; restore the file")
+        return state
 
 
 def kind_of(adapters: Adapters) -> str:
@@ -142,14 +133,11 @@ class RunFolder:
         self.model_path = self.path / "model"
         self.scores_path = self.path / "scores.json"
 
-    def best_path(self, method: str) -> Path:
-        """Return where the weights that are best on dev are."""
-        return self.model_path if method == "full" else self.adapter_path
-
-    def require_new(self, method: str, remedy: str) -> None:
-        """Raise UserError if a path that a run of this method writes exists."""
-        paths = (self.config_path, self.log_path, self.progress_path, self.scores_path)
-        runtime.require_new((*paths, self.best_path(method)), remedy)
+    def require_new(self) -> None:
+        """Raise UserError if a path that a run writes exists."""
+        written = (self.config_path, self.log_path, self.progress_path, self.scores_path)
+        best = (self.adapter_path, self.model_path)
+        runtime.require_new((*written, *best), "add --resume, or give another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -187,14 +175,12 @@ class RunFolder:
         """
         if self.config_path.exists():
             saved = read_config(self.path)
-            names = ["tasks", "base", "tokenizer", "digests"]
-            if not self.progress_path.exists():  # the run still depends on --start
-                names.append("start")
+            if self.progress_path.exists():  # the run does not depend on --start any more
+                config = replace(config, start=saved.start)
+            names = ("tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
-            saved.require_kind(config.kind)
-            config = replace(config, start=saved.start)
         else:
-            self.require_new(config.training["method"], "give another --out")
+            self.require_new()
         values = asdict(config)
         del values["folder"]
         for section in ("training", "dataset"):
@@ -210,17 +196,14 @@ class RunFolder:
             with runtime.naming_write_errors(self.log_path), open(self.log_path, "ab") as file:
                 file.write(runtime.to_json(record))
 
-    def truncate_log(self, first_step: int) -> None:
-        """Cut the log before the first line that is damaged or whose step is >= first_step."""
-        if runtime.rank() != 0 or not self.log_path.exists():
-            return
-        with runtime.naming_write_errors(self.log_path), open(self.log_path, "r+b") as file:
-            end = 0
-            while line := file.readline(2**20):  # a damaged file may be one long line
-                if not line.endswith(b"\n") or _step_of(line) >= first_step:
-                    break
-                end += len(line)
-            file.truncate(end)
+    def log_size(self) -> int:
+        """Return the size of metrics.jsonl in bytes."""
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def truncate_log(self, size: int) -> None:
+        """Cut off what was logged after the log had this size: steps that are run again."""
+        if runtime.rank() == 0 and 0 <= size < self.log_size():
+            os.truncate(self.log_path, size)
 
     def save_progress(
         self,
@@ -241,6 +224,7 @@ class RunFolder:
             "step": step,
             "best": best,
             "start_w": start_w,
+            "log_size": self.log_size(),
             "weights": adapters.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
@@ -250,14 +234,15 @@ class RunFolder:
     def load_progress(
         self, adapters: Adapters, optimizer: Optimizer, dev_examples: int
     ) -> tuple[int, float, Tensor | None]:
-        """Load the adapters and the optimizer's state from progress.pt.
+        """Load the adapters and the optimizer's state from progress.pt, and truncate the log.
 
         dev_examples: M. Return (step, best, start_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
         with runtime.reading(self.progress_path, "restore the file, or start a new run"):
-            if type(state["step"]) is not int or type(state["best"]) is not float:
-                raise ValueError("step or best has the wrong type")
+            for name, expected in (("step", int), ("best", float), ("log_size", int)):
+                if type(state[name]) is not expected:
+                    raise ValueError(f"{name} has the wrong type")
             if adapters.router is not None:
                 K = adapters.Z.shape[1]
                 if state["start_w"].shape != (dev_examples, K):
@@ -270,7 +255,8 @@ class RunFolder:
                 for name in ("exp_avg", "exp_avg_sq"):
                     if own[name].shape != parameter.shape:
                         raise ValueError("the moments of the optimizer do not fit the weights")
-            return state["step"], state["best"], state["start_w"]
+        self.truncate_log(state["log_size"])
+        return state["step"], state["best"], state["start_w"]
 
     def save_best(
         self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
@@ -310,16 +296,7 @@ class RunFolder:
 
     def read_scores(self) -> dict[str, dict]:
         """Return the rows of scores.json."""
-        if not self.scores_path.exists():
-            return {}
-        rows = runtime.read_json(self.scores_path)
-        with runtime.reading(self.scores_path, "restore or delete the file"):
-            for row in rows.values():
-                for scores in row.values():
-                    for metric in ("rougeL", "exact_match"):
-                        if not isinstance(scores["overall"][metric], float):
-                            raise ValueError(f"{metric} is not a number")
-        return rows
+        return runtime.read_json(self.scores_path) if self.scores_path.exists() else {}
 
 
 def new_folder(name: str) -> Path:
@@ -327,27 +304,15 @@ def new_folder(name: str) -> Path:
 
     Under torchrun, call it inside `runtime.distributed`.
     """
-    path = None
+    number = 1
     if runtime.rank() == 0:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while path is None:
-            try:
-                candidate = Path(f"{name}-{number}")
-                candidate.mkdir()
-                path = candidate
-            except FileExistsError:
-                number += 1
-    return runtime.gather_from_ranks(path)[0]
-
-
-def _step_of(line: bytes) -> float:
-    """Return the step of a line of metrics.jsonl, infinity if the line is damaged."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
+        while True:
+            with suppress(FileExistsError):
+                Path(f"{name}-{number}").mkdir()
+                break
+            number += 1
+    return Path(f"{name}-{runtime.gather_from_ranks(number)[0]}")
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -370,19 +335,12 @@ def load(
     """
     config = read_config(run) if run else None
     full = config is not None and config.training["method"] == "full"
-    if full and model:
-        raise UserError(f"--model: the run in {run} has its own weights; leave the flag out")
+    path = model
     if full:
         path = RunFolder(run).model_path
-        remedy = "the run has not saved any weights yet"
         device = device._replace(dtype=torch.float32)  # as they were trained
     elif config is not None:
         path = model or config.training["model"]
-        remedy = f"it is the base of {run}; give its folder with --model"
-    else:
-        path = model
-        remedy = checkpoint.DOWNLOAD
-    runtime.require_path(path, remedy)
 
     tokenizer = load_tokenizer(path)
     if config is not None:
@@ -395,8 +353,7 @@ def load(
     else:
         base = checkpoint.load(path, dtype=device.dtype, device=device.device)
     if config is None or full:
-        trainable = full and not shard  # only frozen weights can be split
-        adapters = NoAdapter(base, full=trainable)
+        adapters = NoAdapter(base, full=False)
     else:
         adapters = attach_trained(config, base, attach)
     if shard:
@@ -404,22 +361,19 @@ def load(
     return base, adapters.eval(), tokenizer
 
 
-def attach_trained(
-    config: RunConfig, base: Backbone, attach: Callable[..., Adapters] = attach_method
-) -> Adapters:
+def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adapters]) -> Adapters:
     """Attach the best adapters of the run (lowest dev loss) to its base."""
-    state, metadata = config.load_adapter()
-    path = RunFolder(config.folder).adapter_path
-    with runtime.reading(path, REMEDY):
-        method = metadata["method"]
-        adapter_config = runtime.from_json(OrchMoEConfig, metadata["config"])
-        options = {"num_tasks": len(metadata["tasks"])}
-        # Try it on the meta device first, so that a damaged config cannot allocate much memory.
-        with torch.device("meta"):
-            empty = attach(method, type(base)(base.config), adapter_config, **options)
-    config.require_kind(kind_of(empty))
-    with runtime.reading(path, REMEDY):
+    state = config.load_adapter()
+    run = RunFolder(config.folder)
+    method = config.training["method"]
+    adapter_config = config.section(OrchMoEConfig, "adapter")
+    tasks = len(config.tasks)
+    # Try it on the meta device first, so that a damaged config cannot allocate much memory.
+    with runtime.reading(run.config_path, REMEDY), torch.device("meta"):
+        empty = attach(method, type(base)(base.config), adapter_config, num_tasks=tasks)
+    config.require_same(kind=kind_of(empty))
+    with runtime.reading(run.adapter_path, REMEDY):
         empty.load_state_dict(state)
-    adapters = attach(method, base, adapter_config, **options)
+    adapters = attach(method, base, adapter_config, num_tasks=tasks)
     adapters.load_state_dict(state)
     return adapters

@@ -157,8 +157,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 
     config = settings.training
     if launch.out:
-        remedy = "add --resume, or give another --out"
-        RunFolder(launch.out).require_new(config.method, remedy)
+        RunFolder(launch.out).require_new()
 
     # The method must use every given flag, and something must train at every given rate.
     used_settings = settings_of_method(config.method, settings.adapter.router)
@@ -268,8 +267,8 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
     start = read_config(config.start)
-    start.require_kind(kind_of(adapters))
-    state, _ = start.load_adapter()
+    start.require_same(kind=kind_of(adapters))
+    state = start.load_adapter()
     with runtime.reading(f"{config.start}/adapter.safetensors"):
         adapters.load_state_dict(state)
     if config.trainable == "mixture":
@@ -436,7 +435,7 @@ def train(
         tasks=tuple(train_set.tasks),
         base=checkpoint.fingerprint(config.model),
         tokenizer=tokenizer.fingerprint,
-        digests={name: sets[name].digest for name in ("train", "test") if name in sets},
+        data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
     )
 
@@ -493,11 +492,11 @@ def train(
             start_w = evaluation.router_weights(
                 base, adapters, held_out["dev"], config.eval_batch_size
             )
+            run.truncate_log(0)
         else:
             first_step, best_loss, start_w = run.load_progress(
                 adapters, optimizer, len(held_out["dev"])
             )
-        run.truncate_log(first_step)
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
         autocast = torch.autocast(

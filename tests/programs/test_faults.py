@@ -219,28 +219,44 @@ def test_an_archive_on_several_disks_is_refused(tmp_path):
 
 # --------------------------------------------------------------------------- hostile run folders
 
-ADAPTERS = [  # words of the message, changed metadata of adapter.safetensors, its changed config
-    ("its method", {"method": "lora"}, {}),
-    ("its base", {"base": "0" * 16}, {}),
-    ("its kind", {"kind": "OrchMoE, RandomRouter"}, {}),
-    ("its tasks", {"tasks": ["task1"]}, {}),
-    ("Z has shape", {}, {"skills": 4096, "rank": 4096}),  # a terabyte
-    ("alpha", {}, {"alpha": 10**400}),
-    ("skills: True", {}, {"skills": True}),
-    ("targets", {}, {"targets": ["z"]}),
+
+def change_adapter(folder, **changes):
+    """Change the metadata of adapter.safetensors."""
+    path = folder / "adapter.safetensors"
+    state, info = checkpoint.load_adapter(path)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    checkpoint.save_adapter(path, state, **(info | changes))
+
+
+OTHER_ADAPTERS = {
+    "method": "lora",
+    "config": {"alpha": 7},
+    "kind": "OrchMoE, RandomRouter",
+    "tasks": ["task1"],
+    "base": "0" * 16,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ADAPTERS)
+def test_the_adapter_of_another_run_is_refused(copied, name):
+    change_adapter(copied, **{name: OTHER_ADAPTERS[name]})
+    with refusal(copied / "adapter.safetensors", f"its {name} is not the run's"):
+        run_folder.load(CPU, run=copied)
+
+
+CONFIGS = [  # changed config of the adapters, file that the message names, words of the message
+    ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "Z has shape"),  # a terabyte
+    ({"alpha": 10**400}, "config.json", "alpha"),
+    ({"skills": True}, "config.json", "skills: True"),
+    ({"targets": ["z"]}, "config.json", "targets"),
 ]
 
 
-@pytest.mark.parametrize("words, changes, config", ADAPTERS)
-def test_an_adapter_that_does_not_fit_its_metadata_is_refused(
-    copied, bounded, words, changes, config
-):
-    path = copied / "adapter.safetensors"
-    state, info = checkpoint.load_adapter(path)
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    changes = {**info, **changes, "config": info["config"] | config}
-    checkpoint.save_adapter(path, state, **changes)
-    with refusal(path, words):
+@pytest.mark.parametrize("change, file, words", CONFIGS)
+def test_adapters_that_do_not_fit_their_config_are_refused(copied, bounded, change, file, words):
+    change_config(copied, "adapter", **change)
+    change_adapter(copied, config=run_folder.read_config(copied).adapter)
+    with refusal(copied / file, words):
         run_folder.load(CPU, run=copied)
 
 
@@ -297,13 +313,6 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
     assert error.startswith("train.py: error: run: another process wrote it meanwhile")
     for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
-
-
-@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}], ids=str)
-def test_a_resumed_run_refuses_damaged_scores(copied, rows):
-    runtime.write_json(copied / "scores.json", rows)
-    error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert error.startswith("train.py: error: run/scores.json: ") and error.count("\n") == 1
 
 
 def test_a_resumed_run_without_scores_scores_the_frozen_base_again(copied):

@@ -259,8 +259,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
     export = ["export.py", "--run", "run", "--out", "served", "--mean", *moved]
-    contents = "digests (contents of task files or split lists)"
-    require_changed(contents, [*EVALUATE, *moved], [*RESUME, *moved], export)
+    require_changed("data", [*EVALUATE, *moved], [*RESUME, *moved], export)
 
     # A field that SentencePiece does not know: the same pieces in another file.
     with open(tmp_path / "tiny/spiece.model", "ab") as file:
