@@ -1,6 +1,6 @@
 """What the router of a finished run has learnt, as numbers for a JSON file.
 
-experiments/study.py reports on each of its runs, experiments/plot.py on any run of train.py.
+experiments/study.py reports on each of its runs.
 
 Letters: M samples, K abstract tasks, N adapted Linears, S skills.
 Test: pytest tests/experiments/test_routing.py
@@ -8,7 +8,6 @@ Test: pytest tests/experiments/test_routing.py
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 
 import data
 import eval as evaluation
-import run_folder
-import runtime
-import train
 from model import Backbone
 from orchmoe import Adapters, OrchMoE
 
@@ -67,11 +63,9 @@ def report(
 ) -> dict[str, Any]:
     """Return numbers about the routing of M examples.
 
-    skill_use: mean c (S) of each Linear. distance_from_equal: mean of |c - 1/S|. allocation: Zhat
-    (N,K,S). skill_cosine: how alike the skills are. With a router of samples also router_report,
-    mutual_information with the category, task_information: that with the task, w: the mean w (K)
-    of each real task, and category: that of each task. Return {} for methods without one c for a
-    sample.
+    distance_from_equal: mean of |c - 1/S|. skill_cosine: how alike the skills are. With a router of
+    samples also router_report, mutual_information with the category, and task_information: that
+    with the task. Return {} for methods without one c for a sample.
     """
     if not isinstance(adapters, OrchMoE):
         return {}
@@ -83,12 +77,9 @@ def report(
     if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
-    use = dict(zip(adapters.linears, c.mean(dim=1).tolist(), strict=True))
     found: dict[str, Any] = {
-        "allocation": routing.Zhat[0].double().round(decimals=4).tolist(),
         "distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item(),
         "skill_cosine": skill_cosine(adapters),
-        "skill_use": use,
     }
     if not routing.shared:
         w = routing.w.float().cpu()
@@ -97,23 +88,4 @@ def report(
         found |= evaluation.router_report(w, examples)
         found["mutual_information"] = mutual_information(w, [categories[task] for task in tasks])
         found["task_information"] = mutual_information(w, tasks)
-        found["category"] = categories
-        found["w"] = {}
-        for name in sorted(categories):
-            rows = [i for i, task in enumerate(tasks) if task == name]
-            found["w"][name] = w[rows].mean(dim=0).tolist()
     return found
-
-
-def report_on_run(folder: str | Path, device: runtime.Device, *, model: str = "") -> dict[str, Any]:
-    """Return the report on the seen instances that a run of train.py was scored on.
-
-    model: where the run's base is now, if it has moved.
-    """
-    run = run_folder.read_config(folder)
-    config = run.section(train.TrainConfig, "training")
-    base, adapters, tokenizer = run_folder.load(device, run=folder, model=model)
-    which = evaluation.EvalConfig(run=str(folder), split="seen", limit=config.eval_instances)
-    data_config = run.section(data.DataConfig, "dataset")
-    seen, _ = evaluation.load_examples(which, data_config, run, tokenizer)
-    return report(base, adapters, seen, batch_size=config.eval_batch_size)

@@ -45,7 +45,7 @@ import runtime
 import tokenizer as tokenizers
 import train
 from baselines import count_parameters
-from experiments import plot, routing
+from experiments import routing
 from experiments.heuristics import copy_heuristic
 from experiments.routers import attach_with
 from experiments.search import AXES, Search, axes_of
@@ -233,7 +233,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
             if not train.train(cell.settings, device, launch, **options):
                 return None
         if not cell.row.w:
-            on_dev = [line for line in plot.records(cell.folder) if "dev_loss" in line]
+            on_dev = [line for line in log_of(cell.folder) if "dev_loss" in line]
             best = min(on_dev, key=lambda line: line["dev_loss"])
             result["dev_loss"] = best["dev_loss"]
             result["router"] = best.get("router")
@@ -244,6 +244,13 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
     if cell.scores == "dev tasks":
         result["dev_loss"] = result["dev"]["overall"]["loss"]
     return result
+
+
+def log_of(folder: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl of a run."""
+    path = folder / "metrics.jsonl"
+    with runtime.reading(path, "resume the run, which repairs it"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def steps_done(folder: Path) -> int:
@@ -315,10 +322,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
 
     if cell.row.model == "trained" and not cell.row.w and "seen" in held_out:
-        report = routing.report(base, adapters, held_out["seen"], **options)
-        runtime.write_json(cell.folder / "routing.json", report)
-        numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
-        result["learnt"] = numbers
+        result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
 
 

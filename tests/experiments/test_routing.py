@@ -1,9 +1,7 @@
 """What the router of a run has learnt: numbers of known tables, and of a finished run."""
 
 import functools
-import json
 import math
-import os
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import data
 import eval as evaluation
 from baselines import NoAdapter, attach_method
 from experiments import routing
-from helpers import run
 from orchmoe import OrchMoEConfig
 
 
@@ -35,27 +32,6 @@ from orchmoe import OrchMoEConfig
 def test_mutual_information_of_known_tables(w, expected):
     found = routing.mutual_information(w, ["x", "x", "y", "y"])
     assert found == pytest.approx(expected, abs=1e-9, nan_ok=True)
-
-
-def test_plot_measures_the_routing_of_a_run_once(copied):
-    """It is measured again when the run has trained on."""
-    pytest.importorskip("matplotlib")
-
-    def written():
-        out = run("experiments/plot.py", "--run", "run", cwd=copied.parent)
-        return [line.split("/")[-1] for line in out.splitlines()]
-
-    first, *figures = written()
-    assert first == "routing.json"
-    assert {"loss.png", "router.png", "allocation.png"} <= set(figures)
-    path = copied / "routing.json"
-    learnt = json.loads(path.read_text())
-    assert len(learnt["w"]) == 4
-    assert len(learnt["skill_use"]) == 20
-    assert written() == figures
-    later = path.stat().st_mtime + 1
-    os.utime(copied / "adapter.safetensors", (later, later))
-    assert "routing.json" in written()
 
 
 def sampled(lengths):
@@ -79,8 +55,6 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
         c = adapters.route(w=w).c  # (N,M,S)
     close = functools.partial(pytest.approx, rel=1e-4)
     assert learnt["distance_from_equal"] == close((c - 1 / 2).abs().mean().item())
-    assert list(learnt["skill_use"].values())[3] == close(c[3].mean(0).tolist())
-    assert learnt["w"]["a2"] == close(w[[1, 4]].mean(0).tolist())
     information = routing.mutual_information(w, [example.category for example in examples])
     assert learnt["mutual_information"] == close(information)
 
@@ -88,7 +62,7 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
 @pytest.mark.parametrize(
     "method, router, names",
     [
-        ("orchmoe", "none", {"allocation", "distance_from_equal", "skill_cosine", "skill_use"}),
+        ("orchmoe", "none", {"distance_from_equal", "skill_cosine"}),
         ("orchmoe", "token", set()),
         ("moe-lora", "sample", set()),
         ("c-poly", "sample", set()),

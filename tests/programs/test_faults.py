@@ -24,7 +24,7 @@ import data
 import run_folder
 import runtime
 import train
-from experiments import plot
+from experiments import study
 from helpers import ROOT, SHORT, change_config, command, interrupted, run, run_shell, trace
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
@@ -119,7 +119,7 @@ READERS = {
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
     "scores.json": runtime.read_json,
-    "metrics.jsonl": of_folder(plot.records),
+    "metrics.jsonl": of_folder(study.log_of),
     "x.tokens": read_cache,
 }
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}

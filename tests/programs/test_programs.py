@@ -505,7 +505,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --model tiny --data bad.jsonl --split seen": "bad.jsonl, line 2: JSONDecodeError: ",
     f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
     f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
-    "experiments/plot.py --run empty": "empty/metrics.jsonl: ",
     # Values.
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",

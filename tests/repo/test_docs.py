@@ -1,10 +1,8 @@
 """What people read: drawing, table of memory, progress bars and figures."""
 
-import json
 import multiprocessing
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ import runtime
 import t5
 from baselines import attach_method, count_parameters
 from docs import architecture
-from experiments import plot
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
@@ -101,61 +98,3 @@ def test_bar_is_shown_on_a_terminal_and_not_by_a_worker(on_terminal, parent, sho
     bar = runtime.progress(range(4), "train")
     assert bar.disable != shown
     assert not shown or bar.delay == 1  # short loops have no bar
-
-
-# ---------------------------------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Return {file name: figure} of what is drawn. No file is written."""
-    pytest.importorskip("matplotlib")
-    figures = {}
-
-    def keep(figure, path):
-        figures[path.name] = figure
-        return path
-
-    monkeypatch.setattr(plot, "save", keep)
-    yield figures
-    plot.pyplot().close("all")
-
-
-ROUTING = {
-    "w": {"b1": [0.9, 0.1], "a2": [0.2, 0.8], "a1": [0.4, 0.6]},
-    "category": {"a1": "A", "a2": "A", "b1": "B"},
-    "allocation": [[[0.25, 0.75], [0.5, 0.5]]],
-    "skill_use": {"q": [0.3, 0.7]},
-}
-
-
-def labels(axis):
-    return [text.get_text() for text in axis.get_ticklabels()]
-
-
-def image(axes):
-    return axes.images[0].get_array().tolist()
-
-
-def test_figures_of_a_run(tmp_path, drawn):
-    log = [{"step": 0, "loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 1, "dev_loss": 1.5}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-    (tmp_path / "routing.json").write_text(json.dumps(ROUTING))
-    list(plot.run_figures(tmp_path))
-
-    loss, router, allocation = [figure.axes for figure in drawn.values()]
-    assert loss[0].lines[1].get_xydata().tolist() == [[2, 1.5]]  # the dev loss, after two steps
-    assert labels(router[0].yaxis) == ["A:  a1", "a2", "B:  b1"]
-    assert labels(router[0].xaxis) == ["1", "2"]  # as eval.py --ask numbers them
-    assert image(router[0]) == [[0.4, 0.6], [0.2, 0.8], [0.9, 0.1]]
-    assert image(allocation[0]) == [[0.25, 0.75, 0.5, 0.5]]
-    uses = [row[0] for row in allocation[1].containers]
-    assert [(use.get_x(), use.get_width()) for use in uses] == [(0, 0.3), (0.3, 0.7)]
-
-
-def test_map_of_many_tasks_has_a_row_for_each_category(tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(plot, "MOST_ROWS", 2)
-    plot.router_map(ROUTING, tmp_path / "router.png", tmp_path)
-    axes = drawn["router.png"].axes[0]
-    assert labels(axes.yaxis) == ["A", "B"]
-    np.testing.assert_allclose(image(axes), [[0.3, 0.7], [0.9, 0.1]])

@@ -11,7 +11,7 @@ from unittest import mock
 import runtime
 from helpers import ROOT
 
-PROGRAMS = ("train", "eval", "export", "experiments.plot")
+PROGRAMS = ("train", "eval", "export")
 NAMES = ("bench", "compare", "computed", "decision", "efficiency", "explorer", "gpu_check", "map")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
