@@ -191,16 +191,6 @@ def test_compare_remakes_only_lost_cells(small, home):
     assert read(lost) | {"seconds": 0} == saved | {"seconds": 0}
 
 
-def test_compare_refuses_cells_of_other_settings(small, home):
-    error = run(home, *METHODS, "--steps", "4", code=2)
-    first = "out/tune/orchmoe_0.01_2_2e-05_0.01.json"
-    assert error.endswith(
-        f"{first}: made with steps 3, not 4; name another folder with --out or "
-        "--results, or delete it\n"
-    )
-    assert error.count("\n") == 1
-
-
 def cell_of(folder, name, **options):
     """Return a cell that is never really run."""
     path = folder / f"{name}.json"

@@ -32,13 +32,6 @@ def test_search_edges_names_an_axis_without_a_neighbour():
     assert "| lora | 6 | lr_skills 0.01, alpha 0.04 | 9.0000 | alpha |" in text
 
 
-def test_search_next_point_order():
-    """Neighbours come before diagonals, and these before points two steps away."""
-    points = list(searched((0, 0)).losses)
-    assert [max(map(abs, point)) for point in points] == [0] + [1] * 8 + [2] * 3
-    assert [sum(map(abs, point)) for point in points[:9]] == [0] + [1] * 4 + [2] * 4
-
-
 def test_search_values():
     search = Search({"lr_skills": 1e-2, "alpha": 2.0}, trials=1)
     assert search.values((1, -1)) == {"lr_skills": 0.0316, "alpha": 1.0}

@@ -10,9 +10,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -282,24 +279,6 @@ def test_tokenizers(folder, tokenizer_folder, name, drawn):
         assert ids[-1] == found.eos_ids[0]
         assert all(0 <= i < found.size for i in ids)
         found.decode(range(-1, found.size + 1))
-
-
-CACHED = {"a": torch.arange(999), "b": ["\u00fc"]}
-
-
-@given(st.data())
-def test_token_caches(folder, drawn):
-    def load():
-        return data.cached(["x"], [], lambda: CACHED)
-
-    shutil.rmtree(folder / "cache", ignore_errors=True)
-    environment = mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache"))
-    with environment, mock.patch.object(os, "fsync"):  # which takes half of the time
-        load()
-        (path,) = (folder / "cache/orchmoe").iterdir()
-        path.write_bytes(drawn.draw(damaged(path.read_bytes())))
-        found = load()
-    assert found["a"].tolist() == list(range(999)) and found["b"] == ["\u00fc"]
 
 
 # ---------------------------------------------------------------------------- prompts and metrics

@@ -32,7 +32,6 @@ from helpers import (
     ROOT,
     SMALL_T5,
     interrupted,
-    make_example,
     process,
     records,
     run,
@@ -242,20 +241,6 @@ def test_loading_a_sharded_base_takes_the_memory_of_a_share(tmp_path):
     for line in lines:
         added, share = json.loads(line)
         assert 0.9 * share < added < 1.3 * share
-
-
-@pytest.mark.parametrize("parts, ranks", [(1, 3), (4, 3), (2, 8)])
-def test_every_row_is_in_one_share(parts, ranks):
-    lengths = range(2, 9)
-    batch = data.collate([make_example("e", [5], [[5] * length]) for length in lengths])
-    taken = []
-    for rank in range(ranks):
-        pieces = list(batch.split(parts, rank, ranks))
-        assert len(pieces) == parts  # all processes take as many steps
-        for rows, piece in pieces:
-            taken += rows
-            assert piece.target_tokens == sum(lengths[row] for row in rows)
-    assert sorted(taken) == list(range(7))
 
 
 def test_generation_waits_for_other_processes(small_t5, inputs):

@@ -162,16 +162,6 @@ def test_read_splits_needs_a_task_and_a_plain_folder(repository):
         read_splits(repository)
 
 
-def test_real_files_are_read(sni_dir):
-    """Read the small files of the whole repository, or nearly all files of the sample."""
-    splits = read_splits(sni_dir)
-    assert (len(splits["train"]), len(splits["test"])) in ((756, 119), (687, 58))
-    for name in splits["train"] + splits["test"]:
-        path = sni_dir / "tasks" / f"{name}.json"
-        if path.stat().st_size < 1e6:
-            read_task(path)
-
-
 @pytest.mark.parametrize("n", [0, 4, 5, 30, 139, 140, 1000])
 def test_split_instances_gives_disjoint_sets_and_the_start_of_a_larger_train(n):
     train, dev, seen = split_instances(range(n), "task1_a", 1000)
@@ -506,10 +496,15 @@ def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, to
 
 
 def test_cached_replaces_a_damaged_file(cache):
-    assert cached(["x"], [], lambda: [1]) == cached(["x"], [], None) == [1]
+    result = {"tokens": torch.arange(9)}
+    for make in (lambda: result, None):
+        assert torch.equal(cached(["x"], [], make)["tokens"], result["tokens"])
     (path,) = cache.iterdir()
-    path.write_bytes(b"")
-    assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(9).numpy().tobytes()) + 8] += 1
+    for damaged in (b"", content):
+        path.write_bytes(damaged)
+        assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
 
 
 def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
@@ -582,15 +577,20 @@ def test_collate_pads_and_masks():
 def test_batch_splits_into_its_rows_as_wide_as_the_longest():
     examples = [make_example(f"e{i}", [5] * (i + 1), [[9] * (7 - i)], i) for i in range(7)]
     batch = collate(examples)
-    for parts, sizes in ((1, [7]), (3, [3, 3, 1]), (9, [1] * 7)):
-        pieces = list(batch.split(parts))
-        assert [len(rows) for rows, _ in pieces] == sizes
-        assert [i for rows, _ in pieces for i in rows] == list(range(7))
-        for rows, piece in pieces:
-            expected = collate(examples[rows.start : rows.stop])
-            for name, field in expected._asdict().items():
-                found = getattr(piece, name)
-                assert torch.equal(found, field) if name != "ids" else found == field
+    for parts, ranks, count in ((1, 1, 1), (3, 1, 3), (9, 1, 7), (4, 3, 4), (2, 8, 2)):
+        taken = []
+        for rank in range(ranks):
+            pieces = list(batch.split(parts, rank, ranks))
+            assert len(pieces) == count  # all processes take as many steps
+            for rows, piece in pieces:
+                taken += rows
+                if not rows:
+                    assert piece.target_tokens == 0
+                    continue
+                expected = collate([examples[row] for row in rows])
+                assert piece.ids == expected.ids
+                torch.testing.assert_close(piece[:4], expected[:4], rtol=0, atol=0)
+        assert sorted(taken) == list(range(7))
 
 
 def test_collate_draws_references_by_seed_step_task_and_id():

@@ -80,26 +80,19 @@ def test_neither_junk_in_the_padding_nor_its_side_matters(llama_pair, llama_batc
 
 
 @pytest.mark.parametrize("llama_folder", ["llama3", "qwen3"], indirect=True)
-def test_checkpointed_and_compiled_blocks_give_the_same_gradients(llama_pair, llama_batch):
+def test_checkpointed_blocks_give_the_same_gradients(llama_pair, llama_batch):
     def gradients(own):
         for part in (llama_batch, tuple(x[:2] for x in llama_batch)):
             own.train().loss(*part).backward()
         return {name: p.grad for name, p in own.named_parameters()}
 
-    plain, checkpointed, compiled = (copy.deepcopy(llama_pair[1]) for _ in range(3))
+    plain, checkpointed = (copy.deepcopy(llama_pair[1]) for _ in range(2))
     expected = gradients(plain)
     calls = []
     checkpointed.blocks[0].up.register_forward_hook(lambda *_: calls.append(1))
     checkpointed.checkpoint_blocks = True
     torch.testing.assert_close(gradients(checkpointed), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4  # once more in each backward
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled.compile_blocks("eager")
-    torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    compiled.eval().generate(*llama_batch[:2], max_new_tokens=2)
 
 
 def test_bfloat16_is_near_float32(llama_pair, llama_batch):
