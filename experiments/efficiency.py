@@ -128,8 +128,9 @@ def text(results: Path, found: dict[int, Groups]) -> str:
         for other in EQUAL:
             both = groups.get("orchmoe", {}).keys() & groups.get(other, {}).keys()
             if both and other != "orchmoe":
-                finished = is_finished(groups, "orchmoe") and is_finished(groups, other)
-                seeds = f"{len(both)}" if finished else f"{len(both)}, unfinished"
+                seeds = f"{len(both)}"
+                if len(both) < DEFAULTS["seeds"]:
+                    seeds += ", unfinished"
                 row = [f"{number} examples: orchmoe - {other}", seeds]
                 rows.append(row + [signed_difference(groups, "orchmoe", other, s) for s in SETS])
     parts = [table(["difference", "seeds", *SETS], rows)]

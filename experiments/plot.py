@@ -10,17 +10,8 @@ from typing import Any
 import runtime
 from runtime import UserError
 
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-)
-MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+MARKERS = "osD^"
 WIDTH = 8.5  # inches at 150 dots: a page shows it at 850 pixels, where 9 points are 12 pixels
 
 

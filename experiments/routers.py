@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import runtime
 from experiments.sizes import attach_larger
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
-from runtime import UserError
 
 
 class RandomRouter(TaskRouter):
@@ -58,17 +57,14 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
-NAMES = ("", "random", "task")
-
-
 def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
     """Return a function like attach_method with the router `name`. With "" it is the learnt one.
 
     random: see RandomRouter. task: an oracle that knows the task of each training sample, with
     K = T. extra_rank: more ranks, see sizes.attach_larger.
     """
-    if name not in NAMES:
-        raise UserError(f"router {name}: choose one of {', '.join(NAMES[1:])}")
+    if name not in ("", "random", "task"):
+        raise ValueError(f"router {name}: unknown")
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":

@@ -297,6 +297,8 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
         base, adapters, _ = run_folder.load(device, model=config.model)
     else:
         base, adapters, _ = run_folder.load(device, run=cell.folder, attach=attach)
+        if config.method == "full":
+            base.requires_grad_(True)  # all of it was trained, and counts
         result["parameters"] = count_parameters(adapters)
 
     options = {"batch_size": config.eval_batch_size}
@@ -613,11 +615,6 @@ class Study:
             if report["dev_loss"] == math.inf:
                 raise UserError(f"{name}: all trials diverged; start from a lower --lr-skills")
             self.best[name] = self.best.get(name, {}) | report["best"]
-            if report["edges"]:
-                runtime.warn(
-                    f"{name}: the best value of {', '.join(report['edges'])} is on the edge of "
-                    "what was tried; raise --trials, for all rows"
-                )
         path = self.results / "tuning.json"
         runtime.write_json(path, read_tuning(self.results) | reports)
         return reports
