@@ -1,27 +1,23 @@
 """What the figures of the studies share. Needs matplotlib, and no display.
 
 The colours can be told apart by the colour-blind (Okabe and Ito).
-Test: pytest tests/experiments/test_compare.py
 """
 
 from pathlib import Path
 from typing import Any
 
 import runtime
-from runtime import UserError
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = "osD^"
 WIDTH = 8.5  # inches at 150 dots: a page shows it at 850 pixels, where 9 points are 12 pixels
 
 
-def pyplot() -> Any:
-    """Return matplotlib.pyplot, which draws into memory. Raise UserError if it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
+def canvas(title: str, of: str, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return a figure of a page's width and its axes. `of` is the second line of the title."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into memory
     import matplotlib.pyplot as plt
 
     plt.rcParams["axes.spines.top"] = False
@@ -29,12 +25,7 @@ def pyplot() -> Any:
     plt.rcParams["font.size"] = 9
     plt.rcParams["axes.titlesize"] = 9
     plt.rcParams["legend.frameon"] = False
-    return plt
-
-
-def canvas(title: str, of: str | Path, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return a figure of a page's width and its axes. `of` is the second line of the title."""
-    figure, axes = pyplot().subplots(figsize=(WIDTH, height), layout="constrained", **options)
+    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained", **options)
     figure.suptitle(f"{title}\n{of}", fontsize=10)
     return figure, axes
 
@@ -42,5 +33,4 @@ def canvas(title: str, of: str | Path, height: float, **options: Any) -> tuple[A
 def save(figure: Any, path: Path) -> Path:
     with runtime.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
-    pyplot().close(figure)
     return path

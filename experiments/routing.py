@@ -1,6 +1,4 @@
-"""What the router of a finished run has learnt, as numbers for a JSON file.
-
-experiments/study.py reports on each of its runs.
+"""What the router of a finished run has learnt, as numbers for the file of a cell.
 
 Letters: M samples, K abstract tasks, N adapted Linears, S skills.
 Test: pytest tests/experiments/test_routing.py
@@ -8,7 +6,6 @@ Test: pytest tests/experiments/test_routing.py
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +57,12 @@ def skill_cosine(adapters: Adapters) -> float:
 @torch.no_grad()
 def report(
     base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Return numbers about the routing of M examples.
 
     distance_from_equal: mean of |c - 1/S|. skill_cosine: how alike the skills are. With a router of
-    samples also router_report, mutual_information with the category, and task_information: that
-    with the task. Return {} for methods without one c for a sample.
+    samples also eval.router_report, mutual_information with the category, and task_information:
+    that with the task. Return {} for methods without one c for a sample.
     """
     if not isinstance(adapters, OrchMoE):
         return {}
@@ -77,15 +74,14 @@ def report(
     if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
-    found: dict[str, Any] = {
+    found = {
         "distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item(),
         "skill_cosine": skill_cosine(adapters),
     }
     if not routing.shared:
         w = routing.w.float().cpu()
-        categories = {example.task: example.category for example in examples}
-        tasks = [example.task for example in examples]
         found |= evaluation.router_report(w, examples)
-        found["mutual_information"] = mutual_information(w, [categories[task] for task in tasks])
-        found["task_information"] = mutual_information(w, tasks)
+        categories = [example.category for example in examples]
+        found["mutual_information"] = mutual_information(w, categories)
+        found["task_information"] = mutual_information(w, [example.task for example in examples])
     return found

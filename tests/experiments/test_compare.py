@@ -21,7 +21,7 @@ import run_folder
 import runtime
 import train
 from baselines import attach_method
-from experiments import compare, plot, routers, study
+from experiments import compare, routers, study
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
 from helpers import ROOT, environment, links
@@ -404,12 +404,6 @@ def test_compare_refuses_a_wrong_command_line(home, flags, words):
 def test_compare_refuses_several_processes(home, monkeypatch):
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     assert "this program runs in one process" in run(home, code=2)
-
-
-def test_pyplot_without_matplotlib_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        plot.pyplot()
 
 
 # -------------------------------------------------------------------------------------- the study

@@ -1,4 +1,4 @@
-"""What the router of a run has learnt: numbers of known tables, and of a finished run."""
+"""What the router of a run has learnt: numbers of known tables and of a small model."""
 
 import functools
 import math

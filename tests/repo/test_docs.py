@@ -1,4 +1,4 @@
-"""What people read: drawing, table of memory, progress bars and figures."""
+"""What people read: drawing, table of memory and progress bars."""
 
 import multiprocessing
 import sys
