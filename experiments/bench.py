@@ -9,7 +9,7 @@ that whatever slows the machine slows all. Beside it are its quartiles over the 
     python -m experiments.bench --only peers --model smollm2  # peft's routed adapters
     python -m experiments.bench --only host                   # what Python costs, at tiny shapes
 
-Needs transformers and peft. An older peft lacks Lily: then its rows are left out.
+Needs transformers, and a peft that has Lily.
 Letters: B batch, L source length, Lt target length, D input width, O output width, S skills,
 R rank.
 Test: pytest tests/experiments/test_bench.py
@@ -19,7 +19,6 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import platform
 import re
 import tempfile
 import time
@@ -48,6 +47,7 @@ import t5
 import tokenizer as tokenizers
 from baselines import NoAdapter, attach_method
 from experiments.random_t5 import init_weights
+from experiments.study import kind_of_cpu
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from runtime import UserError
@@ -60,7 +60,7 @@ POLY = "peft Poly"
 LORA = "peft LoRA"
 LILY = "peft Lily"
 XLORA = "peft X-LoRA"
-PEERS = {POLY: "PolyConfig", LILY: "LilyConfig", XLORA: "XLoraConfig"}
+PEERS = (POLY, LILY, XLORA)
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
@@ -138,13 +138,6 @@ def row(what: str, of: str, to: str, values: Times, wanted: str = "", unit: str 
 
 
 # ----------------------------------------------------------------------------- adapters of peft
-
-
-def available_peers() -> list[str]:
-    """Return those of PEERS that the installed peft has."""
-    import peft
-
-    return [name for name, cls in PEERS.items() if hasattr(peft, cls)]
 
 
 def adapter_weights(model: nn.Module) -> int:
@@ -243,11 +236,11 @@ def linear_contestants(
             nn.init.normal_(parameter, std=0.02)
         return lambda: torch.autograd.grad(linear(x, **inputs), [x, *trained, *c], dy)
 
-    def routed(mix=kernels.mix_skills, skills=8):
+    def routed(mix=kernels.mix_skills):
         module = frozen()
-        orchmoe.attach(module, OrchMoEConfig(skills=skills, rank=R, targets=("q",)), mix)
+        orchmoe.attach(module, OrchMoEConfig(skills=8, rank=R, targets=("q",)), mix)
         # As `routed` does. What makes c, once for all Linears, is in the training step.
-        c = torch.rand(samples, skills, device=device).requires_grad_()
+        c = torch.rand(samples, 8, device=device).requires_grad_()
         module.q.skill_weights = c
         return contestant(module.q, c)
 
@@ -272,12 +265,10 @@ def linear_contestants(
         "plain twin": routed(orchmoe.mix_skills),
         "loop over skills": routed(skills_loop),
         "einsum with expert axis": routed(skills_einsum),
-        "routed, S 4": routed(skills=4),
-        "routed, S 16": routed(skills=16),
     }
     if dtype != torch.float32:
         found[f"{LORA} all in bf16"] = adapted(LORA, wide=False)
-    for name in (LORA, *available_peers()):
+    for name in (LORA, *PEERS):
         found[name] = adapted(name)
     return found
 
@@ -289,7 +280,6 @@ LINEAR_ROWS = (
     ("plain twin", "routed Linear", ""),
     ("loop over skills", "routed Linear", ">= 2"),
     ("einsum with expert axis", "routed Linear", ""),
-    ("routed, S 16", "routed, S 4", "<= 1.25"),
     *((name, "routed Linear", "") for name in PEERS),
 )
 
@@ -310,7 +300,7 @@ def bench_linear(setup: Setup) -> list[str]:
                 f"B {shape[0]}, L {shape[1]}, S 8, R {R}, LoRA of rank {8 * R}"
             )
             for of, to, wanted in LINEAR_ROWS:
-                if of in times and to in times:
+                if to in times:
                     lines.append(row(what, of, to, times, wanted))
     return lines
 
@@ -461,10 +451,8 @@ def memory_rows(
     setup: Setup, what: str, makers: dict[str, Callable[[], Step]], batch: data.Batch
 ) -> list[str]:
     """Return rows of the peak memory of others beside ours, each in a process of its own."""
-    measurable = setup.device.type == "cuda"
-    if setup.device.type == "cpu":
-        measurable = Path("/proc/self/clear_refs").exists()
-    if not measurable:
+    on_linux = setup.device.type == "cpu" and Path("/proc/self/clear_refs").exists()
+    if setup.device.type != "cuda" and not on_linux:
         return []
     peaks = {}
     for name, make in makers.items():
@@ -478,7 +466,7 @@ def memory_rows(
 
 
 def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch) -> Times:
-    """Time training steps. Raise UserError if the losses of the first ones differ."""
+    """Time training steps. Raise ValueError if the losses of the first ones differ."""
     losses = {name: step(batch) for name, step in steps.items()}
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise ValueError(f"the first losses of the contestants differ: {losses}")
@@ -543,11 +531,10 @@ def decoder_steps(setup: Setup) -> list[str]:
 
 def bench_peers(setup: Setup) -> list[str]:
     """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
-    peers = available_peers()
-    if not setup.model and XLORA in peers:
-        # In peft 0.21 it cannot load its experts into a T5: it changes the names of the weights.
-        peers.remove(XLORA)
-    return beside_ours(setup, peers)
+    if setup.model:
+        return beside_ours(setup, [POLY, LILY, XLORA])
+    # In peft 0.21 X-LoRA cannot load its experts into a T5: it changes the names of the weights.
+    return beside_ours(setup, [POLY, LILY])
 
 
 # ------------------------------------------------------------------------------------ host time
@@ -555,13 +542,12 @@ def bench_peers(setup: Setup) -> list[str]:
 MIXES = {
     "plain twin": orchmoe.mix_skills,
     "routed": kernels.mix_skills,
-    "compiled mix": torch.compile(kernels.mix_skills, dynamic=True),
     "--compile": kernels.mix_skills,
 }
 
 
 def bench_host(setup: Setup) -> list[str]:
-    """Return the rows of what Python costs in a Linear and in a block, where kernels are tiny."""
+    """Return the rows of what Python costs in a block, where kernels are tiny."""
     tiny = setup._replace(quick=True, model="")
     contestants: Contestants = {}
     with ExitStack() as stack:
@@ -572,23 +558,19 @@ def bench_host(setup: Setup) -> list[str]:
             x = base.embed(torch.ones(2, 4, dtype=torch.long, device=base.device))
             stack.enter_context(adapters.routed(x))
             x = x.detach().requires_grad_()
-            calls = {"Linear": partial(block.attention.q, x)}
             if name == "--compile":
                 base.compile_blocks(setup.choose("eager", "inductor"))
-                calls = {}  # it compiles whole blocks
-            calls["block"] = partial(base.run_block, block, x, base.encoder.position(4))
+            forward = partial(base.run_block, block, x, base.encoder.position(4))
             trained = [x, *adapters.parameter_groups()["skills"]]
             trained += [linear.skill_weights for linear in adapters.linears.values()]
-            for part, call in calls.items():
-                contestants[f"{name}, {part}"] = call
-                contestants[f"{name}, {part} and backward"] = partial(gradients, call, trained)
+            contestants[f"{name}, forward"] = forward
+            contestants[f"{name}, and backward"] = partial(gradients, forward, trained)
         times = interleave(setup, contestants, setup.choose(3, 1000))
-    what = "host time, 2 x 4 tokens, every Linear of a block adapted"
+    what = "host time, a block with every Linear adapted, 2 x 4 tokens"
     lines = []
-    for name in times:
-        mix, part = name.split(", ")
-        if mix != "routed":
-            lines.append(row(what, name, f"routed, {part}", times, unit="us"))
+    for name in ("plain twin", "--compile"):
+        for part in ("forward", "and backward"):
+            lines.append(row(what, f"{name}, {part}", f"routed, {part}", times, unit="us"))
     return lines
 
 
@@ -653,8 +635,8 @@ def bench_generate(setup: Setup) -> list[str]:
 
 @torch.no_grad()
 def bench_decode(setup: Setup) -> list[str]:
-    """Decode one sample with folded, routed and no skills; then many samples of many tasks."""
-    count, length, most, rounds = setup.choose((4, 16, 6, 2), (64, 128, 64, 15))
+    """Return the rows of decoding one sample with no skills beside folded and routed ones."""
+    length, most, rounds = setup.choose((16, 6, 2), (128, 64, 15))
     bare, folded, routed = (our_base(setup).eval() for _ in range(3))
     adapters = []
     for base in (folded, routed):
@@ -663,22 +645,12 @@ def bench_decode(setup: Setup) -> list[str]:
         for linear in adapters[-1].linears.values():
             nn.init.normal_(linear.skill_B, std=0.02)
     to_fold, to_route = adapters
-    ids = torch.randint(3, 1000, (count, length), device=setup.device)
+    ids = torch.randint(3, 1000, (1, length), device=setup.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    sample = {"embeddings": bare.embed(ids[:1]), "mask": mask[:1]}
+    sample = {"embeddings": bare.embed(ids), "mask": mask}
 
     def decode(base):
-        return base.generate(ids[:1], mask[:1], max_new_tokens=most)
-
-    def decode_all(w):
-        with to_route.routed(w=w):
-            routed.generate(
-                ids[:, :16], mask[:, :16], max_new_tokens=most // 2, on_keep=to_route.keep
-            )
-
-    def fold():
-        with to_fold.folded(**sample):
-            pass
+        return base.generate(ids, mask, max_new_tokens=most)
 
     contestants = {
         "bare base": partial(decode, bare),
@@ -688,24 +660,12 @@ def bench_decode(setup: Setup) -> list[str]:
     with to_fold.folded(**sample), to_route.routed(**sample):
         same = "the same" if torch.equal(decode(folded), decode(routed)) else "other"
         times = interleave(setup, contestants, rounds)
-    times["a token of the bare base"] = [seconds / most for seconds in times["bare base"]]
-
-    w = torch.rand(count, 8, device=setup.device).softmax(1)
-    contestants = {
-        "folding and restoring": fold,
-        "a batch of one task": partial(decode_all, w[:1].expand(count, -1)),
-        "a batch of many tasks": partial(decode_all, w),
-    }
-    times |= interleave(setup, contestants, rounds)
-    one = (
+    what = (
         f"decoding one sample, {length} tokens in, {most} out; folded gives {same} tokens as routed"
     )
-    many = f"decoding {count} samples, {most // 2} tokens out"
     return [
-        row(one, "bare base", "folded", times, ">= 0.97"),
-        row(one, "bare base", "routed", times),
-        row(one, "folding and restoring", "a token of the bare base", times),
-        row(many, "a batch of many tasks", "a batch of one task", times, "<= 1.05"),
+        row(what, "bare base", "folded", times, ">= 0.97"),
+        row(what, "bare base", "routed", times),
     ]
 
 
@@ -723,9 +683,7 @@ PARTS = {
 
 def machine(setup: Setup) -> str:
     """Return one line about the machine and the versions."""
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    name = kind_of_cpu()
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
     packages = ("torch", "transformers", "peft")
