@@ -264,9 +264,9 @@ def inline(text: str, walk: dict[str, Any]) -> str:
             parts[i] = mathml(part[1:-1])
         else:
             part = html.escape(part, quote=False)
-            part = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part)
-            parts[i] = re.sub(r"\[([^]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', part)
-    return "".join(parts)
+            parts[i] = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part)
+    # Links come last, since a link may have code inside.
+    return re.sub(r"\[([^]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', "".join(parts))
 
 
 def table_html(rows: list[list[str]]) -> str:

@@ -55,6 +55,7 @@ def test_anchors_are_unique_and_every_link_has_one():
     anchors = re.findall(r' id="([^"]+)"', PAGE)
     assert len(anchors) == len(set(anchors))
     assert set(re.findall(r'href="#([^"]+)"', PAGE)) <= set(anchors)
+    assert "](#" not in PAGE  # every link of the text became one
 
 
 # ---------------------------------------------------------------------------------------- the notes
