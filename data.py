@@ -27,7 +27,6 @@ import random
 import re
 import string
 import time
-import zipfile
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,31 +110,26 @@ def read_task(path: str | os.PathLike) -> dict:
     with runtime.reading(path, "repair it or take the task off the list"):
         category = _first(task.get("Categories")) or "Unknown"
         definition = _first(task["Definition"])
-        require_text(category, "Categories")
-        require_text(definition, "Definition")
+        texts = [category, definition]
 
         positive = list(task.get("Positive Examples", []))
         negative = list(task.get("Negative Examples", []))
         for example in positive + negative:
-            for text in [example["input"], example["output"], example.get("explanation", "")]:
-                require_text(text, "Positive or Negative Examples")
+            texts += [example["input"], example["output"], example.get("explanation", "")]
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            instance_id = row.get("id")
-            if instance_id is None:
-                instance_id = f"{path.stem}-{number}"
-            instance_id = str(instance_id)
+            instance_id = str(row.get("id", f"{path.stem}-{number}"))
             references = row["output"]
             if not isinstance(references, list):
                 references = [references]
             if not references:
                 raise ValueError(f"Instances[{number}]: output is empty")
-            for text in [instance_id, row["input"], *references]:
-                require_text(text, f"Instances[{number}]")
+            texts += [instance_id, row["input"], *references]
             instances.append({"id": instance_id, "input": row["input"], "output": references})
         if not instances:
             raise ValueError("Instances is empty")
+        require_texts(texts)
 
     return {
         "name": path.stem,
@@ -154,27 +148,20 @@ def _first(value: Any) -> Any:
     return value
 
 
-def require_text(value: Any, field: str) -> str:
-    """Return `value`. Raise UserError if it is not a str that UTF-8 can encode.
+def require_texts(values: list) -> None:
+    """Raise TypeError unless all values are strings, UnicodeEncodeError for a lone surrogate.
 
     JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would
     silently change prompts and references.
     """
-    if not isinstance(value, str):
-        raise UserError(f"{field}: expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{field}: expected text without lone surrogates") from None
-    return value
+    "".join(values).encode()
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
     """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
 
     The order is that of the lists. Tasks without a file in tasks/ are left out with a warning.
-    Raise UserError if a list is missing, if none of the listed tasks has a file, or if a task
-    with a file is on both lists.
+    Raise UserError if a list is missing, or if a task with a file is on both lists.
     """
     root = Path(root)
     _require_plain_name(splits, "--splits")
@@ -201,13 +188,8 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         folder = root / "splits" / splits
         raise UserError(f"{folder}: {min(both)} is on both lists; take it off one of them")
     if missing:
-        problem = (
-            f"{root / 'tasks'}: {len(missing)} tasks of splits/{splits} are missing, "
-            f"such as {missing[0]}"
-        )
-        if not found["train"] and not found["test"]:
-            raise UserError(f"{problem}, and no other is there; complete the folder")
-        runtime.warn(problem)
+        problem = f"{len(missing)} tasks of splits/{splits} are missing, such as {missing[0]}"
+        runtime.warn(f"{root / 'tasks'}: {problem}")
     return found
 
 
@@ -276,7 +258,7 @@ def _read_row(line: bytes, number: int) -> tuple[str, dict]:
     """Return the task and the instance in a line."""
     if len(line) > LARGEST_LINE:
         raise ValueError(f"longer than {LARGEST_LINE} bytes")
-    row = json.loads(line.decode("utf-8-sig"))
+    row = json.loads(line)
     if "messages" in row:
         raise ValueError("chat templates are left to TRL; see integrations/trainer.py")
     instruction = _field(row, "prompt", "instruction")
@@ -288,8 +270,7 @@ def _read_row(line: bytes, number: int) -> tuple[str, dict]:
     if text:
         instance |= {"definition": instruction, "input": text}
     task = row.get("task", NO_TASK)
-    for value in [task, instance["id"], instruction, instance["input"], *references]:
-        require_text(value, "prompt, answer, task or id")
+    require_texts([task, instance["id"], instruction, instance["input"], *references])
     if not instruction.strip() or not references:
         raise ValueError("the prompt or the list of answers is empty")
     return task, instance
@@ -345,7 +326,7 @@ def render_prompt(
 ) -> str:
     """Return the prompt of an instance, exactly as the official Tk-Instruct code builds it.
 
-    task, instance: dicts from `read_task`, or as they are in the JSON file.
+    task, instance: dicts from `read_task`. The lists of examples may be missing.
     tokenizer: anything with encode(text) -> ids with EOS at the end, and decode(ids) -> text.
 
     First positive, then negative examples of the task are added in order. The first one with which
@@ -355,8 +336,7 @@ def render_prompt(
     """
     head = ""
     if definition:
-        text = task["definition"] if "definition" in task else _first(task["Definition"])
-        head = _line("Definition", text) + "\n\n"
+        head = _line("Definition", task["definition"]) + "\n\n"
     tail = "Now complete the following example -\n"
     tail += _line("Input", instance["input"]) + "\nOutput: "
 
@@ -365,8 +345,7 @@ def render_prompt(
     # of some lines are official too.
     checked_head = head
     for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
-        official = task.get(f"{kind} Examples", [])
-        examples = task.get(kind.lower(), official)
+        examples = task.get(kind.lower(), [])
         fitting: list[str] = []
         for number, example in enumerate(examples[:limit], start=1):
             lines = [
@@ -402,24 +381,18 @@ def _line(name: str, text: str) -> str:
 
 def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
     """Return the prompt of an instance as the settings ask for it."""
-    if not config.is_jsonl:
-        return render_prompt(
-            task,
-            instance,
-            tokenizer,
-            definition=config.definition,
-            num_pos=config.num_pos,
-            num_neg=config.num_neg,
-            explanation=config.explanation,
-            max_source_length=config.max_source_length,
-        )
-    if not config.wrapper:
-        return _plain_prompt(instance)
+    if config.is_jsonl:
+        if not config.wrapper:
+            return _plain_prompt(instance)
+        task = instance
     return render_prompt(
-        instance,
+        task,
         instance,
         tokenizer,
-        definition="definition" in instance,
+        definition=config.definition and "definition" in task,
+        num_pos=config.num_pos,
+        num_neg=config.num_neg,
+        explanation=config.explanation,
         max_source_length=config.max_source_length,
     )
 
@@ -458,10 +431,8 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums
         saved = torch.load(path, weights_only=True)
-        if not damaged and saved["stamps"] == stamps:
+        if saved["stamps"] == stamps:
             return saved["result"]
     except Exception:  # no cache file yet, or a damaged one: call make()
         pass

@@ -340,14 +340,9 @@ def load_examples(
     if run:
         kind = "test" if config.split == "test" else "train"
         own = run.section(data.DataConfig, "dataset")
-        names = data.FILE_FIELDS
-        changed = [name for name in names if getattr(data_config, name) != getattr(own, name)]
-        fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
-        if examples.digest == run.data.get(kind, examples.digest):
-            pass
-        elif not changed:
+        if all(getattr(data_config, name) == getattr(own, name) for name in data.FILE_FIELDS):
             run.require_same(data=run.data | {kind: examples.digest})
-        elif changed != ["max_tasks"] or not fewer_tasks:
+        elif examples.digest != run.data.get(kind):
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 
@@ -356,25 +351,22 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: data.DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = dict.fromkeys(data_config.idle, f"--data {data_config.data} does not use it")
-    idle["max_target_length"] = "the metrics take whole references"
+    idle = data_config.idle | {"max_target_length"}  # the metrics take whole references
     if config.split != "train":
-        idle["train_instances"] = f"--split {config.split} does not depend on it"
+        idle.add("train_instances")
     if config.split != "test":
-        idle["test"] = f"--split {config.split} does not depend on it"
-    if is_full:
-        for name in ("model", "dtype"):
-            idle[name] = "a run with --method full has its own weights, in float32"
+        idle.add("test")
+    if is_full:  # such a run has its own weights, in float32
+        idle |= {"model", "dtype"}
     if config.ask:
-        used = {"max_source_length"}
+        idle |= {"split", "out", "limit", "batch_size", *vars(data_config)}
+        idle -= {"max_source_length"}
         if data_config.is_jsonl:
-            used |= {"data", "wrapper"}
-        unused = {"split", "out", "limit", "batch_size", *vars(data_config)} - used
-        idle |= dict.fromkeys(unused, "--ask does not use it")
+            idle -= {"data", "wrapper"}
     else:
-        idle["input"] = "only --ask uses it"
-    for name in sorted(flags.keys() & idle.keys()):
-        raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
+        idle.add("input")
+    for name in sorted(flags.keys() & idle):
+        raise UserError(f"{runtime.flag(name)}: it would have no effect here; leave it out")
 
 
 def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:

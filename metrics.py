@@ -8,21 +8,12 @@ operations, and it stems each word once.
 Test: pytest tests/unit/test_metrics.py; tests/parity compares with official numbers and rouge_score
 """
 
-import os
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
-# NLTK cannot be imported by a user without HOME and without an entry in the table of users.
-has_home = os.path.expanduser("~") != "~"
-if not has_home:
-    os.environ["HOME"] = os.sep
-
-from nltk.stem.porter import PorterStemmer  # noqa: E402
-
-if not has_home:
-    del os.environ["HOME"]
+from nltk.stem.porter import PorterStemmer
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again

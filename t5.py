@@ -180,10 +180,6 @@ class RelativeBias(nn.Module):
         return windows.flip(1)[None]
 
 
-# Keys and values (B,H,L,E): a pair, or in a cache one tensor (2,B,H,L,E).
-KeysValues = tuple[Tensor, Tensor] | Tensor
-
-
 @dataclass
 class Cache:
     """Keys and values of one decoder block while it generates."""
@@ -213,12 +209,13 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         bias: Tensor,
-        keys_values: KeysValues | None = None,
+        keys_values: tuple[Tensor, Tensor] | Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the output of attention (B,L,D) for x (B,L,D).
 
-        With `keys_values` this is cross-attention. Without, x attends to itself and, if there is a
+        With `keys_values`, a pair of (B,H,L,E) or one tensor (2,B,H,L,E), this is cross-attention.
+        Without, x attends to itself and, if there is a
         cache, to the target tokens in it; x is then added to the cache.
         """
         q = self.split_heads(self.q(x))  # (B,H,L,E)
@@ -264,7 +261,7 @@ def norm(config: T5Config) -> nn.RMSNorm:
 class Block(nn.Module):
     """A block of the encoder or, if `cross`, of the decoder, which reads the encoder states too."""
 
-    fsdp_methods = ("start", "step")  # see Backbone
+    fsdp_methods = ("start",)  # see Backbone
 
     def __init__(self, config: T5Config, *, cross: bool):
         super().__init__()
@@ -282,33 +279,26 @@ class Block(nn.Module):
         bias: Tensor,
         states: Tensor | None = None,
         states_bias: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Return the output (B,L,D) for whole rows x (B,L,D) and encoder states (B,Ls,D)."""
-        source = None if states is None else self.cross_attention.keys_values(states)
-        return self.step(x, bias, source, states_bias)
+        """Return the output (B,L,D) for whole rows x (B,L,D) and encoder states (B,Ls,D).
+
+        With a cache instead of states, x (B,1,D) is the next token of each row.
+        """
+        source = None
+        if states is not None:
+            source = self.cross_attention.keys_values(states)
+        elif cache is not None:
+            source = cache.source  # computed once
+        x = x + self.attention(self.attention_norm(x), bias, cache=cache)
+        if source is not None:
+            x = x + self.cross_attention(self.cross_norm(x), states_bias, source)
+        return x + self.ffn(self.ffn_norm(x))
 
     def start(self, states: Tensor) -> Cache:
         """Return the cache that generation starts with, given the encoder states (B,Ls,D)."""
         source = torch.stack(self.cross_attention.keys_values(states))
         return Cache(source, target=source[:, :, :, :0])
-
-    def step(
-        self,
-        x: Tensor,
-        bias: Tensor,
-        source: KeysValues | None,
-        states_bias: Tensor | None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Return the output (B,L,D), given the keys and values of the source.
-
-        With a cache, x (B,1,D) is the next token of each row. Generation calls this method instead
-        of forward, so that the keys and values of the source are computed once.
-        """
-        x = x + self.attention(self.attention_norm(x), bias, cache=cache)
-        if source is not None:
-            x = x + self.cross_attention(self.cross_norm(x), states_bias, source)
-        return x + self.ffn(self.ffn_norm(x))
 
 
 class Stack(nn.Module):
@@ -435,7 +425,7 @@ class T5(Backbone):
         bias = state.bias()
         states_bias = padding_bias(state.mask, x.dtype)
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block.step(x, bias, cache.source, states_bias, cache)
+            x = block(x, bias, None, states_bias, cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @classmethod

@@ -279,9 +279,10 @@ def reply(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
 
     Raise ValueError for a text that is too long or a w that does not fit.
     """
-    reference = data.require_text(request["reference"], "reference")
+    reference = request["reference"]
+    data.require_texts([request["prompt"], reference])
     ids = {
-        "prompt": loaded.tokenizer.source(data.require_text(request["prompt"], "prompt")),
+        "prompt": loaded.tokenizer.source(request["prompt"]),
         "reference": loaded.tokenizer.target(reference),
     }
     for name, most in (

@@ -288,7 +288,7 @@ def train_pieces(prefix, lines, **options):
     )
 
 
-def write_pieces(folder, corpus, eos_id=2):
+def write_pieces(folder, corpus):
     """Train Llama's kind of SentencePiece model on `corpus`. Write it into `folder`."""
     train_pieces(
         folder / "tokenizer",
@@ -301,7 +301,7 @@ def write_pieces(folder, corpus, eos_id=2):
         split_digits=True,
         unk_id=0,
         bos_id=1,
-        eos_id=eos_id,
+        eos_id=2,
     )
     return folder
 

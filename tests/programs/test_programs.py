@@ -130,7 +130,7 @@ def test_full_weights_are_evaluated_in_float32(copied):
     assert base.embedding.weight.dtype == torch.float32
     for flag, value in (("--dtype", "bfloat16"), ("--model", ROOT / "tiny")):
         error = run(*EVALUATE, flag, value, cwd=cwd, code=2)
-        assert f"{flag}: a run with --method full has its own weights" in error
+        assert f"{flag}: it would have no effect here" in error
 
 
 # ---------------------------------------------------------------------- interruptions and resuming
@@ -290,9 +290,6 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     other_data = dataclasses.replace(own_data, max_tasks=6)
     examples, _ = evaluation.load_examples(config, other_data, saved, tokenizer)
     assert "these are not the task files of the run" in capsys.readouterr().err
-    fewer_tasks = dataclasses.replace(own_data, max_tasks=2)
-    evaluation.load_examples(config, fewer_tasks, saved, tokenizer)
-    assert not capsys.readouterr().err
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
@@ -535,18 +532,18 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --method poly --abstract-tasks 64": "--abstract-tasks: --method poly does not use it",
     "train.py --method full --rank 3": "--rank: --method full does not use it",
     "train.py --lr-full 3": "--lr-full: --method orchmoe --router sample does not use it",
-    f"{TINY} --max-target-length 9": "--max-target-length: the metrics take whole references",
-    f"{TINY} --train-instances 9": "--train-instances: --split test does not depend on it",
-    f"{TINY} --input word": "--input: only --ask uses it; leave it out",
-    f"{TINY} --split seen --test x": "--test: --split seen does not depend on it; leave it out",
+    f"{TINY} --max-target-length 9": "--max-target-length: it would have no effect here",
+    f"{TINY} --train-instances 9": "--train-instances: it would have no effect here",
+    f"{TINY} --input word": "--input: it would have no effect here",
+    f"{TINY} --split seen --test x": "--test: it would have no effect here",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
     "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
     "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give the",
-    f"{ASK} --split seen": "--split: --ask does not use it; leave it out",
-    f"{ASK} --limit 9": "--limit: --ask does not use it; leave it out",
-    f"{ASK} --out x": "--out: --ask does not use it; leave it out",
-    f"{ASK} --num-pos 1": "--num-pos: --ask does not use it; leave it out",
-    f"{ASK} --batch-size 9": "--batch-size: --ask does not use it; leave it out",
+    f"{ASK} --split seen": "--split: it would have no effect here",
+    f"{ASK} --limit 9": "--limit: it would have no effect here",
+    f"{ASK} --out x": "--out: it would have no effect here",
+    f"{ASK} --num-pos 1": "--num-pos: it would have no effect here",
+    f"{ASK} --batch-size 9": "--batch-size: it would have no effect here",
     "train.py --router none --router-norm none": "--router-norm: --method orchmoe --router none",
 }
 

@@ -228,18 +228,13 @@ def test_read_folder_refuses_an_index(index, tmp_path):
 WI = "decoder.block.0.layer.2.DenseReluDense.wi.weight"
 JUNK = {f"junk{i}": torch.ones(2) for i in range(5)}
 EMPTY = {f"empty{i}": torch.ones(0) for i in range(5)}
-SCALES = {
-    name: torch.ones(37, 32).to(torch.float8_e8m0fnu)
-    for name in ("shared.weight", "lm_head.weight")
-}
 DO_NOT_FIT = [
     ({}, {"shared.weight": None}, "missing tensor 'shared.weight'"),
     ({}, JUNK, r"unexpected tensors \(5\): \['junk0', 'junk1', 'junk2'\]"),
-    ({}, {WI: torch.ones(48, 31)}, r"wi.* \[48, 31\].*\[48, 32\]"),
-    ({}, {WI: torch.ones(48, 32).long()}, "wi.* asks for floats"),
+    ({}, {WI: torch.ones(48, 31)}, r"wi.* shape torch.Size\(\[48, 31\]\)"),
+    ({}, {WI: torch.ones(48, 32).long()}, "copying the parameter named .*wi"),
     ({"num_layers": 10**9}, EMPTY, "blocks are more than 1000"),
     ({"d_model": 2**62, "d_ff": 2**62}, {}, ""),  # more bytes than 64 bits count
-    ({}, SCALES, "not implemented|asks for floats"),  # some versions of torch cannot compare these
 ]
 
 
@@ -260,12 +255,6 @@ def test_load_refuses_a_folder_without_weights_or_config(folder):
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
         load(folder)
-
-
-def test_save_refuses_foreign_tensors(folder):
-    t5 = load(folder)
-    t5.extra = torch.nn.Linear(2, 2)
-    check_refused(lambda path: save(t5, path), folder, "'extra.bias', 'extra.weight'")
 
 
 # ----------------------------------------------------------------------------------- fingerprint

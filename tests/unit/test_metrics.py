@@ -4,13 +4,10 @@ parity/ compares with the official numbers and with rouge_score.
 """
 
 import random
-import subprocess
-import sys
 
 import pytest
 
 import metrics
-from helpers import ROOT
 
 
 def test_lcs_equals_the_quadratic_dynamic_programme():
@@ -48,14 +45,3 @@ def test_score_takes_the_best_reference_and_averages_over_instances():
     assert scores["tasks"]["t1"] == {"exact_match": 50, "rouge1": 50, "rougeL": 50}
     assert scores["categories"]["c"]["rougeL"] == pytest.approx((100 + 200 / 3) / 3)
     assert scores["overall"]["rouge1"] == pytest.approx((200 + 200 / 3) / 4)
-
-
-def test_a_user_without_home_or_name_can_score():
-    """A container may run under any user number: no HOME, no entry in the table of users."""
-    program = (
-        "import os, pwd; pwd.getpwuid = {}.__getitem__; import metrics\n"
-        "print(metrics.rouge_l('running dogs', ['run dog']), 'HOME' in os.environ)"
-    )
-    words = [sys.executable, "-c", program]
-    environment = {"PYTHONPATH": str(ROOT)}
-    assert subprocess.check_output(words, env=environment, text=True) == "1.0 False\n"

@@ -179,7 +179,7 @@ REFUSED = [
     ("d_model", True),
     ("d_model", 10**30),
     ("d_ff", None),
-    ("layer_norm_epsilon", "1e-6"),
+    ("layer_norm_epsilon", True),
     ("layer_norm_epsilon", math.nan),
     ("pad_token_id", -1),
     ("relative_attention_num_buckets", 2),
