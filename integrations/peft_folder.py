@@ -190,7 +190,7 @@ def pair_factors(
     names = set()
     for key, tensor in tensors.items():
         match = LORA_KEY.fullmatch(key)
-        if match is None or tensor.dtype not in checkpoint.FLOAT_DTYPES:
+        if match is None or not tensor.is_floating_point():
             raise UserError(f"{key!r:.80} is no factor of a LoRA in a Linear")
         names.add(match[1])
     if not names:
