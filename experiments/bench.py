@@ -542,12 +542,13 @@ def bench_peers(setup: Setup) -> list[str]:
 MIXES = {
     "plain twin": orchmoe.mix_skills,
     "routed": kernels.mix_skills,
+    "compiled mix": torch.compile(kernels.mix_skills, dynamic=True),
     "--compile": kernels.mix_skills,
 }
 
 
 def bench_host(setup: Setup) -> list[str]:
-    """Return the rows of what Python costs in a block, where kernels are tiny."""
+    """Return the rows of what Python costs in a Linear and in a block, where kernels are tiny."""
     tiny = setup._replace(quick=True, model="")
     contestants: Contestants = {}
     with ExitStack() as stack:
@@ -558,19 +559,23 @@ def bench_host(setup: Setup) -> list[str]:
             x = base.embed(torch.ones(2, 4, dtype=torch.long, device=base.device))
             stack.enter_context(adapters.routed(x))
             x = x.detach().requires_grad_()
+            calls = {"Linear": partial(block.attention.q, x)}
             if name == "--compile":
                 base.compile_blocks(setup.choose("eager", "inductor"))
-            forward = partial(base.run_block, block, x, base.encoder.position(4))
+                calls = {}  # it compiles whole blocks
+            calls["block"] = partial(base.run_block, block, x, base.encoder.position(4))
             trained = [x, *adapters.parameter_groups()["skills"]]
             trained += [linear.skill_weights for linear in adapters.linears.values()]
-            contestants[f"{name}, forward"] = forward
-            contestants[f"{name}, and backward"] = partial(gradients, forward, trained)
+            for part, call in calls.items():
+                contestants[f"{name}, {part}"] = call
+                contestants[f"{name}, {part} and backward"] = partial(gradients, call, trained)
         times = interleave(setup, contestants, setup.choose(3, 1000))
-    what = "host time, a block with every Linear adapted, 2 x 4 tokens"
+    what = "host time, 2 x 4 tokens, every Linear of a block adapted"
     lines = []
-    for name in ("plain twin", "--compile"):
-        for part in ("forward", "and backward"):
-            lines.append(row(what, f"{name}, {part}", f"routed, {part}", times, unit="us"))
+    for name in times:
+        mix, part = name.split(", ")
+        if mix != "routed":
+            lines.append(row(what, name, f"routed, {part}", times, unit="us"))
     return lines
 
 
