@@ -487,6 +487,14 @@ def seeded_generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def adapted(base, method="orchmoe", **options):
+    """Attach a method to the base. Return adapters whose outputs depend on the routing."""
+    config = OrchMoEConfig(**options)
+    adapters = attach_method(method, base, config, num_tasks=3, generator=seeded_generator())
+    stir(adapters, seeded_generator(1))
+    return adapters
+
+
 def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", attach=attach_method, **options):
     """Return the base in `folder` and its adapters, which change the outputs a little."""
     base = checkpoint.load(folder, dtype=torch.float32)

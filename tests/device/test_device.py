@@ -17,23 +17,20 @@ from torch.utils import cpp_extension
 import run_folder
 import runtime
 import train
-from baselines import attach_method
 from experiments import gpu_check
 from experiments.bench import Setup
 from helpers import (
     LLAMA_FAMILIES,
     ROOT,
     T5_CONFIGS,
+    adapted,
     interrupted,
     links,
     random_batch,
     run,
-    seeded_generator,
     small_model,
-    stir,
     trace,
 )
-from orchmoe import OrchMoEConfig
 
 # --------------------------------------------------------------------------------------- the device
 
@@ -211,17 +208,9 @@ def test_the_check_of_a_gpu(second):
 # --------------------------------------------------------------------------------------- the models
 
 
-def adapted(name):
-    """Return a random model and its adapters, on the CPU."""
-    base = small_model(name)
-    config = OrchMoEConfig(targets=("all",))
-    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
-    stir(adapters, seeded_generator(1))
-    return base, adapters
-
-
 def test_skills_move_with_a_base_that_becomes_bfloat16(second):
-    base, adapters = adapted("v1.1")
+    base = small_model("v1.1")
+    adapters = adapted(base, targets=("all",))
     base.to(second, torch.bfloat16)
     for tensor in adapters.state_dict().values():
         assert (tensor.device, tensor.dtype) == (second, torch.float32)
@@ -231,7 +220,8 @@ def test_skills_move_with_a_base_that_becomes_bfloat16(second):
 def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     results = []
     for device in (CPU, second):
-        base, adapters = adapted(name)
+        base = small_model(name)
+        adapters = adapted(base, targets=("all",))
         base.to(device).train()
         batch = [tensor.to(device) for tensor in random_batch(2, 37)]
         ids, mask, labels = batch

@@ -12,23 +12,16 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.exc import InvalidCxxCompiler
 
-from baselines import METHODS, attach_method
-from experiments.random_t5 import init_weights
+from baselines import METHODS
 from helpers import (
-    LLAMA_FAMILIES,
-    LLAMA_SIZES,
     SHORT,
-    SMALL_T5,
+    adapted,
     random_batch,
     run,
-    seeded_generator,
-    stir,
+    small_model,
     trace,
 )
-from llama import Llama, LlamaConfig
 from model import Backbone
-from orchmoe import OrchMoEConfig
-from t5 import T5
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +32,11 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def adapted(family="t5", method="orchmoe", router="sample", targets=("q", "v")):
-    """Return a base in training with adapters."""
-    if family == "t5":
-        base = init_weights(T5(SMALL_T5), 0)
-    else:
-        model_type, changes = LLAMA_FAMILIES[family]
-        base = Llama(LlamaConfig.from_hf(LLAMA_SIZES | changes | {"model_type": model_type}))
-    config = OrchMoEConfig(router=router, targets=targets)
-    adapters = attach_method(method, base, config, num_tasks=3, generator=seeded_generator())
-    base.double().train()
-    stir(adapters, seeded_generator(1))
-    return base
+def base_in_training(family="v1.1", method="orchmoe", **options):
+    """Return a base with adapters."""
+    base = small_model(family)
+    adapted(base, method, **options)
+    return base.double().train()
 
 
 # Rows, the longest source and the longest target. Sizes of 1, equal sizes, a short last batch.
@@ -64,7 +50,7 @@ def losses_and_gradients(base, batches):
     parameters = sum(adapters.parameter_groups().values(), [])
     found = []
     for rows, source, target in batches:
-        ids, mask, labels = random_batch(10, 60, [source] * rows, [target] * rows)
+        ids, mask, labels = random_batch(10, 37, [source] * rows, [target] * rows)
         route = {"mask": mask}
         if getattr(adapters, "needs_task_ids", False):
             route["task_ids"] = torch.arange(rows) % 3
@@ -91,10 +77,10 @@ def check(base, backend, batches=BATCHES, checkpointed=False):
 
 
 CASES = [  # family, method, router, targets, checkpointed, backend
-    ("t5", "orchmoe", "sample", "q", True, "eager"),  # dynamo alone, in a quarter of the time
+    ("v1.1", "orchmoe", "sample", "q", True, "eager"),  # dynamo alone, in a quarter of the time
     ("qwen3", "orchmoe", "token", "all", False, "eager"),
 ]
-for family in ("t5", "llama3", "qwen2", "qwen3"):
+for family in ("v1.1", "llama3", "qwen2", "qwen3"):
     for method in METHODS:
         if method != "full":
             CASES.append((family, method, "sample", "all", False, "eager"))
@@ -107,18 +93,18 @@ CASES[2:] = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[2:]]
 @pytest.mark.filterwarnings("error:not compiled")
 @pytest.mark.parametrize("family, method, router, targets, checkpointed, backend", CASES)
 def test_few_graphs_serve_all_batches(family, method, router, targets, checkpointed, backend):
-    base = adapted(family, method, router, (targets,))
+    base = base_in_training(family, method, router=router, targets=(targets,))
     graphs = check(base, backend, checkpointed=checkpointed)
-    kinds = 2 if family == "t5" else 1  # encoder and decoder
+    kinds = 2 if family == "v1.1" else 1  # encoder and decoder
     assert 0 < graphs <= 2 * kinds  # for one row and for more
     assert not counters["graph_break"], counters["graph_break"]
 
 
 def test_evaluation_and_generation_are_not_compiled():
-    base = adapted()
+    base = base_in_training()
     with torch.no_grad():
         check(base, "eager", [])
-        ids, mask, labels = random_batch(10, 60)
+        ids, mask, labels = random_batch(10, 37)
         with base.skill_adapters.routed(base.embed(ids), mask):
             base.loss(ids, mask, labels)
             base.generate(ids, mask, max_new_tokens=2)
@@ -143,7 +129,7 @@ def fails_backward(graph, inputs):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("backend", ["eager", fails_forward, fails_backward])
 def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
-    base = adapted()
+    base = base_in_training()
     with (
         torch._dynamo.config.patch(recompile_limit=1),
         pytest.warns(UserWarning, match="^not compiled from now on, for .*$") as seen,
@@ -158,7 +144,7 @@ def test_a_missing_compiler_is_an_error():
         raise InvalidCxxCompiler
 
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
-        check(adapted(), backend)
+        check(base_in_training(), backend)
 
 
 @pytest.mark.slow  # it compiles for ten seconds

@@ -8,9 +8,7 @@ import copy
 import pytest
 import torch
 
-from baselines import attach_method
-from helpers import seeded_generator, stir
-from orchmoe import OrchMoEConfig
+from helpers import adapted
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
@@ -23,13 +21,6 @@ for dtype in CLOSE:
 def assert_close(found, expected, dtype):
     error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
     assert error < CLOSE[dtype], error
-
-
-def adapted(base, router="sample"):
-    config = OrchMoEConfig(targets=("all",), router=router)
-    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
-    stir(adapters, seeded_generator(1))
-    return adapters
 
 
 def moved(base, device, dtype):
@@ -59,7 +50,7 @@ def step(base, adapters, inputs):
 @pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
-    adapters = adapted(small_t5, router)
+    adapters = adapted(small_t5, targets=("all",), router=router)
     for parameter in adapters.parameters():
         parameter.data = parameter.data.double()
     small_t5.double().train()
@@ -76,7 +67,7 @@ def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, route
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_generation_is_as_on_the_cpu(small_t5, inputs):
-    adapters = adapted(small_t5)
+    adapters = adapted(small_t5, targets=("all",))
     ids, mask, _ = inputs
     with adapters.routed(small_t5.embed(ids), mask):
         expected = small_t5.generate(ids, mask, max_new_tokens=20, on_keep=adapters.keep)

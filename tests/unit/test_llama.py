@@ -18,18 +18,16 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import eval as evaluation
-import orchmoe
 import runtime
 from baselines import NoAdapter
 from helpers import (
     LLAMA3_ROPE,
     ROOT,
+    adapted,
     hf_llama,
     make_example,
     rows_of,
     run,
-    seeded_generator,
-    stir,
     write_words,
 )
 from llama import Llama, LlamaConfig, causal_attention
@@ -134,18 +132,10 @@ def test_rows_beyond_the_model_are_refused(llama_pair):
 # ----------------------------------------------------------------------------------------- adapters
 
 
-def adapted(model, **changes):
-    """Return a copy of the model, and adapters whose outputs depend on the routing."""
-    own = copy.deepcopy(model)
-    config = orchmoe.OrchMoEConfig(**changes)
-    adapters = orchmoe.attach(own, config, generator=seeded_generator())
-    stir(adapters, seeded_generator(2))
-    return own, adapters
-
-
 def test_the_router_reads_only_the_prompt(llama_pair, llama_batch):
     ids, mask, labels = llama_batch
-    own, adapters = adapted(llama_pair[1])
+    own = copy.deepcopy(llama_pair[1])
+    adapters = adapted(own)
 
     def w(source, target):
         batch = data.Batch(source, mask, target, torch.full((4,), -1), list("abcd"))
@@ -158,7 +148,8 @@ def test_the_router_reads_only_the_prompt(llama_pair, llama_batch):
 
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_adapted_samples_do_not_depend_on_one_another(llama_pair, llama_batch, router):
-    own, adapters = adapted(llama_pair[1], router=router, targets=("all",))
+    own = copy.deepcopy(llama_pair[1])
+    adapters = adapted(own, router=router, targets=("all",))
     assert len(adapters.linears) == 14  # q, k, v, o, gate, up and down of two blocks
 
     def loss_and_tokens(ids, mask, labels):

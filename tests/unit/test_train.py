@@ -17,13 +17,12 @@ import train
 from baselines import attach_method
 from helpers import (
     SHORT,
+    adapted,
     change_config,
     make_example,
     records,
     rows_of,
     run,
-    seeded_generator,
-    stir,
 )
 from orchmoe import OrchMoEConfig
 
@@ -44,20 +43,12 @@ def examples(inputs):
     return found
 
 
-def adapted(base, **options):
-    """Return adapters of `base` in float64, with values that matter."""
-    config = OrchMoEConfig(router_init="normal", **options)
-    adapters = attach_method("orchmoe", base, config, generator=seeded_generator())
-    stir(adapters, seeded_generator())
-    return adapters.double()
-
-
 @pytest.fixture
 def take_step(small_t5, batch):
     """Take one step with new adapters. Return its record and the optimizer."""
 
     def take(step=0, config=DEFAULTS, **options):
-        adapters = adapted(small_t5, **options)
+        adapters = adapted(small_t5, **options).double()
         optimizer = train.make_optimizer(adapters, config)
         record = train.train_step(small_t5, adapters, optimizer, batch, step, config)
         adapters.detach()
@@ -140,7 +131,7 @@ def test_micro_batches_add_up_to_the_whole_step(take_step, options):
 
 def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples):
     record, _ = take_step()
-    adapters = adapted(small_t5)
+    adapters = adapted(small_t5).double()
     expected_w = adapters.route(small_t5.embed(batch.input_ids), batch.attention_mask).w.float()
     assert record["entropy"] == pytest.approx(evaluation.mean_entropy(expected_w), rel=1e-6)
     for batch_size in (1, 3, 4):
