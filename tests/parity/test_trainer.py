@@ -8,7 +8,6 @@ import http.server
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -595,9 +594,8 @@ def base_folder(request, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tmp_path):
+def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    peft = pytest.importorskip("peft")
     datasets.Dataset.from_list(TEXT).to_json(tmp_path / "data.jsonl")
     options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"warmup_steps": 0, "learning_rate": 0.03}
@@ -626,27 +624,11 @@ def test_program_for_7b_trains_stops_resumes_answers_and_exports(base_folder, tm
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
     assert done.stdout == "".join(lines), done.stderr
 
-    # In float32, padding changes nothing, and peft computes the same from the exported folders.
+    # In float32, padding changes nothing.
     plain = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     finetune_7b.load_adapters(plain, tmp_path / "run" / ADAPTER_FILE)
     alone = [finetune_7b.answer(plain, tokenizer, [prompt])[0] for prompt in prompts]
     assert finetune_7b.answer(plain, tokenizer, prompts) == alone
-    arguments = ["--adapter", "run/adapter.pt", "--model", base_folder, "--out", "served"]
-    run("export.py", *arguments, cwd=tmp_path)
-    served = sorted((tmp_path / "served").glob("abstract-*"))
-    twin = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    twin = peft.PeftModel.from_pretrained(twin, served[0], adapter_name=served[0].name)
-    for folder in served[1:]:
-        twin.load_adapter(folder, adapter_name=folder.name)
-    ids = tokenizer(prompts[:1], return_tensors="pt").input_ids
-    with torch.no_grad(), plain.skill_adapters.routed(plain.get_input_embeddings()(ids)) as routing:
-        logits = plain(ids).logits
-    with torch.no_grad(), plain.skill_adapters.disabled():
-        assert (plain(ids).logits - logits).abs().max() > 0.1
-    w = routing.w[0].tolist()
-    twin.add_weighted_adapter([lora.name for lora in served], w, "mixed", combination_type="cat")
-    twin.set_adapter("mixed")
-    torch.testing.assert_close(twin(ids).logits, logits, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -720,17 +702,8 @@ def train_in_a_process(folder):
 def test_two_processes_agree_with_one(tmp_path):
     """To a tolerance of float32: sums in another order, enlarged by eight steps of Adam."""
     one = train_in_a_process(tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    program = [__file__, str(tmp_path / "two")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = PYTHONPATH
-    done = subprocess.run(
-        [*torchrun, "--standalone", "--nproc-per-node", "2", *program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run_shell([*words, __file__, str(tmp_path / "two")], tmp_path, PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     assert "DistributedDataParallel in 2 processes" in done.stdout
     expected = state_of(one)

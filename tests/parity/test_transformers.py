@@ -138,16 +138,12 @@ def test_t5_folders_of_transformers_load(kind, stored, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
     t5 = random_t5(T5_CONFIGS[kind]).to(dtype)
-    hf = as_transformers(t5, tmp_path)
+    as_transformers(t5, tmp_path)
     _, metadata = read_safetensors(tmp_path / "model.safetensors")
     assert metadata == PT  # transformers 4 asks for it
     again = mapped(tmp_path)
     assert again.config == t5.config
     check_equal(again.state_dict(), t5.state_dict())
-    input_ids, mask, labels = t5_batch()
-    theirs = hf(input_ids=input_ids, attention_mask=mask.long(), labels=labels).loss
-    ours = t5.float().loss(input_ids, mask, labels)
-    torch.testing.assert_close(ours, theirs * (labels != IGNORED).sum())
 
 
 # -------------------------------------------------------------------------- Llama and its relatives
