@@ -218,7 +218,7 @@ def test_compiled_model_is_one_graph_with_the_same_gradients(make, router):
 
 @routers
 @models
-def test_skills_in_bfloat16_compute_as_in_float32_and_train(make, router):
+def test_skills_in_bfloat16_compute_as_in_float32(make, router):
     """Each Linear is compared by itself, since a whole T5 amplifies the rounding of its base."""
     case = make()
     adapters = attached(case, router)
@@ -236,9 +236,6 @@ def test_skills_in_bfloat16_compute_as_in_float32_and_train(make, router):
             torch.testing.assert_close(linear.skill_c(x), exact.linears[name].skill_c(x.float()))
             assert y.dtype == torch.bfloat16
             assert (y - expected).square().mean() < 1e-4 * expected.square().mean(), name
-    for name, gradient in gradients(case, adapters, case.base).items():
-        assert gradient.dtype == torch.float32
-        assert gradient.isfinite().all() and gradient.any(), name
 
 
 # ---------------------------------------------------------------------------- snippets of the pages

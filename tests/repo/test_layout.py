@@ -70,26 +70,9 @@ def test_imports_point_down(path):
     assert imported(ast.walk(tree)) <= allowed | OPTIONAL.get(path.stem, set())
 
 
-def test_train_imports_no_program_but_eval():
-    programs = set()
-    for path in FILES:
-        if "run_program(main)" in path.read_text(encoding="utf-8"):
-            programs.add(path.stem)
-    assert programs == {"train", "eval", "export"}
-    assert imported(ast.walk(parse(ROOT / "train.py"))) & programs == {"eval"}
-
-
 def test_orchmoe_needs_only_torch():
     tree = parse(ROOT / "orchmoe.py")
     assert imported(ast.walk(tree)) - sys.stdlib_module_names == {"torch"}
-
-
-def test_no_test_module_imports_another():
-    """They share helpers.py, and the fixtures of conftest.py."""
-    modules = [path.stem for path in TESTS if path.stem != "helpers"]
-    assert len(modules) == len(set(modules))  # pytest imports them by their name alone
-    for path in TESTS:
-        assert not imported(ast.walk(parse(path))) & set(modules), path.name
 
 
 # ---------------------------------------------------------------------------------- size and style

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 
 import checkpoint
 from experiments.random_t5 import init_weights
-from helpers import T5_CONFIGS, both_t5, check_equal, random_t5, t5_batch, teacher_forced
+from helpers import (
+    T5_CONFIGS,
+    both_t5,
+    check_equal,
+    random_batch,
+    random_t5,
+    small_model,
+    t5_batch,
+    teacher_forced,
+)
 from model import IGNORED, Backbone
 from t5 import T5, aligned, padding_bias
 
@@ -99,11 +108,12 @@ def test_rows_of_a_bias_are_aligned_on_a_gpu_alone(length):
     assert length < on_gpu.stride(2) <= length + 8
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
+@pytest.mark.parametrize("name", ["v1.1", "llama3", "qwen3"])
+def test_gradient_checkpointing_changes_nothing_but_memory(name):
     def step(checkpointed):
         """Return all gradients, and how many numbers backward needs."""
-        t5 = random_t5(T5_CONFIGS["v1.1"]).train()
-        t5.checkpoint_blocks = checkpointed
+        base = small_model(name).train()
+        base.checkpoint_blocks = checkpointed
         saved = []
 
         def pack(tensor):
@@ -111,9 +121,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = t5.loss(*t5_batch())
+            loss = base.loss(*random_batch(10, 37))
         loss.backward()
-        return {name: weight.grad for name, weight in t5.named_parameters()}, sum(saved)
+        return {name: weight.grad for name, weight in base.named_parameters()}, sum(saved)
 
     grads, saved = step(False)
     grads_checkpointed, saved_checkpointed = step(True)
