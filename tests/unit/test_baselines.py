@@ -1,6 +1,6 @@
 """The baselines against their equations, and parameter counts against closed forms.
 
-parity/test_peft.py compares LoRA, Poly and MHR with those of peft.
+parity/test_peft.py compares Poly and MHR with those of peft.
 """
 
 from dataclasses import fields, replace

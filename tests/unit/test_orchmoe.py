@@ -274,6 +274,15 @@ def test_a_sample_alone_is_as_in_a_padded_batch(small_t5, inputs, router):
         torch.testing.assert_close(logits(small_t5, sample), together[one], **EXACT)
 
 
+def test_keep_drops_the_other_samples_in_each_linear():
+    adapters, x = small(), random(4, 5, 16)
+    with adapters.routed(x):
+        expected = adapters.module(x)
+        adapters.keep(torch.tensor([3, 1]))
+        adapters.keep(torch.tensor([1]))  # the position among the samples that are left
+        torch.testing.assert_close(adapters.module(x[[1]]), expected[[1]], **EXACT)
+
+
 def test_a_batch_is_generated_as_each_sample_by_the_model_folded_for_it(small_t5, inputs):
     adapters = attached(small_t5)
     with torch.no_grad():
