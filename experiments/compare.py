@@ -7,12 +7,12 @@ steps for all. Results are of seen and unseen instances, by which nothing is cho
     python -m experiments.compare                            # tuning, then all methods
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
-Writes cells (see experiments/study.py), results.json and results.md into the folder of --results,
-or else --out; with --ablations, ablations.json and ablations.md.
+Writes cells (see experiments/study.py) and results.md, or ablations.md, into the folder of
+--results, or else --out.
 Test: pytest tests/experiments/test_compare.py
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import runtime
 from baselines import METHODS
@@ -147,15 +147,9 @@ def compare(config: CompareConfig, study: Study) -> None:
 
     rows: dict[str, list[dict]] = {}
     for cell in cells:
-        result = {"row": cell.name, "folder": str(cell.folder.absolute()), **cell.result()}
-        rows.setdefault(cell.name, []).append(result)
-    text = markdown(rows, tuning)
-
-    file = "ablations" if config.ablations else "results"
-    results = {"comparison": asdict(config) | asdict(study.config), **asdict(study.settings)}
-    results |= {"tuning": tuning, "cells": sum(rows.values(), [])}
-    runtime.write_json(study.results / f"{file}.json", results)
-    publish(text, study.results / f"{file}.md")
+        rows.setdefault(cell.name, []).append(cell.result())
+    file = "ablations.md" if config.ablations else "results.md"
+    publish(markdown(rows, tuning), study.results / file)
 
 
 def main() -> None:
