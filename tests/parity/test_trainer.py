@@ -530,55 +530,24 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monk
 # ---- A quantised base ----
 
 
-def int8_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
-
-
-def bitsandbytes(**options):
-    pytest.importorskip("bitsandbytes")
-    return transformers.BitsAndBytesConfig(**options)
-
-
-QUANTISED = {
-    "torchao": int8_torchao,
-    "int8": lambda: bitsandbytes(load_in_8bit=True),
-}
-
-
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("make_config", QUANTISED.values(), ids=QUANTISED)
-def test_skills_over_a_quantised_base_train_load_and_generate(make_config, tmp_path):
+def test_skills_over_a_base_in_8_bits_train(tmp_path):
+    """The program for 7B, below, also saves, loads and generates, over a base in 4 bits."""
+    pytest.importorskip("bitsandbytes")
     make_llama(width=64).save_pretrained(tmp_path)  # bitsandbytes has blocks of 64 weights
-
-    def load():
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path,
-            dtype=torch.bfloat16,
-            quantization_config=make_config(),
-            device_map={"": "cpu"},
-        )
-
-    model = adapted(load())
-    for linear in model.skill_adapters.linears.values():
-        assert type(linear.weight) is not torch.nn.Parameter
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": "cpu"},
+    )
+    model = adapted(base)
     trainer = make_trainer(tmp_path, model, max_steps=20, gradient_checkpointing=True)
     trainer.fit_router()
     trainer.train()
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
-
-    trainer.save_model()
-    fresh = adapted(load())
-    fresh.skill_adapters.load_state_dict(torch.load(tmp_path / ADAPTER_FILE)["state"])
-    source = tokens_of(PROMPTS[:1])
-    logits = []
-    for each in (model.eval(), fresh.eval()):
-        with torch.no_grad(), each.skill_adapters.routed(trainer.router_embeddings(source)):
-            logits.append(each(**source).logits)
-            each.generate(**source, max_new_tokens=5)
-    assert torch.equal(*logits)
     with pytest.raises(ValueError, match="q_proj"):
-        model.skill_adapters.merge(torch.full((4,), 0.25))
+        model.eval().skill_adapters.merge(torch.full((4,), 0.25))
 
 
 # ---- integrations/finetune_7b.py ----

@@ -103,16 +103,13 @@ def test_the_routings_start_as_stated(small_t5):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_methods_start_as_the_base_and_train(small_t5, inputs, name):
+def test_all_methods_start_as_the_base(small_t5, inputs, name):
     before = small_t5.loss(*inputs)
     adapters = attach_method(name, small_t5, CONFIG, num_tasks=T)
     options = {"task_ids": TASK_IDS} if name in BY_TASK_ID else {}
     embeddings = small_t5.embed(inputs.input_ids)
     with adapters.routed(embeddings, inputs.attention_mask, **options):
-        loss = small_t5.loss(*inputs)
-        loss.backward()
-    torch.testing.assert_close(loss, before)
-    assert any(p.grad.any() for p in small_t5.parameters() if p.grad is not None)
+        torch.testing.assert_close(small_t5.loss(*inputs), before)
 
 
 # ---------------------------------------------------------------------------------------- refusals
