@@ -11,7 +11,7 @@ Test: pytest tests/unit/test_baselines.py tests/parity/test_peft.py
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,11 @@ METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-fact
 
 
 class Baseline(Adapters):
-    """Base of the methods below. They have no abstract tasks and no Task Router."""
+    """Base of the methods below. They have no abstract tasks and no Task Router.
+
+    Each has a method route_by_id(task_ids, noise), which returns the routing of samples with the
+    task ids (B,), -1 where the task is unseen.
+    """
 
     router = None
 
@@ -49,10 +53,6 @@ class Baseline(Adapters):
         if w is not None:
             raise ValueError("w: only OrchMoE routes by weights of abstract tasks; leave it out")
         return self.route_by_id(task_ids, noise)
-
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        """Return the routing of samples with these task ids (B,), -1 where the task is unseen."""
-        raise NotImplementedError
 
 
 class NoAdapter(Baseline):
@@ -229,7 +229,9 @@ def attach_method(
     if name == "full":
         return NoAdapter(module, full=True)
     if name in ("poly", "mhr", "c-poly") and num_tasks < 1:
-        raise ValueError(f"num_tasks: {name} routes by task id; give the number of training tasks")
+        raise ValueError(
+            f"--method {name}: it routes by task id; give num_tasks, in JSONL the field `task`"
+        )
     if name == "orchmoe-factors" and config.router == "token":
         raise ValueError(
             "--method orchmoe-factors --router token: factors are mixed once per sample"
@@ -248,10 +250,10 @@ def attach_method(
         return attach(module, config, mix, generator=generator)
 
     S, R, T = config.skills, config.rank, num_tasks
+    alpha = R if config.alpha is None else config.alpha
     count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
-    skills = []
-    for linear in linears.values():
-        skills.append(new_skills(linear, config, mix, generator, skills=count, rank=rank))
+    config = replace(config, skills=count, rank=rank, alpha=alpha)
+    skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]
     if name == "lora":
         adapters = LoRA(module, linears, skills)
     elif name == "moe-lora":

@@ -206,7 +206,6 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
 
 def main() -> None:
     config = runtime.from_flags(ExportConfig, runtime.read_flags(__doc__, ExportConfig))
-    runtime.require_single_process()
     export(config, runtime.pick_device(device="cpu", dtype="float32"))
 
 

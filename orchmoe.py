@@ -108,10 +108,14 @@ class TaskRouter(nn.Module):
         """Return x_hat (B,D), one vector per sample, before it is standardised.
 
         embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens.
-        Raise ValueError for other shapes.
+        Raise ValueError for embeddings of another shape.
         """
-        self._check_shapes(embeddings, mask)
-        D = embeddings.shape[-1]
+        D = len(self.mu)
+        if embeddings.dim() != 3 or embeddings.shape[2] != D:
+            raise ValueError(
+                f"embeddings: expected (B,L,D) with D = {D}, got {tuple(embeddings.shape)}; embed "
+                "the token ids first, or give attach(..., width=D) for another D"
+            )
         X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
         if mask is None:
             mask = X.new_ones(X.shape[:2])
@@ -164,18 +168,6 @@ class TaskRouter(nn.Module):
         else:
             scale = 1 / K / logits.std().clamp(min=1e-6)
         self.W_task.copy_(scale * centres)
-
-    def _check_shapes(self, embeddings: Tensor, mask: Tensor | None) -> None:
-        D = len(self.mu)
-        shape = tuple(getattr(embeddings, "shape", ()))  # () if it is no tensor
-        if shape[2:] != (D,):
-            raise ValueError(
-                f"embeddings: expected (B,L,D) with D = {D}, got {shape}; embed the token ids "
-                "first, or give attach(..., width=D) for another D"
-            )
-        mask_shape = tuple(getattr(mask, "shape", ()))
-        if mask is not None and mask_shape != shape[:2]:
-            raise ValueError(f"mask: expected a tensor (B,L) = {shape[:2]}, got {mask_shape}")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -289,7 +281,8 @@ class SkillLinear(nn.Linear):
         mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
 
-        if self.skill_plain and not self._base_trains():
+        bias_trains = self.bias is not None and self.bias.requires_grad
+        if self.skill_plain and not (self.weight.requires_grad or bias_trains):
             y = self.skill_mix(*mix_inputs, self.weight, self.bias)
             return y.view(*x.shape[:-1], self.out_features)
 
@@ -323,11 +316,6 @@ class SkillLinear(nn.Linear):
             w = logits.softmax(dim=-1) if self.skill_softmax else logits
             return w @ weights.to(x.device)  # (B,L,S)
 
-    def _base_trains(self) -> bool:
-        if self.bias is not None and self.bias.requires_grad:
-            return True
-        return self.weight.requires_grad
-
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
         """Apply .to(), .half(), .cuda() and the like. The skills stay in float32 or wider."""
         # Recognise the skills by identity, because `function` sees no names.
@@ -344,7 +332,7 @@ class SkillLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: int):
         """Copy and pickle through the base class: pickle cannot find a class made at run time."""
-        return _new_skill_linear, (self.skill_base,), self.__dict__ | {"skill_weights": None}
+        return _new_skill_linear, (self.skill_base,), self.__dict__
 
 
 @functools.cache  # one class per base class; otherwise torch.compile would compile each Linear anew
@@ -373,22 +361,12 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def new_skills(
-    linear: nn.Linear,
-    config: OrchMoEConfig,
-    mix: Mix,
-    generator: Generator | None,
-    *,
-    skills: int | None = None,
-    rank: int | None = None,
+    linear: nn.Linear, config: OrchMoEConfig, mix: Mix, generator: Generator | None
 ) -> dict[str, Any]:
-    """Return the attributes that turn `linear` into a SkillLinear. It is not changed.
-
-    skills: S, and rank: R, if they are not those of the config.
-    """
-    S = skills or config.skills
-    R = rank or config.rank
+    """Return the attributes that turn `linear` into a SkillLinear. It is not changed."""
+    S, R = config.skills, config.rank
     D = linear.in_features
-    alpha = config.rank if config.alpha is None else config.alpha
+    alpha = R if config.alpha is None else config.alpha
 
     # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
     bound = 1 / math.sqrt(D)
@@ -714,9 +692,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return super()._apply(lambda tensor: at_least_float32(tensor, function(tensor)), recurse)
 
     def __getstate__(self) -> dict:
-        if self._active in ("disabled()", "folded()"):  # the Linears have other classes then
+        if self._active:  # the Linears may have other classes, or the weights of one batch
             raise RuntimeError(f"{self._active}: leave it before the model is copied or pickled")
-        return self.__dict__ | {"_active": "", "_routing": None}
+        return self.__dict__
 
 
 class OrchMoE(Adapters):
@@ -779,8 +757,6 @@ class OrchMoE(Adapters):
         if not self.training or self.noise_shape is None:
             noise = None
         elif noise is None:
-            if embeddings is None:
-                raise ValueError("noise: training with gumbel needs noise (B,N,K,S), or embeddings")
             noise = torch.rand(len(embeddings), *self.noise_shape)
         Zhat = self.allocation_weights(noise)
         if w is None and self.config.router == "token":
@@ -887,12 +863,11 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
             is_wanted = name in targets or ("all" in targets and child not in heads)
             if not is_wanted or child in found.values():  # one in two places is adapted once
                 continue
-            if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-                raise ValueError(f"targets: {path}: {type(owner).__name__} would bypass its skills")
-            if "forward" in vars(child):  # accelerate sets one
+            reads_weight = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+            if reads_weight or "forward" in vars(child):  # accelerate sets one
                 raise ValueError(
-                    f"targets: {path} has a forward set on the instance, which bypasses skills; "
-                    "delete it"
+                    f"targets: {path}: a {type(owner).__name__}, or a forward set on the Linear "
+                    "itself, bypasses its skills"
                 )
             found[path] = child
 

@@ -46,15 +46,12 @@ class UserError(ValueError):
 def checking_settings() -> Iterator[None]:
     """Turn a ValueError inside the block into a UserError.
 
-    For the places where a config is made from flags, or adapters are attached as flags say. Only
-    plain ValueErrors are turned: subclasses, such as UnicodeDecodeError, are not about settings.
+    For the places where a config is made from flags, or adapters are attached as flags say.
     """
     try:
         yield
     except ValueError as error:
-        if type(error) is ValueError:
-            raise UserError(str(error)) from error
-        raise
+        raise UserError(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -158,7 +155,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON. Only rank 0 writes."""
     if rank() == 0:
         with atomic_write(path) as file:
-            file.write(to_json(value, indent=1, ensure_ascii=False))
+            file.write(to_json(value, indent=1))
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -213,8 +210,6 @@ def read_flags(
             options = _argparse_options(types[field.name])
             group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
 
-    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # bytes that Python could not decode
-        parser.error("an argument is not UTF-8; rename the file or folder that it names")
     values = vars(parser.parse_args())
     for name, value in values.items():
         if value in ("", ()):  # often a variable of the shell that is not set
@@ -303,9 +298,6 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     line on stderr and exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs
     and keep their traceback.
     """
-    # Both are None if the shell has closed them.
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
     warnings.showwarning = lambda message, *_: warn(str(message))  # one line, without source code
@@ -475,20 +467,6 @@ def world_size() -> int:
     return _torchrun_variable("WORLD_SIZE", 1)
 
 
-def launcher() -> str:
-    """Return "python", or a torchrun command for as many processes on one node."""
-    if not dist.is_torchelastic_launched():
-        return "python"
-    # Without the "--" torchrun would take our --run as its own flag.
-    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} --"
-
-
-def require_single_process() -> None:
-    """Raise UserError under torchrun. For programs that run in one process."""
-    if world_size() > 1:
-        raise UserError("this program runs in one process; start it without torchrun")
-
-
 @contextmanager
 def distributed(device: torch.device) -> Iterator[None]:
     """Join the processes of torchrun: NCCL between GPUs, gloo on the CPU.
@@ -619,17 +597,6 @@ def generator(*seed: int) -> torch.Generator:
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
         mixed = mixed ^ (mixed >> 31)
     return torch.Generator().manual_seed(mixed >> 1)
-
-
-def uniform_noise(seed: int, step: int, samples: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """Return noise u (B, *shape) in [0, 1) on the CPU, one row for each sample.
-
-    Row b depends on (seed, step, samples[b]) alone: not on the batch around it.
-    """
-    rows = []
-    for sample in samples:
-        rows.append(torch.rand(shape, generator=generator(seed, step, sample)))
-    return torch.stack(rows)
 
 
 @contextmanager

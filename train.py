@@ -13,9 +13,7 @@ Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
 
 import math
-import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -67,7 +65,7 @@ class TrainConfig:
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
-    warmup: int = 50  # steps of linear warm-up
+    warmup: int = 50  # steps of linear warm-up; a tenth of --steps if those are no more
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
@@ -160,30 +158,17 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         RunFolder(launch.out).require_new()
 
     # The method must use every given flag, and something must train at every given rate.
-    used_settings = settings_of_method(config.method, settings.adapter.router)
-    used_rates = learning_rate_fields(config).values()
-    for name in sorted(flags):
-        is_rate = name.startswith("lr_")
-        is_method_setting = is_rate or name in vars(settings.adapter)
-        problem = ""
-        if name in fixed:
-            problem = "is fixed by --start"
-        elif name in settings.dataset.idle:
-            problem = f"--data {settings.dataset.data} does not use it"
-        elif is_method_setting and name not in used_settings:
-            router = f" --router {settings.adapter.router}" if "router" in used_settings else ""
-            problem = f"--method {config.method}{router} does not use it"
-        elif is_rate and name not in used_rates:
-            problem = "nothing trains at that rate"
-        if problem:
-            raise UserError(f"{runtime.flag(name)}: {problem}; leave it out")
-
-    if config.warmup >= config.steps:
-        if "warmup" in flags:
-            raise UserError(f"--warmup {config.warmup}: give less than --steps {config.steps}")
-        config = replace(config, warmup=config.steps // 10)
-        runtime.print_line(f"warm-up: {config.warmup} of {config.steps} steps")
-    return replace(settings, training=config)
+    method, router = config.method, settings.adapter.router
+    rates = {name for name in vars(config) if name.startswith("lr_")}
+    no_rate = rates - set(learning_rate_fields(config).values())
+    unread = {*vars(settings.adapter), *rates} - settings_of_method(method, router)
+    idle = dict.fromkeys(settings.dataset.idle, f"--data {settings.dataset.data} does not use it")
+    idle |= dict.fromkeys(no_rate, "nothing trains at that rate")
+    idle |= dict.fromkeys(unread, f"--method {method} with --router {router} does not use it")
+    idle |= dict.fromkeys(fixed, "is fixed by --start")
+    for name in sorted(flags.keys() & idle.keys()):
+        raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
+    return settings
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -238,11 +223,13 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """Return the factor on the peak rates: warm-up to 1, then linear decay, or constant 1."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup))
+    steps = config.steps
+    warmup = config.warmup if config.warmup < steps else steps // 10
+    rise = min(1.0, (step + 1) / max(1, warmup))
     if config.schedule == "constant":
-        return warmup
-    decay = (config.steps - step) / max(1, config.steps - config.warmup)
-    return min(warmup, decay)
+        return rise
+    fall = (steps - step) / max(1, steps - warmup)
+    return min(rise, fall)
 
 
 # --------------------------------------------------------------------------------- initial values
@@ -252,10 +239,9 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
     """Initialise the router from at most 2,000 training examples, see Adapters.fit_router."""
     sources = data.subsample(examples, 2000)
     # Larger batches are slower on a CPU: their attention scores (B,L,L) do not fit its caches.
-    batch_size = min(8, config.eval_batch_size)
-    batches = [batch for _, batch in data.batches(sources, batch_size, base.device, "router start")]
+    batches = [batch for _, batch in data.batches(sources, 8, base.device, "router start")]
     K = adapters.router.bias.numel()
-    if adapters.router.config.router_init == "kmeans" and len(sources) < K:
+    if len(sources) < max(2, K):
         raise UserError(f"{len(sources)} training examples are too few for K = {K} abstract tasks")
     adapters.fit_router(
         (base.embed(batch.input_ids) for batch in batches),
@@ -266,9 +252,7 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
-    start = read_config(config.start)
-    start.require_same(kind=kind_of(adapters))
-    state = start.load_adapter()
+    state = read_config(config.start).load_adapter()
     with runtime.reading(f"{config.start}/adapter.safetensors"):
         adapters.load_state_dict(state)
     if config.trainable == "mixture":
@@ -335,14 +319,17 @@ def train_step(
 
 
 def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
-    """Return the noise on the allocation Z, None if it is not used.
+    """Return noise u (B, *noise_shape) in [0,1) on the CPU, None if the method uses none.
 
-    It depends on seed, step and row alone, so that a resumed run draws the same numbers.
+    That of a row depends on (seed, step, row) alone, so that a resumed run draws the same numbers.
     """
     if adapters.noise_shape is None:
         return None
-    rows = rows or [0]  # a process without rows has a dummy row, see Batch.split
-    return runtime.uniform_noise(seed, step, rows, adapters.noise_shape)
+    noise = []
+    for row in rows or [0]:  # a process without rows has a dummy row, see Batch.split
+        generator = runtime.generator(seed, step, row)
+        noise.append(torch.rand(adapters.noise_shape, generator=generator))
+    return torch.stack(noise)
 
 
 class DivergedError(UserError):
@@ -369,7 +356,6 @@ def train(
     launch: LaunchConfig = LaunchConfig(),
     *,
     final_scores: bool = True,
-    resume_command: str = "",
     attach: Callable[..., Adapters] = attach_method,
 ) -> bool:
     """Train from the start, or from progress.pt in launch.out.
@@ -377,8 +363,7 @@ def train(
     Return False if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
-    a table. resume_command: what the user is told to run after an interruption; --out is added.
-    attach: a function like baselines.attach_method, for studies that change the routing.
+    a table. attach: a function like baselines.attach_method, for studies that change the routing.
     """
     config = settings.training
 
@@ -405,11 +390,6 @@ def train(
         evaluation.require_fit(base, tokenizer, examples)
 
     # The adapters.
-    if config.method in ("poly", "mhr", "c-poly") and not train_set.tasks:
-        raise UserError(
-            f"--method {config.method}: it routes by task id; give the rows of "
-            f"{settings.dataset.data} the field `task`"
-        )
     with runtime.checking_settings():
         adapters = attach(
             config.method,
@@ -444,16 +424,15 @@ def train(
     is_new = not (launch.out and RunFolder(launch.out).progress_path.exists())
     if is_new and config.start:
         start = read_config(config.start)
-        start.require_same(base=run_config.base, tokenizer=run_config.tokenizer)
+        start.require_same(
+            base=run_config.base, tokenizer=run_config.tokenizer, kind=run_config.kind
+        )
         load_start(base, adapters, train_set, config)
-        run_config = replace(run_config, start=start.adapter_digest())
     elif is_new and adapters.router is not None:
         fit_router(base, adapters, train_set, config)
 
     # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
-    if resume_command:
-        resume_command += f" --out {shlex.quote(str(run.path))}"
     with run.lock():
         if is_new and run.progress_path.exists():
             raise UserError(f"{run.path}: another process wrote it meanwhile; give another --out")
@@ -468,16 +447,14 @@ def train(
             f"{skills + routing:,} parameters train; on {len(train_set)} examples of "
             f"{len(train_set.tasks)} tasks; run folder {run.path}"
         )
-        if resume_command:
-            runtime.print_line(f"after an interruption, resume with: {resume_command}")
 
-        # Score the model before training: the frozen base, as B = 0 until progress.pt is loaded,
-        # unless --start or `attach` sets the skills. Those of --start exist only in a new run.
-        has_start = bool(config.start)
-        for linear in adapters.linears.values():
-            has_start = has_start or bool(linear.skill_B.any())
-        if final_scores and (is_new or not has_start) and not run.read_scores():
-            name = "start" if has_start else "frozen base"
+        # Score the model before training: the frozen base, as B = 0, or what --start or `attach`
+        # has loaded.
+        if final_scores and is_new and not run.read_scores():
+            name = "frozen base"
+            for linear in adapters.linears.values():
+                if linear.skill_B.any():
+                    name = "start"
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             run.add_scores(name, scores)
 
@@ -546,8 +523,8 @@ def train(
             # A signal may also have arrived during the last evaluation.
             stopped = runtime.any_rank(stop_requested())
         if stopped:
-            how = resume_command or f"--resume --out {shlex.quote(str(run.path))}"
-            runtime.print_line(f"stopped; resume with: {how}")
+            out = shlex.quote(str(run.path))
+            runtime.print_line(f"stopped; resume with --resume --out {out}, on the same device")
             return False
 
         # The weights that were best on dev, scored on seen and unseen tasks.
@@ -572,11 +549,10 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
 
     Each is cut to `limit` examples, evenly spaced (0: all).
     """
-    names = {"dev": "dev", "seen": "seen", "test": "unseen"}
     held_out = {}
-    for name, examples in sets.items():
-        if name in names:
-            held_out[names[name]] = data.subsample(examples, limit)
+    for name, which in (("dev", "dev"), ("seen", "seen"), ("test", "unseen")):
+        if name in sets:
+            held_out[which] = data.subsample(sets[name], limit)
     return held_out
 
 
@@ -611,10 +587,7 @@ def score_held_out(
 
 
 def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -> None:
-    """Print the scores as a table in Markdown, and the command that scores a whole set.
-
-    counts: the number of rows that were used of each set.
-    """
+    """Print the scores as a table in Markdown. counts: how many rows of each set were used."""
     runtime.print_line(
         "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
     )
@@ -629,13 +602,8 @@ def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -
                 cells.append(value)
         runtime.print_line(f"| {' | '.join(cells)} |")
 
-    has_unseen = any("unseen" in scores for scores in rows.values())
-    split = "test" if has_unseen else "seen"
     sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
     runtime.print_line(f"rows: {sizes}; {run.path} has all scores")
-    program = shlex.quote(os.path.relpath(evaluation.__file__))
-    command = f"{runtime.launcher()} {program} --run {shlex.quote(str(run.path))} --split {split}"
-    runtime.print_line(f"next: {command}")
 
 
 def print_router(report: dict[str, float], K: int) -> None:
@@ -666,18 +634,8 @@ def main() -> int:
     config = replace(config, dtype=runtime.dtype_name(device.dtype))
     settings = replace(settings, training=config)
 
-    command = [runtime.launcher(), shlex.quote(sys.argv[0]), "--resume"]
-    if launch.gpu is not None:
-        command += ["--gpu", str(launch.gpu)]
-    if launch.device:
-        command += ["--device", launch.device]
-    if launch.shard:
-        command.append("--shard")
-    if launch.compile:
-        command.append("--compile")
-
     with runtime.distributed(device.device):
-        finished = train(settings, device, launch, resume_command=" ".join(command))
+        finished = train(settings, device, launch)
     return 0 if finished else 130
 
 

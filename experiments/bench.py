@@ -708,7 +708,6 @@ def require_packages() -> None:
 
 def main() -> None:
     config = runtime.from_flags(BenchConfig, runtime.read_flags(__doc__, BenchConfig))
-    runtime.require_single_process()
     for part in config.only:
         if part not in PARTS:
             raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")

@@ -4,6 +4,7 @@ Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from torch import Generator, nn
@@ -32,6 +33,7 @@ def attach_larger(
         options = {"num_tasks": num_tasks, "heads": heads, "generator": generator}
         return attach_method(method, module, config, **options)
     S, R = config.skills, config.rank
+    alpha = R if config.alpha is None else config.alpha
     if method == "lora":
         S, R = 1, S * R
     mix = kernels.mix_factors if method in ("poly", "mhr") else kernels.mix_skills
@@ -40,7 +42,8 @@ def attach_larger(
     skills = []
     for n, linear in enumerate(linears.values()):
         rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
-        skills.append(new_skills(linear, config, mix, generator, skills=S, rank=rank))
+        own = replace(config, skills=S, rank=rank, alpha=alpha)
+        skills.append(new_skills(linear, own, mix, generator))
     if method == "orchmoe":
         adapters = OrchMoE(module, linears, skills, config, generator)
     elif method == "lora":

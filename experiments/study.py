@@ -98,7 +98,6 @@ def read_study(
     for name in fixed:
         if name in flags:
             raise UserError(f"{runtime.flag(name)}: the study sets this itself; leave it out")
-    runtime.require_single_process()
     values = defaults | flags
     config, study_config = (runtime.from_flags(one, values) for one in (cls, StudyConfig))
     return flags, config, study_config, train.Settings.from_flags(values)

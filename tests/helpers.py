@@ -89,10 +89,10 @@ def process(program, *arguments, cwd, code=0, **variables):
     return done.stdout if code == 0 else done.stderr
 
 
-def run_shell(words, cwd, line='exec "$@"', **variables):
-    """Start a command in another process with a line of shell, and wait for its end."""
+def run_shell(words, cwd, **variables):
+    """Start a command in another process, and wait for its end."""
     return subprocess.run(
-        ["sh", "-c", line, "sh", *words],
+        words,
         cwd=cwd,
         env=environment(**variables),
         capture_output=True,

@@ -386,11 +386,6 @@ def test_compare_refuses_a_wrong_command_line(home, flags, words):
     assert error.count("\n") == 1
 
 
-def test_compare_refuses_several_processes(home, monkeypatch):
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    assert "this program runs in one process" in run(home, code=2)
-
-
 # -------------------------------------------------------------------------------------- the study
 
 

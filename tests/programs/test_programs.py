@@ -109,10 +109,9 @@ def test_table_has_each_score_under_its_heading(capsys):
 
 
 def test_a_run_says_what_its_settings_leave_open(home):
-    """These are the rank of a plain LoRA, a shorter warm-up, and a w that is no distribution."""
+    """These are the rank of a plain LoRA, and a w that is no distribution."""
     brief = "--device cpu --max-tasks 2 --eval-instances 2 --steps 20 --eval-every 20".split()
     output = run("train.py", *brief, "--method", "lora", "--skills", "2", cwd=home)
-    assert "warm-up: 2 of 20 steps\n" in output
     assert "\nlora of rank 4 (S R): " in output
     output = run("train.py", *brief, "--router-norm", "none", cwd=home)
     assert "\nrouter on dev: " in output
@@ -183,13 +182,6 @@ def test_stop_signals_are_noted_and_their_handlers_are_restored():
                 signal.raise_signal(signal.SIGINT)
                 assert kind == signal.SIGTERM
         assert signal.getsignal(kind) == handler
-
-
-def test_resume_command_repeats_where_the_run_computes(home):
-    with mock.patch.object(train, "train", return_value=True) as start:
-        run("train.py", "--gpu", "0", "--compile", cwd=home)
-    command = start.call_args.kwargs["resume_command"]
-    assert command == "python train.py --resume --gpu 0 --compile"
 
 
 @pytest.mark.parametrize(
@@ -484,7 +476,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     # Files and folders.
     "train.py --model google/flan-t5-base": "google/flan-t5-base: does not exist; name a local",
     "train.py --out file": "file: File exists",
-    "train.py --out x\udcff": "an argument is not UTF-8; rename the file or folder that it names",
     "train.py --resume": "--resume: give the folder of the run with --out",
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     f"{TINY} --limit 1 --out file": "file: File exists",
@@ -514,7 +505,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --train-instances -1": "--train-instances -1: give 0 or more",
     "train.py --max-source-length 1": "--max-source-length 1: give 2 or more",
     "train.py --max-target-length 1": "--max-target-length 1: give 2 or more",
-    "train.py --steps 20 --warmup 20": "--warmup 20: give less than --steps 20",
     "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",
     f"{TINY} --batch-size 0": "--batch-size 0: give 1 or more",
     f"{TINY} --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
@@ -528,23 +518,23 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
     # Flags that have no effect.
-    "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
-    "train.py --method poly --abstract-tasks 64": "--abstract-tasks: --method poly does not use it",
-    "train.py --method full --rank 3": "--rank: --method full does not use it",
-    "train.py --lr-full 3": "--lr-full: --method orchmoe --router sample does not use it",
+    "train.py --method lora --gumbel": "--gumbel: --method lora with --router sample does",
+    "train.py --method poly --abstract-tasks 64": "--abstract-tasks: --method poly with --router",
+    "train.py --method full --rank 3": "--rank: --method full with --router sample does not use it",
+    "train.py --lr-full 3": "--lr-full: --method orchmoe with --router sample does not",
     f"{TINY} --max-target-length 9": "--max-target-length: it would have no effect here",
     f"{TINY} --train-instances 9": "--train-instances: it would have no effect here",
     f"{TINY} --input word": "--input: it would have no effect here",
     f"{TINY} --split seen --test x": "--test: it would have no effect here",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
     "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
-    "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give the",
+    "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give",
     f"{ASK} --split seen": "--split: it would have no effect here",
     f"{ASK} --limit 9": "--limit: it would have no effect here",
     f"{ASK} --out x": "--out: it would have no effect here",
     f"{ASK} --num-pos 1": "--num-pos: it would have no effect here",
     f"{ASK} --batch-size 9": "--batch-size: it would have no effect here",
-    "train.py --router none --router-norm none": "--router-norm: --method orchmoe --router none",
+    "train.py --router none --router-norm none": "--router-norm: --method orchmoe with --router",
 }
 
 

@@ -273,7 +273,6 @@ def test_every_rank_refuses_more_processes_than_gpus(monkeypatch, rank):
     for name, value in {"LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
-    assert runtime.launcher() == "torchrun --nproc-per-node 2 --"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--gpu 1: there are 1 GPUs.*start as many"):

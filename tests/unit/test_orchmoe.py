@@ -160,8 +160,6 @@ def test_noise_acts_in_training_only():
     assert torch.equal(adapters.route(x, noise=noise).c, given)
     drawn = adapters.route(x[[0, 0]]).c
     assert not torch.equal(drawn[:, 0], drawn[:, 1])  # each sample has its own
-    with pytest.raises(ValueError, match="gumbel needs noise"):
-        adapters.route(w=torch.ones(5))
     without = adapters.eval().route(x).c
     assert torch.equal(adapters.route(x, noise=noise).c, without)
     assert not torch.allclose(given, without)
@@ -434,17 +432,11 @@ def test_a_config_with_an_impossible_value_is_refused(options):
 
 
 def test_a_source_of_another_shape_is_refused_with_the_given_shape():
-    adapters, x, mask = small(), random(4, 9, 16), torch.ones(4, 9)
-    for source, its_mask, message in [
-        (None, None, r"embeddings: .* got \(\)"),
-        (mask, mask, r"embeddings: .* got \(4, 9\); embed the token ids first"),
-        (x[0], mask[0], r"embeddings: .* got \(9, 16\)"),
-        (x[..., :15], mask, r"embeddings: .* got \(4, 9, 15\)"),
-        (x, mask[:, :8], r"mask: .* got \(4, 8\)"),
-        (x, mask.tolist(), r"mask: expected a tensor \(B,L\) = \(4, 9\), got \(\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            adapters.route(source, its_mask)
+    adapters, x = small(), random(4, 9, 16)
+    for source in (torch.ones(4, 9), x[0], x[..., :15]):
+        shape = re.escape(str(tuple(source.shape)))
+        with pytest.raises(ValueError, match=f"embeddings: .* got {shape}; embed the token ids"):
+            adapters.route(source)
 
 
 def test_the_router_compiles_without_breaks():

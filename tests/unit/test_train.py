@@ -90,6 +90,8 @@ def test_schedule_warms_up_and_then_decays_or_stays_constant(take_step, schedule
     config = train.TrainConfig(steps=10, warmup=4, schedule=schedule)
     factors = [train.learning_rate_factor(step, config) for step in range(10)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, *later])
+    brief = train.TrainConfig(steps=20, warmup=20, schedule=schedule)
+    assert train.learning_rate_factor(0, brief) == 0.5  # a tenth of the steps
     _, optimizer = take_step(1, config)
     for group in optimizer.param_groups:
         assert group["lr"] == 0.5 * group["max_lr"]
