@@ -18,6 +18,7 @@ import keyword
 import math
 import re
 import sys
+import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ EQUATIONS = (
     ("X = rmsnorm(E)", "(B,L,D)", "router-summarise", "the embeddings E of the source, scaled"),
     ("X^hat = softmax(X X^T / sqrt(D)) X + X", "(B,L,D)", "router-summarise", "attention"),
     ("x^hat = mean_L X^hat", "(B,D)", "router-summarise", "mean over the tokens"),
-    ("x^hat = (x^hat - μ) / sd", "(B,D)", "w", "standardised"),
+    ("x^hat ← (x^hat - μ) / sd", "(B,D)", "w", "standardised"),
     ("w = softmax(W_task x^hat + b)", "(B,K)", "w", "weights of the abstract tasks"),
     (
         "Z^hat_ks = sigmoid(Z_ks) / sum_j sigmoid(Z_kj)",
@@ -266,7 +267,7 @@ def inline(text: str, walk: dict[str, Any]) -> str:
             part = html.escape(part, quote=False)
             parts[i] = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part)
     # Links come last, since a link may have code inside.
-    return re.sub(r"\[([^]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', "".join(parts))
+    return re.sub(r"\[([^]]+)\]\((#[\w-]+|\w+\.md)\)", r'<a href="\2">\1</a>', "".join(parts))
 
 
 def table_html(rows: list[list[str]]) -> str:
@@ -274,7 +275,7 @@ def table_html(rows: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{inline(cell, {})}</th>' for cell in rows[0])
     lines = []
     for cells in rows[1:]:
-        others = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells[1:])
+        others = "".join(f"<td>{inline(cell, {})}</td>" for cell in cells[1:])
         lines.append(f'<tr><th scope="row">{inline(cells[0], {})}</th>{others}</tr>')
     body = "\n".join(lines)
     return (
@@ -349,7 +350,7 @@ def block_html(
     if block.sample:
         parts.append(f"<aside><h4>Our sample</h4>{prose(block.sample.text, walk)}</aside>")
     if block.test:
-        parts.append(f'<p class="small">Held by the test <code>{block.test}</code></p>')
+        parts.append(f'<p class="small">Checked by the test <code>{block.test}</code></p>')
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
 
@@ -446,10 +447,10 @@ def cards_html(explored: dict[str, Any]) -> str:
 
 
 def gap_html(task: dict[str, Any], setting: str) -> str:
-    """Return a cell with the loss of a setting minus that with the own w."""
+    """Return a cell with the loss of a setting minus that with the own w. "off" has no colour."""
     gap = task[setting]["loss"] - task["own"]["loss"]
     kind = ""
-    if abs(gap) > LITTLE:
+    if abs(gap) > LITTLE and setting != "off":
         kind = ' class="good"' if gap > 0 else ' class="bad"'
     sign = "&#8722;" if gap < 0 else "+"
     return f"<td{kind}>{sign}{abs(gap):.2f}</td>"
@@ -550,7 +551,10 @@ def page() -> str:
     told = {block.name for section in sections for block in section.blocks}
     values = explored["walk"] | values_of(explored)
     rest = [piece for piece in pieces.values() if piece.name not in told]
+    usage = text[text.index("    adapters = attach(") : text.index("\n\nTest: ")]
     values |= {
+        "usage": textwrap.dedent(usage),
+        "verbs": [item.split(" | ") for item in items["attach"]],
         "drawing": f"<figure>{(DOCS / 'architecture.svg').read_text(encoding='utf-8')}</figure>",
         "grades": grades_html(items["idea"]),
         "equations": equations_html(),
@@ -610,6 +614,7 @@ def grades_html(items: list[str]) -> str:
 def values_of(explored: dict[str, Any]) -> dict[str, Any]:
     """Return numbers of the run for the texts of the page."""
     values: dict[str, Any] = {"steps": str(explored["steps"])}
+    values["root_width"] = f"{math.sqrt(int(explored['walk']['width'])):.1f}"
     N, K, S = len(explored["Zhat"]), len(explored["Zhat"][0]), len(explored["Zhat"][0][0])
     values |= {"N": str(N), "K": str(K), "S": str(S)}
     heads = ("own w", "mean w", "w = 1/K", "w of another sample", "w = 0: the base alone")

@@ -13,6 +13,7 @@ ROUTER = "#BFE0F5"
 ALLOCATION = "#B9E6D3"
 SKILLS = "#FBDFA6"
 INK = "#1A1A1A"
+LOGITS = 'W<tspan dy="3" font-size="10">task</tspan><tspan dy="-3"> x̂ + b</tspan>'
 HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 596"
  font-size="14" font-family="Helvetica, Arial, sans-serif" fill="{INK}">
 <title>Architecture of OrchMoE, with the shapes</title>
@@ -60,12 +61,14 @@ def drawing() -> str:
         frame(316, 8, 390, 126, "Task Router: one, reads the source alone"),
         box(10, 42, 120, 80, FROZEN, "source", "tokens", "(B,L)"),
         box(164, 42, 130, 80, FROZEN, "E", "embeddings", "(B,L,D)"),
-        box(328, 42, 190, 80, ROUTER, "x̂", "X = rmsnorm(E)", "mean(X + P X), scaled", "(B,D)"),
-        box(548, 42, 146, 80, ROUTER, "w", "softmax(W x̂ + b)", "(B,K)"),
+        box(
+            322, 42, 202, 80, ROUTER, "x̂", "X = rmsnorm(E)", "mean(P X + X), standardised", "(B,D)"
+        ),
+        box(548, 42, 146, 80, ROUTER, "w", f"softmax({LOGITS})", "(B,K)"),
         box(730, 42, 120, 80, ALLOCATION, "c = w Ẑ", "skill weights", "(N,B,S)"),
         arrow((130, 82), (164, 82)),
-        arrow((294, 82), (328, 82)),
-        arrow((518, 82), (548, 82)),
+        arrow((294, 82), (322, 82)),
+        arrow((524, 82), (548, 82)),
         arrow((694, 82), (730, 82)),
         box(
             10,
@@ -77,10 +80,10 @@ def drawing() -> str:
             "N of its Linears have skills",
             "(B,L,D)",
         ),
-        box(328, 164, 190, 80, "white", "loss", "cross-entropy of the", "target tokens, no more"),
+        box(322, 164, 202, 80, "white", "loss", "cross-entropy of the", "target tokens, no more"),
         box(548, 164, 146, 80, ALLOCATION, "Ẑ: sigmoid(Z)", "rows sum to 1", "(N,K,S)"),
         arrow((229, 122), (229, 164)),
-        arrow((294, 204), (328, 204)),
+        arrow((294, 204), (322, 204)),
         arrow((694, 204), (770, 204), (770, 122)),
     ]
     linear = [
@@ -112,8 +115,9 @@ def drawing() -> str:
     ):
         legend.append(rectangle(x, 544, 18, 14, fill, ""))
         legend.append(text(x + 25, 556, name, anchor="start"))
+    legend.append(text(10, 578, "P = softmax(X Xᵀ / √D)", anchor="start"))
     letters = [
-        "B batch, L length, D d_in, O d_out",
+        "B batch (in shapes), L length, D d_in, O d_out",
         "K abstract tasks, S skills, R rank, N adapted Linears",
     ]
     for i, line in enumerate(letters):

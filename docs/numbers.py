@@ -11,6 +11,7 @@ Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
         for row in listed:
             text, _ = explorer.texts_of(loaded, kind, examples[row])
             shares = (100 * w[row]).round().int().tolist()
-            task["listed"].append([text[:50], shares, numbers.get(row, -1)])
+            text = textwrap.shorten(text, 50, placeholder=" …")
+            task["listed"].append([text, shares, numbers.get(row, -1)])
 
 
 def first_sample(explored: dict[str, Any]) -> int:
@@ -234,7 +236,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
     found["gradients"] = [
         ["", *norms],
         ["norm of the gradient", *decimals(norms.values())],
-        ["peak learning rate", *(f"{rate:g}" for rate in rates)],
+        ["highest rate of the schedule", *(f"{rate:g}" for rate in rates)],
     ]
     base.zero_grad()
     return found

@@ -262,7 +262,9 @@
     }
     const option = document.createElement("option");
     option.value = index;
-    option.textContent = task.name.replaceAll("_", " ") + ": " + entry.tail.replace(/^Input: /, "").split("\n")[0].slice(0, 60);
+    const input = entry.tail.replace(/^Input: /, "").split("\n")[0];
+    const beginning = input.length > 60 ? input.slice(0, 59) + "…" : input;
+    option.textContent = task.name.replaceAll("_", " ") + ": " + beginning;
     groups[task.kind].append(option);
   });
 
