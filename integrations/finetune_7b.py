@@ -1,8 +1,11 @@
 """Fine-tune a decoder of 7B on one GPU: a base in 4 bits, OrchMoE's adapters, TRL's SFTTrainer.
 
-Each line of the data is a JSON object with "prompt" and "completion", as text. Training writes
-checkpoints into the folder --out, and --resume continues from the last one. In a new process, --ask
-loads the adapters and answers prompts, which must be written exactly as in the data.
+Each line of the data has a prompt and a completion, both text:
+
+    {"prompt": "Hot is not", "completion": " cold"}
+
+Training writes checkpoints into the folder --out, and --resume continues from the last one. In a
+new process, --ask loads the adapters and answers prompts, which must be written as in the data.
 
     pip install transformers trl datasets bitsandbytes
     python -m integrations.finetune_7b --model Qwen3-8B --data train.jsonl --out run
@@ -24,11 +27,12 @@ from trl import SFTConfig, SFTTrainer
 from integrations.trainer import ADAPTER_FILE, RoutedTraining
 from orchmoe import OrchMoEConfig, attach
 
+# "all": every Linear but the output head.
 ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=("all",))
 
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
-    rates = {"router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}
+    rates = {"router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}  # the skills: learning_rate
 
 
 def load_base(name):
@@ -46,8 +50,18 @@ def load_base(name):
     return model, tokenizer
 
 
-def fine_tune(model, tokenizer, data, out, resume, **options):
-    """Train adapters on the file `data`, and write them into the folder `out`."""
+def read_rows(path):
+    """Return the rows of a JSONL file. Raise ValueError if a prompt or a completion is no text."""
+    rows = load_dataset("json", data_files=str(path), split="train")
+    for name in ("prompt", "completion"):
+        values = rows[name] if name in rows.column_names else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f'each line needs a "{name}" that is a text')
+    return rows
+
+
+def fine_tune(model, tokenizer, rows, out, resume, **options):
+    """Train adapters on the rows, and write them into `out`. options: more for SFTConfig."""
     attach(model, ADAPTERS)
     settings = {
         "learning_rate": 2e-4,  # of the skills
@@ -65,10 +79,9 @@ def fine_tune(model, tokenizer, data, out, resume, **options):
         "use_cpu": not torch.cuda.is_available(),
     }
     args = SFTConfig(str(out), **settings | options)
-    rows = load_dataset("json", data_files=str(data), split="train")
     trainer = RoutedSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     if not resume:
-        trainer.fit_router(max_batches=256)
+        trainer.fit_router(max_batches=256)  # 512 prompts
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
 
@@ -111,10 +124,14 @@ def main():
         parser.error(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
     if args.ask and not (args.out / ADAPTER_FILE).exists():
         parser.error(f"--out {args.out}: no {ADAPTER_FILE} here; finish the training first")
+    try:
+        rows = read_rows(args.data) if args.data else None
+    except Exception as error:  # datasets has many ways to fail on a bad file
+        parser.error(f"--data {args.data}: {error}")
 
     model, tokenizer = load_base(args.model)
     if args.data:
-        fine_tune(model, tokenizer, args.data, args.out, args.resume)
+        fine_tune(model, tokenizer, rows, args.out, args.resume)
     else:
         load_adapters(model, args.out / ADAPTER_FILE)
         for prompt, reply in zip(args.ask, answer(model, tokenizer, args.ask), strict=True):

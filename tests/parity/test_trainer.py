@@ -571,9 +571,9 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
 
     def fine_tune(name, resume=False):
         model, tokenizer = finetune_7b.load_base(base_folder)
-        arguments = (tmp_path / "data.jsonl", tmp_path / name, resume)
+        rows = finetune_7b.read_rows(tmp_path / "data.jsonl")
         transformers.set_seed(0)
-        finetune_7b.fine_tune(model, tokenizer, *arguments, **options)
+        finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / name, resume, **options)
         return model, tokenizer
 
     trained, tokenizer = fine_tune("whole")
@@ -607,10 +607,13 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
         ("--data a.jsonl --out . --resume", "--resume: needs --data, and a checkpoint in ."),
         ("--ask a --out . --resume", "--resume: needs --data"),
         ("--ask a --out new", "--out new: no adapter.pt here"),
+        ("--data missing.jsonl --out new", "--data missing.jsonl: "),
+        ("--data a.jsonl --out new", '--data a.jsonl: each line needs a "completion"'),
     ],
 )
 def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hot is not"}\n')
     monkeypatch.setattr(sys, "argv", ["finetune_7b", "--model", "base", *flags.split()])
     with pytest.raises(SystemExit, match="2"):
         finetune_7b.main()
