@@ -741,7 +741,6 @@ def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.n
     lengths: source lengths of all examples. The result depends on nothing but the arguments. Each
     example occurs once in an epoch, and one batch of an epoch may have fewer than `batch_size`.
     """
-    lengths = np.asarray(lengths, np.int64)
     epoch, number = divmod(step, math.ceil(len(lengths) / batch_size))
     return _epoch(lengths.tobytes(), batch_size, seed, epoch)[number]
 

@@ -369,46 +369,6 @@ def refuse_idle_flags(
         raise UserError(f"{runtime.flag(name)}: it would have no effect here; leave it out")
 
 
-def require_free(config: EvalConfig, settings: dict[str, Any]) -> None:
-    """Raise UserError if the output folder holds a run, or results of another evaluation."""
-    path = config.folder / "scores.json"
-    compared = {"split", "limit", "max_new_tokens", "digest"}
-    compared |= vars(data.DataConfig()).keys() - data.FILE_FIELDS
-    if config.out or not config.run:
-        compared.add("scored")  # the folder of a run may have moved with its evaluations
-    if path.exists():
-        saved = runtime.read_json(path).get("config")
-        if isinstance(saved, dict) and all(saved.get(name) == settings[name] for name in compared):
-            return
-    names = ("config.json", "predictions.jsonl", "scores.json")
-    runtime.require_new(
-        [config.folder / name for name in names],
-        "it belongs to a run or a different evaluation; choose another --out",
-    )
-
-
-def write_results(
-    folder: Path,
-    settings: dict[str, Any],
-    examples: Sequence[Example],
-    predictions: Sequence[str],
-) -> None:
-    """Write predictions.jsonl and scores.json, and print the overall scores."""
-    # First without scores, so that no scores stand beside predictions that are not theirs.
-    runtime.write_json(folder / "scores.json", {"config": settings})
-    with runtime.atomic_write(folder / "predictions.jsonl") as file:
-        for example, prediction in zip(examples, predictions, strict=True):
-            row = {"id": example.id, "task": example.task, "prediction": prediction}
-            file.write(runtime.to_json(row, ensure_ascii=False))
-
-    scores = score(examples, predictions)
-    runtime.write_json(folder / "scores.json", {**scores, "config": settings})
-    overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
-    tasks = len(scores["tasks"])
-    runtime.print_line(f"{len(examples)} instances of {tasks} {settings['split']} tasks: {overall}")
-    runtime.print_line(f"written: {folder / 'predictions.jsonl'}, {folder / 'scores.json'}")
-
-
 def main() -> None:
     # Settings. A run has its own data settings, which flags override.
     flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
@@ -437,14 +397,23 @@ def main() -> None:
         # The examples, and the folder of the results.
         examples, digest = load_examples(config, data_config, run, tokenizer)
         settings = {
-            **asdict(config),
-            **asdict(data_config),
             "scored": os.path.realpath(config.run or config.model),
+            "split": config.split,
+            "limit": config.limit,
+            "max_new_tokens": config.max_new_tokens,
+            **asdict(data_config),
             "dtype": runtime.dtype_name(device.dtype),
             "digest": digest,
             "instances": len(examples),
         }
-        require_free(config, settings)
+        predictions_path = config.folder / "predictions.jsonl"
+        scores_path = config.folder / "scores.json"
+        is_same = scores_path.exists() and runtime.read_json(scores_path).get("config") == settings
+        if not is_same:
+            runtime.require_new(
+                [config.folder / "config.json", predictions_path, scores_path],
+                "it belongs to a run or a different evaluation; choose another --out",
+            )
 
         # Predictions and scores.
         require_fit(base, tokenizer, examples, config.max_new_tokens)
@@ -457,8 +426,22 @@ def main() -> None:
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
         )
-        if runtime.rank() == 0:
-            write_results(config.folder, settings, examples, predictions)
+        if runtime.rank() != 0:
+            return
+
+        # First without scores, so that no scores stand beside predictions that are not theirs.
+        runtime.write_json(scores_path, {"config": settings})
+        with runtime.atomic_write(predictions_path) as file:
+            for example, prediction in zip(examples, predictions, strict=True):
+                row = {"id": example.id, "task": example.task, "prediction": prediction}
+                file.write(runtime.to_json(row, ensure_ascii=False))
+
+        scores = score(examples, predictions)
+        runtime.write_json(scores_path, {**scores, "config": settings})
+        overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
+        tasks = len(scores["tasks"])
+        runtime.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
+        runtime.print_line(f"written: {predictions_path}, {scores_path}")
 
 
 if __name__ == "__main__":

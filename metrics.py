@@ -121,19 +121,17 @@ def score(records: Iterable[Mapping]) -> dict[str, dict]:
     tasks = defaultdict(list)
     categories = defaultdict(list)
     for record in records:
-        values = {}
-        for name, metric in METRICS.items():
-            values[name] = metric(record["prediction"], record["references"])
+        texts = record["prediction"], record["references"]
+        values = {name: metric(*texts) for name, metric in METRICS.items()}
         overall.append(values)
         tasks[record["task"]].append(values)
         categories[record["category"]].append(values)
 
-    scores = {"overall": _mean(overall), "tasks": {}, "categories": {}}
-    for task in sorted(tasks):
-        scores["tasks"][task] = _mean(tasks[task])
-    for category in sorted(categories):
-        scores["categories"][category] = _mean(categories[category])
-    return scores
+    return {
+        "overall": _mean(overall),
+        "tasks": {task: _mean(rows) for task, rows in sorted(tasks.items())},
+        "categories": {category: _mean(rows) for category, rows in sorted(categories.items())},
+    }
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
