@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from urllib.request import urlopen
 
 import pytest
@@ -33,24 +34,16 @@ transformers = pytest.importorskip("transformers")
 S, R, T = 3, 2, 5
 
 
-class One(nn.Module):
-    """A model with one Linear."""
-
-    def __init__(self):
-        super().__init__()
-        self.q = nn.Linear(32, 24, bias=False)
-
-    def forward(self, x, task_ids=None):
-        return self.q(x)
-
-
 @pytest.mark.parametrize("method, heads", [("poly", 1), ("mhr", 4)])
 def test_output_and_gradients_equal_peft(method, heads):
+    def model():
+        return nn.Sequential(OrderedDict(q=nn.Linear(32, 24, bias=False)))
+
     torch.manual_seed(0)
     settings = peft.PolyConfig(r=R, n_tasks=T, n_skills=S, n_splits=heads, target_modules=["q"])
-    twin = peft.get_peft_model(One(), settings).eval().base_model.model.q
+    twin = peft.get_peft_model(model(), settings).eval().base_model.model.q
 
-    base = One()
+    base = model()
     base.q.weight.data.copy_(twin.base_layer.weight)
     # peft divides the output of Poly by R.
     config = OrchMoEConfig(skills=S, rank=R, targets=("q",), alpha=1.0)
