@@ -4,13 +4,12 @@ parity/test_transformers.py compares ids and texts with those of transformers.
 """
 
 import json
-import pickle
 import sys
 
 import pytest
 
 import tokenizer
-from helpers import PROMPT, ROOT, TOKENIZER_TEXTS, write_pieces, write_words
+from helpers import PROMPT, ROOT, write_pieces, write_words
 
 
 def write_words_with_bos(folder, corpus):
@@ -119,11 +118,8 @@ def test_truncation_and_padding_of_a_file_are_off(folder):
     assert tokenizer.load(folder).encode(PROMPT) == plain
 
 
-def test_tokenizers_go_to_other_processes_and_folders(words, t5_words, tmp_path):
+def test_tokenizers_go_to_other_folders(words, t5_words, tmp_path):
     for each in (words, t5_words):
-        copy = pickle.loads(pickle.dumps(each))
-        for text in TOKENIZER_TEXTS:
-            assert copy.encode(text) == each.encode(text)
         each.save(tmp_path / each.path.stem)
         assert tokenizer.load(tmp_path / each.path.stem).fingerprint == each.fingerprint
 
