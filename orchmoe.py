@@ -509,7 +509,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                         linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **options: Any) -> None:
-        """Fold one routing for good and remove the adapters. Tied weights become separate.
+        """Fold one routing for good and remove the adapters. A weight is no longer tied afterwards.
 
         For the arguments see `folded`.
         """

@@ -74,7 +74,7 @@ def assert_equal_twins(fast, slow, arguments):
 @pytest.mark.parametrize("linear", ["", "weight", "weight bias"])
 @forms
 @both
-def test_mix_skills_equals_its_slow_twin(mix, shape, linear):
+def test_mix_skills_equals_its_equation(mix, shape, linear):
     x, *rest = arguments(shape, linear=linear)
     not_contiguous = x.mT.contiguous().mT
     for x_ in (x, not_contiguous):
@@ -83,7 +83,7 @@ def test_mix_skills_equals_its_slow_twin(mix, shape, linear):
 
 @pytest.mark.parametrize("linear", ["", "weight bias"])
 @pytest.mark.parametrize("shape", FACTOR_FORMS.values(), ids=FACTOR_FORMS)
-def test_mix_factors_equals_its_slow_twin(shape, linear):
+def test_mix_factors_equals_its_equation(shape, linear):
     assert_equal_twins(kernels.mix_factors, mix_factors_slow, arguments(shape, linear=linear))
 
 
