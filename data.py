@@ -247,6 +247,8 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     with open(path, "rb") as file:
         while line := file.readline(LARGEST_LINE + 1):
             number += 1
+            if line.isspace():
+                continue
             with runtime.reading(f"{path}, line {number}", "repair the line"):
                 name, instance = _read_row(line, number)
             task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
@@ -260,7 +262,7 @@ def _read_row(line: bytes, number: int) -> tuple[str, dict]:
         raise ValueError(f"longer than {LARGEST_LINE} bytes")
     row = json.loads(line)
     if "messages" in row:
-        raise ValueError("chat templates are left to TRL; see integrations/trainer.py")
+        raise ValueError("chat templates are left to TRL, see docs/use.md")
     instruction = _field(row, "prompt", "instruction")
     text = row.get("input") or row.get("context")
     references = _field(row, "completion", "output", "response")
@@ -554,8 +556,8 @@ def _load_list(
     key = [list_name, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
     encoded = cached(key, paths, encode_all)
     tasks = sorted(task["name"] for task in encoded)
-    if tasks == [NO_TASK]:
-        tasks = []
+    if NO_TASK in tasks:
+        tasks = []  # not all rows name a task
     if training is None:
         training = tasks
 

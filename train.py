@@ -166,8 +166,12 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     idle |= dict.fromkeys(no_rate, "nothing trains at that rate")
     idle |= dict.fromkeys(unread, f"--method {method} with --router {router} does not use it")
     idle |= dict.fromkeys(fixed, "is fixed by --start")
-    for name in sorted(flags.keys() & idle.keys()):
+    given_but_idle = sorted(flags.keys() & idle.keys())
+    if given_but_idle:
+        name = given_but_idle[0]
         raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
+    if "warmup" in flags and config.warmup >= config.steps:
+        raise UserError(f"--warmup {config.warmup}: give fewer than --steps {config.steps}")
     return settings
 
 
@@ -444,8 +448,8 @@ def train(
             method = f"lora of rank {settings.adapter.skills * settings.adapter.rank} (S R)"
         runtime.print_line(
             f"{method}: {skills:,} in skills + {routing:,} in routing = "
-            f"{skills + routing:,} parameters train; on {len(train_set)} examples of "
-            f"{len(train_set.tasks)} tasks; run folder {run.path}"
+            f"{skills + routing:,} parameters train on {len(train_set)} examples; "
+            f"run folder {run.path}"
         )
 
         # Score the model before training: the frozen base, as B = 0, or what --start or `attach`

@@ -526,6 +526,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --train-instances 9": "--train-instances: it would have no effect here",
     f"{TINY} --input word": "--input: it would have no effect here",
     f"{TINY} --split seen --test x": "--test: it would have no effect here",
+    "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
     "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
     "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give",

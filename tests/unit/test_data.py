@@ -198,12 +198,13 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], "task": "t", "id": 7}',
         {"instruction": "Sort.", "input": "b a", "output": "a b"},
         {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
+        b" \r",
         {"instruction": "Sort.", "input": None, "output": "", "task": "t"},
     ]
     expected = {
         "t": [
             {"id": "7", "input": "Say\0 it.", "output": ["y", "n"]},
-            {"id": "4", "input": "Sort.", "output": [""]},
+            {"id": "5", "input": "Sort.", "output": [""]},  # a blank line counts as a line
         ],
         data.NO_TASK: [
             {"id": "2", "input": "b a", "output": ["a b"], "definition": "Sort."},
@@ -223,7 +224,7 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "there is no prompt": [1, 2],
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
     "UnicodeDecodeError: .*truncated data": '{"prompt": "a"}'.encode("utf-16"),
-    "integrations/trainer.py": {"messages": [{"role": "user", "content": "a"}]},
+    "docs/use.md": {"messages": [{"role": "user", "content": "a"}]},
     "expected str instance, list found": {
         "prompt": [{"role": "user", "content": "a"}],
         "completion": "b",
@@ -233,7 +234,6 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "the prompt or the list of answers is empty": {"prompt": " ", "completion": "b"},
     "list of answers is empty": {"prompt": "a", "completion": []},
     "TypeError": b"3",
-    "JSONDecodeError: Expecting value": b"",
 }
 
 
@@ -272,8 +272,9 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tok
     other = write_rows(tmp_path / "other.jsonl", own_rows(3, task="c"))
     config = DataConfig(data=str(path), test=str(other))
     sets = load_sets(config, tokenizer)
-    assert sets["train"].tasks == ["-", "b"]
-    assert {example.task: example.task_index for example in sets["train"]} == {"-": 0, "b": 1}
+    assert sets["train"].tasks == []  # not all rows have one
+    named = load_sets(config, tokenizer, ["train"], training=["b"])["train"]
+    assert {example.task: example.task_index for example in named} == {"-": -1, "b": 0}
     assert [example.task_index for example in sets["test"]] == [-1, -1, -1]
     everything = [*sets["train"], *sets["dev"], *sets["seen"]]
     assert len(everything) == 300
