@@ -5,7 +5,6 @@ parity/test_transformers.py compares folders with those of transformers.
 
 import io
 import json
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -153,8 +152,6 @@ def zip_of(content, compression=zipfile.ZIP_STORED):
 
 TORCH = {
     "empty": (b"", ""),
-    "more than tensors": ({"x": Path("x")}, "refused"),
-    "pickle": (pickle.dumps({"x": Path("x")}), ""),
     "no names": ([ONES], ""),
     "sparse": ({"x": ONES.to_sparse()}, "refused"),
     "meta": ({"x": ONES.to("meta")}, "refused"),
