@@ -174,14 +174,14 @@ def kind_of(token: tokenize.TokenInfo, previous: str) -> str:
 # ---------------------------------------------------------------------------------- the mathematics
 
 NAME = re.compile(r"([^\W\d_]+|[\d.]+)(\^hat)?(?:_(\w+?))?(?:\^(\w))?(?=\W|$)")
-MATH_TOKEN = re.compile(f"{NAME.pattern.replace('(', '(?:').replace('(?:?', '(?')}|\\S")
+MATH_TOKEN = re.compile(rf"{NAME.pattern}|\S")
 SIGNS = {"-": "&#8722;", "~": "&#8764;"}
 THIN = '<mspace width="0.2em"></mspace>'
 
 
 def mathml(equation: str, display: str = "inline") -> str:
     """Return MathML for an equation in the notation of docs/notes.py."""
-    tokens = MATH_TOKEN.findall(equation)
+    tokens = [match[0] for match in MATH_TOKEN.finditer(equation)]
     return f'<math display="{display}">{math_row(tokens, "")}</math>'
 
 
@@ -389,9 +389,14 @@ def engineering_html(
 # --------------------------------------------------------------------------------- what the run did
 
 
-def heat(value: float, digits: int = 2) -> str:
+def heat(value: float) -> str:
     """Return a cell of a heat map."""
-    return f'<td class="cell" style="--v:{min(value, 1):.2f}">{value:.{digits}f}</td>'
+    return f'<td class="cell" style="--v:{value:.2f}">{value:.2f}</td>'
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "&#8722;")
 
 
 def spoken(name: str) -> str:
@@ -452,8 +457,7 @@ def gap_html(task: dict[str, Any], setting: str) -> str:
     kind = ""
     if abs(gap) > LITTLE and setting != "off":
         kind = ' class="good"' if gap > 0 else ' class="bad"'
-    sign = "&#8722;" if gap < 0 else "+"
-    return f"<td{kind}>{sign}{abs(gap):.2f}</td>"
+    return f"<td{kind}>{signed(gap, 2)}</td>"
 
 
 def losses_html(explored: dict[str, Any]) -> str:
@@ -501,10 +505,9 @@ def linears_html(explored: dict[str, Any]) -> str:
     spread, rise = explored["without_one"]["spread"], explored["without_one"]["rise"]
     rows = []
     for name, s, r in zip(explored["linears"], spread, rise, strict=True):
-        sign = "&#8722;" if r < 0 else "+"
         rows.append(
             f'<tr><th scope="row">{name.replace("blocks.", "").replace(".", " ")}</th>'
-            f"<td>{s:.3f}</td><td>{sign}{abs(r):.4f}</td></tr>"
+            f"<td>{s:.3f}</td><td>{signed(r, 4)}</td></tr>"
         )
     return (
         '<div class="wide"><table><thead><tr><th scope="col">Linear</th><th scope="col">spread of c'

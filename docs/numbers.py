@@ -26,7 +26,6 @@ import eval as evaluation
 import metrics
 from experiments import explorer
 from experiments.explorer import Loaded, rounded, rows_by_task
-from tokenizer import Tokenizer
 
 LISTED = 12  # samples of each task whose w is listed
 COMPARED = ("own", "mean", "uniform", "other", "off")  # settings that are measured on whole sets
@@ -99,7 +98,6 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
             for prediction, example in zip(predictions, part, strict=True):
                 right += int(metrics.exact_match(prediction, example.references))
             task[name] = {"loss": round(loss, 4), "right": right}
-        task["category"] = part[0].category
         task["count"] = len(rows)
         listed = sorted({*data.subsample(rows, LISTED), *(row for row in rows if row in numbers)})
         task["listed"] = []
@@ -191,7 +189,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
 
     Every step is computed as its equation says, and compared with what the model computes.
     """
-    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
+    base, adapters = loaded.base, loaded.adapters
     sample = explored["samples"][explored["first"]]
     example = loaded.sets["seen"][sample["row"]]
     batch = data.collate([example])
@@ -219,9 +217,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
         "references": " or ".join(sample["references"]),
         "answer": sample["results"][0][0],
         "answer_uniform": sample["results"][2][0],
-        "pieces": pieces(tokenizer, batch.input_ids[0, :6]),
         "length": str(batch.input_ids.shape[1]),
-        "targets": str(batch.target_tokens),
         "distance": f"{distance(loaded.config.folder):.3f}",
     }
     with torch.no_grad():
@@ -269,7 +265,8 @@ def walk_router(
     ids = batch.input_ids[0]
     same_id = ids.unsqueeze(1) == ids  # (L,L)
     mean = X.mean(dim=1)
-    by_name = {task["name"]: task for task in explored["tasks"]}
+    own_task = explored["tasks"][sample["task"]]
+    other_task = next(t for t in explored["tasks"] if t["name"] == sample["other_task"])
     K = w.shape[1]
 
     n = list(loaded.adapters.linears).index(LINEAR)
@@ -296,8 +293,8 @@ def walk_router(
             ["abstract task", *map(str, range(1, K + 1))],
             ["$W_task x^hat + b$", *decimals(logits[0], 2)],
             ["$w$", *decimals(w[0], 2)],
-            ["mean $w$ of its task", *decimals(by_name[sample_task(explored, sample)]["w"], 2)],
-            ["mean $w$ of the other task", *decimals(by_name[sample["other_task"]]["w"], 2)],
+            ["mean $w$ of its task", *decimals(own_task["w"], 2)],
+            ["mean $w$ of the other task", *decimals(other_task["w"], 2)],
         ],
         "entropy": f"{evaluation.mean_entropy(w):.2f}",
         "most_entropy": f"{math.log(K):.2f}",
@@ -307,10 +304,6 @@ def walk_router(
         ],
         "c": [["Linear", *skills], *c_rows],
     }
-
-
-def sample_task(explored: dict, sample: dict) -> str:
-    return explored["tasks"][sample["task"]]["name"]
 
 
 def walk_linear(loaded: Loaded, routing: Any, calls: dict) -> dict[str, Any]:
@@ -334,11 +327,6 @@ def walk_linear(loaded: Loaded, routing: Any, calls: dict) -> dict[str, Any]:
     skills = (weights * h) @ B  # (L,O)
     frozen = x @ linear.weight.T  # (L,O)
     assert_close(frozen + skills, y)
-    one_by_one = torch.zeros_like(skills)
-    for s in range(S):
-        part = (x @ linear.skill_A[s].T) @ linear.skill_B[s]
-        one_by_one += linear.skill_scale * c[s] * part
-    assert_close(one_by_one, skills)
 
     ranks = []
     for s in range(S):
@@ -376,7 +364,7 @@ def walk_loss(loaded: Loaded, batch: data.Batch, routing: Any, loss: Tensor) -> 
             losses = token_losses(loaded, batch)
         rows.append([name, *decimals([*losses, losses.mean()])])
     assert_close(losses.mean(), loss)
-    words = pieces(loaded.tokenizer, batch.labels[0]).split("  ")
+    words = [loaded.tokenizer.sp.id_to_piece(i) for i in batch.labels[0].tolist()]
     return {"token_losses": [["", *words, "mean"], *rows]}
 
 
@@ -387,10 +375,6 @@ def token_losses(loaded: Loaded, batch: data.Batch) -> Tensor:
     read = torch.cat((start, batch.labels[:, :-1]), dim=1)
     hidden = base.hidden(batch.input_ids, batch.attention_mask, read)
     return F.cross_entropy(base.logits(hidden)[0], batch.labels[0], reduction="none")
-
-
-def pieces(tokenizer: Tokenizer, ids: Tensor) -> str:
-    return "  ".join(tokenizer.sp.id_to_piece(int(i)) for i in ids)
 
 
 def decimals(values: Iterable, digits: int = 3) -> list[str]:
