@@ -142,7 +142,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if launch.resume:
         saved = saved_settings(read_config(launch.out)).as_flags()
         for name in sorted(flags.keys() & saved.keys()):
-            may_change = name in PATHS and saved[name]  # a path may change, but none may be added
+            may_change = name in PATHS and saved[name]  # paths may change, but not be added
             if flags[name] != saved[name] and not may_change:
                 raise UserError(
                     f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has "
@@ -346,7 +346,7 @@ def require_finite(step: int, batch: Batch, **values: float) -> None:
         if not math.isfinite(value):
             raise DivergedError(
                 f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
-                "progress.pt is intact, but a resumed run would repeat this; start a new "
+                "what was saved is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"
             )
 
