@@ -13,9 +13,9 @@ function, method or class of orchmoe.py, and a block has notes, each about some 
     - an item of the section
 
 All other lines are paragraphs of the section, block, note or sample that was named last. They may
-have `code`, *stress*, [links](#anchor) or (page.md), $mathematics$ and {number of the run}. A paragraph may
-be {table name}, {text name} or {html name}. In the mathematics "X^hat" has a hat, "B_s" an
-index, "X^T" a T, and frac(a ; b) is a fraction.
+have `code`, *stress*, [links](#anchor), [links](page.md), $mathematics$ and {number of the run}. A
+paragraph may be {table name}, {text name} or {html name}. In the mathematics "X^hat" has a hat,
+"B_s" an index, "X^T" a T, and frac(a ; b) is a fraction.
 """
 
 import re
