@@ -159,9 +159,6 @@ def test_compare_from_start_to_table(small):
     sizes = {name: sum(cell.get("parameters", {}).values()) for name, cell in cells.items()}
     assert sizes["full-s0"] == 2_699_040  # of tiny/
     assert sizes["orchmoe-s0"] == pytest.approx(sizes["lora-s0"], rel=0.03)
-    seen = cells["lora-s0"]["seen"]
-    losses = [task["loss"] for task in seen["tasks"].values()]
-    assert seen["overall"]["loss"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_compare_remakes_only_lost_cells(small, home):

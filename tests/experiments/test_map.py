@@ -1,7 +1,6 @@
 """The map of where routing pays: its points, their studies, and its tables."""
 
 import importlib.util
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -51,14 +50,18 @@ def test_fewer_tasks_are_spread_over_the_list(study):
         assert found[tasks]["test"] == everything["test"]
 
 
-def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypatch):
-    """All searches here find that their start is the best."""
+def search_finds(loss, monkeypatch):
+    """Let all searches find that their start is the best, with this loss."""
 
     def search(searches, *_):
         for each in searches:
-            each.losses = {(0,) * len(each.start): 1.0}
+            each.losses = {(0,) * len(each.start): loss}
 
     monkeypatch.setattr("experiments.study.run_cells", search)
+
+
+def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypatch):
+    search_finds(1.0, monkeypatch)
     of_point = routing_map.study_at("total-rank-32", study)
     centre = {"lora": {"alpha": 4.0}, "orchmoe": {"alpha": 2.0, "lr_router": 0.5}}
     routing_map.tune("total-rank-32", of_point, centre)
@@ -69,16 +72,12 @@ def test_tune_carries_the_scale_and_the_rates_of_the_centre_over(study, monkeypa
 
 
 def test_tune_refuses_rates_at_which_every_trial_diverges(study, monkeypatch):
-    def search(searches, *_):
-        for each in searches:
-            each.losses = {(0,) * len(each.start): np.inf}
-
-    monkeypatch.setattr("experiments.study.run_cells", search)
+    search_finds(np.inf, monkeypatch)
     with pytest.raises(ValueError, match="lora: all trials diverged"):
         study.tune(routing_map.EQUAL, 1)
 
 
-def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
+def test_map_makes_all_cells_and_the_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(routing_map, "AXES", {"steps": {"4": {"steps": 4}, "600": {}}})
     monkeypatch.setattr(routing_map, "CENTRE_TRIALS", 2)
     monkeypatch.setitem(routing_map.DEFAULTS, "steps", 2)
@@ -92,17 +91,13 @@ def test_map_makes_all_cells_once_and_the_tables(tmp_path, monkeypatch):
         names = [path.stem for path in sorted((kept / point / "cells").glob("*.json"))]
         assert names == [f"{row}-s0" for row in rows]
         assert read_tuning(kept / point).keys() == {"lora", "orchmoe"}
-    cell = json.loads((kept / "steps-4/cells/ceiling-s0.json").read_text())
+    cell = runtime.read_json(kept / "steps-4/cells/ceiling-s0.json")
     assert cell["settings"]["steps"] == 4
     assert "| ceiling | 1 | " in out
     assert cell["parameters"]["routing"] == 20 * 28 * 4  # Z of 20 Linears: K = T = 28, S = 4
     assert cell["learnt"]["entropy"] == 0  # w is one-hot
     assert cell["learnt"]["largest"] == pytest.approx(1 / 28)  # another one for each task
     assert (kept / "map.png").exists() or not importlib.util.find_spec("matplotlib")
-
-    before = {path: path.read_bytes() for path in kept.rglob("*.json")}
-    run("experiments/map.py", "--stage", "map", *flags, cwd=tmp_path)
-    assert before == {path: path.read_bytes() for path in kept.rglob("*.json")}
 
 
 @pytest.fixture
@@ -238,9 +233,9 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
     assert "times the noise" in out
 
-    lists = json.loads((tmp_path / "kept/tasks.json").read_text())
+    lists = runtime.read_json(tmp_path / "kept/tasks.json")
     assert (len(lists["train"]), len(lists["test"]), len(lists["left out"])) == (3, 12, 25)
-    cell = json.loads((tmp_path / "kept/pilot/floor-s2.json").read_text())
+    cell = runtime.read_json(tmp_path / "kept/pilot/floor-s2.json")
     assert cell["seen"]["tasks"].keys() == set(lists["train"])
     assert cell["unseen"]["tasks"].keys() == {*lists["test"], *lists["left out"]}
     groups = decision.with_groups(cell, lists)

@@ -155,7 +155,6 @@ TORCH = {
     "no names": ([ONES], ""),
     "sparse": ({"x": ONES.to_sparse()}, "refused"),
     "meta": ({"x": ONES.to("meta")}, "refused"),
-    "expanded": ({"x": MANY}, "more elements than are stored"),
     "expanded, inside": ([{"x": ONES}, {"y": ({"x": MANY},)}], "more elements than are stored"),
     "one storage": ({i: BLOCK[:] for i in range(9)}, "more elements than are stored"),
     "call": (zip_of(CALL), "refused, it is damaged"),

