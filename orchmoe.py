@@ -95,8 +95,7 @@ class TaskRouter(nn.Module):
         super().__init__()
         self.config = config
         K = config.abstract_tasks
-        W_task = torch.empty(K, width).normal_(0, 0.02, generator=generator)
-        self.W_task = nn.Parameter(W_task)
+        self.W_task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
         self.bias = nn.Parameter(torch.zeros(K))
         if config.router_norm == "none":
             nn.init.constant_(self.bias, 1 / K)  # without the softmax, w starts near 1/K
@@ -108,18 +107,20 @@ class TaskRouter(nn.Module):
         """Return x_hat (B,D), one vector per sample, before it is standardised.
 
         embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens.
-        Raise ValueError for embeddings of another shape.
+        Raise ValueError for other shapes.
         """
         D = len(self.mu)
-        if embeddings.dim() != 3 or embeddings.shape[2] != D:
+        shape = embeddings.shape
+        if mask is None:
+            mask = embeddings.new_ones(shape[:2])
+        mask = torch.as_tensor(mask).bool()
+        if shape[2:] != (D,) or shape[:2] != mask.shape:
             raise ValueError(
-                f"embeddings: expected (B,L,D) with D = {D}, got {tuple(embeddings.shape)}; embed "
-                "the token ids first, or give attach(..., width=D) for another D"
+                f"embeddings: expected (B,L,D) with D = {D}, and a mask (B,L), got {tuple(shape)} "
+                f"and {tuple(mask.shape)}; embed the token ids first, or give attach(..., width=D) "
+                "for another D"
             )
         X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
-        if mask is None:
-            mask = X.new_ones(X.shape[:2])
-        mask = mask.bool()
         # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
         X = X.masked_fill(~mask[..., None], 0.0)
 
@@ -716,8 +717,7 @@ class OrchMoE(Adapters):
         Z = Z.to(skills[0]["skill_A"])
         router = None
         if config.router == "sample":
-            width = width or embedding_width(module)
-            router = TaskRouter(width, config, generator).to(Z)
+            router = TaskRouter(width or embedding_width(module), config, generator).to(Z)
         if config.router == "token":
             for linear, attributes in zip(linears.values(), skills, strict=True):
                 # Each token has its own w. Tokens are neither normalised nor standardised.
@@ -791,7 +791,6 @@ class OrchMoE(Adapters):
         if self.router is None:
             return
         K = self.config.abstract_tasks
-        least = max(2, K)
         with full_precision(self.router.mu.device):
             if masks is None:
                 parts = [self.router.summarise(batch) for batch in embeddings]
@@ -799,10 +798,10 @@ class OrchMoE(Adapters):
                 pairs = zip(embeddings, masks, strict=True)
                 parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
             sources = sum(len(part) for part in parts)
-            if sources < least:
+            if sources < max(2, K):
                 raise ValueError(
                     f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
-                    f"give at least {least}, better hundreds"
+                    f"give at least {max(2, K)}, better hundreds"
                 )
             self.router.fit(torch.cat(parts), generator)
 

@@ -499,8 +499,8 @@ def train(
                 run.log(step=step, **record)
                 bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
 
-                is_last = step + 1 == config.steps
-                evaluating = is_last or (step + 1) % config.eval_every == 0
+                # The last step is always followed by an evaluation.
+                evaluating = step + 1 == config.steps or (step + 1) % config.eval_every == 0
                 stopping = runtime.any_rank(stop_requested())  # all processes stop together
                 if not (evaluating or stopping):
                     continue

@@ -431,12 +431,15 @@ def test_a_config_with_an_impossible_value_is_refused(options):
         OrchMoEConfig(**options)
 
 
-def test_a_source_of_another_shape_is_refused_with_the_given_shape():
+def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
     adapters, x = small(), random(4, 9, 16)
     for source in (torch.ones(4, 9), x[0], x[..., :15]):
         shape = re.escape(str(tuple(source.shape)))
-        with pytest.raises(ValueError, match=f"embeddings: .* got {shape}; embed the token ids"):
+        with pytest.raises(ValueError, match=f"embeddings: .* got {shape} and .*; embed"):
             adapters.route(source)
+    for mask in (torch.ones(4, 1), [[1] * 9]):
+        with pytest.raises(ValueError, match=r"a mask \(B,L\), got \(4, 9, 16\) and \("):
+            adapters.route(x, mask)
 
 
 def test_the_router_compiles_without_breaks():
