@@ -340,9 +340,11 @@ def load_examples(
     if run:
         kind = "test" if config.split == "test" else "train"
         own = run.section(data.DataConfig, "dataset")
-        if all(getattr(data_config, name) == getattr(own, name) for name in data.FILE_FIELDS):
+        names = data.FILE_FIELDS - {"max_tasks"}
+        same_files = all(getattr(data_config, name) == getattr(own, name) for name in names)
+        if same_files and data_config.max_tasks == own.max_tasks:
             run.require_same(data=run.data | {kind: examples.digest})
-        elif examples.digest != run.data.get(kind):
+        elif not same_files and examples.digest != run.data.get(kind):
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 

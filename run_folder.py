@@ -13,10 +13,11 @@ Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 """
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     data: dict  # hashes of task files and split lists: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
+    start: str = ""  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -71,6 +73,11 @@ class RunConfig:
                     f"{value!r:.50}; restore it, give its folder with --model or --data, or start "
                     "a new run"
                 )
+
+    def adapter_digest(self) -> str:
+        """Return 16 hex digits that tell the adapter that was best on dev from any other."""
+        content = RunFolder(self.folder).adapter_path.read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def load_adapter(self) -> dict[str, Tensor]:
         """Return the state of the adapter that was best on dev.
@@ -167,9 +174,11 @@ class RunFolder:
         tasks or data; or if there is none, but a file that a run would overwrite.
         """
         if self.config_path.exists():
-            names = ("tasks", "base", "tokenizer", "data", "kind")
-            found = {name: getattr(config, name) for name in names}
-            read_config(self.path).require_same(**found)
+            saved = read_config(self.path)
+            if self.progress_path.exists():  # the run does not depend on --start any more
+                config = replace(config, start=saved.start)
+            names = ("tasks", "base", "tokenizer", "data", "kind", "start")
+            saved.require_same(**{name: getattr(config, name) for name in names})
         else:
             self.require_new()
         values = asdict(config)
@@ -287,7 +296,14 @@ class RunFolder:
 
     def read_scores(self) -> dict[str, dict]:
         """Return the rows of scores.json."""
-        return runtime.read_json(self.scores_path) if self.scores_path.exists() else {}
+        if not self.scores_path.exists():
+            return {}
+        rows = runtime.read_json(self.scores_path)
+        with runtime.reading(self.scores_path, "restore or delete the file"):
+            for row in rows.values():
+                for scores in row.values():
+                    float(scores["overall"]["rougeL"] + scores["overall"]["exact_match"])
+        return rows
 
 
 def new_folder(name: str) -> Path:

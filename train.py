@@ -432,6 +432,7 @@ def train(
             base=run_config.base, tokenizer=run_config.tokenizer, kind=run_config.kind
         )
         load_start(base, adapters, train_set, config)
+        run_config = replace(run_config, start=start.adapter_digest())
     elif is_new and adapters.router is not None:
         fit_router(base, adapters, train_set, config)
 

@@ -291,6 +291,13 @@ def test_a_run_with_a_bad_setting_is_refused(copied, section, field, value):
         resumed(copied)
 
 
+@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}], ids=str)
+def test_a_run_with_damaged_scores_is_refused(copied, rows):
+    runtime.write_json(copied / "scores.json", rows)
+    with refusal(copied / "scores.json"):
+        RunFolder(copied).read_scores()
+
+
 def test_scores_of_something_else_are_not_overwritten(home):
     scores = {"config": 3}
     runtime.write_json(home / "scores.json", scores)

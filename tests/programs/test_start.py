@@ -155,6 +155,18 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     run("eval.py", "--run", "runs/loras", "--split", "dev", "--device", "cpu", cwd=home)
 
 
+def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
+    shutil.copytree(home / "run", tmp_path / "run")
+    with interrupted(train, "train_step", 1, KeyboardInterrupt):
+        arguments = ["--start", tmp_path / "run", "--data", "data", *SIZES, "--out", "bound"]
+        run("train.py", *arguments, cwd=home, code=130)
+    state, info = checkpoint.load_adapter(home / "run/adapter.safetensors")
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    checkpoint.save_adapter(tmp_path / "run/adapter.safetensors", changed, **info)
+    error = run("train.py", "--resume", "--out", "bound", "--device", "cpu", cwd=home, code=2)
+    assert "bound: start changed since the run began" in error
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {  # flags -> beginning of the message
