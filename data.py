@@ -539,7 +539,7 @@ def _load_list(
     if not paths:
         raise UserError(
             f"{config.data}: no task of {list_name}_tasks.txt is here; complete the folder "
-            "(beside a JSONL file give another one with --test)"
+            "(for a JSONL file: --test OTHER, or --split seen)"
         )
     options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
 
