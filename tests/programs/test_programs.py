@@ -407,7 +407,7 @@ def test_merged_model_of_the_page_predicts_as_the_run(home, finished, monkeypatc
 def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 10 --batch-size 4 --warmup 5 --eval-instances 8 --device cpu --out run"
-    out = run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
+    run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
     tasks = runtime.read_json(home / "run/config.json")["tasks"]
     assert len(tasks) == len(data.read_splits(sni_dir)["train"])
     assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
