@@ -342,9 +342,10 @@ def load_examples(
         own = run.section(data.DataConfig, "dataset")
         names = data.FILE_FIELDS - {"max_tasks"}
         same_files = all(getattr(data_config, name) == getattr(own, name) for name in names)
+        fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
         if same_files and data_config.max_tasks == own.max_tasks:
             run.require_same(data=run.data | {kind: examples.digest})
-        elif not same_files and examples.digest != run.data.get(kind):
+        elif not (same_files and fewer_tasks) and examples.digest != run.data.get(kind):
             runtime.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 

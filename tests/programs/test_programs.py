@@ -280,6 +280,9 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     evaluation.load_examples(config, own_data, saved, tokenizer)
     assert not capsys.readouterr().err
 
+    evaluation.load_examples(config, dataclasses.replace(own_data, max_tasks=2), saved, tokenizer)
+    assert not capsys.readouterr().err  # fewer tasks of the same files
+
     other_data = dataclasses.replace(own_data, max_tasks=6)
     examples, _ = evaluation.load_examples(config, other_data, saved, tokenizer)
     assert "these are not the task files of the run" in capsys.readouterr().err
