@@ -50,6 +50,7 @@ from experiments.study import (
     Row,
     Study,
     all_flags_but,
+    changed,
     file_name,
     pick_device,
     read_study,
@@ -326,6 +327,8 @@ def main() -> None:
     planned = all_flags_but(CHOICES)
     flags, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
     results = Path(study_config.results)
+    if config.stage == "after":
+        settings = changed(settings, {"dtype": "bfloat16"})
     if config.stage != "table":
         if not {"data", "model"} <= flags.keys():
             raise UserError(f"--stage {config.stage}: give --data and --model")
