@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -534,50 +533,29 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     """Split the frozen weights of `root` over all processes with FSDP2.
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
-    that its attribute `fsdp_methods` names. If the weights are views of mapped files, each process
-    reads only its own share. Trained parameters stay whole in every process.
+    that its attribute `fsdp_methods` names. If the weights are views of mapped files, a process
+    holds its own shares and one block at a time. Trained parameters stay whole in every process.
     """
     # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor, Shard
 
-    frozen = {}
-    trained = set()
-    for name, parameter in root.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device.device)
-            trained.add(parameter)
-        else:
-            frozen[name] = parameter.detach().contiguous()  # FSDP2 needs untransposed weights
-    if not frozen:
+    trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
+    if trained == set(root.parameters()):
         raise UserError("--shard: --method full leaves no frozen base to split; drop --shard")
     if not dist.is_initialized():
         raise UserError("--shard: splits the base over processes; start it with torchrun")
 
-    # FSDP2 first splits weights on the meta device; the loop below fills in the shares.
-    empty = {name: weight.to("meta", device.dtype) for name, weight in frozen.items()}
-    root.load_state_dict(empty, strict=False, assign=True)
     mesh = dist.init_device_mesh(device.device.type, (world_size(),))
-    for module in (*blocks, root):
+    root_last = [*blocks, root]
+    for module in progress(root_last, "sharding", unit="block"):
+        module.to(device.device)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                # Contiguous, since FSDP2 refuses transposed weights.
+                parameter.data = parameter.data.to(device.dtype).contiguous()
         fully_shard(module, mesh=mesh, ignored_params=trained)
         for method in getattr(module, "fsdp_methods", ()):
             register_fsdp_forward_method(module, method)
-
-    shares = {}
-    for name in progress(list(frozen), "sharding", unit="tensor"):
-        weight = frozen.pop(name)
-        rows = math.ceil(len(weight) / world_size())  # FSDP2 cuts the first dimension like this
-        first = rank() * rows
-        share = weight[first : first + rows].to(device.device, device.dtype, copy=True)
-        shares[name] = DTensor.from_local(
-            share.contiguous(),
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
-    root.load_state_dict(shares, strict=False, assign=True)
 
 
 # ---------------------------------------------------------------------------- seeds and signals
@@ -605,7 +583,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     A loop can thus finish its step and save before it stops. A second Ctrl-C ends it at once.
     """
-    received: list[int] = []
+    received = []
 
     def remember(number: int, _frame: Any) -> None:
         if number == signal.SIGINT and number in received:
