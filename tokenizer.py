@@ -1,7 +1,7 @@
 """Tokenizers of Hugging Face model folders: ids and texts are those of transformers.
 
-T5 has a SentencePiece model (spiece.model). Decoder-only models have a SentencePiece model
-(tokenizer.model: Llama, Mistral) or a tokenizer.json, which needs the package `tokenizers`.
+T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
+the package `tokenizers`.
 Two things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
 ordinary text, and decoded texts have no outer white space.
 
@@ -96,61 +96,36 @@ class Tokenizer:
         return settings
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model."""
+class T5Tokenizer(Tokenizer):
+    """T5's SentencePiece model, and 100 sentinels behind its pieces. Sentinel 0 is the last id."""
 
     version = sentencepiece.__version__
+    pad_id = 0
+    eos_ids = (1,)
 
     def _setup(self, content: bytes) -> None:
+        self._files = {"spiece.model": content}
         try:
             self.sp = sentencepiece.SentencePieceProcessor()
             self.sp.LoadFromSerializedProto(content)
             self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         except Exception:
             raise UserError(f"{self.path}: not a SentencePiece model; {REMEDY}") from None
-        self.size = len(self.pieces)
+        self.size = len(self.pieces) + 100
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.sp.encode(texts)
-
-    def _decode(self, ids: list[int]) -> str:
-        # T5's sentinels are beyond the pieces. Control pieces have no text, but <unk> would have.
-        known = [i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)]
-        return self.sp.decode(known)
-
-
-class T5Tokenizer(SentencePieceTokenizer):
-    """T5's SentencePiece model, and 100 sentinels behind its pieces. Sentinel 0 is the last id."""
-
-    pad_id = 0
-    eos_ids = (1,)
-
-    def _setup(self, content: bytes) -> None:
-        super()._setup(content)
-        self._files = {"spiece.model": content}
-        self.size = len(self.pieces) + 100
 
     def sources(self, texts: list[str]) -> Iterator[list[int]]:
         return self.targets(texts)  # the encoder reads an EOS, too
 
     def _decode(self, ids: list[int]) -> str:
-        text = super()._decode(ids)
+        # Sentinels are beyond the pieces. Control pieces have no text, but <unk> would have.
+        known = [i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)]
+        text = self.sp.decode(known)
         for spaced in CLEAN_UP:
             text = text.replace(spaced, spaced.strip())
         return text
-
-
-class LlamaTokenizer(SentencePieceTokenizer):
-    """Llama's or Mistral's SentencePiece model. It puts a space before every text by itself."""
-
-    def _setup(self, content: bytes) -> None:
-        super()._setup(content)
-        bos_id = self.sp.bos_id()
-        eos_id = self.sp.eos_id()
-        if bos_id >= 0 and self._settings().get("add_bos_token", True):
-            self.bos_ids = (bos_id,)
-        self.eos_ids = (eos_id,)
-        self.pad_id = eos_id
 
 
 class JsonTokenizer(Tokenizer):
@@ -158,7 +133,7 @@ class JsonTokenizer(Tokenizer):
 
     def _setup(self, content: bytes) -> None:
         with reading(self.path, "pip install tokenizers"):
-            import tokenizers  # optional: T5 and Llama 2 do not need it
+            import tokenizers  # optional: T5 does not need it
 
         eos = self._settings().get("eos_token")
         if isinstance(eos, dict):  # an AddedToken of transformers
@@ -204,11 +179,7 @@ class JsonTokenizer(Tokenizer):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-KINDS = {
-    "spiece.model": T5Tokenizer,
-    "tokenizer.model": LlamaTokenizer,
-    "tokenizer.json": JsonTokenizer,
-}
+KINDS = {"spiece.model": T5Tokenizer, "tokenizer.json": JsonTokenizer}
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:

@@ -289,7 +289,8 @@ def train_pieces(prefix, lines, **options):
 
 
 def write_pieces(folder, corpus):
-    """Train Llama's kind of SentencePiece model on `corpus`. Write it into `folder`."""
+    """Train Llama 2's kind of pieces on `corpus`. Write their tokenizer.json into `folder`."""
+    transformers = pytest.importorskip("transformers")
     train_pieces(
         folder / "tokenizer",
         corpus,
@@ -303,6 +304,8 @@ def write_pieces(folder, corpus):
         bos_id=1,
         eos_id=2,
     )
+    transformers.LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
     return folder
 
 

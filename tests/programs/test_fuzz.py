@@ -28,7 +28,6 @@ from helpers import (
     safetensors_bytes,
     safetensors_entry,
     task_json,
-    write_pieces,
     write_words,
 )
 from integrations import peft_folder
@@ -258,8 +257,6 @@ TOKENIZER_SETTINGS = b'{"eos_token": {"content": "</s>"}, "add_bos_token": true}
 def tokenizer_folder(tmp_path_factory):
     """Return a folder with a tokenizer of each kind."""
     path = tmp_path_factory.mktemp("tokenizer")
-    lines = next((ROOT / "sni/tasks").glob("*.json")).read_text(encoding="utf-8").split("\n")
-    write_pieces(path, lines)
     write_words(path, ["ab ba the dog"], post="<s> $A")
     (path / "spiece.model").write_bytes((ROOT / "tiny/spiece.model").read_bytes())
     return path
