@@ -10,9 +10,7 @@ same bytes.
 
     python sni/make_sni.py                         # write tasks/, splits/ and own.jsonl here
     python sni/make_sni.py --check                 # compare the files on disk with these
-    python sni/make_sni.py --text FILE --lines N   # write N lines of plain text of the same world
-    python sni/make_sni.py --out DIR --pretrain N  # a copy with up to N instances of each
-                                                   # pre-training task
+    python sni/make_sni.py --out DIR               # write them to another folder
 
 Test: pytest tests/repo/test_sni_bundled.py
 """
@@ -1381,15 +1379,10 @@ def render(name: str, task: Task, size: int) -> str:
     )
 
 
-def all_files(pretrain: int = 0) -> dict[str, str]:
-    """Return the content of all files by their paths below this folder.
-
-    pretrain: largest number of instances of a pre-training task, 0 for what is bundled.
-    """
+def all_files() -> dict[str, str]:
+    """Return the content of all files by their paths below this folder."""
     files = {}
-    for named, (first, _, size) in zip(NAMED, GROUPS, strict=True):
-        if pretrain and first == 1:
-            size = pretrain
+    for named, (_, _, size) in zip(NAMED, GROUPS, strict=True):
         for name, task in named.items():
             files[f"tasks/{name}.json"] = render(name, task, size)
 
@@ -1433,107 +1426,14 @@ def differences(folder: Path = HERE) -> list[str]:
     return sorted({path for path, _ in expected.items() ^ found.items()})
 
 
-# --------------------------------------------------------------------------------------- plain text
-
-KINDS = CLASSES | {
-    "adjective": [*OPPOSITE],
-    "noun": NOUNS,
-    "verb": [*PAST],
-    "day": DAYS,
-    "country": [*COUNTRY.values()],
-}
-
-
-def fact(rng: Random) -> str:
-    """Draw a sentence about the words themselves, from which the base can learn the tables."""
-
-    def pair(table: dict[str, str]) -> tuple[str, str]:
-        return rng.choice([*table.items()])
-
-    adj, other = pair(OPPOSITE)
-    base, past = pair(PAST)
-    old, young = pair(YOUNG)
-    city, country = pair(COUNTRY)
-    job, place = pair(WORKPLACE)
-    number, name = pair(NUMBER_NAME)
-    kind = rng.choice([*KINDS])
-    noun = rng.choice(NOUNS)
-    day = rng.randrange(7)
-    month = rng.randrange(12)
-    low, middle, high = sorted(rng.sample(range(100), 3))
-    return rng.choice(
-        (
-            f"The opposite of {adj} is {other}.",
-            f"It is not {adj} but {other}.",
-            f"Is it {adj}? No, it is {other}.",
-            f"One {noun}, two {plural(noun)}.",
-            f"There are many more {plural(noun)} than one {noun}.",
-            f"When did they {base} it? They {past} it today.",
-            f"What one {past}, another did not {base}.",
-            f"{city} is a city in {country}.",
-            f"The country {country} has the city {city}.",
-            f"The {job} works at the {place}.",
-            f"At the {place} works the {job}.",
-            f"The {young} is the young of the {old}.",
-            f"The name of the number {number} is {name}.",
-            f"{high} is larger than {low}.",
-            f"{low} is smaller than {high}.",
-            f"{middle} is between {low} and {high}.",
-            f"The largest is {high} and the smallest is {low}.",
-            f"{low}, {middle}, {high}: three numbers.",
-            f"{DAYS[day]} comes right before {DAYS[(day + 1) % 7]}.",
-            f"{MONTHS[month]} comes right before {MONTHS[(month + 1) % 12]}.",
-            f"These are {plural(kind)}: {comma(rng.sample(KINDS[kind], 4))}.",
-            f"The word {rng.choice(KINDS[kind])} belongs to the class {kind}, others do not.",
-            f"What was {rng.choice(GOOD)} was good.",
-            f"What was {rng.choice(BAD)} was bad.",
-            f"One was {rng.choice(GOOD)} and one was {rng.choice(BAD)}: mixed.",
-        )
-    )
-
-
-SENTENCES = [
-    event,
-    event,
-    trip,
-    counts,
-    both,
-    review,
-    mixed,
-    one_class,
-    listing(3, 5, UP),
-    adjectives(4),
-    listing(3, 5, NOUNS),
-    listing(3, 5, [*PAST]),
-    sequence(DAYS * 2, MONTHS * 2, UP),
-    owners,
-    asking(owners, "What does {asked} have?"),
-    asking(owners, "Does {who} have the {claimed}?"),
-    asking(counts, "Who has the most {things}?"),
-    card("name", "job", "city"),
-    phrase("{who} has the {animal}. The {thing} is {adj}."),
-    phrase("{who} is the {job} and works at the {place}. The {thing} was {adj}."),
-]
-
-
-def text_line(rng: Random) -> str:
-    """Draw a list, a sentence, a story, some facts, or sometimes a definition, for its words."""
-    chance = rng.random()
-    if chance < 0.05:
-        return rng.choice(PRETRAIN).definition
-    if chance < 0.4:
-        return " ".join(fact(rng) for _ in range(rng.randrange(1, 5)))
-    return rng.choice(SENTENCES)(rng).text
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
-def write(folder: Path = HERE, pretrain: int = 0) -> None:
+def write(folder: Path = HERE) -> None:
     """Write all files, and remove other task files."""
     for path in (folder / "tasks").glob("*.json"):
         path.unlink()
-    for name, content in all_files(pretrain).items():
+    for name, content in all_files().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode())
 
@@ -1542,27 +1442,19 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="compare the files on disk with these")
-    parser.add_argument("--text", type=Path, help="write plain text to this file and nothing else")
-    parser.add_argument("--lines", type=int, default=20_000, help="how many lines of plain text")
     parser.add_argument(
         "--out", type=Path, default=HERE, help="write tasks/ and splits/ to this folder"
     )
-    parser.add_argument(
-        "--pretrain", type=int, default=0, help="largest number of instances of a pre-training task"
-    )
     args = parser.parse_args()
-    for path in (args.text, args.out / "tasks"):
-        if path and path.parent != HERE and path.exists():
-            parser.error(f"{path}: exists, and nothing is overwritten; give another place")
-    if args.text:
-        rng = Random("text")
-        args.text.write_bytes("".join(text_line(rng) + "\n" for _ in range(args.lines)).encode())
-    elif args.check:
+    tasks = args.out / "tasks"
+    if args.out != HERE and tasks.exists():
+        parser.error(f"{tasks}: exists, and nothing is overwritten; give another place")
+    if args.check:
         different = differences()
         print("\n".join(different) or "nothing differs")
         sys.exit(bool(different))
     else:
-        write(args.out, args.pretrain)
+        write(args.out)
 
 
 if __name__ == "__main__":
