@@ -25,7 +25,7 @@ from orchmoe import Adapters, OrchMoEConfig, Routing, attach, new_skills, target
 Linears = dict[str, nn.Linear]
 Skills = list[dict[str, Any]]
 
-METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "orchmoe-factors", "full")
+METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full")
 
 
 class Baseline(Adapters):
@@ -42,14 +42,12 @@ class Baseline(Adapters):
 
     def route(
         self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
+        *_inputs: Any,
         w: Tensor | None = None,
         noise: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> Routing:
-        """Return the routing of a batch. Only task_ids and noise are used."""
+        """Return the routing of a batch. The embeddings and their mask are not used."""
         if w is not None:
             raise ValueError("w: only OrchMoE routes by weights of abstract tasks; leave it out")
         return self.route_by_id(task_ids, noise)
@@ -220,9 +218,8 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach the method `name` with S = config.skills and R = config.rank.
 
-    num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr. orchmoe-factors is OrchMoE with
-    factors mixed as in Poly. Raise ValueError for an unknown name, a missing T, or targets that
-    the method cannot adapt.
+    num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr. Raise ValueError for an unknown name,
+    a missing T, or targets that the method cannot adapt.
     """
     if name not in METHODS:
         raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -232,10 +229,6 @@ def attach_method(
         raise ValueError(
             f"--method {name}: it routes by task id; give num_tasks, in JSONL the field `task`"
         )
-    if name == "orchmoe-factors" and config.router == "token":
-        raise ValueError(
-            "--method orchmoe-factors --router token: factors are mixed once per sample"
-        )
     linears = target_linears(module, config.targets)
     if getattr(module, "head", None) in linears.values() and name not in ("lora", "moe-lora"):
         raise ValueError(
@@ -243,16 +236,14 @@ def attach_method(
             "cannot mix its skills by sample"
         )
 
-    mix = kernels.mix_skills
-    if name in ("poly", "mhr", "orchmoe-factors"):
-        mix = kernels.mix_factors
-    if name in ("orchmoe", "orchmoe-factors"):
-        return attach(module, config, mix, generator=generator)
+    if name == "orchmoe":
+        return attach(module, config, kernels.mix_skills, generator=generator)
 
     S, R, T = config.skills, config.rank, num_tasks
     alpha = R if config.alpha is None else config.alpha
     count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
     config = replace(config, skills=count, rank=rank, alpha=alpha)
+    mix = kernels.mix_factors if name in ("poly", "mhr") else kernels.mix_skills
     skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]
     if name == "lora":
         adapters = LoRA(module, linears, skills)
@@ -289,7 +280,7 @@ _SETTINGS_READ = {
     "poly": _BY_TASK_ID,
     "mhr": _BY_TASK_ID,
     "c-poly": _BY_TASK_ID,
-    # orchmoe and orchmoe-factors, by their router
+    # orchmoe, by its router
     "sample": _ORCHMOE | {"lr_router"},
     "token": (_ORCHMOE | {"lr_token_router"}) - {"router_attention", "router_init"},
     "none": _ORCHMOE - {"router_attention", "router_init", "router_norm"},
@@ -302,6 +293,6 @@ def settings_of_method(method: str, router: str) -> set[str]:
     These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router,
     lr_allocation and lr_full. `router` matters only to OrchMoE.
     """
-    if method in ("orchmoe", "orchmoe-factors"):
+    if method == "orchmoe":
         return _SETTINGS_READ[router]
     return _SETTINGS_READ[method]

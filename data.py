@@ -165,7 +165,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     """
     root = Path(root)
     _require_plain_name(splits, "--splits")
-    found: dict[str, list[str]] = {"train": [], "test": []}
+    found = {"train": [], "test": []}
     missing = []
     for list_name in found:
         path = root / "splits" / splits / f"{list_name}_tasks.txt"
@@ -217,7 +217,7 @@ def split_instances(
     random.Random(f"0/{name}").shuffle(order)  # fixed seed "0/...": the sets never change
 
     # The first copy of each content, in shuffled order.
-    first_copy: dict[Hashable, int] = {}
+    first_copy = {}
     for i in order:
         first_copy.setdefault(contents[i], i)
     unique = list(first_copy.values())
@@ -242,7 +242,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 
     An instance with both an instruction and an input has the instruction as its "definition".
     """
-    tasks: dict[str, dict] = {}
+    tasks = {}
     number = 0
     with open(path, "rb") as file:
         while line := file.readline(LARGEST_LINE + 1):
@@ -292,7 +292,7 @@ def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
     A hash of the prompt decides. So rows with equal prompts are in one set, and a row stays in its
     set whatever lines are added.
     """
-    positions: dict[str, list[int]] = {"train": [], "dev": [], "seen": []}
+    positions = {"train": [], "dev": [], "seen": []}
     for position, instance in enumerate(instances):
         digest = hashlib.sha256(_plain_prompt(instance).encode()).digest()
         percent = int.from_bytes(digest[:8], "little") % 100
@@ -348,7 +348,7 @@ def render_prompt(
     checked_head = head
     for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
         examples = task.get(kind.lower(), [])
-        fitting: list[str] = []
+        fitting = []
         for number, example in enumerate(examples[:limit], start=1):
             lines = [
                 f" {kind} Example {number} -",

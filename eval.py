@@ -8,7 +8,7 @@ task. A run is scored with its own data settings, unless flags override them.
     python eval.py --run runs/orchmoe-1 --ask "Write the first word." --input "lion, June, wolf"
     python eval.py --model tiny/ --split seen --limit 100 --device cpu
 
-Letters: M examples, K abstract tasks, T real tasks.  Test: pytest tests/programs/test_programs.py
+Letters: M examples, K abstract tasks.  Test: pytest tests/programs/test_programs.py
 """
 
 import math
@@ -98,7 +98,7 @@ def predict(
     sharded = any(hasattr(parameter, "to_local") for parameter in base.parameters())
     agree = runtime.any_rank if sharded else None
 
-    texts: dict[int, str] = {}
+    texts = {}
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
         tokens = base.generate(
             batch.input_ids,
@@ -133,7 +133,7 @@ def measure(
     """
     total = 0.0
     tokens = 0
-    weights: dict[int, list[float]] = {}
+    weights = {}
     for rows, batch, routing in routed_batches(base, adapters, examples, batch_size, "loss", w):
         total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
         tokens += batch.target_tokens
@@ -154,7 +154,7 @@ def router_weights(
     """
     if adapters.router is None:
         return None
-    weights: dict[int, list[float]] = {}
+    weights = {}
     for rows, _, routing in routed_batches(base, adapters, examples, batch_size, "router"):
         weights.update(zip(rows, routing.w.tolist(), strict=False))
     return torch.tensor(in_order(weights))
@@ -179,30 +179,19 @@ def mean_entropy(w: Tensor | None) -> float:
     return torch.special.entr(w).sum(dim=-1).mean().item()
 
 
-def router_report(
-    w: Tensor, examples: Sequence[Example], start_w: Tensor | None = None
-) -> dict[str, float]:
-    """Return how w (M,K) is spread over the abstract tasks, within and between T real tasks.
+def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
+    """Return how w (M,K) of M examples is spread over the abstract tasks.
 
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
     normalised_entropy: entropy / ln(K), so that 1 is uniform; 0 if K is 1.
     largest: the largest of the mean weights of the abstract tasks.
     used: the number of abstract tasks with a mean weight above 0.05.
-    between: standard deviation, over the real tasks, of their mean w; averaged over K.
-    within: standard deviation of w over the examples of a real task; averaged over tasks and K.
     distance: mean KL(w || start_w) in nats, where start_w (M,K) is the router's w before training.
     It is left out without start_w, or if the rows of w are not distributions.
 
     Warn if w is nearly uniform, or has collapsed to one abstract task.
     """
     K = w.shape[1]
-    positions: dict[str, list[int]] = {}
-    for position, example in enumerate(examples):
-        positions.setdefault(example.task, []).append(position)
-    groups = [w[rows] for rows in positions.values()]
-    means = torch.stack([group.mean(dim=0) for group in groups])  # (T,K)
-    within = torch.stack([group.std(dim=0, correction=0).mean() for group in groups])  # (T,)
-
     mean_w = w.mean(dim=0)  # (K,)
     entropy = mean_entropy(w)
     report = {
@@ -210,8 +199,6 @@ def router_report(
         "normalised_entropy": entropy / math.log(K) if K > 1 else 0.0,
         "largest": mean_w.max().item(),
         "used": int((mean_w > 0.05).sum()),
-        "between": means.std(dim=0, correction=0).mean().item(),
-        "within": within.mean().item(),
     }
     if start_w is not None and not math.isnan(entropy):
         log_ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
@@ -368,7 +355,9 @@ def refuse_idle_flags(
             idle -= {"data", "wrapper"}
     else:
         idle.add("input")
-    for name in sorted(flags.keys() & idle):
+    given_but_idle = sorted(flags.keys() & idle)
+    if given_but_idle:
+        name = given_but_idle[0]
         raise UserError(f"{runtime.flag(name)}: it would have no effect here; leave it out")
 
 

@@ -55,7 +55,7 @@ def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
     of a row at once, so that each token of b costs a few integer operations.
     """
     # Bit i of positions[token] is 1 where a[i] is the token.
-    positions: dict[str, int] = defaultdict(int)
+    positions = defaultdict(int)
     for i, token in enumerate(a):
         positions[token] |= 1 << i
 

@@ -850,7 +850,7 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
             heads.append(child.get_output_embeddings())
 
     available = set()
-    found: dict[str, nn.Linear] = {}
+    found = {}
     for owner_path, owner in module.named_modules():
         for name, child in owner._modules.items():
             if not isinstance(child, nn.Linear):

@@ -85,7 +85,7 @@ class RunConfig:
         Raise UserError if it belongs to another run.
         """
         path = RunFolder(self.folder).adapter_path
-        state, metadata = checkpoint.load_adapter(path)
+        state, info = checkpoint.load_adapter(path)
         expected = {
             "method": self.training["method"],
             "config": self.adapter,
@@ -94,7 +94,7 @@ class RunConfig:
             "base": self.base,
         }
         for name, value in expected.items():
-            if metadata[name] != value:
+            if info.get(name) != value:
                 raise UserError(f"{path}: its {name} is not the run's; restore the file")
         return state
 

@@ -182,10 +182,10 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         return {}, {}
     settings = saved_settings(read_config(folder))
     method = settings.training.method
-    if method not in ("orchmoe", "orchmoe-factors", "lora", "moe-lora"):
+    if method not in ("orchmoe", "lora", "moe-lora"):
         raise UserError(
             f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
-            "run of orchmoe, orchmoe-factors, lora or moe-lora"
+            "run of orchmoe, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
     return fixed, {**vars(settings.dataset), "model": settings.training.model}
@@ -516,7 +516,7 @@ def train(
                     require_finite(step, batch, dev_loss=loss)
                     record = {"dev_loss": loss}
                     if routes_samples:
-                        record["router"] = evaluation.router_report(w, held_out["dev"], start_w)
+                        record["router"] = evaluation.router_report(w, start_w)
                     run.log(step=step, **record)
                     if loss < best_loss:
                         best_loss = loss
@@ -545,7 +545,7 @@ def train(
                 w = evaluation.router_weights(
                     base, adapters, held_out["dev"], config.eval_batch_size
                 )
-                print_router(evaluation.router_report(w, held_out["dev"], start_w), w.shape[1])
+                print_router(evaluation.router_report(w, start_w), w.shape[1])
     return True
 
 

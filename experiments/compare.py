@@ -31,7 +31,7 @@ from runtime import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
-ROWS = {name: Row({"method": name}) for name in METHODS if name != "orchmoe-factors"}
+ROWS = {name: Row({"method": name}) for name in METHODS}
 ADAPTED = tuple(name for name in ROWS if name != "full")
 # Rows of one total size. The private skills of c-poly grow with the number of tasks.
 EQUAL = {name: ROWS[name] for name in ADAPTED if name != "c-poly"}
@@ -57,7 +57,7 @@ ABLATIONS = {
     "S = 1": Row({"skills": 1}),
     "S = 2": Row({"skills": 2}),
     "S = 8": Row({"skills": 8}),
-    "factors mixed": Row({"method": "orchmoe-factors"}),
+    "factors mixed": Row(replaced_router="factors"),
 }
 DEFAULTS = {
     "out": "results/compare",

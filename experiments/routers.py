@@ -1,4 +1,4 @@
-"""What studies change in a method: the router, and the ranks.
+"""What studies change in a method: the router, what is mixed, and the ranks.
 
 `attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
 it as `attach`:
@@ -7,8 +7,8 @@ it as `attach`:
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
 
-A run says of which class its router is. So eval.py and export.py, which know only the learnt
-router, refuse a run in which it was replaced.
+A run says of which class its adapters and its router are. So eval.py and export.py, which know
+only the learnt router, refuse a run in which something was replaced.
 
 Letters: B batch, L length, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 import runtime
 from experiments.sizes import attach_larger
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
@@ -57,11 +58,15 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
+class FactorMixing(OrchMoE):
+    """OrchMoE that mixes the factors of the skills as Poly does, not their outputs."""
+
+
 def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
-    """Return a function like attach_method with the router `name`. With "" it is the learnt one.
+    """Return a function like attach_method with the change `name`. With "" nothing changes.
 
     random: see RandomRouter. task: an oracle that knows the task of each training sample, with
-    K = T. extra_rank: more ranks, see sizes.attach_larger.
+    K = T. factors: see FactorMixing. extra_rank: more ranks, see sizes.attach_larger.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
@@ -75,6 +80,10 @@ def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
             w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
             adapters.__class__ = Oracle
             adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
+        if name == "factors":
+            adapters.__class__ = FactorMixing
+            for linear in adapters.linears.values():
+                linear.skill_mix = kernels.mix_factors
         return adapters
 
     return attach

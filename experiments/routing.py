@@ -80,7 +80,7 @@ def report(
     }
     if not routing.shared:
         w = routing.w.float().cpu()
-        found |= evaluation.router_report(w, examples)
+        found |= evaluation.router_report(w)
         categories = [example.category for example in examples]
         found["mutual_information"] = mutual_information(w, categories)
         found["task_information"] = mutual_information(w, [example.task for example in examples])

@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = ""  # takes the place of the learnt router, see routers.attach_with
+    replaced_router: str = ""  # what replaces the learnt router or mixing, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"

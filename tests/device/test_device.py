@@ -117,7 +117,6 @@ CASES = {
     "poly": {},
     "mhr": {},
     "c-poly": {},
-    "orchmoe-factors": {"gumbel": True},
     "full": {},
     "token router": {"router": "token"},
     "no router": {"router": "none"},

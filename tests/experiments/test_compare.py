@@ -100,7 +100,7 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     assert torch.equal(torch.stack(known), torch.eye(28))
 
 
-@pytest.mark.parametrize("name", ["random", "task"])
+@pytest.mark.parametrize("name", ["random", "task", "factors"])
 def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch):
     """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
     monkeypatch.chdir(home)

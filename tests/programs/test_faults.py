@@ -112,7 +112,6 @@ READERS = {
     "adapter_model.safetensors": of_folder(load_peft),
     "adapter_model.bin": of_folder(load_peft),
     "spiece.model": load_tokenizer,
-    "tokenizer.model": load_tokenizer,
     "tokenizer.json": load_tokenizer,
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),

@@ -475,7 +475,6 @@ ONE_OF = "give --run, the folder of a run, or --model, the folder of a model"
 BOTH = 'give both --ask "instruction" and --input "text"'
 TINY = "eval.py --model tiny"
 ASK = f"{TINY} --ask Go --input word"
-FACTORS = "--method orchmoe-factors --router token"
 
 MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: "
     # Files and folders.
@@ -517,7 +516,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --shard --method full": "--shard: --method full leaves no frozen base to split",
     "train.py --shard --compile": "--shard and --compile: give one of the two",
     "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
-    f"train.py {FACTORS}": f"{FACTORS}: factors",
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,

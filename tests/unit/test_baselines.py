@@ -143,7 +143,7 @@ def test_route_refuses_weights_of_abstract_tasks(small_t5, name):
 
 # ------------------------------------------------------------------------------ settings and sizes
 
-ROUTERS = {"orchmoe": ("sample", "token", "none"), "orchmoe-factors": ("sample", "none")}
+ROUTERS = {"orchmoe": ("sample", "token", "none")}
 
 
 @pytest.mark.parametrize("method", METHODS)

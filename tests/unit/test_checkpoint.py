@@ -67,14 +67,7 @@ def test_adapters_come_back_and_the_order_of_their_tensors_does_not_matter(tmp_p
     assert found_info == info
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        PT,
-        {"adapter": '{"method": "lora"}'},
-        {"adapter": '{"method": "lora", "config": [], "tasks": [], "base": ""}'},
-    ],
-)
+@pytest.mark.parametrize("metadata", [PT, {"adapter": '["method", "lora"]'}])
 def test_load_adapter_refuses_a_file_without_its_metadata(metadata, tmp_path):
     path = tmp_path / "a"
     write_safetensors(path, {"x": torch.ones(2)}, metadata)

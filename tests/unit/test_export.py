@@ -41,13 +41,13 @@ def config_of(lora):
     "method, w, ranks, reason",
     [
         ("moe-lora", torch.eye(K)[0], (), "token router"),
-        ("orchmoe-factors", torch.eye(K)[0], (), "factors"),
+        ("poly", None, (), "factors"),
         ("orchmoe", torch.eye(K)[:2], (), "one sample, not 2"),
         ("orchmoe", torch.eye(K)[0], (1, 4), r"rank 8 is above all of \(1, 4\)"),
     ],
 )
 def test_save_peft_refuses_what_no_lora_computes(method, w, ranks, reason, tmp_path):
-    _, adapters = load_adapted(ROOT / "tiny", method=method)
+    _, adapters = load_adapted(ROOT / "tiny", method=method, num_tasks=1)
     with pytest.raises(ValueError, match=f"not written: .*{reason}"):
         save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
     assert not (tmp_path / "out").exists()
