@@ -114,7 +114,7 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
             torch.cuda.synchronize(setup.device)
         return time.perf_counter()
 
-    times: Times = {name: [] for name in contestants}
+    times = {name: [] for name in contestants}
     for i in runtime.progress(range(rounds + 1), ", ".join(contestants), unit="round"):
         names = list(contestants)
         if i % 2 == 1:
@@ -550,7 +550,7 @@ MIXES = {
 def bench_host(setup: Setup) -> list[str]:
     """Return the rows of what Python costs in a Linear and in a block, where kernels are tiny."""
     tiny = setup._replace(quick=True, model="")
-    contestants: Contestants = {}
+    contestants = {}
     with ExitStack() as stack:
         for name, mix in MIXES.items():
             base = our_base(tiny).train()

@@ -145,7 +145,7 @@ def compare(config: CompareConfig, study: Study) -> None:
     cells, tuning = make_cells(config, study)
     study.run(cells)
 
-    rows: dict[str, list[dict]] = {}
+    rows = {}
     for cell in cells:
         rows.setdefault(cell.name, []).append(cell.result())
     file = "ablations.md" if config.ablations else "results.md"

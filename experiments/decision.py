@@ -11,21 +11,23 @@ ceiling see experiments/map.py.
     python -m experiments.decision --stage pilot --data natural-instructions --model smollm2
     python -m experiments.decision --stage cells --data natural-instructions --model smollm2
     python -m experiments.decision --stage after --data natural-instructions --model smollm2
+    python -m experiments.decision --stage many --data natural-instructions --model smollm2
     python -m experiments.decision                   # the tables of the finished cells
 
 The pilot makes floor and ceiling alone, with three seeds. If the ceiling is not better on seen
 tasks by three times the noise of a run, the stage `cells` is refused. This stage tunes OrchMoE,
 LoRA and MoE-LoRA, with the same number of trials over lr_skills and alpha, by the mean of the dev
 loss over tasks. Then it makes all cells. The stage `after` adds the rows that were planned after
-the decision, see after.md beside plan.md. An interrupted stage continues when it is run again.
-Without --results the cells are those of this repository.
+the decision, see after.md beside plan.md, and the stage `many` repeats the decision with many other
+tasks, see many.md. An interrupted stage continues when it is run again. Without --results the cells
+are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
 import itertools
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +49,7 @@ from experiments.map import (
 from experiments.map import ROWS as MAP_ROWS
 from experiments.study import (
     UNTRAINED,
+    Cell,
     Row,
     Study,
     all_flags_but,
@@ -91,8 +94,9 @@ AFTER_ALPHA = {  # with two seeds
     "orchmoe alpha 2": Row({"alpha": 2.0}, like="orchmoe"),
     "orchmoe alpha 4": Row({"alpha": 4.0}, like="orchmoe"),
 }
-# The best point of this grid, on dev with seed 0, is the row "lora best".
-GRID = list(itertools.product((2.0, 4.0, 8.0), (3.2e-3, 1e-2, 3.2e-2)))  # alpha, lr_skills
+# The best point of LoRA's grid, on dev with seed 0, is the row "lora best".
+ALPHAS = {"orchmoe": (0.5, 1.0, 2.0), "lora": (2.0, 4.0, 8.0)}  # that of OrchMoE is for `many`
+RATES = (3.2e-3, 1e-2, 3.2e-2)
 AFTER_ROWS = ("frozen base", *AFTER, "lora best", *AFTER_ALPHA)
 AFTER_DIFFERENCES = (
     ("orchmoe", "frozen router"),
@@ -102,6 +106,12 @@ AFTER_DIFFERENCES = (
     ("lora alpha 1", "lora"),
     ("orchmoe", "lora alpha 1"),
 )
+
+# The decision with many tasks. Both grids are those of the first tasks.
+MANY_TASKS = 160
+MANY_SEEDS = 3
+MANY = {"steps": 800, "eval_every": 800, "train_instances": 40, "eval_instances": 20 * MANY_TASKS}
+MANY_DIFFERENCES = (("orchmoe", "lora"), ("orchmoe", "frozen router"), ("frozen router", "lora"))
 
 # The flags that remain. All other settings are those of the plan.
 CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")
@@ -133,7 +143,7 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "after", "table"] = "table"  # cells to make (table: none)
+    stage: Literal["pilot", "cells", "after", "many", "table"] = "table"  # cells to make, or none
 
 
 def fitting_prompts(
@@ -155,12 +165,13 @@ def fitting_prompts(
     return fitting, len({instance["input"] for instance in instances})
 
 
-def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
+def choose_tasks(study: Study, number: int, without: Collection[str] = ()) -> dict[str, list[str]]:
     """Return the training tasks and both groups of unseen tasks: {"train", "test", "left out"}.
 
     A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
     instances than that never takes part. `number` of the training tasks with 100 different inputs
-    are drawn with a fixed seed. Raise UserError if there are fewer.
+    are drawn with a fixed seed. Raise UserError if there are fewer. without: training tasks that
+    take no part.
     """
     config = study.settings.dataset
     tokenizer = tokenizers.load(study.settings.training.model)
@@ -176,7 +187,7 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     left_out = []
     for task in order:
         fitting, different = fitting_prompts(config, task, tokenizer)
-        if fitting < MIN_FITTING:
+        if fitting < MIN_FITTING or task in without:
             continue
         if different == 100 and len(train) < number:
             train.append(task)
@@ -187,14 +198,17 @@ def choose_tasks(study: Study, number: int) -> dict[str, list[str]]:
     return {"train": sorted(train), "test": test, "left out": sorted(left_out)}
 
 
-def data_of(study: Study) -> str:
-    """Return a data folder with these tasks, in which all unseen tasks are test tasks."""
-    path = study.results / "tasks.json"
-    tasks = choose_tasks(study, TRAIN_TASKS)
+def data_of(study: Study, name: str, number: int, without: Collection[str] = ()) -> str:
+    """Return a data folder with these tasks, in which all unseen tasks are test tasks.
+
+    name: of the file that lists them. For the other arguments see `choose_tasks`.
+    """
+    path = study.results / f"{name}.json"
+    tasks = choose_tasks(study, number, without)
     if path.exists() and runtime.read_json(path) != tasks:
         raise UserError(f"{path}: made with other tasks; name another folder with --results")
     runtime.write_json(path, tasks)
-    folder = Path(study.config.out, "tasks")
+    folder = Path(study.config.out, name)
     unseen = [*tasks["test"], *tasks["left out"]]
     return str(subset(folder, Path(study.settings.dataset.data), tasks["train"], unseen))
 
@@ -205,42 +219,72 @@ def make_after(study: Study, values: dict[str, Any]) -> None:
     values: further settings of all of them.
     """
 
-    def cells(rows, seeds, scores="losses", stage="after"):
-        return study.cells(stage, rows, {"": values}, seeds, scores)
+    def cells(rows, seeds):
+        return study.cells("after", rows, {"": values}, seeds, "losses")
 
     seeds = range(study.config.seeds)
     study.run(cells({"frozen base": UNTRAINED["frozen base"]}, [0]))
     study.run(cells(AFTER, seeds))
 
-    grid = {}
-    for alpha, rate in GRID:
-        settings = {"method": "lora", "alpha": alpha, "lr_skills": rate}
-        grid[f"lora {alpha:g} {rate:g}"] = Row(settings, like="lora")
-    trials = cells(grid, [0], "dev tasks", "grid")
-    study.run(trials)
-    best = min(trials, key=lambda cell: cell.result()["dev_loss"] or math.inf)  # None: it diverged
+    best = best_of_grid(study, "lora", values)
     row = best.row._replace(run=f"grid/{file_name(best.name)}-s{{seed}}")  # seed 0 is trained
     study.run(cells({"lora best": row}, seeds))
 
     study.run(cells(AFTER_ALPHA, range(2)))
 
 
+def best_of_grid(study: Study, method: str, values: dict[str, Any]) -> Cell:
+    """Make the trials of a method's grid, with seed 0. Return the one that is best on dev."""
+    grid = {}
+    for alpha, rate in itertools.product(ALPHAS[method], RATES):
+        settings = {"method": method, "alpha": alpha, "lr_skills": rate}
+        grid[f"{method} {alpha:g} {rate:g}"] = Row(settings, like=method)
+    trials = study.cells("grid", grid, {"": values}, [0], "dev tasks")
+    study.run(trials)
+    return min(trials, key=lambda cell: cell.result()["dev_loss"] or math.inf)  # None: it diverged
+
+
+def make_many(study: Study, values: dict[str, Any]) -> None:
+    """Make the cells with many tasks. The arguments are those of `make_after`, for the tuning."""
+    rows = {}
+    for method in EQUAL:
+        rows[method] = Row(best_of_grid(study, method, values).row.settings)
+    rows["frozen router"] = Row(rows["orchmoe"].settings | {"lr_router": 0.0}, like="orchmoe")
+
+    many = Study(changed(study.settings, MANY), study.device, study.config, EQUAL)
+    first = runtime.read_json(study.results / "tasks.json")["train"]
+    values = {"data": data_of(many, "many_tasks", MANY_TASKS, without=first)}
+    many.run(many.cells("many", rows, {"": values}, range(MANY_SEEDS), "all losses"))
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 
 def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the cell with the two groups of unseen tasks as sets of their own."""
+    """Return the cell with the two groups of unseen tasks as sets of their own.
+
+    If dev was scored, it has other instances of the seen tasks, as many, and counts as seen.
+    """
     parts = {}
     for group in ("test", "left out"):
         tasks = {name: cell["unseen"]["tasks"][name] for name in lists[group]}
         parts[group] = with_overall(tasks)
+    if "dev" in cell:
+        tasks = {}
+        for name, scores in cell["seen"]["tasks"].items():
+            on_dev = cell["dev"]["tasks"][name]["loss"]
+            tasks[name] = {"loss": (scores["loss"] + on_dev) / 2}
+        parts["seen"] = with_overall(tasks)
     return cell | parts
 
 
-def verdict(found: Difference, seeds: int) -> str:
-    """Return what the difference of OrchMoE from another row decides, by its 95 % interval."""
+def verdict(found: Difference, seeds: int, planned: int) -> str:
+    """Return what the difference of OrchMoE from another row decides, by its 95 % interval.
+
+    seeds: how many are finished of the planned ones.
+    """
     _, low, high = found
-    if seeds < DEFAULTS["seeds"]:
+    if seeds < planned:
         return "unfinished"
     if -MARGIN < low and high < MARGIN:
         return f"equivalent within {MARGIN}"
@@ -269,16 +313,19 @@ def pilot_verdict(groups: dict[str, Group]) -> tuple[bool, str]:
 
 
 def difference_rows(
-    groups: Groups, pairs: Iterable[tuple[str, str]], planned: bool = True
+    groups: Groups, pairs: Iterable[tuple[str, str]], planned: int = DEFAULTS["seeds"]
 ) -> list[list]:
-    """Return a line for each pair of rows and set of tasks: difference, seeds, nats, verdict."""
+    """Return a line for each pair of rows and set of tasks: difference, seeds, nats, verdict.
+
+    planned: the number of seeds in the plan, 0 if the differences are not in it.
+    """
     rows = []
     for one, other in pairs:
         for which in ALL_SETS:
             found = difference(groups, one, other, which)
             if found:
                 seeds = len(groups[one].keys() & groups[other].keys())
-                decided = verdict(found, seeds) if planned else "not planned"
+                decided = verdict(found, seeds, planned) if planned else "not planned"
                 rows.append([f"{one} - {other}", which, seeds, signed(found), decided])
     return rows
 
@@ -297,17 +344,19 @@ def alpha_table(groups: Groups) -> str:
 
 def text(results: Path) -> str:
     """Return the tables of the finished cells in Markdown."""
-    lists = runtime.read_json(results / "tasks.json")
     stages = {}
-    for stage in ("pilot", "cells", "after"):
-        groups: Groups = {}
+    for stage in ("pilot", "cells", "after", "many"):
+        name = "many_tasks" if stage == "many" else "tasks"
+        path = results / f"{name}.json"
+        lists = runtime.read_json(path) if path.exists() else {}
+        groups = {}
         for name, group in read_groups(results / stage).items():
             groups[name] = {seed: with_groups(cell, lists) for seed, cell in group.items()}
         # In the order of the plan. File names have no spaces.
         known = {file_name(name): name for name in (*ROWS, *AFTER_ROWS)}
         stages[stage] = {known[name]: groups[name] for name in known if name in groups}
 
-    cells, after = stages["cells"], stages["after"]
+    cells, after, many = (stages[stage] for stage in ("cells", "after", "many"))
     head = ["difference", "tasks", "seeds", "nats", "verdict"]
     rows = difference_rows(cells, [("orchmoe", name) for name in cells])
     parts = [
@@ -315,10 +364,12 @@ def text(results: Path) -> str:
         pilot_verdict(stages["pilot"])[1],
         tuning_table(read_tuning(results)),
         stage_table("cells", cells, sets=ALL_SETS),
-        table(head, rows + difference_rows(cells, NOT_PLANNED, planned=False)),
+        table(head, rows + difference_rows(cells, NOT_PLANNED, planned=0)),
         stage_table("after the decision", after, sets=ALL_SETS),
         table(head, difference_rows(after, AFTER_DIFFERENCES)),
         alpha_table(after),
+        stage_table("many tasks", many, sets=ALL_SETS),
+        table(head, difference_rows(many, MANY_DIFFERENCES, MANY_SEEDS)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -327,7 +378,7 @@ def main() -> None:
     planned = all_flags_but(CHOICES)
     flags, config, study_config, settings = read_study(__doc__, DecisionConfig, DEFAULTS, planned)
     results = Path(study_config.results)
-    if config.stage == "after":
+    if config.stage in ("after", "many"):
         settings = changed(settings, {"dtype": "bfloat16"})
     if config.stage != "table":
         if not {"data", "model"} <= flags.keys():
@@ -337,10 +388,11 @@ def main() -> None:
             if not passed:
                 raise UserError(f"--stage cells: {why}")
         study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
-        values = {"data": data_of(study)}
+        values = {"data": data_of(study, "tasks", TRAIN_TASKS)}
         cells = study.cells("pilot", PILOT, {"": values}, range(PILOT_SEEDS), "losses")
-        if config.stage == "after":
-            make_after(study, values)
+        if config.stage in ("after", "many"):
+            make = make_after if config.stage == "after" else make_many
+            make(study, values)
             cells = []
         if config.stage == "cells":
             for cell in cells:

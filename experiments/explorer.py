@@ -103,7 +103,7 @@ def collect(loaded: Loaded) -> dict[str, Any]:
 
 def rows_by_task(examples: Sequence[Example]) -> list[list[int]]:
     """Return the positions of the examples of each task."""
-    rows: dict[str, list[int]] = {}
+    rows = {}
     for row, example in enumerate(examples):
         rows.setdefault(example.task, []).append(row)
     return list(rows.values())

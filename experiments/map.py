@@ -107,7 +107,7 @@ def point_name(axis: str, tag: str) -> str:
 
 def points() -> dict[str, dict[str, Any]]:
     """Return all points by name, the centre first, with what each changes."""
-    found: dict[str, dict[str, Any]] = {CENTRE: {}}
+    found = {CENTRE: {}}
     for axis, tags in AXES.items():
         for tag, values in tags.items():
             found[point_name(axis, tag)] = values
@@ -191,7 +191,7 @@ ROUTER_COLUMNS = {  # numbers of routing.report, and their names in the tables
 
 def read_groups(folder: Path) -> Groups:
     """Return the finished cells of a stage or point, by row and tag, then by seed."""
-    groups: Groups = {}
+    groups = {}
     for path in sorted(folder.glob("*.json")):
         cell = runtime.read_json(path)
         if "diverged" in cell:
@@ -223,7 +223,7 @@ def finished_points(found: dict[str, Groups]) -> list[Groups]:
 
 def mean_over_points(finished: Sequence[Groups]) -> Groups:
     """Return groups with the mean losses over points, for each row and seed."""
-    groups: Groups = {}
+    groups = {}
     for row in ROWS:
         groups[row] = {}
         for seed in range(DEFAULTS["seeds"]):
@@ -309,7 +309,7 @@ def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str]
 
 def by_axis(found: dict[str, Groups]) -> dict[str, dict[str, Groups]]:
     """Return the groups of each axis by the labels of its points, and the mean over points."""
-    lines: dict[str, dict[str, Groups]] = {}
+    lines = {}
     for axis, tags in AXES.items():
         lines[axis] = {tag: found[point_name(axis, tag)] for tag in tags}
     finished = finished_points(found)

@@ -146,7 +146,7 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "dev tasks", "losses", "answers"] = "answers"  # see `run_cell`
+    scores: Literal["dev", "dev tasks", "losses", "all losses", "answers"] = "answers"  # `run_cell`
     extra_rank: int = 0  # see sizes.attach_larger
 
     def result(self) -> dict[str, Any]:
@@ -196,8 +196,9 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
     The dev loss weighs all target tokens alike. If the cell scores "dev tasks", it is the mean
-    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances, and
-    one that scores "answers" also has scores of the generated answers.
+    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances, one
+    that scores "all losses" those on dev, too, and one that scores "answers" has scores of the
+    generated answers.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -223,7 +224,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
 
     For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
     """
-    result: dict[str, Any] = {}
+    result = {}
     if cell.row.model == "trained":
         runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.training.steps:
@@ -282,10 +283,12 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(cell.settings.dataset, tokenizer)
     held_out = train.held_out_sets(sets, config.eval_instances)
-    dev = held_out.pop("dev")
+    dev = held_out["dev"]
     if cell.scores == "dev tasks":
         held_out = {"dev": dev}
-    result: dict[str, Any] = {}
+    elif cell.scores != "all losses":
+        del held_out["dev"]
+    result = {}
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
             root = cell.settings.dataset.data
@@ -303,7 +306,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     options = {"batch_size": config.eval_batch_size}
     for which, examples in held_out.items():
         w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
-        tasks: dict[str, list[int]] = {}
+        tasks = {}
         for i, example in enumerate(examples):
             tasks.setdefault(example.task, []).append(i)
 
@@ -424,7 +427,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                     return
                 print_done(cell)
             # A search goes on with other values. Any other cell has no scores for a table.
-            if cell.scores in ("losses", "answers") and "diverged" in cell.result():
+            if not cell.scores.startswith("dev") and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) == 1:
@@ -576,7 +579,7 @@ class Study:
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Make the cells that are not finished. Those that share a run are made in turn."""
-        queues: dict[Path, list[Cell]] = {}
+        queues = {}
         for cell in cells:
             cell.require_same()  # before any of them is made
             queues.setdefault(cell.folder, []).append(cell)

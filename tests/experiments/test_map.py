@@ -186,8 +186,8 @@ def test_difference_refuses_other_tasks(groups):
 )
 def test_verdict(low, high, expected):
     found = ((low + high) / 2, low, high)
-    assert decision.verdict(found, 5) == expected
-    assert decision.verdict(found, 4) == "unfinished"
+    assert decision.verdict(found, 3, 3) == expected
+    assert decision.verdict(found, 2, 3) == "unfinished"
 
 
 def test_pilot_verdict_needs_three_times_the_noise_and_all_seeds():
@@ -243,6 +243,22 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     assert groups["test"]["overall"]["loss"] == pytest.approx(np.mean(losses))
     assert groups["left out"]["tasks"].keys() == set(lists["left out"])
 
+    # The decision with many other tasks, whose dev instances are scored too.
+    many = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 40}
+    changes = {"MANY": many, "MANY_TASKS": 4, "MANY_SEEDS": 1, "RATES": (1e-2,)}
+    changes["ALPHAS"] = {"orchmoe": (1.0,), "lora": (4.0,)}
+    for name, value in changes.items():
+        monkeypatch.setattr(decision, name, value)
+    out = run("experiments/decision.py", "--stage", "many", *flags, cwd=tmp_path)
+    others = runtime.read_json(tmp_path / "kept/many_tasks.json")
+    assert (len(others["train"]), len(others["left out"])) == (4, 21)
+    assert not set(lists["train"]) & {*others["train"], *others["left out"]}
+    cell = runtime.read_json(tmp_path / "kept/many/orchmoe-s0.json")
+    seen = decision.with_groups(cell, others)["seen"]["overall"]["loss"]
+    both = cell["seen"]["overall"]["loss"], cell["dev"]["overall"]["loss"]
+    assert seen == pytest.approx(np.mean(both))
+    assert f"| orchmoe | 1 | {seen:.3f} | " in out
+
     # A pilot of other settings allows nothing.
     monkeypatch.setattr(decision, "pilot_verdict", lambda _: (True, ""))
     monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | {"steps": 3})
@@ -268,7 +284,8 @@ def with_sets(group):
 def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monkeypatch):
     small = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 28, "num_pos": 0}
     small["batch_size"] = 2
-    monkeypatch.setattr(decision, "GRID", [(4.0, 1e-2), (2.0, 3.2e-2)])
+    monkeypatch.setattr(decision, "ALPHAS", {"lora": (4.0, 2.0)})
+    monkeypatch.setattr(decision, "RATES", (1e-2,))
     study.config = replace(study.config, seeds=1, jobs=1)
     decision.make_after(study, small)
     cells = {path.stem: runtime.read_json(path) for path in study.results.glob("after/*.json")}
