@@ -29,10 +29,6 @@ TEST_TASKS = task_list("default/test")
 ADAPTER_TASKS = task_list("default/train") + TEST_TASKS
 
 
-def words(*texts: str) -> set[str]:
-    return set(re.findall(r"\w+", " ".join(texts)))
-
-
 def test_differences_name_files_that_are_not_what_the_script_writes(tmp_path, monkeypatch):
     files = make_sni.all_files()
     monkeypatch.setattr(make_sni, "all_files", lambda: files)  # which takes a second
@@ -105,10 +101,6 @@ PAIRS = (
     "high/low wide/narrow sharp/blunt bright/dark safe/dangerous sweet/sour happy/sad brave/afraid"
 )
 ANTONYMS = [set(pair.split("/")) for pair in PAIRS.split()]
-ANIMALS = words(
-    "dog cat cow horse goat hen duck pig bear goose owl frog mouse wolf lion tiger rabbit monkey "
-    "fox camel"
-)
 
 
 def opposite(word: str) -> str:
@@ -124,7 +116,6 @@ def yes_no(truth: bool) -> str:
 
 
 SOLVERS = {
-    "task105_all_animals_of_list": lambda t: ", ".join(w for w in t.split(", ") if w in ANIMALS),
     "task109_opposite_of_each_adjective": lambda t: re.sub(r"\w+", lambda m: opposite(m[0]), t),
     "task113_largest_number": lambda t: str(max(map(int, t.split(",")))),
     "task114_how_many_more": lambda t: str(abs(int.__sub__(*held(t).values()))),
