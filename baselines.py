@@ -1,8 +1,8 @@
 """The methods that OrchMoE is compared with.
 
-`attach_method(name, module, config)` returns Adapters, whatever the method. All methods adapt the
-same Linears of a frozen module; only "full" trains the module itself. The scale is alpha / (the
-rank of one skill, or of the whole adapter for LoRA).
+`attach_method(name, module, config)` returns Adapters, whatever the method. Every method but "full"
+adapts the same Linears of a frozen module; "full" trains the module itself. The scale is alpha / R,
+or alpha / (S R) for LoRA.
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
@@ -122,18 +122,13 @@ class MoELoRA(Baseline):
         return Routing(Zhat=self.identity)
 
 
-def normalised_sigmoid(Z: Tensor) -> Tensor:
-    """Return sigmoid(Z) / sum_s sigmoid(Z), in logarithms: tiny values must not become 0 / 0."""
-    return F.logsigmoid(Z).softmax(-1)
-
-
 class Poly(Baseline):
     """Factors mixed by task: y = W0 x + scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
 
         c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
 
-    Training adds relaxed Bernoulli noise to Z (N,T,H,S). A sample of an unseen task gets the mean
-    of c over the training tasks.
+    In training Z (N,T,H,S) gets logistic noise, so that sigmoid(Z) is a relaxed Bernoulli variable.
+    A sample of an unseen task gets the mean of c over the training tasks.
     Source: Polytropon, Ponti et al. 2023, arXiv 2202.13914. With H > 1 heads there is a mixture for
     each head: Multi-Head Routing (MHR), Caccia et al. 2023, arXiv 2211.03831.
 
@@ -167,8 +162,9 @@ class Poly(Baseline):
             u = noise.transpose(0, 1).to(self.Z).clamp(1e-6, 1 - 1e-6)
             rows = rows + u.logit()  # temperature 1
 
-        seen = normalised_sigmoid(rows)
-        unseen = normalised_sigmoid(self.Z).mean(1, keepdim=True)  # (N,1,H,S)
+        # sigmoid(Z) / sum_s sigmoid(Z), as in OrchMoE.allocation_weights.
+        seen = F.logsigmoid(rows).softmax(-1)
+        unseen = F.logsigmoid(self.Z).softmax(-1).mean(1, keepdim=True)  # (N,1,H,S)
         is_seen = (task_ids >= 0).view(1, -1, 1, 1)
         c = torch.where(is_seen, seen, unseen)
         return Routing(c=c, shared=False)
@@ -241,7 +237,11 @@ def attach_method(
 
     S, R, T = config.skills, config.rank, num_tasks
     alpha = R if config.alpha is None else config.alpha
-    count, rank = {"lora": (1, S * R), "c-poly": (S - 1 + T, R)}.get(name, (S, R))
+    count, rank = S, R
+    if name == "lora":
+        count, rank = 1, S * R
+    elif name == "c-poly":
+        count = S - 1 + T
     config = replace(config, skills=count, rank=rank, alpha=alpha)
     mix = kernels.mix_factors if name in ("poly", "mhr") else kernels.mix_skills
     skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]

@@ -93,11 +93,6 @@ def predict(
 ) -> list[str]:
     """Return greedy predictions in the order of the examples. For w see `routed_batches`."""
     require_fit(base, tokenizer, examples, max_new_tokens)
-    # The parameters of a sharded base are DTensors, which have to_local. All processes gather them
-    # at every token, so no process may stop generating before all can.
-    sharded = any(hasattr(parameter, "to_local") for parameter in base.parameters())
-    agree = runtime.any_rank if sharded else None
-
     texts = {}
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
         tokens = base.generate(
@@ -105,7 +100,8 @@ def predict(
             batch.attention_mask,
             max_new_tokens=max_new_tokens,
             on_keep=adapters.keep,
-            agree=agree,
+            # A sharded base is gathered at every token, so no process may stop before all can.
+            agree=runtime.any_rank,
         )
         is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
         ended = is_eos.cumsum(dim=1) > 0
@@ -204,15 +200,16 @@ def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
         log_ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
         report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
 
-    if K > 1 and report["normalised_entropy"] > 0.98:
-        runtime.warn(
-            "the router is uniform: every sample has nearly the same w; train with another "
-            "--router-init or --lr-router"
-        )
-    elif K > 1 and not math.isnan(entropy) and report["largest"] > 0.9:
-        runtime.warn(
-            "the router has collapsed to one abstract task; train with a lower --lr-router"
-        )
+    if K > 1 and not math.isnan(entropy):
+        if report["normalised_entropy"] > 0.98:
+            runtime.warn(
+                "the router is uniform: every sample has nearly the same w; train with another "
+                "--router-init or --lr-router"
+            )
+        elif report["largest"] > 0.9:
+            runtime.warn(
+                "the router has collapsed to one abstract task; train with a lower --lr-router"
+            )
     return report
 
 
@@ -341,7 +338,7 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: data.DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = data_config.idle | {"max_target_length"}  # the metrics take whole references
+    idle = data_config.idle | {"max_target_length"}  # the metrics read the references uncut
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":

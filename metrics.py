@@ -8,6 +8,7 @@ operations, and it stems each word once.
 Test: pytest tests/unit/test_metrics.py; tests/parity compares with official numbers and rouge_score
 """
 
+import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,6 @@ from nltk.stem.porter import PorterStemmer
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again
-
-# Replaces each ASCII byte that is no letter or digit by a space. Much faster than a regex.
-_NOT_IN_WORDS = bytes(code for code in range(128) if not chr(code).isalnum())
-_SEPARATE_WORDS = bytes.maketrans(_NOT_IN_WORDS, b" " * len(_NOT_IN_WORDS))
 
 
 def _normalise(text: str) -> str:
@@ -32,10 +29,8 @@ def _normalise(text: str) -> str:
 @lru_cache(maxsize=2**16)
 def _stems(text: str) -> list[str]:
     """Return the words of the text: runs of [a-z0-9], stemmed if longer than three characters."""
-    ascii_text = text.lower().encode("ascii", "replace")
-    words = ascii_text.translate(_SEPARATE_WORDS).decode().split()
     stems = []
-    for word in words:
+    for word in re.findall("[a-z0-9]+", text.lower()):
         if len(word) > 3:
             word = _porter(word)
         stems.append(word)

@@ -355,10 +355,9 @@ def load(
         if not full:
             config.require_same(base=checkpoint.fingerprint(path))
 
-    if shard:
-        base = checkpoint.mapped(path)  # each process reads its own share
-    else:
-        base = checkpoint.load(path, dtype=device.dtype, device=device.device)
+    base = checkpoint.mapped(path)
+    if not shard:  # which moves one block at a time
+        base.to(device.device, device.dtype)
     if config is None or full:
         adapters = NoAdapter(base, full=False)
     else:

@@ -448,7 +448,7 @@ def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
 
 
 def _torchrun_variable(name: str, default: int) -> int:
-    # Clusters set RANK and WORLD_SIZE for single processes too, so they do not show torchrun.
+    # Clusters set RANK and WORLD_SIZE without torchrun too, so they do not show that it runs.
     if not dist.is_torchelastic_launched():
         return default
     return int(os.environ[name])
@@ -499,7 +499,7 @@ def barrier() -> None:
 def sum_over_ranks(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
     """Replace each tensor by its sum over all processes, in place. Return the sums of the numbers.
 
-    The tensors must have one dtype, which the numbers take too: all travel in one message.
+    The tensors must have one dtype and device. The numbers take both: all travel in one message.
     """
     if not dist.is_initialized():
         return list(numbers)
@@ -533,8 +533,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     """Split the frozen weights of `root` over all processes with FSDP2.
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
-    that its attribute `fsdp_methods` names. If the weights are views of mapped files, a process
-    holds its own shares and one block at a time. Trained parameters stay whole in every process.
+    that its attribute `fsdp_methods` names. If the weights are views of mapped files, loading takes
+    the memory of a share and of one whole block at a time. Trained parameters stay whole.
     """
     # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -546,8 +546,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
         raise UserError("--shard: splits the base over processes; start it with torchrun")
 
     mesh = dist.init_device_mesh(device.device.type, (world_size(),))
-    root_last = [*blocks, root]
-    for module in progress(root_last, "sharding", unit="block"):
+    inner_first = [*blocks, root]  # the root takes what the blocks leave
+    for module in progress(inner_first, "sharding", unit="block"):
         module.to(device.device)
         for parameter in module.parameters():
             if not parameter.requires_grad:

@@ -2,8 +2,8 @@
 
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
 the package `tokenizers`.
-Two things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
-ordinary text, and decoded texts have no outer white space.
+Three things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
+ordinary text, decoded texts have no outer white space, and `encode` always adds EOS.
 
 Test: pytest tests/unit/test_tokenizer.py
 """
@@ -20,7 +20,7 @@ from runtime import UserError, atomic_write, read_json, reading, require_path
 LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"
 
-# Where Hugging Face's clean_up_tokenization_spaces removes spaces, in its order.
+# Hugging Face's clean_up_tokenization_spaces removes the space before these, in this order.
 CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
@@ -31,8 +31,8 @@ class Tokenizer:
     pad_id: int  # fills up rows
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
-    target_prefix = ""  # at the start of a target: the space that `source` removes
-    fingerprint: str  # 64 hex digits of the files and options that the ids depend on
+    target_prefix = ""  # put before every target: the space that `source` removes
+    fingerprint: str  # 64 hex digits of the file and the options that the ids depend on
     version: str  # of the package that makes the ids
 
     def __init__(self, path: Path):
@@ -52,8 +52,8 @@ class Tokenizer:
     def source(self, text: str) -> list[int]:
         """Return the ids of a prompt.
 
-        A word of the vocabulary includes the space before it. Therefore a space at the end of the
-        prompt is removed here, and the target starts with it.
+        In decoder-only models a word of the vocabulary includes the space before it. So a space at
+        the end of the prompt is removed here, and the target starts with it.
         """
         return next(self.sources([text]))
 
@@ -76,7 +76,10 @@ class Tokenizer:
             yield from self._encode(texts[start : start + 10_000])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without special tokens and without outer white space."""
+        """Return the text of `ids` without special tokens and outer white space.
+
+        Ids that are no tokens, such as -1, are skipped.
+        """
         known = [i for i in map(int, ids) if 0 <= i < self.size]
         return self._decode(known).strip()
 
@@ -86,32 +89,22 @@ class Tokenizer:
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
-    def _settings(self) -> dict:
-        """Return the content of tokenizer_config.json, or {} if there is no such file."""
-        path = self.path.with_name("tokenizer_config.json")
-        if not path.is_file():
-            return {}
-        settings = read_json(path)
-        self._files[path.name] = path.read_bytes()
-        return settings
-
 
 class T5Tokenizer(Tokenizer):
-    """T5's SentencePiece model, and 100 sentinels behind its pieces. Sentinel 0 is the last id."""
+    """T5's SentencePiece model, and 100 sentinels behind its pieces: <extra_id_0> is the last."""
 
     version = sentencepiece.__version__
     pad_id = 0
     eos_ids = (1,)
 
     def _setup(self, content: bytes) -> None:
-        self._files = {"spiece.model": content}
-        try:
+        with reading(self.path, REMEDY):
             self.sp = sentencepiece.SentencePieceProcessor()
             self.sp.LoadFromSerializedProto(content)
-            self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
-        except Exception:
-            raise UserError(f"{self.path}: not a SentencePiece model; {REMEDY}") from None
-        self.size = len(self.pieces) + 100
+            self.num_pieces = self.sp.get_piece_size()
+            for i in range(self.num_pieces):
+                self.sp.id_to_piece(i)  # fails for damaged text
+        self.size = self.num_pieces + 100
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.sp.encode(texts)
@@ -120,8 +113,8 @@ class T5Tokenizer(Tokenizer):
         return self.targets(texts)  # the encoder reads an EOS, too
 
     def _decode(self, ids: list[int]) -> str:
-        # Sentinels are beyond the pieces. Control pieces have no text, but <unk> would have.
-        known = [i for i in ids if i < len(self.pieces) and not self.sp.is_unknown(i)]
+        # Leave out sentinels and <unk>. Control pieces have no text anyway.
+        known = [i for i in ids if i < self.num_pieces and not self.sp.is_unknown(i)]
         text = self.sp.decode(known)
         for spaced in CLEAN_UP:
             text = text.replace(spaced, spaced.strip())
@@ -135,7 +128,11 @@ class JsonTokenizer(Tokenizer):
         with reading(self.path, "pip install tokenizers"):
             import tokenizers  # optional: T5 does not need it
 
-        eos = self._settings().get("eos_token")
+        eos = None
+        settings = self.path.with_name("tokenizer_config.json")
+        if settings.is_file():
+            self._files[settings.name] = settings.read_bytes()
+            eos = read_json(settings).get("eos_token")
         if isinstance(eos, dict):  # an AddedToken of transformers
             eos = eos.get("content")
 
@@ -153,8 +150,8 @@ class JsonTokenizer(Tokenizer):
             self.eos_ids = (eos_id,)
             self.pad_id = eos_id
 
-            # The template in the file decides whether there is a BOS. The setting add_bos_token
-            # has no effect, as in transformers 5.
+            # What the template in the file adds in front is BOS, and behind it would be EOS. The
+            # setting add_bos_token has no effect, as in transformers 5.
             plain = inner.encode("a", add_special_tokens=False)
             full = inner.encode("a")
             start = len(full.ids) - len(plain.ids)
@@ -183,16 +180,12 @@ KINDS = {"spiece.model": T5Tokenizer, "tokenizer.json": JsonTokenizer}
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
-    """Return the tokenizer of a model folder, or of a single file (T5's may have any name).
-
-    Raise UserError if there is none or if it is damaged.
-    """
+    """Return the tokenizer of a model folder. Raise UserError if there is none or it is damaged."""
     download = "`hf download NAME --local-dir DIR` gets a model from the Hub"
     folder = require_path(folder, f"name a local folder, nothing is downloaded here; {download}")
-    for path in [folder / name for name in KINDS] + [folder]:
-        if path.is_file():
-            kind = KINDS.get(path.name, T5Tokenizer)
-            return kind(path)
+    for name, kind in KINDS.items():
+        if (folder / name).is_file():
+            return kind(folder / name)
     raise UserError(
         f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder"
     )

@@ -385,11 +385,9 @@ def train(
     # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
     # small updates. Autocast then computes in bfloat16.
     full = config.method == "full"
-    if launch.shard:
-        base = checkpoint.mapped(config.model)  # each process reads its own share
-    else:
-        dtype = torch.float32 if full else device.dtype
-        base = checkpoint.load(config.model, dtype=dtype, device=device.device)
+    base = checkpoint.mapped(config.model)
+    if not launch.shard:  # which moves one block at a time
+        base.to(device.device, torch.float32 if full else device.dtype)
     for examples in (train_set, *held_out.values()):
         evaluation.require_fit(base, tokenizer, examples)
 
