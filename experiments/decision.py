@@ -95,7 +95,7 @@ AFTER_ALPHA = {  # with two seeds
     "orchmoe alpha 4": Row({"alpha": 4.0}, like="orchmoe"),
 }
 # The best point of LoRA's grid, on dev with seed 0, is the row "lora best".
-ALPHAS = {"orchmoe": (0.5, 1.0, 2.0), "lora": (2.0, 4.0, 8.0)}  # that of OrchMoE is for `many`
+ALPHAS = {"orchmoe": (0.5, 1.0, 2.0), "lora": (2.0, 4.0, 8.0)}  # OrchMoE's: for `many` alone
 RATES = (3.2e-3, 1e-2, 3.2e-2)
 AFTER_ROWS = ("frozen base", *AFTER, "lora best", *AFTER_ALPHA)
 AFTER_DIFFERENCES = (
@@ -107,7 +107,7 @@ AFTER_DIFFERENCES = (
     ("orchmoe", "lora alpha 1"),
 )
 
-# The decision with many tasks. Both grids are those of the first tasks.
+# The decision with many tasks. Both grids are run on the tasks of the decision.
 MANY_TASKS = 160
 MANY_SEEDS = 3
 MANY = {"steps": 800, "eval_every": 800, "train_instances": 40, "eval_instances": 20 * MANY_TASKS}
@@ -143,7 +143,7 @@ DEFAULTS = {
 class DecisionConfig:
     """Decision: which cells are made."""
 
-    stage: Literal["pilot", "cells", "after", "many", "table"] = "table"  # cells to make, or none
+    stage: Literal["pilot", "cells", "after", "many", "table"] = "table"  # cells to make
 
 
 def fitting_prompts(
@@ -171,7 +171,7 @@ def choose_tasks(study: Study, number: int, without: Collection[str] = ()) -> di
     A task takes part if at least MIN_FITTING of its first 100 prompts fit. A task with fewer
     instances than that never takes part. `number` of the training tasks with 100 different inputs
     are drawn with a fixed seed. Raise UserError if there are fewer. without: training tasks that
-    take no part.
+    are on none of the three lists.
     """
     config = study.settings.dataset
     tokenizer = tokenizers.load(study.settings.training.model)
@@ -201,7 +201,7 @@ def choose_tasks(study: Study, number: int, without: Collection[str] = ()) -> di
 def data_of(study: Study, name: str, number: int, without: Collection[str] = ()) -> str:
     """Return a data folder with these tasks, in which all unseen tasks are test tasks.
 
-    name: of the file that lists them. For the other arguments see `choose_tasks`.
+    name: of the JSON file that lists them, and of the folder. For the others see `choose_tasks`.
     """
     path = study.results / f"{name}.json"
     tasks = choose_tasks(study, number, without)
@@ -245,16 +245,17 @@ def best_of_grid(study: Study, method: str, values: dict[str, Any]) -> Cell:
 
 
 def make_many(study: Study, values: dict[str, Any]) -> None:
-    """Make the cells with many tasks. The arguments are those of `make_after`, for the tuning."""
-    rows = {}
-    for method in EQUAL:
-        rows[method] = Row(best_of_grid(study, method, values).row.settings)
-    rows["frozen router"] = Row(rows["orchmoe"].settings | {"lr_router": 0.0}, like="orchmoe")
-
+    """Make the cells with many tasks. study, values: for the tuning on the first tasks."""
     many = Study(changed(study.settings, MANY), study.device, study.config, EQUAL)
     first = runtime.read_json(study.results / "tasks.json")["train"]
-    values = {"data": data_of(many, "many_tasks", MANY_TASKS, without=first)}
-    many.run(many.cells("many", rows, {"": values}, range(MANY_SEEDS), "all losses"))
+    on_many = {"": {"data": data_of(many, "many_tasks", MANY_TASKS, without=first)}}
+
+    rows = {}
+    for method in ("orchmoe", "lora"):
+        rows[method] = Row(best_of_grid(study, method, values).row.settings)
+    frozen = Row(rows["orchmoe"].settings | {"lr_router": 0.0}, like="orchmoe")
+    for part in (rows, {"frozen router": frozen}):
+        many.run(many.cells("many", part, on_many, range(MANY_SEEDS), "all losses"))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -263,7 +264,7 @@ def make_many(study: Study, values: dict[str, Any]) -> None:
 def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, Any]:
     """Return the cell with the two groups of unseen tasks as sets of their own.
 
-    If dev was scored, it has other instances of the seen tasks, as many, and counts as seen.
+    If dev was scored, the seen loss of a task is the mean of its losses on dev and on seen.
     """
     parts = {}
     for group in ("test", "left out"):
@@ -369,6 +370,7 @@ def text(results: Path) -> str:
         table(head, difference_rows(after, AFTER_DIFFERENCES)),
         alpha_table(after),
         stage_table("many tasks", many, sets=ALL_SETS),
+        alpha_table(many),
         table(head, difference_rows(many, MANY_DIFFERENCES, MANY_SEEDS)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

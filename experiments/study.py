@@ -196,9 +196,9 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
     The dev loss weighs all target tokens alike. If the cell scores "dev tasks", it is the mean
-    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances, one
-    that scores "all losses" those on dev, too, and one that scores "answers" has scores of the
-    generated answers.
+    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances. One
+    that scores "all losses" has those on dev, too, and one that scores "answers" also has scores of
+    the generated answers.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
