@@ -93,6 +93,11 @@ def predict(
 ) -> list[str]:
     """Return greedy predictions in the order of the examples. For w see `routed_batches`."""
     require_fit(base, tokenizer, examples, max_new_tokens)
+    # The parameters of a sharded base are DTensors, which have to_local. All processes gather them
+    # at every token, so no process may stop generating before all can.
+    sharded = any(hasattr(parameter, "to_local") for parameter in base.parameters())
+    agree = runtime.any_rank if sharded else None
+
     texts = {}
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
         tokens = base.generate(
@@ -100,8 +105,7 @@ def predict(
             batch.attention_mask,
             max_new_tokens=max_new_tokens,
             on_keep=adapters.keep,
-            # A sharded base is gathered at every token, so no process may stop before all can.
-            agree=runtime.any_rank,
+            agree=agree,
         )
         is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
         ended = is_eos.cumsum(dim=1) > 0

@@ -534,7 +534,8 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
     that its attribute `fsdp_methods` names. If the weights are views of mapped files, loading takes
-    the memory of a share and of one whole block at a time. Trained parameters stay whole.
+    the memory of a share and of up to three whole blocks, or of the root's own weights. Trained
+    parameters stay whole.
     """
     # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

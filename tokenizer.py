@@ -2,8 +2,10 @@
 
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
 the package `tokenizers`.
-Three things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
-ordinary text, decoded texts have no outer white space, and `encode` always adds EOS.
+Some things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
+ordinary text, decoded texts have no outer white space, and `encode` always adds EOS. Of a text that
+starts with a space, transformers 5 makes other ids than SentencePiece and this file with some
+tokenizer.json of Llama 2.
 
 Test: pytest tests/unit/test_tokenizer.py
 """
@@ -187,5 +189,6 @@ def load(folder: str | os.PathLike) -> Tokenizer:
         if (folder / name).is_file():
             return kind(folder / name)
     raise UserError(
-        f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder"
+        f"{folder}: no {' or '.join(KINDS)}; copy the tokenizer of the model into the folder "
+        "(AutoTokenizer of transformers makes a tokenizer.json from a tokenizer.model)"
     )

@@ -92,7 +92,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
         raise UserError(
             f"--rows {name}: the given settings are the same already; leave out the row or the flag"
         )
-    if row.w and adapter.router != "sample":
+    if (row.w or row.replaced_router) and adapter.router != "sample":
         raise UserError(
             f"--rows {name}: --router {adapter.router} has no w of a sample; leave one out"
         )

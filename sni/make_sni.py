@@ -1442,19 +1442,16 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="compare the files on disk with these")
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="write tasks/ and splits/ to this folder"
-    )
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to or to compare")
     args = parser.parse_args()
-    tasks = args.out / "tasks"
-    if args.out != HERE and tasks.exists():
-        parser.error(f"{tasks}: exists, and nothing is overwritten; give another place")
     if args.check:
-        different = differences()
+        different = differences(args.out)
         print("\n".join(different) or "nothing differs")
         sys.exit(bool(different))
-    else:
-        write(args.out)
+    for name in ("tasks", "splits", "own.jsonl"):
+        if args.out != HERE and (args.out / name).exists():
+            parser.error(f"{args.out / name}: exists, and nothing is overwritten")
+    write(args.out)
 
 
 if __name__ == "__main__":

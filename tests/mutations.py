@@ -1,7 +1,6 @@
 """Break the code in many small ways, one at a time, and report which ones the tests notice.
 
-    python tests/mutations.py            # with the tests of this checkout
-    python tests/mutations.py OTHER      # with the tests of another checkout
+    python tests/mutations.py
 
 Each line of mutations.jsonl replaces one text `old`, which occurs once in `file`. It is killed if a
 test fails that passes without it: one of those in `tests`, or else any of the fast suite. One that
@@ -29,14 +28,12 @@ def fails(checkout: Path, tests: list[str]) -> bool:
 
 
 def main() -> None:
-    suite = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
     lines = Path(__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
     killed = 0
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"
-        shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", "runs", "tests"))
-        shutil.copytree(suite / "tests", checkout / "tests")
+        shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", "runs"))
         for tests in sorted({"", *(json.loads(line)["tests"] for line in lines)}):
             if fails(checkout, tests.split()):
                 raise SystemExit(f"without any mutation these tests fail: {tests}")

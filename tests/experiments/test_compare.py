@@ -17,6 +17,7 @@ import torch
 
 import data
 import eval as evaluation
+import kernels
 import run_folder
 import runtime
 import train
@@ -65,6 +66,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
         ("K = 4", {"abstract_tasks": 4}, "the given settings are the same already"),
         ("S = 8", {"rank": 3}, "S R = 12 is no multiple of 8"),
         ("w replaced by its mean", {"router": "none"}, "--router none has no w"),
+        ("factors mixed", {"router": "token"}, "--router token has no w"),
     ],
 )
 def test_ablation_that_is_not_possible_is_refused(name, given, words):
@@ -90,6 +92,11 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     assert entropy == pytest.approx(math.log(config.abstract_tasks) / 3, rel=0.1)
     # Similar samples share nothing.
     assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2
+
+
+def test_factors_are_mixed(small_t5):
+    adapters = routers.attach_with("factors")("orchmoe", small_t5, OrchMoEConfig())
+    assert {linear.skill_mix for linear in adapters.linears.values()} == {kernels.mix_factors}
 
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):

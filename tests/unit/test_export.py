@@ -60,13 +60,6 @@ def load_run(folder):
     return run_folder.load(runtime.pick_device(device="cpu"), run=folder)
 
 
-@torch.no_grad()
-def w_of(folder, prompt):
-    base, adapters, tokenizer = load_run(folder)
-    ids = torch.tensor([tokenizer.source(prompt)])
-    return adapters.router(base.embed(ids))[0]
-
-
 def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, monkeypatch):
     """The mean is that of dev, from the data in its new place."""
     base, adapters, tokenizer = load_run(copied)

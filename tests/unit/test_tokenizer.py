@@ -124,6 +124,12 @@ def test_tokenizers_go_to_other_folders(words, t5_words, tmp_path):
         assert tokenizer.load(tmp_path / each.path.stem).fingerprint == each.fingerprint
 
 
+def test_fingerprint_depends_on_eos(folder):
+    before = tokenizer.load(folder).fingerprint
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    assert tokenizer.load(folder).fingerprint != before
+
+
 # --------------------------------------------------------------------------------------- bad files
 
 
