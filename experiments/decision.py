@@ -24,7 +24,6 @@ are those of this repository.
 Test: pytest tests/experiments/test_map.py
 """
 
-import itertools
 import math
 import random
 from collections.abc import Collection, Iterable
@@ -236,9 +235,10 @@ def make_after(study: Study, values: dict[str, Any]) -> None:
 def best_of_grid(study: Study, method: str, values: dict[str, Any]) -> Cell:
     """Make the trials of a method's grid, with seed 0. Return the one that is best on dev."""
     grid = {}
-    for alpha, rate in itertools.product(ALPHAS[method], RATES):
-        settings = {"method": method, "alpha": alpha, "lr_skills": rate}
-        grid[f"{method} {alpha:g} {rate:g}"] = Row(settings, like=method)
+    for alpha in ALPHAS[method]:
+        for rate in RATES:
+            settings = {"method": method, "alpha": alpha, "lr_skills": rate}
+            grid[f"{method} {alpha:g} {rate:g}"] = Row(settings, like=method)
     trials = study.cells("grid", grid, {"": values}, [0], "dev tasks")
     study.run(trials)
     return min(trials, key=lambda cell: cell.result()["dev_loss"] or math.inf)  # None: it diverged

@@ -101,9 +101,10 @@ def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.nda
     for first, second in zip(*cells, strict=True):
         if first[which]["tasks"].keys() != second[which]["tasks"].keys():
             raise UserError(f"the cells of two rows have different {which} tasks")
-        cpus = [cell.get("settings", {}).get("cpu") for cell in (first, second)]
-        if cpus[0] != cpus[1]:  # older cells do not name theirs
-            raise UserError(f"the cells of two rows were made on different CPUs: {cpus}")
+        for name in ("cpu", "computed"):  # kind of CPU; device and dtype. Older cells lack them
+            made_on = [cell.get("settings", {}).get(name) for cell in (first, second)]
+            if made_on[0] != made_on[1]:
+                raise UserError(f"the cells of two rows differ in {name!r}: {made_on}")
     return by_seed(cells[0], which, metric) - by_seed(cells[1], which, metric)
 
 

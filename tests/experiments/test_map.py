@@ -310,7 +310,8 @@ def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monk
     assert grid[0]["dev_loss"] == pytest.approx(np.mean(on_dev))
 
 
-def test_difference_refuses_two_kinds_of_cpu(groups):
-    groups["lora"][1]["settings"]["cpu"] = "another"
-    with pytest.raises(ValueError, match="made on different CPUs"):
+@pytest.mark.parametrize("name", ["cpu", "computed"])
+def test_difference_refuses_two_kinds_of_cpu_or_dtype(groups, name):
+    groups["lora"][1]["settings"][name] = "another"
+    with pytest.raises(ValueError, match=f"differ in '{name}'"):
         routing_map.difference(groups, "orchmoe", "lora", "seen")
