@@ -347,8 +347,7 @@ def text(results: Path) -> str:
     """Return the tables of the finished cells in Markdown."""
     stages = {}
     for stage in ("pilot", "cells", "after", "many"):
-        name = "many_tasks" if stage == "many" else "tasks"
-        path = results / f"{name}.json"
+        path = results / ("many_tasks.json" if stage == "many" else "tasks.json")
         lists = runtime.read_json(path) if path.exists() else {}
         groups = {}
         for name, group in read_groups(results / stage).items():
@@ -357,12 +356,12 @@ def text(results: Path) -> str:
         known = {file_name(name): name for name in (*ROWS, *AFTER_ROWS)}
         stages[stage] = {known[name]: groups[name] for name in known if name in groups}
 
-    cells, after, many = (stages[stage] for stage in ("cells", "after", "many"))
+    pilot, cells, after, many = stages.values()
     head = ["difference", "tasks", "seeds", "nats", "verdict"]
     rows = difference_rows(cells, [("orchmoe", name) for name in cells])
     parts = [
-        stage_table("pilot", stages["pilot"], sets=ALL_SETS),
-        pilot_verdict(stages["pilot"])[1],
+        stage_table("pilot", pilot, sets=ALL_SETS),
+        pilot_verdict(pilot)[1],
         tuning_table(read_tuning(results)),
         stage_table("cells", cells, sets=ALL_SETS),
         table(head, rows + difference_rows(cells, NOT_PLANNED, planned=0)),
