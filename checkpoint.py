@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -95,7 +95,7 @@ def read_torch(path: str | Path) -> Any:
         return value
 
 
-def _check_archive(file: IO[bytes]) -> None:
+def _check_archive(file):
     """Raise UserError if a zip file has compressed members, or pickles of more than tensors."""
     archive = zipfile.ZipFile(file)
     for member in archive.infolist():
@@ -105,7 +105,7 @@ def _check_archive(file: IO[bytes]) -> None:
             _check_pickle(archive.open(member))
 
 
-def _check_pickle(file: IO[bytes]) -> None:
+def _check_pickle(file):
     """Raise UserError if the next pickle of the file names more than plain tensors need.
 
     torch.load with weights_only allows more, such as bytearray(10**10).
@@ -115,7 +115,7 @@ def _check_pickle(file: IO[bytes]) -> None:
             raise UserError(MORE_THAN_TENSORS)
 
 
-def _check_sizes(value: Any, file_size: int) -> None:
+def _check_sizes(value, file_size):
     """Raise UserError if tensors have more elements than are stored, as `expand` makes them."""
     total = 0
     waiting = [value]
@@ -161,7 +161,7 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index):
     """Return the tensors that an index file names, each from the shard that it names."""
     values = runtime.read_json(index)
     with runtime.reading(index):

@@ -141,7 +141,7 @@ def read_task(path: str | os.PathLike) -> dict:
     }
 
 
-def _first(value: Any) -> Any:
+def _first(value):
     """Return the first item of a non-empty list, and anything else unchanged."""
     if isinstance(value, list) and value:
         return value[0]
@@ -193,7 +193,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     return found
 
 
-def _require_plain_name(name: str, origin: str) -> None:
+def _require_plain_name(name, origin):
     """Raise UserError for a name that is too long or could lead out of its folder."""
     if ".." in name or not re.fullmatch(r"[^/\\\0]{1,240}", name):
         raise UserError(f"{origin}: {name!r:.80} is not a plain name; give a short file name")
@@ -256,7 +256,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     return list(tasks.values())
 
 
-def _read_row(line: bytes, number: int) -> tuple[str, dict]:
+def _read_row(line, number):
     """Return the task and the instance in a line."""
     if len(line) > LARGEST_LINE:
         raise ValueError(f"longer than {LARGEST_LINE} bytes")
@@ -278,7 +278,7 @@ def _read_row(line: bytes, number: int) -> tuple[str, dict]:
     return task, instance
 
 
-def _field(row: dict, *names: str) -> Any:
+def _field(row, *names):
     """Return the first of these fields that the row has."""
     for name in names:
         if name in row:
@@ -305,7 +305,7 @@ def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
     return positions
 
 
-def _plain_prompt(instance: dict) -> str:
+def _plain_prompt(instance):
     """Return the prompt of a row as the file has it."""
     if "definition" in instance:
         return f"{instance['definition']}\n\n{instance['input']}"
@@ -373,7 +373,7 @@ def render_prompt(
     return prompt
 
 
-def _line(name: str, text: str) -> str:
+def _line(name, text):
     """Return "name: text", and add a full stop if it does not end in punctuation."""
     line = f"{name}: {text.strip()}"
     if line[-1] not in string.punctuation:
@@ -399,14 +399,14 @@ def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConf
     )
 
 
-def _is_cut(prompt: str, ids: list[int], config: DataConfig) -> bool:
+def _is_cut(prompt, ids, config):
     """Return whether the end of a prompt is cut off, by `render_prompt` or because of its ids."""
     if config.is_jsonl and not config.wrapper:
         return len(ids) > config.max_source_length
     return not prompt.endswith("Output: ")  # every complete prompt ends like this
 
 
-def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+def _limit(ids, length, tokenizer):
     """Return at most `length` ids. EOS at the end stays there."""
     if len(ids) > length and ids[-1] in tokenizer.eos_ids:
         return ids[: length - 1] + ids[-1:]
@@ -514,7 +514,7 @@ def load_sets(
     return {name: sets[name] for name in names}
 
 
-def _files(config: DataConfig) -> dict[str, list[Path]]:
+def _files(config):
     """Return the files of the training tasks and of the test tasks."""
     if config.is_jsonl:
         return {
@@ -748,7 +748,7 @@ def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.n
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(length_bytes: bytes, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def _epoch(length_bytes, batch_size, seed, epoch):
     """Return the indices of each batch of an epoch, in the order of the steps.
 
     length_bytes: the lengths of `batch_at` as bytes, because lru_cache has to hash them.

@@ -11,7 +11,7 @@ Test: pytest tests/unit/test_metrics.py; tests/parity compares with official num
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from nltk.stem.porter import PorterStemmer
@@ -20,14 +20,14 @@ _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again
 
 
-def _normalise(text: str) -> str:
+def _normalise(text):
     """Return the text in lower case, without ASCII punctuation, with single spaces."""
     words = text.lower().translate(_DELETE_PUNCTUATION).split()
     return " ".join(words)
 
 
 @lru_cache(maxsize=2**16)
-def _stems(text: str) -> list[str]:
+def _stems(text):
     """Return the words of the text: runs of [a-z0-9], stemmed if longer than three characters."""
     stems = []
     for word in re.findall("[a-z0-9]+", text.lower()):
@@ -37,12 +37,12 @@ def _stems(text: str) -> list[str]:
     return stems
 
 
-def _unigram_overlap(a: Sequence[str], b: Sequence[str]) -> int:
+def _unigram_overlap(a, b):
     """Return the number of tokens that a and b share, counted with multiplicity."""
     return (Counter(a) & Counter(b)).total()
 
 
-def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
+def _lcs(a, b):
     """Return the length of the longest common subsequence.
 
     This is the usual dynamic programme, with each of its rows in one integer (Hyyro, 2004). Bit i
@@ -62,9 +62,7 @@ def _lcs(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - bits.bit_count()
 
 
-def _f_measure(
-    prediction: str, reference: str, overlap: Callable[[Sequence[str], Sequence[str]], int]
-) -> float:
+def _f_measure(prediction, reference, overlap):
     """Return 2 P R / (P + R), where `overlap` counts the stems that both texts have in common."""
     predicted = _stems(prediction)
     expected = _stems(reference)
@@ -129,7 +127,7 @@ def score(records: Iterable[Mapping]) -> dict[str, dict]:
     }
 
 
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean(rows):
     """Return the mean of each metric over the rows, in per cent."""
     means = {}
     for name in METRICS:

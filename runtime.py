@@ -216,7 +216,7 @@ def read_flags(
     return values
 
 
-def _argparse_options(hint: Any) -> dict[str, Any]:
+def _argparse_options(hint):
     """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -230,7 +230,7 @@ def _argparse_options(hint: Any) -> dict[str, Any]:
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
 
 
-def _split_names(text: str) -> tuple[str, ...]:
+def _split_names(text):
     return tuple(name for name in text.split(",") if name)
 
 
@@ -261,7 +261,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
     return cls(**fields)
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def _has_type(value, hint):
     """Return whether a JSON value has the type of a field. An int counts as a float."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
@@ -431,7 +431,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
+def _cpu_gains_from_bfloat16(base):
     """Return whether this CPU multiplies bfloat16 natively and the model is large enough."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     size = 0
@@ -447,7 +447,7 @@ def _cpu_gains_from_bfloat16(base: str | Path) -> bool:
 # Without torchrun there is one process, rank 0 of 1, and only `shard` cannot be used.
 
 
-def _torchrun_variable(name: str, default: int) -> int:
+def _torchrun_variable(name, default):
     # Clusters set RANK and WORLD_SIZE without torchrun too, so they do not show that it runs.
     if not dist.is_torchelastic_launched():
         return default

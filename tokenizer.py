@@ -27,7 +27,11 @@ CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
-    """The common part of all tokenizers. A subclass defines _setup, _encode and _decode."""
+    """The common part of all tokenizers.
+
+    A subclass defines _setup(content of its file), _encode(texts) -> the ids of each text, without
+    BOS and EOS, and _decode(ids) -> text.
+    """
 
     size: int  # every id is below it
     pad_id: int  # fills up rows
@@ -73,7 +77,7 @@ class Tokenizer:
         for ids in self._encode_all([self.target_prefix + text for text in texts]):
             yield [*ids, *self.eos_ids]
 
-    def _encode_all(self, texts: list[str]) -> Iterator[list[int]]:
+    def _encode_all(self, texts):
         for start in range(0, len(texts), 10_000):
             yield from self._encode(texts[start : start + 10_000])
 
@@ -99,7 +103,7 @@ class T5Tokenizer(Tokenizer):
     pad_id = 0
     eos_ids = (1,)
 
-    def _setup(self, content: bytes) -> None:
+    def _setup(self, content):
         with reading(self.path, REMEDY):
             self.sp = sentencepiece.SentencePieceProcessor()
             self.sp.LoadFromSerializedProto(content)
@@ -108,13 +112,13 @@ class T5Tokenizer(Tokenizer):
                 self.sp.id_to_piece(i)  # fails for damaged text
         self.size = self.num_pieces + 100
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts):
         return self.sp.encode(texts)
 
     def sources(self, texts: list[str]) -> Iterator[list[int]]:
         return self.targets(texts)  # the encoder reads an EOS, too
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids):
         # Leave out sentinels and <unk>. Control pieces have no text anyway.
         known = [i for i in ids if i < self.num_pieces and not self.sp.is_unknown(i)]
         text = self.sp.decode(known)
@@ -126,7 +130,7 @@ class T5Tokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, whose EOS is named in tokenizer_config.json."""
 
-    def _setup(self, content: bytes) -> None:
+    def _setup(self, content):
         with reading(self.path, "pip install tokenizers"):
             import tokenizers  # optional: T5 does not need it
 
@@ -168,12 +172,12 @@ class JsonTokenizer(Tokenizer):
             inner.add_special_tokens([eos])  # so that EOS is never decoded as text
             self.size = 1 + max(inner.get_vocab().values())
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts):
         with reading(self.path, REMEDY):  # some damage shows only when a text is encoded
             rows = self._tokenizer.encode_batch(texts, add_special_tokens=False)
             return [row.ids for row in rows]
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids):
         with reading(self.path, REMEDY):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
