@@ -161,6 +161,8 @@ def figure(found: dict[int, Groups], path: Path) -> Path:
             points = [
                 (x, losses(groups[name], which)) for x, groups in found.items() if name in groups
             ]
+            if not points:
+                continue
             panel.errorbar(
                 [x for x, _ in points],
                 [np.mean(values) for _, values in points],
