@@ -356,7 +356,7 @@ def load(
             config.require_same(base=checkpoint.fingerprint(path))
 
     base = checkpoint.mapped(path)
-    if not shard:  # which moves one block at a time
+    if not shard:  # runtime.shard moves one block at a time
         base.to(device.device, device.dtype)
     if config is None or full:
         adapters = NoAdapter(base, full=False)

@@ -386,7 +386,7 @@ def train(
     # small updates. Autocast then computes in bfloat16.
     full = config.method == "full"
     base = checkpoint.mapped(config.model)
-    if not launch.shard:  # which moves one block at a time
+    if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.device, torch.float32 if full else device.dtype)
     for examples in (train_set, *held_out.values()):
         evaluation.require_fit(base, tokenizer, examples)
