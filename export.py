@@ -71,16 +71,16 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
     They are attached to transformers' model of the folder `model`, because the file has its names.
     Its weights have no values (they are on the meta device) and so take no memory.
     """
+    saved = checkpoint.read_torch(runtime.require_path(path, "name an adapter.pt"))
+    with runtime.reading(path, "name an adapter.pt of integrations/trainer.py"):
+        adapter_config = runtime.from_json(OrchMoEConfig, saved["config"])
+        state = {name: tensor.float() for name, tensor in saved["state"].items()}
+
     # Imported here, since runs of train.py do not need it.
     try:
         import transformers
     except ImportError:
         raise UserError("--adapter: needs transformers; pip install transformers") from None
-
-    saved = checkpoint.read_torch(runtime.require_path(path, "name an adapter.pt"))
-    with runtime.reading(path, "name an adapter.pt of integrations/trainer.py"):
-        adapter_config = runtime.from_json(OrchMoEConfig, saved["config"])
-        state = {name: tensor.float() for name, tensor in saved["state"].items()}
 
     runtime.require_path(model, checkpoint.DOWNLOAD)
     with runtime.reading(model, "name a folder that transformers loads"), torch.device("meta"):

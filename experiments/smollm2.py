@@ -122,10 +122,10 @@ def main() -> None:
     parser = runtime.Parser(usage="python -m experiments.smollm2 --out FOLDER")
     parser.add_argument("--out", required=True, type=Path)
     flags = parser.parse_args()
+    runtime.require_new([flags.out], "give another --out")
     for package in ("gguf", "tokenizers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install {package}")
-    runtime.require_new([flags.out], "give another --out")
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory() as scratch:
