@@ -94,9 +94,8 @@ AFTER_ALPHA = {  # with two seeds
     "orchmoe alpha 2": Row({"alpha": 2.0}, like="orchmoe"),
     "orchmoe alpha 4": Row({"alpha": 4.0}, like="orchmoe"),
 }
-# The best point of LoRA's grid, on dev with seed 0, is the row "lora best".
-ALPHAS = {"orchmoe": (0.5, 1.0, 2.0), "lora": (2.0, 4.0, 8.0)}  # OrchMoE's: for `many` alone
-RATES = (3.2e-3, 1e-2, 3.2e-2)
+# Grids: the alphas and rates of each method. The best point of this one is the row "lora best".
+GRID = {"lora": ((2.0, 4.0, 8.0), (3.2e-3, 1e-2, 3.2e-2))}
 AFTER_ROWS = ("frozen base", *AFTER, "lora best", *AFTER_ALPHA)
 AFTER_DIFFERENCES = (
     ("orchmoe", "frozen router"),
@@ -107,10 +106,11 @@ AFTER_DIFFERENCES = (
     ("orchmoe", "lora alpha 1"),
 )
 
-# The decision with many tasks. Both grids are run on the tasks of the decision.
+# The decision with many tasks. Its grid is run on the tasks of the decision.
+MANY_GRID = {"orchmoe": ((1.0,), (5.6e-3, 1e-2, 1.8e-2)), "lora": ((4.0,), (5.6e-3, 1e-2, 1.8e-2))}
 MANY_TASKS = 160
 MANY_SEEDS = 3
-MANY = {"steps": 800, "eval_every": 800, "train_instances": 40, "eval_instances": 20 * MANY_TASKS}
+MANY = {"steps": 320, "eval_every": 320, "train_instances": 16, "eval_instances": 10 * MANY_TASKS}
 MANY_DIFFERENCES = (("orchmoe", "lora"), ("orchmoe", "frozen router"), ("frozen router", "lora"))
 
 # The flags that remain. All other settings are those of the plan.
@@ -226,23 +226,30 @@ def make_after(study: Study, values: dict[str, Any]) -> None:
     make({"frozen base": UNTRAINED["frozen base"]}, [0])
     make(AFTER, seeds)
 
-    best = best_of_grid(study, "lora", values)
+    best = best_of_grid(study, "grid", GRID, values)["lora"]
     row = best.row._replace(run=f"grid/{file_name(best.name)}-s{{seed}}")  # seed 0 is trained
     make({"lora best": row}, seeds)
 
     make(AFTER_ALPHA, range(2))
 
 
-def best_of_grid(study: Study, method: str, values: dict[str, Any]) -> Cell:
-    """Make the trials of a method's grid, with seed 0. Return the one that is best on dev."""
-    grid = {}
-    for alpha in ALPHAS[method]:
-        for rate in RATES:
-            settings = {"method": method, "alpha": alpha, "lr_skills": rate}
-            grid[f"{method} {alpha:g} {rate:g}"] = Row(settings, like=method)
-    trials = study.cells("grid", grid, {"": values}, [0], "dev tasks")
+def best_of_grid(
+    study: Study, stage: str, grid: dict[str, tuple], values: dict[str, Any]
+) -> dict[str, Cell]:
+    """Make the trials of a grid, with seed 0. Return the one of each method that is best on dev."""
+    rows = {}
+    for method, (alphas, rates) in grid.items():
+        for alpha in alphas:
+            for rate in rates:
+                settings = {"method": method, "alpha": alpha, "lr_skills": rate}
+                rows[f"{method} {alpha:g} {rate:g}"] = Row(settings, like=method)
+    trials = study.cells(stage, rows, {"": values}, [0], "dev tasks")
     study.run(trials)
-    return min(trials, key=lambda cell: cell.result()["dev_loss"] or math.inf)  # None: it diverged
+    best = {}
+    for method in grid:
+        of_method = [cell for cell in trials if cell.row.like == method]
+        best[method] = min(of_method, key=lambda cell: cell.result()["dev_loss"] or math.inf)
+    return best  # a trial that diverged has the loss None
 
 
 def make_many(study: Study, values: dict[str, Any]) -> None:
@@ -251,9 +258,8 @@ def make_many(study: Study, values: dict[str, Any]) -> None:
     first = runtime.read_json(study.results / "tasks.json")["train"]
     on_many = {"": {"data": data_of(many, "many_tasks", MANY_TASKS, without=first)}}
 
-    rows = {}
-    for method in ("orchmoe", "lora"):
-        rows[method] = Row(best_of_grid(study, method, values).row.settings)
+    best = best_of_grid(study, "many_grid", MANY_GRID, values)
+    rows = {method: Row(cell.row.settings) for method, cell in best.items()}
     frozen = Row(rows["orchmoe"].settings | {"lr_router": 0.0}, like="orchmoe")
     for part in (rows, {"frozen router": frozen}):
         many.run(many.cells("many", part, on_many, range(MANY_SEEDS), "all losses"))

@@ -245,8 +245,8 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
 
     # The decision with many other tasks, whose dev instances are scored too.
     many = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 40}
-    changes = {"MANY": many, "MANY_TASKS": 4, "MANY_SEEDS": 1, "RATES": (1e-2,)}
-    changes["ALPHAS"] = {"orchmoe": (1.0,), "lora": (4.0,)}
+    changes = {"MANY": many, "MANY_TASKS": 4, "MANY_SEEDS": 1}
+    changes["MANY_GRID"] = {"orchmoe": ((1.0,), (1e-2,)), "lora": ((4.0,), (1e-3, 1e-2))}
     for name, value in changes.items():
         monkeypatch.setattr(decision, name, value)
     out = run("experiments/decision.py", "--stage", "many", *flags, cwd=tmp_path)
@@ -284,8 +284,7 @@ def with_sets(group):
 def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monkeypatch):
     small = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 28, "num_pos": 0}
     small["batch_size"] = 2
-    monkeypatch.setattr(decision, "ALPHAS", {"lora": (4.0, 2.0)})
-    monkeypatch.setattr(decision, "RATES", (1e-2,))
+    monkeypatch.setattr(decision, "GRID", {"lora": ((4.0, 2.0), (1e-2,))})
     study.config = replace(study.config, seeds=1, jobs=1)
     decision.make_after(study, small)
     cells = {path.stem: runtime.read_json(path) for path in study.results.glob("after/*.json")}
