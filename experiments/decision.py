@@ -41,6 +41,7 @@ from experiments.map import (
     Groups,
     difference,
     losses,
+    mean_losses,
     read_groups,
     stage_table,
     with_overall,
@@ -107,7 +108,8 @@ AFTER_DIFFERENCES = (
 )
 
 # The decision with many tasks. Its grid is run on the tasks of the decision.
-MANY_GRID = {"orchmoe": ((1.0,), (5.6e-3, 1e-2, 1.8e-2)), "lora": ((4.0,), (5.6e-3, 1e-2, 1.8e-2))}
+MANY_RATES = (5.6e-3, 1e-2, 1.8e-2)
+MANY_GRID = {"orchmoe": ((1.0,), MANY_RATES), "lora": ((4.0,), MANY_RATES)}
 MANY_TASKS = 160
 MANY_SEEDS = 3
 MANY = {"steps": 320, "eval_every": 320, "train_instances": 16, "eval_instances": 10 * MANY_TASKS}
@@ -278,11 +280,7 @@ def with_groups(cell: dict[str, Any], lists: dict[str, list[str]]) -> dict[str, 
         tasks = {name: cell["unseen"]["tasks"][name] for name in lists[group]}
         parts[group] = with_overall(tasks)
     if "dev" in cell:
-        tasks = {}
-        for name, scores in cell["seen"]["tasks"].items():
-            on_dev = cell["dev"]["tasks"][name]["loss"]
-            tasks[name] = {"loss": (scores["loss"] + on_dev) / 2}
-        parts["seen"] = with_overall(tasks)
+        parts["seen"] = mean_losses([cell, {"seen": cell["dev"]}], "seen")
     return cell | parts
 
 

@@ -13,7 +13,7 @@ Test: pytest tests/experiments/test_efficiency.py
 
 import importlib.util
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,6 @@ from experiments.study import (
     Row,
     Study,
     all_flags_but,
-    changed,
     pick_device,
     read_study,
     read_tuning,
@@ -67,22 +66,12 @@ class EfficiencyConfig:
     stage: Literal["cells", "table"] = "table"  # cells to make (table: none)
 
 
-def study_at(examples: int, study: Study) -> Study:
-    """Return the study with so many training examples of each task, in folders of its own."""
-    folders = {
-        "out": str(Path(study.config.out, str(examples))),
-        "results": str(study.results / str(examples)),
-    }
-    settings = changed(study.settings, {"train_instances": examples})
-    return Study(settings, study.device, replace(study.config, **folders), EQUAL)
-
-
 def make_cells(study: Study) -> None:
     """Tune each method at each number of examples, then make its cells, seed by seed."""
     for methods in METHODS_IN_ORDER:
         rows = {name: EQUAL[name] for name in methods}
         for examples in EXAMPLES_IN_ORDER:
-            of_number = study_at(examples, study)
+            of_number = study.at(str(examples), {"train_instances": examples})
             of_number.tune(rows, study.config.trials, ("lr_skills", "alpha"))
             seeds = range(study.config.seeds)
             cells = []

@@ -18,7 +18,7 @@ Test: pytest tests/experiments/test_map.py
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ from experiments.study import (
     FIXED,
     Row,
     Study,
-    changed,
     pick_device,
     read_study,
     read_tuning,
@@ -122,12 +121,7 @@ def study_at(point: str, study: Study) -> Study:
         values["data"] = fewer_tasks(study, tasks)
     if "steps" in values:
         values["eval_every"] = values["steps"] // 2
-    folders = {
-        "out": str(Path(study.config.out, point)),
-        "results": str(study.results / point),
-    }
-    settings = changed(study.settings, values)
-    return Study(settings, study.device, replace(study.config, **folders), EQUAL)
+    return study.at(point, values)
 
 
 def fewer_tasks(study: Study, tasks: int) -> str:

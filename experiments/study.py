@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -522,6 +522,12 @@ class Study:
         self.equal = equal
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
+
+    def at(self, point: str, values: dict[str, Any]) -> "Study":
+        """Return the study of one point: with these settings, and in folders of its own."""
+        folders = {"out": str(Path(self.config.out, point)), "results": str(self.results / point)}
+        config = replace(self.config, **folders)
+        return Study(changed(self.settings, values), self.device, config, self.equal)
 
     def cell(
         self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"
