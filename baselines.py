@@ -155,6 +155,8 @@ class Poly(Baseline):
 
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
+        if task_ids is None:
+            raise ValueError("task_ids: this method needs those of the samples; -1: an unseen task")
         rows = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
         if self.training:
             if noise is None:

@@ -356,9 +356,7 @@ def refuse_idle_flags(
             idle -= {"data", "wrapper"}
     else:
         idle.add("input")
-    given_but_idle = sorted(flags.keys() & idle)
-    if given_but_idle:
-        name = given_but_idle[0]
+    for name in sorted(flags.keys() & idle):
         raise UserError(f"{runtime.flag(name)}: it would have no effect here; leave it out")
 
 

@@ -166,9 +166,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     idle |= dict.fromkeys(no_rate, "nothing trains at that rate")
     idle |= dict.fromkeys(unread, f"--method {method} with --router {router} does not use it")
     idle |= dict.fromkeys(fixed, "is fixed by --start")
-    given_but_idle = sorted(flags.keys() & idle.keys())
-    if given_but_idle:
-        name = given_but_idle[0]
+    for name in sorted(flags.keys() & idle.keys()):
         raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
     if "warmup" in flags and config.warmup >= config.steps:
         raise UserError(f"--warmup {config.warmup}: give fewer than --steps {config.steps}")

@@ -139,6 +139,9 @@ def test_route_refuses_weights_of_abstract_tasks(small_t5, name):
     adapters = attached(name, small_t5)
     with pytest.raises(ValueError, match="w: only OrchMoE"):
         adapters.route(task_ids=TASK_IDS, w=torch.ones(4))
+    if name in BY_TASK_ID:
+        with pytest.raises(ValueError, match="task_ids: this method"):
+            adapters.route()
 
 
 # ------------------------------------------------------------------------------ settings and sizes
