@@ -195,10 +195,10 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
-    The dev loss weighs all target tokens alike. If the cell scores "dev tasks", it is the mean
-    over tasks. A cell that scores "losses" also has the losses on seen and unseen instances. One
-    that scores "all losses" has those on dev, too, and one that scores "answers" also has scores of
-    the generated answers.
+    The dev loss weighs all target tokens alike. If dev is scored by task, it is the mean over
+    tasks. A cell that scores "losses" also has the losses on seen and unseen instances. One
+    that scores "all losses" has those on dev, too, each on ten times eval_instances, since training
+    has no use for so many. One that scores "answers" also has scores of the generated answers.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -241,7 +241,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
                 result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
         result |= score(cell, device, attach)
-    if cell.scores == "dev tasks":
+    if "dev" in result:
         result["dev_loss"] = result["dev"]["overall"]["loss"]
     return result
 
@@ -282,7 +282,10 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(cell.settings.dataset, tokenizer)
-    held_out = train.held_out_sets(sets, config.eval_instances)
+    limit = config.eval_instances
+    if cell.scores == "all losses":
+        limit *= 10
+    held_out = train.held_out_sets(sets, limit)
     dev = held_out["dev"]
     if cell.scores == "dev tasks":
         held_out = {"dev": dev}
