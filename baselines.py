@@ -97,7 +97,7 @@ class LoRA(Baseline):
 class MoELoRA(Baseline):
     """Experts mixed for each token: y = W0 x + scale * sum_s c_s B_s A_s x, c = softmax(W_task x).
 
-    W_task (S,D) of each Linear starts at N(0, 0.02). There is no bias and no balance loss. The
+    W_task (S,D) of each Linear starts at N(0, 0.02²). There is no bias and no balance loss. The
     softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I.
     Source: MoLoRA, Zadouri et al. 2023, arXiv 2309.05444, whose experts are LoRA or (IA)^3.
     """

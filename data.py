@@ -264,12 +264,13 @@ def _read_row(line, number):
     if "messages" in row:
         raise ValueError("chat templates are left to TRL, see docs/use.md")
     instruction = _field(row, "prompt", "instruction")
+    row = {name: value for name, value in row.items() if value is not None}
     text = row.get("input") or row.get("context")
     references = _field(row, "completion", "output", "response")
     if not isinstance(references, list):
         references = [references]
     instance = {"id": str(row.get("id", number)), "input": instruction, "output": references}
-    if text:
+    if text and "prompt" not in row:
         instance |= {"definition": instruction, "input": text}
     task = row.get("task", NO_TASK)
     require_texts([task, instance["id"], instruction, instance["input"], *references])
@@ -391,7 +392,7 @@ def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConf
         task,
         instance,
         tokenizer,
-        definition=config.definition and "definition" in task,
+        definition=(config.is_jsonl or config.definition) and "definition" in task,
         num_pos=config.num_pos,
         num_neg=config.num_neg,
         explanation=config.explanation,
@@ -546,8 +547,7 @@ def _load_list(
     def encode_all() -> list[dict]:
         result = []
         for path in runtime.progress(paths, "tokenising", unit="file"):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
             for task in read_rows(path) if config.is_jsonl else [read_task(path)]:
                 encoded_task = _encode_task(task, list_name, tokenizer, config)
                 result.append({"digest": digest, **encoded_task})

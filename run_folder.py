@@ -53,7 +53,7 @@ class RunConfig:
     tasks: tuple[str, ...]  # training tasks, in the order of their ids
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
-    data: dict  # hashes of task files and split lists: {"train": ..., "test": ...}
+    data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
     start: str = ""  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
@@ -179,7 +179,7 @@ class RunFolder:
                 config = replace(config, start=saved.start)
             names = ("tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
-        else:
+        elif runtime.rank() == 0:  # its config.json may be there before another rank looks
             self.require_new()
         values = asdict(config)
         del values["folder"]

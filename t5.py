@@ -215,8 +215,8 @@ class Attention(nn.Module):
         """Return the output of attention (B,L,D) for x (B,L,D).
 
         With `keys_values`, a pair of (B,H,L,E) or one tensor (2,B,H,L,E), this is cross-attention.
-        Without, x attends to itself and, if there is a
-        cache, to the target tokens in it; x is then added to the cache.
+        Without, x attends to itself. If there is a cache, x is added to it first, and x attends to
+        all target tokens in it.
         """
         q = self.split_heads(self.q(x))  # (B,H,L,E)
         if keys_values is None:

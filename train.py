@@ -71,7 +71,7 @@ class TrainConfig:
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
-    start: str = ""  # folder of a finished run to start from: its base, method and adapters
+    start: str = ""  # a finished run to start from: its base, method, adapters, data settings
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
 
     def __post_init__(self) -> None:

@@ -79,6 +79,9 @@ def test_own_rows_train_and_are_scored_and_a_question_is_built_like_them(home, m
     again = read_json(home / "run/eval-test-8/scores.json")
     assert read_json(home / "run/scores.json")["orchmoe"]["unseen"]["overall"] == again["overall"]
 
+    other = "eval.py --run run --data sni/own.jsonl"  # whose test rows are not known
+    assert "no task of test_tasks.txt" in run(*other.split(), cwd=home, code=2)
+
     tokenizer = load_tokenizer(ROOT / "tiny")
     predict = mock.Mock(return_value=["a text"])
     monkeypatch.setattr(evaluation, "predict", predict)

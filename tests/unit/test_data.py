@@ -194,11 +194,12 @@ def write_rows(path, rows):
 
 def test_read_rows_takes_the_usual_fields(tmp_path):
     rows = [
-        b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], "task": "t", "id": 7}',
-        {"instruction": "Sort.", "input": "b a", "output": "a b"},
+        b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
+        b'"task": "t", "id": 7, "input": "no"}',
+        b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null}',
         {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
         b" \r",
-        {"instruction": "Sort.", "input": None, "output": "", "task": "t"},
+        b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
     ]
     expected = {
         "t": [
@@ -280,7 +281,9 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tok
     assert example.references == ["a", "c"]
     assert [ids.tolist() for ids in example.target_ids] == [tokenizer.target(t) for t in "ac"]
 
-    wrapped = load_sets(replace(config, wrapper=True), tokenizer, ["train", "dev", "seen"])
+    wrapped = load_sets(
+        replace(config, wrapper=True, definition=False), tokenizer, ["train", "dev", "seen"]
+    )
     sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
     text = "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: "
     assert tuple(tokenizer.source(text)) in sources
