@@ -156,7 +156,7 @@ class Poly(Baseline):
     def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
         if task_ids is None:
-            raise ValueError("task_ids: this method needs those of the samples; -1: an unseen task")
+            raise ValueError("task_ids: give the task of each sample, or -1 for an unseen task")
         rows = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
         if self.training:
             if noise is None:

@@ -367,7 +367,7 @@ def main() -> None:
     run = run_folder.read_config(config.run) if config.run else None
     saved = vars(run.section(data.DataConfig, "dataset")) if run else {}
     if "data" in flags:
-        saved = saved | {"test": ""}  # which belongs to the data of the run
+        saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = runtime.from_flags(data.DataConfig, saved | flags)
 
     is_full = run is not None and run.training["method"] == "full"

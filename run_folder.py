@@ -179,7 +179,7 @@ class RunFolder:
                 config = replace(config, start=saved.start)
             names = ("tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
-        elif runtime.rank() == 0:  # its config.json may be there before another rank looks
+        elif runtime.rank() == 0:  # a later rank may find what rank 0 has just written
             self.require_new()
         values = asdict(config)
         del values["folder"]

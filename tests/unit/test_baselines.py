@@ -140,7 +140,7 @@ def test_route_refuses_weights_of_abstract_tasks(small_t5, name):
     with pytest.raises(ValueError, match="w: only OrchMoE"):
         adapters.route(task_ids=TASK_IDS, w=torch.ones(4))
     if name in BY_TASK_ID:
-        with pytest.raises(ValueError, match="task_ids: this method"):
+        with pytest.raises(ValueError, match="task_ids: give the task"):
             adapters.route()
 
 
