@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import runtime
+import program
 from llama import Llama
 from model import Backbone
-from runtime import UserError
+from program import UserError
 from t5 import T5
 
 # By model_type, as config.json has it.
@@ -53,7 +53,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     The tensors are views of a private memory map: no value is read before it is used, and writing
     to a tensor changes the memory of this process but never the file.
     """
-    with runtime.reading(path):
+    with program.reading(path):
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
@@ -67,7 +67,7 @@ def write_safetensors(
     metadata: one entry. The package orders several at random, anew in each process.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with runtime.atomic_write(path) as file:
+    with program.atomic_write(path) as file:
         file.write(safetensors.torch.save(contiguous, metadata))
 
 
@@ -77,7 +77,7 @@ def read_torch(path: str | Path) -> Any:
     Tensors are mapped: no value is read before it is used. The file cannot run code, nor claim
     much more memory than it has bytes.
     """
-    with runtime.reading(path), warnings.catch_warnings():
+    with program.reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of unusual pickle protocols
         is_zip = zipfile.is_zipfile(path)
         with open(path, "rb") as file:
@@ -142,7 +142,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors, _ = read_safetensors(path)
         return tensors
 
-    with runtime.reading(path):
+    with program.reading(path):
         return {**read_torch(path)}  # TypeError unless it is a dict
 
 
@@ -163,8 +163,8 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
 
 def _read_shards(index):
     """Return the tensors that an index file names, each from the shard that it names."""
-    values = runtime.read_json(index)
-    with runtime.reading(index):
+    values = program.read_json(index)
+    with program.reading(index):
         shard_of = values["weight_map"]
         shards = sorted(set(shard_of.values()))
         for shard in shards:
@@ -185,15 +185,15 @@ def _read_shards(index):
 
 def read_config(folder: str | Path) -> Any:
     """Return what config.json of a Hugging Face folder describes: a T5Config or LlamaConfig."""
-    path = runtime.require_path(folder, DOWNLOAD) / "config.json"
-    values = runtime.read_json(path)
-    with runtime.reading(path, "restore the file, or name another model"):
+    path = program.require_path(folder, DOWNLOAD) / "config.json"
+    values = program.read_json(path)
+    with program.reading(path, "restore the file, or name another model"):
         model_type = values.get("model_type")
         supported = list(FAMILIES)
         if model_type not in supported:
             raise ValueError(f"model_type {model_type!r:.60} is none of {', '.join(supported)}")
         config = FAMILIES[model_type].Config.from_hf(values)
-        runtime.from_json(type(config), vars(config))  # ValueError for a value of another type
+        program.from_json(type(config), vars(config))  # ValueError for a value of another type
         # Modules take memory even without their weights: about 100 kB a block.
         if config.num_blocks > LARGEST_DEPTH:
             raise ValueError(f"{config.num_blocks} blocks are more than {LARGEST_DEPTH}")
@@ -242,7 +242,7 @@ def mapped(folder: str | Path) -> Backbone:
     tensors = read_folder(folder)
 
     # Every parameter gets one tensor, and every tensor is used once. torch compares the shapes.
-    with runtime.reading(folder):
+    with program.reading(folder):
         family = FAMILY_OF_CONFIG[type(config)]
         config = family.tidy(config, tensors)
         backbone = on_meta(config)  # fails for sizes beyond 64 bits
@@ -268,7 +268,7 @@ def save(backbone: Backbone, folder: str | Path) -> None:
     tensors = {hf_name(backbone, name): weight for name, weight in state.items()}
     # transformers 4 refuses a file without this entry.
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    runtime.write_json(folder / "config.json", backbone.config.to_hf())
+    program.write_json(folder / "config.json", backbone.config.to_hf())
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -300,8 +300,8 @@ def save_adapter(path: str | Path, state: dict[str, Tensor], **info: Any) -> Non
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Return the state and the info of a file that save_adapter wrote."""
-    path = runtime.require_path(path, "name the folder of a run that has saved an adapter")
+    path = program.require_path(path, "name the folder of a run that has saved an adapter")
     state, metadata = read_safetensors(path)
-    with runtime.reading(path, "this is no adapter of this version; train it again"):
+    with program.reading(path, "this is no adapter of this version; train it again"):
         info = json.loads(metadata["adapter"])
         return state, {**info}  # TypeError unless it is a dict

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import runtime
-from runtime import UserError
+import program
+from program import UserError
 from tokenizer import Tokenizer
 
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
@@ -56,7 +56,7 @@ CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdig
 class DataConfig:
     """Data: which tasks are read and how a prompt is built."""
 
-    data: str = str(runtime.ROOT / "sni")  # DIR with tasks/, or FILE.jsonl (default: bundled sni/)
+    data: str = str(program.ROOT / "sni")  # DIR with tasks/, or FILE.jsonl (default: bundled sni/)
     test: str = ""  # JSONL file of unseen tasks, beside a JSONL file in --data
     wrapper: bool = False  # put the rows of a JSONL file into SNI's prompt
     splits: str = "default"  # folder of split lists under splits/
@@ -70,7 +70,7 @@ class DataConfig:
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, max_source_length=2, max_target_length=2)
+        program.require_least(self, max_source_length=2, max_target_length=2)
         if self.train_limit < 0:
             raise UserError(f"--train-instances {self.train_instances}: give 0 or more")
 
@@ -106,8 +106,8 @@ def read_task(path: str | os.PathLike) -> dict:
     explanations. Raise UserError for everything else.
     """
     path = Path(path)
-    task = runtime.read_json(path)
-    with runtime.reading(path, "repair it or take the task off the list"):
+    task = program.read_json(path)
+    with program.reading(path, "repair it or take the task off the list"):
         category = _first(task.get("Categories")) or "Unknown"
         definition = _first(task["Definition"])
         texts = [category, definition]
@@ -189,7 +189,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         raise UserError(f"{folder}: {min(both)} is on both lists; take it off one of them")
     if missing:
         problem = f"{len(missing)} tasks of splits/{splits} are missing, such as {missing[0]}"
-        runtime.warn(f"{root / 'tasks'}: {problem}")
+        program.warn(f"{root / 'tasks'}: {problem}")
     return found
 
 
@@ -249,7 +249,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
             number += 1
             if line.isspace():
                 continue
-            with runtime.reading(f"{path}, line {number}", "repair the line"):
+            with program.reading(f"{path}, line {number}", "repair the line"):
                 name, instance = _read_row(line, number)
             task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
             task["instances"].append(instance)
@@ -442,14 +442,14 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
 
     result = make()
     try:
-        with runtime.atomic_write(path) as file:
+        with program.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
         for file in path.parent.iterdir():
             if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
                 file.unlink()
     except OSError as error:
         problem = f"cannot save tokens ({error.strerror}); the next start tokenises again"
-        runtime.warn(f"{path.parent}: {problem}")
+        program.warn(f"{path.parent}: {problem}")
     return result
 
 
@@ -546,7 +546,7 @@ def _load_list(
 
     def encode_all() -> list[dict]:
         result = []
-        for path in runtime.progress(paths, "tokenising", unit="file"):
+        for path in program.progress(paths, "tokenising", unit="file"):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             for task in read_rows(path) if config.is_jsonl else [read_task(path)]:
                 encoded_task = _encode_task(task, list_name, tokenizer, config)
@@ -587,7 +587,7 @@ def _load_list(
 
     if cut:
         limit = f"--max-source-length {config.max_source_length}"
-        runtime.warn(f"{limit}: {cut} sources are too long and lose their ends")
+        program.warn(f"{limit}: {cut} sources are too long and lose their ends")
     for name, found in examples.items():
         if config.is_jsonl and len(found) < LEAST_ROWS[name]:
             raise UserError(
@@ -667,7 +667,7 @@ def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataC
     prompt = prompt_of(instance, instance, tokenizer, config)
     source = tokenizer.source(prompt)
     if _is_cut(prompt, source, config):
-        runtime.warn(
+        program.warn(
             f"--max-source-length {config.max_source_length}: the end of the input is cut off"
         )
     return Example(
@@ -821,7 +821,7 @@ def batches(
     of indices is empty and the Batch is a placeholder; see Batch.split.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
-    with runtime.progress(None, description, total=len(order), unit="ex") as bar:
+    with program.progress(None, description, total=len(order), unit="ex") as bar:
         for start in range(0, len(order), size * ranks):
             indices = order[start : start + size * ranks]
             whole = collate([examples[i] for i in indices])

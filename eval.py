@@ -24,12 +24,13 @@ from torch import Tensor
 
 import data
 import metrics
+import program
 import run_folder
 import runtime
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
-from runtime import UserError
+from program import UserError
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
@@ -61,7 +62,7 @@ def routed_batches(
     w (M,K): weights of the abstract tasks to use instead of the router's.
     """
     base.eval()
-    ranks = (runtime.rank(), runtime.world_size())
+    ranks = (program.rank(), program.world_size())
     for rows, batch in data.batches(examples, batch_size, base.device, description, *ranks):
         given = None
         if w is not None:
@@ -165,7 +166,7 @@ def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, 
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
         records.append({**example._asdict(), "prediction": prediction})
-    return metrics.score(runtime.progress(records, "score", unit="ex"))
+    return metrics.score(program.progress(records, "score", unit="ex"))
 
 
 def mean_entropy(w: Tensor | None) -> float:
@@ -206,12 +207,12 @@ def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
 
     if K > 1 and not math.isnan(entropy):
         if report["normalised_entropy"] > 0.98:
-            runtime.warn(
+            program.warn(
                 "the router is uniform: every sample has nearly the same w; train with another "
                 "--router-init or --lr-router"
             )
         elif report["largest"] > 0.9:
-            runtime.warn(
+            program.warn(
                 "the router has collapsed to one abstract task; train with a lower --lr-router"
             )
     return report
@@ -268,7 +269,7 @@ class EvalConfig:
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, batch_size=1, max_new_tokens=1)
+        program.require_least(self, batch_size=1, max_new_tokens=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
 
@@ -297,15 +298,15 @@ def answer(
     data_config = replace(data_config, definition=True)
     example = data.make_example(config.ask, config.input, tokenizer, data_config)
     texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
-    runtime.print_line(f"{config.run or config.model}: answered without examples in the prompt")
-    runtime.print_line(f"answer: {texts[0]}")
+    program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
+    program.print_line(f"answer: {texts[0]}")
 
     w = router_weights(base, adapters, [example])
     if w is not None:
         shares = []
         for k in w[0].argsort(descending=True).tolist():
             shares.append(f"{k + 1} at {100 * w[0, k]:.1f} %")
-        runtime.print_line(
+        program.print_line(
             f"router: abstract task {', '.join(shares)} (numbered as in the figures)"
         )
 
@@ -334,7 +335,7 @@ def load_examples(
         if same_files and data_config.max_tasks == own.max_tasks:
             run.require_same(data=run.data | {kind: examples.digest})
         elif not (same_files and fewer_tasks) and examples.digest != run.data.get(kind):
-            runtime.warn(f"{data_config.data}: these are not the task files of the run")
+            program.warn(f"{data_config.data}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 
 
@@ -357,18 +358,18 @@ def refuse_idle_flags(
     else:
         idle.add("input")
     for name in sorted(flags.keys() & idle):
-        raise UserError(f"{runtime.flag(name)}: it would have no effect here; leave it out")
+        raise UserError(f"{program.flag(name)}: it would have no effect here; leave it out")
 
 
 def main() -> None:
     # Settings. A run has its own data settings, which flags override.
-    flags = runtime.read_flags(__doc__, EvalConfig, data.DataConfig)
-    config = runtime.from_flags(EvalConfig, flags)
+    flags = program.read_flags(__doc__, EvalConfig, data.DataConfig)
+    config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_config(config.run) if config.run else None
     saved = vars(run.section(data.DataConfig, "dataset")) if run else {}
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
-    data_config = runtime.from_flags(data.DataConfig, saved | flags)
+    data_config = program.from_flags(data.DataConfig, saved | flags)
 
     is_full = run is not None and run.training["method"] == "full"
     refuse_idle_flags(flags, config, data_config, is_full)
@@ -377,7 +378,7 @@ def main() -> None:
     dtype = "float32" if is_full else config.dtype
     base_folder = config.model or run.training["model"]
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
-    runtime.print_line(device.description)
+    program.print_line(device.description)
 
     with runtime.distributed(device.device):
         base, adapters, tokenizer = run_folder.load(
@@ -401,9 +402,9 @@ def main() -> None:
         }
         predictions_path = config.folder / "predictions.jsonl"
         scores_path = config.folder / "scores.json"
-        is_same = scores_path.exists() and runtime.read_json(scores_path).get("config") == settings
+        is_same = scores_path.exists() and program.read_json(scores_path).get("config") == settings
         if not is_same:
-            runtime.require_new(
+            program.require_new(
                 [config.folder / "config.json", predictions_path, scores_path],
                 "it belongs to a run or a different evaluation; choose another --out",
             )
@@ -419,23 +420,23 @@ def main() -> None:
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
         )
-        if runtime.rank() != 0:
+        if program.rank() != 0:
             return
 
         # First without scores, so that no scores stand beside predictions that are not theirs.
-        runtime.write_json(scores_path, {"config": settings})
-        with runtime.atomic_write(predictions_path) as file:
+        program.write_json(scores_path, {"config": settings})
+        with program.atomic_write(predictions_path) as file:
             for example, prediction in zip(examples, predictions, strict=True):
                 row = {"id": example.id, "task": example.task, "prediction": prediction}
-                file.write(runtime.to_json(row, ensure_ascii=False))
+                file.write(program.to_json(row, ensure_ascii=False))
 
         scores = score(examples, predictions)
-        runtime.write_json(scores_path, {**scores, "config": settings})
+        program.write_json(scores_path, {**scores, "config": settings})
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
-        runtime.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
-        runtime.print_line(f"written: {predictions_path}, {scores_path}")
+        program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
+        program.print_line(f"written: {predictions_path}, {scores_path}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

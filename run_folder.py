@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
+import program
 import runtime
 from baselines import NoAdapter, attach_method
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from runtime import UserError
+from program import UserError
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
@@ -60,8 +61,8 @@ class RunConfig:
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise UserError if it does not fit."""
-        with runtime.reading(f"{self.folder}/config.json", REMEDY):
-            return runtime.from_json(cls, getattr(self, name))
+        with program.reading(f"{self.folder}/config.json", REMEDY):
+            return program.from_json(cls, getattr(self, name))
 
     def require_same(self, **found: Any) -> None:
         """Raise UserError if one of the named fields differs from what is found now."""
@@ -106,12 +107,12 @@ def kind_of(adapters: Adapters) -> str:
 
 def read_config(folder: str | Path) -> RunConfig:
     """Return the config of the run in `folder`. Raise UserError if there is none."""
-    path = runtime.require_path(
+    path = program.require_path(
         Path(folder) / "config.json", "name the folder of a run of train.py"
     )
-    values = runtime.read_json(path)
-    with runtime.reading(path, REMEDY):
-        config = runtime.from_json(RunConfig, values | {"folder": str(folder)})
+    values = program.read_json(path)
+    with program.reading(path, REMEDY):
+        config = program.from_json(RunConfig, values | {"folder": str(folder)})
         for name in ("model", "method"):
             if not isinstance(config.training[name], str):
                 raise ValueError(f"training: {name} must be a string")
@@ -137,7 +138,7 @@ class RunFolder:
         """Raise UserError if a path that a run writes exists."""
         written = (self.config_path, self.log_path, self.progress_path, self.scores_path)
         best = (self.adapter_path, self.model_path)
-        runtime.require_new((*written, *best), "add --resume, or give another --out")
+        program.require_new((*written, *best), "add --resume, or give another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -146,7 +147,7 @@ class RunFolder:
         Raise UserError if another process has locked it. Remove files that a killed process left
         incomplete. Rank 0 holds the lock for all processes.
         """
-        if runtime.rank() != 0:
+        if program.rank() != 0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -158,10 +159,10 @@ class RunFolder:
                     f"{self.path}: another process is writing this run; wait, or change --out"
                 ) from None
             except OSError as error:  # a file system without locks
-                runtime.warn(
+                program.warn(
                     f"{self.path}: no lock ({error.strerror}); start one run at a time here"
                 )
-            # Remove what an interrupted runtime.atomic_write left.
+            # Remove what an interrupted program.atomic_write left.
             for pattern in (".*.[0-9]*.tmp", "model/.*.[0-9]*.tmp"):
                 for half_written in self.path.glob(pattern):
                     half_written.unlink()
@@ -179,7 +180,7 @@ class RunFolder:
                 config = replace(config, start=saved.start)
             names = ("tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
-        elif runtime.rank() == 0:  # a later rank may find what rank 0 has just written
+        elif program.rank() == 0:  # a later rank may find what rank 0 has just written
             self.require_new()
         values = asdict(config)
         del values["folder"]
@@ -188,13 +189,13 @@ class RunFolder:
                 path = values[section].get(name)
                 if path:  # so that the run can be resumed from any working folder
                     values[section][name] = str(Path(path).absolute())
-        runtime.write_json(self.config_path, values)
+        program.write_json(self.config_path, values)
 
     def log(self, **record: Any) -> None:
         """Add a line to metrics.jsonl."""
-        if runtime.rank() == 0:
-            with runtime.naming_write_errors(self.log_path), open(self.log_path, "ab") as file:
-                file.write(runtime.to_json(record))
+        if program.rank() == 0:
+            with program.naming_write_errors(self.log_path), open(self.log_path, "ab") as file:
+                file.write(program.to_json(record))
 
     def log_size(self) -> int:
         """Return the size of metrics.jsonl in bytes."""
@@ -202,7 +203,7 @@ class RunFolder:
 
     def truncate_log(self, size: int) -> None:
         """Cut off what was logged after the log had this size: steps that are run again."""
-        if runtime.rank() == 0 and 0 <= size < self.log_size():
+        if program.rank() == 0 and 0 <= size < self.log_size():
             os.truncate(self.log_path, size)
 
     def save_progress(
@@ -218,7 +219,7 @@ class RunFolder:
         step: the next step. best: the best dev loss. start_w: the router's w (M,K) of
         the M dev examples before training.
         """
-        if runtime.rank() != 0:
+        if program.rank() != 0:
             return
         state = {
             "step": step,
@@ -228,7 +229,7 @@ class RunFolder:
             "weights": adapters.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        with runtime.atomic_write(self.progress_path) as file:
+        with program.atomic_write(self.progress_path) as file:
             torch.save(state, file)
 
     def load_progress(
@@ -239,7 +240,7 @@ class RunFolder:
         dev_examples: M. Return (step, best, start_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
-        with runtime.reading(self.progress_path, "restore the file, or start a new run"):
+        with program.reading(self.progress_path, "restore the file, or start a new run"):
             for name, expected in (("step", int), ("best", float), ("log_size", int)):
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
@@ -262,7 +263,7 @@ class RunFolder:
         self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
     ) -> None:
         """Write the weights that are best on dev: the adapter, or with --method full the model."""
-        if runtime.rank() != 0:
+        if program.rank() != 0:
             return
         method = config.training["method"]
         if method == "full":
@@ -291,15 +292,15 @@ class RunFolder:
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
         rows = self.read_scores() | {name: scores}
-        runtime.write_json(self.scores_path, rows)
+        program.write_json(self.scores_path, rows)
         return rows
 
     def read_scores(self) -> dict[str, dict]:
         """Return the rows of scores.json."""
         if not self.scores_path.exists():
             return {}
-        rows = runtime.read_json(self.scores_path)
-        with runtime.reading(self.scores_path, "restore or delete the file"):
+        rows = program.read_json(self.scores_path)
+        with program.reading(self.scores_path, "restore or delete the file"):
             for row in rows.values():
                 for scores in row.values():
                     float(scores["overall"]["rougeL"] + scores["overall"]["exact_match"])
@@ -312,7 +313,7 @@ def new_folder(name: str) -> Path:
     Under torchrun, call it inside `runtime.distributed`.
     """
     number = 1
-    if runtime.rank() == 0:
+    if program.rank() == 0:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         while True:
             with suppress(FileExistsError):
@@ -375,10 +376,10 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
     adapter_config = config.section(OrchMoEConfig, "adapter")
     tasks = len(config.tasks)
     # Try it on the meta device first, so that a damaged config cannot allocate much memory.
-    with runtime.reading(run.config_path, REMEDY), torch.device("meta"):
+    with program.reading(run.config_path, REMEDY), torch.device("meta"):
         empty = attach(method, type(base)(base.config), adapter_config, num_tasks=tasks)
     config.require_same(kind=kind_of(empty))
-    with runtime.reading(run.adapter_path, REMEDY):
+    with program.reading(run.adapter_path, REMEDY):
         empty.load_state_dict(state)
     adapters = attach(method, base, adapter_config, num_tasks=tasks)
     adapters.load_state_dict(state)

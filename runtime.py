@@ -1,374 +1,20 @@
-"""What the programs need from the machine: files, flags, messages, devices, processes, seeds.
-
-This file imports no other file of the project.
+"""What training needs from the machine: device and dtype, processes, sharding, seeds.
 
 Test: pytest tests/programs/test_programs.py tests/programs/test_ranks.py
 """
 
-import argparse
-import dataclasses
-import functools
-import inspect
-import json
-import multiprocessing
-import os
-import re
-import signal
-import sys
-import textwrap
-import typing
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
-# The repository. Its sni/ and tiny/ are the default data and the default base.
-ROOT = Path(__file__).resolve().parent
-LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
-
-
-# --------------------------------------------------------------------------------------- errors
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend. `run_program` prints it as one line."""
-
-
-@contextmanager
-def checking_settings() -> Iterator[None]:
-    """Turn a ValueError inside the block into a UserError.
-
-    For the places where a config is made from flags, or adapters are attached as flags say.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-# ---------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None]:
-    """Turn any failure inside the block into one UserError: "path: what is wrong; remedy".
-
-    Only parsing belongs inside. A bug in what computes with the parsed values must not look like a
-    damaged file.
-
-    Readers of damaged or foreign files fail in many ways: KeyError, TypeError, errors of other
-    packages. This is the one place that catches them all. An OSError that names its file is
-    passed on unchanged.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError):
-        raise
-    except BaseException as error:  # panics of packages written in Rust are not Exceptions
-        if isinstance(error, OSError) and error.filename:
-            raise
-        problem = textwrap.shorten(str(error), 200, placeholder=" ...")
-        if type(error) not in (ValueError, UserError):  # KeyError, JSONDecodeError, ...
-            problem = f"{type(error).__name__}: {problem}"
-        raise UserError(f"{path}: {problem}; {remedy}") from error
-
-
-def require_path(path: str | Path, remedy: str) -> Path:
-    """Return `path`. Raise UserError with the remedy if nothing is there."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; {remedy}")
-    return path
-
-
-def require_new(paths: Iterable[Path], remedy: str) -> None:
-    """Raise UserError with the remedy if one of the paths, which are to be written, exists."""
-    for path in paths:
-        if os.path.lexists(path):  # also a link to nowhere
-            raise UserError(f"{path}: exists, and nothing is overwritten; {remedy}")
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that appears under `path` complete or not at all.
-
-    A failed write raises OSError with `path` as its file name.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming_write_errors(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under `path`
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming_write_errors(path: Path) -> Iterator[None]:
-    """Re-raise write errors with the final file name; the system names the temporary file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error
-        if isinstance(error, RuntimeError):  # torch.save raises one on top of the OSError
-            cause = error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        problem = (
-            f"{cause.strerror}; not written, nothing was replaced; free space, or fix the folder"
-        )
-        raise OSError(cause.errno, problem, str(path)) from error
-
-
-def read_json(path: str | Path) -> dict:
-    """Return the JSON object in `path`. Raise UserError if it holds none, or is too large."""
-    with reading(path), open(path, "rb") as file:
-        content = file.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        value = json.loads(content.decode("utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-
-
-def to_json(value: Any, **options: Any) -> bytes:
-    """Return `value` as JSON with a final newline. NaN and infinity become null."""
-    # json.dumps writes NaN as a bare word, which is not JSON. Read it back as null.
-    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return (json.dumps(plain, **options) + "\n").encode()
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON. Only rank 0 writes."""
-    if rank() == 0:
-        with atomic_write(path) as file:
-            file.write(to_json(value, indent=1))
-
-
-# ---------------------------------------------------------------------------------------- flags
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def flag(name: str) -> str:
-    """Return the command-line flag of a field: "lr_skills" gives "--lr-skills"."""
-    return "--" + name.replace("_", "-")
-
-
-def read_flags(
-    doc: str | None,
-    *classes: type,
-    defaults: dict[str, Any] | None = None,
-    hidden: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return the values that the command line gives. Each field of the dataclasses is a flag.
-
-    The help text of a flag is the comment on the line of its field, with its default. `defaults`
-    replaces the defaults that the help shows, nothing else. Fields in `hidden` are not shown.
-    """
-    parser = Parser(
-        usage="%(prog)s [options]",
-        description=doc,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    defaults = defaults or {}
-    for cls in classes:
-        # Fields have the form "    name: type = value  # help text".
-        comments = dict(
-            re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-        )
-        types = typing.get_type_hints(cls)
-        group = parser.add_argument_group(cls.__doc__.split(":")[0])
-        for field in dataclasses.fields(cls):
-            default = defaults.get(field.name, field.default)
-            text = comments.get(field.name, "").replace("%", "%%")
-            if "(default:" not in text and default not in ("", (), None):
-                if isinstance(default, tuple):
-                    default = ",".join(default)
-                text += f" (default: {default})"
-            if field.name in hidden:
-                text = argparse.SUPPRESS
-            options = _argparse_options(types[field.name])
-            group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
-
-    values = vars(parser.parse_args())
-    for name, value in values.items():
-        if value in ("", ()):  # often a variable of the shell that is not set
-            parser.error(f"{flag(name)}: empty; give a value, or leave it out")
-    return values
-
-
-def _argparse_options(hint):
-    """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is typing.Literal:
-        # The empty choice means that the flag is not given.
-        return {"choices": [choice for choice in typing.get_args(hint) if choice]}
-    if typing.get_origin(hint) is tuple:
-        return {"type": _split_names, "metavar": "A,B,.."}
-    if typing.get_args(hint):  # X | None
-        hint = typing.get_args(hint)[0]
-    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
-
-
-def _split_names(text):
-    return tuple(name for name in text.split(",") if name)
-
-
-def from_flags(cls: type, flags: dict[str, Any]) -> Any:
-    """Return an instance of the dataclass `cls`, from the flags that are its fields."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    with checking_settings():
-        return cls(**{name: value for name, value in flags.items() if name in names})
-
-
-def from_json(cls: type, values: dict[str, Any]) -> Any:
-    """Return an instance of the dataclass `cls`, from saved values. Missing fields get defaults.
-
-    Raise ValueError for an unknown field or a value of another type. Call it inside `reading`.
-    """
-    types = typing.get_type_hints(cls)
-    fields = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        if name not in types:
-            raise ValueError(f"{cls.__name__} has no field {name!r:.60}")
-        if not _has_type(value, types[name]):
-            raise ValueError(
-                f"{name}: {value!r:.60} has the wrong type, or is not one of the choices"
-            )
-        fields[name] = value
-    return cls(**fields)
-
-
-def _has_type(value, hint):
-    """Return whether a JSON value has the type of a field. An int counts as a float."""
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    allowed = typing.get_args(hint) or (hint,)
-    if type(value) is int and float in allowed:
-        return True
-    return type(value) in allowed
-
-
-def require_least(config: Any, **least: int) -> None:
-    """Raise UserError if an int or float field of `config` is too small, too large or not finite.
-
-    The smallest allowed value is 0, unless `least` gives another one for that field.
-    """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if hint not in (int, float):
-            continue
-        value = getattr(config, name)
-        smallest = least.get(name, 0)
-        if not smallest <= value < 2**53:
-            raise UserError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")
-
-
-# ------------------------------------------------------------------------------------- messages
-
-
-def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Run `main` and exit with the code that it returns (None means 0).
-
-    A UserError, an OSError that names a file, too little memory and a missing compiler print one
-    line on stderr and exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs
-    and keep their traceback.
-    """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
-    warnings.showwarning = lambda message, *_: warn(str(message))  # one line, without source code
-
-    try:
-        code = main() or 0
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        # Before the processes join, all of them meet the same error: one message is enough.
-        if local_rank() == 0 or dist.is_initialized():
-            program = Path(sys.argv[0]).name
-            which = f" on rank {rank()}" if rank() > 0 else ""
-            print(f"{program}: error{which}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-    if dist.is_torchelastic_launched():
-        # A sharded base keeps threads of gloo that may abort while Python shuts down.
-        os._exit(code)
-    sys.exit(code)
-
-
-def user_message(error: Exception) -> str | None:
-    """Return one line for an error that the user can fix, None for a bug."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
-        text = f"out of memory ({text:.120}); lower the batch sizes, or use a smaller model"
-    elif isinstance(error, RuntimeError) and re.search(r"C(\+\+)? compiler", text):
-        text = "torch.compile finds no C compiler; install gcc, or set TORCHDYNAMO_DISABLE=1"
-    elif not isinstance(error, UserError):
-        return None
-    return " ".join(text.split())
-
-
-def print_line(text: str = "", file: Any = None) -> None:
-    """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
-    if rank() != 0:
-        return
-    file = file or sys.stdout
-    try:
-        with tqdm.external_write_mode(file=file):
-            print(text, file=file, flush=True)
-    except OSError:
-        # The reader is gone, as with `| head -1`. The run goes on without its messages.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-@functools.cache
-def warn(text: str) -> None:
-    """Print a warning on stderr, each text once."""
-    print_line(f"warning: {text}", sys.stderr)
-
-
-def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
-    """Return a tqdm bar on stderr. It shows on a terminal, in rank 0, after one second."""
-    in_worker = multiprocessing.parent_process() is not None
-    silent = in_worker or rank() != 0 or not sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        description,
-        leave=False,
-        dynamic_ncols=True,
-        delay=1,
-        disable=silent,
-        **options,
-    )
-
+import program
+from program import UserError
 
 # --------------------------------------------------------------------------------------- device
 
@@ -399,9 +45,9 @@ def pick_device(
     own_gpu = gpu or 0
     last_gpu = own_gpu  # of all processes on this node
     remedy = ""
-    if world_size() > 1:
-        own_gpu = local_rank()
-        last_gpu = _torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
+    if program.world_size() > 1:
+        own_gpu = program.local_rank()
+        last_gpu = program.torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
         remedy = "; start as many processes per node as there are GPUs, or give --device cpu"
     if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
         raise UserError(f"--gpu {last_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
@@ -416,8 +62,8 @@ def pick_device(
         if device != "cpu":
             name += " (no CUDA here)"
         fast_bfloat16 = bool(base) and _cpu_gains_from_bfloat16(base)
-    if world_size() > 1:
-        name += f", {world_size()} processes"
+    if program.world_size() > 1:
+        name += f", {program.world_size()} processes"
 
     chosen_dtype = torch.float32
     if dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16):
@@ -441,29 +87,10 @@ def _cpu_gains_from_bfloat16(base):
     return native and size >= 4e7
 
 
-# ------------------------------------------------------------------------------------ processes
+# -------------------------------------------------------------------------------------- processes
 
 # torchrun starts several processes. Each runs the whole program on its share of every batch.
-# Without torchrun there is one process, rank 0 of 1, and only `shard` cannot be used.
-
-
-def _torchrun_variable(name, default):
-    # Clusters set RANK and WORLD_SIZE without torchrun too, so they do not show that it runs.
-    if not dist.is_torchelastic_launched():
-        return default
-    return int(os.environ[name])
-
-
-def rank() -> int:
-    return _torchrun_variable("RANK", 0)
-
-
-def local_rank() -> int:
-    return _torchrun_variable("LOCAL_RANK", 0)
-
-
-def world_size() -> int:
-    return _torchrun_variable("WORLD_SIZE", 1)
+# Without torchrun there is one process, and only `shard` cannot be used.
 
 
 @contextmanager
@@ -523,7 +150,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 def gather_from_ranks(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of their ranks."""
-    values = [value] * world_size()
+    values = [value] * program.world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -546,9 +173,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     if not dist.is_initialized():
         raise UserError("--shard: splits the base over processes; start it with torchrun")
 
-    mesh = dist.init_device_mesh(device.device.type, (world_size(),))
+    mesh = dist.init_device_mesh(device.device.type, (program.world_size(),))
     inner_first = [*blocks, root]  # the root takes what the blocks leave
-    for module in progress(inner_first, "sharding", unit="block"):
+    for module in program.progress(inner_first, "sharding", unit="block"):
         module.to(device.device)
         for parameter in module.parameters():
             if not parameter.requires_grad:
@@ -559,7 +186,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
             register_fsdp_forward_method(module, method)
 
 
-# ---------------------------------------------------------------------------- seeds and signals
+# ------------------------------------------------------------------------------------------ seeds
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -576,26 +203,3 @@ def generator(*seed: int) -> torch.Generator:
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
         mixed = mixed ^ (mixed >> 31)
     return torch.Generator().manual_seed(mixed >> 1)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has arrived.
-
-    A loop can thus finish its step and save before it stops. A second Ctrl-C ends it at once.
-    """
-    received = []
-
-    def remember(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, remember)
-    try:
-        yield lambda: len(received) > 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -27,13 +27,14 @@ from torch.optim import Optimizer
 import checkpoint
 import data
 import eval as evaluation
+import program
 import runtime
 from baselines import METHODS, attach_method, count_parameters, settings_of_method
 from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from program import UserError
 from run_folder import PATHS, RunConfig, RunFolder, kind_of, new_folder, read_config
-from runtime import UserError
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
@@ -54,7 +55,7 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
-    model: str = str(runtime.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
+    model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
     method: Literal[METHODS] = "orchmoe"  # method to train; lora is one LoRA of rank S R
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
@@ -75,7 +76,7 @@ class TrainConfig:
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
+        program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
         if self.trainable != "all" and not self.start:
             raise UserError(f"--trainable {self.trainable}: give --start with it")
 
@@ -112,9 +113,9 @@ class Settings:
     def from_flags(cls, flags: dict[str, Any]) -> "Settings":
         """Make settings from flags by field name. Fields that are not given have defaults."""
         return cls(
-            training=runtime.from_flags(TrainConfig, flags),
-            dataset=runtime.from_flags(DataConfig, flags),
-            adapter=runtime.from_flags(OrchMoEConfig, flags),
+            training=program.from_flags(TrainConfig, flags),
+            dataset=program.from_flags(DataConfig, flags),
+            adapter=program.from_flags(OrchMoEConfig, flags),
         )
 
     def as_flags(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
             may_change = name in PATHS and saved[name]  # paths may change, but not be added
             if flags[name] != saved[name] and not may_change:
                 raise UserError(
-                    f"{runtime.flag(name)} {flags[name]}: the run in {launch.out} has "
+                    f"{program.flag(name)} {flags[name]}: the run in {launch.out} has "
                     f"{saved[name]!r}; leave it out"
                 )
         return Settings.from_flags(saved | flags)
@@ -167,7 +168,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     idle |= dict.fromkeys(unread, f"--method {method} with --router {router} does not use it")
     idle |= dict.fromkeys(fixed, "is fixed by --start")
     for name in sorted(flags.keys() & idle.keys()):
-        raise UserError(f"{runtime.flag(name)}: {idle[name]}; leave it out")
+        raise UserError(f"{program.flag(name)}: {idle[name]}; leave it out")
     if "warmup" in flags and config.warmup >= config.steps:
         raise UserError(f"--warmup {config.warmup}: give fewer than --steps {config.steps}")
     return settings
@@ -255,7 +256,7 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
     state = read_config(config.start).load_adapter()
-    with runtime.reading(f"{config.start}/adapter.safetensors"):
+    with program.reading(f"{config.start}/adapter.safetensors"):
         adapters.load_state_dict(state)
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends on the bias alone.
@@ -288,7 +289,7 @@ def train_step(
     optimizer.zero_grad()
     loss = 0.0
     entropy = 0.0
-    for rows, micro_batch in batch.split(config.accumulate, runtime.rank(), runtime.world_size()):
+    for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
         micro_batch = micro_batch.to(base.device)
         noise = routing_noise(adapters, config.seed, step, rows)
         with evaluation.routed(base, adapters, micro_batch, noise=noise) as routing:
@@ -390,7 +391,7 @@ def train(
         evaluation.require_fit(base, tokenizer, examples)
 
     # The adapters.
-    with runtime.checking_settings():
+    with program.checking_settings():
         adapters = attach(
             config.method,
             base,
@@ -443,7 +444,7 @@ def train(
         method = config.method
         if method == "lora":
             method = f"lora of rank {settings.adapter.skills * settings.adapter.rank} (S R)"
-        runtime.print_line(
+        program.print_line(
             f"{method}: {skills:,} in skills + {routing:,} in routing = "
             f"{skills + routing:,} parameters train on {len(train_set)} examples; "
             f"run folder {run.path}"
@@ -480,9 +481,9 @@ def train(
         autocast = torch.autocast(
             device.device.type, torch.bfloat16, enabled=full and device.dtype == torch.bfloat16
         )
-        with runtime.stop_signals() as stop_requested:
+        with program.stop_signals() as stop_requested:
             steps = range(first_step, config.steps)
-            bar = runtime.progress(
+            bar = program.progress(
                 steps, "train", total=config.steps, initial=first_step, unit="step"
             )
             for step in bar:
@@ -525,7 +526,7 @@ def train(
             stopped = runtime.any_rank(stop_requested())
         if stopped:
             out = shlex.quote(str(run.path))
-            runtime.print_line(f"stopped; resume with --resume --out {out}, on the same device")
+            program.print_line(f"stopped; resume with --resume --out {out}, on the same device")
             return False
 
         # The weights that were best on dev, scored on seen and unseen tasks.
@@ -589,10 +590,10 @@ def score_held_out(
 
 def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -> None:
     """Print the scores as a table in Markdown. counts: how many rows of each set were used."""
-    runtime.print_line(
+    program.print_line(
         "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
     )
-    runtime.print_line("| --- | --- | --- | --- | --- |")
+    program.print_line("| --- | --- | --- | --- | --- |")
     for name, scores in rows.items():
         cells = [name]
         for which in ("seen", "unseen"):
@@ -601,10 +602,10 @@ def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -
                 if which in scores:
                     value = f"{scores[which]['overall'][metric]:.2f}"
                 cells.append(value)
-        runtime.print_line(f"| {' | '.join(cells)} |")
+        program.print_line(f"| {' | '.join(cells)} |")
 
     sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
-    runtime.print_line(f"rows: {sizes}; {run.path} has all scores")
+    program.print_line(f"rows: {sizes}; {run.path} has all scores")
 
 
 def print_router(report: dict[str, float], K: int) -> None:
@@ -618,20 +619,20 @@ def print_router(report: dict[str, float], K: int) -> None:
             f"; normalised entropy {report['normalised_entropy']:.2f}; distance from its start "
             f"{report['distance']:.2g} nats (mean KL of w)"
         )
-    runtime.print_line(text)
+    program.print_line(text)
 
 
 def main() -> int:
     # Settings: from the command line, or from the run folder if the run is resumed.
     configs = (LaunchConfig, TrainConfig, DataConfig, OrchMoEConfig)
-    flags = runtime.read_flags(__doc__, *configs)
-    launch = runtime.from_flags(LaunchConfig, flags)
+    flags = program.read_flags(__doc__, *configs)
+    launch = program.from_flags(LaunchConfig, flags)
     settings = read_settings(flags, launch)
 
     # Where to compute. The dtype is saved, so that a resumed run keeps it on another machine.
     config = settings.training
     device = runtime.pick_device(launch.gpu, launch.device, config.dtype, base=config.model)
-    runtime.print_line(device.description)
+    program.print_line(device.description)
     config = replace(config, dtype=runtime.dtype_name(device.dtype))
     settings = replace(settings, training=config)
 
@@ -641,4 +642,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

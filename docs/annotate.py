@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import runtime
+import program
 from docs import notes, numbers
 from experiments import explorer
 
@@ -639,7 +639,7 @@ def values_of(explored: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
-        runtime.write_json(NUMBERS, numbers.collect(sys.argv[2]))
+        program.write_json(NUMBERS, numbers.collect(sys.argv[2]))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
 

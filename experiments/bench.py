@@ -42,6 +42,7 @@ import data
 import eval as evaluation
 import kernels
 import orchmoe
+import program
 import runtime
 import t5
 import tokenizer as tokenizers
@@ -50,7 +51,7 @@ from experiments.random_t5 import init_weights
 from experiments.study import kind_of_cpu
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from runtime import UserError
+from program import UserError
 
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R
@@ -73,7 +74,7 @@ class BenchConfig:
     only: tuple[str, ...] = ()  # parts to measure (default: all)
     model: str = ""  # folder of a decoder-only base (default: a T5 of random weights)
     quick: bool = False  # small shapes and few rounds: shows that it runs, not how fast
-    data: str = str(runtime.ROOT / "sni")  # folder of SNI, or of that shape (default: sni/)
+    data: str = str(program.ROOT / "sni")  # folder of SNI, or of that shape (default: sni/)
     gpu: int | None = None  # number of the GPU (default: the CPU)
 
 
@@ -115,7 +116,7 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
         return time.perf_counter()
 
     times = {name: [] for name in contestants}
-    for i in runtime.progress(range(rounds + 1), ", ".join(contestants), unit="round"):
+    for i in program.progress(range(rounds + 1), ", ".join(contestants), unit="round"):
         names = list(contestants)
         if i % 2 == 1:
             names.reverse()
@@ -601,7 +602,7 @@ def bench_generate(setup: Setup) -> list[str]:
         adapters = our_adapters(setup, base)
         model = their_adapters(setup, LORA, model)
     model.eval()
-    tokenizer = tokenizers.load(setup.model or runtime.ROOT / "tiny")
+    tokenizer = tokenizers.load(setup.model or program.ROOT / "tiny")
     tasks = setup.choose(4, 0)
     options = data.DataConfig(data=setup.data, max_tasks=tasks, max_source_length=longest)
     examples = data.load_sets(options, tokenizer, ["test"])["test"]
@@ -707,7 +708,7 @@ def require_packages() -> None:
 
 
 def main() -> None:
-    config = runtime.from_flags(BenchConfig, runtime.read_flags(__doc__, BenchConfig))
+    config = program.from_flags(BenchConfig, program.read_flags(__doc__, BenchConfig))
     for part in config.only:
         if part not in PARTS:
             raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")
@@ -716,11 +717,11 @@ def main() -> None:
     if config.model:
         dtype = torch.bfloat16
     setup = Setup(config.quick, config.data, config.model, device, dtype)
-    runtime.print_line(f"{machine(setup)}\n\n{HEAD}")
+    program.print_line(f"{machine(setup)}\n\n{HEAD}")
     for part in config.only or PARTS:
         for line in PARTS[part](setup):
-            runtime.print_line(line)
+            program.print_line(line)
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -14,7 +14,7 @@ Test: pytest tests/experiments/test_compare.py
 
 from dataclasses import dataclass
 
-import runtime
+import program
 from baselines import METHODS
 from experiments.study import (
     UNTRAINED,
@@ -27,7 +27,7 @@ from experiments.study import (
 )
 from experiments.tables import markdown, publish
 from orchmoe import OrchMoEConfig
-from runtime import UserError
+from program import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
@@ -161,11 +161,11 @@ def main() -> None:
         useless["trials"] = "not with --no-tune"
     for name, why in useless.items():
         if name in flags:
-            raise UserError(f"{runtime.flag(name)}: {why}; leave it out")
+            raise UserError(f"{program.flag(name)}: {why}; leave it out")
 
     study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
     compare(config, study)
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

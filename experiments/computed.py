@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import checkpoint
-import runtime
+import program
 from baselines import attach_method
 from experiments.tables import table
 from llama import LlamaConfig
@@ -178,7 +178,7 @@ def count_step(
 
 
 def main() -> None:
-    runtime.read_flags(__doc__)
+    program.read_flags(__doc__)
     rows = []
     for model, method, blocks in itertools.product(MODELS, ("orchmoe", "lora"), ("no", "yes")):
         count, _ = count_step(MODELS[model], method, blocks == "yes")
@@ -190,8 +190,8 @@ def main() -> None:
         figures = [count.operations / 1e12, count.bytes / 1e9, peak / 1e9]
         figures += [1e3 * count.operations / FLOP_RATE, 1e3 * count.bytes / BYTE_RATE]
         rows.append([model, method, blocks, *(f"{figure:.1f}" for figure in figures)])
-    runtime.print_line(f"{TITLE}\n\n{table(HEAD.split(','), rows)}")
+    program.print_line(f"{TITLE}\n\n{table(HEAD.split(','), rows)}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import numpy as np
 
 import data
-import runtime
+import program
 import tokenizer as tokenizers
 from experiments.map import (
     EQUAL,
@@ -69,9 +69,9 @@ from experiments.tables import (
     table,
     tuning_table,
 )
-from runtime import UserError
+from program import UserError
 
-RESULTS = runtime.ROOT / "experiments/results/decision"
+RESULTS = program.ROOT / "experiments/results/decision"
 TUNED = EQUAL | {"moe-lora": Row({"method": "moe-lora"})}
 ROWS = TUNED | MAP_ROWS
 PILOT = {name: ROWS[name] for name in ("floor", "ceiling")}
@@ -207,9 +207,9 @@ def data_of(study: Study, name: str, number: int, without: Collection[str] = ())
     """
     path = study.results / f"{name}.json"
     tasks = choose_tasks(study, number, without)
-    if path.exists() and runtime.read_json(path) != tasks:
+    if path.exists() and program.read_json(path) != tasks:
         raise UserError(f"{path}: made with other tasks; name another folder with --results")
-    runtime.write_json(path, tasks)
+    program.write_json(path, tasks)
     folder = Path(study.config.out, name)
     unseen = [*tasks["test"], *tasks["left out"]]
     return str(subset(folder, Path(study.settings.dataset.data), tasks["train"], unseen))
@@ -257,7 +257,7 @@ def best_of_grid(
 def make_many(study: Study, values: dict[str, Any]) -> None:
     """Make the cells with many tasks. study, values: for the tuning on the first tasks."""
     many = Study(changed(study.settings, MANY), study.device, study.config, EQUAL)
-    first = runtime.read_json(study.results / "tasks.json")["train"]
+    first = program.read_json(study.results / "tasks.json")["train"]
     on_many = {"": {"data": data_of(many, "many_tasks", MANY_TASKS, without=first)}}
 
     best = best_of_grid(study, "many_grid", MANY_GRID, values)
@@ -352,7 +352,7 @@ def text(results: Path) -> str:
     stages = {}
     for stage in ("pilot", "cells", "after", "many"):
         path = results / ("many_tasks.json" if stage == "many" else "tasks.json")
-        lists = runtime.read_json(path) if path.exists() else {}
+        lists = program.read_json(path) if path.exists() else {}
         groups = {}
         for name, group in read_groups(results / stage).items():
             groups[name] = {seed: with_groups(cell, lists) for seed, cell in group.items()}
@@ -409,9 +409,9 @@ def main() -> None:
         else:
             make_many(study, values)
 
-    runtime.require_path(results / "tasks.json", "make the cells with --stage")
+    program.require_path(results / "tasks.json", "make the cells with --stage")
     publish(text(results), results / "tables.md")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-import runtime
+import program
 from experiments import plot
 from experiments.map import Groups, losses, read_groups, signed_difference, stage_table
 from experiments.study import (
@@ -32,7 +32,7 @@ from experiments.study import (
 )
 from experiments.tables import publish, table, tuning_table
 
-RESULTS = runtime.ROOT / "experiments/results/efficiency"
+RESULTS = program.ROOT / "experiments/results/efficiency"
 EQUAL = {name: Row({"method": name}) for name in ("orchmoe", "lora", "moe-lora", "poly")}
 EXAMPLES = (10, 25, 50, 100)
 # The order of the runs: these methods at each of these numbers, then the next methods.
@@ -180,8 +180,8 @@ def main() -> None:
     found = {number: read_groups(results / str(number) / "cells") for number in EXAMPLES}
     publish(text(results, found), results / "tables.md")
     if any(found.values()) and importlib.util.find_spec("matplotlib"):
-        runtime.print_line(f"written: {figure(found, results / 'efficiency.png')}")
+        program.print_line(f"written: {figure(found, results / 'efficiency.png')}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

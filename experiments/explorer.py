@@ -28,12 +28,13 @@ from torch import Tensor
 import data
 import eval as evaluation
 import metrics
+import program
 import run_folder
 import runtime
 from data import Example
 from model import Backbone
 from orchmoe import Adapters
-from runtime import UserError
+from program import UserError
 from tokenizer import Tokenizer
 
 SHOWN = 3  # samples of each task that can be chosen
@@ -325,16 +326,16 @@ class ExplorerConfig:
 
 
 def main() -> None:
-    config = runtime.from_flags(ExplorerConfig, runtime.read_flags(__doc__, ExplorerConfig))
+    config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
     loaded = load(config.run, model=config.model)
     try:
         server = Server(loaded, config.port)
     except OSError as error:
         raise UserError(f"--port {config.port}: {error.strerror}; give another one") from None
     with server:
-        runtime.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
+        program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
         server.serve_forever()
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
+import program
 import runtime
 from experiments import bench
 from experiments.bench import OURS, Setup
@@ -35,7 +36,7 @@ def result(value: str, wanted: str, what: str) -> str:
 
 def gpu_tests() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/unit"]
-    done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=program.ROOT, capture_output=True, text=True)
     summary = done.stdout.strip().splitlines()[-1]
     return result(summary, "none failed", "`pytest -m gpu`")
 
@@ -77,18 +78,18 @@ def check(setup: Setup) -> Iterator[str]:
 
 
 def main() -> None:
-    config = runtime.from_flags(GPUCheckConfig, runtime.read_flags(__doc__, GPUCheckConfig))
+    config = program.from_flags(GPUCheckConfig, program.read_flags(__doc__, GPUCheckConfig))
     bench.require_packages()
     if not torch.cuda.is_available():
-        raise runtime.UserError("torch finds no GPU here; this program needs one")
+        raise program.UserError("torch finds no GPU here; this program needs one")
     device, dtype, _ = runtime.pick_device(config.gpu)
-    setup = Setup(False, str(runtime.ROOT / "sni"), "", device, dtype)
+    setup = Setup(False, str(program.ROOT / "sni"), "", device, dtype)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1]
-    runtime.print_line(f"driver {driver}, {bench.machine(setup)}\n\n{bench.HEAD}")
+    program.print_line(f"driver {driver}, {bench.machine(setup)}\n\n{bench.HEAD}")
     for line in check(setup):
-        runtime.print_line(line)
+        program.print_line(line)
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import data
 import eval as evaluation
-import runtime
+import program
 import tokenizer
-from runtime import UserError
+from program import UserError
 
 KINDS = ("copy-demo", "copy-input")
 
@@ -39,18 +39,18 @@ def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> li
 
 
 def main() -> None:
-    parser = runtime.Parser(usage="python -m experiments.heuristics KIND [--data DIR]")
+    parser = program.Parser(usage="python -m experiments.heuristics KIND [--data DIR]")
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--data", default=str(runtime.ROOT / "sni"))
+    parser.add_argument("--data", default=str(program.ROOT / "sni"))
     flags = parser.parse_args()
 
-    words = tokenizer.load(runtime.ROOT / "tiny")  # texts are copied, so any tokenizer will do
+    words = tokenizer.load(program.ROOT / "tiny")  # texts are copied, so any tokenizer will do
     examples = data.load_sets(data.DataConfig(data=flags.data), words, ["test"])["test"]
     predictions = copy_heuristic(flags.kind, flags.data, examples)
     scores = evaluation.score(examples, predictions)
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
-    runtime.print_line(f"{len(examples)} instances of {len(scores['tasks'])} tasks: {overall}")
+    program.print_line(f"{len(examples)} instances of {len(scores['tasks'])} tasks: {overall}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

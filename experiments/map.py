@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 import data
-import runtime
+import program
 from experiments import plot
 from experiments.study import (
     FIXED,
@@ -48,9 +48,9 @@ from experiments.tables import (
     table,
     tuning_table,
 )
-from runtime import UserError
+from program import UserError
 
-RESULTS = runtime.ROOT / "experiments/results/map"
+RESULTS = program.ROOT / "experiments/results/map"
 LIKE = {"like": "orchmoe"}
 EQUAL = {"lora": Row({"method": "lora"}), "orchmoe": Row()}
 ROWS = EQUAL | {
@@ -187,7 +187,7 @@ def read_groups(folder: Path) -> Groups:
     """Return the finished cells of a stage or point, by row and tag, then by seed."""
     groups = {}
     for path in sorted(folder.glob("*.json")):
-        cell = runtime.read_json(path)
+        cell = program.read_json(path)
         if "diverged" in cell:
             continue  # it has no losses
         name = path.stem.rpartition("-s")[0]
@@ -416,8 +416,8 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib"):
         path = figure(found, results / "map.png")
         if path:
-            runtime.print_line(f"written: {path}")
+            program.print_line(f"written: {path}")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

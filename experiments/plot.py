@@ -6,7 +6,7 @@ The colours can be told apart by the colour-blind (Okabe and Ito).
 from pathlib import Path
 from typing import Any
 
-import runtime
+import program
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = "osD^"
@@ -31,6 +31,6 @@ def canvas(title: str, of: str, height: float, **options: Any) -> tuple[Any, Any
 
 
 def save(figure: Any, path: Path) -> Path:
-    with runtime.atomic_write(path) as file:
+    with program.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     return path

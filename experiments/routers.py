@@ -7,8 +7,9 @@ it as `attach`:
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
 
-A run says of which class its adapters and its router are. So eval.py and export.py, which know
-only the learnt router, refuse a run in which something was replaced.
+A run says of which class its adapters and its router are. So eval.py and
+integrations/export.py, which know only the learnt router, refuse a run in which something was
+replaced.
 
 Letters: B batch, L length, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py

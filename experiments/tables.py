@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-import runtime
-from runtime import UserError
+import program
+from program import UserError
 
 METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
 COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))
@@ -121,8 +121,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def publish(text: str, path: Path) -> None:
     """Print the tables and write them to a file."""
-    runtime.print_line(text)
-    with runtime.atomic_write(path) as file:
+    program.print_line(text)
+    with program.atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -10,7 +10,7 @@ new process, --ask loads the adapters and answers prompts, which must be written
     pip install transformers trl datasets bitsandbytes
     python -m integrations.finetune_7b --model Qwen3-8B --data train.jsonl --out run
     python -m integrations.finetune_7b --model Qwen3-8B --out run --ask "Hot is not" "Up is not"
-    python export.py --adapter run/adapter.pt --model Qwen3-8B --out served
+    python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
 
 To use it elsewhere, copy this file, trainer.py and orchmoe.py.
 Test: pytest tests/parity/test_trainer.py

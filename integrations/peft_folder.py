@@ -2,8 +2,8 @@
 
 OrchMoE is K LoRAs of rank S R, mixed by the router: sum_k w_k LoRA_k. All have the same A, which is
 A_1 to A_S below one another. The B of LoRA k is scale * Zhat_ks B_s for s = 1 to S. So adapters
-under one routing are a plain LoRA, which `save_peft` writes; export.py is the program around it.
-The other way round, `load_peft` and `set_skills` make existing LoRAs the skills.
+under one routing are a plain LoRA, which `save_peft` writes; integrations/export.py is the program
+around it. The other way round, `load_peft` and `set_skills` make existing LoRAs the skills.
 
 Letters: K abstract tasks, S skills, R rank of a skill, r rank of a LoRA, D input width, O output
 width, N adapted Linears.
@@ -23,9 +23,9 @@ from torch import Tensor
 
 import checkpoint
 import kernels
-import runtime
+import program
 from orchmoe import Adapters, SkillLinear
-from runtime import UserError
+from program import UserError
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -138,7 +138,7 @@ def save_peft(
     checkpoint.write_safetensors(
         Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"}
     )
-    runtime.write_json(Path(folder) / "adapter_config.json", peft_config)
+    program.write_json(Path(folder) / "adapter_config.json", peft_config)
     return r
 
 
@@ -146,9 +146,9 @@ def load_peft(folder: str | Path) -> Lora:
     """Return the LoRA in a PEFT folder. Raise UserError if it is more than a plain LoRA."""
     folder = Path(folder)
     path = folder / "adapter_config.json"
-    runtime.require_path(path, "name the folder of a LoRA as peft saves it")
-    values = runtime.read_json(path)
-    with runtime.reading(path, "name the folder of a plain LoRA"):
+    program.require_path(path, "name the folder of a LoRA as peft saves it")
+    values = program.read_json(path)
+    with program.reading(path, "name the folder of a plain LoRA"):
         require_plain(values)
         r = values["r"]
         alpha = values["lora_alpha"]
@@ -166,7 +166,7 @@ def load_peft(folder: str | Path) -> Lora:
     if not path.exists():
         path = folder / "adapter_model.bin"
     tensors = checkpoint.read_tensors(path)
-    with runtime.reading(path):
+    with program.reading(path):
         factors = pair_factors(tensors, r, scale)
     return Lora(factors=factors, rank=r, base=base, folder=str(folder))
 

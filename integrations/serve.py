@@ -1,4 +1,4 @@
-"""Answer prompts with the LoRAs and the router that export.py has written.
+"""Answer prompts with the LoRAs and the router that integrations/export.py has written.
 
 For each prompt the router gives w, the weights of the LoRAs. Without --server the answer comes from
 transformers and peft. All LoRAs have the same A, so their mixture is one LoRA of the same rank with
@@ -24,7 +24,7 @@ import transformers
 from safetensors.torch import load_file
 
 import checkpoint
-import runtime
+import program
 from orchmoe import OrchMoEConfig, TaskRouter
 
 
@@ -112,4 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)

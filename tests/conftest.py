@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-import runtime
+import program
 from experiments.random_t5 import init_weights
 from t5 import T5
 from tokenizer import load as load_tokenizer
@@ -182,7 +182,7 @@ def tokenizer(model_dir):
 @pytest.fixture(scope="module")
 def corpus():
     """Return lines of text to train tokenizers on."""
-    task = runtime.read_json(next((ROOT / "sni/tasks").glob("*.json")))
+    task = program.read_json(next((ROOT / "sni/tasks").glob("*.json")))
     lines = [task["Definition"][0], "Output: 12 345", "Hello, world"]
     lines += [instance["input"] for instance in task["Instances"]]
     return "\n".join(lines).splitlines()

@@ -24,12 +24,12 @@ from torch import nn
 
 import checkpoint
 import data
-import runtime
 from baselines import attach_method
 from experiments.random_t5 import init_weights
 from llama import Llama, LlamaConfig
 from model import IGNORED
 from orchmoe import OrchMoEConfig
+from program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config
 from tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def run(program, *arguments, cwd, code=0):
     Return its stdout or, for another code than 0, its stderr.
     """
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    runtime.warn.cache_clear()
+    warn.cache_clear()
     words = [program, *map(str, arguments)]
     output = io.StringIO()
     errors = io.StringIO()
@@ -75,7 +75,7 @@ def run(program, *arguments, cwd, code=0):
             contextlib.redirect_stderr(errors),
             pytest.raises(SystemExit) as end,
         ):
-            runtime.run_program(module.main)
+            run_program(module.main)
     finally:
         os.chdir(previous_folder)
     assert end.value.code == code, output.getvalue() + errors.getvalue()
@@ -121,9 +121,9 @@ def interrupted(module, name, number, error=None, kind=signal.SIGTERM):
 def change_config(folder, section, **values):
     """Change fields in a section of config.json."""
     path = folder / "config.json"
-    config = runtime.read_json(path)
+    config = read_json(path)
     config[section] |= values
-    runtime.write_json(path, config)
+    write_json(path, config)
 
 
 def records(folder):

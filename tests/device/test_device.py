@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import program
 import run_folder
 import runtime
 import train
@@ -131,7 +132,7 @@ def words(flags):
     """Return the command line of these flags."""
     line = []
     for name, value in flags.items():
-        line += [runtime.flag(name), str(value)]
+        line += [program.flag(name), str(value)]
     return line
 
 

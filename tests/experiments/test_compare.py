@@ -18,6 +18,7 @@ import torch
 import data
 import eval as evaluation
 import kernels
+import program
 import run_folder
 import runtime
 import train
@@ -120,13 +121,13 @@ def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch
     run_folder.load(CPU, run=folder, attach=attach)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     cpu = ("--device", "cpu")
-    for program, *arguments in (
+    for name, *arguments in (
         ("eval.py", "--run", folder, *cpu),
-        ("export.py", "--run", folder, "--out", "served"),
+        ("integrations/export.py", "--run", folder, "--out", "served"),
         ("train.py", "--resume", "--out", folder, *cpu),
         ("train.py", "--start", folder, "--steps", 1, "--max-tasks", 2, "--out", "next", *cpu),
     ):
-        error = run_program(program, *arguments, cwd=home, code=2)
+        error = run_program(name, *arguments, cwd=home, code=2)
         assert "error: " in error and "kind changed since the run began" in error
         assert error.count("\n") == 1
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
@@ -195,7 +196,7 @@ def test_cell_require_same(tmp_path):
     saved = {"row": "lora", **cell.made_with()}
     del saved["gumbel"], saved["replaced_router"]
     saved["tasks"] = saved.pop("abstract_tasks")  # as older cells call it
-    runtime.write_json(cell.path, {"settings": saved})
+    program.write_json(cell.path, {"settings": saved})
     cell.require_same()
     settings = study.changed(cell.settings, {"gumbel": True})
     facts = cell.facts | {"train_tasks": "other"}
@@ -204,7 +205,7 @@ def test_cell_require_same(tmp_path):
             other.require_same()
     on = {kind: cell._replace(facts=cell.facts | {"cpu": kind}) for kind in ("A", "B")}
     on["B"].require_same()  # older cells do not name their CPU
-    runtime.write_json(cell.path, {"settings": {"row": "lora", **on["A"].made_with()}})
+    program.write_json(cell.path, {"settings": {"row": "lora", **on["A"].made_with()}})
     with pytest.raises(ValueError, match="made with cpu A, not B"):
         on["B"].require_same()
     cell.path.unlink()
@@ -242,7 +243,7 @@ def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatc
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
     cells = [cell_of(tmp_path, name) for name in "ab"]
-    runtime.write_json(cells[1].path, {"settings": {"row": "other"}})
+    program.write_json(cells[1].path, {"settings": {"row": "other"}})
     with pytest.raises(ValueError, match="b.json: made with row other"):
         study.Study(train.Settings(), CPU, StudyConfig(jobs=1), {}).run(cells)
 
@@ -292,7 +293,7 @@ def test_replaced_w_is_the_mean_of_dev(monkeypatch):
 def finish(cell, device):
     """Make a cell, unless it is named b: then a signal has stopped it."""
     if cell.name != "b":
-        runtime.write_json(cell.path, {"seconds": 0, "threads": torch.get_num_threads()})
+        program.write_json(cell.path, {"seconds": 0, "threads": torch.get_num_threads()})
     return cell.name != "b"
 
 
@@ -338,7 +339,7 @@ def test_run_cells_ends_when_a_cell_is_stopped(tmp_path, finished_at_once, capsy
 def test_run_cells_ends_when_a_cell_of_several_fails(tmp_path):
     queues = [[cell_of(tmp_path, name)] for name in "cd"]
     for (cell,) in queues:
-        runtime.write_json(cell.path, {"settings": {"row": "other"}})
+        program.write_json(cell.path, {"settings": {"row": "other"}})
     with pytest.raises(ValueError, match="c.json: made with row other, not c"):
         study.run_cells(queues, 2, CPU)
 

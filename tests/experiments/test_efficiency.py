@@ -2,7 +2,7 @@
 
 import importlib.util
 
-import runtime
+import program
 from experiments import efficiency
 from helpers import run
 
@@ -20,8 +20,8 @@ def test_efficiency_scores_the_best_trial_as_seed_0(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     names = sorted(path.stem for path in kept.glob("4/cells/*.json"))
     assert names == ["lora-s0", "lora-s1", "orchmoe-s0", "orchmoe-s1"]
-    best = runtime.read_json(kept / "4/tuning.json")["lora"]
-    cell = runtime.read_json(kept / "4/cells/lora-s0.json")
+    best = program.read_json(kept / "4/tuning.json")["lora"]
+    cell = program.read_json(kept / "4/cells/lora-s0.json")
     assert cell["dev_loss"] == best["dev_loss"]
     assert cell["settings"]["alpha"] == best["best"]["alpha"]
     assert cell["settings"]["train_instances"] == 4

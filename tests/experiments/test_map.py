@@ -8,6 +8,7 @@ import pytest
 
 import checkpoint
 import data
+import program
 import runtime
 import train
 from experiments import decision
@@ -91,7 +92,7 @@ def test_map_makes_all_cells_and_the_tables(tmp_path, monkeypatch):
         names = [path.stem for path in sorted((kept / point / "cells").glob("*.json"))]
         assert names == [f"{row}-s0" for row in rows]
         assert read_tuning(kept / point).keys() == {"lora", "orchmoe"}
-    cell = runtime.read_json(kept / "steps-4/cells/ceiling-s0.json")
+    cell = program.read_json(kept / "steps-4/cells/ceiling-s0.json")
     assert cell["settings"]["steps"] == 4
     assert "| ceiling | 1 | " in out
     assert cell["parameters"]["routing"] == 20 * 28 * 4  # Z of 20 Linears: K = T = 28, S = 4
@@ -233,9 +234,9 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
     assert "times the noise" in out
 
-    lists = runtime.read_json(tmp_path / "kept/tasks.json")
+    lists = program.read_json(tmp_path / "kept/tasks.json")
     assert (len(lists["train"]), len(lists["test"]), len(lists["left out"])) == (3, 12, 25)
-    cell = runtime.read_json(tmp_path / "kept/pilot/floor-s2.json")
+    cell = program.read_json(tmp_path / "kept/pilot/floor-s2.json")
     assert cell["seen"]["tasks"].keys() == set(lists["train"])
     assert cell["unseen"]["tasks"].keys() == {*lists["test"], *lists["left out"]}
     groups = decision.with_groups(cell, lists)
@@ -250,10 +251,10 @@ def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_
     for name, value in changes.items():
         monkeypatch.setattr(decision, name, value)
     out = run("experiments/decision.py", "--stage", "many", *flags, cwd=tmp_path)
-    others = runtime.read_json(tmp_path / "kept/many_tasks.json")
+    others = program.read_json(tmp_path / "kept/many_tasks.json")
     assert (len(others["train"]), len(others["left out"])) == (4, 21)
     assert not set(lists["train"]) & {*others["train"], *others["left out"]}
-    cell = runtime.read_json(tmp_path / "kept/many/orchmoe-s0.json")
+    cell = program.read_json(tmp_path / "kept/many/orchmoe-s0.json")
     seen = decision.with_groups(cell, others)["seen"]["overall"]["loss"]
     both = cell["seen"]["overall"]["loss"], cell["dev"]["overall"]["loss"]
     assert seen == pytest.approx(np.mean(both))
@@ -287,7 +288,7 @@ def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monk
     monkeypatch.setattr(decision, "GRID", {"lora": ((4.0, 2.0), (1e-2,))})
     study.config = replace(study.config, seeds=1, jobs=1)
     decision.make_after(study, small)
-    cells = {path.stem: runtime.read_json(path) for path in study.results.glob("after/*.json")}
+    cells = {path.stem: program.read_json(path) for path in study.results.glob("after/*.json")}
     assert cells.keys() == {
         *("frozen_base-s0", "orchmoe-s0", "frozen_router-s0", "lora-s0", "lora_alpha_1-s0"),
         *("lora_best-s0", "orchmoe_alpha_2-s0", "orchmoe_alpha_2-s1"),
@@ -296,7 +297,7 @@ def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monk
     assert cells["orchmoe_alpha_2-s1"]["settings"]["seed"] == 1
     assert cells["frozen_router-s0"]["router"]["distance_from_start"] == 0
     assert cells["orchmoe-s0"]["router"]["distance_from_start"] > 0
-    grid = [runtime.read_json(path) for path in study.results.glob("grid/*.json")]
+    grid = [program.read_json(path) for path in study.results.glob("grid/*.json")]
     best = min(grid, key=lambda cell: cell["dev_loss"])
     for name in ("alpha", "lr_skills"):
         assert cells["lora_best-s0"]["settings"][name] == best["settings"][name]

@@ -14,7 +14,6 @@ from torch import nn
 import checkpoint
 from baselines import attach_method
 from experiments.sizes import attach_larger
-from export import save_router
 from helpers import (
     EXPORT_CONFIG,
     ROOT,
@@ -22,6 +21,7 @@ from helpers import (
     load_adapted,
     seeded_generator,
 )
+from integrations.export import save_router
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig
 from tokenizer import load as load_tokenizer

@@ -461,7 +461,7 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     assert len(expected.unique(dim=0)) > 1
 
 
-# ---- export.py and integrations/serve.py ----
+# ---- integrations/export.py and integrations/serve.py ----
 
 
 @pytest.mark.parametrize("make_base", [make_llama, make_t5])
@@ -475,7 +475,7 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monk
     stir(model.skill_adapters, seeded_generator(3))
     trainer.save_model()
     arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
-    run("export.py", *arguments, cwd=tmp_path)
+    run("integrations/export.py", *arguments, cwd=tmp_path)
     lora = json.loads((tmp_path / "served/abstract-4/adapter_config.json").read_text())
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")

@@ -19,6 +19,7 @@ import torch
 
 import checkpoint
 import data
+import program
 import run_folder
 import runtime
 import train
@@ -115,7 +116,7 @@ READERS = {
     "tokenizer.json": of_folder(load_tokenizer),
     "task1_a.json": data.read_task,
     "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
-    "scores.json": runtime.read_json,
+    "scores.json": program.read_json,
     "metrics.jsonl": of_folder(study.log_of),
     "x.tokens": read_cache,
 }
@@ -270,10 +271,10 @@ def resumed(folder):
 def test_fields_that_an_older_run_lacks_have_their_defaults(copied):
     before = resumed(copied)
     path = copied / "config.json"
-    config = runtime.read_json(path)
+    config = program.read_json(path)
     del config["training"]["trainable"], config["dataset"]["explanation"]
     del config["adapter"]["gumbel"], config["torch"]
-    runtime.write_json(path, config)
+    program.write_json(path, config)
     assert resumed(copied) == before
 
 
@@ -298,17 +299,17 @@ def test_a_run_with_a_bad_setting_is_refused(copied, section, field, value):
 
 @pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}], ids=str)
 def test_a_run_with_damaged_scores_is_refused(copied, rows):
-    runtime.write_json(copied / "scores.json", rows)
+    program.write_json(copied / "scores.json", rows)
     with refusal(copied / "scores.json"):
         RunFolder(copied).read_scores()
 
 
 def test_scores_of_something_else_are_not_overwritten(home):
     scores = {"config": 3}
-    runtime.write_json(home / "scores.json", scores)
+    program.write_json(home / "scores.json", scores)
     error = run("eval.py", "--model", "tiny", "--limit", "2", "--out", ".", cwd=home, code=2)
     assert "error: scores.json: exists, and nothing is overwritten" in error
-    assert runtime.read_json(home / "scores.json") == scores
+    assert program.read_json(home / "scores.json") == scores
 
 
 def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, home, monkeypatch):
@@ -347,5 +348,5 @@ def test_a_line_that_nobody_reads_does_no_harm():
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as closed:
-        runtime.print_line("a line that nobody reads", closed)
-        runtime.print_line("another one", closed)
+        program.print_line("a line that nobody reads", closed)
+        program.print_line("another one", closed)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import checkpoint
 import data
 import metrics
-import runtime
+import program
 import tokenizer
 from helpers import (
     LLAMA3_ROPE,
@@ -125,7 +125,7 @@ def read(reader, path, content: bytes, whole: bytes):
 
 # --------------------------------------------------------------------------------------- readers
 
-TASK = runtime.to_json(task_json(3))
+TASK = program.to_json(task_json(3))
 
 
 @given(damaged_or_changed(TASK))
@@ -178,7 +178,7 @@ def test_safetensors(folder, content):
         assert all(isinstance(value, str) for value in metadata.values())
 
 
-LORA = runtime.to_json(
+LORA = program.to_json(
     {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
     | dict.fromkeys(["use_dora", "rank_pattern", "modules_to_save"])
 )
@@ -219,7 +219,7 @@ def test_checkpoints(folder, content):
 
 
 T5_CONFIG = (ROOT / "tiny/config.json").read_bytes()
-MISTRAL_CONFIG = runtime.to_json(
+MISTRAL_CONFIG = program.to_json(
     {
         "model_type": "mistral",
         "rope_parameters": LLAMA3_ROPE,

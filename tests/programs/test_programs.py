@@ -21,6 +21,7 @@ import checkpoint
 import data
 import eval as evaluation
 import orchmoe
+import program
 import run_folder
 import runtime
 import train
@@ -40,7 +41,7 @@ from helpers import (
     write_task,
 )
 from orchmoe import OrchMoEConfig
-from runtime import UserError, read_json
+from program import UserError, read_json
 from tokenizer import load as load_tokenizer
 
 CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
@@ -177,7 +178,7 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
 def test_stop_signals_are_noted_and_their_handlers_are_restored():
     for kind in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(kind)
-        with runtime.stop_signals() as stop_requested:
+        with program.stop_signals() as stop_requested:
             assert not stop_requested()
             signal.raise_signal(kind)
             assert stop_requested()
@@ -254,7 +255,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     task["Instances"][0]["output"] = ["changed"]
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
-    export = ["export.py", "--run", "run", "--out", "served", "--mean", *moved]
+    export = ["integrations/export.py", "--run", "run", "--out", "served", "--mean", *moved]
     require_changed("data", [*EVALUATE, *moved], [*RESUME, *moved], export)
 
     # A field that SentencePiece does not know: the same pieces in another file.
@@ -279,7 +280,7 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     own_data = saved.section(data.DataConfig, "dataset")
     tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
-    runtime.warn.cache_clear()
+    program.warn.cache_clear()
     evaluation.load_examples(config, own_data, saved, tokenizer)
     assert not capsys.readouterr().err
 
@@ -414,7 +415,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 10 --batch-size 4 --warmup 5 --eval-instances 8 --device cpu --out run"
     run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
-    tasks = runtime.read_json(home / "run/config.json")["tasks"]
+    tasks = program.read_json(home / "run/config.json")["tasks"]
     assert len(tasks) == len(data.read_splits(sni_dir)["train"])
     assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
 
@@ -457,7 +458,7 @@ def test_bug_keeps_its_traceback(home, monkeypatch, owner, name):
     monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF])
     monkeypatch.chdir(home)
     with pytest.raises(ValueError, match="^too many values to unpack"):
-        runtime.run_program(train.main)
+        program.run_program(train.main)
 
 
 @pytest.mark.parametrize(
@@ -466,8 +467,8 @@ def test_bug_keeps_its_traceback(home, monkeypatch, owner, name):
 def test_failing_process_names_its_rank(joined, expected, monkeypatch):
     """Before the processes have joined, all meet the same error, and rank 0 prints it."""
     monkeypatch.setattr(train, "main", mock.Mock(side_effect=UserError("bad")))
-    monkeypatch.setattr(runtime, "rank", lambda: 1)
-    monkeypatch.setattr(runtime, "local_rank", lambda: 1)
+    monkeypatch.setattr(program, "rank", lambda: 1)
+    monkeypatch.setattr(program, "local_rank", lambda: 1)
     monkeypatch.setattr(runtime.dist, "is_initialized", lambda: joined)
     assert run("train.py", cwd=".", code=2) == expected
 

@@ -22,6 +22,7 @@ import torch
 
 import checkpoint
 import data
+import program
 import runtime
 import t5
 import train
@@ -119,7 +120,7 @@ def loading(folder):
     attach_method("orchmoe", base, OrchMoEConfig(), generator=runtime.generator(0))
     runtime.shard(base, base.blocks, device)
     done.set()
-    return max(sizes) - sizes[0], whole / runtime.world_size()
+    return max(sizes) - sizes[0], whole / program.world_size()
 
 
 def resident_bytes():
@@ -130,9 +131,9 @@ def resident_bytes():
 def dying(*flags):
     """Run train.py. The process of rank 1 dies in step 30."""
     sys.argv[1:] = flags
-    number = 31 if runtime.rank() == 1 else 0
+    number = 31 if program.rank() == 1 else 0
     with interrupted(train, "train_step", number, kind=signal.SIGKILL):
-        runtime.run_program(train.main)
+        program.run_program(train.main)
 
 
 if __name__ == "__main__":
@@ -142,11 +143,11 @@ if __name__ == "__main__":
     with runtime.distributed(CPU):
         if part == "trace":
             results = [trace(*case) for case in json.loads(arguments[1])]
-            if runtime.rank() == 0:
+            if program.rank() == 0:
                 torch.save(results, arguments[0])
         else:
             print(json.dumps(loading(*arguments)), flush=True)
-    os._exit(0)  # threads of gloo may abort while Python shuts down, see runtime.run_program
+    os._exit(0)  # threads of gloo may abort while Python shuts down, see program.run_program
 
 
 # ------------------------------------------------------------------------------------- the tests
@@ -191,8 +192,8 @@ def assert_same_run(folder, expected):
         for name, tolerance in tolerances.items():
             assert row.get(name) == pytest.approx(expected_row.get(name), abs=tolerance)
     assert_same_adapter(folder, expected, atol=1e-4)
-    scores = runtime.read_json(folder / "scores.json")
-    assert scores == runtime.read_json(expected / "scores.json")
+    scores = program.read_json(folder / "scores.json")
+    assert scores == program.read_json(expected / "scores.json")
 
 
 @pytest.mark.slow
@@ -263,7 +264,7 @@ def test_generation_waits_for_other_processes(small_t5, inputs):
 def test_variables_of_a_cluster_are_not_those_of_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "3")
-    assert (runtime.rank(), runtime.local_rank(), runtime.world_size()) == (0, 0, 1)
+    assert (program.rank(), program.local_rank(), program.world_size()) == (0, 0, 1)
     with runtime.distributed(CPU):
         assert runtime.gather_from_ranks("alone") == ["alone"]
 

@@ -20,7 +20,7 @@ DYING = """
 import io, os, runpy, signal, sys
 folder, stage, remaining = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.path.insert(0, folder)
-import runtime, train
+import program, train
 
 def reached(name):
     global remaining
@@ -53,7 +53,7 @@ def dying_replace(source, target):
     replace(source, target)
     reached("named")
 
-runtime.open = open_dying
+program.open = open_dying
 os.fsync = dying_fsync
 os.replace = dying_replace
 if stage == "moment":

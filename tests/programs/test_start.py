@@ -14,7 +14,7 @@ import run_folder
 import runtime
 import train
 from helpers import ROOT, change_config, interrupted, run, trace, write_lists
-from runtime import read_json
+from program import read_json
 
 SIZES = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8"]
 SIZES += ["--warmup", "0", "--device", "cpu", "--eval-instances", "8"]
@@ -34,7 +34,7 @@ def home(finished, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("start")
     (folder / "run").symlink_to(finished / "run")
-    run("export.py", "--run", "run", "--out", "served", cwd=folder)
+    run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
     unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
     write_lists(folder / "data", [unseen], [])
     (folder / "data/tasks").symlink_to(ROOT / "sni/tasks")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-import runtime
+import program
 import t5
 from baselines import attach_method, count_parameters
 from docs import architecture
@@ -95,6 +95,6 @@ def test_page_on_data_has_the_computed_memory():
 def test_bar_is_shown_on_a_terminal_and_not_by_a_worker(on_terminal, parent, shown, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
-    bar = runtime.progress(range(4), "train")
+    bar = program.progress(range(4), "train")
     assert bar.disable != shown
     assert not shown or bar.delay == 1  # short loops have no bar

@@ -23,7 +23,8 @@ LEVEL = {
     "kernels": 0,
     "model": 0,
     "metrics": 0,
-    "runtime": 0,
+    "program": 0,
+    "runtime": 1,
     "baselines": 1,
     "t5": 1,
     "llama": 1,
@@ -34,11 +35,10 @@ LEVEL = {
     "eval": 4,
     "integrations": 4,
     "train": 5,
-    "export": 5,
     "experiments": 6,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
-OPTIONAL = {"tokenizer": {"tokenizers"}, "export": {"transformers"}}  # inside functions
+OPTIONAL = {"tokenizer": {"tokenizers"}}  # inside functions
 
 
 def parse(path: Path) -> ast.Module:
@@ -107,7 +107,7 @@ def test_files_behind_train_stay_small():
             behind |= imported(ast.walk(parse(path)))
             total += count_tokens(path.read_text(encoding="utf-8"))
     assert {"llama", "orchmoe", "run_folder"} <= behind
-    assert total <= 34_100
+    assert total <= 35_500
 
 
 def test_top_level_has_few_files():

@@ -8,10 +8,10 @@ import shlex
 import sys
 from unittest import mock
 
-import runtime
 from helpers import ROOT
+from program import Parser
 
-PROGRAMS = ("train", "eval", "export")
+PROGRAMS = ("train", "eval", "integrations.export")
 NAMES = ("bench", "compare", "computed", "decision", "efficiency", "explorer", "gpu_check", "map")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
@@ -22,7 +22,7 @@ COMMAND = re.compile(
 def parser_of(program):
     """Return the parser that the program makes for itself."""
     with (
-        mock.patch.object(runtime.Parser, "parse_args", autospec=True) as parse,
+        mock.patch.object(Parser, "parse_args", autospec=True) as parse,
         mock.patch.object(sys, "argv", [f"{program}.py"]),
         contextlib.suppress(KeyboardInterrupt),
     ):

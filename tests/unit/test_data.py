@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import runtime
+import program
 from data import (
     DataConfig,
     batch_at,
@@ -236,7 +236,7 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
 def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
     good = {"prompt": "a", "completion": "b"}
     path = write_rows(tmp_path / "own.jsonl", [good, row, good])
-    with pytest.raises(runtime.UserError, match=problem) as caught:
+    with pytest.raises(program.UserError, match=problem) as caught:
         data.read_rows(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -1,4 +1,4 @@
-"""Test export.py and integrations/peft_folder.py: files, the program, and what they refuse.
+"""Test integrations/export.py and peft_folder.py: files, the program, and what they refuse.
 
 parity/test_peft.py compares the logits of exported folders with those of peft.
 """
@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import data
 import eval as evaluation
-import export
 import run_folder
 import runtime
 from helpers import (
@@ -24,10 +23,12 @@ from helpers import (
     load_adapted,
     run,
 )
+from integrations import export
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 K = EXPORT_CONFIG.abstract_tasks
+EXPORT = "integrations/export.py"
 
 
 def config_of(lora):
@@ -70,7 +71,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     change_config(copied, "dataset", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
     arguments = ("--mean", "--data", ROOT / "sni", "--pad-rank")
-    run("export.py", "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
+    run(EXPORT, "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
     served = copied.parent / "served"
     names = [f"abstract-{k}" for k in range(1, 9)]
     written = sorted(path.name for path in served.iterdir())
@@ -110,7 +111,7 @@ def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
 def test_program_takes_given_weights(finished, tmp_path):
     w = torch.tensor([-1.0, 2, 0, 0, 0, 0, 0, 0.5])
     arguments = ("--w=" + ",".join(map(str, w.tolist())), "--base", "google/flan-t5-base")
-    run("export.py", "--run", "run", "--out", tmp_path / "out", *arguments, cwd=finished)
+    run(EXPORT, "--run", "run", "--out", tmp_path / "out", *arguments, cwd=finished)
     assert config_of(tmp_path / "out/w")["base_model_name_or_path"] == "google/flan-t5-base"
     _, adapters, _ = load_run(finished / "run")
     save_peft(adapters, w, tmp_path / "expected", "base")
@@ -136,7 +137,7 @@ MISTAKES = {  # flags -> beginning of the message
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line(flags, beginning, copied):
     (copied.parent / "empty").mkdir()
-    said = run("export.py", *flags.split(), cwd=copied.parent, code=2)
+    said = run(EXPORT, *flags.split(), cwd=copied.parent, code=2)
     assert said.startswith(f"export.py: error: {beginning}") and said.count("\n") == 1
 
 
@@ -145,7 +146,7 @@ def test_mistake_prints_one_line(flags, beginning, copied):
 )
 def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, copied):
     change_config(copied, "training", method=method)
-    said = run("export.py", *GIVEN.split(), *flags.split(), cwd=copied.parent, code=2)
+    said = run(EXPORT, *GIVEN.split(), *flags.split(), cwd=copied.parent, code=2)
     assert f"run: --method {method}" in said and reason in said
 
 
@@ -170,7 +171,7 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
     config.num_layers = change.get("layers", config.num_layers)
     config.save_pretrained(tmp_path / "base")
     arguments = ("--adapter", "adapter.pt", "--model", "base", "--out", "served")
-    said = run("export.py", *arguments, cwd=tmp_path, code=2)
+    said = run(EXPORT, *arguments, cwd=tmp_path, code=2)
     assert re.match(f"export.py: error: (adapter.pt|base|served/abstract-1): .*{message}", said), (
         said
     )

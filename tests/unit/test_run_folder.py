@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import program
 import run_folder
-import runtime
 import train
 from baselines import attach_method
 from helpers import records, seeded_generator
 from orchmoe import OrchMoEConfig
+from program import UserError
 from run_folder import RunConfig, RunFolder, new_folder, read_config
-from runtime import UserError
 
 # ----------------------------------------------------------------------------------------- the lock
 
@@ -223,7 +223,7 @@ def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path,
 
 
 def test_only_rank_0_writes(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "rank", lambda: 1)
+    monkeypatch.setattr(program, "rank", lambda: 1)
     folder = RunFolder(tmp_path)
     with folder.lock():
         folder.bind(config)

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
+import program
 import runtime
 import train
 from baselines import attach_method
@@ -181,7 +182,7 @@ REPORTS = {  # w of four samples, fields of the report, a word of the warning
 @pytest.mark.parametrize("w, expected, warning", REPORTS.values(), ids=REPORTS)
 def test_router_report(w, expected, warning, capsys):
     """The distance is that from uniform w."""
-    runtime.warn.cache_clear()
+    program.warn.cache_clear()
     report = evaluation.router_report(w, torch.full_like(w, 1 / w.shape[1]))
     found = {name: report[name] for name in expected}
     assert found == pytest.approx(expected, nan_ok=True, abs=1e-6)

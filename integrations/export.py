@@ -5,10 +5,11 @@ them as a folder in PEFT's form, see integrations/peft_folder.py, and the router
 adapters come from a run of train.py, or from the adapter.pt of integrations/trainer.py.
 docs/use.md says how to serve them.
 
-    python export.py --run runs/orchmoe-1 --out served           # K LoRAs and the router
-    python export.py --run runs/orchmoe-1 --out served --mean    # one more, for the mean w
-    python export.py --run runs/lora-1 --out served              # one LoRA
-    python export.py --adapter run/adapter.pt --model Qwen3-8B --out served
+    python -m integrations.export --run runs/orchmoe-1 --out served    # K LoRAs and the router
+    python -m integrations.export --run runs/lora-1 --out served       # one LoRA
+    python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
+
+--mean adds a LoRA for the mean w of the run's dev set.
 
 Letters: K abstract tasks, S skills, R rank of a skill, D width of the embeddings.
 
@@ -24,12 +25,13 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
+import program
 import run_folder
 import runtime
 from integrations.peft_folder import save_peft
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
-from runtime import UserError
+from program import UserError
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
@@ -71,9 +73,9 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
     They are attached to transformers' model of the folder `model`, because the file has its names.
     Its weights have no values (they are on the meta device) and so take no memory.
     """
-    saved = checkpoint.read_torch(runtime.require_path(path, "name an adapter.pt"))
-    with runtime.reading(path, "name an adapter.pt of integrations/trainer.py"):
-        adapter_config = runtime.from_json(OrchMoEConfig, saved["config"])
+    saved = checkpoint.read_torch(program.require_path(path, "name an adapter.pt"))
+    with program.reading(path, "name an adapter.pt of integrations/trainer.py"):
+        adapter_config = program.from_json(OrchMoEConfig, saved["config"])
         state = {name: tensor.float() for name, tensor in saved["state"].items()}
 
     # Imported here, since runs of train.py do not need it.
@@ -82,8 +84,8 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
     except ImportError:
         raise UserError("--adapter: needs transformers; pip install transformers") from None
 
-    runtime.require_path(model, checkpoint.DOWNLOAD)
-    with runtime.reading(model, "name a folder that transformers loads"), torch.device("meta"):
+    program.require_path(model, checkpoint.DOWNLOAD)
+    with program.reading(model, "name a folder that transformers loads"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         for name, value in config.to_dict().items():
             if name.endswith("layers") and type(value) is int and value > checkpoint.LARGEST_DEPTH:
@@ -93,7 +95,7 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
             model_class = transformers.AutoModelForSeq2SeqLM
         base = model_class.from_config(config)
 
-    with runtime.reading(path, f"{model} must be the base that it was trained on"):
+    with program.reading(path, f"{model} must be the base that it was trained on"):
         with torch.device("meta"):
             adapters = attach(base, adapter_config)
             adapters.load_state_dict(state)  # compares names and shapes, but copies no values
@@ -113,7 +115,7 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
 
 def given_routing(config: ExportConfig, K: int) -> Tensor:
     """Return w (K,), the weights that --w gives."""
-    with runtime.reading("--w", f"give K = {K} finite numbers with commas between"):
+    with program.reading("--w", f"give K = {K} finite numbers with commas between"):
         w = torch.tensor([float(value) for value in config.w])
         if len(w) != K or not w.isfinite().all():
             raise ValueError(f"{len(w)} numbers, or some are not finite")
@@ -153,7 +155,7 @@ def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Pa
         "attention": router.config.router_attention,
         "norm": router.config.router_norm,
     }
-    runtime.write_json(folder / "router.json", settings)
+    program.write_json(folder / "router.json", settings)
 
 
 def export(config: ExportConfig, device: runtime.Device) -> None:
@@ -195,19 +197,19 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     base_name = config.base or str(Path(base_folder).resolve())
     for name, w in routings.items():
         rank = save_peft(adapters, w, out / name, base_name, ranks=ranks)
-    runtime.print_line(
+    program.print_line(
         f"written to {out}: LoRAs of rank {rank} for {base_name}: {', '.join(routings)}"
     )
 
     if adapters.router is not None:
         save_router(adapters.router, embedding, abstract, out)
-        runtime.print_line(f"written to {out}: router.safetensors and router.json")
+        program.print_line(f"written to {out}: router.safetensors and router.json")
 
 
 def main() -> None:
-    config = runtime.from_flags(ExportConfig, runtime.read_flags(__doc__, ExportConfig))
+    config = program.from_flags(ExportConfig, program.read_flags(__doc__, ExportConfig))
     export(config, runtime.pick_device(device="cpu", dtype="float32"))
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)
