@@ -2,39 +2,53 @@
 
     python docs/architecture.py
 
+The drawing is narrow, so that a phone shows it whole. Its colours follow the light or dark scheme
+of the reader.
+
 Test: pytest tests/repo/test_docs.py
 """
 
 from pathlib import Path
 
-# Light tints of Okabe and Ito's colours, which the colour-blind can tell apart.
-FROZEN = "#E4E4E4"
-ROUTER = "#BFE0F5"
-ALLOCATION = "#B9E6D3"
-SKILLS = "#FBDFA6"
-INK = "#1A1A1A"
+WIDTH = 460
+HEIGHT = 894
+# Class, light colour, dark colour, what has it. Tints of Okabe and Ito's colours, which the
+# colour-blind can tell apart.
+COLOURS = (
+    ("frozen", "#E4E4E4", "#3D434B", "frozen"),
+    ("router", "#BFE0F5", "#1C4A68", "Task Router"),
+    ("allocation", "#B9E6D3", "#1F5541", "allocation"),
+    ("skills", "#FBDFA6", "#604A16", "skills"),
+    ("loss", "#F5D3E3", "#5E2C47", "loss"),
+)
 LOGITS = 'W<tspan dy="3" font-size="10">task</tspan><tspan dy="-3"> x̂ + b</tspan>'
-HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 596"
- font-size="14" font-family="Helvetica, Arial, sans-serif" fill="{INK}">
-<title>Architecture of OrchMoE, with the shapes</title>
-<defs><marker id="tip" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">
-<path d="M0,0 L9,4 L0,8 z"/></marker></defs>
-<rect width="860" height="596" fill="white"/>"""
+
+
+def style() -> str:
+    """Return the style sheet. Its names begin with "oa-", because a page may contain the SVG."""
+    light = [".oa-paper{fill:#FFFFFF}", ".oa-ink{fill:#1A1A1A}", ".oa-line{stroke:#1A1A1A}"]
+    dark = [".oa-paper{fill:#14181E}", ".oa-ink{fill:#E4E8EE}", ".oa-line{stroke:#AEB8C4}"]
+    for name, light_colour, dark_colour, _ in COLOURS:
+        light.append(f".oa-{name}{{fill:{light_colour}}}")
+        dark.append(f".oa-{name}{{fill:{dark_colour}}}")
+    light.append(".oa-none{fill:none}")
+    night = "@media (prefers-color-scheme: dark)"
+    return "<style>\n" + "\n".join(light) + f"\n{night} {{\n" + "\n".join(dark) + "\n}\n</style>"
 
 
 def text(x: float, y: float, line: str, *, bold: bool = False, anchor: str = "middle") -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{weight}>{line}</text>'
+    return f'<text class="oa-ink" x="{x:g}" y="{y:g}" text-anchor="{anchor}"{weight}>{line}</text>'
 
 
-def rectangle(x: int, y: int, width: int, height: int, fill: str, more: str) -> str:
+def rectangle(x: int, y: int, width: int, height: int, kind: str, more: str = "") -> str:
     place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-    return f'<rect {place} {more}fill="{fill}" stroke="{INK}"/>'
+    return f'<rect class="oa-{kind} oa-line" {place}{more}/>'
 
 
-def box(x: int, y: int, width: int, height: int, fill: str, *lines: str) -> str:
+def box(x: int, y: int, width: int, height: int, kind: str, *lines: str) -> str:
     """Return a rounded box with centred lines, the first one bold."""
-    parts = [rectangle(x, y, width, height, fill, 'rx="6" ')]
+    parts = [rectangle(x, y, width, height, kind, ' rx="6"')]
     top = y + height / 2 + 5 - 9 * (len(lines) - 1)
     for i, line in enumerate(lines):
         parts.append(text(x + width / 2, top + 18 * i, line, bold=i == 0))
@@ -43,86 +57,94 @@ def box(x: int, y: int, width: int, height: int, fill: str, *lines: str) -> str:
 
 def frame(x: int, y: int, width: int, height: int, title: str) -> str:
     """Return a dashed frame with its title inside, at the top left."""
-    place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-    dashed = f'<rect {place} rx="8" fill="none" stroke="{INK}" stroke-dasharray="5 4"/>'
+    dashed = rectangle(x, y, width, height, "none", ' rx="8" stroke-dasharray="5 4"')
     return dashed + "\n" + text(x + 12, y + 21, title, anchor="start", bold=True)
 
 
 def arrow(*points: tuple[int, int]) -> str:
     """Return an arrow through the points."""
     path = " ".join(f"{x},{y}" for x, y in points)
-    style = f'fill="none" stroke="{INK}" stroke-width="1.5" marker-end="url(#tip)"'
-    return f'<polyline points="{path}" {style}/>'
+    line = 'stroke-width="1.5" marker-end="url(#oa-tip)"'
+    return f'<polyline class="oa-none oa-line" points="{path}" {line}/>'
 
 
 def drawing() -> str:
-    """Return the whole SVG: above what is computed once a sample, below one adapted Linear."""
+    """Return the whole SVG: what is computed once a prompt, one adapted Linear, and the loss."""
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"',
+        ' font-size="14" font-family="Helvetica, Arial, sans-serif">',
+        "<title>Architecture of OrchMoE, with the shapes</title>",
+        style(),
+        '<defs><marker id="oa-tip" markerWidth="9" markerHeight="8" refX="8" refY="4"',
+        ' orient="auto"><path class="oa-ink" d="M0,0 L9,4 L0,8 z"/></marker></defs>',
+        f'<rect class="oa-paper" width="{WIDTH}" height="{HEIGHT}"/>',
+    ]
     once = [
-        frame(316, 8, 390, 126, "Task Router: one, reads the source alone"),
-        box(10, 42, 120, 80, FROZEN, "source", "tokens", "(B,L)"),
-        box(164, 42, 130, 80, FROZEN, "E", "embeddings", "(B,L,D)"),
-        box(
-            322, 42, 202, 80, ROUTER, "x̂", "X = rmsnorm(E)", "mean(P X + X), standardised", "(B,D)"
-        ),
-        box(548, 42, 146, 80, ROUTER, "w", f"softmax({LOGITS})", "(B,K)"),
-        box(730, 42, 120, 80, ALLOCATION, "c = w Ẑ", "skill weights", "(N,B,S)"),
-        arrow((130, 82), (164, 82)),
-        arrow((294, 82), (322, 82)),
-        arrow((524, 82), (548, 82)),
-        arrow((694, 82), (730, 82)),
-        box(
-            10,
-            164,
-            284,
-            80,
-            FROZEN,
-            "T5 encoder and decoder",
-            "N of its Linears have skills",
-            "(B,L,D)",
-        ),
-        box(322, 164, 202, 80, "white", "loss", "cross-entropy of the", "target tokens, no more"),
-        box(548, 164, 146, 80, ALLOCATION, "Ẑ: sigmoid(Z)", "rows sum to 1", "(N,K,S)"),
-        arrow((229, 122), (229, 164)),
-        arrow((294, 204), (322, 204)),
-        arrow((694, 204), (770, 204), (770, 122)),
+        box(24, 8, 176, 46, "frozen", "prompt", "tokens (B,L)"),
+        box(248, 8, 176, 46, "frozen", "E", "embeddings (B,L,D)"),
+        arrow((200, 31), (248, 31)),
+        frame(14, 74, 432, 274, "Task Router: one, reads the prompt"),
+        box(60, 106, 300, 44, "router", "X = rmsnorm(E)", "(B,L,D)"),
+        box(60, 168, 300, 44, "router", "P = softmax(X Xᵀ / √D)", "attention (B,L,L)"),
+        box(60, 230, 300, 44, "router", "x̂ = mean(P X + X), standardised", "(B,D)"),
+        box(60, 292, 300, 44, "router", f"w = softmax({LOGITS})", "abstract tasks (B,K)"),
+        arrow((336, 54), (336, 106)),
+        arrow((210, 150), (210, 168)),
+        arrow((210, 212), (210, 230)),
+        arrow((210, 274), (210, 292)),
+        arrow((360, 128), (390, 128), (390, 252), (360, 252)),
+        box(24, 368, 176, 46, "allocation", "Ẑ: sigmoid(Z)", "rows sum to 1 (N,K,S)"),
+        box(248, 368, 176, 46, "allocation", "c = w Ẑ", "skill weights (N,B,S)"),
+        arrow((200, 391), (248, 391)),
+        arrow((336, 336), (336, 368)),
     ]
     linear = [
-        frame(10, 280, 840, 250, "One of the N adapted Linears"),
-        text(838, 301, "A is kept as (S,R,D), B as (S,R,O)", anchor="end"),
-        box(26, 380, 90, 60, FROZEN, "x", "(B,L,D)"),
-        box(176, 320, 140, 80, SKILLS, "h = A x", "A: S R × D", "(B,L,S R)"),
-        box(362, 320, 140, 80, ALLOCATION, "α/R · c · h", "c_s for R ranks", "(B,L,S R)"),
-        box(548, 320, 140, 80, SKILLS, "B h", "B: O × S R", "(B,L,O)"),
-        box(176, 432, 512, 80, FROZEN, "W₀ x", "the frozen weight, O × D", "(B,L,O)"),
-        '<circle cx="722" cy="410" r="14" fill="white" stroke="black"/>',
-        text(722, 415, "+", bold=True),
-        box(756, 380, 82, 60, FROZEN, "y", "(B,L,O)"),
-        arrow((116, 400), (146, 400), (146, 360), (176, 360)),
-        arrow((116, 420), (146, 420), (146, 472), (176, 472)),
-        arrow((316, 360), (362, 360)),
-        arrow((502, 360), (548, 360)),
-        arrow((688, 360), (722, 360), (722, 396)),
-        arrow((688, 472), (722, 472), (722, 424)),
-        arrow((736, 410), (756, 410)),
-        arrow((820, 122), (820, 262), (432, 262), (432, 320)),
+        frame(14, 434, 432, 308, "One of the N adapted Linears"),
+        text(26, 473, "A is kept as (S,R,D), B as (S,R,O)", anchor="start"),
+        box(24, 486, 400, 28, "frozen", "x (B,L,D)"),
+        box(24, 534, 176, 152, "frozen", "W₀ x", "the frozen weight, O × D", "(B,L,O)"),
+        box(224, 534, 200, 42, "skills", "h = A x (B,L,S R)", "A: S R × D"),
+        box(224, 589, 200, 42, "allocation", "α/R · c · h", "c_s for R ranks"),
+        box(224, 644, 200, 42, "skills", "B h (B,L,O)", "B: O × S R"),
+        arrow((112, 514), (112, 534)),
+        arrow((324, 514), (324, 534)),
+        arrow((324, 576), (324, 589)),
+        arrow((324, 631), (324, 644)),
+        arrow((424, 391), (436, 391), (436, 610), (424, 610)),
+        '<circle class="oa-paper oa-line" cx="216" cy="716" r="12"/>',
+        text(216, 721, "+", bold=True),
+        arrow((112, 686), (112, 716), (204, 716)),
+        arrow((324, 686), (324, 716), (228, 716)),
+        text(216, 701, "y (B,L,O)", bold=True),
+    ]
+    base = [
+        box(
+            24,
+            762,
+            226,
+            46,
+            "frozen",
+            "frozen T5, Llama, Qwen, ...",
+            "N of its Linears have skills",
+        ),
+        box(286, 762, 138, 46, "loss", "loss", "of the answer alone"),
+        arrow((24, 31), (7, 31), (7, 785), (24, 785)),
+        arrow((250, 785), (286, 785)),
+        arrow((216, 728), (216, 762)),
     ]
     legend = []
-    for x, fill, name in (
-        (10, FROZEN, "frozen"),
-        (100, ROUTER, "router"),
-        (190, ALLOCATION, "allocation"),
-        (305, SKILLS, "skills"),
-    ):
-        legend.append(rectangle(x, 544, 18, 14, fill, ""))
-        legend.append(text(x + 25, 556, name, anchor="start"))
-    legend.append(text(10, 578, "P = softmax(X Xᵀ / √D)", anchor="start"))
-    letters = [
-        "B batch (in shapes), L length, D d_in, O d_out",
-        "K abstract tasks, S skills, R rank, N adapted Linears",
-    ]
+    x = 14
+    for kind, _, _, name in COLOURS:
+        legend.append(rectangle(x, 824, 16, 13, kind))
+        legend.append(text(x + 21, 835, name, anchor="start"))
+        x += 38 + 7 * len(name)
+    letters = (
+        "B prompts in the batch, L tokens, D input width, O output width,",
+        "K abstract tasks, S skills of rank R, N adapted Linears",
+    )
     for i, line in enumerate(letters):
-        legend.append(text(850, 556 + 22 * i, line, anchor="end"))
-    return "\n".join([HEAD, *once, *linear, *legend, "</svg>"]) + "\n"
+        legend.append(text(14, 860 + 20 * i, line, anchor="start"))
+    return "\n".join([*head, *once, *linear, *base, *legend, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
