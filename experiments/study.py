@@ -58,6 +58,9 @@ from program import UserError
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "start", "trainable")
+# A cell that scores "replicate" answers so many instances of each task, with so many tokens.
+ANSWERED = 5
+ANSWER_TOKENS = 32
 
 
 class Row(NamedTuple):
@@ -147,7 +150,7 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "dev tasks", "losses", "all losses", "answers"] = "answers"  # `run_cell`
+    scores: Literal["dev", "dev tasks", "losses", "all losses", "replicate", "answers"] = "answers"
     extra_rank: int = 0  # see sizes.attach_larger
 
     def result(self) -> dict[str, Any]:
@@ -199,7 +202,9 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     The dev loss weighs all target tokens alike. If dev is scored by task, it is the mean over
     tasks. A cell that scores "losses" also has the losses on seen and unseen instances. One
     that scores "all losses" has those on dev, too, each on ten times eval_instances, since training
-    has no use for so many. One that scores "answers" also has scores of the generated answers.
+    has no use for so many. One that scores "replicate" has the losses on all seen instances, and
+    the scores of short answers to some of them. One that scores "answers" has scores of the
+    generated answers on seen and unseen instances.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -286,10 +291,14 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     limit = config.eval_instances
     if cell.scores == "all losses":
         limit *= 10
+    if cell.scores == "replicate":
+        limit = 0  # all
     held_out = train.held_out_sets(sets, limit)
     dev = held_out["dev"]
     if cell.scores == "dev tasks":
         held_out = {"dev": dev}
+    elif cell.scores == "replicate":
+        held_out = {"seen": held_out["seen"]}
     elif cell.scores != "all losses":
         del held_out["dev"]
     result = {}
@@ -328,6 +337,14 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             result[which]["tasks"][task]["loss"] = loss
             losses.append(loss)
         result[which]["overall"]["loss"] = sum(losses) / len(losses)
+        if cell.scores == "replicate":
+            answered = []
+            for rows in tasks.values():
+                answered += [examples[i] for i in rows[:ANSWERED]]
+            predictions = evaluation.predict(
+                base, adapters, answered, tokenizer, max_new_tokens=ANSWER_TOKENS, **options
+            )
+            result["answers"] = evaluation.score(answered, predictions)
 
     if cell.row.model == "trained" and not cell.row.w and "seen" in held_out:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
@@ -463,11 +480,12 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
 
 
 def print_done(cell: Cell) -> None:
+    """Print that a cell is finished, and its dev loss unless nobody may look at it yet."""
     result = cell.result()
     parts = [str(cell.path)]
     if "diverged" in result:
         parts.append("diverged")
-    elif "dev_loss" in result:
+    elif "dev_loss" in result and cell.scores != "replicate":
         parts.append(f"dev loss {result['dev_loss']:.4f}")
     program.print_line(", ".join(parts))
 
