@@ -4,8 +4,8 @@
 
 The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
 page shows the weights c of the skills, the answer and, with a reference, the loss. It is served on
-127.0.0.1 alone, one request at a time, until Ctrl-C. docs/annotated.html holds the same page with
-stored answers. Markup, style and script are in explorer.html, explorer.css and explorer.js.
+127.0.0.1 alone until Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
+style and script are in explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
 Test: pytest tests/repo/test_explorer.py
@@ -15,9 +15,12 @@ import functools
 import html
 import json
 import os
+import re
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,14 +211,28 @@ def page(explored: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------- the server
 
 
-class Server(HTTPServer):
-    """Answers on 127.0.0.1, one request at a time."""
+class Server(ThreadingHTTPServer):
+    """Answers on 127.0.0.1. Each connection has a thread; the model answers one at a time."""
 
     def __init__(self, loaded: Loaded, port: int):
         super().__init__(("127.0.0.1", port), Handler)
         self.loaded = loaded
+        self.lock = threading.Lock()  # whoever holds it may use the model
         self.page = page(collect(loaded) | {"live": True}).encode()
-        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.hosts = hosts_at(self.server_port)
+
+    def handle_error(self, *arguments: Any) -> None:
+        """Print the traceback of a bug, and nothing if a client has left or is silent."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(*arguments)
+
+
+def hosts_at(port: int) -> list[str]:
+    """Return what a browser may send as Host if the page is at this port."""
+    hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
+    if port == 80:  # browsers leave out the usual port
+        hosts += ["127.0.0.1", "localhost"]
+    return hosts
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -226,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     server: Server
-    timeout = 10  # seconds for one read, so that a silent client does not block the others
+    timeout = 10  # seconds for one read, so that a silent client does not keep its thread
 
     def do_GET(self) -> None:
         if self.is_refused():
@@ -236,12 +253,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if self.is_refused():
             return
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         try:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            code, result = 200, reply(self.server.loaded, request)
-        except (ValueError, TypeError, KeyError) as error:
-            code, result = 400, {"error": str(error)}
-        self.send(code, "application/json", json.dumps(result).encode())
+            with self.server.lock:
+                answered = reply(self.server.loaded, body)
+        except UserError as error:
+            self.send_error_text(400, str(error))
+        else:
+            self.send(200, "application/json", program.to_json(answered))
 
     def is_refused(self) -> bool:
         """Refuse a request that this page did not make, or that is too large."""
@@ -249,16 +268,19 @@ class Handler(BaseHTTPRequestHandler):
         is_post = self.command == "POST"
         origin = self.headers.get("Origin", "" if is_post else f"http://{host}")
         length = self.headers.get("Content-Length", "" if is_post else "0")
-        code = 200
         if host not in self.server.hosts or origin != f"http://{host}":
-            code = 403
+            self.send_error_text(403, f"not from the page; open http://{self.server.hosts[0]}")
         elif self.path != "/":
-            code = 404
-        elif not length.isdecimal() or int(length) > LARGEST_REQUEST:
-            code = 413
-        if code != 200:
-            self.send(code, "text/plain", b"refused")
-        return code != 200
+            self.send_error_text(404, "there is nothing but the page at /")
+        elif not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST_REQUEST:
+            self.send_error_text(413, f"more than {LARGEST_REQUEST:,} bytes; give a shorter prompt")
+        else:
+            return False
+        return True
+
+    def send_error_text(self, code: int, text: str) -> None:
+        """Send a problem as JSON, in the form in which the page shows it."""
+        self.send(code, "application/json", program.to_json({"error": text}))
 
     def send(self, code: int, kind: str, body: bytes) -> None:
         self.send_response(code)
@@ -275,23 +297,39 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @torch.no_grad()
-def reply(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
-    """Return {"w", "result"} for {"prompt", "reference", "w"}. A w of None means the router's.
+def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
+    """Return {"w", "result"} for a request {"prompt", "reference", "w"} in JSON.
 
-    Raise ValueError for a text that is too long or a w that does not fit.
+    A w of null means the router's. Raise UserError for a request of another form, and for texts
+    that are empty or too long.
     """
-    reference = request["reference"]
-    data.require_texts([request["prompt"], reference])
+    with program.reading("request", "send what the page sends"):
+        request = json.loads(body)
+        prompt = request["prompt"]
+        reference = request["reference"]
+        w = request["w"]
+        data.require_texts([prompt, reference])
+    if w is not None:
+        K = loaded.adapters.config.abstract_tasks
+        with program.reading("w", f"give {K} finite numbers"):
+            w = torch.tensor([float(value) for value in w])
+            if len(w) != K:
+                raise ValueError(f"{len(w)} numbers")
+            if not w.isfinite().all():
+                raise ValueError("a number is not finite")
+
+    if not prompt.strip():
+        raise UserError("prompt: it is empty; write one")
     ids = {
-        "prompt": loaded.tokenizer.source(request["prompt"]),
+        "prompt": loaded.tokenizer.source(prompt),
         "reference": loaded.tokenizer.target(reference),
     }
     for name, most in (
         ("prompt", loaded.data_config.max_source_length),
         ("reference", loaded.data_config.max_target_length),
     ):
-        if not 0 < len(ids[name]) <= most:
-            raise ValueError(f"{name}: {len(ids[name])} tokens; give 1 to {most}")
+        if len(ids[name]) > most:
+            raise UserError(f"{name}: {len(ids[name])} tokens; give 1 to {most}")
     example = Example(
         id="typed",
         task="typed",
@@ -300,12 +338,8 @@ def reply(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
         target_ids=[np.array(ids["reference"], np.int32)],
         references=[reference] if reference else [],
     )
-    w = request["w"]
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
-    w = torch.as_tensor(w, dtype=torch.float32)
-    if not w.isfinite().all():
-        raise ValueError("w: give finite numbers")
     return {"w": rounded(w), "result": answer(loaded, example, w)}
 
 
@@ -321,6 +355,8 @@ class ExplorerConfig:
     port: int = 8000  # of the page; 0: any free one
 
     def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("give --run, the folder of a run")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port {self.port}: give 0 to 65535")
 

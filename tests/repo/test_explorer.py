@@ -1,9 +1,14 @@
 """The explorer, on the annotated page and served, in a browser and without one."""
 
 import json
+import re
 import shutil
+import socket
 import threading
-from http.client import HTTPConnection
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, RemoteDisconnected
+from unittest import mock
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -179,7 +184,9 @@ def request(server, method="POST", path="/", body=None, **headers):
     here = f"127.0.0.1:{server.server_port}"
     known = {"Host": here, "Origin": f"http://{here}"} if method == "POST" else {"Host": here}
     connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    content = json.dumps(body).encode() if body is not None else None
+    content = body
+    if body is not None and not isinstance(body, bytes):
+        content = json.dumps(body).encode()
     connection.request(method, path, content, {**known, **headers})
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
@@ -199,18 +206,79 @@ def test_the_server_answers_with_the_given_w(server):
 
 def test_the_server_refuses_others(server):
     assert request(server, "GET")[0] == 200
-    assert request(server, "GET", Host="example.org")[0] == 403
-    assert request(server, "GET", Origin="http://example.org")[0] == 403
-    assert request(server, "GET", "/etc/passwd")[0] == 404
-    assert request(server, body=QUESTION, Origin="http://example.org")[0] == 403
-    assert request(server, **{"Content-Length": str(10**9)})[0] == 413
-    assert request(server, **{"Content-Length": "-1"})[0] == 413
-    for wrong in ({"w": [1.0]}, {"w": "1"}, {"w": [float("nan")] * 8}, {"prompt": 3}):
-        status, answer = request(server, body=QUESTION | wrong)
-        assert status == 400 and json.loads(answer)["error"], wrong
-    assert request(server, body=[1])[0] == 400
-    assert "give 1 to 1024" in request(server, body=QUESTION | {"prompt": "a b " * 2000})[1]
+    for code, changes in [
+        (403, {"Host": "example.org"}),
+        (403, {"Origin": "http://example.org"}),
+        (404, {"path": "/etc/passwd"}),
+        (413, {"Content-Length": str(10**9)}),
+        (413, {"Content-Length": "-1"}),
+        (413, {"Content-Length": "1" * 5000}),  # Python refuses to convert it
+    ]:
+        for method in ("GET", "POST"):
+            status, answer = request(server, method, **changes)
+            assert status == code, changes
+            assert json.loads(answer)["error"]  # the page shows it
     assert server.server_address[0] == "127.0.0.1"
+
+
+WRONG = [
+    (b"{", "request: "),
+    (b"[" * 50_000, "request: "),
+    ([1], "request: "),
+    ({"prompt": 3}, "request: "),
+    ({"prompt": " \n"}, "prompt: it is empty"),
+    ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to 1024"),
+    ({"reference": "a b " * 2000}, "reference: .* tokens; give 1 to 128"),
+    ({"w": 1.0}, "w: .*give 8 finite numbers"),
+    ({"w": "1"}, "w: .*give 8 finite numbers"),
+    ({"w": [1.0]}, "w: .*give 8 finite numbers"),
+    ({"w": [float("nan")] * 8}, "w: .*give 8 finite numbers"),
+    ({"w": [10**400] + [0] * 7}, "w: .*give 8 finite numbers"),
+    ({"w": [[[1.0]]] * 8}, "w: .*give 8 finite numbers"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
+def test_a_wrong_request_gets_one_line(wrong, message, server, capsys):
+    if isinstance(wrong, dict):
+        wrong = QUESTION | wrong
+    status, answer = request(server, body=wrong)
+    error = json.loads(answer)["error"]
+    assert status == 400 and re.match(message, error) and "\n" not in error
+    assert capsys.readouterr().err == ""
+
+
+def test_silent_clients_do_not_hold_the_others(server):
+    idle = [socket.create_connection(server.server_address) for _ in range(3)]
+    with urlopen(f"http://127.0.0.1:{server.server_port}", timeout=5) as answer:
+        assert answer.status == 200
+    for connection in idle:
+        connection.close()
+
+
+def test_questions_that_come_together_are_answered_one_at_a_time(server):
+    with ThreadPoolExecutor(4) as pool:
+        answers = set(pool.map(lambda _: request(server, body=QUESTION), range(8)))
+    assert len(answers) == 1
+    [(status, _)] = answers
+    assert status == 200
+
+
+@pytest.mark.parametrize(
+    "error, traceback", [(BrokenPipeError, False), (TimeoutError, False), (KeyError, True)]
+)
+def test_a_client_that_leaves_is_no_bug(error, traceback, server, monkeypatch, capsys):
+    monkeypatch.setattr(explorer.Handler, "send", mock.Mock(side_effect=error))
+    with pytest.raises(RemoteDisconnected):  # the thread of the connection has ended
+        request(server, body=QUESTION)
+    assert ("Traceback" in capsys.readouterr().err) == traceback
+
+
+def test_browsers_leave_out_port_80(server, monkeypatch):
+    monkeypatch.setattr(server, "hosts", explorer.hosts_at(80))
+    for host in ("127.0.0.1", "localhost", "127.0.0.1:80"):
+        assert request(server, "GET", Host=host)[0] == 200
+    assert "127.0.0.1" not in explorer.hosts_at(8000)
 
 
 def wait(browser, condition):
@@ -250,3 +318,4 @@ def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
         run("experiments/explorer.py", "--run", "run", "--port", 0, cwd=finished, code=130)
     error = run("experiments/explorer.py", "--run", "run", "--port", 70000, cwd=finished, code=2)
     assert "--port 70000" in error
+    assert "give --run" in run("experiments/explorer.py", cwd=finished, code=2)
