@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import data
-import runtime
+import program
 from experiments.study import (
     Cell,
     Row,
@@ -30,10 +30,10 @@ from experiments.study import (
     read_study,
     subset,
 )
-from runtime import UserError
+from program import UserError
 
-RESULTS = runtime.ROOT / "experiments/results/replication"
-EARLIER_TASKS = runtime.ROOT / "experiments/results/decision/tasks.json"
+RESULTS = program.ROOT / "experiments/results/replication"
+EARLIER_TASKS = program.ROOT / "experiments/results/decision/tasks.json"
 REPLICATES = 16
 TRAIN_TASKS = 24  # of each replicate
 FIRST_SEED = 100  # replicate i has the seed 100 + i
@@ -95,11 +95,11 @@ def draw_tasks(folder: Path, candidates: Sequence[str]) -> list[list[str]]:
 def planned_draws(study: Study) -> list[list[str]]:
     """Return the tasks of each replicate, and write them to draws.json, or compare them with it."""
     folder = Path(study.settings.dataset.data)
-    draws = draw_tasks(folder, runtime.read_json(EARLIER_TASKS)["left out"])
+    draws = draw_tasks(folder, program.read_json(EARLIER_TASKS)["left out"])
     path = study.results / "draws.json"
-    if path.exists() and runtime.read_json(path) != draws:
+    if path.exists() and program.read_json(path) != draws:
         raise UserError(f"{path}: the tasks of {folder} give other draws; name other --results")
-    runtime.write_json(path, draws)
+    program.write_json(path, draws)
     return draws
 
 
@@ -117,10 +117,10 @@ def cells_to_make(study: Study, draws: list[list[str]], rows: dict[str, Row]) ->
         cells = study.cells("cells", rows, {"": {"data": str(of_draw)}}, [seed], "replicate")
         begun_on = set()
         for path in sorted((study.results / "cells").glob(f"*-s{seed}.json")):
-            begun_on.add(runtime.read_json(path)["settings"].get("cpu"))
+            begun_on.add(program.read_json(path)["settings"].get("cpu"))
         to_make = [cell for cell in cells if not cell.path.exists()]
         if to_make and begun_on - {kind_of_cpu()}:
-            runtime.print_line(f"replicate {seed} is left out: it was begun on {begun_on}")
+            program.print_line(f"replicate {seed} is left out: it was begun on {begun_on}")
         else:
             missing += to_make
     return missing
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_program(main)
+    program.run_program(main)
