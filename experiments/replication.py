@@ -74,8 +74,8 @@ class ReplicationConfig:
     """Replication: it has no settings of its own."""
 
 
-def draw_tasks(folder: Path, candidates: Sequence[str]) -> list[list[str]]:
-    """Return the names of the training tasks of each replicate. No task is in two replicates.
+def draw_tasks(folder: Path, candidates: Sequence[str]) -> dict[str, list[str]]:
+    """Return {seed: names of the training tasks of this replicate}. No task is in two replicates.
 
     candidates: tasks that may be drawn. Those whose first 100 inputs all differ are shuffled with a
     fixed seed, and dealt out in this order. Raise UserError if there are too few.
@@ -89,10 +89,14 @@ def draw_tasks(folder: Path, candidates: Sequence[str]) -> list[list[str]]:
     if len(different) < needed:
         raise UserError(f"{folder}: {len(different)} tasks may be drawn, and {needed} are needed")
     random.Random("replication").shuffle(different)
-    return [sorted(different[i : i + TRAIN_TASKS]) for i in range(0, needed, TRAIN_TASKS)]
+    draws = {}
+    for i in range(REPLICATES):
+        tasks = different[i * TRAIN_TASKS : (i + 1) * TRAIN_TASKS]
+        draws[str(FIRST_SEED + i)] = sorted(tasks)
+    return draws
 
 
-def planned_draws(study: Study) -> list[list[str]]:
+def planned_draws(study: Study) -> dict[str, list[str]]:
     """Return the tasks of each replicate, and write them to draws.json, or compare them with it."""
     folder = Path(study.settings.dataset.data)
     draws = draw_tasks(folder, program.read_json(EARLIER_TASKS)["left out"])
@@ -103,7 +107,7 @@ def planned_draws(study: Study) -> list[list[str]]:
     return draws
 
 
-def cells_to_make(study: Study, draws: list[list[str]], rows: dict[str, Row]) -> list[Cell]:
+def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row]) -> list[Cell]:
     """Return the cells of these rows that are missing, replicate by replicate.
 
     The rows of one replicate must be made on one kind of CPU. A replicate that was begun on
@@ -111,10 +115,9 @@ def cells_to_make(study: Study, draws: list[list[str]], rows: dict[str, Row]) ->
     """
     folder = Path(study.settings.dataset.data)
     missing = []
-    for number, tasks in enumerate(draws):
-        seed = FIRST_SEED + number
+    for seed, tasks in draws.items():
         of_draw = subset(Path(study.config.out, f"tasks-{seed}"), folder, tasks)
-        cells = study.cells("cells", rows, {"": {"data": str(of_draw)}}, [seed], "replicate")
+        cells = study.cells("cells", rows, {"": {"data": str(of_draw)}}, [int(seed)], "replicate")
         begun_on = set()
         for path in sorted((study.results / "cells").glob(f"*-s{seed}.json")):
             begun_on.add(program.read_json(path)["settings"].get("cpu"))
