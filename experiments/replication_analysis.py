@@ -1,0 +1,150 @@
+"""The planned analysis of the sixteen replicates: a t interval over their means.
+
+See experiments/results/replication/plan.md. It was written before the cells were finished, and it
+exits with 2 until all 32 cells of the primary outcome are there.
+
+    python -m experiments.replication_analysis       # writes tables.md and replicates.png
+
+Test: pytest tests/experiments/test_replication.py
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import program
+from experiments import plot
+from experiments.replication import EQUAL, FIRST_SEED, FROZEN, REPLICATES, RESULTS
+from experiments.study import file_name
+from experiments.tables import Difference, publish, signed, t_quantile, table
+from program import UserError
+
+MARGIN = 0.02  # nats; a smaller difference counts as none
+SEEDS = range(FIRST_SEED, FIRST_SEED + REPLICATES)
+PAIRS = (("orchmoe", "lora"), ("orchmoe", "frozen router"), ("frozen router", "lora"))
+# Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.
+OUTCOMES = {
+    "loss": ("seen", "loss", 4),
+    "ROUGE-L": ("answers", "rougeL", 2),
+    "exact match": ("answers", "exact_match", 2),
+}
+SAME = ("cpu", "computed", "train_tasks")  # in all cells of a replicate
+Cells = dict[str, list[dict[str, Any]]]  # of each row, in the order of the seeds
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """Analysis: where the cells are."""
+
+    results: str = str(RESULTS)  # folder of cells/, for tables.md and replicates.png
+
+
+def read_cells(results: Path) -> Cells:
+    """Return the cells of the primary rows, and those of the frozen router if all are there.
+
+    Raise UserError if a primary cell is missing, or if the cells of a replicate do not fit.
+    """
+    found = {}
+    for row in (*EQUAL, *FROZEN):
+        paths = [results / "cells" / f"{file_name(row)}-s{seed}.json" for seed in SEEDS]
+        missing = [path for path in paths if not path.exists()]
+        if row in EQUAL and missing:
+            raise UserError(f"{missing[0]}: not finished; nothing is shown before all cells are")
+        if not missing:
+            found[row] = [program.read_json(path) for path in paths]
+    for seed, *cells in zip(SEEDS, *found.values(), strict=True):
+        for cell in cells:
+            if "diverged" in cell:
+                raise UserError(f"replicate {seed}: a cell diverged, so there is no verdict")
+            for name in SAME:
+                if cell["settings"][name] != cells[0]["settings"][name]:
+                    raise UserError(f"replicate {seed}: its cells differ in {name!r}")
+    return found
+
+
+def means(cells: list[dict[str, Any]], outcome: str) -> np.ndarray:
+    """Return the mean over tasks of each replicate (16,)."""
+    part, score, _ = OUTCOMES[outcome]
+    found = []
+    for cell in cells:
+        found.append(np.mean([scores[score] for scores in cell[part]["tasks"].values()]))
+    return np.array(found)
+
+
+def t_interval(values: np.ndarray) -> Difference:
+    """Return the mean of independent values and its 95 % interval."""
+    mean = values.mean()
+    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def verdict(difference: Difference) -> str:
+    """Return what the primary difference decides, as the plan says."""
+    _, low, high = difference
+    if -MARGIN < low and high < MARGIN:
+        return f"equivalent within {MARGIN}"
+    if high < 0:
+        return "better"
+    return "worse" if low > 0 else "undecided"
+
+
+def text(found: Cells) -> str:
+    """Return the differences, and the means of each replicate, in Markdown."""
+    rows = []
+    for one, other in PAIRS:
+        for outcome, (_, _, digits) in OUTCOMES.items():
+            if {one, other} <= found.keys():
+                values = means(found[one], outcome) - means(found[other], outcome)
+                difference = t_interval(values)
+                row = [f"{one} - {other}", outcome, signed(difference, digits)]
+                row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
+                perplexity = tuple(100 * math.expm1(value) for value in difference)
+                row.append(signed(perplexity, 1) if outcome == "loss" else "-")
+                primary = outcome == "loss" and (one, other) == PAIRS[0]
+                rows.append([*row, verdict(difference) if primary else "-"])
+    head = ["difference", "of", "mean and 95 % interval", "sd", "below zero", "perplexity, %"]
+    differences = table([*head, "verdict"], rows)
+
+    rows = []
+    for i, seed in enumerate(SEEDS):
+        row = [seed, found["orchmoe"][i]["settings"]["cpu"]]
+        rows.append(row + [f"{means(cells, 'loss')[i]:.4f}" for cells in found.values()])
+    losses = table(["replicate", "CPU", *(f"{row}, loss" for row in found)], rows)
+    return f"{differences}\n\n{losses}\n"
+
+
+def figure(found: Cells, path: Path) -> Path:
+    """Draw a dot for each replicate, and the mean with its interval."""
+    title = "Loss on seen tasks, one row minus another: below zero the first is better"
+    below = "a dot for each of 16 replicates; black: mean and 95 % interval; grey: the margin"
+    canvas, axes = plot.canvas(title, below, 3.8)
+    axes.axhspan(-MARGIN, MARGIN, color="#dddddd", zorder=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    pairs = [pair for pair in PAIRS if set(pair) <= found.keys()]
+    for x, (one, other) in enumerate(pairs):
+        values = means(found[one], "loss") - means(found[other], "loss")
+        places = x + np.linspace(-0.25, 0.05, len(values))
+        axes.plot(places, values, plot.MARKERS[x], color=plot.COLOURS[x], markersize=4)
+        mean, low, high = t_interval(values)
+        axes.errorbar(x + 0.2, mean, [[mean - low], [high - mean]], fmt="ko", capsize=4)
+    axes.set_xticks(range(len(pairs)), [f"{one} - {other}" for one, other in pairs])
+    axes.set_xlim(-0.5, len(pairs) - 0.5)
+    axes.set_ylabel("nats per target token")
+    return plot.save(canvas, path)
+
+
+def main() -> None:
+    config = program.from_flags(AnalysisConfig, program.read_flags(__doc__, AnalysisConfig))
+    results = Path(config.results)
+    found = read_cells(results)
+    publish(text(found), results / "tables.md")
+    if importlib.util.find_spec("matplotlib"):
+        program.print_line(f"written: {figure(found, results / 'replicates.png')}")
+
+
+if __name__ == "__main__":
+    program.run_program(main)

@@ -1,0 +1,129 @@
+"""The sixteen replicates: which cells are made, what is kept secret, and what the analysis says."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+import program
+from experiments import replication, replication_analysis
+from experiments.study import kind_of_cpu
+from helpers import ROOT, run
+
+ROWS = ("orchmoe", "lora", "frozen_router")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Return flags of a computation with two replicates of two tasks and of two steps."""
+    earlier = tmp_path / "tasks.json"
+    program.write_json(earlier, {"left out": data.read_splits(ROOT / "sni")["train"][:5]})
+    sizes = {"REPLICATES": 2, "TRAIN_TASKS": 2, "EARLIER_TASKS": earlier}
+    for name, value in sizes.items():
+        monkeypatch.setattr(replication, name, value)
+    settings = {"dtype": "float32", "steps": 2, "eval_every": 2, "eval_instances": 2}
+    settings |= {"train_instances": 4, "abstract_tasks": 2, "warmup": 1}
+    monkeypatch.setattr(replication, "DEFAULTS", replication.DEFAULTS | settings)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    flags = ["--data", ROOT / "sni", "--model", ROOT / "tiny", "--device", "cpu", "--jobs", 1]
+    return [*flags, "--results", "kept", "--out", "out"]
+
+
+def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
+    kept = tmp_path / "kept/cells"
+    out = run("experiments/replication.py", *small, cwd=tmp_path)
+    assert sorted(path.stem for path in kept.iterdir()) == sorted(
+        f"{row}-s{seed}" for row in ROWS for seed in (100, 101)
+    )
+    draws = program.read_json(tmp_path / "kept/draws.json")
+    assert len({*draws["100"], *draws["101"]}) == 4
+    for row in ROWS:
+        cell = program.read_json(kept / f"{row}-s101.json")
+        assert sorted(cell["seen"]["tasks"]) == draws["101"]
+        assert sorted(cell["answers"]["tasks"]) == draws["101"]
+    assert "loss" not in out and "ROUGE" not in out
+    router = program.read_json(kept / "frozen_router-s100.json")["router"]
+    assert router["distance_from_start"] == 0
+
+    # What is missing is made on the CPU of its replicate alone.
+    (kept / "lora-s100.json").unlink()
+    (kept / "lora-s101.json").unlink()
+    other = program.read_json(kept / "orchmoe-s101.json")
+    other["settings"]["cpu"] = "another"
+    program.write_json(kept / "orchmoe-s101.json", other)
+    out = run("experiments/replication.py", *small, cwd=tmp_path)
+    assert "replicate 101 is left out: it was begun on" in out
+    assert (kept / "lora-s100.json").exists() and not (kept / "lora-s101.json").exists()
+    assert program.read_json(kept / "lora-s100.json")["settings"]["cpu"] == kind_of_cpu()
+
+
+def write_cells(folder, losses):
+    """Write made-up cells with two tasks. losses: of each row and replicate (3,16)."""
+    for row, of_row in zip(ROWS, losses, strict=True):
+        for seed, loss in zip(range(100, 116), of_row, strict=True):
+            tasks = {"a": {"loss": loss - 0.5}, "b": {"loss": loss + 0.5}}
+            answers = {name: {"rougeL": 10 * loss, "exact_match": loss} for name in tasks}
+            cell = {
+                "settings": {"seed": seed, "cpu": "x", "computed": "y", "train_tasks": str(seed)},
+                "seen": {"tasks": tasks},
+                "answers": {"tasks": answers},
+            }
+            program.write_json(folder / "cells" / f"{row}-s{seed}.json", cell)
+
+
+@pytest.fixture
+def cells(tmp_path):
+    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
+    write_cells(tmp_path, losses)
+    return losses
+
+
+def analyse(folder, code=0):
+    return run("experiments/replication_analysis.py", "--results", folder, cwd=folder, code=code)
+
+
+def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(cells, tmp_path):
+    out = analyse(tmp_path)
+    assert "| orchmoe - lora | loss | -0." in out and "| better |" in out
+    script = tmp_path / "recompute.py"
+    script.write_bytes((ROOT / "experiments/results/replication/recompute.py").read_bytes())
+    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert len(second.stdout.splitlines()) == 9
+    for line in second.stdout.splitlines():
+        assert f"| {line.partition(': ')[2]} |" in out
+    assert (tmp_path / "replicates.png").exists() or not importlib.util.find_spec("matplotlib")
+
+
+def test_nothing_is_shown_before_all_primary_cells_are_there(cells, tmp_path):
+    (tmp_path / "cells/frozen_router-s103.json").unlink()
+    assert "frozen router" not in analyse(tmp_path)
+    (tmp_path / "cells/lora-s115.json").unlink()
+    error = analyse(tmp_path, code=2)
+    assert "lora-s115.json: not finished; nothing is shown" in error
+
+
+def test_cells_of_one_replicate_must_fit(cells, tmp_path):
+    path = tmp_path / "cells/lora-s107.json"
+    cell = program.read_json(path)
+    cell["settings"]["cpu"] = "another"
+    program.write_json(path, cell)
+    assert "replicate 107: its cells differ in 'cpu'" in analyse(tmp_path, code=2)
+    program.write_json(path, {"settings": {}, "diverged": "step 3"})
+    assert "replicate 107: a cell diverged, so there is no verdict" in analyse(tmp_path, code=2)
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (-0.019, 0.019, "equivalent within 0.02"),
+        (-0.019, -0.001, "equivalent within 0.02"),
+        (-0.021, -0.001, "better"),
+        (0.001, 0.021, "worse"),
+        (-0.021, 0.001, "undecided"),
+    ],
+)
+def test_the_verdict_is_the_one_of_the_plan(low, high, expected):
+    assert replication_analysis.verdict(((low + high) / 2, low, high)) == expected
