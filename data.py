@@ -79,6 +79,11 @@ class DataConfig:
         return self.data.endswith(".jsonl")
 
     @property
+    def is_official(self) -> bool:
+        """Return whether prompts have SNI's form, rather than that of the rows of a file."""
+        return not self.is_jsonl or self.wrapper
+
+    @property
     def train_limit(self) -> int:
         """Return the most training instances of each task, 0 for all."""
         if self.train_instances is None:
@@ -110,26 +115,37 @@ def read_task(path: str | os.PathLike) -> dict:
     with program.reading(path, "repair it or take the task off the list"):
         category = _first(task.get("Categories")) or "Unknown"
         definition = _first(task["Definition"])
-        texts = [category, definition]
+        require_texts("", Categories=category, Definition=definition)
 
         positive = list(task.get("Positive Examples", []))
         negative = list(task.get("Negative Examples", []))
-        for example in positive + negative:
-            texts += [example["input"], example["output"], example.get("explanation", "")]
+        for kind, examples in (("Positive", positive), ("Negative", negative)):
+            for number, example in enumerate(examples):
+                require_texts(
+                    f"{kind} Examples[{number}]: ",
+                    input=example["input"],
+                    output=example["output"],
+                    explanation=example.get("explanation", ""),
+                )
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            instance_id = str(row.get("id", f"{path.stem}-{number}"))
+            place = f"Instances[{number}]: "
+            instance_id = row.get("id")
+            if instance_id is None:
+                instance_id = f"{path.stem}-{number}"
+            instance_id = str(instance_id)
             references = row["output"]
             if not isinstance(references, list):
                 references = [references]
             if not references:
-                raise ValueError(f"Instances[{number}]: output is empty")
-            texts += [instance_id, row["input"], *references]
+                raise ValueError(f"{place}output is empty")
+            require_texts(place, id=instance_id, input=row["input"])
+            for reference in references:
+                require_texts(place, output=reference)
             instances.append({"id": instance_id, "input": row["input"], "output": references})
         if not instances:
             raise ValueError("Instances is empty")
-        require_texts(texts)
 
     return {
         "name": path.stem,
@@ -148,13 +164,19 @@ def _first(value):
     return value
 
 
-def require_texts(values: list) -> None:
-    """Raise TypeError unless all values are strings, UnicodeEncodeError for a lone surrogate.
+def require_texts(place: str, **fields: Any) -> None:
+    """Raise ValueError unless all fields are texts. `place` is put before the message.
 
-    JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would
-    silently change prompts and references.
+    JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would silently
+    change prompts and references.
     """
-    "".join(values).encode()
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{place}{name} must be a text, not {value!r:.40}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{place}{name} is no Unicode text (lone surrogate)") from None
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
@@ -238,9 +260,11 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 
     A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
     `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
-    beside the instruction, `task` and `id`. Raise UserError with the number of a bad line.
+    beside an instruction, `task` and `id`. A null counts as absent. Raise UserError with the number
+    of a bad line; a line is bad, too, if a text in one of these fields would have no effect.
 
-    An instance with both an instruction and an input has the instruction as its "definition".
+    The "form" of an instance is "prompt" or "instruction". One with both an instruction and an
+    input has the instruction as its "definition".
     """
     tasks = {}
     number = 0
@@ -261,30 +285,44 @@ def _read_row(line, number):
     if len(line) > LARGEST_LINE:
         raise ValueError(f"longer than {LARGEST_LINE} bytes")
     row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    row = {name: value for name, value in row.items() if value is not None}
     if "messages" in row:
         raise ValueError("chat templates are left to TRL, see docs/use.md")
-    instruction = _field(row, "prompt", "instruction")
-    row = {name: value for name, value in row.items() if value is not None}
-    text = row.get("input") or row.get("context")
-    references = _field(row, "completion", "output", "response")
+
+    form = _only_field(row, "prompt", "instruction")
+    answer = _only_field(row, "completion", "output", "response")
+    extra = [name for name in ("input", "context") if row.get(name, "") != ""]
+    if form == "prompt" and extra:
+        raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
+    if len(extra) > 1:
+        raise ValueError("input and context: give one of them")
+    prompt, references = row[form], row[answer]
     if not isinstance(references, list):
         references = [references]
-    instance = {"id": str(row.get("id", number)), "input": instruction, "output": references}
-    if text and "prompt" not in row:
-        instance |= {"definition": instruction, "input": text}
+    instance = {"id": str(row.get("id", number)), "form": form, "input": prompt}
+    if extra:
+        instance |= {"definition": prompt, "input": row[extra[0]]}
+    instance["output"] = references
     task = row.get("task", NO_TASK)
-    require_texts([task, instance["id"], instruction, instance["input"], *references])
-    if not instruction.strip() or not references:
+
+    require_texts("", task=task, id=instance["id"], **{name: row[name] for name in (form, *extra)})
+    for reference in references:
+        require_texts("", **{answer: reference})
+    if not prompt.strip() or not references:
         raise ValueError("the prompt or the list of answers is empty")
     return task, instance
 
 
-def _field(row, *names):
-    """Return the first of these fields that the row has."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise ValueError(f"there is no {' or '.join(names)}")
+def _only_field(row, *names):
+    """Return the one of these names that the row has."""
+    found = [name for name in names if name in row]
+    if not found:
+        raise ValueError(f"there is no {' or '.join(names)}")
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]}: give one of them")
+    return found[0]
 
 
 def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
@@ -307,7 +345,7 @@ def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
 
 
 def _plain_prompt(instance):
-    """Return the prompt of a row as the file has it."""
+    """Return the prompt of a row as the file has it, an empty line between its two parts."""
     if "definition" in instance:
         return f"{instance['definition']}\n\n{instance['input']}"
     return instance["input"]
@@ -383,10 +421,16 @@ def _line(name, text):
 
 
 def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
-    """Return the prompt of an instance as the settings ask for it."""
+    """Return the prompt of an instance as the settings ask for it.
+
+    In a decoder, an instruction of a JSONL row ends in an empty line, which the answer follows.
+    """
+    if not config.is_official:
+        prompt = _plain_prompt(instance)
+        if tokenizer.one_row and instance["form"] == "instruction":
+            prompt += "\n\n"
+        return prompt
     if config.is_jsonl:
-        if not config.wrapper:
-            return _plain_prompt(instance)
         task = instance
     return render_prompt(
         task,
@@ -400,11 +444,36 @@ def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConf
     )
 
 
-def _is_cut(prompt, ids, config):
-    """Return whether the end of a prompt is cut off, by `render_prompt` or because of its ids."""
-    if config.is_jsonl and not config.wrapper:
-        return len(ids) > config.max_source_length
-    return not prompt.endswith("Output: ")  # every complete prompt ends like this
+class Sample(NamedTuple):
+    """A prompt and its answers as ids."""
+
+    source: list[int]
+    targets: list[list[int]]  # one for each answer
+    is_cut: bool  # the prompt was longer than allowed
+
+
+def build_samples(
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+) -> Iterator[Sample]:
+    """Yield the sample of each whole prompt, see `prompt_of`, and its list of answers.
+
+    Every program gets the ids of a prompt here, so that a question has the ids that the same text
+    has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
+    In the row of a decoder, SNI's form has one space between them, and the texts of JSONL rows are
+    joined as they stand.
+    """
+    sources = tokenizer.sources(prompts, spaced=config.is_official)
+    targets = tokenizer.targets(list(itertools.chain(*answers)), spaced=config.is_official)
+    for source, texts in zip(sources, answers, strict=True):
+        own_targets = itertools.islice(targets, len(texts))
+        yield Sample(
+            source=_limit(source, config.max_source_length, tokenizer),
+            targets=[_limit(ids, config.max_target_length, tokenizer) for ids in own_targets],
+            is_cut=len(source) > config.max_source_length,
+        )
 
 
 def _limit(ids, length, tokenizer):
@@ -412,6 +481,13 @@ def _limit(ids, length, tokenizer):
     if len(ids) > length and ids[-1] in tokenizer.eos_ids:
         return ids[: length - 1] + ids[-1:]
     return ids[:length]
+
+
+def _lost_its_end(prompt, sample, config):
+    """Return whether `render_prompt` or `build_samples` has cut off the end of a prompt."""
+    if config.is_official:
+        return not prompt.endswith("Output: ")  # every complete prompt ends like this
+    return sample.is_cut
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -474,12 +550,23 @@ class Examples(list[Example]):
 
     tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
+    forms: the forms of all rows, see `read_rows`, if a decoder reads them as they stand, or "".
+    left_out: the number of dev and seen rows that were left out, see `load_sets`.
     """
 
-    def __init__(self, examples: Sequence[Example], tasks: list[str], digest: str):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tasks: list[str],
+        digest: str,
+        forms: str = "",
+        left_out: int = 0,
+    ):
         super().__init__(examples)
         self.tasks = tasks
         self.digest = digest
+        self.forms = forms
+        self.left_out = left_out
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
@@ -498,8 +585,9 @@ def load_sets(
 
     Of a folder, "train", "dev" and "seen" come from each training task (see `split_instances`), and
     "test" is the first 100 instances of each test task, as in the official evaluation. Of a JSONL
-    file, `split_rows` gives the three sets, and "test" is the whole file --test. Raise UserError
-    for bad files, or if there is nothing for a needed set.
+    file, `split_rows` gives the three sets, and "test" is the whole file --test. A row of "dev" or
+    "seen" whose source has the tokens of a training row is left out; such rows of "test" are only
+    counted. Raise UserError for bad files, or if there is nothing for a needed set.
     """
     files = _files(config)
     if not names:
@@ -507,12 +595,47 @@ def load_sets(
         if files["test"]:
             names.append("test")
 
+    # --test is compared with the rows that train, unless the file of these is gone.
+    compared = config.is_jsonl and "test" in names and files["train"][0].exists()
     sets = {}
-    if set(names) - {"test"}:
-        sets |= _load_list(config, tokenizer, "train", files["train"], training)
+    if compared or set(names) - {"test"}:
+        sets |= _load_list(config, tokenizer, "train", files["train"], training, names)
+        if training is None:
+            training = sets["train"].tasks
     if "test" in names:
-        sets |= _load_list(config, tokenizer, "test", files["test"], training or [])
+        sets |= _load_list(config, tokenizer, "test", files["test"], training or [], names)
+        _compare_test(config, sets)
     return {name: sets[name] for name in names}
+
+
+def _compare_test(config, sets):
+    """Warn if rows of "test" belong to training tasks, or have the tokens of training rows."""
+    test = sets["test"]
+    path = config.test or config.data
+    known = sum(example.task_index >= 0 for example in test)
+    if known:
+        program.warn(
+            f"{path}: {known} of {len(test)} test rows belong to training tasks, which are not "
+            "unseen; methods that route by task use their ids"
+        )
+    if "train" not in sets or not config.is_jsonl:
+        return
+    if test.digest == sets["train"].digest:
+        raise UserError(
+            f"--test {config.test}: has the rows of --data; give rows that do not train"
+        )
+    trained = _sources(sets["train"])
+    equal = sum(example.source_ids.tobytes() in trained for example in test)
+    if equal:
+        program.warn(
+            f"{path}: {equal} of {len(test)} test rows have the tokens of training rows, so they "
+            "are not unseen"
+        )
+
+
+def _sources(examples):
+    """Return the set of the sources of all examples, as bytes."""
+    return {example.source_ids.tobytes() for example in examples}
 
 
 def _files(config):
@@ -535,8 +658,12 @@ def _load_list(
     list_name: str,
     paths: list[Path],
     training: Sequence[str] | None,
+    needed: Sequence[str],
 ) -> dict[str, Examples]:
-    """Return all sets of one list ("train" or "test"), with tokens from the cache if possible."""
+    """Return all sets of one list ("train" or "test"), with tokens from the cache if possible.
+
+    needed: names of the sets that must have enough rows.
+    """
     if not paths:
         raise UserError(
             f"{config.data}: no task of {list_name}_tasks.txt is here; complete the folder "
@@ -588,14 +715,37 @@ def _load_list(
     if cut:
         limit = f"--max-source-length {config.max_source_length}"
         program.warn(f"{limit}: {cut} sources are too long and lose their ends")
+
+    # Different texts may have equal tokens, as when they are cut.
+    left_out = 0
+    if config.is_jsonl and list_name == "train":
+        trained = _sources(examples["train"])
+        for name in ("dev", "seen"):
+            kept = [e for e in examples[name] if e.source_ids.tobytes() not in trained]
+            left_out += len(examples[name]) - len(kept)
+            examples[name] = kept
+    if left_out:
+        program.warn(
+            f"{paths[0]}: {left_out} rows of dev and seen have the tokens of training rows and are "
+            "left out"
+        )
     for name, found in examples.items():
-        if config.is_jsonl and len(found) < LEAST_ROWS[name]:
+        if config.is_jsonl and name in needed and len(found) < LEAST_ROWS[name]:
             raise UserError(
                 f"{paths[0]}: {len(found)} of its rows are in the set {name!r}, which needs "
                 f"{LEAST_ROWS[name]}; add rows with other prompts"
             )
+
+    forms = set()
+    for task in encoded:
+        if tokenizer.one_row and not config.is_official:
+            forms.update(task["forms"])
+    form_names = ", ".join(sorted(forms))
     short_digest = digest.hexdigest()[:16]
-    return {name: Examples(examples[name], tasks, short_digest) for name in examples}
+    return {
+        name: Examples(found, tasks, short_digest, form_names, left_out)
+        for name, found in examples.items()
+    }
 
 
 def _encode_task(
@@ -607,6 +757,7 @@ def _encode_task(
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
     cut: the number of sources that lost their ends.
+    forms: the different forms of all rows, see `read_rows`.
     """
     instances = task["instances"]
     limit = config.train_limit or None  # a slice up to None has all
@@ -629,19 +780,15 @@ def _encode_task(
             instance = instances[position]
             rows.append([set_name, position, instance["id"], instance["output"]])
             prompts.append(prompt_of(task, instance, tokenizer, config))
-            answers += instance["output"]
+            answers.append(instance["output"])
 
     ids = array("i")
     lengths = array("i")
     cut = 0
-    sources = tokenizer.sources(prompts)
-    targets = tokenizer.targets(answers)
-    for row, prompt, source in zip(rows, prompts, sources, strict=True):
-        cut += _is_cut(prompt, source, config)
-        pieces = [_limit(source, config.max_source_length, tokenizer)]
-        for target in itertools.islice(targets, len(row[3])):
-            pieces.append(_limit(target, config.max_target_length, tokenizer))
-        for piece in pieces:
+    samples = build_samples(prompts, answers, tokenizer, config)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        cut += _lost_its_end(prompt, sample, config)
+        for piece in (sample.source, *sample.targets):
             ids.extend(piece)
             lengths.append(len(piece))
     return {
@@ -651,22 +798,28 @@ def _encode_task(
         "ids": torch.from_numpy(np.array(ids, np.int32)),
         "lengths": list(lengths),
         "cut": cut,
+        "forms": list({instance.get("form", "") for instance in instances}),
     }
 
 
-def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataConfig) -> Example:
+def make_example(
+    definition: str, text: str, tokenizer: Tokenizer, config: DataConfig, form: str = "prompt"
+) -> Example:
     """Return an Example without references for an instruction and an input of the user.
 
     The prompt is built like those of the data. Beside rows of JSONL the input may be empty.
+    form: that of a row, see `read_rows`, if there is no input.
     """
     if not definition.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
-    instance = {"definition": definition, "input": text}
+    with program.checking_settings():
+        require_texts("--", ask=definition, input=text)
+    instance = {"form": "instruction", "definition": definition, "input": text}
     if not text:
-        instance = {"input": definition}
+        instance = {"form": form, "input": definition}
     prompt = prompt_of(instance, instance, tokenizer, config)
-    source = tokenizer.source(prompt)
-    if _is_cut(prompt, source, config):
+    [sample] = build_samples([prompt], [[]], tokenizer, config)
+    if _lost_its_end(prompt, sample, config):
         program.warn(
             f"--max-source-length {config.max_source_length}: the end of the input is cut off"
         )
@@ -674,8 +827,8 @@ def make_example(definition: str, text: str, tokenizer: Tokenizer, config: DataC
         id="question",
         task="question",
         category="question",
-        source_ids=np.array(_limit(source, config.max_source_length, tokenizer), np.int32),
-        target_ids=[np.array(tokenizer.target("")[-1:], np.int32)],  # so that collate works
+        source_ids=np.array(sample.source, np.int32),
+        target_ids=[np.array(tokenizer.eos_ids[-1:], np.int32)],  # so that collate works
         references=[],
     )
 

@@ -293,10 +293,14 @@ def answer(
     tokenizer: Tokenizer,
     config: EvalConfig,
     data_config: data.DataConfig,
+    run: run_folder.RunConfig | None,
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
     data_config = replace(data_config, definition=True)
-    example = data.make_example(config.ask, config.input, tokenizer, data_config)
+    form = "prompt"
+    if run and run.forms == "instruction":  # then the question is one, too
+        form = run.forms
+    example = data.make_example(config.ask, config.input, tokenizer, data_config, form)
     texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     program.print_line(f"answer: {texts[0]}")
@@ -335,7 +339,10 @@ def load_examples(
         if same_files and data_config.max_tasks == own.max_tasks:
             run.require_same(data=run.data | {kind: examples.digest})
         elif not (same_files and fewer_tasks) and examples.digest != run.data.get(kind):
-            program.warn(f"{data_config.data}: these are not the task files of the run")
+            path = data_config.data
+            if config.split == "test" and data_config.is_jsonl:
+                path = data_config.test
+            program.warn(f"{path}: these are not the task files of the run")
     return data.subsample(examples, config.limit), examples.digest
 
 
@@ -385,7 +392,7 @@ def main() -> None:
             device, run=config.run, model=config.model, shard=config.shard
         )
         if config.ask:
-            answer(base, adapters, tokenizer, config, data_config)
+            answer(base, adapters, tokenizer, config, data_config, run)
             return
 
         # The examples, and the folder of the results.

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
+import data
 import program
 import runtime
 from baselines import NoAdapter, attach_method
@@ -38,6 +39,21 @@ from tokenizer import load as load_tokenizer
 # Settings that are paths. A resumed run may find the same data and base under other paths.
 PATHS = {"model", "data", "test"}
 REMEDY = "restore the file, or train again if an older version wrote it"
+
+# What to do if something that a run is bound to has changed, by its name in RunConfig. "test" is
+# the part of `data` that --test names.
+OLDER = "an older version built the samples of the run by another rule; start a new run"
+CHANGED_REMEDIES = {
+    "base": "restore it, give its folder with --model, or start a new run",
+    "tokenizer": "restore it, give the folder of the base with --model, or start a new run",
+    "tasks": "restore the data, give them with --data, or start a new run",
+    "data": "restore them, give them with --data, or start a new run",
+    "test": "restore the file, give it with --test, or start a new run",
+    "kind": "load the run with the program that trained it",
+    "start": "restore the adapter of the run in --start, or start a new run",
+    "forms": OLDER,
+    "left_out": OLDER,
+}
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -57,6 +73,8 @@ class RunConfig:
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
     start: str = ""  # hash of the adapter in --start, "" without --start
+    forms: str = ""  # see data.Examples; "" also if an older version joined texts with a space
+    left_out: int = 0  # dev and seen rows that were left out, see data.load_sets
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -68,11 +86,13 @@ class RunConfig:
         """Raise UserError if one of the named fields differs from what is found now."""
         for name, value in found.items():
             saved = getattr(self, name)
+            if name == "data" and self.dataset.get("test"):
+                if value.get("train") == saved.get("train"):
+                    name, value, saved = "test", value.get("test"), saved.get("test")
             if value != saved:
                 raise UserError(
                     f"{self.folder}: {name} changed since the run began, from {saved!r:.50} to "
-                    f"{value!r:.50}; restore it, give its folder with --model or --data, or start "
-                    "a new run"
+                    f"{value!r:.50}; {CHANGED_REMEDIES[name]}"
                 )
 
     def adapter_digest(self) -> str:
@@ -171,14 +191,15 @@ class RunFolder:
     def bind(self, config: RunConfig) -> None:
         """Write config.json.
 
-        Raise UserError if an older one names another base, tokenizer or kind of adapters, or other
-        tasks or data; or if there is none, but a file that a run would overwrite.
+        Raise UserError if an older one names another base, tokenizer or kind of adapters, other
+        tasks or data, or another rule for samples; or if there is none, but a file that a run would
+        overwrite.
         """
         if self.config_path.exists():
             saved = read_config(self.path)
             if self.progress_path.exists():  # the run does not depend on --start any more
                 config = replace(config, start=saved.start)
-            names = ("tasks", "base", "tokenizer", "data", "kind", "start")
+            names = ("forms", "left_out", "tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
         elif program.rank() == 0:  # a later rank may find what rank 0 has just written
             self.require_new()
@@ -256,6 +277,8 @@ class RunFolder:
                 for name in ("exp_avg", "exp_avg_sq"):
                     if own[name].shape != parameter.shape:
                         raise ValueError("the moments of the optimizer do not fit the weights")
+        if self.log_size() < state["log_size"]:
+            program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         self.truncate_log(state["log_size"])
         return state["step"], state["best"], state["start_w"]
 
@@ -280,14 +303,22 @@ class RunFolder:
                 base=config.base,
             )
 
-    def load_best(self, config: RunConfig, adapters: Adapters) -> None:
+    def read_best(self) -> dict[str, Tensor]:
+        """Return the state that `save_best` wrote.
+
+        Raise UserError if it is missing, or if the adapter belongs to another run.
+        """
+        config = read_config(self.path)
+        if config.training["method"] == "full":
+            program.require_path(self.model_path, "restore the folder, or start a new run")
+            return checkpoint.mapped(self.model_path).state_dict()
+        program.require_path(self.adapter_path, "restore the file, or start a new run")
+        return config.load_adapter()
+
+    def load_best(self, adapters: Adapters) -> None:
         """Load what `save_best` wrote."""
         runtime.barrier()  # rank 0 may still be writing
-        if config.training["method"] == "full":
-            state = checkpoint.load(self.model_path).state_dict()
-        else:
-            state, _ = checkpoint.load_adapter(self.adapter_path)
-        adapters.load_state_dict(state)
+        adapters.load_state_dict(self.read_best())
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
@@ -303,7 +334,10 @@ class RunFolder:
         with program.reading(self.scores_path, "restore or delete the file"):
             for row in rows.values():
                 for scores in row.values():
-                    float(scores["overall"]["rougeL"] + scores["overall"]["exact_match"])
+                    for metric in ("rougeL", "exact_match"):
+                        value = scores["overall"][metric]
+                        if not isinstance(value, int | float):
+                            raise ValueError(f"{metric} must be a number, not {value!r:.40}")
         return rows
 
 
@@ -353,6 +387,9 @@ def load(
     tokenizer = load_tokenizer(path)
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
+        is_official = config.section(data.DataConfig, "dataset").is_official
+        if tokenizer.one_row and not is_official and not config.forms:
+            raise UserError(f"{run}: {OLDER}")
         if not full:
             config.require_same(base=checkpoint.fingerprint(path))
 

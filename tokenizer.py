@@ -10,8 +10,10 @@ tokenizer.json of Llama 2.
 Test: pytest tests/unit/test_tokenizer.py
 """
 
+import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,19 +27,33 @@ REMEDY = "download it again"
 # Hugging Face's clean_up_tokenization_spaces removes the space before these, in this order.
 CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
+# What makes a tokenizer.json add a space before every text, and what replaces it.
+ADDED_SPACE = (
+    (r'"prepend_scheme":"\w+"', '"prepend_scheme":"never"'),
+    (r'"add_prefix_space":true', '"add_prefix_space":false'),
+    (r'{"type":"Prepend","prepend":"[^"]*"}', '{"type":"Sequence","normalizers":[]}'),
+)
+
 
 class Tokenizer:
     """The common part of all tokenizers.
 
-    A subclass defines _setup(content of its file), _encode(texts) -> the ids of each text, without
-    BOS and EOS, and _decode(ids) -> text.
+    A subclass defines _setup(content of its file), _decode(ids) -> text, and _encode(texts) -> the
+    ids of each text, without BOS and EOS. The option `inside` of _encode says that a text stands
+    inside a row, where no space is added before it.
+
+    In a decoder-only model, prompt and answer stand in one row. If `spaced`, as in SNI's form,
+    there is one space between them: a word of the vocabulary includes the space before it, so a
+    space at the end of the prompt is removed, and the answer starts with it. Otherwise both texts
+    are encoded as they stand. T5 reads prompt and answer apart, and `spaced` changes nothing.
     """
 
     size: int  # every id is below it
     pad_id: int  # fills up rows
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
-    target_prefix = ""  # put before every target: the space that `source` removes
+    one_row = False  # a decoder-only model has prompt and answer in one row
+    target_prefix = ""  # put before a spaced target: the space that `source` removes
     fingerprint: str  # 64 hex digits of the file and the options that the ids depend on
     version: str  # of the package that makes the ids
 
@@ -56,30 +72,30 @@ class Tokenizer:
         return [*self.bos_ids, *self._encode([text])[0], *self.eos_ids]
 
     def source(self, text: str) -> list[int]:
-        """Return the ids of a prompt.
-
-        In decoder-only models a word of the vocabulary includes the space before it. So a space at
-        the end of the prompt is removed here, and the target starts with it.
-        """
+        """Return the ids of a prompt in SNI's form."""
         return next(self.sources([text]))
 
-    def sources(self, texts: list[str]) -> Iterator[list[int]]:
+    def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         """Yield the ids of each prompt. Many are tokenised at once, on all cores."""
-        for ids in self._encode_all([text.removesuffix(" ") for text in texts]):
+        if spaced:
+            texts = [text.removesuffix(" ") for text in texts]
+        for ids in self._encode_all(texts):
             yield [*self.bos_ids, *ids]
 
     def target(self, text: str) -> list[int]:
-        """Return the ids of an answer, with EOS at the end."""
+        """Return the ids of an answer in SNI's form, with EOS at the end."""
         return next(self.targets([text]))
 
-    def targets(self, texts: list[str]) -> Iterator[list[int]]:
+    def targets(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         """Yield the ids of each answer, like `sources`."""
-        for ids in self._encode_all([self.target_prefix + text for text in texts]):
+        if spaced:
+            texts = [self.target_prefix + text for text in texts]
+        for ids in self._encode_all(texts, inside=not spaced):
             yield [*ids, *self.eos_ids]
 
-    def _encode_all(self, texts):
+    def _encode_all(self, texts, *, inside=False):
         for start in range(0, len(texts), 10_000):
-            yield from self._encode(texts[start : start + 10_000])
+            yield from self._encode(texts[start : start + 10_000], inside=inside)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without special tokens and outer white space.
@@ -112,10 +128,10 @@ class T5Tokenizer(Tokenizer):
                 self.sp.id_to_piece(i)  # fails for damaged text
         self.size = self.num_pieces + 100
 
-    def _encode(self, texts):
+    def _encode(self, texts, *, inside=False):
         return self.sp.encode(texts)
 
-    def sources(self, texts: list[str]) -> Iterator[list[int]]:
+    def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         return self.targets(texts)  # the encoder reads an EOS, too
 
     def _decode(self, ids):
@@ -129,6 +145,8 @@ class T5Tokenizer(Tokenizer):
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, whose EOS is named in tokenizer_config.json."""
+
+    one_row = True
 
     def _setup(self, content):
         with reading(self.path, "pip install tokenizers"):
@@ -166,20 +184,41 @@ class JsonTokenizer(Tokenizer):
             self.bos_ids = tuple(full.ids[:start])
 
             # Some tokenizers put a space before every text by themselves.
-            if not "".join(plain.tokens).startswith(("▁", "Ġ")):
+            if not _adds_a_space(inner):
                 self.target_prefix = " "
 
             inner.add_special_tokens([eos])  # so that EOS is never decoded as text
             self.size = 1 + max(inner.get_vocab().values())
 
-    def _encode(self, texts):
+    def _encode(self, texts, *, inside=False):
         with reading(self.path, REMEDY):  # some damage shows only when a text is encoded
-            rows = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            tokenizer = self._inside if inside else self._tokenizer
+            rows = tokenizer.encode_batch(texts, add_special_tokens=False)
             return [row.ids for row in rows]
+
+    @functools.cached_property
+    def _inside(self):
+        """The tokenizer for texts inside a row. It adds no space before a text."""
+        if self.target_prefix:
+            return self._tokenizer
+        content = self._tokenizer.to_str()
+        for pattern, replacement in ADDED_SPACE:
+            content = re.sub(pattern, replacement, content)
+        tokenizer = type(self._tokenizer).from_str(content)
+        tokenizer.encode_special_tokens = True
+        if _adds_a_space(tokenizer):
+            raise ValueError("adds a space before every text in a way that is not known here")
+        return tokenizer
 
     def _decode(self, ids):
         with reading(self.path, REMEDY):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _adds_a_space(tokenizer):
+    """Return whether a tokenizer of the package tokenizers adds a space before a text."""
+    tokens = tokenizer.encode("a", add_special_tokens=False).tokens
+    return "".join(tokens).startswith(("▁", "Ġ"))
 
 
 KINDS = {"spiece.model": T5Tokenizer, "tokenizer.json": JsonTokenizer}

@@ -187,7 +187,16 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             "run of orchmoe, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
-    return fixed, {**vars(settings.dataset), "model": settings.training.model}
+    dataset = settings.dataset
+    if "data" in flags:
+        dataset = replace(dataset, data=flags["data"], test="")  # --test belongs to --data
+        kept = []
+        for name, value in vars(dataset).items():
+            if value != getattr(DataConfig, name) and name not in dataset.idle | flags.keys():
+                kept.append(f"{name} {value}")
+        if kept:
+            program.print_line(f"data settings kept from {folder}: {', '.join(kept)}")
+    return fixed, {**vars(dataset), "model": settings.training.model}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -418,6 +427,8 @@ def train(
         tokenizer=tokenizer.fingerprint,
         data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
+        forms=train_set.forms,
+        left_out=train_set.left_out,
     )
 
     # Initial values of the adapters, unless progress.pt is loaded below. A run that was
@@ -476,6 +487,8 @@ def train(
             first_step, best_loss, start_w = run.load_progress(
                 adapters, optimizer, len(held_out["dev"])
             )
+            if best_loss < math.inf:
+                run.read_best()  # fail now rather than after the last step
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
         autocast = torch.autocast(
@@ -531,7 +544,7 @@ def train(
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
-            run.load_best(run_config, adapters)
+            run.load_best(adapters)
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             rows = run.add_scores(name, scores)

@@ -308,7 +308,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         prompt = request["prompt"]
         reference = request["reference"]
         w = request["w"]
-        data.require_texts([prompt, reference])
+        data.require_texts("", prompt=prompt, reference=reference)
     if w is not None:
         K = loaded.adapters.config.abstract_tasks
         with program.reading("w", f"give {K} finite numbers"):

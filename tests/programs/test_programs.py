@@ -72,7 +72,9 @@ def test_every_method_trains_and_is_scored(home, method):
 
 
 def test_own_rows_train_and_are_scored_and_a_question_is_built_like_them(home, monkeypatch):
-    own = "--data sni/own.jsonl --test sni/own.jsonl --eval-instances 8 --steps 4 --eval-every 2"
+    rows = [{"prompt": f"Write {i}.", "completion": f"{i}"} for i in range(9)]
+    (home / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 203 train, 7 dev, 8 seen, 8 unseen; run has all scores" in output

@@ -76,7 +76,11 @@ def test_read_task_accepts_older_and_odd_forms(tmp_path):
     task = task_json(
         Definition="Sort them.",
         Categories=["One", "Two"],
-        Instances=[{"input": "", "output": blank}, {"id": 7, "input": "a", "output": ["b", "c"]}],
+        Instances=[
+            {"input": "", "output": blank},
+            {"id": 7, "input": "a", "output": ["b", "c"]},
+            {"id": None, "input": "a", "output": "b"},
+        ],
         **{"Positive Examples": examples, "Negative Examples": []},
     )
     # task_json has a NaN, too.
@@ -90,6 +94,7 @@ def test_read_task_accepts_older_and_odd_forms(tmp_path):
         "instances": [
             {"id": "task1_x-0", "input": "", "output": [blank]},
             {"id": "7", "input": "a", "output": ["b", "c"]},
+            {"id": "task1_x-2", "input": "a", "output": ["b"]},
         ],
     }
     path = write_task(tmp_path, "task1_x", task_json(Definition=["One.", "Two."], Categories=[]))
@@ -103,13 +108,16 @@ def instance(**row) -> dict:
 
 BAD_TASKS = {  # what the error says: content of a task file
     "Expecting property name": b"{",
-    "TypeError: .*expected str instance, int found": task_json(Definition=[3]),
+    ": Definition must be a text, not 3;": task_json(Definition=[3]),
     "Instances is empty": task_json(Instances=[]),
     "KeyError: 'output'": instance(),
     r"Instances\[1\]: output is empty": instance(output=[]),
-    "expected str instance, float found": instance(output=["a", 3.5]),
-    "expected str instance, NoneType found": instance(input=None, output="a"),
-    "TypeError: .*, int found": task_json(**{"Negative Examples": [{"input": "a", "output": 3}]}),
+    r"Instances\[1\]: output must be a text, not 3.5": instance(output=["a", 3.5]),
+    r"Instances\[1\]: input must be a text, not None": instance(input=None, output="a"),
+    r"Negative Examples\[0\]: output must be a text, not 3": task_json(
+        **{"Negative Examples": [{"input": "a", "output": 3}]}
+    ),
+    r"Instances\[1\]: output is no Unicode text": instance(output=["a", "\ud800"]),
 }
 
 
@@ -195,20 +203,23 @@ def write_rows(path, rows):
 def test_read_rows_takes_the_usual_fields(tmp_path):
     rows = [
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
-        b'"task": "t", "id": 7, "input": "no"}',
-        b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null}',
+        b'"task": "t", "id": 7, "input": ""}',
+        b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null, "prompt": null}',
         {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
+        {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
     ]
+    asked = {"form": "instruction", "output": ["a b"]}
     expected = {
         "t": [
-            {"id": "7", "input": "Say\0 it.", "output": ["y", "n"]},
-            {"id": "5", "input": "Sort.", "output": [""]},  # a blank line counts as a line
+            {"id": "7", "form": "prompt", "input": "Say\0 it.", "output": ["y", "n"]},
+            asked | {"id": "5", "input": "Sort.", "output": [""]},  # a blank line counts as a line
         ],
         data.NO_TASK: [
-            {"id": "2", "input": "b a", "output": ["a b"], "definition": "Sort."},
-            {"id": "3", "input": "Sort.", "output": ["a b"]},
+            asked | {"id": "2", "input": "b a", "definition": "Sort."},
+            asked | {"id": "3", "input": "Sort."},
+            asked | {"id": "6", "input": "b a", "definition": "Sort."},
         ],
     }
     tasks = data.read_rows(write_rows(tmp_path / "own.jsonl", rows))
@@ -221,12 +232,26 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "JSONDecodeError": b'{"prompt": "a", "comp',
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
     "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
-    "there is no prompt": [1, 2],
+    "not a JSON object": 3,
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
     "docs/use.md": {"messages": []},
-    "expected str instance, list found": {"prompt": [{"role": "user"}], "completion": "b"},
-    "expected str instance, int found": {"prompt": "a", "completion": "b", "task": 3},
-    "surrogates not allowed": {"prompt": "a", "completion": "\ud800"},
+    "prompt must be a text, not .{'role'": {"prompt": [{"role": "user"}], "completion": "b"},
+    "task must be a text, not 3": {"prompt": "a", "completion": "b", "task": 3},
+    "completion must be a text, not 3": {"prompt": "a", "completion": ["b", 3]},
+    "completion is no Unicode text": {"prompt": "a", "completion": "\ud800"},
+    "input must be a text, not 0": {"instruction": "a", "input": 0, "output": "b"},
+    "input must be a text, not False": {"instruction": "a", "input": False, "output": "b"},
+    r"context must be a text, not \[\]": {"instruction": "a", "context": [], "output": "b"},
+    "prompt and input: write the whole": {"prompt": "a", "input": "c", "output": "b"},
+    "prompt and context: write the whole": {"prompt": "a", "context": "c", "output": "b"},
+    "input and context: give one": {
+        "instruction": "a",
+        "input": "c",
+        "context": "d",
+        "output": "b",
+    },
+    "prompt and instruction: give one": {"prompt": "a", "instruction": "c", "output": "b"},
+    "output and response: give one": {"prompt": "a", "output": "b", "response": "c"},
     "the prompt or the list of answers is empty": {"prompt": " ", "completion": "b"},
     "list of answers is empty": {"prompt": "a", "completion": []},
 }
@@ -260,7 +285,8 @@ def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together(
     assert sum(map(len, twice.values())) == 4000
 
 
-def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tokenizer):
+def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache):
+    tokenizer = load_tokenizer(ROOT / "tiny")
     rows = own_rows(300, id="same", task="b")
     rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
     path = write_rows(tmp_path / "own.jsonl", rows)
@@ -289,7 +315,8 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tok
     assert tuple(tokenizer.source(text)) in sources
 
 
-def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tokenizer):
+def test_training_rows_are_limited_only_if_asked(tmp_path, cache):
+    tokenizer = load_tokenizer(ROOT / "tiny")
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     config = DataConfig(data=str(path))
     sets = load_sets(config, tokenizer)
