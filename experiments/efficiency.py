@@ -78,7 +78,7 @@ def make_cells(study: Study) -> None:
             for cell in of_number.cells("cells", rows, {"": {}}, seeds, "losses"):
                 if cell.settings.training.seed == 0:  # the best trial is this run
                     best = of_number.best[cell.name]
-                    trial = of_number.trial(cell.name, rows[cell.name], "dev", {}, best)
+                    trial = of_number.trial(cell.name, rows[cell.name], best)
                     cell = cell._replace(folder=trial.folder)
                 cells.append(cell)
             of_number.run(cells)

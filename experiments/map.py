@@ -235,11 +235,6 @@ def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
     for name in names:
         values = [cell[which]["tasks"][name]["loss"] for cell in cells]
         tasks[name] = {"loss": float(np.mean(values))}
-    return with_overall(tasks)
-
-
-def with_overall(tasks: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return what a cell says of a set of tasks: their scores, and the mean of their losses."""
     overall = float(np.mean([scores["loss"] for scores in tasks.values()]))
     return {"tasks": tasks, "overall": {"loss": overall}}
 

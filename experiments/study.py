@@ -12,7 +12,7 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
     study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
 
-compare.py, decision.py, efficiency.py and map.py of experiments/ are studies.
+compare.py, efficiency.py, map.py and replication.py of experiments/ are studies.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -150,7 +150,7 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "dev tasks", "losses", "all losses", "replicate", "answers"] = "answers"
+    scores: Literal["dev", "losses", "replicate", "answers"] = "answers"  # see `run_cell`
     extra_rank: int = 0  # see sizes.attach_larger
 
     def result(self) -> dict[str, Any]:
@@ -199,12 +199,10 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
-    The dev loss weighs all target tokens alike. If dev is scored by task, it is the mean over
-    tasks. A cell that scores "losses" also has the losses on seen and unseen instances. One
-    that scores "all losses" has those on dev, too, each on ten times eval_instances, since training
-    has no use for so many. One that scores "replicate" has the losses on all seen instances, and
-    the scores of short answers to some of them. One that scores "answers" has scores of the
-    generated answers on seen and unseen instances.
+    The dev loss weighs all target tokens alike. A cell that scores "losses" also has the losses on
+    seen and unseen instances. One that scores "replicate" has the losses on all seen instances, and
+    the scores of short answers to some of them. One that scores "answers" has the losses and the
+    scores of the generated answers on seen and unseen instances.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -247,8 +245,6 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
                 result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
         result |= score(cell, device, attach)
-    if "dev" in result:
-        result["dev_loss"] = result["dev"]["overall"]["loss"]
     return result
 
 
@@ -281,26 +277,19 @@ def tree() -> str:
 def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
-    A cell that scores "dev tasks" gets scores on dev instead, and no routing. The overall loss is
-    the mean over tasks, so that long targets weigh no more than short ones. attach: a function like
-    baselines.attach_method. Raise DivergedError if a loss is not finite.
+    The overall loss is the mean over tasks, so that long targets weigh no more than short ones.
+    attach: a function like baselines.attach_method. Raise DivergedError if a loss is not finite.
     """
     config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(cell.settings.dataset, tokenizer)
     limit = config.eval_instances
-    if cell.scores == "all losses":
-        limit *= 10
     if cell.scores == "replicate":
         limit = 0  # all
     held_out = train.held_out_sets(sets, limit)
-    dev = held_out["dev"]
-    if cell.scores == "dev tasks":
-        held_out = {"dev": dev}
-    elif cell.scores == "replicate":
-        held_out = {"seen": held_out["seen"]}
-    elif cell.scores != "all losses":
-        del held_out["dev"]
+    dev = held_out.pop("dev")
+    if cell.scores == "replicate":
+        held_out.pop("unseen", None)
     result = {}
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
@@ -346,7 +335,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             )
             result["answers"] = evaluation.score(answered, predictions)
 
-    if cell.row.model == "trained" and not cell.row.w and "seen" in held_out:
+    if cell.row.model == "trained" and not cell.row.w:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
 
@@ -448,7 +437,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                     return
                 print_done(cell)
             # A search goes on with other values. Any other cell has no scores for a table.
-            if not cell.scores.startswith("dev") and "diverged" in cell.result():
+            if cell.scores != "dev" and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) == 1:
@@ -618,25 +607,21 @@ class Study:
         rows: dict[str, Row],
         trials: int,
         axes: Sequence[str] = AXES,
-        scores: str = "dev",
-        **values: Any,
     ) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
 
-        axes: what may be tuned. scores: "dev" or "dev tasks", the loss that decides. values:
-        further settings of the trials. Return the reports of the searches, and add them to
-        tuning.json.
+        axes: what may be tuned. Return the reports of the searches, and add them to tuning.json.
         """
         searches = {}
         for name, row in rows.items():
-            settings = self.cell("", name, row, values).settings
+            settings = self.cell("", name, row, {}).settings
             known = settings.as_flags()
             start = {}
             for axis in axes_of(settings.training.method, settings.adapter.router, axes):
                 start[axis] = known[axis]
                 if known[axis] is None:
                     start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
-            trial = functools.partial(self.trial, name, row, scores, values)
+            trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device)
 
@@ -649,12 +634,10 @@ class Study:
         program.write_json(path, read_tuning(self.results) | reports)
         return reports
 
-    def trial(
-        self, name: str, row: Row, scores: str, values: dict[str, Any], trial: dict[str, float]
-    ) -> Cell:
-        """Return the cell of a trial. For the arguments see `tune`; trial: value of each axis."""
+    def trial(self, name: str, row: Row, trial: dict[str, float]) -> Cell:
+        """Return the cell of a trial. trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
-        return self.cell(f"tune/{tag}", name, row, values | trial, scores)
+        return self.cell(f"tune/{tag}", name, row, trial, "dev")
 
 
 def read_tuning(results: Path) -> dict[str, dict]:

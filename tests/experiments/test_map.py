@@ -1,7 +1,6 @@
 """The map of where routing pays: its points, their studies, and its tables."""
 
 import importlib.util
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +10,11 @@ import data
 import program
 import runtime
 import train
-from experiments import decision
 from experiments import map as routing_map
 from experiments.sizes import total
 from experiments.study import Study, StudyConfig, read_tuning
 from experiments.tables import interval
-from helpers import ROOT, run
+from helpers import run
 
 # Few and short prompts: the start of the router reads all that are trained on.
 SMALL = ["--train-instances", 4, "--num-pos", 0]
@@ -170,144 +168,6 @@ def test_difference_refuses_other_tasks(groups):
     groups["lora"][1]["seen"]["tasks"] = {"t0": {"loss": 1.0}, "other": {"loss": 1.0}}
     with pytest.raises(ValueError, match="different seen tasks"):
         routing_map.difference(groups, "orchmoe", "lora", "seen")
-
-
-# --------------------------------------------------------------------------------------- decision
-
-
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [
-        (-0.09, -0.01, "better"),
-        (-0.015, -0.001, "equivalent within 0.02"),
-        (0.01, 0.09, "worse"),
-        (-0.019, 0.019, "equivalent within 0.02"),
-        (-0.03, 0.01, "undecided"),
-    ],
-)
-def test_verdict(low, high, expected):
-    found = ((low + high) / 2, low, high)
-    assert decision.verdict(found, 3, 3) == expected
-    assert decision.verdict(found, 2, 3) == "unfinished"
-
-
-def test_pilot_verdict_needs_three_times_the_noise_and_all_seeds():
-    def group(*losses):
-        cells = [{"seen": {"overall": {"loss": loss}}} for loss in losses]
-        return dict(enumerate(cells))
-
-    floor = group(1.0, 1.1, 1.2)  # the sd is 0.1
-    far, near = group(0.79, 0.79, 0.79), group(0.81, 0.81, 0.81)
-    passed, why = decision.pilot_verdict({"floor": floor, "ceiling": far})
-    assert passed and "3.1 times the noise: the decision is run." in why
-    passed, why = decision.pilot_verdict({"floor": floor, "ceiling": near})
-    assert not passed and "2.9 times the noise: the decision is not run." in why
-    unfinished = (False, "The pilot is unfinished.")
-    assert decision.pilot_verdict({"floor": floor, "ceiling": group(0.1, 0.1)}) == unfinished
-    assert decision.pilot_verdict({"floor": floor}) == unfinished
-
-
-def test_decision_takes_no_flag_for_what_the_plan_says(tmp_path):
-    for flag in ("--steps", "--lr-skills", "--seeds", "--num-pos"):
-        error = run("experiments/decision.py", flag, 1, cwd=tmp_path, code=2)
-        assert f"{flag}: the study sets this itself" in error
-
-
-def test_decision_trains_on_some_tasks_and_reports_all_others_in_two_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(decision, "TRAIN_TASKS", 3)
-    small = {
-        "abstract_tasks": 3,
-        "steps": 2,
-        "eval_every": 2,
-        "train_instances": 4,
-        "eval_instances": 80,
-    }
-    small["max_source_length"] = 1024
-    monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | small)
-    flags = ["--results", "kept", "--out", "out", "--device", "cpu", "--jobs", 1]
-    flags += ["--data", ROOT / "sni", "--model", ROOT / "tiny"]
-    error = run("experiments/decision.py", "--stage", "cells", *flags, cwd=tmp_path, code=2)
-    assert "--stage cells: The pilot is unfinished." in error
-    assert "give --data and --model" in run(
-        "experiments/decision.py", "--stage", "pilot", cwd=tmp_path, code=2
-    )
-    out = run("experiments/decision.py", "--stage", "pilot", *flags, cwd=tmp_path)
-    assert "times the noise" in out
-
-    lists = program.read_json(tmp_path / "kept/tasks.json")
-    assert (len(lists["train"]), len(lists["test"]), len(lists["left out"])) == (3, 12, 25)
-    cell = program.read_json(tmp_path / "kept/pilot/floor-s2.json")
-    assert cell["seen"]["tasks"].keys() == set(lists["train"])
-    assert cell["unseen"]["tasks"].keys() == {*lists["test"], *lists["left out"]}
-    groups = decision.with_groups(cell, lists)
-    losses = [cell["unseen"]["tasks"][name]["loss"] for name in lists["test"]]
-    assert groups["test"]["overall"]["loss"] == pytest.approx(np.mean(losses))
-    assert groups["left out"]["tasks"].keys() == set(lists["left out"])
-
-    # The decision with many other tasks, whose dev instances are scored too.
-    many = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 4}
-    changes = {"MANY": many, "MANY_TASKS": 4, "MANY_SEEDS": 1}
-    changes["MANY_GRID"] = {"orchmoe": ((1.0,), (1e-2,)), "lora": ((4.0,), (1e-3, 1e-2))}
-    for name, value in changes.items():
-        monkeypatch.setattr(decision, name, value)
-    out = run("experiments/decision.py", "--stage", "many", *flags, cwd=tmp_path)
-    others = program.read_json(tmp_path / "kept/many_tasks.json")
-    assert (len(others["train"]), len(others["left out"])) == (4, 21)
-    assert not set(lists["train"]) & {*others["train"], *others["left out"]}
-    cell = program.read_json(tmp_path / "kept/many/orchmoe-s0.json")
-    seen = decision.with_groups(cell, others)["seen"]["overall"]["loss"]
-    both = cell["seen"]["overall"]["loss"], cell["dev"]["overall"]["loss"]
-    assert seen == pytest.approx(np.mean(both))
-    assert f"| orchmoe | 1 | {seen:.3f} | " in out
-
-    # A pilot of other settings allows nothing.
-    monkeypatch.setattr(decision, "pilot_verdict", lambda _: (True, ""))
-    monkeypatch.setattr(decision, "DEFAULTS", decision.DEFAULTS | {"steps": 3})
-    error = run("experiments/decision.py", "--stage", "cells", *flags, cwd=tmp_path, code=2)
-    assert "floor-s0.json: made with steps 2, not 3" in error
-
-
-def test_choose_tasks_needs_whole_prompts(study):
-    settings = train.Settings.from_flags(decision.DEFAULTS | {"max_source_length": 60})
-    other = Study(settings, study.device, study.config, {})
-    with pytest.raises(ValueError, match="training tasks fit"):
-        decision.choose_tasks(other, 28)
-
-
-def with_sets(group):
-    """Return cells in which both groups of unseen tasks are all unseen ones."""
-    found = {}
-    for seed, cell in group.items():
-        found[seed] = cell | {"test": cell["unseen"], "left out": cell["unseen"]}
-    return found
-
-
-def test_after_the_decision_scores_its_rows_and_the_best_of_the_grid(study, monkeypatch):
-    small = {"steps": 2, "eval_every": 2, "train_instances": 4, "eval_instances": 28, "num_pos": 0}
-    small["batch_size"] = 2
-    monkeypatch.setattr(decision, "GRID", {"lora": ((4.0, 2.0), (1e-2,))})
-    study.config = replace(study.config, seeds=1, jobs=1)
-    decision.make_after(study, small)
-    cells = {path.stem: program.read_json(path) for path in study.results.glob("after/*.json")}
-    assert cells.keys() == {
-        *("frozen_base-s0", "orchmoe-s0", "frozen_router-s0", "lora-s0", "lora_alpha_1-s0"),
-        *("lora_best-s0", "orchmoe_alpha_2-s0", "orchmoe_alpha_2-s1"),
-        *("orchmoe_alpha_4-s0", "orchmoe_alpha_4-s1"),
-    }
-    assert cells["orchmoe_alpha_2-s1"]["settings"]["seed"] == 1
-    assert cells["frozen_router-s0"]["router"]["distance_from_start"] == 0
-    assert cells["orchmoe-s0"]["router"]["distance_from_start"] > 0
-    grid = [program.read_json(path) for path in study.results.glob("grid/*.json")]
-    best = min(grid, key=lambda cell: cell["dev_loss"])
-    for name in ("alpha", "lr_skills"):
-        assert cells["lora_best-s0"]["settings"][name] == best["settings"][name]
-    groups = routing_map.read_groups(study.results / "after")
-    lines = cells_of(decision.alpha_table({"x": with_sets(groups["lora_alpha_1"])}))
-    loss = cells["lora_alpha_1-s0"]["seen"]["overall"]["loss"]
-    assert [line[:5] for line in lines] == [["x", "1", "0.01", "1", f"{loss:.3f}"]]
-    on_dev = [task["loss"] for task in grid[0]["dev"]["tasks"].values()]
-    assert len(on_dev) == 28 and "seen" not in grid[0]
-    assert grid[0]["dev_loss"] == pytest.approx(np.mean(on_dev))
 
 
 @pytest.mark.parametrize("name", ["cpu", "computed"])
