@@ -141,6 +141,21 @@ def fix_lengths(base: Backbone, length: int) -> None:
     base.cross_entropy = cross_entropy
 
 
+def allocate(base: Backbone, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Replace the weights and buffers of `base`, which are on meta, by new ones on the device.
+
+    Frozen weights are in `dtype`. Those that train are in float32, and so are the buffers.
+    """
+    for module in base.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            trains = weight.requires_grad
+            weight_dtype = torch.float32 if trains else dtype
+            weight = torch.empty(weight.shape, dtype=weight_dtype, device=device)
+            setattr(module, name, nn.Parameter(weight, requires_grad=trains))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, device=device))
+
+
 def count_step(
     shape: Config, method: str, checkpoint_blocks: bool, rows: int = B, dtype=torch.bfloat16
 ) -> tuple[Counter, int]:
@@ -156,16 +171,11 @@ def count_step(
     base.checkpoint_blocks = checkpoint_blocks
     counter = Counter()
     with FakeTensorMode(), counter:
+        allocate(base, dtype)
         moments = []  # of AdamW
-        for module in base.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                trains = weight.requires_grad
-                weight = torch.empty(weight.shape, dtype=torch.float32 if trains else dtype)
-                setattr(module, name, nn.Parameter(weight, requires_grad=trains))
-                if trains:
-                    moments.append(torch.zeros(2, *weight.shape))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape))
+        for weight in base.parameters():
+            if weight.requires_grad:
+                moments.append(torch.zeros(2, *weight.shape))
 
         source = torch.zeros(rows, LS, dtype=torch.long)
         target = torch.zeros(rows, LT, dtype=torch.long)

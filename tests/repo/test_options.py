@@ -12,7 +12,7 @@ from helpers import ROOT
 from program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "efficiency", "explorer", "gpu_check", "map")
+NAMES = ("bench", "compare", "computed", "cuda_code", "efficiency", "explorer", "gpu_check", "map")
 NAMES += ("replication", "replication_analysis")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
