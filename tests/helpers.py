@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 
 # Flags of a short training run.
-SHORT = "--device cpu --max-tasks 4 --eval-instances 8 --steps 8 --eval-every 4".split()
-SHORT += "--batch-size 8 --warmup 2".split()
+SHORT = "--device cpu --max-tasks 4 --max-source-length 64 --eval-instances 8 --steps 8".split()
+SHORT += "--eval-every 4 --batch-size 4 --warmup 2".split()
 
 
 # ------------------------------------------------------------------------------------- the programs

@@ -4,12 +4,14 @@ Bad input is refused in one line, in bounded time and memory, and the last good 
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
 import re
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -24,7 +26,7 @@ import run_folder
 import runtime
 import train
 from experiments import study
-from helpers import ROOT, SHORT, change_config, command, interrupted, run, run_shell, trace
+from helpers import ROOT, SHORT, change_config, interrupted, run, trace
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
 from tokenizer import load as load_tokenizer
@@ -336,11 +338,13 @@ def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
 # --------------------------------------------------------------------------------- unusual starts
 
 
-def test_a_stdout_of_few_letters_does_no_harm(home):
-    score = "eval.py --model tiny --device cpu --max-tasks 2 --limit 2 --out it\u2019s".split()
-    done = run_shell(command(*score), home, PYTHONIOENCODING="latin-1")
-    assert done.returncode == 0
-    assert "it\\u2019s/predictions.jsonl" in done.stdout
+def test_a_stdout_of_few_letters_does_no_harm(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as end:
+        program.run_program(lambda: program.print_line("it\u2019s"))
+    assert end.value.code == 0
+    assert stdout.buffer.getvalue() == b"it\\u2019s\n"
 
 
 def test_a_line_that_nobody_reads_does_no_harm():

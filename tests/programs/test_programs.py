@@ -56,7 +56,7 @@ EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--dev
 def test_every_method_trains_and_is_scored(home, method):
     rate = "--lr-full" if method == "full" else "--lr-skills"
     arguments = [*SHORT, "--data", "sni/", "--method", method, rate, "0.01", "--out", "run"]
-    output = run("train.py", *arguments, cwd=home)
+    output = run("train.py", *arguments, "--eval-instances", "4", cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter on dev: " in output) == method.startswith("orchmoe")
 
@@ -65,9 +65,9 @@ def test_every_method_trains_and_is_scored(home, method):
     first, second = [row["dev_loss"] for row in rows if "dev_loss" in row]
     assert second < first
 
-    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
+    run("eval.py", "--run", "run", "--limit", "4", "--device", "cpu", cwd=home)
     scores = read_json(home / "run/scores.json")
-    again = read_json(home / "run/eval-test-8/scores.json")
+    again = read_json(home / "run/eval-test-4/scores.json")
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
@@ -117,10 +117,9 @@ def test_table_has_each_score_under_its_heading(capsys):
 
 def test_a_run_says_what_its_settings_leave_open(home):
     """These are the rank of a plain LoRA, and a w that is no distribution."""
-    brief = "--device cpu --max-tasks 2 --eval-instances 2 --steps 20 --eval-every 20".split()
-    output = run("train.py", *brief, "--method", "lora", "--skills", "2", cwd=home)
+    output = run("train.py", *BRIEF, "--method", "lora", "--skills", "2", cwd=home)
     assert "\nlora of rank 4 (S R): " in output
-    output = run("train.py", *brief, "--router-norm", "none", cwd=home)
+    output = run("train.py", *BRIEF, "--router-norm", "none", cwd=home)
     assert "\nrouter on dev: " in output
     assert "nan" not in output
 

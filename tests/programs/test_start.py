@@ -16,8 +16,8 @@ import train
 from helpers import ROOT, change_config, interrupted, run, trace, write_lists
 from program import read_json
 
-SIZES = ["--train-instances", "16", "--steps", "4", "--eval-every", "4", "--batch-size", "8"]
-SIZES += ["--warmup", "0", "--device", "cpu", "--eval-instances", "8"]
+SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
+SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()
 UNFIT = [
     ("started", "training", {"start": "/else"}),
     ("poly", "training", {"method": "poly"}),
@@ -139,8 +139,8 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     (home / "tiny").symlink_to(ROOT / "tiny")
     snippet = snippet.replace('"lora-a", "lora-b"', '"served/abstract-1", "served/abstract-2"')
     short = "steps=4, eval_every=4, batch_size=8, eval_instances=8, warmup=0"
-    names = {}
-    exec(snippet.replace("steps=600", short), names)
+    names = {"few": data.DataConfig(max_tasks=2, train_instances=16, max_source_length=64)}
+    exec(snippet.replace("steps=600)", f"{short}), few"), names)
     assert read_json(home / "runs/loras/scores.json").keys() == {"start", "orchmoe"}
 
     after, metadata = checkpoint.load_adapter(home / "runs/loras/adapter.safetensors")

@@ -264,7 +264,7 @@ def test_best_weights_on_dev_are_kept_and_scored(home):
 
     The weights of that step are kept and scored, also if the run is resumed later.
     """
-    high = "--eval-instances 4 --eval-every 2 --lr-skills 0.05 --lr-allocation 3 --warmup 0"
+    high = "--eval-instances 4 --eval-every 2 --lr-skills 0.12 --lr-allocation 3 --warmup 0"
     options = [*SHORT, *high.split(), "--schedule", "constant"]
     for steps in (2, 3):
         run("train.py", *options, "--steps", steps, "--out", f"run{steps}", cwd=home)
