@@ -21,7 +21,7 @@ import numpy as np
 
 import program
 from experiments import plot
-from experiments.map import Groups, losses, read_groups, signed_difference, stage_table
+from experiments.map import Groups, difference, losses, read_groups, signed_difference, stage_table
 from experiments.study import (
     Row,
     Study,
@@ -141,31 +141,30 @@ def text(results: Path, found: dict[int, Groups]) -> str:
 
 
 def figure(found: dict[int, Groups], path: Path) -> Path:
-    """Draw the losses of each method against the examples; bars: the sd over seeds."""
-    title = "Loss on seen and on unseen tasks against the training examples of each task"
-    below = "all methods have the same size and the same number of steps; bars: sd over seeds"
-    canvas, axes = plot.canvas(title, below, 3.8, ncols=len(SETS))
-    for panel, which in zip(axes, SETS, strict=True):
-        for number, name in enumerate(EQUAL):
-            points = [
-                (x, losses(groups[name], which)) for x, groups in found.items() if name in groups
-            ]
-            if not points:
+    """Draw OrchMoE minus LoRA on seen and on unseen tasks, side by side at each number."""
+    title = "Bundled data: loss of OrchMoE minus that of a LoRA of equal size, below zero is better"
+    canvas, axes = plot.canvas(title, "bars: 95 % intervals over tasks and seeds", 3.8)
+    axes.axhline(0, color="black", linewidth=0.8)
+    for number, which in enumerate(SETS):
+        for x, groups in enumerate(found.values()):
+            bar = difference(groups, "orchmoe", "lora", which)
+            if not bar:
                 continue
-            panel.errorbar(
-                [x for x, _ in points],
-                [np.mean(values) for _, values in points],
-                yerr=[np.std(values, ddof=min(1, len(values) - 1)) for _, values in points],
+            mean, low, high = bar
+            axes.errorbar(
+                x + 0.16 * (number - 0.5),
+                mean,
+                yerr=[[mean - low], [high - mean]],
                 color=plot.COLOURS[number],
                 marker=plot.MARKERS[number],
-                markersize=4,
-                label=name,
+                markersize=5,
+                capsize=3,
+                linestyle="none",
+                label=f"{which} tasks" if x == 0 else None,
             )
-        panel.set_xscale("log")
-        panel.set_xticks(EXAMPLES, EXAMPLES)
-        panel.minorticks_off()
-        panel.set(xlabel="examples of each task", ylabel=f"{which} loss (nats per token)")
-    axes[0].legend()
+    axes.set_xticks(range(len(found)), [str(number) for number in found])
+    axes.set(xlabel="training examples of each task", ylabel="nats per target token")
+    axes.legend()
     return plot.save(canvas, path)
 
 
@@ -179,7 +178,8 @@ def main() -> None:
     results = Path(study_config.results)
     found = {number: read_groups(results / str(number) / "cells") for number in EXAMPLES}
     publish(text(results, found), results / "tables.md")
-    if any(found.values()) and importlib.util.find_spec("matplotlib"):
+    drawn = any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values())
+    if drawn and importlib.util.find_spec("matplotlib"):
         program.print_line(f"written: {figure(found, results / 'efficiency.png')}")
 
 

@@ -349,19 +349,19 @@ NOTE = (
     "of w from its start on dev, in nats; the other numbers of the router are of seen instances."
 )
 LABELS = {
-    "orchmoe": "OrchMoE",
-    "floor": "OrchMoE without a router (floor)",
-    "ceiling": "OrchMoE that is given the real task (ceiling)",
+    "lora": "minus LoRA of equal size",
+    "floor": "minus the same without a router",
+    "ceiling": "minus the same, given the true task",
 }
 
 
 def figure(found: dict[str, Groups], path: Path) -> Path | None:
-    """Draw each row minus LoRA along each axis. Return None without finished cells."""
+    """Draw OrchMoE minus each other row along each axis. Return None without finished cells."""
     if not any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values()):
         return None
     lines = by_axis(found)
-    title = "Loss minus that of a LoRA: below zero is better than the LoRA"
-    below = "LoRA and OrchMoE have the same size; bars: 95 % intervals over tasks and seeds"
+    title = "Bundled data: loss of OrchMoE minus that of another row, below zero is better"
+    below = "bars: 95 % intervals over tasks and seeds"
     size = {"nrows": 2, "ncols": len(lines), "sharey": "row", "squeeze": False}
     widths = [1 + len(line) for line in lines.values()]
     canvas, axes = plot.canvas(title, below, 5.5, width_ratios=widths, **size)
@@ -372,7 +372,7 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
             panel.axhline(0, color="black", linewidth=0.8)
             for number, (name, label) in enumerate(LABELS.items()):
                 for x, groups in enumerate(line.values()):
-                    bar = difference(groups, name, "lora", which)
+                    bar = difference(groups, "orchmoe", name, which)
                     if not bar:
                         continue
                     mean, low, high = bar
