@@ -115,34 +115,28 @@ def read_task(path: str | os.PathLike) -> dict:
     with program.reading(path, "repair it or take the task off the list"):
         category = _first(task.get("Categories")) or "Unknown"
         definition = _first(task["Definition"])
-        require_texts("", Categories=category, Definition=definition)
+        require_text("Categories", category)
+        require_text("Definition", definition)
 
         positive = list(task.get("Positive Examples", []))
         negative = list(task.get("Negative Examples", []))
         for kind, examples in (("Positive", positive), ("Negative", negative)):
             for number, example in enumerate(examples):
-                require_texts(
-                    f"{kind} Examples[{number}]: ",
-                    input=example["input"],
-                    output=example["output"],
-                    explanation=example.get("explanation", ""),
-                )
+                place = f"{kind} Examples[{number}]"
+                require_text(f"{place}: input", example["input"])
+                require_text(f"{place}: output", example["output"])
+                require_text(f"{place}: explanation", example.get("explanation", ""))
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            place = f"Instances[{number}]: "
+            place = f"Instances[{number}]"
             instance_id = row.get("id")
             if instance_id is None:
                 instance_id = f"{path.stem}-{number}"
             instance_id = str(instance_id)
-            references = row["output"]
-            if not isinstance(references, list):
-                references = [references]
-            if not references:
-                raise ValueError(f"{place}output is empty")
-            require_texts(place, id=instance_id, input=row["input"])
-            for reference in references:
-                require_texts(place, output=reference)
+            require_text(f"{place}: id", instance_id)
+            require_text(f"{place}: input", row["input"])
+            references = _references(f"{place}: output", row["output"])
             instances.append({"id": instance_id, "input": row["input"], "output": references})
         if not instances:
             raise ValueError("Instances is empty")
@@ -164,19 +158,28 @@ def _first(value):
     return value
 
 
-def require_texts(place: str, **fields: Any) -> None:
-    """Raise ValueError unless all fields are texts. `place` is put before the message.
+def _references(name, value):
+    """Return an answer, or a list of answers, as a list of texts."""
+    references = value if isinstance(value, list) else [value]
+    if not references:
+        raise ValueError(f"{name} is empty")
+    for reference in references:
+        require_text(name, reference)
+    return references
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raise ValueError, which names the field, unless its value is a text.
 
     JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would silently
     change prompts and references.
     """
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{place}{name} must be a text, not {value!r:.40}")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{place}{name} is no Unicode text (lone surrogate)") from None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is no Unicode text (lone surrogate)") from None
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
@@ -298,21 +301,18 @@ def _read_row(line, number):
         raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
     if len(extra) > 1:
         raise ValueError("input and context: give one of them")
-    prompt, references = row[form], row[answer]
-    if not isinstance(references, list):
-        references = [references]
-    instance = {"id": str(row.get("id", number)), "form": form, "input": prompt}
-    if extra:
-        instance |= {"definition": prompt, "input": row[extra[0]]}
-    instance["output"] = references
-    task = row.get("task", NO_TASK)
+    row = {"id": number, "task": NO_TASK} | row
+    row["id"] = str(row["id"])
+    for name in (form, *extra, "task", "id"):
+        require_text(name, row[name])
+    if not row[form].strip():
+        raise ValueError(f"{form} is empty")
 
-    require_texts("", task=task, id=instance["id"], **{name: row[name] for name in (form, *extra)})
-    for reference in references:
-        require_texts("", **{answer: reference})
-    if not prompt.strip() or not references:
-        raise ValueError("the prompt or the list of answers is empty")
-    return task, instance
+    references = _references(answer, row[answer])
+    instance = {"id": row["id"], "form": form, "input": row[form], "output": references}
+    if extra:
+        instance |= {"definition": row[form], "input": row[extra[0]]}
+    return row["task"], instance
 
 
 def _only_field(row, *names):
@@ -813,7 +813,8 @@ def make_example(
     if not definition.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
     with program.checking_settings():
-        require_texts("--", ask=definition, input=text)
+        require_text("--ask", definition)
+        require_text("--input", text)
     instance = {"form": "instruction", "definition": definition, "input": text}
     if not text:
         instance = {"form": form, "input": definition}

@@ -40,15 +40,13 @@ from tokenizer import load as load_tokenizer
 PATHS = {"model", "data", "test"}
 REMEDY = "restore the file, or train again if an older version wrote it"
 
-# What to do if something that a run is bound to has changed, by its name in RunConfig. "test" is
-# the part of `data` that --test names.
+# What to do if something that a run is bound to has changed, by its name in RunConfig.
 OLDER = "an older version built the samples of the run by another rule; start a new run"
 CHANGED_REMEDIES = {
     "base": "restore it, give its folder with --model, or start a new run",
     "tokenizer": "restore it, give the folder of the base with --model, or start a new run",
-    "tasks": "restore the data, give them with --data, or start a new run",
-    "data": "restore them, give them with --data, or start a new run",
-    "test": "restore the file, give it with --test, or start a new run",
+    "tasks": "restore the data, give them with --data (and --test), or start a new run",
+    "data": "restore them, give them with --data (and --test), or start a new run",
     "kind": "load the run with the program that trained it",
     "start": "restore the adapter of the run in --start, or start a new run",
     "forms": OLDER,
@@ -86,13 +84,10 @@ class RunConfig:
         """Raise UserError if one of the named fields differs from what is found now."""
         for name, value in found.items():
             saved = getattr(self, name)
-            if name == "data" and self.dataset.get("test"):
-                if value.get("train") == saved.get("train"):
-                    name, value, saved = "test", value.get("test"), saved.get("test")
             if value != saved:
                 raise UserError(
-                    f"{self.folder}: {name} changed since the run began, from {saved!r:.50} to "
-                    f"{value!r:.50}; {CHANGED_REMEDIES[name]}"
+                    f"{self.folder}: {name} changed since the run began, from {saved!r:.60} to "
+                    f"{value!r:.60}; {CHANGED_REMEDIES[name]}"
                 )
 
     def adapter_digest(self) -> str:

@@ -184,7 +184,7 @@ class JsonTokenizer(Tokenizer):
             self.bos_ids = tuple(full.ids[:start])
 
             # Some tokenizers put a space before every text by themselves.
-            if not _adds_a_space(inner):
+            if not "".join(plain.tokens).startswith(("▁", "Ġ")):
                 self.target_prefix = " "
 
             inner.add_special_tokens([eos])  # so that EOS is never decoded as text
@@ -206,19 +206,11 @@ class JsonTokenizer(Tokenizer):
             content = re.sub(pattern, replacement, content)
         tokenizer = type(self._tokenizer).from_str(content)
         tokenizer.encode_special_tokens = True
-        if _adds_a_space(tokenizer):
-            raise ValueError("adds a space before every text in a way that is not known here")
         return tokenizer
 
     def _decode(self, ids):
         with reading(self.path, REMEDY):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _adds_a_space(tokenizer):
-    """Return whether a tokenizer of the package tokenizers adds a space before a text."""
-    tokens = tokenizer.encode("a", add_special_tokens=False).tokens
-    return "".join(tokens).startswith(("▁", "Ġ"))
 
 
 KINDS = {"spiece.model": T5Tokenizer, "tokenizer.json": JsonTokenizer}

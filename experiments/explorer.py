@@ -308,7 +308,8 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         prompt = request["prompt"]
         reference = request["reference"]
         w = request["w"]
-        data.require_texts("", prompt=prompt, reference=reference)
+        data.require_text("prompt", prompt)
+        data.require_text("reference", reference)
     if w is not None:
         K = loaded.adapters.config.abstract_tasks
         with program.reading("w", f"give {K} finite numbers"):

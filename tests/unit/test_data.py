@@ -252,8 +252,8 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     },
     "prompt and instruction: give one": {"prompt": "a", "instruction": "c", "output": "b"},
     "output and response: give one": {"prompt": "a", "output": "b", "response": "c"},
-    "the prompt or the list of answers is empty": {"prompt": " ", "completion": "b"},
-    "list of answers is empty": {"prompt": "a", "completion": []},
+    "prompt is empty": {"prompt": " ", "completion": "b"},
+    "completion is empty": {"prompt": "a", "completion": []},
 }
 
 
