@@ -227,7 +227,7 @@ WRONG = [
     ([1], "request: "),
     ({"prompt": 3}, "request: "),
     ({"prompt": " \n"}, "prompt: it is empty"),
-    ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to 1024"),
+    ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to 64"),
     ({"reference": "a b " * 2000}, "reference: .* tokens; give 1 to 128"),
     ({"w": 1.0}, "w: .*give 8 finite numbers"),
     ({"w": "1"}, "w: .*give 8 finite numbers"),
