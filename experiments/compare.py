@@ -45,6 +45,7 @@ ABLATIONS = {
     "router: token": Row({"router": "token"}),
     "router: none": Row({"router": "none"}),
     "router: random": Row(replaced_router="random"),
+    "told the true task": Row(replaced_router="task"),
     "router start: normal": Row({"router_init": "normal"}),
     "attention off": Row({"router_attention": False}),
     "w without softmax": Row({"router_norm": "none"}),

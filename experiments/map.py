@@ -7,38 +7,27 @@ floor is OrchMoE without a router, w = 1/K. The ceiling is OrchMoE with the real
 one-hot on training tasks, and 1/K on unseen ones. Floor and ceiling use the tuned values of
 OrchMoE. They have no router, so their sizes differ from those of the other two.
 
-    python -m experiments.map --stage map        # the map itself: hours on two cores
     python -m experiments.map                    # the tables and the figure of the finished cells
 
-An interrupted stage continues when it is run again. Without --results the cells are those of this
-repository. Among these are cells of two earlier stages, calm (how much do two runs differ?) and
-router (which routers leave their start?). Commit 5df92fe has the program that made them.
-Test: pytest tests/experiments/test_map.py
+Commit 498f36a has the program that made the cells, and commit 5df92fe the one that made those of
+two earlier stages, calm (how much do two runs differ?) and router (which routers leave their
+start?). Test: pytest tests/experiments/test_map.py
 """
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-import data
 import program
 from experiments import plot
-from experiments.study import (
-    FIXED,
-    Row,
-    Study,
-    pick_device,
-    read_study,
-    read_tuning,
-    subset,
-)
+from experiments.study import read_tuning
 from experiments.tables import (
     Difference,
     Group,
+    TablesConfig,
     chance,
     interval,
     mean_and_sd,
@@ -51,113 +40,30 @@ from experiments.tables import (
 from program import UserError
 
 RESULTS = program.ROOT / "experiments/results/map"
-LIKE = {"like": "orchmoe"}
-EQUAL = {"lora": Row({"method": "lora"}), "orchmoe": Row()}
-ROWS = EQUAL | {
-    "floor": Row({"router": "none"}, **LIKE),
-    "ceiling": Row({"router": "none"}, replaced_router="task", **LIKE),
-}
+ROWS = ("lora", "orchmoe", "floor", "ceiling")
+SEEDS = 5
 
-# Each axis of the map: label of a point -> the settings that it changes. A point that changes
-# nothing is the centre: total rank 4, 600 steps, 28 training tasks ("train_tasks").
+# Each axis of the map, with the labels of its points. CENTRES are labels of the centre.
 AXES = {
-    "total rank": {
-        "2": {"skills": 2},
-        "4": {},
-        "8": {"rank": 2},
-        "16": {"rank": 4},
-        "32": {"rank": 8},
-    },
-    "steps": {"300": {"steps": 300}, "600": {}, "1800": {"steps": 1800}},
-    "training tasks": {"7": {"train_tasks": 7}, "14": {"train_tasks": 14}, "28": {}},
+    "total rank": ("2", "4", "8", "16", "32"),
+    "steps": ("300", "600", "1800"),
+    "training tasks": ("7", "14", "28"),
 }
-CENTRE = "centre"
+CENTRES = (("total rank", "4"), ("steps", "600"), ("training tasks", "28"))
 MEAN = "mean over"  # the label of the last line of the map, before "7 points"
-CENTRE_TRIALS = 9  # trials of each row at the centre, where all its rates are tuned
-
-DEFAULTS = {
-    "out": "results/map",
-    "results": str(RESULTS),
-    "seeds": 5,
-    "trials": 7,
-    "steps": 600,
-    "eval_every": 300,
-    "eval_instances": 560,
-    "rank": 1,
-    "lr_skills": 1e-2,
-    "lr_router": 1e-3,
-}
-
-
-@dataclass(frozen=True)
-class MapConfig:
-    """Map: which cells are made."""
-
-    stage: Literal["map", "table"] = "table"  # cells to make (table: none)
-
-
-# -------------------------------------------------------------------------------------- the map
 
 
 def point_name(axis: str, tag: str) -> str:
     """Return the name of a point for folders: "steps-300", or "centre"."""
-    return f"{axis.replace(' ', '-')}-{tag}" if AXES[axis][tag] else CENTRE
+    return "centre" if (axis, tag) in CENTRES else f"{axis.replace(' ', '-')}-{tag}"
 
 
-def points() -> dict[str, dict[str, Any]]:
-    """Return all points by name, the centre first, with what each changes."""
-    found = {CENTRE: {}}
+def points() -> list[str]:
+    """Return the names of all points, the centre first."""
+    found = ["centre"]
     for axis, tags in AXES.items():
-        for tag, values in tags.items():
-            found[point_name(axis, tag)] = values
+        found += [point_name(axis, tag) for tag in tags if (axis, tag) not in CENTRES]
     return found
-
-
-def study_at(point: str, study: Study) -> Study:
-    """Return the study of one point, in folders of its own."""
-    values = dict(points()[point])
-    tasks = values.pop("train_tasks", 0)
-    if tasks:
-        values["data"] = fewer_tasks(study, tasks)
-    if "steps" in values:
-        values["eval_every"] = values["steps"] // 2
-    return study.at(point, values)
-
-
-def fewer_tasks(study: Study, tasks: int) -> str:
-    """Return a data folder with `tasks` of the training tasks, evenly spaced in the list."""
-    root = Path(study.settings.dataset.data)
-    lists = data.read_splits(root)
-    every = len(lists["train"]) // tasks
-    chosen = lists["train"][::every][:tasks]
-    return str(subset(Path(study.config.out, f"tasks-{tasks}"), root, chosen, lists["test"]))
-
-
-def tune(point: str, study: Study, centre: dict[str, dict[str, float]]) -> None:
-    """Tune both rows: all rates and alpha at the centre, elsewhere lr_skills and alpha.
-
-    centre: the best values of the centre, from which the other points start. alpha is multiplied by
-    R, so that alpha / R stays the same (the centre has R = 1).
-    """
-    if point == CENTRE:
-        study.tune(EQUAL, CENTRE_TRIALS)
-        return
-    for name, values in centre.items():
-        study.best[name] = values | {"alpha": values["alpha"] * study.settings.adapter.rank}
-    study.tune(EQUAL, study.config.trials, ("lr_skills", "alpha"))
-
-
-def make_map(study: Study) -> None:
-    """Tune at all points, then make the cells, one seed after the other."""
-    studies = {}
-    for point in points():
-        studies[point] = study_at(point, study)
-        tune(point, studies[point], studies[CENTRE].best)
-    cells = []
-    for seed in range(study.config.seeds):
-        for of_point in studies.values():
-            cells += of_point.cells("cells", ROWS, {"": {}}, [seed], "losses")
-    study.run(cells)
 
 
 # ------------------------------------------------------------------------------ tables and figure
@@ -205,12 +111,12 @@ def finished_points(found: dict[str, Groups]) -> list[Groups]:
 
     Points with fewer tasks stay out, because their losses are means over other seen tasks.
     """
-    seeds = set(range(DEFAULTS["seeds"]))
+    seeds = set(range(SEEDS))
     finished = []
-    for name, values in points().items():
+    for name in points():
         groups = found[name]
         complete = all(groups.get(row, {}).keys() >= seeds for row in ROWS)
-        if complete and "train_tasks" not in values:
+        if complete and not name.startswith("training-tasks"):
             finished.append(groups)
     return finished
 
@@ -220,7 +126,7 @@ def mean_over_points(finished: Sequence[Groups]) -> Groups:
     groups = {}
     for row in ROWS:
         groups[row] = {}
-        for seed in range(DEFAULTS["seeds"]):
+        for seed in range(SEEDS):
             cells = [point[row][seed] for point in finished]
             groups[row][seed] = {which: mean_losses(cells, which) for which in SETS}
     return groups
@@ -398,14 +304,7 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
 
 
 def main() -> None:
-    # These are no flags here, because the map sets them.
-    adapter = ("abstract_tasks", "skills", "rank", "alpha", "router")
-    fixed = (*FIXED, *adapter, "data", "splits", "max_tasks", "tune", "steps", "accumulate")
-    _, config, study_config, settings = read_study(__doc__, MapConfig, DEFAULTS, fixed)
-    if config.stage == "map":
-        make_map(Study(settings, pick_device(study_config, settings), study_config, EQUAL))
-
-    results = Path(study_config.results)
+    results = TablesConfig.read(__doc__, RESULTS)
     found = read_map(results)
     publish(text(results, found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):

@@ -10,7 +10,6 @@ Test: pytest tests/experiments/test_replication.py
 
 import importlib.util
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import program
 from experiments import plot
 from experiments.replication import EQUAL, FIRST_SEED, FROZEN, REPLICATES, RESULTS
 from experiments.study import file_name
-from experiments.tables import Difference, publish, signed, t_quantile, table
+from experiments.tables import Difference, TablesConfig, publish, signed, t_quantile, table
 from program import UserError
 
 MARGIN = 0.02  # nats; a smaller difference counts as none
@@ -34,13 +33,6 @@ OUTCOMES = {
 }
 SAME = ("cpu", "computed", "train_tasks")  # in all cells of a replicate
 Cells = dict[str, list[dict[str, Any]]]  # of each row, in the order of the seeds
-
-
-@dataclass(frozen=True)
-class AnalysisConfig:
-    """Analysis: where the cells are."""
-
-    results: str = str(RESULTS)  # folder of cells/, for tables.md and replicates.png
 
 
 def read_cells(results: Path) -> Cells:
@@ -138,8 +130,7 @@ def figure(found: Cells, path: Path) -> Path:
 
 
 def main() -> None:
-    config = program.from_flags(AnalysisConfig, program.read_flags(__doc__, AnalysisConfig))
-    results = Path(config.results)
+    results = TablesConfig.read(__doc__, RESULTS)
     found = read_cells(results)
     publish(text(found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):

@@ -5,6 +5,7 @@ Letters: T tasks.  Test: pytest tests/experiments/test_tables.py
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ ROUTER = {  # numbers of routing.report
 }
 Difference = tuple[float, float, float]  # mean, low, high
 Group = dict[int, dict[str, Any]]  # the cells of a row by seed
+
+
+@dataclass(frozen=True)
+class TablesConfig:
+    """Tables: where the cells are."""
+
+    results: str = ""  # folder of the cells, to which tables and figure go (default: ours)
+
+    @classmethod
+    def read(cls, doc: str, default: Path) -> Path:
+        """Return the folder that the command line names, or the default one."""
+        return Path(program.read_flags(doc, cls).get("results", default))
 
 
 # -------------------------------------------------------------------------------------- intervals

@@ -239,6 +239,17 @@ def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatc
     assert "the loss on seen instances is nan" in cell.result()["diverged"]
 
 
+def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch):
+    def search(searches, *_):
+        for each in searches:
+            each.losses = {(0,) * len(each.start): math.inf}
+
+    monkeypatch.setattr("experiments.study.run_cells", search)
+    of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
+    with pytest.raises(ValueError, match="lora: all trials diverged"):
+        of_lora.tune({"lora": Row({"method": "lora"})}, 1)
+
+
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
     cells = [cell_of(tmp_path, name) for name in "ab"]
