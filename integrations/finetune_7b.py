@@ -4,35 +4,65 @@ Each line of the data has a prompt and a completion, both text:
 
     {"prompt": "Hot is not", "completion": " cold"}
 
-Training writes checkpoints into the folder --out, and --resume continues from the last one. In a
-new process, --ask loads the adapters and answers prompts, which must be written as in the data.
+Training writes checkpoints into the folder --out. SIGTERM and Ctrl-C finish the step and save, and
+--resume continues from the last checkpoint. In a new process, --ask loads the adapters and answers
+prompts, which must be written as in the data.
 
     pip install transformers trl datasets bitsandbytes
     python -m integrations.finetune_7b --model Qwen3-8B --data train.jsonl --out run
     python -m integrations.finetune_7b --model Qwen3-8B --out run --ask "Hot is not" "Up is not"
     python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
 
-To use it elsewhere, copy this file, trainer.py and orchmoe.py.
+To use it elsewhere, copy this file, trainer.py, program.py and orchmoe.py.
 Test: pytest tests/parity/test_trainer.py
 """
 
-import argparse
+import json
+import pickle
+import re
+import sys
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import SFTConfig, SFTTrainer
 
+import program
 from integrations.trainer import ADAPTER_FILE, RoutedTraining
 from orchmoe import OrchMoEConfig, attach
+from program import UserError
+
+try:
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        TrainerCallback,
+    )
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    print(f"finetune_7b.py: error: {error}; pip install transformers trl datasets", file=sys.stderr)
+    sys.exit(2)
 
 # "all": every Linear but the output head.
 ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=("all",))
+LARGEST_LINE = 10**6  # bytes
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, but no tokenizer reads it
 
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
     rates = {"router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}  # the skills: learning_rate
+
+
+class SaveAndStop(TrainerCallback):
+    """Ends a training after the step in which a signal has arrived, with a checkpoint."""
+
+    def __init__(self, stop_requested):
+        self.stop_requested = stop_requested
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop_requested():
+            control.should_save = True
+            control.should_training_stop = True
 
 
 def load_base(name):
@@ -42,33 +72,75 @@ def load_base(name):
     )
     # Not "auto": a base that is spread over several GPUs is refused.
     device = 0 if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.bfloat16, quantization_config=four_bits, device_map={"": device}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # for generation
+    with program.reading(name, "name a decoder of the Hub or its folder"):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16, quantization_config=four_bits, device_map={"": device}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # for generation
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
 
+def require_text(name, value):
+    """Raise ValueError unless the value is a text that a tokenizer reads. A prompt is not empty."""
+    if not isinstance(value, str) or LONE_SURROGATE.search(value):
+        raise ValueError(f"{name} must be a text, not {value!r:.40}")
+    if name == "prompt" and not value.strip():
+        raise ValueError("the prompt is empty")
+
+
 def read_rows(path):
-    """Return the rows of a JSONL file. Raise ValueError if a prompt or a completion is no text."""
-    rows = load_dataset("json", data_files=str(path), split="train")
-    for name in ("prompt", "completion"):
-        values = rows[name] if name in rows.column_names else [None]
-        if not all(isinstance(value, str) for value in values):
-            raise ValueError(f'each line needs a "{name}" that is a text')
+    """Return [{"prompt", "completion"}] of the lines of a JSONL file, without any other fields.
+
+    Raise UserError with the number of a bad line, or if there are too few lines.
+    """
+    rows = []
+    number = 0
+    with open(path, "rb") as file:
+        while line := file.readline(LARGEST_LINE + 1):
+            number += 1
+            if line.isspace():
+                continue
+            with program.reading(f"{path}, line {number}", "repair the line"):
+                if len(line) > LARGEST_LINE:
+                    raise ValueError(f"longer than {LARGEST_LINE} bytes")
+                values = json.loads(line)
+                if not isinstance(values, dict):
+                    raise ValueError("not a JSON object")
+                row = {name: values.get(name) for name in ("prompt", "completion")}
+                for name, value in row.items():
+                    require_text(name, value)
+            rows.append(row)
+    if len(rows) < ADAPTERS.abstract_tasks:
+        raise UserError(
+            f"{path}: {len(rows)} rows are too few for a router of {ADAPTERS.abstract_tasks} "
+            "abstract tasks; give hundreds"
+        )
     return rows
 
 
-def fine_tune(model, tokenizer, rows, out, resume, **options):
-    """Train adapters on the rows, and write them into `out`. options: more for SFTConfig."""
+def last_checkpoint(out):
+    """Return the last checkpoint in the folder, or None. One that was not saved whole is left out.
+
+    The Trainer writes trainer_state.json when all other files are there.
+    """
+    folders = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
+    folders.sort(key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return folders[-1] if folders else None
+
+
+def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
+    """Train adapters on the rows, and write them into `out`. Return False if a signal stopped it.
+
+    checkpoint: the folder to continue from. options: more for SFTConfig.
+    """
     attach(model, ADAPTERS)
     settings = {
         "learning_rate": 2e-4,  # of the skills
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 8,
         "num_train_epochs": 1,
-        "warmup_steps": 20,
+        "warmup_steps": min(20, len(rows) // 160),  # at most a tenth of the steps
         "max_length": 1024,  # tokens; longer rows lose the end of their answer
         "bf16": True,
         "gradient_checkpointing": True,
@@ -78,18 +150,46 @@ def fine_tune(model, tokenizer, rows, out, resume, **options):
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
     }
-    args = SFTConfig(str(out), **settings | options)
-    trainer = RoutedSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-    if not resume:
-        trainer.fit_router(max_batches=256)  # 512 prompts
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with program.checking_settings():
+        args = SFTConfig(str(out), **settings | options)
+        data = Dataset.from_list(rows)
+        trainer = RoutedSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+        left_out = len(rows) - len(trainer.train_dataset)
+        if left_out:
+            program.warn(
+                f"{left_out} of {len(rows)} rows are left out, since their prompts alone have "
+                f"{args.max_length} tokens or more"
+            )
+        if not checkpoint:
+            trainer.fit_router(max_batches=256)  # 512 prompts
+
+    with program.stop_signals() as stop_requested, program.naming_write_errors(out):
+        trainer.add_callback(SaveAndStop(stop_requested))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except FloatingPointError as error:
+            raise UserError(str(error)) from error
+        if trainer.state.global_step < trainer.state.max_steps:
+            return False
+        trainer.save_model()
+    return True
+
+
+def read_adapters(path):
+    """Return the config and the state of the adapters in the file `path`."""
+    with program.reading(path):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # its message advises to run what is in the file
+            raise ValueError("damaged, or more than plain tensors") from None
+        return program.from_json(OrchMoEConfig, saved["config"]), saved["state"]
 
 
 def load_adapters(model, path):
     """Attach the adapters in the file `path` to the model."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    attach(model, OrchMoEConfig(**saved["config"])).load_state_dict(saved["state"])
+    config, state = read_adapters(path)
+    with program.reading(path, "name the base that it was trained on"):
+        attach(model, config).load_state_dict(state)
 
 
 @torch.no_grad()
@@ -110,7 +210,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=64):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = program.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="name on the Hub, or folder, of the base")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training")
     action = parser.add_mutually_exclusive_group(required=True)
@@ -118,25 +218,41 @@ def main():
     action.add_argument("--ask", nargs="+", metavar="PROMPT", help="prompts to answer")
     parser.add_argument("--resume", action="store_true", help="continue a stopped training")
     args = parser.parse_args()
-    if args.data and args.out.exists() and not args.resume:
-        parser.error(f"--out {args.out}: exists; name a new folder, or add --resume")
-    if args.resume and not (args.data and any(args.out.glob("checkpoint-*"))):
-        parser.error(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
-    if args.ask and not (args.out / ADAPTER_FILE).exists():
-        parser.error(f"--out {args.out}: no {ADAPTER_FILE} here; finish the training first")
-    try:
-        rows = read_rows(args.data) if args.data else None
-    except Exception as error:  # datasets has many ways to fail on a bad file
-        parser.error(f"--data {args.data}: {error}")
 
-    model, tokenizer = load_base(args.model)
-    if args.data:
-        fine_tune(model, tokenizer, rows, args.out, args.resume)
+    # All mistakes that can be found before the base is loaded.
+    adapter_path = args.out / ADAPTER_FILE
+    checkpoint = None
+    if args.resume:
+        checkpoint = last_checkpoint(args.out)
+        if not (args.data and checkpoint):
+            raise UserError(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
+        config, _ = read_adapters(checkpoint / ADAPTER_FILE)
+        if config != ADAPTERS:
+            raise UserError(f"{checkpoint}: was trained with {config}; set ADAPTERS to it")
+    elif args.data:
+        written = [adapter_path, args.out / "README.md", *args.out.glob("checkpoint-*")]
+        program.require_new(written, "add --resume, or name a new folder by --out")
     else:
-        load_adapters(model, args.out / ADAPTER_FILE)
-        for prompt, reply in zip(args.ask, answer(model, tokenizer, args.ask), strict=True):
-            print(f"{prompt} -> {reply}")
+        program.require_path(adapter_path, "finish the training first")
+        with program.reading("--ask", "give whole prompts"):
+            for prompt in args.ask:
+                require_text("prompt", prompt)
+
+    if args.data:
+        rows = read_rows(args.data)
+        args.out.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load_base(args.model)
+        if not fine_tune(model, tokenizer, rows, args.out, checkpoint):
+            program.print_line("stopped; continue with the same flags and --resume")
+            return 130
+        program.print_line(f"written: {adapter_path}")
+        return 0
+    model, tokenizer = load_base(args.model)
+    load_adapters(model, adapter_path)
+    for prompt, reply in zip(args.ask, answer(model, tokenizer, args.ask), strict=True):
+        program.print_line(f"{prompt} -> {reply}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program.run_program(main)

@@ -171,13 +171,20 @@ class RoutedTraining:
     # ---- Checkpoints ----
 
     def _save(self, output_dir=None, state_dict=None):
-        """Write the adapters alone: the base never changes, and the tokenizer is yours."""
+        """Write the adapters alone: the base never changes, and the tokenizer is yours.
+
+        Raise FloatingPointError if they are not finite. The last checkpoint is as it was then.
+        """
         if not self.args.should_save:  # only one process writes
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         adapters = self.model.skill_adapters
-        saved = {"config": vars(adapters.config), "state": adapters.state_dict()}
+        state = adapters.state_dict()
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite; lower the learning rates")
+        saved = {"config": vars(adapters.config), "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
         torch.save(saved, incomplete)
         incomplete.replace(folder / ADAPTER_FILE)

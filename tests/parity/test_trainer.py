@@ -6,6 +6,7 @@ This file is also the program that torchrun starts in the test of two processes.
 
 import http.server
 import json
+import math
 import os
 import re
 import sys
@@ -38,6 +39,7 @@ from integrations.trainer import (  # noqa: E402
     prompt_mask,
 )
 from orchmoe import OrchMoEConfig, attach  # noqa: E402
+from program import UserError  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -555,28 +557,47 @@ def base_folder(request, tmp_path):
     return tmp_path / "base"
 
 
+def write_rows(path, rows):
+    """Write a JSONL file of rows, each an object or a line of text."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_program_for_7b_trains_stops_resumes_and_answers(error, base_folder, tmp_path):
+    """SIGTERM saves the step in which it arrives; after a crash the last checkpoint is left."""
     pytest.importorskip("bitsandbytes")
-    datasets.Dataset.from_list(TEXT).to_json(tmp_path / "data.jsonl")
+    write_rows(tmp_path / "data.jsonl", TEXT)
     options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"warmup_steps": 0, "learning_rate": 0.03}
 
-    def fine_tune(name, resume=False):
+    def fine_tune(name, checkpoint=None):
         model, tokenizer = finetune_7b.load_base(base_folder)
         rows = finetune_7b.read_rows(tmp_path / "data.jsonl")
         transformers.set_seed(0)
-        finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / name, resume, **options)
-        return model, tokenizer
+        out = tmp_path / name
+        finished = finetune_7b.fine_tune(model, tokenizer, rows, out, checkpoint, **options)
+        return finished, model, tokenizer
 
-    trained, tokenizer = fine_tune("whole")
-    stop = interrupted(finetune_7b.RoutedSFTTrainer, "training_step", 5, KeyboardInterrupt)
-    with stop, pytest.raises(KeyboardInterrupt):
-        fine_tune("run")
+    finished, trained, tokenizer = fine_tune("whole")
+    assert finished
+    with interrupted(finetune_7b.RoutedSFTTrainer, "training_step", 5, error):  # in the third step
+        if error:
+            with pytest.raises(error):
+                fine_tune("run")
+        else:
+            assert not fine_tune("run")[0]
     assert not (tmp_path / "run/adapter.pt").exists()
-    fine_tune("run", resume=True)
+    (tmp_path / "run/checkpoint-10").mkdir()  # it was not saved whole
+    (tmp_path / "run/checkpoint-10/adapter.pt").touch()
+    checkpoint = finetune_7b.last_checkpoint(tmp_path / "run")
+    assert checkpoint.name == ("checkpoint-2" if error else "checkpoint-3")
+    assert fine_tune("run", checkpoint)[0]
     expected, found = [torch.load(tmp_path / name / ADAPTER_FILE) for name in ("whole", "run")]
     check_equal(found["state"], expected["state"])
+    if error:
+        return
 
     # A new process gives the same answers.
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
@@ -593,24 +614,100 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     assert finetune_7b.answer(plain, tokenizer, prompts) == alone
 
 
+def run_7b(*arguments, cwd, code=0):
+    """Run the program for 7B. Return its stdout or the last line of its stderr."""
+    said = run("integrations/finetune_7b.py", *arguments, cwd=cwd, code=code)
+    return said.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_program_for_7b_learns_from_one_step_and_a_failed_start_can_be_repeated(
+    base_folder, tmp_path
+):
+    pytest.importorskip("bitsandbytes")
+    more = {"messages": [], "images": [], "input_ids": [1], "text": "x"}  # TRL would read these
+    write_rows(tmp_path / "data.jsonl", [row | more for row in TEXT[:16]])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    arguments = ["--data", "data.jsonl", "--out", "out", "--model"]
+    assert "error: out: " in run_7b(*arguments, "out", cwd=tmp_path, code=2)
+    assert run_7b(*arguments, base_folder, cwd=tmp_path) == "written: out/adapter.pt"
+    state = torch.load(tmp_path / "out/adapter.pt")["state"]
+    assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
+    assert "adapter.pt: exists" in run_7b(*arguments, base_folder, cwd=tmp_path, code=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_are_left_out_are_counted_and_infinite_weights_are_not_saved(
+    base_folder, tmp_path, capsys
+):
+    pytest.importorskip("bitsandbytes")
+    rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
+    model, tokenizer = finetune_7b.load_base(base_folder)
+    with pytest.raises(UserError, match="is not finite; lower the learning rates"):
+        finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / "run", learning_rate=math.inf)
+    assert "1 of 17 rows are left out" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("adapter.pt"))
+
+
+GOOD = {"prompt": "Hot is not", "completion": " cold"}
+LINES = {  # the last line of the data -> what is wrong
+    "3": "not a JSON object",
+    "{": "JSONDecodeError",
+    '{"prompt": "Hot is not"}': "completion must be a text, not None",
+    '{"prompt": "", "completion": "cold"}': "the prompt is empty",
+    '{"prompt": "\\ud800", "completion": "cold"}': "prompt must be a text",
+    '{"prompt": "Hot is not", "completion": ["cold"]}': "completion must be a text",
+    '{"prompt": "' + "a" * 10**6 + '"}': "longer than 1000000 bytes",
+}
+
+
+@pytest.mark.parametrize("line, message", LINES.items(), ids=LINES.values())
+def test_a_bad_line_is_named(line, message, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + ["", line])
+    with pytest.raises(UserError, match=f"a.jsonl, line 10: {message}.*; repair the line"):
+        finetune_7b.read_rows(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--data a.jsonl --out .", "--out .: exists"),
-        ("--data a.jsonl --out . --resume", "--resume: needs --data, and a checkpoint in ."),
-        ("--ask a --out . --resume", "--resume: needs --data"),
-        ("--ask a --out new", "--out new: no adapter.pt here"),
-        ("--data missing.jsonl --out new", "--data missing.jsonl: "),
-        ("--data a.jsonl --out new", '--data a.jsonl: each line needs a "completion"'),
+        ("--data a.jsonl", "the following arguments are required: --out"),
+        ("--data a.jsonl --out old", "old/adapter.pt: exists"),
+        ("--data a.jsonl --out stopped", "stopped/checkpoint-2: exists"),
+        ("--data a.jsonl --out written", "written/README.md: exists"),
+        ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
+        ("--ask a --out old --resume", "--resume: needs --data"),
+        ("--data a.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
+        ("--data a.jsonl --out other --resume", "other/checkpoint-2: was trained with Orch"),
+        ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
+        ("--ask \udcff --out old", "--ask: prompt must be a text"),
+        ("--data missing.jsonl --out new", "missing.jsonl: No such file"),
+        ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
+        ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),
     ],
 )
-def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.jsonl").write_text('{"prompt": "Hot is not"}\n')
-    monkeypatch.setattr(sys, "argv", ["finetune_7b", "--model", "base", *flags.split()])
-    with pytest.raises(SystemExit, match="2"):
-        finetune_7b.main()
-    assert f"error: {message}" in capsys.readouterr().err
+def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [GOOD] * 7)
+    write_rows(tmp_path / "b.jsonl", [GOOD] * 8)
+    for folder in ("old", "stopped/checkpoint-2", "other/checkpoint-2", "written"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "written/README.md").write_text("mine")
+    (tmp_path / "old/adapter.pt").write_text("")
+    torch.save(Path, tmp_path / "stopped/checkpoint-2/adapter.pt")
+    other = {"config": vars(OrchMoEConfig()), "state": {}}
+    torch.save(other, tmp_path / "other/checkpoint-2/adapter.pt")
+    said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
+    assert said.startswith(f"finetune_7b.py: error: {message}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_package_is_named():
+    code = "import sys; sys.modules['trl'] = None; import integrations.finetune_7b"
+    done = run_shell([sys.executable, "-c", code], ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("; pip install transformers trl datasets")
 
 
 # ---- The page ----
