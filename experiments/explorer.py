@@ -19,7 +19,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,22 +321,21 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     if not prompt.strip():
         raise UserError("prompt: it is empty; write one")
-    ids = {
-        "prompt": loaded.tokenizer.source(prompt),
-        "reference": loaded.tokenizer.target(reference),
-    }
-    for name, most in (
-        ("prompt", loaded.data_config.max_source_length),
-        ("reference", loaded.data_config.max_target_length),
+    config = loaded.data_config
+    uncut = replace(config, max_source_length=2**30, max_target_length=2**30)
+    [sample] = data.build_samples([prompt], [[reference]], loaded.tokenizer, uncut)
+    for name, ids, most in (
+        ("prompt", sample.source, config.max_source_length),
+        ("reference", sample.targets[0], config.max_target_length),
     ):
-        if len(ids[name]) > most:
-            raise UserError(f"{name}: {len(ids[name])} tokens; give 1 to {most}")
+        if len(ids) > most:
+            raise UserError(f"{name}: {len(ids)} tokens; give 1 to {most}")
     example = Example(
         id="typed",
         task="typed",
         category="typed",
-        source_ids=np.array(ids["prompt"], np.int32),
-        target_ids=[np.array(ids["reference"], np.int32)],
+        source_ids=np.array(sample.source, np.int32),
+        target_ids=[np.array(sample.targets[0], np.int32)],
         references=[reference] if reference else [],
     )
     if w is None:
