@@ -17,72 +17,130 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale * a b (M,N) in one launch, for a (M,P) and b (P,N)."""
+    unread = a.new_empty(a.shape[0], b.shape[1])  # with beta = 0 its content does not count
+    return torch.addmm(unread, a, b, beta=0, alpha=scale)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return y + scale * a b (M,N), given y (M,N), which is lost, a (M,P) and b (P,N)."""
+    if torch.compiler.is_compiling():
+        # Compiled, an addition in place would first copy y. This one joins another kernel.
+        return torch.add(y, a @ b, alpha=scale)
+    return y.addmm_(a, b, alpha=scale)
+
+
+def weigh(h: Tensor, c: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return h * c (M,SR) in one launch: the R columns of each skill times the skill's weight.
+
+    h (M,SR); c (B or 1,L or 1,S), which may have a wider dtype than h; shape is (B,L).
+    """
+    S = c.shape[-1]
+    hc = torch.empty_like(h)
+    torch.mul(h.view(*shape, S, -1), c.unsqueeze(-1), out=hc.view(*shape, S, -1))  # (B,L,S,R)
+    return hc
+
+
 class _LinearWithSkills(torch.autograd.Function):
-    """y = x W0^T + b + hc B, where h = x A^T and hc = h * c.
+    """y = x W0^T + b + scale * hc B, where h = x A^T and hc = h * c.
 
-    A (SR,D) and B (SR,O) hold the factors of all skills below one another, so two products serve
-    all skills and nothing of shape (M,S,O) exists. c contains the scale.
+    A and B are used as (SR,D) and (SR,O), with the factors of all skills below one another. So two
+    products serve all skills and nothing of shape (M,S,O) exists.
 
-    Why this is a function of its own: autograd would compute the same numbers, but it would write
-    the two terms of y (and of dx) to separate tensors and then add them. Here the second term is
-    added in place. W0 and b are frozen and get no gradient.
+    Why this is a function of its own: autograd would compute the same numbers in more launches.
+    Here the second term of y (and of dx) is added in place, and the scale is a part of a product.
+    W0 and b are frozen and get no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, A: Tensor, B: Tensor, c: Tensor, weight: Tensor | None, bias: Tensor | None
+        ctx,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        c: Tensor,
+        scale: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """Return y (M,O). The caller unflattens it, since a view from in here is read-only.
 
-        x (B,L,D), A (SR,D), B (SR,O), c (B or 1,L or 1,SR), weight (O,D), bias (O): one dtype.
+        x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,L or 1,S); weight (O,D) and bias (O), in x's
+        dtype.
         """
-        shape = x.shape[:2]  # (B,L)
+        ctx.scale = scale
+        ctx.shape = x.shape[:2]  # (B,L)
+        ctx.dtypes = A.dtype, B.dtype
+        # The skills are cast to x's dtype, never x to theirs.
         x = x.flatten(0, 1)  # (M,D)
+        A = A.flatten(0, 1).to(x.dtype)  # (SR,D)
+        B = B.flatten(0, 1).to(x.dtype)  # (SR,O)
 
         h = x @ A.T  # (M,SR)
-        hc = (h.unflatten(0, shape) * c).flatten(0, 1)  # (M,SR)
+        hc = weigh(h, c, ctx.shape)  # (M,SR)
         if weight is None:
-            y = hc @ B  # (M,O)
+            y = scaled_product(hc, B, scale)  # (M,O)
         else:
-            y = F.linear(x, weight, bias)
-            y.addmm_(hc, B)  # y += hc B
+            y = add_product(F.linear(x, weight, bias), hc, B, scale)
 
         ctx.save_for_backward(x, A, B, c, h, hc, weight)
-        ctx.shape = shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        """Return the gradients of forward's arguments, given that of y (M,O)."""
-        x, A, B, c, h, hc, weight = ctx.saved_tensors
-        needs_x, needs_A, needs_B, needs_c, _, _ = ctx.needs_input_grad
-        dx = dA = dB = dc = None
-        shape = ctx.shape  # (B,L)
+        """Return the gradients of forward's arguments, given that of y (M,O).
 
-        # y = x W0^T + b + hc B
-        if needs_B:
-            dB = hc.T @ dy  # (SR,O)
+        It computes in the dtype of forward, whatever autocast says now.
+        """
+        if autocast_dtype(dy.device) is None:
+            return _gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(ctx, dy)
 
-        # hc = h * c
-        if needs_x or needs_A or needs_c:
-            dhc = dy @ B.T  # (M,SR)
-            if needs_c:
-                # Where all tokens or all samples share c, this sums over L or B.
-                dc = (dhc * h).unflatten(0, shape).sum_to_size(c.shape)
-            dh = (dhc.unflatten(0, shape) * c).flatten(0, 1)  # (M,SR)
 
-        # h = x A^T
-        if needs_A:
-            dA = dh.T @ x  # (SR,D)
-        if needs_x:
-            if weight is None:
-                dx = dh @ A  # (M,D)
-            else:
-                dx = dy @ weight
-                dx.addmm_(dh, A)  # dx += dh A
-            dx = dx.unflatten(0, shape)
-        return dx, dA, dB, dc, None, None
+def _gradients(ctx, dy):
+    x, A, B, c, h, hc, weight = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
+    A_dtype, B_dtype = ctx.dtypes
+    skills = (c.shape[-1], -1)  # (S,R)
+    dx = dA = dB = dc = None
+
+    # y = x W0^T + b + scale * hc B
+    if needs_B:
+        dB = scaled_product(hc.T, dy, ctx.scale)  # (SR,O)
+        dB = dB.to(B_dtype).unflatten(0, skills)
+
+    # hc = h * c
+    if needs_x or needs_A or needs_c:
+        dhc = scaled_product(dy, B.T, ctx.scale)  # (M,SR)
+        if needs_c:
+            dc = (dhc * h).view(*ctx.shape, *skills)  # (B,L,S,R)
+            # Where all samples or all tokens share c, this sums over B or L, too.
+            summed = [3, *(axis for axis in (0, 1) if c.shape[axis] == 1)]
+            dc = dc.sum(summed, keepdim=True, dtype=c.dtype).squeeze(3)
+        dh = weigh(dhc, c, ctx.shape)  # (M,SR)
+
+    # h = x A^T
+    if needs_A:
+        dA = dh.T @ x  # (SR,D)
+        dA = dA.to(A_dtype).unflatten(0, skills)
+    if needs_x:
+        if weight is None:
+            dx = dh @ A  # (M,D)
+        else:
+            dx = add_product(dy @ weight, dh, A, scale=1)
+        dx = dx.unflatten(0, ctx.shape)
+    return dx, dA, dB, dc, None, None, None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype to which autocast casts on this device, None if it is off."""
+    available = torch.amp.is_autocast_available(device.type)
+    if available and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def mix_skills(
@@ -100,26 +158,19 @@ def mix_skills(
     Without `weight` (O,D) the result is the sum over the skills alone. weight and bias are frozen
     and get no gradient. Backward keeps x and 2 M S R numbers; there is no second derivative.
     """
-    S, R, D = A.shape
-
     # Autocast casts the inputs of single operations. This is one function, so it casts them here.
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype != torch.float64:  # autocast leaves float64 alone
         x = x.to(dtype)
         if weight is not None:
             weight = weight.to(dtype)
         if bias is not None:
             bias = bias.to(dtype)
 
-    # The skills are cast to x's dtype, never x to theirs. The reshapes are free views.
-    A = A.reshape(S * R, D).to(x.dtype)
-    B = B.reshape(S * R, -1).to(x.dtype)
     if c.dim() == 2:
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
-    c = (scale * c).to(x).repeat_interleave(R, dim=-1)  # one number for each rank of each skill
-    y = _LinearWithSkills.apply(x, A, B, c, weight, bias)  # (M,O)
+    c = c.to(x.device)  # a large base may be spread over several devices
+    y = _LinearWithSkills.apply(x, A, B, c, scale, weight, bias)  # (M,O)
     return y.unflatten(0, x.shape[:2])
 
 

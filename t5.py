@@ -159,7 +159,8 @@ class RelativeBias(nn.Module):
             buckets=len(self.weight),
             max_distance=self.max_distance,
         )
-        strip = F.embedding(numbers, self.weight).T  # (H,2L-1)
+        # Contiguous, since attention on a GPU reads the positions of a head one after another.
+        strip = F.embedding(numbers, self.weight).T.contiguous()  # (H,2L-1)
         if self.causal:
             strip = strip.masked_fill(distance > 0, masked_score(strip.dtype))
         return strip

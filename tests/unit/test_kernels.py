@@ -1,5 +1,6 @@
 """kernels.py against slow twins in float64: outputs and every gradient, for all forms of c, with
-and without the frozen weight; what backward keeps and computes; autocast and compilation."""
+and without the frozen weight; what backward keeps and computes; autocast; how many kernels a GPU
+would launch. The scale is 1.5, since the default of 1 hides a scale that is applied twice."""
 
 from collections import OrderedDict
 
@@ -7,10 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import orchmoe
+from helpers import adapted, random_batch, small_model
+from llama import rotation
 
 S, R, D, D_OUT, B, L = 3, 2, 8, 12, 4, 5
 FORMS = {"sample": (B, S), "shared": (1, S), "token": (B, L, S)}
@@ -54,7 +59,7 @@ def arguments(shape, dtype=torch.float64, linear="weight bias", device="cpu"):
     trained = [random(B, L, D), random(S, R, D), random(S, R, D_OUT), random(*shape)]
     frozen = {"weight": random(D_OUT, D), "bias": random(D_OUT)}
     x, A, B_, c = (tensor.requires_grad_() for tensor in trained)
-    return x, A, B_, c, 0.7, *(frozen[name] for name in linear.split())
+    return x, A, B_, c, 1.5, *(frozen[name] for name in linear.split())
 
 
 def outputs_and_gradients(function, arguments):
@@ -115,7 +120,7 @@ def test_the_output_of_an_adapted_linear_may_be_changed_in_place(change, size):
     def twin(mix):
         torch.manual_seed(0)
         base = torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(D, D_OUT))).double()
-        config = orchmoe.OrchMoEConfig(router="none", targets=("q",))
+        config = orchmoe.OrchMoEConfig(router="none", targets=("q",), alpha=3.0)
         adapters = orchmoe.attach(base, config, mix)
         torch.nn.init.normal_(base.q.skill_B)
         x = torch.randn(size, dtype=torch.float64, requires_grad=True)
@@ -185,3 +190,115 @@ def test_bfloat16_input_gives_bfloat16_output_from_float32_weights():
     y = kernels.mix_skills(x.bfloat16(), *rest)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), kernels.mix_skills(x, *rest), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["island", "forward outside"])
+def test_backward_computes_in_the_dtype_of_forward_whatever_autocast_says(inside):
+    """A float32 island in an autocast step, or a step that enters autocast after forward."""
+    given = arguments(FORMS["token"], torch.float32)
+    expected = outputs_and_gradients(kernels.mix_skills, given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast("cpu", enabled=False):
+            y = kernels.mix_skills(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = outputs_and_gradients(lambda *_: y, given)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- inside a model
+
+
+@pytest.mark.parametrize("router", ["sample", "token", "none"])
+def test_adapters_compute_the_same_with_the_plain_twin(router):
+    """Loss and gradients in `routed`, and the loss in `folded`."""
+    batch = random_batch(2, 37)
+
+    def values(mix):
+        base = small_model("v1.1")
+        adapters = adapted(base, router=router, targets=("all",), alpha=3.0)
+        base.double()
+        embeddings = base.embed(batch.input_ids)
+        for linear in adapters.linears.values():
+            assert linear.skill_scale == 1.5
+            linear.skill_mix = mix
+        with adapters.routed(embeddings, batch.attention_mask) as routing:
+            found = [base.loss(*batch)]
+            found[0].backward()
+            if router != "token":  # the weights are not scaled
+                torch.testing.assert_close(routing.c.sum(-1), torch.ones_like(routing.c[..., 0]))
+        for group in adapters.parameter_groups().values():
+            found += [parameter.grad for parameter in group]
+        if router != "token":
+            with adapters.folded(embeddings=embeddings[:1], mask=batch.attention_mask[:1]):
+                found.append(base.loss(*batch))
+        return found
+
+    found, expected = values(kernels.mix_skills), values(orchmoe.mix_skills)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+# -------------------------------------------------------------------------------------- launches
+
+
+class Launches(TorchDispatchMode):
+    """Count the operations for which a GPU launches kernels: all but views and new memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name()
+        free = operation.is_view or "empty" in name or name.startswith("prim::")
+        if not free and name not in ("aten::_unsafe_view", "aten::detach"):
+            self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def launches(function, inputs, trained):
+    """Return the number of launches forward, and backward for the gradients of `trained`."""
+    with Launches() as forward:
+        y = function(*inputs)
+    dy = torch.empty_like(y)
+    with Launches() as backward:
+        torch.autograd.grad(y, trained, dy)
+    return forward.count, backward.count
+
+
+@forms
+def test_an_adapted_linear_adds_few_launches(shape):
+    with FakeTensorMode():
+        x, A, B_, c, scale, *linear = arguments(shape, torch.float32)
+        x = x.detach().bfloat16().requires_grad_()
+        linear = [tensor.bfloat16() for tensor in linear]
+        alone = launches(F.linear, (x, *linear), [x])
+        found = launches(kernels.mix_skills, (x, A, B_, c, scale, *linear), [x, A, B_, c])
+    assert alone == (1, 1)
+    # Forward: casts of A and B, h, hc, and the product that is added to y. Backward: dB, its cast,
+    # dhc, two for dc, dh, dA, its cast, and the product that is added to dx.
+    assert found == (1 + 5, 1 + 9)
+
+
+@pytest.mark.parametrize("family", ["v1.1", "llama3"])
+def test_an_adapted_block_adds_few_launches(family):
+    """A block in bfloat16 with q and v adapted. Adding up two gradients of x is a launch, too."""
+
+    def block_launches(names):
+        base = small_model(family).bfloat16()
+        x = torch.randn(4, 9, 32, dtype=torch.bfloat16).requires_grad_()
+        trained = [x]
+        if names:
+            adapters = adapted(base, targets=names, alpha=3.0)
+            for linear in adapters.linears.values():
+                linear.skill_weights = torch.rand(4, 4).requires_grad_()
+            linears = [base.blocks[0].attention.q, base.blocks[0].attention.v]
+            trained += [t for one in linears for t in (one.skill_A, one.skill_B, one.skill_weights)]
+        else:
+            base.requires_grad_(False)
+        context = torch.zeros(4, 1, 9, 9, dtype=torch.bfloat16)
+        if family == "llama3":
+            context = rotation(base.config, torch.arange(9)).bfloat16()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return launches(base.blocks[0], (x, context), trained)
+
+    frozen = block_launches(())
+    found = block_launches(("q", "v"))
+    assert found == (frozen[0] + 2 * 5, frozen[1] + 2 * 9)
