@@ -67,6 +67,11 @@ def config(repository, cache):
     return DataConfig(data=str(repository))
 
 
+@pytest.fixture(scope="module")
+def tiny_words():
+    return load_tokenizer(ROOT / "tiny")
+
+
 # --------------------------------------------------------------------------------- tasks and splits
 
 
@@ -285,8 +290,8 @@ def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together(
     assert sum(map(len, twice.values())) == 4000
 
 
-def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache):
-    tokenizer = load_tokenizer(ROOT / "tiny")
+def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tiny_words):
+    tokenizer = tiny_words
     rows = own_rows(300, id="same", task="b")
     rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
     path = write_rows(tmp_path / "own.jsonl", rows)
@@ -315,14 +320,84 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache):
     assert tuple(tokenizer.source(text)) in sources
 
 
-def test_training_rows_are_limited_only_if_asked(tmp_path, cache):
-    tokenizer = load_tokenizer(ROOT / "tiny")
+def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tiny_words):
+    tokenizer = tiny_words
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     config = DataConfig(data=str(path))
     sets = load_sets(config, tokenizer)
     for limit, count in ((0, len(sets["train"])), (9, 9)):
         train = load_sets(replace(config, train_instances=limit), tokenizer, ["train"])["train"]
         assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
+
+
+def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(
+    tmp_path, cache, tiny_words, capsys
+):
+    rows = own_rows(900)
+    ends = ["", "\n", " ", "\n\n"]  # SentencePiece drops them
+    copies = [row | {"prompt": row["prompt"] + end} for row in rows[:100] for end in ends]
+    config = DataConfig(data=str(write_rows(tmp_path / "own.jsonl", copies + rows[100:])))
+    for _ in range(2):  # made, and from the cache
+        sets = load_sets(config, tiny_words)
+    train, dev, seen = [
+        {tuple(e.source_ids) for e in sets[name]} for name in ("train", "dev", "seen")
+    ]
+    assert not train & (dev | seen)
+    assert len(train | dev | seen) == 900
+    left_out = 1200 - sum(len(sets[name]) for name in ("train", "dev", "seen"))
+    assert sets["train"].left_out == left_out > 5
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"own.jsonl: {left_out} rows of dev and seen have the tokens of train" in warning
+
+    # Prompts that are cut to the same tokens count, too.
+    long = [row | {"prompt": "word " * 40 + row["prompt"]} for row in rows]
+    cut = DataConfig(data=str(write_rows(tmp_path / "long.jsonl", long)), max_source_length=20)
+    with pytest.raises(program.UserError, match="long.jsonl: 0 of its rows are in the set 'dev'"):
+        load_sets(cut, tiny_words)
+
+
+def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(
+    tmp_path, cache, tiny_words, capsys
+):
+    rows = own_rows(300)
+    for i, row in enumerate(rows):
+        row["task"] = f"t{i % 3}"
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    others = [{"prompt": f"Tell {i}.", "completion": "x", "task": f"t{i}"} for i in range(5)]
+    config = DataConfig(
+        data=str(path), test=str(write_rows(tmp_path / "other.jsonl", others + rows[3:5]))
+    )
+    expected = [0, 1, 2, -1, -1, 0, 1]  # of t0 to t4, and of two training rows
+    in_training = load_sets(config, tiny_words)["test"]
+    in_evaluation = load_sets(config, tiny_words, ["test"], training=["t0", "t1", "t2"])["test"]
+    for examples in (in_training, in_evaluation):
+        by_prompt = sorted(examples, key=lambda e: int(e.id))
+        assert [example.task_index for example in by_prompt] == expected
+    warnings = capsys.readouterr().err.splitlines()
+    assert "other.jsonl: 5 of 7 test rows belong to training tasks" in warnings[0]
+    assert "other.jsonl: 2 of 7 test rows have the tokens of training rows" in warnings[1]
+    assert len(warnings) == 2
+
+    path.rename(tmp_path / "gone.jsonl")
+    assert len(load_sets(config, tiny_words, ["test"], training=["t1"])["test"]) == 7
+
+
+def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, cache, tiny_words):
+    path = write_rows(tmp_path / "own.jsonl", own_rows(300))
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
+    config = DataConfig(data=str(path), test=str(tmp_path / "copy.jsonl"))
+    for names in ([], ["test"]):
+        with pytest.raises(program.UserError, match="--test .*copy.jsonl: has the rows of --data"):
+            load_sets(config, tiny_words, names)
+
+
+def test_evaluation_of_test_rows_needs_no_dev_rows(tmp_path, cache, tiny_words):
+    path = write_rows(tmp_path / "own.jsonl", own_rows(3))
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
+    config = DataConfig(data=str(path), test=str(other))
+    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
+    with pytest.raises(program.UserError, match="own.jsonl: . of its rows are in the set 'dev'"):
+        load_sets(config, tiny_words)
 
 
 # ------------------------------------------------------------------------------------------- prompt
@@ -428,6 +503,8 @@ def test_question_is_refused_or_reported_like_a_file(tokenizer, capsys):
     assert not capsys.readouterr().err
     data.make_example("Say it.", "word " * 300, tokenizer, DataConfig(max_source_length=45))
     assert "--max-source-length 45: the end of the input is cut off" in capsys.readouterr().err
+    with pytest.raises(program.UserError, match="^--ask is no Unicode text"):
+        data.make_example("a\udcff", "word", tokenizer, DataConfig())  # as from a Latin-1 terminal
 
 
 def test_equal_ids_are_told_apart_by_position(config, repository, tokenizer):

@@ -60,6 +60,47 @@ def test_space_before_an_answer_is_there_once(words):
     assert words.source("a  ") == words.encode("a ")[:-1]  # one space alone is the answer's
 
 
+def write_old_pieces(folder, corpus):
+    """Write pieces with the normalizers of Llama 2's first tokenizer.json."""
+    path = write_pieces(folder, corpus) / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, replace]
+    values |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def write_words_with_space(folder, corpus):
+    path = write_words(folder, corpus) / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+WRITERS = [write_words_with_bos, write_words_with_space, write_pieces, write_old_pieces]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_texts_are_joined_as_they_stand(write, tmp_path, corpus):
+    each = tokenizer.load(write(tmp_path / "words", corpus))
+    pairs = [
+        ("Hot is not", " cold"),
+        ("A:\n", "cold"),
+        ("Hot is ", "it"),
+        ("a", "\n\n b "),
+        ("a", ""),
+    ]
+    prompts, completions = zip(*pairs, strict=True)
+    sources = each.sources(prompts, spaced=False)
+    targets = each.targets(completions, spaced=False)
+    for pair, source, target in zip(pairs, sources, targets, strict=True):
+        text = each._tokenizer.decode(source + target, skip_special_tokens=True)
+        assert text.removeprefix(" ") == "".join(pair)
+        assert target[-1:] == list(each.eos_ids)
+
+
 def test_t5_reads_prompts_and_answers_alike(t5_words):
     ids = t5_words.encode(PROMPT)
     assert t5_words.source(PROMPT) == t5_words.target(PROMPT) == ids

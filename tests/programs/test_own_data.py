@@ -1,0 +1,335 @@
+"""Rows of JSONL in every program: one way to build a sample, task ids, --start, older runs."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import eval as evaluation
+import program
+import run_folder
+import runtime
+import train
+from experiments import explorer
+from helpers import (
+    LLAMA_SIZES,
+    ROOT,
+    change_config,
+    run,
+    seeded_generator,
+    sentences,
+    task_json,
+    write_lists,
+    write_pieces,
+    write_task,
+    write_words,
+)
+from llama import Llama, LlamaConfig
+from program import read_json, write_json
+from tokenizer import load as load_tokenizer
+
+CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
+BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def prompts(count=300, **more):
+    return [{"prompt": f"Name {i}:", "completion": f" {i}.", **more} for i in range(count)]
+
+
+def write_decoder(folder, write):
+    """Write a small random decoder whose tokenizer `write` makes."""
+    corpus = [*sentences(400), "Definition: Write 0 1 2 3 4 5 6 7 8 9. Input: Output: Now complete"]
+    config = LlamaConfig.from_hf(
+        LLAMA_SIZES | {"model_type": "llama", "vocab_size": 600, "max_position_embeddings": 512}
+    )
+    model = Llama(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
+    write(folder, corpus)
+    eos_id = load_tokenizer(folder).eos_ids[0]
+    checkpoint.save(model, folder)
+    values = read_json(folder / "config.json")
+    write_json(folder / "config.json", values | {"eos_token_id": eos_id})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Return the folders of a T5 and of decoders with both kinds of tokenizer."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "t5": ROOT / "tiny",
+        "words": write_decoder(folder / "words", write_words),
+        "pieces": write_decoder(folder / "pieces", write_pieces),
+    }
+
+
+# --------------------------------------------------------------------------------- one way to build
+
+# By name: the fields of a row, the text that a decoder reads as prompt, and that of the answer.
+FORMS = {
+    "SNI": (
+        {"input": "{}", "output": "{}!"},
+        "Definition: Say it.\n\nNow complete the following example -\nInput: {}.\nOutput:",
+        " {}!",
+    ),
+    "prompt": ({"prompt": "Say {}:\n", "completion": "{}"}, "Say {}:\n", "{}"),
+    "prompt before a space": ({"prompt": "Say {}", "output": " {}"}, "Say {}", " {}"),
+    "prompt with a space": ({"prompt": "Say {} ", "output": "{}"}, "Say {} ", "{}"),
+    "instruction": ({"instruction": "Say {}.", "output": "{}"}, "Say {}.\n\n", "{}"),
+    "instruction and context": (
+        {"instruction": "Say it.", "context": "{}", "response": "{}"},
+        "Say it.\n\n{}\n\n",
+        "{}",
+    ),
+    "prompt, --wrapper": (
+        {"prompt": "Say {}", "completion": "{}"},
+        "Now complete the following example -\nInput: Say {}.\nOutput:",
+        " {}",
+    ),
+    "instruction and input, --wrapper": (
+        {"instruction": "Say it.", "input": "{}", "output": "{}"},
+        "Definition: Say it.\n\nNow complete the following example -\nInput: {}.\nOutput:",
+        " {}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("kind", ["t5", "words", "pieces"])
+def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields, prompt, answer = FORMS[name]
+    rows = [{field: text.format(i) for field, text in fields.items()} for i in range(400)]
+    flags = {"data": "own.jsonl", "wrapper": "--wrapper" in name, "train_instances": 16}
+    if name == "SNI":
+        rows = [row | {"id": f"{i + 1}", "output": [row["output"]]} for i, row in enumerate(rows)]
+        write_task(tmp_path, "task1_a", task_json(Instances=rows, Definition=["Say it."]))
+        write_lists(tmp_path, ["task1_a"], [])
+        flags = {"data": ".", "num_pos": 0, "train_instances": 16}
+    else:
+        write_rows(tmp_path / "own.jsonl", rows)
+    flags |= {"model": str(bases[kind]), "steps": 1, "eval_instances": 2, "batch_size": 16}
+
+    # Training.
+    launch = train.LaunchConfig(out="run")
+    with mock.patch.object(train, "train_step", wraps=train.train_step) as step:
+        train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
+    batch = step.call_args.args[3]
+    source = batch.input_ids[0][batch.attention_mask[0]].tolist()
+    target = batch.labels[0][batch.labels[0] >= 0].tolist()
+    number = int(batch.ids[0]) - 1
+    prompt, answer = prompt.format(number), answer.format(number)
+    tokenizer = load_tokenizer(bases[kind])
+    if tokenizer.one_row:
+        text = tokenizer._tokenizer.decode(source + target, skip_special_tokens=True)
+        assert text.removeprefix(" ") == prompt + answer
+        assert source == tokenizer.encode(prompt)[:-1]
+    else:
+        assert source == tokenizer.encode(prompt)
+        assert target == tokenizer.encode(answer)
+
+    # Evaluation.
+    run_config = run_folder.read_config("run")
+    data_config = run_config.section(data.DataConfig, "dataset")
+    eval_config = evaluation.EvalConfig(run="run", split="train")
+    examples, _ = evaluation.load_examples(eval_config, data_config, run_config, tokenizer)
+    (example,) = [example for example in examples if example.id == batch.ids[0]]
+    assert example.source_ids.tolist() == source
+    assert [ids.tolist() for ids in example.target_ids] == [target]
+
+    # --ask.
+    row = rows[number]
+    definition = row.get("prompt") or row.get("instruction") or "Say it."
+    ask = ["--ask", definition]
+    if "input" in row or "context" in row:
+        ask += ["--input", row.get("input") or row.get("context")]
+    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+        run("eval.py", "--run", "run", "--device", "cpu", *ask, cwd=tmp_path)
+        (example,) = predict.call_args.args[2]
+        assert example.source_ids.tolist() == source
+
+    # The explorer, which shows this prompt and takes it back.
+    loaded = explorer.load("run")
+    example = examples[[example.id for example in examples].index(batch.ids[0])]
+    shown = explorer.texts_of(loaded, "seen", example)[1]
+    request = {"prompt": shown, "reference": example.references[0], "w": None}
+    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+        explorer.reply(loaded, json.dumps(request).encode())
+        (example,) = predict.call_args.args[2]
+        assert example.source_ids.tolist() == source
+        assert [ids.tolist() for ids in example.target_ids] == [target]
+
+
+def test_a_question_follows_the_form_of_the_rows(bases, tmp_path, monkeypatch):
+    """A question without input is an instruction if all rows have one, else it is a prompt."""
+    monkeypatch.chdir(tmp_path)
+    words = load_tokenizer(bases["words"])
+    asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(400)]
+    for name, rows, text in (
+        ("instructions", asked, "Say it.\n\n"),
+        ("both", asked + prompts(), "Say it."),
+    ):
+        flags = {"data": f"{name}.jsonl", "model": str(bases["words"]), "steps": 1}
+        write_rows(tmp_path / flags["data"], rows)
+        launch = train.LaunchConfig(out=name)
+        train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
+        with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+            run("eval.py", "--run", name, "--device", "cpu", "--ask", "Say it.", cwd=tmp_path)
+            (example,) = predict.call_args.args[2]
+            assert example.source_ids.tolist() == next(words.sources([text], spaced=False))
+
+
+# --------------------------------------------------------------------- what a run has been bound to
+
+
+def make_old(folder):
+    """Make a run like those of older versions, which did not save how samples were built."""
+    path = folder / "config.json"
+    values = read_json(path)
+    del values["forms"], values["left_out"]
+    write_json(path, values)
+
+
+@pytest.fixture(scope="module")
+def own(bases, tmp_path_factory):
+    """Return a folder with runs on rows of JSONL. Tests copy what they change."""
+    folder = tmp_path_factory.mktemp("own")
+    write_rows(folder / "own.jsonl", [row | {"task": "t"} for row in prompts()])
+    tests = [{"prompt": f"Tell {i}", "completion": f"{i}"} for i in range(3)]
+    write_rows(folder / "test.jsonl", tests)
+    data_flags = ["--data", "own.jsonl", "--test", "test.jsonl", "--max-source-length", "99"]
+    for name in ("t5", "words"):
+        arguments = [*data_flags, "--model", bases[name], "--out", name]
+        run("train.py", *arguments, *BRIEF, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def changed(own, tmp_path):
+    """Return a copy of that folder, whose runs have the data of the copy."""
+    folder = shutil.copytree(own, tmp_path / "own")
+    paths = {"data": str(folder / "own.jsonl"), "test": str(folder / "test.jsonl")}
+    for name in ("t5", "words"):
+        change_config(folder / name, "dataset", **paths)
+    return folder
+
+
+RESUME = ["train.py", "--resume", "--device", "cpu", "--out"]
+REFUSED = "an older version built the samples of the run by another rule; start a new run"
+
+
+def test_older_run_of_a_decoder_is_refused_by_every_program(changed):
+    make_old(changed / "words")
+    for line in (
+        [*RESUME, "words"],
+        ["eval.py", "--run", "words", "--split", "seen", "--device", "cpu"],
+        ["eval.py", "--run", "words", "--ask", "Name 3:", "--device", "cpu"],
+        ["integrations/export.py", "--run", "words", "--out", "served"],
+        ["experiments/explorer.py", "--run", "words"],
+    ):
+        error = run(*line, cwd=changed, code=2)
+        assert REFUSED in error and error.count("\n") == 1
+
+
+def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, bases):
+    make_old(changed / "t5")
+    run(*RESUME, "t5", cwd=changed)
+    assert read_json(changed / "t5/config.json")["left_out"] == 0
+
+    copies = [{"prompt": f"Name {i}: ", "completion": "x"} for i in range(99)]
+    write_rows(changed / "own.jsonl", prompts() + copies)
+    arguments = ["--data", "own.jsonl", "--model", bases["t5"], "--out", "copies"]
+    run("train.py", *arguments, *BRIEF, cwd=changed)
+    make_old(changed / "copies")
+    error = run(*RESUME, "copies", cwd=changed, code=2)
+    assert f"copies: left_out changed since the run began, from 0 to 10; {REFUSED}" in error
+
+
+def test_changed_files_are_named_with_what_helps(changed):
+    evaluate = ["eval.py", "--run", "t5", "--device", "cpu"]
+    other = [{"prompt": "Other", "completion": "x"}]
+    write_rows(changed / "other.jsonl", other)
+    with mock.patch.object(program, "warn") as warn:
+        run(*evaluate, "--test", "other.jsonl", "--out", "out", cwd=changed)
+    warn.assert_called_once_with("other.jsonl: these are not the task files of the run")
+
+    write_rows(changed / "test.jsonl", other)
+    error = run(*evaluate, cwd=changed, code=2)
+    assert "t5: data changed since the run began, from {'train':" in error
+    assert "restore them, give them with --data (and --test), or start a new run" in error
+    assert "--model" not in error
+    error = run(*evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
+    assert error == "eval.py: error: --ask is no Unicode text (lone surrogate)\n"
+
+
+def test_resumed_run_needs_its_own_adapter(changed):
+    best = changed / "t5/adapter.safetensors"
+    scores = (changed / "t5/scores.json").read_bytes()
+    arguments = ["--data", "own.jsonl", "--method", "lora", "--out", "other", *BRIEF]
+    run("train.py", *arguments, cwd=changed)
+    best.unlink()
+    shutil.copy(changed / "other/adapter.safetensors", best)
+    error = run(*RESUME, "t5", cwd=changed, code=2)
+    assert "t5/adapter.safetensors: its method is not the run's; restore the file" in error
+    assert (changed / "t5/scores.json").read_bytes() == scores
+
+    # A missing one is noticed before the remaining steps.
+    best.unlink()
+    change_config(changed / "t5", "training", steps=9)
+    with mock.patch.object(train, "train_step", side_effect=AssertionError):
+        error = run(*RESUME, "t5", cwd=changed, code=2)
+    assert "t5/adapter.safetensors: does not exist; restore the file, or start a new run" in error
+
+
+def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):
+    (changed / "t5/metrics.jsonl").unlink()
+    with mock.patch.object(program, "warn") as warn:
+        run(*RESUME, "t5", cwd=changed)
+    expected = "t5/metrics.jsonl: lines are missing that were there at the last save"
+    warn.assert_called_once_with(expected)
+
+
+# ------------------------------------------------------------------------------- tasks, and --start
+
+
+@pytest.mark.parametrize("method", ["poly", "c-poly"])
+def test_rows_of_training_tasks_have_their_ids_in_training_and_evaluation(method, tmp_path, bases):
+    rows = [row | {"task": f"t{i % 4}"} for i, row in enumerate(prompts())]
+    tests = [{"prompt": f"Tell {i}", "completion": "x", "task": f"t{i}"} for i in range(6)]
+    write_rows(tmp_path / "own.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", tests)
+    arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--model", bases["words"]]
+    arguments += ["--method", method, "--out", "run", *BRIEF, "--eval-instances", "0"]
+    with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
+        run("train.py", *arguments, cwd=tmp_path)
+        trained = routed.call_args.args[2].task_ids
+        run("eval.py", "--run", "run", "--device", "cpu", cwd=tmp_path)
+        evaluated = routed.call_args.args[2].task_ids
+    assert sorted(trained.tolist()) == sorted(evaluated.tolist()) == [-1, -1, 0, 1, 2, 3]
+    scores = read_json(tmp_path / "run/scores.json")[method]["unseen"]["overall"]
+    assert scores == read_json(tmp_path / "run/eval-test/scores.json")["overall"]
+
+
+def test_start_with_other_data_drops_the_test_rows_and_names_what_it_keeps(own):
+    arguments = ["--start", "t5", *BRIEF, "--out"]
+    output = run("train.py", *arguments, "on", "--data", "test.jsonl", cwd=own, code=2)
+    assert "test.jsonl: " in output  # it has too few rows, but it may be trained on
+    write_rows(own / "new.jsonl", prompts())
+    output = run("train.py", *arguments, "new", "--data", "new.jsonl", cwd=own)
+    assert "data settings kept from t5: max_source_length 99\n" in output
+    assert read_json(own / "new/config.json")["dataset"]["test"] == ""
+
+    same = train.read_settings({"start": str(own / "t5")}, train.LaunchConfig())
+    assert same.dataset.test == str(own / "test.jsonl")
+    replaced = {"start": str(own / "t5"), "data": "new.jsonl", "test": "b.jsonl"}
+    assert train.read_settings(replaced, train.LaunchConfig()).dataset.test == "b.jsonl"
