@@ -6,10 +6,9 @@ router.
 
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -26,7 +25,7 @@ from baselines import attach_method
 from experiments import compare, routers, study
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
-from helpers import ROOT, environment, links
+from helpers import ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
 
@@ -354,32 +353,41 @@ def test_run_cells_ends_when_a_cell_of_several_fails(tmp_path):
         study.run_cells(queues, 2, CPU)
 
 
+def run_until_signal(cell, device):
+    """Save a cell when a signal comes, as a training run does. Without one, end the process."""
+    signal.alarm(30)
+    cell.folder.mkdir()
+    with program.stop_signals() as stop_requested:
+        wait_for(stop_requested)
+    program.write_json(cell.path, {})
+    return False
+
+
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_runs_are_saved_when_only_the_parent_gets_a_signal(tmp_path, kind):
-    flags = "--methods orchmoe,lora --no-tune --seeds 1 --steps 9999 --eval-every 9999 --jobs 2 "
-    flags += "--max-tasks 2 --eval-instances 2 --batch-size 2 --device cpu --out"
-    words = [sys.executable, "-m", "experiments.compare", *flags.split(), str(tmp_path)]
-    folders = [tmp_path / f"methods/{name}-s0" for name in ("orchmoe", "lora")]
-    with subprocess.Popen(words, cwd=ROOT, env=environment()) as parent:
-        wait_for(lambda: all(len(log_of(folder)) > 2 for folder in folders))
-        parent.send_signal(kind)
-        assert parent.wait() == (130 if kind == signal.SIGTERM else -kind)
-    wait_for(lambda: all((folder / "progress.pt").exists() for folder in folders))
+def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(tmp_path, kind, monkeypatch):
+    """The processes are forked here, which saves the imports. Studies spawn theirs."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(study, "run_cell", run_until_signal)
+    # A forked worker keeps the first one from noticing the end of the parent until it ends, too.
+    monkeypatch.setattr(study, "GRACE", 2)
+    cells = [cell_of(tmp_path, name) for name in "cd"]
+    parent = fork.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
+    parent.start()
+    wait_for(lambda: all(cell.folder.exists() for cell in cells))
+    os.kill(parent.pid, kind)
+    parent.join()
+    assert parent.exitcode == (130 if kind == signal.SIGTERM else -kind)
+    wait_for(lambda: all(cell.path.exists() for cell in cells))
 
 
 def wait_for(condition):
-    """Wait until the condition holds, for at most five minutes."""
-    for _ in range(3000):
+    """Wait until the condition holds, for at most a minute."""
+    for _ in range(600):
         if condition():
             return
         time.sleep(0.1)
     raise TimeoutError
-
-
-def log_of(folder):
-    """Return the lines of the log of a run that may not have begun."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 # --------------------------------------------------------------------------------------- refusals
