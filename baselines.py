@@ -1,44 +1,144 @@
-"""The methods that OrchMoE is compared with.
+"""The methods that OrchMoE is compared with, and methods from a file of yours.
 
 `attach_method(name, module, config)` returns Adapters, whatever the method. Every method but "full"
 adapts the same Linears of a frozen module; "full" trains the module itself. The scale is alpha / R,
-or alpha / (S R) for LoRA.
+or alpha / (S R) for LoRA. docs/use.md explains how to write a method of your own.
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
-Test: pytest tests/unit/test_baselines.py tests/parity/test_peft.py
+Test: pytest tests/unit/test_baselines.py tests/unit/test_own_method.py tests/parity/test_peft.py
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import kernels
-from orchmoe import Adapters, OrchMoEConfig, Routing, attach, new_skills, target_linears
+from orchmoe import (
+    Adapters,
+    Linears,
+    Method,
+    OrchMoE,
+    OrchMoEConfig,
+    Routing,
+    Skills,
+    attach,
+    target_linears,
+)
+from program import UserError
 
-# What Adapters take: the Linears by path, and the result of new_skills for each of them.
-Linears = dict[str, nn.Linear]
-Skills = list[dict[str, Any]]
-
-METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", "c-poly", "full")
+# ------------------------------------------------------------------------------- the methods
 
 
-class Baseline(Adapters):
-    """Base of the methods below. They have no abstract tasks and no Task Router.
+def refuse_w(method: Method, w: Tensor | None) -> None:
+    """Raise ValueError if w is given to a method without abstract tasks."""
+    if w is not None:
+        name = type(method).__name__
+        raise ValueError(f"w: {name} has no weights of abstract tasks; leave it out")
 
-    Each has a method route_by_id(task_ids, noise), which returns the routing of samples with the
-    task ids (B,), -1 where the task is unseen.
+
+class LoRA(Method):
+    """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
+
+    It starts and is scaled like the skills of OrchMoE: mixed with c = 1/S, they compute the same.
+    Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
-    router = None
+    def __init__(self, linears: Linears, skills: Skills, config: OrchMoEConfig, **_options: Any):
+        super().__init__()
+        one = skills[0]["skill_A"].new_ones(len(linears), 1, 1)  # one skill, with c = 1
+        self.register_buffer("one", one.detach(), persistent=False)
 
-    def fit_router(self, *_args, **_options) -> None:
-        """Do nothing, since there is no router."""
+    @classmethod
+    def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
+        return 1, config.skills * config.rank
+
+    def route(self, *_inputs: Any, w: Tensor | None = None, **_options: Any) -> Routing:
+        refuse_w(self, w)
+        return Routing(c=self.one, shared=True)
+
+
+class MoELoRA(Method):
+    """Experts mixed for each token: y = W0 x + scale * sum_s c_s B_s A_s x, c = softmax(W_task x).
+
+    W_task (S,D) of each Linear starts at N(0, 0.02²). There is no bias and no balance loss. The
+    softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I.
+    Source: MoLoRA, Zadouri et al. 2023, arXiv 2309.05444, whose experts are LoRA or (IA)^3.
+    """
+
+    rates = Method.rates | {"skill_W_task": "token_router"}
+
+    def __init__(
+        self,
+        linears: Linears,
+        skills: Skills,
+        config: OrchMoEConfig,
+        *,
+        generator: Generator | None = None,
+        **_options: Any,
+    ):
+        super().__init__()
+        for attributes in skills:
+            A = attributes["skill_A"]
+            W_task = torch.empty(len(A), A.shape[-1]).normal_(0, 0.02, generator=generator)
+            attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
+        identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
+        self.register_buffer("identity", identity, persistent=False)
+
+    def route(self, *_inputs: Any, w: Tensor | None = None, **_options: Any) -> Routing:
+        refuse_w(self, w)
+        return Routing(Zhat=self.identity, shared=True)
+
+
+class Poly(Method):
+    """Factors mixed by task: y = W0 x + scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
+
+        c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
+
+    In training Z (N,T,H,S) gets logistic noise, so that sigmoid(Z) is a relaxed Bernoulli variable.
+    A sample of an unseen task gets the mean of c over the training tasks.
+    Source: Polytropon, Ponti et al. 2023, arXiv 2202.13914.
+
+    The paper then learns allocations for new tasks. We do not, because our comparisons do not train
+    on new tasks.
+    """
+
+    rates = Method.rates | {"Z": "allocation"}
+    heads = 1  # H
+    private = 0  # how many of the S skills each task has for itself
+
+    def __init__(
+        self,
+        linears: Linears,
+        skills: Skills,
+        config: OrchMoEConfig,
+        *,
+        num_tasks: int = 0,
+        generator: Generator | None = None,
+        **_options: Any,
+    ):
+        super().__init__()
+        if num_tasks < 1:
+            raise ValueError(
+                f"{type(self).__name__}: it routes by task id; give num_tasks, in JSONL the field "
+                "`task`"
+            )
+        for path, linear in linears.items():
+            for name in ("in_features", "out_features"):
+                if getattr(linear, name) % self.heads:
+                    raise ValueError(
+                        f"targets: {path}: its {name}, {getattr(linear, name)}, cannot be split "
+                        f"into {self.heads} heads"
+                    )
+        for attributes in skills:
+            attributes["skill_mix"] = kernels.mix_factors
+        S = config.skills - self.private
+        self.noise_shape = (len(linears), self.heads, S)
+        shape = (len(linears), num_tasks, self.heads, S)  # (N,T,H,S)
+        Z = torch.empty(shape).uniform_(-1e-3, 1e-3, generator=generator)
+        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))
 
     def route(
         self,
@@ -47,114 +147,8 @@ class Baseline(Adapters):
         noise: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> Routing:
-        """Return the routing of a batch. The embeddings and their mask are not used."""
-        if w is not None:
-            raise ValueError("w: only OrchMoE routes by weights of abstract tasks; leave it out")
-        return self.route_by_id(task_ids, noise)
-
-
-class NoAdapter(Baseline):
-    """y = W0 x: the frozen base. If `full`, every weight of it trains."""
-
-    def __init__(self, module: nn.Module, *, full: bool):
-        super().__init__(module, {}, [])
-        module.requires_grad_(full)
-
-    @contextmanager
-    def routed(self, *_args, **_options) -> Iterator[Routing]:
-        """Do nothing. The same holds for `disabled` and `folded`."""
-        yield Routing()
-
-    disabled = routed
-    folded = routed
-
-    def keep(self, *_args, **_options) -> None:
-        """Do nothing. The same holds for `merge` and `detach`."""
-
-    merge = keep
-    detach = keep
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"full": [p for p in self.module.parameters() if p.requires_grad]}
-
-    def state_dict(self, *_args, **_options) -> dict[str, Tensor]:
-        return self.module.state_dict()
-
-
-class LoRA(Baseline):
-    """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
-
-    It starts and is scaled like the skills of OrchMoE: mixed with c = 1/S, they compute the same.
-    Source: Hu et al. 2021, arXiv 2106.09685.
-    """
-
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        A = next(iter(self.linears.values())).skill_A
-        c = A.new_ones(len(self.linears), 1, 1)  # one skill, with c = 1
-        return Routing(c=c)
-
-
-class MoELoRA(Baseline):
-    """Experts mixed for each token: y = W0 x + scale * sum_s c_s B_s A_s x, c = softmax(W_task x).
-
-    W_task (S,D) of each Linear starts at N(0, 0.02²). There is no bias and no balance loss. The
-    softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I.
-    Source: MoLoRA, Zadouri et al. 2023, arXiv 2309.05444, whose experts are LoRA or (IA)^3.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        linears: Linears,
-        skills: Skills,
-        generator: torch.Generator | None,
-    ):
-        for attributes in skills:
-            A = attributes["skill_A"]
-            W_task = torch.empty(len(A), A.shape[-1]).normal_(0, 0.02, generator=generator)
-            attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
-            attributes["skill_softmax"] = True
-        super().__init__(module, linears, skills)
-        identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
-        self.register_buffer("identity", identity, persistent=False)
-
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
-        return Routing(Zhat=self.identity)
-
-
-class Poly(Baseline):
-    """Factors mixed by task: y = W0 x + scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
-
-        c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
-
-    In training Z (N,T,H,S) gets logistic noise, so that sigmoid(Z) is a relaxed Bernoulli variable.
-    A sample of an unseen task gets the mean of c over the training tasks.
-    Source: Polytropon, Ponti et al. 2023, arXiv 2202.13914. With H > 1 heads there is a mixture for
-    each head: Multi-Head Routing (MHR), Caccia et al. 2023, arXiv 2211.03831.
-
-    Both papers then learn allocations for new tasks. We do not, because our comparisons do not
-    train on new tasks.
-    """
-
-    needs_task_ids = True  # in `route`
-
-    def __init__(
-        self,
-        module: nn.Module,
-        linears: Linears,
-        skills: Skills,
-        shape: tuple[int, int, int],
-        generator: torch.Generator | None,
-    ):
-        """shape: (T,H,S) of the Z of one Linear."""
-        Z = torch.empty(len(linears), *shape).uniform_(-1e-3, 1e-3, generator=generator)
-        Z = Z.to(skills[0]["skill_A"])
-        super().__init__(module, linears, skills)
-        self.Z = nn.Parameter(Z)
-        self.noise_shape = (len(linears), *shape[1:])
-
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
         """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
+        refuse_w(self, w)
         if task_ids is None:
             raise ValueError("task_ids: give the task of each sample, or -1 for an unseen task")
         rows = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
@@ -168,96 +162,134 @@ class Poly(Baseline):
         seen = F.logsigmoid(rows).softmax(-1)
         unseen = F.logsigmoid(self.Z).softmax(-1).mean(1, keepdim=True)  # (N,1,H,S)
         is_seen = (task_ids >= 0).view(1, -1, 1, 1)
-        c = torch.where(is_seen, seen, unseen)
-        return Routing(c=c, shared=False)
+        return Routing(c=torch.where(is_seen, seen, unseen))
+
+
+class MHR(Poly):
+    """Poly with a mixture for each of H heads: parts of a Linear's input and output.
+
+    Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
+    """
+
+    heads = 4
+    kind = "Poly"  # as in its saved runs
 
 
 class CPoly(Poly):
-    """Common and private skills: y = W0 x + scale * sum_s c_s B_s A_s x, s over S - 1 + T skills.
+    """Common and private skills: y = W0 x + scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
 
-    For the S - 1 common skills c is that of Poly. The T private skills, one for each task, have the
-    weights Z_private[task], which are not normalised; Z_private (N,T,T) starts at I. A sample of an
-    unseen task uses no private skill.
-    Source: C-Poly, Wang et al. 2024, arXiv 2312.03248.
+    s runs over S - 1 common and T private skills, one for each task. For the common skills c is
+    that of Poly. The private skills have the weights Z_private[task], which are not normalised;
+    Z_private (N,T,T) starts at I. A sample of an unseen task uses no private skill.
+    Source: C-Poly, Wang et al. 2024, arXiv 2312.03248. That its factors are mixed, and not its
+    outputs, is from its authors' code, see docs/paper.md.
 
     Its size grows with T, so it cannot take part in a comparison at equal total size.
     """
 
+    rates = Poly.rates | {"Z_private": "allocation"}
+    private = 1
+    kind = "CPoly with mixed factors"  # earlier versions mixed its outputs
+
     def __init__(
         self,
-        module: nn.Module,
         linears: Linears,
         skills: Skills,
-        shape: tuple[int, int, int],
-        generator: torch.Generator | None,
+        config: OrchMoEConfig,
+        *,
+        num_tasks: int = 0,
+        **options: Any,
     ):
-        """shape: (T,1,S-1)."""
-        Z_private = torch.eye(shape[0]).repeat(len(linears), 1, 1)
-        super().__init__(module, linears, skills, shape, generator)
+        super().__init__(linears, skills, config, num_tasks=num_tasks, **options)
+        Z_private = torch.eye(num_tasks).repeat(len(linears), 1, 1)
         self.Z_private = nn.Parameter(Z_private.to(self.Z))
 
-    def route_by_id(self, task_ids: Tensor | None, noise: Tensor | None) -> Routing:
+    @classmethod
+    def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
+        return config.skills - 1 + num_tasks, config.rank
+
+    def route(self, *inputs: Any, task_ids: Tensor | None = None, **options: Any) -> Routing:
         """Return c (N,B,S-1+T). noise: u (B,N,1,S-1) in [0,1), in training; drawn if None."""
-        common = super().route_by_id(task_ids, noise).c.squeeze(2)  # (N,B,S-1)
+        common = super().route(*inputs, task_ids=task_ids, **options).c.squeeze(2)  # (N,B,S-1)
         is_seen = (task_ids >= 0).unsqueeze(-1)  # (B,1)
         private = self.Z_private[:, task_ids.clamp(min=0)] * is_seen  # (N,B,T)
-        c = torch.cat([common, private], dim=-1)
-        return Routing(c=c, shared=False)
+        return Routing(c=torch.cat([common, private], dim=-1))
+
+
+class NoAdapter(Method):
+    """y = W0 x: the base without skills. With --method full, all of its weights train."""
+
+    settings = frozenset()
+    rates = {"base": "full"}
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def route(self, *_inputs: Any, **_options: Any) -> Routing:
+        """Return c of no Linears."""
+        return Routing(c=torch.empty(0, 1, 0), shared=True)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """Return the state of the base, under its own names."""
+        return self.base.state_dict(*args, **options)
+
+
+METHODS: dict[str, type[Method]] = {
+    "orchmoe": OrchMoE,
+    "lora": LoRA,
+    "moe-lora": MoELoRA,
+    "poly": Poly,
+    "mhr": MHR,
+    "c-poly": CPoly,
+    "full": NoAdapter,
+}
+
+
+# ------------------------------------------------------------------------------ using the methods
+
+
+def method_class(method: str | type[Method]) -> type[Method]:
+    """Return the class of a method. Raise UserError if there is none of this name."""
+    if isinstance(method, type):
+        return method
+    if method not in METHODS:
+        raise UserError(f"--method {method}: is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def without_adapters(module: nn.Module) -> Adapters:
+    """Return Adapters without Linears for a frozen base."""
+    return Adapters(module, {}, [], NoAdapter(module))
 
 
 def attach_method(
-    name: str,
+    method: str | type[Method],
     module: nn.Module,
     config: OrchMoEConfig,
     *,
     num_tasks: int = 0,
-    heads: int = 4,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Adapters:
-    """Freeze `module` and attach the method `name` with S = config.skills and R = config.rank.
+    """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    num_tasks: T, for poly, mhr and c-poly. heads: H, for mhr. Raise ValueError for an unknown name,
-    a missing T, or targets that the method cannot adapt.
+    method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id. Raise
+    ValueError for an unknown name, a missing T, or targets that the method cannot adapt.
     """
-    if name not in METHODS:
-        raise ValueError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    if name == "full":
-        return NoAdapter(module, full=True)
-    if name in ("poly", "mhr", "c-poly") and num_tasks < 1:
+    method = method_class(method)
+    if method is NoAdapter:
+        adapters = without_adapters(module)
+        module.requires_grad_(True)
+        return adapters
+    head = getattr(module, "head", None)
+    routes_samples = not issubclass(method, LoRA | MoELoRA)
+    if routes_samples and head in target_linears(module, config.targets).values():
         raise ValueError(
-            f"--method {name}: it routes by task id; give num_tasks, in JSONL the field `task`"
+            "targets: head reads the tokens of all samples as one list, so "
+            f"{method.__name__} cannot mix its skills by sample"
         )
-    linears = target_linears(module, config.targets)
-    if getattr(module, "head", None) in linears.values() and name not in ("lora", "moe-lora"):
-        raise ValueError(
-            f"targets: head reads the tokens of all samples as one list, so --method {name} "
-            "cannot mix its skills by sample"
-        )
-
-    if name == "orchmoe":
-        return attach(module, config, kernels.mix_skills, generator=generator)
-
-    S, R, T = config.skills, config.rank, num_tasks
-    alpha = R if config.alpha is None else config.alpha
-    count, rank = S, R
-    if name == "lora":
-        count, rank = 1, S * R
-    elif name == "c-poly":
-        count = S - 1 + T
-    config = replace(config, skills=count, rank=rank, alpha=alpha)
-    mix = kernels.mix_factors if name in ("poly", "mhr") else kernels.mix_skills
-    skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]
-    if name == "lora":
-        adapters = LoRA(module, linears, skills)
-    elif name == "moe-lora":
-        adapters = MoELoRA(module, linears, skills, generator)
-    elif name == "c-poly":
-        adapters = CPoly(module, linears, skills, (T, 1, S - 1), generator)
-    else:
-        H = heads if name == "mhr" else 1
-        adapters = Poly(module, linears, skills, (T, H, S), generator)
-    module.skill_adapters = adapters.train(module.training)
-    return adapters
+    options = {"method": method, "num_tasks": num_tasks, "generator": generator}
+    return attach(module, config, kernels.mix_skills, **options)
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:
@@ -272,29 +304,21 @@ def count_parameters(adapters: Adapters) -> dict[str, int]:
     return counts
 
 
-_SKILLS = {"skills", "rank", "alpha", "targets", "lr_skills"}
-_BY_TASK_ID = _SKILLS | {"lr_allocation"}
-_ORCHMOE = {field.name for field in fields(OrchMoEConfig)} | {"lr_skills", "lr_allocation"}
-_SETTINGS_READ = {
-    "full": {"lr_full"},
-    "lora": _SKILLS,
-    "moe-lora": _SKILLS | {"lr_token_router"},
-    "poly": _BY_TASK_ID,
-    "mhr": _BY_TASK_ID,
-    "c-poly": _BY_TASK_ID,
-    # orchmoe, by its router
-    "sample": _ORCHMOE | {"lr_router"},
-    "token": (_ORCHMOE | {"lr_token_router"}) - {"router_attention", "router_init"},
-    "none": _ORCHMOE - {"router_attention", "router_init", "router_norm"},
-}
-
-
-def settings_of_method(method: str, router: str) -> set[str]:
+def settings_of_method(method: str | type[Method], router: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
     These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router,
     lr_allocation and lr_full. `router` matters only to OrchMoE.
     """
-    if method == "orchmoe":
-        return _SETTINGS_READ[router]
-    return _SETTINGS_READ[method]
+    method = method_class(method)
+    settings = method.settings | {f"lr_{kind}" for kind in method.rates.values()}
+    if issubclass(method, OrchMoE):
+        if router != "sample":
+            settings -= {"lr_router", "router_attention", "router_init"}
+        if router != "token":
+            settings -= {"lr_token_router"}
+        if router == "token":
+            settings -= {"mixing"}
+        if router == "none":
+            settings -= {"router_norm"}
+    return settings

@@ -41,9 +41,7 @@ def routed(
 ) -> AbstractContextManager[Routing]:
     """Return a context manager that routes the batch by its sources or its task ids."""
     embeddings = base.embed(batch.input_ids)
-    if getattr(adapters, "needs_task_ids", False):
-        options["task_ids"] = batch.task_ids
-    return adapters.routed(embeddings, batch.attention_mask, **options)
+    return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
 
 def routed_batches(

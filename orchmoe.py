@@ -3,7 +3,7 @@
 A frozen model gets LoRA "skills" in its Linears. A Task Router reads the source sample and
 estimates which abstract tasks it belongs to. An allocation matrix in each Linear turns that into
 weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). For each line below,
-docs/paper.md names the source: the abstract, summaries of the paper, or our choice. MIT licence.
+docs/paper.md names the source: the abstract, summaries of the paper, or our choice.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
     X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
@@ -12,15 +12,25 @@ docs/paper.md names the source: the abstract, summaries of the paper, or our cho
     w     = softmax(W_task x_hat + b)                     (B,K)     TaskRouter.forward
     Zhat  = sigmoid(Z), each row divided by its sum       (N,K,S)   OrchMoE.allocation_weights
     c     = w Zhat                                        (N,B,S)   OrchMoE.route
-    y     = W0 x + scale * sum_s c_s B_s A_s x            (B,L,O)   SkillLinear.forward, mix_skills
+    y     = W0 x + scale * sum_s c_s B_s A_s x            (B,L,O)   mix_skills, SkillLinear.forward
 
 E: the embeddings of the source. B batch, L length, D input width (in the router: width of E),
-O output width, K abstract tasks, S skills, R rank, N adapted Linears.
+O output width, K abstract tasks, S skills, R rank, N adapted Linears. A is stored as (S,R,D), and
+B as (S,R,O): each B_s is transposed.
+
+The first half of the file is the paper. The second half puts it into a model: how the router
+starts, skills in a Linear, the adapters, and `attach`.
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
+    rates = {"skills": 1e-2, "router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}
+    groups = adapters.parameter_groups()                  # adapters.parameters() lacks the skills
+    optimizer = torch.optim.AdamW([{"params": groups[kind], "lr": rates[kind]} for kind in groups])
     adapters.fit_router(embeddings, masks)                # once, on training sources
     with adapters.routed(model.embed(ids), mask):         # keep it open until after backward
         model.loss(ids, mask, labels).backward()
+    optimizer.step()
+
+Python 3.10 and torch 2.10, or later. MIT licence, copyright 2026 the authors of this repository.
 
 Test: pytest tests/unit/test_orchmoe.py
 """
@@ -32,13 +42,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
+Linears = dict[str, nn.Linear]  # Linears of a model, by their paths
+Skills = Sequence[dict[str, Any]]  # what each of them gets, see `new_skills`
 
 
 @dataclass(frozen=True)
@@ -56,30 +68,33 @@ class OrchMoEConfig:
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
     allocation_std: float = 3.0  # standard deviation of the initial Z
     gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
+    mixing: Literal["outputs", "factors"] = "outputs"  # what c weighs: B_s A_s x, or A_s and B_s
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            choices = get_args(field.type)
-            if field.type is int and not (isinstance(value, int) and 1 <= value <= 2**20):
-                raise ValueError(f"{field.name}: {value!r} must be a Python int from 1 to 2^20")
-            if get_origin(field.type) is Literal and value not in choices:
-                raise ValueError(f"{field.name}: {value!r} must be one of {', '.join(choices)}")
+        for name, hint in get_type_hints(OrchMoEConfig).items():
+            value = getattr(self, name)
+            choices = get_args(hint)
+            if hint is int and not (isinstance(value, int) and 1 <= value <= 2**20):
+                raise ValueError(f"{name}: {value!r} must be a Python int from 1 to 2^20")
+            if get_origin(hint) is Literal and value not in choices:
+                raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
         if self.alpha is not None and not 0 < self.alpha < 1e6:
             raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e6")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
         if not 0 <= self.allocation_std < 1e6:
             raise ValueError(f"allocation_std: {self.allocation_std!r} must be from 0 to 1e6")
+        if self.mixing == "factors" and self.router == "token":
+            raise ValueError("mixing: factors are mixed for a sample, and never by a token router")
 
 
 class Routing(NamedTuple):
-    """The result of routing one batch."""
+    """The result of routing one batch: c or, if each token has its own weights, Zhat alone."""
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it; None for the token router
     Zhat: Tensor | None = None  # (1,N,K,S), or (B,N,K,S) with noise
     c: Tensor | None = None  # (N,B,S), or (N,1,S) if all share it; None for the token router
-    shared: bool = True  # no weights belong to single samples; then any batch size fits
+    shared: bool = False  # no weights belong to single samples; then any batch size fits
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -178,6 +193,197 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return total / count
 
 
+# ---------------------------------------------------------------------------- methods, and OrchMoE
+
+
+class Method(nn.Module):
+    """What gives the skills their weights. OrchMoE is one method; baselines.py has others.
+
+    To write your own, derive a class with a `route`, and a constructor that takes what OrchMoE's
+    takes. There it can change what its Linears get, and make parameters of its own.
+    """
+
+    settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
+    # Which learning rate each parameter has: skills, router, token_router or allocation.
+    rates = {"skill_A": "skills", "skill_B": "skills"}
+    noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
+    kind = ""  # a run is only loaded by the same kind of method (default: the name of the class)
+
+    @classmethod
+    def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
+        """Return how many skills a Linear gets, and their rank."""
+        return config.skills, config.rank
+
+    def route(self, *inputs: Tensor, **options: Any) -> Routing:
+        """Return the weights of a batch. For the arguments see `OrchMoE.route`.
+
+        Raise ValueError for a w or for missing task ids, if the method cannot do with them.
+        """
+        raise NotImplementedError
+
+
+class OrchMoE(Method):
+    """The Task Router, and the allocation matrices Z (N,K,S) of all adapted Linears."""
+
+    settings = frozenset(field.name for field in fields(OrchMoEConfig))
+    rates = Method.rates | {
+        "Z": "allocation",
+        "router": "router",
+        "skill_W_task": "token_router",
+        "skill_bias": "token_router",
+    }
+
+    def __init__(
+        self,
+        linears: Linears,
+        skills: Skills,
+        config: OrchMoEConfig,
+        *,
+        width: int,
+        num_tasks: int = 0,
+        generator: Generator | None = None,
+    ):
+        """Make Z and the router.
+
+        width: D of the embeddings. num_tasks: number of training tasks, which OrchMoE does not
+        need. generator: source of the initial values.
+        """
+        super().__init__()
+        self.config = config
+        shape = (len(linears), config.abstract_tasks, config.skills)
+        Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
+        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))
+        if config.gumbel:
+            self.noise_shape = shape
+
+        self.router = None
+        if config.router == "sample":
+            self.router = TaskRouter(width, config, generator).to(self.Z)
+        for linear, attributes in zip(linears.values(), skills, strict=True):
+            if config.router == "token":
+                # Each token has its own w. Tokens are neither normalised nor standardised.
+                token_router = TaskRouter(linear.in_features, config, generator)
+                token_router.to(attributes["skill_A"])
+                attributes["skill_W_task"] = token_router.W_task
+                attributes["skill_bias"] = token_router.bias
+                attributes["skill_softmax"] = config.router_norm == "softmax"
+            if config.mixing == "factors":
+                attributes["skill_mix"] = mix_factors
+
+    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
+        """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
+
+        With noise, sigmoid(Z) is a relaxed Bernoulli variable with temperature 1 (Maddison et al.
+        2017).
+        """
+        Z = self.Z.unsqueeze(0)
+        if noise is not None:
+            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
+        # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
+        return F.logsigmoid(Z).softmax(dim=-1)
+
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
+        noise: Tensor | None = None,
+        task_ids: Tensor | None = None,
+    ) -> Routing:
+        """Return w, Zhat and c of all Linears. Task ids are not used."""
+        if not self.training or self.noise_shape is None:
+            noise = None
+        elif noise is None:
+            if embeddings is None:
+                raise ValueError(
+                    "noise: give it, or the embeddings (B,L,D), which say how many samples need it"
+                )
+            noise = torch.rand(len(embeddings), *self.noise_shape)
+        Zhat = self.allocation_weights(noise)
+        if w is None and self.config.router == "token":
+            return Routing(Zhat=Zhat, shared=noise is None)
+
+        K = self.config.abstract_tasks
+        with full_precision(Zhat.device):
+            if w is None and self.router is None:
+                w = Zhat.new_full((K,), 1 / K)
+            elif w is None:
+                if embeddings is None:
+                    raise ValueError("embeddings: give those of the source (B,L,D), or give w")
+                w = self.router(embeddings, mask)
+            if w.dim() not in (1, 2) or w.shape[-1] != K:
+                raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
+            # w, Zhat or both may have one row for all samples: einsum broadcasts it.
+            c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
+        return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast is off, so that routing is computed in float32."""
+    return torch.autocast(device.type, enabled=False)
+
+
+# -------------------------------------------------------------------------------------- the mix
+
+
+def mix_skills(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
+
+    The outputs of the skills are mixed, not A and B (Eq. 3 of the paper, according to summaries).
+    The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
+
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
+    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x.
+    """
+    S, R, D = A.shape
+    A = A.reshape(S * R, D).to(x.dtype)
+    B = B.reshape(S * R, -1).to(x.dtype)
+    if c.dim() == 2:
+        c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
+    # Also to the device of x: a large base may be spread over several devices.
+    c = (scale * c).to(x)
+    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): each rank gets the c of its skill
+
+    h = F.linear(x, A)  # (B,L,S R): all A_s x
+    mixed = (h * c) @ B  # (B,L,O)
+    if weight is None:
+        return mixed
+    return F.linear(x, weight, bias).add_(mixed)
+
+
+def mix_factors(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return the same with mixed factors: scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
+
+    This is the other reading of the paper, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
+    """
+    c = c.to(x)
+    h = torch.einsum("srd,bs,bld->blr", A.to(x.dtype), c, x)  # (B,L,R): (sum_s c_s A_s) x
+    mixed = scale * torch.einsum("sro,bs,blr->blo", B.to(x.dtype), c, h)  # (B,L,O)
+    if weight is None:
+        return mixed
+    return F.linear(x, weight, bias).add_(mixed)
+
+
+# ---------------------------------------------------------------------------- the router's start
+
+
 def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None) -> Tensor:
     """Return k unit vectors (k,D), the centres of points (M,D) by cosine similarity."""
     points = F.normalize(points, dim=-1)
@@ -222,39 +428,6 @@ def scale_for_entropy(logits: Tensor, target: float) -> float:
 # ----------------------------------------------------------------------------------- the skills
 
 
-def mix_skills(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    c: Tensor,
-    scale: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
-
-    The outputs of the skills are mixed, not A and B (Eq. 3 of the paper, according to summaries).
-    The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
-
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
-    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x.
-    """
-    S, R, D = A.shape
-    A = A.reshape(S * R, D).to(x.dtype)
-    B = B.reshape(S * R, -1).to(x.dtype)
-    if c.dim() == 2:
-        c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
-    # Also to the device of x: a large base may be spread over several devices.
-    c = (scale * c).to(x)
-    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): each rank gets the c of its skill
-
-    h = F.linear(x, A)  # (B,L,S R): all A_s x
-    mixed = (h * c) @ B  # (B,L,O)
-    if weight is None:
-        return mixed
-    return F.linear(x, weight, bias).add_(mixed)
-
-
 class SkillLinear(nn.Linear):
     """A Linear of the base with S skills.
 
@@ -267,6 +440,17 @@ class SkillLinear(nn.Linear):
     """
 
     skill_base: type = nn.Linear  # the class that the Linear had before
+    skill_A: nn.Parameter  # (S,R,D)
+    skill_B: nn.Parameter  # (S,R,O)
+    skill_scale: float
+    skill_mix: Mix
+    skill_plain: bool  # `skill_mix` can compute W0 x + b too, in the same call
+    skill_W_task: nn.Parameter | None  # (K,D) of a token router
+    skill_bias: nn.Parameter | None  # (K,) of a token router
+    skill_softmax: bool  # whether the w of a token router is a softmax
+    skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
+    skill_beams: int | None  # set by `routed`: rows of one sample; None: any number
+    skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the skills, and of the token router if there is one."""
@@ -301,6 +485,8 @@ class SkillLinear(nn.Linear):
             )
 
         beams = self.skill_beams
+        if beams is not None and not torch.compiler.is_compiling() and is_vmapped(x):
+            raise ValueError("torch.vmap hides samples from the skills; give the batch as a whole")
         if beams is not None and len(weights) != len(x):
             if len(weights) * beams != len(x):
                 raise ValueError(
@@ -356,18 +542,24 @@ def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     return after
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """Return a context in which autocast is off, so that routing is computed in float32."""
-    return torch.autocast(device.type, enabled=False)
+def is_vmapped(x: Tensor) -> bool:
+    """Return whether x is one of the tensors into which torch.vmap splits a batch."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
 
 
 def new_skills(
-    linear: nn.Linear, config: OrchMoEConfig, mix: Mix, generator: Generator | None
+    linear: nn.Linear,
+    skills: int,
+    rank: int,
+    scale: float,
+    mix: Mix,
+    generator: Generator | None,
 ) -> dict[str, Any]:
     """Return the attributes that turn `linear` into a SkillLinear. It is not changed."""
-    S, R = config.skills, config.rank
-    D = linear.in_features
-    alpha = R if config.alpha is None else config.alpha
+    S, R, D = skills, rank, linear.in_features
 
     # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
     bound = 1 / math.sqrt(D)
@@ -384,15 +576,12 @@ def new_skills(
     return {
         "skill_A": nn.Parameter(A),
         "skill_B": nn.Parameter(A.new_zeros(S, R, linear.out_features)),
-        "skill_scale": alpha / R,
+        "skill_scale": scale,
         "skill_mix": mix,
-        "skill_plain": is_plain,  # then `mix` can compute W0 x + b too, in the same call
-        # The token router, which OrchMoE may set: W_task (K,D), b (K), and whether w is a softmax.
+        "skill_plain": is_plain,
         "skill_W_task": None,
         "skill_bias": None,
-        "skill_softmax": config.router_norm == "softmax",
-        # Set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S), and how many rows one
-        # sample may have (None: any number).
+        "skill_softmax": True,
         "skill_weights": None,
         "skill_beams": None,
         "skill_visited": False,
@@ -403,25 +592,23 @@ def new_skills(
 
 
 class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
-    """Add skills to Linears, and set their mixing weights.
+    """Add skills to the Linears of `module`, and give them the weights that the method computes.
 
-    The subclass OrchMoE computes the weights: it overrides `route`. Only one of routed, disabled,
-    folded, merge and detach can be active at a time.
+    Only one of routed, disabled, folded, merge and detach can be open at a time.
     """
 
-    noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    _lock = threading.Lock()  # two threads must not pass the check in `_exclusive` together
+    _lock = threading.Lock()  # two threads must not pass the check in `_open` together
 
-    def __init__(
-        self, module: nn.Module, linears: dict[str, nn.Linear], skills: Sequence[dict[str, Any]]
-    ):
+    def __init__(self, module: nn.Module, linears: Linears, skills: Skills, method: Method):
         """Freeze `module` and add `skills`, one result of `new_skills` for each of its Linears."""
         super().__init__()
         # A class may refuse subclasses, so make them before anything changes.
         classes = [class_with_skills(type(linear)) for linear in linears.values()]
+
+        self.method = method
         self.linears = linears  # a plain dict: the Linears are registered in the base already
-        self._module = [module]  # in a list, so that the base is not registered below itself
-        self._active = ""  # name of the active method
+        self.__dict__["module"] = module  # so torch does not register the base below itself
+        self._state = ""  # the verb that is open, or "removed" after merge and detach
         self._routing: Routing | None = None
 
         # Remember for `detach` what trained, then freeze the base.
@@ -433,14 +620,16 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             for name, value in attributes.items():
                 setattr(linear, name, value)
 
-    @property
-    def module(self) -> nn.Module:
-        """The model that the adapters are attached to."""
-        return self._module[0]
+    def __getattr__(self, name: str) -> Any:
+        """Return what the method has: route, Z, config, noise_shape, allocation_weights."""
+        if name == "method":
+            return super().__getattr__(name)  # where torch keeps submodules
+        return getattr(self.method, name)
 
-    def route(self, *inputs: Any, **options: Any) -> Routing:
-        """Return the weights of a batch. For the arguments see `routed`."""
-        raise NotImplementedError
+    @property
+    def router(self) -> TaskRouter | None:
+        """The sample router, if the method has one."""
+        return getattr(self.method, "router", None)
 
     @contextmanager
     def routed(
@@ -448,8 +637,6 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        w: Tensor | None = None,
-        noise: Tensor | None = None,
         beams: int = 1,
         **options: Any,
     ) -> Iterator[Routing]:
@@ -460,12 +647,12 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
         PyTorch's key_padding_mask). w: (K,) or (B,K), to use instead of the router's. noise: u in
-        [0,1), (B,*noise_shape), for training with gumbel; if it is not given, it is drawn here.
-        beams: how many consecutive rows belong to one sample. options: what else the `route` of a
-        subclass takes.
+        [0,1), (B,*noise_shape), for training with noise; if it is not given, it is drawn here.
+        task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
+        beams: how many consecutive rows belong to one sample.
         """
-        with self._exclusive("routed()"):
-            routing = self.route(embeddings, mask, w=w, noise=noise, **options)
+        with self._open("routed"):
+            routing = self.method.route(embeddings, mask, **options)
             if routing.c is None:
                 parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
             else:
@@ -483,10 +670,41 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                     linear.skill_weights = None
                     linear.skill_beams = None
 
+    @torch.no_grad()
+    def fit_router(
+        self,
+        embeddings: Iterable[Tensor],
+        masks: Iterable[Tensor] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Start the sample router from training sources. Call it once, before training.
+
+        embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
+        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
+        sources.
+        """
+        if self.router is None:
+            return
+        K = self.config.abstract_tasks
+        with full_precision(self.router.mu.device):
+            if masks is None:
+                parts = [self.router.summarise(batch) for batch in embeddings]
+            else:
+                pairs = zip(embeddings, masks, strict=True)
+                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
+            sources = sum(len(part) for part in parts)
+            if sources < max(2, K):
+                raise ValueError(
+                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
+                    f"give at least {max(2, K)}, better hundreds"
+                )
+            self.router.fit(torch.cat(parts), generator)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the `with` block the model is the base as before attach, bit for bit."""
-        with self._exclusive("disabled()"), self._base_classes():
+        with self._open("disabled"), self._base_classes():
             yield
 
     @contextmanager
@@ -497,7 +715,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         embeddings=(1,L,D) and mask=. Raise ValueError for several samples, and if `unfoldable`
         gives a reason.
         """
-        with self._exclusive("folded()"):
+        with self._open("folded"):
             new_weights = self._folded_weights(w, options)
             originals = {linear: linear.weight for linear in new_weights}
             with self._base_classes():
@@ -514,19 +732,19 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
         For the arguments see `folded`.
         """
-        with self._exclusive("merge()"):
+        with self._open("merge"):
             for linear, weight in self._folded_weights(w, options).items():
                 linear.weight = weight
             self._remove_skills()
 
     def detach(self) -> None:
         """Remove the skills. Restore the classes of the Linears and what trains in the base."""
-        with self._exclusive("detach()"):
+        with self._open("detach"):
             self._remove_skills()
 
     def unfoldable(self) -> str:
         """Return why one routing cannot be folded into the weights, or "" if it can."""
-        if self.training and self.noise_shape:
+        if self.training and self.method.noise_shape:
             return "training draws noise; call .eval() first"
         for name, linear in self.linears.items():
             if linear.skill_W_task is not None:
@@ -541,7 +759,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     def keep(self, positions: Tensor) -> None:
         """Keep only the samples at these positions (B',): `generate` drops finished samples."""
-        if self._active in ("folded()", "disabled()") or self.routing().shared:
+        if self._state in ("folded", "disabled") or self.routing().shared:
             return  # no weights are stored for single samples
         for linear in self.linears.values():
             if linear.skill_beams > 1:
@@ -559,32 +777,29 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that train, by kind. Each kind needs its own learning rate."""
         groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if name.endswith(("skill_A", "skill_B")):
-                kind = "skills"
-            elif "skill_" in name:
-                kind = "token_router"
-            elif name.startswith("router."):
-                kind = "router"
-            else:
-                kind = "allocation"
-            if tensor.requires_grad:
-                groups[kind].append(tensor)
+        named = [*self.method.named_parameters()]
+        for linear in self.linears.values():
+            # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
+            named += SkillLinear.skill_parameters(linear).items()
+        for name, parameter in named:
+            kind = self.method.rates.get(name.partition(".")[0])
+            if kind is None:
+                method = type(self.method).__name__
+                raise ValueError(f"{method}.rates: say which learning rate {name} has")
+            if parameter.requires_grad:
+                groups.setdefault(kind, []).append(parameter)
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
-        """Return all that training changes: the router, Z, and each skill under its Linear's name.
+        """Return all that training changes: the method's, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
         themselves put the skills in.
         """
-        state = super().state_dict(
-            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
         if destination is not None:
-            return state
+            return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        state = self.method.state_dict(prefix=prefix, keep_vars=keep_vars)
         for path, linear in self.linears.items():
-            # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
             for name, parameter in SkillLinear.skill_parameters(linear).items():
                 state[f"{prefix}{path}.{name}"] = parameter if keep_vars else parameter.detach()
         return state
@@ -611,20 +826,21 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             own[name].copy_(state[name])
 
     @contextmanager
-    def _exclusive(self, method: str) -> Iterator[None]:
-        """Mark `method` as active. Raise RuntimeError if one is already, or after detach."""
+    def _open(self, verb: str) -> Iterator[None]:
+        """Mark `verb` as open. Raise RuntimeError if one is already, or after merge and detach."""
         with self._lock:
-            if self._active:
-                raise RuntimeError(
-                    f"{method}: {self._active} is active; leave it first. Threads must take turns"
-                )
-            if not self.linears:
+            if self._state == "removed":
                 raise RuntimeError("the skills are merged or detached: call the model as it is")
-            self._active = method
+            if self._state:
+                raise RuntimeError(
+                    f"{verb}(): {self._state}() is active; leave it first. Threads must take turns"
+                )
+            self._state = verb
         try:
             yield
         finally:
-            self._active = ""
+            if self._state == verb:  # and not "removed"
+                self._state = ""
 
     @contextmanager
     def _base_classes(self) -> Iterator[None]:
@@ -645,10 +861,10 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
         reason = self.unfoldable()
         if reason:
-            raise ValueError(f"{self._active}: {reason}")
-        c = self.route(w=w, **options).c  # (N,1,S)
+            raise ValueError(f"{self._state}(): {reason}")
+        c = self.method.route(w=w, **options).c  # (N,1,S)
         if c.shape[1] != 1:
-            raise ValueError(f"{self._active}: give one sample or one w (K,), not {c.shape[1]}")
+            raise ValueError(f"{self._state}(): give one sample or one w (K,), not {c.shape[1]}")
 
         weights = {}
         for linear, c_n in zip(self.linears.values(), c, strict=True):
@@ -669,7 +885,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 if name.startswith("skill_"):
                     delattr(linear, name)
         self.linears = {}
-        del self.module.skill_adapters
+        self._state = "removed"
+        self.module._modules.pop("skill_adapters", None)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
 
@@ -693,117 +910,10 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return super()._apply(lambda tensor: at_least_float32(tensor, function(tensor)), recurse)
 
     def __getstate__(self) -> dict:
-        if self._active:  # the Linears may have other classes, or the weights of one batch
-            raise RuntimeError(f"{self._active}: leave it before the model is copied or pickled")
+        # Inside a verb the Linears may have other classes, or the weights of one batch.
+        if self._state not in ("", "removed"):
+            raise RuntimeError(f"{self._state}(): leave it before the model is copied or pickled")
         return self.__dict__
-
-
-class OrchMoE(Adapters):
-    """The Task Router, and the allocation matrices Z (N,K,S) of all adapted Linears."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        linears: dict[str, nn.Linear],
-        skills: Sequence[dict[str, Any]],
-        config: OrchMoEConfig,
-        generator: Generator | None = None,
-        *,
-        width: int | None = None,
-    ):
-        # Make all tensors first. If one of them fails, nothing in `module` has changed yet.
-        shape = (len(linears), config.abstract_tasks, config.skills)
-        Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        Z = Z.to(skills[0]["skill_A"])
-        router = None
-        if config.router == "sample":
-            router = TaskRouter(width or embedding_width(module), config, generator).to(Z)
-        if config.router == "token":
-            for linear, attributes in zip(linears.values(), skills, strict=True):
-                # Each token has its own w. Tokens are neither normalised nor standardised.
-                token_router = TaskRouter(linear.in_features, config, generator)
-                token_router.to(attributes["skill_A"])
-                attributes["skill_W_task"] = token_router.W_task
-                attributes["skill_bias"] = token_router.bias
-
-        super().__init__(module, linears, skills)
-        self.config = config
-        self.Z = nn.Parameter(Z)
-        self.router = router
-        if config.gumbel:
-            self.noise_shape = shape
-
-    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
-
-        With noise, sigmoid(Z) is a relaxed Bernoulli variable with temperature 1 (Maddison et al.
-        2017).
-        """
-        Z = self.Z.unsqueeze(0)
-        if noise is not None:
-            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
-        # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
-        return F.logsigmoid(Z).softmax(dim=-1)
-
-    def route(
-        self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        w: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Routing:
-        """Return w, Zhat and c of all Linears. For the arguments see `routed`."""
-        if not self.training or self.noise_shape is None:
-            noise = None
-        elif noise is None:
-            noise = torch.rand(len(embeddings), *self.noise_shape)
-        Zhat = self.allocation_weights(noise)
-        if w is None and self.config.router == "token":
-            return Routing(Zhat=Zhat, shared=noise is None)
-
-        K = self.config.abstract_tasks
-        with full_precision(Zhat.device):
-            if w is None and self.router is None:
-                w = Zhat.new_full((K,), 1 / K)
-            elif w is None:
-                w = self.router(embeddings, mask)
-            if w.dim() not in (1, 2) or w.shape[-1] != K:
-                raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
-            # w, Zhat or both may have one row for all samples: einsum broadcasts it.
-            c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
-        return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
-
-    @torch.no_grad()
-    def fit_router(
-        self,
-        embeddings: Iterable[Tensor],
-        masks: Iterable[Tensor] | None = None,
-        *,
-        generator: Generator | None = None,
-    ) -> None:
-        """Initialise the sample router from training sources. Call it once, before training.
-
-        embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
-        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
-        sources.
-        """
-        if self.router is None:
-            return
-        K = self.config.abstract_tasks
-        with full_precision(self.router.mu.device):
-            if masks is None:
-                parts = [self.router.summarise(batch) for batch in embeddings]
-            else:
-                pairs = zip(embeddings, masks, strict=True)
-                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
-            sources = sum(len(part) for part in parts)
-            if sources < max(2, K):
-                raise ValueError(
-                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
-                    f"give at least {max(2, K)}, better hundreds"
-                )
-            self.router.fit(torch.cat(parts), generator)
 
 
 def embedding_width(module: nn.Module) -> int:
@@ -818,21 +928,35 @@ def attach(
     config: OrchMoEConfig,
     mix: Mix = mix_skills,
     *,
+    method: type[Method] = OrchMoE,
     width: int | None = None,
+    num_tasks: int = 0,
     generator: Generator | None = None,
-) -> OrchMoE:
+) -> Adapters:
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
     The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
     of your own as well, call its requires_grad_() afterwards.
 
-    mix: mix_skills, or the faster kernels.mix_skills. width: D of the embeddings given to
-    `routed`, if it is not that of the first Embedding. Raise ValueError, with the module unchanged,
-    if a target does not exist or cannot have skills.
+    mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
+    method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
+    is not that of the first Embedding. num_tasks: how many training tasks there are, for methods
+    that read task ids. Raise ValueError, with the module unchanged, if a target does not exist or
+    cannot have skills.
     """
     linears = target_linears(module, config.targets)
-    skills = [new_skills(linear, config, mix, generator) for linear in linears.values()]
-    adapters = OrchMoE(module, linears, skills, config, generator, width=width)
+    S, R = method.skill_shape(config, num_tasks)
+    alpha = config.rank if config.alpha is None else config.alpha
+    skills = [new_skills(linear, S, R, alpha / R, mix, generator) for linear in linears.values()]
+    weights = method(
+        linears,
+        skills,
+        config,
+        width=width or embedding_width(module),
+        num_tasks=num_tasks,
+        generator=generator,
+    )
+    adapters = Adapters(module, linears, skills, weights)
     module.skill_adapters = adapters.train(module.training)
     return adapters
 
@@ -862,11 +986,20 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
             is_wanted = name in targets or ("all" in targets and child not in heads)
             if not is_wanted or child in found.values():  # one in two places is adapted once
                 continue
-            reads_weight = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-            if reads_weight or "forward" in vars(child):  # accelerate sets one
+            if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
                 raise ValueError(
-                    f"targets: {path}: a {type(owner).__name__}, or a forward set on the Linear "
-                    "itself, bypasses its skills"
+                    f"targets: {path}: its {type(owner).__name__} reads the weight without calling "
+                    "the Linear, which bypasses the skills; choose other Linears"
+                )
+            if "forward" in vars(child):
+                raise ValueError(
+                    f"targets: {path}: the Linear has a forward of its own, which bypasses the "
+                    "skills; accelerate sets one if a model is spread over devices, so load the "
+                    "model on one device"
+                )
+            if child.in_features == 0:
+                raise ValueError(
+                    f"targets: {path}: it has no inputs; run a LazyLinear once before attach"
                 )
             found[path] = child
 

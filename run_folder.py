@@ -29,7 +29,7 @@ import checkpoint
 import data
 import program
 import runtime
-from baselines import NoAdapter, attach_method
+from baselines import attach_method, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from program import UserError
@@ -109,6 +109,10 @@ class RunConfig:
             "tasks": list(self.tasks),
             "base": self.base,
         }
+        # Settings that did not exist yet had their defaults.
+        defaults = vars(OrchMoEConfig())
+        expected["config"] = defaults | self.adapter
+        info["config"] = defaults | info["config"]
         for name, value in expected.items():
             if info.get(name) != value:
                 raise UserError(f"{path}: its {name} is not the run's; restore the file")
@@ -116,8 +120,9 @@ class RunConfig:
 
 
 def kind_of(adapters: Adapters) -> str:
-    """Return the classes of the adapters and of their router, which studies replace."""
-    return f"{type(adapters).__name__}, {type(adapters.router).__name__}"
+    """Return the kind of method and the class of its router, which studies replace."""
+    method = adapters.method
+    return f"{method.kind or type(method).__name__}, {type(adapters.router).__name__}"
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -392,7 +397,7 @@ def load(
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.device, device.dtype)
     if config is None or full:
-        adapters = NoAdapter(base, full=False)
+        adapters = without_adapters(base)
     else:
         adapters = attach_trained(config, base, attach)
     if shard:

@@ -56,7 +56,7 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: Literal[METHODS] = "orchmoe"  # method to train; lora is one LoRA of rank S R
+    method: Literal[tuple(METHODS)] = "orchmoe"  # method to train; lora is one LoRA of rank S R
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many

@@ -46,7 +46,7 @@ import program
 import runtime
 import t5
 import tokenizer as tokenizers
-from baselines import NoAdapter, attach_method
+from baselines import attach_method, without_adapters
 from experiments.random_t5 import init_weights
 from experiments.study import kind_of_cpu
 from model import Backbone
@@ -596,7 +596,7 @@ def bench_generate(setup: Setup) -> list[str]:
     count, size, most, longest = setup.choose((8, 4, 5, 64), (64, 16, 127, 1024))
     base = our_base(setup)
     model = their_base(setup)
-    adapters = NoAdapter(base, full=False)
+    adapters = without_adapters(base)
     if setup.model:
         most, longest = setup.choose((3, 64), (32, 512))
         adapters = our_adapters(setup, base)

@@ -58,7 +58,7 @@ ABLATIONS = {
     "S = 1": Row({"skills": 1}),
     "S = 2": Row({"skills": 2}),
     "S = 8": Row({"skills": 8}),
-    "factors mixed": Row(replaced_router="factors"),
+    "factors mixed": Row({"mixing": "factors"}),
 }
 DEFAULTS = {
     "out": "results/compare",
@@ -93,7 +93,8 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
         raise UserError(
             f"--rows {name}: the given settings are the same already; leave out the row or the flag"
         )
-    if (row.w or row.replaced_router) and adapter.router != "sample":
+    needs_w = row.w or row.replaced_router or "mixing" in row.settings
+    if needs_w and adapter.router != "sample":
         raise UserError(
             f"--rows {name}: --router {adapter.router} has no w of a sample; leave one out"
         )

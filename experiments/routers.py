@@ -1,4 +1,4 @@
-"""What studies change in a method: the router, what is mixed, and the ranks.
+"""What studies change in a method: the router, and the ranks.
 
 `attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
 it as `attach`:
@@ -7,9 +7,8 @@ it as `attach`:
     train.train(settings, device, launch, attach=attach)
     base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
 
-A run says of which class its adapters and its router are. So eval.py and
-integrations/export.py, which know only the learnt router, refuse a run in which something was
-replaced.
+A run says which kind of method and router it has. So eval.py and integrations/export.py, which know
+only the learnt router, refuse a run in which something was replaced.
 
 Letters: B batch, L length, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
@@ -22,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
 import runtime
 from experiments.sizes import attach_larger
-from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter
+from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
 
 
 class RandomRouter(TaskRouter):
@@ -43,15 +41,42 @@ class RandomRouter(TaskRouter):
         return (8.5 * phases.sin()).softmax(dim=-1)
 
 
+class RandomRouting(OrchMoE):
+    """OrchMoE with a RandomRouter."""
+
+    def __init__(self, *inputs: Any, **options: Any):
+        super().__init__(*inputs, **options)
+        learnt = self.router
+        self.router = RandomRouter(len(learnt.mu), self.config).to(learnt.mu)
+
+
 class Oracle(OrchMoE):
-    """OrchMoE with a given w for each training task, and w = 1/K for all other tasks."""
+    """OrchMoE that knows the task of each training sample: K = T, and w is one-hot.
 
-    given_w: Tensor  # (T+1,K)
+    All other tasks have w = 1/K.
+    """
 
-    needs_task_ids = True
+    def __init__(
+        self,
+        linears: Linears,
+        skills: Skills,
+        config: OrchMoEConfig,
+        *,
+        num_tasks: int,
+        **options: Any,
+    ):
+        config = replace(config, abstract_tasks=num_tasks)
+        super().__init__(linears, skills, config, **options)
+        K = num_tasks
+        w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
+        self.register_buffer("given_w", w.to(self.Z.device), persistent=False)
 
     def route(
-        self, *inputs: Any, task_ids: Tensor | None = None, w: Tensor | None = None, **options: Any
+        self,
+        *inputs: Any,
+        task_ids: Tensor | None = None,
+        w: Tensor | None = None,
+        **options: Any,
     ) -> Routing:
         """Route by task_ids (B,). The id of an unseen task is -1, which takes the last row."""
         if w is None:
@@ -59,32 +84,17 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
-class FactorMixing(OrchMoE):
-    """OrchMoE that mixes the factors of the skills as Poly does, not their outputs."""
+REPLACED = {"random": RandomRouting, "task": Oracle}
 
 
 def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: an oracle that knows the task of each training sample, with
-    K = T. factors: see FactorMixing. extra_rank: more ranks, see sizes.attach_larger.
+    random: see RandomRouter. task: see Oracle. extra_rank: more ranks, see sizes.attach_larger.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
-        if name == "task":
-            config = replace(config, abstract_tasks=options["num_tasks"])
-        adapters = attach_larger(method, module, config, extra_rank=extra_rank, **options)
-        if name == "random":
-            adapters.router.__class__ = RandomRouter
-        if name == "task":
-            K = config.abstract_tasks
-            w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
-            adapters.__class__ = Oracle
-            adapters.register_buffer("given_w", w.to(adapters.Z.device), persistent=False)
-        if name == "factors":
-            adapters.__class__ = FactorMixing
-            for linear in adapters.linears.values():
-                linear.skill_mix = kernels.mix_factors
-        return adapters
+        changed = REPLACED.get(name, method)
+        return attach_larger(changed, module, config, extra_rank=extra_rank, **options)
 
     return attach

@@ -64,13 +64,11 @@ def report(
     samples also eval.router_report, mutual_information with the category, and task_information:
     that with the task. Return {} for methods without one c for a sample.
     """
-    if not isinstance(adapters, OrchMoE):
+    if not isinstance(adapters.method, OrchMoE):
         return {}
-    options = {"w": evaluation.router_weights(base, adapters, examples, batch_size)}
-    if getattr(adapters, "needs_task_ids", False):
-        task_ids = torch.tensor([example.task_index for example in examples])
-        options["task_ids"] = task_ids.to(base.device)
-    routing = adapters.route(**options)
+    w = evaluation.router_weights(base, adapters, examples, batch_size)
+    task_ids = torch.tensor([example.task_index for example in examples])
+    routing = adapters.route(w=w, task_ids=task_ids.to(base.device))
     if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it

@@ -4,57 +4,50 @@ Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
 """
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 from torch import Generator, nn
 
 import checkpoint
 import kernels
-from baselines import LoRA, MoELoRA, Poly, attach_method, count_parameters
-from orchmoe import Adapters, OrchMoE, OrchMoEConfig, new_skills, target_linears
+from baselines import attach_method, count_parameters, method_class
+from orchmoe import (
+    Adapters,
+    Method,
+    OrchMoEConfig,
+    embedding_width,
+    new_skills,
+    target_linears,
+)
 
 
 def attach_larger(
-    method: str,
+    method: str | type[Method],
     module: nn.Module,
     config: OrchMoEConfig,
     *,
     extra_rank: int = 0,
     num_tasks: int = 0,
-    heads: int = 4,
     generator: Generator | None = None,
 ) -> Adapters:
     """Do the same as attach_method, with `extra_rank` more ranks in total over the Linears.
 
     The Linears share them evenly: the first n of N together get floor(n * extra_rank / N).
     """
+    options = {"num_tasks": num_tasks, "generator": generator}
     if extra_rank == 0:
-        options = {"num_tasks": num_tasks, "heads": heads, "generator": generator}
         return attach_method(method, module, config, **options)
-    S, R = config.skills, config.rank
-    alpha = R if config.alpha is None else config.alpha
-    if method == "lora":
-        S, R = 1, S * R
-    mix = kernels.mix_factors if method in ("poly", "mhr") else kernels.mix_skills
+    cls = method_class(method)
     linears = target_linears(module, config.targets)
     N = len(linears)
+    S, R = cls.skill_shape(config, num_tasks)
+    alpha = config.rank if config.alpha is None else config.alpha
     skills = []
     for n, linear in enumerate(linears.values()):
         rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
-        own = replace(config, skills=S, rank=rank, alpha=alpha)
-        skills.append(new_skills(linear, own, mix, generator))
-    if method == "orchmoe":
-        adapters = OrchMoE(module, linears, skills, config, generator)
-    elif method == "lora":
-        adapters = LoRA(module, linears, skills)
-    elif method == "moe-lora":
-        adapters = MoELoRA(module, linears, skills, generator)
-    elif method in ("poly", "mhr"):
-        shape = (num_tasks, heads if method == "mhr" else 1, S)
-        adapters = Poly(module, linears, skills, shape, generator)
-    else:
-        raise ValueError(f"{method}: it cannot get extra ranks")
+        skills.append(new_skills(linear, S, rank, alpha / rank, kernels.mix_skills, generator))
+    weights = cls(linears, skills, config, width=embedding_width(module), **options)
+    adapters = Adapters(module, linears, skills, weights)
     module.skill_adapters = adapters.train(module.training)
     return adapters
 

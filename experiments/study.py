@@ -187,6 +187,8 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
         settings = program.read_json(path).get("settings", {})
         if "tasks" in settings:  # its name in older cells
             settings["abstract_tasks"] = settings.pop("tasks")
+        if settings.get("replaced_router") == "factors":  # is a setting of its own now
+            settings |= {"replaced_router": "", "mixing": "factors"}
         saved |= settings
     for name, value in expected.items():
         if saved.get(name) != value:

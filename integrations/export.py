@@ -101,7 +101,7 @@ def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
             adapters.load_state_dict(state)  # compares names and shapes, but copies no values
     whole_state = {}
     for name, tensor in state.items():
-        prefix = "" if ".skill_" in name else "skill_adapters."
+        prefix = "" if ".skill_" in name else "skill_adapters.method."
         whole_state[prefix + name] = tensor
     base.load_state_dict(whole_state, strict=False, assign=True)
 

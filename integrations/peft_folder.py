@@ -23,6 +23,7 @@ from torch import Tensor
 
 import checkpoint
 import kernels
+import orchmoe
 import program
 from orchmoe import Adapters, SkillLinear
 from program import UserError
@@ -95,7 +96,8 @@ def save_peft(
     linears = linears_by_hf_name(adapters)
 
     reason = adapters.unfoldable()
-    if any(linear.skill_mix is kernels.mix_factors for linear in linears.values()):
+    mixes = {linear.skill_mix for linear in linears.values()}
+    if not mixes <= {orchmoe.mix_skills, kernels.mix_skills}:
         reason = "skills that mix their factors are no LoRA of rank S R"
     if reason:
         raise UserError(f"{folder}: not written: {reason}")

@@ -16,7 +16,6 @@ import torch
 
 import data
 import eval as evaluation
-import kernels
 import program
 import run_folder
 import runtime
@@ -94,11 +93,6 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2
 
 
-def test_factors_are_mixed(small_t5):
-    adapters = routers.attach_with("factors")("orchmoe", small_t5, OrchMoEConfig())
-    assert {linear.skill_mix for linear in adapters.linears.values()} == {kernels.mix_factors}
-
-
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     attach = routers.attach_with("task")
     adapters = attach("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
@@ -107,7 +101,7 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     assert torch.equal(torch.stack(known), torch.eye(28))
 
 
-@pytest.mark.parametrize("name", ["random", "task", "factors"])
+@pytest.mark.parametrize("name", ["random", "task"])
 def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch):
     """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
     monkeypatch.chdir(home)
@@ -203,6 +197,13 @@ def test_cell_require_same(tmp_path):
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
         with pytest.raises(ValueError, match="lora.json: made with .*; name another folder"):
             other.require_same()
+    factors = cell._replace(settings=study.changed(cell.settings, {"mixing": "factors"}))
+    del saved["mixing"]  # older cells have it as a replaced router
+    program.write_json(cell.path, {"settings": saved | {"replaced_router": "factors"}})
+    factors.require_same()
+    with pytest.raises(ValueError, match="made with mixing factors, not outputs"):
+        cell.require_same()
+    program.write_json(cell.path, {"settings": saved})
     on = {kind: cell._replace(facts=cell.facts | {"cpu": kind}) for kind in ("A", "B")}
     on["B"].require_same()  # older cells do not name their CPU
     program.write_json(cell.path, {"settings": {"row": "lora", **on["A"].made_with()}})

@@ -10,7 +10,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from baselines import NoAdapter, attach_method
+from baselines import attach_method, without_adapters
 from experiments import routing
 from orchmoe import OrchMoEConfig
 
@@ -72,7 +72,7 @@ def test_report_of_what_has_no_router_of_samples(small_t5, method, router, names
     adapters = attach_method(method, small_t5, OrchMoEConfig(router=router), num_tasks=3)
     assert routing.report(small_t5, adapters, sampled([3, 5])).keys() == names
     adapters.detach()
-    assert routing.report(small_t5, NoAdapter(small_t5, full=False), sampled([3])) == {}
+    assert routing.report(small_t5, without_adapters(small_t5), sampled([3])) == {}
 
 
 def test_measure_takes_a_given_w_in_order(small_t5):

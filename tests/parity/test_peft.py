@@ -47,7 +47,7 @@ def test_output_and_gradients_equal_peft(method, heads):
     base.q.weight.data.copy_(twin.base_layer.weight)
     # peft divides the output of Poly by R.
     config = OrchMoEConfig(skills=S, rank=R, targets=("q",), alpha=1.0)
-    adapters = attach_method(method, base, config, num_tasks=T, heads=heads).eval()
+    adapters = attach_method(method, base, config, num_tasks=T).eval()
 
     x, task_ids = torch.randn(4, 6, 32), torch.tensor([4, 0, 1, 4])
     # Our parameter, that of peft, and the function from the shape of peft to ours.

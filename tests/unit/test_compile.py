@@ -51,9 +51,7 @@ def losses_and_gradients(base, batches):
     found = []
     for rows, source, target in batches:
         ids, mask, labels = random_batch(10, 37, [source] * rows, [target] * rows)
-        route = {"mask": mask}
-        if getattr(adapters, "needs_task_ids", False):
-            route["task_ids"] = torch.arange(rows) % 3
+        route = {"mask": mask, "task_ids": torch.arange(rows) % 3}
         route["noise"] = torch.full((rows, *(adapters.noise_shape or ())), 0.3)
         with adapters.routed(base.embed(ids), **route):
             loss = base.loss(ids, mask, labels)

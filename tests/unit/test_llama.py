@@ -19,7 +19,7 @@ import checkpoint
 import data
 import eval as evaluation
 import runtime
-from baselines import NoAdapter
+from baselines import without_adapters
 from helpers import (
     LLAMA3_ROPE,
     ROOT,
@@ -48,7 +48,7 @@ def test_predictions_end_at_any_eos(llama_pair, llama_batch):
     ended = own.generate(*llama_batch[:2], max_new_tokens=6)[1]
     assert set(ended.tolist()) == {eos_ids[0]}
 
-    adapters = NoAdapter(own, full=False)
+    adapters = without_adapters(own)
     assert evaluation.predict(own, adapters, examples, words, max_new_tokens=6) == expected
 
 

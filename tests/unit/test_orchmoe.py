@@ -3,8 +3,12 @@
 B and Z are random here. With their initial values, the outputs would not depend on the router.
 """
 
+import inspect
 import math
 import re
+import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -139,6 +143,25 @@ def test_linear_is_the_equation_written_out(small_t5, inputs):
 
     embeddings = small_t5.embed(inputs.input_ids)
     assert_linears(adapters, expected, embeddings=embeddings, mask=inputs.attention_mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"w": torch.rand(5)}])
+def test_mixed_factors_are_the_equation_written_out(small_t5, inputs, options):
+    adapters = attached(small_t5, alpha=6.0, mixing="factors")
+
+    def expected(linear, x, Z, routing):
+        rows = Z.sigmoid() / Z.sigmoid().sum(-1, keepdim=True)  # (K,S)
+        samples = []
+        for b in range(4):
+            w = routing.w if routing.w.dim() == 1 else routing.w[b]
+            c = w.double() @ rows  # (S,)
+            A = sum(c[s] * linear.skill_A[s] for s in range(3))  # (R,D)
+            B = sum(c[s] * linear.skill_B[s] for s in range(3))  # (R,O)
+            samples.append(x[b] @ linear.weight.T + 6.0 / 2 * x[b] @ A.T @ B)
+        return torch.stack(samples)
+
+    embeddings = small_t5.embed(inputs.input_ids)
+    assert_linears(adapters, expected, embeddings=embeddings, mask=inputs.attention_mask, **options)
 
 
 def test_relaxed_bernoulli_noise_enters_as_stated():
@@ -372,6 +395,29 @@ def test_a_w_of_another_shape_is_refused(shape):
         small().route(w=torch.rand(shape))
 
 
+def test_what_a_router_lacks_is_named():
+    with pytest.raises(
+        ValueError, match=r"embeddings: give those of the source \(B,L,D\), or give w"
+    ):
+        small().route()
+    with pytest.raises(ValueError, match="noise: give it, or the embeddings"):
+        small(gumbel=True).train().route(w=torch.rand(5))
+
+
+@pytest.mark.parametrize("options", [{}, {"w": torch.rand(4, 5)}])
+def test_vmap_is_refused_where_it_hides_the_samples(options):
+    """With B = L the weights of samples would be taken for those of tokens."""
+    adapters, x = small(), random(4, 4, 16)
+    model = adapters.module
+    with adapters.routed(x, **options):
+        for function in (model, torch.func.grad(lambda row: model(row).sum())):
+            with pytest.raises(ValueError, match="vmap hides samples"):
+                torch.vmap(function)(x)
+        torch.func.grad(lambda batch: model(batch).sum())(x)
+    with adapters.routed(w=torch.rand(5)):  # no sample has weights of its own
+        torch.testing.assert_close(torch.vmap(model)(x), model(x), **EXACT)
+
+
 def test_with_beams_no_sample_can_be_dropped():
     """test_copypaste.py tests beam search."""
     adapters = small()
@@ -423,12 +469,30 @@ def test_the_width_can_be_given():
         {"router": "tokens"},
         {"router_norm": "sigmoid"},
         {"router_init": "kmean"},
+        {"mixing": "skills"},
     ],
 )
 def test_a_config_with_an_impossible_value_is_refused(options):
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=re.escape(f"{name}: {value!r}")):
         OrchMoEConfig(**options)
+
+
+def test_a_config_is_checked_in_a_module_with_postponed_annotations():
+    source = inspect.getsource(orchmoe).replace(
+        "import functools\n", "from __future__ import annotations\nimport functools\n", 1
+    )
+    module = types.ModuleType("postponed")
+    with mock.patch.dict(sys.modules, postponed=module):
+        exec(source, vars(module))
+        for options in ({"rank": 0}, {"router": "tokens"}):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                module.OrchMoEConfig(**options)
+
+
+def test_a_token_router_cannot_mix_factors():
+    with pytest.raises(ValueError, match="mixing: .* token router"):
+        OrchMoEConfig(router="token", mixing="factors")
 
 
 def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():

@@ -439,7 +439,7 @@ def test_of_two_threads_the_second_is_refused(monkeypatch):
         return route(*args, **options)
 
     expected = routed(base)
-    monkeypatch.setattr(adapters, "route", slow)
+    monkeypatch.setattr(adapters.method, "route", slow)
     first = threading.Thread(target=lambda: found.append(routed(base)))
     first.start()
     assert computing.wait(20)
@@ -550,6 +550,14 @@ def with_own_forward():
     return linear
 
 
+def split_over_devices():
+    """Return a Linear with one of accelerate's hooks, as device_map= sets them."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    linear = nn.Linear(D, D)
+    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook())
+    return linear
+
+
 def with_skills():
     base = net()
     attached(base)
@@ -564,7 +572,9 @@ def with_skills():
         (nn.Identity, ("all",), "no Linear has the name .*; the model has none"),
         (lambda: nn.MultiheadAttention(4, 2), ("out_proj",), "0.out_proj: .* bypass"),
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
-        (with_own_forward, ("0",), "0: .* bypass"),
+        (with_own_forward, ("0",), "0: the Linear has a forward of its own, which bypasses"),
+        (split_over_devices, ("0",), "0: .* accelerate sets one .* load the model on one device"),
+        (lambda: nn.Linear(0, 4), ("0",), "0: it has no inputs"),
         (with_skills, ("head",), r"0.q has skills already; detach\(\) them first"),
     ],
 )
@@ -574,3 +584,11 @@ def test_attach_refuses_what_it_cannot_adapt(make, targets, message):
     with pytest.raises(ValueError, match=message):
         attach(base, OrchMoEConfig(targets=targets))
     assert_same(base, before)
+
+
+def test_attach_refuses_a_lazy_linear_that_never_ran():
+    base = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match="0: it has no inputs; run a LazyLinear once"):
+        attach(base, OrchMoEConfig(targets=("0",)))
+    base(X)
+    attach(base, OrchMoEConfig(targets=("0",)))
