@@ -361,14 +361,14 @@ def test_router_reads_only_the_prompts(make, rows, prompts, tmp_path, monkeypatc
     torch.testing.assert_close(adapters.router.mu, x_hat.mean(0))
 
     found = []
-    route = adapters.route
+    route = adapters.method.route
 
     def recorded(*args, **kwargs):
         routing = route(*args, **kwargs)
         found.append(routing.w.detach())
         return routing
 
-    monkeypatch.setattr(adapters, "route", recorded)
+    monkeypatch.setattr(adapters.method, "route", recorded)
     with torch.no_grad(), trainer.routed(source):
         pass
     trainer.evaluate()
