@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import program
-from baselines import NoAdapter, attach_method
+from baselines import attach_method, without_adapters
 from experiments.computed import MODELS, allocate
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -313,7 +313,7 @@ def rows(name: str) -> Iterator[list[str]]:
         base = checkpoint.on_meta(ONE_BLOCK[model]).train()
         with torch.device("meta"):
             if method == "frozen":
-                adapters = NoAdapter(base, full=False)
+                adapters = without_adapters(base)
             else:
                 config = OrchMoEConfig(targets=tuple(adapted.split(", ")))
                 adapters = attach_method(method.lower(), base, config)
