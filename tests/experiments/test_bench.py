@@ -62,6 +62,7 @@ def test_host_time_is_measured_for_all_ways_to_mix(printed, monkeypatch):
     assert found == forward | {f"{name} and backward" for name in forward}
 
 
+@pytest.mark.slow
 def test_host_time_is_measured_for_whole_steps(setup):
     """The contestants train as many weights of A and B, and start with the same loss."""
     lines = bench.host_steps(setup)
