@@ -281,7 +281,7 @@ def record_inputs(base: Backbone, source: Tensor, mask: Tensor) -> list[list[Ten
 
 def count(base: Backbone, adapters: Adapters, block: nn.Module, inputs: list[Tensor]) -> list[str]:
     """Return the counts of a block as cells of the table. The adapters are routed."""
-    trained = [*inputs, *adapters.parameter_groups().get("skills", [])]
+    trained = [*inputs, *adapters.parameter_groups()["skills"]]
     trained += [linear.skill_weights for linear in adapters.linears.values()]
     trained = [tensor for tensor in trained if tensor.requires_grad]
 
