@@ -1,30 +1,20 @@
 (function () {
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
+  const N = data.linears.length;
   const K = data.Zhat[0].length;
   const S = data.Zhat[0][0].length;
   const element = (id) => document.getElementById(id);
   const CLOSE = 0.002; // two weights that differ by less are the same: they are rounded
+  const CHANGED = 0.05; // a weight that differs by more is coloured
   const LITTLE = 0.05; // a difference of losses that is not worth a word
+  const THREE = [...new Set([0, Math.floor(N / 2), N - 1])]; // the Linears that are always shown
 
-  const NAMES = {
-    now: "your sliders",
-    kept: "the kept sliders",
-    own: "the router",
-    mean: "the mean w",
-    uniform: "1/K each",
-    other: "another sample",
-    off: "off",
-  };
   const ORDER = ["own", "mean", "uniform", "other", "off"];
-  for (let k = 1; k <= K; k++) {
-    NAMES[k] = "only w" + [...String(k)].map((digit) => String.fromCodePoint(0x2080 + Number(digit))).join("");
-    ORDER.push(String(k));
-  }
+  for (let k = 1; k <= K; k++) ORDER.push(String(k));
 
-  let sample; // the chosen one
-  let settings; // {name: w}
-  let results; // {name: [answer, loss, right]}
-  let w; // what the sliders show
+  // What the page shows: {question, names, settings, results, w, isMoved}. The question has the
+  // prompt that the model was asked, its references, and the number of its sample, or -1.
+  let view;
 
   // ------------------------------------------------------------------------------ the arithmetic
 
@@ -51,55 +41,164 @@
     });
   }
 
-  // ------------------------------------------------------------------------------------- answers
+  const largest = (w) => w.indexOf(Math.max(...w));
+  const words = (name) => name.replaceAll("_", " ");
 
-  // The name under which the answer with the weights of the sliders is known, or "".
-  function nameOfCurrent() {
-    const known = [...ORDER, "kept", "now"].filter((name) => settings[name]);
-    return known.find((name) => sameWeights(settings[name], w)) || "";
+  // "encoder.blocks.0.attention.q" becomes "encoder 0 q".
+  function shortName(linear) {
+    const parts = linear.split(".").filter((part) => part !== "blocks" && part !== "attention");
+    return words(parts.join(" ").replace("cross_attention", "cross"));
   }
 
-  // Ask the model, one question after the other. Answers to an older prompt are dropped.
+  // ------------------------------------------------------------------------------------ questions
+
+  function namesOf(kind, otherTask) {
+    const names = {
+      now: "your sliders",
+      kept: "the kept sliders",
+      own: "the router",
+      mean: "the mean of " + kind + " samples",
+      uniform: "1/" + K + " each: no router",
+      other: "another’s: " + words(otherTask),
+      off: "w = 0: no skills",
+    };
+    for (let k = 1; k <= K; k++) names[k] = "abstract task " + k + " alone";
+    return names;
+  }
+
+  // The settings that need no sample.
+  function commonSettings() {
+    const settings = { uniform: new Array(K).fill(1 / K), off: new Array(K).fill(0) };
+    for (let k = 1; k <= K; k++) settings[k] = settings.off.map((_, i) => (i === k - 1 ? 1 : 0));
+    return settings;
+  }
+
+  function viewOfSample(index) {
+    const sample = data.samples[index];
+    const kind = data.tasks[sample.task].kind;
+    const settings = commonSettings();
+    settings.own = sample.w;
+    settings.mean = data.mean_w[kind];
+    settings.other = sample.other_w;
+    const results = {};
+    (sample.results || []).forEach((result, i) => (results[ORDER[i]] = result));
+    const prompt = data.tasks[sample.task].head + sample.tail;
+    return {
+      question: { prompt, references: sample.references, sample: index },
+      names: namesOf(kind, sample.other_task),
+      settings,
+      results,
+      w: sample.w.slice(),
+      isMoved: false,
+    };
+  }
+
+  function viewOfTyped(prompt, reference) {
+    const settings = commonSettings();
+    const kind = data.mean_w.seen ? "seen" : "unseen";
+    settings.mean = data.mean_w[kind];
+    return {
+      question: { prompt, references: reference ? [reference] : [], sample: -1 },
+      names: namesOf(kind, ""),
+      settings,
+      results: {},
+      w: settings.uniform.slice(), // until the router has answered
+      isMoved: false,
+    };
+  }
+
+  // The name under which the weights of the sliders are known, or "".
+  function nameOfCurrent() {
+    const known = [...ORDER, "kept", "now"].filter((name) => view.settings[name]);
+    return known.find((name) => sameWeights(view.settings[name], view.w)) || "";
+  }
+
+  // Send one question. Return {result, w} or {error}.
+  async function send(question, w) {
+    const reference = question.references[0] || "";
+    const body = JSON.stringify({ prompt: question.prompt, reference, w: w || null });
+    const size = new TextEncoder().encode(body).length;
+    if (size > data.largest_request) {
+      return { error: "The prompt is too long: " + size + " bytes; give at most " + data.largest_request + "." };
+    }
+    let response, text;
+    try {
+      response = await fetch("/", { method: "POST", body });
+      text = await response.text();
+    } catch (error) {
+      return { error: "The server does not answer. Is it still running? (" + error.message + ")" };
+    }
+    try {
+      return JSON.parse(text);
+    } catch {
+      return { error: "The server refused the question (" + response.status + ")." };
+    }
+  }
+
+  // Ask the model, one question after the other. A question of an older view is dropped.
   let last = Promise.resolve();
-  let round = 0;
-  function ask(name) {
-    const asked = round;
-    const weights = settings[name];
+  function ask(name, before) {
+    const asked = view;
+    const weights = view.settings[name];
     last = last.then(async () => {
-      if (asked !== round || (name === "now" && weights !== settings.now)) return;
+      const isOutdated = name === "now" && weights !== asked.settings.now;
+      if (asked !== view || isOutdated) return;
       element("status").textContent = "The model answers …";
-      const request = {
-        prompt: element("prompt").value,
-        reference: element("reference").value.trim(),
-        w: weights || null,
-      };
-      try {
-        const response = await fetch("/", { method: "POST", body: JSON.stringify(request) });
-        const reply = await response.json();
-        if (asked !== round) return;
-        element("status").textContent = reply.error || "";
-        if (reply.error) return;
-        results[name] = reply.result;
+      const reply = await send(asked.question, name === "own" ? null : weights);
+      if (asked !== view) return;
+      element("status").textContent = "";
+      if (reply.error) {
+        const isRestored = name === "own" && before;
+        if (isRestored) view = before;
+        const kept = isRestored ? " What you see still belongs to the question before." : "";
+        element("status").textContent = "Refused: " + reply.error.replace(/\.?$/, ".") + kept;
+      } else {
+        asked.results[name] = reply.result;
         if (name === "own") {
-          settings.own = reply.w;
-          if (!settings.now) w = reply.w.slice(); // unless the sliders were moved meanwhile
-          ["uniform", "off"].forEach(ask);
+          asked.settings.own = reply.w;
+          if (!asked.isMoved) asked.w = reply.w.slice();
+          ask("uniform");
         }
-      } catch (error) {
-        element("status").textContent = "The server does not answer: " + error.message;
       }
       draw();
     });
   }
 
-  function askAnew() {
-    round += 1;
-    results = {};
-    delete settings.own;
-    delete settings.now;
-    delete settings.kept;
+  function show(next) {
+    const before = view;
+    view = next;
+    if (data.live) ask("own", before);
     draw();
-    ask("own");
+  }
+
+  function askTyped() {
+    const prompt = element("prompt").value;
+    if (!prompt.trim()) {
+      element("status").textContent = "Type a prompt first.";
+      return;
+    }
+    show(viewOfTyped(prompt, element("reference").value.trim()));
+  }
+
+  // Choose the weights of a row.
+  function choose(name) {
+    if (!view.settings[name]) return;
+    view.w = view.settings[name].slice();
+    view.isMoved = true;
+    askCurrent();
+    draw();
+  }
+
+  // On the served page, ask for the answer with the weights of the sliders.
+  function askCurrent() {
+    if (!data.live) return;
+    let name = nameOfCurrent();
+    if (!name || name === "now") {
+      name = "now";
+      view.settings.now = view.w.slice();
+      delete view.results.now;
+    }
+    if (!view.results[name]) ask(name);
   }
 
   // ------------------------------------------------------------------------------------- drawing
@@ -112,217 +211,242 @@
   }
 
   function signed(value) {
-    return (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(3);
+    return (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(2);
   }
 
-  function drawAnswers() {
+  function change(value, usual) {
+    if (value - usual > CHANGED) return " up";
+    return value - usual < -CHANGED ? " down" : "";
+  }
+
+  function drawQuestion() {
+    const { prompt, references, sample } = view.question;
+    element("sample").value = sample;
+    element("references").textContent = references.join("  or  ") || "(none given)";
+    element("input").textContent = prompt;
+    element("about").textContent = "Your own prompt belongs to no task.";
+    if (sample < 0) return;
+    const shown = data.samples[sample];
+    const task = data.tasks[shown.task];
+    const other = data.tasks.find((each) => each.name === shown.other_task);
+    element("input").textContent = shown.input;
+    let about = "A new sample of a training task. ";
+    if (task.kind === "unseen") about = "A sample of a task that was not trained on. ";
+    if (other && largest(other.w) === largest(task.w)) {
+      about += "Its task and that of the other sample below have most weight on the same abstract task, ";
+      about += largest(task.w) + 1 + ", so their w are alike.";
+    }
+    element("about").textContent = about;
+  }
+
+  function drawWeights(current) {
+    const own = view.settings.own || view.w;
+    view.w.forEach((value, k) => {
+      element("w" + k).value = value;
+      element("w" + k).style.setProperty("--v", Math.max(0, Math.min(1, value)));
+      element("value" + k).textContent = value.toFixed(2);
+      element("value" + k).className = change(value, own[k]).trim();
+    });
+    const name = current ? view.names[current] : view.names.now;
+    const result = view.results[current || "now"];
+    element("shown").textContent = "This is the w of: " + name + ".";
+    if (result && data.live) element("shown").textContent += " The answer: " + (result[0] || "(empty)");
+  }
+
+  function drawAnswers(current) {
     const body = element("answer-rows");
+    const focused = document.activeElement && document.activeElement.dataset.row;
     body.textContent = "";
-    const current = nameOfCurrent();
-    const rows = current ? [] : ["now"];
-    if (current === "now") rows.push("now");
-    if (settings.kept) rows.push("kept");
-    for (const name of [...rows, ...ORDER]) {
+    const rows = current && current !== "now" ? [] : ["now"];
+    if (view.settings.kept) rows.push("kept");
+    rows.push(...ORDER.filter((name) => name === "own" || view.settings[name]));
+    for (const name of rows) {
       const row = body.insertRow();
       row.dataset.name = name;
-      if (name === (current || "now")) row.className = "current";
+      const isCurrent = name === (current || "now");
+      if (isCurrent) row.className = "current";
       const head = row.appendChild(document.createElement("th"));
       head.scope = "row";
       const button = head.appendChild(document.createElement("button"));
       button.type = "button";
-      button.textContent = NAMES[name];
-      button.addEventListener("click", () => choose(settings[name] || w));
-      const result = results[name];
+      button.textContent = view.names[name];
+      button.dataset.row = name;
+      button.setAttribute("aria-pressed", String(isCurrent));
+      row.addEventListener("click", () => choose(name));
+      if (name === focused) button.focus({ preventScroll: true });
+      const result = view.results[name];
       if (!result) {
-        const missing = data.live ? "not asked yet" : "not stored: the served page answers for any w";
-        cell(row, missing, "text small").colSpan = 3;
+        cell(row, isCurrent ? "asking …" : "press the row to ask", "text small").colSpan = 3;
         continue;
       }
       const [text, loss, right] = result;
-      const shown = cell(row, text || "(empty)", "text");
+      const answer = cell(row, text || "(empty)", "text");
       if (right !== null) {
         const mark = document.createElement("span");
         mark.className = right ? "good" : "bad";
-        mark.textContent = right ? " \u2713 right" : " \u2717 wrong";
-        shown.append(mark);
+        mark.textContent = right ? "\u2713 " : "\u2717 ";
+        mark.title = right ? "right" : "wrong";
+        answer.prepend(mark);
       }
-      cell(row, loss === null ? "" : loss.toFixed(3));
-      const own = results.own ? results.own[1] : null;
+      cell(row, loss === null ? "" : loss.toFixed(2));
+      const own = view.results.own ? view.results.own[1] : null;
       cell(row, loss === null || own === null || name === "own" ? "" : signed(loss - own));
     }
   }
 
   function drawVerdict() {
-    const [own, mean, uniform] = ["own", "mean", "uniform"].map((name) => results[name]);
+    const [own, mean, uniform] = ["own", "mean", "uniform"].map((name) => view.results[name]);
     element("verdict").textContent = "";
-    if (!own || !uniform || own[1] === null) return;
+    if (!own || !uniform || own[1] === null || uniform[1] === null) return;
     const others = mean ? [mean, uniform] : [uniform];
-    const names = mean ? "the mean w and 1/K" : "1/K";
+    const names = mean ? "the mean w and with 1/" + K : "1/" + K;
     const gaps = others.map((result) => result[1] - own[1]);
     const rights = others.filter((result) => result[2]).length;
-    let text = "With its own w the answer is " + (own[2] ? "right" : "wrong") + ". ";
+    let text = "With the router\u2019s w the answer is " + (own[2] ? "right" : "wrong") + ". ";
     if (gaps.every((gap) => gap > LITTLE)) text += "The loss is higher with " + names + ": routing helps here";
     else if (gaps.every((gap) => gap < -LITTLE)) text += "The loss is lower with " + names + ": routing harms here";
     else if (gaps.every((gap) => Math.abs(gap) <= LITTLE))
       text += "The loss is almost the same with " + names + ": routing does next to nothing here";
-    else text += "Compared with " + names + ", the loss says no clear word about routing here";
-    if (own[2] && rights < others.length) text += ", and without it the right answer is lost";
-    if (!own[2] && rights > 0) text += ", although without it an answer is right";
+    else text += "Of the mean w and 1/" + K + ", one has a higher loss and the other has not";
+    if (own[2] && rights < others.length) text += ", and without the router\u2019s w the right answer is lost";
+    if (!own[2] && rights > 0) text += ", although an answer without the router\u2019s w is right";
     element("verdict").textContent = text + ".";
   }
 
-  function drawSkills() {
-    const now = skillWeights(w);
-    const own = skillWeights(settings.own || w);
-    const body = element("skill-rows");
+  function drawSkills(body, positions) {
+    const now = skillWeights(view.w);
+    const own = skillWeights(view.settings.own || view.w);
     body.textContent = "";
-    let sum = 0;
-    now.forEach((row, n) => {
+    for (const n of positions) {
       const line = body.insertRow();
-      cell(line, data.linears[n].replace("blocks.", "").replace(/[._]/g, " "));
-      [row, own[n]].forEach((c, group) =>
-        c.forEach((value, s) => {
-          const made = cell(line, value.toFixed(2), "cell" + (group && !s ? " gap" : ""));
-          made.style.setProperty("--v", Math.max(0, Math.min(1, value)));
-        }),
-      );
-      row.forEach((value, s) => (sum += Math.abs(value - own[n][s])));
-    });
-    element("difference").textContent =
-      "Mean difference between the two sides: " + (sum / (now.length * S)).toFixed(3) + ".";
+      const head = line.appendChild(document.createElement("th"));
+      head.scope = "row";
+      head.textContent = shortName(data.linears[n]);
+      now[n].forEach((value, s) => cell(line, value.toFixed(2), "value" + change(value, own[n][s])));
+      own[n].forEach((value, s) => {
+        const made = cell(line, value.toFixed(2), "cell" + (s ? "" : " gap"));
+        made.style.setProperty("--v", Math.max(0, Math.min(1, value)));
+      });
+    }
   }
 
   function draw() {
-    w.forEach((value, k) => {
-      element("w" + k).value = value;
-      element("value" + k).textContent = value.toFixed(3);
-    });
     const current = nameOfCurrent();
-    element("state").textContent = current && current !== "now"
-      ? "The sliders show w of: " + NAMES[current] + "."
-      : "This w is your own; the router gives this sample another.";
-    drawAnswers();
+    drawQuestion();
+    drawWeights(current);
+    drawAnswers(current);
     drawVerdict();
-    drawSkills();
-  }
-
-  // -------------------------------------------------------------------------------------- choices
-
-  function choose(weights) {
-    w = weights.slice();
-    draw();
-    askCurrent();
-  }
-
-  // On the served page, ask for the answer with the weights of the sliders.
-  function askCurrent() {
-    if (!data.live) return;
-    let name = nameOfCurrent();
-    if (!name || name === "now") {
-      name = "now";
-      settings.now = w.slice();
-      delete results.now;
-    }
-    if (!results[name]) ask(name);
-  }
-
-  function chooseSample(index) {
-    sample = data.samples[index];
-    const task = data.tasks[sample.task];
-    settings = {
-      own: sample.w,
-      mean: data.mean_w[task.kind],
-      uniform: new Array(K).fill(1 / K),
-      other: sample.other_w,
-      off: new Array(K).fill(0),
-    };
-    for (let k = 1; k <= K; k++) settings[k] = settings.off.map((_, i) => (i === k - 1 ? 1 : 0));
-    results = {};
-    (sample.results || []).forEach((result, i) => (results[ORDER[i]] = result));
-    w = sample.w.slice();
-    element("sample").value = index;
-    element("about").textContent =
-      (task.kind === "seen" ? "A new sample of a training task. " : "A sample of a task that was not trained on. ") +
-      "The other sample in the table is of " + sample.other_task.replaceAll("_", " ") + ".";
-    element("prompt").value = task.head + sample.tail;
-    element("reference").value = data.live ? sample.references[0] || "" : sample.references.join("  or  ");
-    if (data.live) askAnew();
-    else draw();
+    drawSkills(element("skill-rows"), THREE);
+    drawSkills(element("all-skill-rows"), [...data.linears.keys()]);
   }
 
   // --------------------------------------------------------------------------------------- start
 
+  function addOption(parent, value, text) {
+    const option = parent.appendChild(document.createElement("option"));
+    option.value = value;
+    option.textContent = text;
+    return option;
+  }
+
   const groups = {};
-  data.samples.forEach((entry, index) => {
-    const task = data.tasks[entry.task];
+  data.samples.forEach((sample, index) => {
+    const task = data.tasks[sample.task];
     if (!groups[task.kind]) {
-      groups[task.kind] = document.createElement("optgroup");
+      groups[task.kind] = element("sample").appendChild(document.createElement("optgroup"));
       groups[task.kind].label = task.kind + " tasks";
-      element("sample").append(groups[task.kind]);
     }
-    const option = document.createElement("option");
-    option.value = index;
-    const input = entry.tail.replace(/^Input: /, "").split("\n")[0];
-    const beginning = input.length > 60 ? input.slice(0, 59) + "…" : input;
-    option.textContent = task.name.replaceAll("_", " ") + ": " + beginning;
-    groups[task.kind].append(option);
+    const line = sample.input.split("\n")[0];
+    const beginning = line.length > 60 ? line.slice(0, 59) + "…" : line;
+    addOption(groups[task.kind], index, words(task.name) + ": " + beginning);
   });
 
+  element("tasks-count").textContent = K;
   for (let k = 0; k < K; k++) {
     const row = element("weights").appendChild(document.createElement("div"));
     row.className = "weight";
     const label = row.appendChild(document.createElement("label"));
-    label.htmlFor = "w" + k;
     const strongest = data.tasks.reduce((most, task) => (task.w[k] > most.w[k] ? task : most));
-    label.textContent = k + 1 + ": " + (data.words ? data.words[k] : "most in " + strongest.name.replaceAll("_", " "));
-    const slider = row.appendChild(document.createElement("input"));
-    Object.assign(slider, { type: "range", id: "w" + k, step: 0.001 });
-    Object.assign(slider, data.sums_to_one ? { min: 0, max: 1 } : { min: -1, max: 2 });
+    const about = ": " + (data.words ? data.words[k] : "most in " + words(strongest.name));
+    label.append(String(k + 1));
+    label.appendChild(document.createElement("span")).textContent = about;
+    label.title = label.textContent;
+    if (data.live) {
+      label.htmlFor = "w" + k;
+      const slider = row.appendChild(document.createElement("input"));
+      Object.assign(slider, { type: "range", id: "w" + k, step: 0.001 });
+      Object.assign(slider, data.sums_to_one ? { min: 0, max: 1 } : { min: -1, max: 2 });
+      slider.addEventListener("input", () => {
+        view.w = moved(view.w, k, Number(slider.value));
+        view.isMoved = true;
+        draw();
+      });
+      slider.addEventListener("change", askCurrent);
+    } else {
+      const bar = row.appendChild(document.createElement("span"));
+      Object.assign(bar, { id: "w" + k, className: "bar" });
+    }
     row.appendChild(document.createElement("output")).id = "value" + k;
-    slider.addEventListener("input", () => {
-      w = moved(w, k, Number(slider.value));
-      draw();
-    });
-    slider.addEventListener("change", askCurrent);
   }
 
-  cell(element("skill-groups"), "");
-  for (const title of ["with these sliders", "with the router\u2019s w"]) {
-    const head = element("skill-groups").appendChild(document.createElement("th"));
-    head.colSpan = S;
-    head.scope = "colgroup";
-    head.textContent = title;
-    head.style.textAlign = "center";
-  }
-  cell(element("skill-numbers"), "skill");
-  for (let s = 0; s < 2 * S; s++) {
-    const head = element("skill-numbers").appendChild(document.createElement("th"));
-    head.scope = "col";
-    head.style.textAlign = "center";
-    head.textContent = (s % S) + 1;
+  document.querySelectorAll(".skill-groups").forEach((row) => {
+    cell(row, "");
+    for (const title of ["this w", "the router\u2019s w"]) {
+      const head = row.appendChild(document.createElement("th"));
+      Object.assign(head, { colSpan: S, scope: "colgroup", textContent: title });
+    }
+  });
+  document.querySelectorAll(".skill-numbers").forEach((row) => {
+    cell(row, "skill");
+    for (let s = 0; s < 2 * S; s++) {
+      const head = row.appendChild(document.createElement("th"));
+      Object.assign(head, { scope: "col", textContent: (s % S) + 1 });
+    }
+  });
+
+  function chooseSample(index) {
+    element("status").textContent = "";
+    show(viewOfSample(index));
+    element("prompt").value = view.question.prompt;
+    element("reference").value = "";
   }
 
-  element("sample").addEventListener("change", (event) => chooseSample(Number(event.target.value)));
-  element("ask").addEventListener("click", askAnew);
-  element("keep").addEventListener("click", () => {
-    const name = nameOfCurrent() || "now";
-    settings.kept = w.slice();
-    delete results.kept;
-    if (results[name]) results.kept = results[name];
-    draw();
+  element("sample").addEventListener("change", (event) => {
+    element("back").hidden = true;
+    chooseSample(Number(event.target.value));
   });
   if (data.live) {
-    element("ask").hidden = false;
+    addOption(element("sample"), -1, "your own prompt").hidden = true;
+    element("explorer").classList.add("live");
+    element("whole").textContent = "The whole prompt: change it, or type one of your own";
+    element("typing").hidden = false;
     element("prompt").readOnly = false;
-    element("reference").readOnly = false;
+    element("ask").addEventListener("click", askTyped);
+    element("keep").hidden = false;
+    element("keep").addEventListener("click", () => {
+      const name = nameOfCurrent() || "now";
+      view.settings.kept = view.w.slice();
+      delete view.results.kept;
+      if (view.results[name]) view.results.kept = view.results[name];
+      draw();
+    });
   }
+
   // Elsewhere on the page a button with data-sample opens that sample here.
+  let origin;
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-sample]");
     if (!button) return;
+    origin = button;
     chooseSample(Number(button.dataset.sample));
+    element("back").hidden = false;
     element("explorer").scrollIntoView();
     element("sample").focus({ preventScroll: true });
+  });
+  element("back").addEventListener("click", () => {
+    element("back").hidden = true;
+    origin.scrollIntoView({ block: "center" });
+    origin.focus({ preventScroll: true });
   });
   chooseSample(data.first);
 })();

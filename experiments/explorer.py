@@ -43,6 +43,8 @@ from tokenizer import Tokenizer
 SHOWN = 3  # samples of each task that can be chosen
 LARGEST_REQUEST = 100_000  # bytes
 LONGEST_ANSWER = 64  # tokens
+ROOT = Path(__file__).resolve().parent.parent
+ANNOTATED = "/annotated.html"  # where docs/annotated.html is served
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(data.read_task)
@@ -119,8 +121,8 @@ def add_task(
     """Add one task to "tasks", and SHOWN samples, evenly spaced over its rows, to "samples"."""
     examples = loaded.sets[kind]
     shown = data.subsample(rows, SHOWN)
-    prompts = {row: texts_of(loaded, kind, examples[row])[1] for row in shown}
-    head = os.path.commonprefix(list(prompts.values()))
+    texts = {row: texts_of(loaded, kind, examples[row]) for row in shown}
+    head = os.path.commonprefix([prompt for _, prompt in texts.values()])
     head = head[: head.rfind("\n") + 1]
     for row in shown:
         other = (row + len(examples) // 2) % len(examples)  # far away: most likely of another task
@@ -128,7 +130,8 @@ def add_task(
             {
                 "task": len(explored["tasks"]),
                 "row": row,
-                "tail": prompts[row][len(head) :],  # the prompt behind the head of its task
+                "input": texts[row][0],
+                "tail": texts[row][1][len(head) :],  # the prompt behind the head of its task
                 "references": examples[row].references[:3],
                 "w": rounded(w[row]),
                 "other_w": rounded(w[other]),
@@ -197,13 +200,18 @@ def section(explored: dict[str, Any]) -> str:
 
 
 def page(explored: dict[str, Any]) -> str:
-    """Return a page that has the explorer alone."""
-    title = html.escape(f"What the router of {explored['run']} does")
+    """Return the served page: a title, two lines of introduction, and the explorer."""
+    run = html.escape(explored["run"])
+    title = "Ask the model, and move its routing weights"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{read('explorer.css')}</style></head>\n"
+        f"<title>{title}: {run}</title>\n<style>\n{read('explorer.css')}</style></head>\n"
         f"<body><main class='alone'><h1>{title}</h1>\n"
+        f"<p>The run <b>{run}</b> answers here. Its router gives each prompt weights w on abstract "
+        "tasks, and these decide how much each skill (a small LoRA) adds.<br>Choose a sample or "
+        "type a prompt, then move a slider or press a row: the model answers with that w. "
+        f'<a href="{ANNOTATED}">The annotated page</a> explains the words.</p>\n'
         f"{section(explored)}</main></body></html>\n"
     )
 
@@ -218,7 +226,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.loaded = loaded
         self.lock = threading.Lock()  # whoever holds it may use the model
-        self.page = page(collect(loaded) | {"live": True}).encode()
+        explored = collect(loaded) | {"live": True, "largest_request": LARGEST_REQUEST}
+        self.pages = {
+            "/": page(explored).encode(),
+            ANNOTATED: (ROOT / "docs" / "annotated.html").read_bytes(),
+        }
         self.hosts = hosts_at(self.server_port)
 
     def handle_error(self, *arguments: Any) -> None:
@@ -236,7 +248,9 @@ def hosts_at(port: int) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page. POST / takes and returns JSON, see `reply`.
+    """GET / is the page, GET /annotated.html the page that explains it.
+
+    POST / takes and returns JSON, see `reply`.
 
     Another site that is open in the same browser cannot use the server: its requests have another
     Origin or, if its name leads here, another Host.
@@ -248,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.is_refused():
             return
-        self.send(200, "text/html; charset=utf-8", self.server.page)
+        self.send(200, "text/html; charset=utf-8", self.server.pages[self.path])
 
     def do_POST(self) -> None:
         if self.is_refused():
@@ -268,9 +282,10 @@ class Handler(BaseHTTPRequestHandler):
         is_post = self.command == "POST"
         origin = self.headers.get("Origin", "" if is_post else f"http://{host}")
         length = self.headers.get("Content-Length", "" if is_post else "0")
+        paths = ["/"] if is_post else list(self.server.pages)
         if host not in self.server.hosts or origin != f"http://{host}":
             self.send_error_text(403, f"not from the page; open http://{self.server.hosts[0]}")
-        elif self.path != "/":
+        elif self.path not in paths:
             self.send_error_text(404, "there is nothing but the page at /")
         elif not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST_REQUEST:
             self.send_error_text(413, f"more than {LARGEST_REQUEST:,} bytes; give a shorter prompt")

@@ -75,11 +75,35 @@ def slide(browser, k, value):
 
 
 def skills(browser):
-    """Return c (N,2,S): with the sliders, and with the router's w."""
+    """Return c of all Linears, N rows of 2 S numbers: with the shown w, and with the router's."""
     cells = browser.execute_script(
-        "return [...document.querySelectorAll('#skill-rows .cell')].map(c => +c.textContent)"
+        "return [...document.querySelectorAll('#all-skill-rows td')].map(c => +c.textContent)"
     )
     return torch.tensor(cells)
+
+
+def set_window(browser, width, scheme="light", height=800):
+    """Set the size of the window, and whether the reader prefers dark pages."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+# The parts that reach beyond the window, or that are cut inside a box that scrolls sideways.
+CUT_PARTS = """
+document.querySelectorAll("details").forEach((part) => (part.open = true));
+const cut = [];
+document.querySelectorAll("main *:not(svg *, math *, .weight label *)").forEach((part) => {
+  const sideways = getComputedStyle(part).overflowX !== "visible";
+  const isEllipsis = getComputedStyle(part).textOverflow === "ellipsis";
+  const box = part.getBoundingClientRect();
+  const isCut = sideways && !isEllipsis && part.scrollWidth > part.clientWidth + 1;
+  if (box.right > innerWidth + 1 || isCut)
+    cut.push(part.tagName + "." + part.className + ": " + part.textContent.slice(0, 40));
+});
+return cut;
+"""
 
 
 # ------------------------------------------------------------------------------- the annotated page
@@ -93,55 +117,121 @@ def test_contents_stay_in_view_and_lead_to_anchors(annotated):
     assert annotated.execute_script("return location.hash") == "#mix"
 
 
-def test_stored_answers_appear_at_stored_weights(annotated):
-    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
-    chosen = 100
-    sample = explored["samples"][chosen]
+def choose_sample(browser, number):
     script = """const list = document.getElementById("sample");
         list.value = arguments[0];
         list.dispatchEvent(new Event("change"));"""
-    annotated.execute_script(script, chosen)
+    browser.execute_script(script, number)
+
+
+def test_a_pressed_row_shows_its_answer_w_and_c(annotated):
+    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+    sample = explored["samples"][100]
+    choose_sample(annotated, 100)
+    assert text(annotated, "#input") == sample["input"].strip()
     current = "#answer-rows .current"
     assert sample["results"][0][0] in text(annotated, current)
-    assert f"{sample['results'][0][1]:.3f}" in text(annotated, current)
+    assert f"{sample['results'][0][1]:.2f}" in text(annotated, current)
+    assert not annotated.find_elements("css selector", "#skill-rows .up, #skill-rows .down")
 
-    K, S = len(sample["w"]), len(explored["Zhat"][0][0])
-    slide(annotated, 2, 0.4)
-    assert "not stored" in text(annotated, current)
-    w = torch.tensor(sample["w"])
-    w = w * 0.6 / (1 - w[2])
-    w[2] = 0.4
-    c = skills(annotated).view(-1, 2, S)
-    torch.testing.assert_close(c[:, 0], w @ torch.tensor(explored["Zhat"]), atol=0.006, rtol=0)
-    slide(annotated, 2, 1)
-    assert "only w\u2083" in text(annotated, current)
+    click(annotated, '[data-row="3"]')
+    assert "abstract task 3 alone" in text(annotated, current)
     assert sample["results"][5 + 2][0] in text(annotated, current)
-    assert len(annotated.find_elements("css selector", "#weights input")) == K
+    values = [value.text for value in annotated.find_elements("css selector", "#weights output")]
+    assert values == ["1.00" if k == 2 else "0.00" for k in range(len(sample["w"]))]
+
+    Zhat = torch.tensor(explored["Zhat"])
+    N, K, S = Zhat.shape
+    c = skills(annotated).view(N, 2, S)
+    own = torch.tensor(sample["w"]) @ Zhat
+    torch.testing.assert_close(c[:, 0], Zhat[:, 2], atol=0.006, rtol=0)
+    torch.testing.assert_close(c[:, 1], own, atol=0.006, rtol=0)
+    for kind, change in (("up", Zhat[:, 2] - own), ("down", own - Zhat[:, 2])):
+        coloured = annotated.find_elements("css selector", f"#all-skill-rows .{kind}")
+        assert len(coloured) == (change > 0.05).sum() > 0
+
+
+def test_every_row_of_the_annotated_page_has_an_answer_and_nothing_else_is_offered(annotated):
+    rows = annotated.find_elements("css selector", "#answer-rows [data-row]")
+    assert len(rows) == 13
+    for name in [row.get_attribute("data-row") for row in rows]:
+        click(annotated, f'[data-row="{name}"]')
+        pressed = f'[data-row="{name}"][aria-pressed="true"]'
+        assert annotated.find_elements("css selector", pressed), name
+        assert len(annotated.find_elements("css selector", "#answer-rows .current td")) == 3
+    assert not annotated.find_elements("css selector", "input")
+    for hidden in ("ask", "keep", "reference", "back"):
+        assert not annotated.find_element("id", hidden).is_displayed(), hidden
+
+
+def test_a_row_that_was_pressed_keeps_the_focus(annotated):
+    annotated.find_element("css selector", '[data-row="2"]').send_keys("\n")
+    focused = annotated.switch_to.active_element
+    assert focused.get_attribute("data-row") == "2"
+    assert focused.get_attribute("aria-pressed") == "true"
+
+
+def test_two_tasks_of_one_abstract_task_are_said_to_be_so(annotated):
+    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+    tasks = {task["name"]: task for task in explored["tasks"]}
+    said = set()
+    for number, sample in enumerate(explored["samples"]):
+        own = explored["tasks"][sample["task"]]["w"]
+        other = tasks[sample["other_task"]]["w"]
+        is_same = own.index(max(own)) == other.index(max(other))
+        said.add(is_same)
+        if number % 3 == 0:
+            choose_sample(annotated, number)
+            assert ("same abstract task" in text(annotated, "#about")) == is_same
+            spoken = sample["other_task"].replace("_", " ")
+            assert text(annotated, '[data-row="other"]') == f"another\u2019s: {spoken}"
+    assert said == {True, False}
 
 
 def test_a_press_in_the_heat_map_lists_samples_and_one_can_be_tried(annotated):
     annotated.execute_script("document.querySelector('[data-task=\"3\"]').click()")
     assert len(annotated.find_elements("css selector", "tr.sample")) >= 12
     click(annotated, "tr.sample [data-sample]")
-    prompt = annotated.find_element("id", "sample").get_attribute("value")
-    assert prompt == "9"  # three samples of each task
+    assert annotated.find_element("id", "sample").get_attribute("value") == "9"  # three of each
+    click(annotated, "#back")
+    opener = annotated.find_element("css selector", 'tr.sample [data-sample="9"]')
+    assert annotated.switch_to.active_element == opener
+    top = annotated.execute_script("return arguments[0].getBoundingClientRect().top", opener)
+    assert 0 < top < annotated.execute_script("return innerHeight")
+    assert not annotated.find_element("id", "back").is_displayed()
 
 
-def test_the_page_is_dark_at_night_and_fits_a_phone(annotated):
-    def look(scheme, width):
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        annotated.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        annotated.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        return annotated.execute_script(
-            "return [getComputedStyle(document.body).backgroundColor,"
-            "document.documentElement.scrollWidth]"
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_nothing_is_cut_at_any_width(annotated, width):
+    set_window(annotated, width)
+    assert annotated.execute_script(CUT_PARTS) == []
+
+
+def test_answers_w_and_c_are_on_one_screen(annotated):
+    for width, height in ((390, 844), (1280, 800)):
+        set_window(annotated, width, height=height)
+        places = annotated.execute_script(
+            """document.querySelector(arguments[0]).scrollIntoView();
+            return ["answer-rows", "weights", "skill-rows"].map((id) => {
+              const box = document.getElementById(id).getBoundingClientRect();
+              return [box.top, box.bottom];
+            });""",
+            "#explorer .answers" if width == 390 else "#explorer",
         )
+        for top, bottom in places:
+            assert 0 <= top and bottom <= height, (width, places)
 
-    assert look("light", 1280)[0] == "rgb(255, 255, 255)"
-    colour, width = look("dark", 390)
-    assert colour == "rgb(20, 24, 30)"
-    assert width <= 390
+
+def test_the_page_and_its_drawing_are_dark_at_night(annotated):
+    script = """return [document.body, document.querySelector("figure rect")].map((part) => {
+      const style = getComputedStyle(part);
+      return part.tagName === "rect" ? style.fill : style.backgroundColor;
+    });"""
+    set_window(annotated, 1280, "light")
+    assert annotated.execute_script(script) == ["rgb(255, 255, 255)"] * 2
+    set_window(annotated, 1280, "dark")
+    assert annotated.execute_script(script) == ["rgb(20, 24, 30)"] * 2
+    set_window(annotated, 1280, "light")
 
 
 # --------------------------------------------------------------------------------- the served page
@@ -287,30 +377,120 @@ def wait(browser, condition):
     return WebDriverWait(browser, 60).until(lambda _: condition())
 
 
-def test_a_typed_prompt_gets_an_answer_that_changes_with_w(server, browser):
+def answered(browser, name):
+    """Return the cells of a row: answer, loss, difference. There is one before the answer."""
+    script = """const cells = document.querySelectorAll(arguments[0]);
+        return [...cells].map((cell) => cell.textContent);"""
+    return browser.execute_script(script, f'#answer-rows [data-name="{name}"] td')
+
+
+def wait_for_answer(browser, name):
+    wait(browser, lambda: len(answered(browser, name)) == 3)
+
+
+@pytest.fixture
+def served(server, browser):
+    """Return a browser that shows the page of the server, and its first answers."""
+    set_window(browser, 1280)
     browser.get(f"http://127.0.0.1:{server.server_port}")
-    browser.find_element("id", "prompt").clear()
-    browser.find_element("id", "prompt").send_keys("<!-- <script> Say yes.")
+    wait_for_answer(browser, "own")
+    wait_for_answer(browser, "uniform")
+    return browser
+
+
+def type_prompt(browser, prompt, reference=""):
+    for name, value in (("prompt", prompt), ("reference", reference)):
+        script = "document.getElementById(arguments[0]).value = arguments[1]"
+        browser.execute_script(script, name, value)
     click(browser, "#ask")
-    row = '#answer-rows [data-name="{}"] td:nth-child(3)'
-    wait(browser, lambda: browser.find_elements("css selector", row.format("off")))
-    click(browser, "#keep")
-    slide(browser, 1, 0.9)
-    wait(browser, lambda: browser.find_elements("css selector", row.format("now")))
-    kept, now = (text(browser, row.format(name)) for name in ("kept", "now"))
-    assert float(now) != pytest.approx(float(kept), abs=1e-3)
+
+
+def test_a_typed_prompt_gets_an_answer_that_changes_with_w(served):
+    type_prompt(served, "<!-- <script> Say yes.", "yes")
+    wait(served, lambda: text(served, "#references") == "yes")
+    wait_for_answer(served, "own")
+    click(served, "#keep")
+    slide(served, 1, 0.9)
+    wait_for_answer(served, "now")
+    kept, now = (answered(served, name)[1] for name in ("kept", "now"))
+    assert float(now) != pytest.approx(float(kept), abs=1e-2)
+    assert float(text(served, "#value1")) == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_row_is_asked_when_it_is_pressed(served):
+    assert answered(served, "off") == ["press the row to ask"]
+    click(served, '[data-row="off"]')
+    wait_for_answer(served, "off")
+
+
+def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
+    assert text(served, "#verdict").startswith("With the router")
+    type_prompt(served, "Say yes.")
+    wait(served, lambda: text(served, "#input") == "Say yes.")
+    wait_for_answer(served, "own")
+    wait_for_answer(served, "uniform")
+    assert text(served, "#references") == "(none given)"
+    assert text(served, "#about") == "Your own prompt belongs to no task."
+    assert text(served, "#verdict") == ""
+    assert answered(served, "own")[1:] == ["", ""]
+    assert not served.find_elements("css selector", "#answer-rows .good, #answer-rows .bad")
+    assert not served.find_elements("css selector", '[data-row="other"]')
+
+
+REFUSED = [
+    ("", "Type a prompt first."),
+    (" \n", "Type a prompt first."),
+    ("a b " * 2000, "tokens; give 1 to "),
+    ("a b " * 30_000, "bytes; give at most 100000"),
+]
+
+
+@pytest.mark.parametrize("prompt, message", REFUSED)
+def test_a_refused_prompt_leaves_what_was_there(prompt, message, served):
+    click(served, '[data-row="2"]')
+    wait_for_answer(served, "2")
+    parts = ("#input", "#references", "#answer-rows", "#weights", "#shown", "#verdict")
+    before = [text(served, part) for part in parts]
+    type_prompt(served, prompt, "yes")
+    wait(served, lambda: message in text(served, "#status"))
+    assert "JSON" not in text(served, "#status")
+    assert [text(served, part) for part in parts] == before
+    assert served.find_element("id", "prompt").get_attribute("value") == prompt
+    # The model still answers to the question before.
+    click(served, '[data-row="4"]')
+    wait_for_answer(served, "4")
+    assert text(served, "#input") == before[0]
+
+
+def test_a_server_that_is_gone_is_said_so(served):
+    gone = "window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))"
+    served.execute_script(gone)
+    click(served, '[data-row="3"]')
+    wait(served, lambda: "The server does not answer" in text(served, "#status"))
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_nothing_of_the_served_page_is_cut(served, width):
+    set_window(served, width)
+    assert served.execute_script(CUT_PARTS) == []
+
+
+def test_the_served_page_has_a_title_in_words_and_leads_to_the_annotated_page(served):
+    assert text(served, "h1") == "Ask the model, and move its routing weights"
+    served.find_element("link text", "The annotated page").click()
+    wait(served, lambda: text(served, "h1") == "OrchMoE, annotated")
 
 
 def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     nasty = "<!-- <script></script><b>"
-    explored["samples"][0]["tail"] = nasty
+    explored["samples"][0]["input"] = nasty
     section = explorer.section(explored)
     assert "<!--" not in section
     path = tmp_path / "page.html"
     path.write_text(explorer.page(explored), encoding="utf-8")
     browser.get(path.as_uri())
-    assert nasty in browser.find_element("id", "prompt").get_attribute("value")
+    assert browser.find_element("id", "input").text == nasty
 
 
 def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
