@@ -427,7 +427,8 @@ def train(
         tokenizer=tokenizer.fingerprint,
         data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
-        rule=train_set.rule,
+        forms=train_set.forms,
+        left_out=train_set.left_out,
     )
 
     # Initial values of the adapters, unless progress.pt is loaded below. A run that was
@@ -543,7 +544,7 @@ def train(
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
-            adapters.load_state_dict(run.read_best())
+            run.load_best(adapters)
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             rows = run.add_scores(name, scores)

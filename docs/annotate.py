@@ -1,11 +1,15 @@
-"""Write docs/annotated.html: the idea of orchmoe.py, its lines with notes, and one run of it.
+"""Write docs/annotated.html: what OrchMoE does, shown with one run, and then orchmoe.py with notes.
 
-    python -m docs.annotate                       # from docs/explorer.json
-    python -m docs.annotate --run runs/orchmoe-1  # first remake docs/explorer.json from this run
+    python -m docs.annotate                  # from docs/explorer.json
 
-The page is one file that makes no request. Its text is in docs/annotated.txt, its code in
-orchmoe.py, its numbers in docs/explorer.json (made by docs/numbers.py), its style and script in
-annotated.css and annotated.js, and its explorer in experiments/.
+    # After a change of the code: a new run, then docs/explorer.json and the page from this run.
+    python train.py --data sni/ --device cpu --out runs/page
+    python -m docs.annotate --run runs/page
+
+The page is one file that makes no request. It begins with a path of fifteen minutes, the sections
+in PATH; all lines of orchmoe.py follow, in their order. Its text is in docs/annotated.txt, its
+numbers in docs/explorer.json (made by docs/numbers.py), its verdict in docs/evidence.md, its style
+and script in annotated.css and annotated.js, and its explorer in experiments/.
 
 Test: pytest tests/repo/test_annotate.py
 """
@@ -13,6 +17,7 @@ Test: pytest tests/repo/test_annotate.py
 import ast
 import html
 import io
+import itertools
 import json
 import keyword
 import math
@@ -32,6 +37,10 @@ DOCS = Path(__file__).resolve().parent
 SOURCE = DOCS.parent / "orchmoe.py"
 NUMBERS = DOCS / "explorer.json"
 PAGE = DOCS / "annotated.html"
+SUBTITLE = (
+    "Many small LoRAs and a router that mixes them for each prompt: what they do, shown with one "
+    "trained model, and how the code does it. For readers who know LoRA."
+)
 # Equation, shape of its left side, anchor of the block that computes it, and its name.
 EQUATIONS = (
     ("X = rmsnorm(E)", "(B,L,D)", "router-summarise", "the embeddings E of the source, scaled"),
@@ -48,9 +57,13 @@ EQUATIONS = (
     ("c = w Z^hat", "(N,B,S)", "c", "weights of the skills"),
     ("y = W_0 x + scale sum_s c_s B_s A_s x", "(B,L,O)", "linear", "output of a Linear"),
 )
+PATH = ("idea", "abstract-tasks", "explore", "where", "evidence")
 # What the explorer of the page and annotated.js read.
-EXPLORED = ("linears", "Zhat", "sums_to_one", "mean_w", "tasks", "samples", "first", "words")
+EXPLORED = ("linears", "Zhat", "sums_to_one", "mean_w", "first", "words")
+TASK = ("name", "kind", "w", "head", "listed")
+SAMPLE = ("task", "input", "tail", "references", "w", "other_w", "other_task", "results")
 LITTLE = 0.05  # nats; a smaller difference of losses counts as none
+MOST = 3  # tasks that are shown because routing helps them most, and as many that it harms most
 
 
 class Piece(NamedTuple):
@@ -112,6 +125,8 @@ def first_line(node: ast.FunctionDef | ast.ClassDef, source: str) -> int:
 
 # --------------------------------------------------------------------------------- the code as HTML
 
+MARKS = {"kw": "b", "co": "i"}  # short tags of keywords and comments, which keep the page small
+
 
 def highlight(source: str) -> list[str]:
     """Return the lines of the source as HTML with keywords, strings, comments, numbers marked."""
@@ -133,7 +148,9 @@ def highlight(source: str) -> list[str]:
         done = 0
         for begin, end, kind in spans.get(row, []):
             text += html.escape(line[done:begin])
-            text += f'<span class="{kind}">{html.escape(line[begin:end])}</span>'
+            tag = MARKS.get(kind, "span")
+            opening = f"<{tag}>" if kind in MARKS else f'<span class="{kind}">'
+            text += f"{opening}{html.escape(line[begin:end])}</{tag}>"
             done = end
         found.append(text + html.escape(line[done:]))
     return found
@@ -238,25 +255,29 @@ def prose(text: str, values: dict[str, Any]) -> str:
     parts = []
     for paragraph in text.strip().split("\n\n"):
         paragraph = " ".join(paragraph.split())
-        if match := re.fullmatch(r"\{(table|text|html) (\w+)\}", paragraph):
-            value = values[match[2]]
-            if match[1] == "table":
+        inserted = re.fullmatch(r"\{(table|text|html) (\w+)\}", paragraph)
+        equation = re.fullmatch(r"\$([^$]*)\$", paragraph)
+        item = re.fullmatch(r"(\d+)\. (.*)", paragraph)
+        if inserted:
+            kind, name = inserted.groups()
+            value = values[name]
+            if kind == "table":
                 value = table_html(value)
-            elif match[1] == "text":
+            elif kind == "text":
                 value = f"<pre>{html.escape(value)}</pre>"
             parts.append(value)
-        elif match := re.fullmatch(r"\$([^$]*)\$", paragraph):
-            parts.append(mathml(match[1], "block"))
-        elif match := re.fullmatch(r"(\d+)\. (.*)", paragraph):
-            parts.append(f'<p class="item">{match[1]}. {inline(match[2], values)}</p>')
+        elif equation:
+            parts.append(mathml(equation[1], "block"))
+        elif item:
+            parts.append(f'<p class="item">{item[1]}. {inline(item[2], values)}</p>')
         elif paragraph:
             parts.append(f"<p>{inline(paragraph, values)}</p>")
     return "\n".join(parts)
 
 
-def inline(text: str, walk: dict[str, Any]) -> str:
+def inline(text: str, values: dict[str, Any]) -> str:
     """Return one paragraph as HTML."""
-    text = re.sub(r"\{(\w+)\}", lambda match: walk[match[1]], text)
+    text = re.sub(r"\{(\w+)\}", lambda match: values[match[1]], text)
     parts = re.split(r"(`[^`]*`|\$[^$]*\$)", text)
     for i, part in enumerate(parts):
         if part.startswith("`"):
@@ -267,11 +288,20 @@ def inline(text: str, walk: dict[str, Any]) -> str:
             part = html.escape(part, quote=False)
             parts[i] = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part)
     # Links come last, since a link may have code inside.
-    return re.sub(r"\[([^]]+)\]\((#[\w-]+|\w+\.md)\)", r'<a href="\2">\1</a>', "".join(parts))
+    return re.sub(
+        r"\[([^]]+)\]\((#[\w-]+|\w+\.md|https:[^)]+)\)", r'<a href="\2">\1</a>', "".join(parts)
+    )
 
 
 def table_html(rows: list[list[str]]) -> str:
-    """Return a table. The first row is its head, and the first cell of a row names the row."""
+    """Return a table. The first row is its head, and the first cell of a row names the row.
+
+    On a narrow page, the name of a row of many numbers stands above them.
+    """
+    columns = len(rows[0]) - 1
+    kind = ""
+    if columns >= 4 and all(re.fullmatch(r"[-\d.,]+", cell) for cell in rows[1][1:]):
+        kind = f' class="stacked" style="--columns:{columns}"'
     head = "".join(f'<th scope="col">{inline(cell, {})}</th>' for cell in rows[0])
     lines = []
     for cells in rows[1:]:
@@ -279,7 +309,7 @@ def table_html(rows: list[list[str]]) -> str:
         lines.append(f'<tr><th scope="row">{inline(cells[0], {})}</th>{others}</tr>')
     body = "\n".join(lines)
     return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -287,11 +317,22 @@ def table_html(rows: list[list[str]]) -> str:
 # ----------------------------------------------------------------------------------------- the code
 
 
-def code_html(code: list[str], lines: Iterable[int], name: str) -> str:
-    """Return lines of the piece `name` as highlighted code with their numbers."""
-    parts = [f'<span data-n="{number}">{code[number - 1]}\n</span>' for number in lines]
-    kind = "code method" if "." in name else "code"
-    return f'<pre class="{kind}">{"".join(parts)}</pre>'
+def code_html(code: list[str], lines: Iterable[int], piece: Piece) -> str:
+    """Return lines of a piece as highlighted code. Its docstring is folded.
+
+    The style sheet counts the lines of an element, from the one after its --before.
+    """
+    parts = []
+    for in_docstring, group in itertools.groupby(lines, lambda number: number in piece.docstring):
+        numbers_of_lines = list(group)
+        spans = [f"<span>{code[number - 1]}\n</span>" for number in numbers_of_lines]
+        kind = "code method" if "." in piece.name else "code"
+        before = f'style="--before:{numbers_of_lines[0] - 1}"'
+        block = f'<pre class="{kind}" {before}>{"".join(spans)}</pre>'
+        if in_docstring:
+            block = f"<details><summary>docstring</summary>{block}</details>"
+        parts.append(block)
+    return "".join(parts)
 
 
 def note_lines(piece: Piece, block: notes.Block, source: list[str]) -> list[range]:
@@ -320,7 +361,7 @@ def is_code(line: str) -> bool:
 
 
 def block_html(
-    piece: Piece, block: notes.Block, source: list[str], code: list[str], walk: dict[str, Any]
+    piece: Piece, block: notes.Block, source: list[str], code: list[str], values: dict[str, Any]
 ) -> str:
     """Return a block of a section: its equation, evidence and text, then notes beside the code."""
     title = "" if block.title == block.name else f"{block.title}: "
@@ -334,56 +375,91 @@ def block_html(
     for grade, what in block.evidence:
         badge = f'<span class="grade {grade}">{grade}</span>'
         parts.append(f'<p class="evidence">{badge} {html.escape(what)}</p>')
-    parts.append(prose(block.text, walk))
+    parts.append(prose(block.text, values))
     if block.notes:
         for note, lines in zip(block.notes, note_lines(piece, block, source), strict=True):
-            shown = [number for number in lines if number not in piece.docstring]
-            parts.append(
-                f'<div class="pair"><div class="note">{prose(note.text, walk)}</div>\n'
-                f"{code_html(code, shown, piece.name)}</div>"
-            )
-        if piece.docstring:
-            folded = code_html(code, piece.docstring, piece.name)
-            parts.append(f"<details><summary>Its docstring</summary>{folded}</details>")
+            parts.append(note_html(note, code_html(code, lines, piece), values))
     else:
-        parts.append(code_html(code, range(piece.first, piece.last + 1), piece.name))
+        parts.append(code_html(code, range(piece.first, piece.last + 1), piece))
     if block.sample:
-        parts.append(f"<aside><h4>Our sample</h4>{prose(block.sample.text, walk)}</aside>")
+        parts.append(f"<aside><h4>Our sample</h4>{prose(block.sample.text, values)}</aside>")
     if block.test:
         parts.append(f'<p class="small">Checked by the test <code>{block.test}</code></p>')
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
 
 
-def engineering_html(
-    pieces: list[Piece],
-    source: list[str],
-    code: list[str],
-    items: list[str],
-    values: dict[str, Any],
-) -> str:
-    """Return the pieces that no section has, folded, in the order of the file.
+def note_html(note: notes.Note, code: str, values: dict[str, Any]) -> str:
+    """Return a note beside its code. Engineering is folded."""
+    pair = f'<div class="pair"><div class="note">{prose(note.text, values)}</div>\n'
+    pair += f"<div>{code}</div></div>"
+    if note.folded:
+        summary = f"Engineering: {html.escape(note.folded)}"
+        pair = f'<details class="fold"><summary>{summary}</summary>{pair}</details>'
+    return pair
 
-    A piece without an item has the first line of its docstring.
+
+def folded_html(
+    piece: Piece, text: str, source: list[str], code: list[str], values: dict[str, Any]
+) -> str:
+    """Return a folded piece that has no block. Without a text it has its docstring's first line."""
+    if text:
+        text = inline(text, values)
+    elif piece.docstring:
+        first = source[piece.docstring.start - 1].strip().strip('"')
+        text = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(first))
+    anchor = piece.name.replace(".", "-").lower()
+    lines = code_html(code, range(piece.first, piece.last + 1), piece)
+    return (
+        f'<details class="fold" id="code-{anchor}"><summary><code>{piece.name}</code> {text}'
+        f"</summary>{lines}</details>"
+    )
+
+
+def named_pieces(section: notes.Section) -> tuple[dict[str, notes.Block], dict[str, str]]:
+    """Return the blocks of a section, and the texts of its items "name: text", by piece."""
+    blocks = {block.name: block for block in section.blocks}
+    items = dict(item.split(": ", 1) for item in section.items if " | " not in item)
+    return blocks, items
+
+
+def code_sections(
+    sections: list[notes.Section], text: str, values: dict[str, Any]
+) -> dict[str, str]:
+    """Return {anchor: HTML} of the sections of the code. Together they have every line once.
+
+    A section begins at the first piece that it names, in a block or in an item, and ends where the
+    next one begins. Pieces without a block are folded. Raise ValueError if a section names a piece
+    that does not exist or that belongs to another section.
     """
-    known = dict(item.split(": ", 1) for item in items)
-    unknown = known.keys() - {piece.name for piece in pieces}
-    if unknown:
-        raise ValueError(f"annotated.txt: no piece of the rest is called {', '.join(unknown)}")
-    parts = []
-    for piece in pieces:
-        anchor = piece.name.replace(".", "-").lower()
-        text = ""
-        if piece.name in known:
-            text = inline(known[piece.name], values)
-        elif piece.docstring:
-            text = html.escape(source[piece.docstring.start - 1].strip().strip('"'))
-            text = re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
-        parts.append(
-            f'<details id="code-{anchor}"><summary><code>{piece.name}</code> {text}</summary>'
-            f"{code_html(code, range(piece.first, piece.last + 1), piece.name)}</details>"
-        )
-    return "\n".join(parts)
+    source = text.splitlines()
+    code = highlight(text)
+    pieces = find_pieces(text)
+    positions = {piece.name: position for position, piece in enumerate(pieces)}
+    starts = []
+    for section in sections:
+        blocks, items = named_pieces(section)
+        for name in blocks.keys() | items.keys():
+            if name not in positions:
+                raise ValueError(f"annotated.txt, {section.anchor}: orchmoe.py has no {name}")
+        starts.append(min(positions[name] for name in blocks.keys() | items.keys()))
+    ends = [*starts[1:], len(pieces)]
+
+    bodies = {}
+    for section, start, end in zip(sections, starts, ends, strict=True):
+        blocks, items = named_pieces(section)
+        for name in blocks.keys() | items.keys():
+            if not start <= positions[name] < end:
+                raise ValueError(f"annotated.txt, {section.anchor}: {name} is in another section")
+        parts = [prose(section.text, values)]
+        for piece in pieces[start:end]:
+            if piece.name in blocks:
+                parts.append(block_html(piece, blocks[piece.name], source, code, values))
+            else:
+                about = items.get(piece.name, "")
+                parts.append(folded_html(piece, about, source, code, values))
+        bodies[section.anchor] = "\n".join(parts)
+    return bodies
 
 
 # --------------------------------------------------------------------------------- what the run did
@@ -391,7 +467,9 @@ def engineering_html(
 
 def heat(value: float) -> str:
     """Return a cell of a heat map."""
-    return f'<td class="cell" style="--v:{value:.2f}">{value:.2f}</td>'
+    shown = f"{value:.2f}"
+    style = "" if float(shown) == 0 else f' style="--v:{shown}"'
+    return f'<td class="cell"{style}>{shown}</td>'
 
 
 def signed(value: float, digits: int) -> str:
@@ -404,21 +482,30 @@ def spoken(name: str) -> str:
     return html.escape(name.replace("_", " "))
 
 
+def largest(w: list[float]) -> int:
+    """Return the abstract task with the largest weight, counted from 0."""
+    return w.index(max(w))
+
+
+def heat_head(first: str, K: int) -> str:
+    """Return the head of a heat map: a column for each abstract task."""
+    head = "".join(f'<th scope="col">{k + 1}</th>' for k in range(K))
+    return f'<thead><tr><th scope="col">{first}</th>{head}</tr></thead>\n'
+
+
 def tasks_html(explored: dict[str, Any]) -> str:
     """Return the heat map: the mean w of each task, sorted by its largest abstract task."""
     K = len(explored["Zhat"][0])
     groups: list[list[tuple[int, dict]]] = [[] for _ in range(K)]
     for number, task in enumerate(explored["tasks"]):
-        largest = task["w"].index(max(task["w"]))
-        groups[largest].append((number, task))
-    head = "".join(f'<th scope="col">{k + 1}</th>' for k in range(K))
+        groups[largest(task["w"])].append((number, task))
     bodies = []
     for k, group in enumerate(groups):
         group.sort(key=lambda pair: -pair[1]["w"][k])
         words = html.escape(explored["words"][k])
         rows = [
             f'<tr><th scope="rowgroup" colspan="{K + 1}" class="group">'
-            f'<a href="#abstract-task-{k + 1}">Abstract task {k + 1}</a>: {words}</th></tr>'
+            f"Abstract task {k + 1}: {words}</th></tr>"
         ]
         for number, task in group:
             cells = "".join(heat(value) for value in task["w"])
@@ -429,9 +516,54 @@ def tasks_html(explored: dict[str, Any]) -> str:
             )
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     return (
-        '<div class="wide"><table class="tasks"><thead><tr><th scope="col">task</th>'
-        f"{head}</tr></thead>\n" + "\n".join(bodies) + "</table></div>"
+        f'<div class="wide"><table class="tasks">{heat_head("task", K)}'
+        + "\n".join(bodies)
+        + "</table></div>"
     )
+
+
+def training_html(explored: dict[str, Any]) -> str:
+    """Return the mean w of the task that training moved most, before and after training."""
+    task = most_moved(explored)
+    K = len(task["w"])
+    rows = []
+    for name, w in (("before training", task["start_w"]), ("after training", task["w"])):
+        cells = "".join(heat(value) for value in w)
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return (
+        f'<div class="wide"><table class="tasks">{heat_head("mean w", K)}'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def most_moved(explored: dict[str, Any]) -> dict[str, Any]:
+    """Return the seen task whose mean w differs most from that before training."""
+
+    def change(task: dict[str, Any]) -> float:
+        return sum(abs(a - b) for a, b in zip(task["w"], task["start_w"], strict=True))
+
+    return max((task for task in explored["tasks"] if task["kind"] == "seen"), key=change)
+
+
+def chain_html(explored: dict[str, Any]) -> str:
+    """Return w, one row of Zhat, and c of the first sample in one Linear."""
+    walk = explored["walk"]
+    w = explored["samples"][explored["first"]]["w"]
+    row = walk["allocation"][largest(w) + 1]
+    c = walk["c"][-1]
+    tables = []
+    for head, name, values in (
+        ("abstract task", "$w$", [f"{value:.2f}" for value in w]),
+        ("skill", f"row {largest(w) + 1} of $Z^hat$", row[1:]),
+        ("skill", "$c$", c[1:]),
+    ):
+        numbers_ = "".join(f'<th scope="col">{i + 1}</th>' for i in range(len(values)))
+        cells = "".join(heat(float(value)) for value in values)
+        tables.append(
+            f'<table><thead><tr><th scope="col">{head}</th>{numbers_}</tr></thead>'
+            f'<tbody><tr><th scope="row">{inline(name, {})}</th>{cells}</tr></tbody></table>'
+        )
+    return f'<div class="chain">{"".join(tables)}</div>'
 
 
 def cards_html(explored: dict[str, Any]) -> str:
@@ -445,48 +577,91 @@ def cards_html(explored: dict[str, Any]) -> str:
                 f"<br><q>{html.escape(source['text'])}</q></li>"
             )
         cards.append(
-            f'<div class="card" id="abstract-task-{k + 1}"><h4>Abstract task {k + 1}</h4>'
+            f'<div class="card"><h4>Abstract task {k + 1}</h4>'
             f"<p>{html.escape(explored['words'][k])}</p><ul>{''.join(items)}</ul></div>"
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return (
+        "<details><summary>The prompts that have each abstract task most strongly</summary>"
+        f'<div class="cards">{"".join(cards)}</div></details>'
+    )
 
 
-def gap_html(task: dict[str, Any], setting: str) -> str:
-    """Return a cell with the loss of a setting minus that with the own w. "off" has no colour."""
+def gap_html(explored: dict[str, Any], task: dict[str, Any], setting: str) -> str:
+    """Return a cell with the loss of a setting minus that with the router's w.
+
+    "off" has no colour. "other" says whose w it is.
+    """
     gap = task[setting]["loss"] - task["own"]["loss"]
     kind = ""
     if abs(gap) > LITTLE and setting != "off":
         kind = ' class="good"' if gap > 0 else ' class="bad"'
-    return f"<td{kind}>{signed(gap, 2)}</td>"
+    whose = whose_w(explored, task) if setting == "other" else ""
+    return f"<td{kind}>{signed(gap, 2)}{whose}</td>"
+
+
+def whose_w(explored: dict[str, Any], task: dict[str, Any]) -> str:
+    """Return whose w "other" is, and whether the two tasks have the same abstract task."""
+    others = set()
+    for sample in explored["samples"]:
+        if explored["tasks"][sample["task"]] is task:
+            others.add(sample["other_task"])
+    if len(others) != 1:
+        return ""
+    name = others.pop()
+    other = next(each for each in explored["tasks"] if each["name"] == name)
+    same = ""
+    if largest(other["w"]) == largest(task["w"]):
+        same = " (same)"
+    return f"<small>{name.split('_')[0]}{same}</small>"
+
+
+def extremes_html(explored: dict[str, Any]) -> str:
+    """Return a table of the tasks that routing helps most and harms most, seen and unseen."""
+    groups = []
+    for kind in ("seen", "unseen"):
+        tasks = sorted_by_gap(explored, kind)
+        groups.append((f"{kind} tasks that the router’s w helps most", tasks[:MOST]))
+        groups.append((f"{kind} tasks that it harms most", tasks[-MOST:]))
+    return losses_table(explored, groups)
 
 
 def losses_html(explored: dict[str, Any]) -> str:
-    """Return two tables: what other weights than the own w cost, on seen and on unseen tasks."""
-    tables = [losses_table(explored, kind) for kind in ("seen", "unseen")]
-    return f'<div class="columns">{"".join(tables)}</div>'
+    """Return the losses of all tasks with other weights than the router's, folded."""
+    groups = []
+    for kind in ("seen", "unseen"):
+        tasks = sorted_by_gap(explored, kind)
+        groups.append((f"{kind} tasks", [average(tasks, f"all {len(tasks)} tasks"), *tasks]))
+    table = losses_table(explored, groups)
+    return f"<details><summary>The same table for all tasks</summary>{table}</details>"
 
 
-def losses_table(explored: dict[str, Any], kind: str) -> str:
+def sorted_by_gap(explored: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Return the tasks of a kind, first the one whose loss the mean w raises most."""
     tasks = [task for task in explored["tasks"] if task["kind"] == kind]
-    tasks.sort(key=lambda task: task["own"]["loss"] - task["mean"]["loss"])
+    return sorted(tasks, key=lambda task: task["own"]["loss"] - task["mean"]["loss"])
+
+
+def losses_table(explored: dict[str, Any], groups: list[tuple[str, list[dict]]]) -> str:
+    """Return a table of losses: what other weights than the router's cost on tasks in groups."""
+    settings = ("mean", "uniform", "other", "off")
     rows = []
-    for task in [average(tasks, f"all {len(tasks)} tasks"), *tasks]:
-        count = task["count"]
-        cells = "".join(gap_html(task, setting) for setting in ("mean", "uniform", "other", "off"))
-        rights = [f"{100 * task[name]['right'] / count:.0f}" for name in ("own", "mean", "uniform")]
-        cells += "".join(f"<td>{right}</td>" for right in rights)
-        rows.append(
-            f'<tr><th scope="row">{spoken(task["name"])}</th>'
-            f"<td>{task['own']['loss']:.2f}</td>{cells}</tr>"
-        )
-    heads = ("own w", "mean w", "1/K", "another&#8217;s w", "w = 0", "own w", "mean w", "1/K")
+    for title, tasks in groups:
+        rows.append(f'<tr class="group"><th scope="rowgroup" colspan="9">{title}</th></tr>')
+        for task in tasks:
+            cells = f"<td>{task['own']['loss']:.2f}</td>"
+            cells += "".join(gap_html(explored, task, setting) for setting in settings)
+            for name in ("own", "mean", "uniform"):
+                cells += f"<td>{100 * task[name]['right'] / task['count']:.0f}</td>"
+            rows.append(f'<tr><th scope="row">{spoken(task["name"])}</th>{cells}</tr>')
+    heads = ("router’s w", "mean w", "1/K each", "another’s w", "no skills")
+    heads += ("router’s w", "mean w", "1/K each")
     columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
     return (
-        f'<div class="wide"><table class="losses"><caption>{kind.capitalize()} tasks</caption>'
-        '<thead><tr><td></td><th scope="colgroup">loss</th><th scope="colgroup" colspan="4">loss '
-        'minus that with the own w</th><th scope="colgroup" colspan="3">right answers, %</th></tr>'
-        f'<tr><th scope="col">task</th>{columns}</tr></thead>\n<tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+        '<table class="losses"><thead>'
+        '<tr class="heads"><td></td><th scope="colgroup">loss</th><th scope="colgroup" '
+        'colspan="4">loss minus that with the router’s w</th><th scope="colgroup" colspan="3">'
+        f'right answers, %</th></tr><tr><th scope="col">task</th>{columns}</tr></thead>\n'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -510,8 +685,9 @@ def linears_html(explored: dict[str, Any]) -> str:
             f"<td>{s:.3f}</td><td>{signed(r, 4)}</td></tr>"
         )
     return (
-        '<div class="wide"><table><thead><tr><th scope="col">Linear</th><th scope="col">spread of c'
-        f'</th><th scope="col">loss</th></tr></thead>\n<tbody>{"".join(rows)}</tbody></table></div>'
+        '<table><thead><tr><th scope="col">Linear</th><th scope="col">spread of c</th>'
+        '<th scope="col">change of the loss</th></tr></thead>\n'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -536,50 +712,76 @@ def shares(explored: dict[str, Any], kind: str) -> str:
     )
 
 
+# -------------------------------------------------------------------------------------- the verdict
+
+
+def verdict(text: str) -> str:
+    """Return the verdict of docs/evidence.md: the bold words with which its text begins."""
+    return re.search(r"^\*\*([^*]+)\*\*", text, re.MULTILINE)[1].replace("\n", " ")
+
+
+def against_lora(text: str) -> list[list[str]]:
+    """Return the rows of the first table of docs/evidence.md that compare OrchMoE with a LoRA.
+
+    A bold first cell names the study of the rows below it.
+    """
+    rows = [["study", "seen tasks, nats", "seen tasks, perplexity", "unseen tasks, nats"]]
+    study = ""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| **"):
+            study = cells[0].strip("*")
+        elif line.startswith("| LoRA of equal size"):
+            rows.append([study, *cells[1:4]])
+        elif len(rows) > 1 and not line.startswith("|"):
+            break
+    return rows
+
+
 # ----------------------------------------------------------------------------------------- the page
 
 
 def page() -> str:
     """Return the whole page."""
-    text = SOURCE.read_text(encoding="utf-8")
-    source = text.splitlines()
-    code = highlight(text)
+    source = SOURCE.read_text(encoding="utf-8")
     sections = notes.sections()
     items = {section.anchor: section.items for section in sections}
     explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
     explored["words"] = [item.split(" | ")[0] for item in items["abstract-tasks"]]
+    evidence = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
     # Everything that a text can name.
-    pieces = {piece.name: piece for piece in find_pieces(text)}
-    told = {block.name for section in sections for block in section.blocks}
     values = explored["walk"] | values_of(explored)
-    rest = [piece for piece in pieces.values() if piece.name not in told]
-    usage = text[text.index("    adapters = attach(") : text.index("\n\nTest: ")]
+    usage = re.search(r"(    .*\n)+", source[source.index("    adapters = attach(") :])[0]
     values |= {
         "usage": textwrap.dedent(usage),
-        "verbs": [item.split(" | ") for item in items["attach"]],
+        "verbs": [item.split(" | ") for item in items["adapters"] if " | " in item],
         "drawing": f"<figure>{(DOCS / 'architecture.svg').read_text(encoding='utf-8')}</figure>",
         "grades": grades_html(items["idea"]),
         "equations": equations_html(),
+        "chain": chain_html(explored),
         "tasks": tasks_html(explored),
+        "training": training_html(explored),
         "cards": cards_html(explored),
+        "extremes": extremes_html(explored),
         "losses": losses_html(explored),
         "linears": linears_html(explored),
-        "explorer": explorer.section({name: explored[name] for name in EXPLORED}),
-        "pieces": engineering_html(rest, source, code, items["engineering"], values),
+        "explorer": explorer.section(shown_by_script(explored)),
+        "verdict": verdict(evidence),
+        "against_lora": against_lora(evidence),
     }
 
-    contents = []
-    bodies = []
+    path = [section for section in sections if section.anchor in PATH]
+    code = [section for section in sections if section.anchor not in PATH]
+    bodies = {section.anchor: prose(section.text, values) for section in path}
+    bodies |= code_sections(code, source, values)
+    parts = []
     for section in sections:
-        parts = [prose(section.text, values)]
-        for block in section.blocks:
-            parts.append(block_html(pieces[block.name], block, source, code, values))
-        body = "\n".join(parts)
-        contents.append(f'<li><a href="#{section.anchor}">{section.title}</a></li>')
-        bodies.append(
+        if section is code[0]:
+            parts.append('<h2 class="part" id="the-code">The code</h2>')
+        parts.append(
             f'<section class="step" id="{section.anchor}">\n<h2>{section.title}</h2>\n'
-            f"{body}\n</section>"
+            f"{bodies[section.anchor]}\n</section>"
         )
     style = explorer.read("explorer.css") + (DOCS / "annotated.css").read_text(encoding="utf-8")
     script = (DOCS / "annotated.js").read_text(encoding="utf-8")
@@ -588,9 +790,50 @@ def page() -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>OrchMoE, annotated</title>\n<style>\n{style}</style></head>\n<body>\n"
         '<nav id="contents" aria-label="Contents"><details open><summary>Contents</summary>'
-        f"<ol>{''.join(contents)}</ol></details></nav>\n<main>\n<h1>OrchMoE, annotated</h1>\n"
-        + "\n".join(bodies)
-        + f"\n</main>\n<script>\n{script}</script>\n</body></html>\n"
+        f"<p>In fifteen minutes</p><ol>{links(path)}</ol>"
+        f"<p>The code</p><ol>{links(code)}</ol></details></nav>\n"
+        "<main>\n<header><h1>OrchMoE, annotated</h1>\n"
+        f'<p class="subtitle">{SUBTITLE}</p>\n'
+        f'<div class="path"><p><b>In fifteen minutes</b></p><ol>{links(path)}</ol>'
+        '<p>Then <a href="#the-code">the code</a>: every line of orchmoe.py in its order, with '
+        "notes. That takes an hour.</p></div></header>\n"
+        + "\n".join(parts)
+        + f"\n<footer>{footer(explored)}</footer></main>\n<script>\n{script}</script>\n"
+        "</body></html>\n"
+    )
+
+
+def shown_by_script(explored: dict[str, Any]) -> dict[str, Any]:
+    """Return what the scripts of the page read, with weights of three decimals."""
+    shown = {name: explored[name] for name in EXPLORED}
+    shown["tasks"] = [{name: task[name] for name in TASK} for task in explored["tasks"]]
+    shown["samples"] = [{name: sample[name] for name in SAMPLE} for sample in explored["samples"]]
+    shown = with_three_decimals(shown)
+    for sample, original in zip(shown["samples"], explored["samples"], strict=True):
+        sample["results"] = original["results"]  # the page shows their losses rounded
+    return shown
+
+
+def with_three_decimals(value: Any) -> Any:
+    """Return a JSON value with all its numbers rounded."""
+    if isinstance(value, dict):
+        return {name: with_three_decimals(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_three_decimals(item) for item in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def links(sections: list[notes.Section]) -> str:
+    """Return the items of a list of contents."""
+    return "".join(f'<li><a href="#{s.anchor}">{s.title}</a></li>' for s in sections)
+
+
+def footer(explored: dict[str, Any]) -> str:
+    """Return which run the numbers are from."""
+    return (
+        f"All numbers of the path and of “our sample” are from one run of <code>python train.py"
+        f"</code>, whose adapter has the SHA-256 <code>{explored['hash']}</code> (its first 16 "
+        "digits)."
     )
 
 
@@ -602,7 +845,9 @@ def equations_html() -> str:
         rows.append(
             f'<tr><td>{mathml(equation)}</td><td>{shape}</td><td class="text">{link}</td></tr>'
         )
-    return f'<div class="wide"><table class="equations">{"".join(rows)}</table></div>'
+    return (
+        f'<div class="wide"><table class="equations"><tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 
 def grades_html(items: list[str]) -> str:
@@ -620,21 +865,62 @@ def values_of(explored: dict[str, Any]) -> dict[str, Any]:
     values["root_width"] = f"{math.sqrt(int(explored['walk']['width'])):.1f}"
     N, K, S = len(explored["Zhat"]), len(explored["Zhat"][0]), len(explored["Zhat"][0][0])
     values |= {"N": str(N), "K": str(K), "S": str(S)}
-    heads = ("own w", "mean w", "w = 1/K", "w of another sample", "w = 0: the base alone")
-    values["means"] = [["mean loss over tasks", *heads]]
+    heads = ("router’s w", "mean w", "1/K each", "another’s w", "no skills")
+    values["means"] = [["mean loss", *heads]]
     for kind in ("seen", "unseen"):
         tasks = [task for task in explored["tasks"] if task["kind"] == kind]
         values[f"{kind}_tasks"] = str(len(tasks))
         values[f"{kind}_share"] = shares(explored, kind)
         values[f"{kind}_little"] = gaps_within(explored, kind, -LITTLE, LITTLE)
         values[f"{kind}_harm"] = gaps_within(explored, kind, -math.inf, -LITTLE)
+        values[f"{kind}_distance"] = f"{explored['distance'][kind]:.3f}"
         whole = average(tasks, "")
         losses = [f"{whole[setting]['loss']:.2f}" for setting in numbers.COMPARED]
         values["means"].append([f"{len(tasks)} {kind} tasks", *losses])
+
+    seen = [task for task in explored["tasks"] if task["kind"] == "seen"]
+    same = [task for task in seen if largest(task["w"]) == largest(task["start_w"])]
+    values["same_largest"] = str(len(same))
+    values["most_moved"] = spoken(most_moved(explored)["name"])
+    split = min(seen, key=lambda task: max(task["w"]))
+    values["split"] = spoken(split["name"])
+    by_weight = sorted(range(K), key=lambda k: -split["w"][k])
+    values["split_over"] = " and ".join(str(k + 1) for k in sorted(by_weight[:2]))
+
+    sample = explored["samples"][explored["first"]]
+    k = largest(sample["w"])
+    values["first_input"] = sample["input"]
+    values["first_task"] = spoken(explored["tasks"][sample["task"]]["name"])
+    values["first_k"] = str(k + 1)
+    values["first_w"] = f"{sample['w'][k]:.2f}"
+    values["first_words"] = explored["words"][k]
+    c = [float(value) for value in explored["walk"]["c"][-1][1:]]
+    values["first_skill"] = str(largest(c) + 1)
     return values
 
 
 # -------------------------------------------------------------------------------------- the program
+
+
+def outdated_words(explored: dict[str, Any], items: list[str]) -> list[str]:
+    """Return a line for each abstract task whose words do not fit the run.
+
+    An item has the words, and behind " | " the numbers of the seen tasks that have it most.
+    """
+    found: list[list[str]] = [[] for _ in items]
+    for task in explored["tasks"]:
+        if task["kind"] == "seen":
+            number = task["name"].removeprefix("task").split("_")[0]
+            found[largest(task["w"])].append(number)
+    lines = []
+    for k, item in enumerate(items):
+        words, known = item.split(" | ")
+        if sorted(known.split()) != sorted(found[k]):
+            lines.append(
+                f"docs/annotated.txt: abstract task {k + 1} ({words}) is now most in the tasks "
+                f"{' '.join(found[k]) or 'none'}; write what they share, and these numbers"
+            )
+    return lines
 
 
 def main() -> None:
@@ -642,7 +928,12 @@ def main() -> None:
         program.write_json(NUMBERS, numbers.collect(sys.argv[2]))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
+    explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    for section in notes.sections():
+        if section.anchor == "abstract-tasks":
+            for line in outdated_words(explored, section.items):
+                print(line)
 
 
 if __name__ == "__main__":
-    main()
+    program.run_program(main)

@@ -27,10 +27,13 @@
   document.addEventListener("scroll", mark, { passive: true });
   mark();
 
-  // A link into a folded block opens it.
+  // A link into something folded opens it.
   function unfold() {
     const target = location.hash && document.getElementById(location.hash.slice(1));
-    if (target && target.tagName === "DETAILS") target.open = true;
+    for (let part = target; part; part = part.parentElement) {
+      if (part.tagName === "DETAILS") part.open = true;
+    }
+    if (target) target.scrollIntoView();
   }
   window.addEventListener("hashchange", unfold);
   unfold();

@@ -1,7 +1,8 @@
 """Read docs/annotated.txt, the text of docs/annotated.html.
 
-The text is a list of sections, in the order of the idea. A section has blocks, each about one
-function, method or class of orchmoe.py, and a block has notes, each about some of its lines:
+The text is a list of sections: first those of the path, then those of the code, in the order of
+orchmoe.py. A section of the code has blocks, each about one function, method or class, and a block
+has notes, each about some of its lines. The first word of a line says what the line is:
 
     # anchor: title of a section
     ## name #anchor title of a block
@@ -9,6 +10,7 @@ function, method or class of orchmoe.py, and a block has notes, each about some 
     [grade] what has this grade       stated, secondary, inferred, chosen, as in docs/paper.md
     [test] name of the test that holds the block
     | a line of the block, without its indent: the note below is about the lines from here on
+    + what the note is about: the note is engineering, and folded with its lines
     [sample] what follows is the step of the sample that runs through the page
     - an item of the section
 
@@ -18,7 +20,6 @@ paragraph may be {table name}, {text name} or {html name}. In the mathematics "X
 "B_s" an index, "X^T" a T, and frac(a ; b) is a fraction.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ GRADES = ("stated", "secondary", "inferred", "chosen")
 class Note:
     line: str
     text: str = ""
+    folded: str = ""  # what an engineering note is about
 
 
 @dataclass
@@ -55,35 +57,38 @@ class Section:
 
 
 def read(text: str) -> list[Section]:
-    """Return the sections of a text in this form. Raise ValueError for a line that has no place."""
+    """Return the sections of a text in this form. Raise ValueError for an unknown [word]."""
     sections: list[Section] = []
-    block = None
+    section = block = None
     owner = None  # what the paragraphs belong to
     for line in text.splitlines():
-        if match := re.fullmatch(r"# ([\w-]+): (.*)", line):
-            owner = Section(*match.groups())
-            sections.append(owner)
-            block = None
-        elif match := re.fullmatch(r"## ([\w.]+) #([\w-]+) (.*)", line):
-            owner = block = Block(*match.groups())
-            sections[-1].blocks.append(block)
-        elif match := re.fullmatch(r"\$\$ (.*)", line):
-            block.equations.append(match[1])
-        elif match := re.fullmatch(r"\[(\w+)\] ?(.*)", line):
-            kind, rest = match.groups()
-            if kind in GRADES:
-                block.evidence.append((kind, rest))
-            elif kind == "test":
-                block.test = rest
-            elif kind == "sample":
-                owner = block.sample = Note("")
-            else:
-                raise ValueError(f"{line}: not one of {', '.join(GRADES)}, test, sample")
-        elif match := re.fullmatch(r"\| (.*)", line):
-            owner = Note(match[1])
+        marker, _, rest = line.partition(" ")
+        if marker == "#":
+            anchor, title = rest.split(": ", 1)
+            owner = section = Section(anchor, title)
+            sections.append(section)
+        elif marker == "##":
+            name, anchor, title = rest.split(" ", 2)
+            owner = block = Block(name, anchor.removeprefix("#"), title)
+            section.blocks.append(block)
+        elif marker == "$$":
+            block.equations.append(rest)
+        elif marker == "|":
+            owner = Note(rest)
             block.notes.append(owner)
-        elif match := re.fullmatch(r"- (.*)", line):
-            sections[-1].items.append(match[1])
+        elif marker == "+":
+            owner.folded = rest
+        elif marker == "-":
+            section.items.append(rest)
+        elif marker == "[test]":
+            block.test = rest
+        elif marker == "[sample]":
+            owner = block.sample = Note("")
+        elif marker.startswith("[") and marker.endswith("]"):
+            grade = marker[1:-1]
+            if grade not in GRADES:
+                raise ValueError(f"{line}: not one of {', '.join(GRADES)}, test, sample")
+            block.evidence.append((grade, rest))
         else:
             owner.text += line + "\n"
     return sections

@@ -1,17 +1,21 @@
 """The numbers of docs/annotated.html, from one finished run: docs/explorer.json.
 
 `collect` adds to what experiments/explorer.py shows of a run: the answers of its samples, what
-routing does for each task and in each Linear, and the walk, one sample from its prompt to its
-gradients. The walk computes each step as its equation says, and checks that the model computes the
-same.
+routing does for each task and in each Linear, w before training, and the walk, one sample from its
+prompt to its gradients. The walk computes each step as its equation says, and checks that the model
+computes the same. "hash" tells the adapter of the run from any other, and "code" tells whether the
+code has changed since: see `code_digest`.
 
 Letters: B batch, L source length, D input width, O output width, K abstract tasks, N adapted
 Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 """
 
-import json
+import ast
+import hashlib
+import io
 import math
 import textwrap
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,19 +28,29 @@ from torch.testing import assert_close
 import data
 import eval as evaluation
 import metrics
+import train
 from experiments import explorer
 from experiments.explorer import Loaded, rounded, rows_by_task
 
+ROOT = Path(__file__).resolve().parent.parent
 LISTED = 12  # samples of each task whose w is listed
 COMPARED = ("own", "mean", "uniform", "other", "off")  # settings that are measured on whole sets
 LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks into
-LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.attention.v", LINEAR)
+LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q", LINEAR)
+# The code that makes the run and its numbers.
+CODE = (
+    *("orchmoe.py", "kernels.py", "baselines.py", "model.py", "t5.py", "checkpoint.py"),
+    *("tokenizer.py", "data.py", "metrics.py", "program.py", "runtime.py", "run_folder.py"),
+    *("eval.py", "train.py", "docs/numbers.py", "experiments/explorer.py"),
+)
 
 
 def collect(run: str | Path) -> dict[str, Any]:
     """Return all numbers of the page, as plain JSON values."""
     loaded = explorer.load(run)
     explored = explorer.collect(loaded)
+    explored["hash"] = loaded.config.adapter_digest()
+    explored["code"] = code_digest()
     explored["steps"] = loaded.config.training["steps"]
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
@@ -44,7 +58,62 @@ def collect(run: str | Path) -> dict[str, Any]:
     explored["strongest"] = strongest_sources(explored, loaded)
     explored["without_one"] = without_one(loaded)
     explored["walk"] = walk(loaded, explored)
+    add_start(explored, loaded)
     return explored
+
+
+def code_digest() -> str:
+    """Return 16 hex digits of the code in CODE, without comments, docstrings and empty lines."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        source = (ROOT / name).read_text(encoding="utf-8")
+        digest.update("\n".join(code_lines(source)).encode())
+    return digest.hexdigest()[:16]
+
+
+def code_lines(source: str) -> list[str]:
+    """Return the lines of a program without comments, docstrings and empty lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            for row in range(docstring.lineno, docstring.end_lineno + 1):
+                lines[row - 1] = ""
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+# --------------------------------------------------------------------------- w before training
+
+
+def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
+    """Add "start_w" to each task: its mean w before training. Add "distance": how far w moved.
+
+    The start depends on the training sources and the seed alone, so that it is made again here. The
+    router of `loaded` is the trained one again afterwards.
+    """
+    router = loaded.adapters.router
+    trained = {name: value.clone() for name, value in router.state_dict().items()}
+    router.bias.data.zero_()
+    config = loaded.config.section(train.TrainConfig, "training")
+    train.fit_router(loaded.base, loaded.adapters, loaded.sets["train"], config)
+    start = {}
+    for kind in ("seen", "unseen"):
+        start[kind] = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
+    router.load_state_dict(trained)
+
+    explored["distance"] = {}
+    for kind, start_w in start.items():
+        w = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
+        report = evaluation.router_report(w, start_w)
+        explored["distance"][kind] = round(report["distance"], 4)
+        tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+        for task, rows in zip(tasks, rows_by_task(loaded.sets[kind]), strict=True):
+            task["start_w"] = rounded(start_w[rows].mean(dim=0))
 
 
 # ------------------------------------------------------------------------- answers of all samples
@@ -104,7 +173,7 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
         for row in listed:
             text, _ = explorer.texts_of(loaded, kind, examples[row])
             shares = (100 * w[row]).round().int().tolist()
-            text = textwrap.shorten(text, 50, placeholder=" …")
+            text = textwrap.shorten(text, 44, placeholder=" …")
             task["listed"].append([text, shares, numbers.get(row, -1)])
 
 
@@ -218,7 +287,6 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
         "answer": sample["results"][0][0],
         "answer_uniform": sample["results"][2][0],
         "length": str(batch.input_ids.shape[1]),
-        "distance": f"{distance(loaded.config.folder):.3f}",
     }
     with torch.no_grad():
         found |= walk_router(loaded, explored, sample, batch, routing)
@@ -236,13 +304,6 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
     ]
     base.zero_grad()
     return found
-
-
-def distance(run: str | Path) -> float:
-    """Return how far training moved w, as train.py last logged it: mean KL from its start, nats."""
-    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    reports = [json.loads(line)["router"] for line in lines if '"router"' in line]
-    return reports[-1]["distance"]
 
 
 def walk_router(

@@ -45,19 +45,46 @@ def test_page_is_small_and_makes_no_request():
     assert len(PAGE.encode()) < 400_000
 
 
-def test_every_line_is_on_the_page_once():
-    shown = re.findall(r'<span data-n="(\d+)">', PAGE)
-    assert sorted(map(int, shown)) == list(range(1, len(SOURCE.splitlines()) + 1))
+def test_every_line_is_on_the_page_once_in_the_order_of_the_file():
+    shown = []
+    for before, code in re.findall(r'--before:(\d+)">(.*?)</pre>', PAGE, re.DOTALL):
+        shown += range(int(before) + 1, int(before) + 1 + code.count("<span>"))
+    assert shown == list(range(1, len(SOURCE.splitlines()) + 1))
     lines = [html.unescape(re.sub(r"<[^>]*>", "", line)) for line in annotate.highlight(SOURCE)]
     assert lines == SOURCE.splitlines()
+
+
+def test_the_path_comes_before_the_code_and_has_at_most_3000_words():
+    path, code = PAGE.split('<h2 class="part" id="the-code">')
+    anchors = re.findall(r'<section class="step" id="([\w-]+)">', path)
+    assert anchors == list(annotate.PATH)
+    assert "--before:" not in path.split("</style>")[1] and "--before:" in code
+    visible = path[path.index("<main>") :]
+    for hidden in ("script", "svg", "select"):
+        visible = re.sub(rf"<{hidden}\b.*?</{hidden}>", " ", visible, flags=re.DOTALL)
+    # What is folded does not count, and numbers in tables are no words.
+    visible = re.sub(r"<details.*?<summary", "<summary", visible, flags=re.DOTALL)
+    visible = re.sub(r"</summary>.*?</details>", " ", visible, flags=re.DOTALL)
+    words = re.findall(r"[^\W\d_]{2,}", html.unescape(re.sub(r"<[^>]*>", " ", visible)))
+    assert 1500 < len(words) <= 3000
+
+
+def test_the_folded_parts_of_the_path_are_not_nested():
+    """So that the test above counts words rightly."""
+    path = PAGE.split('<h2 class="part" id="the-code">')[0]
+    depth = 0
+    for tag in re.findall(r"<details|</details", path):
+        depth += 1 if tag == "<details" else -1
+        assert 0 <= depth <= 1
 
 
 def test_anchors_are_unique_and_every_link_has_one():
     anchors = re.findall(r' id="([^"]+)"', PAGE)
     assert len(anchors) == len(set(anchors))
     links = set(re.findall(r'href="([^"]+)"', PAGE))
-    pages = {"paper.md", "evidence.md"}
-    assert links - pages <= {f"#{anchor}" for anchor in anchors}
+    pages = {"paper.md", "evidence.md", "use.md", "data.md"}
+    site = {"https://arxiv.org/abs/2401.10559"}
+    assert links - pages - site <= {f"#{anchor}" for anchor in anchors}
     assert all((annotate.DOCS / page).is_file() for page in pages)
     assert "](" not in re.sub("<script.*?</script>", "", PAGE, flags=re.DOTALL)
 
@@ -82,7 +109,7 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
 
 def test_notes_name_what_exists():
     root = annotate.DOCS.parent
-    code = "".join(path.read_text() for path in [annotate.SOURCE, root / "kernels.py"])
+    code = "".join((root / name).read_text() for name in ("orchmoe.py", "kernels.py", "data.py"))
     tests = "".join(path.read_text() for path in root.glob("tests/*/test_*.py"))
     text = notes.TEXT.read_text(encoding="utf-8")
     for name in re.findall(r"`([a-z_]\w+)", text):
@@ -109,24 +136,61 @@ def test_mathml_of_hats_indices_and_fractions():
 
 def test_words_of_the_abstract_tasks_fit_the_run():
     """Each seen task is named behind the words of the abstract task that it has most."""
-    named = []
-    for k, item in enumerate(SECTIONS["abstract-tasks"].items):
-        for number in item.split(" | ")[1].split():
-            task = next(task for task in TASKS if task["name"].startswith(f"task{number}_"))
-            assert max(task["w"]) == task["w"][k], task["name"]
-            named.append(task["name"])
-    assert sorted(named) == sorted(task["name"] for task in TASKS if task["kind"] == "seen")
+    items = SECTIONS["abstract-tasks"].items
+    assert annotate.outdated_words(EXPLORED, items) == []
+    seen = [task["name"] for task in TASKS if task["kind"] == "seen"]
+    assert sum(len(item.split(" | ")[1].split()) for item in items) == len(seen)
+    [line] = annotate.outdated_words(EXPLORED, [items[0] + " 999", *items[1:]])
+    assert "abstract task 1" in line and "999" not in line
 
 
 def test_the_task_that_is_split_most_is_named():
     seen = [task for task in TASKS if task["kind"] == "seen"]
     split = min(seen, key=lambda task: max(task["w"]))
-    w = torch.tensor(split["w"])
-    text = " ".join(SECTIONS["abstract-tasks"].text.split())
-    largest = (w.argsort(descending=True)[:3] + 1).tolist()
-    assert largest == [7, 3, 5]
-    assert split["name"] == "task116_job_in_the_sentence"
-    assert "task116 (job in the sentence) is split most, over the abstract tasks 7, 3 and 5" in text
+    first, second = sorted((torch.tensor(split["w"]).argsort(descending=True)[:2] + 1).tolist())
+    name = split["name"].replace("_", " ")
+    expected = f"<em>{name}</em> is split most, over the abstract tasks {first} and {second}."
+    assert expected in PAGE
+
+
+def test_w_before_training_is_that_of_the_clusters_and_training_moves_it():
+    """The distance of w from its start is that of the log of the run, on other samples."""
+    for task in TASKS:
+        assert sum(task["start_w"]) == pytest.approx(1, abs=1e-3)
+        assert task["start_w"] != task["w"]
+    moved = annotate.most_moved(EXPLORED)
+    for w in (moved["start_w"], moved["w"]):
+        assert "".join(annotate.heat(value) for value in w) in PAGE
+    assert 0 < EXPLORED["distance"]["seen"] < 2
+
+
+def test_the_verdict_and_its_numbers_are_those_of_the_evidence():
+    evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
+    rows = annotate.against_lora(evidence)
+    assert len(rows) >= 3
+    for study, seen, *_ in rows[1:]:
+        assert study in PAGE and seen in PAGE and f"| {seen} |" in evidence
+    assert f"**{annotate.verdict(evidence)}**" in evidence.replace("\n", " ")
+    assert f"<em>{annotate.verdict(evidence)}</em>" in PAGE
+
+
+def test_the_page_says_which_run_it_shows():
+    assert re.fullmatch("[0-9a-f]{16}", EXPLORED["hash"])
+    assert PAGE.count(EXPLORED["hash"]) == 1
+
+
+@pytest.mark.slow
+def test_the_run_was_made_by_this_code():
+    """If this fails, make a new run and the page from it: see docs/annotate.py."""
+    assert EXPLORED["code"] == numbers.code_digest()
+
+
+def test_the_digest_of_the_code_ignores_words_and_sees_code():
+    source = (
+        '''"""A module."""\n\nx = 1  # one\n\n\ndef f():\n    """Do it."""\n    return "# 2"\n'''
+    )
+    lines = ["x = 1", "def f():", '    return "# 2"']
+    assert numbers.code_lines(source) == lines
 
 
 def require_even_spacing(explored):
@@ -166,11 +230,14 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
 
     def few(*arguments, **options):
         sets = load_sets(*arguments, **options)
-        return {name: sets[name][:25] for name in ("seen", "test")}
+        return {"train": sets["train"], "seen": sets["seen"][:25], "test": sets["test"][:25]}
 
     monkeypatch.setattr(data, "load_sets", few)
     found = numbers.collect(finished / "run")
     assert found.keys() == EXPLORED.keys()
+    assert found["hash"] != EXPLORED["hash"]
+    # A run of eight steps is still near its start, if this is the right start.
+    assert found["distance"]["seen"] < 0.01
     assert found["walk"].keys() == EXPLORED["walk"].keys()
     require_even_spacing(found)
     assert found["tasks"][0].keys() < TASKS[0].keys()
