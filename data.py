@@ -550,8 +550,9 @@ class Examples(list[Example]):
 
     tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
-    forms: the forms of all rows, see `read_rows`, if a decoder reads them as they stand, or "".
-    left_out: the number of dev and seen rows that were left out, see `load_sets`.
+    rule: how JSONL rows became samples, where older versions did otherwise. "forms": the forms of
+    all rows, see `read_rows`, if a decoder reads them as they stand. "left_out": the number of dev
+    and seen rows that were left out, see `load_sets`.
     """
 
     def __init__(
@@ -559,14 +560,12 @@ class Examples(list[Example]):
         examples: Sequence[Example],
         tasks: list[str],
         digest: str,
-        forms: str = "",
-        left_out: int = 0,
+        rule: dict[str, Any] | None = None,
     ):
         super().__init__(examples)
         self.tasks = tasks
         self.digest = digest
-        self.forms = forms
-        self.left_out = left_out
+        self.rule = rule or {}
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
@@ -717,6 +716,7 @@ def _load_list(
         program.warn(f"{limit}: {cut} sources are too long and lose their ends")
 
     # Different texts may have equal tokens, as when they are cut.
+    rule = {}
     left_out = 0
     if config.is_jsonl and list_name == "train":
         trained = _sources(examples["train"])
@@ -725,6 +725,7 @@ def _load_list(
             left_out += len(examples[name]) - len(kept)
             examples[name] = kept
     if left_out:
+        rule["left_out"] = left_out
         program.warn(
             f"{paths[0]}: {left_out} rows of dev and seen have the tokens of training rows and are "
             "left out"
@@ -736,16 +737,13 @@ def _load_list(
                 f"{LEAST_ROWS[name]}; add rows with other prompts"
             )
 
-    forms = set()
-    for task in encoded:
-        if tokenizer.one_row and not config.is_official:
+    if tokenizer.one_row and not config.is_official:
+        forms = set()
+        for task in encoded:
             forms.update(task["forms"])
-    form_names = ", ".join(sorted(forms))
+        rule["forms"] = sorted(forms)
     short_digest = digest.hexdigest()[:16]
-    return {
-        name: Examples(found, tasks, short_digest, form_names, left_out)
-        for name, found in examples.items()
-    }
+    return {name: Examples(found, tasks, short_digest, rule) for name, found in examples.items()}
 
 
 def _encode_task(

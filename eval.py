@@ -296,8 +296,8 @@ def answer(
     """Print the answer to --ask and --input, and w if there is a sample router."""
     data_config = replace(data_config, definition=True)
     form = "prompt"
-    if run and run.forms == "instruction":  # then the question is one, too
-        form = run.forms
+    if run and run.rule.get("forms") == ["instruction"]:
+        form = "instruction"  # as all rows of the run are
     example = data.make_example(config.ask, config.input, tokenizer, data_config, form)
     texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")

@@ -24,7 +24,7 @@ IGNORED = -100  # the label of positions that carry no loss
 class Config:
     """Base of the frozen dataclass that describes a model of one family.
 
-    Its fields are named as in Hugging Face's config.json; Raise ValueError if a number is out of
+    Its fields are named as in Hugging Face's config.json. Raise ValueError if a number is out of
     range: numbers must be above 0 and below 2^63, token ids at least 0 and below vocab_size.
     """
 

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -332,7 +333,10 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         message = user_message(error)
         if message is None:
             raise
-        # Before the processes join, all of them meet the same error: one message is enough.
+        # Most errors are the same in all processes, and one message is enough. After the processes
+        # have joined, the others wait until torchrun ends them, because that of rank 0 has failed.
+        if dist.is_initialized() and rank() > 0:
+            time.sleep(5)
         if local_rank() == 0 or dist.is_initialized():
             program = Path(sys.argv[0]).name
             which = f" on rank {rank()}" if rank() > 0 else ""

@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ CHANGED_REMEDIES = {
     "data": "restore them, give them with --data (and --test), or start a new run",
     "kind": "load the run with the program that trained it",
     "start": "restore the adapter of the run in --start, or start a new run",
-    "forms": OLDER,
-    "left_out": OLDER,
+    "rule": OLDER,
 }
 
 
@@ -71,8 +70,7 @@ class RunConfig:
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
     start: str = ""  # hash of the adapter in --start, "" without --start
-    forms: str = ""  # see data.Examples; "" also if an older version joined texts with a space
-    left_out: int = 0  # dev and seen rows that were left out, see data.load_sets
+    rule: dict = field(default_factory=dict)  # see data.Examples; empty in older versions
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -199,7 +197,7 @@ class RunFolder:
             saved = read_config(self.path)
             if self.progress_path.exists():  # the run does not depend on --start any more
                 config = replace(config, start=saved.start)
-            names = ("forms", "left_out", "tasks", "base", "tokenizer", "data", "kind", "start")
+            names = ("rule", "tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})
         elif program.rank() == 0:  # a later rank may find what rank 0 has just written
             self.require_new()
@@ -308,17 +306,12 @@ class RunFolder:
 
         Raise UserError if it is missing, or if the adapter belongs to another run.
         """
-        config = read_config(self.path)
-        if config.training["method"] == "full":
-            program.require_path(self.model_path, "restore the folder, or start a new run")
-            return checkpoint.mapped(self.model_path).state_dict()
-        program.require_path(self.adapter_path, "restore the file, or start a new run")
-        return config.load_adapter()
-
-    def load_best(self, adapters: Adapters) -> None:
-        """Load what `save_best` wrote."""
         runtime.barrier()  # rank 0 may still be writing
-        adapters.load_state_dict(self.read_best())
+        config = read_config(self.path)
+        full = config.training["method"] == "full"
+        path = self.model_path if full else self.adapter_path
+        program.require_path(path, "restore it, or start a new run")
+        return checkpoint.mapped(path).state_dict() if full else config.load_adapter()
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
@@ -388,7 +381,7 @@ def load(
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
         is_official = config.section(data.DataConfig, "dataset").is_official
-        if tokenizer.one_row and not is_official and not config.forms:
+        if tokenizer.one_row and not is_official and "forms" not in config.rule:
             raise UserError(f"{run}: {OLDER}")
         if not full:
             config.require_same(base=checkpoint.fingerprint(path))

@@ -10,7 +10,6 @@ tokenizer.json of Llama 2.
 Test: pytest tests/unit/test_tokenizer.py
 """
 
-import functools
 import hashlib
 import os
 import re
@@ -188,6 +187,13 @@ class JsonTokenizer(Tokenizer):
                 self.target_prefix = " "
 
             inner.add_special_tokens([eos])  # so that EOS is never decoded as text
+            self._inside = inner
+            if not self.target_prefix:  # make one that adds no space
+                content = inner.to_str()
+                for pattern, replacement in ADDED_SPACE:
+                    content = re.sub(pattern, replacement, content)
+                self._inside = tokenizers.Tokenizer.from_str(content)
+                self._inside.encode_special_tokens = True
             self.size = 1 + max(inner.get_vocab().values())
 
     def _encode(self, texts, *, inside=False):
@@ -195,18 +201,6 @@ class JsonTokenizer(Tokenizer):
             tokenizer = self._inside if inside else self._tokenizer
             rows = tokenizer.encode_batch(texts, add_special_tokens=False)
             return [row.ids for row in rows]
-
-    @functools.cached_property
-    def _inside(self):
-        """The tokenizer for texts inside a row. It adds no space before a text."""
-        if self.target_prefix:
-            return self._tokenizer
-        content = self._tokenizer.to_str()
-        for pattern, replacement in ADDED_SPACE:
-            content = re.sub(pattern, replacement, content)
-        tokenizer = type(self._tokenizer).from_str(content)
-        tokenizer.encode_special_tokens = True
-        return tokenizer
 
     def _decode(self, ids):
         with reading(self.path, REMEDY):

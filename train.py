@@ -427,8 +427,7 @@ def train(
         tokenizer=tokenizer.fingerprint,
         data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
-        forms=train_set.forms,
-        left_out=train_set.left_out,
+        rule=train_set.rule,
     )
 
     # Initial values of the adapters, unless progress.pt is loaded below. A run that was
@@ -544,7 +543,7 @@ def train(
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
-            run.load_best(adapters)
+            adapters.load_state_dict(run.read_best())
             name = config.method
             scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
             rows = run.add_scores(name, scores)

@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,10 @@ import runtime
 import t5
 import tokenizer as tokenizers
 from baselines import attach_method, without_adapters
+from experiments.computed import MODELS
 from experiments.random_t5 import init_weights
 from experiments.study import kind_of_cpu
+from llama import Llama, LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from program import UserError
@@ -62,6 +64,17 @@ LORA = "peft LoRA"
 LILY = "peft Lily"
 XLORA = "peft X-LoRA"
 PEERS = (POLY, LILY, XLORA)
+
+# Steps of these models are nearly all Python.
+NARROW_T5 = "T5 with 12 + 12 narrow blocks"
+NARROW_LLAMA = "Llama with 12 narrow blocks"
+SHAPES = {
+    **MODELS,
+    NARROW_T5: replace(
+        MODELS["T5-base"], vocab_size=1124, d_model=32, d_kv=8, d_ff=48, num_heads=4
+    ),
+    NARROW_LLAMA: LlamaConfig("llama", 1124, 32, 48, 12, 4, 640, 2, 8, (0,)),
+}
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
@@ -86,17 +99,23 @@ class Setup(NamedTuple):
     model: str
     device: torch.device
     dtype: torch.dtype
+    shape: str = ""  # key of SHAPES: the base has random weights in these shapes
 
     def choose(self, quick: Any, full: Any) -> Any:
         return quick if self.quick else full
 
     @property
     def base_name(self) -> str:
-        return Path(self.model).name or "T5 v1.1-small shapes"
+        return self.shape or Path(self.model).name or "T5 v1.1-small shapes"
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the base is decoder-only."""
+        return bool(self.model) or isinstance(SHAPES.get(self.shape), LlamaConfig)
 
     def adapter(self) -> OrchMoEConfig:
-        """Return our skills: in q and v of a decoder, in every Linear of a T5."""
-        if self.model:
+        """Return our skills: in every Linear of a T5 v1.1-small, in q and v of other bases."""
+        if self.model or self.shape:
             return OrchMoEConfig(abstract_tasks=8, skills=4, rank=R, targets=("q", "v"))
         return OrchMoEConfig(abstract_tasks=8, skills=8, rank=R, targets=("all",))
 
@@ -310,12 +329,16 @@ def bench_linear(setup: Setup) -> list[str]:
 
 
 def our_base(setup: Setup) -> Backbone:
-    """Return the base of --model, or else a T5 of v1.1-small's shapes with random weights."""
+    """Return the base of --model, or else one with random weights, as a rule a T5 v1.1-small."""
     if setup.model:
         return checkpoint.load(setup.model, dtype=setup.dtype, device=setup.device)
+    if setup.is_decoder:
+        torch.manual_seed(0)
+        return Llama(SHAPES[setup.shape]).to(setup.device, setup.dtype)
     sizes = setup.choose((1124, 32, 8, 48, 2, 2, 4), (32128, 512, 64, 1024, 8, 8, 6))
     options = {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False}
     shape = t5.T5Config(*sizes, **options, tied_head=False)
+    shape = SHAPES.get(setup.shape, shape)
     return init_weights(t5.T5(shape), 0).to(setup.device, setup.dtype)
 
 
@@ -330,8 +353,11 @@ def their_base(setup: Setup) -> nn.Module:
         return cls.from_pretrained(setup.model, dtype=setup.dtype).to(setup.device)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(our_base(setup), folder)
-        cls = transformers.T5ForConditionalGeneration
-        model = cls.from_pretrained(folder, dtype=setup.dtype, dropout_rate=0.0)
+        if setup.is_decoder:
+            cls, options = transformers.LlamaForCausalLM, {}
+        else:
+            cls, options = transformers.T5ForConditionalGeneration, {"dropout_rate": 0.0}
+        model = cls.from_pretrained(folder, dtype=setup.dtype, **options)
     return model.to(setup.device)
 
 
@@ -342,8 +368,8 @@ def our_adapters(setup: Setup, base: Backbone) -> Adapters:
 def their_adapters(setup: Setup, name: str, model: nn.Module, wide: bool = True) -> nn.Module:
     """Return the model of `their_base` with adapters of peft in the same Linears as ours."""
     options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    if not setup.model:
-        targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+    if not setup.is_decoder:
+        targets = ["q", "v"] if setup.shape else ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
         options = {"target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
     return add_peft(name, model, setup.adapter().skills, wide, **options)
 
@@ -356,7 +382,7 @@ def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
     rng = np.random.default_rng(0)
     examples = []
     for i in range(B):
-        share = 1 if setup.model or B == 1 else (1 + i / (B - 1)) / 2
+        share = 1 if setup.is_decoder or B == 1 else (1 + i / (B - 1)) / 2
         source, target = (rng.integers(3, 1000, int(length * share)) for length in (L, Lt))
         examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
     return data.collate(examples)
@@ -366,7 +392,7 @@ def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
 
 
 class Step:
-    """A training step with AdamW. A call returns the loss per target token.
+    """A training step with clipping and AdamW. A call returns the loss per target token.
 
     backward(batch): computes the gradients, and returns the mean loss of the target tokens.
     """
@@ -379,18 +405,25 @@ class Step:
 
     def __call__(self, batch: data.Batch) -> float:
         loss = self.backward(batch.to(self.trained[0].device))
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
 
 
-def our_step(setup: Setup, compiled: bool = False, checkpointed: bool = False) -> Step:
-    """Return the training step of OrchMoE."""
+def our_step(
+    setup: Setup, compiled: bool = False, checkpointed: bool = False, frozen: bool = False
+) -> Step:
+    """Return the training step of OrchMoE or, if `frozen`, of a base whose embedding trains."""
     base = our_base(setup)
     base.checkpoint_blocks = checkpointed
     if compiled:
         base.compile_blocks(setup.choose("eager", "inductor"))
-    adapters = our_adapters(setup, base)
+    if frozen:
+        adapters = without_adapters(base)
+        base.embedding.requires_grad_(True)  # so that backward passes through all blocks
+    else:
+        adapters = our_adapters(setup, base)
 
     def backward(batch):
         with evaluation.routed(base, adapters, batch):
@@ -409,7 +442,7 @@ def their_step(setup: Setup, name: str, wide: bool = True) -> Step:
     def backward(batch):
         inputs = {"attention_mask": batch.attention_mask}
         inputs |= {"input_ids": batch.input_ids, "labels": batch.labels}
-        if setup.model:  # source and target in one row, without padding
+        if setup.is_decoder:  # source and target in one row, without padding
             no_labels = torch.full_like(batch.input_ids, -100)
             inputs = {"input_ids": torch.cat((batch.input_ids, batch.labels), 1)}
             inputs["labels"] = torch.cat((no_labels, batch.labels), 1)
@@ -466,13 +499,13 @@ def memory_rows(
     return lines
 
 
-def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch) -> Times:
+def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch, rounds: int = 9) -> Times:
     """Time training steps. Raise ValueError if the losses of the first ones differ."""
     losses = {name: step(batch) for name, step in steps.items()}
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise ValueError(f"the first losses of the contestants differ: {losses}")
     contestants = {name: partial(step, batch) for name, step in steps.items()}
-    return interleave(setup, contestants, setup.choose(2, 9))
+    return interleave(setup, contestants, setup.choose(2, rounds))
 
 
 def describe(setup: Setup, batch: data.Batch) -> str:
@@ -577,12 +610,40 @@ def bench_host(setup: Setup) -> list[str]:
         mix, part = name.split(", ")
         if mix != "routed":
             lines.append(row(what, name, f"routed, {part}", times, unit="us"))
-    return lines
+    return lines + host_steps(setup)
 
 
 def gradients(call: Callable[[], Tensor], trained: list[Tensor]) -> None:
     y = call()
     torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
+
+
+def host_steps(setup: Setup) -> list[str]:
+    """Return the rows of whole training steps of models that are so narrow that Python is left."""
+    lines = []
+    for shape, wanted, wanted_compiled in (
+        (NARROW_T5, "<= 0.75", "<= 0.50"),
+        (NARROW_LLAMA, "<= 0.85", "<= 0.65"),
+    ):
+        narrow = setup._replace(model="", shape=shape)
+        compiled = f"{OURS}, --compile"
+        steps = {
+            "frozen base": our_step(narrow, frozen=True),
+            OURS: our_step(narrow),
+            compiled: our_step(narrow, compiled=True),
+            LORA: their_step(narrow, LORA),
+            POLY: their_step(narrow, POLY),
+        }
+        batch = random_batch(narrow, 2, 8, 4)
+        times = time_steps(narrow, steps, batch, rounds=100)
+        what = f"host time, {describe(narrow, batch)}"
+        lines += [
+            row(what, OURS, LORA, times, wanted),
+            row(what, compiled, LORA, times, wanted_compiled),
+            row(what, OURS, POLY, times),
+            row(what, OURS, "frozen base", times),
+        ]
+    return lines
 
 
 # ----------------------------------------------------------------------------------- generation

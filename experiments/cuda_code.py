@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import program
-from baselines import NoAdapter, attach_method
+from baselines import attach_method, without_adapters
 from experiments.computed import MODELS, allocate
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -281,7 +281,7 @@ def record_inputs(base: Backbone, source: Tensor, mask: Tensor) -> list[list[Ten
 
 def count(base: Backbone, adapters: Adapters, block: nn.Module, inputs: list[Tensor]) -> list[str]:
     """Return the counts of a block as cells of the table. The adapters are routed."""
-    trained = [*inputs, *adapters.parameter_groups().get("skills", [])]
+    trained = [*inputs, *adapters.parameter_groups()["skills"]]
     trained += [linear.skill_weights for linear in adapters.linears.values()]
     trained = [tensor for tensor in trained if tensor.requires_grad]
 
@@ -313,7 +313,7 @@ def rows(name: str) -> Iterator[list[str]]:
         base = checkpoint.on_meta(ONE_BLOCK[model]).train()
         with torch.device("meta"):
             if method == "frozen":
-                adapters = NoAdapter(base, full=False)
+                adapters = without_adapters(base)
             else:
                 config = OrchMoEConfig(targets=tuple(adapted.split(", ")))
                 adapters = attach_method(method.lower(), base, config)

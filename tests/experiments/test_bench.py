@@ -53,12 +53,30 @@ def test_linear_and_decoding_have_the_rows_of_the_page(printed):
     assert "8 outputs equal" in output
 
 
-def test_host_time_is_measured_for_all_ways_to_mix(printed):
+def test_host_time_is_measured_for_all_ways_to_mix(printed, monkeypatch):
+    monkeypatch.setattr(bench, "host_steps", lambda setup: [])
     lines = printed("--only", "host").splitlines()
     found = {line.split("|")[4].rpartition(",")[0].strip() for line in lines if "host time" in line}
     blocks = {f"{mix}, block" for mix in ("plain twin", "compiled mix", "--compile")}
     forward = blocks | {"plain twin, Linear", "compiled mix, Linear"}
     assert found == forward | {f"{name} and backward" for name in forward}
+
+
+@pytest.mark.slow
+def test_host_time_is_measured_for_whole_steps(setup):
+    """The contestants train as many weights of A and B, and start with the same loss."""
+    lines = bench.host_steps(setup)
+    pairs = [re.match(LINE, line).groups()[:2] for line in lines]
+    compiled = (f"{bench.OURS}, --compile", bench.LORA)
+    others = [(bench.OURS, name) for name in (bench.LORA, bench.POLY, "frozen base")]
+    assert pairs == 2 * [others[0], compiled, *others[1:]]
+    for base, line in zip((bench.NARROW_T5, bench.NARROW_LLAMA), lines[::4], strict=True):
+        assert f"training step, {base}, 2 x 8 tokens, targets of 4" in line
+        narrow = setup._replace(model="", shape=base)
+        weights = [bench.adapter_weights(bench.our_step(narrow).model)]
+        for name in (bench.LORA, bench.POLY):
+            weights.append(bench.adapter_weights(bench.their_step(narrow, name).model))
+        assert len(set(weights)) == 1
 
 
 @pytest.mark.slow

@@ -299,7 +299,10 @@ def test_a_run_with_a_bad_setting_is_refused(copied, section, field, value):
         resumed(copied)
 
 
-@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}], ids=str)
+NO_NUMBER = {"seen": {"overall": {"rougeL": "1", "exact_match": "2"}}}
+
+
+@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}, {"a": NO_NUMBER}])
 def test_a_run_with_damaged_scores_is_refused(copied, rows):
     program.write_json(copied / "scores.json", rows)
     with refusal(copied / "scores.json"):

@@ -196,7 +196,7 @@ def make_old(folder):
     """Make a run like those of older versions, which did not save how samples were built."""
     path = folder / "config.json"
     values = read_json(path)
-    del values["forms"], values["left_out"]
+    del values["rule"]
     write_json(path, values)
 
 
@@ -244,7 +244,7 @@ def test_older_run_of_a_decoder_is_refused_by_every_program(changed):
 def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, bases):
     make_old(changed / "t5")
     run(*RESUME, "t5", cwd=changed)
-    assert read_json(changed / "t5/config.json")["left_out"] == 0
+    assert read_json(changed / "t5/config.json")["rule"] == {}
 
     copies = [{"prompt": f"Name {i}: ", "completion": "x"} for i in range(99)]
     write_rows(changed / "own.jsonl", prompts() + copies)
@@ -252,7 +252,10 @@ def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, bases):
     run("train.py", *arguments, *BRIEF, cwd=changed)
     make_old(changed / "copies")
     error = run(*RESUME, "copies", cwd=changed, code=2)
-    assert f"copies: left_out changed since the run began, from 0 to 10; {REFUSED}" in error
+    assert (
+        f"copies: rule changed since the run began, from {{}} to {{'left_out': 10}}; {REFUSED}"
+        in error
+    )
 
 
 def test_changed_files_are_named_with_what_helps(changed):
@@ -288,7 +291,7 @@ def test_resumed_run_needs_its_own_adapter(changed):
     change_config(changed / "t5", "training", steps=9)
     with mock.patch.object(train, "train_step", side_effect=AssertionError):
         error = run(*RESUME, "t5", cwd=changed, code=2)
-    assert "t5/adapter.safetensors: does not exist; restore the file, or start a new run" in error
+    assert "t5/adapter.safetensors: does not exist; restore it, or start a new run" in error
 
 
 def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):

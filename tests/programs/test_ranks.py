@@ -211,6 +211,29 @@ def test_programs_give_the_same_run_and_scores(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_refusal_of_all_processes_is_printed_once(tmp_path):
+    (tmp_path / "predictions.jsonl").touch()
+    flags = ["--model", ROOT / "tiny", "--split", "seen", "--device", "cpu", "--out", tmp_path]
+    done = torchrun(3, ROOT / "eval.py", *flags, cwd=tmp_path, code=1)
+    assert done.stderr.count("exists, and nothing is overwritten") == 1
+
+
+def test_an_error_of_one_process_is_printed_after_a_moment(monkeypatch, capsys):
+    """If rank 0 had the same error, torchrun would end this process while it waits."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(program.dist, "is_initialized", lambda: True)
+    printed = []
+    monkeypatch.setattr(program.time, "sleep", lambda _: printed.append(capsys.readouterr().err))
+    main = mock.Mock(side_effect=program.UserError("it is wrong"))
+    with pytest.raises(SystemExit):
+        program.run_program(main)
+    assert printed == [""]
+    assert capsys.readouterr().err.endswith(": error on rank 1: it is wrong\n")
+
+
+@pytest.mark.slow
 def test_adapters_that_do_not_train_are_not_sharded(finished, tmp_path):
     flags = [*SHORT, "--steps", 4, "--start", finished / "run", "--trainable", "router", "--out"]
     torchrun(2, ROOT / "train.py", *flags, "two", "--shard", cwd=tmp_path)

@@ -345,7 +345,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(
     assert not train & (dev | seen)
     assert len(train | dev | seen) == 900
     left_out = 1200 - sum(len(sets[name]) for name in ("train", "dev", "seen"))
-    assert sets["train"].left_out == left_out > 5
+    assert sets["train"].rule == {"left_out": left_out} and left_out > 5
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"own.jsonl: {left_out} rows of dev and seen have the tokens of train" in warning
 

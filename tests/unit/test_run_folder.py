@@ -108,9 +108,13 @@ def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch)
     )
 
 
-def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path, is_link):
     folder = RunFolder(tmp_path)
-    folder.adapter_path.write_text("an adapter")
+    if is_link:
+        folder.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
+    else:
+        folder.adapter_path.write_text("an adapter")
     with pytest.raises(UserError, match=f"^{folder.adapter_path}: exists"):
         folder.bind(config)
 
@@ -123,6 +127,7 @@ def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path)
         ("tokenizer", "x"),
         ("data", {"train": "x"}),
         ("kind", "LoRA, RandomRouter"),
+        ("rule", {"forms": ["prompt"]}),
     ],
 )
 def test_bind_refuses_another_base_or_data_and_changes_nothing(config, tmp_path, name, value):
