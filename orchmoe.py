@@ -682,7 +682,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
         embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
         padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
-        sources.
+        different sources, whose k-means would leave abstract tasks empty.
         """
         if self.router is None:
             return
@@ -693,13 +693,14 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             else:
                 pairs = zip(embeddings, masks, strict=True)
                 parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
-            sources = sum(len(part) for part in parts)
+            x_hat = torch.cat(parts)  # (M,D)
+            sources = len(x_hat.unique(dim=0))
             if sources < max(2, K):
                 raise ValueError(
-                    f"fit_router: {sources} sources are too few for K = {K} abstract tasks; "
-                    f"give at least {max(2, K)}, better hundreds"
+                    f"fit_router: {sources} different sources are too few for K = {K} abstract "
+                    f"tasks; give at least {max(2, K)}, better hundreds"
                 )
-            self.router.fit(torch.cat(parts), generator)
+            self.router.fit(x_hat, generator)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
