@@ -505,7 +505,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
     "train.py --gpu -1": "--gpu -1: there are ",
-    "train.py --max-tasks 1 --train-instances 5": "fit_router: 5 different sources are too few for K = 8",
+    "train.py --max-tasks 1 --train-instances 5": "fit_router: 5 different sources are too few",
     "train.py --steps 0": "--steps 0: give 1 or more",
     "train.py --batch-size 0": "--batch-size 0: give 1 or more",
     "train.py --accumulate 0": "--accumulate 0: give 1 or more",
