@@ -110,7 +110,7 @@ def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
     for kind, start_w in start.items():
         w = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
         report = evaluation.router_report(w, start_w)
-        explored["distance"][kind] = round(report["distance"], 4)
+        explored["distance"][kind] = round(report["distance"], 6)
         tasks = [task for task in explored["tasks"] if task["kind"] == kind]
         for task, rows in zip(tasks, rows_by_task(loaded.sets[kind]), strict=True):
             task["start_w"] = rounded(start_w[rows].mean(dim=0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from docs import annotate, notes, numbers
+from docs import annotate, markup, notes, numbers, tables
 from experiments import explorer
 
 SOURCE = annotate.SOURCE.read_text(encoding="utf-8")
@@ -122,12 +122,12 @@ def test_notes_name_what_exists():
 
 
 def test_mathml_of_hats_indices_and_fractions():
-    found = annotate.mathml("frac(Z^hat_nk ; sqrt(D)) X^T")
+    found = markup.mathml("frac(Z^hat_nk ; sqrt(D)) X^T")
     hat = '<mover accent="true"><mi>Z</mi><mo stretchy="false" class="hat">^</mo></mover>'
     root = "<msqrt><mrow><mi>D</mi></mrow></msqrt>"
     fraction = f"<mfrac><mrow><msub>{hat}<mi>nk</mi></msub></mrow><mrow>{root}</mrow></mfrac>"
     transposed = '<msup><mi>X</mi><mi mathvariant="normal">T</mi></msup>'
-    inside = f"{fraction}{annotate.THIN}{transposed}"
+    inside = f"{fraction}{markup.THIN}{transposed}"
     assert found == f'<math display="inline"><mrow>{inside}</mrow></math>'
 
 
@@ -137,10 +137,10 @@ def test_mathml_of_hats_indices_and_fractions():
 def test_words_of_the_abstract_tasks_fit_the_run():
     """Each seen task is named behind the words of the abstract task that it has most."""
     items = SECTIONS["abstract-tasks"].items
-    assert annotate.outdated_words(EXPLORED, items) == []
+    assert tables.outdated_words(EXPLORED, items) == []
     seen = [task["name"] for task in TASKS if task["kind"] == "seen"]
     assert sum(len(item.split(" | ")[1].split()) for item in items) == len(seen)
-    [line] = annotate.outdated_words(EXPLORED, [items[0] + " 999", *items[1:]])
+    [line] = tables.outdated_words(EXPLORED, [items[0] + " 999", *items[1:]])
     assert "abstract task 1" in line and "999" not in line
 
 
@@ -158,20 +158,20 @@ def test_w_before_training_is_that_of_the_clusters_and_training_moves_it():
     for task in TASKS:
         assert sum(task["start_w"]) == pytest.approx(1, abs=1e-3)
         assert task["start_w"] != task["w"]
-    moved = annotate.most_moved(EXPLORED)
+    moved = tables.most_moved(EXPLORED)
     for w in (moved["start_w"], moved["w"]):
-        assert "".join(annotate.heat(value) for value in w) in PAGE
+        assert "".join(tables.heat(value) for value in w) in PAGE
     assert 0 < EXPLORED["distance"]["seen"] < 2
 
 
 def test_the_verdict_and_its_numbers_are_those_of_the_evidence():
     evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
-    rows = annotate.against_lora(evidence)
+    rows = tables.against_lora(evidence)
     assert len(rows) >= 3
     for study, seen, *_ in rows[1:]:
         assert study in PAGE and seen in PAGE and f"| {seen} |" in evidence
-    assert f"**{annotate.verdict(evidence)}**" in evidence.replace("\n", " ")
-    assert f"<em>{annotate.verdict(evidence)}</em>" in PAGE
+    assert f"**{tables.verdict(evidence)}**" in evidence.replace("\n", " ")
+    assert f"<em>{tables.verdict(evidence)}</em>" in PAGE
 
 
 def test_the_page_says_which_run_it_shows():
