@@ -3,17 +3,23 @@
 `mix_skills` computes the same as orchmoe.mix_skills, which is its plain specification and has the
 same signature. It treats a frozen Linear and its skills as one function with its own backward.
 `mix_factors` mixes the factors of the skills instead of their outputs (Poly, MHR).
-`--compile` compiles them as a part of their block.
+`compile_blocks` compiles the blocks of a model for training, with the skills in their graphs.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
+    kernels.compile_blocks(model.blocks)
 
 Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L.
-Test: pytest tests/unit/test_kernels.py
+Test: pytest tests/unit/test_kernels.py tests/unit/test_compile.py
 """
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -205,3 +211,63 @@ def mix_factors(
     if weight is None:
         return mixed
     return F.linear(x, weight, bias).add_(mixed)
+
+
+# ------------------------------------------------------------------------------------ compilation
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
+
+    The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
+    says so; evaluation and generation stay uncompiled. If torch cannot compile, all blocks run
+    uncompiled from then on, with one warning. Copies of the model are not compiled.
+    """
+    blocks = list(blocks)
+    # Two sizes that are equal in one batch must not be taken for the same size.
+    torch.fx.experimental._config.use_duck_shape = False
+    # A float, such as the scale, is a constant. As an input it would be computed on the CPU.
+    torch._dynamo.config.specialize_float = True
+    # Compile backward at once, so that `run` meets its errors, too.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+
+    compiled = torch.compile(
+        lambda block, *inputs, **options: block._call_impl(*inputs, **options),
+        dynamic=True,
+        fullgraph=True,
+        backend=backend,
+    )
+
+    def stop(reason: str) -> None:
+        for block in blocks:
+            block._compiled_call_impl = None
+        warnings.warn(f"not compiled from now on, for {reason:.300}", stacklevel=3)
+
+    def run(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        values = [*inputs, *options.values()]
+        if compiles_well(*values):
+            # Each block of transformers writes to its own part of a cache: a graph for each block.
+            caches = [type(value).__name__ for value in values if "Cache" in type(value).__name__]
+            errors = torch._dynamo.exc
+            try:
+                if not caches:
+                    return compiled(block, *inputs, **options)
+                stop(f"a block got a {caches[0]}; call the model with use_cache=False")
+            except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
+                stop(repr(error))
+        return block._call_impl(*inputs, **options)
+
+    for block in blocks:
+        block._compiled_call_impl = partial(run, block)  # what nn.Module.compile sets
+
+
+def compiles_well(*inputs: Any) -> bool:
+    """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
+
+    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
+    with or without gradients. So that there are at most four, we leave out rows of one token, and
+    x without a gradient, as in evaluation and in the first block of an adapted model.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]
+    return len(lengths) > 0 and tensors[0].requires_grad and min(lengths) > 1

@@ -7,16 +7,16 @@ Test: pytest tests/unit/test_model.py
 """
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import kernels
 
 IGNORED = -100  # the label of positions that carry no loss
 
@@ -95,7 +95,6 @@ class Backbone(nn.Module):
         self.config = config
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
-        self.compiled = None  # the function (block, *inputs) -> block(*inputs), see compile_blocks
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the head, which the target "all" leaves out."""
@@ -167,26 +166,11 @@ class Backbone(nn.Module):
         return F.cross_entropy(logits, labels[real], reduction="sum")
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return block(*inputs), compiled and with gradient checkpointing where these are set."""
-        call = block
-        if self.compiled and compiles_well(*inputs):
-            call = partial(self._run_compiled, self.compiled, block)
+        """Return block(*inputs), with gradient checkpointing where it is set."""
         if self.checkpoint_blocks and self.training:
             # No block draws random numbers, so their state need not be kept.
-            return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return call(*inputs)
-
-    def _run_compiled(self, compiled, block, *inputs):
-        """Return compiled(block, *inputs) or, if torch cannot compile, block(*inputs)."""
-        errors = torch._dynamo.exc
-        try:
-            return compiled(block, *inputs)
-        except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
-            if re.search(r"C(\+\+)? compiler", str(error)):
-                raise  # only the user can help
-            self.compiled = None
-            warnings.warn(f"not compiled from now on, for {error!r:.300}", stacklevel=2)
-            return block(*inputs)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     @torch.no_grad()
     def generate(
@@ -238,25 +222,5 @@ class Backbone(nn.Module):
         return tokens[:, : t + 1]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks for training, each as one graph. Call it after `attach`.
-
-        Evaluation and generation stay uncompiled.
-        """
-        # Two sizes that are equal in one batch must not be taken for the same size.
-        torch.fx.experimental._config.use_duck_shape = False
-        # Compile backward at once, so that `_run_compiled` meets its errors too.
-        torch._functorch.config.force_non_lazy_backward_lowering = True
-        self.compiled = torch.compile(
-            lambda block, *inputs: block(*inputs), dynamic=True, fullgraph=True, backend=backend
-        )
-
-
-def compiles_well(x: Tensor, *context: Tensor) -> bool:
-    """Return whether a block is compiled for x (B,L,D) and its context.
-
-    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
-    with or without gradients. So that there are at most four, we leave out rows of one token, and
-    x without a gradient, as in evaluation and in the first block of an adapted model.
-    """
-    lengths = [tensor.shape[1] for tensor in (x, *context) if tensor.dim() == 3]
-    return x.requires_grad and min(lengths) > 1
+        """Compile the blocks for training, see kernels.compile_blocks. Call it after `attach`."""
+        kernels.compile_blocks(self.blocks, backend)

@@ -5,6 +5,7 @@ none of our code in its forward.
 """
 
 import copy
+import functools
 import re
 import shutil
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
+import kernels
 import orchmoe
 from baselines import attach_method
 from helpers import ROOT, check_equal, hf_llama, seeded_generator, stir, write_words
@@ -216,6 +219,71 @@ def test_compiled_model_is_one_graph_with_the_same_gradients(make, router):
         adapters.Z.data *= -1
 
 
+SHAPES = [(4, 9), (4, 7), (8, 8), (1, 5), (3, 12), (2, 2)]  # rows, tokens
+
+
+def losses_and_gradients(model, shapes, **options):
+    """Return the loss and all gradients of a training step on each shape."""
+    adapters = model.skill_adapters
+    parameters = sum(adapters.parameter_groups().values(), [])
+    found = []
+    for rows, tokens in shapes:
+        ids = torch.randint(3, 97, (rows, tokens), generator=seeded_generator(rows))
+        with adapters.routed(model.get_input_embeddings()(ids)):
+            loss = model(input_ids=ids, labels=ids, **options).loss
+            found += [loss, *torch.autograd.grad(loss, parameters)]
+    return found
+
+
+def model_of_four_blocks(kind):
+    """Return a random model of transformers in training, its blocks, and how many kinds it has."""
+    sizes = {"num_layers": 4, "num_hidden_layers": 4, "vocab_size": 97, "num_attention_heads": 4}
+    sizes |= {"d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "dropout_rate": 0.0}
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "decoder_start_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(config)
+        blocks, kinds, targets = model.model.layers, 1, ("q_proj", "v_proj")
+    else:
+        model = transformers.T5ForConditionalGeneration(config)
+        blocks, kinds, targets = [*model.encoder.block, *model.decoder.block], 2, ("q", "v")
+    config = OrchMoEConfig(targets=targets, alpha=3.0)
+    stir(attach(model, config, kernels.mix_skills), seeded_generator())
+    return model.train(), blocks, kinds
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("error:not compiled")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_few_graphs_serve_the_blocks_of_transformers(kind, fresh_dynamo):
+    model, blocks, kinds = model_of_four_blocks(kind)
+    expected = losses_and_gradients(copy.deepcopy(model), SHAPES, use_cache=False)
+    kernels.compile_blocks(blocks, "eager")
+    found = losses_and_gradients(model, SHAPES, use_cache=False)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2 * kinds  # for one row and for more
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_blocks_with_a_cache_run_uncompiled_with_one_warning(kind, fresh_dynamo):
+    model, blocks, _ = model_of_four_blocks(kind)
+    expected = losses_and_gradients(copy.deepcopy(model), SHAPES)
+    kernels.compile_blocks(blocks, "eager")
+    with pytest.warns(UserWarning, match="Cache; call the model with use_cache=False$") as seen:
+        found = losses_and_gradients(model, SHAPES)
+    assert len(seen) == 1
+    torch.testing.assert_close(found, expected)
+    assert counters["stats"]["unique_graphs"] <= 1  # T5's encoder has no cache
+
+
 @routers
 @models
 def test_skills_in_bfloat16_compute_as_in_float32(make, router):
@@ -282,11 +350,24 @@ def test_snippet_of_t5_trains_and_generates(tmp_path, monkeypatch):
     assert not torch.equal(names["adapters"].router.W_task, before)
 
 
-def test_snippet_of_a_llama_trains_and_generates(tmp_path, monkeypatch):
+def test_snippets_of_a_llama_train_compile_and_generate(tmp_path, monkeypatch, fresh_dynamo):
     folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M"
     base = hf_llama("llama2")
     base.resize_token_embeddings(500)
     base.save_pretrained(folder)
     write_words(folder, ["Hot is not cold"])
     monkeypatch.chdir(tmp_path)
-    run_printed("LlamaForCausalLM")
+    names = run_printed("LlamaForCausalLM")
+
+    # The snippet that compiles continues this one. `eager` compiles no kernels, which takes long.
+    eager = functools.partial(kernels.compile_blocks, backend="eager")
+    monkeypatch.setattr(kernels, "compile_blocks", eager)
+    gradient = names["model"].model.layers[1].self_attn.q_proj.skill_B.grad
+    expected = gradient.clone()
+    gradient.zero_()
+    exec(printed("compile_blocks"), names)
+    torch.testing.assert_close(gradient, expected)
+    expected = losses_and_gradients(copy.deepcopy(names["model"]), SHAPES, use_cache=False)
+    found = losses_and_gradients(names["model"], SHAPES, use_cache=False)
+    torch.testing.assert_close(found, expected)
+    assert counters["stats"]["unique_graphs"] == 2  # for one row and for more
