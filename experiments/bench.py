@@ -64,6 +64,7 @@ LORA = "peft LoRA"
 LILY = "peft Lily"
 XLORA = "peft X-LoRA"
 PEERS = (POLY, LILY, XLORA)
+PACKAGES = ("transformers", "peft")  # what these need
 
 # Steps of these models are nearly all Python.
 NARROW_T5 = "T5 with 12 + 12 narrow blocks"
@@ -286,6 +287,8 @@ def linear_contestants(
         "loop over skills": routed(skills_loop),
         "einsum with expert axis": routed(skills_einsum),
     }
+    if missing_packages():
+        return found
     if dtype != torch.float32:
         found[f"{LORA} all in bf16"] = adapted(LORA, wide=False)
     for name in (LORA, *PEERS):
@@ -320,7 +323,7 @@ def bench_linear(setup: Setup) -> list[str]:
                 f"B {shape[0]}, L {shape[1]}, S 8, R {R}, LoRA of rank {8 * R}"
             )
             for of, to, wanted in LINEAR_ROWS:
-                if to in times:
+                if of in times and to in times:
                     lines.append(row(what, of, to, times, wanted))
     return lines
 
@@ -753,8 +756,10 @@ def machine(setup: Setup) -> str:
     name = kind_of_cpu()
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
-    packages = ("torch", "transformers", "peft")
-    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    versions = []
+    for package in ("torch", *PACKAGES):
+        if package not in missing_packages():
+            versions.append(f"{package} {importlib.metadata.version(package)}")
     return (
         f"{name}, {torch.get_num_threads()} threads, {runtime.dtype_name(setup.dtype)} where "
         f"nothing else is said, {', '.join(versions)}, {date.today():%d %B %Y}; load before it "
@@ -762,10 +767,9 @@ def machine(setup: Setup) -> str:
     )
 
 
-def require_packages() -> None:
-    for package in ("transformers", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
+def missing_packages() -> list[str]:
+    """Return which of PACKAGES are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def main() -> None:
@@ -773,7 +777,9 @@ def main() -> None:
     for part in config.only:
         if part not in PARTS:
             raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")
-    require_packages()
+    missing = missing_packages()
+    if missing:
+        raise UserError(f"{missing[0]} is not installed; pip install -r requirements-dev.txt")
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     if config.model:
         dtype = torch.bfloat16

@@ -3,12 +3,15 @@
     python -m experiments.gpu_check --gpu 0
 
 It prints one Markdown table for docs/speed.md, with the columns of experiments/bench.py, and the
-card, the driver and the version of torch above it. It needs transformers and peft.
+card, the driver and the version of torch above it. Without transformers and peft it says which rows
+are missing.
 Test: pytest tests/experiments/test_gpu_check.py
 """
 
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +21,7 @@ import torch
 
 import program
 import runtime
+import train
 from experiments import bench
 from experiments.bench import OURS, Setup
 
@@ -67,19 +71,83 @@ def step_and_memory(setup: Setup) -> list[str]:
     return [bench.row(what, OURS, compiled, times), *rows]
 
 
+def attention(setup: Setup) -> str:
+    """Return which of torch's functions computes attention in a training step."""
+    step = bench.our_step(setup)
+    batch = bench.random_batch(setup, *setup.choose((4, 16, 8), (8, 250, 30)))
+    with torch.profiler.profile() as profile:
+        step(batch)
+    names = [event.name.removeprefix("aten::") for event in profile.events()]
+    counts = Counter(name for name in names if name.startswith("_scaled_dot_product_"))
+    found = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+    return result(found, "no _math", f"attention in a {bench.describe(setup, batch)}")
+
+
+def cudnn(setup: Setup) -> str:
+    """Return the row of steps on lengths that are always new, with attention of cuDNN and without.
+
+    cuDNN makes a plan for each new shape. TORCH_CUDNN_SDPA_DEPRIORITIZED=1 has torch leave it out.
+    """
+    step = bench.our_step(setup)
+    rounds, longest = setup.choose((3, 32), (50, 512))
+    lengths = np.random.default_rng(0).choice(range(8, longest), rounds + 1, replace=False)
+
+    def steps(enabled):
+        for length in lengths:
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            yield step(bench.random_batch(setup, 8, length, 30))
+
+    kinds = {"cuDNN": steps(True), "without cuDNN": steps(False)}
+    contestants = {name: partial(next, generator) for name, generator in kinds.items()}
+    times = bench.interleave(setup, contestants, rounds)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    what = f"training step, {setup.base_name}, 8 rows of {rounds} lengths below {longest}, each new"
+    return bench.row(what, "cuDNN", "without cuDNN", times)
+
+
+def waits(setup: Setup) -> str:
+    """Return how often the host waits for the GPU in a training step of train.py."""
+    base = bench.our_base(setup)
+    adapters = bench.our_adapters(setup, base)
+    config = train.TrainConfig()
+    optimizer = train.make_optimizer(adapters, config)
+    batch = bench.random_batch(setup, *setup.choose((4, 16, 8), (8, 256, 32)))
+    step = partial(train.train_step, base, adapters, optimizer, batch, 0, config)
+    step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    count = sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+    return result(count, "<= 3", f"waits for the GPU, {bench.describe(setup, batch)}")
+
+
 def check(setup: Setup) -> Iterator[str]:
     """Yield the rows. A device that is not CUDA neither compiles nor counts its memory."""
+    t5_base = setup._replace(shape=setup.choose(bench.NARROW_T5, "T5-base"))
+    llama = setup._replace(shape=setup.choose(bench.NARROW_LLAMA, "Llama-3.2-1B"))
     if setup.device.type == "cuda":
         yield gpu_tests()
         yield graphs(setup)
-        yield from step_and_memory(setup)
-    for part in (bench.bench_linear, bench.bench_step, bench.bench_generate):
-        yield from part(setup)
+        yield from step_and_memory(t5_base)
+        yield cudnn(t5_base)
+        yield waits(t5_base)
+        yield waits(llama)
+    yield attention(t5_base)
+    yield attention(llama)
+    yield from bench.bench_linear(setup)
+    missing = bench.missing_packages()
+    if missing:
+        what = f"rows beside transformers and peft; not installed: {', '.join(missing)}"
+        yield result("not measured", "", what)
+    else:
+        yield from bench.bench_step(setup)
+        yield from bench.bench_generate(setup)
 
 
 def main() -> None:
     config = program.from_flags(GPUCheckConfig, program.read_flags(__doc__, GPUCheckConfig))
-    bench.require_packages()
     if not torch.cuda.is_available():
         raise program.UserError("torch finds no GPU here; this program needs one")
     device, dtype, _ = runtime.pick_device(config.gpu)

@@ -202,7 +202,7 @@ def test_the_check_of_a_gpu(second):
     pytest.importorskip("peft")
     setup = Setup(True, str(ROOT / "sni"), "", second, torch.float32)
     kinds = {row.split("|")[6].split()[0] for row in gpu_check.check(setup)}
-    assert kinds == {"forward", "training", "greedy"}
+    assert kinds == {"attention", "forward", "training", "greedy"}
 
 
 # --------------------------------------------------------------------------------------- the models

@@ -1,20 +1,16 @@
 """The check of a GPU runs on the CPU at small shapes. Numbers are not tested."""
 
+import importlib.util
 import re
+import warnings
 
-import pytest
 import torch
 
 from experiments import bench, gpu_check
 from helpers import run
 
 SETUP = bench.Setup(True, "sni/", "", torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def needs_peft():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
+LLAMA = SETUP._replace(shape=bench.NARROW_LLAMA)
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch):
@@ -30,3 +26,56 @@ def test_few_graphs_serve_all_shapes():
 def test_what_only_cuda_measures():
     rows = gpu_check.step_and_memory(SETUP)
     assert ["--compile" in rows[0], "--checkpoint-blocks" in rows[1]] == [True, True]
+
+
+def test_attention_is_named_by_the_function_that_computes_it():
+    row = gpu_check.attention(LLAMA)
+    function = "_scaled_dot_product_flash_attention_for_cpu"
+    assert row.startswith(f"| **12 x {function}, 12 x {function}_backward** |")
+
+
+def test_cudnn_is_used_in_every_other_step_and_afterwards(monkeypatch):
+    """Each of the two sees the same lengths, and none of them twice."""
+    seen = {True: [], False: []}
+    random_batch = bench.random_batch
+
+    def recorded_batch(setup, B, L, Lt):
+        seen[torch.backends.cuda.cudnn_sdp_enabled()].append(L)
+        return random_batch(setup, B, L, Lt)
+
+    monkeypatch.setattr(bench, "random_batch", recorded_batch)
+    assert "| cuDNN, " in gpu_check.cudnn(LLAMA)
+    assert seen[True] == seen[False]
+    assert len(set(seen[True])) == 4
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_waits_are_counted_in_a_second_step(monkeypatch):
+    """torch warns of each wait in this mode, on CUDA alone."""
+    modes = []
+    train_step = gpu_check.train.train_step
+
+    def waiting_step(*arguments):
+        train_step(*arguments)
+        if modes == ["warn"]:
+            for text in ("called a synchronizing CUDA operation", "something else"):
+                warnings.warn(text, stacklevel=1)
+
+    monkeypatch.setattr(gpu_check.train, "train_step", waiting_step)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    row = gpu_check.waits(LLAMA)
+    assert row.startswith("| **1** |  | <= 3 |")
+    assert modes == ["warn", "default"]
+
+
+def test_without_peft_the_other_rows_are_measured(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name)
+    )
+    *rows, last = gpu_check.check(SETUP)
+    assert "**not measured**" in last and "not installed: peft" in last
+    assert not any("peft" in row for row in rows)
+    for name in ("attention in a training step", "forward + backward in float32"):
+        assert any(name in row for row in rows)
+    assert "peft" not in bench.machine(SETUP)
