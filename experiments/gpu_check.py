@@ -89,7 +89,7 @@ def cudnn(setup: Setup) -> str:
     cuDNN makes a plan for each new shape. TORCH_CUDNN_SDPA_DEPRIORITIZED=1 has torch leave it out.
     """
     step = bench.our_step(setup)
-    rounds, longest = setup.choose((3, 32), (50, 512))
+    rounds, longest = setup.choose((4, 32), (50, 512))
     lengths = np.random.default_rng(0).choice(range(8, longest), rounds + 1, replace=False)
 
     def steps(enabled):

@@ -46,7 +46,7 @@ def test_cudnn_is_used_in_every_other_step_and_afterwards(monkeypatch):
     monkeypatch.setattr(bench, "random_batch", recorded_batch)
     assert "| cuDNN, " in gpu_check.cudnn(LLAMA)
     assert seen[True] == seen[False]
-    assert len(set(seen[True])) == 4
+    assert len(set(seen[True])) == 5
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
