@@ -10,9 +10,9 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     study = Study(settings, device, StudyConfig(), equal=rows)
     study.tune(rows, trials=9)
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
-    study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="losses"))
+    study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="answers"))
 
-compare.py, efficiency.py, map.py and replication.py of experiments/ are studies.
+compare.py and replication.py are studies; map.py and efficiency.py have tables of older ones.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -150,7 +150,7 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "losses", "replicate", "answers"] = "answers"  # see `run_cell`
+    scores: Literal["dev", "replicate", "answers"] = "answers"  # see `run_cell`
     extra_rank: int = 0  # see sizes.attach_larger
 
     def result(self) -> dict[str, Any]:
@@ -201,10 +201,9 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
-    The dev loss weighs all target tokens alike. A cell that scores "losses" also has the losses on
-    seen and unseen instances. One that scores "replicate" has the losses on all seen instances, and
-    the scores of short answers to some of them. One that scores "answers" has the losses and the
-    scores of the generated answers on seen and unseen instances.
+    The dev loss weighs all target tokens alike. A cell that scores "replicate" also has the losses
+    on all seen instances, and the scores of short answers to some of them. One that scores
+    "answers" has the losses and the scores of the answers on seen and unseen instances.
     """
     started = time.monotonic()
     attach = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -535,12 +534,6 @@ class Study:
         self.equal = equal
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
-
-    def at(self, point: str, values: dict[str, Any]) -> "Study":
-        """Return the study of one point: with these settings, and in folders of its own."""
-        folders = {"out": str(Path(self.config.out, point)), "results": str(self.results / point)}
-        config = replace(self.config, **folders)
-        return Study(changed(self.settings, values), self.device, config, self.equal)
 
     def cell(
         self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"

@@ -227,7 +227,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
     search = Search({"lr_skills": 1e-2}, 1, lambda _: trial)
     assert list(search) == [trial]
     assert search.losses == {(0,): math.inf}
-    cells = [cell_of(tmp_path, name, scores="losses") for name in "ab"]
+    cells = [cell_of(tmp_path, name, scores="answers") for name in "ab"]
     with pytest.raises(ValueError, match="a.json: the run diverged; it has no scores"):
         study.run_cells([cells], 1, CPU)
     assert cells[1].path.exists()  # the others are made all the same
@@ -235,7 +235,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (math.nan, None))
-    cell = cell_of(tmp_path, "a", scores="losses", row=study.UNTRAINED["frozen base"])
+    cell = cell_of(tmp_path, "a", scores="answers", row=study.UNTRAINED["frozen base"])
     assert study.run_cell(cell, CPU)
     assert "the loss on seen instances is nan" in cell.result()["diverged"]
 
