@@ -256,8 +256,8 @@ def read_code(code: str) -> Code:
     launches = re.findall(
         r"triton_\w+\.run\(|extern_kernels\.\w+\(|torch\.ops\.aten\.[\w.]+\(", body
     )
-    # Where addmm writes to another tensor than it reads, it first copies.
-    added = re.findall(r"extern_kernels\.addmm\((\w+),.* out=(\w+)\)", body)
+    # Where addmm adds a product to one tensor and writes to another, it first copies.
+    added = re.findall(r"extern_kernels\.addmm\((\w+),.* beta=1, out=(\w+)\)", body)
     copies = [source for source, target in added if source != target]
     on_cpu = re.findall(r"cpp_fused\w*\(", body)
     return Code(len(launches) + len(copies), len(kernels), len(on_cpu), body.count(".item()"))
