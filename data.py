@@ -17,7 +17,6 @@ Letters: B batch, L source length, Lt target length.
 Test: pytest tests/unit/test_data.py
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -859,8 +858,8 @@ class Batch(NamedTuple):
     def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
         """Cut the batch into at most `parts` pieces. Yield the share of one process in each piece.
 
-        All pieces have ceil(B / parts) rows, but the last may have fewer. Of each piece, process
-        `rank` of `ranks` gets every `ranks`-th row, from row number `rank` on. Yield (rows, Batch
+        All pieces have ceil(B / parts) rows, but the last may have fewer. Process `rank` gets every
+        `ranks`-th row of each piece, starting with row number `rank`. Yield (rows, Batch
         of these rows), where `rows` are indices into this batch. A process without a row gets an
         empty `rows` and the first row of the piece with all labels -100, because every process
         must run the model equally often.
@@ -889,34 +888,44 @@ class Batch(NamedTuple):
             yield rows, piece
 
 
-def batch_at(lengths: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Return the indices of the examples in the batch of a step. Steps count from 0.
+class Batches:
+    """The order in which training examples are used: which of them are in the batch of a step.
 
-    lengths: source lengths of all examples. The result depends on nothing but the arguments. Each
-    example occurs once in an epoch, and one batch of an epoch may have fewer than `batch_size`.
+    It depends on the arguments alone. lengths: source lengths of all examples. Each example occurs
+    once in an epoch, and one batch of an epoch may have fewer than `batch_size`.
     """
-    epoch, number = divmod(step, math.ceil(len(lengths) / batch_size))
-    return _epoch(lengths.tobytes(), batch_size, seed, epoch)[number]
 
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.per_epoch = math.ceil(len(lengths) / batch_size)
+        self.epoch = -1  # of `batches`; none yet
+        self.batches: list[np.ndarray] = []
 
-@functools.lru_cache(maxsize=2)
-def _epoch(length_bytes, batch_size, seed, epoch):
-    """Return the indices of each batch of an epoch, in the order of the steps.
+    def at(self, step: int) -> np.ndarray:
+        """Return the indices of the examples in the batch of a step. Steps count from 0."""
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.batches = self.of_epoch(epoch)
+            self.epoch = epoch
+        return self.batches[number]
 
-    length_bytes: the lengths of `batch_at` as bytes, because lru_cache has to hash them.
-    Examples are shuffled, and then sorted by length within pools of 50 batches so that a batch
-    needs little padding. Then the batches are shuffled.
-    """
-    lengths = np.frombuffer(length_bytes, np.int64)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    epoch_batches = []
-    for start in range(0, len(order), 50 * batch_size):
-        pool = order[start : start + 50 * batch_size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        for first in range(0, len(pool), batch_size):
-            epoch_batches.append(pool[first : first + batch_size])
-    return [epoch_batches[i] for i in rng.permutation(len(epoch_batches))]
+    def of_epoch(self, epoch: int) -> list[np.ndarray]:
+        """Return the indices of each batch of an epoch, in the order of the steps.
+
+        Examples are shuffled, and then sorted by length within pools of 50 batches so that a batch
+        needs little padding. Then the batches are shuffled.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), 50 * self.batch_size):
+            pool = order[start : start + 50 * self.batch_size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            for first in range(0, len(pool), self.batch_size):
+                batches.append(pool[first : first + self.batch_size])
+        return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def collate(

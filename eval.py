@@ -331,12 +331,17 @@ def load_examples(
     if run:
         kind = "test" if config.split == "test" else "train"
         own = run.section(data.DataConfig, "dataset")
-        names = data.FILE_FIELDS - {"max_tasks"}
-        same_files = all(getattr(data_config, name) == getattr(own, name) for name in names)
-        fewer_tasks = 0 < data_config.max_tasks < (own.max_tasks or math.inf)
-        if same_files and data_config.max_tasks == own.max_tasks:
+        changed = set()
+        for name in data.FILE_FIELDS:
+            if getattr(data_config, name) != getattr(own, name):
+                changed.add(name)
+        own_limit = own.max_tasks or math.inf  # 0 stands for all tasks
+        fewer_tasks = 0 < data_config.max_tasks < own_limit
+        if not changed:
             run.require_same(data=run.data | {kind: examples.digest})
-        elif not (same_files and fewer_tasks) and examples.digest != run.data.get(kind):
+        elif changed == {"max_tasks"} and fewer_tasks:
+            pass  # a part of the run's files
+        elif examples.digest != run.data.get(kind):
             path = data_config.data
             if config.split == "test" and data_config.is_jsonl:
                 path = data_config.test

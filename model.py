@@ -102,7 +102,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def tidy(cls, config: Any, tensors: dict[str, Tensor]) -> Any:
-        """Remove from the tensors of a file what is unused or there twice.
+        """Remove unused tensors of a file, and second copies of a table.
 
         Return the config that describes these tensors.
         """

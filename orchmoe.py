@@ -729,7 +729,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                         linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **options: Any) -> None:
-        """Fold one routing for good and remove the adapters. A weight is no longer tied afterwards.
+        """Fold one routing for good and remove the adapters. This unties a Linear's tied weight.
 
         For the arguments see `folded`.
         """

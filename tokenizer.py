@@ -3,9 +3,9 @@
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
 the package `tokenizers`.
 Some things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
-ordinary text, decoded texts have no outer white space, and `encode` always adds EOS. Of a text that
-starts with a space, transformers 5 makes other ids than SentencePiece and this file with some
-tokenizer.json of Llama 2.
+ordinary text, decoded texts have no outer white space, and `encode` always adds EOS. A text that
+starts with a space gets the ids of SentencePiece here; transformers 5 gives it others with some
+files tokenizer.json of Llama 2.
 
 Test: pytest tests/unit/test_tokenizer.py
 """

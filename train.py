@@ -66,7 +66,7 @@ class TrainConfig:
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
-    warmup: int = 50  # steps of linear warm-up; a tenth of --steps if those are no more
+    warmup: int = 50  # steps of linear warm-up; with no more --steps than this, a tenth of them
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
@@ -331,7 +331,7 @@ def train_step(
 def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
     """Return noise u (B, *noise_shape) in [0,1) on the CPU, None if the method uses none.
 
-    That of a row depends on (seed, step, row) alone, so that a resumed run draws the same numbers.
+    The noise of a row depends on (seed, step, row) alone, so a resumed run draws the same numbers.
     """
     if adapters.noise_shape is None:
         return None
@@ -491,6 +491,7 @@ def train(
         autocast = torch.autocast(
             device.device.type, torch.bfloat16, enabled=full and device.dtype == torch.bfloat16
         )
+        batches = data.Batches(train_set.source_lengths, config.batch_size, config.seed)
         with program.stop_signals() as stop_requested:
             steps = range(first_step, config.steps)
             bar = program.progress(
@@ -499,7 +500,7 @@ def train(
             for step in bar:
                 # One step on a batch that depends on seed and step alone.
                 started = time.monotonic()
-                batch = training_batch(train_set, step, config)
+                batch = training_batch(train_set, batches, step)
                 with autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
@@ -568,10 +569,10 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
     return held_out
 
 
-def training_batch(train_set: Examples, step: int, config: TrainConfig) -> Batch:
+def training_batch(train_set: Examples, batches: data.Batches, step: int) -> Batch:
     """Return the batch of a step. It depends on the seed and the step alone."""
-    rows = data.batch_at(train_set.source_lengths, config.batch_size, config.seed, step)
-    return data.collate([train_set[row] for row in rows], seed=config.seed, step=step)
+    rows = batches.at(step)
+    return data.collate([train_set[row] for row in rows], seed=batches.seed, step=step)
 
 
 def score_held_out(

@@ -18,8 +18,8 @@ import torch
 import data
 import program
 from data import (
+    Batches,
     DataConfig,
-    batch_at,
     cached,
     collate,
     load_sets,
@@ -608,17 +608,19 @@ LENGTHS = np.random.default_rng(0).integers(10, 1000, 1003)
 def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
     steps = math.ceil(count / 8)
     for first in (0, steps, 2 * steps):
-        batches = [batch_at(LENGTHS[:count], 8, 5, first + step) for step in range(steps)]
+        batches = [Batches(LENGTHS[:count], 8, 5).at(first + step) for step in range(steps)]
         assert sorted(np.concatenate(batches)) == list(range(count))
         assert sorted(map(len, batches))[1:] == [8] * (steps - 1)
 
 
-def test_batch_at_depends_only_on_its_arguments():
-    arguments = list(product((LENGTHS, LENGTHS[::-1]), [8], (0, 1), (3, 129, 400)))
-    found = [tuple(batch_at(*each)) for each in arguments]
-    assert len(set(found)) == 12  # epochs, seeds and lengths have their own orders
-    data._epoch.cache_clear()
-    assert [tuple(batch_at(*each)) for each in reversed(arguments)] == found[::-1]
+def test_batches_depend_only_on_lengths_seed_and_step():
+    found = set()
+    for lengths, seed in product((LENGTHS, LENGTHS[::-1]), (0, 1)):
+        batches = Batches(lengths, 8, seed)
+        of_steps = [tuple(batches.at(step)) for step in (3, 129, 400)]
+        assert [tuple(batches.at(step)) for step in (400, 129, 3)] == of_steps[::-1]
+        found.update(of_steps)
+    assert len(found) == 12  # epochs, seeds and lengths have their own orders
 
 
 def test_bucketing_pads_far_less_than_random_batches():
@@ -626,7 +628,7 @@ def test_bucketing_pads_far_less_than_random_batches():
         return sum(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum() for batch in batches)
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
-    bucketed = [batch_at(LENGTHS, 8, 0, step) for step in range(126)]
+    bucketed = [Batches(LENGTHS, 8, 0).at(step) for step in range(126)]
     assert padding(bucketed) < 0.2 * padding(np.array_split(order, 126))
     means = [LENGTHS[batch].mean() for batch in bucketed]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # batches are not served by length
