@@ -259,13 +259,13 @@ def gaps_within(explored: dict[str, Any], kind: str, low: float, high: float) ->
 
 
 def shares(explored: dict[str, Any], kind: str) -> str:
-    """Return how many answers are right, among the shown samples and in the whole set."""
+    """Return how many answers are right with the router's w: of the shown samples, and of all."""
     shown = [s for s in explored["samples"] if explored["tasks"][s["task"]]["kind"] == kind]
     right = sum(sample["results"][0][2] for sample in shown)
     whole = average([task for task in explored["tasks"] if task["kind"] == kind], "")
     return (
-        f"{right} of the {len(shown)} {kind} ones are right ({100 * right / len(shown):.0f} %; of "
-        f"all {whole['count']}: {100 * whole['own']['right'] / whole['count']:.0f} %)"
+        f"{right} of the {len(shown)} {kind} ones ({100 * right / len(shown):.0f} %; of all "
+        f"{whole['count']}: {100 * whole['own']['right'] / whole['count']:.0f} %)"
     )
 
 

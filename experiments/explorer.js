@@ -59,8 +59,8 @@
       own: "the router",
       mean: "the mean of " + kind + " samples",
       uniform: "1/" + K + " each: no router",
-      other: "another’s: " + words(otherTask),
-      off: "w = 0: no skills",
+      other: "another sample: " + words(otherTask),
+      off: "no skills: w = 0",
     };
     for (let k = 1; k <= K; k++) names[k] = "abstract task " + k + " alone";
     return names;
@@ -249,7 +249,7 @@
     });
     const name = current ? view.names[current] : view.names.now;
     const result = view.results[current || "now"];
-    element("shown").textContent = "This is the w of: " + name + ".";
+    element("shown").textContent = "Shown row: " + name + ".";
     if (result && data.live) element("shown").textContent += " The answer: " + (result[0] || "(empty)");
   }
 

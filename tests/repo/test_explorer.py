@@ -184,7 +184,7 @@ def test_two_tasks_of_one_abstract_task_are_said_to_be_so(annotated):
             choose_sample(annotated, number)
             assert ("same abstract task" in text(annotated, "#about")) == is_same
             spoken = sample["other_task"].replace("_", " ")
-            assert text(annotated, '[data-row="other"]') == f"another\u2019s: {spoken}"
+            assert text(annotated, '[data-row="other"]') == f"another sample: {spoken}"
     assert said == {True, False}
 
 
