@@ -261,6 +261,11 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
         block._compiled_call_impl = partial(run, block)  # what nn.Module.compile sets
 
 
+def require_compiler(device: torch.device) -> None:
+    """Compile a small function, which takes seconds. Raise RuntimeError if torch cannot do it."""
+    torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+
+
 def compiles_well(*inputs: Any) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 

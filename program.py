@@ -221,7 +221,10 @@ def _argparse_options(hint):
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is typing.Literal:
         # The empty choice means that the flag is not given.
-        return {"choices": [choice for choice in typing.get_args(hint) if choice]}
+        choices = [choice for choice in typing.get_args(hint) if choice]
+        if "on" in choices:  # the flag alone means on
+            return {"choices": choices, "nargs": "?", "const": "on"}
+        return {"choices": choices}
     if typing.get_origin(hint) is tuple:
         return {"type": _split_names, "metavar": "A,B,.."}
     if typing.get_args(hint):  # X | None
@@ -317,9 +320,9 @@ def world_size() -> int:
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run `main` and exit with the code that it returns (None means 0).
 
-    A UserError, an OSError that names a file, too little memory and a missing compiler print one
-    line on stderr and exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs
-    and keep their traceback.
+    A UserError, an OSError that names a file and too little memory print one line on stderr and
+    exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs and keep their
+    traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
@@ -356,8 +359,6 @@ def user_message(error: Exception) -> str | None:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
         text = f"out of memory ({text:.120}); lower the batch sizes, or use a smaller model"
-    elif isinstance(error, RuntimeError) and re.search(r"C(\+\+)? compiler", text):
-        text = "torch.compile finds no C compiler; install gcc, or set TORCHDYNAMO_DISABLE=1"
     elif not isinstance(error, UserError):
         return None
     return " ".join(text.split())

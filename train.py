@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 import checkpoint
 import data
 import eval as evaluation
+import kernels
 import program
 import runtime
 from baselines import METHODS, attach_method, count_parameters, settings_of_method
@@ -49,6 +50,8 @@ TRAINABLE_KINDS = {
     "mixture": ("router",),
 }
 LARGEST_NORM = 1.0  # gradients are clipped to this norm
+# Compiling takes about a minute, and saves about 1 ms for each block and step.
+COMPILE_FROM = 60_000  # steps times blocks from which --compile auto compiles
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class TrainConfig:
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
     start: str = ""  # a finished run to start from: its base, method, adapters, data settings
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
 
@@ -94,11 +98,6 @@ class LaunchConfig:
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
     shard: bool = False  # split the frozen base over the processes of torchrun
-    compile: bool = False  # compile each block: a minute at the start, faster steps afterwards
-
-    def __post_init__(self) -> None:
-        if self.shard and self.compile:  # FSDP2 puts hooks into the blocks
-            raise UserError("--shard and --compile: give one of the two")
 
 
 @dataclass(frozen=True)
@@ -135,15 +134,16 @@ def saved_settings(run: RunConfig) -> Settings:
 def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     """Return the settings that the flags describe. `flags` holds only what was given.
 
-    With --resume they are those of the run in --out, and flags may change only paths. Raise
-    UserError for a flag that would have no effect.
+    With --resume they are those of the run in --out, and flags may change only paths and
+    --compile. Raise UserError for a flag that would have no effect.
     """
     if launch.resume and not launch.out:
         raise UserError("--resume: give the folder of the run with --out")
     if launch.resume:
         saved = saved_settings(read_config(launch.out)).as_flags()
         for name in sorted(flags.keys() & saved.keys()):
-            may_change = name in PATHS and saved[name]  # paths may change, but not be added
+            # Paths may change, but not be added. Another machine may have no compiler.
+            may_change = name == "compile" or (name in PATHS and saved[name])
             if flags[name] != saved[name] and not may_change:
                 raise UserError(
                     f"{program.flag(name)} {flags[name]}: the run in {launch.out} has "
@@ -276,6 +276,44 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
         adapters.router.bias.data.copy_(bias)
 
 
+def choose_compile(
+    config: TrainConfig, base: Backbone, device: torch.device, shard: bool
+) -> Literal["on", "off"]:
+    """Return whether to compile the blocks, and print why.
+
+    Raise UserError if --compile on is not possible.
+    """
+    asked = config.compile
+    if asked == "on" and shard:  # FSDP2 puts hooks into the blocks
+        raise UserError("--shard and --compile: give one of the two")
+
+    size = f"{config.steps} steps x {len(base.blocks)} blocks"
+    if asked != "auto":
+        choice, reason = asked, "as the settings say"
+    elif device.type != "cuda":
+        choice, reason = "off", "auto compiles on CUDA alone"
+    elif shard:
+        choice, reason = "off", "auto does not compile with --shard"
+    elif config.steps * len(base.blocks) < COMPILE_FROM:
+        choice, reason = "off", f"{size} are fewer than {COMPILE_FROM:,}, too few to gain from it"
+    else:
+        choice, reason = "on", f"{size} are at least {COMPILE_FROM:,}"
+
+    if choice == "on":
+        try:
+            kernels.require_compiler(device)
+        except RuntimeError as error:
+            if asked == "on":
+                raise UserError(
+                    f"--compile on: torch cannot compile here ({error!s:.100}); install gcc, or "
+                    "give --compile off"
+                ) from None
+            choice, reason = "off", "torch cannot compile here"
+            program.warn(f"{reason}: {error!s:.100}")
+    program.print_line(f"compile {choice}: {reason}")
+    return choice
+
+
 # ----------------------------------------------------------------------------------- one step
 
 
@@ -406,7 +444,8 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),
         )
-    if launch.compile:
+    config = replace(config, compile=choose_compile(config, base, device.device, launch.shard))
+    if config.compile == "on":
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)

@@ -424,7 +424,6 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
 # ---------------------------------------------------------------------------- how a program ends
 
 MEMORY = "train.py: error: out of memory ("
-COMPILER = "train.py: error: torch.compile finds no C compiler; install gcc"
 
 
 @pytest.mark.parametrize(
@@ -433,11 +432,9 @@ COMPILER = "train.py: error: torch.compile finds no C compiler; install gcc"
         (MemoryError("a list"), MEMORY),
         (torch.OutOfMemoryError("CUDA"), MEMORY),
         (RuntimeError("DefaultCPUAllocator: no 9 bytes"), MEMORY),
-        (RuntimeError("Failed to find C compiler. Please specify"), COMPILER),  # by Triton
-        (RuntimeError("No working C++ compiler found"), COMPILER),  # by torch
     ],
 )
-def test_lack_of_memory_or_compiler_prints_one_line(error, beginning, monkeypatch):
+def test_lack_of_memory_prints_one_line(error, beginning, monkeypatch):
     monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
     message = run("train.py", cwd=".", code=2)
     assert message.startswith(beginning)

@@ -5,15 +5,20 @@ If torch cannot compile, or hits a limit, training goes on without, with one war
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.utils import fresh_cache
 
 import kernels
 import orchmoe
+import program
+import run_folder
+import train
 from baselines import METHODS
 from helpers import (
     SHORT,
@@ -168,6 +173,77 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     ):
         check(base, backend, BATCHES[:3], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
+
+
+def test_a_missing_compiler_is_found_by_compiling():
+    with (
+        fresh_cache(),
+        torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}),
+        pytest.raises(RuntimeError, match=r"No working C\+\+ compiler"),
+    ):
+        kernels.require_compiler(torch.device("cpu"))
+
+
+# ------------------------------------------------------------------- the choice of train.py
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CHOICES = [  # --compile, device, steps, --shard, and what the line says
+    ("auto", CPU, 10**6, False, "off: auto compiles on CUDA alone"),
+    ("auto", CUDA, 14_999, False, "off: 14999 steps x 4 blocks are fewer than 60,000, too few"),
+    ("auto", CUDA, 15_000, False, "on: 15000 steps x 4 blocks are at least 60,000"),
+    ("auto", CUDA, 15_000, True, "off: auto does not compile with --shard"),
+    ("on", CPU, 1, False, "on: as the settings say"),
+    ("off", CUDA, 10**6, False, "off: as the settings say"),
+    ("off", CUDA, 10**6, True, "off: as the settings say"),
+]
+
+
+@pytest.mark.parametrize("asked, device, steps, shard, line", CHOICES)
+def test_what_is_compiled_and_why(asked, device, steps, shard, line, small_t5, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "require_compiler", lambda device: None)
+    config = train.TrainConfig(compile=asked, steps=steps)
+    choice = train.choose_compile(config, small_t5, device, shard)
+    assert capsys.readouterr().out.startswith(f"compile {line}")
+    assert line.startswith(f"{choice}: ")
+
+
+def find_no_compiler(device):
+    raise RuntimeError("No working C++ compiler")
+
+
+def test_without_a_compiler_auto_warns(small_t5, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
+    config = train.TrainConfig(steps=15_000)
+    assert train.choose_compile(config, small_t5, CUDA, False) == "off"
+    lines = capsys.readouterr()
+    assert lines.out == "compile off: torch cannot compile here\n"
+    assert lines.err == "warning: torch cannot compile here: No working C++ compiler\n"
+
+
+def test_without_a_compiler_on_is_an_error_before_anything_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
+    error = run("train.py", *SHORT, "--compile", "--out", "run", cwd=tmp_path, code=2)
+    assert error == (
+        "train.py: error: --compile on: torch cannot compile here (No working C++ compiler); "
+        "install gcc, or give --compile off\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_choice_is_saved_and_only_a_flag_changes_it(copied, monkeypatch):
+    """A resumed run repeats it, also where `auto` would choose something else."""
+    saved = train.saved_settings(run_folder.read_config(copied))
+    assert saved.training.compile == "off"
+    launch = train.LaunchConfig(out=str(copied), resume=True)
+    assert train.read_settings({}, launch).training.compile == "off"
+    assert train.read_settings({"compile": "on"}, launch).training.compile == "on"
+
+
+def test_the_flag_alone_means_on(monkeypatch):
+    for words, value in (([], "on"), (["off"], "off"), (["auto"], "auto")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--compile", *words, "--steps", "3"])
+        flags = program.read_flags("", train.TrainConfig)
+        assert flags == {"compile": value, "steps": 3}
 
 
 @pytest.mark.slow  # it compiles for ten seconds
