@@ -41,9 +41,9 @@ def largest(w: list[float]) -> int:
     return w.index(max(w))
 
 
-def heat_head(first: str, K: int) -> str:
-    """Return the head of a heat map: a column for each abstract task."""
-    head = "".join(f'<th scope="col">{k + 1}</th>' for k in range(K))
+def heat_head(first: str, columns: int) -> str:
+    """Return the head of a heat map. Its columns are numbered from 1."""
+    head = "".join(f'<th scope="col">{number}</th>' for number in range(1, columns + 1))
     return f'<thead><tr><th scope="col">{first}</th>{head}</tr></thead>\n'
 
 
@@ -101,20 +101,19 @@ def most_moved(explored: dict[str, Any]) -> dict[str, Any]:
 
 def chain_html(explored: dict[str, Any]) -> str:
     """Return w, one row of Zhat, and c of the first sample in one Linear."""
-    walk = explored["walk"]
     w = explored["samples"][explored["first"]]["w"]
-    row = walk["allocation"][largest(w) + 1]
-    c = walk["c"][-1]
+    Zhat = explored["Zhat"][explored["linears"].index(explored["walk"]["linear"])]  # (K,S)
+    row = Zhat[largest(w)]
+    c = [sum(w[k] * Zhat[k][s] for k in range(len(w))) for s in range(len(row))]
     tables = []
     for head, name, values in (
-        ("abstract task", "$w$", [f"{value:.2f}" for value in w]),
-        ("skill", f"row {largest(w) + 1} of $Z^hat$", row[1:]),
-        ("skill", "$c$", c[1:]),
+        ("abstract task", "$w$", w),
+        ("skill", f"row {largest(w) + 1} of $Z^hat$", row),
+        ("skill", "$c$", c),
     ):
-        numbers_ = "".join(f'<th scope="col">{i + 1}</th>' for i in range(len(values)))
-        cells = "".join(heat(float(value)) for value in values)
+        cells = "".join(heat(value) for value in values)
         tables.append(
-            f'<table><thead><tr><th scope="col">{head}</th>{numbers_}</tr></thead>'
+            f"<table>{heat_head(head, len(values))}"
             f'<tbody><tr><th scope="row">{inline(name, {})}</th>{cells}</tr></tbody></table>'
         )
     return f'<div class="chain">{"".join(tables)}</div>'
@@ -145,12 +144,12 @@ def gap_html(explored: dict[str, Any], task: dict[str, Any], setting: str) -> st
 
     "off" has no colour. "other" says whose w it is.
     """
-    gap = task[setting]["loss"] - task["own"]["loss"]
+    difference = gap(task, setting)
     kind = ""
-    if abs(gap) > LITTLE and setting != "off":
-        kind = ' class="good"' if gap > 0 else ' class="bad"'
+    if abs(difference) > LITTLE and setting != "off":
+        kind = ' class="good"' if difference > 0 else ' class="bad"'
     whose = whose_w(explored, task) if setting == "other" else ""
-    return f"<td{kind}>{signed(gap, 2)}{whose}</td>"
+    return f"<td{kind}>{signed(difference, 2)}{whose}</td>"
 
 
 def whose_w(explored: dict[str, Any], task: dict[str, Any]) -> str:
@@ -174,9 +173,11 @@ def extremes_html(explored: dict[str, Any]) -> str:
     groups = []
     for kind in ("seen", "unseen"):
         tasks = sorted_by_gap(explored, kind)
-        groups.append((f"{kind} tasks that the router’s w helps most", tasks[:MOST]))
-        groups.append((f"{kind} tasks that it harms most", tasks[-MOST:]))
-    return losses_table(explored, groups)
+        helped = [task for task in tasks if gap(task, "mean") > LITTLE]
+        harmed = [task for task in reversed(tasks) if gap(task, "mean") < -LITTLE]
+        groups.append((f"{kind} tasks that the router’s w helps most", helped[:MOST]))
+        groups.append((f"{kind} tasks that it harms most", harmed[:MOST]))
+    return losses_table(explored, [(title, tasks) for title, tasks in groups if tasks])
 
 
 def losses_html(explored: dict[str, Any]) -> str:
@@ -192,7 +193,12 @@ def losses_html(explored: dict[str, Any]) -> str:
 def sorted_by_gap(explored: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Return the tasks of a kind, first the one whose loss the mean w raises most."""
     tasks = [task for task in explored["tasks"] if task["kind"] == kind]
-    return sorted(tasks, key=lambda task: task["own"]["loss"] - task["mean"]["loss"])
+    return sorted(tasks, key=lambda task: -gap(task, "mean"))
+
+
+def gap(task: dict[str, Any], setting: str) -> float:
+    """Return the loss of a setting minus that with the router's w, in nats."""
+    return task[setting]["loss"] - task["own"]["loss"]
 
 
 def losses_table(explored: dict[str, Any], groups: list[tuple[str, list[dict]]]) -> str:
@@ -252,7 +258,7 @@ def gaps_within(explored: dict[str, Any], kind: str, low: float, high: float) ->
     """Return the names of the tasks whose loss the mean w and 1/K both change by low to high."""
     names = []
     for task in explored["tasks"]:
-        gaps = [task[setting]["loss"] - task["own"]["loss"] for setting in ("mean", "uniform")]
+        gaps = [gap(task, setting) for setting in ("mean", "uniform")]
         if task["kind"] == kind and low <= min(gaps) and max(gaps) <= high:
             names.append(task["name"].replace("_", " "))
     return ", ".join(names) or "(none)"

@@ -378,6 +378,7 @@ class ExplorerConfig:
 
 def main() -> None:
     config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
+    program.print_line(f"loading {config.run}")
     loaded = load(config.run, model=config.model)
     try:
         server = Server(loaded, config.port)

@@ -193,6 +193,31 @@ def test_the_digest_of_the_code_ignores_words_and_sees_code():
     assert numbers.code_lines(source) == lines
 
 
+def test_what_the_texts_claim_about_the_run_holds():
+    """Change the texts if a new run says something else."""
+    text = " ".join(notes.TEXT.read_text(encoding="utf-8").split())
+    sharp = [task for task in TASKS if sum(sorted(task["w"])[-2:]) > 0.7]
+    assert len(sharp) > len(TASKS) / 2
+    assert "Most tasks have one or two large weights." in text
+
+    first = EXPLORED["samples"][EXPLORED["first"]]["w"]
+    assert max(first) > 0.5 and sorted(first)[-2] < 0.2
+    assert "and little on the others." in text
+    assert max(float(value) for value in EXPLORED["walk"]["c"][-1][1:]) > 0.5
+    assert "So this Linear uses mostly skill" in text
+
+    seen, unseen = (
+        tables.average([task for task in TASKS if task["kind"] == kind], "")
+        for kind in ("seen", "unseen")
+    )
+    for other in ("mean", "uniform", "other"):
+        assert tables.gap(seen, other) > tables.gap(unseen, other)
+        for kind in (seen, unseen):
+            assert tables.gap(kind, other) < tables.gap(kind, "off") / 2
+    assert "Another w costs more on seen tasks than on unseen ones." in text
+    assert "But most of the gain over the frozen base (no skills) is there" in text
+
+
 def require_even_spacing(explored):
     """Require three samples of each task, evenly spaced over the rows of the task."""
     starts = {"seen": 0, "unseen": 0}
