@@ -232,7 +232,9 @@
     element("input").textContent = shown.input;
     let about = "A new sample of a training task. ";
     if (task.kind === "unseen") about = "A sample of a task that was not trained on. ";
-    if (other && largest(other.w) === largest(task.w)) {
+    if (other === task) {
+      about += "The other sample below is of the same task.";
+    } else if (other && largest(other.w) === largest(task.w)) {
       about += "Its task and that of the other sample below have most weight on the same abstract task, ";
       about += largest(task.w) + 1 + ", so their w are alike.";
     }

@@ -494,6 +494,15 @@ def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, t
     assert browser.find_element("id", "input").text == nasty
 
 
+def test_another_sample_of_the_same_task_is_said_to_be_so(server, browser, tmp_path):
+    explored = explorer.collect(server.loaded)
+    explored["samples"][0]["other_task"] = explored["tasks"][0]["name"]
+    path = tmp_path / "page.html"
+    path.write_text(explorer.page(explored), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert text(browser, "#about").endswith("The other sample below is of the same task.")
+
+
 def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     with interrupted(explorer.Server, "serve_forever", 1, error=KeyboardInterrupt):
         run("experiments/explorer.py", "--run", "run", "--port", 0, cwd=finished, code=130)
