@@ -281,10 +281,15 @@ def fingerprint(folder: str | Path) -> str:
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())
     for name, weight in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        stride = math.ceil(weight.numel() / 1024)
-        sample = weight.flatten()[::stride].contiguous()
-        digest.update(sample.view(torch.uint8).numpy())
+        digest.update(sampled(weight))
     return digest.hexdigest()[:16]
+
+
+def sampled(weight: Tensor) -> bytes:
+    """Return up to 1,024 evenly spaced values of a tensor as bytes."""
+    stride = math.ceil(weight.numel() / 1024)
+    sample = weight.flatten()[::stride].contiguous()
+    return sample.view(torch.uint8).numpy().tobytes()
 
 
 # -------------------------------------------------------------------------------------- adapters

@@ -18,6 +18,7 @@ Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ import eval as evaluation
 import program
 import run_folder
 import runtime
-from integrations.peft_folder import save_peft
+from integrations.peft_folder import fingerprint, save_peft
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
 from program import UserError
@@ -117,8 +118,10 @@ def given_routing(config: ExportConfig, K: int) -> Tensor:
     """Return w (K,), the weights that --w gives."""
     with program.reading("--w", f"give K = {K} finite numbers with commas between"):
         w = torch.tensor([float(value) for value in config.w])
-        if len(w) != K or not w.isfinite().all():
-            raise ValueError(f"{len(w)} numbers, or some are not finite")
+        if len(w) != K:
+            raise ValueError(f"{len(w)} numbers")
+        if not w.isfinite().all():
+            raise ValueError("a number is not finite")
     return w
 
 
@@ -140,11 +143,37 @@ def mean_routing(
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 
-def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Path) -> None:
+def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return how a run makes the ids of a whole prompt.
+
+    dataset: fields of DataConfig with which data.build_samples makes the ids. A whole prompt is
+        like a row of JSONL, and `wrapper` says that it has SNI's form.
+    ending: what every prompt ends in: an empty line, if all rows of a decoder have instructions.
+    """
+    config = run.section(data.DataConfig, "dataset")
+    dataset = {
+        "data": ".jsonl",
+        "wrapper": config.is_official,
+        "max_source_length": config.max_source_length,
+    }
+    ending = "\n\n" if run.forms == "instruction" else ""
+    return {"dataset": dataset, "ending": ending, "tokenizer": tokenizer.fingerprint}
+
+
+def save_router(
+    router: TaskRouter,
+    embedding: str,
+    loras: list[str],
+    prompt: dict[str, Any] | None,
+    base: str | Path,
+    folder: Path,
+) -> None:
     """Write what a server needs to compute w of a prompt.
 
     router.safetensors: W_task (K,D), bias (K), mu and sd (D). router.json: the settings of the
-    router, the name of the embedding table, and the LoRAs whose weights w holds, in this order.
+    router, the name of the embedding table, the LoRAs whose weights w holds, in this order, the
+    fingerprint of the base in the folder `base`, and the rule of prompts. This rule is that of
+    `prompt_rule`, or None if prompts have the ids of transformers, as in a trainer.
     """
     checkpoint.write_safetensors(
         folder / "router.safetensors", router.state_dict(), {"format": "pt"}
@@ -154,6 +183,8 @@ def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Pa
         "embedding": embedding,
         "attention": router.config.router_attention,
         "norm": router.config.router_norm,
+        "base": fingerprint(base),
+        "prompt": prompt,
     }
     program.write_json(folder / "router.json", settings)
 
@@ -161,10 +192,10 @@ def save_router(router: TaskRouter, embedding: str, loras: list[str], folder: Pa
 def export(config: ExportConfig, device: runtime.Device) -> None:
     """Write the LoRAs that the config asks for, and the router."""
     out = Path(config.out)
-    if out.exists():
-        raise UserError(f"{out}: exists; name a new folder by --out")
+    program.require_new([out], "name a new folder by --out")
 
     method = "orchmoe"
+    prompt = None
     if config.adapter:
         adapters, embedding = load_adapter(config.adapter, config.model)
         base_folder = config.model
@@ -181,6 +212,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
         base_folder = config.model or run.training["model"]
         embedding = checkpoint.hf_name(base, "embedding.weight")
+        prompt = prompt_rule(run, tokenizer)
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
     routings: dict[str, Tensor | None] = {"lora": None}
@@ -202,7 +234,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     )
 
     if adapters.router is not None:
-        save_router(adapters.router, embedding, abstract, out)
+        save_router(adapters.router, embedding, abstract, prompt, base_folder, out)
         program.print_line(f"written to {out}: router.safetensors and router.json")
 
 

@@ -203,6 +203,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=64):
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # the base may bring another one
             pad_token_id=tokenizer.pad_token_id,
         )
     prompt_length = batch["input_ids"].shape[1]

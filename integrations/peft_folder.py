@@ -11,6 +11,7 @@ width, N adapted Linears.
 Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -63,6 +64,19 @@ class Lora(NamedTuple):
     rank: int  # r
     base: str  # name or folder of the base, as adapter_config.json has it
     folder: str
+
+
+def fingerprint(base: str | Path) -> str:
+    """Return 16 hex digits that tell the weights in a Hugging Face folder from others.
+
+    They do not depend on names or files, since a tied weight has one name or several. As in
+    checkpoint.fingerprint, up to 1,024 values of each tensor count.
+    """
+    digests = set()
+    for weight in checkpoint.read_folder(base).values():
+        content = f"{weight.dtype} {list(weight.shape)}".encode() + checkpoint.sampled(weight)
+        digests.add(hashlib.sha256(content).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
 
 
 def linears_by_hf_name(adapters: Adapters) -> dict[str, SkillLinear]:

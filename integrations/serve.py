@@ -10,38 +10,56 @@ the LoRAs in each request. It must have been started with all LoRAs, in the orde
         --ask "Hot is not"
 
 Letters: K LoRAs, r their rank, O output width, L length. Decoding is greedy.
-Test: pytest tests/parity/test_peft.py
+Test: pytest tests/parity/test_serve.py tests/parity/test_trainer.py
 """
 
-import argparse
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 
-import peft
 import torch
-import transformers
-from safetensors.torch import load_file
 
 import checkpoint
+import data
 import program
+import tokenizer
+from integrations.peft_folder import fingerprint, load_peft
 from orchmoe import OrchMoEConfig, TaskRouter
+from program import UserError
 
 
 class Router:
-    """Computes w of a prompt from the files of export.py and the base's embedding table."""
+    """Computes w of a prompt from the files of export.py and the base's embedding table.
+
+    Raise UserError if the base is not the one that was exported.
+    """
 
     def __init__(self, served, base):
-        facts = json.loads((served / "router.json").read_text(encoding="utf-8"))
-        config = OrchMoEConfig(
-            abstract_tasks=len(facts["loras"]),
-            router_attention=facts["attention"],
-            router_norm=facts["norm"],
+        path = program.require_path(
+            served / "router.json", "name a folder that integrations/export.py wrote, with a router"
         )
-        self.loras = facts["loras"]
-        self.table = checkpoint.read_folder(base)[facts["embedding"]]  # (V,D), not in memory
-        self.router = TaskRouter(self.table.shape[1], config)
-        self.router.load_state_dict(load_file(served / "router.safetensors"))
+        program.require_path(base, checkpoint.DOWNLOAD)
+        facts = program.read_json(path)
+        if "base" not in facts:
+            program.warn(
+                f"{path}: an older version wrote it, and nothing tells whether the base and the "
+                "tokens of prompts are those of training; export it again"
+            )
+        elif facts["base"] != fingerprint(base):
+            raise UserError(f"{base}: not the base of {served}; give the folder of its base")
+        self.prompt_rule = facts.get("prompt")  # see export.save_router
+        with program.reading(path, "export it again"):
+            self.loras = facts["loras"]
+            config = OrchMoEConfig(
+                abstract_tasks=len(self.loras),
+                router_attention=facts["attention"],
+                router_norm=facts["norm"],
+            )
+            state, _ = checkpoint.read_safetensors(served / "router.safetensors")
+            self.table = checkpoint.read_folder(base)[facts["embedding"]]  # (V,D), not in memory
+            self.router = TaskRouter(self.table.shape[1], config)
+            self.router.load_state_dict(state)
 
     @torch.no_grad()
     def __call__(self, ids):
@@ -49,29 +67,84 @@ class Router:
         return self.router(self.table[ids][None])[0]
 
 
+class RunTokenizer:
+    """Gives prompts the ids that they have in a run of train.py."""
+
+    def __init__(self, base, rule):
+        self.tokenizer = tokenizer.load(base)
+        with program.reading("router.json", "restore the base, or export again"):
+            if self.tokenizer.fingerprint != rule["tokenizer"]:
+                raise ValueError(f"the tokenizer in {base} is another one")
+            self.ending = rule["ending"]
+            self.config = program.from_json(data.DataConfig, rule["dataset"])
+
+    def encode(self, prompt):
+        if not prompt.endswith(self.ending):
+            prompt += self.ending
+        [sample] = data.build_samples([prompt], [[]], self.tokenizer, self.config)
+        if sample.is_cut:
+            program.warn(
+                f"--ask: a prompt has more than {self.config.max_source_length} tokens and loses "
+                "its end, as in training"
+            )
+        return sample.source
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+class HubTokenizer:
+    """Gives prompts the ids that they have in transformers, for an adapter of a trainer."""
+
+    def __init__(self, base):
+        with program.reading(base, "pip install transformers protobuf sentencepiece"):
+            import transformers
+
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    def encode(self, prompt):
+        return self.tokenizer(prompt).input_ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 class PeftModel:
     """The base with one LoRA in peft, whose B is mixed anew for each prompt."""
 
     def __init__(self, served, base, loras):
-        config = transformers.AutoConfig.from_pretrained(base)
-        model_class = transformers.AutoModelForCausalLM
-        if config.is_encoder_decoder:
-            model_class = transformers.AutoModelForSeq2SeqLM
-        model = model_class.from_pretrained(base, dtype="auto", device_map="auto")
-        self.model = peft.PeftModel.from_pretrained(model, served / loras[0]).eval()
-        states = [load_file(served / lora / "adapter_model.safetensors") for lora in loras]
+        loaded = [load_peft(served / lora) for lora in loras]
         self.factors = {}  # name of a B -> the B of all LoRAs (K,O,r)
-        for name in states[0]:
-            if ".lora_B." in name:
-                self.factors[name] = torch.stack([state[name] for state in states])
+        with program.reading(served, "export it again"):
+            for name in loaded[0].factors:
+                B = torch.stack([lora.factors[name][1] for lora in loaded])
+                self.factors[f"base_model.model.{name}.lora_B.weight"] = B
+
+        with program.reading("--base", "pip install transformers peft"):
+            import peft
+            import transformers
+
+        with program.reading(base, "name the folder of the base"):
+            config = transformers.AutoConfig.from_pretrained(base)
+            model_class = transformers.AutoModelForCausalLM
+            if config.is_encoder_decoder:
+                model_class = transformers.AutoModelForSeq2SeqLM
+            model = model_class.from_pretrained(base, dtype="auto", device_map="auto")
+            self.model = peft.PeftModel.from_pretrained(model, served / loras[0]).eval()
+        self.set_state = peft.set_peft_model_state_dict
 
     @torch.no_grad()
     def answer(self, ids, w, max_tokens):
         """Return the ids of the answer to a prompt (L,), with the LoRAs weighted by w (K,)."""
         mixed = {name: torch.einsum("k,kor->or", w, B) for name, B in self.factors.items()}
-        peft.set_peft_model_state_dict(self.model, mixed)
+        self.set_state(self.model, mixed)
         prompt = ids[None].to(self.model.device)
-        row = self.model.generate(input_ids=prompt, max_new_tokens=max_tokens, do_sample=False)[0]
+        row = self.model.generate(
+            input_ids=prompt,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # the base may bring another one
+        )[0]
         return row if self.model.config.is_encoder_decoder else row[len(ids) :]
 
 
@@ -84,31 +157,46 @@ def ask_llama_server(url, ids, w, max_tokens):
         "cache_prompt": False,  # or it may reuse what it computed with other weights
         "lora": [{"id": k, "scale": scale} for k, scale in enumerate(w.tolist())],
     }
-    with urllib.request.urlopen(f"{url}/completion", json.dumps(request).encode()) as reply:
-        return json.loads(reply.read())["content"]
+    with program.reading(f"--server {url}", "start llama-server with all LoRAs of router.json"):
+        try:
+            content = json.dumps(request).encode()
+            with urllib.request.urlopen(f"{url}/completion", content, timeout=600) as reply:
+                return json.loads(reply.read())["content"]
+        except urllib.error.HTTPError as error:
+            message = error.read().decode(errors="replace")
+            raise ValueError(f"it refuses with {error.code}: {message}") from None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = program.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--served", type=Path, required=True, help="folder that export.py wrote")
     parser.add_argument("--base", type=Path, required=True, help="folder of the base")
     parser.add_argument("--ask", nargs="+", required=True, metavar="PROMPT", help="whole prompts")
     parser.add_argument("--server", help="address of a llama-server (default: peft answers)")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default: 64)")
     args = parser.parse_args()
+    if args.max_tokens < 1:
+        parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
+    for prompt in args.ask:
+        with program.checking_settings():
+            data.require_text("--ask", prompt)
+        if not prompt.strip():
+            parser.error("--ask: a prompt is empty")
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.base)
     router = Router(args.served, args.base)
+    if router.prompt_rule:
+        texts = RunTokenizer(args.base, router.prompt_rule)
+    else:
+        texts = HubTokenizer(args.base)
     model = None if args.server else PeftModel(args.served, args.base, router.loras)
     for prompt in args.ask:
-        ids = torch.tensor(tokenizer(prompt).input_ids)
+        ids = torch.tensor(texts.encode(prompt))
         w = router(ids)
         if args.server:
             answer = ask_llama_server(args.server, ids, w, args.max_tokens)
         else:
-            tokens = model.answer(ids, w, args.max_tokens)
-            answer = tokenizer.decode(tokens, skip_special_tokens=True)
-        print(f"{prompt} -> {answer}")
+            answer = texts.decode(model.answer(ids, w, args.max_tokens))
+        program.print_line(f"{prompt} -> {answer}")
 
 
 if __name__ == "__main__":
