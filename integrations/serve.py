@@ -49,6 +49,8 @@ class Router:
         elif facts["base"] != fingerprint(base):
             raise UserError(f"{base}: not the base of {served}; give the folder of its base")
         self.prompt_rule = facts.get("prompt")  # see export.save_router
+        state, _ = checkpoint.read_safetensors(served / "router.safetensors")
+        tensors = checkpoint.read_folder(base)  # not in memory
         with program.reading(path, "export it again"):
             self.loras = facts["loras"]
             config = OrchMoEConfig(
@@ -56,8 +58,7 @@ class Router:
                 router_attention=facts["attention"],
                 router_norm=facts["norm"],
             )
-            state, _ = checkpoint.read_safetensors(served / "router.safetensors")
-            self.table = checkpoint.read_folder(base)[facts["embedding"]]  # (V,D), not in memory
+            self.table = tensors[facts["embedding"]]  # (V,D)
             self.router = TaskRouter(self.table.shape[1], config)
             self.router.load_state_dict(state)
 

@@ -13,12 +13,14 @@ import torch
 import checkpoint
 import program
 from experiments.random_t5 import init_weights
+from llama import Llama, LlamaConfig
 from t5 import T5
 from tokenizer import load as load_tokenizer
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
 from helpers import (  # noqa: E402
     LLAMA_FAMILIES,
+    LLAMA_SIZES,
     ROOT,
     SHORT,
     SMALL_T5,
@@ -26,8 +28,10 @@ from helpers import (  # noqa: E402
     links,
     random_batch,
     run,
+    seeded_generator,
     sentences,
     train_pieces,
+    write_pieces,
 )
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
@@ -87,6 +91,20 @@ def finished(tmp_path_factory):
     """Return a folder with `run`, a finished run of OrchMoE. Tests must not change it."""
     folder = links(tmp_path_factory.mktemp("finished"))
     run("train.py", *SHORT, "--out", "run", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_decoder(tmp_path_factory):
+    """Return a folder with `run`, the same over the random decoder `llama`."""
+    folder = links(tmp_path_factory.mktemp("decoder"))
+    sizes = {"model_type": "llama", "vocab_size": 400, "max_position_embeddings": 2048}
+    base = Llama(LlamaConfig.from_hf(LLAMA_SIZES | sizes | {"eos_token_id": 2})).float()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.6, generator=seeded_generator())
+    write_pieces(folder / "llama", sentences(500))
+    checkpoint.save(base, folder / "llama")
+    run("train.py", *SHORT, "--model", "llama", "--out", "run", cwd=folder)
     return folder
 
 

@@ -215,7 +215,8 @@ def test_llama_server_answers_as_routed(smollm2_dir, llama_cpp_dir, tmp_path):
     base, adapters = load_adapted(smollm2_dir)
     adapters.fit_router([base.embed(random_ids(20, 7))])
     names = [f"abstract-{k + 1}" for k in range(K)]
-    save_router(adapters.router, "model.embed_tokens.weight", names, tmp_path)
+    table = "model.embed_tokens.weight"
+    save_router(adapters.router, table, names, None, smollm2_dir, tmp_path)
 
     def convert(kind, folder, *options):
         program = [sys.executable, llama_cpp_dir / f"convert_{kind}_to_gguf.py", folder]

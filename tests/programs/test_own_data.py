@@ -28,6 +28,7 @@ from helpers import (
     write_task,
     write_words,
 )
+from integrations import serve
 from llama import Llama, LlamaConfig
 from program import read_json, write_json
 from tokenizer import load as load_tokenizer
@@ -168,6 +169,14 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, mo
         (example,) = predict.call_args.args[2]
         assert example.source_ids.tolist() == source
         assert [ids.tolist() for ids in example.target_ids] == [target]
+
+    # A server, which takes the same prompt. The shell easily loses line breaks at its end.
+    run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
+    rule = read_json("served/router.json")["prompt"]
+    server = serve.RunTokenizer(bases[kind], rule)
+    assert server.encode(shown) == source
+    if "instruction" in row and not data_config.wrapper:
+        assert server.encode(shown.rstrip("\n")) == source
 
 
 def test_a_question_follows_the_form_of_the_rows(bases, tmp_path, monkeypatch):

@@ -13,21 +13,9 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-import checkpoint
 from docs import annotate
 from experiments import explorer
-from helpers import (
-    LLAMA_SIZES,
-    SHORT,
-    interrupted,
-    links,
-    run,
-    seeded_generator,
-    sentences,
-    stir,
-    write_pieces,
-)
-from llama import Llama, LlamaConfig
+from helpers import interrupted, run, seeded_generator, stir
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -238,19 +226,12 @@ def test_the_page_and_its_drawing_are_dark_at_night(annotated):
 
 
 @pytest.fixture(scope="module", params=["t5", "decoder"])
-def server(request, finished, tmp_path_factory):
+def server(request, finished):
     """Return a server of a run whose answers depend on w."""
-    folder = finished / "run"
+    home = finished
     if request.param == "decoder":
-        home = links(tmp_path_factory.mktemp("decoder"))
-        torch.manual_seed(0)
-        base = Llama(LlamaConfig.from_hf(DECODER)).float()
-        write_pieces(home / "llama", sentences(500))
-        checkpoint.save(base, home / "llama")
-        settings = [*SHORT, "--max-source-length", 512, "--model", "llama"]
-        run("train.py", *settings, "--out", "run", cwd=home)
-        folder = home / "run"
-    loaded = explorer.load(folder)
+        home = request.getfixturevalue("finished_decoder")
+    loaded = explorer.load(home / "run")
     stir(loaded.adapters, seeded_generator())
     for linear in loaded.adapters.linears.values():
         linear.skill_B.data *= 10
@@ -260,14 +241,6 @@ def server(request, finished, tmp_path_factory):
         yield server
         server.shutdown()
         thread.join()
-
-
-DECODER = LLAMA_SIZES | {
-    "model_type": "llama",
-    "vocab_size": 400,
-    "max_position_embeddings": 2048,
-    "eos_token_id": 2,
-}
 
 
 def request(server, method="POST", path="/", body=None, **headers):

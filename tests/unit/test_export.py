@@ -22,9 +22,10 @@ from helpers import (
     factors_in,
     load_adapted,
     run,
+    weights_of,
 )
 from integrations import export
-from integrations.peft_folder import load_peft, save_peft, set_skills
+from integrations.peft_folder import fingerprint, load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 K = EXPORT_CONFIG.abstract_tasks
@@ -99,13 +100,28 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
 
 def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
     router = TaskRouter(4, OrchMoEConfig(router_attention=False, router_norm="none"))
-    export.save_router(router, "table", ["abstract-1"], tmp_path)
+    export.save_router(router, "table", ["abstract-1"], None, ROOT / "tiny", tmp_path)
     assert json.loads((tmp_path / "router.json").read_text()) == {
         "loras": ["abstract-1"],
         "embedding": "table",
         "attention": False,
         "norm": "none",
+        "base": "579a34755bef20e7",
+        "prompt": None,
     }
+
+
+def test_fingerprint_is_that_of_the_weights_in_any_file(tmp_path):
+    weights = weights_of(ROOT / "tiny")
+    first = fingerprint(ROOT / "tiny")
+    table = weights["shared.weight"]
+    for number, changed in enumerate((table, table + 0.001, table.bfloat16())):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(
+            {**weights, "shared.weight": changed, "tied": changed}, folder / "pytorch_model.bin"
+        )
+        assert (fingerprint(folder) == first) == (number == 0)
 
 
 def test_program_takes_given_weights(finished, tmp_path):
@@ -126,17 +142,19 @@ MISTAKES = {  # flags -> beginning of the message
     "--adapter a --out x": "--adapter: give the folder of its base",
     "--adapter a --model b --out x --mean": "--mean: only a run knows its dev set",
     "--adapter a --model b --out x": "a: does not exist",
-    f"{GIVEN} --w 1,2": "--w: 2 numbers",
-    f"{GIVEN} --w 1,0,0,0,0,0,0,nan": "--w: 8 numbers, or some are not finite",
+    f"{GIVEN} --w 1,2": "--w: 2 numbers; give K = 8 finite",
+    f"{GIVEN} --w 1,0,0,0,0,0,0,nan": "--w: a number is not finite; give K = 8 finite",
     f"{GIVEN} --w 1,two": "--w: could not convert",
     f"{GIVEN} --data sni": "--data: only --mean reads data",
     "--run run --out empty": "empty: exists",
+    "--run run --out link": "link: exists",  # a link to nowhere
 }
 
 
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line(flags, beginning, copied):
     (copied.parent / "empty").mkdir()
+    (copied.parent / "link").symlink_to("nowhere")
     said = run(EXPORT, *flags.split(), cwd=copied.parent, code=2)
     assert said.startswith(f"export.py: error: {beginning}") and said.count("\n") == 1
 

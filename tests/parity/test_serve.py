@@ -1,0 +1,200 @@
+"""integrations/serve.py: the answers of a run, a stand-in for llama-server, and refusals."""
+
+import http.server
+import json
+import re
+import shutil
+import sys
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluation
+import program
+import run_folder
+import runtime
+from experiments import explorer
+from helpers import ROOT, run, seeded_generator, stir
+from program import read_json, write_json
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+only_t5 = pytest.mark.parametrize("home", ["t5"], indirect=True)
+CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
+
+
+@pytest.fixture(scope="module", params=["t5", "decoder"])
+def home(request, finished, tmp_path_factory):
+    """Return a folder with `base`, `run`, whose answers depend on the routing, and `served`."""
+    source = finished if request.param == "t5" else request.getfixturevalue("finished_decoder")
+    base = ROOT / "tiny" if request.param == "t5" else source / "llama"
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "base").symlink_to(base)
+    shutil.copytree(source / "run", folder / "run")
+    model, adapters, tokenizer = run_folder.load(CPU, run=folder / "run")
+    stir(adapters, seeded_generator())
+    config = run_folder.read_config(folder / "run")
+    run_folder.RunFolder(folder / "run").save_best(config, model, adapters, tokenizer)
+    run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def copy(home, tmp_path):
+    """Return a copy of `home`, which tests may change."""
+    shutil.copytree(home, tmp_path / "home", symlinks=True)
+    return tmp_path / "home"
+
+
+def serve(*arguments, cwd, code=0):
+    words = ["--served", "served", "--base", "base", *arguments]
+    return run("integrations/serve.py", *words, cwd=cwd, code=code)
+
+
+@pytest.fixture(scope="module")
+def asked(home):
+    """Return prompts of the run and the answers of eval.py."""
+    loaded = explorer.load(home / "run")
+    examples = data.subsample(loaded.sets["seen"], 8)
+    prompts = [explorer.texts_of(loaded, "seen", example)[1] for example in examples]
+    models = (loaded.base, loaded.adapters, examples, loaded.tokenizer)
+    answers = evaluation.predict(*models, max_new_tokens=9)
+    assert len(set(answers)) > 2
+    return prompts, answers, examples
+
+
+def test_answers_are_those_of_eval_without_the_tokenizer_of_transformers(home, asked):
+    prompts, answers, _ = asked
+    expected = [f"{prompt} -> {answer}\n" for prompt, answer in zip(prompts, answers, strict=True)]
+    with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", side_effect=ImportError):
+        said = serve("--max-tokens", 9, "--ask", *prompts, cwd=home)
+    assert said == "".join(expected)
+
+
+@contextmanager
+def llama_server(status, reply):
+    """Start a stand-in for llama-server. Yield its address and the list of its requests."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if status:
+                self.send_response(status)
+                self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        yield f"http://localhost:{server.server_port}", seen
+        thread.join()
+
+
+def test_a_llama_server_gets_the_ids_of_training_and_peft_is_not_needed(home, asked, monkeypatch):
+    prompts, _, examples = asked
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with llama_server(200, b'{"content": "red"}') as (url, seen):
+        assert serve("--server", url, "--ask", prompts[0], cwd=home) == f"{prompts[0]} -> red\n"
+    assert seen[0]["prompt"] == examples[0].source_ids.tolist()
+    assert "pip install transformers peft" in serve("--ask", "a", cwd=home, code=2)
+
+
+REPLIES = {  # status and reply -> what is said
+    "refuses": (400, b'{"error": "invalid adapter id"}', "it refuses with 400: .*invalid adapter"),
+    "no JSON": (200, b"hello", "JSONDecodeError"),
+    "another form": (200, b"[]", "TypeError"),
+    "no reply": (None, b"", "RemoteDisconnected"),
+}
+
+
+@only_t5
+@pytest.mark.parametrize("status, reply, message", REPLIES.values(), ids=REPLIES)
+def test_a_llama_server_that_fails_is_one_line(status, reply, message, home):
+    with llama_server(status, reply) as (url, _):
+        said = serve("--server", url, "--ask", "a", cwd=home, code=2)
+    assert_one_line(said, f"--server {url}: {message}.*; start llama-server")
+
+
+def assert_one_line(said, message):
+    last = said.splitlines()[-1]
+    assert re.match(f"serve.py: error: {message}", last), said
+    assert "Traceback" not in said
+
+
+MISTAKES = {  # flags -> what is said
+    "--served nope": "nope/router.json: does not exist; name a folder that",
+    "--base nope": "nope: does not exist; name a local folder",
+    "--base other": "other: not the base of served",
+    "--base empty": "empty: no weights here",
+    "--ask": "argument --ask: expected at least one",
+    "--ask=": "--ask: a prompt is empty",
+    "--ask \udcff": "--ask is no Unicode text",
+    "--max-tokens 0": "--max-tokens 0: give 1 or more",
+    "--server http://localhost:9": "--server http://localhost:9: .*refused.*; start llama-server",
+    "--server localhost:8080": "--server localhost:8080: ",
+}
+
+
+@only_t5
+@pytest.mark.parametrize("flags, message", MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_is_one_line(flags, message, copy):
+    (copy / "empty").mkdir()
+    shutil.copytree(copy / "base", copy / "other")
+    weights = load_file(copy / "other/model.safetensors")
+    name = sorted(weights)[-1]
+    weights[name][0] += 1
+    save_file(weights, copy / "other/model.safetensors", {"format": "pt"})
+    if "--ask" not in flags:
+        flags = "--ask a " + flags
+    assert_one_line(serve(*flags.split(" "), cwd=copy, code=2), message)
+
+
+def damage(served):
+    """Yield what is wrong with the folder, one thing after the other."""
+    path = served / "router.json"
+    facts = read_json(path)
+    for change, message in (
+        ({"loras": 3}, "served/router.json: TypeError"),
+        ({"embedding": "none"}, "served/router.json: KeyError: 'none'; export it again"),
+        ({"loras": ["abstract-1"]}, "served/router.json: "),
+        ({"prompt": {"dataset": {"x": 1}}}, "router.json: "),
+        ({"prompt": facts["prompt"] | {"tokenizer": "x"}}, "router.json: the tokenizer in base"),
+    ):
+        write_json(path, facts | change)
+        yield message
+    write_json(path, facts)
+    for name in ("router.safetensors", "abstract-3/adapter_config.json"):
+        (served / name).rename(served / "away")
+        yield f"served/{name}: "
+        (served / "away").rename(served / name)
+    shutil.rmtree(served / "abstract-3")
+    yield "served/abstract-3/adapter_config.json: does not exist"
+    path.write_text("{")
+    yield "served/router.json: JSONDecodeError"
+
+
+@only_t5
+def test_a_damaged_export_is_one_line(copy):
+    for message in damage(copy / "served"):
+        assert_one_line(serve("--ask", "a", cwd=copy, code=2), message)
+
+
+def test_an_older_export_answers_with_a_warning(copy, asked):
+    facts = read_json(copy / "served/router.json")
+    del facts["base"], facts["prompt"]
+    write_json(copy / "served/router.json", facts)
+    with mock.patch.object(program, "warn") as warn:
+        said = serve("--max-tokens", 2, "--ask", asked[0][0], cwd=copy)
+    assert said.startswith(f"{asked[0][0]} -> ")
+    warnings = " ".join(call.args[0] for call in warn.call_args_list)
+    assert "served/router.json: an older version wrote it" in warnings
