@@ -156,7 +156,7 @@ def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, An
         "wrapper": config.is_official,
         "max_source_length": config.max_source_length,
     }
-    ending = "\n\n" if run.forms == "instruction" else ""
+    ending = "\n\n" if run.rule.get("forms") == ["instruction"] else ""
     return {"dataset": dataset, "ending": ending, "tokenizer": tokenizer.fingerprint}
 
 

@@ -74,7 +74,7 @@ def fingerprint(base: str | Path) -> str:
     """
     digests = set()
     for weight in checkpoint.read_folder(base).values():
-        content = f"{weight.dtype} {list(weight.shape)}".encode() + checkpoint.sampled(weight)
+        content = f"{list(weight.shape)}".encode() + checkpoint.sampled(weight)
         digests.add(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
 

@@ -106,7 +106,7 @@ def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
         "embedding": "table",
         "attention": False,
         "norm": "none",
-        "base": "579a34755bef20e7",
+        "base": "e327b758178279c3",
         "prompt": None,
     }
 
