@@ -52,12 +52,13 @@ class Router:
         state, _ = checkpoint.read_safetensors(served / "router.safetensors")
         tensors = checkpoint.read_folder(base)  # not in memory
         with program.reading(path, "export it again"):
-            self.loras = facts["loras"]
-            config = OrchMoEConfig(
-                abstract_tasks=len(self.loras),
-                router_attention=facts["attention"],
-                router_norm=facts["norm"],
-            )
+            self.loras = [served / name for name in facts["loras"]]
+            settings = {
+                "abstract_tasks": len(self.loras),
+                "router_attention": facts["attention"],
+                "router_norm": facts["norm"],
+            }
+            config = program.from_json(OrchMoEConfig, settings)
             self.table = tensors[facts["embedding"]]  # (V,D)
             self.router = TaskRouter(self.table.shape[1], config)
             self.router.load_state_dict(state)
@@ -113,10 +114,10 @@ class HubTokenizer:
 class PeftModel:
     """The base with one LoRA in peft, whose B is mixed anew for each prompt."""
 
-    def __init__(self, served, base, loras):
-        loaded = [load_peft(served / lora) for lora in loras]
+    def __init__(self, base, loras):
+        loaded = [load_peft(folder) for folder in loras]
         self.factors = {}  # name of a B -> the B of all LoRAs (K,O,r)
-        with program.reading(served, "export it again"):
+        with program.reading(loras[0].parent, "export it again"):
             for name in loaded[0].factors:
                 B = torch.stack([lora.factors[name][1] for lora in loaded])
                 self.factors[f"base_model.model.{name}.lora_B.weight"] = B
@@ -131,7 +132,7 @@ class PeftModel:
             if config.is_encoder_decoder:
                 model_class = transformers.AutoModelForSeq2SeqLM
             model = model_class.from_pretrained(base, dtype="auto", device_map="auto")
-            self.model = peft.PeftModel.from_pretrained(model, served / loras[0]).eval()
+            self.model = peft.PeftModel.from_pretrained(model, loras[0]).eval()
         self.set_state = peft.set_peft_model_state_dict
 
     @torch.no_grad()
@@ -189,7 +190,7 @@ def main():
         texts = RunTokenizer(args.base, router.prompt_rule)
     else:
         texts = HubTokenizer(args.base)
-    model = None if args.server else PeftModel(args.served, args.base, router.loras)
+    model = None if args.server else PeftModel(args.base, router.loras)
     for prompt in args.ask:
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)

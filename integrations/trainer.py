@@ -186,7 +186,8 @@ class RoutedTraining:
                 raise FloatingPointError(f"{name} is not finite; lower the learning rates")
         saved = {"config": vars(adapters.config), "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
-        torch.save(saved, incomplete)
+        with open(incomplete, "wb") as file:  # an error of the file says what is wrong
+            torch.save(saved, file)
         incomplete.replace(folder / ADAPTER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -165,6 +165,8 @@ def damage(served):
     facts = read_json(path)
     for change, message in (
         ({"loras": 3}, "served/router.json: TypeError"),
+        ({"loras": [3] * 8}, "served/router.json: TypeError"),
+        ({"attention": "no"}, "served/router.json: router_attention: 'no' has the wrong type"),
         ({"embedding": "none"}, "served/router.json: KeyError: 'none'; export it again"),
         ({"loras": ["abstract-1"]}, "served/router.json: "),
         ({"prompt": {"dataset": {"x": 1}}}, "router.json: "),
