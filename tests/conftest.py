@@ -104,7 +104,9 @@ def finished_decoder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.6, generator=seeded_generator())
     write_pieces(folder / "llama", sentences(500))
     checkpoint.save(base, folder / "llama")
-    run("train.py", *SHORT, "--model", "llama", "--out", "run", cwd=folder)
+    # Its tokens are shorter, and so its prompts are longer.
+    whole = ("--max-source-length", 512)
+    run("train.py", *SHORT, *whole, "--model", "llama", "--out", "run", cwd=folder)
     return folder
 
 
