@@ -106,9 +106,9 @@ def test_tensors_of_two_devices_are_refused(second):
 
 # ------------------------------------------------------------------------------------- the programs
 
-SMALL = {"max_tasks": 4, "train_instances": 5, "eval_instances": 8, "max_source_length": 64}
-SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 4, "warmup": 1}
-ANSWER = ["--split", "seen", "--limit", "3", "--max-new-tokens", "8"]
+SMALL = {"max_tasks": 2, "train_instances": 5, "eval_instances": 3, "max_source_length": 64}
+SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 2, "warmup": 1}
+ANSWER = ["--split", "seen", "--limit", "2", "--max-new-tokens", "3"]
 ON_CPU = ["--device", "cpu"]
 QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
 CASES = {
