@@ -9,6 +9,9 @@ N adapted Linears.
 Test: pytest tests/unit/test_baselines.py tests/unit/test_own_method.py tests/parity/test_peft.py
 """
 
+import hashlib
+import sys
+import types
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import kernels
+import program
 from orchmoe import (
     Adapters,
     Linears,
@@ -25,6 +29,7 @@ from orchmoe import (
     Routing,
     Skills,
     attach,
+    embedding_width,
     target_linears,
 )
 from program import UserError
@@ -235,7 +240,7 @@ class NoAdapter(Method):
         return self.base.state_dict(*args, **options)
 
 
-METHODS: dict[str, type[Method]] = {
+METHODS = {
     "orchmoe": OrchMoE,
     "lora": LoRA,
     "moe-lora": MoELoRA,
@@ -246,6 +251,77 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+# --------------------------------------------------------------------------- a method from a file
+
+OWN_METHODS: dict[str, type[Method]] = {}  # those that `load_method` has loaded, by class name
+
+
+def load_method(text: str) -> str:
+    """Load the class that `--method FILE.py:Class` names. Return the name of the method.
+
+    `method_class` then finds the class by this name. The name of a built-in method is returned as
+    it is. A run is bound to the content of the file, see run_folder.kind_of. Raise UserError for an
+    unknown name, a file that is no Python, or a class that is no Method.
+
+    This runs the file, so `text` must come from the command line, and never from a saved file.
+    """
+    path, _, name = text.rpartition(":")
+    if not path:
+        method_class(text)
+        return text
+
+    source = program.require_path(path, "give --method FILE.py:Class").read_bytes()
+    digest = hashlib.sha256(source).hexdigest()[:16]
+    module = types.ModuleType(f"method_{digest}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where torch.compile looks for it
+    with program.reading(path, "correct the file"):
+        exec(compile(source, path, "exec"), vars(module))
+        method = getattr(module, name, None)
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise ValueError(f"has no class {name} that is an orchmoe.Method")
+        for kind in method.rates.values():
+            if kind not in ("skills", "router", "token_router", "allocation"):
+                raise ValueError(
+                    f"{name}.rates: {kind!r} is none of skills, router, token_router, allocation"
+                )
+    if name in METHODS:
+        raise UserError(f"--method {text}: a built-in method has this name; rename the class")
+    method.kind = f"{name} of {digest}"
+    method.source = text
+    OWN_METHODS[name] = method
+    return name
+
+
+def require_routing(adapters: Adapters) -> None:
+    """Raise ValueError if the method gives two samples weights of another shape than it must."""
+    name = type(adapters.method).__name__
+    linear = next(iter(adapters.linears.values()))
+    if linear.skill_A.is_meta:  # `route` may look at values
+        return
+    N, S = len(adapters.linears), len(linear.skill_B)
+    noise = torch.full((2, *(adapters.noise_shape or ())), 0.5)
+    embeddings = torch.zeros(2, 3, embedding_width(adapters.module), device=linear.skill_A.device)
+    task_ids = torch.tensor([0, -1], device=embeddings.device)
+    routing = adapters.route(embeddings, embeddings[..., 0] == 0, noise=noise, task_ids=task_ids)
+
+    rows = 1 if routing.shared else 2
+    weights = routing.c
+    fits = weights is not None and (*weights.shape[:2], weights.shape[-1]) == (N, rows, S)
+    expected = f"c ({N},{rows},{S}), which is (N,B,S)"
+    if weights is None and linear.skill_W_task is not None:
+        K = len(linear.skill_W_task)
+        weights = routing.Zhat
+        fits = weights is not None and weights.shape == (rows, N, K, S)
+        expected = f"Zhat ({rows},{N},{K},{S}), which is (B,N,K,S)"
+    if not fits:
+        found = None if weights is None else tuple(weights.shape)
+        raise ValueError(
+            f"{name}.route: expected {expected}, for 2 samples with shared={routing.shared}, got "
+            f"{found}"
+        )
+
+
 # ------------------------------------------------------------------------------ using the methods
 
 
@@ -253,9 +329,13 @@ def method_class(method: str | type[Method]) -> type[Method]:
     """Return the class of a method. Raise UserError if there is none of this name."""
     if isinstance(method, type):
         return method
-    if method not in METHODS:
-        raise UserError(f"--method {method}: is unknown; choose one of {', '.join(METHODS)}")
-    return METHODS[method]
+    known = METHODS | OWN_METHODS
+    if method not in known:
+        raise UserError(
+            f"--method {method}: choose one of {', '.join(METHODS)}; for a method of your own give "
+            f"its file, --method FILE.py:{method}"
+        )
+    return known[method]
 
 
 def without_adapters(module: nn.Module) -> Adapters:
@@ -289,7 +369,11 @@ def attach_method(
             f"{method.__name__} cannot mix its skills by sample"
         )
     options = {"method": method, "num_tasks": num_tasks, "generator": generator}
-    return attach(module, config, kernels.mix_skills, **options)
+    adapters = attach(module, config, kernels.mix_skills, **options)
+    adapters.parameter_groups()  # ValueError if a parameter has no learning rate
+    if method in OWN_METHODS.values():
+        require_routing(adapters)
+    return adapters
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:

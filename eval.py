@@ -254,6 +254,7 @@ class EvalConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # Hugging Face folder of a bare model; with --run: where its base is now
+    method: str = ""  # FILE.py:Class of a run whose method is from a file
     ask: str = ""  # instruction to answer instead of scoring a set
     input: str = ""  # input text for --ask; may be missing if --data is a JSONL file
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
@@ -376,6 +377,8 @@ def main() -> None:
     flags = program.read_flags(__doc__, EvalConfig, data.DataConfig)
     config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_config(config.run) if config.run else None
+    if config.method:
+        run_folder.load_own_method(run, config.method)
     saved = vars(run.section(data.DataConfig, "dataset")) if run else {}
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data

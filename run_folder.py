@@ -29,7 +29,7 @@ import checkpoint
 import data
 import program
 import runtime
-from baselines import attach_method, without_adapters
+from baselines import attach_method, load_method, method_class, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from program import UserError
@@ -47,7 +47,7 @@ CHANGED_REMEDIES = {
     "tokenizer": "restore it, give the folder of the base with --model, or start a new run",
     "tasks": "restore the data, give them with --data (and --test), or start a new run",
     "data": "restore them, give them with --data (and --test), or start a new run",
-    "kind": "load the run with the program that trained it",
+    "kind": "load it with the program that trained it, and with the same file of --method",
     "start": "restore the adapter of the run in --start, or start a new run",
     "rule": OLDER,
 }
@@ -398,11 +398,19 @@ def load(
     return base, adapters.eval(), tokenizer
 
 
+def load_own_method(config: RunConfig | None, text: str) -> None:
+    """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method."""
+    name = load_method(text)
+    if config is None or config.training["method"] != name:
+        raise UserError(f"--method {text}: this is not the method of the run; leave it out")
+
+
 def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adapters]) -> Adapters:
     """Attach the best adapters of the run (lowest dev loss) to its base."""
+    method = config.training["method"]
+    method_class(method)  # UserError if its file is not loaded
     state = config.load_adapter()
     run = RunFolder(config.folder)
-    method = config.training["method"]
     adapter_config = config.section(OrchMoEConfig, "adapter")
     tasks = len(config.tasks)
     # Try it on the meta device first, so that a damaged config cannot allocate much memory.

@@ -30,7 +30,13 @@ import eval as evaluation
 import kernels
 import program
 import runtime
-from baselines import METHODS, attach_method, count_parameters, settings_of_method
+from baselines import (
+    attach_method,
+    count_parameters,
+    load_method,
+    method_class,
+    settings_of_method,
+)
 from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -59,7 +65,7 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: Literal[tuple(METHODS)] = "orchmoe"  # method to train; lora is one LoRA of rank S R
+    method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly, full or FILE.py:Class
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
@@ -149,7 +155,9 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
                     f"{program.flag(name)} {flags[name]}: the run in {launch.out} has "
                     f"{saved[name]!r}; leave it out"
                 )
-        return Settings.from_flags(saved | flags)
+        settings = Settings.from_flags(saved | flags)
+        method_class(settings.training.method)  # UserError unless it is known
+        return settings
 
     fixed, defaults = settings_of_start(flags)
     settings = Settings.from_flags(defaults | flags | fixed)
@@ -676,6 +684,8 @@ def main() -> int:
     # Settings: from the command line, or from the run folder if the run is resumed.
     configs = (LaunchConfig, TrainConfig, DataConfig, OrchMoEConfig)
     flags = program.read_flags(__doc__, *configs)
+    if "method" in flags:
+        flags["method"] = load_method(flags["method"])
     launch = program.from_flags(LaunchConfig, flags)
     settings = read_settings(flags, launch)
 

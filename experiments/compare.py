@@ -5,6 +5,7 @@ of trials. Then each runs with several seeds: the same order of the data and the
 steps for all. Results are of seen and unseen instances, by which nothing is chosen.
 
     python -m experiments.compare                            # tuning, then all methods
+    python -m experiments.compare --method FILE.py:Class     # and a method of your own
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
 Writes cells (see experiments/study.py) and results.md, or ablations.md, into the folder of
@@ -15,12 +16,14 @@ Test: pytest tests/experiments/test_compare.py
 from dataclasses import dataclass
 
 import program
-from baselines import METHODS
+from baselines import METHODS, load_method
 from experiments.study import (
+    FIXED,
     UNTRAINED,
     Cell,
     Row,
     Study,
+    changed,
     pick_device,
     read_study,
     require_choices,
@@ -114,6 +117,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
 def method_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dict[str, dict]]:
     """Tune the methods. Return the cells of all methods, and the reports of the searches."""
     rows = {name: row for name, row in ROWS.items() if name in config.methods}  # orchmoe first
+    rows |= {name: row for name, row in study.equal.items() if name not in ROWS}  # of --method
     reports = {}
     if study.config.tune:
         reports = study.tune(rows, study.config.trials)
@@ -155,17 +159,26 @@ def compare(config: CompareConfig, study: Study) -> None:
 
 
 def main() -> None:
-    flags, config, study_config, settings = read_study(__doc__, CompareConfig, DEFAULTS)
+    fixed = [name for name in FIXED if name != "method"]
+    flags, config, study_config, settings = read_study(__doc__, CompareConfig, DEFAULTS, fixed)
     useless = {"rows": "it goes with --ablations"}
     if config.ablations:
-        useless = {"methods": "not with --ablations"}
+        useless = {"methods": "not with --ablations", "method": "not with --ablations"}
     if not study_config.tune:
         useless["trials"] = "not with --no-tune"
     for name, why in useless.items():
         if name in flags:
             raise UserError(f"{program.flag(name)}: {why}; leave it out")
 
-    study = Study(settings, pick_device(study_config, settings), study_config, EQUAL)
+    own = {}
+    if "method" in flags:
+        name = load_method(flags["method"])
+        if name in ROWS:
+            raise UserError(f"--method {name}: it has a row already; choose it with --methods")
+        own[name] = Row({"method": name})
+        settings = changed(settings, {"method": "orchmoe"})  # every row sets its own
+
+    study = Study(settings, pick_device(study_config, settings), study_config, EQUAL | own)
     compare(config, study)
 
 

@@ -367,6 +367,7 @@ class ExplorerConfig:
 
     run: str = ""  # folder of a run of train.py
     model: str = ""  # where the base of the run is now, if it has moved
+    method: str = ""  # FILE.py:Class of a run whose method is from a file
     port: int = 8000  # of the page; 0: any free one
 
     def __post_init__(self) -> None:
@@ -379,6 +380,8 @@ class ExplorerConfig:
 def main() -> None:
     config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
     program.print_line(f"loading {config.run}")
+    if config.method:
+        run_folder.load_own_method(run_folder.read_config(config.run), config.method)
     loaded = load(config.run, model=config.model)
     try:
         server = Server(loaded, config.port)

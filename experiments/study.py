@@ -45,7 +45,7 @@ import run_folder
 import runtime
 import tokenizer as tokenizers
 import train
-from baselines import count_parameters
+from baselines import OWN_METHODS, count_parameters, load_method
 from experiments import routing
 from experiments.heuristics import copy_heuristic
 from experiments.routers import attach_with
@@ -368,8 +368,10 @@ def replaced_w(
 GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
-def _start_worker(threads: int) -> None:
-    """Set the threads of this worker, and end it when its parent is killed."""
+def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
+    """Set the threads of this worker, load methods, and end it when its parent is killed."""
+    for method in own_methods:
+        load_method(method)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells
 
     def end_with_parent():
@@ -446,9 +448,10 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
             finish(queue, run_cell)
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
+        started_with = (threads, [method.source for method in OWN_METHODS.values()])
         with (
             _pass_on_sigterm(stopped),
-            ProcessPoolExecutor(jobs, spawn, _start_worker, (threads,)) as workers,
+            ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
             ThreadPoolExecutor(jobs) as waiting,  # each thread waits for one worker
         ):
 
@@ -555,6 +558,10 @@ class Study:
         tuned = self.best.get(like, {}) | self.best.get(name, {})
         settings = changed(settings, tuned | values | row.settings)
 
+        method = settings.training.method
+        of_method = {}
+        if method in OWN_METHODS:
+            of_method["method_file"] = OWN_METHODS[method].kind
         of_device = {"computed": f"{self.device.device.type}, {self.device.dtype}"}
         if self.device.device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
@@ -563,7 +570,7 @@ class Study:
             name=name,
             row=row,
             settings=settings,
-            facts=facts | of_device,
+            facts=facts | of_device | of_method,
             path=self.results / f"{file}.json",
             folder=Path(self.config.out, run or file),
             scores=scores,

@@ -18,6 +18,7 @@ import program
 import run_folder
 import runtime
 import train
+from baselines import METHODS, OWN_METHODS, load_method
 from experiments import gpu_check
 from experiments.bench import Setup
 from helpers import (
@@ -119,6 +120,7 @@ CASES = {
     "mhr": {},
     "c-poly": {},
     "full": {},
+    load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"): {},
     "token router": {"router": "token"},
     "no router": {"router": "none"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -149,7 +151,7 @@ def home(tmp_path_factory):
 def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     flags = SMALL | CASES[case]
-    flags["method"] = case if case in train.METHODS else "orchmoe"
+    flags["method"] = case if case in METHODS | OWN_METHODS else "orchmoe"
     if "trainable" in flags:
         flags["start"] = "run"
     settings = train.Settings.from_flags(flags)

@@ -57,4 +57,4 @@ def test_help_describes_every_flag():
 def test_help_of_compare_has_its_own_defaults_and_hides_what_it_sets():
     found = {action.dest: action.help for action in parser_of("experiments.compare")._actions}
     assert found["steps"].endswith("(default: 200)")
-    assert found["method"] == found["seed"] == found["start"] == argparse.SUPPRESS
+    assert found["seed"] == found["start"] == argparse.SUPPRESS

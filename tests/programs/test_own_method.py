@@ -1,0 +1,279 @@
+"""A method from a file, `--method FILE.py:Class`, in every program, and what is refused.
+
+The file of the example, examples/hydra_lora.py, is explained in docs/use.md. OWN below is another
+method: it has noise, task ids, and a parameter of its own.
+"""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+import baselines
+import checkpoint
+import program
+import train
+from baselines import attach_method, load_method
+from helpers import (
+    PYTHONPATH,
+    ROOT,
+    SHORT,
+    interrupted,
+    links,
+    run,
+    run_shell,
+    seeded_generator,
+    stir,
+    trace,
+)
+from orchmoe import OrchMoEConfig
+
+HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
+OWN = '''
+import torch
+from torch import nn
+
+from orchmoe import Method, Routing
+
+
+class ByTask(Method):
+    """Weights of the skills for each task, with noise in training."""
+
+    rates = Method.rates | {"table": "allocation"}
+
+    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
+        super().__init__()
+        table = torch.zeros(len(linears), num_tasks + 1, config.skills)  # the last row: unseen
+        self.table = nn.Parameter(table.to(skills[0]["skill_A"]))
+        self.noise_shape = (len(linears), config.skills)
+
+    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
+        logits = self.table[:, task_ids]  # (N,B,S)
+        if self.training:
+            logits = logits + noise.transpose(0, 1).to(logits)
+        return Routing(c=logits.softmax(-1))
+'''
+
+
+@pytest.fixture(autouse=True)
+def no_method_is_known(monkeypatch):
+    """Each test begins like a new process."""
+    monkeypatch.setattr(baselines, "OWN_METHODS", {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a folder with an uninterrupted run of each method: HydraLoRA and ByTask."""
+    folder = links(tmp_path_factory.mktemp("own"))
+    (folder / "own.py").write_text(OWN)
+    for name, method in (("hydra", HYDRA), ("own", "own.py:ByTask")):
+        run("train.py", *SHORT, "--method", method, "--out", name, cwd=folder)
+    return folder
+
+
+def state_of(folder):
+    return checkpoint.load_adapter(folder / "adapter.safetensors")[0]
+
+
+# ------------------------------------------------------------------------------------ the example
+
+
+def test_hydra_lora_is_its_equation_written_out(small_t5):
+    config = OrchMoEConfig(skills=3, rank=2, alpha=5.0)
+    load_method(HYDRA)
+    adapters = attach_method("HydraLoRA", small_t5, config, generator=seeded_generator())
+    stir(adapters, seeded_generator(1))
+    small_t5.double()
+    x = torch.randn(4, 7, 32, dtype=torch.float64)
+    with adapters.routed():
+        for linear in adapters.linears.values():
+            assert linear.skill_A.shape == (1, 2, 32) and len(linear.skill_B) == 3
+            expected = torch.empty(4, 7, linear.out_features, dtype=torch.float64)
+            for b in range(4):
+                for token in range(7):
+                    c = (linear.skill_W_task @ x[b, token]).softmax(-1)
+                    B = sum(c[s] * linear.skill_B[s] for s in range(3))  # (R,O)
+                    h = linear.skill_A[0] @ x[b, token]
+                    expected[b, token] = linear.weight @ x[b, token] + 5.0 / 2 * h @ B
+            torch.testing.assert_close(linear(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_tutorial_is_the_file_of_the_example():
+    text = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    section = text[text.index("## A method of your own") :].split("\n## ")[1]
+    file = (ROOT / "examples/hydra_lora.py").read_text(encoding="utf-8")
+    pieces = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(pieces) >= 4
+    code = file[file.index("import torch\n") :]
+    assert re.sub(r"\s+", "", "".join(pieces)) == re.sub(r"\s+", "", code)
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+@pytest.mark.parametrize("name, method", [("hydra", HYDRA), ("own", "own.py:ByTask")])
+def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, method, whole, tmp_path):
+    links(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    with interrupted(train, "train_step", 6, KeyboardInterrupt):
+        run("train.py", *SHORT, "--method", method, "--out", name, cwd=tmp_path, code=130)
+    baselines.OWN_METHODS.clear()
+    resume = ("train.py", "--resume", "--out", name, "--device", "cpu")
+    said = run(*resume, cwd=tmp_path, code=2)
+    assert "for a method of your own give its file, --method FILE.py:" in said
+    moved = f"{tmp_path / 'elsewhere.py'}:{method.rpartition(':')[2]}"
+    shutil.copy(tmp_path / method.rpartition(":")[0], tmp_path / "elsewhere.py")
+    run(*resume, "--method", moved, cwd=tmp_path)
+    assert trace(tmp_path / name) == trace(whole / name)
+    state, expected = state_of(tmp_path / name), state_of(whole / name)
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    assert any(value.any() for key, value in state.items() if key.endswith("skill_B"))
+    if name == "own":
+        assert state["table"].any()
+
+    baselines.OWN_METHODS.clear()
+    evaluate = ("eval.py", "--run", name, "--device", "cpu", "--split", "seen", "--limit", "4")
+    assert "--method FILE.py:" in run(*evaluate, cwd=tmp_path, code=2)
+    assert "4 instances" in run(*evaluate, "--method", moved, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(whole, tmp_path):
+    links(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    for name, method in (("hydra", HYDRA), ("own", "own.py:ByTask")):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words = [*launcher, "--nproc-per-node", "2", "--", str(ROOT / "train.py")]
+        words += [*SHORT, "--method", method, "--out", name]
+        done = run_shell(words, tmp_path, PYTHONPATH=PYTHONPATH)
+        assert done.returncode == 0, done.stderr
+        state, expected = state_of(tmp_path / name), state_of(whole / name)
+        torch.testing.assert_close(state, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_comparison_has_a_row_for_it(tmp_path):
+    links(tmp_path)
+    flags = (
+        "--device cpu --max-tasks 2 --eval-instances 4 --steps 2 --eval-every 2 --batch-size 2 "
+        "--seeds 1 --train-instances 8 --trials 2 --jobs 2 --max-source-length 64 --out out "
+        "--methods lora"
+    ).split()
+    words = [sys.executable, "-m", "experiments.compare", *flags, "--method", HYDRA]
+    done = run_shell(words, tmp_path, PYTHONPATH=PYTHONPATH)
+    assert done.returncode == 0, done.stderr
+    assert "| HydraLoRA |" in done.stdout
+    cells = {}
+    for name in ("lora", "HydraLoRA"):
+        cells[name] = json.loads((tmp_path / f"out/methods/{name}-s0.json").read_text())
+    sizes = [sum(cell["parameters"].values()) for cell in cells.values()]
+    assert max(sizes) <= 1.03 * min(sizes)
+    assert cells["HydraLoRA"]["settings"]["method_file"].startswith("HydraLoRA of ")
+    assert (
+        "lr_token_router"
+        in json.loads((tmp_path / "out/tuning.json").read_text())["HydraLoRA"]["best"]
+    )
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+WITHOUT_RATE = OWN.replace('    rates = Method.rates | {"table": "allocation"}\n', "")
+WRONG_RATE = OWN.replace('"allocation"', '"lr_table"')
+BAD_FILES = {
+    "a file that does not exist": (None, "own.py: does not exist; give --method FILE.py:Class"),
+    "no Python": ("def", "own.py: SyntaxError: .*; correct the file"),
+    "an error on import": ("import nothing_of_this_name", "own.py: ModuleNotFoundError: "),
+    "no such class": ("", "own.py: has no class ByTask that is an orchmoe.Method"),
+    "another class": ("class ByTask: pass", "own.py: has no class ByTask that is"),
+    "no rate": (WITHOUT_RATE, "ByTask.rates: say which learning rate table has"),
+    "an unknown rate": (WRONG_RATE, "own.py: ByTask.rates: 'lr_table' is none of skills, router"),
+    "too few Linears": (
+        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1)[1:]"),
+        r"ByTask.route: expected c \(20,2,4\), which is \(N,B,S\), for 2 .*, got \(19, 2, 4\)",
+    ),
+    "no samples": (
+        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1)[:, 0]"),
+        r"ByTask.route: expected c \(20,2,4\), .*, got \(20, 4\)",
+    ),
+    "samples that share": (
+        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1), shared=True"),
+        r"ByTask.route: expected c \(20,1,4\), .* with shared=True, got \(20, 2, 4\)",
+    ),
+    "nothing": (
+        OWN.replace("c=logits.softmax(-1)", ""),
+        r"ByTask.route: expected c \(20,2,4\), .*, got None",
+    ),
+}
+
+
+@pytest.mark.parametrize("source, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_is_no_method_is_refused_in_one_line(source, message, home):
+    if source is not None:
+        (home / "own.py").write_text(source)
+    flags = (*SHORT, "--method", "own.py:ByTask", "--out", "run")
+    said = run("train.py", *flags, cwd=home, code=2)
+    assert re.match(f"train.py: error: {message}", said) and said.count("\n") == 1, said
+    assert not (home / "run").exists()
+
+
+def test_the_name_of_a_built_in_method_is_refused(home):
+    (home / "own.py").write_text(OWN.replace("ByTask", "lora"))
+    said = run("train.py", "--method", "own.py:lora", cwd=home, code=2)
+    assert "own.py:lora: a built-in method has this name; rename the class" in said
+
+
+def test_a_changed_file_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "own", tmp_path / "own")
+    (tmp_path / "own.py").write_text(OWN + "# one more line\n")
+    method = ("--method", "own.py:ByTask", "--device", "cpu")
+    for words in (("train.py", "--resume", "--out", "own"), ("eval.py", "--run", "own")):
+        said = run(*words, *method, cwd=tmp_path, code=2)
+        assert "own: kind changed since the run began, from 'ByTask of" in said
+        assert "with the same file of --method" in said and said.count("\n") == 1
+
+
+def test_code_is_never_taken_from_a_saved_run(whole, tmp_path):
+    """config.json is not trusted: even if it names a file, the file is not run."""
+    shutil.copytree(whole / "own", tmp_path / "own")
+    (tmp_path / "evil.py").write_text("raise SystemExit('this ran')")
+    path = tmp_path / "own/config.json"
+    config = program.read_json(path)
+    config["training"]["method"] = f"{tmp_path / 'evil.py'}:ByTask"
+    program.write_json(path, config)
+    for words in (
+        ("train.py", "--resume", "--out", "own", "--device", "cpu"),
+        ("train.py", "--start", "own", "--device", "cpu"),
+        ("eval.py", "--run", "own", "--device", "cpu"),
+        ("integrations/export.py", "--run", "own", "--out", "served"),
+    ):
+        assert "evil.py:ByTask" in run(*words, cwd=tmp_path, code=2)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("eval.py --run own --method {hydra}", "this is not the method of the run; leave it out"),
+        ("eval.py --model tiny --method {hydra}", "this is not the method of the run"),
+        ("train.py --resume --out own --method {hydra}", "the run in own has 'ByTask'"),
+        ("train.py --start own --method {own}", "cannot continue on other tasks"),
+        ("integrations/export.py --run own --out out", "no LoRAs with fixed weights"),
+    ],
+)
+def test_a_program_that_cannot_use_it_says_so(words, message, whole, tmp_path):
+    links(tmp_path)
+    shutil.copytree(whole / "own", tmp_path / "own")
+    (tmp_path / "own.py").write_text(OWN)
+    program_name, *flags = words.format(hydra=HYDRA, own="own.py:ByTask").split()
+    said = run(program_name, *flags, cwd=tmp_path, code=2)
+    assert message in said and said.count("\n") == 1
+
+
+def test_route_refuses_w():
+    load_method(HYDRA)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapters = attach_method("HydraLoRA", base, OrchMoEConfig(targets=("0",)))
+    with pytest.raises(ValueError, match="w: HydraLoRA has no weights of abstract tasks"):
+        adapters.route(w=torch.ones(4))
