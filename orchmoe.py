@@ -338,8 +338,9 @@ def mix_skills(
 ) -> Tensor:
     """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
 
-    The outputs of the skills are mixed, not A and B (Eq. 3 of the paper, according to summaries).
-    The skills are laid side by side as one LoRA of rank S R, so that there is no loop over them.
+    The outputs of the skills are mixed, not A and B: our reading of the paper's Eq. 3, see
+    docs/paper.md. The skills are laid side by side as one LoRA of rank S R, so that there is no
+    loop over them.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
     weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x.
