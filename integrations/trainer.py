@@ -195,7 +195,8 @@ class RoutedTraining:
         path = Path(resume_from_checkpoint) / ADAPTER_FILE
         saved = torch.load(path, map_location="cpu", weights_only=True)
         adapters = self.model.skill_adapters
-        if saved["config"] != vars(adapters.config):
+        defaults = vars(type(adapters.config)())  # of settings that did not exist yet
+        if defaults | saved["config"] != vars(adapters.config):
             raise ValueError(
                 f"{path}: its config is {saved['config']}; attach with the same config"
             )

@@ -339,6 +339,16 @@ def test_checkpoint_of_another_config_is_refused(tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_without_a_new_setting_had_its_default(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    path = tmp_path / "checkpoint-1" / ADAPTER_FILE
+    saved = torch.load(path)
+    del saved["config"]["mixing"]
+    torch.save(saved, path)
+    trainer._load_from_checkpoint(path.parent)
+
+
 # ---- the router reads no answer ----
 
 ROUTED = {

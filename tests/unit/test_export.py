@@ -5,6 +5,7 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_save_peft_refuses_what_no_lora_computes(method, w, ranks, reason, tmp_p
     _, adapters = load_adapted(ROOT / "tiny", method=method, num_tasks=1)
     with pytest.raises(ValueError, match=f"not written: .*{reason}"):
         save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_peft_refuses_mixed_factors(tmp_path):
+    config = replace(EXPORT_CONFIG, mixing="factors")
+    _, adapters = load_adapted(ROOT / "tiny", config)
+    with pytest.raises(ValueError, match="not written: skills that mix their factors are no LoRA"):
+        save_peft(adapters, torch.eye(K)[0], tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()
 
 
