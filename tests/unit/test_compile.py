@@ -16,6 +16,75 @@ from torch._inductor.utils import fresh_cache
 
 import kernels
 import orchmoe
+import program
+import run_folder
+import train
+from baselines import METHODS, load_method
+from helpers import (
+    ROOT,
+    SHORT,
+    adapted,
+    random_batch,
+    run,
+    small_model,
+    trace,
+)
+from model import Backbone
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def base_in_training(family="v1.1", method="orchmoe", **options):
+    """Return a base with adapters."""
+    base = small_model(family)
+    adapted(base, method, **options)
+    return base.double().train()
+
+
+# Rows, the longest source and the longest target. Sizes of 1, equal sizes, a short last batch.
+BATCHES = [(4, 9, 6), (4, 7, 7), (1, 5, 3), (8, 8, 8), (2, 16, 4), (3, 1, 2), (3, 4, 1)]
+BATCHES += [(1, 1, 1), (16, 16, 16), (5, 12, 2), (1, 7, 9), (2, 2, 2), (3, 9, 6)]
+
+
+def losses_and_gradients(base, batches):
+    """Return the losses and gradients of several batches, with evaluations between them."""
+    adapters = base.skill_adapters
+    parameters = sum(adapters.parameter_groups().values(), [])
+    found = []
+    for rows, source, target in batches:
+        ids, mask, labels = random_batch(10, 37, [source] * rows, [target] * rows)
+        route = {"mask": mask, "task_ids": torch.arange(rows) % 3}
+        route["noise"] = torch.full((rows, *(adapters.noise_shape or ())), 0.3)
+        with adapters.routed(base.embed(ids), **route):
+            loss = base.loss(ids, mask, labels)
+            found += [loss, *torch.autograd.grad(loss, parameters, allow_unused=True)]
+
+        base.eval()
+        with torch.no_grad(), adapters.routed(base.embed(ids), **route):
+            found.append(base.loss(ids, mask, labels))
+            found.append(base.generate(ids, mask, max_new_tokens=2, on_keep=adapters.keep))
+        base.train()
+    return found
+
+
+def check(base, backend, batches=BATCHES, checkpointed=False):
+    """Require the numbers of the uncompiled base. Return the number of graphs."""
+    expected = losses_and_gradients(copy.deepcopy(base), batches)
+    base.checkpoint_blocks = checkpointed
+    base.compile_blocks(backend)
+    torch.testing.assert_close(losses_and_gradients(base, batches), expected, rtol=1e-6, atol=1e-8)
+    return counters["stats"]["unique_graphs"]
+
+
+HYDRA_LORA = load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA")
+CASES = [  # family, method, router, targets, checkpointed, backend
+    ("v1.1", "orchmoe", "sample", "q", True, "eager"),  # dynamo alone, in a quarter of the time
     ("qwen3", "orchmoe", "token", "q", False, "eager"),
     ("v1.1", HYDRA_LORA, "none", "q", True, "eager"),
 ]
