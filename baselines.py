@@ -280,11 +280,6 @@ def load_method(text: str) -> str:
         method = getattr(module, name, None)
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise ValueError(f"has no class {name} that is an orchmoe.Method")
-        for kind in method.rates.values():
-            if kind not in ("skills", "router", "token_router", "allocation"):
-                raise ValueError(
-                    f"{name}.rates: {kind!r} is none of skills, router, token_router, allocation"
-                )
     if name in METHODS:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
     method.kind = f"{name} of {digest}"
@@ -295,30 +290,24 @@ def load_method(text: str) -> str:
 
 def require_routing(adapters: Adapters) -> None:
     """Raise ValueError if the method gives two samples weights of another shape than it must."""
-    name = type(adapters.method).__name__
     linear = next(iter(adapters.linears.values()))
     if linear.skill_A.is_meta:  # `route` may look at values
         return
-    N, S = len(adapters.linears), len(linear.skill_B)
     noise = torch.full((2, *(adapters.noise_shape or ())), 0.5)
     embeddings = torch.zeros(2, 3, embedding_width(adapters.module), device=linear.skill_A.device)
     task_ids = torch.tensor([0, -1], device=embeddings.device)
     routing = adapters.route(embeddings, embeddings[..., 0] == 0, noise=noise, task_ids=task_ids)
 
-    rows = 1 if routing.shared else 2
-    weights = routing.c
-    fits = weights is not None and (*weights.shape[:2], weights.shape[-1]) == (N, rows, S)
-    expected = f"c ({N},{rows},{S}), which is (N,B,S)"
-    if weights is None and linear.skill_W_task is not None:
-        K = len(linear.skill_W_task)
-        weights = routing.Zhat
-        fits = weights is not None and weights.shape == (rows, N, K, S)
-        expected = f"Zhat ({rows},{N},{K},{S}), which is (B,N,K,S)"
-    if not fits:
-        found = None if weights is None else tuple(weights.shape)
+    weights = routing.c  # (N,B,S)
+    if weights is None and routing.Zhat is not None:
+        weights = routing.Zhat.transpose(0, 1)  # (N,B,K,S)
+    shape = () if weights is None else tuple(weights.shape)
+    expected = (len(adapters.linears), 1 if routing.shared else 2, len(linear.skill_B))
+    if len(shape) < 3 or (*shape[:2], shape[-1]) != expected:
+        N, B, S = expected
         raise ValueError(
-            f"{name}.route: expected {expected}, for 2 samples with shared={routing.shared}, got "
-            f"{found}"
+            f"{type(adapters.method).__name__}.route: expected c (N,B,S) = ({N},{B},{S}), or Zhat "
+            f"({B},{N},K,{S}), for 2 samples with shared={routing.shared}, got {shape}"
         )
 
 

@@ -785,9 +785,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             named += SkillLinear.skill_parameters(linear).items()
         for name, parameter in named:
             kind = self.method.rates.get(name.partition(".")[0])
-            if kind is None:
+            if kind not in (*groups, "full"):
                 method = type(self.method).__name__
-                raise ValueError(f"{method}.rates: say which learning rate {name} has")
+                raise ValueError(f"{method}.rates: {name} needs one of {', '.join(groups)}")
             if parameter.requires_grad:
                 groups.setdefault(kind, []).append(parameter)
         return groups
