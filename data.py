@@ -928,9 +928,7 @@ class Batches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(
-    examples: Sequence[Example], *, seed: int | None = None, step: int = 0, pad_id: int = 0
-) -> Batch:
+def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0) -> Batch:
     """Return a padded batch with one reference for each example.
 
     Without a seed this is the first reference. With a seed, a hash of (seed, step, task, id)
@@ -951,7 +949,7 @@ def collate(
         targets.append(torch.from_numpy(example.target_ids[number]).long())
 
     return Batch(
-        input_ids=pad_sequence(sources, batch_first=True, padding_value=pad_id),
+        input_ids=pad_sequence(sources, batch_first=True),
         attention_mask=pad_sequence(masks, batch_first=True, padding_value=False),
         labels=pad_sequence(targets, batch_first=True, padding_value=-100),
         task_ids=torch.tensor([example.task_index for example in examples]),

@@ -393,7 +393,7 @@ def main() -> None:
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
 
-    with runtime.distributed(device.device):
+    with runtime.distributed(device.torch_device):
         base, adapters, tokenizer = run_folder.load(
             device, run=config.run, model=config.model, shard=config.shard
         )

@@ -93,7 +93,7 @@ class RunConfig:
         content = RunFolder(self.folder).adapter_path.read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
-    def load_adapter(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """Return the state of the adapter that was best on dev.
 
         Raise UserError if it belongs to another run.
@@ -311,7 +311,7 @@ class RunFolder:
         full = config.training["method"] == "full"
         path = self.model_path if full else self.adapter_path
         program.require_path(path, "restore it, or start a new run")
-        return checkpoint.mapped(path).state_dict() if full else config.load_adapter()
+        return checkpoint.mapped(path).state_dict() if full else config.adapter_state()
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
@@ -388,7 +388,7 @@ def load(
 
     base = checkpoint.mapped(path)
     if not shard:  # runtime.shard moves one block at a time
-        base.to(device.device, device.dtype)
+        base.to(device.torch_device, device.dtype)
     if config is None or full:
         adapters = without_adapters(base)
     else:
@@ -409,7 +409,7 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
     """Attach the best adapters of the run (lowest dev loss) to its base."""
     method = config.training["method"]
     method_class(method)  # UserError if its file is not loaded
-    state = config.load_adapter()
+    state = config.adapter_state()
     run = RunFolder(config.folder)
     adapter_config = config.section(OrchMoEConfig, "adapter")
     tasks = len(config.tasks)

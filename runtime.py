@@ -22,7 +22,7 @@ from program import UserError
 class Device(NamedTuple):
     """Where the model computes."""
 
-    device: torch.device
+    torch_device: torch.device
     dtype: torch.dtype  # of the frozen base; adapters stay in float32
     description: str  # one line for the user
 
@@ -173,10 +173,10 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     if not dist.is_initialized():
         raise UserError("--shard: splits the base over processes; start it with torchrun")
 
-    mesh = dist.init_device_mesh(device.device.type, (program.world_size(),))
+    mesh = dist.init_device_mesh(device.torch_device.type, (program.world_size(),))
     inner_first = [*blocks, root]  # the root takes what the blocks leave
     for module in program.progress(inner_first, "sharding", unit="block"):
-        module.to(device.device)
+        module.to(device.torch_device)
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 # Contiguous, since FSDP2 refuses transposed weights.

@@ -48,7 +48,6 @@ class Tokenizer:
     """
 
     size: int  # every id is below it
-    pad_id: int  # fills up rows
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
     one_row = False  # a decoder-only model has prompt and answer in one row
@@ -115,7 +114,6 @@ class T5Tokenizer(Tokenizer):
     """T5's SentencePiece model, and 100 sentinels behind its pieces: <extra_id_0> is the last."""
 
     version = sentencepiece.__version__
-    pad_id = 0
     eos_ids = (1,)
 
     def _setup(self, content):
@@ -171,7 +169,6 @@ class JsonTokenizer(Tokenizer):
             if eos_id is None:
                 raise ValueError("lacks the eos_token that tokenizer_config.json names")
             self.eos_ids = (eos_id,)
-            self.pad_id = eos_id
 
             # What the template in the file adds in front is BOS, and behind it would be EOS. The
             # setting add_bos_token has no effect, as in transformers 5.

@@ -270,7 +270,7 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
-    state = read_config(config.start).load_adapter()
+    state = read_config(config.start).adapter_state()
     with program.reading(f"{config.start}/adapter.safetensors"):
         adapters.load_state_dict(state)
     if config.trainable == "mixture":
@@ -439,7 +439,7 @@ def train(
     full = config.method == "full"
     base = checkpoint.mapped(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
-        base.to(device.device, torch.float32 if full else device.dtype)
+        base.to(device.torch_device, torch.float32 if full else device.dtype)
     for examples in (train_set, *held_out.values()):
         evaluation.require_fit(base, tokenizer, examples)
 
@@ -452,7 +452,9 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),
         )
-    config = replace(config, compile=choose_compile(config, base, device.device, launch.shard))
+    config = replace(
+        config, compile=choose_compile(config, base, device.torch_device, launch.shard)
+    )
     if config.compile == "on":
         base.compile_blocks()
     if launch.shard:
@@ -536,7 +538,9 @@ def train(
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
         autocast = torch.autocast(
-            device.device.type, torch.bfloat16, enabled=full and device.dtype == torch.bfloat16
+            device.torch_device.type,
+            torch.bfloat16,
+            enabled=full and device.dtype == torch.bfloat16,
         )
         batches = data.Batches(train_set.source_lengths, config.batch_size, config.seed)
         with program.stop_signals() as stop_requested:
@@ -696,7 +700,7 @@ def main() -> int:
     config = replace(config, dtype=runtime.dtype_name(device.dtype))
     settings = replace(settings, training=config)
 
-    with runtime.distributed(device.device):
+    with runtime.distributed(device.torch_device):
         finished = train(settings, device, launch)
     return 0 if finished else 130
 

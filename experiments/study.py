@@ -422,7 +422,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     if jobs == 0:
-        jobs = 1 if device.device.type == "cuda" else min(cores, 8)
+        jobs = 1 if device.torch_device.type == "cuda" else min(cores, 8)
     # A single cell gets no more threads than one of several: its numbers must be the same.
     threads = min(torch.get_num_threads(), max(1, cores // jobs))
     torch.set_num_threads(threads)
@@ -562,8 +562,8 @@ class Study:
         of_method = {}
         if method in OWN_METHODS:
             of_method["method_file"] = OWN_METHODS[method].kind
-        of_device = {"computed": f"{self.device.device.type}, {self.device.dtype}"}
-        if self.device.device.type == "cpu":
+        of_device = {"computed": f"{self.device.torch_device.type}, {self.device.dtype}"}
+        if self.device.torch_device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
         run = row.run.format(seed=settings.training.seed)
         return Cell(

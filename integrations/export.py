@@ -68,7 +68,7 @@ class ExportConfig:
 # ------------------------------------------------------------------------ an adapter of a trainer
 
 
-def load_adapter(path: str, model: str) -> tuple[Adapters, str]:
+def attach_saved(path: str, model: str) -> tuple[Adapters, str]:
     """Return the adapters in an adapter.pt, and the name of the base's embedding table.
 
     They are attached to transformers' model of the folder `model`, because the file has its names.
@@ -197,7 +197,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     method = "orchmoe"
     prompt = None
     if config.adapter:
-        adapters, embedding = load_adapter(config.adapter, config.model)
+        adapters, embedding = attach_saved(config.adapter, config.model)
         base_folder = config.model
     else:
         run = run_folder.read_config(config.run)

@@ -79,7 +79,7 @@ def second():
 
     def pick_second(gpu=None, device_flag="", *arguments, **options):
         picked = pick_device(None, "cpu", *arguments, **options)
-        return picked if device_flag == "cpu" else picked._replace(device=device)
+        return picked if device_flag == "cpu" else picked._replace(torch_device=device)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "pick_device", pick_second)

@@ -639,8 +639,8 @@ def test_collate_pads_and_masks():
         make_example("a", [5, 6, 1], [[7, 4, 1]], 3),
         make_example("b", [8, 1], [[1], [9, 1]], -1),
     ]
-    batch = collate(rows, pad_id=4)
-    assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 4]]
+    batch = collate(rows)
+    assert batch.input_ids.tolist() == [[5, 6, 1], [8, 1, 0]]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.attention_mask.tolist() == [[True, True, True], [True, True, False]]
     assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]]
