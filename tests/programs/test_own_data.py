@@ -287,12 +287,12 @@ def test_changed_files_are_named_with_what_helps(changed):
 def test_resumed_run_needs_its_own_adapter(changed):
     best = changed / "t5/adapter.safetensors"
     scores = (changed / "t5/scores.json").read_bytes()
-    arguments = ["--data", "own.jsonl", "--method", "lora", "--out", "other", *BRIEF]
+    arguments = ["--data", "own.jsonl", "--alpha", "3", "--out", "other", *BRIEF]  # equal shapes
     run("train.py", *arguments, cwd=changed)
     best.unlink()
     shutil.copy(changed / "other/adapter.safetensors", best)
     error = run(*RESUME, "t5", cwd=changed, code=2)
-    assert "t5/adapter.safetensors: its method is not the run's; restore the file" in error
+    assert "t5/adapter.safetensors: its config is not the run's; restore the file" in error
     assert (changed / "t5/scores.json").read_bytes() == scores
 
     # A missing one is noticed before the remaining steps.
