@@ -312,10 +312,13 @@ def code_sections(
     starts = []
     for section in sections:
         blocks, items = named_pieces(section)
-        for name in blocks.keys() | items.keys():
+        names = blocks.keys() | items.keys()
+        if not names:
+            raise ValueError(f"annotated.txt, {section.anchor}: name a piece of orchmoe.py in it")
+        for name in names:
             if name not in positions:
                 raise ValueError(f"annotated.txt, {section.anchor}: orchmoe.py has no {name}")
-        starts.append(min(positions[name] for name in blocks.keys() | items.keys()))
+        starts.append(min(positions[name] for name in names))
     ends = [*starts[1:], len(pieces)]
 
     bodies = {}

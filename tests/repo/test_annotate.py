@@ -100,6 +100,18 @@ def test_a_note_of_the_core_is_about_few_lines(name):
         assert len(code) <= 8, BLOCKS[name].notes
 
 
+def test_engineering_in_the_method_is_folded():
+    words = ("mask =", "padding", "if noise is", "gumbel", '"token"', "factors", "beams", "quantised")
+    folded = []
+    for name in (*CORE, "SkillLinear.skill_c", "new_skills"):
+        for note in BLOCKS[name].notes:
+            if any(word in note.line for word in words):
+                assert note.folded, note.line
+                folded.append(note.folded)
+    assert {"the mask", "padding", "noise", "the token router", "beams"} <= set(folded)
+    assert PAGE.count('<details class="fold"><summary>Engineering: ') >= len(folded)
+
+
 def test_a_note_about_a_line_that_is_gone_is_refused():
     changed = SOURCE.replace("P = scores.softmax(dim=-1)", "P = scores.softmax(-1)").splitlines()
     name = "TaskRouter.summarise"
@@ -167,9 +179,12 @@ def test_w_before_training_is_that_of_the_clusters_and_training_moves_it():
 def test_the_verdict_and_its_numbers_are_those_of_the_evidence():
     evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
     rows = tables.against_lora(evidence)
+    assert markup.table_html(rows) in PAGE
     assert len(rows) >= 3
-    for study, seen, *_ in rows[1:]:
-        assert study in PAGE and seen in PAGE and f"| {seen} |" in evidence
+    found = iter(re.findall(r"^\| LoRA of equal size.*$", evidence, re.MULTILINE))
+    for study, *numbers_of_study in rows[1:]:
+        assert f"| **{study}** |" in evidence
+        assert next(found).split(" | ")[1:4] == numbers_of_study
     assert f"**{tables.verdict(evidence)}**" in evidence.replace("\n", " ")
     assert f"<em>{tables.verdict(evidence)}</em>" in PAGE
 
