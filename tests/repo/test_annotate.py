@@ -101,14 +101,14 @@ def test_a_note_of_the_core_is_about_few_lines(name):
 
 
 def test_engineering_in_the_method_is_folded():
-    words = ("mask =", "padding", "if noise is", "gumbel", '"token"', "factors", "beams", "quantised")
+    words = ("padding", "if noise is", "gumbel", '"token"', "factors", "beams", "quantised")
     folded = []
     for name in (*CORE, "SkillLinear.skill_c", "new_skills"):
         for note in BLOCKS[name].notes:
-            if any(word in note.line for word in words):
+            if any(word in note.line.lower() for word in words):
                 assert note.folded, note.line
                 folded.append(note.folded)
-    assert {"the mask", "padding", "noise", "the token router", "beams"} <= set(folded)
+    assert {"padding", "noise", "the token router", "beams"} <= set(folded)
     assert PAGE.count('<details class="fold"><summary>Engineering: ') >= len(folded)
 
 
