@@ -55,8 +55,9 @@ EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--dev
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_scored(home, method):
     rate = "--lr-full" if method == "full" else "--lr-skills"
-    arguments = [*SHORT, "--data", "sni/", "--method", method, rate, "0.01", "--out", "run"]
-    output = run("train.py", *arguments, "--eval-instances", "4", cwd=home)
+    arguments = [*SHORT, "--batch-size", "8", "--eval-instances", "4", rate, "0.01"]
+    arguments += ["--data", "sni/", "--method", method, "--out", "run"]
+    output = run("train.py", *arguments, cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter on dev: " in output) == method.startswith("orchmoe")
 
