@@ -368,8 +368,9 @@ def refuse_idle_flags(
             idle -= {"data", "wrapper"}
     else:
         idle.add("input")
-    for name in sorted(flags.keys() & idle):
-        raise UserError(f"{program.flag(name)}: it would have no effect here; leave it out")
+    given = sorted(flags.keys() & idle)
+    if given:
+        raise UserError(f"{program.flag(given[0])}: it would have no effect here; leave it out")
 
 
 def main() -> None:

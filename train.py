@@ -171,12 +171,18 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     rates = {name for name in vars(config) if name.startswith("lr_")}
     no_rate = rates - set(learning_rate_fields(config).values())
     unread = {*vars(settings.adapter), *rates} - settings_of_method(method, router)
-    idle = dict.fromkeys(settings.dataset.idle, f"--data {settings.dataset.data} does not use it")
-    idle |= dict.fromkeys(no_rate, "nothing trains at that rate")
-    idle |= dict.fromkeys(unread, f"--method {method} with --router {router} does not use it")
-    idle |= dict.fromkeys(fixed, "is fixed by --start")
-    for name in sorted(flags.keys() & idle.keys()):
-        raise UserError(f"{program.flag(name)}: {idle[name]}; leave it out")
+    for name in sorted(flags):
+        reason = ""
+        if name in fixed:
+            reason = "is fixed by --start"
+        elif name in unread:
+            reason = f"--method {method} with --router {router} does not use it"
+        elif name in no_rate:
+            reason = "nothing trains at that rate"
+        elif name in settings.dataset.idle:
+            reason = f"--data {settings.dataset.data} does not use it"
+        if reason:
+            raise UserError(f"{program.flag(name)}: {reason}; leave it out")
     if "warmup" in flags and config.warmup >= config.steps:
         raise UserError(f"--warmup {config.warmup}: give fewer than --steps {config.steps}")
     return settings
