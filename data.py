@@ -200,7 +200,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
             )
         lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         names = [line.strip() for line in lines if line.strip()]
-        for name in sorted(set(names), key=names.index):  # each name once, in order
+        for name in dict.fromkeys(names):  # each name once, in order
             _require_plain_name(name, str(path))
             if (root / "tasks" / f"{name}.json").is_file():
                 found[list_name].append(name)
