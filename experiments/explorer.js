@@ -177,7 +177,9 @@
       element("status").textContent = "Type a prompt first.";
       return;
     }
-    show(viewOfTyped(prompt, element("reference").value.trim()));
+    // As it was typed: in a decoder, a space before the answer may belong to it.
+    const reference = element("reference").value;
+    show(viewOfTyped(prompt, reference.trim() ? reference : ""));
   }
 
   // Choose the weights of a row.

@@ -62,10 +62,11 @@ class Loaded(NamedTuple):
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
 
 
-def load(run: str | Path, *, model: str = "") -> Loaded:
-    """Load a run. Raise UserError if it has no sample router.
+def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
+    """Load a run. Raise UserError if it has no sample router, or if its data have changed.
 
-    model: where the base of the run is now, if it has moved.
+    model, moved_data: where its base and its data are now, if they have moved. Data that have moved
+    are without --test.
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
@@ -73,7 +74,11 @@ def load(run: str | Path, *, model: str = "") -> Loaded:
         raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
     data_config = config.section(data.DataConfig, "dataset")
+    if moved_data:
+        data_config = replace(data_config, data=moved_data, test="")
     sets = data.load_sets(data_config, tokenizer, training=config.tasks)
+    found = {name: sets[name].digest for name in ("train", "test") if name in sets}
+    config.require_same(data=config.data | found)
     if "test" in sets:
         sets["unseen"] = sets["test"]
     return Loaded(base, adapters, tokenizer, config, data_config, sets)
@@ -368,6 +373,7 @@ class ExplorerConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # where the base of the run is now, if it has moved
     method: str = ""  # FILE.py:Class of a run whose method is from a file
+    data: str = ""  # where the data of the run are now, if they have moved
     port: int = 8000  # of the page; 0: any free one
 
     def __post_init__(self) -> None:
@@ -382,7 +388,7 @@ def main() -> None:
     program.print_line(f"loading {config.run}")
     if config.method:
         run_folder.load_own_method(run_folder.read_config(config.run), config.method)
-    loaded = load(config.run, model=config.model)
+    loaded = load(config.run, model=config.model, moved_data=config.data)
     try:
         server = Server(loaded, config.port)
     except OSError as error:

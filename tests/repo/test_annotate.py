@@ -270,7 +270,9 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
 
     def few(*arguments, **options):
         sets = load_sets(*arguments, **options)
-        return {"train": sets["train"], "seen": sets["seen"][:25], "test": sets["test"][:25]}
+        del sets["seen"][25:]
+        del sets["test"][25:]
+        return sets
 
     monkeypatch.setattr(data, "load_sets", few)
     found = numbers.collect(finished / "run")

@@ -15,7 +15,8 @@ import torch
 
 from docs import annotate
 from experiments import explorer
-from helpers import interrupted, run, seeded_generator, stir
+from helpers import ROOT, change_config, interrupted, run, seeded_generator, stir
+from program import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -391,6 +392,14 @@ def test_a_typed_prompt_gets_an_answer_that_changes_with_w(served):
     assert float(text(served, "#value1")) == pytest.approx(0.9, abs=0.01)
 
 
+def test_a_typed_reference_is_sent_as_it_is(served):
+    with mock.patch.object(explorer, "reply", wraps=explorer.reply) as reply:
+        type_prompt(served, "Say yes.", " yes\n")
+        wait(served, lambda: text(served, "#input") == "Say yes.")
+        wait_for_answer(served, "own")
+        assert json.loads(reply.call_args_list[0].args[1])["reference"] == " yes\n"
+
+
 def test_a_row_is_asked_when_it_is_pressed(served):
     assert answered(served, "off") == ["press the row to ask"]
     click(served, '[data-row="off"]')
@@ -482,3 +491,13 @@ def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     error = run("experiments/explorer.py", "--run", "run", "--port", 70000, cwd=finished, code=2)
     assert "--port 70000" in error
     assert "give --run" in run("experiments/explorer.py", cwd=finished, code=2)
+
+
+def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied):
+    change_config(copied, "dataset", data="moved")
+    with pytest.raises(UserError, match="moved/splits"):
+        explorer.load(copied)
+    explorer.load(copied, moved_data=str(ROOT / "sni"))
+    change_config(copied, "data", train="0")
+    with pytest.raises(UserError, match="run: data changed since the run began"):
+        explorer.load(copied, moved_data=str(ROOT / "sni"))
