@@ -43,8 +43,7 @@ from tokenizer import Tokenizer
 SHOWN = 3  # samples of each task that can be chosen
 LARGEST_REQUEST = 100_000  # bytes
 LONGEST_ANSWER = 64  # tokens
-ROOT = Path(__file__).resolve().parent.parent
-ANNOTATED = "/annotated.html"  # where docs/annotated.html is served
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(data.read_task)
@@ -216,7 +215,7 @@ def page(explored: dict[str, Any]) -> str:
         f"<p>The run <b>{run}</b> answers here. Its router gives each prompt weights w on abstract "
         "tasks, and these decide how much each skill (a small LoRA) adds.<br>Choose a sample or "
         "type a prompt, then move a slider or press a row: the model answers with that w. "
-        f'<a href="{ANNOTATED}">The annotated page</a> explains the words.</p>\n'
+        '<a href="/annotated.html">The annotated page</a> explains the words.</p>\n'
         f"{section(explored)}</main></body></html>\n"
     )
 
@@ -232,10 +231,12 @@ class Server(ThreadingHTTPServer):
         self.loaded = loaded
         self.lock = threading.Lock()  # whoever holds it may use the model
         explored = collect(loaded) | {"live": True, "largest_request": LARGEST_REQUEST}
-        self.pages = {
-            "/": page(explored).encode(),
-            ANNOTATED: (ROOT / "docs" / "annotated.html").read_bytes(),
-        }
+        # What GET answers at each path: the type, and the content.
+        self.pages = {"/": ("text/html", page(explored).encode())}
+        for path in DOCS.glob("*.md"):  # to which the annotated page has links
+            self.pages[f"/{path.name}"] = ("text/plain", path.read_bytes())
+        annotated = (DOCS / "annotated.html").read_bytes()
+        self.pages["/annotated.html"] = ("text/html", annotated)
         self.hosts = hosts_at(self.server_port)
 
     def handle_error(self, *arguments: Any) -> None:
@@ -253,7 +254,7 @@ def hosts_at(port: int) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, GET /annotated.html the page that explains it.
+    """GET / is the page, and GET /annotated.html the one that explains it.
 
     POST / takes and returns JSON, see `reply`.
 
@@ -267,7 +268,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.is_refused():
             return
-        self.send(200, "text/html; charset=utf-8", self.server.pages[self.path])
+        kind, content = self.server.pages[self.path]
+        self.send(200, f"{kind}; charset=utf-8", content)
 
     def do_POST(self) -> None:
         if self.is_refused():

@@ -464,6 +464,16 @@ def test_the_served_page_has_a_title_in_words_and_leads_to_the_annotated_page(se
     wait(served, lambda: text(served, "h1") == "OrchMoE, annotated")
 
 
+def test_the_server_has_what_the_annotated_page_leads_to(server):
+    _, annotated = request(server, "GET", "/annotated.html")
+    pages = re.findall(r'href="([\w.]+)"', annotated)
+    assert "evidence.md" in pages
+    for page in set(pages):
+        assert request(server, "GET", f"/{page}")[0] == 200, page
+    assert request(server, "GET", "/annotate.py")[0] == 404
+    assert request(server, body=QUESTION, path="/evidence.md")[0] == 404
+
+
 def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     nasty = "<!-- <script></script><b>"
