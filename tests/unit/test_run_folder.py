@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import checkpoint
 import program
 import run_folder
 import train
 from baselines import attach_method
-from helpers import records, seeded_generator
+from helpers import change_config, records, seeded_generator
 from orchmoe import OrchMoEConfig
 from program import UserError
 from run_folder import RunConfig, RunFolder, new_folder, read_config
@@ -237,3 +238,14 @@ def test_only_rank_0_writes(config, tmp_path, monkeypatch):
         folder.save_best(config, None, None, None)
         folder.add_scores("lora", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_a_new_setting_had_its_default(copied):
+    path = copied / "adapter.safetensors"
+    state, info = checkpoint.load_adapter(path)
+    del info["config"]["mixing"]
+    checkpoint.save_adapter(path, state, **info)
+    assert read_config(copied).adapter_state().keys() == state.keys()
+    change_config(copied, "adapter", mixing="factors")
+    with pytest.raises(UserError, match="its config is not the run's"):
+        read_config(copied).adapter_state()
