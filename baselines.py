@@ -127,8 +127,8 @@ class Poly(Method):
         super().__init__()
         if num_tasks < 1:
             raise ValueError(
-                f"{type(self).__name__}: it routes by task id; give num_tasks, in JSONL the field "
-                "`task`"
+                f"--method: {type(self).__name__} routes by task id; give num_tasks, in JSONL the "
+                "field `task`"
             )
         for path, linear in linears.items():
             for name in ("in_features", "out_features"):

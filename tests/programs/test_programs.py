@@ -534,7 +534,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
     "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
-    "train.py --data sni/own.jsonl --method poly": "--method poly: it routes by task id; give",
+    "train.py --data sni/own.jsonl --method poly": "--method: Poly routes by task id; give",
     f"{ASK} --split seen": "--split: it would have no effect here",
     f"{ASK} --limit 9": "--limit: it would have no effect here",
     f"{ASK} --out x": "--out: it would have no effect here",
