@@ -12,6 +12,7 @@ PROGRAM = "experiments/cuda_code.py"
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     monkeypatch.setattr(cuda_code.torch.version, "cuda", "13.0")
     assert run(PROGRAM, cwd=tmp_path).startswith("skipped: this torch is built for CUDA;")
     monkeypatch.setattr(shutil, "which", lambda name: None)
