@@ -64,14 +64,20 @@ def write_decoder(folder, write):
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Return the folders of a T5 and of decoders with both kinds of tokenizer."""
-    folder = tmp_path_factory.mktemp("bases")
-    return {
-        "t5": ROOT / "tiny",
-        "words": write_decoder(folder / "words", write_words),
-        "pieces": write_decoder(folder / "pieces", write_pieces),
-    }
+def base_of(tmp_path_factory):
+    """Return a function that gives the folder of a T5, or of a decoder with one of two tokenizers.
+
+    The decoders need optional packages; without these only their tests are skipped.
+    """
+    made = {"t5": ROOT / "tiny"}
+    writers = {"words": write_words, "pieces": write_pieces}
+
+    def base_of(kind):
+        if kind not in made:
+            made[kind] = write_decoder(tmp_path_factory.mktemp(kind), writers[kind])
+        return made[kind]
+
+    return base_of
 
 
 # --------------------------------------------------------------------------------- one way to build
@@ -107,7 +113,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ["t5", "words", "pieces"])
-def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, monkeypatch):
+def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields, prompt, answer = FORMS[name]
     rows = [{field: text.format(i) for field, text in fields.items()} for i in range(400)]
@@ -119,7 +125,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, mo
         flags = {"data": ".", "num_pos": 0, "train_instances": 16}
     else:
         write_rows(tmp_path / "own.jsonl", rows)
-    flags |= {"model": str(bases[kind]), "steps": 1, "eval_instances": 2, "batch_size": 16}
+    flags |= {"model": str(base_of(kind)), "steps": 1, "eval_instances": 2, "batch_size": 16}
 
     # Training.
     launch = train.LaunchConfig(out="run")
@@ -130,7 +136,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, mo
     target = batch.labels[0][batch.labels[0] >= 0].tolist()
     number = int(batch.ids[0]) - 1
     prompt, answer = prompt.format(number), answer.format(number)
-    tokenizer = load_tokenizer(bases[kind])
+    tokenizer = load_tokenizer(base_of(kind))
     if tokenizer.one_row:
         text = tokenizer._tokenizer.decode(source + target, skip_special_tokens=True)
         assert text.removeprefix(" ") == prompt + answer
@@ -173,22 +179,22 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, bases, tmp_path, mo
     # A server, which takes the same prompt. The shell easily loses line breaks at its end.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
     rule = read_json("served/router.json")["prompt"]
-    server = serve.RunTokenizer(bases[kind], rule)
+    server = serve.RunTokenizer(base_of(kind), rule)
     assert server.encode(shown) == source
     if "instruction" in row and not data_config.wrapper:
         assert server.encode(shown.rstrip("\n")) == source
 
 
-def test_a_question_follows_the_form_of_the_rows(bases, tmp_path, monkeypatch):
+def test_a_question_follows_the_form_of_the_rows(base_of, tmp_path, monkeypatch):
     """A question without input is an instruction if all rows have one, else it is a prompt."""
     monkeypatch.chdir(tmp_path)
-    words = load_tokenizer(bases["words"])
+    words = load_tokenizer(base_of("words"))
     asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(400)]
     for name, rows, text in (
         ("instructions", asked, "Say it.\n\n"),
         ("both", asked + prompts(), "Say it."),
     ):
-        flags = {"data": f"{name}.jsonl", "model": str(bases["words"]), "steps": 1}
+        flags = {"data": f"{name}.jsonl", "model": str(base_of("words")), "steps": 1}
         write_rows(tmp_path / flags["data"], rows)
         launch = train.LaunchConfig(out=name)
         train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
@@ -210,26 +216,23 @@ def make_old(folder):
 
 
 @pytest.fixture(scope="module")
-def own(bases, tmp_path_factory):
-    """Return a folder with runs on rows of JSONL. Tests copy what they change."""
+def own(tmp_path_factory):
+    """Return a folder with a run of T5 on rows of JSONL. Tests copy what they change."""
     folder = tmp_path_factory.mktemp("own")
     write_rows(folder / "own.jsonl", [row | {"task": "t"} for row in prompts()])
     tests = [{"prompt": f"Tell {i}", "completion": f"{i}"} for i in range(3)]
     write_rows(folder / "test.jsonl", tests)
-    data_flags = ["--data", "own.jsonl", "--test", "test.jsonl", "--max-source-length", "99"]
-    for name in ("t5", "words"):
-        arguments = [*data_flags, "--model", bases[name], "--out", name]
-        run("train.py", *arguments, *BRIEF, cwd=folder)
+    arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--max-source-length", "99"]
+    run("train.py", *arguments, "--out", "t5", *BRIEF, cwd=folder)
     return folder
 
 
 @pytest.fixture
 def changed(own, tmp_path):
-    """Return a copy of that folder, whose runs have the data of the copy."""
+    """Return a copy of that folder, whose run has the data of the copy."""
     folder = shutil.copytree(own, tmp_path / "own")
     paths = {"data": str(folder / "own.jsonl"), "test": str(folder / "test.jsonl")}
-    for name in ("t5", "words"):
-        change_config(folder / name, "dataset", **paths)
+    change_config(folder / "t5", "dataset", **paths)
     return folder
 
 
@@ -237,8 +240,11 @@ RESUME = ["train.py", "--resume", "--device", "cpu", "--out"]
 REFUSED = "an older version built the samples of the run by another rule; start a new run"
 
 
-def test_older_run_of_a_decoder_is_refused_by_every_program(changed):
-    make_old(changed / "words")
+def test_older_run_of_a_decoder_is_refused_by_every_program(tmp_path, base_of):
+    write_rows(tmp_path / "own.jsonl", prompts())
+    arguments = ["--data", "own.jsonl", "--model", base_of("words"), "--out", "words"]
+    run("train.py", *arguments, *BRIEF, cwd=tmp_path)
+    make_old(tmp_path / "words")
     for line in (
         [*RESUME, "words"],
         ["eval.py", "--run", "words", "--split", "seen", "--device", "cpu"],
@@ -246,18 +252,18 @@ def test_older_run_of_a_decoder_is_refused_by_every_program(changed):
         ["integrations/export.py", "--run", "words", "--out", "served"],
         ["experiments/explorer.py", "--run", "words"],
     ):
-        error = run(*line, cwd=changed, code=2)
+        error = run(*line, cwd=tmp_path, code=2)
         assert REFUSED in error and error.count("\n") == 1
 
 
-def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, bases):
+def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, base_of):
     make_old(changed / "t5")
     run(*RESUME, "t5", cwd=changed)
     assert read_json(changed / "t5/config.json")["rule"] == {}
 
     copies = [{"prompt": f"Name {i}: ", "completion": "x"} for i in range(99)]
     write_rows(changed / "own.jsonl", prompts() + copies)
-    arguments = ["--data", "own.jsonl", "--model", bases["t5"], "--out", "copies"]
+    arguments = ["--data", "own.jsonl", "--model", base_of("t5"), "--out", "copies"]
     run("train.py", *arguments, *BRIEF, cwd=changed)
     make_old(changed / "copies")
     error = run(*RESUME, "copies", cwd=changed, code=2)
@@ -315,12 +321,14 @@ def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):
 
 
 @pytest.mark.parametrize("method", ["poly", "c-poly"])
-def test_rows_of_training_tasks_have_their_ids_in_training_and_evaluation(method, tmp_path, bases):
+def test_rows_of_training_tasks_have_their_ids_in_training_and_evaluation(
+    method, tmp_path, base_of
+):
     rows = [row | {"task": f"t{i % 4}"} for i, row in enumerate(prompts())]
     tests = [{"prompt": f"Tell {i}", "completion": "x", "task": f"t{i}"} for i in range(6)]
     write_rows(tmp_path / "own.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", tests)
-    arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--model", bases["words"]]
+    arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--model", base_of("words")]
     arguments += ["--method", method, "--out", "run", *BRIEF, "--eval-instances", "0"]
     with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
         run("train.py", *arguments, cwd=tmp_path)
