@@ -1,10 +1,13 @@
 """Session set-up and the fixtures of more than one test module; helpers.py has the functions."""
 
 import contextlib
+import functools
+import inspect
 import os
 import resource
 import shutil
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,10 @@ try:  # pytest tests/programs/test_fuzz.py --hypothesis-profile=long
     settings.load_profile("short")
 except ImportError:
     pass
+
+# The programs make their help texts from their source. Reading it takes most of the time that a
+# refused command line takes, so each class is read once in a session.
+program.inspect = types.SimpleNamespace(getsource=functools.cache(inspect.getsource))
 
 # One token cache for the whole session.
 CACHE = tempfile.TemporaryDirectory()

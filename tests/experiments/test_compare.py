@@ -236,7 +236,8 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (math.nan, None))
     cell = cell_of(tmp_path, "a", scores="answers", row=study.UNTRAINED["frozen base"])
-    assert study.run_cell(cell, CPU)
+    few = study.changed(cell.settings, {"max_tasks": 2, "eval_instances": 2})
+    assert study.run_cell(cell._replace(settings=few), CPU)
     assert "the loss on seen instances is nan" in cell.result()["diverged"]
 
 
