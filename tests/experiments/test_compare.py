@@ -396,7 +396,7 @@ def wait_for(condition):
 # --------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "--method lora": "--method: the study sets this itself",
+    "--method lora": "--method lora: it has a row already; choose it with --methods",
     "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--ablations --methods lora": "--methods: not with --ablations",
