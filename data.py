@@ -622,8 +622,7 @@ def _compare_test(config, sets):
         raise UserError(
             f"--test {config.test}: has the rows of --data; give rows that do not train"
         )
-    trained = _sources(sets["train"])
-    equal = sum(example.source_ids.tobytes() in trained for example in test)
+    equal = len(test) - len(_unlike(sets["train"], test))
     if equal:
         program.warn(
             f"{path}: {equal} of {len(test)} test rows have the tokens of training rows, so they "
@@ -631,9 +630,10 @@ def _compare_test(config, sets):
         )
 
 
-def _sources(examples):
-    """Return the set of the sources of all examples, as bytes."""
-    return {example.source_ids.tobytes() for example in examples}
+def _unlike(train, examples):
+    """Return the examples whose sources do not have the tokens of a training row."""
+    trained = {e.source_ids.tobytes() for e in train}
+    return [e for e in examples if e.source_ids.tobytes() not in trained]
 
 
 def _files(config):
@@ -692,9 +692,11 @@ def _load_list(
     examples = {name: [] for name in set_names}
     digest = hashlib.sha256()
     cut = 0
+    forms = set()
     for task in encoded:
         digest.update(task["digest"].encode())
         cut += task["cut"]
+        forms.update(task["forms"])
         ends = np.cumsum(task["lengths"])
         pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
         for set_name, position, instance_id, references in json.loads(task["rows"]):
@@ -718,9 +720,8 @@ def _load_list(
     rule = {}
     left_out = 0
     if config.is_jsonl and list_name == "train":
-        trained = _sources(examples["train"])
         for name in ("dev", "seen"):
-            kept = [e for e in examples[name] if e.source_ids.tobytes() not in trained]
+            kept = _unlike(examples["train"], examples[name])
             left_out += len(examples[name]) - len(kept)
             examples[name] = kept
     if left_out:
@@ -737,9 +738,6 @@ def _load_list(
             )
 
     if tokenizer.one_row and not config.is_official:
-        forms = set()
-        for task in encoded:
-            forms.update(task["forms"])
         rule["forms"] = sorted(forms)
     short_digest = digest.hexdigest()[:16]
     return {name: Examples(found, tasks, short_digest, rule) for name, found in examples.items()}
