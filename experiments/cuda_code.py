@@ -12,7 +12,7 @@ fake CUDA tensors, which have shapes but no values.
 
 It needs triton, a C++ compiler and the torch for CPUs, and says so where one is missing. It
 replaces private functions of torch: `H100_FUNCTIONS`.
-Test: pytest tests/experiments/test_cuda_code.py
+Test: pytest -m slow tests/experiments/test_cuda_code.py
 """
 
 import importlib.util

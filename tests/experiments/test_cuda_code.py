@@ -11,6 +11,35 @@ from helpers import run
 PROGRAM = "experiments/cuda_code.py"
 
 
+@pytest.mark.slow
+def test_code_of_a_block_is_written_and_built(tmp_path, capfd):
+    run(PROGRAM, "--only", "T5-base encoder", cwd=tmp_path)
+    output = capfd.readouterr().out
+    if output.startswith("skipped: "):
+        pytest.skip(output)
+
+    table = {}
+    for line in output.partition(cuda_code.HEAD)[2].strip().splitlines():
+        _, method, adapted, *cells, _ = [cell.strip() for cell in line.split("|")][1:]
+        uncompiled, compiled = ([int(n) for n in cell.split(" + ")] for cell in cells[:2])
+        built, on_cpu, items = map(int, cells[2:])
+        table[method, adapted] = uncompiled, compiled
+        assert sum(compiled) < sum(uncompiled)
+        assert 0 < built <= sum(compiled)
+        assert (on_cpu, items) == (0, 0)
+
+    # Seven Linears, two norms, attention, GELU, a product and two sums, and what they need to
+    # return gradients.
+    frozen, _ = table.pop(("frozen", ""))
+    assert frozen == [14, 18]
+    limits = {"q, v": 2, "all": 7}  # adapted Linears
+    assert {adapted for _, adapted in table} == limits.keys()
+    for (_, adapted), (uncompiled, _) in table.items():
+        added = [count - less for count, less in zip(uncompiled, frozen, strict=True)]
+        assert added[0] <= 5 * limits[adapted]
+        assert added[1] <= 10 * limits[adapted]
+
+
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     monkeypatch.setattr(cuda_code.torch.version, "cuda", "13.0")
