@@ -40,6 +40,7 @@ def routed(
     base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 ) -> AbstractContextManager[Routing]:
     """Return a context manager that routes the batch by its sources or its task ids."""
+    batch = batch.to(base.device)
     embeddings = base.embed(batch.input_ids)
     return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
 
@@ -173,9 +174,10 @@ def mean_entropy(w: Tensor | None) -> float:
         return math.nan
     w = w.detach()
     sums = w.sum(dim=-1)
-    if w.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        return math.nan  # trained with --router-norm none
-    return torch.special.entr(w).sum(dim=-1).mean().item()
+    is_distribution = (w >= 0).all() & torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()
+    entropy = torch.special.entr(w).sum(dim=-1).mean()
+    # NaN if it is none, as with --router-norm none. Only .item() waits for a GPU.
+    return torch.where(is_distribution, entropy, math.nan).item()
 
 
 def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:

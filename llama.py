@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone, Config
+from model import IGNORED, Backbone, Config, aligned
 
 # The numbers of Llama 3's way to scale positions, see `rotation`.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -192,19 +192,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.view(-1, H, L, E)
 
 
-def cached_attention(q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
-    """Return the output of attention (B,1,H,E) where the query of a row sees the cached columns up
-    to its position.
+def cached_attention(q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
+    """Return the output of attention (B,1,H,E) where a query sees the columns that `bias` allows.
 
-    q (B,1,H,E); cache (2,B,columns,G,E): keys and values; position (B).
+    q (B,1,H,E); cache (2,B,columns,G,E): keys and values; bias (B,1,1,columns).
     """
     k, v = cache.transpose(2, 3)  # (B,G,columns,E)
-    columns = torch.arange(k.shape[2], device=q.device)
-    seen = columns <= position[:, None, None, None]  # (B,1,1,columns)
-
     # The H/G queries of one key head take the place of the positions, so no key is repeated.
     q = q[:, 0].unflatten(1, (k.shape[1], -1))  # (B,G,H/G,E)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B,G,H/G,E)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B,G,H/G,E)
     return y.flatten(1, 2)[:, None]
 
 
@@ -217,11 +213,12 @@ def cached_attention(q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
 #
 # So attention is called in three ways:
 #
-#                            x                        cache             position
+#                            x                        cache             position and bias
 #     training               whole rows               none              none
 #     start of generation    whole rows (sources)     gets their tokens none
 #     step of generation     one token of each row    gets that token   (B), of that token
 #
+# The bias (B,1,1,columns) hides the columns behind that token from it.
 # The start also writes padding to the cache. A row overwrites it before it sees these columns.
 
 
@@ -252,6 +249,7 @@ class Attention(nn.Module):
         turn: Tensor,
         cache: Tensor | None = None,
         position: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Return the output of attention (B,L,D) for x (B,L,D), in one of the three ways above."""
         L = x.shape[1]
@@ -272,7 +270,7 @@ class Attention(nn.Module):
             rows = torch.arange(len(x), device=x.device)
             cache[0, rows, position] = k[:, 0]
             cache[1, rows, position] = v[:, 0]
-            y = cached_attention(q, cache, position)  # (B,1,H,E)
+            y = cached_attention(q, cache, bias)  # (B,1,H,E)
         return self.o(y.flatten(2))
 
 
@@ -289,7 +287,7 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
-        """Return the output (B,L,D). `context` goes to the attention: turn, cache, position."""
+        """Return the output (B,L,D). `context` goes to the attention: turn, cache and so on."""
         x = x + self.attention(self.attention_norm(x), *context)
         h = self.ffn_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -359,24 +357,35 @@ class Llama(Backbone):
         """Return the hidden states (B,L,D) that `logits` takes.
 
         ids: whole rows (B,L), or with `position` (B) one token of each row (B,1); see Attention.
+        Raise ValueError for rows that the model has not enough positions for.
         """
         x = self.embedding(ids)
+        bias = None
         if position is None:
+            self.require_positions(ids.shape[1])
             positions = torch.arange(ids.shape[1], device=ids.device)  # (L)
         else:
             positions = position[:, None]  # (B,1)
+            columns = torch.arange(caches[0].shape[2], device=ids.device)
+            bias = x.new_zeros(len(ids), len(columns)).masked_fill(columns > positions, -torch.inf)
+            bias = aligned(bias[:, None, None])  # (B,1,1,columns)
         turn = rotation(self.config, positions).to(x.dtype)
 
         for n, block in enumerate(self.blocks):
             if caches is None:
                 x = self.run_block(block, x, turn)
             else:
-                x = block(x, turn, caches[n], position)
+                x = block(x, turn, caches[n], position, bias)
         return self.norm(x)
+
+    def require_positions(self, count: int) -> None:
+        """Raise ValueError if a row needs more positions than the model has."""
+        if count > self.longest:
+            raise ValueError(f"a row needs {count} positions, but the model has {self.longest}")
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         ids, labels = self.pack(input_ids, attention_mask, labels)
-        hidden = self.hidden(ids[:, :-1])
+        hidden = self.hidden(ids[:, :-1].to(self.device))
         return self.cross_entropy(hidden, labels[:, 1:])  # each token predicts the next
 
     def start(
@@ -384,6 +393,7 @@ class Llama(Backbone):
     ) -> tuple[Tensor, State]:
         ids, _ = self.pack(input_ids, attention_mask, input_ids[:, :0])
         columns = ids.shape[1] + max_new_tokens - 1  # the last token is not read
+        self.require_positions(columns)
 
         # Zeros: columns that are not seen enter a sum with weight 0, and 0 times NaN is NaN.
         shape = (2, len(ids), columns, self.config.num_key_value_heads, self.config.head_dim)

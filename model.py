@@ -64,6 +64,18 @@ class Config:
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
+def aligned(bias: Tensor) -> Tensor:
+    """Return a bias (...,L), off the CPU with rows that begin at multiples of 8 numbers in memory.
+
+    The fused attention of CUDA reads such a bias in place if its last stride is 1. Any other bias
+    would be copied in every block, and compiled blocks would need a graph for each remainder of L.
+    """
+    L = bias.shape[-1]
+    if bias.device.type == "cpu":
+        return bias
+    return F.pad(bias, (0, 8 - L % 8))[..., :L]
+
+
 class Backbone(nn.Module):
     """Base of all families.
 
@@ -139,7 +151,8 @@ class Backbone(nn.Module):
         """Return the SUM of the cross-entropy over all labels other than -100.
 
         input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
-        The caller divides by the number of target tokens of its whole step.
+        Give them on the CPU, where their lengths are known: then nothing waits for a GPU. The
+        caller divides by the number of target tokens of its whole step.
         """
         raise NotImplementedError
 
@@ -158,12 +171,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over labels (B,L) other than -100, given hidden states (B,L,D)."""
+        """Return the sum over labels (B,L) other than -100, given hidden states (B,L,D).
+
+        The labels may be on the CPU, see `loss`.
+        """
         # Select before the head: the logits of all positions would be the largest tensor there is.
-        real = labels != IGNORED
-        logits = self.logits(hidden[real])  # (M,V) of M real labels
+        labels = labels.flatten()
+        real = (labels != IGNORED).nonzero()[:, 0]  # positions of M real labels
+        labels = labels[real].to(hidden.device)
+        hidden = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
+        logits = self.logits(hidden)  # (M,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, labels[real], reduction="sum")
+        return F.cross_entropy(logits, labels, reduction="sum")
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Return block(*inputs), with gradient checkpointing where it is set."""

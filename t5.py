@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone, Config
+from model import IGNORED, Backbone, Config, aligned
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,6 @@ def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     bias.masked_fill_(~mask.bool(), masked_score(dtype))
     return bias[:, None, None, :]
-
-
-def aligned(bias: Tensor) -> Tensor:
-    """Return a bias (...,L), on CUDA with each row at a multiple of 8 numbers in memory.
-
-    Attention on CUDA needs that. Otherwise torch would copy the bias in every block, and --compile
-    would make a graph for each remainder of L.
-    """
-    L = bias.shape[-1]
-    if bias.device.type == "cpu":
-        return bias
-    return F.pad(bias, (0, 8 - L % 8))[..., :L]
 
 
 def relative_buckets(
@@ -325,7 +313,7 @@ class Stack(nn.Module):
 class State:
     """What `generate` keeps between two steps."""
 
-    mask: Tensor  # (B,Ls), of the sources
+    states_bias: Tensor  # (B,1,1,Ls), hides the padding of the sources
     caches: list[Cache]  # of the decoder's blocks
     strip: Tensor  # (H,2n-1), the position bias of all distances, for n new tokens
 
@@ -337,7 +325,7 @@ class State:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self.mask = self.mask[rows]
+        self.states_bias = aligned(self.states_bias[rows])  # indexing packs the rows again
         for cache in self.caches:
             cache.source = cache.source.index_select(1, rows)
             cache.target = cache.target.index_select(1, rows)
@@ -403,18 +391,21 @@ class T5(Backbone):
         return super().logits(hidden)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        input_ids = input_ids.to(self.device)
+        attention_mask = attention_mask.to(self.device)
         # The decoder reads the labels shifted right, behind the start token.
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
-        return self.cross_entropy(self.hidden(input_ids, attention_mask, shifted), labels)
+        hidden = self.hidden(input_ids, attention_mask, shifted.to(self.device))
+        return self.cross_entropy(hidden, labels)
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
     ) -> tuple[Tensor, State]:
         states = self.encode(input_ids, attention_mask)
         state = State(
-            mask=attention_mask,
+            states_bias=aligned(padding_bias(attention_mask, states.dtype)),
             caches=[block.start(states) for block in self.decoder.blocks],
             strip=self.decoder.position.strip(max_new_tokens),
         )
@@ -423,10 +414,9 @@ class T5(Backbone):
 
     def step(self, newest: Tensor, state: State) -> Tensor:
         x = self.embedding(newest[:, None])  # (B,1,D)
-        bias = state.bias()
-        states_bias = padding_bias(state.mask, x.dtype)
+        bias = aligned(state.bias())
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block(x, bias, None, states_bias, cache)
+            x = block(x, bias, None, state.states_bias, cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @classmethod

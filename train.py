@@ -349,7 +349,6 @@ def train_step(
     loss = 0.0
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
-        micro_batch = micro_batch.to(base.device)
         noise = routing_noise(adapters, config.seed, step, rows)
         with evaluation.routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
@@ -367,14 +366,15 @@ def train_step(
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
 
     norm = get_total_norm(gradients)
-    require_finite(step, batch, loss=loss, gradient_norm=norm.item())
+    norm_value = norm.item()
+    require_finite(step, batch, loss=loss, gradient_norm=norm_value)
     clip_grads_with_norm_(parameters, LARGEST_NORM, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * learning_rate_factor(step, config)
     optimizer.step()
     return {
         "loss": loss,
-        "norm": norm.item(),
+        "norm": norm_value,
         "entropy": entropy,
         "target_tokens": batch.target_tokens,
     }

@@ -12,8 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils import cpp_extension
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import data
 import program
 import run_folder
 import runtime
@@ -254,3 +258,72 @@ def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
             values.append(base.loss(*batch))
         results.append([value.detach().cpu() for value in values])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
+def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
+    """On CUDA torch takes a slow form, or copies the mask in every block, for other strides."""
+    attention = F.scaled_dot_product_attention
+    strides = []
+
+    def recorded(*tensors, attn_mask=None, **options):
+        if attn_mask is not None:
+            strides.append(attn_mask.stride())
+        return attention(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    base = small_model(name).to(second)
+    ids, mask, labels = (tensor.to(second) for tensor in random_batch(10, 37))
+    calls = []  # how many masks there are after each call
+    for is_training in (True, False):
+        base.train(is_training)
+        base.loss(ids, mask, labels)
+        calls.append(len(strides))
+    with torch.no_grad():
+        newest, state = base.start(ids, mask, 5)
+        for rows in ([0, 1, 2], [1, 2], [1]):
+            rows = torch.tensor(rows, device=second)
+            base.step(newest, state)
+            state.keep(rows)
+            newest = newest[rows]
+            calls.append(len(strides))
+    is_t5 = name in T5_CONFIGS
+    assert len(set(calls)) == (5 if is_t5 else 4)  # a decoder has masks only in steps
+    for stride in strides:
+        assert stride[-1] == 1 and all(one % 8 == 0 for one in stride[:-1]), stride
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations that make the host wait for the second device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.name()
+        tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+        on_second = [tensor for tensor in tensors if tensor.device.type == "second"]
+        # Sizes that depend on values: nonzero, and what calls it.
+        has_unknown_size = "nonzero" in name or "masked_select" in name
+        if name.startswith("aten::index"):
+            has_unknown_size = any(tensor.dtype == torch.bool for tensor in on_second[1:])
+        is_copy = isinstance(result, torch.Tensor) and result.device == CPU
+        if on_second and (name == "aten::_local_scalar_dense" or has_unknown_size or is_copy):
+            self.count += 1
+        return result
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly"])
+@pytest.mark.parametrize("name", ["v1.1", "llama3"])
+def test_a_step_waits_twice_for_each_micro_batch_and_once_more(name, method, accumulate, second):
+    base = small_model(name)
+    adapters = adapted(base, method)
+    base.to(second)
+    config = train.TrainConfig(accumulate=accumulate)
+    optimizer = train.make_optimizer(adapters, config)
+    batch = data.Batch(*random_batch(10, 37), torch.arange(4) % 3, list("abcd"))
+    with torch.autograd.set_multithreading_enabled(False), Waits() as waits:
+        train.train_step(base, adapters, optimizer, batch, 0, config)
+    of_micro_batch = 2 if method == "orchmoe" else 1  # the loss, and the entropy of w
+    assert waits.count == accumulate * of_micro_batch + 1

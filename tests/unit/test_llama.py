@@ -26,8 +26,10 @@ from helpers import (
     adapted,
     hf_llama,
     make_example,
+    random_batch,
     rows_of,
     run,
+    small_model,
     write_words,
 )
 from llama import Llama, LlamaConfig, causal_attention
@@ -294,3 +296,20 @@ def test_pick_device_uses_bfloat16_on_a_cpu_that_gains_from_it(
     assert picked() == expected
     assert picked(dtype="float32") == torch.float32
     assert picked(dtype="bfloat16") == torch.bfloat16
+
+
+def test_rows_that_need_more_positions_than_there_are_are_refused():
+    """A row counts as it is packed, without the padding between its source and its target."""
+    base = small_model("llama2")  # of 64 positions
+    fits = random_batch(10, 97, (40, 60), (25, 3))  # 65 tokens, the last of which is not read
+    base.loss(*fits)
+    base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=5)
+    base.hidden(fits.input_ids)
+
+    message = "a row needs 65 positions, but the model has 64"
+    with pytest.raises(ValueError, match=message):
+        base.loss(*random_batch(10, 97, (40, 60), (26, 3)))
+    with pytest.raises(ValueError, match=message):
+        base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=6)
+    with pytest.raises(ValueError, match=message):
+        base.hidden(torch.zeros(1, 65, dtype=torch.long))

@@ -23,8 +23,8 @@ from helpers import (
     t5_batch,
     teacher_forced,
 )
-from model import IGNORED, Backbone
-from t5 import aligned, padding_bias
+from model import IGNORED, Backbone, aligned
+from t5 import padding_bias
 
 # --------------------------------------------------------------------------------------- generation
 
