@@ -270,7 +270,7 @@ def compiles_well(*inputs: Any) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
     torch makes a graph for each combination of: kind of block, one row or more, one token or more,
-    with or without gradients. So that there are at most four, we leave out rows of one token, and
+    with or without gradients. So that each kind has only two, we leave out rows of one token, and
     x without a gradient, as in evaluation and in the first block of an adapted model.
     """
     tensors = [value for value in inputs if isinstance(value, Tensor)]

@@ -33,8 +33,8 @@ def pick_device(
     """Return the device for `--gpu N` or `--device cpu`: the CPU if there is no CUDA.
 
     Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
-    bfloat16 on CUDA. On a CPU it is bfloat16 if the CPU multiplies it natively and the model in
-    the folder `base` is large, otherwise float32. Raise UserError if there are GPUs, but not the
+    bfloat16 on a GPU that multiplies it natively. On such a CPU it is bfloat16 if the model in the
+    folder `base` is large. Otherwise it is float32. Raise UserError if there are GPUs, but not the
     one asked for.
     """
     if gpu is not None and device:
@@ -55,7 +55,9 @@ def pick_device(
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)
         name = torch.cuda.get_device_name(chosen)
-        fast_bfloat16 = True
+        fast_bfloat16 = torch.cuda.get_device_capability(chosen) >= (8, 0)
+        if not fast_bfloat16:
+            name += " (it emulates bfloat16)"
     else:
         chosen = torch.device("cpu")
         name = f"cpu, {torch.get_num_threads()} threads"

@@ -273,6 +273,30 @@ def test_examples_beyond_the_model_are_refused(tmp_path, corpus, program, flags,
     assert not (tmp_path / "run").exists()
 
 
+GPUS = [
+    ("H100", (9, 0), torch.bfloat16),
+    ("Tesla T4 (it emulates bfloat16)", (7, 5), torch.float32),
+]
+
+
+@pytest.mark.parametrize("name, capability, expected", GPUS)
+def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
+    name, capability, expected, monkeypatch
+):
+    functions = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda device: name.partition(" (")[0],
+        "get_device_capability": lambda device: capability,
+    }
+    for function in functions:
+        monkeypatch.setattr(torch.cuda, function, functions[function])
+    device, dtype, description = runtime.pick_device()
+    assert (device, dtype) == (torch.device("cuda", 0), expected)
+    assert description.startswith(f"device: {name}, {runtime.dtype_name(expected)}, ")
+    assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16
+
+
 NATIVE = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 CPUS = [
     (5e7, NATIVE[:1], torch.bfloat16),
