@@ -43,8 +43,9 @@ def weigh(h: Tensor, c: Tensor, shape: tuple[int, int]) -> Tensor:
     h (M,SR); c (B or 1,L or 1,S), which may have a wider dtype than h; shape is (B,L).
     """
     S = c.shape[-1]
+    by_skill = (*shape, S, h.shape[1] // S)  # (B,L,S,R)
     hc = torch.empty_like(h)
-    torch.mul(h.view(*shape, S, -1), c.unsqueeze(-1), out=hc.view(*shape, S, -1))  # (B,L,S,R)
+    torch.mul(h.view(by_skill), c.unsqueeze(-1), out=hc.view(by_skill))
     return hc
 
 
@@ -70,7 +71,7 @@ class _LinearWithSkills(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return y (M,O). The caller unflattens it, since a view from in here is read-only.
+        """Return y (M,O). The caller views it as (B,L,O), since a view from in here is read-only.
 
         x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,L or 1,S); weight (O,D) and bias (O), in x's
         dtype.
@@ -110,19 +111,19 @@ def _gradients(ctx, dy):
     x, A, B, c, h, hc, weight = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
     A_dtype, B_dtype = ctx.dtypes
-    skills = (c.shape[-1], -1)  # (S,R)
+    S = c.shape[-1]
     dx = dA = dB = dc = None
 
     # y = x W0^T + b + scale * hc B
     if needs_B:
         dB = scaled_product(hc.T, dy, ctx.scale)  # (SR,O)
-        dB = dB.to(B_dtype).unflatten(0, skills)
+        dB = dB.to(B_dtype).view(S, -1, dB.shape[1])  # (S,R,O)
 
     # hc = h * c
     if needs_x or needs_A or needs_c:
         dhc = scaled_product(dy, B.T, ctx.scale)  # (M,SR)
         if needs_c:
-            dc = (dhc * h).view(*ctx.shape, *skills)  # (B,L,S,R)
+            dc = (dhc * h).view(*ctx.shape, S, h.shape[1] // S)  # (B,L,S,R)
             # Where all samples or all tokens share c, this sums over B or L, too.
             summed = [3, *(axis for axis in (0, 1) if c.shape[axis] == 1)]
             dc = dc.sum(summed, keepdim=True, dtype=c.dtype).squeeze(3)
@@ -131,13 +132,13 @@ def _gradients(ctx, dy):
     # h = x A^T
     if needs_A:
         dA = dh.T @ x  # (SR,D)
-        dA = dA.to(A_dtype).unflatten(0, skills)
+        dA = dA.to(A_dtype).view(S, -1, dA.shape[1])  # (S,R,D)
     if needs_x:
         if weight is None:
             dx = dh @ A  # (M,D)
         else:
             dx = add_product(dy @ weight, dh, A, scale=1)
-        dx = dx.unflatten(0, ctx.shape)
+        dx = dx.view(*ctx.shape, dx.shape[1])  # (B,L,D)
     return dx, dA, dB, dc, None, None, None
 
 
@@ -177,7 +178,7 @@ def mix_skills(
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
     c = c.to(x.device)  # a large base may be spread over several devices
     y = _LinearWithSkills.apply(x, A, B, c, scale, weight, bias)  # (M,O)
-    return y.unflatten(0, x.shape[:2])
+    return y.view(*x.shape[:2], y.shape[1])
 
 
 def mix_factors(

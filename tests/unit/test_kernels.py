@@ -134,6 +134,14 @@ def test_the_output_of_an_adapted_linear_may_be_changed_in_place(change, size):
     torch.testing.assert_close(twin(kernels.mix_skills), twin(orchmoe.mix_skills))
 
 
+@both
+def test_a_batch_without_rows_has_no_output_and_gradients_of_zero(mix):
+    x, A, B_, c, *rest = arguments(FORMS["sample"])
+    y, dx, dA, dB, dc = outputs_and_gradients(mix, (x[:0], A, B_, c[:0], *rest))
+    assert (y.shape, dx.shape, dc.shape) == ((0, L, D_OUT), (0, L, D), (0, S))
+    assert not dA.any() and not dB.any()
+
+
 def test_a_second_derivative_is_an_error():
     x, *rest = arguments(FORMS["sample"])
     y = kernels.mix_skills(x, *rest)
