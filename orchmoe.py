@@ -22,7 +22,7 @@ The first half of the file is the paper. The second half puts it into a model: h
 starts, skills in a Linear, the adapters, and `attach`.
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
-    rates = {"skills": 1e-2, "router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}
+    rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}
     groups = adapters.parameter_groups()                  # adapters.parameters() lacks the skills
     optimizer = torch.optim.AdamW([{"params": groups[kind], "lr": rates[kind]} for kind in groups])
     adapters.fit_router(embeddings, masks)                # once, on training sources

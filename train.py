@@ -71,7 +71,7 @@ class TrainConfig:
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
     lr_skills: float = 1e-2  # peak learning rate of the skills, A and B
-    lr_router: float = 2e-4  # peak learning rate of the sample router
+    lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
