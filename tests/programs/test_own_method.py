@@ -17,6 +17,7 @@ import checkpoint
 import program
 import train
 from baselines import attach_method, load_method
+from experiments import explorer
 from helpers import (
     PYTHONPATH,
     ROOT,
@@ -286,3 +287,21 @@ def test_route_refuses_w():
     adapters = attach_method("HydraLoRA", base, OrchMoEConfig(targets=("0",)))
     with pytest.raises(ValueError, match="w: HydraLoRA has no weights of abstract tasks"):
         adapters.route(w=torch.ones(4))
+
+
+def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
+    (home / "own.py").write_text(
+        "from orchmoe import OrchMoE\n\n\nclass Mine(OrchMoE):\n    pass\n"
+    )
+    method = ("--method", "own.py:Mine")
+    run("train.py", *SHORT, *method, "--out", "run", cwd=home)
+    baselines.OWN_METHODS.clear()
+    explore = ("experiments/explorer.py", "--run", "run")
+    assert "--method FILE.py:Mine" in run(*explore, cwd=home, code=2)
+
+    def occupied(loaded, port):
+        assert type(loaded.adapters.method).__name__ == "Mine"
+        raise OSError(98, "in use")
+
+    monkeypatch.setattr(explorer, "Server", occupied)
+    assert "--port 8000: in use" in run(*explore, *method, cwd=home, code=2)
