@@ -231,7 +231,7 @@ def test_a_file_that_is_no_method_is_refused_in_one_line(source, message, home):
 
 def test_the_name_of_a_built_in_method_is_refused(home):
     (home / "own.py").write_text(OWN.replace("ByTask", "lora"))
-    said = run("train.py", "--method", "own.py:lora", cwd=home, code=2)
+    said = run("train.py", *SHORT, "--method", "own.py:lora", cwd=home, code=2)
     assert "own.py:lora: a built-in method has this name; rename the class" in said
 
 
