@@ -110,7 +110,8 @@ class RunConfig:
         # Settings that did not exist yet had their defaults.
         defaults = vars(OrchMoEConfig())
         expected["config"] = defaults | self.adapter
-        info["config"] = defaults | info["config"]
+        if isinstance(info.get("config"), dict):
+            info["config"] = defaults | info["config"]
         for name, value in expected.items():
             if info.get(name) != value:
                 raise UserError(f"{path}: its {name} is not the run's; restore the file")
