@@ -159,6 +159,18 @@ def test_two_processes_train_as_one(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_it_trains_compiled(whole, tmp_path):
+    links(tmp_path)
+    words = [sys.executable, str(ROOT / "train.py"), *SHORT, "--compile", "on"]
+    done = run_shell([*words, "--method", HYDRA, "--out", "hydra"], tmp_path, PYTHONPATH=PYTHONPATH)
+    assert done.returncode == 0, done.stderr
+    assert "not compiled" not in done.stderr
+    for row, expected in zip(records(tmp_path / "hydra"), records(whole / "hydra"), strict=True):
+        for key in row.keys() & {"loss", "dev_loss"}:
+            assert row[key] == pytest.approx(expected[key], rel=2e-3)
+
+
+@pytest.mark.slow
 def test_a_comparison_has_a_row_for_it(tmp_path):
     links(tmp_path)
     flags = (
