@@ -122,8 +122,10 @@ def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row
         for path in sorted((study.results / "cells").glob(f"*-s{seed}.json")):
             begun_on.add(program.read_json(path)["settings"].get("cpu"))
         to_make = [cell for cell in cells if not cell.path.exists()]
-        if to_make and begun_on - {kind_of_cpu()}:
-            program.print_line(f"replicate {seed} is left out: it was begun on {begun_on}")
+        others = begun_on - {kind_of_cpu()}
+        if to_make and others:
+            names = " and ".join(sorted(map(str, others)))
+            program.print_line(f"replicate {seed} is left out: it was begun on {names}")
         else:
             missing += to_make
     return missing
