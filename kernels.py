@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return scale * a b (M,N) in one launch, for a (M,P) and b (P,N)."""
+    if scale == 1:
+        return a @ b
     unread = a.new_empty(a.shape[0], b.shape[1])  # with beta = 0 its content does not count
     return torch.addmm(unread, a, b, beta=0, alpha=scale)
 
@@ -35,18 +37,6 @@ def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         # Compiled, an addition in place would first copy y. This one joins another kernel.
         return torch.add(y, a @ b, alpha=scale)
     return y.addmm_(a, b, alpha=scale)
-
-
-def weigh(h: Tensor, c: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return h * c (M,SR) in one launch: the R columns of each skill times the skill's weight.
-
-    h (M,SR); c (B or 1,L or 1,S), which may have a wider dtype than h; shape is (B,L).
-    """
-    S = c.shape[-1]
-    by_skill = (*shape, S, h.shape[1] // S)  # (B,L,S,R)
-    hc = torch.empty_like(h)
-    torch.mul(h.view(by_skill), c.unsqueeze(-1), out=hc.view(by_skill))
-    return hc
 
 
 class _LinearWithSkills(torch.autograd.Function):
@@ -73,19 +63,25 @@ class _LinearWithSkills(torch.autograd.Function):
     ) -> Tensor:
         """Return y (M,O). The caller views it as (B,L,O), since a view from in here is read-only.
 
-        x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,L or 1,S); weight (O,D) and bias (O), in x's
-        dtype.
+        x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,S) or (B or 1,L,S), in any dtype; weight (O,D)
+        and bias (O), in x's dtype.
         """
         ctx.scale = scale
-        ctx.shape = x.shape[:2]  # (B,L)
+        ctx.by_skill = (*x.shape[:2], *A.shape[:2])  # (B,L,S,R)
+        ctx.shape_of_c = c.shape
         ctx.dtypes = A.dtype, B.dtype
         # The skills are cast to x's dtype, never x to theirs.
         x = x.flatten(0, 1)  # (M,D)
         A = A.flatten(0, 1).to(x.dtype)  # (SR,D)
         B = B.flatten(0, 1).to(x.dtype)  # (SR,O)
 
+        if c.dim() == 2:
+            c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
+        c = c.unsqueeze(-1)  # (B or 1,L or 1,S,1): the same for the R columns of a skill
+
         h = x @ A.T  # (M,SR)
-        hc = weigh(h, c, ctx.shape)  # (M,SR)
+        hc = torch.empty_like(h)  # (M,SR)
+        torch.mul(h.view(ctx.by_skill), c, out=hc.view(ctx.by_skill))
         if weight is None:
             y = scaled_product(hc, B, scale)  # (M,O)
         else:
@@ -111,34 +107,35 @@ def _gradients(ctx, dy):
     x, A, B, c, h, hc, weight = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
     A_dtype, B_dtype = ctx.dtypes
-    S = c.shape[-1]
+    batch, length, S, R = ctx.by_skill
     dx = dA = dB = dc = None
 
     # y = x W0^T + b + scale * hc B
     if needs_B:
         dB = scaled_product(hc.T, dy, ctx.scale)  # (SR,O)
-        dB = dB.to(B_dtype).view(S, -1, dB.shape[1])  # (S,R,O)
+        dB = dB.to(B_dtype).view(S, R, dB.shape[1])
 
     # hc = h * c
     if needs_x or needs_A or needs_c:
         dhc = scaled_product(dy, B.T, ctx.scale)  # (M,SR)
         if needs_c:
-            dc = (dhc * h).view(*ctx.shape, S, h.shape[1] // S)  # (B,L,S,R)
+            dc = (dhc * h).view(ctx.by_skill)
             # Where all samples or all tokens share c, this sums over B or L, too.
             summed = [3, *(axis for axis in (0, 1) if c.shape[axis] == 1)]
-            dc = dc.sum(summed, keepdim=True, dtype=c.dtype).squeeze(3)
-        dh = weigh(dhc, c, ctx.shape)  # (M,SR)
+            dc = dc.sum(summed, keepdim=True, dtype=c.dtype).view(ctx.shape_of_c)
+        dhc.view(ctx.by_skill).mul_(c)
+        dh = dhc  # (M,SR), computed in place
 
     # h = x A^T
     if needs_A:
         dA = dh.T @ x  # (SR,D)
-        dA = dA.to(A_dtype).view(S, -1, dA.shape[1])  # (S,R,D)
+        dA = dA.to(A_dtype).view(S, R, dA.shape[1])
     if needs_x:
         if weight is None:
             dx = dh @ A  # (M,D)
         else:
             dx = add_product(dy @ weight, dh, A, scale=1)
-        dx = dx.view(*ctx.shape, dx.shape[1])  # (B,L,D)
+        dx = dx.view(batch, length, dx.shape[1])
     return dx, dA, dB, dc, None, None, None
 
 
@@ -174,8 +171,6 @@ def mix_skills(
         if bias is not None:
             bias = bias.to(dtype)
 
-    if c.dim() == 2:
-        c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
     c = c.to(x.device)  # a large base may be spread over several devices
     y = _LinearWithSkills.apply(x, A, B, c, scale, weight, bias)  # (M,O)
     return y.view(*x.shape[:2], y.shape[1])

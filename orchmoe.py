@@ -462,17 +462,20 @@ class SkillLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + bias + scale * sum_s c_s B_s A_s x, (B,...,O) for x (B,...,D)."""
-        batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
-        length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
-        rows = x.reshape(batch, length, self.in_features)  # (B,L,D)
+        rows = x  # (B,L,D)
+        if x.dim() != 3:
+            batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
+            length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
+            rows = x.reshape(batch, length, self.in_features)
         c = self.skill_c(rows)
         mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
 
-        bias_trains = self.bias is not None and self.bias.requires_grad
-        if self.skill_plain and not (self.weight.requires_grad or bias_trains):
-            y = self.skill_mix(*mix_inputs, self.weight, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
+        weight, bias = self.weight, self.bias
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if self.skill_plain and not trains:
+            y = self.skill_mix(*mix_inputs, weight, bias)
+            return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 
         # Otherwise the Linear computes by itself: it is quantised, parametrised, or it trains.
         y = super().forward(x)
@@ -662,16 +665,16 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 parts = routing.c.unbind(0)
             try:
                 self._routing = routing
+                beams = None if routing.shared else beams
                 for linear, part in zip(self.linears.values(), parts, strict=True):
-                    linear.skill_weights = part
-                    linear.skill_beams = None if routing.shared else beams
+                    # As `linear.skill_weights = part`, which nn.Module makes slow.
+                    vars(linear).update(skill_weights=part, skill_beams=beams)
                 yield routing
                 self._warn_unvisited()
             finally:
                 self._routing = None
                 for linear in self.linears.values():
-                    linear.skill_weights = None
-                    linear.skill_beams = None
+                    vars(linear).update(skill_weights=None, skill_beams=None)
 
     @torch.no_grad()
     def fit_router(

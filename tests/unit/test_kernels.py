@@ -86,6 +86,12 @@ def test_mix_skills_equals_its_equation(mix, shape, linear):
         assert_equal_twins(mix, mix_skills_slow, (x_, *rest))
 
 
+@forms
+def test_a_scale_of_one_equals_the_equation_too(shape):
+    x, A, B_, c, _, *linear = arguments(shape)
+    assert_equal_twins(kernels.mix_skills, mix_skills_slow, (x, A, B_, c, 1.0, *linear))
+
+
 @pytest.mark.parametrize("linear", ["", "weight bias"])
 @pytest.mark.parametrize("shape", FACTOR_FORMS.values(), ids=FACTOR_FORMS)
 def test_mix_factors_equals_its_equation(shape, linear):
