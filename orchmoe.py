@@ -471,11 +471,12 @@ class SkillLinear(nn.Linear):
         mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
 
-        weight, bias = self.weight, self.bias
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if self.skill_plain and not trains:
-            y = self.skill_mix(*mix_inputs, weight, bias)
-            return y if rows is x else y.view(*x.shape[:-1], self.out_features)
+        if self.skill_plain:
+            weight, bias = self.weight, self.bias
+            is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+            if is_frozen:
+                y = self.skill_mix(*mix_inputs, weight, bias)
+                return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 
         # Otherwise the Linear computes by itself: it is quantised, parametrised, or it trains.
         y = super().forward(x)
