@@ -26,7 +26,6 @@ from baselines import METHODS, OWN_METHODS, load_method
 from experiments import gpu_check
 from experiments.bench import Setup
 from helpers import (
-    LLAMA_FAMILIES,
     ROOT,
     T5_CONFIGS,
     adapted,
@@ -120,7 +119,6 @@ CASES = {
     "orchmoe": {"accumulate": 2},
     "lora": {"checkpoint_blocks": True},
     "moe-lora": {},
-    "poly": {},
     "mhr": {},
     "c-poly": {},
     "full": {},
@@ -129,8 +127,6 @@ CASES = {
     "no router": {"router": "none"},
     "bfloat16": {"dtype": "bfloat16"},
     "mixture": {"trainable": "mixture"},
-    "router": {"trainable": "router"},
-    "allocation": {"trainable": "allocation"},
 }
 
 
@@ -181,8 +177,8 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     run("eval.py", "--run", out, *ANSWER, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("first, then", [([], ON_CPU), (ON_CPU, []), ([], [])])
-def test_a_run_resumes_on_either_device(first, then, home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first, then", [([], ON_CPU), (ON_CPU, [])])
+def test_a_run_resumes_on_the_other_device(first, then, home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score_held_out", lambda *_: {})
     with interrupted(train, "train_step", 1):
         run("train.py", *words(SMALL), "--out", "run", *first, cwd=tmp_path, code=130)
@@ -222,7 +218,7 @@ def test_skills_move_with_a_base_that_becomes_bfloat16(second):
         assert (tensor.device, tensor.dtype) == (second, torch.float32)
 
 
-@pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
+@pytest.mark.parametrize("name", [*T5_CONFIGS, "llama3", "smollm2", "qwen3"])
 def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     results = []
     for device in (CPU, second):
@@ -260,7 +256,7 @@ def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*T5_CONFIGS, *LLAMA_FAMILIES])
+@pytest.mark.parametrize("name", ["v1.1", "llama3"])
 def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
     """On CUDA torch takes a slow form, or copies the mask in every block, for other strides."""
     attention = F.scaled_dot_product_attention
@@ -287,8 +283,8 @@ def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
             state.keep(rows)
             newest = newest[rows]
             calls.append(len(strides))
-    is_t5 = name in T5_CONFIGS
-    assert len(set(calls)) == (5 if is_t5 else 4)  # a decoder has masks only in steps
+    # A decoder-only model has masks only in steps.
+    assert len(set(calls)) == (5 if name == "v1.1" else 4)
     for stride in strides:
         assert stride[-1] == 1 and all(one % 8 == 0 for one in stride[:-1]), stride
 
