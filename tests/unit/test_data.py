@@ -46,7 +46,7 @@ from tokenizer import load as load_tokenizer
 def repository(tmp_path):
     """Return a folder with three training tasks, a test task, and files that are no tasks."""
     folder = tmp_path / "sni"
-    for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 40), ("task9_t", 101)):
+    for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 40), ("task9_t", 3)):
         write_task(folder, name, task_json(n))
     for name in ("README.md", ".DS_Store", "task1_a.json.swp"):
         (folder / "tasks" / name).write_bytes(b"\xff not a task")
@@ -243,9 +243,7 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "prompt must be a text, not .{'role'": {"prompt": [{"role": "user"}], "completion": "b"},
     "task must be a text, not 3": {"prompt": "a", "completion": "b", "task": 3},
     "completion must be a text, not 3": {"prompt": "a", "completion": ["b", 3]},
-    "completion is no Unicode text": {"prompt": "a", "completion": "\ud800"},
     "input must be a text, not 0": {"instruction": "a", "input": 0, "output": "b"},
-    "input must be a text, not False": {"instruction": "a", "input": False, "output": "b"},
     r"context must be a text, not \[\]": {"instruction": "a", "context": [], "output": "b"},
     "prompt and input: write the whole": {"prompt": "a", "input": "c", "output": "b"},
     "prompt and context: write the whole": {"prompt": "a", "context": "c", "output": "b"},
@@ -291,42 +289,40 @@ def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together(
 
 
 def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tiny_words):
-    tokenizer = tiny_words
     rows = own_rows(300, id="same", task="b")
     rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
     path = write_rows(tmp_path / "own.jsonl", rows)
     other = write_rows(tmp_path / "other.jsonl", own_rows(3, task="c"))
     config = DataConfig(data=str(path), test=str(other))
-    sets = load_sets(config, tokenizer)
+    sets = load_sets(config, tiny_words)
     assert sets["train"].tasks == []  # not all rows have one
-    named = load_sets(config, tokenizer, ["train"], training=["b"])["train"]
+    named = load_sets(config, tiny_words, ["train"], training=["b"])["train"]
     assert {example.task: example.task_index for example in named} == {"-": -1, "b": 0}
     assert [example.task_index for example in sets["test"]] == [-1, -1, -1]
     everything = [*sets["train"], *sets["dev"], *sets["seen"]]
     assert len(everything) == 300
 
     plain = {tuple(example.source_ids) for example in everything}
-    assert tuple(tokenizer.source("Say 1.")) in plain
+    assert tuple(tiny_words.source("Say 1.")) in plain
     (example,) = [example for example in everything if example.id == "7"]  # its line
-    assert example.source_ids.tolist() == tokenizer.source("Sort.\n\nb 2")
+    assert example.source_ids.tolist() == tiny_words.source("Sort.\n\nb 2")
     assert example.references == ["a", "c"]
-    assert [ids.tolist() for ids in example.target_ids] == [tokenizer.target(t) for t in "ac"]
+    assert [ids.tolist() for ids in example.target_ids] == [tiny_words.target(t) for t in "ac"]
 
     wrapped = load_sets(
-        replace(config, wrapper=True, definition=False), tokenizer, ["train", "dev", "seen"]
+        replace(config, wrapper=True, definition=False), tiny_words, ["train", "dev", "seen"]
     )
     sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
     text = "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: "
-    assert tuple(tokenizer.source(text)) in sources
+    assert tuple(tiny_words.source(text)) in sources
 
 
 def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tiny_words):
-    tokenizer = tiny_words
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     config = DataConfig(data=str(path))
-    sets = load_sets(config, tokenizer)
+    sets = load_sets(config, tiny_words)
     for limit, count in ((0, len(sets["train"])), (9, 9)):
-        train = load_sets(replace(config, train_instances=limit), tokenizer, ["train"])["train"]
+        train = load_sets(replace(config, train_instances=limit), tiny_words, ["train"])["train"]
         assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
 
 
@@ -431,6 +427,7 @@ def test_prompt_takes_examples_while_the_whole_fits():
 
 
 def test_load_sets_gives_what_the_files_say(config, repository, tokenizer):
+    write_task(repository, "task9_t", task_json(101))
     sets = load_sets(config, tokenizer)
     tasks = ["task1_a", "task2_b", "task3_c"]
     for index, name in enumerate(tasks):
@@ -526,24 +523,23 @@ def test_an_empty_list_is_refused_where_it_is_needed(config, repository, tokeniz
 # -------------------------------------------------------------------------------------------- cache
 
 
-def loaded(config, tokenizer) -> str:
-    """Return all sets as text, which can be compared."""
-    return repr(load_sets(config, tokenizer))
-
-
 def test_second_load_does_not_tokenise(config, tokenizer, cache, monkeypatch):
     calls = count_encodes(monkeypatch)
-    first = loaded(config, tokenizer)
+    first = load_sets(config, tokenizer)
     assert calls
     calls.clear()
-    assert loaded(config, tokenizer) == first
+    assert repr(load_sets(config, tokenizer)) == repr(first)
     load_sets(config, tokenizer, ["dev"])
     assert not calls
     assert len(list(cache.iterdir())) == 2  # train, dev and seen share a file
 
 
-def test_cache_tells_options_and_tokenizers_apart(config, tokenizer):
-    found = [loaded(config, tokenizer), loaded(config, load_tokenizer(ROOT / "tiny"))]
+def test_cache_tells_options_and_tokenizers_apart(config, tokenizer, tiny_words):
+    def loaded(config, tokenizer):
+        """Return a set as text, which can be compared."""
+        return repr(load_sets(config, tokenizer, ["train"]))
+
+    found = [loaded(config, tokenizer), loaded(config, tiny_words)]
     for change in (
         dict(num_pos=1),
         dict(num_neg=1),
