@@ -90,46 +90,42 @@ ROUTER_COLUMNS = {  # numbers of routing.report, and their names in the tables
 
 
 def read_groups(folder: Path) -> Groups:
-    """Return the finished cells of a stage or point, by row and tag, then by seed."""
+    """Return the cells of a stage or point, by row and tag, then by seed."""
     groups = {}
     for path in sorted(folder.glob("*.json")):
         cell = program.read_json(path)
-        if "diverged" in cell:
-            continue  # it has no losses
         name = path.stem.rpartition("-s")[0]
         groups.setdefault(name, {})[cell["settings"]["seed"]] = cell
     return groups
 
 
 def read_map(results: Path) -> dict[str, Groups]:
-    """Return the finished cells of the map by point."""
-    return {point: read_groups(results / point / "cells") for point in points()}
+    """Return the cells of the map by point. Raise UserError if some are missing."""
+    found = {}
+    for point in points():
+        folder = results / point / "cells"
+        found[point] = read_groups(folder)
+        if any(len(found[point].get(row, {})) != SEEDS for row in ROWS):
+            raise UserError(f"{folder}: cells are missing; name a finished map with --results")
+    return found
 
 
-def finished_points(found: dict[str, Groups]) -> list[Groups]:
-    """Return the points with 28 training tasks at which all rows have all seeds.
+def mean_over_points(found: dict[str, Groups]) -> tuple[Groups, int]:
+    """Return groups with the mean losses over points, for each row and seed, and their number.
 
     Points with fewer tasks stay out, because their losses are means over other seen tasks.
     """
-    seeds = set(range(SEEDS))
-    finished = []
-    for name in points():
-        groups = found[name]
-        complete = all(groups.get(row, {}).keys() >= seeds for row in ROWS)
-        if complete and not name.startswith("training-tasks"):
-            finished.append(groups)
-    return finished
-
-
-def mean_over_points(finished: Sequence[Groups]) -> Groups:
-    """Return groups with the mean losses over points, for each row and seed."""
-    groups = {}
+    compared = []
+    for point, groups in found.items():
+        if not point.startswith("training-tasks"):
+            compared.append(groups)
+    means = {}
     for row in ROWS:
-        groups[row] = {}
+        means[row] = {}
         for seed in range(SEEDS):
-            cells = [point[row][seed] for point in finished]
-            groups[row][seed] = {which: mean_losses(cells, which) for which in SETS}
-    return groups
+            cells = [groups[row][seed] for groups in compared]
+            means[row][seed] = {which: mean_losses(cells, which) for which in SETS}
+    return means, len(compared)
 
 
 def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
@@ -145,18 +141,16 @@ def mean_losses(cells: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
     return {"tasks": tasks, "overall": {"loss": overall}}
 
 
-def difference(groups: Groups, one: str, other: str, which: str) -> Difference | None:
+def difference(groups: Groups, one: str, other: str, which: str) -> Difference:
     """Return the paired difference of two rows over their common seeds, with its interval."""
-    common_seeds = groups.get(one, {}).keys() & groups.get(other, {}).keys()
-    if one == other or not common_seeds:
-        return None
     return interval(paired(groups[one], groups[other], which))
 
 
 def signed_difference(groups: Groups, one: str, other: str, which: str) -> str:
-    """Return the difference of two rows with its interval, "-" if there is none."""
-    found = difference(groups, one, other, which)
-    return signed(found) if found else "-"
+    """Return the difference of two rows with its interval, "-" if it is one row."""
+    if one == other:
+        return "-"
+    return signed(difference(groups, one, other, which))
 
 
 def losses(group: Group, which: str) -> list[float]:
@@ -164,9 +158,8 @@ def losses(group: Group, which: str) -> list[float]:
 
 
 def noise(group: Group) -> str:
-    """Return the sd of the seen loss over seeds, "-" if there is one seed."""
-    values = losses(group, "seen")
-    return f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
+    """Return the sd of the seen loss over seeds."""
+    return f"{np.std(losses(group, 'seen'), ddof=1):.3f}"
 
 
 def router_numbers(group: Group) -> list[str]:
@@ -186,19 +179,19 @@ def router_numbers(group: Group) -> list[str]:
     return texts
 
 
-def stage_table(title: str, groups: Groups, first: str = "", sets: Sequence[str] = SETS) -> str:
+def stage_table(title: str, groups: Groups, first: str = "") -> str:
     """Return a line for each row: seeds, losses with their sd, and what its router does.
 
     first: the row whose losses are subtracted from those of the others (default: none).
     """
-    compared = sets if first else ()
+    compared = SETS if first else ()
     rows = []
     for name, group in groups.items():
         row = [name, len(group)]
-        row += [mean_and_sd(losses(group, which), 3) for which in sets]
+        row += [mean_and_sd(losses(group, which), 3) for which in SETS]
         row += [signed_difference(groups, name, first, which) for which in compared]
         rows.append(row + router_numbers(group))
-    head = [title, "seeds", *sets, *(f"{which}, minus {first}" for which in compared)]
+    head = [title, "seeds", *SETS, *(f"{which}, minus {first}" for which in compared)]
     return table([*head, "distance of w", *ROUTER_COLUMNS.values()], rows)
 
 
@@ -207,9 +200,8 @@ def by_axis(found: dict[str, Groups]) -> dict[str, dict[str, Groups]]:
     lines = {}
     for axis, tags in AXES.items():
         lines[axis] = {tag: found[point_name(axis, tag)] for tag in tags}
-    finished = finished_points(found)
-    if finished:
-        lines[MEAN] = {f"{len(finished)} points": mean_over_points(finished)}
+    means, count = mean_over_points(found)
+    lines[MEAN] = {f"{count} points": means}
     return lines
 
 
@@ -218,9 +210,7 @@ def map_table(found: dict[str, Groups]) -> str:
     rows = []
     for axis, line in by_axis(found).items():
         for tag, groups in line.items():
-            if not {"lora", "orchmoe"} <= groups.keys():
-                continue
-            row = [f"{axis} {tag}", len(groups["lora"].keys() & groups["orchmoe"].keys())]
+            row = [f"{axis} {tag}", SEEDS]
             row += [signed_difference(groups, *names) for names in DIFFERENCES]
             row += [noise(groups[name]) for name in ("lora", "orchmoe")]
             rows.append(row + router_numbers(groups["orchmoe"])[:1])
@@ -242,7 +232,7 @@ def text(results: Path, found: dict[str, Groups]) -> str:
         stage_table("router", read_groups(results / "router"), "rate_1e-6"),
     ]
     for point, groups in found.items():
-        ordered = {name: groups[name] for name in ROWS if name in groups}
+        ordered = {name: groups[name] for name in ROWS}
         parts.append(stage_table(point, ordered, "lora"))
     parts.append(f"{NOTE} Some of the intervals are repeated; {chance(parts)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -261,14 +251,12 @@ LABELS = {
 }
 
 
-def figure(found: dict[str, Groups], path: Path) -> Path | None:
-    """Draw OrchMoE minus each other row along each axis. Return None without finished cells."""
-    if not any(difference(groups, "orchmoe", "lora", "seen") for groups in found.values()):
-        return None
+def figure(found: dict[str, Groups], path: Path) -> Path:
+    """Draw OrchMoE minus each other row along each axis."""
     lines = by_axis(found)
     title = "Bundled data: loss of OrchMoE minus that of another row, below zero is better"
     below = "bars: 95 % intervals over tasks and seeds"
-    size = {"nrows": 2, "ncols": len(lines), "sharey": "row", "squeeze": False}
+    size = {"nrows": 2, "ncols": len(lines), "sharey": "row"}
     widths = [1 + len(line) for line in lines.values()]
     canvas, axes = plot.canvas(title, below, 5.5, width_ratios=widths, **size)
     drawn = {}  # a handle for each label
@@ -278,10 +266,7 @@ def figure(found: dict[str, Groups], path: Path) -> Path | None:
             panel.axhline(0, color="black", linewidth=0.8)
             for number, (name, label) in enumerate(LABELS.items()):
                 for x, groups in enumerate(line.values()):
-                    bar = difference(groups, "orchmoe", name, which)
-                    if not bar:
-                        continue
-                    mean, low, high = bar
+                    mean, low, high = difference(groups, "orchmoe", name, which)
                     drawn[label] = panel.errorbar(
                         x + 0.2 * (number - 1),
                         mean,
@@ -308,9 +293,7 @@ def main() -> None:
     found = read_map(results)
     publish(text(results, found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):
-        path = figure(found, results / "map.png")
-        if path:
-            program.print_line(f"written: {path}")
+        program.print_line(f"written: {figure(found, results / 'map.png')}")
 
 
 if __name__ == "__main__":
