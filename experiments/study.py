@@ -71,7 +71,7 @@ class Row(NamedTuple):
     replaced_router: str = ""  # what replaces the learnt router or mixing, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
-    model: Literal["trained", "run", "frozen base", "copy-demo", "copy-input"] = "trained"
+    model: Literal["trained", "frozen base", "copy-demo", "copy-input"] = "trained"
 
 
 UNTRAINED = {name: Row(model=name) for name in ("frozen base", "copy-demo", "copy-input")}
@@ -182,14 +182,7 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise UserError if the settings in the file differ from the expected ones."""
     saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
     if path.exists():
-        # Older cells lack these. They are not checked.
-        saved |= {name: expected[name] for name in ("replaced_router", "cpu") if name in expected}
-        settings = program.read_json(path).get("settings", {})
-        if "tasks" in settings:  # its name in older cells
-            settings["abstract_tasks"] = settings.pop("tasks")
-        if settings.get("replaced_router") == "factors":  # is a setting of its own now
-            settings |= {"replaced_router": "", "mixing": "factors"}
-        saved |= settings
+        saved |= program.read_json(path).get("settings", {})
     for name, value in expected.items():
         if saved.get(name) != value:
             raise UserError(
@@ -648,13 +641,11 @@ def read_tuning(results: Path) -> dict[str, dict]:
     return program.read_json(path) if path.exists() else {}
 
 
-def subset(
-    folder: Path, root: Path, train_tasks: list[str], test_tasks: Sequence[str] = ()
-) -> Path:
-    """Make `folder` a data folder with these tasks of `root` alone."""
+def subset(folder: Path, root: Path, train_tasks: Sequence[str]) -> Path:
+    """Make `folder` a data folder with these training tasks of `root` and no test tasks."""
     lists = folder / "splits/default"
     lists.mkdir(parents=True, exist_ok=True)
-    for name, tasks in (("train", train_tasks), ("test", test_tasks)):
+    for name, tasks in (("train", train_tasks), ("test", ())):
         # Another process may be reading the list.
         with program.atomic_write(lists / f"{name}_tasks.txt") as file:
             file.write("".join(f"{task}\n" for task in tasks).encode())

@@ -188,8 +188,7 @@ def test_cell_require_same(tmp_path):
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
     saved = {"row": "lora", **cell.made_with()}
-    del saved["gumbel"], saved["replaced_router"]
-    saved["tasks"] = saved.pop("abstract_tasks")  # as older cells call it
+    del saved["gumbel"]
     program.write_json(cell.path, {"settings": saved})
     cell.require_same()
     settings = study.changed(cell.settings, {"gumbel": True})
@@ -197,15 +196,7 @@ def test_cell_require_same(tmp_path):
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
         with pytest.raises(ValueError, match="lora.json: made with .*; name another folder"):
             other.require_same()
-    factors = cell._replace(settings=study.changed(cell.settings, {"mixing": "factors"}))
-    del saved["mixing"]  # older cells have it as a replaced router
-    program.write_json(cell.path, {"settings": saved | {"replaced_router": "factors"}})
-    factors.require_same()
-    with pytest.raises(ValueError, match="made with mixing factors, not outputs"):
-        cell.require_same()
-    program.write_json(cell.path, {"settings": saved})
     on = {kind: cell._replace(facts=cell.facts | {"cpu": kind}) for kind in ("A", "B")}
-    on["B"].require_same()  # older cells do not name their CPU
     program.write_json(cell.path, {"settings": {"row": "lora", **on["A"].made_with()}})
     with pytest.raises(ValueError, match="made with cpu A, not B"):
         on["B"].require_same()
