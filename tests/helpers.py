@@ -24,6 +24,7 @@ from torch import nn
 
 import checkpoint
 import data
+import runtime
 from baselines import attach_method
 from experiments.random_t5 import init_weights
 from llama import Llama, LlamaConfig
@@ -34,6 +35,8 @@ from t5 import T5, T5Config
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 
 # PYTHONPATH of a process whose program is a file of tests/ and imports this one.
 PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))

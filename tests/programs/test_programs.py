@@ -27,6 +27,7 @@ import runtime
 import train
 from baselines import METHODS, attach_method
 from helpers import (
+    CPU,
     ROOT,
     SHORT,
     change_config,
@@ -41,10 +42,9 @@ from helpers import (
     write_task,
 )
 from orchmoe import OrchMoEConfig
-from program import UserError, read_json
+from program import read_json
 from tokenizer import load as load_tokenizer
 
-CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 RESUME = ["train.py", "--resume", "--out", "run", "--device", "cpu"]
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
 EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu"]
@@ -60,6 +60,7 @@ def test_every_method_trains_and_is_scored(home, method):
     output = run("train.py", *arguments, cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter on dev: " in output) == method.startswith("orchmoe")
+    assert ("\nlora of rank 8 (S R): " in output) == (method == "lora")
 
     rows = records(home / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(8))
@@ -72,35 +73,23 @@ def test_every_method_trains_and_is_scored(home, method):
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
-def test_own_rows_train_and_are_scored_and_a_question_is_built_like_them(home, monkeypatch):
+def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home, monkeypatch):
     rows = [{"prompt": f"Write {i}.", "completion": f"{i}"} for i in range(9)]
     (home / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 203 train, 7 dev, 8 seen, 8 unseen; run has all scores" in output
-    run("eval.py", "--run", "run", "--limit", "8", "--device", "cpu", cwd=home)
-    again = read_json(home / "run/eval-test-8/scores.json")
-    assert read_json(home / "run/scores.json")["orchmoe"]["unseen"]["overall"] == again["overall"]
-
     other = "eval.py --run run --data sni/own.jsonl"  # whose test rows are not known
     assert "no task of test_tasks.txt" in run(*other.split(), cwd=home, code=2)
 
-    tokenizer = load_tokenizer(ROOT / "tiny")
     predict = mock.Mock(return_value=["a text"])
     monkeypatch.setattr(evaluation, "predict", predict)
-    ask = ["eval.py", "--run", "run", "--device", "cpu", "--ask", "Write the first word."]
-    for given, text in (
-        ([], "Write the first word."),
-        (["--input", "a b"], "Write the first word.\n\na b"),
-        (
-            ["--wrapper"],
-            "Now complete the following example -\nInput: Write the first word.\nOutput: ",
-        ),
-    ):
-        run(*ask, *given, cwd=home)
-        (example,) = predict.call_args.args[2]
-        assert example.source_ids.tolist() == tokenizer.source(text)
+    ask = "eval.py --run run --device cpu --ask Go. --wrapper"
+    run(*ask.split(), cwd=home)
+    (example,) = predict.call_args.args[2]
+    text = "Now complete the following example -\nInput: Go.\nOutput: "
+    assert example.source_ids.tolist() == load_tokenizer(ROOT / "tiny").source(text)
 
 
 def test_table_has_each_score_under_its_heading(capsys):
@@ -116,10 +105,7 @@ def test_table_has_each_score_under_its_heading(capsys):
     assert "rows: 9 train, 1 dev; run has all scores\n" in output
 
 
-def test_a_run_says_what_its_settings_leave_open(home):
-    """These are the rank of a plain LoRA, and a w that is no distribution."""
-    output = run("train.py", *BRIEF, "--method", "lora", "--skills", "2", cwd=home)
-    assert "\nlora of rank 4 (S R): " in output
+def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(home):
     output = run("train.py", *BRIEF, "--router-norm", "none", cwd=home)
     assert "\nrouter on dev: " in output
     assert "nan" not in output
@@ -332,6 +318,10 @@ def test_evaluation_does_not_replace_another_one(copied, monkeypatch):
     (cwd / "kept/scores.json").unlink()
     assert f"kept/predictions.jsonl: {refused}" in run(*tiny, cwd=cwd, code=2)
     assert (cwd / "kept/predictions.jsonl").stat().st_mtime_ns == before
+    foreign = cwd / "other/scores.json"
+    program.write_json(foreign, {"config": 3})
+    assert f"other/scores.json: {refused}" in run(*tiny, "--out", "other", cwd=cwd, code=2)
+    assert read_json(foreign) == {"config": 3}
 
 
 def test_new_predictions_replace_the_old_scores(copied):
@@ -424,21 +414,19 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
 
 # ---------------------------------------------------------------------------- how a program ends
 
-MEMORY = "train.py: error: out of memory ("
-
 
 @pytest.mark.parametrize(
-    "error, beginning",
+    "error",
     [
-        (MemoryError("a list"), MEMORY),
-        (torch.OutOfMemoryError("CUDA"), MEMORY),
-        (RuntimeError("DefaultCPUAllocator: no 9 bytes"), MEMORY),
+        MemoryError("a list"),
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: no 9 bytes"),
     ],
 )
-def test_lack_of_memory_prints_one_line(error, beginning, monkeypatch):
+def test_lack_of_memory_prints_one_line(error, monkeypatch):
     monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
     message = run("train.py", cwd=".", code=2)
-    assert message.startswith(beginning)
+    assert message.startswith("train.py: error: out of memory (")
     assert message.count("\n") == 1
 
 
@@ -458,18 +446,6 @@ def test_bug_keeps_its_traceback(home, monkeypatch, owner, name):
     monkeypatch.chdir(home)
     with pytest.raises(ValueError, match="^too many values to unpack"):
         program.run_program(train.main)
-
-
-@pytest.mark.parametrize(
-    "joined, expected", [(False, ""), (True, "train.py: error on rank 1: bad\n")]
-)
-def test_failing_process_names_its_rank(joined, expected, monkeypatch):
-    """Before the processes have joined, all meet the same error, and rank 0 prints it."""
-    monkeypatch.setattr(train, "main", mock.Mock(side_effect=UserError("bad")))
-    monkeypatch.setattr(program, "rank", lambda: 1)
-    monkeypatch.setattr(program, "local_rank", lambda: 1)
-    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: joined)
-    assert run("train.py", cwd=".", code=2) == expected
 
 
 # --------------------------------------------------------------------------------------- mistakes
@@ -493,7 +469,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
-    "train.py --data bad.jsonl": "bad.jsonl, line 2: JSONDecodeError: ",
     "train.py --data few.jsonl": "few.jsonl: 0 of its rows are in the set 'dev', which needs 5",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
@@ -553,7 +528,6 @@ def mistaken(tmp_path_factory):
         write_lists(folder / name, ["task1_a"], ["task2_b"])
         write_task(folder / name, "task1_a", task)
         write_task(folder / name, "task2_b", task)
-    (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": ')
     (folder / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "no.jsonl").touch()
     (folder / "empty").mkdir()

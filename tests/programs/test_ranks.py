@@ -220,7 +220,11 @@ def test_a_refusal_of_all_processes_is_printed_once(tmp_path):
 
 
 def test_an_error_of_one_process_is_printed_after_a_moment(monkeypatch, capsys):
-    """If rank 0 had the same error, torchrun would end this process while it waits."""
+    """If rank 0 had the same error, torchrun would end this process while it waits.
+
+    Before the processes have joined, all meet the same error, and rank 0 prints it.
+    """
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     for name, value in {"RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(program.dist, "is_torchelastic_launched", lambda: True)
@@ -231,7 +235,12 @@ def test_an_error_of_one_process_is_printed_after_a_moment(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         program.run_program(main)
     assert printed == [""]
-    assert capsys.readouterr().err.endswith(": error on rank 1: it is wrong\n")
+    assert capsys.readouterr().err == "train.py: error on rank 1: it is wrong\n"
+
+    monkeypatch.setattr(program.dist, "is_initialized", lambda: False)
+    with pytest.raises(SystemExit):
+        program.run_program(main)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
