@@ -28,16 +28,7 @@ import t5
 import train
 from baselines import attach_method
 from experiments.random_t5 import init_weights
-from helpers import (
-    PYTHONPATH,
-    ROOT,
-    SMALL_T5,
-    interrupted,
-    process,
-    records,
-    run,
-    run_shell,
-)
+from helpers import ROOT, SMALL_T5, interrupted, process, records, run, torchrun
 from orchmoe import OrchMoEConfig
 from tokenizer import load as load_tokenizer
 
@@ -50,15 +41,6 @@ CASES = {
     1: [(True, 1, "orchmoe")],
     3: [(False, 4, "orchmoe"), (True, 2, "orchmoe"), (True, 4, "orchmoe"), (True, 1, "poly")],
 }
-
-
-def torchrun(processes, *arguments, cwd, code=0):
-    """Run several processes of a program, which must end with `code`. Return what has ended."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = [sys.executable, *launcher, "--", *arguments]  # without "--" it takes --run of eval.py
-    done = run_shell([str(word) for word in words], cwd, PYTHONPATH=PYTHONPATH)
-    assert done.returncode == code, done.stderr
-    return done
 
 
 # -------------------------------------------------------------------------- what torchrun starts
