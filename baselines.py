@@ -186,8 +186,8 @@ class CPoly(Poly):
     s runs over S - 1 common and T private skills, one for each task. For the common skills c is
     that of Poly. The private skills have the weights Z_private[task], which are not normalised;
     Z_private (N,T,T) starts at I. A sample of an unseen task uses no private skill.
-    Source: C-Poly, Wang et al. 2024, arXiv 2312.03248. That its factors are mixed, and not its
-    outputs, is from its authors' code, see docs/paper.md.
+    Source: C-Poly, Wang et al. 2024, arXiv 2312.03248. Its authors' code mixes factors, and not
+    outputs, see docs/paper.md.
 
     Its size grows with T, so it cannot take part in a comparison at equal total size.
     """

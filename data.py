@@ -581,11 +581,11 @@ def load_sets(
     training: the training tasks of the run. Example.task_index is an index into them. The default
     is the training tasks that are read here.
 
-    Of a folder, "train", "dev" and "seen" come from each training task (see `split_instances`), and
-    "test" is the first 100 instances of each test task, as in the official evaluation. Of a JSONL
-    file, `split_rows` gives the three sets, and "test" is the whole file --test. A row of "dev" or
-    "seen" whose source has the tokens of a training row is left out; such rows of "test" are only
-    counted. Raise UserError for bad files, or if there is nothing for a needed set.
+    In a folder, each training task gives "train", "dev" and "seen" (see `split_instances`), and
+    "test" is the first 100 instances of each test task, as in the official evaluation. With a JSONL
+    file, `split_rows` gives these three sets, and "test" is the whole file --test. A row of "dev"
+    or "seen" whose source has the tokens of a training row is left out; such rows of "test" are
+    only counted. Raise UserError for bad files, or if there is nothing for a needed set.
     """
     files = _files(config)
     if not names:
@@ -802,8 +802,8 @@ def make_example(
 ) -> Example:
     """Return an Example without references for an instruction and an input of the user.
 
-    The prompt is built like those of the data. Beside rows of JSONL the input may be empty.
-    form: that of a row, see `read_rows`, if there is no input.
+    The prompt is built like those of the data. If the data are JSONL, the input may be empty.
+    form: "prompt" or "instruction", as in `read_rows`. It counts only if there is no input.
     """
     if not definition.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
@@ -974,8 +974,8 @@ def batches(
     """Yield (indices into `examples`, Batch on the device), the longest sources first.
 
     In this order batches need little padding, and a batch that exceeds the memory fails early.
-    Of every size * ranks examples, process `rank` gets at most `size`. If it gets none, the list
-    of indices is empty and the Batch is a placeholder; see Batch.split.
+    Process `rank` gets at most `size` of every size * ranks examples. If it gets none, the list of
+    indices is empty and the Batch is a placeholder; see Batch.split.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
     with program.progress(None, description, total=len(order), unit="ex") as bar:
