@@ -209,6 +209,13 @@ def write_lists(folder, train, test):
     (lists / "test_tasks.txt").write_text("\n".join(test))
 
 
+def write_rows(path, rows):
+    """Write a JSONL file, of objects or of lines as bytes, and return its path."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
 def make_example(name, source, targets, index=0):
     """Return an example with these token ids."""
     return data.Example(

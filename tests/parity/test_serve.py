@@ -59,18 +59,19 @@ def serve(*arguments, cwd, code=0):
 
 @pytest.fixture(scope="module")
 def asked(home):
-    """Return prompts of the run and the answers of eval.py."""
+    """Return prompts of the run, the answers of eval.py, and the ids and w of each prompt."""
     loaded = explorer.load(home / "run")
     examples = data.subsample(loaded.sets["seen"], 8)
     prompts = [explorer.texts_of(loaded, "seen", example)[1] for example in examples]
     models = (loaded.base, loaded.adapters, examples, loaded.tokenizer)
     answers = evaluation.predict(*models, max_new_tokens=9)
     assert len(set(answers)) > 2
-    return prompts, answers, examples
+    w = evaluation.router_weights(loaded.base, loaded.adapters, examples)
+    return prompts, answers, [example.source_ids.tolist() for example in examples], w
 
 
 def test_answers_are_those_of_eval_without_the_tokenizer_of_transformers(home, asked):
-    prompts, answers, _ = asked
+    prompts, answers, *_ = asked
     expected = [f"{prompt} -> {answer}\n" for prompt, answer in zip(prompts, answers, strict=True)]
     with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", side_effect=ImportError):
         said = serve("--max-tokens", 9, "--ask", *prompts, cwd=home)
@@ -100,12 +101,14 @@ def llama_server(status, reply):
         thread.join()
 
 
-def test_a_llama_server_gets_the_ids_of_training_and_peft_is_not_needed(home, asked, monkeypatch):
-    prompts, _, examples = asked
+def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, asked, monkeypatch):
+    prompts, _, ids, w = asked
     monkeypatch.setitem(sys.modules, "peft", None)
     with llama_server(200, b'{"content": "red"}') as (url, seen):
         assert serve("--server", url, "--ask", prompts[0], cwd=home) == f"{prompts[0]} -> red\n"
-    assert seen[0]["prompt"] == examples[0].source_ids.tolist()
+    [request] = seen
+    assert request["prompt"] == ids[0] and not request["cache_prompt"]
+    assert [lora["scale"] for lora in request["lora"]] == pytest.approx(w[0].tolist(), rel=1e-4)
     assert "pip install transformers peft" in serve("--ask", "a", cwd=home, code=2)
 
 

@@ -4,13 +4,11 @@ TRL's SFTTrainer, on a tiny random Llama and T5 on the CPU.
 This file is also the program that torchrun starts in the test of two processes.
 """
 
-import http.server
 import json
 import math
 import os
 import re
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -25,13 +23,14 @@ from helpers import (
     run_shell,
     seeded_generator,
     stir,
+    write_rows,
 )
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from integrations import finetune_7b, serve  # noqa: E402
+from integrations import finetune_7b  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
@@ -332,16 +331,13 @@ def test_best_adapter_is_loaded_at_the_end(tmp_path):
     check_equal(state_of(trainer), best)
 
 
-def test_checkpoint_of_another_config_is_refused(tmp_path):
-    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+def test_checkpoint_of_another_config_is_refused_unless_it_lacks_a_new_setting(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
     other = make_trainer(tmp_path, adapted(make_llama(), alpha=2.0))
     with pytest.raises(ValueError, match="attach with the same config"):
         other.train(resume_from_checkpoint=True)
 
-
-def test_a_checkpoint_without_a_new_setting_had_its_default(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
-    trainer.train()
     path = tmp_path / "checkpoint-1" / ADAPTER_FILE
     saved = torch.load(path)
     del saved["config"]["mixing"]
@@ -477,7 +473,7 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
 
 
 @pytest.mark.parametrize("make_base", [make_llama, make_t5])
-def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monkeypatch, capsys):
+def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     pytest.importorskip("peft")
     base = make_base()
     base.generation_config.repetition_penalty = 9.0  # serve.py is greedy without it
@@ -494,9 +490,8 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monk
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
-    words = ["serve", "--served", f"{tmp_path}/served", "--base", f"{tmp_path}/base"]
-    monkeypatch.setattr(sys, "argv", [*words, "--max-tokens", "9", "--ask", *PROMPTS[:3]])
-    serve.main()
+    arguments = ["--served", "served", "--base", "base", "--max-tokens", "9", "--ask"]
+    answers = run("integrations/serve.py", *arguments, *PROMPTS[:3], cwd=tmp_path)
     lines = []
     for prompt in PROMPTS[:3]:
         source = tokens_of([prompt])
@@ -505,33 +500,8 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path, monk
         start = 0 if has_encoder else source["input_ids"].shape[1]
         answer = TOKENIZER.decode(row[start:], skip_special_tokens=True)
         lines.append(f"{prompt} -> {answer}\n")
-    assert capsys.readouterr().out.endswith("".join(lines))
+    assert answers == "".join(lines)
     assert len({line.partition("->")[2] for line in lines}) > 1
-
-    # Through a llama-server (here one that returns the request), with w of the last prompt.
-    seen = []
-
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"content": " red"}')
-
-    with http.server.HTTPServer(("localhost", 0), Server) as server:
-        threading.Thread(target=server.handle_request).start()
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [*words, "--server", f"http://localhost:{server.server_port}", "--ask", prompt],
-        )
-        serve.main()
-    assert capsys.readouterr().out == f"{prompt} ->  red\n"
-    [request] = seen
-    assert request["prompt"] == source["input_ids"][0].tolist() and not request["cache_prompt"]
-    with trainer.routed(source) as routing:
-        scales = [lora["scale"] for lora in request["lora"]]
-        torch.testing.assert_close(torch.tensor(scales), routing.w[0].detach())
 
 
 # ---- A quantised base ----
@@ -567,12 +537,6 @@ def base_folder(request, tmp_path):
     make_llama(width=64).save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def write_rows(path, rows):
-    """Write a JSONL file of rows, each an object or a line of text."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -669,14 +633,13 @@ LINES = {  # the last line of the data -> what is wrong
     '{"prompt": "Hot is not"}': "completion must be a text, not None",
     '{"prompt": "", "completion": "cold"}': "the prompt is empty",
     '{"prompt": "\\ud800", "completion": "cold"}': "prompt must be a text",
-    '{"prompt": "Hot is not", "completion": ["cold"]}': "completion must be a text",
     '{"prompt": "' + "a" * 10**6 + '"}': "longer than 1000000 bytes",
 }
 
 
 @pytest.mark.parametrize("line, message", LINES.items(), ids=LINES.values())
 def test_a_bad_line_is_named(line, message, tmp_path):
-    write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + ["", line])
+    write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + [b"", line.encode()])
     with pytest.raises(UserError, match=f"a.jsonl, line 10: {message}.*; repair the line"):
         finetune_7b.read_rows(tmp_path / "a.jsonl")
 

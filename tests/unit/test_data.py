@@ -36,6 +36,7 @@ from helpers import (
     make_example,
     task_json,
     write_lists,
+    write_rows,
     write_task,
     write_words,
 )
@@ -196,13 +197,6 @@ def test_split_instances_keeps_copies_on_one_side():
 
 
 # ------------------------------------------------------------------------------------ rows of JSONL
-
-
-def write_rows(path, rows):
-    """Write a JSONL file, of objects or of lines as bytes, and return its path."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"\n".join(lines))
-    return path
 
 
 def test_read_rows_takes_the_usual_fields(tmp_path):
