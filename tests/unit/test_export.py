@@ -41,26 +41,20 @@ def config_of(lora):
 
 
 @pytest.mark.parametrize(
-    "method, w, ranks, reason",
+    "method, mixing, w, ranks, reason",
     [
-        ("moe-lora", torch.eye(K)[0], (), "token router"),
-        ("poly", None, (), "factors"),
-        ("orchmoe", torch.eye(K)[:2], (), "one sample, not 2"),
-        ("orchmoe", torch.eye(K)[0], (1, 4), r"rank 8 is above all of \(1, 4\)"),
+        ("moe-lora", "outputs", torch.eye(K)[0], (), "token router"),
+        ("poly", "outputs", None, (), "skills that mix their factors are no LoRA"),
+        ("orchmoe", "factors", torch.eye(K)[0], (), "skills that mix their factors are no LoRA"),
+        ("orchmoe", "outputs", torch.eye(K)[:2], (), "one sample, not 2"),
+        ("orchmoe", "outputs", torch.eye(K)[0], (1, 4), r"rank 8 is above all of \(1, 4\)"),
     ],
 )
-def test_save_peft_refuses_what_no_lora_computes(method, w, ranks, reason, tmp_path):
-    _, adapters = load_adapted(ROOT / "tiny", method=method, num_tasks=1)
+def test_save_peft_refuses_what_no_lora_computes(method, mixing, w, ranks, reason, tmp_path):
+    config = replace(EXPORT_CONFIG, mixing=mixing)
+    _, adapters = load_adapted(ROOT / "tiny", config, method, num_tasks=1)
     with pytest.raises(ValueError, match=f"not written: .*{reason}"):
         save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
-    assert not (tmp_path / "out").exists()
-
-
-def test_save_peft_refuses_mixed_factors(tmp_path):
-    config = replace(EXPORT_CONFIG, mixing="factors")
-    _, adapters = load_adapted(ROOT / "tiny", config)
-    with pytest.raises(ValueError, match="not written: skills that mix their factors are no LoRA"):
-        save_peft(adapters, torch.eye(K)[0], tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()
 
 

@@ -100,21 +100,6 @@ def test_attention_of_short_rows_in_bfloat16_equals_that_of_torch(heads, groups,
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("llama_folder", ["llama2"], indirect=True)
-def test_rows_beyond_the_model_are_refused(llama_pair):
-    own = llama_pair[1]
-    ids = torch.full((1, 60), 9)
-    example = make_example("", [9] * 60, [[9] * 5])
-    words = SimpleNamespace(eos_ids=own.config.eos_ids, size=9)
-    # The last token of a row is not read.
-    own.loss(ids, ids > 0, ids[:, :5])
-    own.generate(ids, ids > 0, max_new_tokens=5)
-    evaluation.require_fit(own, words, [example], max_new_tokens=5)
-
-    with pytest.raises(ValueError, match="65 positions, but the model has 64 positions"):
-        evaluation.require_fit(own, words, [example], max_new_tokens=6)
-
-
 # ----------------------------------------------------------------------------------------- adapters
 
 
@@ -329,6 +314,9 @@ def test_rows_that_need_more_positions_than_there_are_are_refused():
     base.loss(*fits)
     base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=5)
     base.hidden(fits.input_ids)
+    example = make_example("", [9] * 60, [[9] * 5])
+    words = SimpleNamespace(eos_ids=base.config.eos_ids, size=9)
+    evaluation.require_fit(base, words, [example], max_new_tokens=5)
 
     message = "a row needs 65 positions, but the model has 64"
     with pytest.raises(ValueError, match=message):
@@ -337,3 +325,5 @@ def test_rows_that_need_more_positions_than_there_are_are_refused():
         base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=6)
     with pytest.raises(ValueError, match=message):
         base.hidden(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="65 positions, but the model has 64"):
+        evaluation.require_fit(base, words, [example], max_new_tokens=6)

@@ -531,12 +531,11 @@ def test_attach_that_fails_changes_nothing(method, router, monkeypatch):
     assert_same(base, before)
 
 
-@pytest.mark.parametrize("method", ["disabled", "folded", "routed"])
-def test_attach_inside_a_method_is_refused(method):
-    base = net().eval()
+def test_attach_is_refused_where_the_linears_have_their_own_class():
+    base = net()
     adapters = attached(base)
     expected = routed(base)
-    with getattr(adapters, method)(w=W) if method != "disabled" else adapters.disabled():
+    with adapters.disabled():
         with pytest.raises(ValueError, match=r"q has skills already; detach\(\) them first"):
             attached(base)
     assert base.skill_adapters is adapters

@@ -142,12 +142,6 @@ def test_ids_may_leave_gaps(load_changed):
     assert words.decode([999]) == "!"
 
 
-def test_tokenizer_json_that_puts_a_space_before_every_text_gets_no_second(load_changed):
-    prepend = {"type": "Prepend", "prepend": " "}  # as in Llama 2's
-    words = load_changed(lambda values: values.update(normalizer=prepend))
-    assert words.target("12 345") == words.encode("12 345")
-
-
 def test_truncation_and_padding_of_a_file_are_off(folder):
     tokenizers = pytest.importorskip("tokenizers")
     plain = tokenizer.load(folder).encode(PROMPT)
