@@ -18,17 +18,14 @@ import data
 import eval as evaluation
 import program
 import run_folder
-import runtime
 import train
 from baselines import attach_method
 from experiments import compare, routers, study
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
-from helpers import ROOT, links
+from helpers import CPU, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
-
-CPU = runtime.pick_device(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +98,14 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     assert torch.equal(torch.stack(known), torch.eye(28))
 
 
-@pytest.mark.parametrize("name", ["random", "task"])
-def test_run_with_a_replaced_router_belongs_to_its_study(name, home, monkeypatch):
+def test_run_with_a_replaced_router_belongs_to_its_study(home, monkeypatch):
     """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
     monkeypatch.chdir(home)
-    folder = home / name
+    folder = home / "task"
     flags = {"max_tasks": 2, "steps": 2, "batch_size": 2, "eval_instances": 4, "train_instances": 8}
     flags |= {"abstract_tasks": 2, "dtype": "float32", "max_source_length": 64}
     settings = train.Settings.from_flags(flags)
-    attach = routers.attach_with(name)
+    attach = routers.attach_with("task")
     launch = train.LaunchConfig(out=str(folder), device="cpu")
     assert train.train(settings, CPU, launch, attach=attach, final_scores=False)
     run_folder.load(CPU, run=folder, attach=attach)
@@ -301,11 +297,19 @@ def finish(cell, device):
 
 
 @pytest.fixture
+def forked(monkeypatch):
+    """Fork the workers, which saves the imports. Studies spawn theirs."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    return fork
+
+
+@pytest.fixture
 def finished_at_once(monkeypatch):
     monkeypatch.setattr(study, "run_cell", finish)
 
 
-def test_run_cells_makes_the_cells_of_a_queue_in_turn(tmp_path, finished_at_once):
+def test_run_cells_makes_the_cells_of_a_queue_in_turn(tmp_path, finished_at_once, forked):
     made = []
 
     def queue(name):
@@ -358,15 +362,14 @@ def run_until_signal(cell, device):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(tmp_path, kind, monkeypatch):
-    """The processes are forked here, which saves the imports. Studies spawn theirs."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
+    tmp_path, kind, forked, monkeypatch
+):
     monkeypatch.setattr(study, "run_cell", run_until_signal)
     # A forked worker keeps the first one from noticing the end of the parent until it ends, too.
     monkeypatch.setattr(study, "GRACE", 2)
     cells = [cell_of(tmp_path, name) for name in "cd"]
-    parent = fork.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
+    parent = forked.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
     parent.start()
     wait_for(lambda: all(cell.folder.exists() for cell in cells))
     os.kill(parent.pid, kind)

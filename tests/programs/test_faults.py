@@ -251,6 +251,21 @@ def test_the_adapter_of_another_run_is_refused(copied, name):
         run_folder.load(CPU, run=copied)
 
 
+def test_resumed_run_needs_its_own_adapter(copied):
+    scores = (copied / "scores.json").read_bytes()
+    change_adapter(copied, config={"alpha": 7})
+    error = run(*RESUME, "run", cwd=copied.parent, code=2)
+    assert "run/adapter.safetensors: its config is not the run's; restore the file" in error
+    assert (copied / "scores.json").read_bytes() == scores
+
+    # A missing one is noticed before the remaining steps.
+    (copied / "adapter.safetensors").unlink()
+    change_config(copied, "training", steps=9)
+    with mock.patch.object(train, "train_step", side_effect=AssertionError):
+        error = run(*RESUME, "run", cwd=copied.parent, code=2)
+    assert "run/adapter.safetensors: does not exist; restore it, or start a new run" in error
+
+
 CONFIGS = [  # changed config of the adapters, file that the message names, words of the message
     ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "Z has shape"),  # a terabyte
     ({"alpha": 10**400}, "config.json", "alpha"),

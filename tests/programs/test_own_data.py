@@ -1,5 +1,6 @@
 """Rows of JSONL in every program: one way to build a sample, task ids, --start, older runs."""
 
+import itertools
 import json
 import shutil
 from unittest import mock
@@ -12,10 +13,10 @@ import data
 import eval as evaluation
 import program
 import run_folder
-import runtime
 import train
 from experiments import explorer
 from helpers import (
+    CPU,
     LLAMA_SIZES,
     ROOT,
     change_config,
@@ -33,7 +34,6 @@ from llama import Llama, LlamaConfig
 from program import read_json, write_json
 from tokenizer import load as load_tokenizer
 
-CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
 
 
@@ -111,8 +111,12 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("kind", ["t5", "words", "pieces"])
+KINDS_AND_FORMS = [*itertools.product(["words", "pieces"], FORMS)]
+# T5's tokenizer ignores white space at the ends.
+KINDS_AND_FORMS += [("t5", name) for name in FORMS if "space" not in name]
+
+
+@pytest.mark.parametrize("kind, name", KINDS_AND_FORMS)
 def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields, prompt, answer = FORMS[name]
@@ -186,22 +190,18 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
 
 
 def test_a_question_follows_the_form_of_the_rows(base_of, tmp_path, monkeypatch):
-    """A question without input is an instruction if all rows have one, else it is a prompt."""
+    """Without input it is an instruction if all rows have one, as above, else it is a prompt."""
     monkeypatch.chdir(tmp_path)
-    words = load_tokenizer(base_of("words"))
     asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(400)]
-    for name, rows, text in (
-        ("instructions", asked, "Say it.\n\n"),
-        ("both", asked + prompts(), "Say it."),
-    ):
-        flags = {"data": f"{name}.jsonl", "model": str(base_of("words")), "steps": 1}
-        write_rows(tmp_path / flags["data"], rows)
-        launch = train.LaunchConfig(out=name)
-        train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
-        with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-            run("eval.py", "--run", name, "--device", "cpu", "--ask", "Say it.", cwd=tmp_path)
-            (example,) = predict.call_args.args[2]
-            assert example.source_ids.tolist() == next(words.sources([text], spaced=False))
+    write_rows(tmp_path / "both.jsonl", asked + prompts())
+    flags = {"data": "both.jsonl", "model": str(base_of("words")), "steps": 1}
+    launch = train.LaunchConfig(out="run")
+    train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
+    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+        run("eval.py", "--run", "run", "--device", "cpu", "--ask", "Say it.", cwd=tmp_path)
+    (example,) = predict.call_args.args[2]
+    words = load_tokenizer(base_of("words"))
+    assert example.source_ids.tolist() == next(words.sources(["Say it."], spaced=False))
 
 
 # --------------------------------------------------------------------- what a run has been bound to
@@ -290,25 +290,6 @@ def test_changed_files_are_named_with_what_helps(changed):
     assert error == "eval.py: error: --ask is no Unicode text (lone surrogate)\n"
 
 
-def test_resumed_run_needs_its_own_adapter(changed):
-    best = changed / "t5/adapter.safetensors"
-    scores = (changed / "t5/scores.json").read_bytes()
-    arguments = ["--data", "own.jsonl", "--alpha", "3", "--out", "other", *BRIEF]  # equal shapes
-    run("train.py", *arguments, cwd=changed)
-    best.unlink()
-    shutil.copy(changed / "other/adapter.safetensors", best)
-    error = run(*RESUME, "t5", cwd=changed, code=2)
-    assert "t5/adapter.safetensors: its config is not the run's; restore the file" in error
-    assert (changed / "t5/scores.json").read_bytes() == scores
-
-    # A missing one is noticed before the remaining steps.
-    best.unlink()
-    change_config(changed / "t5", "training", steps=9)
-    with mock.patch.object(train, "train_step", side_effect=AssertionError):
-        error = run(*RESUME, "t5", cwd=changed, code=2)
-    assert "t5/adapter.safetensors: does not exist; restore it, or start a new run" in error
-
-
 def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):
     (changed / "t5/metrics.jsonl").unlink()
     with mock.patch.object(program, "warn") as warn:
@@ -320,32 +301,27 @@ def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):
 # ------------------------------------------------------------------------------- tasks, and --start
 
 
-@pytest.mark.parametrize("method", ["poly", "c-poly"])
-def test_rows_of_training_tasks_have_their_ids_in_training_and_evaluation(
-    method, tmp_path, base_of
-):
+def test_rows_of_training_tasks_have_their_ids_in_training_and_evaluation(tmp_path, base_of):
     rows = [row | {"task": f"t{i % 4}"} for i, row in enumerate(prompts())]
     tests = [{"prompt": f"Tell {i}", "completion": "x", "task": f"t{i}"} for i in range(6)]
     write_rows(tmp_path / "own.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", tests)
     arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--model", base_of("words")]
-    arguments += ["--method", method, "--out", "run", *BRIEF, "--eval-instances", "0"]
+    arguments += ["--method", "poly", "--out", "run", *BRIEF, "--eval-instances", "0"]
     with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
         run("train.py", *arguments, cwd=tmp_path)
         trained = routed.call_args.args[2].task_ids
         run("eval.py", "--run", "run", "--device", "cpu", cwd=tmp_path)
         evaluated = routed.call_args.args[2].task_ids
     assert sorted(trained.tolist()) == sorted(evaluated.tolist()) == [-1, -1, 0, 1, 2, 3]
-    scores = read_json(tmp_path / "run/scores.json")[method]["unseen"]["overall"]
+    scores = read_json(tmp_path / "run/scores.json")["poly"]["unseen"]["overall"]
     assert scores == read_json(tmp_path / "run/eval-test/scores.json")["overall"]
 
 
 def test_start_with_other_data_drops_the_test_rows_and_names_what_it_keeps(own):
-    arguments = ["--start", "t5", *BRIEF, "--out"]
-    output = run("train.py", *arguments, "on", "--data", "test.jsonl", cwd=own, code=2)
-    assert "test.jsonl: " in output  # it has too few rows, but it may be trained on
+    arguments = ["--start", "t5", *BRIEF, "--out", "new", "--data", "new.jsonl"]
     write_rows(own / "new.jsonl", prompts())
-    output = run("train.py", *arguments, "new", "--data", "new.jsonl", cwd=own)
+    output = run("train.py", *arguments, cwd=own)
     assert "data settings kept from t5: max_source_length 99\n" in output
     assert read_json(own / "new/config.json")["dataset"]["test"] == ""
 
