@@ -382,7 +382,7 @@ both_t5 = pytest.mark.parametrize("kind", T5_CONFIGS)
 def random_t5(config, seed=0):
     """Return a T5 whose attention is sharp, where positions matter and outputs vary."""
     t5 = init_weights(T5(config), seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = seeded_generator(seed + 1)
     with torch.no_grad():
         for name, weight in t5.named_parameters():
             if "norm" in name:
@@ -404,7 +404,7 @@ class Inputs(NamedTuple):
 
 def random_batch(low, high, lengths=(9, 4, 7, 2), target_lengths=(6, 3, 6, 2), seed=1):
     """Return padded sources and targets of these lengths, of ids in [low, high)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     label_mask = torch.arange(max(target_lengths)) < torch.tensor(target_lengths)[:, None]
     input_ids = torch.randint(low, high, mask.shape, generator=generator) * mask

@@ -10,23 +10,20 @@ from contextlib import contextmanager
 from unittest import mock
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
 import program
 import run_folder
-import runtime
 from experiments import explorer
-from helpers import ROOT, run, seeded_generator, stir
+from helpers import CPU, ROOT, run, seeded_generator, stir
 from program import read_json, write_json
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 only_t5 = pytest.mark.parametrize("home", ["t5"], indirect=True)
-CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 
 
 @pytest.fixture(scope="module", params=["t5", "decoder"])

@@ -186,7 +186,6 @@ CHOICES = [  # --compile, device, steps, --shard, and what the line says
     ("auto", CUDA, 15_000, True, "off: auto does not compile with --shard"),
     ("on", CPU, 1, False, "on: as the settings say"),
     ("off", CUDA, 10**6, False, "off: as the settings say"),
-    ("off", CUDA, 10**6, True, "off: as the settings say"),
 ]
 
 

@@ -386,8 +386,6 @@ def test_evaluation_of_test_rows_needs_no_dev_rows(tmp_path, cache, tiny_words):
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))
     assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
-    with pytest.raises(program.UserError, match="own.jsonl: . of its rows are in the set 'dev'"):
-        load_sets(config, tiny_words)
 
 
 # ------------------------------------------------------------------------------------------- prompt

@@ -13,10 +13,10 @@ import checkpoint
 import data
 import eval as evaluation
 import program
-import runtime
 import train
 from baselines import attach_method
 from helpers import (
+    CPU,
     SHORT,
     adapted,
     change_config,
@@ -192,8 +192,6 @@ def test_router_report(w, expected, warning, capsys):
 
 
 # ---------------------------------------------------------------------------------------- one run
-
-CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 
 
 @pytest.fixture
