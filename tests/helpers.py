@@ -45,6 +45,9 @@ PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 SHORT = "--device cpu --max-tasks 4 --max-source-length 64 --eval-instances 8 --steps 8".split()
 SHORT += "--eval-every 4 --batch-size 4 --warmup 2".split()
 
+# What resumes a run, before the name of its folder.
+RESUME = "train.py --resume --device cpu --out".split()
+
 
 # ------------------------------------------------------------------------------------- the programs
 

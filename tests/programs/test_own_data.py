@@ -18,6 +18,7 @@ from experiments import explorer
 from helpers import (
     CPU,
     LLAMA_SIZES,
+    RESUME,
     ROOT,
     change_config,
     run,
@@ -26,6 +27,7 @@ from helpers import (
     task_json,
     write_lists,
     write_pieces,
+    write_rows,
     write_task,
     write_words,
 )
@@ -35,11 +37,6 @@ from program import read_json, write_json
 from tokenizer import load as load_tokenizer
 
 BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
-
-
-def write_rows(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def prompts(count=300, **more):
@@ -236,7 +233,6 @@ def changed(own, tmp_path):
     return folder
 
 
-RESUME = ["train.py", "--resume", "--device", "cpu", "--out"]
 REFUSED = "an older version built the samples of the run by another rule; start a new run"
 
 

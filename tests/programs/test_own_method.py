@@ -16,6 +16,7 @@ import train
 from baselines import attach_method, load_method
 from experiments import explorer
 from helpers import (
+    RESUME,
     ROOT,
     SHORT,
     change_config,
@@ -136,7 +137,7 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, method, whole, ho
     with interrupted(train, "train_step", 6, KeyboardInterrupt):
         run("train.py", *SHORT, "--method", method, "--out", name, cwd=home, code=130)
     baselines.OWN_METHODS.clear()
-    resume = ("train.py", "--resume", "--out", name, "--device", "cpu")
+    resume = (*RESUME, name)
     said = run(*resume, cwd=home, code=2)
     assert "for a method of your own give its file, --method FILE.py:" in said
     moved = f"{home / 'elsewhere.py'}:{method.rpartition(':')[2]}"
@@ -248,7 +249,7 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
     (home / "evil.py").write_text("raise SystemExit('this ran')")
     change_config(own, "training", method=f"{home / 'evil.py'}:ByTask")
     for words in (
-        ("train.py", "--resume", "--out", "own", "--device", "cpu"),
+        (*RESUME, "own"),
         ("train.py", "--start", "own", "--device", "cpu"),
         ("eval.py", "--run", "own", "--device", "cpu"),
         ("integrations/export.py", "--run", "own", "--out", "served"),

@@ -28,6 +28,7 @@ import train
 from baselines import METHODS, attach_method
 from helpers import (
     CPU,
+    RESUME,
     ROOT,
     SHORT,
     change_config,
@@ -39,13 +40,14 @@ from helpers import (
     run,
     task_json,
     write_lists,
+    write_rows,
     write_task,
 )
 from orchmoe import OrchMoEConfig
 from program import read_json
 from tokenizer import load as load_tokenizer
 
-RESUME = ["train.py", "--resume", "--out", "run", "--device", "cpu"]
+RESUME_RUN = [*RESUME, "run"]
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
 EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu"]
 
@@ -75,7 +77,7 @@ def test_every_method_trains_and_is_scored(home, method):
 
 def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home, monkeypatch):
     rows = [{"prompt": f"Write {i}.", "completion": f"{i}"} for i in range(9)]
-    (home / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(home / "other.jsonl", rows)
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
@@ -153,7 +155,7 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
     assert checkpoint.read_torch(resumed / "progress.pt")["step"] == step
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
-    run(*RESUME, cwd=home)
+    run(*RESUME_RUN, cwd=home)
     for name in ("adapter.safetensors", "scores.json", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     progress, expected = (checkpoint.read_torch(at / "progress.pt") for at in (resumed, whole))
@@ -213,7 +215,7 @@ def test_step_that_breaks_the_weights_is_not_saved(home, monkeypatch):
 def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
-    assert ", float32, torch" in run(*RESUME, cwd=copied.parent)
+    assert ", float32, torch" in run(*RESUME_RUN, cwd=copied.parent)
 
 
 # ----------------------------------------------------------------------- what a run is bound to
@@ -235,7 +237,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     base.embedding.weight.data[0] += 1
     checkpoint.save(base, tmp_path / "tiny")
     start = ["train.py", *SHORT, "--start", "run", "--out", "on"]
-    require_changed("base", EVALUATE, RESUME, start)
+    require_changed("base", EVALUATE, RESUME_RUN, start)
 
     # An output in a task file.
     path = tmp_path / "sni/tasks" / f"{read_json(copied / 'config.json')['tasks'][0]}.json"
@@ -244,7 +246,7 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
     export = ["integrations/export.py", "--run", "run", "--out", "served", "--mean", *moved]
-    require_changed("data", [*EVALUATE, *moved], [*RESUME, *moved], export)
+    require_changed("data", [*EVALUATE, *moved], [*RESUME_RUN, *moved], export)
 
     # A field that SentencePiece does not know: the same pieces in another file.
     with open(tmp_path / "tiny/spiece.model", "ab") as file:
@@ -259,7 +261,7 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     moved = ["--model", ROOT / "tiny", "--data", ROOT / "sni"]
     assert "gone: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
     run(*EVALUATE, *moved, cwd=cwd)
-    run(*RESUME, *moved, cwd=cwd)
+    run(*RESUME_RUN, *moved, cwd=cwd)
     run(*EVALUATE, cwd=cwd)  # the resumed run has noted the new places
 
 

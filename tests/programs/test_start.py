@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import run_folder
 import train
-from helpers import CPU, ROOT, change_config, interrupted, run, trace, write_lists
+from helpers import CPU, RESUME, ROOT, change_config, interrupted, run, trace, write_lists
 from program import read_json
 
 SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
@@ -116,7 +116,7 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
         run(*arguments, "on", cwd=home, code=130)
     (home / "on/scores.json").unlink()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    resume = ["train.py", "--resume", "--device", "cpu", "--out", home / "on"]
+    resume = [*RESUME, home / "on"]
     # With a checkpoint, the weights are no longer those of the start and are not scored as such.
     assert "| start |" not in run(*resume, cwd=elsewhere)
     assert trace(home / "on") == trace(home / "whole")
@@ -162,7 +162,7 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     state, info = checkpoint.load_adapter(home / "run/adapter.safetensors")
     changed = {name: tensor + 1 for name, tensor in state.items()}
     checkpoint.save_adapter(tmp_path / "run/adapter.safetensors", changed, **info)
-    error = run("train.py", "--resume", "--out", "bound", "--device", "cpu", cwd=home, code=2)
+    error = run(*RESUME, "bound", cwd=home, code=2)
     assert "bound: start changed since the run began" in error
 
 
