@@ -16,14 +16,12 @@ import torch
 import checkpoint
 import program
 from experiments.random_t5 import init_weights
-from llama import Llama, LlamaConfig
 from t5 import T5
 from tokenizer import load as load_tokenizer
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
 from helpers import (  # noqa: E402
     LLAMA_FAMILIES,
-    LLAMA_SIZES,
     ROOT,
     SHORT,
     SMALL_T5,
@@ -31,9 +29,9 @@ from helpers import (  # noqa: E402
     links,
     random_batch,
     run,
-    seeded_generator,
     sentences,
     train_pieces,
+    write_decoder,
     write_pieces,
 )
 
@@ -105,12 +103,8 @@ def finished(tmp_path_factory):
 def finished_decoder(tmp_path_factory):
     """Return a folder with `run`, the same over the random decoder `llama`."""
     folder = links(tmp_path_factory.mktemp("decoder"))
-    sizes = {"model_type": "llama", "vocab_size": 400, "max_position_embeddings": 2048}
-    base = Llama(LlamaConfig.from_hf(LLAMA_SIZES | sizes | {"eos_token_id": 2})).float()
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.6, generator=seeded_generator())
-    write_pieces(folder / "llama", sentences(500))
-    checkpoint.save(base, folder / "llama")
+    sizes = {"vocab_size": 400, "max_position_embeddings": 2048}
+    write_decoder(folder / "llama", write_pieces, sentences(500), std=0.6, **sizes)
     # Its tokens are shorter, and so its prompts are longer.
     whole = ("--max-source-length", 512)
     run("train.py", *SHORT, *whole, "--model", "llama", "--out", "run", cwd=folder)

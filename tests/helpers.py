@@ -33,6 +33,7 @@ from orchmoe import OrchMoEConfig
 from program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config
 from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -485,6 +486,17 @@ def small_model(name):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
     return model
+
+
+def write_decoder(folder, write, corpus, *, std=0.3, **sizes):
+    """Write a random Llama and the tokenizer that `write` makes of `corpus`. Return the folder."""
+    write(folder, corpus)
+    sizes = {"model_type": "llama", "eos_token_id": load_tokenizer(folder).eos_ids[0], **sizes}
+    model = Llama(LlamaConfig.from_hf(LLAMA_SIZES | sizes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std, generator=seeded_generator())
+    checkpoint.save(model, folder)
+    return folder
 
 
 def rows_of(batch):

@@ -6,9 +6,7 @@ import shutil
 from unittest import mock
 
 import pytest
-import torch
 
-import checkpoint
 import data
 import eval as evaluation
 import program
@@ -17,14 +15,13 @@ import train
 from experiments import explorer
 from helpers import (
     CPU,
-    LLAMA_SIZES,
     RESUME,
     ROOT,
     change_config,
     run,
-    seeded_generator,
     sentences,
     task_json,
+    write_decoder,
     write_lists,
     write_pieces,
     write_rows,
@@ -32,7 +29,6 @@ from helpers import (
     write_words,
 )
 from integrations import serve
-from llama import Llama, LlamaConfig
 from program import read_json, write_json
 from tokenizer import load as load_tokenizer
 
@@ -43,23 +39,6 @@ def prompts(count=300, **more):
     return [{"prompt": f"Name {i}:", "completion": f" {i}.", **more} for i in range(count)]
 
 
-def write_decoder(folder, write):
-    """Write a small random decoder whose tokenizer `write` makes."""
-    corpus = [*sentences(400), "Definition: Write 0 1 2 3 4 5 6 7 8 9. Input: Output: Now complete"]
-    config = LlamaConfig.from_hf(
-        LLAMA_SIZES | {"model_type": "llama", "vocab_size": 600, "max_position_embeddings": 512}
-    )
-    model = Llama(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
-    write(folder, corpus)
-    eos_id = load_tokenizer(folder).eos_ids[0]
-    checkpoint.save(model, folder)
-    values = read_json(folder / "config.json")
-    write_json(folder / "config.json", values | {"eos_token_id": eos_id})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
     """Return a function that gives the folder of a T5, or of a decoder with one of two tokenizers.
@@ -68,10 +47,13 @@ def base_of(tmp_path_factory):
     """
     made = {"t5": ROOT / "tiny"}
     writers = {"words": write_words, "pieces": write_pieces}
+    corpus = [*sentences(400), "Definition: Write 0 1 2 3 4 5 6 7 8 9. Input: Output: Now complete"]
+    sizes = {"vocab_size": 600, "max_position_embeddings": 512}
 
     def base_of(kind):
         if kind not in made:
-            made[kind] = write_decoder(tmp_path_factory.mktemp(kind), writers[kind])
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = write_decoder(folder, writers[kind], corpus, **sizes)
         return made[kind]
 
     return base_of

@@ -22,6 +22,7 @@ import runtime
 from baselines import without_adapters
 from helpers import (
     LLAMA3_ROPE,
+    LLAMA_SIZES,
     ROOT,
     adapted,
     hf_llama,
@@ -30,9 +31,10 @@ from helpers import (
     rows_of,
     run,
     small_model,
+    write_decoder,
     write_words,
 )
-from llama import Llama, LlamaConfig, causal_attention
+from llama import LlamaConfig, causal_attention
 
 
 def test_predictions_end_at_any_eos(llama_pair, llama_batch):
@@ -154,15 +156,10 @@ def test_a_copy_of_a_tied_table_is_no_head_and_another_is_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
-VALUES = {
+VALUES = LLAMA_SIZES | {
     "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_key_value_heads": None,  # left out
     "max_position_embeddings": 32768,
-    "eos_token_id": 3,
 }
 THETA = {"rope_theta": 500}
 MISTRAL = {"model_type": "mistral"}
@@ -221,17 +218,13 @@ SHORT += "--steps 2 --batch-size 4 --eval-every 1 --max-source-length 384 --out 
 SHORT += ["--data", ROOT / "sni"]
 
 
-def base_folder(path, corpus, **changes):
-    """Write a random model with a byte-level vocabulary."""
-    write_words(path, corpus)
-    sizes = {"vocab_size": 512, "eos_token_id": 1, "max_position_embeddings": 512}
-    checkpoint.save(Llama(LlamaConfig.from_hf(VALUES | sizes | changes)), path)
+SIZES = {"vocab_size": 512, "max_position_embeddings": 512}
 
 
 @pytest.mark.slow
 def test_the_programs_train_a_whole_decoder_only_model(tmp_path, corpus):
     """The fixture `finished_decoder` trains OrchMoE."""
-    base_folder(tmp_path / "model", corpus)
+    write_decoder(tmp_path / "model", write_words, corpus, **SIZES)
     out = run("train.py", *SHORT, "--method", "full", cwd=tmp_path)
     assert "| full |" in out
     evaluate = ["eval.py", "--run", "run", "--device", "cpu"]
@@ -252,7 +245,7 @@ BEYOND_THE_MODEL = [
 
 @pytest.mark.parametrize("program, flags, changes, message", BEYOND_THE_MODEL)
 def test_examples_beyond_the_model_are_refused(tmp_path, corpus, program, flags, changes, message):
-    base_folder(tmp_path / "model", corpus, **changes)
+    write_decoder(tmp_path / "model", write_words, corpus, **(SIZES | changes))
     *_, error = run(program, *flags, cwd=tmp_path, code=2).splitlines()
     assert error.startswith(f"{program}: error: ") and message in error
     assert not (tmp_path / "run").exists()

@@ -573,7 +573,6 @@ def with_skills():
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
         (with_own_forward, ("0",), "0: the Linear has a forward of its own, which bypasses"),
         (split_over_devices, ("0",), "0: .* accelerate sets one .* load the model on one device"),
-        (lambda: nn.Linear(0, 4), ("0",), "0: it has no inputs"),
         (with_skills, ("head",), r"0.q has skills already; detach\(\) them first"),
     ],
 )

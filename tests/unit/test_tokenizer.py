@@ -101,12 +101,6 @@ def test_texts_are_joined_as_they_stand(write, tmp_path, corpus):
         assert target[-1:] == list(each.eos_ids)
 
 
-def test_t5_reads_prompts_and_answers_alike(t5_words):
-    ids = t5_words.encode(PROMPT)
-    assert t5_words.source(PROMPT) == t5_words.target(PROMPT) == ids
-    assert ids[-1] == 1
-
-
 def test_special_tokens_in_a_text_are_text(words, t5_words):
     text = "a </s> <s> <unk> <pad> <extra_id_0> b"
     assert words.decode(words.encode(text)) == text
