@@ -38,12 +38,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import program
-from program import UserError
+from program import UserError, require_text
 from tokenizer import Tokenizer
 
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
-LARGEST_LINE = 10**6  # bytes of a line in a JSONL file
 LEAST_ROWS = {"train": 1, "dev": 5, "seen": 5, "test": 1}  # of a JSONL file
 NO_TASK = "-"  # the task of a row without one
 # The cached tokens depend on this code. After a change of the code they are made again.
@@ -167,20 +166,6 @@ def _references(name, value):
     return references
 
 
-def require_text(name: str, value: Any) -> None:
-    """Raise ValueError, which names the field, unless its value is a text.
-
-    JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would silently
-    change prompts and references.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, not {value!r:.40}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is no Unicode text (lone surrogate)") from None
-
-
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
     """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
 
@@ -269,26 +254,14 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     input has the instruction as its "definition".
     """
     tasks = {}
-    number = 0
-    with open(path, "rb") as file:
-        while line := file.readline(LARGEST_LINE + 1):
-            number += 1
-            if line.isspace():
-                continue
-            with program.reading(f"{path}, line {number}", "repair the line"):
-                name, instance = _read_row(line, number)
-            task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
-            task["instances"].append(instance)
+    for name, instance in program.read_jsonl(path, _read_row):
+        task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
+        task["instances"].append(instance)
     return list(tasks.values())
 
 
-def _read_row(line, number):
-    """Return the task and the instance in a line."""
-    if len(line) > LARGEST_LINE:
-        raise ValueError(f"longer than {LARGEST_LINE} bytes")
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+def _read_row(row, number):
+    """Return the task and the instance in a row, which stands in the line `number`."""
     row = {name: value for name, value in row.items() if value is not None}
     if "messages" in row:
         raise ValueError("chat templates are left to TRL, see docs/use.md")

@@ -30,7 +30,9 @@ from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
 ROOT = Path(__file__).resolve().parent
-LARGEST_JSON = 2**28  # bytes; bounds the memory that a damaged or hostile file can take
+# In bytes; they bound the memory that a damaged or hostile file can take.
+LARGEST_JSON = 2**28
+LARGEST_LINE = 10**6  # of a JSONL file
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -140,6 +142,43 @@ def read_json(path: str | Path) -> dict:
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
+
+
+def read_jsonl(path: str | Path, parse: Callable[[dict, int], Any]) -> list:
+    """Return parse(row, number) for each row of a JSONL file, where `number` is that of its line.
+
+    Raise UserError with the number of a bad line: one that is too long or no JSON object, or with
+    which `parse` fails. Empty lines are skipped.
+    """
+    parsed = []
+    number = 0
+    with open(path, "rb") as file:
+        while line := file.readline(LARGEST_LINE + 1):
+            number += 1
+            if line.isspace():
+                continue
+            with reading(f"{path}, line {number}", "repair the line"):
+                if len(line) > LARGEST_LINE:
+                    raise ValueError(f"longer than {LARGEST_LINE} bytes")
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                parsed.append(parse(row, number))
+    return parsed
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raise ValueError, which names the field, unless its value is a text.
+
+    JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would silently
+    change prompts and references.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is no Unicode text (lone surrogate)") from None
 
 
 def to_json(value: Any, **options: Any) -> bytes:

@@ -17,9 +17,7 @@ To use it elsewhere, copy this file, trainer.py, program.py and orchmoe.py.
 Test: pytest tests/parity/test_trainer.py
 """
 
-import json
 import pickle
-import re
 import sys
 from pathlib import Path
 
@@ -45,8 +43,6 @@ except ImportError as error:
 
 # "all": every Linear but the output head.
 ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=("all",))
-LARGEST_LINE = 10**6  # bytes
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, but no tokenizer reads it
 
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
@@ -81,36 +77,27 @@ def load_base(name):
     return model, tokenizer
 
 
-def require_text(name, value):
-    """Raise ValueError unless the value is a text that a tokenizer reads. A prompt is not empty."""
-    if not isinstance(value, str) or LONE_SURROGATE.search(value):
-        raise ValueError(f"{name} must be a text, not {value!r:.40}")
-    if name == "prompt" and not value.strip():
+def require_prompt(prompt):
+    """Raise ValueError unless the prompt is a text that is not empty."""
+    program.require_text("prompt", prompt)
+    if not prompt.strip():
         raise ValueError("the prompt is empty")
 
 
+def read_row(row, _number):
+    """Return {"prompt", "completion"} of a row of the data, without any other fields."""
+    row = {name: row.get(name) for name in ("prompt", "completion")}
+    require_prompt(row["prompt"])
+    program.require_text("completion", row["completion"])
+    return row
+
+
 def read_rows(path):
-    """Return [{"prompt", "completion"}] of the lines of a JSONL file, without any other fields.
+    """Return the rows of a JSONL file, see `read_row`.
 
     Raise UserError with the number of a bad line, or if there are too few lines.
     """
-    rows = []
-    number = 0
-    with open(path, "rb") as file:
-        while line := file.readline(LARGEST_LINE + 1):
-            number += 1
-            if line.isspace():
-                continue
-            with program.reading(f"{path}, line {number}", "repair the line"):
-                if len(line) > LARGEST_LINE:
-                    raise ValueError(f"longer than {LARGEST_LINE} bytes")
-                values = json.loads(line)
-                if not isinstance(values, dict):
-                    raise ValueError("not a JSON object")
-                row = {name: values.get(name) for name in ("prompt", "completion")}
-                for name, value in row.items():
-                    require_text(name, value)
-            rows.append(row)
+    rows = program.read_jsonl(path, read_row)
     if len(rows) < ADAPTERS.abstract_tasks:
         raise UserError(
             f"{path}: {len(rows)} rows are too few for a router of {ADAPTERS.abstract_tasks} "
@@ -237,7 +224,7 @@ def main():
         program.require_path(adapter_path, "finish the training first")
         with program.reading("--ask", "give whole prompts"):
             for prompt in args.ask:
-                require_text("prompt", prompt)
+                require_prompt(prompt)
 
     if args.data:
         rows = read_rows(args.data)

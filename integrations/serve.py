@@ -181,7 +181,7 @@ def main():
         parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
     for prompt in args.ask:
         with program.checking_settings():
-            data.require_text("--ask", prompt)
+            program.require_text("--ask", prompt)
         if not prompt.strip():
             parser.error("--ask: a prompt is empty")
 

@@ -632,7 +632,7 @@ LINES = {  # the last line of the data -> what is wrong
     "{": "JSONDecodeError",
     '{"prompt": "Hot is not"}': "completion must be a text, not None",
     '{"prompt": "", "completion": "cold"}': "the prompt is empty",
-    '{"prompt": "\\ud800", "completion": "cold"}': "prompt must be a text",
+    '{"prompt": "\\ud800", "completion": "cold"}': "prompt is no Unicode text",
     '{"prompt": "' + "a" * 10**6 + '"}': "longer than 1000000 bytes",
 }
 
@@ -656,7 +656,7 @@ def test_a_bad_line_is_named(line, message, tmp_path):
         ("--data a.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
         ("--data a.jsonl --out other --resume", "other/checkpoint-2: was trained with Orch"),
         ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
-        ("--ask \udcff --out old", "--ask: prompt must be a text"),
+        ("--ask \udcff --out old", "--ask: prompt is no Unicode text"),
         ("--data missing.jsonl --out new", "missing.jsonl: No such file"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),
