@@ -62,7 +62,6 @@ class Lora(NamedTuple):
 
     factors: dict[str, tuple[Tensor, Tensor]]  # name in transformers -> A (r,D) and scale * B (O,r)
     rank: int  # r
-    base: str  # name or folder of the base, as adapter_config.json has it
     folder: str
 
 
@@ -168,12 +167,8 @@ def load_peft(folder: str | Path) -> Lora:
         require_plain(values)
         r = values["r"]
         alpha = values["lora_alpha"]
-        base = values["base_model_name_or_path"]
-        if type(r) is not int or r < 1 or not isinstance(base, str):
-            raise ValueError(
-                f"r {r!r:.40} must be a whole number above 0, and base_model_name_or_path "
-                f"{base!r:.40} a text"
-            )
+        if type(r) is not int or r < 1:
+            raise ValueError(f"r {r!r:.40} must be a whole number above 0")
         scale = alpha / r
         if values.get("use_rslora"):
             scale = alpha / math.sqrt(r)
@@ -184,7 +179,7 @@ def load_peft(folder: str | Path) -> Lora:
     tensors = checkpoint.read_tensors(path)
     with program.reading(path):
         factors = pair_factors(tensors, r, scale)
-    return Lora(factors=factors, rank=r, base=base, folder=str(folder))
+    return Lora(factors=factors, rank=r, folder=str(folder))
 
 
 def require_plain(values: dict[str, Any]) -> None:
