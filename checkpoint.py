@@ -34,10 +34,6 @@ from t5 import T5
 FAMILIES = {"t5": T5, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 FAMILY_OF_CONFIG = {family.Config: family for family in FAMILIES.values()}
 LARGEST_DEPTH = 1000  # blocks of a model
-DOWNLOAD = (
-    "name a local folder, nothing is downloaded here; "
-    "`hf download NAME --local-dir DIR` gets a model from the Hub"
-)
 # What a pickle of plain tensors names.
 PLAIN_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
@@ -185,7 +181,7 @@ def _read_shards(index):
 
 def read_config(folder: str | Path) -> Any:
     """Return what config.json of a Hugging Face folder describes: a T5Config or LlamaConfig."""
-    path = program.require_path(folder, DOWNLOAD) / "config.json"
+    path = program.require_path(folder, program.DOWNLOAD) / "config.json"
     values = program.read_json(path)
     with program.reading(path, "restore the file, or name another model"):
         model_type = values.get("model_type")

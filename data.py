@@ -305,8 +305,7 @@ def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
     """
     positions = {"train": [], "dev": [], "seen": []}
     for position, instance in enumerate(instances):
-        digest = hashlib.sha256(_plain_prompt(instance).encode()).digest()
-        percent = int.from_bytes(digest[:8], "little") % 100
+        percent = hash_of(_plain_prompt(instance)) % 100
         name = "train"
         if percent < 2:
             name = "dev"
@@ -314,6 +313,12 @@ def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
             name = "seen"
         positions[name].append(position)
     return positions
+
+
+def hash_of(text: str) -> int:
+    """Return a number that depends on the text alone, on any machine."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _plain_prompt(instance):
@@ -532,12 +537,12 @@ class Examples(list[Example]):
         examples: Sequence[Example],
         tasks: list[str],
         digest: str,
-        rule: dict[str, Any] | None = None,
+        rule: dict[str, Any],
     ):
         super().__init__(examples)
         self.tasks = tasks
         self.digest = digest
-        self.rule = rule or {}
+        self.rule = rule
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
@@ -912,8 +917,7 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
         number = 0
         if seed is not None:
             key = f"{seed}/{step}/{example.task}/{example.id}"
-            digest = hashlib.sha256(key.encode()).digest()
-            number = int.from_bytes(digest[:8], "little") % len(example.target_ids)
+            number = hash_of(key) % len(example.target_ids)
         source = torch.from_numpy(example.source_ids).long()
         sources.append(source)
         masks.append(torch.ones_like(source, dtype=torch.bool))

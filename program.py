@@ -33,6 +33,11 @@ ROOT = Path(__file__).resolve().parent
 # In bytes; they bound the memory that a damaged or hostile file can take.
 LARGEST_JSON = 2**28
 LARGEST_LINE = 10**6  # of a JSONL file
+# What helps if the folder of a model does not exist.
+DOWNLOAD = (
+    "name a local folder, nothing is downloaded here; "
+    "`hf download NAME --local-dir DIR` gets a model from the Hub"
+)
 
 
 # --------------------------------------------------------------------------------------- errors

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from program import UserError, atomic_write, read_json, reading, require_path
+from program import DOWNLOAD, UserError, atomic_write, read_json, reading, require_path
 
 LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"
@@ -209,8 +209,7 @@ KINDS = {"spiece.model": T5Tokenizer, "tokenizer.json": JsonTokenizer}
 
 def load(folder: str | os.PathLike) -> Tokenizer:
     """Return the tokenizer of a model folder. Raise UserError if there is none or it is damaged."""
-    download = "`hf download NAME --local-dir DIR` gets a model from the Hub"
-    folder = require_path(folder, f"name a local folder, nothing is downloaded here; {download}")
+    folder = require_path(folder, DOWNLOAD)
     for name, kind in KINDS.items():
         if (folder / name).is_file():
             return kind(folder / name)

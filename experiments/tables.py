@@ -106,8 +106,8 @@ def by_seed(cells: Iterable[dict], which: str, metric: str = "loss") -> np.ndarr
     return np.stack([by_task(cell, which, metric) for cell in cells], axis=1)
 
 
-def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.ndarray:
-    """Return the differences one - other (T, seeds) of the seeds that both have."""
+def paired(one: Group, other: Group, which: str) -> np.ndarray:
+    """Return the differences in loss, one - other (T, seeds), of the seeds that both have."""
     cells = []
     for group in (one, other):
         cells.append([group[seed] for seed in sorted(one.keys() & other.keys())])
@@ -118,7 +118,7 @@ def paired(one: Group, other: Group, which: str, metric: str = "loss") -> np.nda
             made_on = [cell.get("settings", {}).get(name) for cell in (first, second)]
             if made_on[0] != made_on[1]:
                 raise UserError(f"the cells of two rows differ in {name!r}: {made_on}")
-    return by_seed(cells[0], which, metric) - by_seed(cells[1], which, metric)
+    return by_seed(cells[0], which) - by_seed(cells[1], which)
 
 
 # --------------------------------------------------------------------------------------- Markdown

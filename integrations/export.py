@@ -85,7 +85,7 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, str]:
     except ImportError:
         raise UserError("--adapter: needs transformers; pip install transformers") from None
 
-    program.require_path(model, checkpoint.DOWNLOAD)
+    program.require_path(model, program.DOWNLOAD)
     with program.reading(model, "name a folder that transformers loads"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         for name, value in config.to_dict().items():

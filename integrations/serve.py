@@ -39,7 +39,7 @@ class Router:
         path = program.require_path(
             served / "router.json", "name a folder that integrations/export.py wrote, with a router"
         )
-        program.require_path(base, checkpoint.DOWNLOAD)
+        program.require_path(base, program.DOWNLOAD)
         facts = program.read_json(path)
         if "base" not in facts:
             program.warn(

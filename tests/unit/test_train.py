@@ -146,7 +146,7 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
 def test_training_batch_depends_on_seed_and_step():
     """Both change the order, and which references of an example are its targets."""
     examples = [make_example(f"e{i}", [5], [[7], [8], [9]]) for i in range(8)]
-    train_set = data.Examples(examples, ["task1_a"], "")
+    train_set = data.Examples(examples, ["task1_a"], "", {})
 
     def ids_and_targets(seed, step):
         batches = data.Batches(train_set.source_lengths, 8, seed)
