@@ -134,7 +134,7 @@ def cards_html(explored: dict[str, Any]) -> str:
             f"<p>{html.escape(explored['words'][k])}</p><ul>{''.join(items)}</ul></div>"
         )
     return (
-        "<details><summary>The prompts that have each abstract task most strongly</summary>"
+        "<details><summary>The prompts with the largest weight on each abstract task</summary>"
         f'<div class="cards">{"".join(cards)}</div></details>'
     )
 
@@ -270,8 +270,8 @@ def shares(explored: dict[str, Any], kind: str) -> str:
     right = sum(sample["results"][0][2] for sample in shown)
     whole = average([task for task in explored["tasks"] if task["kind"] == kind], "")
     return (
-        f"{right} of the {len(shown)} {kind} ones ({100 * right / len(shown):.0f} %; of all "
-        f"{whole['count']}: {100 * whole['own']['right'] / whole['count']:.0f} %)"
+        f"{right} of the {len(shown)} {kind} samples here ({100 * right / len(shown):.0f} %), and for "
+        f"{100 * whole['own']['right'] / whole['count']:.0f} % of all {whole['count']} {kind} samples"
     )
 
 
