@@ -269,9 +269,11 @@ def shares(explored: dict[str, Any], kind: str) -> str:
     shown = [s for s in explored["samples"] if explored["tasks"][s["task"]]["kind"] == kind]
     right = sum(sample["results"][0][2] for sample in shown)
     whole = average([task for task in explored["tasks"] if task["kind"] == kind], "")
+    share = f"{100 * right / len(shown):.0f} %"
+    share_of_whole = f"{100 * whole['own']['right'] / whole['count']:.0f} %"
     return (
-        f"{right} of the {len(shown)} {kind} samples here ({100 * right / len(shown):.0f} %), and for "
-        f"{100 * whole['own']['right'] / whole['count']:.0f} % of all {whole['count']} {kind} samples"
+        f"{right} of the {len(shown)} {kind} samples on this page ({share}), and for "
+        f"{share_of_whole} of all {whole['count']} {kind} samples"
     )
 
 

@@ -259,7 +259,7 @@ def test_right_answers_stand_beside_those_of_the_whole_set():
         whole = [task for task in TASKS if task["kind"] == kind]
         right = sum(task["own"]["right"] for task in whole)
         count = sum(task["count"] for task in whole)
-        assert f"of all {count}: {100 * right / count:.0f} %" in PAGE
+        assert f"for {100 * right / count:.0f} % of all {count} {kind} samples" in PAGE
 
 
 def test_numbers_are_made_from_a_run(finished, monkeypatch):
