@@ -133,9 +133,9 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     data_config = run_config.section(data.DataConfig, "dataset")
     eval_config = evaluation.EvalConfig(run="run", split="train")
     examples, _ = evaluation.load_examples(eval_config, data_config, run_config, tokenizer)
-    (example,) = [example for example in examples if example.id == batch.ids[0]]
-    assert example.source_ids.tolist() == source
-    assert [ids.tolist() for ids in example.target_ids] == [target]
+    (scored,) = [example for example in examples if example.id == batch.ids[0]]
+    assert scored.source_ids.tolist() == source
+    assert [ids.tolist() for ids in scored.target_ids] == [target]
 
     # --ask.
     row = rows[number]
@@ -150,9 +150,8 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
 
     # The explorer, which shows this prompt and takes it back.
     loaded = explorer.load("run")
-    example = examples[[example.id for example in examples].index(batch.ids[0])]
-    shown = explorer.texts_of(loaded, "seen", example)[1]
-    request = {"prompt": shown, "reference": example.references[0], "w": None}
+    shown = explorer.texts_of(loaded, "seen", scored)[1]
+    request = {"prompt": shown, "reference": scored.references[0], "w": None}
     with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
         explorer.reply(loaded, json.dumps(request).encode())
         (example,) = predict.call_args.args[2]

@@ -465,13 +465,11 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
-    "train.py --out left": "left/adapter.safetensors: exists, and nothing is overwritten; add",
     "train.py --method full --model own/model --out own": "own/model: exists, and nothing is",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
     "train.py --data small": "small: no training task has the 5 different instances",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
-    "train.py --data few.jsonl": "few.jsonl: 0 of its rows are in the set 'dev', which needs 5",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
     f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
@@ -530,11 +528,8 @@ def mistaken(tmp_path_factory):
         write_lists(folder / name, ["task1_a"], ["task2_b"])
         write_task(folder / name, "task1_a", task)
         write_task(folder / name, "task2_b", task)
-    (folder / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "no.jsonl").touch()
     (folder / "empty").mkdir()
-    (folder / "left").mkdir()
-    (folder / "left/adapter.safetensors").touch()
     (folder / "own").mkdir()
     (folder / "own/model").symlink_to(ROOT / "tiny")
     for name in ("config.json", "metrics.jsonl", "results.json"):
