@@ -284,10 +284,9 @@ def test_variables_of_a_cluster_are_not_those_of_torchrun(monkeypatch):
         assert runtime.gather_from_ranks("alone") == ["alone"]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_every_rank_refuses_more_processes_than_gpus(monkeypatch, rank):
-    """Rank 0, which has a GPU, must refuse too: it alone prints before the processes join."""
-    for name, value in {"LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+def test_rank_0_refuses_more_processes_than_gpus(monkeypatch):
+    """It has a GPU, but it alone prints before the processes join."""
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
