@@ -179,11 +179,11 @@ COUNTS = {  # skills, their rank, and parameters of the routing of one Linear D 
     "c-poly": (S - 1 + T, R, T * (S - 1) + T * T),
     "orchmoe": (S, R, 4 * S),
 }
-WITH_EXTRA_RANKS = [(name, 7) for name in COUNTS if name != "c-poly"]
+OF_EQUAL_SIZE = [name for name in COUNTS if name != "c-poly"]
 
 
-@pytest.mark.parametrize("name, extra", WITH_EXTRA_RANKS)
-def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name, extra):
+@pytest.mark.parametrize("name", OF_EQUAL_SIZE)
+def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name):
     """With 12 extra ranks each of the 12 Linears is as if R were larger by one."""
     config = replace(CONFIG, rank=R + 1, alpha=6.0)
     if name == "lora":
@@ -204,7 +204,10 @@ def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name,
     assert all(torch.equal(other[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("name, extra", [*((name, 0) for name in COUNTS), *WITH_EXTRA_RANKS])
+RANKS = [(name, 0) for name in COUNTS] + [(name, 7) for name in OF_EQUAL_SIZE]
+
+
+@pytest.mark.parametrize("name, extra", RANKS)
 def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
     config = replace(CONFIG, targets=("q", "wi_0"))
     found = total(name, small_t5, config, num_tasks=T, extra_rank=extra)
