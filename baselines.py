@@ -177,7 +177,7 @@ class MHR(Poly):
     """
 
     heads = 4
-    kind = "Poly"  # as in its saved runs
+    kind = "Poly"  # its saved runs carry this name
 
 
 class CPoly(Poly):
@@ -232,7 +232,7 @@ class NoAdapter(Method):
         self.base = base
 
     def route(self, *_inputs: Any, **_options: Any) -> Routing:
-        """Return c of no Linears."""
+        """Return an empty c."""
         return Routing(c=torch.empty(0, 1, 0), shared=True)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ def load_method(text: str) -> str:
 
     `method_class` then finds the class by this name. The name of a built-in method is returned as
     it is. A run is bound to the content of the file, see run_folder.kind_of. Raise UserError for an
-    unknown name, a file that is no Python, or a class that is no Method.
+    unknown name, a file that is not Python, or a class that is not a Method.
 
     This runs the file, so `text` must come from the command line, and never from a saved file.
     """
@@ -289,7 +289,7 @@ def load_method(text: str) -> str:
 
 
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError if the method gives two samples weights of another shape than it must."""
+    """Raise ValueError unless `route` gives two samples weights of the right shape."""
     linear = next(iter(adapters.linears.values()))
     if linear.skill_A.is_meta:  # `route` may look at values
         return

@@ -27,12 +27,12 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return scale * a b (M,N) in one launch, for a (M,P) and b (P,N)."""
     if scale == 1:
         return a @ b
-    unread = a.new_empty(a.shape[0], b.shape[1])  # with beta = 0 its content does not count
+    unread = a.new_empty(a.shape[0], b.shape[1])  # with beta = 0 its content is ignored
     return torch.addmm(unread, a, b, beta=0, alpha=scale)
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + scale * a b (M,N), given y (M,N), which is lost, a (M,P) and b (P,N)."""
+    """Return y + scale * a b (M,N), for a (M,P) and b (P,N). It may overwrite y (M,N)."""
     if torch.compiler.is_compiling():
         # Compiled, an addition in place would first copy y. This one joins another kernel.
         return torch.add(y, a @ b, alpha=scale)
@@ -61,7 +61,7 @@ class _LinearWithSkills(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return y (M,O). The caller views it as (B,L,O), since a view from in here is read-only.
+        """Return y (M,O). The caller makes it (B,L,O): a view that a Function returns is read-only.
 
         x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,S) or (B or 1,L,S), in any dtype; weight (O,D)
         and bias (O), in x's dtype.
@@ -266,8 +266,8 @@ def compiles_well(*inputs: Any) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
     torch makes a graph for each combination of: kind of block, one row or more, one token or more,
-    with or without gradients. So that each kind has only two, we leave out rows of one token, and
-    x without a gradient, as in evaluation and in the first block of an adapted model.
+    with or without gradients. Rows of one token, and x without a gradient, as in evaluation and in
+    the first block of an adapted model, run uncompiled. That leaves two graphs for each kind.
     """
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]

@@ -56,7 +56,7 @@ Skills = Sequence[dict[str, Any]]  # what each of them gets, see `new_skills`
 
 @dataclass(frozen=True)
 class OrchMoEConfig:
-    """Adapters: settings of what is added to the frozen base."""
+    """Adapters: settings of the skills and of their routing."""
 
     abstract_tasks: int = 8  # K, number of abstract tasks of the router
     skills: int = 4  # S, number of LoRA skills in each adapted Linear
@@ -84,13 +84,15 @@ class OrchMoEConfig:
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
         if not 0 <= self.allocation_std < 1e6:
-            raise ValueError(f"allocation_std: {self.allocation_std!r} must be from 0 to 1e6")
+            raise ValueError(
+                f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e6"
+            )
         if self.mixing == "factors" and self.router == "token":
             raise ValueError("mixing: factors are mixed for a sample, and never by a token router")
 
 
 class Routing(NamedTuple):
-    """The result of routing one batch: c or, if each token has its own weights, Zhat alone."""
+    """The result of routing one batch: c, or Zhat if each Linear computes c for each token."""
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it; None for the token router
     Zhat: Tensor | None = None  # (1,N,K,S), or (B,N,K,S) with noise
@@ -164,9 +166,9 @@ class TaskRouter(nn.Module):
     def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
-        The rows of W_task become the centres of a spherical k-means, which needs no labels. They
-        are scaled so that the mean entropy of w is ln(K) / 3 (one-hot w: 0; uniform w: ln(K)), or
-        without the softmax so that w has the standard deviation 1/K.
+        The rows of W_task become the centres of a spherical k-means, which needs no labels, times
+        one factor. With the softmax it gives w a mean entropy of ln(K) / 3 (one-hot w: 0; uniform
+        w: ln(K)). Without the softmax it gives w the standard deviation 1/K.
         """
         K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -201,8 +203,8 @@ class Method(nn.Module):
     """What gives the skills their weights. OrchMoE is one method; baselines.py has others.
 
     To write your own, derive a class with a `route`, and a constructor that takes what OrchMoE's
-    takes. There it can change what its Linears get, and make parameters of its own. docs/use.md
-    explains an example of 40 lines.
+    takes. The constructor may change `skills`, the attributes that each Linear will get, and may
+    make parameters. docs/use.md explains an example of 40 lines.
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
@@ -219,7 +221,8 @@ class Method(nn.Module):
     def route(self, *inputs: Tensor, **options: Any) -> Routing:
         """Return the weights of a batch. For the arguments see `OrchMoE.route`.
 
-        Raise ValueError for a w or for missing task ids, if the method cannot do with them.
+        Raise ValueError if w is given and the method has no abstract tasks, or if it needs task
+        ids and gets none.
         """
         raise NotImplementedError
 
@@ -263,7 +266,7 @@ class OrchMoE(Method):
             self.router = TaskRouter(width, config, generator).to(self.Z)
         for linear, attributes in zip(linears.values(), skills, strict=True):
             if config.router == "token":
-                # Each token has its own w. Tokens are neither normalised nor standardised.
+                # Each token x has its own w = softmax(W_task x + b), without norm, mu and sd.
                 token_router = TaskRouter(linear.in_features, config, generator)
                 token_router.to(attributes["skill_A"])
                 attributes["skill_W_task"] = token_router.W_task
@@ -372,7 +375,7 @@ def mix_factors(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the same with mixed factors: scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
+    """Return scale * (sum_s c_s B_s) (sum_s c_s A_s) x: as mix_skills, but factors are mixed.
 
     This is the other reading of the paper, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
     """
@@ -452,7 +455,7 @@ class SkillLinear(nn.Linear):
     skill_bias: nn.Parameter | None  # (K,) of a token router
     skill_softmax: bool  # whether the w of a token router is a softmax
     skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
-    skill_beams: int | None  # set by `routed`: rows of one sample; None: any number
+    skill_beams: int | None  # set by `routed`: rows of x per sample; None: all share the weights
     skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
@@ -601,7 +604,7 @@ def new_skills(
 class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
     """Add skills to the Linears of `module`, and give them the weights that the method computes.
 
-    Only one of routed, disabled, folded, merge and detach can be open at a time.
+    Only one of routed, disabled, folded, merge and detach can run at a time.
     """
 
     _lock = threading.Lock()  # two threads must not pass the check in `_open` together
@@ -736,7 +739,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                         linear.weight = weight
 
     def merge(self, w: Tensor | None = None, **options: Any) -> None:
-        """Fold one routing for good and remove the adapters. This unties a Linear's tied weight.
+        """Fold one routing for good and remove the adapters. A tied weight is not tied afterwards.
 
         For the arguments see `folded`.
         """
@@ -746,7 +749,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             self._remove_skills()
 
     def detach(self) -> None:
-        """Remove the skills. Restore the classes of the Linears and what trains in the base."""
+        """Remove the skills. Restore the classes of the Linears and the base's requires_grad."""
         with self._open("detach"):
             self._remove_skills()
 
@@ -766,7 +769,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return ""
 
     def keep(self, positions: Tensor) -> None:
-        """Keep only the samples at these positions (B',): `generate` drops finished samples."""
+        """Keep only the samples at these positions (B',), as generation drops finished samples."""
         if self._state in ("folded", "disabled") or self.routing().shared:
             return  # no weights are stored for single samples
         for linear in self.linears.values():
@@ -799,7 +802,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
-        """Return all that training changes: the method's, and each skill under its Linear's name.
+        """Return the state of the method, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
         themselves put the skills in.
@@ -969,7 +972,7 @@ def attach(
     return adapters
 
 
-def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
     """Return {path: Linear} of the Linears named in `targets`, in the order of the module.
 
     "all" stands for every Linear but the output head, which is what a method
@@ -1002,8 +1005,8 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
             if "forward" in vars(child):
                 raise ValueError(
                     f"targets: {path}: the Linear has a forward of its own, which bypasses the "
-                    "skills; accelerate sets one if a model is spread over devices, so load the "
-                    "model on one device"
+                    "skills; the accelerate library sets one if a model is spread over devices, so "
+                    "load the model on one device"
                 )
             if child.in_features == 0:
                 raise ValueError(

@@ -572,7 +572,11 @@ def with_skills():
         (lambda: nn.MultiheadAttention(4, 2), ("out_proj",), "0.out_proj: .* bypass"),
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
         (with_own_forward, ("0",), "0: the Linear has a forward of its own, which bypasses"),
-        (split_over_devices, ("0",), "0: .* accelerate sets one .* load the model on one device"),
+        (
+            split_over_devices,
+            ("0",),
+            "0: .* the accelerate library sets one .* load the model on one device",
+        ),
         (with_skills, ("head",), r"0.q has skills already; detach\(\) them first"),
     ],
 )
