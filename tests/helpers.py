@@ -24,6 +24,7 @@ from torch import nn
 
 import checkpoint
 import data
+import eval as evaluation
 import runtime
 from baselines import attach_method
 from experiments.random_t5 import init_weights
@@ -115,6 +116,14 @@ def run_shell(words, cwd, **variables):
         text=True,
         timeout=600,
     )
+
+
+def ids_of_question(*words, cwd):
+    """Ask the run `run` with eval.py, and return the ids of the source that it is given."""
+    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+        run("eval.py", "--run", "run", "--device", "cpu", "--ask", *words, cwd=cwd)
+    (example,) = predict.call_args.args[2]
+    return example.source_ids.tolist()
 
 
 @contextlib.contextmanager

@@ -60,8 +60,10 @@ def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
     assert program.read_json(kept / "lora-s100.json")["settings"]["cpu"] == kind_of_cpu()
 
 
-def write_cells(folder, losses):
-    """Write made-up cells with two tasks. losses: of each row and replicate (3,16)."""
+@pytest.fixture
+def cells(tmp_path):
+    """Write made-up cells of all rows and replicates, with two tasks."""
+    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
     for row, of_row in zip(ROWS, losses, strict=True):
         for seed, loss in zip(range(100, 116), of_row, strict=True):
             tasks = {"a": {"loss": loss - 0.5}, "b": {"loss": loss + 0.5}}
@@ -71,14 +73,7 @@ def write_cells(folder, losses):
                 "seen": {"tasks": tasks},
                 "answers": {"tasks": answers},
             }
-            program.write_json(folder / "cells" / f"{row}-s{seed}.json", cell)
-
-
-@pytest.fixture
-def cells(tmp_path):
-    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
-    write_cells(tmp_path, losses)
-    return losses
+            program.write_json(tmp_path / "cells" / f"{row}-s{seed}.json", cell)
 
 
 def analyse(folder, code=0):

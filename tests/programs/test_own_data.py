@@ -18,6 +18,7 @@ from helpers import (
     RESUME,
     ROOT,
     change_config,
+    ids_of_question,
     run,
     sentences,
     task_json,
@@ -140,13 +141,10 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     # --ask.
     row = rows[number]
     definition = row.get("prompt") or row.get("instruction") or "Say it."
-    ask = ["--ask", definition]
+    question = [definition]
     if "input" in row or "context" in row:
-        ask += ["--input", row.get("input") or row.get("context")]
-    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-        run("eval.py", "--run", "run", "--device", "cpu", *ask, cwd=tmp_path)
-        (example,) = predict.call_args.args[2]
-        assert example.source_ids.tolist() == source
+        question += ["--input", row.get("input") or row.get("context")]
+    assert ids_of_question(*question, cwd=tmp_path) == source
 
     # The explorer, which shows this prompt and takes it back.
     loaded = explorer.load("run")
@@ -175,11 +173,9 @@ def test_a_question_follows_the_form_of_the_rows(base_of, tmp_path, monkeypatch)
     flags = {"data": "both.jsonl", "model": str(base_of("words")), "steps": 1}
     launch = train.LaunchConfig(out="run")
     train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
-    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-        run("eval.py", "--run", "run", "--device", "cpu", "--ask", "Say it.", cwd=tmp_path)
-    (example,) = predict.call_args.args[2]
     words = load_tokenizer(base_of("words"))
-    assert example.source_ids.tolist() == next(words.sources(["Say it."], spaced=False))
+    expected = next(words.sources(["Say it."], spaced=False))
+    assert ids_of_question("Say it.", cwd=tmp_path) == expected
 
 
 # --------------------------------------------------------------------- what a run has been bound to
