@@ -119,8 +119,7 @@ CASES = {
     "orchmoe": {"accumulate": 2},
     "lora": {"checkpoint_blocks": True},
     "moe-lora": {},
-    "mhr": {},
-    "c-poly": {},
+    "c-poly": {},  # Poly and MHR are the code of its common skills
     "full": {},
     load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"): {},
     "token router": {"router": "token"},

@@ -610,7 +610,6 @@ def test_program_for_7b_learns_from_one_step_and_a_failed_start_can_be_repeated(
     assert run_7b(*arguments, base_folder, cwd=tmp_path) == "written: out/adapter.pt"
     state = torch.load(tmp_path / "out/adapter.pt")["state"]
     assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
-    assert "adapter.pt: exists" in run_7b(*arguments, base_folder, cwd=tmp_path, code=2)
 
 
 @pytest.mark.filterwarnings("ignore")
