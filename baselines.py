@@ -6,7 +6,8 @@ or alpha / (S R) for LoRA. docs/use.md explains how to write a method of your ow
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
-Test: pytest tests/unit/test_baselines.py tests/unit/test_own_method.py tests/parity/test_peft.py
+Test: pytest tests/unit/test_baselines.py tests/programs/test_own_method.py
+    tests/parity/test_peft.py
 """
 
 import hashlib
