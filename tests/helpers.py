@@ -90,20 +90,10 @@ def run(program, *arguments, cwd, code=0):
     return (output if code == 0 else errors).getvalue()
 
 
-def process(program, *arguments, cwd, code=0, **variables):
-    """Do the same as `run` in another process, with more variables in its environment."""
-    done = run_shell(command(program, *arguments), cwd, **variables)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-def torchrun(processes, *arguments, cwd, code=0):
-    """Run several processes of a program, which must end with `code`. Return what has ended."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = [sys.executable, *launcher, "--", *arguments]  # without "--" it takes --run of eval.py
-    done = run_shell([str(word) for word in words], cwd, PYTHONPATH=PYTHONPATH)
-    assert done.returncode == code, done.stderr
-    return done
+def process(program, *arguments, cwd):
+    """Run a program in another process. It must end with code 0."""
+    done = run_shell(command(program, *arguments), cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run_shell(words, cwd, **variables):

@@ -219,7 +219,7 @@ def test_without_a_compiler_on_is_an_error_before_anything_is_scored(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_the_choice_is_saved_and_only_a_flag_changes_it(copied, monkeypatch):
+def test_the_choice_is_saved_and_only_a_flag_changes_it(copied):
     """A resumed run repeats it, also where `auto` would choose something else."""
     saved = train.saved_settings(run_folder.read_config(copied))
     assert saved.training.compile == "off"

@@ -282,7 +282,7 @@ def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together(
     assert sum(map(len, twice.values())) == 4000
 
 
-def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tiny_words):
+def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words):
     rows = own_rows(300, id="same", task="b")
     rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
     path = write_rows(tmp_path / "own.jsonl", rows)
@@ -311,7 +311,7 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, cache, tin
     assert tuple(tiny_words.source(text)) in sources
 
 
-def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tiny_words):
+def test_training_rows_are_limited_only_if_asked(tmp_path, tiny_words):
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     config = DataConfig(data=str(path))
     sets = load_sets(config, tiny_words)
@@ -320,9 +320,7 @@ def test_training_rows_are_limited_only_if_asked(tmp_path, cache, tiny_words):
         assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
 
 
-def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(
-    tmp_path, cache, tiny_words, capsys
-):
+def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, tiny_words, capsys):
     rows = own_rows(900)
     ends = ["", "\n", " ", "\n\n"]  # SentencePiece drops them
     copies = [row | {"prompt": row["prompt"] + end} for row in rows[:100] for end in ends]
@@ -346,9 +344,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(
         load_sets(cut, tiny_words)
 
 
-def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(
-    tmp_path, cache, tiny_words, capsys
-):
+def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny_words, capsys):
     rows = own_rows(300)
     for i, row in enumerate(rows):
         row["task"] = f"t{i % 3}"
@@ -372,7 +368,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(
     assert len(load_sets(config, tiny_words, ["test"], training=["t1"])["test"]) == 7
 
 
-def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, cache, tiny_words):
+def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, tiny_words):
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
     config = DataConfig(data=str(path), test=str(tmp_path / "copy.jsonl"))
@@ -381,7 +377,7 @@ def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, cache, tiny_
             load_sets(config, tiny_words, names)
 
 
-def test_evaluation_of_test_rows_needs_no_dev_rows(tmp_path, cache, tiny_words):
+def test_evaluation_of_test_rows_needs_no_dev_rows(tmp_path, tiny_words):
     path = write_rows(tmp_path / "own.jsonl", own_rows(3))
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))

@@ -48,13 +48,12 @@ def mix_factors_slow(x, A, B, c, scale, weight=None, bias=None):
     return y if weight is None else F.linear(x, weight, bias) + y
 
 
-def arguments(shape, dtype=torch.float64, linear="weight bias", device="cpu"):
+def arguments(shape, dtype=torch.float64, linear="weight bias"):
     """Return x, A, B, c, scale, and what `linear` names of the frozen Linear, weight and bias."""
     generator = seeded_generator()
 
     def random(*size):
-        values = torch.randn(size, generator=generator, dtype=torch.float64)
-        return values.to(device, dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     trained = [random(B, L, D), random(S, R, D), random(S, R, D_OUT), random(*shape)]
     frozen = {"weight": random(D_OUT, D), "bias": random(D_OUT)}
