@@ -96,6 +96,15 @@ def process(program, *arguments, cwd):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def torchrun(processes, *arguments, cwd, code=0):
+    """Run several processes of a program, which must end with `code`. Return what has ended."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    words = [sys.executable, *launcher, "--", *arguments]  # without "--" it takes --run of eval.py
+    done = run_shell([str(word) for word in words], cwd, PYTHONPATH=PYTHONPATH)
+    assert done.returncode == code, done.stderr
+    return done
+
+
 def run_shell(words, cwd, **variables):
     """Start a command in another process, and wait for its end."""
     return subprocess.run(
