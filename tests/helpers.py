@@ -480,8 +480,16 @@ def hf_llama(name):
     config = transformers.AutoConfig.for_model(kind, **(LLAMA_SIZES | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():  # biases and norms too
-        torch.nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def random_llama(*, std=0.3, **changes):
+    """Return a random model of LLAMA_SIZES with some values of its config.json changed."""
+    model = Llama(LlamaConfig.from_hf(LLAMA_SIZES | changes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std, generator=seeded_generator())
+    return model
 
 
 def small_model(name):
@@ -489,21 +497,15 @@ def small_model(name):
     if name in T5_CONFIGS:
         return random_t5(T5_CONFIGS[name])
     kind, changes = LLAMA_FAMILIES[name]
-    config = LlamaConfig.from_hf({**LLAMA_SIZES, "model_type": kind, **changes})
-    model = Llama(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=seeded_generator())
-    return model
+    return random_llama(model_type=kind, **changes)
 
 
 def write_decoder(folder, write, corpus, *, std=0.3, **sizes):
     """Write a random Llama and the tokenizer that `write` makes of `corpus`. Return the folder."""
     write(folder, corpus)
-    sizes = {"model_type": "llama", "eos_token_id": load_tokenizer(folder).eos_ids[0], **sizes}
-    model = Llama(LlamaConfig.from_hf(LLAMA_SIZES | sizes))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=std, generator=seeded_generator())
-    checkpoint.save(model, folder)
+    eos_id = load_tokenizer(folder).eos_ids[0]
+    values = {"model_type": "llama", "eos_token_id": eos_id, **sizes}
+    checkpoint.save(random_llama(std=std, **values), folder)
     return folder
 
 
