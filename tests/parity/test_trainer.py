@@ -626,19 +626,16 @@ def test_rows_that_are_left_out_are_counted_and_infinite_weights_are_not_saved(
 
 
 GOOD = {"prompt": "Hot is not", "completion": " cold"}
-LINES = {  # the last line of the data -> what is wrong
-    "3": "not a JSON object",
-    "{": "JSONDecodeError",
-    '{"prompt": "Hot is not"}': "completion must be a text, not None",
-    '{"prompt": "", "completion": "cold"}': "the prompt is empty",
-    '{"prompt": "\\ud800", "completion": "cold"}': "prompt is no Unicode text",
-    '{"prompt": "' + "a" * 10**6 + '"}': "longer than 1000000 bytes",
-}
+BAD_ROWS = [
+    ({"prompt": "Hot is not"}, "completion must be a text, not None"),
+    ({"prompt": "", "completion": "cold"}, "the prompt is empty"),
+]
 
 
-@pytest.mark.parametrize("line, message", LINES.items(), ids=LINES.values())
-def test_a_bad_line_is_named(line, message, tmp_path):
-    write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + [b"", line.encode()])
+@pytest.mark.parametrize("row, message", BAD_ROWS)
+def test_a_bad_row_is_named(row, message, tmp_path):
+    """test_data.py tests lines that are no rows."""
+    write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + [b"", row])
     with pytest.raises(UserError, match=f"a.jsonl, line 10: {message}.*; repair the line"):
         finetune_7b.read_rows(tmp_path / "a.jsonl")
 
