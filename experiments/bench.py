@@ -488,8 +488,9 @@ def memory_rows(
     setup: Setup, what: str, makers: dict[str, Callable[[], Step]], batch: data.Batch
 ) -> list[str]:
     """Return rows of the peak memory of others beside ours, each in a process of its own."""
-    if setup.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        return []  # not Linux
+    on_linux = setup.device.type == "cpu" and Path("/proc/self/clear_refs").exists()
+    if setup.device.type != "cuda" and not on_linux:
+        return []
     peaks = {}
     for name, make in makers.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
