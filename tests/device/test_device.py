@@ -7,6 +7,7 @@ import copy
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoint
 import data
 import program
 import run_folder
@@ -116,7 +118,7 @@ ANSWER = ["--split", "seen", "--limit", "2", "--max-new-tokens", "3"]
 ON_CPU = ["--device", "cpu"]
 QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
 CASES = {
-    "orchmoe": {"accumulate": 2},
+    "orchmoe": {"accumulate": 2, "gumbel": True},
     "lora": {"checkpoint_blocks": True},
     "moe-lora": {},
     "c-poly": {},  # Poly and MHR are the code of its common skills
@@ -207,6 +209,23 @@ def test_the_check_of_a_gpu(second):
 
 
 # --------------------------------------------------------------------------------------- the models
+
+
+def test_a_base_is_loaded_to_the_device(second):
+    base = checkpoint.load(ROOT / "tiny", device=second)
+    assert {tensor.device for tensor in base.state_dict().values()} == {second}
+
+
+def test_a_row_that_ends_leaves_the_batch(second):
+    base = small_model("llama3").eval()
+    ids, mask, _ = random_batch(2, 37)
+    first = base.generate(ids, mask, max_new_tokens=1)[:, 0]
+    assert len(first.unique()) > 1
+    base.config = replace(base.config, eos_ids=(int(first[0]),))
+    expected = base.generate(ids, mask, max_new_tokens=3)
+    base.to(second)
+    found = base.generate(ids.to(second), mask.to(second), max_new_tokens=3)
+    assert torch.equal(found.cpu(), expected)
 
 
 def test_skills_move_with_a_base_that_becomes_bfloat16(second):
