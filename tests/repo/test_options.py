@@ -12,8 +12,8 @@ from helpers import ROOT
 from program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "cuda_code", "efficiency", "explorer", "gpu_check", "map")
-NAMES += ("replication", "replication_analysis")
+NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check", "map", "replication")
+NAMES += ("replication_analysis",)
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
