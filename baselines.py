@@ -129,7 +129,7 @@ class Poly(Method):
         if num_tasks < 1:
             raise ValueError(
                 f"--method: {type(self).__name__} routes by task id; give num_tasks, in JSONL the "
-                "field `task`"
+                "field `task` of every line"
             )
         for path, linear in linears.items():
             for name in ("in_features", "out_features"):

@@ -27,6 +27,7 @@ import re
 import string
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,14 @@ class DataConfig:
         if self.train_instances is None:
             return 0 if self.is_jsonl else 100
         return self.train_instances
+
+    @property
+    def longest_answer(self) -> int:
+        """Return the most new tokens of an answer: what a target has before EOS, at least 127.
+
+        127 is the official number: 128 with the start token.
+        """
+        return max(127, self.max_target_length - 1)
 
     @property
     def idle(self) -> set[str]:
@@ -427,6 +436,7 @@ class Sample(NamedTuple):
     source: list[int]
     targets: list[list[int]]  # one for each answer
     is_cut: bool  # the prompt was longer than allowed
+    cut_targets: int  # how many answers were
 
 
 def build_samples(
@@ -445,11 +455,13 @@ def build_samples(
     sources = tokenizer.sources(prompts, spaced=config.is_official)
     targets = tokenizer.targets(list(itertools.chain(*answers)), spaced=config.is_official)
     for source, texts in zip(sources, answers, strict=True):
-        own_targets = itertools.islice(targets, len(texts))
+        own_targets = list(itertools.islice(targets, len(texts)))
+        limit = config.max_target_length
         yield Sample(
             source=_limit(source, config.max_source_length, tokenizer),
-            targets=[_limit(ids, config.max_target_length, tokenizer) for ids in own_targets],
+            targets=[_limit(ids, limit, tokenizer) for ids in own_targets],
             is_cut=len(source) > config.max_source_length,
+            cut_targets=sum(len(ids) > limit for ids in own_targets),
         )
 
 
@@ -478,7 +490,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     make: its result may consist of tensors, lists, tuples, dicts, strings and numbers.
 
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
-    one is written, files older than 30 days are removed.
+    one is written, those older than 30 days are removed.
     """
     full_key = json.dumps([CODE, key, [str(file.resolve()) for file in files]])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
@@ -497,7 +509,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     try:
         with program.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
-        for file in path.parent.iterdir():
+        for file in path.parent.glob("*.tokens*"):  # with what a killed process left
             if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
                 file.unlink()
     except OSError as error:
@@ -669,11 +681,11 @@ def _load_list(
     set_names = ("test",) if list_name == "test" else ("train", "dev", "seen")
     examples = {name: [] for name in set_names}
     digest = hashlib.sha256()
-    cut = 0
+    lost = Counter()
     forms = set()
     for task in encoded:
         digest.update(task["digest"].encode())
-        cut += task["cut"]
+        lost.update(task["lost"])
         forms.update(task["forms"])
         ends = np.cumsum(task["lengths"])
         pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
@@ -690,9 +702,9 @@ def _load_list(
             )
             examples[set_name].append(example)
 
-    if cut:
-        limit = f"--max-source-length {config.max_source_length}"
-        program.warn(f"{limit}: {cut} sources are too long and lose their ends")
+    if list_name == "test":
+        del lost["target"]  # the metrics read the references uncut
+    _warn_of_lost(lost, config)
 
     # Different texts may have equal tokens, as when they are cut.
     rule = {}
@@ -721,6 +733,20 @@ def _load_list(
     return {name: Examples(found, tasks, short_digest, rule) for name, found in examples.items()}
 
 
+def _warn_of_lost(lost, config):
+    """Warn of sources and targets that are cut, and of rows with unknown characters."""
+    limits = {"source": config.max_source_length, "target": config.max_target_length}
+    for name, limit in limits.items():
+        if lost[name]:
+            count = f"{lost[name]} {name}s are too long and lose their ends"
+            program.warn(f"--max-{name}-length {limit}: {count}")
+    if lost["characters"]:
+        program.warn(
+            f"{config.data}: {lost['characters']} rows have characters that the tokenizer does not "
+            "know, so the model neither reads nor writes them"
+        )
+
+
 def _encode_task(
     task: dict, list_name: str, tokenizer: Tokenizer, config: DataConfig
 ) -> dict[str, Any]:
@@ -729,7 +755,7 @@ def _encode_task(
     rows: [set, position, id, references] of each row, see Example; as JSON, which is read fast.
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
-    cut: the number of sources that lost their ends.
+    lost: what the samples lack of their texts, see `_warn_of_lost`.
     forms: the different forms of all rows, see `read_rows`.
     """
     instances = task["instances"]
@@ -757,11 +783,14 @@ def _encode_task(
 
     ids = array("i")
     lengths = array("i")
-    cut = 0
+    lost = Counter()
     samples = build_samples(prompts, answers, tokenizer, config)
     for prompt, sample in zip(prompts, samples, strict=True):
-        cut += _lost_its_end(prompt, sample, config)
-        for piece in (sample.source, *sample.targets):
+        lost["source"] += _lost_its_end(prompt, sample, config)
+        lost["target"] += sample.cut_targets
+        pieces = (sample.source, *sample.targets)
+        lost["characters"] += any(tokenizer.unknown_id in piece for piece in pieces)
+        for piece in pieces:
             ids.extend(piece)
             lengths.append(len(piece))
     return {
@@ -770,7 +799,7 @@ def _encode_task(
         "rows": json.dumps(rows),
         "ids": torch.from_numpy(np.array(ids, np.int32)),
         "lengths": list(lengths),
-        "cut": cut,
+        "lost": dict(lost),
         "forms": list({instance.get("form", "") for instance in instances}),
     }
 

@@ -233,7 +233,8 @@ def require_fit(
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and its answer need up to {longest} positions, but "
-            f"the model has {base.longest} positions; lower it or (in eval.py) --max-new-tokens"
+            f"the model has {base.longest} positions; lower it, --max-target-length or (in "
+            "eval.py) --max-new-tokens"
         )
     if tokenizer.size > base.config.vocab_size:
         raise UserError(
@@ -263,14 +264,14 @@ class EvalConfig:
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
     limit: int = 0  # score at most this many instances, evenly spaced (0: all)
     batch_size: int = 64  # samples generated at once
-    max_new_tokens: int = 127  # longest answer in tokens; the official 128 include the start token
+    max_new_tokens: int = 0  # longest answer in tokens (0: 127, or more if longer targets trained)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
-        program.require_least(self, batch_size=1, max_new_tokens=1)
+        program.require_least(self, batch_size=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
 
@@ -386,6 +387,8 @@ def main() -> None:
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(data.DataConfig, saved | flags)
+    longest = config.max_new_tokens or data_config.longest_answer
+    config = replace(config, max_new_tokens=longest)
 
     is_full = run is not None and run.training["method"] == "full"
     refuse_idle_flags(flags, config, data_config, is_full)

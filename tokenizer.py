@@ -51,6 +51,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...] = ()  # at the start of a source
     one_row = False  # a decoder-only model has prompt and answer in one row
+    unknown_id: int | None = None  # T5: it stands for characters that have no piece
     target_prefix = ""  # put before a spaced target: the space that `source` removes
     fingerprint: str  # 64 hex digits of the file and the options that the ids depend on
     version: str  # of the package that makes the ids
@@ -123,6 +124,7 @@ class T5Tokenizer(Tokenizer):
             self.num_pieces = self.sp.get_piece_size()
             for i in range(self.num_pieces):
                 self.sp.id_to_piece(i)  # fails for damaged text
+        self.unknown_id = self.sp.unk_id()
         self.size = self.num_pieces + 100
 
     def _encode(self, texts, *, inside=False):

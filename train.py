@@ -447,7 +447,7 @@ def train(
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if full else device.dtype)
     for examples in (train_set, *held_out.values()):
-        evaluation.require_fit(base, tokenizer, examples)
+        evaluation.require_fit(base, tokenizer, examples, settings.dataset.longest_answer)
 
     # The adapters.
     with program.checking_settings():
@@ -501,6 +501,11 @@ def train(
     with run.lock():
         if is_new and run.progress_path.exists():
             raise UserError(f"{run.path}: another process wrote it meanwhile; give another --out")
+        if is_new and config.method in run.read_scores():
+            raise UserError(
+                f"{run.progress_path}: missing, but the run is finished; put it back, or give "
+                "another --out to train again"
+            )
         run.bind(run_config)
         counts = count_parameters(adapters)
         skills, routing = counts["skills"], counts["routing"]
@@ -520,7 +525,7 @@ def train(
             for linear in adapters.linears.values():
                 if linear.skill_B.any():
                     name = "start"
-            scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
+            scores = score_held_out(base, adapters, held_out, tokenizer, settings, name)
             run.add_scores(name, scores)
 
         # A mixture has the same w for all samples: there is no routing to report.
@@ -601,7 +606,7 @@ def train(
         if final_scores:
             adapters.load_state_dict(run.read_best())
             name = config.method
-            scores = score_held_out(base, adapters, held_out, tokenizer, config, name)
+            scores = score_held_out(base, adapters, held_out, tokenizer, settings, name)
             rows = run.add_scores(name, scores)
             counts = {"train": len(train_set)}
             counts |= {which: len(examples) for which, examples in held_out.items()}
@@ -637,7 +642,7 @@ def score_held_out(
     adapters: Adapters,
     held_out: dict[str, list[data.Example]],
     tokenizer: Tokenizer,
-    config: TrainConfig,
+    settings: Settings,
     name: str,
 ) -> dict[str, dict]:
     """Return the scores of the current model on seen and unseen tasks."""
@@ -649,7 +654,8 @@ def score_held_out(
                 adapters,
                 held_out[which],
                 tokenizer,
-                batch_size=config.eval_batch_size,
+                batch_size=settings.training.eval_batch_size,
+                max_new_tokens=settings.dataset.longest_answer,
                 description=f"{name}, {which}",
             )
             scores[which] = evaluation.score(held_out[which], predictions)

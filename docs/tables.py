@@ -350,18 +350,11 @@ def verdict(text: str) -> str:
 
 
 def against_lora(text: str) -> list[list[str]]:
-    """Return the rows of the first table of docs/evidence.md that compare OrchMoE with a LoRA.
-
-    A bold first cell names the study of the rows below it.
-    """
-    rows = [["study", "seen tasks, nats", "seen tasks, perplexity", "unseen tasks, nats"]]
-    study = ""
+    """Return the first table of docs/evidence.md, OrchMoE minus a LoRA, without the last column."""
+    rows: list[list[str]] = []
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| **"):
-            study = cells[0].strip("*")
-        elif line.startswith("| LoRA of equal size"):
-            rows.append([study, *cells[1:4]])
-        elif len(rows) > 1 and not line.startswith("|"):
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")][:-1])
+        elif rows:
             break
-    return rows
+    return [rows[0], *rows[2:]]  # without the line of dashes

@@ -251,6 +251,14 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     require_changed("tokenizer", EVALUATE)
 
 
+def test_a_finished_run_without_its_progress_is_not_trained_again(copied):
+    (copied / "progress.pt").unlink()
+    best = (copied / "adapter.safetensors").read_bytes()
+    error = run(*RESUME_RUN, cwd=copied.parent, code=2)
+    assert "progress.pt: missing, but the run is finished" in error
+    assert (copied / "adapter.safetensors").read_bytes() == best
+
+
 def test_moved_base_and_data_are_given_with_flags(copied):
     cwd = copied.parent
     change_config(copied, "training", model="gone")
@@ -282,6 +290,22 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
 
 
 # -------------------------------------------------------------------------------------- evaluation
+
+
+def test_answers_may_be_as_long_as_the_targets_that_trained(home, monkeypatch):
+    lengths = set()
+
+    def predict(base, adapters, examples, tokenizer, **options):
+        lengths.add(options["max_new_tokens"])
+        return [""] * len(examples)
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    for limit, expected in ((200, 199), (64, 127)):  # 127 is the official number
+        out = ["--out", f"run-{limit}"]
+        run("train.py", *BRIEF, "--max-target-length", limit, *out, cwd=home)
+        run("eval.py", "--run", f"run-{limit}", "--limit", "2", "--device", "cpu", cwd=home)
+        assert lengths == {expected}
+        lengths.clear()
 
 
 def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch):
@@ -485,7 +509,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --max-target-length 1": "--max-target-length 1: give 2 or more",
     "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",
     f"{TINY} --batch-size 0": "--batch-size 0: give 1 or more",
-    f"{TINY} --max-new-tokens 0": "--max-new-tokens 0: give 1 or more",
+    f"{TINY} --max-new-tokens -1": "--max-new-tokens -1: give 0 or more",
     # Flags that do not fit together.
     "train.py --shard": "--shard: splits the base over processes; start it with torchrun",
     "train.py --shard --method full": "--shard: --method full leaves no frozen base to split",

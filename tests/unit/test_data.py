@@ -473,14 +473,26 @@ def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
         assert limit - 4 < len(source) <= limit
 
 
-def test_sources_that_are_cut_are_counted(config, repository, tokenizer, capsys):
+def test_texts_that_lose_their_ends_are_counted(config, repository, tokenizer, capsys):
     rows = [{"input": "river " * n, "output": "a"} for n in (*range(1, 20), 300, 301, 302)]
+    rows[0]["output"] = ["a", "a " * 200]
     write_task(repository, "task3_c", task_json(Instances=rows))
-    short = replace(config, max_source_length=250)
+    short = replace(config, max_source_length=250, max_target_length=100)
     for _ in range(2):  # made, and from the cache
         load_sets(short, tokenizer)
+    lines = capsys.readouterr().err.splitlines()
+    sources, targets = [line for line in lines if "lose their ends" in line]
+    assert sources.endswith("--max-source-length 250: 3 sources are too long and lose their ends")
+    assert targets.endswith("--max-target-length 100: 1 targets are too long and lose their ends")
+
+
+def test_rows_with_unknown_characters_are_counted(tiny_words, cache, tmp_path, capsys):
+    rows = [{"prompt": f"Name {i}.", "completion": "a"} for i in range(20)]
+    rows[3]["prompt"] = rows[5]["completion"] = "\u65e5\u672c"
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    load_sets(DataConfig(data=str(path)), tiny_words, ["train"])
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.endswith("--max-source-length 250: 3 sources are too long and lose their ends")
+    assert f"{path}: 2 rows have characters that the tokenizer does not know" in warning
 
 
 def test_question_that_is_cut_is_reported(tokenizer, capsys):
@@ -567,11 +579,14 @@ def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
 ):
     load_sets(config, tokenizer, ["test"])
     (old,) = cache.iterdir()
-    os.utime(old, (0, 0))
+    not_ours = cache / "results.jsonl"  # the folder may also be a clone of this repository
+    not_ours.touch()
+    for path in (old, not_ours):
+        os.utime(path, (0, 0))
     monkeypatch.setattr(tokenizer, "version", "0.0.0")
     load_sets(config, tokenizer, ["test"])
-    (new,) = cache.iterdir()
-    assert new.name != old.name
+    (new,) = set(cache.iterdir()) - {not_ours}
+    assert new.name != old.name and not_ours.exists()
 
 
 def test_cached_goes_on_with_a_warning_if_it_cannot_write(cache, capsys):
