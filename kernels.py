@@ -216,8 +216,9 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
 
     The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
-    says so; evaluation and generation stay uncompiled. If torch cannot compile, all blocks run
-    uncompiled from then on, with one warning. Copies of the model are not compiled.
+    says so; evaluation and generation stay uncompiled. A block that torch cannot compile, and those
+    that have not run compiled yet, run uncompiled from then on, with one warning. Copies of the
+    model are not compiled.
     """
     blocks = list(blocks)
     # Two sizes that are equal in one batch must not be taken for the same size.
@@ -234,10 +235,15 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
         backend=backend,
     )
 
-    def stop(reason: str) -> None:
+    ran = set()  # blocks that ran compiled; with checkpointing backward runs them once more
+
+    def stop(failed: nn.Module, reason: str) -> None:
+        if all(block._compiled_call_impl for block in blocks):
+            warnings.warn(f"not compiled from now on, for {reason:.300}", stacklevel=3)
+        ran.discard(failed)
         for block in blocks:
-            block._compiled_call_impl = None
-        warnings.warn(f"not compiled from now on, for {reason:.300}", stacklevel=3)
+            if block not in ran:
+                block._compiled_call_impl = None
 
     def run(block: nn.Module, *inputs: Any, **options: Any) -> Any:
         values = [*inputs, *options.values()]
@@ -247,10 +253,12 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
             errors = torch._dynamo.exc
             try:
                 if not caches:
-                    return compiled(block, *inputs, **options)
-                stop(f"a block got a {caches[0]}; call the model with use_cache=False")
+                    output = compiled(block, *inputs, **options)
+                    ran.add(block)
+                    return output
+                stop(block, f"a block got a {caches[0]}; call the model with use_cache=False")
             except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
-                stop(repr(error))
+                stop(block, repr(error))
         return block._call_impl(*inputs, **options)
 
     for block in blocks:

@@ -24,7 +24,8 @@ starts, skills in a Linear, the adapters, and `attach`.
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
     rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}
     groups = adapters.parameter_groups()                  # adapters.parameters() lacks the skills
-    optimizer = torch.optim.AdamW([{"params": groups[kind], "lr": rates[kind]} for kind in groups])
+    groups = [{"params": groups[kind], "lr": rates[kind]} for kind in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     adapters.fit_router(embeddings, masks)                # once, on training sources
     with adapters.routed(model.embed(ids), mask):         # keep it open until after backward
         model.loss(ids, mask, labels).backward()
@@ -639,7 +640,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
     @property
     def router(self) -> TaskRouter | None:
         """The sample router, if the method has one."""
-        return getattr(self.method, "router", None)
+        router = getattr(self.method, "router", None)
+        return router if isinstance(router, TaskRouter) else None
 
     @contextmanager
     def routed(
@@ -792,6 +794,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         for linear in self.linears.values():
             # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
             named += SkillLinear.skill_parameters(linear).items()
+        if len({parameter for _, parameter in named}) < len(named):
+            raise ValueError("two Linears share a parameter of their skills; give each its own")
         for name, parameter in named:
             kind = self.method.rates.get(name.partition(".")[0])
             if kind not in (*groups, "full"):
@@ -967,6 +971,7 @@ def attach(
         num_tasks=num_tasks,
         generator=generator,
     )
+    weights.config = config  # Adapters.config; checkpoints hold it
     adapters = Adapters(module, linears, skills, weights)
     module.skill_adapters = adapters.train(module.training)
     return adapters

@@ -130,6 +130,8 @@ class RoutedTraining:
     def create_optimizer(self, model=None):
         """Give each kind of parameter its own learning rate.
 
+        args.weight_decay is that of the skills alone: it would pull the allocation towards equal
+        weights, and the router towards one w for all samples.
         Raise ValueError if a parameter of the base requires a gradient.
         """
         if self.optimizer is not None:
@@ -140,10 +142,10 @@ class RoutedTraining:
             found = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         optimizer_class, options = found
         rates = {"skills": options.get("lr", self.args.learning_rate), **self.rates}
-        decay = self.args.weight_decay
         groups = []
         ours = set()
         for kind, parameters in self.model.skill_adapters.parameter_groups().items():
+            decay = self.args.weight_decay if kind == "skills" else 0.0
             groups.append({"params": parameters, "lr": rates[kind], "weight_decay": decay})
             ours |= set(parameters)
         for name, parameter in self.model.named_parameters():
@@ -154,6 +156,8 @@ class RoutedTraining:
 
     def training_step(self, model, inputs, *args, **kwargs):
         model.train()  # before routing, which draws noise in training only
+        if hasattr(self.optimizer, "train"):  # it changes the weights, as schedule-free ones do
+            self.optimizer.train()
         # The step includes backward, which runs checkpointed blocks again.
         with self.routed(inputs):
             return super().training_step(model, inputs, *args, **kwargs)

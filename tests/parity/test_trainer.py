@@ -30,6 +30,7 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+from baselines import LoRA  # noqa: E402
 from integrations import finetune_7b  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
@@ -37,7 +38,7 @@ from integrations.trainer import (  # noqa: E402
     holds_several_samples,
     prompt_mask,
 )
-from orchmoe import OrchMoEConfig, attach  # noqa: E402
+from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
 from program import UserError  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -118,13 +119,13 @@ def make_t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
-def adapted(model, **options):
+def adapted(model, method=OrchMoE, **options):
     """Return the model with adapters of 4 tasks; options go to OrchMoEConfig."""
     targets = ("q_proj", "v_proj", "o_proj", "up_proj")
     if model.config.is_encoder_decoder:
         targets = ("q", "v", "o", "wo")
     config = OrchMoEConfig(**{"abstract_tasks": 4, "targets": targets, "alpha": 8.0, **options})
-    attach(model, config, generator=seeded_generator(1))
+    attach(model, config, method=method, generator=seeded_generator(1))
     return model
 
 
@@ -240,7 +241,7 @@ def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
     # Skills, router, token router and allocation.
     assert [len(group["params"]) for group in groups] == [2 * linears, 2, 0, 1]
     assert [group["lr"] for group in groups] == [0.03, 1e-3, 1e-2, 1e-1]
-    assert {group["weight_decay"] for group in groups} == {0.01}
+    assert [group["weight_decay"] for group in groups] == [0.01, 0, 0, 0]
 
     trainer.optimizer = None
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.5})
@@ -280,6 +281,30 @@ def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     trainer.train()
     step_and_evaluation = [True, False, False, False, False]  # of four batches
     assert modes == step_and_evaluation * 3
+
+
+class ScheduleFree(torch.optim.SGD):
+    """It changes the weights in place where an evaluation begins and ends."""
+
+    is_training = False
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        if self.is_training != mode:
+            self.is_training = mode
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.99 if mode else 1 / 0.99)
+
+    def eval(self):
+        self.train(False)
+
+
+def test_an_optimizer_may_change_the_weights_between_training_and_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1)
+    trainer.optimizer_cls_and_kwargs = (ScheduleFree, {"lr": 0.1})
+    trainer.train()
+    assert len(losses(trainer)) == 3
 
 
 # ---- checkpoints ----
@@ -331,10 +356,11 @@ def test_best_adapter_is_loaded_at_the_end(tmp_path):
     check_equal(state_of(trainer), best)
 
 
-def test_checkpoint_of_another_config_is_refused_unless_it_lacks_a_new_setting(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("method", [OrchMoE, LoRA])
+def test_checkpoint_of_another_config_is_refused_unless_it_lacks_a_new_setting(method, tmp_path):
+    trainer = make_trainer(tmp_path, adapted(make_llama(), method))
     trainer.save_model()
-    other = make_trainer(tmp_path, adapted(make_llama(), alpha=2.0))
+    other = make_trainer(tmp_path, adapted(make_llama(), method, alpha=2.0))
     with pytest.raises(ValueError, match="attach with the same config"):
         other._load_from_checkpoint(tmp_path)
 

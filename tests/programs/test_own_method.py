@@ -30,7 +30,7 @@ from helpers import (
     torchrun,
     trace,
 )
-from orchmoe import OrchMoEConfig
+from orchmoe import OrchMoEConfig, attach
 from program import read_json
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
@@ -51,6 +51,7 @@ class ByTask(Method):
         table = torch.zeros(len(linears), num_tasks + 1, config.skills)  # the last row: unseen
         self.table = nn.Parameter(table.to(skills[0]["skill_A"]))
         self.noise_shape = (len(linears), config.skills)
+        self.router = nn.Identity()  # no TaskRouter, so nothing is fitted
 
     def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
         logits = self.table[:, task_ids]  # (N,B,S)
@@ -271,6 +272,14 @@ def test_a_program_that_cannot_use_it_says_so(words, message, own, home):
     program_name, *flags = words.format(hydra=HYDRA, own="own.py:ByTask").split()
     said = run(program_name, *flags, cwd=home, code=2)
     assert message in said and said.count("\n") == 1
+
+
+def test_linears_must_not_share_a_parameter():
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("0", "1")))
+    base[1].skill_A = base[0].skill_A
+    with pytest.raises(ValueError, match="two Linears share a parameter of their skills"):
+        adapters.parameter_groups()
 
 
 def test_route_refuses_w():

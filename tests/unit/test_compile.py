@@ -6,12 +6,15 @@ If torch cannot compile, or hits a limit, training goes on without, with one war
 import copy
 import functools
 import sys
+import warnings
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import fresh_cache
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 import program
@@ -163,6 +166,37 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     ):
         check(base, backend, BATCHES[:3], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
+
+
+def test_blocks_that_ran_compiled_stay_so_when_another_fails():
+    """Checkpointing runs them again in backward, and needs the tensors that they saved."""
+    graphs = []
+
+    def fails_at_the_second_graph(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) == 2:
+            fails(graph, inputs)
+        compilers = dict.fromkeys(("fw_compiler", "bw_compiler"), lambda g, _: make_boxed_func(g))
+        compilers["partition_fn"] = min_cut_rematerialization_partition  # as in inductor
+        return torch._dynamo.backends.common.aot_autograd(**compilers)(graph, inputs)
+
+    blocks = []
+    for activation in (torch.nn.GELU, torch.nn.GELU, torch.nn.Tanh, torch.nn.Tanh):
+        blocks.append(torch.nn.Sequential(torch.nn.Linear(4, 4), activation()))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.nn.Sequential(*blocks)(x).sum(), x)
+
+    kernels.compile_blocks(blocks, fails_at_the_second_graph)
+    texts = []
+    for _ in range(2):
+        y = x
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for block in blocks:
+                y = checkpoint(block, y, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+        texts += [str(warning.message) for warning in seen]
+    assert len(texts) == 1 and texts[0].startswith("not compiled from now on, for ")
 
 
 def test_a_missing_compiler_is_found_by_compiling():
