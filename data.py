@@ -90,10 +90,10 @@ class DataConfig:
         return self.train_instances
 
     @property
-    def longest_answer(self) -> int:
-        """Return the most new tokens of an answer: what a target has before EOS, at least 127.
+    def max_new_tokens(self) -> int:
+        """Return the most tokens to generate: those of the longest target before its EOS.
 
-        127 is the official number: 128 with the start token.
+        They are at least 127, as in the official code, whose 128 include the start token.
         """
         return max(127, self.max_target_length - 1)
 
@@ -436,7 +436,7 @@ class Sample(NamedTuple):
     source: list[int]
     targets: list[list[int]]  # one for each answer
     is_cut: bool  # the prompt was longer than allowed
-    cut_targets: int  # how many answers were
+    cut_targets: int  # the number of answers that were longer than allowed
 
 
 def build_samples(
@@ -509,7 +509,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     try:
         with program.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
-        for file in path.parent.glob("*.tokens*"):  # with what a killed process left
+        for file in path.parent.glob("*.tokens*"):  # and what killed processes left
             if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
                 file.unlink()
     except OSError as error:
@@ -702,9 +702,9 @@ def _load_list(
             )
             examples[set_name].append(example)
 
-    if list_name == "test":
-        del lost["target"]  # the metrics read the references uncut
-    _warn_of_lost(lost, config)
+    if list_name == "test" or "train" not in needed:
+        del lost["target"]  # nothing trains on these; the metrics read the references uncut
+    _warn_of_lost(lost, config, paths[0] if config.is_jsonl else config.data)
 
     # Different texts may have equal tokens, as when they are cut.
     rule = {}
@@ -733,7 +733,7 @@ def _load_list(
     return {name: Examples(found, tasks, short_digest, rule) for name, found in examples.items()}
 
 
-def _warn_of_lost(lost, config):
+def _warn_of_lost(lost, config, path):
     """Warn of sources and targets that are cut, and of rows with unknown characters."""
     limits = {"source": config.max_source_length, "target": config.max_target_length}
     for name, limit in limits.items():
@@ -742,7 +742,7 @@ def _warn_of_lost(lost, config):
             program.warn(f"--max-{name}-length {limit}: {count}")
     if lost["characters"]:
         program.warn(
-            f"{config.data}: {lost['characters']} rows have characters that the tokenizer does not "
+            f"{path}: {lost['characters']} rows have characters that the tokenizer does not "
             "know, so the model neither reads nor writes them"
         )
 

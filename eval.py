@@ -233,8 +233,8 @@ def require_fit(
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and its answer need up to {longest} positions, but "
-            f"the model has {base.longest} positions; lower it, --max-target-length or (in "
-            "eval.py) --max-new-tokens"
+            f"the model has {base.longest} positions; lower it, or --max-target-length "
+            "(in eval.py: --max-new-tokens)"
         )
     if tokenizer.size > base.config.vocab_size:
         raise UserError(
@@ -357,7 +357,7 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: data.DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = data_config.idle | {"max_target_length"}  # the metrics read the references uncut
+    idle = data_config.idle | {"max_target_length"}  # references stay uncut; see --max-new-tokens
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":
@@ -387,7 +387,7 @@ def main() -> None:
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(data.DataConfig, saved | flags)
-    longest = config.max_new_tokens or data_config.longest_answer
+    longest = config.max_new_tokens or data_config.max_new_tokens
     config = replace(config, max_new_tokens=longest)
 
     is_full = run is not None and run.training["method"] == "full"

@@ -239,7 +239,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 
     def stop(failed: nn.Module, reason: str) -> None:
         if all(block._compiled_call_impl for block in blocks):
-            warnings.warn(f"not compiled from now on, for {reason:.300}", stacklevel=3)
+            warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=3)
         ran.discard(failed)
         for block in blocks:
             if block not in ran:

@@ -794,8 +794,6 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         for linear in self.linears.values():
             # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
             named += SkillLinear.skill_parameters(linear).items()
-        if len({parameter for _, parameter in named}) < len(named):
-            raise ValueError("two Linears share a parameter of their skills; give each its own")
         for name, parameter in named:
             kind = self.method.rates.get(name.partition(".")[0])
             if kind not in (*groups, "full"):
@@ -803,6 +801,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 raise ValueError(f"{method}.rates: {name} needs one of {', '.join(groups)}")
             if parameter.requires_grad:
                 groups.setdefault(kind, []).append(parameter)
+        trained = sum(groups.values(), [])
+        if len(set(trained)) < len(trained):
+            raise ValueError("two Linears train the same parameter; give each its own")
         return groups
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
@@ -971,7 +972,8 @@ def attach(
         num_tasks=num_tasks,
         generator=generator,
     )
-    weights.config = config  # Adapters.config; checkpoints hold it
+    if not hasattr(weights, "config"):
+        weights.config = config
     adapters = Adapters(module, linears, skills, weights)
     module.skill_adapters = adapters.train(module.training)
     return adapters

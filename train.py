@@ -446,8 +446,9 @@ def train(
     base = checkpoint.mapped(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if full else device.dtype)
-    for examples in (train_set, *held_out.values()):
-        evaluation.require_fit(base, tokenizer, examples, settings.dataset.longest_answer)
+    evaluation.require_fit(base, tokenizer, train_set, 0)
+    for examples in held_out.values():
+        evaluation.require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
 
     # The adapters.
     with program.checking_settings():
@@ -655,7 +656,7 @@ def score_held_out(
                 held_out[which],
                 tokenizer,
                 batch_size=settings.training.eval_batch_size,
-                max_new_tokens=settings.dataset.longest_answer,
+                max_new_tokens=settings.dataset.max_new_tokens,
                 description=f"{name}, {which}",
             )
             scores[which] = evaluation.score(held_out[which], predictions)

@@ -82,9 +82,8 @@ class RoutedTraining:
         Raise ValueError if a row has no prompt or holds several samples, or if it gets noise.
         """
         mask = inputs.get("attention_mask")
-        if self.model.skill_adapters.router is None:
-            return None  # no router reads the sample
-        if getattr(self.args, "neftune_noise_alpha", None):
+        has_router = self.model.skill_adapters.router is not None
+        if has_router and getattr(self.args, "neftune_noise_alpha", None):
             raise ValueError(
                 "neftune_noise_alpha: the router would read the noise, too; leave it unset"
             )
@@ -96,7 +95,7 @@ class RoutedTraining:
         positions = inputs.get("position_ids")
         if positions is not None and positions.dim() == 2:
             is_flattened = is_flattened or holds_several_samples(positions, mask)
-        if is_packed or is_flattened:
+        if has_router and (is_packed or is_flattened):
             raise ValueError(
                 "packing: a packed row holds several samples, but the router weights the skills "
                 "once per row; set packing=False and padding_free=False, or use router='token'"
@@ -106,7 +105,7 @@ class RoutedTraining:
         if labels is None or labels.shape != inputs["input_ids"].shape:
             return mask  # the row is a prompt, as in generation and in classification
         mask = prompt_mask(labels, mask)
-        if not mask.any(dim=1).all():
+        if has_router and not mask.any(dim=1).all():
             raise ValueError(
                 "labels: a row has no prompt, since its labels start at its first token; set the "
                 "labels of prompts to -100 (SFTTrainer does so for prompt-completion data)"
@@ -156,7 +155,7 @@ class RoutedTraining:
 
     def training_step(self, model, inputs, *args, **kwargs):
         model.train()  # before routing, which draws noise in training only
-        if hasattr(self.optimizer, "train"):  # it changes the weights, as schedule-free ones do
+        if hasattr(self.optimizer, "train"):  # schedule-free ones change the weights here
             self.optimizer.train()
         # The step includes backward, which runs checkpointed blocks again.
         with self.routed(inputs):

@@ -261,7 +261,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("error:not compiled")
+@pytest.mark.filterwarnings("error:blocks run uncompiled")
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_few_graphs_serve_the_blocks_of_transformers(kind, fresh_dynamo):
     model, blocks, kinds = model_of_four_blocks(kind)

@@ -422,6 +422,15 @@ def test_prompt_mask_ends_where_the_first_answer_starts():
     assert prompt_mask(labels, attention_mask).int().tolist() == expected
 
 
+def test_every_method_gets_the_mask_of_the_prompt(tmp_path):
+    """One of a user may have a router of its own kind."""
+    trainer = make_trainer(tmp_path, adapted(make_llama(), LoRA))
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = prompt_mask(batch["labels"], batch["attention_mask"])
+    assert 0 < expected.sum() < batch["attention_mask"].sum()
+    assert torch.equal(trainer.router_mask(batch), expected)
+
+
 def test_positions_of_padding_are_not_those_of_another_sample():
     packed, left, right = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0]])[:, None]
     assert holds_several_samples(packed)

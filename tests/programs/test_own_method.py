@@ -278,7 +278,7 @@ def test_linears_must_not_share_a_parameter():
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     adapters = attach(base, OrchMoEConfig(targets=("0", "1")))
     base[1].skill_A = base[0].skill_A
-    with pytest.raises(ValueError, match="two Linears share a parameter of their skills"):
+    with pytest.raises(ValueError, match="two Linears train the same parameter"):
         adapters.parameter_groups()
 
 

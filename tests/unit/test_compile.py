@@ -102,7 +102,7 @@ for i, case in enumerate(CASES[3:], start=3):
     CASES[i] = pytest.param(*case, marks=pytest.mark.slow if often else pytest.mark.soak)
 
 
-@pytest.mark.filterwarnings("error:not compiled")
+@pytest.mark.filterwarnings("error:blocks run uncompiled")
 @pytest.mark.parametrize("family, method, router, targets, checkpointed, backend", CASES)
 def test_few_graphs_serve_all_batches(family, method, router, targets, checkpointed, backend):
     base = base_in_training(family, method, router=router, targets=(targets,))
@@ -162,7 +162,7 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     base = base_in_training()
     with (
         torch._dynamo.config.patch(recompile_limit=1),
-        pytest.warns(UserWarning, match="^not compiled from now on, for .*$") as seen,
+        pytest.warns(UserWarning, match="^blocks run uncompiled from now on, for .*$") as seen,
     ):
         check(base, backend, BATCHES[:3], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
@@ -196,7 +196,7 @@ def test_blocks_that_ran_compiled_stay_so_when_another_fails():
                 y = checkpoint(block, y, use_reentrant=False)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
         texts += [str(warning.message) for warning in seen]
-    assert len(texts) == 1 and texts[0].startswith("not compiled from now on, for ")
+    assert len(texts) == 1 and texts[0].startswith("blocks run uncompiled from now on, for ")
 
 
 def test_a_missing_compiler_is_found_by_compiling():

@@ -490,9 +490,11 @@ def test_rows_with_unknown_characters_are_counted(tiny_words, cache, tmp_path, c
     rows = [{"prompt": f"Name {i}.", "completion": "a"} for i in range(20)]
     rows[3]["prompt"] = rows[5]["completion"] = "\u65e5\u672c"
     path = write_rows(tmp_path / "own.jsonl", rows)
-    load_sets(DataConfig(data=str(path)), tiny_words, ["train"])
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert f"{path}: 2 rows have characters that the tokenizer does not know" in warning
+    other = write_rows(tmp_path / "other.jsonl", rows[3:4])
+    load_sets(DataConfig(data=str(path), test=str(other)), tiny_words, ["train", "test"])
+    of_train, of_test = capsys.readouterr().err.splitlines()[:2]
+    assert f"{path}: 2 rows have characters that the tokenizer does not know" in of_train
+    assert f"{other}: 1 rows have characters" in of_test
 
 
 def test_question_that_is_cut_is_reported(tokenizer, capsys):

@@ -46,7 +46,7 @@ def step(base, adapters, inputs):
     return loss.detach(), torch.cat(gradients)
 
 
-@pytest.mark.filterwarnings("error:not compiled")
+@pytest.mark.filterwarnings("error:blocks run uncompiled")
 @pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
