@@ -97,7 +97,7 @@ def _check_archive(file):
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise UserError("refused, a part of it is compressed")
-        if member.filename.endswith(".pkl"):
+        if member.filename.lower().endswith(".pkl"):  # torch reads DATA.PKL, too
             _check_pickle(archive.open(member))
 
 

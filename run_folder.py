@@ -265,7 +265,7 @@ class RunFolder:
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
             if adapters.router is not None:
-                K = adapters.Z.shape[1]
+                K = len(adapters.router.bias)
                 if state["start_w"].shape != (dev_examples, K):
                     raise ValueError("start_w does not fit the dev examples")
             adapters.load_state_dict(state["weights"])

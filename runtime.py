@@ -39,6 +39,8 @@ def pick_device(
     """
     if gpu is not None and device:
         raise UserError(f"--gpu {gpu} --device {device}: give one of the two")
+    if gpu is not None and program.world_size() > 1:
+        raise UserError("--gpu: torchrun gives each process its own; set CUDA_VISIBLE_DEVICES")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     use_gpu = device != "cpu" and gpus > 0
 

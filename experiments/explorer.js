@@ -115,8 +115,8 @@
 
   // Send one question. Return {result, w} or {error}.
   async function send(question, w) {
-    const reference = question.references[0] || "";
-    const body = JSON.stringify({ prompt: question.prompt, reference, w: w || null });
+    const { prompt, references } = question;
+    const body = JSON.stringify({ prompt, references, w: w || null });
     const size = new TextEncoder().encode(body).length;
     if (size > data.largest_request) {
       return { error: "The prompt is too long: " + size + " bytes; give at most " + data.largest_request + "." };

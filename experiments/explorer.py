@@ -136,7 +136,7 @@ def add_task(
                 "row": row,
                 "input": texts[row][0],
                 "tail": texts[row][1][len(head) :],  # the prompt behind the head of its task
-                "references": examples[row].references[:3],
+                "references": examples[row].references,
                 "w": rounded(w[row]),
                 "other_w": rounded(w[other]),
                 "other_task": examples[other].task,
@@ -320,18 +320,20 @@ class Handler(BaseHTTPRequestHandler):
 
 @torch.no_grad()
 def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
-    """Return {"w", "result"} for a request {"prompt", "reference", "w"} in JSON.
+    """Return {"w", "result"} for a request {"prompt", "references", "w"} in JSON.
 
-    A w of null means the router's. Raise UserError for a request of another form, and for texts
+    An answer is right if it is one of the references; the loss is that of the first. A w of null
+    means the router's. Raise UserError for a request of another form, and for texts
     that are empty or too long.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
         prompt = request["prompt"]
-        reference = request["reference"]
+        references = [*request["references"]]
         w = request["w"]
         data.require_text("prompt", prompt)
-        data.require_text("reference", reference)
+        for reference in references:
+            data.require_text("reference", reference)
     if w is not None:
         K = loaded.adapters.config.abstract_tasks
         with program.reading("w", f"give {K} finite numbers"):
@@ -345,7 +347,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         raise UserError("prompt: it is empty; write one")
     config = loaded.data_config
     uncut = replace(config, max_source_length=2**30, max_target_length=2**30)
-    [sample] = data.build_samples([prompt], [[reference]], loaded.tokenizer, uncut)
+    [sample] = data.build_samples([prompt], [references or [""]], loaded.tokenizer, uncut)
     for name, ids, most in (
         ("prompt", sample.source, config.max_source_length),
         ("reference", sample.targets[0], config.max_target_length),
@@ -358,7 +360,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         category="typed",
         source_ids=np.array(sample.source, np.int32),
         target_ids=[np.array(sample.targets[0], np.int32)],
-        references=[reference] if reference else [],
+        references=references,
     )
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]

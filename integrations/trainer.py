@@ -9,6 +9,7 @@ trainer among the base classes. docs/use.md has a whole program and says what do
 B batch, L length, D width of the embeddings. Test: pytest tests/parity/test_trainer.py
 """
 
+import os
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -191,6 +192,8 @@ class RoutedTraining:
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
         with open(incomplete, "wb") as file:  # an error of the file says what is wrong
             torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
         incomplete.replace(folder / ADAPTER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

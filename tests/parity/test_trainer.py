@@ -565,6 +565,12 @@ def test_skills_over_a_base_in_8_bits_train(tmp_path):
 # ---- integrations/finetune_7b.py ----
 
 
+def test_7b_takes_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: set it to the number of one GPU"):
+        finetune_7b.load_base("base")
+
+
 @pytest.fixture(params=["llama", pytest.param("smollm2", marks=pytest.mark.slow)])
 def base_folder(request, tmp_path):
     if request.param == "smollm2":

@@ -30,8 +30,9 @@ from helpers import (
     torchrun,
     trace,
 )
-from orchmoe import OrchMoEConfig, attach
-from program import read_json
+from orchmoe import Method, OrchMoEConfig, TaskRouter, attach
+from program import UserError, read_json
+from run_folder import RunFolder
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
 OWN = '''
@@ -272,6 +273,27 @@ def test_a_program_that_cannot_use_it_says_so(words, message, own, home):
     program_name, *flags = words.format(hydra=HYDRA, own="own.py:ByTask").split()
     said = run(program_name, *flags, cwd=home, code=2)
     assert message in said and said.count("\n") == 1
+
+
+class RouterAlone(Method):
+    """It has a TaskRouter, but no allocation matrices."""
+
+    rates = Method.rates | {"router": "router"}
+
+    def __init__(self, linears, skills, config, *, width, **options):
+        super().__init__()
+        self.router = TaskRouter(width, config)
+
+
+def test_progress_with_the_start_of_a_router_loads(tmp_path):
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("0",)), method=RouterAlone)
+    optimizer = torch.optim.SGD(adapters.parameter_groups()["skills"])
+    run_folder = RunFolder(tmp_path)
+    run_folder.save_progress(3, 1.0, adapters, optimizer, torch.full((5, 8), 1 / 8))
+    assert run_folder.load_progress(adapters, optimizer, 5)[0] == 3
+    with pytest.raises(UserError, match="start_w does not fit the dev examples"):
+        run_folder.load_progress(adapters, optimizer, 6)
 
 
 def test_linears_must_not_share_a_parameter():

@@ -293,3 +293,5 @@ def test_rank_0_refuses_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--gpu 1: there are 1 GPUs.*start as many"):
         runtime.pick_device()
+    with pytest.raises(ValueError, match="--gpu: torchrun gives each process its own"):
+        runtime.pick_device(gpu=0)

@@ -259,7 +259,7 @@ def request(server, method="POST", path="/", body=None, **headers):
     return answer.status, answer.read().decode()
 
 
-QUESTION = {"prompt": "Definition: Say yes.", "reference": "yes", "w": None}
+QUESTION = {"prompt": "Definition: Say yes.", "references": ["yes"], "w": None}
 
 
 def test_the_server_answers_with_the_given_w(server):
@@ -269,6 +269,12 @@ def test_the_server_answers_with_the_given_w(server):
     assert again["result"][0] == own["result"][0]
     off = json.loads(request(server, body=QUESTION | {"w": [0.0] * 8})[1])
     assert off["result"][1] != pytest.approx(own["result"][1], abs=1e-3)
+
+
+def test_an_answer_is_right_if_it_is_any_of_the_references(server):
+    text, loss, _ = json.loads(request(server, body=QUESTION)[1])["result"]
+    asked = QUESTION | {"references": ["yes", text]}
+    assert json.loads(request(server, body=asked)[1])["result"] == [text, loss, True]
 
 
 def test_the_server_refuses_others(server):
@@ -295,7 +301,9 @@ WRONG = [
     ({"prompt": 3}, "request: "),
     ({"prompt": " \n"}, "prompt: it is empty"),
     ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to (64|512)"),
-    ({"reference": "a b " * 2000}, "reference: .* tokens; give 1 to 128"),
+    ({"references": ["a b " * 2000]}, "reference: .* tokens; give 1 to 128"),
+    ({"references": [3]}, "request: "),
+    ({"references": None}, "request: "),
     ({"w": 1.0}, "w: .*give 8 finite numbers"),
     ({"w": "1"}, "w: .*give 8 finite numbers"),
     ({"w": [1.0]}, "w: .*give 8 finite numbers"),
@@ -387,7 +395,7 @@ def test_a_typed_prompt_gets_an_answer_that_changes_with_w(served):
         type_prompt(served, "<!-- <script> Say yes.", " yes\n")
         wait(served, lambda: text(served, "#references") == "yes")
         wait_for_answer(served, "own")
-    assert json.loads(reply.call_args_list[0].args[1])["reference"] == " yes\n"
+    assert json.loads(reply.call_args_list[0].args[1])["references"] == [" yes\n"]
     click(served, "#keep")
     slide(served, 1, 0.9)
     wait_for_answer(served, "now")

@@ -134,11 +134,11 @@ BLOCK = torch.ones(1000)
 CALL = b"\x80\x02cbuiltins\nbytearray\nJ\x40\x42\x0f\x00\x85R."  # bytearray(1_000_000)
 
 
-def zip_of(content, compression=zipfile.ZIP_STORED):
+def zip_of(content, compression=zipfile.ZIP_STORED, name="data.pkl"):
     """Return a zip file with this pickle, as torch writes it."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
-        archive.writestr("model/data.pkl", content)
+        archive.writestr(f"model/{name}", content)
         archive.writestr("model/version", "3\n")
     return file.getvalue()
 
@@ -151,6 +151,7 @@ TORCH = {
     "expanded, inside": ([{"x": ONES}, {"y": ({"x": MANY},)}], "more elements than are stored"),
     "one storage": ({i: BLOCK[:] for i in range(9)}, "more elements than are stored"),
     "call": (zip_of(CALL), "refused, it is damaged"),
+    "call, upper case": (zip_of(CALL, name="DATA.PKL"), "refused, it is damaged"),
     "call, old form": (CALL, "refused, it is damaged"),
     "compressed": (zip_of(b"(l.", zipfile.ZIP_DEFLATED), "compressed"),
 }
