@@ -387,8 +387,7 @@ def main() -> None:
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(data.DataConfig, saved | flags)
-    longest = config.max_new_tokens or data_config.max_new_tokens
-    config = replace(config, max_new_tokens=longest)
+    config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
     is_full = run is not None and run.training["method"] == "full"
     refuse_idle_flags(flags, config, data_config, is_full)

@@ -281,7 +281,8 @@ def test_blocks_with_a_cache_run_uncompiled_with_one_warning(kind, fresh_dynamo)
         found = losses_and_gradients(model, SHAPES)
     assert len(seen) == 1
     torch.testing.assert_close(found, expected)
-    assert counters["stats"]["unique_graphs"] <= 1  # T5's encoder has no cache
+    # T5's encoder has no cache, and stays compiled: for one row and for more.
+    assert counters["stats"]["unique_graphs"] == (2 if kind == "t5" else 0)
 
 
 @routers

@@ -149,7 +149,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     # The explorer, which shows this prompt and takes it back.
     loaded = explorer.load("run")
     shown = explorer.texts_of(loaded, "seen", scored)[1]
-    request = {"prompt": shown, "reference": scored.references[0], "w": None}
+    request = {"prompt": shown, "references": scored.references, "w": None}
     with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
         explorer.reply(loaded, json.dumps(request).encode())
         (example,) = predict.call_args.args[2]

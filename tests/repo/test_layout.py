@@ -107,7 +107,7 @@ def test_files_behind_train_stay_small():
             behind |= imported(ast.walk(parse(path)))
             total += count_tokens(path.read_text(encoding="utf-8"))
     assert {"llama", "orchmoe", "run_folder"} <= behind
-    assert total <= 37_900
+    assert total <= 38_000
 
 
 def test_top_level_has_few_files():

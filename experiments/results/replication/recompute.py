@@ -18,7 +18,13 @@ def mean_of(row, seed, part, score):
     return statistics.fmean(scores[score] for scores in cell[part]["tasks"].values())
 
 
+def is_finished(row):
+    return len(list(FOLDER.glob(f"{row}-s*.json"))) == 16
+
+
 for one, other in (ROWS[:2], (ROWS[0], ROWS[2]), (ROWS[2], ROWS[1])):
+    if not (is_finished(one) and is_finished(other)):
+        continue
     for part, score, digits in (
         ("seen", "loss", 4),
         ("answers", "rougeL", 2),
