@@ -53,7 +53,8 @@ for seed in SEEDS:
 tasks = sum(replicates, [])
 print(f"median of {len(tasks)} tasks {statistics.median(tasks):+.4f}")
 print(f"tasks below zero {sum(value < 0 for value in tasks)}, lowest {min(tasks):+.2f}")
-without = [statistics.fmean(x for x in row if x > min(tasks)) for row in replicates]
+lowest = min(tasks)
+without = [statistics.fmean(row[1:] if row[0] == lowest else row) for row in replicates]
 show("without the lowest task", without)
 without = [statistics.fmean(row[1:-1]) for row in replicates]
 show("without the lowest and the highest task of each replicate", without)
