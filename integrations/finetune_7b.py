@@ -67,7 +67,7 @@ def load_base(name):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     if torch.cuda.device_count() > 1:
-        raise UserError("CUDA_VISIBLE_DEVICES: set it to the number of one GPU, without torchrun")
+        raise UserError("CUDA_VISIBLE_DEVICES: set it to the number of one GPU; leave out torchrun")
     # Not "auto": a base that is spread over several GPUs is refused.
     device = 0 if torch.cuda.is_available() else "cpu"
     with program.reading(name, "name a decoder of the Hub or its folder"):

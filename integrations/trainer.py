@@ -130,7 +130,7 @@ class RoutedTraining:
     def create_optimizer(self, model=None):
         """Give each kind of parameter its own learning rate.
 
-        args.weight_decay is that of the skills alone: it would pull the allocation towards equal
+        args.weight_decay applies to the skills alone. It would pull the allocation towards equal
         weights, and the router towards one w for all samples.
         Raise ValueError if a parameter of the base requires a gradient.
         """

@@ -16,6 +16,10 @@ ROWS = ("orchmoe", "lora", "frozen_router")
 SEEDS = range(100, 116)
 
 
+def is_finished(row):
+    return len(list(FOLDER.glob(f"{row}-*"))) == len(SEEDS)
+
+
 def tasks_of(row, seed, part="seen"):
     return json.loads((FOLDER / f"{row}-s{seed}.json").read_text(encoding="utf-8"))[part]["tasks"]
 
@@ -32,8 +36,8 @@ def show(name, differences, digits=4):
 
 
 for one, other in (ROWS[:2], (ROWS[0], ROWS[2]), (ROWS[2], ROWS[1])):
-    if len(list(FOLDER.glob(f"{one}-*"))) + len(list(FOLDER.glob(f"{other}-*"))) < 32:
-        continue  # not finished
+    if not (is_finished(one) and is_finished(other)):
+        continue
     for part, score, digits in (
         ("seen", "loss", 4),
         ("answers", "rougeL", 2),
