@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import kernels
-import program
 from orchmoe import (
     Adapters,
     Linears,
@@ -33,7 +32,8 @@ from orchmoe import (
     embedding_width,
     target_linears,
 )
-from program import UserError
+from support import program
+from support.program import UserError
 
 # ------------------------------------------------------------------------------- the methods
 

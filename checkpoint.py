@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import program
 from llama import Llama
 from model import Backbone
-from program import UserError
+from support import program
+from support.program import UserError
 from t5 import T5
 
 # By model_type, as config.json has it.

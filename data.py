@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import program
-from program import UserError, require_text
+from support import program
+from support.program import UserError, require_text
 from tokenizer import Tokenizer
 
 # Fields of DataConfig that only choose files. The cache key has the paths instead.

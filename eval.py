@@ -24,13 +24,12 @@ from torch import Tensor
 
 import data
 import metrics
-import program
 import run_folder
-import runtime
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set

@@ -27,12 +27,11 @@ from torch.optim import Optimizer
 
 import checkpoint
 import data
-import program
-import runtime
 from baselines import attach_method, load_method, method_class, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 

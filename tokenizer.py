@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from program import DOWNLOAD, UserError, atomic_write, read_json, reading, require_path
+from support.program import DOWNLOAD, UserError, atomic_write, read_json, reading, require_path
 
 LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"

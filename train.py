@@ -28,8 +28,6 @@ import checkpoint
 import data
 import eval as evaluation
 import kernels
-import program
-import runtime
 from baselines import (
     attach_method,
     count_parameters,
@@ -40,8 +38,9 @@ from baselines import (
 from data import Batch, DataConfig, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from program import UserError
 from run_folder import PATHS, RunConfig, RunFolder, kind_of, new_folder, read_config
+from support import program, runtime
+from support.program import UserError
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 

@@ -29,10 +29,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import program
 from docs import notes, numbers, tables
 from docs.markup import inline, mathml, prose
 from experiments import explorer
+from support import program
 
 DOCS = Path(__file__).resolve().parent
 SOURCE = DOCS.parent / "orchmoe.py"

@@ -42,8 +42,6 @@ import data
 import eval as evaluation
 import kernels
 import orchmoe
-import program
-import runtime
 import t5
 import tokenizer as tokenizers
 from baselines import attach_method, without_adapters
@@ -53,7 +51,8 @@ from experiments.study import kind_of_cpu
 from llama import Llama, LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R

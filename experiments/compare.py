@@ -15,7 +15,6 @@ Test: pytest tests/experiments/test_compare.py
 
 from dataclasses import dataclass
 
-import program
 from baselines import METHODS, load_method
 from experiments.study import (
     FIXED,
@@ -30,7 +29,8 @@ from experiments.study import (
 )
 from experiments.tables import markdown, publish
 from orchmoe import OrchMoEConfig
-from program import UserError
+from support import program
+from support.program import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 

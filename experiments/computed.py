@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import checkpoint
-import program
 from baselines import attach_method
 from experiments.tables import table
 from llama import LlamaConfig
 from model import Backbone, Config
 from orchmoe import OrchMoEConfig
+from support import program
 from t5 import T5Config
 
 B, LS, LT = 8, 512, 128

@@ -38,11 +38,11 @@ from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-import program
 from baselines import attach_method, without_adapters
 from experiments.computed import MODELS, allocate
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from support import program
 
 BLOCKS = {  # model, and which of its blocks it is
     "T5-base encoder": ("T5-base", 0),

@@ -31,13 +31,12 @@ from torch import Tensor
 import data
 import eval as evaluation
 import metrics
-import program
 import run_folder
-import runtime
 from data import Example
 from model import Backbone
 from orchmoe import Adapters
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 from tokenizer import Tokenizer
 
 SHOWN = 3  # samples of each task that can be chosen

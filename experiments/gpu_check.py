@@ -19,11 +19,10 @@ from functools import partial
 import numpy as np
 import torch
 
-import program
-import runtime
 import train
 from experiments import bench
 from experiments.bench import OURS, Setup
+from support import program, runtime
 
 
 @dataclass(frozen=True)

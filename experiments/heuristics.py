@@ -15,9 +15,9 @@ from pathlib import Path
 
 import data
 import eval as evaluation
-import program
 import tokenizer
-from program import UserError
+from support import program
+from support.program import UserError
 
 KINDS = ("copy-demo", "copy-input")
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-import program
 from experiments import plot
 from experiments.study import read_tuning
 from experiments.tables import (
@@ -37,7 +36,8 @@ from experiments.tables import (
     table,
     tuning_table,
 )
-from program import UserError
+from support import program
+from support.program import UserError
 
 RESULTS = program.ROOT / "experiments/results/map"
 ROWS = ("lora", "orchmoe", "floor", "ceiling")

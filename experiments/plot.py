@@ -6,7 +6,7 @@ The colours can be told apart by the colour-blind (Okabe and Ito).
 from pathlib import Path
 from typing import Any
 
-import program
+from support import program
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = "osD^"

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 import data
-import program
 from experiments.study import (
     Cell,
     Row,
@@ -30,7 +29,8 @@ from experiments.study import (
     read_study,
     subset,
 )
-from program import UserError
+from support import program
+from support.program import UserError
 
 RESULTS = program.ROOT / "experiments/results/replication"
 EARLIER_TASKS = program.ROOT / "experiments/results/decision/tasks.json"

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-import program
 from experiments import plot
 from experiments.replication import EQUAL, FIRST_SEED, FROZEN, REPLICATES, RESULTS
 from experiments.study import file_name
 from experiments.tables import Difference, TablesConfig, publish, signed, t_quantile, table
-from program import UserError
+from support import program
+from support.program import UserError
 
 MARGIN = 0.02  # nats; a smaller difference counts as none
 SEEDS = range(FIRST_SEED, FIRST_SEED + REPLICATES)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import runtime
 from experiments.sizes import attach_larger
 from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
+from support import runtime
 
 
 class RandomRouter(TaskRouter):

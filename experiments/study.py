@@ -40,9 +40,7 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
-import program
 import run_folder
-import runtime
 import tokenizer as tokenizers
 import train
 from baselines import OWN_METHODS, count_parameters, load_method
@@ -53,7 +51,8 @@ from experiments.search import AXES, Search, axes_of
 from experiments.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-import program
-from program import UserError
+from support import program
+from support.program import UserError
 
 METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
 COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))

@@ -26,13 +26,12 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
-import program
 import run_folder
-import runtime
 from integrations.peft_folder import fingerprint, save_peft
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
-from program import UserError
+from support import program, runtime
+from support.program import UserError
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these

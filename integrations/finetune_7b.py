@@ -13,7 +13,7 @@ prompts, which must be written as in the data.
     python -m integrations.finetune_7b --model Qwen3-8B --out run --ask "Hot is not" "Up is not"
     python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
 
-To use it elsewhere, copy this file, trainer.py, program.py and orchmoe.py.
+To use it elsewhere, copy this file, trainer.py, support/program.py and orchmoe.py.
 Test: pytest tests/parity/test_trainer.py
 """
 
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-import program
 from integrations.trainer import ADAPTER_FILE, RoutedTraining
 from orchmoe import OrchMoEConfig, attach
-from program import UserError
+from support import program
+from support.program import UserError
 
 try:
     from datasets import Dataset

@@ -25,9 +25,9 @@ from torch import Tensor
 import checkpoint
 import kernels
 import orchmoe
-import program
 from orchmoe import Adapters, SkillLinear
-from program import UserError
+from support import program
+from support.program import UserError
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 

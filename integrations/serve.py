@@ -22,11 +22,11 @@ import torch
 
 import checkpoint
 import data
-import program
 import tokenizer
 from integrations.peft_folder import fingerprint, load_peft
 from orchmoe import OrchMoEConfig, TaskRouter
-from program import UserError
+from support import program
+from support.program import UserError
 
 
 class Router:

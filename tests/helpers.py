@@ -25,13 +25,13 @@ from torch import nn
 import checkpoint
 import data
 import eval as evaluation
-import runtime
 from baselines import attach_method
 from experiments.random_t5 import init_weights
 from llama import Llama, LlamaConfig
 from model import IGNORED
 from orchmoe import OrchMoEConfig
-from program import read_json, run_program, warn, write_json
+from support import runtime
+from support.program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer

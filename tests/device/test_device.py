@@ -20,9 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import data
-import program
 import run_folder
-import runtime
 import train
 from baselines import METHODS, OWN_METHODS, load_method
 from experiments import gpu_check
@@ -38,6 +36,7 @@ from helpers import (
     small_model,
     trace,
 )
+from support import program, runtime
 
 # --------------------------------------------------------------------------------------- the device
 

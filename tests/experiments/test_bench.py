@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import orchmoe
-import runtime
 from experiments import bench
 from helpers import LLAMA_SIZES, ROOT
+from support import runtime
 
 transformers = pytest.importorskip("transformers")
 if not hasattr(pytest.importorskip("peft"), "LilyConfig"):

@@ -16,7 +16,6 @@ import torch
 
 import data
 import eval as evaluation
-import program
 import run_folder
 import train
 from baselines import attach_method
@@ -26,6 +25,7 @@ from experiments.study import Cell, Row, StudyConfig
 from helpers import CPU, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
+from support import program
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import map as routing_map
 from experiments.tables import paired
-from program import UserError
+from support.program import UserError
 
 RESULTS = routing_map.RESULTS
 

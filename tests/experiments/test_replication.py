@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import data
-import program
 from experiments import replication, replication_analysis
 from experiments.study import kind_of_cpu
 from helpers import ROOT, run
+from support import program
 
 ROWS = ("orchmoe", "lora", "frozen_router")
 

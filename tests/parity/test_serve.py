@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
-import program
 import run_folder
 from experiments import explorer
 from helpers import CPU, ROOT, run, seeded_generator, stir
-from program import read_json, write_json
+from support import program
+from support.program import read_json, write_json
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -39,7 +39,7 @@ from integrations.trainer import (  # noqa: E402
     prompt_mask,
 )
 from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
-from program import UserError  # noqa: E402
+from support.program import UserError  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.

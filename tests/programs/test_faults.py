@@ -21,13 +21,13 @@ import torch
 
 import checkpoint
 import data
-import program
 import run_folder
 import train
 from experiments import study
 from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run, trace
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
+from support import program
 from tokenizer import load as load_tokenizer
 
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--batch-size", "2", "--out"]

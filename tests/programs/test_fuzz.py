@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 import checkpoint
 import data
 import metrics
-import program
 import tokenizer
 from helpers import (
     LLAMA3_ROPE,
@@ -31,6 +30,7 @@ from helpers import (
     write_words,
 )
 from integrations import peft_folder
+from support import program
 
 pytest.importorskip("hypothesis")
 from hypothesis import example, given  # noqa: E402

@@ -9,7 +9,6 @@ import pytest
 
 import data
 import eval as evaluation
-import program
 import run_folder
 import train
 from experiments import explorer
@@ -30,7 +29,8 @@ from helpers import (
     write_words,
 )
 from integrations import serve
-from program import read_json, write_json
+from support import program
+from support.program import read_json, write_json
 from tokenizer import load as load_tokenizer
 
 BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()

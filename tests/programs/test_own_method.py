@@ -31,8 +31,8 @@ from helpers import (
     trace,
 )
 from orchmoe import Method, OrchMoEConfig, TaskRouter, attach
-from program import UserError, read_json
 from run_folder import RunFolder
+from support.program import UserError, read_json
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
 OWN = '''

@@ -21,9 +21,7 @@ import checkpoint
 import data
 import eval as evaluation
 import orchmoe
-import program
 import run_folder
-import runtime
 import train
 from baselines import METHODS, attach_method
 from helpers import (
@@ -45,7 +43,8 @@ from helpers import (
     write_task,
 )
 from orchmoe import OrchMoEConfig
-from program import read_json
+from support import program, runtime
+from support.program import read_json
 from tokenizer import load as load_tokenizer
 
 RESUME_RUN = [*RESUME, "run"]

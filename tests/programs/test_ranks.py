@@ -22,14 +22,13 @@ import torch
 
 import checkpoint
 import data
-import program
-import runtime
 import t5
 import train
 from baselines import attach_method
 from experiments.random_t5 import init_weights
 from helpers import ROOT, SMALL_T5, interrupted, process, records, run, torchrun
 from orchmoe import OrchMoEConfig
+from support import program, runtime
 from tokenizer import load as load_tokenizer
 
 CPU = torch.device("cpu")

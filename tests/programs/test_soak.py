@@ -20,7 +20,8 @@ DYING = """
 import io, os, runpy, signal, sys
 folder, stage, remaining = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.path.insert(0, folder)
-import program, train
+import train
+from support import program
 
 def reached(name):
     global remaining

@@ -13,7 +13,7 @@ import eval as evaluation
 import run_folder
 import train
 from helpers import CPU, RESUME, ROOT, change_config, interrupted, run, trace, write_lists
-from program import read_json
+from support.program import read_json
 
 SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
 SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()

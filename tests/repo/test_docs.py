@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-import program
 import t5
 from baselines import attach_method, count_parameters
 from docs import architecture
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
+from support import program
 
 # ----------------------------------------------------------------------------- pages from scripts
 

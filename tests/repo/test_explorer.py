@@ -16,7 +16,7 @@ import torch
 from docs import annotate
 from experiments import explorer
 from helpers import ROOT, change_config, interrupted, run, seeded_generator, stir
-from program import UserError
+from support.program import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

@@ -9,7 +9,7 @@ import sys
 from unittest import mock
 
 from helpers import ROOT
-from program import Parser
+from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
 NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check", "map", "replication")

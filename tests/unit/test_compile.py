@@ -17,7 +17,6 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-import program
 import run_folder
 import train
 from baselines import METHODS, load_method
@@ -31,6 +30,7 @@ from helpers import (
     trace,
 )
 from model import Backbone
+from support import program
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import data
-import program
 from data import (
     Batches,
     DataConfig,
@@ -40,6 +39,7 @@ from helpers import (
     write_task,
     write_words,
 )
+from support import program
 from tokenizer import load as load_tokenizer
 
 

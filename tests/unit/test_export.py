@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 import data
 import eval as evaluation
 import run_folder
-import runtime
 from helpers import (
     EXPORT_CONFIG,
     ROOT,
@@ -28,6 +27,7 @@ from helpers import (
 from integrations import export
 from integrations.peft_folder import fingerprint, load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter, attach
+from support import runtime
 
 K = EXPORT_CONFIG.abstract_tasks
 EXPORT = "integrations/export.py"

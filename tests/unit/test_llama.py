@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import eval as evaluation
-import runtime
 from baselines import without_adapters
 from helpers import (
     LLAMA3_ROPE,
@@ -35,6 +34,7 @@ from helpers import (
     write_words,
 )
 from llama import LlamaConfig, causal_attention
+from support import runtime
 
 
 def test_predictions_end_at_any_eos(llama_pair, llama_batch):

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import checkpoint
-import program
 import run_folder
 import train
 from baselines import attach_method
 from helpers import change_config, records, seeded_generator
 from orchmoe import OrchMoEConfig
-from program import UserError
 from run_folder import RunConfig, RunFolder, new_folder, read_config
+from support import program
+from support.program import UserError
 
 # ----------------------------------------------------------------------------------------- the lock
 

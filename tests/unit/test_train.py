@@ -12,7 +12,6 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
-import program
 import train
 from baselines import attach_method
 from helpers import (
@@ -26,6 +25,7 @@ from helpers import (
     run,
 )
 from orchmoe import OrchMoEConfig
+from support import program
 
 DEFAULTS = train.TrainConfig()
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import program
-from program import UserError
+from support import program
+from support.program import UserError
 
 # --------------------------------------------------------------------------------------- device
 

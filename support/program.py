@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 # In bytes; they bound the memory that a damaged or hostile file can take.
 LARGEST_JSON = 2**28
 LARGEST_LINE = 10**6  # of a JSONL file
