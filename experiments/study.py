@@ -12,7 +12,7 @@ are not made again, unfinished runs resume, and a cell of other settings is refu
     points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
     study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="answers"))
 
-compare.py and replication.py are studies; map.py has the tables of an older one.
+compare.py and replication.py are studies.
 Test: pytest tests/experiments/test_compare.py
 """
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from support import program
-from support.program import UserError
 
 METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
 COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))
@@ -23,7 +22,6 @@ ROUTER = {  # numbers of routing.report
     "distance_from_equal": "mean abs(c - 1/S)",
 }
 Difference = tuple[float, float, float]  # mean, low, high
-Group = dict[int, dict[str, Any]]  # the cells of a row by seed
 
 
 @dataclass(frozen=True)
@@ -104,21 +102,6 @@ def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarra
 def by_seed(cells: Iterable[dict], which: str, metric: str = "loss") -> np.ndarray:
     """Return the scores (T, seeds) of cells that are one for each seed."""
     return np.stack([by_task(cell, which, metric) for cell in cells], axis=1)
-
-
-def paired(one: Group, other: Group, which: str) -> np.ndarray:
-    """Return the differences in loss, one - other (T, seeds), of the seeds that both have."""
-    cells = []
-    for group in (one, other):
-        cells.append([group[seed] for seed in sorted(one.keys() & other.keys())])
-    for first, second in zip(*cells, strict=True):
-        if first[which]["tasks"].keys() != second[which]["tasks"].keys():
-            raise UserError(f"the cells of two rows have different {which} tasks")
-        for name in ("cpu", "computed"):  # kind of CPU; device and dtype. Older cells lack them
-            made_on = [cell.get("settings", {}).get(name) for cell in (first, second)]
-            if made_on[0] != made_on[1]:
-                raise UserError(f"the cells of two rows differ in {name!r}: {made_on}")
-    return by_seed(cells[0], which) - by_seed(cells[1], which)
 
 
 # --------------------------------------------------------------------------------------- Markdown

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import tables
+from helpers import ROOT
+from support import program
 
 
 def test_t_quantile():
@@ -57,6 +59,23 @@ def test_interval_of_known_differences(values, half):
     mean = values.mean()
     expected = pytest.approx((mean, mean - half, mean + half), nan_ok=True)
     assert tables.interval(values) == expected
+
+
+@pytest.mark.parametrize(
+    "folder, published",
+    [
+        ("map/centre/cells", "-0.050 [-0.104, +0.003]"),
+        ("map/total-rank-16/cells", "-0.059 [-0.095, -0.023]"),
+        ("decision/cells", "-0.022 [-0.046, +0.002]"),
+    ],
+)
+def test_interval_gives_the_published_differences(folder, published):
+    losses = {}
+    for row in ("orchmoe", "lora"):
+        paths = [ROOT / f"experiments/results/{folder}/{row}-s{seed}.json" for seed in range(5)]
+        losses[row] = tables.by_seed(map(program.read_json, paths), "seen")
+    difference = tables.interval(losses["orchmoe"] - losses["lora"])
+    assert tables.signed(difference) == published
 
 
 def test_markdown_pairs_tasks_and_seeds():
