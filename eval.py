@@ -30,6 +30,7 @@ from model import Backbone
 from orchmoe import Adapters, Routing
 from support import program, runtime
 from support.program import UserError
+from tasks import FILE_FIELDS, DataConfig
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
@@ -293,7 +294,7 @@ def answer(
     adapters: Adapters,
     tokenizer: Tokenizer,
     config: EvalConfig,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     run: run_folder.RunConfig | None,
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
@@ -318,7 +319,7 @@ def answer(
 
 def load_examples(
     config: EvalConfig,
-    data_config: data.DataConfig,
+    data_config: DataConfig,
     run: run_folder.RunConfig | None,
     tokenizer: Tokenizer,
 ) -> tuple[list[Example], str]:
@@ -333,9 +334,9 @@ def load_examples(
         raise UserError(f"--split {config.split}: there is no instance to score; choose another")
     if run:
         kind = "test" if config.split == "test" else "train"
-        own = run.section(data.DataConfig, "dataset")
+        own = run.section(DataConfig, "dataset")
         changed = set()
-        for name in data.FILE_FIELDS:
+        for name in FILE_FIELDS:
             if getattr(data_config, name) != getattr(own, name):
                 changed.add(name)
         own_limit = own.max_tasks or math.inf  # 0 stands for all tasks
@@ -353,7 +354,7 @@ def load_examples(
 
 
 def refuse_idle_flags(
-    flags: dict[str, Any], config: EvalConfig, data_config: data.DataConfig, is_full: bool
+    flags: dict[str, Any], config: EvalConfig, data_config: DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
     idle = data_config.idle | {"max_target_length"}  # references stay uncut; see --max-new-tokens
@@ -377,15 +378,15 @@ def refuse_idle_flags(
 
 def main() -> None:
     # Settings. A run has its own data settings, which flags override.
-    flags = program.read_flags(__doc__, EvalConfig, data.DataConfig)
+    flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_config(config.run) if config.run else None
     if config.method:
         run_folder.load_own_method(run, config.method)
-    saved = vars(run.section(data.DataConfig, "dataset")) if run else {}
+    saved = vars(run.section(DataConfig, "dataset")) if run else {}
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
-    data_config = program.from_flags(data.DataConfig, saved | flags)
+    data_config = program.from_flags(DataConfig, saved | flags)
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
     is_full = run is not None and run.training["method"] == "full"

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
-import data
 from baselines import attach_method, load_method, method_class, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
@@ -380,7 +380,7 @@ def load(
     tokenizer = load_tokenizer(path)
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
-        is_official = config.section(data.DataConfig, "dataset").is_official
+        is_official = config.section(DataConfig, "dataset").is_official
         if tokenizer.one_row and not is_official and "forms" not in config.rule:
             raise UserError(f"{run}: {OLDER}")
         if not full:

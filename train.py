@@ -35,12 +35,13 @@ from baselines import (
     method_class,
     settings_of_method,
 )
-from data import Batch, DataConfig, Examples
+from data import Batch, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, kind_of, new_folder, read_config
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 

@@ -40,8 +40,9 @@ LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q",
 # The code that makes the run and its numbers.
 CODE = (
     *("orchmoe.py", "kernels.py", "baselines.py", "model.py", "t5.py", "checkpoint.py"),
-    *("tokenizer.py", "data.py", "metrics.py", "run_folder.py", "support/program.py"),
-    *("support/runtime.py", "eval.py", "train.py", "docs/numbers.py", "experiments/explorer.py"),
+    *("tokenizer.py", "tasks.py", "data.py", "metrics.py", "run_folder.py"),
+    *("support/program.py", "support/runtime.py", "eval.py", "train.py"),
+    *("docs/numbers.py", "experiments/explorer.py"),
 )
 
 

@@ -53,6 +53,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R
@@ -667,7 +668,7 @@ def bench_generate(setup: Setup) -> list[str]:
     model.eval()
     tokenizer = tokenizers.load(setup.model or program.ROOT / "tiny")
     tasks = setup.choose(4, 0)
-    options = data.DataConfig(data=setup.data, max_tasks=tasks, max_source_length=longest)
+    options = DataConfig(data=setup.data, max_tasks=tasks, max_source_length=longest)
     examples = data.load_sets(options, tokenizer, ["test"])["test"]
     examples = data.subsample(examples, count)
     texts = {}

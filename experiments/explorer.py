@@ -32,11 +32,13 @@ import data
 import eval as evaluation
 import metrics
 import run_folder
+import tasks
 from data import Example
 from model import Backbone
 from orchmoe import Adapters
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig, prompt_of
 from tokenizer import Tokenizer
 
 SHOWN = 3  # samples of each task that can be chosen
@@ -45,8 +47,8 @@ LONGEST_ANSWER = 64  # tokens
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # The examples of a task are together.
-read_task = functools.lru_cache(1)(data.read_task)
-read_rows = functools.lru_cache(1)(data.read_rows)
+read_task = functools.lru_cache(1)(tasks.read_task)
+read_rows = functools.lru_cache(1)(tasks.read_rows)
 
 
 class Loaded(NamedTuple):
@@ -56,7 +58,7 @@ class Loaded(NamedTuple):
     adapters: Adapters
     tokenizer: Tokenizer
     config: run_folder.RunConfig
-    data_config: data.DataConfig
+    data_config: DataConfig
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
 
 
@@ -71,7 +73,7 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     if adapters.router is None:
         raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
-    data_config = config.section(data.DataConfig, "dataset")
+    data_config = config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
     sets = data.load_sets(data_config, tokenizer, training=config.tasks)
@@ -155,12 +157,12 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     """Return the input and the prompt of an example, seen or unseen, as text."""
     config = loaded.data_config
     if config.is_jsonl:
-        tasks = read_rows(config.data if kind == "seen" else config.test)
-        task = next(task for task in tasks if task["name"] == example.task)
+        found = read_rows(config.data if kind == "seen" else config.test)
+        task = next(task for task in found if task["name"] == example.task)
     else:
         task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
     instance = task["instances"][example.position]
-    return instance["input"], data.prompt_of(task, instance, loaded.tokenizer, config)
+    return instance["input"], prompt_of(task, instance, loaded.tokenizer, config)
 
 
 def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
@@ -330,9 +332,9 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         prompt = request["prompt"]
         references = [*request["references"]]
         w = request["w"]
-        data.require_text("prompt", prompt)
+        program.require_text("prompt", prompt)
         for reference in references:
-            data.require_text("reference", reference)
+            program.require_text("reference", reference)
     if w is not None:
         K = loaded.adapters.config.abstract_tasks
         with program.reading("w", f"give {K} finite numbers"):

@@ -15,16 +15,18 @@ from pathlib import Path
 
 import data
 import eval as evaluation
+import tasks
 import tokenizer
 from support import program
 from support.program import UserError
+from tasks import DataConfig
 
 KINDS = ("copy-demo", "copy-input")
 
 
 def copy_heuristic(kind: str, root: str, examples: Sequence[data.Example]) -> list[str]:
     """Return the predictions of a heuristic for examples of the task files in `root`."""
-    read_task = functools.lru_cache(1)(data.read_task)  # examples of a task are together
+    read_task = functools.lru_cache(1)(tasks.read_task)  # examples of a task are together
     predictions = []
     for example in examples:
         path = Path(root) / "tasks" / f"{example.task}.json"
@@ -45,7 +47,7 @@ def main() -> None:
     flags = parser.parse_args()
 
     words = tokenizer.load(program.ROOT / "tiny")  # texts are copied, so any tokenizer will do
-    examples = data.load_sets(data.DataConfig(data=flags.data), words, ["test"])["test"]
+    examples = data.load_sets(DataConfig(data=flags.data), words, ["test"])["test"]
     predictions = copy_heuristic(flags.kind, flags.data, examples)
     scores = evaluation.score(examples, predictions)
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())

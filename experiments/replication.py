@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-import data
 from experiments.study import (
     Cell,
     Row,
@@ -31,6 +30,7 @@ from experiments.study import (
 )
 from support import program
 from support.program import UserError
+from tasks import read_task
 
 RESULTS = program.ROOT / "experiments/results/replication"
 EARLIER_TASKS = program.ROOT / "experiments/results/decision/tasks.json"
@@ -82,7 +82,7 @@ def draw_tasks(folder: Path, candidates: Sequence[str]) -> dict[str, list[str]]:
     """
     different = []
     for name in sorted(candidates):
-        instances = data.read_task(folder / "tasks" / f"{name}.json")["instances"][:100]
+        instances = read_task(folder / "tasks" / f"{name}.json")["instances"][:100]
         if len({instance["input"] for instance in instances}) == 100:
             different.append(name)
     needed = REPLICATES * TRAIN_TASKS

@@ -53,9 +53,10 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
-SETTINGS = (train.TrainConfig, data.DataConfig, OrchMoEConfig)
+SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "start", "trainable")
 # A cell that scores "replicate" answers so many instances of each task, with so many tokens.
 ANSWERED = 5
@@ -498,7 +499,7 @@ def kind_of_cpu() -> str:
 
 
 @functools.cache
-def facts_of(config: data.DataConfig, model: str) -> tuple[dict[str, str], int]:
+def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
     """Return fingerprints of base, tokenizer and tasks, and the number of training tasks."""
     tokenizer = tokenizers.load(model)
     sets = data.load_sets(config, tokenizer)

@@ -32,6 +32,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
@@ -134,7 +135,7 @@ def mean_routing(
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
         raise UserError("--mean: the run has no router; give --w")
-    data_config = run.section(data.DataConfig, "dataset")
+    data_config = run.section(DataConfig, "dataset")
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.load_sets(data_config, tokenizer, ["dev"], training=run.tasks)["dev"]
@@ -149,7 +150,7 @@ def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, An
         like a row of JSONL, and `wrapper` says that it has SNI's form.
     ending: what every prompt ends in: an empty line, if all rows of a decoder have instructions.
     """
-    config = run.section(data.DataConfig, "dataset")
+    config = run.section(DataConfig, "dataset")
     dataset = {
         "data": ".jsonl",
         "wrapper": config.is_official,

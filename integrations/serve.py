@@ -27,6 +27,7 @@ from integrations.peft_folder import fingerprint, load_peft
 from orchmoe import OrchMoEConfig, TaskRouter
 from support import program
 from support.program import UserError
+from tasks import DataConfig
 
 
 class Router:
@@ -78,7 +79,7 @@ class RunTokenizer:
             if self.tokenizer.fingerprint != rule["tokenizer"]:
                 raise ValueError(f"the tokenizer in {base} is another one")
             self.ending = rule["ending"]
-            self.config = program.from_json(data.DataConfig, rule["dataset"])
+            self.config = program.from_json(DataConfig, rule["dataset"])
 
     def encode(self, prompt):
         if not prompt.endswith(self.ending):

@@ -30,9 +30,12 @@ from helpers import (  # noqa: E402
     random_batch,
     run,
     sentences,
+    task_json,
     train_pieces,
     write_decoder,
+    write_lists,
     write_pieces,
+    write_task,
 )
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
@@ -207,3 +210,15 @@ def corpus():
     lines = [task["Definition"][0], "Output: 12 345", "Hello, world"]
     lines += [instance["input"] for instance in task["Instances"]]
     return "\n".join(lines).splitlines()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Return a folder with three training tasks, a test task, and files that are no tasks."""
+    folder = tmp_path / "sni"
+    for name, n in (("task3_c", 10), ("task1_a", 30), ("task2_b", 40), ("task9_t", 3)):
+        write_task(folder, name, task_json(n))
+    for name in ("README.md", ".DS_Store", "task1_a.json.swp"):
+        (folder / "tasks" / name).write_bytes(b"\xff not a task")
+    write_lists(folder, ["task3_c", "task1_a", "task2_b"], ["task9_t"])
+    return folder

@@ -228,6 +228,11 @@ def write_rows(path, rows):
     return path
 
 
+def own_rows(count, **more):
+    """Return rows of a JSONL file with different prompts."""
+    return [{"prompt": f"Say {i}.", "completion": f"{i}", **more} for i in range(count)]
+
+
 def make_example(name, source, targets, index=0):
     """Return an example with these token ids."""
     return data.Example(

@@ -14,7 +14,6 @@ import time
 import pytest
 import torch
 
-import data
 import eval as evaluation
 import run_folder
 import train
@@ -26,6 +25,7 @@ from helpers import CPU, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
 from support import program
+from tasks import read_splits
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +412,7 @@ def test_compare_refuses_a_wrong_command_line(home, flags, words):
 def test_subset_has_only_these_tasks(tmp_path):
     task = "task201_opposite_of_second_word"
     folder = study.subset(tmp_path / "one", ROOT / "sni", [task])
-    assert data.read_splits(folder) == {"train": [task], "test": []}
+    assert read_splits(folder) == {"train": [task], "test": []}
     with open(folder / "splits/default/train_tasks.txt") as read:  # by another process
         study.subset(folder, tmp_path / "moved", ["task1"])
         assert read.read() == f"{task}\n"

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-import data
 from experiments import replication, replication_analysis
 from experiments.study import kind_of_cpu
 from helpers import ROOT, run
 from support import program
+from tasks import read_splits
 
 ROWS = ("orchmoe", "lora", "frozen_router")
 
@@ -20,7 +20,7 @@ ROWS = ("orchmoe", "lora", "frozen_router")
 def small(monkeypatch, tmp_path):
     """Return flags of a computation with two replicates of two tasks and of two steps."""
     earlier = tmp_path / "tasks.json"
-    program.write_json(earlier, {"left out": data.read_splits(ROOT / "sni")["train"][:5]})
+    program.write_json(earlier, {"left out": read_splits(ROOT / "sni")["train"][:5]})
     sizes = {"REPLICATES": 2, "TRAIN_TASKS": 2, "EARLIER_TASKS": earlier}
     for name, value in sizes.items():
         monkeypatch.setattr(replication, name, value)

@@ -6,8 +6,8 @@ import json
 import pytest
 
 import metrics
-from data import read_task, render_prompt
 from helpers import Bytes
+from tasks import read_task, render_prompt
 
 
 def test_prompts_equal_the_official_ones(sni_dir, golden_dir):

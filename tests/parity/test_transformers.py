@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import data
 import t5 as t5_module
 import tokenizer
 from checkpoint import fingerprint, load, mapped, read_safetensors, save
@@ -33,6 +32,7 @@ from helpers import (
 from llama import LlamaConfig
 from model import IGNORED
 from t5 import T5
+from tasks import read_splits, read_task, render_prompt
 
 transformers = pytest.importorskip("transformers")
 
@@ -190,9 +190,9 @@ def test_smollm2_answers_real_prompts_as_in_transformers(count, smollm2_dir, sni
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
     sources = []
-    for name in data.read_splits(sni_dir)["test"][:count]:
-        task = data.read_task(sni_dir / "tasks" / f"{name}.json")
-        prompt = data.render_prompt(task, task["instances"][0], words, max_source_length=400)
+    for name in read_splits(sni_dir)["test"][:count]:
+        task = read_task(sni_dir / "tasks" / f"{name}.json")
+        prompt = render_prompt(task, task["instances"][0], words, max_source_length=400)
         sources.append(torch.tensor(words.source(prompt)))
         assert sources[-1].tolist() == theirs(prompt.removesuffix(" "))["input_ids"]
     for start in range(0, count, 5):

@@ -28,6 +28,7 @@ from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run, t
 from integrations.peft_folder import load_peft
 from run_folder import RunFolder
 from support import program
+from tasks import read_splits, read_task
 from tokenizer import load as load_tokenizer
 
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--batch-size", "2", "--out"]
@@ -113,8 +114,8 @@ READERS = {
     "adapter_model.bin": of_folder(load_peft),
     "spiece.model": of_folder(load_tokenizer),
     "tokenizer.json": of_folder(load_tokenizer),
-    "task1_a.json": data.read_task,
-    "splits/default/train_tasks.txt": lambda path: data.read_splits(path.parents[2]),
+    "task1_a.json": read_task,
+    "splits/default/train_tasks.txt": lambda path: read_splits(path.parents[2]),
     "scores.json": program.read_json,
     "metrics.jsonl": of_folder(study.log_of),
     "x.tokens": read_cache,

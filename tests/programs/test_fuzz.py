@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
-import data
 import metrics
 import tokenizer
 from helpers import (
@@ -31,6 +30,7 @@ from helpers import (
 )
 from integrations import peft_folder
 from support import program
+from tasks import read_task, render_prompt
 
 pytest.importorskip("hypothesis")
 from hypothesis import example, given  # noqa: E402
@@ -130,12 +130,12 @@ TASK = program.to_json(task_json(3))
 
 @given(damaged_or_changed(TASK))
 def test_tasks(folder, content):
-    task = read(data.read_task, folder / "task1_a.json", content, TASK)
+    task = read(read_task, folder / "task1_a.json", content, TASK)
     if task is not None:
         assert task["instances"]
         for instance in task["instances"]:
             assert instance["output"]
-            data.render_prompt(task, instance, Bytes()).encode()
+            render_prompt(task, instance, Bytes()).encode()
 
 
 SMALL = safetensors_bytes(
@@ -291,9 +291,7 @@ def test_prompts(definition, text, positive, negative, has_definition, limit):
     task = {"definition": definition, "positive": positive, "negative": negative}
 
     def render(**options):
-        return data.render_prompt(
-            task, {"input": text}, Bytes(), definition=has_definition, **options
-        )
+        return render_prompt(task, {"input": text}, Bytes(), definition=has_definition, **options)
 
     prompt = render(num_pos=3, num_neg=2, explanation=True, max_source_length=limit)
     assert len(Bytes().encode(prompt)) <= limit + 1

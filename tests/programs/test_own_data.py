@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 
-import data
 import eval as evaluation
 import run_folder
 import train
@@ -31,6 +30,7 @@ from helpers import (
 from integrations import serve
 from support import program
 from support.program import read_json, write_json
+from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
 BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
@@ -131,7 +131,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
 
     # Evaluation.
     run_config = run_folder.read_config("run")
-    data_config = run_config.section(data.DataConfig, "dataset")
+    data_config = run_config.section(DataConfig, "dataset")
     eval_config = evaluation.EvalConfig(run="run", split="train")
     examples, _ = evaluation.load_examples(eval_config, data_config, run_config, tokenizer)
     (scored,) = [example for example in examples if example.id == batch.ids[0]]

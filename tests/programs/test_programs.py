@@ -45,6 +45,7 @@ from helpers import (
 from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import read_json
+from tasks import DataConfig, read_splits
 from tokenizer import load as load_tokenizer
 
 RESUME_RUN = [*RESUME, "run"]
@@ -271,7 +272,7 @@ def test_moved_base_and_data_are_given_with_flags(copied):
 
 def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     saved = run_folder.read_config(copied)
-    own_data = saved.section(data.DataConfig, "dataset")
+    own_data = saved.section(DataConfig, "dataset")
     tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
     program.warn.cache_clear()
@@ -430,7 +431,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     sizes = "--steps 10 --batch-size 4 --warmup 5 --eval-instances 8 --device cpu --out run"
     run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
     tasks = program.read_json(home / "run/config.json")["tasks"]
-    assert len(tasks) == len(data.read_splits(sni_dir)["train"])
+    assert len(tasks) == len(read_splits(sni_dir)["train"])
     assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
 
 

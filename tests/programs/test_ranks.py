@@ -29,6 +29,7 @@ from experiments.random_t5 import init_weights
 from helpers import ROOT, SMALL_T5, interrupted, process, records, run, torchrun
 from orchmoe import OrchMoEConfig
 from support import program, runtime
+from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def trace(shard, accumulate, method):
     Return the loss and the norm of the gradient of each step, and the final adapter.
     """
     config = train.TrainConfig(batch_size=7, accumulate=accumulate, warmup=0, steps=60)
-    data_config = data.DataConfig(max_tasks=6, max_source_length=48)
+    data_config = DataConfig(max_tasks=6, max_source_length=48)
     tokenizer = load_tokenizer(config.model)
     examples = data.load_sets(data_config, tokenizer, ["train"])["train"]
 

@@ -14,6 +14,7 @@ import run_folder
 import train
 from helpers import CPU, RESUME, ROOT, change_config, interrupted, run, trace, write_lists
 from support.program import read_json
+from tasks import DataConfig
 
 SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
 SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()
@@ -80,7 +81,7 @@ def trained(home, monkeypatch):
     """Return base and adapters of the finished run, and training examples of the other task."""
     monkeypatch.chdir(home)
     base, adapters, tokenizer = run_folder.load(CPU, run="run")
-    config = data.DataConfig(data="data", train_instances=16)
+    config = DataConfig(data="data", train_instances=16)
     return base, adapters, data.load_sets(config, tokenizer)["train"]
 
 
@@ -138,7 +139,7 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     (home / "tiny").symlink_to(ROOT / "tiny")
     snippet = snippet.replace('"lora-a", "lora-b"', '"served/abstract-1", "served/abstract-2"')
     short = "steps=4, eval_every=4, batch_size=8, eval_instances=8, warmup=0"
-    names = {"few": data.DataConfig(max_tasks=2, train_instances=16, max_source_length=64)}
+    names = {"few": DataConfig(max_tasks=2, train_instances=16, max_source_length=64)}
     exec(snippet.replace("steps=600)", f"{short}), few"), names)
     assert read_json(home / "runs/loras/scores.json").keys() == {"start", "orchmoe"}
 

@@ -120,7 +120,9 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
 
 def test_notes_name_what_exists():
     root = annotate.DOCS.parent
-    code = "".join((root / name).read_text() for name in ("orchmoe.py", "kernels.py", "data.py"))
+    code = "".join(
+        (root / name).read_text() for name in ("orchmoe.py", "kernels.py", "tasks.py", "data.py")
+    )
     tests = "".join(path.read_text() for path in root.glob("tests/*/test_*.py"))
     text = notes.TEXT.read_text(encoding="utf-8")
     for name in re.findall(r"`([a-z_]\w+)", text):

@@ -29,6 +29,7 @@ LEVEL = {
     "llama": 2,
     "tokenizer": 1,
     "checkpoint": 3,
+    "tasks": 2,
     "data": 3,
     "run_folder": 4,
     "eval": 5,

@@ -28,6 +28,7 @@ from integrations import export
 from integrations.peft_folder import fingerprint, load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 from support import runtime
+from tasks import DataConfig
 
 K = EXPORT_CONFIG.abstract_tasks
 EXPORT = "integrations/export.py"
@@ -68,7 +69,7 @@ def load_run(folder):
 def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, monkeypatch):
     """The mean is that of dev, from the data in its new place."""
     base, adapters, tokenizer = load_run(copied)
-    config = run_folder.read_config(copied).section(data.DataConfig, "dataset")
+    config = run_folder.read_config(copied).section(DataConfig, "dataset")
     dev = data.load_sets(config, tokenizer, ["dev"])["dev"]
     _, w = evaluation.measure(base, adapters, dev)
 

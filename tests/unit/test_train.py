@@ -26,6 +26,7 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig
 from support import program
+from tasks import DataConfig
 
 DEFAULTS = train.TrainConfig()
 
@@ -211,7 +212,7 @@ def first_step(tmp_path, monkeypatch):
         monkeypatch.setattr(train, "train_step", end)
         settings = train.Settings(
             training=train.TrainConfig(**options),
-            dataset=data.DataConfig(max_tasks=3, train_instances=8),
+            dataset=DataConfig(max_tasks=3, train_instances=8),
         )
         launch = train.LaunchConfig(out=tempfile.mkdtemp(dir=tmp_path))
         with pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import program
+from program import UserError
+
 from experiments import decision, replication
 from experiments.study import (
     Cell,
@@ -22,7 +24,6 @@ from experiments.study import (
     read_study,
     subset,
 )
-from program import UserError
 
 RESULTS = Path(__file__).parent
 CPU_OF_CELLS = "AMD EPYC, 25, 17"

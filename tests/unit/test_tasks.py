@@ -1,0 +1,252 @@
+"""Tests of tasks.py: task files, split lists, rows, both splits, the prompt.
+
+parity/test_official_sni.py compares prompts with the official ones.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from helpers import Bytes, own_rows, task_json, write_lists, write_rows, write_task
+from support import program
+from tasks import (
+    NO_TASK,
+    read_rows,
+    read_splits,
+    read_task,
+    render_prompt,
+    split_instances,
+    split_rows,
+)
+
+# --------------------------------------------------------------------------------- tasks and splits
+
+
+def test_read_task_accepts_older_and_odd_forms(tmp_path):
+    examples = [{"input": "a", "output": "b"}]  # without explanations
+    blank = " \r\n\u00a0\x00"
+    task = task_json(
+        Definition="Sort them.",
+        Categories=["One", "Two"],
+        Instances=[
+            {"input": "", "output": blank},
+            {"id": 7, "input": "a", "output": ["b", "c"]},
+            {"id": None, "input": "a", "output": "b"},
+        ],
+        **{"Positive Examples": examples, "Negative Examples": []},
+    )
+    # task_json has a NaN, too.
+    path = write_task(tmp_path, "task1_x", b"\xef\xbb\xbf" + json.dumps(task).encode())
+    assert read_task(path) == {
+        "name": "task1_x",
+        "category": "One",
+        "definition": "Sort them.",
+        "positive": examples,
+        "negative": [],
+        "instances": [
+            {"id": "task1_x-0", "input": "", "output": [blank]},
+            {"id": "7", "input": "a", "output": ["b", "c"]},
+            {"id": "task1_x-2", "input": "a", "output": ["b"]},
+        ],
+    }
+    path = write_task(tmp_path, "task1_x", task_json(Definition=["One.", "Two."], Categories=[]))
+    assert read_task(path)["definition"] == "One."
+    assert read_task(path)["category"] == "Unknown"
+
+
+def instance(**row) -> dict:
+    return task_json(Instances=[{"input": "b", "output": ["c"]}, {"input": "y", **row}])
+
+
+BAD_TASKS = {  # what the error says: content of a task file
+    "Expecting property name": b"{",
+    ": Definition must be a text, not 3;": task_json(Definition=[3]),
+    "Instances is empty": task_json(Instances=[]),
+    "KeyError: 'output'": instance(),
+    r"Instances\[1\]: output is empty": instance(output=[]),
+    r"Instances\[1\]: output must be a text, not 3.5": instance(output=["a", 3.5]),
+    r"Instances\[1\]: input must be a text, not None": instance(input=None, output="a"),
+    r"Negative Examples\[0\]: output must be a text, not 3": task_json(
+        **{"Negative Examples": [{"input": "a", "output": 3}]}
+    ),
+    r"Instances\[1\]: output is no Unicode text": instance(output=["a", "\ud800"]),
+}
+
+
+@pytest.mark.parametrize("problem, content", BAD_TASKS.items(), ids=BAD_TASKS)
+def test_read_task_refuses_a_bad_file_in_one_line_that_names_it(tmp_path, problem, content):
+    path = write_task(tmp_path, "task1_x", content)
+    with pytest.raises(ValueError, match=problem) as caught:
+        read_task(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_read_splits_skips_missing_tasks_with_one_warning(repository, capsys):
+    train = ["task3_c", "task404_gone", "", "task1_a", "task3_c"]
+    write_lists(repository, train, ["task9_t", "task5_gone"])
+    for _ in range(2):
+        assert read_splits(repository) == {"train": ["task3_c", "task1_a"], "test": ["task9_t"]}
+    (warning,) = capsys.readouterr().err.splitlines()
+    missing = "sni/tasks: 2 tasks of splits/default are missing, such as task404_gone"
+    assert warning.endswith(missing)
+
+
+@pytest.mark.parametrize(
+    "train, problem",
+    [
+        (["task1_a", "task9_t"], "splits/default: task9_t is on both lists"),
+        (["a/b"], "plain name"),
+        (["a\\b"], "plain name"),
+        ([".."], "plain name"),
+        (["\0"], "plain name"),
+        (["a" * 999], "plain name"),
+    ],
+)
+def test_read_splits_refuses_bad_lists(repository, train, problem):
+    write_lists(repository, train, ["task9_t"])
+    with pytest.raises(ValueError, match=problem):
+        read_splits(repository)
+
+
+def test_read_splits_needs_a_plain_folder(repository):
+    with pytest.raises(ValueError, match="--splits: .* plain name"):
+        read_splits(repository, "../splits/default")
+    with pytest.raises(ValueError, match="train_tasks.txt.*git clone"):
+        read_splits(repository, "other")
+
+
+@pytest.mark.parametrize("n", [0, 4, 5, 30, 139, 140, 1000])
+def test_split_instances_gives_disjoint_sets_and_the_start_of_a_larger_train(n):
+    train, dev, seen = split_instances(range(n), "task1_a", 1000)
+    assert sorted(train + dev + seen) == list(range(n))
+    assert len(dev) == len(seen) == min(20, n // 5)
+    assert split_instances(range(n), "task1_a", 10) == (train[:10], dev, seen)
+
+
+def test_split_instances_never_changes():
+    """A run that is evaluated, or resumed, years later must find its own sets."""
+    sets = split_instances(range(12), "task1_a", 5)
+    assert sets == ([6, 7, 8, 9, 2], [5, 4], [1, 10])
+    assert sets != split_instances(range(12), "task1_b", 5)
+
+
+def test_split_instances_keeps_copies_on_one_side():
+    """Half of the contents occur three times. None is in two sets. Dev and seen have each once."""
+    contents = np.array([*range(100), *range(50), *range(50)])
+    parts = split_instances(contents.tolist(), "task1_a", 500)
+    train, dev, seen = [contents[part].tolist() for part in parts]
+    assert len(dev) == len(seen) == 20
+    assert sorted([*set(train), *dev, *seen]) == list(range(100))
+    for content in train:
+        assert train.count(content) == (3 if content < 50 else 1)
+
+
+# ------------------------------------------------------------------------------------ rows of JSONL
+
+
+def test_read_rows_takes_the_usual_fields(tmp_path):
+    rows = [
+        b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
+        b'"task": "t", "id": 7, "input": ""}',
+        b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null, "prompt": null}',
+        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
+        b" \r",
+        b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
+        {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
+    ]
+    asked = {"form": "instruction", "output": ["a b"]}
+    expected = {
+        "t": [
+            {"id": "7", "form": "prompt", "input": "Say\0 it.", "output": ["y", "n"]},
+            asked | {"id": "5", "input": "Sort.", "output": [""]},  # a blank line counts as a line
+        ],
+        NO_TASK: [
+            asked | {"id": "2", "input": "b a", "definition": "Sort."},
+            asked | {"id": "3", "input": "Sort."},
+            asked | {"id": "6", "input": "b a", "definition": "Sort."},
+        ],
+    }
+    tasks = read_rows(write_rows(tmp_path / "own.jsonl", rows))
+    assert {task["name"]: task["instances"] for task in tasks} == expected
+
+
+BAD_ROWS = {  # what the error says: a line of a JSONL file
+    "there is no prompt or instruction": {"text": "a"},
+    "there is no completion or output or response": {"prompt": "a"},
+    "JSONDecodeError": b'{"prompt": "a", "comp',
+    "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
+    "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
+    "not a JSON object": 3,
+    "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
+    "docs/use.md": {"messages": []},
+    "prompt must be a text, not .{'role'": {"prompt": [{"role": "user"}], "completion": "b"},
+    "task must be a text, not 3": {"prompt": "a", "completion": "b", "task": 3},
+    "completion must be a text, not 3": {"prompt": "a", "completion": ["b", 3]},
+    "input must be a text, not 0": {"instruction": "a", "input": 0, "output": "b"},
+    r"context must be a text, not \[\]": {"instruction": "a", "context": [], "output": "b"},
+    "prompt and input: write the whole": {"prompt": "a", "input": "c", "output": "b"},
+    "prompt and context: write the whole": {"prompt": "a", "context": "c", "output": "b"},
+    "input and context: give one": {
+        "instruction": "a",
+        "input": "c",
+        "context": "d",
+        "output": "b",
+    },
+    "prompt and instruction: give one": {"prompt": "a", "instruction": "c", "output": "b"},
+    "output and response: give one": {"prompt": "a", "output": "b", "response": "c"},
+    "prompt is empty": {"prompt": " ", "completion": "b"},
+    "completion is empty": {"prompt": "a", "completion": []},
+}
+
+
+@pytest.mark.parametrize("problem, row", BAD_ROWS.items(), ids=BAD_ROWS)
+def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
+    good = {"prompt": "a", "completion": "b"}
+    path = write_rows(tmp_path / "own.jsonl", [good, row, good])
+    with pytest.raises(program.UserError, match=problem) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together():
+    def prompts(rows):
+        instances = [{"input": row["prompt"]} for row in rows]
+        positions = split_rows(instances)
+        return {name: {instances[i]["input"] for i in chosen} for name, chosen in positions.items()}
+
+    found = prompts(own_rows(3000))
+    assert [len(found[name]) for name in ("train", "dev", "seen")] == [2823, 62, 115]
+    twice = prompts(own_rows(4000) + own_rows(3000))
+    for name, texts in found.items():
+        assert texts <= twice[name]
+    assert sum(map(len, twice.values())) == 4000
+
+
+# ------------------------------------------------------------------------------------------- prompt
+
+
+def test_prompt_has_the_official_parts():
+    example = {"input": "river", "output": "stone", "explanation": "So it is."}
+    task = {"definition": "Sort the words.", "positive": [example] * 2, "negative": [example]}
+    prompt = render_prompt(task, {"input": " x! "}, Bytes(), num_pos=1, num_neg=1, explanation=True)
+    assert prompt == (
+        "Definition: Sort the words.\n\n"
+        " Positive Example 1 -\nInput: river.\n Output: stone.\n Explanation: So it is.\n\n"
+        " Negative Example 1 -\nInput: river.\n Output: stone.\n Explanation: So it is.\n\n"
+        "Now complete the following example -\nInput: x!\nOutput: "
+    )
+
+
+def test_prompt_takes_examples_while_the_whole_fits():
+    task = {"definition": "Sort the words.", "positive": [{"input": "a", "output": "b"}] * 3}
+    full = len(Bytes().encode(render_prompt(task, {"input": "x"}, Bytes(), num_pos=3)))
+    for limit, count in ((full + 1, 3), (full, 2)):  # with three, the check has one space more
+        source = render_prompt(task, {"input": "x"}, Bytes(), num_pos=3, max_source_length=limit)
+        assert source.count("Positive Example") == count
+        assert source.endswith("Input: x.\nOutput: ")
+    cut = render_prompt(task, {"input": "x" * 50}, Bytes(), max_source_length=60)
+    assert cut.startswith("Definition: Sort the words.\n\nNow complete")
+    assert len(cut) == 60
