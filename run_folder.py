@@ -12,7 +12,6 @@ writes.
 Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 """
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -168,18 +167,7 @@ class RunFolder:
         if program.rank() != 0:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at a kill
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another process is writing this run; wait, or change --out"
-                ) from None
-            except OSError as error:  # a file system without locks
-                program.warn(
-                    f"{self.path}: no lock ({error.strerror}); start one run at a time here"
-                )
+        with program.locked_folder(self.path, "wait, or change --out"):
             # Remove what an interrupted program.atomic_write left.
             for pattern in (".*.[0-9]*.tmp", "model/.*.[0-9]*.tmp"):
                 for half_written in self.path.glob(pattern):

@@ -94,6 +94,29 @@ def require_path(path: str | Path, remedy: str) -> Path:
     return path
 
 
+@contextmanager
+def locked_folder(folder: Path, remedy: str) -> Iterator[None]:
+    """Make the folder and lock it by the file `.lock`.
+
+    Raise UserError with the remedy if another process has locked it. The system frees the lock when
+    the process ends, even if it is killed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("this system has no locks (fcntl); on Windows use WSL") from None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is writing here; {remedy}") from None
+        except OSError as error:  # a file system without locks
+            warn(f"{folder}: no lock ({error.strerror}); start one run at a time here")
+        yield
+
+
 def require_new(paths: Iterable[Path], remedy: str) -> None:
     """Raise UserError with the remedy if one of the paths, which are to be written, exists."""
     for path in paths:

@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import checkpoint
-import run_folder
 import train
 from baselines import attach_method
 from helpers import change_config, records, seeded_generator
@@ -58,9 +58,15 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with RunFolder(tmp_path).lock():
         assert "no lock (Function not implemented)" in capsys.readouterr().err
+
+
+def test_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(UserError, match="on Windows use WSL"), RunFolder(tmp_path).lock():
+        pass
 
 
 # --------------------------------------------------------------------------------------- new_folder
