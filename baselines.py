@@ -30,6 +30,7 @@ from orchmoe import (
     Skills,
     attach,
     embedding_width,
+    mix_factors,
     target_linears,
 )
 from support import program
@@ -139,7 +140,7 @@ class Poly(Method):
                         f"into {self.heads} heads"
                     )
         for attributes in skills:
-            attributes["skill_mix"] = kernels.mix_factors
+            attributes["skill_mix"] = mix_factors if self.heads == 1 else kernels.mix_heads
         S = config.skills - self.private
         self.noise_shape = (len(linears), self.heads, S)
         shape = (len(linears), num_tasks, self.heads, S)  # (N,T,H,S)
@@ -153,7 +154,10 @@ class Poly(Method):
         noise: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> Routing:
-        """Return c (N,B,H,S). noise: u (B,N,H,S) in [0,1), in training; drawn here if None."""
+        """Return c (N,B,S), or (N,B,H,S) with heads.
+
+        noise: u (B,N,H,S) in [0,1), in training; drawn here if None.
+        """
         refuse_w(self, w)
         if task_ids is None:
             raise ValueError("task_ids: give the task of each sample, or -1 for an unseen task")
@@ -168,7 +172,10 @@ class Poly(Method):
         seen = F.logsigmoid(rows).softmax(-1)
         unseen = F.logsigmoid(self.Z).softmax(-1).mean(1, keepdim=True)  # (N,1,H,S)
         is_seen = (task_ids >= 0).view(1, -1, 1, 1)
-        return Routing(c=torch.where(is_seen, seen, unseen))
+        c = torch.where(is_seen, seen, unseen)  # (N,B,H,S)
+        if self.heads == 1:
+            c = c.squeeze(2)
+        return Routing(c=c)
 
 
 class MHR(Poly):
@@ -216,7 +223,7 @@ class CPoly(Poly):
 
     def route(self, *inputs: Any, task_ids: Tensor | None = None, **options: Any) -> Routing:
         """Return c (N,B,S-1+T). noise: u (B,N,1,S-1) in [0,1), in training; drawn if None."""
-        common = super().route(*inputs, task_ids=task_ids, **options).c.squeeze(2)  # (N,B,S-1)
+        common = super().route(*inputs, task_ids=task_ids, **options).c  # (N,B,S-1)
         is_seen = (task_ids >= 0).unsqueeze(-1)  # (B,1)
         private = self.Z_private[:, task_ids.clamp(min=0)] * is_seen  # (N,B,T)
         return Routing(c=torch.cat([common, private], dim=-1))

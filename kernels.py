@@ -1,8 +1,8 @@
-"""Fast forms of the two ways to mix skills.
+"""The fast form of orchmoe.mix_skills, a mix by heads, and compilation.
 
 `mix_skills` computes the same as orchmoe.mix_skills, which is its plain specification and has the
 same signature. It treats a frozen Linear and its skills as one function with its own backward.
-`mix_factors` mixes the factors of the skills instead of their outputs (Poly, MHR).
+`mix_heads` mixes the factors of the skills in each of several heads (MHR).
 `compile_blocks` compiles the blocks of a model for training, with the skills in their graphs.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
@@ -176,7 +176,7 @@ def mix_skills(
     return y.view(*x.shape[:2], y.shape[1])
 
 
-def mix_factors(
+def mix_heads(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -185,18 +185,17 @@ def mix_factors(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return weight x + bias + scale * (sum_s c_s B_s) (sum_s c_s A_s) x: the factors are mixed.
+    """Return weight x + bias + scale * (sum_s c_s B_s) (sum_s c_s A_s) x with a c for each head.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (B,H,S) with one mixture for each of H heads; one
-    row serves all samples -> (B,L,O) in x's dtype. Heads split A over D and B over O.
-    Sources: Ponti et al. 2023 (Poly); Caccia et al. 2023 (heads).
+    Head h mixes its part of A, which reads D/H inputs, and its part of B, which writes O/H outputs.
+    With one head it computes the same as orchmoe.mix_factors.
+
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,H,S), or (1,H,S) for all samples -> (B,L,O) in x's dtype.
+    Source: Caccia et al. 2023, arXiv 2211.03831.
     """
     S, R, _ = A.shape
-    if c.dim() == 2:
-        c = c.unsqueeze(1)  # (B,1,S): one head
-    c = c.to(x)
     H = c.shape[1]
-
+    c = c.to(x)
     A = A.to(x.dtype).view(S, R, H, -1)  # (S,R,H,D/H)
     B = B.to(x.dtype).view(S, R, H, -1)  # (S,R,H,O/H)
     A_mix = torch.einsum("bhs,srhd->brhd", c, A).flatten(2)  # (B,R,D)

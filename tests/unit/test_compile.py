@@ -17,6 +17,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import orchmoe
 import run_folder
 import train
 from baselines import METHODS, load_method
@@ -112,7 +113,7 @@ def test_few_graphs_serve_all_batches(family, method, router, targets, checkpoin
     assert not counters["graph_break"], counters["graph_break"]
 
 
-@pytest.mark.parametrize("mix", [kernels.mix_skills, kernels.mix_factors], ids=str)
+@pytest.mark.parametrize("mix", [kernels.mix_skills, orchmoe.mix_factors], ids=str)
 def test_the_scale_is_a_constant_of_the_graph(mix):
     """As an input it would be a number on the CPU, with a kernel of its own in each step."""
     shapes = []

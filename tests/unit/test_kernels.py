@@ -19,7 +19,12 @@ from llama import rotation
 
 S, R, D, D_OUT, B, L = 3, 2, 8, 12, 4, 5
 FORMS = {"sample": (B, S), "shared": (1, S), "token": (B, L, S)}
-FACTOR_FORMS = {"poly": (B, S), "shared": (1, S), "mhr": (B, 4, S)}
+FACTOR_FORMS = {  # how factors are mixed, and the shape of c
+    "sample": (orchmoe.mix_factors, (B, S)),
+    "shared": (orchmoe.mix_factors, (1, S)),
+    "heads": (kernels.mix_heads, (B, 4, S)),
+    "shared heads": (kernels.mix_heads, (1, 2, S)),
+}
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
 both = pytest.mark.parametrize(
     "mix", [kernels.mix_skills, orchmoe.mix_skills], ids=["kernels", "orchmoe"]
@@ -35,9 +40,9 @@ def mix_skills_slow(x, A, B, c, scale, weight=None, bias=None):
 
 
 def mix_factors_slow(x, A, B, c, scale, weight=None, bias=None):
-    """mix_factors as its equation has it, with the products of all factors and their weights."""
+    """The mix of factors as its equation has it, with the products of all factors and weights."""
     if c.dim() == 2:
-        c = c.unsqueeze(1)  # (B,1,S)
+        c = c.unsqueeze(1)  # (B,1,S): one head
     weights = c.mT[:, :, None, :, None]  # (B,S,1,H,1)
 
     def mixed(factors):
@@ -92,9 +97,9 @@ def test_a_scale_of_one_equals_the_equation_too(shape):
 
 
 @pytest.mark.parametrize("linear", ["", "weight bias"])
-@pytest.mark.parametrize("shape", FACTOR_FORMS.values(), ids=FACTOR_FORMS)
-def test_mix_factors_equals_its_equation(shape, linear):
-    assert_equal_twins(kernels.mix_factors, mix_factors_slow, arguments(shape, linear=linear))
+@pytest.mark.parametrize("mix, shape", FACTOR_FORMS.values(), ids=FACTOR_FORMS)
+def test_a_mix_of_factors_equals_its_equation(mix, shape, linear):
+    assert_equal_twins(mix, mix_factors_slow, arguments(shape, linear=linear))
 
 
 @pytest.mark.parametrize("linear", ["", "weight"])
