@@ -13,6 +13,7 @@ import data
 import tokenizer
 from orchmoe import scale_for_entropy, spherical_kmeans
 from support import program, runtime
+from tasks import DataConfig
 
 
 def summarise(base, batch):
@@ -27,7 +28,7 @@ def summarise(base, batch):
 def train(steps=600, warmup=50, K=8, S=4, R=2):
     """Yield the loss of each step in nats per target token."""
     base = checkpoint.load(program.ROOT / "tiny").requires_grad_(False)
-    examples = data.load_sets(data.DataConfig(), tokenizer.load(program.ROOT / "tiny"))["train"]
+    examples = data.load_sets(DataConfig(), tokenizer.load(program.ROOT / "tiny"))["train"]
     linears = [module for name, module in base.named_modules() if name.endswith((".q", ".v"))]
     N, D = len(linears), linears[0].in_features
 
@@ -37,12 +38,11 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     B = torch.zeros(N, S, R, linears[0].out_features)
     Z = torch.empty(N, K, S).normal_(0, 3, generator=random)
 
-    # The router starts at the k-means clusters of the training sources.
     sources = data.batches(data.subsample(examples, 2000), 8, base.device, "router start")
     x_hat = torch.cat([summarise(base, batch) for _, batch in sources])  # (M,D)
     mu, sd = x_hat.mean(dim=0), x_hat.std(dim=0, correction=0)
     x_hat = (x_hat - mu) / sd
-    centres = spherical_kmeans(x_hat, K, runtime.generator(0, 1))  # (K,D)
+    centres = spherical_kmeans(x_hat, K, runtime.generator(0, 1))  # (K,D), the start of the router
     W_task = centres * scale_for_entropy(x_hat @ centres.T, math.log(K) / 3)
     b = torch.zeros(K)
 

@@ -1,13 +1,15 @@
 """Compute the table of the replicates once more, with the standard library alone.
 
-Then compute what was not planned: how much single tasks count.
+Then compute what was not planned: how much single tasks count. With the folder of
+Super-NaturalInstructions, also compute an interval over the sources of the tasks.
 
-python experiments/results/replication/recompute.py
+python experiments/results/replication/recompute.py [natural-instructions]
 """
 
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 T = 2.131449545559323  # 97.5 % point of Student's t with 15 degrees of freedom
@@ -62,3 +64,33 @@ without = [statistics.fmean(row[1:] if row[0] == lowest else row) for row in rep
 show("without the lowest task", without)
 without = [statistics.fmean(row[1:-1]) for row in replicates]
 show("without the lowest and the highest task of each replicate", without)
+
+perplexities = [math.expm1(value) for value in tasks]
+print(f"geometric mean of the changes of perplexity {math.expm1(statistics.fmean(tasks)):+.1%}")
+print(f"arithmetic mean of the changes of perplexity {statistics.fmean(perplexities):+.1%}")
+print(f"change of perplexity of the median task {math.expm1(statistics.median(tasks)):+.1%}")
+tasks.sort()
+print(f"share of the ten lowest tasks in the sum {sum(tasks[:10]) / sum(tasks):.0%}")
+lower, higher = sum(value < -0.2 for value in tasks), sum(value > 0.2 for value in tasks)
+print(f"tasks below -0.2: {lower}, above +0.2: {higher}")
+
+if len(sys.argv) > 1:  # tasks of one source are one unit
+    sources = {}  # source: (replicate, difference) of each of its tasks
+    for seed in SEEDS:
+        one, other = tasks_of("orchmoe", seed), tasks_of("lora", seed)
+        for name in one:
+            path = Path(sys.argv[1], "tasks", f"{name}.json")
+            source = str(json.loads(path.read_text(encoding="utf-8"))["Source"])
+            difference = one[name]["loss"] - other[name]["loss"]
+            sources.setdefault(source, []).append((seed, difference))
+    mean = statistics.fmean(tasks)
+    squares = 0.0
+    shared = 0  # tasks whose source also has a task of another replicate
+    for found in sources.values():
+        squares += sum(difference - mean for _, difference in found) ** 2
+        if len({seed for seed, _ in found}) > 1:
+            shared += len(found)
+    count = len(sources)
+    half = 1.96 * math.sqrt(squares * count / (count - 1)) / len(tasks)
+    print(f"{count} sources; {shared} tasks share theirs with a task of another replicate")
+    print(f"interval over sources [{mean - half:+.3f}, {mean + half:+.3f}]")
