@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from model import Backbone
 from orchmoe import Adapters, Routing
 from support import program, runtime
 from support.program import UserError
-from tasks import FILE_FIELDS, DataConfig
+from tasks import FILE_FIELDS, NO_TASK, DataConfig
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
@@ -144,6 +145,52 @@ def measure(
     return total / tokens, torch.tensor(found) if found else None
 
 
+class RowLoss(NamedTuple):
+    """The cross-entropy of the first reference of an example."""
+
+    nats: float  # the sum over the tokens
+    tokens: int
+
+
+@torch.no_grad()
+def row_losses(
+    base: Backbone,
+    adapters: Adapters,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    description: str = "loss",
+    w: Tensor | None = None,
+) -> list[RowLoss]:
+    """Return the loss of each example, in their order. For w see `routed_batches`."""
+    losses = {}
+    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
+        nats = base.loss(batch.input_ids, batch.attention_mask, batch.labels, per_row=True)
+        for position, loss in zip(rows, nats.tolist(), strict=False):
+            losses[position] = RowLoss(loss, tokens=len(examples[position].target_ids[0]))
+    return in_order(losses)
+
+
+def losses_by_task(
+    examples: Sequence[Example], losses: Sequence[RowLoss]
+) -> dict[str, list[float]]:
+    """Return the losses of each task in nats per target token, from the losses of its examples.
+
+    A named task has one: the sum of its nats divided by the number of its tokens. Examples that
+    name no task have one loss for each different prompt.
+    """
+    totals = {}
+    for example, loss in zip(examples, losses, strict=True):
+        of_task = totals.setdefault(example.task, {})
+        prompt = example.source_ids.tobytes() if example.task == NO_TASK else b""
+        total = of_task.get(prompt, RowLoss(nats=0.0, tokens=0))
+        of_task[prompt] = RowLoss(total.nats + loss.nats, total.tokens + loss.tokens)
+    means = {}
+    for task, of_task in totals.items():
+        means[task] = [total.nats / total.tokens for total in of_task.values()]
+    return means
+
+
 @torch.no_grad()
 def router_weights(
     base: Backbone, adapters: Adapters, examples: Sequence[Example], batch_size: int = 64
@@ -160,12 +207,35 @@ def router_weights(
     return torch.tensor(in_order(weights))
 
 
-def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict]:
-    """Return the scores under "overall", "tasks" and "categories", see metrics.score."""
+def score(
+    examples: Sequence[Example],
+    predictions: Sequence[str],
+    losses: Sequence[RowLoss] | None = None,
+) -> dict[str, dict]:
+    """Return the scores under "overall", "tasks" and "categories", see metrics.score.
+
+    With `losses`, each task has its "loss", too, and "overall" has their mean, so that no task
+    weighs more because its targets are long. Each prompt that names no task counts as a task.
+    """
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
         records.append({**example._asdict(), "prediction": prediction})
-    return metrics.score(program.progress(records, "score", unit="ex"))
+    scores = metrics.score(program.progress(records, "score", unit="ex"))
+    if losses is not None:
+        every_loss = []
+        for task, task_losses in losses_by_task(examples, losses).items():
+            scores["tasks"][task]["loss"] = fmean(task_losses)
+            every_loss += task_losses
+        scores["overall"]["loss"] = fmean(every_loss)
+    return scores
+
+
+def print_if_few(name: str, count: int) -> None:
+    """Print how much one answer counts if the set `name` has fewer than 100 rows."""
+    if 0 < count < 100:
+        program.print_line(
+            f"{name} has few rows ({count}): one answer is {100 / count:.1f} points of exact match"
+        )
 
 
 def mean_entropy(w: Tensor | None) -> float:
@@ -427,9 +497,11 @@ def main() -> None:
                 "it belongs to a run or a different evaluation; choose another --out",
             )
 
-        # Predictions and scores.
+        # Loss, predictions and scores.
         require_fit(base, tokenizer, examples, config.max_new_tokens)
         config.folder.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
+        program.print_progress(f"scoring {len(examples)} rows")
+        losses = row_losses(base, adapters, examples, batch_size=config.batch_size)
         predictions = predict(
             base,
             adapters,
@@ -448,11 +520,13 @@ def main() -> None:
                 row = {"id": example.id, "task": example.task, "prediction": prediction}
                 file.write(program.to_json(row, ensure_ascii=False))
 
-        scores = score(examples, predictions)
+        scores = score(examples, predictions, losses)
         program.write_json(scores_path, {**scores, "config": settings})
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
+        program.print_line("loss: nats per target token, the mean over tasks; the others: per cent")
+        print_if_few(config.split, len(examples))
         program.print_line(f"written: {predictions_path}, {scores_path}")
 
 

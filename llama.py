@@ -383,10 +383,12 @@ class Llama(Backbone):
         if count > self.longest:
             raise ValueError(f"a row needs {count} positions, but the model has {self.longest}")
 
-    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
+    ) -> Tensor:
         ids, labels = self.pack(input_ids, attention_mask, labels)
         hidden = self.hidden(ids[:, :-1].to(self.device))
-        return self.cross_entropy(hidden, labels[:, 1:])  # each token predicts the next
+        return self.cross_entropy(hidden, labels[:, 1:], per_row)  # each token predicts the next
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int

@@ -147,9 +147,12 @@ class Backbone(nn.Module):
             return F.linear(hidden, self.embedding.weight)
         return self.head(hidden)
 
-    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
+    ) -> Tensor:
         """Return the SUM of the cross-entropy over all labels other than -100.
 
+        per_row: return the sum of each row (B,) instead.
         input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
         Give them on the CPU, where their lengths are known: then nothing waits for a GPU. The
         caller divides by the number of target tokens of its whole step.
@@ -170,11 +173,12 @@ class Backbone(nn.Module):
         """Read one more token of each row (B,) into the state. Return the next logits (B,V)."""
         raise NotImplementedError
 
-    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, per_row: bool = False) -> Tensor:
         """Return the sum over labels (B,L) other than -100, given hidden states (B,L,D).
 
-        The labels may be on the CPU, see `loss`.
+        For per_row, and why the labels may be on the CPU, see `loss`.
         """
+        B, L = labels.shape
         # Select before the head: the logits of all positions would be the largest tensor there is.
         labels = labels.flatten()
         real = (labels != IGNORED).nonzero()[:, 0]  # positions of M real labels
@@ -182,7 +186,10 @@ class Backbone(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
         logits = self.logits(hidden)  # (M,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, labels, reduction="sum")
+        if not per_row:
+            return F.cross_entropy(logits, labels, reduction="sum")
+        losses = F.cross_entropy(logits, labels, reduction="none")  # (M,)
+        return losses.new_zeros(B).index_add(0, (real // L).to(losses.device), losses)
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Return block(*inputs), with gradient checkpointing where it is set."""

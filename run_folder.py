@@ -319,6 +319,10 @@ class RunFolder:
                         value = scores["overall"][metric]
                         if not isinstance(value, int | float):
                             raise ValueError(f"{metric} must be a number, not {value!r:.40}")
+                    # Runs of an older version have no loss, and null stands for NaN.
+                    loss = scores["overall"].get("loss")
+                    if not isinstance(loss, int | float | None):
+                        raise ValueError(f"loss must be a number, not {loss!r:.40}")
         return rows
 
 

@@ -390,7 +390,9 @@ class T5(Backbone):
             hidden = hidden * self.config.d_model**-0.5
         return super().logits(hidden)
 
-    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
+    ) -> Tensor:
         input_ids = input_ids.to(self.device)
         attention_mask = attention_mask.to(self.device)
         # The decoder reads the labels shifted right, behind the start token.
@@ -398,7 +400,7 @@ class T5(Backbone):
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
         hidden = self.hidden(input_ids, attention_mask, shifted.to(self.device))
-        return self.cross_entropy(hidden, labels)
+        return self.cross_entropy(hidden, labels, per_row)
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int

@@ -17,6 +17,8 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,6 @@ from torch.optim import Optimizer
 
 import checkpoint
 import data
-import eval as evaluation
 import kernels
 from baselines import (
     attach_method,
@@ -36,6 +37,18 @@ from baselines import (
     settings_of_method,
 )
 from data import Batch, Examples
+from eval import (
+    mean_entropy,
+    measure,
+    predict,
+    print_if_few,
+    require_fit,
+    routed,
+    router_report,
+    router_weights,
+    row_losses,
+    score,
+)
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import PATHS, RunConfig, RunFolder, kind_of, new_folder, read_config
@@ -282,7 +295,7 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends on the bias alone.
         sources = data.subsample(examples, 2000)
-        w = evaluation.router_weights(base, adapters, sources, config.eval_batch_size)
+        w = router_weights(base, adapters, sources, config.eval_batch_size)
         bias = w.mean(dim=0)
         if adapters.router.config.router_norm == "softmax":
             bias = bias.clamp(min=1e-6).log()
@@ -350,14 +363,14 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, config.seed, step, rows)
-        with evaluation.routed(base, adapters, micro_batch, noise=noise) as routing:
+        with routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
             )
             micro_loss = micro_loss / batch.target_tokens
             micro_loss.backward()
         loss += micro_loss.item()
-        entropy += evaluation.mean_entropy(routing.w) * len(rows) / len(batch.ids)
+        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)
 
     parameters = []
     for group in optimizer.param_groups:
@@ -419,10 +432,10 @@ def train(
     *,
     final_scores: bool = True,
     attach: Callable[..., Adapters] = attach_method,
-) -> bool:
+) -> Path | None:
     """Train from the start, or from progress.pt in launch.out.
 
-    Return False if a signal stopped the run before its end.
+    Return the run folder, or None if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
     a table. attach: a function like baselines.attach_method, for studies that change the routing.
@@ -446,9 +459,9 @@ def train(
     base = checkpoint.mapped(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if full else device.dtype)
-    evaluation.require_fit(base, tokenizer, train_set, 0)
+    require_fit(base, tokenizer, train_set, 0)
     for examples in held_out.values():
-        evaluation.require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
+        require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
 
     # The adapters.
     with program.checking_settings():
@@ -519,8 +532,7 @@ def train(
             f"run folder {run.path}"
         )
 
-        # Score the model before training: the frozen base, as B = 0, or what --start or `attach`
-        # has loaded.
+        # Score the model as it starts: the frozen base, or what --start or `attach` loaded.
         if final_scores and is_new and not run.read_scores():
             name = "frozen base"
             for linear in adapters.linears.values():
@@ -537,9 +549,7 @@ def train(
         if is_new:
             first_step = 0
             best_loss = math.inf
-            start_w = evaluation.router_weights(
-                base, adapters, held_out["dev"], config.eval_batch_size
-            )
+            start_w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
             run.truncate_log(0)
         else:
             first_step, best_loss, start_w = run.load_progress(
@@ -560,18 +570,22 @@ def train(
             bar = program.progress(
                 steps, "train", total=config.steps, initial=first_step, unit="step"
             )
+            shown = {}  # behind the bar
+            times = []  # seconds of each step since the last evaluation
             for step in bar:
                 # One step on a batch that depends on seed and step alone.
                 started = time.monotonic()
                 batch = training_batch(train_set, batches, step)
                 with autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
+                times.append(time.monotonic() - started)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
-                record["tokens_per_s"] = round(tokens / (time.monotonic() - started))
+                record["tokens_per_s"] = round(tokens / times[-1])
                 run.log(step=step, **record)
-                bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+                shown["loss"] = f"{record['loss']:.4g}"
+                bar.set_postfix(shown, refresh=False)
 
-                # The last step is always followed by an evaluation.
+                # The last step is always followed by an
                 evaluating = step + 1 == config.steps or (step + 1) % config.eval_every == 0
                 stopping = runtime.any_rank(stop_requested())  # all processes stop together
                 if not (evaluating or stopping):
@@ -581,27 +595,32 @@ def train(
 
                 # The loss on dev. Keep the weights that are best there.
                 if evaluating:
-                    loss, w = evaluation.measure(
+                    dev_loss, w = measure(
                         base, adapters, held_out["dev"], batch_size=config.eval_batch_size
                     )
-                    require_finite(step, batch, dev_loss=loss)
-                    record = {"dev_loss": loss}
+                    require_finite(step, batch, dev_loss=dev_loss)
+                    record = {"dev_loss": dev_loss}
                     if routes_samples:
-                        record["router"] = evaluation.router_report(w, start_w)
+                        record["router"] = router_report(w, start_w)
                     run.log(step=step, **record)
-                    if loss < best_loss:
-                        best_loss = loss
+                    message = f"step {step + 1} of {config.steps}: dev loss {dev_loss:.4g}"
+                    if dev_loss < best_loss:
+                        best_loss = dev_loss
                         run.save_best(run_config, base, adapters, tokenizer)
+                        message += ", best so far"
+                    program.print_progress(f"{message}; {fmean(times):.2g} s a step")
+                    shown["dev_loss"] = f"{dev_loss:.4g}"
+                    times.clear()
 
                 run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
                 if stopping:
                     break
-            # A signal may also have arrived during the last evaluation.
+            # A signal may also have arrived during the last
             stopped = runtime.any_rank(stop_requested())
         if stopped:
             out = shlex.quote(str(run.path))
             program.print_line(f"stopped; resume with --resume --out {out}, on the same device")
-            return False
+            return None
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
@@ -613,11 +632,9 @@ def train(
             counts |= {which: len(examples) for which, examples in held_out.items()}
             print_table(rows, run, counts)
             if routes_samples:
-                w = evaluation.router_weights(
-                    base, adapters, held_out["dev"], config.eval_batch_size
-                )
-                print_router(evaluation.router_report(w, start_w), w.shape[1])
-    return True
+                w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
+                print_router(router_report(w, start_w), w.shape[1])
+    return run.path
 
 
 def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.Example]]:
@@ -647,53 +664,71 @@ def score_held_out(
     name: str,
 ) -> dict[str, dict]:
     """Return the scores of the current model on seen and unseen tasks."""
+    batch_size = settings.training.eval_batch_size
     scores = {}
     for which in ("seen", "unseen"):
-        if which in held_out:
-            predictions = evaluation.predict(
-                base,
-                adapters,
-                held_out[which],
-                tokenizer,
-                batch_size=settings.training.eval_batch_size,
-                max_new_tokens=settings.dataset.max_new_tokens,
-                description=f"{name}, {which}",
-            )
-            scores[which] = evaluation.score(held_out[which], predictions)
+        if which not in held_out:
+            continue
+        examples = held_out[which]
+        program.print_progress(f"scoring {name} on {len(examples)} {which} rows")
+        losses = row_losses(
+            base,
+            adapters,
+            examples,
+            batch_size=batch_size,
+            description=f"{name}, loss of {which}",
+        )
+        predictions = predict(
+            base,
+            adapters,
+            examples,
+            tokenizer,
+            batch_size=batch_size,
+            max_new_tokens=settings.dataset.max_new_tokens,
+            description=f"{name}, {which}",
+        )
+        scores[which] = score(examples, predictions, losses)
     return scores
+
+
+TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
 def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -> None:
     """Print the scores as a table in Markdown. counts: how many rows of each set were used."""
-    program.print_line(
-        "| model | seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match |"
-    )
-    program.print_line("| --- | --- | --- | --- | --- |")
+    headings = ["model"]
+    for which in ("seen", "unseen"):
+        headings += [f"{which} {name}" for name in TABLE.values()]
+    program.print_line(f"| {' | '.join(headings)} |")
+    program.print_line("| --- " * len(headings) + "|")
     for name, scores in rows.items():
         cells = [name]
         for which in ("seen", "unseen"):
-            for metric in ("rougeL", "exact_match"):
-                value = "-"
-                if which in scores:
-                    value = f"{scores[which]['overall'][metric]:.2f}"
-                cells.append(value)
+            overall = scores.get(which, {}).get("overall", {})
+            for metric in TABLE:
+                value = overall.get(metric)
+                digits = 3 if metric == "loss" else 2
+                cells.append("-" if value is None else f"{value:.{digits}f}")
         program.print_line(f"| {' | '.join(cells)} |")
 
+    program.print_line(
+        "loss: nats per target token, the mean over tasks (lower is better); "
+        "ROUGE-L and exact match: per cent"
+    )
     sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
     program.print_line(f"rows: {sizes}; {run.path} has all scores")
+    for which in ("seen", "unseen"):
+        if which in counts:
+            print_if_few(which, counts[which])
 
 
 def print_router(report: dict[str, float], K: int) -> None:
-    """Print statistics of w on dev, which show whether the router has collapsed."""
-    text = (
-        f"router on dev: {report['used']} of {K} abstract tasks have a mean weight above 0.05, the "
-        f"largest {report['largest']:.2f}"
-    )
-    if "distance" in report:  # each w is a distribution
-        text += (
-            f"; normalised entropy {report['normalised_entropy']:.2f}; distance from its start "
-            f"{report['distance']:.2g} nats (mean KL of w)"
-        )
+    """Print in words how the router spreads the samples of dev over the abstract tasks."""
+    text = f"router: {report['used']} of {K} abstract tasks have a mean weight above 0.05 on dev"
+    if not math.isnan(report["entropy"]):  # each w is a distribution
+        # A uniform w over n abstract tasks has the entropy ln(n).
+        spread = math.exp(report["entropy"])
+        text += f"; a sample is spread over about {spread:.1f} of them"
     program.print_line(text)
 
 

@@ -450,19 +450,29 @@ def warn(text: str) -> None:
     print_line(f"warning: {text}", sys.stderr)
 
 
+def in_worker() -> bool:
+    """Return whether another process of the project started this one, to work in parallel."""
+    return multiprocessing.parent_process() is not None
+
+
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr. It shows on a terminal, in rank 0, after one second."""
-    in_worker = multiprocessing.parent_process() is not None
-    silent = in_worker or rank() != 0 or not sys.stderr.isatty()
     return tqdm(
         iterable,
         description,
         leave=False,
         dynamic_ncols=True,
         delay=1,
-        disable=silent,
+        disable=in_worker() or rank() != 0 or not sys.stderr.isatty(),
         **options,
     )
+
+
+def print_progress(text: str) -> None:
+    """Print a line about a long computation, unless a bar on the same terminal shows it."""
+    on_terminal = sys.stderr.isatty() and sys.stdout.isatty()
+    if not in_worker() and not on_terminal:
+        print_line(text)
 
 
 # ---------------------------------------------------------------------------------------- signals

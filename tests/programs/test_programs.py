@@ -62,7 +62,7 @@ def test_every_method_trains_and_is_scored(home, method):
     arguments += ["--data", "sni/", "--method", method, "--out", "run"]
     output = run("train.py", *arguments, cwd=home)
     assert f"| {method} |" in output
-    assert ("\nrouter on dev: " in output) == method.startswith("orchmoe")
+    assert ("\nrouter: " in output) == method.startswith("orchmoe")
     assert ("\nlora of rank 8 (S R): " in output) == (method == "lora")
 
     rows = records(home / "run")
@@ -92,21 +92,24 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
 
 
 def test_table_has_each_score_under_its_heading(capsys):
-    seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}
-    unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0}}
-    rows = {"lora": {"seen": seen}, "orchmoe": {"seen": seen, "unseen": unseen}}
-    train.print_table(rows, run_folder.RunFolder("run"), {"train": 9, "dev": 1})
+    old = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}  # of a run without the loss
+    seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
+    unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
+    rows = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
+    train.print_table(rows, run_folder.RunFolder("run"), {"train": 9, "seen": 40, "unseen": 100})
     output = capsys.readouterr().out
-    names = "seen ROUGE-L | seen exact match | unseen ROUGE-L | unseen exact match"
-    assert f"| model | {names} |\n" in output
-    assert "| orchmoe | 2.00 | 1.00 | 4.00 | 3.00 |\n" in output
-    assert "| lora | 2.00 | 1.00 | - | - |\n" in output
-    assert "rows: 9 train, 1 dev; run has all scores\n" in output
+    names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
+    assert f"| model | seen {names} match |\n| --- | --- |" in output
+    assert "| orchmoe | 5.000 | 2.00 | 1.00 | - | 4.00 | 3.00 |\n" in output
+    assert "| lora | - | 2.00 | 1.00 | - | - | - |\n" in output
+    assert "rows: 9 train, 40 seen, 100 unseen; run has all scores\n" in output
+    assert "seen has few rows (40): one answer is 2.5 points of exact match\n" in output
+    assert "unseen has few rows" not in output
 
 
 def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(home):
     output = run("train.py", *BRIEF, "--router-norm", "none", cwd=home)
-    assert "\nrouter on dev: " in output
+    assert "\nrouter: " in output
     assert "nan" not in output
 
 
@@ -139,7 +142,7 @@ def whole(tmp_path_factory):
     "module, name, number, error, step",
     [
         (train, "train_step", 6, None, 6),
-        (evaluation, "measure", 2, None, 8),  # the last evaluation
+        (train, "measure", 2, None, 8),  # the last evaluation
         (train, "train_step", 6, KeyboardInterrupt, 4),  # as a kill: nothing more is saved
     ],
     ids=["SIGTERM in a step", "SIGTERM in the last evaluation", "end without a save"],
@@ -299,6 +302,7 @@ def test_answers_may_be_as_long_as_the_targets_that_trained(home, monkeypatch):
         lengths.add(options["max_new_tokens"])
         return [""] * len(examples)
 
+    monkeypatch.setattr(train, "predict", predict)
     monkeypatch.setattr(evaluation, "predict", predict)
     for limit, expected in ((200, 199), (64, 127)):  # 127 is the official number
         out = ["--out", f"run-{limit}"]
@@ -560,6 +564,7 @@ def mistaken(tmp_path_factory):
 @pytest.mark.parametrize("line, words", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_file(mistaken, monkeypatch, line, words):
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
+    monkeypatch.setattr(train, "predict", None)
     monkeypatch.setattr(evaluation, "predict", None)
     before = sorted(mistaken.rglob("*"))
     error = run(*shlex.split(line), cwd=mistaken, code=2)

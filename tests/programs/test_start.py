@@ -63,7 +63,7 @@ def test_only_the_trainable_part_changes(part, home):
     output = run("train.py", *arguments, cwd=home)
     count, expected = PARTS[part]
     assert f"= {count:,} parameters train" in output
-    assert ("router on dev: " in output) == (part != "mixture")
+    assert ("router: " in output) == (part != "mixture")
 
     before, _ = checkpoint.load_adapter(home / "run/adapter.safetensors")
     after, _ = checkpoint.load_adapter(home / part / "adapter.safetensors")
@@ -99,7 +99,7 @@ def test_mixture_starts_at_the_mean_w_and_has_one_w_for_all_samples(trained):
 
 def test_mixture_of_a_one_hot_router_is_finite(trained, monkeypatch):
     w = torch.eye(8)[:1]
-    monkeypatch.setattr(evaluation, "router_weights", mock.Mock(return_value=w))
+    monkeypatch.setattr(train, "router_weights", mock.Mock(return_value=w))
     base, adapters, examples = trained
     train.load_start(base, adapters, examples, MIXTURE)
     bias = adapters.router.bias

@@ -26,7 +26,7 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig
 from support import program
-from tasks import DataConfig
+from tasks import NO_TASK, DataConfig
 
 DEFAULTS = train.TrainConfig()
 
@@ -142,6 +142,34 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
         loss, w = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size)
         assert loss == pytest.approx(record["loss"], rel=1e-6)
         torch.testing.assert_close(w, expected_w)
+
+
+def test_losses_of_rows_are_those_of_the_rows_alone(small_t5, examples):
+    """A loss is the sum over the tokens of the first reference, in batches of any size."""
+    adapters = adapted(small_t5).double()
+    for batch_size in (1, 3, 4):
+        losses = evaluation.row_losses(small_t5, adapters, examples, batch_size=batch_size)
+        for example, loss in zip(examples, losses, strict=True):
+            mean_loss, _ = evaluation.measure(small_t5, adapters, [example])
+            assert loss.tokens == len(example.target_ids[0])
+            assert loss.nats == pytest.approx(mean_loss * loss.tokens, rel=1e-9)
+
+
+def test_loss_is_a_mean_over_tokens_then_over_tasks_and_prompts_without_a_task():
+    """Two rows of a task, two rows with one prompt without a task, and another such row."""
+    rows = [("a", 5), ("a", 6), (NO_TASK, 7), (NO_TASK, 7), (NO_TASK, 8)]
+    examples = [
+        make_example(str(i), [prompt], [[1]])._replace(task=task)
+        for i, (task, prompt) in enumerate(rows)
+    ]
+    losses = [(2.0, 1), (4.0, 5), (9.0, 3), (1.0, 1), (0.5, 1)]
+    losses = [evaluation.RowLoss(*loss) for loss in losses]
+    assert evaluation.losses_by_task(examples, losses) == {"a": [1.0], NO_TASK: [2.5, 0.5]}
+    scores = evaluation.score(examples, [""] * 5, losses)
+    assert scores["tasks"]["a"]["loss"] == 1.0
+    assert scores["tasks"][NO_TASK]["loss"] == 1.5
+    assert scores["overall"]["loss"] == pytest.approx(4 / 3)
+    assert "loss" not in evaluation.score(examples, [""] * 5)["overall"]
 
 
 def test_training_batch_depends_on_seed_and_step():
