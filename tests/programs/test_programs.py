@@ -64,6 +64,9 @@ def test_every_method_trains_and_is_scored(home, method):
     assert f"| {method} |" in output
     assert ("\nrouter: " in output) == method.startswith("orchmoe")
     assert ("\nlora of rank 8 (S R): " in output) == (method == "lora")
+    assert "\nscoring frozen base on 4 seen rows\n" in output
+    assert f"\nscoring {method} on 4 unseen rows\n" in output
+    assert re.search(r"\nstep 8 of 8: dev loss \d\S*, best so far; \S+ s a step\n", output)
 
     rows = records(home / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(8))
