@@ -210,17 +210,30 @@ def router_weights(
 def score(
     examples: Sequence[Example],
     predictions: Sequence[str],
+    metric_rules: str,
     losses: Sequence[RowLoss] | None = None,
-) -> dict[str, dict]:
-    """Return the scores under "overall", "tasks" and "categories", see metrics.score.
+) -> dict[str, Any]:
+    """Return the scores, see metrics.score. Warn of answers that the rules cannot tell apart.
 
     With `losses`, each task has its "loss", too, and "overall" has their mean, so that no task
     weighs more because its targets are long. Each prompt that names no task counts as a task.
     """
+    empty = sum(metrics.has_empty_form(e.references, metric_rules) for e in examples)
+    if empty:
+        program.warn(
+            f"{empty} of {len(examples)} rows have an answer of punctuation only, which the "
+            "official exact match deletes, so that an empty prediction counts as right"
+        )
+    wordless = sum(metrics.has_no_word(e.references, metric_rules) for e in examples)
+    if wordless:
+        program.warn(
+            f"{wordless} of {len(examples)} rows have no answer with a word that ROUGE reads, so "
+            "that their ROUGE is 0"
+        )
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
         records.append({**example._asdict(), "prediction": prediction})
-    scores = metrics.score(program.progress(records, "score", unit="ex"))
+    scores = metrics.score(program.progress(records, "score", unit="ex"), metric_rules)
     if losses is not None:
         every_loss = []
         for task, task_losses in losses_by_task(examples, losses).items():
@@ -520,11 +533,12 @@ def main() -> None:
                 row = {"id": example.id, "task": example.task, "prediction": prediction}
                 file.write(program.to_json(row, ensure_ascii=False))
 
-        scores = score(examples, predictions, losses)
+        scores = score(examples, predictions, data_config.metric_rules, losses)
         program.write_json(scores_path, {**scores, "config": settings})
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
+        program.print_line(f"metric: {metrics.RULES[data_config.metric_rules].description}")
         program.print_line("loss: nats per target token, the mean over tasks; the others: per cent")
         print_if_few(config.split, len(examples))
         program.print_line(f"written: {predictions_path}, {scores_path}")

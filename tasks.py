@@ -60,6 +60,11 @@ class DataConfig:
         return not self.is_jsonl or self.wrapper
 
     @property
+    def metric_rules(self) -> str:
+        """Return by which of metrics.RULES predictions are scored: "unicode" for rows of JSONL."""
+        return "unicode" if self.is_jsonl else "official"
+
+    @property
     def train_limit(self) -> int:
         """Return the most training instances of each task, 0 for all."""
         if self.train_instances is None:

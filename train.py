@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 import checkpoint
 import data
 import kernels
+import metrics
 from baselines import (
     attach_method,
     count_parameters,
@@ -631,6 +632,8 @@ def train(
             counts = {"train": len(train_set)}
             counts |= {which: len(examples) for which, examples in held_out.items()}
             print_table(rows, run, counts)
+            rules = metrics.RULES[settings.dataset.metric_rules]
+            program.print_line(f"metric: {rules.description}")
             if routes_samples:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
                 print_router(router_report(w, start_w), w.shape[1])
@@ -687,7 +690,7 @@ def score_held_out(
             max_new_tokens=settings.dataset.max_new_tokens,
             description=f"{name}, {which}",
         )
-        scores[which] = score(examples, predictions, losses)
+        scores[which] = score(examples, predictions, settings.dataset.metric_rules, losses)
     return scores
 
 

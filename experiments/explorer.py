@@ -176,7 +176,9 @@ def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
     if not example.references:
         return [text, None, None]
     loss, _ = evaluation.measure(base, adapters, [example], w=w[None])
-    return [text, round(loss, 4), metrics.exact_match(text, example.references) == 1]
+    rules = loaded.data_config.metric_rules
+    is_right = metrics.exact_match(text, example.references, rules) == 1
+    return [text, round(loss, 4), is_right]
 
 
 def rounded(values: Tensor, decimals: int = 4) -> list:

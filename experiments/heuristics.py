@@ -49,7 +49,7 @@ def main() -> None:
     words = tokenizer.load(program.ROOT / "tiny")  # texts are copied, so any tokenizer will do
     examples = data.load_sets(DataConfig(data=flags.data), words, ["test"])["test"]
     predictions = copy_heuristic(flags.kind, flags.data, examples)
-    scores = evaluation.score(examples, predictions)
+    scores = evaluation.score(examples, predictions, "official")
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     program.print_line(f"{len(examples)} instances of {len(scores['tasks'])} tasks: {overall}")
 

@@ -277,6 +277,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(cell.settings.dataset, tokenizer)
+    rules = cell.settings.dataset.metric_rules
     limit = config.eval_instances
     if cell.scores == "replicate":
         limit = 0  # all
@@ -289,7 +290,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
         for which, examples in held_out.items():
             root = cell.settings.dataset.data
             predictions = copy_heuristic(cell.row.model, root, examples)
-            result[which] = evaluation.score(examples, predictions)
+            result[which] = evaluation.score(examples, predictions, rules)
         return result
     if cell.row.model == "frozen base":
         base, adapters, _ = run_folder.load(device, model=config.model)
@@ -309,7 +310,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
         result[which] = {"overall": {}, "tasks": {task: {} for task in tasks}}
         if cell.scores == "answers":
             predictions = evaluation.predict(base, adapters, examples, tokenizer, w=w, **options)
-            result[which] = evaluation.score(examples, predictions)
+            result[which] = evaluation.score(examples, predictions, rules)
         losses = []
         for task, rows in tasks.items():
             of_task = [examples[i] for i in rows]
@@ -327,7 +328,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             predictions = evaluation.predict(
                 base, adapters, answered, tokenizer, max_new_tokens=ANSWER_TOKENS, **options
             )
-            result["answers"] = evaluation.score(answered, predictions)
+            result["answers"] = evaluation.score(answered, predictions, rules)
 
     if cell.row.model == "trained" and not cell.row.w:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)

@@ -5,8 +5,10 @@ import json
 import shutil
 from unittest import mock
 
+import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 import run_folder
 import train
@@ -269,6 +271,29 @@ def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):
         run(*RESUME, "t5", cwd=changed)
     expected = "t5/metrics.jsonl: lines are missing that were there at the last save"
     warn.assert_called_once_with(expected)
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def test_scores_name_their_rules_and_warn_of_answers_that_they_cannot_tell_apart(capsys):
+    answers = [["+", "plus"], ["-"], ["да"], ["a"], [" "]]
+    examples = []
+    for references in answers:
+        empty = np.array([], np.int32)
+        examples.append(data.Example("", "-", "-", empty, [empty], references))
+    predictions = ["-", "+", "да", "b", ""]
+    scores = evaluation.score(examples, predictions, DataConfig().metric_rules)
+    assert (scores["metric_rules"], scores["overall"]["exact_match"]) == ("official", 80)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "2 of 5 rows have an answer of punctuation only, which the official" in first
+    assert "3 of 5 rows have no answer with a word that ROUGE reads" in second
+
+    for wrapper in (False, True):
+        rules = DataConfig(data="own.jsonl", wrapper=wrapper).metric_rules
+        scores = evaluation.score(examples, predictions, rules)
+        assert (scores["metric_rules"], scores["overall"]["exact_match"]) == ("unicode", 40)
+    assert "2 of 5 rows have no answer with a word that" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- tasks, and --start

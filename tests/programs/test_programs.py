@@ -86,6 +86,7 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 203 train, 7 dev, 8 seen, 8 unseen; run has all scores" in output
+    assert "\nmetric: exact match with punctuation, ROUGE of words in any script" in output
     other = "eval.py --run run --data sni/own.jsonl"  # whose test rows are not known
     assert "no task of test_tasks.txt" in run(*other.split(), cwd=home, code=2)
 

@@ -165,11 +165,11 @@ def test_loss_is_a_mean_over_tokens_then_over_tasks_and_prompts_without_a_task()
     losses = [(2.0, 1), (4.0, 5), (9.0, 3), (1.0, 1), (0.5, 1)]
     losses = [evaluation.RowLoss(*loss) for loss in losses]
     assert evaluation.losses_by_task(examples, losses) == {"a": [1.0], NO_TASK: [2.5, 0.5]}
-    scores = evaluation.score(examples, [""] * 5, losses)
+    scores = evaluation.score(examples, [""] * 5, "official", losses)
     assert scores["tasks"]["a"]["loss"] == 1.0
     assert scores["tasks"][NO_TASK]["loss"] == 1.5
     assert scores["overall"]["loss"] == pytest.approx(4 / 3)
-    assert "loss" not in evaluation.score(examples, [""] * 5)["overall"]
+    assert "loss" not in evaluation.score(examples, [""] * 5, "official")["overall"]
 
 
 def test_training_batch_depends_on_seed_and_step():
