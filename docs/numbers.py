@@ -348,12 +348,12 @@ def walk_router(
         "moved": f"{((P @ X).mean(dim=1) - mean).norm() / mean.norm():.5f}",
         "features": [
             ["", "1", "2", "3", "4", "length"],
-            ["$x^hat$", *decimals([*x_hat[0, :4], x_hat.norm()])],
-            ["$(x^hat - μ) / sd$", *decimals([*standard[0, :4], standard.norm()])],
+            [r"$\hat x$", *decimals([*x_hat[0, :4], x_hat.norm()])],
+            [r"$(\hat x - \mu) / \text{sd}$", *decimals([*standard[0, :4], standard.norm()])],
         ],
         "weights": [
             ["abstract task", *map(str, range(1, K + 1))],
-            ["$W_task x^hat + b$", *decimals(logits[0], 2)],
+            [r"$W_\text{task} \hat x + b$", *decimals(logits[0], 2)],
             ["$w$", *decimals(w[0], 2)],
             ["mean $w$ of its task", *decimals(own_task["w"], 2)],
             ["mean $w$ of the other task", *decimals(other_task["w"], 2)],
@@ -401,8 +401,8 @@ def walk_linear(loaded: Loaded, routing: Any, calls: dict) -> dict[str, Any]:
         "ranks": [
             ["", *ranks],
             ["$h = A x$", *decimals(h[-1], 2)],
-            ["$scale c$", *decimals(weights, 2)],
-            ["$scale c h$", *decimals(weights * h[-1], 2)],
+            [r"$\text{scale}\, c$", *decimals(weights, 2)],
+            [r"$\text{scale}\, c h$", *decimals(weights * h[-1], 2)],
         ],
         "outputs": [["", "1", "2", "3", "4", "length"], *outputs],
         "share": f"{shares[n]:.2f}",
@@ -440,4 +440,5 @@ def token_losses(loaded: Loaded, batch: data.Batch) -> Tensor:
 
 
 def decimals(values: Iterable, digits: int = 3) -> list[str]:
-    return [f"{float(value):.{digits}f}" for value in values]
+    """Return numbers as texts. Adding 0 takes the sign from what rounds to zero."""
+    return [f"{round(float(value), digits) + 0.0:.{digits}f}" for value in values]

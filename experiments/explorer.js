@@ -213,7 +213,9 @@
   }
 
   function signed(value) {
-    return (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(2);
+    const size = Math.abs(value).toFixed(2);
+    if (Number(size) === 0) return size;
+    return (value < 0 ? "\u2212" : "+") + size;
   }
 
   function change(value, usual) {

@@ -8,18 +8,12 @@ import torch
 
 import t5
 from baselines import attach_method, count_parameters
-from docs import architecture
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
 from support import program
 
-# ----------------------------------------------------------------------------- pages from scripts
-
-
-def test_drawing_is_what_its_script_draws():
-    saved = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
-    assert saved == architecture.drawing()
+# ------------------------------------------------------------------------------- drawing and table
 
 
 def test_matrices_of_the_drawing_have_the_shapes_of_the_code():
@@ -33,7 +27,7 @@ def test_matrices_of_the_drawing_have_the_shapes_of_the_code():
 
     A = linear.skill_A
     B = linear.skill_B
-    drawing = architecture.drawing()
+    drawing = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
     assert f"A is kept as ({shape(A, ',')}), B as ({shape(B, ',')})" in drawing
     # As they multiply a column.
     assert f"A: {shape(A.flatten(0, 1))}<" in drawing

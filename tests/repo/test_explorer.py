@@ -13,12 +13,13 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from docs import annotate
 from experiments import explorer
 from helpers import ROOT, change_config, interrupted, run, seeded_generator, stir
 from support.program import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PAGE = ROOT / "docs/annotated.html"
+NUMBERS = ROOT / "docs/explorer.json"
 DRIVER = shutil.which("chromedriver")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 FLAGS += " --disable-background-networking --disable-component-update"
@@ -41,7 +42,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def annotated(browser):
-    browser.get(annotate.PAGE.as_uri())
+    browser.get(PAGE.as_uri())
     yield browser
     assert not browser.get_log("browser")
 
@@ -114,7 +115,7 @@ def choose_sample(browser, number):
 
 
 def test_a_pressed_row_shows_its_answer_w_and_c(annotated):
-    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+    explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
     sample = explored["samples"][100]
     choose_sample(annotated, 100)
     assert text(annotated, "#input") == sample["input"].strip()
@@ -163,7 +164,7 @@ def test_a_row_that_was_pressed_keeps_the_focus(annotated):
 
 
 def test_two_tasks_of_one_abstract_task_are_said_to_be_so(annotated):
-    explored = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+    explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
     tasks = {task["name"]: task for task in explored["tasks"]}
     said = set()
     for number, sample in enumerate(explored["samples"]):
@@ -207,7 +208,7 @@ def test_answers_w_and_c_are_on_one_screen(annotated):
               const box = document.getElementById(id).getBoundingClientRect();
               return [box.top, box.bottom];
             });""",
-            "#explorer .answers" if width == 390 else "#explorer",
+            "#explorer .route" if width == 390 else "#explorer",
         )
         for top, bottom in places:
             assert 0 <= top and bottom <= height, (width, places)

@@ -2,15 +2,15 @@
 
 import ast
 import importlib
+import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from docs.annotate import tokens_of
 from helpers import ROOT
 
 FILES = sorted(ROOT.glob("*.py"))
@@ -93,6 +93,23 @@ LAYOUT_TOKENS = {
 }
 
 
+def tokens_of(source: str) -> Iterator[tokenize.TokenInfo]:
+    """Yield the tokens of a source. An f-string is one token, as it was before Python 3.12."""
+    depth = 0  # of f-strings within one another
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name == "FSTRING_START":
+            if depth == 0:
+                start = token.start
+            depth += 1
+        elif name == "FSTRING_END":
+            depth -= 1
+            if depth == 0:
+                yield tokenize.TokenInfo(tokenize.STRING, "", start, token.end, token.line)
+        elif depth == 0:
+            yield token
+
+
 def count_tokens(source: str) -> int:
     count = 0
     docstring_lines = set()
@@ -138,6 +155,7 @@ CODE = [*FILES, *SUPPORT]
 for pattern in ("experiments/*.py", "integrations/*.py", "*/make*"):
     CODE += ROOT.glob(pattern)
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in CODE)
+TEST_SOURCES = "".join(path.read_text(encoding="utf-8") for path in TESTS)
 
 
 NAMES = {}
@@ -150,6 +168,8 @@ def anchors(page: Path) -> list[str]:
     if page.suffix == ".html":
         return re.findall(r' id="([^"]+)"', page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    if page.name == "annotated.md":
+        return re.findall(r"\{#([\w-]+)\}$", "\n".join(headings), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
@@ -171,7 +191,8 @@ def test_pages_name_what_exists(page):
     for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
         assert hasattr(NAMES[owner], name), f"{owner}.{name}"
     for name in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text):
-        assert re.search(rf"\b{name}\b", SOURCES) or name in FOREIGN, name
+        sources = TEST_SOURCES if name.startswith("test_") else SOURCES
+        assert re.search(rf"\b{name}\b", sources) or name in FOREIGN, name
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", text)) - FOREIGN:
         field = flag[2:].removeprefix("no-").replace("-", "_")  # --no-x switches off the field x
         assert re.search(rf'^    {field}: |"{flag}"', SOURCES, re.MULTILINE), flag
