@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import data
 import eval as evaluation
 import run_folder
-from integrations.peft_folder import fingerprint, save_peft
+from integrations.peft_folder import save_peft
+from integrations.trainer import fingerprint, require_complete, require_same
 from model import Backbone
-from orchmoe import Adapters, OrchMoEConfig, TaskRouter, attach
+from orchmoe import Adapters, OrchMoE, OrchMoEConfig, TaskRouter, attach
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
@@ -68,14 +69,16 @@ class ExportConfig:
 # ------------------------------------------------------------------------ an adapter of a trainer
 
 
-def attach_saved(path: str, model: str) -> tuple[Adapters, str]:
-    """Return the adapters in an adapter.pt, and the name of the base's embedding table.
+def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
+    """Return the adapters in an adapter.pt, and facts for `save_router`.
 
     They are attached to transformers' model of the folder `model`, because the file has its names.
     Its weights have no values (they are on the meta device) and so take no memory.
     """
     saved = checkpoint.read_torch(program.require_path(path, "name an adapter.pt"))
     with program.reading(path, "name an adapter.pt of integrations/trainer.py"):
+        require_complete(saved)
+        require_same(saved, {"method": OrchMoE.__name__})
         adapter_config = program.from_json(OrchMoEConfig, saved["config"])
         state = {name: tensor.float() for name, tensor in saved["state"].items()}
 
@@ -96,7 +99,9 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, str]:
             model_class = transformers.AutoModelForSeq2SeqLM
         base = model_class.from_config(config)
 
+    tensors = checkpoint.read_folder(model)
     with program.reading(path, f"{model} must be the base that it was trained on"):
+        require_base(saved, tensors, base)
         with torch.device("meta"):
             adapters = attach(base, adapter_config)
             adapters.load_state_dict(state)  # compares names and shapes, but copies no values
@@ -108,7 +113,25 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, str]:
 
     table = base.get_input_embeddings()
     embedding = next(name for name, module in base.named_modules() if module is table)
-    return adapters.eval(), f"{embedding}.weight"
+    facts = {
+        "embedding": f"{embedding}.weight",
+        "max_new_tokens": saved.get("max_new_tokens", 127),  # finetune_7b.py saves it
+        "prompt": None,
+    }
+    return adapters.eval(), facts
+
+
+def require_base(saved: dict[str, Any], tensors: dict[str, Tensor], base: nn.Module) -> None:
+    """Raise ValueError unless these tensors of files are the base that adapters were trained on.
+
+    A quantised base is known by all tensors of its files. Any other is known by the weights of the
+    model, in the dtype in which it was loaded.
+    """
+    dtype = getattr(torch, saved["dtype"])
+    names = base.state_dict().keys()
+    loaded = [tensor for name, tensor in tensors.items() if name in names]
+    if saved["base"] not in (fingerprint(tensors.values()), fingerprint(loaded, dtype)):
+        raise ValueError("it was trained on other weights")
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -161,32 +184,29 @@ def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, An
 
 
 def save_router(
-    router: TaskRouter,
-    embedding: str,
-    loras: list[str],
-    prompt: dict[str, Any] | None,
-    base: str | Path,
-    folder: Path,
+    router: TaskRouter, facts: dict[str, Any], base: str | Path, folder: str | Path
 ) -> None:
     """Write what a server needs to compute w of a prompt.
 
     router.safetensors: W_task (K,D), bias (K), mu and sd (D). router.json: the settings of the
-    router, the name of the embedding table, the LoRAs whose weights w holds, in this order, the
-    fingerprint of the base in the folder `base`, and the rule of prompts. This rule is that of
-    `prompt_rule`, or None if prompts have the ids of transformers, as in a trainer.
+    router, the fingerprint of the base in the folder `base`, and these facts:
+
+    loras: the folders whose weights w holds, in this order.
+    embedding: the name of the embedding table.
+    prompt: the rule of `prompt_rule`, or None if prompts have the ids of transformers, as in a
+        trainer.
+    max_new_tokens: the most tokens of an answer.
     """
+    folder = Path(folder)
     checkpoint.write_safetensors(
         folder / "router.safetensors", router.state_dict(), {"format": "pt"}
     )
     settings = {
-        "loras": loras,
-        "embedding": embedding,
         "attention": router.config.router_attention,
         "norm": router.config.router_norm,
-        "base": fingerprint(base),
-        "prompt": prompt,
+        "base": fingerprint(checkpoint.read_folder(base).values()),
     }
-    program.write_json(folder / "router.json", settings)
+    program.write_json(folder / "router.json", settings | facts)
 
 
 def export(config: ExportConfig, device: runtime.Device) -> None:
@@ -195,9 +215,8 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     program.require_new([out], "name a new folder by --out")
 
     method = "orchmoe"
-    prompt = None
     if config.adapter:
-        adapters, embedding = attach_saved(config.adapter, config.model)
+        adapters, facts = attach_saved(config.adapter, config.model)
         base_folder = config.model
     else:
         run = run_folder.read_config(config.run)
@@ -211,15 +230,18 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
         base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
         base_folder = config.model or run.training["model"]
-        embedding = checkpoint.hf_name(base, "embedding.weight")
-        prompt = prompt_rule(run, tokenizer)
+        facts = {
+            "embedding": checkpoint.hf_name(base, "embedding.weight"),
+            "max_new_tokens": run.section(DataConfig, "dataset").max_new_tokens,
+            "prompt": prompt_rule(run, tokenizer),
+        }
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
     routings: dict[str, Tensor | None] = {"lora": None}
     if method == "orchmoe":
         one_hot = torch.eye(adapters.config.abstract_tasks)
         routings = {f"abstract-{k + 1}": w for k, w in enumerate(one_hot)}
-    abstract = list(routings)
+    facts["loras"] = list(routings)
     if config.w:
         routings["w"] = given_routing(config, adapters.config.abstract_tasks)
     if config.mean:
@@ -234,7 +256,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     )
 
     if adapters.router is not None:
-        save_router(adapters.router, embedding, abstract, prompt, base_folder, out)
+        save_router(adapters.router, facts, base_folder, out)
         program.print_line(f"written to {out}: router.safetensors and router.json")
 
 

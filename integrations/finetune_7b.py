@@ -17,14 +17,22 @@ To use it elsewhere, copy this file, trainer.py, support/program.py and orchmoe.
 Test: pytest tests/parity/test_trainer.py
 """
 
-import pickle
+import hashlib
+import json
+import re
 import sys
 from pathlib import Path
 
 import torch
 
-from integrations.trainer import ADAPTER_FILE, RoutedTraining
-from orchmoe import OrchMoEConfig, attach
+from integrations.trainer import (
+    ADAPTER_FILE,
+    RoutedTraining,
+    base_fingerprint,
+    read_adapter,
+    require_same,
+)
+from orchmoe import OrchMoE, OrchMoEConfig, attach
 from support import program
 from support.program import UserError
 
@@ -43,10 +51,17 @@ except ImportError as error:
 
 # "all": every Linear but the output head.
 ADAPTERS = OrchMoEConfig(abstract_tasks=8, skills=4, rank=4, targets=("all",))
+REMEDY = "give the --model, --data and --out of the training, or train again into a new --out"
 
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
     rates = {"router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}  # the skills: learning_rate
+    rows = ""  # their digest
+    max_new_tokens = 0  # of an answer
+
+    def bound_to(self):
+        more = {"rows": self.rows, "max_new_tokens": self.max_new_tokens}
+        return super().bound_to() | more
 
 
 class SaveAndStop(TrainerCallback):
@@ -113,9 +128,35 @@ def last_checkpoint(out):
 
     The Trainer writes trainer_state.json when all other files are there.
     """
-    folders = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
-    folders.sort(key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
-    return folders[-1] if folders else None
+    found = {}
+    for path in out.glob("checkpoint-*/trainer_state.json"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name):
+            found[int(match[1])] = path.parent
+    return found[max(found)] if found else None
+
+
+def digest(rows):
+    """Return 16 hex digits that tell these rows from others."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def count_tokens(row, tokenizer):
+    """Return the number of tokens of a prompt, and that of the whole row as SFTTrainer makes it."""
+    text = row["prompt"] + row["completion"]
+    if not row["completion"].endswith(tokenizer.eos_token):
+        text += tokenizer.eos_token
+    return len(tokenizer(row["prompt"]).input_ids), len(tokenizer(text).input_ids)
+
+
+def read_saved(path, **found):
+    """Return what is in an adapter.pt. Raise UserError if it belongs to something else than found.
+
+    found: facts by the name that they have in the file, see RoutedTraining.bound_to.
+    """
+    with program.reading(path, REMEDY):
+        saved = read_adapter(path)
+        require_same(saved, found)
+        return saved
 
 
 def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
@@ -130,7 +171,7 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
         "gradient_accumulation_steps": 8,
         "num_train_epochs": 1,
         "warmup_steps": min(20, len(rows) // 160),  # at most a tenth of the steps
-        "max_length": 1024,  # tokens; longer rows lose the end of their answer
+        "max_length": 1024,  # tokens; longer rows lose the end of their answer, with a warning
         "bf16": True,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -143,13 +184,32 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
         args = SFTConfig(str(out), **settings | options)
         data = Dataset.from_list(rows)
         trainer = RoutedSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-        left_out = len(rows) - len(trainer.train_dataset)
-        if left_out:
-            program.warn(
-                f"{left_out} of {len(rows)} rows are left out, since their prompts alone have "
-                f"{args.max_length} tokens or more"
-            )
-        if not checkpoint:
+
+    # Rows that are too long, and the longest answer.
+    longest = 0
+    too_long = 0
+    for row in rows:
+        prompt, whole = count_tokens(row, tokenizer)
+        longest = max(longest, min(whole, args.max_length) - prompt)
+        too_long += whole > args.max_length
+    left_out = len(rows) - len(trainer.train_dataset)
+    if left_out:
+        program.warn(
+            f"{left_out} of {len(rows)} rows are left out, since their prompts alone have "
+            f"{args.max_length} tokens or more"
+        )
+    if too_long > left_out:
+        program.warn(
+            f"{too_long - left_out} of {len(rows)} rows have more than {args.max_length} tokens "
+            "and lose the end of their completion; shorten them, or raise max_length"
+        )
+    trainer.max_new_tokens = max(127, longest)
+    trainer.rows = digest(rows)
+
+    if checkpoint:
+        read_saved(checkpoint / ADAPTER_FILE, **trainer.bound_to())
+    else:
+        with program.checking_settings():
             trainer.fit_router(max_batches=256)  # 512 prompts
 
     with program.stop_signals() as stop_requested, program.naming_write_errors(out):
@@ -164,25 +224,17 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
     return True
 
 
-def read_adapters(path):
-    """Return the config and the state of the adapters in the file `path`."""
-    with program.reading(path):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # its message advises to run what is in the file
-            raise ValueError("damaged, or more than plain tensors") from None
-        return program.from_json(OrchMoEConfig, saved["config"]), saved["state"]
-
-
 def load_adapters(model, path):
-    """Attach the adapters in the file `path` to the model."""
-    config, state = read_adapters(path)
-    with program.reading(path, "name the base that it was trained on"):
-        attach(model, config).load_state_dict(state)
+    """Attach the adapters in the file `path` to their base. Return the most tokens of an answer."""
+    saved = read_saved(path, method=OrchMoE.__name__, base=base_fingerprint(model))
+    with program.reading(path, REMEDY):
+        config = program.from_json(OrchMoEConfig, saved["config"])
+        attach(model, config).load_state_dict(saved["state"])
+        return saved["max_new_tokens"]
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompts, max_new_tokens=64):
+def answer(model, tokenizer, prompts, max_new_tokens):
     """Return the greedy answers to the prompts, which form one batch."""
     model.eval()
     batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
@@ -199,6 +251,26 @@ def answer(model, tokenizer, prompts, max_new_tokens=64):
     return tokenizer.batch_decode(rows[:, prompt_length:], skip_special_tokens=True)
 
 
+def require_new_run(out):
+    """Raise UserError if a path exists that a training would write."""
+    written = [out / ADAPTER_FILE, out / "README.md", *out.glob("checkpoint-*")]
+    program.require_new(written, "add --resume, or name a new folder by --out")
+
+
+def ask(args):
+    """Print the answers to the prompts."""
+    with program.reading("--ask", "give whole prompts"):
+        for prompt in args.ask:
+            require_prompt(prompt)
+    adapter_path = program.require_path(args.out / ADAPTER_FILE, "finish the training first")
+    read_saved(adapter_path, method=OrchMoE.__name__)
+    model, tokenizer = load_base(args.model)
+    max_new_tokens = load_adapters(model, adapter_path)
+    replies = answer(model, tokenizer, args.ask, max_new_tokens)
+    for prompt, reply in zip(args.ask, replies, strict=True):
+        program.print_line(f"{prompt} -> {reply}")
+
+
 def main():
     parser = program.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="name on the Hub, or folder, of the base")
@@ -209,38 +281,29 @@ def main():
     parser.add_argument("--resume", action="store_true", help="continue a stopped training")
     args = parser.parse_args()
 
-    # All mistakes that can be found before the base is loaded.
-    adapter_path = args.out / ADAPTER_FILE
-    checkpoint = None
-    if args.resume:
-        checkpoint = last_checkpoint(args.out)
-        if not (args.data and checkpoint):
-            raise UserError(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
-        config, _ = read_adapters(checkpoint / ADAPTER_FILE)
-        if config != ADAPTERS:
-            raise UserError(f"{checkpoint}: was trained with {config}; set ADAPTERS to it")
-    elif args.data:
-        written = [adapter_path, args.out / "README.md", *args.out.glob("checkpoint-*")]
-        program.require_new(written, "add --resume, or name a new folder by --out")
-    else:
-        program.require_path(adapter_path, "finish the training first")
-        with program.reading("--ask", "give whole prompts"):
-            for prompt in args.ask:
-                require_prompt(prompt)
+    if args.resume and not (args.data and last_checkpoint(args.out)):
+        raise UserError(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
+    if args.ask:
+        return ask(args)
 
-    if args.data:
-        rows = read_rows(args.data)
-        args.out.mkdir(parents=True, exist_ok=True)
+    # All mistakes that can be found before the base is loaded.
+    if not args.resume:
+        require_new_run(args.out)
+    rows = read_rows(args.data)
+    with program.locked_folder(args.out, "wait, or change --out"):
+        checkpoint = None
+        if args.resume:
+            checkpoint = last_checkpoint(args.out)
+            facts = {"method": OrchMoE.__name__, "config": vars(ADAPTERS), "rows": digest(rows)}
+            read_saved(checkpoint / ADAPTER_FILE, **facts)
+        else:
+            require_new_run(args.out)  # another process may have written here meanwhile
+
         model, tokenizer = load_base(args.model)
         if not fine_tune(model, tokenizer, rows, args.out, checkpoint):
             program.print_line("stopped; continue with the same flags and --resume")
             return 130
-        program.print_line(f"written: {adapter_path}")
-        return 0
-    model, tokenizer = load_base(args.model)
-    load_adapters(model, adapter_path)
-    for prompt, reply in zip(args.ask, answer(model, tokenizer, args.ask), strict=True):
-        program.print_line(f"{prompt} -> {reply}")
+    program.print_line(f"written: {args.out / ADAPTER_FILE}")
     return 0
 
 

@@ -11,7 +11,6 @@ width, N adapted Linears.
 Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -63,19 +62,6 @@ class Lora(NamedTuple):
     factors: dict[str, tuple[Tensor, Tensor]]  # name in transformers -> A (r,D) and scale * B (O,r)
     rank: int  # r
     folder: str
-
-
-def fingerprint(base: str | Path) -> str:
-    """Return 16 hex digits that tell the weights in a Hugging Face folder from others.
-
-    They do not depend on names or files, since a tied weight has one name or several. As in
-    checkpoint.fingerprint, up to 1,024 values of each tensor count.
-    """
-    digests = set()
-    for weight in checkpoint.read_folder(base).values():
-        content = f"{list(weight.shape)}".encode() + checkpoint.sampled(weight)
-        digests.add(hashlib.sha256(content).hexdigest())
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
 
 
 def linears_by_hf_name(adapters: Adapters) -> dict[str, SkillLinear]:

@@ -23,10 +23,10 @@ import torch
 import checkpoint
 import data
 import tokenizer
-from integrations.peft_folder import fingerprint, load_peft
+from integrations.peft_folder import load_peft
+from integrations.trainer import fingerprint
 from orchmoe import OrchMoEConfig, TaskRouter
 from support import program
-from support.program import UserError
 from tasks import DataConfig
 
 
@@ -42,17 +42,13 @@ class Router:
         )
         program.require_path(base, program.DOWNLOAD)
         facts = program.read_json(path)
-        if "base" not in facts:
-            program.warn(
-                f"{path}: an older version wrote it, and nothing tells whether the base and the "
-                "tokens of prompts are those of training; export it again"
-            )
-        elif facts["base"] != fingerprint(base):
-            raise UserError(f"{base}: not the base of {served}; give the folder of its base")
-        self.prompt_rule = facts.get("prompt")  # see export.save_router
         state, _ = checkpoint.read_safetensors(served / "router.safetensors")
         tensors = checkpoint.read_folder(base)  # not in memory
-        with program.reading(path, "export it again"):
+        with program.reading(path, "export it again, or give the folder of its base"):
+            if facts["base"] != fingerprint(tensors.values()):
+                raise ValueError(f"{base} is not the base of these LoRAs")
+            self.prompt_rule = facts["prompt"]  # see export.save_router
+            self.max_new_tokens = facts["max_new_tokens"]
             self.loras = [served / name for name in facts["loras"]]
             settings = {
                 "abstract_tasks": len(self.loras),
@@ -176,9 +172,9 @@ def main():
     parser.add_argument("--base", type=Path, required=True, help="folder of the base")
     parser.add_argument("--ask", nargs="+", required=True, metavar="PROMPT", help="whole prompts")
     parser.add_argument("--server", help="address of a llama-server (default: peft answers)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default: 64)")
+    parser.add_argument("--max-tokens", type=int, help="longest answer (default: as in training)")
     args = parser.parse_args()
-    if args.max_tokens < 1:
+    if args.max_tokens is not None and args.max_tokens < 1:
         parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
     for prompt in args.ask:
         with program.checking_settings():
@@ -191,14 +187,15 @@ def main():
         texts = RunTokenizer(args.base, router.prompt_rule)
     else:
         texts = HubTokenizer(args.base)
+    max_tokens = args.max_tokens or router.max_new_tokens
     model = None if args.server else PeftModel(args.base, router.loras)
     for prompt in args.ask:
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)
         if args.server:
-            answer = ask_llama_server(args.server, ids, w, args.max_tokens)
+            answer = ask_llama_server(args.server, ids, w, max_tokens)
         else:
-            answer = texts.decode(model.answer(ids, w, args.max_tokens))
+            answer = texts.decode(model.answer(ids, w, max_tokens))
         program.print_line(f"{prompt} -> {answer}")
 
 

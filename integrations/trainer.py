@@ -9,15 +9,27 @@ trainer among the base classes. docs/use.md has a whole program and says what do
 B batch, L length, D width of the embeddings. Test: pytest tests/parity/test_trainer.py
 """
 
+import hashlib
+import json
+import math
 import os
+import pickle
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
+# What adapters are bound to, and what to do if it is something else when they are loaded.
+REMEDIES = {
+    "method": "attach with the same method",
+    "config": "attach with the same config",
+    "base": "load the base that it was trained on",
+}
 # Settings of SFTConfig that put several samples into one row.
 PACKING_SETTINGS = ("packing", "eval_packing", "padding_free")
 
@@ -44,6 +56,116 @@ def holds_several_samples(position_ids: Tensor, attention_mask: Tensor | None = 
     return bool(starts_anew.any())
 
 
+# ---- What adapters are bound to ----
+
+
+def fingerprint(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return 16 hex digits that tell these weights from others.
+
+    Shapes and up to 1,024 evenly spaced values of each tensor count, cast to `dtype` if it is
+    given. Names do not count, since a tied weight has one name or several.
+    """
+    digests = set()
+    for tensor in tensors:
+        stride = max(1, math.ceil(tensor.numel() / 1024))
+        sample = tensor.detach().flatten()[::stride].cpu().contiguous()
+        if dtype is not None and sample.is_floating_point():
+            sample = sample.to(dtype)
+        content = f"{list(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
+        digests.add(hashlib.sha256(content).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of a model's frozen base.
+
+    A quantised base has that of the files that it was loaded from, because each device may pack
+    weights in its own way. If the files are not found, the packed bytes count.
+    """
+    weights = []
+    is_quantised = False
+    for name, tensor in model.state_dict().items():
+        if "skill_" in name or not isinstance(tensor, Tensor):
+            continue
+        parts = plain_parts(tensor)
+        weights += parts
+        is_quantised = is_quantised or len(parts) > 1 or not tensor.is_floating_point()
+    if is_quantised:
+        weights = list(tensors_in_files(model)) or weights
+    return fingerprint(weights)
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that a quantised one of torchao consists of; any other is its own part."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    parts = []
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        parts += plain_parts(getattr(tensor, name))
+    return parts
+
+
+def tensors_in_files(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors in the safetensors files of the folder or name that the model came from.
+
+    Yield nothing if they are not on this machine.
+    """
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return
+    # Both come with transformers.
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(name)
+    if not folder.is_dir():
+        revision = getattr(model.config, "_commit_hash", None)
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (OSError, ValueError):  # not in the cache, or no name of the Hub
+            return
+    files = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for file in files:
+        if (folder / file).exists():
+            with safe_open(folder / file, framework="pt") as opened:
+                for key in opened.keys():
+                    yield opened.get_tensor(key)
+
+
+def read_adapter(path: str | Path) -> dict[str, Any]:
+    """Return what is in an adapter.pt. Raise ValueError if it is not one of this version."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its message advises to run what is in the file
+        raise ValueError("damaged, or more than plain tensors") from None
+    require_complete(saved)
+    return saved
+
+
+def require_complete(saved: dict[str, Any]) -> None:
+    """Raise ValueError if the content of an adapter.pt does not say what it belongs to."""
+    for name in (*REMEDIES, "dtype", "state"):
+        if name not in saved:
+            raise ValueError(
+                f"it has no {name!r}, so nothing tells what its weights belong to; an older "
+                "version or another program wrote it; train it again with integrations/trainer.py"
+            )
+
+
+def require_same(saved: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ValueError if adapters that were saved belong to something else than what is found."""
+    for name, value in found.items():
+        if saved.get(name) != value:
+            remedy = REMEDIES.get(name, "give the same as in training")
+            raise ValueError(
+                f"its {name} is {saved.get(name)!s:.400}, not {value!s:.400}; {remedy}"
+            )
+
+
 class RoutedTraining:
     """Mixin for a trainer whose model has adapters: routes each batch and saves the adapters alone.
 
@@ -58,6 +180,7 @@ class RoutedTraining:
             raise ValueError(
                 "model: it has no adapters; call attach(model, OrchMoEConfig(...)) first"
             )
+        self.base = base_fingerprint(model)
 
         # Trainer refuses a quantised model unless it finds adapters, and it looks for peft's only.
         model._hf_peft_config_loaded = True
@@ -174,6 +297,15 @@ class RoutedTraining:
 
     # ---- Checkpoints ----
 
+    def bound_to(self) -> dict[str, Any]:
+        """Return what the adapters belong to. It is saved with them and compared at loading."""
+        adapters = self.model.skill_adapters
+        return {
+            "method": type(adapters.method).__name__,
+            "config": vars(adapters.config),
+            "base": self.base,
+        }
+
     def _save(self, output_dir=None, state_dict=None):
         """Write the adapters alone: the base never changes, and the tokenizer is yours.
 
@@ -183,12 +315,12 @@ class RoutedTraining:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        adapters = self.model.skill_adapters
-        state = adapters.state_dict()
+        state = self.model.skill_adapters.state_dict()
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite; lower the learning rates")
-        saved = {"config": vars(adapters.config), "state": state}
+        dtype = str(self.model.dtype).removeprefix("torch.")  # export.py reads the base in it
+        saved = {**self.bound_to(), "dtype": dtype, "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
         with open(incomplete, "wb") as file:  # an error of the file says what is wrong
             torch.save(saved, file)
@@ -197,16 +329,14 @@ class RoutedTraining:
         incomplete.replace(folder / ADAPTER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load the adapters. Raise ValueError if they were trained with another config."""
+        """Load the adapters. Raise ValueError if they belong to something else."""
         path = Path(resume_from_checkpoint) / ADAPTER_FILE
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        adapters = self.model.skill_adapters
-        defaults = vars(type(adapters.config)())  # of settings that did not exist yet
-        if defaults | saved["config"] != vars(adapters.config):
-            raise ValueError(
-                f"{path}: its config is {saved['config']}; attach with the same config"
-            )
-        adapters.load_state_dict(saved["state"])
+        try:
+            saved = read_adapter(path)
+            require_same(saved, self.bound_to())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.model.skill_adapters.load_state_dict(saved["state"])
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

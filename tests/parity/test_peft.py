@@ -216,7 +216,8 @@ def test_llama_server_answers_as_routed(smollm2_dir, llama_cpp_dir, tmp_path):
     adapters.fit_router([base.embed(random_ids(20, 7))])
     names = [f"abstract-{k + 1}" for k in range(K)]
     table = "model.embed_tokens.weight"
-    save_router(adapters.router, table, names, None, smollm2_dir, tmp_path)
+    facts = {"loras": names, "embedding": table, "prompt": None, "max_new_tokens": 8}
+    save_router(adapters.router, facts, smollm2_dir, tmp_path)
 
     def convert(kind, folder, *options):
         program = [sys.executable, llama_cpp_dir / f"convert_{kind}_to_gguf.py", folder]

@@ -17,7 +17,6 @@ import eval as evaluation
 import run_folder
 from experiments import explorer
 from helpers import CPU, ROOT, run, seeded_generator, stir
-from support import program
 from support.program import read_json, write_json
 
 transformers = pytest.importorskip("transformers")
@@ -105,6 +104,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
         assert serve("--server", url, "--ask", prompts[0], cwd=home) == f"{prompts[0]} -> red\n"
     [request] = seen
     assert request["prompt"] == ids[0] and not request["cache_prompt"]
+    assert request["n_predict"] == 127, "as long as the longest target of the run"
     assert [lora["scale"] for lora in request["lora"]] == pytest.approx(w[0].tolist(), rel=1e-4)
     assert "pip install transformers peft" in serve("--ask", "a", cwd=home, code=2)
 
@@ -134,7 +134,7 @@ def assert_one_line(said, message):
 MISTAKES = {  # flags -> what is said
     "--served nope": "nope/router.json: does not exist; name a folder that",
     "--base nope": "nope: does not exist; name a local folder",
-    "--base other": "other: not the base of served",
+    "--base other": "served/router.json: other is not the base of these LoRAs",
     "--base empty": "empty: no weights here",
     "--ask": "argument --ask: expected at least one",
     "--ask=": "--ask: a prompt is empty",
@@ -164,6 +164,7 @@ def damage(served):
     path = served / "router.json"
     facts = read_json(path)
     for change, message in (
+        ({"base": "0"}, "served/router.json: base is not the base of these LoRAs; export it again"),
         ({"loras": 3}, "served/router.json: TypeError"),
         ({"loras": [3] * 8}, "served/router.json: TypeError"),
         ({"attention": "no"}, "served/router.json: router_attention: 'no' has the wrong type"),
@@ -174,6 +175,9 @@ def damage(served):
     ):
         write_json(path, facts | change)
         yield message
+    for name in facts:
+        write_json(path, {key: value for key, value in facts.items() if key != name})
+        yield f"served/router.json: KeyError: '{name}'; export it again"
     write_json(path, facts)
     for name in ("router.safetensors", "abstract-3/adapter_config.json"):
         (served / name).rename(served / "away")
@@ -189,14 +193,3 @@ def damage(served):
 def test_a_damaged_export_is_one_line(copy):
     for message in damage(copy / "served"):
         assert_one_line(serve("--ask", "a", cwd=copy, code=2), message)
-
-
-def test_an_older_export_answers_with_a_warning(copy, asked):
-    facts = read_json(copy / "served/router.json")
-    del facts["base"], facts["prompt"]
-    write_json(copy / "served/router.json", facts)
-    with mock.patch.object(program, "warn") as warn:
-        said = serve("--max-tokens", 2, "--ask", asked[0][0], cwd=copy)
-    assert said.startswith(f"{asked[0][0]} -> ")
-    warnings = " ".join(call.args[0] for call in warn.call_args_list)
-    assert "served/router.json: an older version wrote it" in warnings

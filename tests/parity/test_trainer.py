@@ -8,8 +8,10 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,16 +32,19 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+import checkpoint  # noqa: E402
 from baselines import LoRA  # noqa: E402
 from integrations import finetune_7b  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
+    base_fingerprint,
+    fingerprint,
     holds_several_samples,
     prompt_mask,
 )
 from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
-from support.program import UserError  # noqa: E402
+from support.program import UserError, locked_folder, read_json  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -356,19 +361,62 @@ def test_best_adapter_is_loaded_at_the_end(tmp_path):
     check_equal(state_of(trainer), best)
 
 
-@pytest.mark.parametrize("method", [OrchMoE, LoRA])
-def test_checkpoint_of_another_config_is_refused_unless_it_lacks_a_new_setting(method, tmp_path):
-    trainer = make_trainer(tmp_path, adapted(make_llama(), method))
-    trainer.save_model()
-    other = make_trainer(tmp_path, adapted(make_llama(), method, alpha=2.0))
-    with pytest.raises(ValueError, match="attach with the same config"):
-        other._load_from_checkpoint(tmp_path)
+def fine_tuned(model):
+    """Return the model with one weight changed, in a Linear without adapters."""
+    model.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] += 1
+    return model
 
-    path = tmp_path / ADAPTER_FILE
-    saved = torch.load(path)
-    del saved["config"]["mixing"]
-    torch.save(saved, path)
-    trainer._load_from_checkpoint(tmp_path)
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda: adapted(make_llama(), alpha=2.0), "its config is .*; attach with the same config"),
+        (lambda: adapted(make_llama(), LoRA), "its method is OrchMoE, not LoRA; attach with"),
+        (lambda: adapted(fine_tuned(make_llama())), "its base is .*; load the base that it was"),
+    ],
+)
+def test_checkpoint_that_belongs_to_something_else_is_refused(other, message, tmp_path):
+    make_trainer(tmp_path, adapted(make_llama())).save_model()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/adapter.pt: {message}"):
+        make_trainer(tmp_path, other())._load_from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["method", "base", "config"])
+def test_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(name, tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    saved = torch.load(tmp_path / ADAPTER_FILE)
+    del saved[name]
+    torch.save(saved, tmp_path / ADAPTER_FILE)
+    with pytest.raises(ValueError, match=f"it has no '{name}'.*; train it again"):
+        trainer._load_from_checkpoint(tmp_path)
+
+
+def load_llama(folder, **options):
+    """Return the Llama in `folder`. With options, its Linears are in 4 or 8 bits."""
+    more = {}
+    if options:
+        quantisation = transformers.BitsAndBytesConfig(**options)
+        more = {"quantization_config": quantisation, "device_map": {"": "cpu"}}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_base_is_known_by_all_its_weights_and_in_few_bits_by_its_files(options, tmp_path):
+    """Without the files of a quantised base, its packed weights count."""
+    pytest.importorskip("bitsandbytes")
+    make_llama(width=64).save_pretrained(tmp_path / "base")
+    fine_tuned(make_llama(width=64)).save_pretrained(tmp_path / "other")
+    models = [load_llama(tmp_path / name, **options) for name in ("base", "base", "other")]
+    of_files = fingerprint(checkpoint.read_folder(tmp_path / "base").values())
+    first, second, other = map(base_fingerprint, models)
+    assert first == second == of_files != other
+
+    for model in models:
+        model.name_or_path = "a/name-that-is-not-here"
+    first, second, other = map(base_fingerprint, models)
+    assert first == second != other
+    assert (first == of_files) == (not options)
 
 
 # ---- the router reads no answer ----
@@ -434,6 +482,7 @@ def test_every_method_gets_the_mask_of_the_prompt(tmp_path):
 def test_positions_of_padding_are_not_those_of_another_sample():
     packed, left, right = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0]])[:, None]
     assert holds_several_samples(packed)
+    assert holds_several_samples(torch.tensor([[0, 0, 1]])), "a sample of one token is the first"
     assert holds_several_samples(packed, torch.ones(1, 4))
     assert not holds_several_samples(left, torch.tensor([[0, 0, 1, 1]]))
     assert not holds_several_samples(right, torch.tensor([[1, 1, 0, 0]]))
@@ -547,13 +596,7 @@ def test_skills_over_a_base_in_8_bits_train(tmp_path):
     """The program for 7B, below, also saves, loads and generates, over a base in 4 bits."""
     pytest.importorskip("bitsandbytes")
     make_llama(width=64).save_pretrained(tmp_path)  # bitsandbytes has blocks of 64 weights
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        dtype=torch.bfloat16,
-        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
-        device_map={"": "cpu"},
-    )
-    model = adapted(base)
+    model = adapted(load_llama(tmp_path, load_in_8bit=True).bfloat16())
     trainer = make_trainer(tmp_path, model, max_steps=20, gradient_checkpointing=True)
     trainer.fit_router()
     trainer.train()
@@ -608,6 +651,7 @@ def test_program_for_7b_trains_stops_resumes_and_answers(error, base_folder, tmp
     assert not (tmp_path / "run/adapter.pt").exists()
     (tmp_path / "run/checkpoint-10").mkdir()  # it was not saved whole
     (tmp_path / "run/checkpoint-10/adapter.pt").touch()
+    shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "run/checkpoint-old")  # by the user
     checkpoint = finetune_7b.last_checkpoint(tmp_path / "run")
     assert checkpoint.name == ("checkpoint-2" if error else "checkpoint-3")
     assert fine_tune("run", checkpoint)[0]
@@ -616,19 +660,22 @@ def test_program_for_7b_trains_stops_resumes_and_answers(error, base_folder, tmp
     if error:
         return
 
-    # A new process gives the same answers.
+    # A new process gives the same answers, as long as the file says.
+    assert found["max_new_tokens"] == 127
+    torch.save(found | {"max_new_tokens": 9}, tmp_path / "run" / ADAPTER_FILE)
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
-    answers = finetune_7b.answer(trained, tokenizer, prompts)
+    answers = finetune_7b.answer(trained, tokenizer, prompts, 9)
     program = [sys.executable, "-m", "integrations.finetune_7b", "--model", str(base_folder)]
     done = run_shell([*program, "--out", str(tmp_path / "run"), "--ask", *prompts], ROOT)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
     assert done.stdout == "".join(lines), done.stderr
 
     # In float32, padding changes nothing.
-    plain = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    finetune_7b.load_adapters(plain, tmp_path / "run" / ADAPTER_FILE)
-    alone = [finetune_7b.answer(plain, tokenizer, [prompt])[0] for prompt in prompts]
-    assert finetune_7b.answer(plain, tokenizer, prompts) == alone
+    plain = load_llama(base_folder)
+    assert finetune_7b.load_adapters(plain, tmp_path / "run" / ADAPTER_FILE) == 9
+    plain.float()
+    alone = [finetune_7b.answer(plain, tokenizer, [prompt], 64)[0] for prompt in prompts]
+    assert finetune_7b.answer(plain, tokenizer, prompts, 64) == alone
 
 
 def run_7b(*arguments, cwd, code=0):
@@ -654,15 +701,65 @@ def test_program_for_7b_learns_from_one_step_and_a_failed_start_can_be_repeated(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_rows_that_are_left_out_are_counted_and_infinite_weights_are_not_saved(
+def test_program_for_7b_refuses_another_base(tmp_path):
+    """All doors: --resume, --ask and integrations/export.py."""
+    pytest.importorskip("bitsandbytes")
+    make_llama(width=64).save_pretrained(tmp_path / "base")
+    fine_tuned(make_llama(width=64)).save_pretrained(tmp_path / "other")
+    for name in ("base", "other"):
+        TOKENIZER.save_pretrained(tmp_path / name)
+    write_rows(tmp_path / "data.jsonl", TEXT)
+    with mock.patch.object(finetune_7b.SaveAndStop, "on_step_end", stop_after_one_step):
+        arguments = ["--model", "base", "--data", "data.jsonl", "--out", "run"]
+        run("integrations/finetune_7b.py", *arguments, cwd=tmp_path, code=130)
+    shutil.copy(tmp_path / "run/checkpoint-1/adapter.pt", tmp_path / "run/adapter.pt")
+
+    refusal = "its base is .*, not .*; load the base that it was trained on"
+    arguments = ["--model", "other", "--out", "run", "--data", "data.jsonl", "--resume"]
+    said = run_7b(*arguments, cwd=tmp_path, code=2)
+    assert re.match(f"finetune_7b.py: error: run/checkpoint-1/adapter.pt: {refusal}", said)
+    said = run_7b("--model", "other", "--out", "run", "--ask", "a", cwd=tmp_path, code=2)
+    assert re.match(f"finetune_7b.py: error: run/adapter.pt: {refusal}", said)
+
+    arguments = ["--adapter", "run/adapter.pt", "--out", "served", "--model"]
+    said = run("integrations/export.py", *arguments, "other", cwd=tmp_path, code=2)
+    assert "run/adapter.pt: it was trained on other weights; other must be the base" in said
+    run("integrations/export.py", *arguments, "base", cwd=tmp_path)
+    assert read_json(tmp_path / "served/router.json")["max_new_tokens"] == 127
+
+
+def stop_after_one_step(self, args, state, control, **kwargs):
+    control.should_save = True
+    control.should_training_stop = True
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     base_folder, tmp_path, capsys
 ):
     pytest.importorskip("bitsandbytes")
+    cut, lengths = [], []
+
+    class Recorded(finetune_7b.RoutedSFTTrainer):
+        def train(self, **options):
+            for row in self.train_dataset:
+                answer = [label for label in row["labels"] if label != -100]
+                cut.append(answer[-1] != self.processing_class.eos_token_id)
+                lengths.append(len(answer))
+            assert self.max_new_tokens == max(lengths) > 127
+            return super().train(**options)
+
     rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
+    rows += [{"prompt": "a", "completion": " b" * 1100}] * 2
     model, tokenizer = finetune_7b.load_base(base_folder)
-    with pytest.raises(UserError, match="is not finite; lower the learning rates"):
+    with (
+        mock.patch.object(finetune_7b, "RoutedSFTTrainer", Recorded),
+        pytest.raises(UserError, match="is not finite; lower the learning rates"),
+    ):
         finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / "run", learning_rate=math.inf)
-    assert "1 of 17 rows are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 19 rows are left out" in said
+    assert sum(cut) == 2 and "2 of 19 rows have more than 1024 tokens and lose the end" in said
     assert not list((tmp_path / "run").rglob("adapter.pt"))
 
 
@@ -690,8 +787,11 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--data a.jsonl --out written", "written/README.md: exists"),
         ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
         ("--ask a --out old --resume", "--resume: needs --data"),
-        ("--data a.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
-        ("--data a.jsonl --out other --resume", "other/checkpoint-2: was trained with Orch"),
+        ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
+        ("--data b.jsonl --out other --resume", "other/checkpoint-2/adapter.pt: its config is"),
+        ("--data b.jsonl --out rows --resume", "rows/checkpoint-2/adapter.pt: its rows is"),
+        ("--ask a --out older", "older/adapter.pt: it has no 'method', so nothing tells what"),
+        ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
         ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
         ("--ask \udcff --out old", "--ask: prompt is no Unicode text"),
         ("--data missing.jsonl --out new", "missing.jsonl: No such file"),
@@ -702,15 +802,21 @@ def test_a_bad_row_is_named(row, message, tmp_path):
 def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
     write_rows(tmp_path / "a.jsonl", [GOOD] * 7)
     write_rows(tmp_path / "b.jsonl", [GOOD] * 8)
-    for folder in ("old", "stopped/checkpoint-2", "other/checkpoint-2", "written"):
+    folders = ["old", "older", "written", "stopped/checkpoint-2", "other/checkpoint-2"]
+    for folder in (*folders, "rows/checkpoint-2"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "trainer_state.json").write_text("{}")
     (tmp_path / "written/README.md").write_text("mine")
     (tmp_path / "old/adapter.pt").write_text("")
     torch.save(Path, tmp_path / "stopped/checkpoint-2/adapter.pt")
     other = {"config": vars(OrchMoEConfig()), "state": {}}
+    torch.save(other, tmp_path / "older/adapter.pt")
+    other |= {"method": "OrchMoE", "base": "0", "dtype": "float32"}
     torch.save(other, tmp_path / "other/checkpoint-2/adapter.pt")
-    said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
+    other |= {"config": vars(finetune_7b.ADAPTERS), "rows": "0"}
+    torch.save(other, tmp_path / "rows/checkpoint-2/adapter.pt")
+    with locked_folder(tmp_path / "locked", "wait"):
+        said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
     assert said.startswith(f"finetune_7b.py: error: {message}")
     assert not (tmp_path / "new").exists()
 

@@ -25,10 +25,12 @@ from helpers import (
     weights_of,
 )
 from integrations import export
-from integrations.peft_folder import fingerprint, load_peft, save_peft, set_skills
+from integrations.peft_folder import load_peft, save_peft, set_skills
+from integrations.trainer import base_fingerprint, fingerprint
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 from support import runtime
 from tasks import DataConfig
+from tokenizer import load as load_tokenizer
 
 K = EXPORT_CONFIG.abstract_tasks
 EXPORT = "integrations/export.py"
@@ -104,28 +106,22 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
 
 def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
     router = TaskRouter(4, OrchMoEConfig(router_attention=False, router_norm="none"))
-    export.save_router(router, "table", ["abstract-1"], None, ROOT / "tiny", tmp_path)
+    export.save_router(router, {"embedding": "table"}, ROOT / "tiny", tmp_path)
     assert json.loads((tmp_path / "router.json").read_text()) == {
-        "loras": ["abstract-1"],
-        "embedding": "table",
         "attention": False,
         "norm": "none",
         "base": "e327b758178279c3",
-        "prompt": None,
+        "embedding": "table",
     }
 
 
-def test_fingerprint_is_that_of_the_weights_in_any_file(tmp_path):
+def test_fingerprint_is_that_of_the_weights_under_any_names():
     weights = weights_of(ROOT / "tiny")
-    first = fingerprint(ROOT / "tiny")
+    first = fingerprint(weights.values())
     table = weights["shared.weight"]
-    for number, changed in enumerate((table, table + 0.001, table.bfloat16())):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        torch.save(
-            {**weights, "shared.weight": changed, "tied": changed}, folder / "pytorch_model.bin"
-        )
-        assert (fingerprint(folder) == first) == (number == 0)
+    for changed in (table, table + 0.001, table.bfloat16()):
+        others = weights | {"shared.weight": changed, "tied": changed}
+        assert (fingerprint(others.values()) == first) == (changed is table)
 
 
 def test_program_takes_given_weights(finished, tmp_path):
@@ -136,6 +132,16 @@ def test_program_takes_given_weights(finished, tmp_path):
     _, adapters, _ = load_run(finished / "run")
     save_peft(adapters, w, tmp_path / "expected", "base")
     check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize(
+    "forms, ending",
+    [(["instruction"], "\n\n"), (["instruction", "prompt"], ""), (["prompt"], "")],
+)
+def test_prompts_end_in_an_empty_line_only_if_all_rows_have_instructions(forms, ending, finished):
+    config = run_folder.read_config(finished / "run")
+    config = replace(config, rule={"forms": forms})
+    assert export.prompt_rule(config, load_tokenizer(ROOT / "tiny"))["ending"] == ending
 
 
 GIVEN = "--run run --out x"
@@ -176,6 +182,10 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
     "options, change, message",
     [
         ({}, {"config": {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an adapter.pt"),
+        ({}, {"method": None}, "it has no 'method'.*; train it again"),
+        ({}, {"base": None}, "it has no 'base'.*; train it again"),
+        ({}, {"method": "LoRA"}, "its method is LoRA, not OrchMoE"),
+        ({}, {"base": "0" * 16}, "it was trained on other weights; base must be the base"),
         ({}, {"state": {"Z": 1}}, "AttributeError"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
         ({"router": "token"}, {"config": {"router": "token"}}, "not written: with a token router"),
@@ -184,12 +194,21 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
 )
 def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
-    adapters = attach(transformers.T5ForConditionalGeneration(config), OrchMoEConfig(**options))
-    saved = {"config": vars(OrchMoEConfig()), "state": adapters.state_dict()}
-    torch.save(saved | change, tmp_path / "adapter.pt")
-    config.num_layers = change.get("layers", config.num_layers)
-    config.save_pretrained(tmp_path / "base")
+    base = transformers.T5ForConditionalGeneration.from_pretrained(ROOT / "tiny")
+    base.save_pretrained(tmp_path / "base")
+    adapters = attach(base, OrchMoEConfig(**options))
+    saved = {
+        "method": "OrchMoE",
+        "config": vars(OrchMoEConfig()),
+        "base": base_fingerprint(base),
+        "dtype": "float32",
+        "state": adapters.state_dict(),
+    }
+    saved |= change
+    saved = {name: value for name, value in saved.items() if value is not None}
+    torch.save(saved, tmp_path / "adapter.pt")
+    base.config.num_layers = change.get("layers", base.config.num_layers)
+    base.config.save_pretrained(tmp_path / "base")
     arguments = ("--adapter", "adapter.pt", "--model", "base", "--out", "served")
     said = run(EXPORT, *arguments, cwd=tmp_path, code=2)
     assert re.match(f"export.py: error: (adapter.pt|base|served/abstract-1): .*{message}", said), (
