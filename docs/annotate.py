@@ -372,9 +372,9 @@ def write_still() -> None:
             encoding="utf-8",
         )
         command = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars"]
-        command += ["--force-device-scale-factor=2", "--window-size=1000,520"]
+        command += ["--force-device-scale-factor=1.5", "--window-size=1000,680"]
         command += [f"--user-data-dir={folder}/profile", f"--screenshot={STILL}", still.as_uri()]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, capture_output=True)
 
 
 # -------------------------------------------------------------------------------------- the program

@@ -96,6 +96,26 @@ return cut;
 """
 
 
+# The words of texts and tables that stand on two lines.
+BROKEN_WORDS = """
+document.querySelectorAll("details").forEach((part) => (part.open = true));
+const broken = [];
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const range = document.createRange();
+while (walker.nextNode()) {
+  const node = walker.currentNode;
+  if (node.parentElement.closest("script, style, pre, select, textarea, svg, math")) continue;
+  for (const word of node.data.matchAll(/[^\\s-]+/g)) {
+    range.setStart(node, word.index);
+    range.setEnd(node, word.index + word[0].length);
+    const tops = [...range.getClientRects()].map((box) => box.top);
+    if (Math.max(...tops) - Math.min(...tops) > 3) broken.push(word[0]);
+  }
+}
+return broken;
+"""
+
+
 # ------------------------------------------------------------------------------- the annotated page
 
 
@@ -197,6 +217,22 @@ def test_a_press_in_the_heat_map_lists_samples_and_one_can_be_tried(annotated):
 def test_nothing_is_cut_at_any_width(annotated, width):
     set_window(annotated, width)
     assert annotated.execute_script(CUT_PARTS) == []
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_no_word_is_broken_at_any_width(annotated, width):
+    set_window(annotated, width)
+    assert annotated.execute_script(BROKEN_WORDS) == []
+
+
+def test_w_is_in_view_when_the_last_row_is_pressed_on_a_phone(annotated):
+    set_window(annotated, 390, height=500)
+    annotated.execute_script("document.querySelector('[data-row=\"8\"]').scrollIntoView()")
+    annotated.find_element("css selector", '[data-row="8"]').send_keys("\n")
+    assert text(annotated, "#shown") == "Shown row: abstract task 8 alone."
+    script = "return document.getElementById('shown').getBoundingClientRect().bottom"
+    assert 0 < annotated.execute_script(script) < 500
+    set_window(annotated, 1280)
 
 
 def test_answers_w_and_c_are_on_one_screen(annotated):
