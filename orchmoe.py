@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+VMAP = torch._C._functorch.TransformType.Vmap
 Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
 Linears = dict[str, nn.Linear]  # Linears of a model, by their paths
 Skills = Sequence[dict[str, Any]]  # what each of them gets, see `new_skills`
@@ -93,12 +94,16 @@ class OrchMoEConfig:
 
 
 class Routing(NamedTuple):
-    """The result of routing one batch: c, or Zhat if each Linear computes c for each token."""
+    """The result of routing one batch.
 
-    w: Tensor | None = None  # (B,K), or (K,) if all samples share it; None for the token router
+    Each Linear gets its part of c. If c is None, it gets its part of Zhat, and computes c for each
+    token by itself. w is only reported.
+    """
+
+    w: Tensor | None = None  # (B,K), or (K,) if all samples share it
     Zhat: Tensor | None = None  # (1,N,K,S), or (B,N,K,S) with noise
-    c: Tensor | None = None  # (N,B,S), or (N,1,S) if all share it; None for the token router
-    shared: bool = False  # no weights belong to single samples; then any batch size fits
+    c: Tensor | None = None  # (N,B,S), or (N,1,S) if all samples share it
+    shared: bool = False  # all samples share the weights, so any batch size fits
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -131,14 +136,17 @@ class TaskRouter(nn.Module):
         D = len(self.mu)
         shape = embeddings.shape
         if mask is None:
-            mask = embeddings.new_ones(shape[:2])
-        mask = torch.as_tensor(mask).bool()
+            mask = torch.ones(shape[:2], dtype=torch.bool, device=embeddings.device)
+        mask = torch.as_tensor(mask)
         if shape[2:] != (D,) or shape[:2] != mask.shape:
             raise ValueError(
                 f"embeddings: expected (B,L,D) with D = {D}, and a mask (B,L), got {tuple(shape)} "
                 f"and {tuple(mask.shape)}; embed the token ids first, or give attach(..., width=D) "
                 "for another D"
             )
+        if mask.is_floating_point():
+            require_zeros_and_ones(mask)
+        mask = mask.bool()
         X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
         # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
         X = X.masked_fill(~mask[..., None], 0.0)
@@ -188,6 +196,14 @@ class TaskRouter(nn.Module):
         else:
             scale = 1 / K / logits.std().clamp(min=1e-6)
         self.W_task.copy_(scale * centres)
+
+
+def require_zeros_and_ones(mask: Tensor) -> None:
+    """Raise ValueError if a mask has other values, as masks that are added to scores have."""
+    if torch.compiler.is_compiling():
+        return  # compiled code cannot look at values
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask: give 1 at real tokens and 0 at padding, and no other values")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -381,8 +397,11 @@ def mix_factors(
     This is the other reading of the paper, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
     """
     c = c.to(x)
-    h = torch.einsum("srd,bs,bld->blr", A.to(x.dtype), c, x)  # (B,L,R): (sum_s c_s A_s) x
-    mixed = scale * torch.einsum("sro,bs,blr->blo", B.to(x.dtype), c, h)  # (B,L,O)
+    A_mix = torch.einsum("bs,srd->brd", c, A.to(x.dtype))  # (B,R,D): sum_s c_s A_s
+    B_mix = torch.einsum("bs,sro->bro", c, B.to(x.dtype))  # (B,R,O): sum_s c_s B_s
+
+    h = x @ A_mix.mT  # (B,L,R)
+    mixed = (scale * h) @ B_mix  # (B,L,O)
     if weight is None:
         return mixed
     return F.linear(x, weight, bias).add_(mixed)
@@ -456,7 +475,11 @@ class SkillLinear(nn.Linear):
     skill_bias: nn.Parameter | None  # (K,) of a token router
     skill_softmax: bool  # whether the w of a token router is a softmax
     skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
-    skill_beams: int | None  # set by `routed`: rows of x per sample; None: all share the weights
+    skill_shared: bool  # set by `routed`: all samples share these weights
+    skill_beams: int  # set by `routed`: how many rows of x belong to one sample
+    skill_recorded: (
+        bool  # set by `routed`: torch.export or torch.jit.trace also records the routing
+    )
     skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
@@ -478,7 +501,8 @@ class SkillLinear(nn.Linear):
         if self.skill_plain:
             weight, bias = self.weight, self.bias
             is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            if is_frozen:
+            # Since `attach` the weight may have been quantised, pruned or parametrised.
+            if is_frozen and type(weight) is nn.Parameter:
                 y = self.skill_mix(*mix_inputs, weight, bias)
                 return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 
@@ -495,16 +519,16 @@ class SkillLinear(nn.Linear):
                 "a Linear with skills was called outside `with adapters.routed(...)`"
             )
 
-        beams = self.skill_beams
-        if beams is not None and not torch.compiler.is_compiling() and is_vmapped(x):
-            raise ValueError("torch.vmap hides samples from the skills; give the batch as a whole")
-        if beams is not None and len(weights) != len(x):
-            if len(weights) * beams != len(x):
-                raise ValueError(
-                    f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
-                    "were routed; route the same batch, or give routed(..., beams=)"
-                )
-            weights = weights.repeat_interleave(beams, dim=0)
+        if not self.skill_shared:
+            require_visible_samples(self.skill_recorded)
+            if len(weights) != len(x):
+                beams = self.skill_beams
+                if len(weights) * beams != len(x):
+                    raise ValueError(
+                        f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
+                        "were routed; route the same batch, or give routed(..., beams=)"
+                    )
+                weights = weights.repeat_interleave(beams, dim=0)
 
         # Without a token router, or with a w from the caller, these are c already.
         if self.skill_W_task is None or weights.dim() == 2:
@@ -541,6 +565,18 @@ def class_with_skills(base: type) -> type:
     return type("Skill" + base.__name__, (SkillLinear, base), {"skill_base": base})
 
 
+def class_without_skills(cls: type) -> type:
+    """Return the class that a Linear of class `cls` has without its skills.
+
+    It is the class that the Linear had before `attach`. If torch has derived another class since
+    then, as parametrize does, the same is derived from that.
+    """
+    if cls is class_with_skills(cls.skill_base):
+        return cls.skill_base
+    base = class_without_skills(cls.__bases__[0])
+    return type(cls.__name__.replace("Skill", "", 1), (base,), dict(vars(cls)))
+
+
 def _new_skill_linear(base: type) -> SkillLinear:
     """Make an empty object for copy and pickle, which then fill in its attributes."""
     return SkillLinear.__new__(class_with_skills(base))
@@ -553,12 +589,23 @@ def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     return after
 
 
-def is_vmapped(x: Tensor) -> bool:
-    """Return whether x is one of the tensors into which torch.vmap splits a batch."""
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return functorch.is_batchedtensor(x)
+def is_recording() -> bool:
+    """Return whether torch.export or torch.jit.trace records this call as a program."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def require_visible_samples(routing_is_recorded: bool) -> None:
+    """Raise an error if a transform of torch would give samples the weights of others."""
+    if is_recording() and not routing_is_recorded:
+        raise RuntimeError(
+            "the exported program would route every input as this batch; open `routed` inside the "
+            "forward that you export"
+        )
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    if any(transform.key() == VMAP for transform in transforms):
+        raise ValueError("torch.vmap hides samples from the skills; give the batch as a whole")
 
 
 def new_skills(
@@ -594,7 +641,9 @@ def new_skills(
         "skill_bias": None,
         "skill_softmax": True,
         "skill_weights": None,
-        "skill_beams": None,
+        "skill_shared": False,
+        "skill_beams": 1,
+        "skill_recorded": False,
         "skill_visited": False,
     }
 
@@ -671,16 +720,20 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 parts = routing.c.unbind(0)
             try:
                 self._routing = routing
-                beams = None if routing.shared else beams
+                same = {
+                    "skill_shared": routing.shared,
+                    "skill_beams": beams,
+                    "skill_recorded": is_recording(),
+                }
                 for linear, part in zip(self.linears.values(), parts, strict=True):
                     # Faster than `linear.skill_weights = part`, a call of nn.Module.__setattr__.
-                    vars(linear).update(skill_weights=part, skill_beams=beams)
+                    vars(linear).update(same, skill_weights=part)
                 yield routing
                 self._warn_unvisited()
             finally:
                 self._routing = None
                 for linear in self.linears.values():
-                    vars(linear).update(skill_weights=None, skill_beams=None)
+                    vars(linear).update(skill_weights=None)
 
     @torch.no_grad()
     def fit_router(
@@ -802,6 +855,11 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             if parameter.requires_grad:
                 groups.setdefault(kind, []).append(parameter)
         trained = sum(groups.values(), [])
+        if named and not trained:
+            raise ValueError(
+                "all parameters of the adapters are frozen; attach them after whatever froze the "
+                "model, such as peft"
+            )
         if len(set(trained)) < len(trained):
             raise ValueError("two Linears train the same parameter; give each its own")
         return groups
@@ -863,8 +921,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         """Inside, the Linears have their original classes, so they compute without skills."""
         classes = {linear: type(linear) for linear in self.linears.values()}
         try:
-            for linear in classes:
-                linear.__class__ = linear.skill_base
+            for linear, cls in classes.items():
+                linear.__class__ = class_without_skills(cls)
             yield
         finally:
             for linear, cls in classes.items():
@@ -896,7 +954,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
 
     def _remove_skills(self) -> None:
         for linear in self.linears.values():
-            linear.__class__ = linear.skill_base
+            linear.__class__ = class_without_skills(type(linear))
             for name in [*linear._parameters, *vars(linear)]:
                 if name.startswith("skill_"):
                     delattr(linear, name)
@@ -926,7 +984,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         return super()._apply(lambda tensor: at_least_float32(tensor, function(tensor)), recurse)
 
     def __getstate__(self) -> dict:
-        # Inside a verb the Linears may have other classes, or the weights of one batch.
+        # Inside routed, disabled or folded the Linears may have another class, or hold one batch's
+        # weights.
         if self._state not in ("", "removed"):
             raise RuntimeError(f"{self._state}(): leave it before the model is copied or pickled")
         return self.__dict__
@@ -1008,6 +1067,12 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
                 raise ValueError(
                     f"targets: {path}: its {type(owner).__name__} reads the weight without calling "
                     "the Linear, which bypasses the skills; choose other Linears"
+                )
+            siblings = owner._modules.values()
+            if not all(getattr(sibling, "batch_first", True) for sibling in siblings):
+                raise ValueError(
+                    f"targets: {path}: its {type(owner).__name__} is not batch-first, and skills "
+                    "would take positions for samples; make it with batch_first=True"
                 )
             if "forward" in vars(child):
                 raise ValueError(

@@ -241,13 +241,15 @@ def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
 def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
     """Freeze all parameters that do not train. Raise UserError if none is left to train."""
     trained_kinds = learning_rate_fields(config).keys()
+    any_trains = False
     for kind, parameters in adapters.parameter_groups().items():
         for parameter in parameters:
             is_bias = parameter.dim() == 1
             is_wanted = is_bias or config.trainable != "mixture"
-            parameter.requires_grad_(kind in trained_kinds and is_wanted)
-    # The groups hold only parameters that still train.
-    if not any(adapters.parameter_groups().values()):
+            trains = kind in trained_kinds and is_wanted
+            parameter.requires_grad_(trains)
+            any_trains = any_trains or trains
+    if not any_trains:
         raise UserError(f"--trainable {config.trainable}: {config.start} has no such parameters")
 
 

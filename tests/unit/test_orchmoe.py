@@ -121,6 +121,15 @@ def test_a_source_of_only_padding_has_zero_x_hat(attention):
     assert embeddings.grad.isfinite().all()
 
 
+def test_a_float_mask_holds_zeros_and_ones():
+    """0 and -inf, as some models add them to attention scores, would be read the other way."""
+    router, x = TaskRouter(16, OrchMoEConfig()), torch.randn(2, 3, 16)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(router(x, mask.float()), router(x, mask.bool()))
+    with pytest.raises(ValueError, match="mask: give 1 at real tokens and 0 at padding"):
+        router(x, mask.float().log())
+
+
 def test_junk_in_the_padding_changes_nothing():
     router = small().router
     embeddings, mask = random(2, 5, 16), torch.arange(5) < torch.tensor([[5], [2]])
@@ -173,6 +182,18 @@ def test_relaxed_bernoulli_noise_enters_as_stated():
     relaxed = (adapters.Z + (clamped / (1 - clamped)).log()).sigmoid()
     expected = relaxed / relaxed.sum(-1, keepdim=True)
     torch.testing.assert_close(adapters.allocation_weights(u), expected, **EXACT)
+
+
+def test_weights_with_noise_belong_to_their_samples():
+    for router, w in (("sample", torch.rand(5)), ("none", None), ("token", None)):
+        adapters, x = small(gumbel=True, router=router), random(3, 5, 16)
+        assert adapters.eval().route(x, w=w).shared
+        routing = adapters.train().route(x, w=w)
+        weights = routing.Zhat[:, 0] if routing.c is None else routing.c[0]
+        assert not routing.shared and not torch.equal(weights[0], weights[1])
+        with pytest.raises(ValueError, match="the batch has 2 rows, but 3 samples"):
+            with adapters.routed(x, w=w):
+                adapters.module(x[:2])
 
 
 def test_noise_acts_in_training_only():
@@ -393,6 +414,42 @@ def test_what_a_router_lacks_is_named():
         small().route()
     with pytest.raises(ValueError, match="noise: give it, or the embeddings"):
         small(gumbel=True).train().route(w=torch.rand(5))
+
+
+class RoutedInside(nn.Module):
+    """The forward opens `routed` by itself, so an exported program routes each input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with self.model.skill_adapters.routed(x):
+            return self.model(x)
+
+
+def exported(model, x):
+    return torch.export.export(model, (x,)).module()
+
+
+def traced(model, x):
+    return torch.jit.trace(model, (x,), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own functions
+@pytest.mark.parametrize("record", [exported, traced])
+def test_an_exported_program_does_not_keep_the_routing_of_a_batch(record):
+    adapters = small().eval()
+    model = adapters.module.eval().requires_grad_(False)
+    x = random(4, 5, 16)
+    other = x.flip(0)
+    with adapters.routed(other):
+        expected = model(other)
+    with pytest.raises(RuntimeError, match="open `routed` inside the forward"), adapters.routed(x):
+        record(model, x)
+    torch.testing.assert_close(record(RoutedInside(model), x)(other), expected, **EXACT)
+    with adapters.routed(w=torch.rand(5)):  # all inputs have the same weights
+        torch.testing.assert_close(record(model, x)(other), model(other), **EXACT)
 
 
 @pytest.mark.parametrize("options", [{}, {"w": torch.rand(4, 5)}])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import kernels
 from baselines import METHODS, attach_method
@@ -62,9 +62,10 @@ class Net(nn.Module):
         return self.head(F.gelu(self.q(x)) * self.v(x))
 
 
-def torchao():
+def torchao(linear=None):
+    """Return a Linear, a new one if none is given, with a weight that torchao has quantised."""
     quantization = pytest.importorskip("torchao.quantization")
-    wrapper = nn.Sequential(nn.Linear(D, D))
+    wrapper = nn.Sequential(linear or nn.Linear(D, D))
     quantization.quantize_(wrapper, quantization.Int8WeightOnlyConfig())
     return wrapper[0]
 
@@ -450,6 +451,40 @@ def test_of_two_threads_the_second_is_refused(monkeypatch):
     assert torch.equal(found[0], expected)
 
 
+CHANGES = {
+    "torchao": torchao,
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm and bias": lambda linear: parametrizations.spectral_norm(
+        parametrizations.weight_norm(linear), "bias"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_linear_may_be_changed_after_attach(change):
+    twin, base = net(), net()
+    change(twin.q)
+    adapters = attached(base)
+    change(base.q)
+    x = X.clone().requires_grad_()  # so that a gradient flows through the weight
+    with adapters.routed(x) as routing:
+        added = skills(base.q, x, routing.c[0])
+        torch.testing.assert_close(base.q(x), twin.q(x) + added, **CLOSE)
+        base(x).sum().backward()
+    assert x.grad.any()
+    torch.testing.assert_close(routed(copy.deepcopy(base)), routed(base))
+    with adapters.disabled():
+        torch.testing.assert_close(base(X), twin(X))
+        assert type(base.q).__name__ == type(twin.q).__name__
+    adapters.detach()
+    torch.testing.assert_close(base(X), twin(X))
+    if parametrize.is_parametrized(base.q):
+        for name in list(base.q.parametrizations):
+            parametrize.remove_parametrizations(base.q, name)
+        torch.testing.assert_close(base(X), twin(X))
+    assert type(base.q) is nn.Linear
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 ONE_SAMPLE = r"give one sample or one w \(K,\), not 2"
@@ -571,6 +606,7 @@ def with_skills():
         (nn.Identity, ("all",), "no Linear has the name .*; the model has none"),
         (lambda: nn.MultiheadAttention(4, 2), ("out_proj",), "0.out_proj: .* bypass"),
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
+        (lambda: nn.TransformerDecoderLayer(4, 2), ("linear1",), "0.linear1: .*batch_first=True"),
         (with_own_forward, ("0",), "0: the Linear has a forward of its own, which bypasses"),
         (
             split_over_devices,
@@ -586,6 +622,20 @@ def test_attach_refuses_what_it_cannot_adapt(make, targets, message):
     with pytest.raises(ValueError, match=message):
         attach(base, OrchMoEConfig(targets=targets))
     assert_same(base, before)
+
+
+def test_a_batch_first_decoder_layer_can_be_adapted():
+    base = nn.TransformerDecoderLayer(D, 2, batch_first=True)
+    assert len(attach(base, OrchMoEConfig(targets=("linear1", "linear2"))).linears) == 2
+
+
+def test_adapters_that_were_frozen_after_attach_are_refused():
+    """peft freezes every parameter of a model, also those that it did not make."""
+    base = net()
+    adapters = attached(base)
+    base.requires_grad_(False)
+    with pytest.raises(ValueError, match="all parameters of the adapters are frozen; attach them"):
+        adapters.parameter_groups()
 
 
 def test_attach_refuses_a_lazy_linear_that_never_ran():
