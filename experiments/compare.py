@@ -1,43 +1,64 @@
-"""Compare OrchMoE with its baselines at one total size, on the bundled data or any other.
+"""Answer "OrchMoE or a LoRA?" for the bundled data or your own, or compare any other methods.
 
-First every method is tuned on dev over all that it trains, rates and scale, with the same number
-of trials. Then each runs with several seeds: the same order of the data and the same number of
-steps for all. Results are of seen and unseen instances, by which nothing is chosen.
-
-    python -m experiments.compare                            # tuning, then all methods
-    python -m experiments.compare --method FILE.py:Class     # and a method of your own
+    python -m experiments.compare --data MY.jsonl --methods orchmoe,lora
+    python -m experiments.compare --data MY.jsonl --methods orchmoe,lora --no-tune    # a quick look
+    python -m experiments.compare --methods orchmoe,lora,FILE.py:Class    # and a method of your own
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
+Every method gets the same total size, steps and order of the data; only C-Poly and full stand at
+their own size. Tuning chooses the rate of the skills and their scale on dev, with the same number
+of trials for each method; --axes adds other rates. The best trial is the run of seed 0.
+
+The rule of the verdict was written down before any run. The first method is compared with each
+other one by the loss on seen rows, which are held out from the training data, and on unseen rows,
+which are test tasks or --test. The difference is *better* if its whole 95 % interval is below zero,
+*worse* if it is above, and else *undecided*. Use the first method where it is better, and the other
+one elsewhere. An undecided difference comes with an estimate of what would decide it. See tables.py
+for what an interval covers. Nothing is chosen by seen or unseen results.
+
 Writes cells (see experiments/study.py) and results.md, or ablations.md, into the folder of
---results, or else --out.
+--results, or else --out. An interrupted comparison goes on when the same command is given again.
 Test: pytest tests/experiments/test_compare.py
 """
 
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from baselines import METHODS, load_method
+import torch
+
+import checkpoint
+import data
+import eval as evaluation
+import metrics
+import tokenizer as tokenizers
+import train
+from baselines import METHODS, OWN_METHODS, load_method
+from experiments.routers import attach_with
 from experiments.study import (
-    FIXED,
     UNTRAINED,
     Cell,
     Row,
     Study,
-    changed,
+    facts_of,
+    file_name,
     pick_device,
     read_study,
     require_choices,
+    share_cores,
 )
-from experiments.tables import markdown, publish
+from experiments.tables import SETS, interval, markdown, paired, publish, verdicts
 from orchmoe import OrchMoEConfig
-from support import program
+from support import program, runtime
 from support.program import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
-ROWS = {name: Row({"method": name}) for name in METHODS}
-ADAPTED = tuple(name for name in ROWS if name != "full")
-# Rows of one total size. The private skills of c-poly grow with the number of tasks.
-EQUAL = {name: ROWS[name] for name in ADAPTED if name != "c-poly"}
+ADAPTED = tuple(name for name in METHODS if name != "full")
+# These keep their own size: the private skills of c-poly grow with the number of tasks.
+OWN_SIZE = ("c-poly", "full")
 
 DEFAULT_RUN = "ablations/default-s{seed}"
 # Each row has one difference from the default. S R and the scale alpha / (S R) stay the same.
@@ -63,25 +84,23 @@ ABLATIONS = {
     "S = 8": Row({"skills": 8}),
     "factors mixed": Row({"mixing": "factors"}),
 }
-DEFAULTS = {
-    "out": "results/compare",
-    "steps": 200,
-    "eval_instances": 280,
-    "lr_skills": 1e-2,
-    "lr_router": 2e-5,
-}
+DEFAULTS = {"out": "results/compare"}  # all others are those of train.py
+TIMED_STEPS = 5
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """Comparison: what is compared."""
 
-    methods: tuple[str, ...] = ADAPTED  # methods to compare
+    methods: tuple[str, ...] = (
+        ADAPTED  # the first is compared with each other one; or FILE.py:Class
+    )
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
 
     def __post_init__(self) -> None:
-        require_choices("--methods", self.methods, ROWS)
+        built_in = [name for name in self.methods if ":" not in name]
+        require_choices("--methods", built_in, METHODS)
         require_choices("--rows", self.rows, ABLATIONS)
 
 
@@ -90,7 +109,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
 
     Raise UserError if it changes nothing or is not possible.
     """
-    row = ABLATIONS[name]._replace(like="orchmoe")  # its size and its tuned values
+    row = ABLATIONS[name]._replace(like="orchmoe")  # its tuned values
     known = vars(adapter)
     if row.settings and all(known.get(field) == value for field, value in row.settings.items()):
         raise UserError(
@@ -111,75 +130,224 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
     return row._replace(settings={"skills": skills, "rank": total // skills, "alpha": alpha})
 
 
+# ------------------------------------------------------------------------------ before it trains
+
+
+def require_possible(study: Study, rows: dict[str, Row]) -> None:
+    """Raise UserError if a method cannot be attached, such as one that needs the task of a row."""
+    for name, row in rows.items():
+        cell = study.cell("", name, row, {})
+        _, num_tasks = facts_of(cell.settings.dataset, cell.settings.training.model)
+        base = checkpoint.on_meta(checkpoint.read_config(cell.settings.training.model))
+        attach = attach_with(row.replaced_router, cell.extra_rank)
+        with program.checking_settings():
+            attach(cell.settings.training.method, base, cell.settings.adapter, num_tasks=num_tasks)
+
+
+def print_plan(study: Study, rows: dict[str, Row], stage: str, trials: dict[str, int]) -> None:
+    """Print how many rows each set has, which runs are left, and how long they may take.
+
+    rows: those that run with each seed. trials: how many trials tune a row before.
+    """
+    settings = study.settings
+    sets = data.load_sets(settings.dataset, tokenizers.load(settings.training.model))
+    held_out = train.held_out_sets(sets, settings.training.eval_instances)
+    counts = [f"{len(sets['train'])} train"]
+    counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
+    program.print_line(f"rows of data: {', '.join(counts)}")
+
+    seeds = study.config.seeds
+    parts = [f"{count} trials of {name}" for name, count in trials.items()]
+    parts.append(f"{seeds} seeds of {', '.join(rows)}")
+    if trials:
+        parts.append("the best trial is the run of seed 0")
+    program.print_line(f"plan: {'; '.join(parts)}")
+
+    left = 0
+    for name, count in trials.items():
+        left += count - len(list(study.results.glob(f"tune/{file_name(name)}_*.json")))
+    for name in rows:
+        for seed in range(seeds):
+            is_a_trial = seed == 0 and name in trials
+            finished = study.results / stage / f"{file_name(name)}-s{seed}.json"
+            left += not (is_a_trial or finished.exists())
+    if left == 0:
+        return
+    jobs = share_cores(study.config.jobs, study.device)
+    name = next(iter(rows))
+    step, run = seconds_of(study.cell("", name, rows[name], {}), study.device, sets, held_out)
+    total = duration(math.ceil(left / jobs) * run)
+    program.print_line(
+        f"{left} runs of about {duration(run)} ({step:.2g} s a step), {total} with {jobs} at a "
+        f"time; if it is interrupted, the same command goes on in {study.config.out}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that a person would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def seconds_of(
+    cell: Cell,
+    device: runtime.Device,
+    sets: dict[str, data.Examples],
+    held_out: dict[str, list[data.Example]],
+) -> tuple[float, float]:
+    """Return the seconds of a step and of a whole run, from the first steps and a few answers."""
+    config = cell.settings.training
+    tokenizer = tokenizers.load(config.model)
+    base = checkpoint.mapped(config.model)
+    base.to(device.torch_device, torch.float32 if config.method == "full" else device.dtype)
+    attach = attach_with(cell.row.replaced_router, cell.extra_rank)
+    adapters = attach(
+        config.method, base, cell.settings.adapter, num_tasks=len(sets["train"].tasks)
+    )
+    optimizer = train.make_optimizer(adapters, config)
+    batches = data.Batches(sets["train"].source_lengths, config.batch_size, config.seed)
+    started = []
+    for step in range(TIMED_STEPS):
+        started.append(time.monotonic())
+        batch = train.training_batch(sets["train"], batches, step)
+        train.train_step(base, adapters, optimizer, batch, step, config)
+    # The first step is slower than the others.
+    of_step = (time.monotonic() - started[1]) / (TIMED_STEPS - 1)
+
+    few = data.subsample(held_out["seen"], config.eval_batch_size)
+    options = {"batch_size": config.eval_batch_size}
+    longest = max(len(ids) for example in few for ids in example.target_ids)
+    begun = time.monotonic()
+    evaluation.measure(base, adapters, few, **options)
+    measured = time.monotonic()
+    evaluation.predict(base, adapters, few, tokenizer, max_new_tokens=longest, **options)
+    of_loss = (measured - begun) / len(few)
+    of_answer = (time.monotonic() - measured) / len(few)
+
+    evaluations = math.ceil(config.steps / config.eval_every)
+    scored = sum(len(examples) for which, examples in held_out.items() if which != "dev")
+    scoring = evaluations * len(held_out["dev"]) * of_loss + scored * (of_loss + of_answer)
+    return of_step, config.steps * of_step + scoring
+
+
 # -------------------------------------------------------------------------------------- the study
 
 
-def method_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dict[str, dict]]:
-    """Tune the methods. Return the cells of all methods, and the reports of the searches."""
-    rows = {name: row for name, row in ROWS.items() if name in config.methods}  # orchmoe first
-    rows |= {name: row for name, row in study.equal.items() if name not in ROWS}  # of --method
-    reports = {}
-    if study.config.tune:
-        reports = study.tune(rows, study.config.trials)
-    cells = study.cells("methods", rows, {"": {}}, range(study.config.seeds))
-    return cells + study.cells("methods", UNTRAINED, {"": {}}, [0]), reports
+def make_cells(
+    study: Study, rows: dict[str, Row], stage: str, untrained: dict[str, Row]
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the cells that are missing. Return the content of all cells of each row.
 
-
-def ablation_cells(config: CompareConfig, study: Study) -> tuple[list[Cell], dict[str, dict]]:
-    """Do the same for the ablations, at the values tuned for OrchMoE and without extra ranks."""
-    names = [name for name in ABLATIONS if name in ("default", *(config.rows or ABLATIONS))]
-    for name in names:
-        ablation(name, study.settings.adapter)  # raises now, and not after hours of tuning
-    reports = {}
-    if study.config.tune:
-        reports = study.tune({"orchmoe": ROWS["orchmoe"]}, study.config.trials)
-    tuned = study.cell("", "orchmoe", ROWS["orchmoe"], {}).settings
-    rows = {name: ablation(name, tuned.adapter) for name in names}
-    equal_rank = Study(study.settings, study.device, study.config, equal={})
-    equal_rank.best = study.best
-    if study.config.tune and "router: token" in rows:
-        # The rate that was tuned for the sample router means nothing to this one.
-        token = {"router: token": rows["router: token"]}
-        trials = max(3, study.config.trials // 3)
-        reports |= equal_rank.tune(token, trials, ["lr_token_router"])
-    return equal_rank.cells("ablations", rows, {"": {}}, range(study.config.seeds)), reports
-
-
-def compare(config: CompareConfig, study: Study) -> None:
-    """Make the cells that are missing. Write the results, and print the tables."""
-    make_cells = ablation_cells if config.ablations else method_cells
-    cells, tuning = make_cells(config, study)
+    After the first seed, print which differences can be seen.
+    """
+    cells = study.cells(stage, rows, {"": {}}, [0])
+    cells += study.cells(stage, untrained, {"": {}}, [0])
     study.run(cells)
+    results = {cell.name: [cell.result()] for cell in cells}
 
-    rows = {}
-    for cell in cells:
-        rows.setdefault(cell.name, []).append(cell.result())
-    file = "ablations.md" if config.ablations else "results.md"
-    publish(markdown(rows, tuning), study.results / file)
+    further = study.cells(stage, rows, {"": {}}, range(1, study.config.seeds))
+    if not all(cell.path.exists() for cell in further):
+        first, *others = rows
+        for name in others:
+            print_visible(name, results[name], results[first])
+    study.run(further)
+    for cell in further:
+        results[cell.name].append(cell.result())
+    return results
+
+
+def print_visible(name: str, cells: Sequence[dict], reference: Sequence[dict]) -> None:
+    """Print the smallest difference in loss from the reference that one seed can show."""
+    parts = []
+    for which in SETS:
+        if which in cells[0]:
+            differences = paired(reference, cells, which, "loss")
+            mean, _, high = interval(differences.values, differences.freedom)
+            parts.append(f"{high - mean:.3f} on {which} ({differences.over})")
+    program.print_line(
+        f"after seed 0: differences in loss from {name} can be seen from about "
+        f"{' and '.join(parts)}; how much seeds differ comes on top"
+    )
+
+
+def compare(study: Study, rows: dict[str, Row]) -> None:
+    """Compare methods. Write results.md and print it. The last lines are the verdicts."""
+    require_possible(study, rows)
+    trials = dict.fromkeys(rows, study.config.trials) if study.config.tune else {}
+    print_plan(study, rows, "methods", trials)
+    reports = {}
+    if trials:
+        reports = study.tune(rows, study.config.trials)
+    dataset = study.settings.dataset
+    untrained = {}
+    for name, row in UNTRAINED.items():
+        if not (dataset.is_jsonl and row.model.startswith("copy")):  # they read task files
+            untrained[name] = row
+    results = make_cells(study, rows, "methods", untrained)
+
+    first, *others = rows
+    parts = [markdown(results, reports, metrics.RULES[dataset.metric_rules].description)]
+    for other in others:
+        parts.append(verdicts(first, results[first], other, results[other]))
+    publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")
+
+
+def compare_ablations(study: Study, names: Sequence[str]) -> None:
+    """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
+    dataset = study.settings.dataset
+    _, num_tasks = facts_of(dataset, study.settings.training.model)
+    chosen = ["default"]
+    for name in names or ABLATIONS:
+        needs_tasks = ABLATIONS[name].replaced_router == "task"
+        if name != "default" and (names or num_tasks or not needs_tasks):
+            chosen.append(name)
+    rows = {name: ablation(name, study.settings.adapter) for name in chosen}
+    require_possible(study, rows)
+
+    trials = {}
+    if study.config.tune:
+        trials["orchmoe"] = study.config.trials
+        if "router: token" in rows:
+            # The rate that was tuned for the sample router means nothing to this one.
+            trials["router: token"] = max(3, study.config.trials // 3)
+    trained = {name: row for name, row in rows.items() if not row.w}
+    print_plan(study, trained, "ablations", trials)
+    reports = {}
+    if trials:
+        reports = study.tune({"orchmoe": Row()}, trials["orchmoe"])
+        tuned = study.cell("", "orchmoe", Row(), {}).settings.adapter
+        rows = {name: ablation(name, tuned) for name in chosen}
+    if "router: token" in trials:
+        token = {"router: token": rows["router: token"]}
+        reports |= study.tune(token, trials["router: token"], ["lr_token_router"])
+    results = make_cells(study, rows, "ablations", {})
+    metric = metrics.RULES[dataset.metric_rules].description
+    publish(markdown(results, reports, metric), study.results / "ablations.md")
 
 
 def main() -> None:
-    fixed = [name for name in FIXED if name != "method"]
-    flags, config, study_config, settings = read_study(__doc__, CompareConfig, DEFAULTS, fixed)
+    flags, config, study_config, settings = read_study(__doc__, CompareConfig, DEFAULTS)
     useless = {"rows": "it goes with --ablations"}
     if config.ablations:
-        useless = {"methods": "not with --ablations", "method": "not with --ablations"}
+        useless = {"methods": "not with --ablations"}
     if not study_config.tune:
-        useless["trials"] = "not with --no-tune"
+        useless |= {"trials": "not with --no-tune", "axes": "not with --no-tune"}
     for name, why in useless.items():
         if name in flags:
             raise UserError(f"{program.flag(name)}: {why}; leave it out")
 
-    own = {}
-    if "method" in flags:
-        name = load_method(flags["method"])
-        if name in ROWS:
-            raise UserError(f"--method {name}: it has a row already; choose it with --methods")
-        own[name] = Row({"method": name})
-        settings = changed(settings, {"method": "orchmoe"})  # every row sets its own
-
-    study = Study(settings, pick_device(study_config, settings), study_config, EQUAL | own)
-    compare(config, study)
+    if config.ablations:
+        study = Study(settings, pick_device(study_config, settings), study_config, equal={})
+        compare_ablations(study, config.rows)
+        return
+    names = [load_method(text) for text in config.methods]
+    require_choices("--methods", names, METHODS | OWN_METHODS)
+    rows = {name: Row({"method": name}) for name in names}
+    equal = {name: row for name, row in rows.items() if name not in OWN_SIZE}
+    compare(Study(settings, pick_device(study_config, settings), study_config, equal), rows)
 
 
 if __name__ == "__main__":

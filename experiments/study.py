@@ -40,6 +40,7 @@ from torch import Tensor
 import checkpoint
 import data
 import eval as evaluation
+import metrics
 import run_folder
 import tokenizer as tokenizers
 import train
@@ -85,13 +86,15 @@ class StudyConfig:
     results: str = ""  # folder of the finished cells (default: --out)
     seeds: int = 3  # runs of each row: initial values, order of the data, noise
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
-    trials: int = 12  # runs of seed 0 that tune each row
+    trials: int = 6  # runs of seed 0 that tune each row
+    axes: tuple[str, ...] = ("lr_full", "lr_skills", "alpha")  # what is tuned, where a row has it
     jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one per core, at most 8)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
         program.require_least(self, seeds=1, trials=1)
+        require_choices("--axes", self.axes, AXES)
 
 
 def read_study(
@@ -180,9 +183,7 @@ def plain_values(settings: train.Settings) -> dict[str, Any]:
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
     """Raise UserError if the settings in the file differ from the expected ones."""
-    saved = plain_values(train.Settings())  # settings that did not exist yet had their defaults
-    if path.exists():
-        saved |= program.read_json(path).get("settings", {})
+    saved = program.read_json(path).get("settings", {}) if path.exists() else {}
     for name, value in expected.items():
         if saved.get(name) != value:
             raise UserError(
@@ -235,7 +236,8 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
             best = min(on_dev, key=lambda line: line["dev_loss"])
             result["dev_loss"] = best["dev_loss"]
             result["router"] = best.get("router")
-            if result["router"]:  # the mean KL divergence of w from its start
+            if "distance" in (result["router"] or {}):  # w of each sample is a distribution
+                # The mean KL divergence of w from its start.
                 result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
         result |= score(cell, device, attach)
@@ -271,13 +273,11 @@ def tree() -> str:
 def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
-    The overall loss is the mean over tasks, so that long targets weigh no more than short ones.
     attach: a function like baselines.attach_method. Raise DivergedError if a loss is not finite.
     """
     config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
     sets = data.load_sets(cell.settings.dataset, tokenizer)
-    rules = cell.settings.dataset.metric_rules
     limit = config.eval_instances
     if cell.scores == "replicate":
         limit = 0  # all
@@ -285,12 +285,13 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     dev = held_out.pop("dev")
     if cell.scores == "replicate":
         held_out.pop("unseen", None)
+    rules = cell.settings.dataset.metric_rules
     result = {}
     if cell.row.model.startswith("copy"):
         for which, examples in held_out.items():
             root = cell.settings.dataset.data
             predictions = copy_heuristic(cell.row.model, root, examples)
-            result[which] = evaluation.score(examples, predictions, rules)
+            result[which] = {"prompts": by_prompt(examples, predictions, rules)}
         return result
     if cell.row.model == "frozen base":
         base, adapters, _ = run_folder.load(device, model=config.model)
@@ -303,36 +304,74 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     options = {"batch_size": config.eval_batch_size}
     for which, examples in held_out.items():
         w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
-        tasks = {}
-        for i, example in enumerate(examples):
-            tasks.setdefault(example.task, []).append(i)
-
-        result[which] = {"overall": {}, "tasks": {task: {} for task in tasks}}
-        if cell.scores == "answers":
-            predictions = evaluation.predict(base, adapters, examples, tokenizer, w=w, **options)
-            result[which] = evaluation.score(examples, predictions, rules)
-        losses = []
-        for task, rows in tasks.items():
-            of_task = [examples[i] for i in rows]
-            given = None if w is None else w[rows]
-            loss, _ = evaluation.measure(base, adapters, of_task, w=given, **options)
-            if not math.isfinite(loss):
-                raise train.DivergedError(f"{task}: the loss on {which} instances is {loss}")
-            result[which]["tasks"][task]["loss"] = loss
-            losses.append(loss)
-        result[which]["overall"]["loss"] = sum(losses) / len(losses)
+        losses = evaluation.row_losses(base, adapters, examples, w=w, **options)
+        for example, loss in zip(examples, losses, strict=True):
+            if not math.isfinite(loss.nats):
+                raise train.DivergedError(
+                    f"{example.id}: the loss on this {which} instance is {loss.nats}"
+                )
         if cell.scores == "replicate":
-            answered = []
-            for rows in tasks.values():
-                answered += [examples[i] for i in rows[:ANSWERED]]
+            tasks = {}
+            for task, of_task in evaluation.losses_by_task(examples, losses).items():
+                tasks[task] = {"loss": of_task[0]}  # all rows of these studies name a task
+            result[which] = {"tasks": tasks}
+            answered = first_of_each_task(examples, ANSWERED)
             predictions = evaluation.predict(
                 base, adapters, answered, tokenizer, max_new_tokens=ANSWER_TOKENS, **options
             )
             result["answers"] = evaluation.score(answered, predictions, rules)
+        else:
+            predictions = evaluation.predict(
+                base,
+                adapters,
+                examples,
+                tokenizer,
+                max_new_tokens=cell.settings.dataset.max_new_tokens,
+                w=w,
+                **options,
+            )
+            result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
 
     if cell.row.model == "trained" and not cell.row.w:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
+
+
+def first_of_each_task(examples: Sequence[data.Example], count: int) -> list[data.Example]:
+    """Return the first `count` examples of each task."""
+    tasks = {}
+    for example in examples:
+        tasks.setdefault(example.task, []).append(example)
+    return [example for rows in tasks.values() for example in rows[:count]]
+
+
+def by_prompt(
+    examples: Sequence[data.Example],
+    predictions: Sequence[str],
+    rules: str,
+    losses: Sequence[evaluation.RowLoss] | None = None,
+) -> dict[str, list]:
+    """Return columns with an entry for each different prompt of a task, summed over its rows.
+
+    They are task, rows, exact_match and rougeL in per cent, and with losses also loss in nats and
+    tokens. See tables.py for what they mean.
+    """
+    found = {}
+    for i, example in enumerate(examples):
+        values = {"task": example.task, "rows": 0}
+        of_prompt = found.setdefault((example.task, example.source_ids.tobytes()), values)
+        texts = predictions[i], example.references, rules
+        row = {
+            "rows": 1,
+            "exact_match": 100 * metrics.exact_match(*texts),
+            "rougeL": 100 * metrics.rouge_l(*texts),
+        }
+        if losses:
+            row |= {"loss": losses[i].nats, "tokens": losses[i].tokens}
+        for name, value in row.items():
+            of_prompt[name] = of_prompt.get(name, 0) + value
+    prompts = list(found.values())
+    return {name: [prompt[name] for prompt in prompts] for name in prompts[0]}
 
 
 def replaced_w(
@@ -362,11 +401,15 @@ def replaced_w(
 GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
+def _block_sigterm() -> None:
+    """Keep SIGTERM waiting in this thread, and in the processes that it starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
 def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
     """Set the threads of this worker, load methods, and end it when its parent is killed."""
     for method in own_methods:
         load_method(method)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -379,14 +422,18 @@ def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
 
 
 def _in_worker(run: Callable[..., bool], cell: Cell, device: runtime.Device) -> bool:
-    """Make a cell in a worker. A signal outside of training stops it at once."""
+    """Make a cell in a worker. A signal outside of training stops it at once.
+
+    A worker starts with SIGTERM blocked, so one that comes early is noticed here.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         return run(cell, device)
     except KeyboardInterrupt:
         return False
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _block_sigterm()
 
 
 @contextlib.contextmanager
@@ -405,21 +452,29 @@ def _pass_on_sigterm(stopped: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Device) -> None:
-    """Make all cells that are not finished, `jobs` at a time. 0: as many as suit the machine.
+def share_cores(jobs: int, device: runtime.Device) -> int:
+    """Give this process its share of the cores. Return how many cells are made at a time.
 
-    The cells of one queue are made one after the other. The next one is asked for when the one
-    before it is finished. Exit with code 130 if a signal stopped a cell. Raise UserError if a cell
-    other than a trial diverged, when all others are made.
+    jobs: as in StudyConfig. A single cell gets no more threads than one of several, since its
+    numbers must be the same.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     if jobs == 0:
         jobs = 1 if device.torch_device.type == "cuda" else min(cores, 8)
-    # A single cell gets no more threads than one of several: its numbers must be the same.
-    threads = min(torch.get_num_threads(), max(1, cores // jobs))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // jobs)))
+    return jobs
+
+
+def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Device) -> None:
+    """Make all cells that are not finished, `jobs` at a time, see StudyConfig.
+
+    The cells of one queue are made one after the other. The next one is asked for when the one
+    before it is finished. Exit with code 130 if a signal stopped a cell. Raise UserError if a cell
+    other than a trial diverged, when all others are made.
+    """
+    jobs = share_cores(jobs, device)
     stopped = threading.Event()
     diverged = []
 
@@ -442,11 +497,12 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
             finish(queue, run_cell)
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
-        started_with = (threads, [method.source for method in OWN_METHODS.values()])
+        started_with = (torch.get_num_threads(), [method.source for method in OWN_METHODS.values()])
         with (
             _pass_on_sigterm(stopped),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
-            ThreadPoolExecutor(jobs) as waiting,  # each thread waits for one worker
+            # Each thread starts a worker, which inherits what is blocked, and waits for it.
+            ThreadPoolExecutor(jobs, initializer=_block_sigterm) as waiting,
         ):
 
             def run(*arguments):
@@ -531,6 +587,7 @@ class Study:
         self.equal = equal
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
+        self.best_trials: dict[str, Cell] = {}  # the trials that found them
 
     def cell(
         self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"
@@ -547,7 +604,8 @@ class Study:
                 # alpha does not change the size. Without it equal_ranks can use its cache.
                 of_row = changed(settings, equal.settings | {"alpha": None})
                 rows.append((other, of_row.training.method, of_row.adapter))
-            ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
+            with program.checking_settings():
+                ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
             extra_rank = ranks[like]
         tuned = self.best.get(like, {}) | self.best.get(name, {})
         settings = changed(settings, tuned | values | row.settings)
@@ -560,7 +618,7 @@ class Study:
         if self.device.torch_device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
         run = row.run.format(seed=settings.training.seed)
-        return Cell(
+        cell = Cell(
             name=name,
             row=row,
             settings=settings,
@@ -570,6 +628,10 @@ class Study:
             scores=scores,
             extra_rank=extra_rank,
         )
+        for trial in self.best_trials.values():
+            if trial.made_with() == cell.made_with():
+                return cell._replace(folder=trial.folder)  # the run is not made twice
+        return cell
 
     def cells(
         self,
@@ -602,18 +664,21 @@ class Study:
         self,
         rows: dict[str, Row],
         trials: int,
-        axes: Sequence[str] = AXES,
+        axes: Sequence[str] = (),
     ) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
 
-        axes: what may be tuned. Return the reports of the searches, and add them to tuning.json.
+        axes: what is tuned (default: --axes). Return the reports of the searches, and add them to
+        tuning.json. Warn of a best value that is on the edge of what was tried.
         """
         searches = {}
         for name, row in rows.items():
             settings = self.cell("", name, row, {}).settings
             known = settings.as_flags()
             start = {}
-            for axis in axes_of(settings.training.method, settings.adapter.router, axes):
+            for axis in axes_of(
+                settings.training.method, settings.adapter.router, axes or self.config.axes
+            ):
                 start[axis] = known[axis]
                 if known[axis] is None:
                     start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
@@ -625,6 +690,13 @@ class Study:
         for name, report in reports.items():
             if report["dev_loss"] == math.inf:
                 raise UserError(f"{name}: all trials diverged; start from a lower --lr-skills")
+            for axis in report["edges"]:
+                best = f"the best {axis}, {report['best'][axis]:g}"
+                program.warn(
+                    f"{name}: {best}, is on the edge of what was tried; more --trials, or a start "
+                    f"there by {program.flag(axis)}, may find a better one"
+                )
+            self.best_trials[name] = self.trial(name, rows[name], report["best"])
             self.best[name] = self.best.get(name, {}) | report["best"]
         path = self.results / "tuning.json"
         program.write_json(path, read_tuning(self.results) | reports)

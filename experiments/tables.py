@@ -1,27 +1,42 @@
-"""What the numbers of cells say: differences with intervals over tasks and seeds, in Markdown.
+"""What the numbers of cells say: means, differences with intervals, and verdicts, in Markdown.
 
-Letters: T tasks.  Test: pytest tests/experiments/test_tables.py
+One weighting holds for all scores and differences: a score is the mean within a task, then over
+tasks. The mean within a task weighs target tokens alike for the loss, and rows alike for the other
+metrics. Where rows name no task, each different prompt counts as a task. "Groups" are such tasks.
+
+An interval covers groups and seeds if there are at least LEAST_GROUPS. With fewer, these tasks are
+taken as they are, and the interval covers prompts within them and seeds. Rows with the same prompt
+are always one unit. With one seed it covers groups or prompts alone.
+
+Letters: G groups, U units of an interval.  Test: pytest tests/experiments/test_tables.py
 """
 
-import itertools
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from support import program
+from support.program import UserError
+from tasks import NO_TASK
 
-METRICS = {"rougeL": "ROUGE-L", "exact_match": "exact match", "loss": "loss"}
-COLUMNS = list(itertools.product(("seen", "unseen"), METRICS))
+METRICS = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
+SETS = ("seen", "unseen")
+LEAST_GROUPS = 6
+# What would decide is looked for up to so many seeds, and so many times the units.
+MOST_SEEDS = 100
+MOST_TIMES = 100
+SMALLEST = 1e-20  # a variance below it is a rounding error
 ROUTER = {  # numbers of routing.report
     "mutual_information": "information on the category",
     "entropy": "entropy of w",
     "largest": "largest mean w",
     "distance_from_equal": "mean abs(c - 1/S)",
 }
-Difference = tuple[float, float, float]  # mean, low, high
+Difference = tuple[float, float, float]  # mean, low, high; low and high are NaN if unknown
 
 
 @dataclass(frozen=True)
@@ -36,46 +51,172 @@ class TablesConfig:
         return Path(program.read_flags(doc, cls).get("results", default))
 
 
+# ------------------------------------------------------------------------------------- from cells
+
+
+class Prompts(NamedTuple):
+    """The scores of the different prompts of a set, each summed over its rows."""
+
+    groups: np.ndarray  # number of the group of each prompt
+    weights: np.ndarray  # target tokens of each prompt for the loss, rows for other metrics
+    sums: np.ndarray  # (prompts, seeds)
+
+
+def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Prompts:
+    """Return the scores of cells that are one for each seed. which: "seen" or "unseen"."""
+    columns = [cell[which]["prompts"] for cell in cells]
+    names = columns[0]["task"]
+    sizes = columns[0]["tokens" if metric == "loss" else "rows"]
+    for other in columns[1:]:
+        if other["task"] != names or len(other[metric]) != len(sizes):
+            raise UserError(f"the cells of a row have different {which} rows")
+    numbers = {}
+    groups = []
+    for i, name in enumerate(names):
+        key = i if name == NO_TASK else name
+        groups.append(numbers.setdefault(key, len(numbers)))
+    sums = np.stack([column[metric] for column in columns], axis=1)
+    return Prompts(np.array(groups), np.array(sizes, float), sums)
+
+
+def group_means(prompts: Prompts) -> np.ndarray:
+    """Return the score (G, seeds) of each group."""
+    weights = np.bincount(prompts.groups, prompts.weights)
+    totals = np.zeros((len(weights), prompts.sums.shape[1]))
+    np.add.at(totals, prompts.groups, prompts.sums)
+    return totals / weights[:, None]
+
+
+def mean_scores(cells: Sequence[dict[str, Any]], which: str, metric: str) -> list[float]:
+    """Return the mean over groups of each cell."""
+    return group_means(read_prompts(cells, which, metric)).mean(axis=0).tolist()
+
+
+class Paired(NamedTuple):
+    """Paired differences of two rows, as an interval takes them."""
+
+    values: np.ndarray  # (U, seeds); their mean is that over groups
+    freedom: int  # degrees of freedom of the units
+    over: str  # what the units are, such as "12 tasks"
+    limits: str  # what the interval does not cover, as sentences
+
+
+def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) -> Paired:
+    """Return the differences one - other of the cells of two rows, which are one for each seed.
+
+    A row with a single cell is compared with each seed of the other.
+    """
+    first, second = (read_prompts(cells, which, metric) for cells in (one, other))
+    same_groups = np.array_equal(first.groups, second.groups)
+    if not same_groups or not np.array_equal(first.weights, second.weights):
+        raise UserError(f"the cells of two rows have different {which} rows")
+    difference = first._replace(sums=first.sums - second.sums)
+    means = group_means(difference)
+    U = len(difference.groups)
+    G, seeds = means.shape
+
+    names = set(one[0][which]["prompts"]["task"])
+    limits = []
+    if NO_TASK in names:
+        over = f"{G} prompts" if len(names) == 1 else f"{G} tasks and prompts"
+        limits.append("It speaks of prompts like these only.")
+    else:
+        over = f"{G} tasks"
+    values, freedom = means, G - 1
+    if G < LEAST_GROUPS:
+        over = f"{U} prompts of {over}"
+        limits = ["It speaks of these tasks only."]
+        values, freedom = within_groups(difference, means)
+    if seeds == 1:
+        limits.append("It does not cover what another seed would change.")
+    else:
+        over += f" and {seeds} seeds"
+    return Paired(values, freedom, over, " ".join(limits))
+
+
+def within_groups(prompts: Prompts, means: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return a value (U, seeds) for each prompt, and the degrees of freedom of the prompts.
+
+    A group's mean is a ratio: a sum of scores by a sum of weights. So the value of a prompt is the
+    mean over groups, plus its share of what the prompts of its group deviate from their mean.
+    Then the variance of the mean of all values is that of the mean over these groups.
+    """
+    G, _ = means.shape
+    U = len(prompts.groups)
+    count = np.bincount(prompts.groups)[prompts.groups]  # prompts in the group of each prompt
+    total = np.bincount(prompts.groups, prompts.weights)[prompts.groups]
+    expected = prompts.weights[:, None] * means[prompts.groups]
+    deviation = (prompts.sums - expected) * (U / G / total)[:, None]
+    # The deviations in a group of m add up to 0, so their squares are too small by (m - 1) / m.
+    # That of a prompt which is alone in its group would be 0. It gets that of the group.
+    of_group = (means - means.mean(axis=0))[prompts.groups] * (U / G)
+    unbiased = (count / np.maximum(count - 1, 1) * (U - 1) / U) ** 0.5
+    deviation = np.where((count == 1)[:, None], of_group, deviation * unbiased[:, None])
+    deviation -= deviation.mean(axis=0)
+    return means.mean(axis=0) + deviation, max(U - G, 1)
+
+
 # -------------------------------------------------------------------------------------- intervals
 
 
-def interval(differences: np.ndarray) -> Difference:
-    """Return the mean of paired differences (T, seeds) and its 95 % confidence interval over both.
+class Squares(NamedTuple):
+    """Mean squares of values (U, seeds) in a two-way random model: mean + unit + seed + rest."""
 
-    The model is two-way random: d = mean + task + seed + rest. With one seed the interval is over
-    tasks alone; with one task as well it is NaN.
+    unit: float
+    seed: float  # 0 with one seed
+    rest: float  # 0 with one seed
+
+
+def mean_squares(values: np.ndarray) -> Squares:
+    """Return the mean squares of both effects and of the rest."""
+    U, seeds = values.shape
+    mean = values.mean()
+    by_unit = values.mean(axis=1, keepdims=True)
+    by_seed = values.mean(axis=0, keepdims=True)
+    rest = values - by_unit - by_seed + mean
+    return Squares(
+        unit=seeds * ((by_unit - mean) ** 2).sum() / max(U - 1, 1),
+        seed=U * ((by_seed - mean) ** 2).sum() / max(seeds - 1, 1),
+        rest=(rest**2).sum() / max((U - 1) * (seeds - 1), 1),
+    )
+
+
+def half_width(squares: Squares, units: int, seeds: int, freedom: int) -> float:
+    """Return half of the 95 % interval of the mean of values (units, seeds), NaN if unknown.
+
+    freedom: degrees of freedom of the units.
     """
-    T, seeds = differences.shape
-    mean = differences.mean()
-    by_task = differences.mean(axis=1, keepdims=True)
-    by_seed = differences.mean(axis=0, keepdims=True)
-    rest = differences - by_task - by_seed + mean
+    of_units, of_seeds, rest = squares
+    of_rest = freedom * (seeds - 1)
+    if of_rest > 0:
+        # units seeds Var(mean) = MS_unit + MS_seed - MS_rest, since both effects contain the rest.
+        # It is at least that of one effect.
+        variance = max(of_units + of_seeds - rest, of_units, of_seeds)
+        # Degrees of freedom by Satterthwaite (1946), and at least those of the smallest part. The
+        # mean square of two or three seeds is often small by chance, so it counts more here.
+        of_seeds *= max(1, 4 / seeds)
+        largest = max(of_units + of_seeds - rest, of_units, of_seeds)
+        parts = of_units**2 / freedom + of_seeds**2 / (seeds - 1) + rest**2 / of_rest
+        freedom = max(largest**2 / max(parts, SMALLEST), min(freedom, seeds - 1))
+    elif seeds > 1:
+        variance, freedom = of_seeds, seeds - 1
+    else:
+        variance = of_units
+    if freedom < 1 or variance < SMALLEST:  # where all values agree, nothing says how certain it is
+        return np.nan
+    return t_quantile(freedom) * (variance / (units * seeds)) ** 0.5
 
-    # Mean squares and degrees of freedom of both effects and of the rest.
-    squares = []
-    for total, freedom in (
-        (seeds * ((by_task - mean) ** 2).sum(), T - 1),
-        (T * ((by_seed - mean) ** 2).sum(), seeds - 1),
-        ((rest**2).sum(), (T - 1) * (seeds - 1)),
-    ):
-        if freedom > 0:
-            squares.append((total / freedom, freedom))
-    if not squares:
-        return float(mean), np.nan, np.nan
 
-    # T seeds Var(mean) = MS_task + MS_seed - MS_rest, since both effects contain the rest. It is
-    # at least that of one effect.
-    effects = [square for square, _ in squares[:2]]
-    rests = [square for square, _ in squares[2:]]
-    variance = max(sum(effects) - sum(rests), *effects)
-    if not variance > 0:
-        return float(mean), float(mean), float(mean)
+def interval(values: np.ndarray, freedom: int | None = None) -> Difference:
+    """Return the mean of paired differences (U, seeds) and its 95 % confidence interval over both.
 
-    # Degrees of freedom by Satterthwaite (1946), and at least those of the smallest part.
-    freedom = variance**2 / sum(square**2 / dof for square, dof in squares)
-    freedom = max(freedom, min(dof for _, dof in squares))
-    half = t_quantile(freedom) * (variance / differences.size) ** 0.5
-    return float(mean), float(mean - half), float(mean + half)
+    freedom: degrees of freedom of the units (default: U - 1). With one seed the interval is over
+    units alone. It is NaN if the values do not show how certain the mean is.
+    """
+    U, seeds = values.shape
+    mean = float(values.mean())
+    half = half_width(mean_squares(values), U, seeds, U - 1 if freedom is None else freedom)
+    return mean, mean - half, mean + half
 
 
 def t_quantile(freedom: float) -> float:
@@ -90,18 +231,78 @@ def t_quantile(freedom: float) -> float:
     return float(freedom**0.5 * np.tan(angle))
 
 
-# ------------------------------------------------------------------------------------- from cells
+# --------------------------------------------------------------------------------------- verdicts
 
 
-def by_task(cell: dict[str, Any], which: str, metric: str = "loss") -> np.ndarray:
-    """Return the scores (T,) on the tasks of a set, by name. NaN where there are none."""
-    scores = cell[which]["tasks"]
-    return np.array([scores[name].get(metric, np.nan) for name in sorted(scores)])
+def verdict(difference: Difference) -> str:
+    """Return what a difference in loss decides about the first of two rows."""
+    _, low, high = difference
+    if high < 0:
+        return "better"
+    return "worse" if low > 0 else "undecided"
 
 
-def by_seed(cells: Iterable[dict], which: str, metric: str = "loss") -> np.ndarray:
-    """Return the scores (T, seeds) of cells that are one for each seed."""
-    return np.stack([by_task(cell, which, metric) for cell in cells], axis=1)
+def what_would_decide(differences: Paired) -> str:
+    """Return how many seeds or units would decide a difference, if it stayed as large as it is.
+
+    The parts of its variance are estimated from these values.
+    """
+    values, freedom, over, _ = differences
+    U, seeds = values.shape
+    squares = mean_squares(values)
+    mean = abs(values.mean())
+    of_unit = max(squares.unit - squares.rest, 0) / seeds
+    of_seed = max(squares.seed - squares.rest, 0) / U
+
+    def is_decided(units, seeds):
+        expected = Squares(
+            unit=seeds * of_unit + squares.rest,
+            seed=units * of_seed + squares.rest,
+            rest=squares.rest,
+        )
+        return half_width(expected, units, seeds, freedom + units - U) <= mean
+
+    ways = []
+    more_seeds = range(seeds + 1, MOST_SEEDS + 1)
+    enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))
+    if seeds > 1 and enough < len(more_seeds):
+        ways.append(f"{more_seeds[enough]} seeds")
+    more_units = range(U + 1, MOST_TIMES * U + 1)
+    enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
+    if enough < len(more_units):
+        ways.append(f"{more_units[enough] / U:.2g} times the {over.split()[1]}")
+    if ways:
+        text = f"If it stays as large as it is, about {' or '.join(ways)} would decide it."
+    else:
+        text = f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
+    if seeds == 1:
+        text += " Give more --seeds first."
+    return text
+
+
+def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]) -> str:
+    """Return the differences in loss of two rows on each set, and what to do, as a list."""
+    lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
+    chosen = {}
+    for which in SETS:
+        if which not in cells[0]:
+            continue
+        differences = paired(cells, of_other, which, "loss")
+        difference = interval(differences.values, differences.freedom)
+        decision = verdict(difference)
+        line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
+        line.append(differences.limits)
+        if decision == "undecided":
+            line.append(what_would_decide(differences))
+        lines.append(" ".join(part for part in line if part))
+        chosen[which] = name if decision == "better" else other
+    kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
+    if len(set(chosen.values())) == 1:
+        lines.append(f"\nUse {chosen['seen']}.")
+    else:
+        uses = [f"{row} for {kinds[which]}" for which, row in chosen.items()]
+        lines.append(f"\nUse {' and '.join(uses)}.")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------- Markdown
@@ -125,6 +326,8 @@ def publish(text: str, path: Path) -> None:
 def signed(difference: Difference, digits: int = 3) -> str:
     """Return a difference with its interval, "+0.100 [-0.200, +0.400]"."""
     mean, low, high = (f"{value:+.{digits}f}" for value in difference)
+    if np.isnan(difference[1]):
+        return f"{mean} (no interval)"
     return f"{mean} [{low}, {high}]"
 
 
@@ -139,13 +342,15 @@ def tuning_table(reports: dict[str, dict]) -> str:
     return table(head, rows)
 
 
-def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> str:
+def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], metric: str) -> str:
     """Return all tables of a comparison: tuning, scores, differences, and what the routers do.
 
     rows: the cells of each row, one for each seed. Differences are those of the first row from
     the others. An untrained row has one cell, which is compared with each seed of the first row.
+    metric: how answers are scored.
     """
     reference, first = next(iter(rows.items()))
+    columns = [(which, name) for which in SETS if which in first[0] for name in METRICS]
     scores = []
     differences = []
     routers = []
@@ -160,16 +365,14 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
             ]
         )
         differences.append([name])
-        for which, metric in COLUMNS:
-            digits = 3 if metric == "loss" else 2  # nats, per cent
-            overall = [cell[which]["overall"] for cell in cells if which in cell]
+        for which, measure in columns:
+            digits = 3 if measure == "loss" else 2  # nats, per cent
             score = "-"
             difference = "-"
-            if overall and metric in overall[0]:
-                score = mean_and_sd([values[metric] for values in overall], digits)
-                if cells is not first:
-                    one = by_seed(first, which, metric)
-                    difference = signed(interval(one - by_seed(cells, which, metric)), digits)
+            if measure in cells[0][which]["prompts"]:
+                score = mean_and_sd(mean_scores(cells, which, measure), digits)
+                found = paired(first, cells, which, measure)
+                difference = signed(interval(found.values, found.freedom), digits)
             scores[-1].append(score)
             differences[-1].append(difference)
 
@@ -182,17 +385,25 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict]) -> 
         if set(numbers[1:]) != {"-"}:
             routers.append(numbers)
 
-    titles = [f"{which} {METRICS[metric]}" for which, metric in COLUMNS]
+    titles = [f"{which} {METRICS[measure]}" for which, measure in columns]
     parts = [
         tuning_table(tuning),
         table(["row", "skills + routing", "dev loss", *titles], scores),
         table([f"{reference} - row", *titles], differences[1:]),
         table(["row, on seen instances", *ROUTER.values()], routers),
     ]
+    seeds = len(first)
+    over = [
+        f"{paired(first, first, which, 'loss').over} ({which})"
+        for which in SETS
+        if which in first[0]
+    ]
     parts.append(
-        "In brackets the sd over seeds. Differences with 95 % intervals over tasks and seeds "
-        f"together; {chance(parts)}. ROUGE-L and exact match in per cent; loss: nats per target "
-        "token, of seen and unseen the mean over tasks."
+        f"Loss: nats per target token. ROUGE-L and exact match: per cent; {metric}. Scores of seen "
+        "and unseen are means within a task, then over tasks; where rows name no task, each "
+        "different prompt counts as one. "
+        + ("In brackets the sd over seeds. " if seeds > 1 else "")
+        + f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}."
     )
     if "c-poly" in rows:
         parts.append(

@@ -1,6 +1,5 @@
-"""The numbers of a comparison: intervals and their coverage, and what the tables say."""
+"""The numbers of a comparison: intervals and their coverage, verdicts, and what the tables say."""
 
-import functools
 import math
 
 import numpy as np
@@ -8,7 +7,8 @@ import pytest
 
 from experiments import tables
 from helpers import ROOT
-from support import program
+from support.program import UserError, read_json
+from tasks import NO_TASK
 
 
 def test_t_quantile():
@@ -24,19 +24,73 @@ def test_t_quantile():
         assert tables.t_quantile(freedom) == pytest.approx(point, rel=2e-6)
 
 
-@pytest.mark.parametrize("sd", [(1, 0, 1), (1, 1, 1), (0, 1, 1)], ids=str)
-def test_interval_coverage(sd, monkeypatch):
-    """Effects of 12 tasks, of 3 seeds and of each cell have these sds and mean 0."""
-    quantile = functools.cache(tables.t_quantile)  # 1,000 draws ask for it
-    monkeypatch.setattr(tables, "t_quantile", lambda freedom: quantile(round(freedom, 1)))
-    rng = np.random.default_rng(0)
+# ---------------------------------------------------------------------------------------- coverage
+
+# (groups, prompts of each group, seeds), whether rows name tasks, and sds of the effects of a task,
+# of a prompt, of a seed, and of what is left. With one seed there is no effect of the seed.
+DESIGNS = {
+    "12 tasks, 3 seeds": ((12, 4, 3), True, (1, 1, 0.5, 1)),
+    "12 tasks, 5 seeds": ((12, 4, 5), True, (0, 1, 1, 1)),
+    "6 tasks, 2 seeds": ((6, 8, 2), True, (1, 1, 0.3, 1)),
+    "28 tasks, 2 seeds": ((28, 4, 2), True, (1, 1, 0.3, 1)),
+    "28 tasks, 1 seed": ((28, 4, 1), True, (1, 1, 0, 1)),
+    "16 prompts, 3 seeds": ((16, 1, 3), False, (1, 0, 0.3, 1)),
+    "16 prompts, 2 seeds": ((16, 1, 2), False, (1, 0, 1, 1)),
+    "100 prompts, 2 seeds": ((100, 1, 2), False, (1, 0, 0.2, 1)),
+    "8 prompts, 1 seed": ((8, 1, 1), False, (1, 0, 0, 1)),
+    "3 tasks, 3 seeds": ((3, 12, 3), True, (2, 1, 0.3, 1)),
+    "3 tasks, 2 seeds": ((3, 30, 2), True, (2, 1, 0.3, 1)),
+    "1 task, 3 seeds": ((1, 40, 3), True, (2, 1, 0.1, 1)),
+    "5 tasks, 1 seed": ((5, 8, 1), True, (2, 1, 0, 1)),
+}
+
+
+def simulated(shape, is_named, sds, rng, draws):
+    """Return cells of two rows for each draw, and the difference that an interval should cover."""
+    G, prompts, seeds = shape
+    U = G * prompts
+    group = np.repeat(np.arange(G), prompts)
+    names = [f"task{i}" if is_named else NO_TASK for i in group]
+    tasks = sds[0] * rng.normal(size=(draws, G, 1))
+    truth = np.zeros(draws)
+    if G < tables.LEAST_GROUPS:  # these tasks are the ones that are asked about
+        truth = tasks.mean(axis=(1, 2))
+    effects = tasks[:, group]
+    effects = effects + sds[1] * rng.normal(size=(draws, U, 1))
+    effects = effects + sds[2] * rng.normal(size=(draws, 1, seeds))
+    effects = effects + sds[3] * rng.normal(size=(draws, U, seeds))
+    tokens = rng.integers(2, 9, size=U)
+    common = 5 * rng.normal(size=(draws, U, 1))  # what both rows share does not count
+    for i in range(draws):
+        rows = []
+        for of_row in (common[i] + effects[i], common[i] + 0 * effects[i]):
+            columns = {"task": names, "rows": [1] * U, "tokens": tokens}
+            cells = []
+            for seed in range(seeds):
+                prompts_of_cell = columns | {"loss": tokens * of_row[:, seed]}
+                cells.append({"seen": {"prompts": prompts_of_cell}})
+            rows.append(cells)
+        yield *rows, truth[i]
+
+
+@pytest.mark.parametrize("shape, is_named, sds", DESIGNS.values(), ids=DESIGNS)
+def test_interval_covers_the_truth(shape, is_named, sds, monkeypatch):
+    # Many draws ask for a quantile. It is nearly linear in 1 / freedom.
+    shares = np.linspace(0.001, 1, 40)
+    quantiles = [tables.t_quantile(1 / share) for share in shares]
+    monkeypatch.setattr(
+        tables, "t_quantile", lambda freedom: np.interp(1 / freedom, shares, quantiles)
+    )
     covered = []
-    for _ in range(1000):
-        parts = rng.normal(size=(12, 1)), rng.normal(size=(1, 3)), rng.normal(size=(12, 3))
-        differences = sum(s * part for s, part in zip(sd, parts, strict=True))
-        _, low, high = tables.interval(differences)
-        covered.append(low <= 0 <= high)
-    assert 0.93 <= np.mean(covered) <= 0.98
+    for one, other, truth in simulated(shape, is_named, sds, np.random.default_rng(0), 1000):
+        found = tables.paired(one, other, "seen", "loss")
+        _, low, high = tables.interval(found.values, found.freedom)
+        covered.append(low <= truth <= high)
+    least = 0.90 if shape[2] == 2 else 0.92
+    assert np.mean(covered) >= least
+
+
+# --------------------------------------------------------------------------------------- intervals
 
 
 @pytest.mark.parametrize(
@@ -45,15 +99,20 @@ def test_interval_coverage(sd, monkeypatch):
         (np.full((1, 1), 2.0), math.nan),
         # One seed: over tasks alone. Their variance is 7.
         (np.array([[1.0], [2.0], [6.0]]), tables.t_quantile(2) * (7 / 3) ** 0.5),
-        # Mean squares: tasks 10.5, seeds 13.5, rest 3.5, with 2, 1 and 2 degrees of freedom.
+        # Mean squares: tasks 10.5, seeds 13.5, rest 3.5, with 2, 1 and 2 degrees of freedom. For
+        # the degrees of freedom those of two seeds count twice: 27.
         (
             np.array([[1.0, 3.0], [2.0, 8.0], [6.0, 7.0]]),
-            tables.t_quantile(20.5**2 / (10.5**2 / 2 + 13.5**2 + 3.5**2 / 2)) * (20.5 / 6) ** 0.5,
+            tables.t_quantile(34**2 / (10.5**2 / 2 + 27**2 + 3.5**2 / 2)) * (20.5 / 6) ** 0.5,
         ),
         # Tasks 1.5, seeds 0, rest 4.5. The variance is that of the tasks, 1 degree.
         (np.array([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), tables.t_quantile(1) * 0.5),
+        # One task: over seeds alone. Their variance is 2.
+        (np.array([[1.0, 3.0]]), tables.t_quantile(1)),
+        # All agree, which does not make them certain.
+        (np.full((4, 3), 0.1), math.nan),
     ],
-    ids=["one number", "one seed", "by hand", "large rest"],
+    ids=["one number", "one seed", "by hand", "large rest", "one task", "all agree"],
 )
 def test_interval_of_known_differences(values, half):
     mean = values.mean()
@@ -72,26 +131,158 @@ def test_interval_of_known_differences(values, half):
 def test_interval_gives_the_published_differences(folder, published):
     losses = {}
     for row in ("orchmoe", "lora"):
-        paths = [ROOT / f"experiments/results/{folder}/{row}-s{seed}.json" for seed in range(5)]
-        losses[row] = tables.by_seed(map(program.read_json, paths), "seen")
+        by_seed = []
+        for seed in range(5):
+            cell = read_json(ROOT / f"experiments/results/{folder}/{row}-s{seed}.json")
+            tasks = cell["seen"]["tasks"]
+            by_seed.append([tasks[name]["loss"] for name in sorted(tasks)])
+        losses[row] = np.array(by_seed).T
     difference = tables.interval(losses["orchmoe"] - losses["lora"])
     assert tables.signed(difference) == published
 
 
+# ------------------------------------------------------------------------------------- from cells
+
+
+def cell(tasks, losses, tokens=None, rows=None, **more):
+    """Return a cell with a prompt for each task name. Its loss is in nats per token."""
+    tokens = tokens or [1] * len(tasks)
+    rows = rows or [1] * len(tasks)
+    sums = [loss * count for loss, count in zip(losses, tokens, strict=True)]
+    matches = [100 * count for count in rows]
+    prompts = {"task": tasks, "tokens": tokens, "rows": rows, "loss": sums}
+    return {"seen": {"prompts": prompts | {"exact_match": matches, "rougeL": matches}}, **more}
+
+
+def test_a_score_is_the_mean_within_a_task_by_tokens_and_then_over_tasks():
+    found = cell(["a", "b", "a"], [1.0, 5.0, 4.0], tokens=[2, 9, 1])
+    assert tables.mean_scores([found], "seen", "loss") == [((2 + 4) / 3 + 5) / 2]
+    # Without task names each prompt counts as a task, however many rows and tokens it has.
+    found = cell([NO_TASK] * 3, [1.0, 5.0, 4.0], tokens=[2, 9, 1], rows=[2, 1, 1])
+    assert tables.mean_scores([found], "seen", "loss") == [10 / 3]
+    assert tables.mean_scores([found], "seen", "exact_match") == [100]
+
+
+def test_scores_and_differences_have_one_weighting():
+    """The sign of their difference cannot contradict the two scores."""
+    one = cell(list("aaaaaabcdef"), [1.0] * 6 + [2.0] * 5)
+    other = cell(list("aaaaaabcdef"), [1.5] * 6 + [1.8] * 5)
+    scores = [tables.mean_scores([row], "seen", "loss")[0] for row in (one, other)]
+    difference = tables.paired([one], [other], "seen", "loss").values.mean()
+    assert difference == pytest.approx(scores[0] - scores[1])
+
+
+@pytest.mark.parametrize(
+    "tasks, seeds, over, limits",
+    [
+        (list("abcdef"), 2, "6 tasks and 2 seeds", ""),
+        (list("abcdef"), 1, "6 tasks", "It does not cover what another seed would change."),
+        (list("aabbc"), 2, "5 prompts of 3 tasks and 2 seeds", "It speaks of these tasks only."),
+        ([NO_TASK] * 8, 2, "8 prompts and 2 seeds", "It speaks of prompts like these only."),
+    ],
+)
+def test_an_interval_says_what_it_covers(tasks, seeds, over, limits):
+    cells = [cell(tasks, [1.0] * len(tasks)) for _ in range(seeds)]
+    found = tables.paired(cells, cells, "seen", "loss")
+    assert (found.over, found.limits) == (over, limits)
+
+
+def test_values_within_tasks_have_the_mean_over_tasks_and_its_variance():
+    """By hand: D = (1 + 4) / 2. Task a has the prompts 0 and 2, of equal weight: s² / m = 1."""
+    one = cell(["a", "a", "b", "b"], [0.0, 2.0, 4.0, 4.0])
+    other = cell(["a", "a", "b", "b"], [0.0] * 4)
+    values, freedom, _, _ = tables.paired([one], [other], "seen", "loss")
+    assert values.mean() == pytest.approx(2.5)
+    assert freedom == 2
+    of_mean = values.var(ddof=1) / 4
+    assert of_mean == pytest.approx((1 + 0) / 2**2)
+
+
+def test_rows_with_other_prompts_are_not_compared():
+    one = cell(["a", "b"], [1.0, 1.0])
+    for other in (cell(["a", "a"], [1.0, 1.0]), cell(["a", "b"], [1.0, 1.0], tokens=[1, 2])):
+        with pytest.raises(UserError, match="the cells of two rows have different seen rows"):
+            tables.paired([one], [other], "seen", "loss")
+        with pytest.raises(UserError, match="the cells of a row have different seen rows"):
+            tables.paired([one, cell(["a"], [1.0])], [one], "seen", "loss")
+
+
+# ---------------------------------------------------------------------------------------- verdicts
+
+
+def cells_of(means, seeds=3, sd=0.1, U=20):
+    """Return cells whose loss is about each of these means on 20 prompts without tasks."""
+    rng = np.random.default_rng(0)
+    found = []
+    for mean in means:
+        losses = rng.normal(mean, sd, (seeds, U)).tolist()
+        found.append([cell([NO_TASK] * U, of_seed) for of_seed in losses])
+    return found
+
+
+@pytest.mark.parametrize(
+    "mean, decision, use",
+    [(1, "better", "orchmoe"), (3, "worse", "lora"), (2, "undecided", "lora")],
+)
+def test_the_verdict_follows_the_rule(mean, decision, use):
+    one, other = cells_of([mean, 2.0])
+    lines = tables.verdicts("orchmoe", one, "lora", other).splitlines()
+    assert lines[0].startswith("Verdict by the loss, orchmoe minus lora")
+    assert f"]: **{decision}**. Over 20 prompts and 3 seeds." in lines[1]
+    assert lines[-1] == f"Use {use}."
+    assert ("decide" in lines[1]) == (decision == "undecided")
+
+
+def test_the_verdict_names_a_method_for_each_set():
+    one, other = cells_of([1.0, 2.0])
+    unseen = cells_of([3.0, 2.0])
+    for cells, of_unseen in zip((one, other), unseen, strict=True):
+        for of_seen, second in zip(cells, of_unseen, strict=True):
+            of_seen["unseen"] = second["seen"]
+    text = tables.verdicts("orchmoe", one, "lora", other)
+    assert text.endswith("Use orchmoe for inputs like those that train and lora for new tasks.")
+
+
+def test_what_would_decide_by_hand():
+    signs = np.resize([1.0, -1.0], 50)
+    # Prompts differ with a variance of 50 / 49: 1.973 (50 / 49 / 177) ** 0.5 is 0.15.
+    values = np.repeat(0.15 + signs[:, None], 2, axis=1)
+    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "")
+    assert "about 3.5 times the prompts would decide" in tables.what_would_decide(found)
+    # Seeds differ with a variance of 0.02: 2.571 (0.02 / 6) ** 0.5 is 0.148.
+    values = np.repeat(np.array([[0.05, 0.25]]), 50, axis=0)
+    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "")
+    assert "about 6 seeds would decide" in tables.what_would_decide(found)
+
+
+def test_what_would_decide_says_if_nothing_would():
+    close = np.array([[1.0, -1.0], [-1.0, 1.001], [0.5, -0.5]])
+    found = tables.Paired(close, 2, "3 prompts and 2 seeds", "")
+    assert "too small for 100 seeds or 100 times the rows" in tables.what_would_decide(found)
+    one_seed = tables.Paired(close[:, :1], 2, "3 prompts", "")
+    assert tables.what_would_decide(one_seed).endswith("Give more --seeds first.")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
 def test_markdown_pairs_tasks_and_seeds():
-    def cell(scores):
-        tasks = {task: {"rougeL": value} for task, value in scores.items()}
-        return {"seen": {"overall": {"rougeL": sum(scores.values()) / 2}, "tasks": tasks}}
+    def of_seed(*scores):
+        found = cell(list("abcdef"), scores)
+        del found["seen"]["prompts"]["rougeL"], found["seen"]["prompts"]["exact_match"]
+        return found
 
     rows = {
-        "orchmoe": [cell({"a": 10, "b": 90}), cell({"a": 20, "b": 92})],
-        "lora": [cell({"b": 80, "a": 5})] * 2,
+        "orchmoe": [of_seed(1, 9, 1, 1, 1, 1), of_seed(2, 9, 1, 1, 1, 1)],
+        "lora": [of_seed(5, 8, 1, 1, 1, 1)] * 2,
     }
-    text = tables.markdown(rows, {})
-    assert f"| orchmoe | - | - | 53.00 ({3 * math.sqrt(2):.2f}) | - |" in text
-    difference = tables.interval(np.array([[5.0, 15.0], [10.0, 12.0]]))
-    assert f"| lora | {tables.signed(difference, digits=2)} | - |" in text
+    text = tables.markdown(rows, {}, "official rules")
+    sd = 1 / 6 / math.sqrt(2)
+    assert f"| orchmoe | - | - | {(14 / 6 + 15 / 6) / 2:.3f} ({sd:.3f}) | - | - |" in text
+    differences = np.array([[-4.0, -3.0], [1.0, 1.0], *[[0.0, 0.0]] * 4])
+    assert f"| lora | {tables.signed(tables.interval(differences))} | - | - |" in text
     assert "of the 1 here about 0 would exclude zero" in text
+    assert "over 6 tasks and 2 seeds (seen)" in text and "per cent; official rules." in text
 
 
 def test_markdown_of_a_w_without_entropy():
@@ -102,6 +293,8 @@ def test_markdown_of_a_w_without_entropy():
         "distance_from_equal": 0.1,
         "largest": 2.0,
     }
-    text = tables.markdown({"lora": [{}], "w without softmax": [{"learnt": learnt}]}, {})
+    rows = {"lora": [cell(["a"], [1.0])], "w without softmax": [cell(["a"], [1.0], learnt=learnt)]}
+    text = tables.markdown(rows, {}, "official rules")
     assert "| w without softmax | - | - | 2.000 | 0.100 |" in text
     assert text.count("| lora |") == 1  # it has no router
+    assert "+0.000 (no interval)" in text
