@@ -528,7 +528,9 @@ def train(
         skills, routing = counts["skills"], counts["routing"]
         method = config.method
         if method == "lora":
-            method = f"lora of rank {settings.adapter.skills * settings.adapter.rank} (S R)"
+            # A study may give some Linears one rank more than others.
+            ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
+            method = f"lora of rank {' to '.join(map(str, ranks))}"
         program.print_line(
             f"{method}: {skills:,} in skills + {routing:,} in routing = "
             f"{skills + routing:,} parameters train on {len(train_set)} examples; "
@@ -611,7 +613,8 @@ def train(
                         best_loss = dev_loss
                         run.save_best(run_config, base, adapters, tokenizer)
                         message += ", best so far"
-                    program.print_progress(f"{message}; {fmean(times):.2g} s a step")
+                    if final_scores:  # a study decides itself what it shows
+                        program.print_progress(f"{message}; {fmean(times):.2g} s a step")
                     shown["dev_loss"] = f"{dev_loss:.4g}"
                     times.clear()
 

@@ -92,9 +92,7 @@ TIMED_STEPS = 5
 class CompareConfig:
     """Comparison: what is compared."""
 
-    methods: tuple[str, ...] = (
-        ADAPTED  # the first is compared with each other one; or FILE.py:Class
-    )
+    methods: tuple[str, ...] = ADAPTED  # the first is compared with the others; also FILE.py:Class
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
 

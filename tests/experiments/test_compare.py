@@ -18,7 +18,7 @@ import eval as evaluation
 import run_folder
 import train
 from baselines import attach_method
-from experiments import compare, routers, study
+from experiments import compare, routers, study, tables
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
 from helpers import CPU, ROOT, links
@@ -152,8 +152,11 @@ def test_compare_from_start_to_table(small):
         assert len(report["trials"]) == 2 == len(list((small / "tune").glob(f"{name}_*.json")))
         best = min(report["trials"], key=lambda trial: trial["dev_loss"])
         assert report["best"].items() < best.items()
-        config = read(small / f"methods/{name}-s0/config.json")
-        assert report["best"].items() <= (config["training"] | config["adapter"]).items()
+        assert report["best"].items() <= cells[f"{name}-s0"]["settings"].items()
+        assert set(report["best"]) == ({"lr_full"} if name == "full" else {"lr_skills", "alpha"})
+        # It is the run of seed 0, and is not made twice.
+        assert best["dev_loss"] == cells[f"{name}-s0"]["dev_loss"]
+        assert not (small / f"methods/{name}-s0").exists()
     sizes = {name: sum(cell.get("parameters", {}).values()) for name, cell in cells.items()}
     assert sizes["full-s0"] == 2_699_040  # of tiny/
     assert sizes["orchmoe-s0"] == pytest.approx(sizes["lora-s0"], rel=0.03)
@@ -180,12 +183,10 @@ def cell_of(folder, name, **options):
 
 
 def test_cell_require_same(tmp_path):
-    """A cell is bound to its settings, data and base. Settings that are new had their defaults."""
+    """A cell is bound to its settings, data and base."""
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
-    saved = {"row": "lora", **cell.made_with()}
-    del saved["gumbel"]
-    program.write_json(cell.path, {"settings": saved})
+    program.write_json(cell.path, {"settings": {"row": "lora", **cell.made_with()}})
     cell.require_same()
     settings = study.changed(cell.settings, {"gumbel": True})
     facts = cell.facts | {"train_tasks": "other"}
@@ -199,7 +200,7 @@ def test_cell_require_same(tmp_path):
     cell.path.unlink()
     cell.folder.mkdir()
     (cell.folder / "config.json").touch()  # a run that nobody knows
-    with pytest.raises(ValueError, match="lora/cell.json: made with replaced_router None, not "):
+    with pytest.raises(ValueError, match="lora/cell.json: made with method None, not orchmoe"):
         cell.require_same()
 
 
@@ -221,11 +222,12 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 
 
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (math.nan, None))
+    lost = [evaluation.RowLoss(math.nan, tokens=1)] * 2
+    monkeypatch.setattr(evaluation, "row_losses", lambda *_, **__: lost)
     cell = cell_of(tmp_path, "a", scores="answers", row=study.UNTRAINED["frozen base"])
     few = study.changed(cell.settings, {"max_tasks": 2, "eval_instances": 2})
     assert study.run_cell(cell._replace(settings=few), CPU)
-    assert "the loss on seen instances is nan" in cell.result()["diverged"]
+    assert "the loss on this seen instance is nan" in cell.result()["diverged"]
 
 
 def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch):
@@ -259,15 +261,16 @@ def test_controls_of_the_router(small, home, monkeypatch):
     rows = "w replaced by its mean,w of another sample,router: none,router: random"
     out = run(home, *SMALL, "--ablations", "--rows", rows)
     assert "| w replaced by its mean |" in out
-    assert out.count("run folder out/ablations/default-s0") == 1  # trained once, for all
+    # The best trial of the tuning is the run of the default, and of the rows that change its w.
     runs = {path.parent.name for path in small.glob("ablations/*/metrics.jsonl")}
-    assert runs == {"default-s0", "router__none-s0", "router__random-s0"}
+    assert runs == {"router__none-s0", "router__random-s0"}
+    assert out.count("run folder out/") == 2
     assert sum(trained) == 2  # in each training step
     assert not all(trained)  # and in evaluation
     losses = set()
     for name in ("default", "w_replaced_by_its_mean", "w_of_another_sample"):
         result = read(small / f"ablations/{name}-s0.json")
-        losses.add(result["seen"]["overall"]["loss"])
+        losses.add(*tables.mean_scores([result], "seen", "loss"))
         assert ("dev_loss" in result) == ("learnt" in result) == (name == "default")
     assert len(losses) == 3
 
@@ -390,12 +393,16 @@ def wait_for(condition):
 # --------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "--method lora": "--method lora: it has a row already; choose it with --methods",
+    "--method lora": "--method: the study sets this itself; leave it out",
     "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
+    "--methods lora,nope": "--methods nope: choose, once each, of orchmoe, lora",
     "--ablations --methods lora": "--methods: not with --ablations",
+    "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: it goes with --ablations",
+    "--axes warmup": "--axes warmup: choose, once each, of lr_full, lr_skills",
     "--no-tune --trials 3": "--trials: not with --no-tune",
+    "--no-tune --axes alpha": "--axes: not with --no-tune",
 }
 
 

@@ -173,9 +173,9 @@ def test_a_comparison_has_a_row_for_it(home):
     flags = (
         "--device cpu --max-tasks 2 --eval-instances 4 --steps 2 --eval-every 2 --batch-size 2 "
         "--seeds 1 --train-instances 8 --trials 2 --jobs 2 --max-source-length 64 --out out "
-        "--methods lora"
+        "--axes lr_skills,alpha,lr_token_router"
     ).split()
-    output = run("experiments/compare.py", *flags, "--method", HYDRA, cwd=home)
+    output = run("experiments/compare.py", *flags, "--methods", f"lora,{HYDRA}", cwd=home)
     assert "| HydraLoRA |" in output
     cells = {}
     for name in ("lora", "HydraLoRA"):

@@ -12,7 +12,7 @@ from helpers import ROOT
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check", "map", "replication")
+NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check", "replication")
 NAMES += ("replication_analysis",)
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
@@ -56,5 +56,6 @@ def test_help_describes_every_flag():
 
 def test_help_of_compare_has_its_own_defaults_and_hides_what_it_sets():
     found = {action.dest: action.help for action in parser_of("experiments.compare")._actions}
-    assert found["steps"].endswith("(default: 200)")
+    assert found["out"].endswith("(default: results/compare)")
+    assert found["steps"].endswith("(default: 600)")  # as in train.py
     assert found["seed"] == found["start"] == argparse.SUPPRESS
