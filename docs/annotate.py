@@ -8,15 +8,17 @@
 
     python -m docs.annotate --still          # docs/answers.png, with Chromium
 
-The page is one file that makes no request. Its text is docs/annotated.md, its numbers are in
+It needs markdown-it-py, latex2mathml and Pygments: pip install -r requirements-dev.txt. The page is
+one file that makes no request. Its text is docs/annotated.md, its numbers are in
 docs/explorer.json (made by docs/numbers.py), its verdict in docs/evidence.md, its style and script
 in annotated.css and annotated.js, and its explorer in experiments/. docs/markup.py turns Markdown
 into HTML, and docs/tables.py the numbers.
 
-annotated.md is Markdown with LaTeX. Each heading ends in its {#anchor}. A heading of level 3 ends
-in the name of a piece of orchmoe.py. Below it, each block of code has the beginning of a line of
-this piece: the text behind it is about the lines from there on. {{name}} is a number or a table of
-the run. The code between two blocks is folded, and so is a text that begins with *Engineering*.
+annotated.md is Markdown with LaTeX. Each heading ends in its {#anchor}. A heading of level 3 names
+a piece of orchmoe.py, a function, method or class. Below it, each block of code is the beginning of
+one line of this piece, and the text behind it is a note about the lines from there on. A note that
+begins with *Engineering* is folded, and so is a piece that no heading names. A quotation is the
+step of the sample that runs through the page. {{name}} is a number or a table of the run.
 
 Test: pytest tests/repo/test_annotate.py
 """
@@ -26,7 +28,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable
@@ -251,10 +252,10 @@ def folded_html(piece: Piece, source: list[str], code: list[str]) -> str:
     )
 
 
-def body(sections: list[Section], text: str, values: dict[str, str]) -> str:
-    """Return the sections as HTML. Those with blocks show every line of the code once.
+def sections_html(sections: list[Section], text: str, values: dict[str, str]) -> str:
+    """Return the sections as HTML, with every line of the code once.
 
-    Raise UserError if a block names a piece that is not there, or the one of an earlier block.
+    Raise UserError if the blocks do not name pieces of the code in its order.
     """
     source = text.splitlines()
     code = highlight(text)
@@ -313,7 +314,7 @@ def page() -> str:
     return (
         f"{head()}<title>OrchMoE, annotated</title></head>\n<body class='page'>\n"
         '<nav id="contents" aria-label="Contents"><details open><summary>Contents</summary>'
-        f"{''.join(contents)}</details></nav>\n<main>\n{body(sections, source, values)}\n"
+        f"{''.join(contents)}</details></nav>\n<main>\n{sections_html(sections, source, values)}\n"
         f"<footer>{footer(explored)}</footer></main>\n<script>\n{script}</script>\n</body></html>\n"
     )
 
@@ -381,11 +382,15 @@ def write_still() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--still"]:
+    parser = program.Parser(usage="python -m docs.annotate [--run RUN] [--still]")
+    parser.add_argument("--run", help="the finished run that the page shows from now on")
+    parser.add_argument("--still", action="store_true", help="write answers.png, not the page")
+    args = parser.parse_args()
+    if args.still:
         write_still()
         return
-    if len(sys.argv) == 3 and sys.argv[1] == "--run":
-        program.write_json(NUMBERS, numbers.collect(sys.argv[2]))
+    if args.run:
+        program.write_json(NUMBERS, numbers.collect(args.run))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
     for line in tables.outdated_words(json.loads(NUMBERS.read_text(encoding="utf-8"))):

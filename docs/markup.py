@@ -9,6 +9,9 @@ from markdown_it import MarkdownIt
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, Operator, String
 
+from support import program
+from support.program import UserError
+
 RENDERER = MarkdownIt("commonmark", {"html": True}).enable("table")
 MATHML = "http://www.w3.org/1998/Math/MathML"  # HTML needs no name space
 # Classes of the style sheet. All other tokens have no colour.
@@ -25,7 +28,9 @@ COLOURS = {
 
 def mathml(latex: str, display: str) -> str:
     """Return LaTeX as MathML. `display` is inline or block."""
-    return convert(latex, display=display).replace(f' xmlns="{MATHML}"', "")
+    with program.reading(f"annotated.md: ${latex}$", "mend this LaTeX"):
+        math = convert(latex, display=display)
+    return math.replace(f' xmlns="{MATHML}"', "")
 
 
 def markdown(text: str, values: dict[str, str]) -> str:
@@ -34,6 +39,13 @@ def markdown(text: str, values: dict[str, str]) -> str:
     `values` has the HTML that each {{name}} stands for. A list item that begins with a bold word
     gets this word as its label.
     """
+
+    def value_of(match: re.Match) -> str:
+        name = match[1] or match[2]
+        if name not in values:
+            raise UserError(f"annotated.md: {{{{{name}}}}} is not the name of a value")
+        return values[name]
+
     text = re.sub(r"\$\$([^$]+)\$\$", lambda match: mathml(match[1], "block"), text)
     text = re.sub(r"\$([^$]+)\$", lambda match: mathml(match[1], "inline"), text)
     text = RENDERER.render(text.replace(" %", "\u00a0%"))
@@ -44,9 +56,7 @@ def markdown(text: str, values: dict[str, str]) -> str:
     )
     text = text.replace("<table>", '<div class="wide"><table>')
     text = text.replace("</table>", "</table></div>")
-    return re.sub(
-        r"<p>\{\{(\w+)\}\}</p>|\{\{(\w+)\}\}", lambda match: values[match[1] or match[2]], text
-    )
+    return re.sub(r"<p>\{\{(\w+)\}\}</p>|\{\{(\w+)\}\}", value_of, text)
 
 
 def inline(text: str) -> str:

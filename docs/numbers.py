@@ -34,7 +34,7 @@ from experiments.explorer import Loaded, rounded, rows_by_task
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = 12  # samples of each task whose w is listed
-COMPARED = ("own", "mean", "uniform", "other", "off")  # settings that are measured on whole sets
+COMPARED = ("own", "mean", "uniform", "other", "off")  # settings whose loss is measured on all
 LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks into
 LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q", LINEAR)
 # The code that makes the run and its numbers.
@@ -160,14 +160,13 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
     for task, rows in zip(tasks, rows_by_task(examples), strict=True):
         part = [examples[row] for row in rows]
         for name in COMPARED:
-            given = settings[name][rows]
-            loss, _ = evaluation.measure(base, adapters, part, w=given)
-            options = {"w": given, "max_new_tokens": explorer.LONGEST_ANSWER}
-            predictions = evaluation.predict(base, adapters, part, tokenizer, **options)
-            right = 0
-            for prediction, example in zip(predictions, part, strict=True):
-                right += int(metrics.exact_match(prediction, example.references))
-            task[name] = {"loss": round(loss, 4), "right": right}
+            loss, _ = evaluation.measure(base, adapters, part, w=settings[name][rows])
+            task[name] = round(loss, 4)
+        options = {"w": w[rows], "max_new_tokens": explorer.LONGEST_ANSWER}
+        predictions = evaluation.predict(base, adapters, part, tokenizer, **options)
+        task["right"] = 0
+        for prediction, example in zip(predictions, part, strict=True):
+            task["right"] += int(metrics.exact_match(prediction, example.references))
         task["count"] = len(rows)
         listed = sorted({*data.subsample(rows, LISTED), *(row for row in rows if row in numbers)})
         task["listed"] = []
@@ -279,7 +278,6 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
 
     trained = adapters.parameter_groups()
     found = {
-        "task": example.task,
         "other": sample["other_task"],
         "frozen": f"{sum(p.numel() for n, p in base.named_parameters() if 'skill_' not in n):,}",
         "trained": f"{sum(p.numel() for group in trained.values() for p in group):,}",

@@ -168,16 +168,14 @@ def cards_html(explored: dict[str, Any]) -> str:
 
 def gap(task: dict[str, Any], setting: str) -> float:
     """Return the loss of a setting minus that with the router's w, in nats."""
-    return task[setting]["loss"] - task["own"]["loss"]
+    return task[setting] - task["own"]
 
 
 def average(tasks: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the mean loss over the tasks, and the sum of their right answers."""
-    result = {"name": name, "count": sum(task["count"] for task in tasks)}
+    """Return the mean losses over the tasks."""
+    result: dict[str, Any] = {"name": name}
     for setting in numbers.COMPARED:
-        loss = sum(task[setting]["loss"] for task in tasks) / len(tasks)
-        right = sum(task[setting]["right"] for task in tasks)
-        result[setting] = {"loss": loss, "right": right}
+        result[setting] = sum(task[setting] for task in tasks) / len(tasks)
     return result
 
 
@@ -216,7 +214,7 @@ def losses_table(groups: list[tuple[str, list[dict]]]) -> str:
     for title, tasks in groups:
         rows.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{title}</th></tr>')
         for task in tasks:
-            cells = f"<td>{task['own']['loss']:.2f}</td>"
+            cells = f"<td>{task['own']:.2f}</td>"
             cells += "".join(gap_html(task, setting) for setting in SETTINGS)
             rows.append(f'<tr><th scope="row">{spoken(task["name"])}</th>{cells}</tr>')
     columns = "".join(f'<th scope="col">{name}</th>' for name in SETTINGS.values())
@@ -264,12 +262,12 @@ def shares(explored: dict[str, Any], kind: str) -> str:
     """Return how many answers are right with the router's w: of the shown samples, and of all."""
     shown = [s for s in explored["samples"] if explored["tasks"][s["task"]]["kind"] == kind]
     right = sum(sample["results"][0][2] for sample in shown)
-    whole = average(of_kind(explored, kind), "")
-    share = f"{100 * right / len(shown):.0f} %"
-    share_of_whole = f"{100 * whole['own']['right'] / whole['count']:.0f} %"
+    count = sum(task["count"] for task in of_kind(explored, kind))
+    share = 100 * right / len(shown)
+    share_of_all = 100 * sum(task["right"] for task in of_kind(explored, kind)) / count
     return (
-        f"{right} of the {len(shown)} {kind} samples on this page ({share}), and for "
-        f"{share_of_whole} of all {whole['count']} {kind} samples"
+        f"{right} of the {len(shown)} {kind} samples on this page ({share:.0f}\u00a0%), and for "
+        f"{share_of_all:.0f}\u00a0% of all {count} {kind} samples"
     )
 
 

@@ -1,6 +1,5 @@
 """The annotated page: complete, up to date, and true for the run that it shows."""
 
-import collections
 import html
 import importlib
 import json
@@ -26,7 +25,7 @@ TEXT = annotate.TEXT.read_text(encoding="utf-8")
 SECTIONS = annotate.read_sections()
 BLOCKS = {block.piece: block for section in SECTIONS for block in section.blocks}
 PIECES = {piece.name: piece for piece in annotate.find_pieces(SOURCE)}
-EVERYTHING = collections.defaultdict(str)  # what the texts name, left empty
+EMPTY = dict.fromkeys(re.findall(r"\{\{(\w+)\}\}", TEXT), "")  # values for the texts
 # The method: few lines for each note.
 CORE = (
     "TaskRouter.__init__",
@@ -95,6 +94,7 @@ def test_anchors_are_unique_and_every_link_has_one():
     site = {"https://arxiv.org/abs/2401.10559"}
     assert links - pages - site <= {f"#{anchor}" for anchor in anchors}
     assert all((annotate.DOCS / page).is_file() for page in pages)
+    assert not re.findall(r"<m\w+>\\\w+", PAGE)  # commands that latex2mathml does not know
     assert "](" not in re.sub("<script.*?</script>", "", PAGE, flags=re.DOTALL)
 
 
@@ -132,9 +132,21 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
 def test_a_block_about_a_piece_that_is_gone_or_elsewhere_is_refused():
     renamed = SOURCE.replace("def masked_mean(", "def mean_of_tokens(")
     with pytest.raises(UserError, match="masked_mean is not in orchmoe.py, or not in this order"):
-        annotate.body(SECTIONS[-9:], renamed, EVERYTHING)
+        annotate.sections_html(SECTIONS[-9:], renamed, EMPTY)
     with pytest.raises(UserError, match="TaskRouter is not in orchmoe.py, or not in this order"):
-        annotate.body([SECTIONS[-1], SECTIONS[-7]], SOURCE, EVERYTHING)
+        annotate.sections_html([SECTIONS[-1], SECTIONS[-7]], SOURCE, EMPTY)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{{no_such}}", r"{{no_such}} is not the name"),
+        ("$x^2^3$", "\\$x.*; mend this LaTeX"),
+    ],
+)
+def test_a_mistake_in_the_text_is_one_line(text, message):
+    with pytest.raises(UserError, match=f"annotated.md: {message}"):
+        annotate.markdown(text, {})
 
 
 def test_notes_name_what_exists():
