@@ -165,7 +165,7 @@ class Poly(Method):
         if self.training:
             if noise is None:
                 noise = torch.rand(len(task_ids), *self.noise_shape)
-            u = noise.transpose(0, 1).to(self.Z).clamp(1e-6, 1 - 1e-6)
+            u = noise.transpose(0, 1).to(self.Z, non_blocking=True).clamp(1e-6, 1 - 1e-6)
             rows = rows + u.logit()  # temperature 1
 
         # sigmoid(Z) / sum_s sigmoid(Z), as in OrchMoE.allocation_weights.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone, Config, aligned
+from model import IGNORED, Backbone, Config, aligned, to_device
 
 # The numbers of Llama 3's way to scale positions, see `rotation`.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -387,7 +387,7 @@ class Llama(Backbone):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
     ) -> Tensor:
         ids, labels = self.pack(input_ids, attention_mask, labels)
-        hidden = self.hidden(ids[:, :-1].to(self.device))
+        hidden = self.hidden(to_device(ids[:, :-1], self.device))
         return self.cross_entropy(hidden, labels[:, 1:], per_row)  # each token predicts the next
 
     def start(

@@ -64,6 +64,14 @@ class Config:
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on `device`. The host does not wait for what a GPU computes.
+
+    In this direction that is safe for any memory: CUDA has read what is not pinned when it returns.
+    """
+    return tensor.to(device, non_blocking=True)
+
+
 def aligned(bias: Tensor) -> Tensor:
     """Return a bias (...,L), off the CPU with rows that begin at multiples of 8 numbers in memory.
 
@@ -154,8 +162,8 @@ class Backbone(nn.Module):
 
         per_row: return the sum of each row (B,) instead.
         input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
-        Give them on the CPU, where their lengths are known: then nothing waits for a GPU. The
-        caller divides by the number of target tokens of its whole step.
+        Give them on the CPU, where the positions of the labels are known: then the host does not
+        wait for a GPU here. The caller divides by the number of target tokens of its whole step.
         """
         raise NotImplementedError
 
@@ -182,8 +190,8 @@ class Backbone(nn.Module):
         # Select before the head: the logits of all positions would be the largest tensor there is.
         labels = labels.flatten()
         real = (labels != IGNORED).nonzero()[:, 0]  # positions of M real labels
-        labels = labels[real].to(hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
+        labels = to_device(labels[real], hidden.device)
+        hidden = hidden.flatten(0, 1).index_select(0, to_device(real, hidden.device))
         logits = self.logits(hidden)  # (M,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not per_row:

@@ -300,7 +300,8 @@ class OrchMoE(Method):
         """
         Z = self.Z.unsqueeze(0)
         if noise is not None:
-            Z = Z + noise.to(Z).clamp(1e-6, 1 - 1e-6).logit()
+            noise = noise.to(Z, non_blocking=True)  # from the CPU, without waiting for a GPU
+            Z = Z + noise.clamp(1e-6, 1 - 1e-6).logit()
         # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
         return F.logsigmoid(Z).softmax(dim=-1)
 

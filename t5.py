@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED, Backbone, Config, aligned
+from model import IGNORED, Backbone, Config, aligned, to_device
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,9 @@ class T5(Backbone):
         """
         x = self.embedding(input_ids)
         bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)
-        return self.encoder(x, aligned(bias), run_block=self.run_block)  # bias (B,H,Ls,Ls)
+        # The name is bound anew, so that this large tensor exists once while the blocks run.
+        bias = aligned(bias)  # (B,H,Ls,Ls)
+        return self.encoder(x, bias, run_block=self.run_block)
 
     def hidden(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
@@ -393,13 +395,13 @@ class T5(Backbone):
     def loss(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
     ) -> Tensor:
-        input_ids = input_ids.to(self.device)
-        attention_mask = attention_mask.to(self.device)
+        input_ids = to_device(input_ids, self.device)
+        attention_mask = to_device(attention_mask, self.device)
         # The decoder reads the labels shifted right, behind the start token.
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
-        hidden = self.hidden(input_ids, attention_mask, shifted.to(self.device))
+        hidden = self.hidden(input_ids, attention_mask, to_device(shifted, self.device))
         return self.cross_entropy(hidden, labels, per_row)
 
     def start(

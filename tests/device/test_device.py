@@ -307,36 +307,84 @@ def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """Count the operations that make the host wait for the second device."""
+    """Count the operations that make the host wait for the second device, as CUDA would."""
 
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        name = operation.name()
-        tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
-        on_second = [tensor for tensor in tensors if tensor.device.type == "second"]
-        # Sizes that depend on values: nonzero, and what calls it.
-        has_unknown_size = "nonzero" in name or "masked_select" in name
-        if name.startswith("aten::index"):
-            has_unknown_size = any(tensor.dtype == torch.bool for tensor in on_second[1:])
-        is_copy = isinstance(result, torch.Tensor) and result.device == CPU
-        if on_second and (name == "aten::_local_scalar_dense" or has_unknown_size or is_copy):
-            self.count += 1
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        self.count += self.waits(operation.name(), args, kwargs, result)
         return result
+
+    def waits(self, name, args, kwargs, result):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_second = [tensor for tensor in tensors if tensor.device.type == "second"]
+        on_cpu = [tensor for tensor in tensors if tensor.device == CPU]
+        indexes = name.startswith("aten::index")
+        if on_second:
+            # Sizes that depend on values: nonzero, and what calls it.
+            by_mask = indexes and any(tensor.dtype == torch.bool for tensor in on_second[1:])
+            if by_mask or "nonzero" in name or "masked_select" in name:
+                return True
+            to_cpu = isinstance(result, torch.Tensor) and result.device == CPU
+            if to_cpu or name == "aten::_local_scalar_dense":
+                return True
+            if name == "aten::lift_fresh":  # torch.tensor(..., device=) has made it on the CPU
+                return True
+        # From the CPU the host waits for a copy, unless it is non_blocking. An index is copied.
+        to_second = isinstance(result, torch.Tensor) and result.device.type == "second"
+        if not (on_cpu and to_second):
+            return False
+        if name == "aten::_to_copy":
+            return not kwargs.get("non_blocking", False)
+        if name == "aten::copy_":
+            return not kwargs.get("non_blocking", args[2:] == (True,))
+        return indexes
+
+
+def test_what_a_gpu_waits_for_is_counted(second):
+    there = torch.ones(3, device=second)
+    here = torch.tensor([0, 2])
+    waiting = [
+        lambda: here.to(second),
+        lambda: torch.tensor([1.0, 2.0], device=second),
+        lambda: torch.empty(2, device=second).copy_(here),
+        lambda: there[here],
+        lambda: there[there > 0],
+        lambda: there.nonzero(),
+        lambda: there.cpu(),
+        lambda: there.sum().item(),
+    ]
+    free = [
+        lambda: here.to(second, non_blocking=True),
+        lambda: torch.empty(2, device=second).copy_(here, non_blocking=True),
+        lambda: there + torch.tensor(1.0),
+        lambda: torch.zeros(2, device=second),
+        lambda: here.to(CPU, torch.int32),
+    ]
+    for functions, expected in ((waiting, 1), (free, 0)):
+        for function in functions:
+            with Waits() as waits:
+                function()
+            assert waits.count == expected
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly"])
+@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly", "gumbel"])
 @pytest.mark.parametrize("name", ["v1.1", "llama3"])
 def test_a_step_waits_twice_for_each_micro_batch_and_once_more(name, method, accumulate, second):
     base = small_model(name)
-    adapters = adapted(base, method)
+    if method == "gumbel":
+        adapters = adapted(base, gumbel=True)
+    else:
+        adapters = adapted(base, method)
     base.to(second)
     config = train.TrainConfig(accumulate=accumulate)
     optimizer = train.make_optimizer(adapters, config)
     batch = data.Batch(*random_batch(10, 37), torch.arange(4) % 3, list("abcd"))
     with torch.autograd.set_multithreading_enabled(False), Waits() as waits:
         train.train_step(base, adapters, optimizer, batch, 0, config)
-    of_micro_batch = 2 if method == "orchmoe" else 1  # the loss, and the entropy of w
+    # Of each micro-batch the loss and, with a sample router, the entropy of w.
+    of_micro_batch = 2 if adapters.router is not None else 1
     assert waits.count == accumulate * of_micro_batch + 1
