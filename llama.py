@@ -180,6 +180,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (B,H,L,E); k and v (B,G,L,E). H / G neighbouring heads of q share one head of k and v.
     """
     H, L, E = q.shape[1:]
+    if q.device.type != "cpu" and q.dtype == torch.float32 and k.shape[1] < H:
+        # In float32 no fused attention of CUDA shares heads, and torch would store (B,H,L,L).
+        k = k.repeat_interleave(H // k.shape[1], dim=1)
+        v = v.repeat_interleave(H // v.shape[1], dim=1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or L > 256:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

@@ -73,14 +73,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return a bias (...,L), off the CPU with rows that begin at multiples of 8 numbers in memory.
+    """Return a bias (...,L), off the CPU in the form in which the fused attention of CUDA reads it.
 
-    The fused attention of CUDA reads such a bias in place if its last stride is 1. Any other bias
-    would be copied in every block, and compiled blocks would need a graph for each remainder of L.
+    In this form the last stride is 1, rows begin at multiples of 8 numbers in memory, and the dtype
+    is the one to which autocast casts. Any other bias would be copied in every block, and compiled
+    blocks would need a graph for each remainder of L.
     """
     L = bias.shape[-1]
     if bias.device.type == "cpu":
         return bias
+    dtype = kernels.autocast_dtype(bias.device)
+    if dtype is not None:
+        bias = bias.to(dtype)
     return F.pad(bias, (0, 8 - L % 8))[..., :L]
 
 

@@ -32,6 +32,7 @@ def pick_device(
 ) -> Device:
     """Return the device for `--gpu N` or `--device cpu`: the CPU if there is no CUDA.
 
+    A GPU becomes torch's current device, and attention by cuDNN is switched off.
     Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
     bfloat16 on a GPU that multiplies it natively. On such a CPU it is bfloat16 if the model in the
     folder `base` is large. Otherwise it is float32. Raise UserError if there are GPUs, but not the
@@ -56,6 +57,10 @@ def pick_device(
 
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)
+        torch.cuda.set_device(chosen)  # torch chooses the form of attention for the current device
+        # On an H100 torch prefers attention by cuDNN, which plans for tens of milliseconds at each
+        # new shape. Lengths of batches, and of answers while they grow, are always new.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         name = torch.cuda.get_device_name(chosen)
         fast_bfloat16 = torch.cuda.get_device_capability(chosen) >= (8, 0)
         if not fast_bfloat16:
@@ -107,7 +112,6 @@ def distributed(device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")

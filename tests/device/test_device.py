@@ -7,6 +7,7 @@ import copy
 import os
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import data
 import run_folder
+import t5
 import train
 from baselines import METHODS, OWN_METHODS, load_method
 from experiments import gpu_check
@@ -36,6 +38,7 @@ from helpers import (
     small_model,
     trace,
 )
+from model import aligned
 from support import program, runtime
 
 # --------------------------------------------------------------------------------------- the device
@@ -126,6 +129,7 @@ CASES = {
     "token router": {"router": "token"},
     "no router": {"router": "none"},
     "bfloat16": {"dtype": "bfloat16"},
+    "full in bfloat16": {"dtype": "bfloat16"},
     "mixture": {"trainable": "mixture"},
 }
 
@@ -151,7 +155,8 @@ def home(tmp_path_factory):
 def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     flags = SMALL | CASES[case]
-    flags["method"] = case if case in METHODS | OWN_METHODS else "orchmoe"
+    method = case.partition(" in ")[0]
+    flags["method"] = method if method in METHODS | OWN_METHODS else "orchmoe"
     if "trainable" in flags:
         flags["start"] = "run"
     settings = train.Settings.from_flags(flags)
@@ -273,26 +278,32 @@ def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["v1.1", "llama3"])
-def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
-    """On CUDA torch takes a slow form, or copies the mask in every block, for other strides."""
+# With --method full a T5 trains under autocast; a Llama has masks only in steps of generation.
+@pytest.mark.parametrize("name, autocast", [("v1.1", False), ("v1.1", True), ("llama3", False)])
+def test_a_mask_is_one_that_fused_attention_takes(name, autocast, second, monkeypatch):
+    """On CUDA torch takes a slow form, or copies the mask in every block, for other strides.
+
+    Autocast would cast a mask of another dtype in every block, which packs its rows.
+    """
     attention = F.scaled_dot_product_attention
     strides = []
 
-    def recorded(*tensors, attn_mask=None, **options):
+    def recorded(q, k, v, attn_mask=None, **options):
         if attn_mask is not None:
             strides.append(attn_mask.stride())
-        return attention(*tensors, attn_mask=attn_mask, **options)
+            assert attn_mask.dtype == q.dtype == (torch.bfloat16 if autocast else torch.float32)
+        return attention(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     base = small_model(name).to(second)
     ids, mask, labels = (tensor.to(second) for tensor in random_batch(10, 37))
     calls = []  # how many masks there are after each call
-    for is_training in (True, False):
-        base.train(is_training)
-        base.loss(ids, mask, labels)
-        calls.append(len(strides))
-    with torch.no_grad():
+    with torch.autocast("second", torch.bfloat16, enabled=autocast):
+        for is_training in (True, False):
+            base.train(is_training)
+            base.loss(ids, mask, labels)
+            calls.append(len(strides))
+    with torch.no_grad(), torch.autocast("second", torch.bfloat16, enabled=autocast):
         newest, state = base.start(ids, mask, 5)
         for rows in ([0, 1, 2], [1, 2], [1]):
             rows = torch.tensor(rows, device=second)
@@ -304,6 +315,46 @@ def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
     assert len(set(calls)) == (5 if name == "v1.1" else 4)
     for stride in strides:
         assert stride[-1] == 1 and all(one % 8 == 0 for one in stride[:-1]), stride
+
+
+def test_the_bias_of_the_encoder_exists_once_while_its_blocks_run(second, monkeypatch):
+    base = small_model("v1.1").to(second)
+    unpadded = []
+    alive = []
+
+    def recorded(bias):
+        unpadded.append(weakref.ref(bias))
+        return aligned(bias)
+
+    def look(block, inputs):
+        alive.append(unpadded[0]())
+
+    monkeypatch.setattr(t5, "aligned", recorded)
+    base.encoder.blocks[0].register_forward_pre_hook(look)
+    ids, mask, _ = random_batch(10, 37)
+    base.encode(ids.to(second), mask.to(second))
+    assert alive == [None]
+
+
+def test_attention_in_float32_gets_as_many_heads_of_keys_as_of_queries(second, monkeypatch):
+    """Otherwise no fused attention of CUDA would take them."""
+    attention = F.scaled_dot_product_attention
+    heads = []
+
+    def recorded(*tensors, **options):
+        heads.append([tensor.shape[1] for tensor in tensors])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    base = small_model("llama3")
+    batch = random_batch(10, 37)
+    expected = base.loss(*batch)
+    found = base.to(second).loss(*batch)
+    torch.testing.assert_close(found.cpu(), expected)
+    base.bfloat16().loss(*batch)
+    blocks = len(base.blocks)
+    grouped, repeated = [4, 2, 2], [4, 4, 4]  # 4 heads of queries, 2 of keys and values
+    assert heads == [grouped] * blocks + [repeated] * blocks + [grouped] * blocks
 
 
 class Waits(TorchDispatchMode):

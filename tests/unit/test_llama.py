@@ -269,17 +269,23 @@ GPUS = [
 def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
     name, capability, expected, monkeypatch
 ):
+    current = []  # devices that became torch's current one
     functions = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: 2,
         "get_device_name": lambda device: name.partition(" (")[0],
         "get_device_capability": lambda device: capability,
+        "set_device": current.append,
     }
     for function in functions:
         monkeypatch.setattr(torch.cuda, function, functions[function])
-    device, dtype, description = runtime.pick_device()
-    assert (device, dtype) == (torch.device("cuda", 0), expected)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+    device, dtype, description = runtime.pick_device(1)
+    assert (device, dtype) == (torch.device("cuda", 1), expected)
     assert description.startswith(f"device: {name}, {runtime.dtype_name(expected)}, ")
+    assert current == [device]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for each shape
     assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16
 
 
