@@ -195,13 +195,14 @@ class Backbone(nn.Module):
         labels = labels.flatten()
         real = (labels != IGNORED).nonzero()[:, 0]  # positions of M real labels
         labels = to_device(labels[real], hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, to_device(real, hidden.device))
+        real = to_device(real, hidden.device)
+        hidden = hidden.flatten(0, 1).index_select(0, real)
         logits = self.logits(hidden)  # (M,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not per_row:
             return F.cross_entropy(logits, labels, reduction="sum")
         losses = F.cross_entropy(logits, labels, reduction="none")  # (M,)
-        return losses.new_zeros(B).index_add(0, (real // L).to(losses.device), losses)
+        return losses.new_zeros(B).index_add(0, real // L, losses)
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Return block(*inputs), with gradient checkpointing where it is set."""
