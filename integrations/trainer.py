@@ -1,7 +1,7 @@
 """Train OrchMoE's adapters with transformers' Trainer or Seq2SeqTrainer, or with TRL's SFTTrainer.
 
-Copy this file and orchmoe.py into your project. The mixin needs torch alone. List it before the
-trainer among the base classes. docs/use.md has a whole program and says what does not work.
+Copy this file and orchmoe.py into your project. List the mixin before the trainer among the base
+classes. docs/use.md has a whole program and says what does not work.
 
     class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
         pass
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from orchmoe import OrchMoEConfig
 
 ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
 # What adapters are bound to, and what to do if it is something else when they are loaded.
@@ -148,12 +150,14 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
 
 def require_complete(saved: dict[str, Any]) -> None:
     """Raise ValueError if the content of an adapter.pt does not say what it belongs to."""
-    for name in (*REMEDIES, "dtype", "state"):
-        if name not in saved:
-            raise ValueError(
-                f"it has no {name!r}, so nothing tells what its weights belong to; an older "
-                "version or another program wrote it; train it again with integrations/trainer.py"
-            )
+    missing = [name for name in (*REMEDIES, "dtype", "state") if name not in saved]
+    if not missing:
+        missing = [name for name in vars(OrchMoEConfig()) if name not in saved["config"]]
+    if missing:
+        raise ValueError(
+            f"it has no {missing[0]!r}, so nothing tells what its weights belong to; an older "
+            "version or another program wrote it; train it again with integrations/trainer.py"
+        )
 
 
 def require_same(saved: dict[str, Any], found: dict[str, Any]) -> None:

@@ -339,11 +339,28 @@ def test_snippet_of_a_sequential_saves_what_can_be_loaded(tmp_path, monkeypatch)
     check_equal(found.state_dict(), trained.state_dict())
 
 
+def check_second_backward(names):
+    """Run the snippet that looks at all gradients as the page says, after one step."""
+    adapters = names["adapters"]
+    parameters = sum(adapters.parameter_groups().values(), [])
+    torch.optim.Adam(parameters, lr=0.01).step()
+    with adapters.routed(names["embedded"], names["source"].attention_mask):
+        names["model"](**names["source"], labels=names["target"].input_ids).loss.backward()
+    exec(printed("no gradient"), names)
+    adapters.Z.grad = None
+    with pytest.raises(AssertionError, match="^allocation: no gradient"):
+        exec(printed("no gradient"), names)
+
+
 def test_snippet_of_t5_trains_and_generates(tmp_path, monkeypatch):
     """The name that the Hub would resolve is a local folder."""
     shutil.copytree(ROOT / "tiny", tmp_path / "google" / "flan-t5-base")
     monkeypatch.chdir(tmp_path)
     names = run_printed("T5ForConditionalGeneration")
+    with pytest.raises(AssertionError, match="^skills: no gradient"):
+        exec(printed("no gradient"), names)
+    check_second_backward(names)
+
     names["prompts"] = [f"Opposite of {word}?" for word in "hot big old wet far low new".split()]
     names["prompts"] += ["June, wolf, lion"]
     before = names["adapters"].router.W_task.clone()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -137,10 +138,18 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     [snippet] = re.findall(r"```python\n([^`]*set_skills[^`]*)```", page)
     monkeypatch.chdir(home)
     (home / "tiny").symlink_to(ROOT / "tiny")
-    snippet = snippet.replace('"lora-a", "lora-b"', '"served/abstract-1", "served/abstract-2"')
-    short = "steps=4, eval_every=4, batch_size=8, eval_instances=8, warmup=0"
-    names = {"few": DataConfig(max_tasks=2, train_instances=16, max_source_length=64)}
-    exec(snippet.replace("steps=600)", f"{short}), few"), names)
+    for name, number in (("lora-a", 1), ("lora-b", 2)):
+        (home / name).symlink_to(f"served/abstract-{number}")
+    short = {"steps": 4, "eval_every": 4, "batch_size": 8, "eval_instances": 8, "warmup": 0}
+    few = DataConfig(max_tasks=2, train_instances=16, max_source_length=64)
+    original = train.Settings
+
+    def shorter(training, adapter):
+        return original(replace(training, **short), few, adapter)
+
+    monkeypatch.setattr(train, "Settings", shorter)
+    names = {}
+    exec(snippet, names)
     assert read_json(home / "runs/loras/scores.json").keys() == {"start", "orchmoe"}
 
     after, metadata = checkpoint.load_adapter(home / "runs/loras/adapter.safetensors")

@@ -144,6 +144,7 @@ def test_prompts_end_in_an_empty_line_only_if_all_rows_have_instructions(forms, 
     assert export.prompt_rule(config, load_tokenizer(ROOT / "tiny"))["ending"] == ending
 
 
+DEFAULTS = vars(OrchMoEConfig())
 GIVEN = "--run run --out x"
 MISTAKES = {  # flags -> beginning of the message
     "": "give --run, the folder of a run, or --adapter",
@@ -181,14 +182,18 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
 @pytest.mark.parametrize(
     "options, change, message",
     [
-        ({}, {"config": {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an adapter.pt"),
+        ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
         ({}, {"method": None}, "it has no 'method'.*; train it again"),
         ({}, {"base": None}, "it has no 'base'.*; train it again"),
         ({}, {"method": "LoRA"}, "its method is LoRA, not OrchMoE"),
         ({}, {"base": "0" * 16}, "it was trained on other weights; base must be the base"),
         ({}, {"state": {"Z": 1}}, "AttributeError"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
-        ({"router": "token"}, {"config": {"router": "token"}}, "not written: with a token router"),
+        (
+            {"router": "token"},
+            {"config": DEFAULTS | {"router": "token"}},
+            "not written: with a token router",
+        ),
         ({}, {"layers": 10**8}, "num_layers: 1e[+]08 is above 1000"),
     ],
 )
@@ -199,7 +204,7 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
     adapters = attach(base, OrchMoEConfig(**options))
     saved = {
         "method": "OrchMoE",
-        "config": vars(OrchMoEConfig()),
+        "config": DEFAULTS,
         "base": base_fingerprint(base),
         "dtype": "float32",
         "state": adapters.state_dict(),
