@@ -20,8 +20,9 @@ import math
 import os
 import time
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,17 +37,22 @@ from tasks import (
     FILE_FIELDS,
     NO_TASK,
     DataConfig,
+    Prompts,
+    RowSplit,
     hash_of,
-    prompt_of,
     read_rows,
     read_splits,
     read_task,
     split_instances,
-    split_rows,
 )
 from tokenizer import Tokenizer
 
+SETS_OF_LIST = {"train": ("train", "dev", "seen"), "test": ("test",)}
+LEAST_PROMPTS = 40  # of a JSONL file that trains
 LEAST_ROWS = {"train": 1, "dev": 5, "seen": 5, "test": 1}  # of a JSONL file
+UNKNOWN_CHARACTERS = (
+    "characters that the tokenizer does not know, so the model neither reads nor writes them"
+)
 # The cached tokens depend on this code. After a change of the code they are made again.
 CODE_FILES = [Path(__file__).with_name(name) for name in ("data.py", "tasks.py", "tokenizer.py")]
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
@@ -62,6 +68,7 @@ class Sample(NamedTuple):
     targets: list[list[int]]  # one for each answer
     is_cut: bool  # the prompt was longer than allowed
     cut_targets: int  # the number of answers that were longer than allowed
+    has_unknown: bool  # the texts have characters that the tokenizer does not know
 
 
 def _limit(ids, length, tokenizer):
@@ -77,7 +84,7 @@ def build_samples(
     tokenizer: Tokenizer,
     config: DataConfig,
 ) -> Iterator[Sample]:
-    """Yield the sample of each whole prompt, see `prompt_of`, and its list of answers.
+    """Yield the sample of each whole prompt, see tasks.Prompts, and its list of answers.
 
     Every program gets the ids of a prompt here, so that a question has the ids that the same text
     has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
@@ -86,14 +93,17 @@ def build_samples(
     """
     sources = tokenizer.sources(prompts, spaced=config.is_official)
     targets = tokenizer.targets(list(itertools.chain(*answers)), spaced=config.is_official)
+    limit = config.max_target_length
     for source, texts in zip(sources, answers, strict=True):
         own_targets = list(itertools.islice(targets, len(texts)))
-        limit = config.max_target_length
+        cut_source = _limit(source, config.max_source_length, tokenizer)
+        cut_targets = [_limit(ids, limit, tokenizer) for ids in own_targets]
         yield Sample(
-            source=_limit(source, config.max_source_length, tokenizer),
-            targets=[_limit(ids, limit, tokenizer) for ids in own_targets],
+            source=cut_source,
+            targets=cut_targets,
             is_cut=len(source) > config.max_source_length,
             cut_targets=sum(len(ids) > limit for ids in own_targets),
+            has_unknown=any(tokenizer.unknown_id in ids for ids in [cut_source, *cut_targets]),
         )
 
 
@@ -117,7 +127,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, those older than 30 days are removed.
     """
-    full_key = json.dumps([CODE, key, [str(file.resolve()) for file in files]])
+    full_key = json.dumps([CODE, key, [os.path.realpath(file) for file in files]])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(folder, "orchmoe", f"{name}.tokens")
@@ -135,8 +145,9 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
         with program.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
         for file in path.parent.glob("*.tokens*"):  # and what killed processes left
-            if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
-                file.unlink()
+            with suppress(FileNotFoundError):  # another process renames or removes its own files
+                if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
+                    file.unlink()
     except OSError as error:
         problem = f"cannot save tokens ({error.strerror}); the next start tokenises again"
         program.warn(f"{path.parent}: {problem}")
@@ -164,9 +175,9 @@ class Examples(list[Example]):
 
     tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
-    rule: how JSONL rows became samples, where older versions did otherwise. "forms": the forms of
-    all rows, see `read_rows`, if a decoder reads them as they stand. "left_out": the number of dev
-    and seen rows that were left out, see `load_sets`.
+    rule: facts about how rows became samples. A run is refused if they change. It has "forms" if a
+    decoder reads the rows as they stand: the forms of all rows, see `read_rows`; "wrapper": True
+    if they are in SNI's prompt; and "filled" if dev or seen was filled up, see `RowSplit`.
     """
 
     def __init__(
@@ -183,28 +194,25 @@ class Examples(list[Example]):
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def make_example(
-    definition: str, text: str, tokenizer: Tokenizer, config: DataConfig, form: str = "prompt"
-) -> Example:
+def make_example(definition: str, text: str, prompts: Prompts) -> Example:
     """Return an Example without references for an instruction and an input of the user.
 
-    The prompt is built like those of the data. If the data are JSONL, the input may be empty.
-    form: "prompt" or "instruction", as in `read_rows`. It counts only if there is no input.
+    If the data are JSONL, the input may be empty.
     """
+    config, tokenizer = prompts.config, prompts.tokenizer
     if not definition.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
     with program.checking_settings():
         require_text("--ask", definition)
         require_text("--input", text)
-    instance = {"form": "instruction", "definition": definition, "input": text}
-    if not text:
-        instance = {"form": form, "input": definition}
-    prompt = prompt_of(instance, instance, tokenizer, config)
+    prompt = prompts.of_question(definition, text)
     [sample] = build_samples([prompt], [[]], tokenizer, config)
     if _lost_its_end(prompt, sample, config):
         program.warn(
             f"--max-source-length {config.max_source_length}: the end of the input is cut off"
         )
+    if sample.has_unknown:
+        program.warn(f"--ask has {UNKNOWN_CHARACTERS}")
     return Example(
         id="question",
         task="question",
@@ -215,11 +223,11 @@ def make_example(
     )
 
 
-# --------------------------------------------------------------------------------------------- sets
+# ------------------------------------------------------------------------------------------- sets
 
 
 def _files(config):
-    """Return the files of the training tasks and of the test tasks."""
+    """Return the files of each list: {"train": paths, "test": paths}."""
     if config.is_jsonl:
         return {
             "train": [Path(config.data)],
@@ -232,50 +240,39 @@ def _files(config):
     return files
 
 
-def _encode_task(
-    task: dict, list_name: str, tokenizer: Tokenizer, config: DataConfig
+def _tokenise_task(
+    task: dict, positions: dict[str, Sequence[int]], prompts: Prompts
 ) -> dict[str, Any]:
     """Return what the cache keeps of a task, as few plain values.
+
+    positions: {set: positions of its instances in the task}.
 
     rows: [set, position, id, references] of each row, see Example; as JSON, which is read fast.
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
     lost: what the samples lack of their texts, see `_warn_of_lost`.
-    forms: the different forms of all rows, see `read_rows`.
+    forms: the different forms of all instances, see `read_rows`.
     """
     instances = task["instances"]
-    limit = config.train_limit or None  # a slice up to None has all
-    if list_name == "test":
-        last = None if config.is_jsonl else 100
-        positions = {"test": range(len(instances))[:last]}
-    elif config.is_jsonl:
-        positions = split_rows(instances)
-        positions["train"] = positions["train"][:limit]
-    else:
-        contents = [(instance["input"], *instance["output"]) for instance in instances]
-        split = split_instances(contents, task["name"], limit)
-        positions = dict(zip(("train", "dev", "seen"), split, strict=True))
-
     rows = []
-    prompts = []
+    texts = []
     answers = []
     for set_name, chosen in positions.items():
         for position in chosen:
             instance = instances[position]
             rows.append([set_name, position, instance["id"], instance["output"]])
-            prompts.append(prompt_of(task, instance, tokenizer, config))
+            texts.append(prompts.of_instance(task, instance))
             answers.append(instance["output"])
 
     ids = array("i")
     lengths = array("i")
     lost = Counter()
-    samples = build_samples(prompts, answers, tokenizer, config)
-    for prompt, sample in zip(prompts, samples, strict=True):
-        lost["source"] += _lost_its_end(prompt, sample, config)
+    samples = build_samples(texts, answers, prompts.tokenizer, prompts.config)
+    for text, sample in zip(texts, samples, strict=True):
+        lost["source"] += _lost_its_end(text, sample, prompts.config)
         lost["target"] += sample.cut_targets
-        pieces = (sample.source, *sample.targets)
-        lost["characters"] += any(tokenizer.unknown_id in piece for piece in pieces)
-        for piece in pieces:
+        lost["characters"] += sample.has_unknown
+        for piece in (sample.source, *sample.targets):
             ids.extend(piece)
             lengths.append(len(piece))
     return {
@@ -289,73 +286,71 @@ def _encode_task(
     }
 
 
-def _warn_of_lost(lost, config, path):
-    """Warn of sources and targets that are cut, and of rows with unknown characters."""
-    limits = {"source": config.max_source_length, "target": config.max_target_length}
-    for name, limit in limits.items():
-        if lost[name]:
-            count = f"{lost[name]} {name}s are too long and lose their ends"
-            program.warn(f"--max-{name}-length {limit}: {count}")
-    if lost["characters"]:
-        program.warn(
-            f"{path}: {lost['characters']} rows have characters that the tokenizer does not "
-            "know, so the model neither reads nor writes them"
-        )
+def _tokenise_task_file(path, list_name, prompts):
+    """Return what the cache keeps of a task file of SNI: its task, see `_tokenise_task`."""
+    task = read_task(path)
+    instances = task["instances"]
+    if list_name == "test":
+        positions = {"test": range(len(instances))[:100]}
+    else:
+        contents = [(instance["input"], *instance["output"]) for instance in instances]
+        limit = prompts.config.train_limit or None  # a slice up to None has all
+        split = split_instances(contents, task["name"], limit)
+        positions = dict(zip(("train", "dev", "seen"), split, strict=True))
+    return {"tasks": [_tokenise_task(task, positions, prompts)]}
 
 
-def _unlike(train, examples):
-    """Return the examples whose sources do not have the tokens of a training row."""
-    trained = {e.source_ids.tobytes() for e in train}
-    return [e for e in examples if e.source_ids.tobytes() not in trained]
+def _tokenise_rows(path, list_name, prompts):
+    """Return what the cache keeps of a JSONL file: its tasks, see `_tokenise_task`.
 
-
-def _load_list(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    list_name: str,
-    paths: list[Path],
-    training: Sequence[str] | None,
-    needed: Sequence[str],
-) -> dict[str, Examples]:
-    """Return all sets of one list ("train" or "test"), with tokens from the cache if possible.
-
-    needed: names of the sets that must have enough rows.
+    With list "train" there are also "prompts" and "filled", see `RowSplit`.
     """
-    if not paths:
-        raise UserError(
-            f"{config.data}: no task of {list_name}_tasks.txt is here; complete the folder "
-            "(for a JSONL file: --test OTHER, or --split seen)"
-        )
-    options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
+    tasks = read_rows(path)
+    if list_name == "test":
+        tokenised = []
+        for task in tasks:
+            positions = {"test": range(len(task["instances"]))}
+            tokenised.append(_tokenise_task(task, positions, prompts))
+        return {"tasks": tokenised}
 
-    def encode_all() -> list[dict]:
+    split = RowSplit(itertools.chain(*[task["instances"] for task in tasks]))
+    tokenised = []
+    for task in tasks:
+        positions = {"train": [], "dev": [], "seen": []}
+        for position, instance in enumerate(task["instances"]):
+            positions[split.set_of(instance)].append(position)
+        positions["train"] = positions["train"][: prompts.config.train_limit or None]
+        tokenised.append(_tokenise_task(task, positions, prompts))
+    return {"tasks": tokenised, "prompts": split.prompts, "filled": split.filled}
+
+
+def _read_tokens(
+    config: DataConfig, tokenizer: Tokenizer, list_name: str, paths: list[Path]
+) -> list[dict[str, Any]]:
+    """Return the tokens of each file of a list, from the cache if possible.
+
+    Each is the result of `_tokenise_task_file` or `_tokenise_rows`, with a hash as its "digest".
+    """
+
+    def tokenise_all() -> list[dict]:
         result = []
         for path in program.progress(paths, "tokenising", unit="file"):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            for task in read_rows(path) if config.is_jsonl else [read_task(path)]:
-                encoded_task = _encode_task(task, list_name, tokenizer, config)
-                result.append({"digest": digest, **encoded_task})
+            tokenise = _tokenise_rows if config.is_jsonl else _tokenise_task_file
+            tokens = tokenise(path, list_name, Prompts(config, tokenizer))
+            result.append({"digest": digest, **tokens})
         return result
 
+    options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
     key = [list_name, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
-    encoded = cached(key, paths, encode_all)
-    tasks = sorted(task["name"] for task in encoded)
-    if NO_TASK in tasks:
-        tasks = []  # not all rows name a task
-    if training is None:
-        training = tasks
+    return cached(key, paths, tokenise_all)
 
-    # Turn the plain values of the cache into examples.
-    task_index = {task: i for i, task in enumerate(training)}
-    set_names = ("test",) if list_name == "test" else ("train", "dev", "seen")
-    examples = {name: [] for name in set_names}
-    digest = hashlib.sha256()
-    lost = Counter()
-    forms = set()
-    for task in encoded:
-        digest.update(task["digest"].encode())
-        lost.update(task["lost"])
-        forms.update(task["forms"])
+
+def _examples_of(tasks: list[dict], run_tasks: Sequence[str]) -> dict[str, list[Example]]:
+    """Return {set: examples} from what the cache keeps of the tasks of a list."""
+    task_index = {task: i for i, task in enumerate(run_tasks)}
+    examples = defaultdict(list)
+    for task in tasks:
         ends = np.cumsum(task["lengths"])
         pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
         for set_name, position, instance_id, references in json.loads(task["rows"]):
@@ -370,98 +365,193 @@ def _load_list(
                 position=position,
             )
             examples[set_name].append(example)
+    return examples
 
-    if list_name == "test" or "train" not in needed:
+
+def _warn_of_lost(lost, config, path):
+    """Warn of sources and targets that are cut, and of rows with unknown characters."""
+    limits = {"source": config.max_source_length, "target": config.max_target_length}
+    for name, limit in limits.items():
+        if lost[name]:
+            count = f"{lost[name]} {name}s are too long and lose their ends"
+            program.warn(f"--max-{name}-length {limit}: {count}")
+    if lost["characters"]:
+        program.warn(f"{path}: {lost['characters']} rows have {UNKNOWN_CHARACTERS}")
+
+
+def _unlike(train, examples):
+    """Return the examples whose sources do not have the tokens of a training row."""
+    trained = {e.source_ids.tobytes() for e in train}
+    return [e for e in examples if e.source_ids.tobytes() not in trained]
+
+
+def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
+    """Leave out rows of "dev" and "seen" whose sources have the tokens of training rows.
+
+    Different texts may have equal tokens, as when they are cut.
+    """
+    left_out = 0
+    for set_name in ("dev", "seen"):
+        unlike = _unlike(examples["train"], examples[set_name])
+        left_out += len(examples[set_name]) - len(unlike)
+        examples[set_name] = unlike
+    if left_out:
+        program.warn(
+            f"{path}: {left_out} rows of dev and seen have the tokens of training rows and are "
+            "left out"
+        )
+
+
+def _require_enough_rows(
+    examples: dict[str, list[Example]], wanted: Sequence[str], path: Path
+) -> None:
+    """Raise UserError if a JSONL file has too few rows for one of the wanted sets."""
+    for set_name in wanted:
+        rows = len(examples[set_name])
+        if rows < LEAST_ROWS[set_name]:
+            raise UserError(
+                f"{path}: {rows} of its rows are in the set {set_name!r}, which needs "
+                f"{LEAST_ROWS[set_name]}; add rows with other prompts"
+            )
+
+
+def _load_list(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    list_name: str,
+    paths: list[Path],
+    run_tasks: Sequence[str] | None,
+    wanted: Sequence[str],
+) -> dict[str, Examples]:
+    """Return all sets of one list, "train" or "test".
+
+    run_tasks: see `load_sets`. wanted: those of its sets that will be used. The others may lack
+    rows.
+    """
+    files = _read_tokens(config, tokenizer, list_name, paths)
+    encoded = []
+    digest = hashlib.sha256()
+    lost = Counter()
+    forms = set()
+    for file in files:
+        for task in file["tasks"]:
+            encoded.append(task)
+            digest.update(file["digest"].encode())
+            lost.update(task["lost"])
+            forms.update(task["forms"])
+
+    if "train" not in wanted:
         del lost["target"]  # nothing trains on these; the metrics read the references uncut
     _warn_of_lost(lost, config, paths[0] if config.is_jsonl else config.data)
 
-    # Different texts may have equal tokens, as when they are cut.
+    tasks = sorted(task["name"] for task in encoded)
+    if NO_TASK in tasks:
+        tasks = []  # not all rows name a task
+    examples = _examples_of(encoded, tasks if run_tasks is None else run_tasks)
+
     rule = {}
-    left_out = 0
     if config.is_jsonl and list_name == "train":
-        for name in ("dev", "seen"):
-            kept = _unlike(examples["train"], examples[name])
-            left_out += len(examples[name]) - len(kept)
-            examples[name] = kept
-    if left_out:
-        rule["left_out"] = left_out
-        program.warn(
-            f"{paths[0]}: {left_out} rows of dev and seen have the tokens of training rows and are "
-            "left out"
-        )
-    for name, found in examples.items():
-        if config.is_jsonl and name in needed and len(found) < LEAST_ROWS[name]:
+        [file] = files
+        if wanted and file["prompts"] < LEAST_PROMPTS:
             raise UserError(
-                f"{paths[0]}: {len(found)} of its rows are in the set {name!r}, which needs "
-                f"{LEAST_ROWS[name]}; add rows with other prompts"
+                f"{paths[0]}: it has {file['prompts']} different prompts; give at least "
+                f"{LEAST_PROMPTS}, of which 8 are held out as dev and 8 as seen"
             )
+        _leave_out_trained(examples, paths[0])
+        if file["filled"]:
+            rule["filled"] = file["filled"]
+    if config.is_jsonl:
+        _require_enough_rows(examples, wanted, paths[0])
+        if config.wrapper:
+            rule["wrapper"] = True
+        elif tokenizer.one_row:
+            rule["forms"] = sorted(forms)
 
-    if tokenizer.one_row and not config.is_official:
-        rule["forms"] = sorted(forms)
-    short_digest = digest.hexdigest()[:16]
-    return {name: Examples(found, tasks, short_digest, rule) for name, found in examples.items()}
+    sets = {}
+    for set_name in SETS_OF_LIST[list_name]:
+        sets[set_name] = Examples(examples[set_name], tasks, digest.hexdigest()[:16], rule)
+    return sets
 
 
-def _compare_test(config, sets):
-    """Warn if rows of "test" belong to training tasks, or have the tokens of training rows."""
-    test = sets["test"]
-    path = config.test or config.data
+def _warn_of_known(config, test):
+    """Warn if rows of "test" belong to training tasks."""
     known = sum(example.task_index >= 0 for example in test)
     if known:
         program.warn(
-            f"{path}: {known} of {len(test)} test rows belong to training tasks, which are not "
-            "unseen; methods that route by task use their ids"
+            f"{config.test or config.data}: {known} of {len(test)} test rows belong to training "
+            "tasks, which are not unseen; methods that route by task use their ids"
         )
-    if "train" not in sets or not config.is_jsonl:
-        return
-    if test.digest == sets["train"].digest:
+
+
+def _compare_test(config, train, test):
+    """Warn if rows of --test have the tokens of training rows. Raise UserError if all are equal."""
+    if test.digest == train.digest:
         raise UserError(
             f"--test {config.test}: has the rows of --data; give rows that do not train"
         )
-    equal = len(test) - len(_unlike(sets["train"], test))
+    equal = len(test) - len(_unlike(train, test))
     if equal:
         program.warn(
-            f"{path}: {equal} of {len(test)} test rows have the tokens of training rows, so they "
-            "are not unseen"
+            f"{config.test}: {equal} of {len(test)} test rows have the tokens of training rows, so "
+            "they are not unseen"
         )
 
 
 def load_sets(
     config: DataConfig,
     tokenizer: Tokenizer,
-    names: Sequence[str] = (),
+    wanted: Sequence[str] = (),
     *,
-    training: Sequence[str] | None = None,
+    run_tasks: Sequence[str] | None = None,
 ) -> dict[str, Examples]:
-    """Return {name: set} for the given names of sets.
+    """Return {name: set} for the wanted sets.
 
-    names: by default "train", "dev", "seen" and, if there are test tasks, "test".
-    training: the training tasks of the run. Example.task_index is an index into them. The default
+    wanted: by default "train", "dev", "seen" and, if there are test tasks, "test".
+    run_tasks: the training tasks of the run. Example.task_index is an index into them. The default
     is the training tasks that are read here.
 
     In a folder, each training task gives "train", "dev" and "seen" (see `split_instances`), and
     "test" is the first 100 instances of each test task, as in the official evaluation. With a JSONL
-    file, `split_rows` gives these three sets, and "test" is the whole file --test. A row of "dev"
+    file, `RowSplit` gives these three sets, and "test" is the whole file --test. A row of "dev"
     or "seen" whose source has the tokens of a training row is left out; such rows of "test" are
-    only counted. Raise UserError for bad files, or if there is nothing for a needed set.
+    only counted. Raise UserError for bad files, or if there is nothing for a wanted set.
     """
     files = _files(config)
-    if not names:
-        names = ["train", "dev", "seen"]
+    if not wanted:
+        wanted = ["train", "dev", "seen"]
         if files["test"]:
-            names.append("test")
+            wanted.append("test")
+    of_train = [name for name in wanted if name != "test"]
 
-    # --test is compared with the rows that train, unless the file of these is gone.
-    compared = config.is_jsonl and "test" in names and files["train"][0].exists()
     sets = {}
-    if compared or set(names) - {"test"}:
-        sets |= _load_list(config, tokenizer, "train", files["train"], training, names)
-        if training is None:
-            training = sets["train"].tasks
-    if "test" in names:
-        sets |= _load_list(config, tokenizer, "test", files["test"], training or [], names)
-        _compare_test(config, sets)
-    return {name: sets[name] for name in names}
+    if of_train:
+        if not files["train"]:
+            raise UserError(
+                f"{config.data}: no task of train_tasks.txt is here; complete the folder"
+            )
+        sets |= _load_list(config, tokenizer, "train", files["train"], run_tasks, of_train)
+    elif config.is_jsonl and files["train"][0].exists():
+        # Only --test is wanted. It is compared with the rows that train, if they can be read.
+        try:
+            sets |= _load_list(config, tokenizer, "train", files["train"], run_tasks, [])
+        except (UserError, OSError) as error:
+            program.warn(f"the test rows are not compared with the training rows: {error}")
+    if run_tasks is None:
+        run_tasks = sets["train"].tasks if sets else []
+
+    if "test" in wanted:
+        if not files["test"]:
+            if config.is_jsonl:
+                raise UserError(f"{config.data}: give --test OTHER.jsonl, or --split seen")
+            raise UserError(
+                f"{config.data}: no task of test_tasks.txt is here; complete the folder, or give "
+                "--split seen"
+            )
+        sets |= _load_list(config, tokenizer, "test", files["test"], run_tasks, ["test"])
+        _warn_of_known(config, sets["test"])
+        if config.is_jsonl and "train" in sets:
+            _compare_test(config, sets["train"], sets["test"])
+    return {name: sets[name] for name in wanted}
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -31,7 +31,7 @@ from model import Backbone
 from orchmoe import Adapters, Routing
 from support import program, runtime
 from support.program import UserError
-from tasks import FILE_FIELDS, NO_TASK, DataConfig
+from tasks import FILE_FIELDS, NO_TASK, DataConfig, Prompts
 from tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
@@ -382,10 +382,9 @@ def answer(
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
     data_config = replace(data_config, definition=True)
-    form = "prompt"
-    if run and run.rule.get("forms") == ["instruction"]:
-        form = "instruction"  # as all rows of the run are
-    example = data.make_example(config.ask, config.input, tokenizer, data_config, form)
+    forms = run.rule.get("forms", ()) if run else ()
+    prompts = Prompts(data_config, tokenizer, forms)
+    example = data.make_example(config.ask, config.input, prompts)
     texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     program.print_line(f"answer: {texts[0]}")
@@ -410,12 +409,14 @@ def load_examples(
 
     If the files are not those of the run, raise UserError; only warn if flags name other files.
     """
-    training = run.tasks if run else None  # so that task ids are those of the run
-    sets = data.load_sets(data_config, tokenizer, [config.split], training=training)
+    run_tasks = run.tasks if run else None  # so that task ids are those of the run
+    sets = data.load_sets(data_config, tokenizer, [config.split], run_tasks=run_tasks)
     examples = sets[config.split]
     if not examples:
         raise UserError(f"--split {config.split}: there is no instance to score; choose another")
     if run:
+        if config.split != "test":
+            run.require_same_split(examples.rule)
         kind = "test" if config.split == "test" else "train"
         own = run.section(DataConfig, "dataset")
         changed = set()
@@ -470,6 +471,9 @@ def main() -> None:
     if "data" in flags:
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(DataConfig, saved | flags)
+    if "split" not in flags and data_config.is_jsonl and not (data_config.test or config.ask):
+        config = replace(config, split="seen")
+        program.print_line(f"{data_config.data}: there is no --test, so the set seen is scored")
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
     is_full = run is not None and run.training["method"] == "full"

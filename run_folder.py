@@ -39,7 +39,6 @@ PATHS = {"model", "data", "test"}
 REMEDY = "restore the file, or train again if an older version wrote it"
 
 # What to do if something that a run is bound to has changed, by its name in RunConfig.
-OLDER = "an older version built the samples of the run by another rule; start a new run"
 CHANGED_REMEDIES = {
     "base": "restore it, give its folder with --model, or start a new run",
     "tokenizer": "restore it, give the folder of the base with --model, or start a new run",
@@ -47,7 +46,7 @@ CHANGED_REMEDIES = {
     "data": "restore them, give them with --data (and --test), or start a new run",
     "kind": "load it with the program that trained it, and with the same file of --method",
     "start": "restore the adapter of the run in --start, or start a new run",
-    "rule": OLDER,
+    "rule": "its rows are read or split in another way now; restore the data, or start a new run",
 }
 
 
@@ -68,7 +67,7 @@ class RunConfig:
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
     start: str = ""  # hash of the adapter in --start, "" without --start
-    rule: dict = field(default_factory=dict)  # see data.Examples; empty in older versions
+    rule: dict = field(default_factory=dict)  # see data.Examples
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -85,6 +84,19 @@ class RunConfig:
                     f"{self.folder}: {name} changed since the run began, from {saved!r:.60} to "
                     f"{value!r:.60}; {CHANGED_REMEDIES[name]}"
                 )
+
+    def require_same_split(self, rule: dict) -> None:
+        """Raise UserError if other rows than those of the run are in dev and seen of a JSONL file.
+
+        rule: that of the sets as they are now, see data.Examples.
+        """
+        own = self.section(DataConfig, "dataset")
+        if own.is_jsonl and rule.get("filled") != self.rule.get("filled"):
+            raise UserError(
+                f"{self.folder}: it has other rows in train, dev and seen, so that rows of dev and "
+                "seen may have trained; restore --data, give new rows with --test and "
+                "--split test, or start a new run"
+            )
 
     def adapter_digest(self) -> str:
         """Return 16 hex digits that tell the adapter that was best on dev from any other."""
@@ -372,9 +384,14 @@ def load(
     tokenizer = load_tokenizer(path)
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
-        is_official = config.section(DataConfig, "dataset").is_official
-        if tokenizer.one_row and not is_official and "forms" not in config.rule:
-            raise UserError(f"{run}: {OLDER}")
+        dataset = config.section(DataConfig, "dataset")
+        uses_wrapper = dataset.is_jsonl and dataset.wrapper
+        uses_forms = tokenizer.one_row and not dataset.is_official
+        if uses_wrapper != ("wrapper" in config.rule) or uses_forms != ("forms" in config.rule):
+            raise UserError(
+                f"{run}/config.json: its rule does not fit its dataset, or another version wrote "
+                "it; restore it, or start a new run"
+            )
         if not full:
             config.require_same(base=checkpoint.fingerprint(path))
 

@@ -14,7 +14,8 @@ import os
 import random
 import re
 import string
-from collections.abc import Hashable, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,14 @@ def _only_field(row, *names):
     return found[0]
 
 
+def _is_chat(row):
+    """Return whether a row has a list of chat messages, in one of the usual fields."""
+    return any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt"))
+
+
 def _read_row(row, number):
     """Return the task and the instance in a row, which stands in the line `number`."""
     row = {name: value for name, value in row.items() if value is not None}
-    if "messages" in row:
-        raise ValueError("chat templates are left to TRL, see docs/use.md")
-
     form = _only_field(row, "prompt", "instruction")
     answer = _only_field(row, "completion", "output", "response")
     extra = [name for name in ("input", "context") if row.get(name, "") != ""]
@@ -282,7 +285,14 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     input has the instruction as its "definition".
     """
     tasks = {}
-    for name, instance in program.read_jsonl(path, _read_row):
+    for place, number, row in program.read_jsonl(path):
+        if _is_chat(row):
+            raise UserError(
+                f"{place}: it has chat messages, whose template depends on the model; train with "
+                "TRL's SFTTrainer, see docs/use.md, or write each prompt as a text"
+            )
+        with program.reading(place, "repair the line"):
+            name, instance = _read_row(row, number)
         task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
         task["instances"].append(instance)
     return list(tasks.values())
@@ -296,27 +306,58 @@ def _plain_prompt(instance):
 
 
 def hash_of(text: str) -> int:
-    """Return a number that depends on the text alone, on any machine."""
+    """Return a number that depends on the text alone, on any machine.
+
+    runtime.generator hashes numbers, in another way. Neither can replace the other without a change
+    of the sets and batches, or of the noise and start values, of every run.
+    """
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
-def split_rows(instances: Sequence[dict]) -> dict[str, list[int]]:
-    """Return indices of rows: 2 % of all prompts in "dev", 4 % in "seen", all others in "train".
+class RowSplit:
+    """Tells in which set a row of a JSONL file is: "dev", "seen" or "train".
 
-    A hash of the prompt decides. So rows with equal prompts are in one set, and a row stays in its
-    set whatever lines are added.
+    A hash of the prompt decides: 2 % of all prompts are in "dev" and the next 4 % in "seen". So
+    rows with equal prompts are in one set, and a row stays in its set whatever lines are added. If
+    that gives fewer than 8 and 16 prompts, both sets are filled up with the prompts that follow in
+    the order of the hash, to at most a fifth of all prompts each.
+
+    instances: all rows of the file.
+    prompts: the number of different prompts.
+    filled: "" if no set was filled up. Otherwise it has the two hashes at which the sets end.
     """
-    positions = {"train": [], "dev": [], "seen": []}
-    for position, instance in enumerate(instances):
-        percent = hash_of(_plain_prompt(instance)) % 100
-        name = "train"
-        if percent < 2:
-            name = "dev"
-        elif percent < 6:
-            name = "seen"
-        positions[name].append(position)
-    return positions
+
+    def __init__(self, instances: Iterable[dict]):
+        places = sorted({self._place(instance) for instance in instances})
+        self.prompts = len(places)
+        dev_end = bisect_left(places, (2, 0))
+        seen_end = bisect_left(places, (6, 0))
+        full_dev_end = max(dev_end, min(8, self.prompts // 5))
+        full_seen_end = max(seen_end, full_dev_end + min(16, self.prompts // 5))
+
+        self.filled = ""
+        self.first_seen = (2, 0)
+        self.first_train = (6, 0)
+        if (full_dev_end, full_seen_end) != (dev_end, seen_end):
+            places.append((100, 0))  # behind all others
+            self.first_seen = places[full_dev_end]
+            self.first_train = places[full_seen_end]
+            self.filled = f"{self.first_seen[1]:016x} {self.first_train[1]:016x}"
+
+    def _place(self, instance):
+        """Return the place of a prompt in the order in which prompts are held out."""
+        number = hash_of(_plain_prompt(instance))
+        return number % 100, number
+
+    def set_of(self, instance: dict) -> str:
+        """Return the name of the set of a row."""
+        place = self._place(instance)
+        if place < self.first_seen:
+            return "dev"
+        if place < self.first_train:
+            return "seen"
+        return "train"
 
 
 # ------------------------------------------------------------------------------------------- prompt
@@ -388,25 +429,60 @@ def render_prompt(
     return prompt
 
 
-def prompt_of(task: dict, instance: dict, tokenizer: Tokenizer, config: DataConfig) -> str:
-    """Return the prompt of an instance as the settings ask for it.
+@dataclass(frozen=True)
+class Prompts:
+    """Builds all prompts of a run: of its data, of questions, and those that a user types.
 
-    In a decoder, an instruction of a JSONL row ends in an empty line, which the answer follows.
+    forms: the forms of all rows of the run's JSONL file, see `read_rows`. A question without an
+    input, and a typed prompt, have the form of these rows if all have the same.
+
+    In a decoder, an instruction of JSONL ends in an empty line, which the answer follows.
     """
-    if not config.is_official:
-        prompt = _plain_prompt(instance)
-        if tokenizer.one_row and instance["form"] == "instruction":
-            prompt += "\n\n"
-        return prompt
-    if config.is_jsonl:
-        task = instance
-    return render_prompt(
-        task,
-        instance,
-        tokenizer,
-        definition=(config.is_jsonl or config.definition) and "definition" in task,
-        num_pos=config.num_pos,
-        num_neg=config.num_neg,
-        explanation=config.explanation,
-        max_source_length=config.max_source_length,
-    )
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    forms: Sequence[str] = ()
+
+    @property
+    def _form(self):
+        return "instruction" if list(self.forms) == ["instruction"] else "prompt"
+
+    def _ending(self, form):
+        is_plain_row = self.tokenizer.one_row and not self.config.is_official
+        return "\n\n" if is_plain_row and form == "instruction" else ""
+
+    @property
+    def ending(self) -> str:
+        """Return the text in which all prompts of the run end."""
+        return self._ending(self._form)
+
+    def of_instance(self, task: dict, instance: dict) -> str:
+        """Return the prompt of an instance of a task, as the settings ask for it."""
+        config = self.config
+        if not config.is_official:
+            return _plain_prompt(instance) + self._ending(instance["form"])
+        if config.is_jsonl:
+            task = instance
+        return render_prompt(
+            task,
+            instance,
+            self.tokenizer,
+            definition=(config.is_jsonl or config.definition) and "definition" in task,
+            num_pos=config.num_pos,
+            num_neg=config.num_neg,
+            explanation=config.explanation,
+            max_source_length=config.max_source_length,
+        )
+
+    def of_question(self, definition: str, text: str = "") -> str:
+        """Return the prompt of an instruction and an input, which may be empty with JSONL."""
+        question = {"form": "instruction", "definition": definition, "input": text}
+        if not text:
+            question = {"form": self._form, "input": definition}
+        return self.of_instance(question, question)
+
+    def of_text(self, prompt: str) -> str:
+        """Return a whole prompt that a user typed, with the ending that it may lack."""
+        if prompt.endswith(self.ending):
+            return prompt
+        return prompt + self.ending

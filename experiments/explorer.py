@@ -38,7 +38,7 @@ from model import Backbone
 from orchmoe import Adapters
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig, prompt_of
+from tasks import DataConfig, Prompts
 from tokenizer import Tokenizer
 
 SHOWN = 3  # samples of each task that can be chosen
@@ -76,7 +76,8 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     data_config = config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
-    sets = data.load_sets(data_config, tokenizer, training=config.tasks)
+    sets = data.load_sets(data_config, tokenizer, run_tasks=config.tasks)
+    config.require_same_split(sets["train"].rule)
     found = {name: sets[name].digest for name in ("train", "test") if name in sets}
     config.require_same(data=config.data | found)
     if "test" in sets:
@@ -162,7 +163,8 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     else:
         task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
     instance = task["instances"][example.position]
-    return instance["input"], prompt_of(task, instance, loaded.tokenizer, config)
+    prompts = Prompts(config, loaded.tokenizer, loaded.config.rule.get("forms", ()))
+    return instance["input"], prompts.of_instance(task, instance)
 
 
 def answer(loaded: Loaded, example: Example, w: Tensor) -> list:

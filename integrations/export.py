@@ -33,7 +33,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, TaskRouter, attach
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig
+from tasks import DataConfig, Prompts
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
@@ -161,7 +161,8 @@ def mean_routing(
     data_config = run.section(DataConfig, "dataset")
     if config.data:
         data_config = replace(data_config, data=config.data)
-    dev = data.load_sets(data_config, tokenizer, ["dev"], training=run.tasks)["dev"]
+    dev = data.load_sets(data_config, tokenizer, ["dev"], run_tasks=run.tasks)["dev"]
+    run.require_same_split(dev.rule)
     run.require_same(data=run.data | {"train": dev.digest})
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
@@ -179,7 +180,7 @@ def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, An
         "wrapper": config.is_official,
         "max_source_length": config.max_source_length,
     }
-    ending = "\n\n" if run.rule.get("forms") == ["instruction"] else ""
+    ending = Prompts(config, tokenizer, run.rule.get("forms", ())).ending
     return {"dataset": dataset, "ending": ending, "tokenizer": tokenizer.fingerprint}
 
 

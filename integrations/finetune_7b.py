@@ -101,7 +101,7 @@ def require_prompt(prompt):
         raise ValueError("the prompt is empty")
 
 
-def read_row(row, _number):
+def read_row(row):
     """Return {"prompt", "completion"} of a row of the data, without any other fields."""
     row = {name: row.get(name) for name in ("prompt", "completion")}
     require_prompt(row["prompt"])
@@ -114,7 +114,10 @@ def read_rows(path):
 
     Raise UserError with the number of a bad line, or if there are too few lines.
     """
-    rows = program.read_jsonl(path, read_row)
+    rows = []
+    for place, _, row in program.read_jsonl(path):
+        with program.reading(place, "repair the line"):
+            rows.append(read_row(row))
     if len(rows) < ADAPTERS.abstract_tasks:
         raise UserError(
             f"{path}: {len(rows)} rows are too few for a router of {ADAPTERS.abstract_tasks} "

@@ -172,27 +172,26 @@ def read_json(path: str | Path) -> dict:
         return value
 
 
-def read_jsonl(path: str | Path, parse: Callable[[dict, int], Any]) -> list:
-    """Return parse(row, number) for each row of a JSONL file, where `number` is that of its line.
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
+    """Yield each object of a JSONL file: the words "path, line N", the number N, and the object.
 
-    Raise UserError with the number of a bad line: one that is too long or no JSON object, or with
-    which `parse` fails. Empty lines are skipped.
+    Raise UserError with the number of a line that is too long or no JSON object. Empty lines are
+    skipped.
     """
-    parsed = []
     number = 0
     with open(path, "rb") as file:
         while line := file.readline(LARGEST_LINE + 1):
             number += 1
             if line.isspace():
                 continue
-            with reading(f"{path}, line {number}", "repair the line"):
+            place = f"{path}, line {number}"
+            with reading(place, "repair the line"):
                 if len(line) > LARGEST_LINE:
                     raise ValueError(f"longer than {LARGEST_LINE} bytes")
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
-                parsed.append(parse(row, number))
-    return parsed
+            yield place, number, row
 
 
 def require_text(name: str, value: Any) -> None:

@@ -183,14 +183,6 @@ def test_a_question_follows_the_form_of_the_rows(base_of, tmp_path, monkeypatch)
 # --------------------------------------------------------------------- what a run has been bound to
 
 
-def make_old(folder):
-    """Make a run like those of older versions, which did not save how samples were built."""
-    path = folder / "config.json"
-    values = read_json(path)
-    del values["rule"]
-    write_json(path, values)
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """Return a folder with a run of T5 on rows of JSONL. Tests copy what they change."""
@@ -212,40 +204,70 @@ def changed(own, tmp_path):
     return folder
 
 
-REFUSED = "an older version built the samples of the run by another rule; start a new run"
+def change_rule(folder, **values):
+    """Change the rule in a run's config.json; None takes a value away."""
+    path = folder / "config.json"
+    config = read_json(path)
+    rule = config["rule"] | values
+    config["rule"] = {name: value for name, value in rule.items() if value is not None}
+    write_json(path, config)
 
 
-def test_older_run_of_a_decoder_is_refused_by_every_program(tmp_path, base_of):
-    write_rows(tmp_path / "own.jsonl", prompts())
-    arguments = ["--data", "own.jsonl", "--model", base_of("words"), "--out", "words"]
-    run("train.py", *arguments, *BRIEF, cwd=tmp_path)
-    make_old(tmp_path / "words")
-    for line in (
-        [*RESUME, "words"],
-        ["eval.py", "--run", "words", "--split", "seen", "--device", "cpu"],
-        ["eval.py", "--run", "words", "--ask", "Name 3:", "--device", "cpu"],
-        ["integrations/export.py", "--run", "words", "--out", "served"],
-        ["experiments/explorer.py", "--run", "words"],
-    ):
-        error = run(*line, cwd=tmp_path, code=2)
-        assert REFUSED in error and error.count("\n") == 1
-
-
-def test_older_run_of_t5_resumes_unless_rows_are_left_out(changed, base_of):
-    make_old(changed / "t5")
-    run(*RESUME, "t5", cwd=changed)
-    assert read_json(changed / "t5/config.json")["rule"] == {}
-
-    copies = [{"prompt": f"Name {i}: ", "completion": "x"} for i in range(99)]
-    write_rows(changed / "own.jsonl", prompts() + copies)
-    arguments = ["--data", "own.jsonl", "--model", base_of("t5"), "--out", "copies"]
-    run("train.py", *arguments, *BRIEF, cwd=changed)
-    make_old(changed / "copies")
-    error = run(*RESUME, "copies", cwd=changed, code=2)
-    assert (
-        f"copies: rule changed since the run began, from {{}} to {{'left_out': 10}}; {REFUSED}"
-        in error
+def programs(run_folder):
+    """Return command lines that load a run."""
+    return (
+        [*RESUME, run_folder],
+        ["eval.py", "--run", run_folder, "--split", "seen", "--device", "cpu"],
+        ["experiments/explorer.py", "--run", run_folder],
+        ["integrations/export.py", "--run", run_folder, "--mean", "--out", "served"],
+        ["eval.py", "--run", run_folder, "--ask", "Name 3:", "--device", "cpu"],
+        ["eval.py", "--run", run_folder, "--split", "test", "--limit", "1", "--device", "cpu"],
     )
+
+
+def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
+    """The run has trained on rows that are now in dev and seen, as the ranges were filled up."""
+    assert "filled" in read_json(changed / "t5/config.json")["rule"]
+    change_rule(changed / "t5", filled=None)
+    *refused, ask, new_rows = programs("t5")
+    for line in refused:
+        error = run(*line, cwd=changed, code=2)
+        assert error.count("\n") == 1 and "t5: " in error
+        assert "rows of dev and seen may have trained" in error or "split in another way" in error
+    run(*ask, cwd=changed)
+    run(*new_rows, cwd=changed)
+    # Rows of another file are split in their own way.
+    write_rows(changed / "other.jsonl", prompts(100))
+    error = run(*refused[1], "--data", "other.jsonl", cwd=changed, code=2)
+    assert "rows of dev and seen may have trained" in error
+
+
+def test_a_prompt_that_was_changed_by_hand_is_refused_by_every_program(changed, base_of):
+    change_config(changed / "t5", "dataset", wrapper=True)
+    for line in programs("t5"):
+        error = run(*line, cwd=changed, code=2)
+        assert error.count("\n") == 1
+        assert "its rule does not fit its dataset" in error or "split in another way" in error
+
+    arguments = ["--data", "own.jsonl", "--model", base_of("words"), "--out", "words"]
+    run("train.py", *arguments, *BRIEF, cwd=changed)
+    change_rule(changed / "words", forms=None)
+    for line in programs("words")[1:]:
+        assert "its rule does not fit its dataset" in run(*line, cwd=changed, code=2)
+
+
+def test_without_new_rows_the_seen_ones_are_scored(changed):
+    change_config(changed / "t5", "dataset", test="")
+    path = changed / "t5/config.json"
+    values = read_json(path)
+    del values["data"]["test"]
+    write_json(path, values)
+    output = run("eval.py", "--run", "t5", "--limit", "3", "--device", "cpu", cwd=changed)
+    assert "own.jsonl: there is no --test, so the set seen is scored\n" in output
+    assert "3 instances of 1 seen tasks: " in output
+    assert (changed / "t5/eval-seen-3/scores.json").exists()
+    error = run("eval.py", "--run", "t5", "--split", "test", "--device", "cpu", cwd=changed, code=2)
+    assert "own.jsonl: give --test OTHER.jsonl, or --split seen" in error
 
 
 def test_changed_files_are_named_with_what_helps(changed):

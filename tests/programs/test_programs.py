@@ -85,10 +85,10 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
-    assert "rows: 203 train, 7 dev, 8 seen, 8 unseen; run has all scores" in output
+    assert "rows: 200 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
     assert "\nmetric: exact match with punctuation, ROUGE of words in any script" in output
-    other = "eval.py --run run --data sni/own.jsonl"  # whose test rows are not known
-    assert "no task of test_tasks.txt" in run(*other.split(), cwd=home, code=2)
+    other = "eval.py --run run --data sni/own.jsonl --split test"  # whose test rows are not known
+    assert "give --test OTHER.jsonl, or --split seen" in run(*other.split(), cwd=home, code=2)
 
     text = "Now complete the following example -\nInput: Go.\nOutput: "
     expected = load_tokenizer(ROOT / "tiny").source(text)
@@ -502,7 +502,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
     f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
-    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no task of test_tasks.txt is here; complete",
+    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: give --test OTHER.jsonl, or",
     # Values.
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",

@@ -25,7 +25,7 @@ from helpers import (
     write_words,
 )
 from support import program
-from tasks import DataConfig, read_task, render_prompt, split_instances
+from tasks import DataConfig, Prompts, read_task, render_prompt, split_instances
 from tokenizer import load as load_tokenizer
 
 
@@ -58,7 +58,7 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words
     config = DataConfig(data=str(path), test=str(other))
     sets = load_sets(config, tiny_words)
     assert sets["train"].tasks == []  # not all rows have one
-    named = load_sets(config, tiny_words, ["train"], training=["b"])["train"]
+    named = load_sets(config, tiny_words, ["train"], run_tasks=["b"])["train"]
     assert {example.task: example.task_index for example in named} == {"-": -1, "b": 0}
     assert [example.task_index for example in sets["test"]] == [-1, -1, -1]
     everything = [*sets["train"], *sets["dev"], *sets["seen"]]
@@ -101,7 +101,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
     assert not train & (dev | seen)
     assert len(train | dev | seen) == 900
     left_out = 1200 - sum(len(sets[name]) for name in ("train", "dev", "seen"))
-    assert sets["train"].rule == {"left_out": left_out} and left_out > 5
+    assert left_out > 5
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"own.jsonl: {left_out} rows of dev and seen have the tokens of train" in warning
 
@@ -123,7 +123,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny
     )
     expected = [0, 1, 2, -1, -1, 0, 1]  # of t0 to t4, and of two training rows
     in_training = load_sets(config, tiny_words)["test"]
-    in_evaluation = load_sets(config, tiny_words, ["test"], training=["t0", "t1", "t2"])["test"]
+    in_evaluation = load_sets(config, tiny_words, ["test"], run_tasks=["t0", "t1", "t2"])["test"]
     for examples in (in_training, in_evaluation):
         by_prompt = sorted(examples, key=lambda e: int(e.id))
         assert [example.task_index for example in by_prompt] == expected
@@ -133,7 +133,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny
     assert len(warnings) == 2
 
     path.rename(tmp_path / "gone.jsonl")
-    assert len(load_sets(config, tiny_words, ["test"], training=["t1"])["test"]) == 7
+    assert len(load_sets(config, tiny_words, ["test"], run_tasks=["t1"])["test"]) == 7
 
 
 def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, tiny_words):
@@ -145,11 +145,37 @@ def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, tiny_words):
             load_sets(config, tiny_words, names)
 
 
-def test_evaluation_of_test_rows_needs_no_dev_rows(tmp_path, tiny_words):
+def test_test_rows_need_no_training_rows(tmp_path, tiny_words, capsys):
+    """The training rows may be few, damaged or missing if only the test rows are scored."""
     path = write_rows(tmp_path / "own.jsonl", own_rows(3))
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))
     assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
+    assert not capsys.readouterr().err
+    write_rows(path, [*own_rows(3), b"{"])
+    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
+    [warning] = capsys.readouterr().err.splitlines()
+    assert f"test rows are not compared with the training rows: {path}, line 4: JSON" in warning
+    path.unlink()
+    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [40, 60, 100, 200, 1000])
+def test_small_files_have_rows_in_all_sets(tmp_path, tiny_words, count):
+    path = write_rows(tmp_path / "own.jsonl", own_rows(count // 2) + own_rows(count, task="t"))
+    for wrapper in (False, True):
+        config = DataConfig(data=str(path), wrapper=wrapper)
+        sets = load_sets(config, tiny_words)
+        prompts = [{tuple(e.source_ids) for e in examples} for examples in sets.values()]
+        assert min(map(len, prompts)) >= 8
+        assert sum(map(len, prompts)) == len(set.union(*prompts)) == count
+        expected = {"filled"} if count < 1000 else set()
+        assert sets["dev"].rule.keys() - {"wrapper"} == expected
+
+    with pytest.raises(program.UserError, match="has 39 different prompts; give at least 40, of"):
+        write_rows(path, own_rows(39) + own_rows(20))
+        load_sets(config, tiny_words, ["seen"])
 
 
 # --------------------------------------------------------------------------------- sets of examples
@@ -186,7 +212,7 @@ def test_subsample_is_spread_evenly_over_the_set():
 
 def test_tasks_are_the_first_of_the_list_and_have_the_ids_of_the_run(config, tokenizer):
     run = ["task0_x", "task3_c"]
-    sets = load_sets(replace(config, max_tasks=2), tokenizer, training=run)
+    sets = load_sets(replace(config, max_tasks=2), tokenizer, run_tasks=run)
     indices = {e.task: e.task_index for e in sets["seen"]}
     assert indices == {"task1_a": -1, "task3_c": 1}
 
@@ -202,14 +228,18 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
             assert ids[-1] == 1
 
 
+def question(words, text, **settings):
+    """Return the example of a question as --ask builds it."""
+    return data.make_example("Say it.", text, Prompts(DataConfig(**settings), words))
+
+
 def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
     """A character beyond ASCII has two to four tokens. What is left is the start of the whole."""
     words = load_tokenizer(write_words(tmp_path / "words", corpus))
     text = "a\u00e9\u6f22\U0001f600" * 9
-    whole = data.make_example("Say it.", text, words, DataConfig()).source_ids.tolist()
+    whole = question(words, text).source_ids.tolist()
     for limit in range(50, len(whole)):
-        config = DataConfig(max_source_length=limit)
-        source = data.make_example("Say it.", text, words, config).source_ids.tolist()
+        source = question(words, text, max_source_length=limit).source_ids.tolist()
         assert source == whole[: len(source)]
         assert limit - 4 < len(source) <= limit
 
@@ -227,8 +257,24 @@ def test_texts_that_lose_their_ends_are_counted(config, repository, tokenizer, c
     assert targets.endswith("--max-target-length 100: 1 targets are too long and lose their ends")
 
 
-def test_rows_with_unknown_characters_are_counted(tiny_words, cache, tmp_path, capsys):
-    rows = [{"prompt": f"Name {i}.", "completion": "a"} for i in range(20)]
+def test_samples_at_exactly_the_limit_are_not_cut(tmp_path, tiny_words):
+    """The warning counts a source or a target of one token more, and none of the limit."""
+    [whole] = data.build_samples(["Say it."], [["a b", "a"]], tiny_words, DataConfig())
+    source, target = len(whole.source), len(whole.targets[0])
+    for path in ("own.jsonl", "sni/"):
+        for less in (0, 1):
+            config = DataConfig(
+                data=path, max_source_length=source - less, max_target_length=target - less
+            )
+            [sample] = data.build_samples(["Say it."], [["a b", "a"]], tiny_words, config)
+            assert (sample.is_cut, sample.cut_targets) == (bool(less), less)
+            assert (sample.source == whole.source) == (not less)
+
+
+def test_rows_and_questions_with_unknown_characters_are_reported(
+    tiny_words, cache, tmp_path, capsys
+):
+    rows = [{"prompt": f"Name {i}.", "completion": "a"} for i in range(60)]
     rows[3]["prompt"] = rows[5]["completion"] = "\u65e5\u672c"
     path = write_rows(tmp_path / "own.jsonl", rows)
     other = write_rows(tmp_path / "other.jsonl", rows[3:4])
@@ -237,11 +283,16 @@ def test_rows_with_unknown_characters_are_counted(tiny_words, cache, tmp_path, c
     assert f"{path}: 2 rows have characters that the tokenizer does not know" in of_train
     assert f"{other}: 1 rows have characters" in of_test
 
+    question(tiny_words, "a")
+    assert not capsys.readouterr().err
+    question(tiny_words, "a \u65e5")
+    assert "--ask has characters that the tokenizer does not know" in capsys.readouterr().err
+
 
 def test_question_that_is_cut_is_reported(tokenizer, capsys):
-    data.make_example("Say it.", "word", tokenizer, DataConfig())
+    question(tokenizer, "word")
     assert not capsys.readouterr().err
-    data.make_example("Say it.", "word " * 300, tokenizer, DataConfig(max_source_length=45))
+    question(tokenizer, "word " * 300, max_source_length=45)
     assert "--max-source-length 45: the end of the input is cut off" in capsys.readouterr().err
 
 

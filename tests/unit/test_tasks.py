@@ -8,16 +8,17 @@ import json
 import numpy as np
 import pytest
 
-from helpers import Bytes, own_rows, task_json, write_lists, write_rows, write_task
+from helpers import Bytes, task_json, write_lists, write_rows, write_task
 from support import program
 from tasks import (
     NO_TASK,
+    RowSplit,
+    hash_of,
     read_rows,
     read_splits,
     read_task,
     render_prompt,
     split_instances,
-    split_rows,
 )
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -180,8 +181,10 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
     "not a JSON object": 3,
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
-    "docs/use.md": {"messages": []},
-    "prompt must be a text, not .{'role'": {"prompt": [{"role": "user"}], "completion": "b"},
+    "messages, .* SFTTrainer, see docs/use.md, or write each": {"messages": []},
+    "chat messages, whose template": {"conversations": [{"from": "human"}]},
+    "it has chat messages, whose": {"prompt": [{"role": "user"}], "completion": "b"},
+    "prompt must be a text, not 3; repair the line": {"prompt": 3, "completion": "b"},
     "task must be a text, not 3": {"prompt": "a", "completion": "b", "task": 3},
     "completion must be a text, not 3": {"prompt": "a", "completion": ["b", 3]},
     "input must be a text, not 0": {"instruction": "a", "input": 0, "output": "b"},
@@ -211,18 +214,50 @@ def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, proble
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_sets_of_rows_stay_when_lines_are_added_and_equal_prompts_stay_together():
-    def prompts(rows):
-        instances = [{"input": row["prompt"]} for row in rows]
-        positions = split_rows(instances)
-        return {name: {instances[i]["input"] for i in chosen} for name, chosen in positions.items()}
+def split(count, prefix="Say"):
+    """Return {set: prompts} of a file with so many different prompts, and how it was filled."""
+    instances = [{"input": f"{prefix} {i}."} for i in range(count)]
+    row_split = RowSplit(instances + instances[: count // 2])
+    assert row_split.prompts == count
+    sets = {"train": set(), "dev": set(), "seen": set()}
+    for instance in instances:
+        sets[row_split.set_of(instance)].add(instance["input"])
+    return sets, row_split.filled
 
-    found = prompts(own_rows(3000))
+
+def test_rows_stay_in_their_sets_when_lines_are_added():
+    found, filled = split(3000)
     assert [len(found[name]) for name in ("train", "dev", "seen")] == [2823, 62, 115]
-    twice = prompts(own_rows(4000) + own_rows(3000))
+    assert not filled
+    more, _ = split(4000)
     for name, texts in found.items():
-        assert texts <= twice[name]
-    assert sum(map(len, twice.values())) == 4000
+        assert texts <= more[name]
+
+
+@pytest.mark.parametrize("prefix", ["Say", "Tell", "Name"])
+@pytest.mark.parametrize("count", [1, 7, 40, 60, 100, 200, 300, 1000])
+def test_small_sets_of_rows_are_filled_up_in_the_order_of_the_hash(count, prefix):
+    """This counts in another way than RowSplit: in a list of (hash % 100, hash)."""
+    hashes = {text: hash_of(text) for text in (f"{prefix} {i}." for i in range(count))}
+    order = sorted(hashes, key=lambda text: (hashes[text] % 100, hashes[text]))
+    dev = [text for text in order if hashes[text] % 100 < 2]
+    dev = order[: max(len(dev), min(8, count // 5))]
+    rest = order[len(dev) :]
+    in_range = [text for text in rest if hashes[text] % 100 < 6]
+    seen = rest[: max(len(in_range), min(16, count // 5))]
+
+    sets, filled = split(count, prefix)
+    assert sets["dev"] == set(dev)
+    assert sets["seen"] == set(seen)
+    own = (sum(hash_of(t) % 100 < 2 for t in order), sum(hash_of(t) % 100 < 6 for t in order))
+    assert bool(filled) == (own != (len(dev), len(dev) + len(seen)))
+    if count >= 40:
+        assert min(len(dev), len(seen)) >= 8
+
+
+def test_how_sets_were_filled_tells_two_files_apart():
+    filled = {split(100, prefix)[1] for prefix in ("Say", "Tell")} | {split(80)[1]}
+    assert len(filled) == 3
 
 
 # ------------------------------------------------------------------------------------------- prompt
