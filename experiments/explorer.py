@@ -238,8 +238,11 @@ class Server(ThreadingHTTPServer):
         explored = collect(loaded) | {"live": True, "largest_request": LARGEST_REQUEST}
         # What GET answers at each path: the type, and the content.
         self.pages = {"/": ("text/html", page(explored).encode())}
-        for path in DOCS.glob("*.md"):  # to which the annotated page has links
+        # The annotated page has links to these.
+        for path in DOCS.glob("*.md"):
             self.pages[f"/{path.name}"] = ("text/plain", path.read_bytes())
+        example = DOCS.parent / "examples/minimal.py"
+        self.pages["/examples/minimal.py"] = ("text/plain", example.read_bytes())
         annotated = (DOCS / "annotated.html").read_bytes()
         self.pages["/annotated.html"] = ("text/html", annotated)
         self.hosts = hosts_at(self.server_port)

@@ -90,7 +90,7 @@ def test_anchors_are_unique_and_every_link_has_one():
     anchors = re.findall(r' id="([^"]+)"', PAGE)
     assert len(anchors) == len(set(anchors))
     links = set(re.findall(r'href="([^"]+)"', PAGE))
-    pages = {"paper.md", "evidence.md", "use.md", "data.md"}
+    pages = {"paper.md", "evidence.md", "use.md", "data.md", "../examples/minimal.py"}
     site = {"https://arxiv.org/abs/2401.10559"}
     assert links - pages - site <= {f"#{anchor}" for anchor in anchors}
     assert all((annotate.DOCS / page).is_file() for page in pages)
