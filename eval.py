@@ -108,13 +108,17 @@ def predict(
             on_keep=adapters.keep,
             agree=agree,
         )
-        is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
-        ended = is_eos.cumsum(dim=1) > 0
-        tokens = tokens.masked_fill(ended, -1)  # `decode` skips -1, so the text ends before EOS
         # A process without rows has a dummy batch of one, which zip drops here and below.
-        for position, ids in zip(rows, tokens.tolist(), strict=False):
-            texts[position] = tokenizer.decode(ids)
+        texts.update(zip(rows, decoded(tokens, base, tokenizer), strict=False))
     return in_order(texts)
+
+
+def decoded(tokens: Tensor, base: Backbone, tokenizer: Tokenizer) -> list[str]:
+    """Return the text of each row of generated tokens (B,n), which ends before the first EOS."""
+    is_eos = torch.isin(tokens, tokens.new_tensor(base.config.eos_ids))
+    ended = is_eos.cumsum(dim=1) > 0
+    tokens = tokens.masked_fill(ended, -1)  # `decode` skips -1
+    return [tokenizer.decode(ids) for ids in tokens.tolist()]
 
 
 @torch.no_grad()
@@ -372,6 +376,7 @@ class EvalConfig:
         return Path(self.run) / name
 
 
+@torch.no_grad()
 def answer(
     base: Backbone,
     adapters: Adapters,
@@ -385,15 +390,21 @@ def answer(
     forms = run.rule.get("forms", ()) if run else ()
     prompts = Prompts(data_config, tokenizer, forms)
     example = data.make_example(config.ask, config.input, prompts)
-    texts = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
+    require_fit(base, tokenizer, [example], config.max_new_tokens)
+    batch = data.collate([example]).to(base.device)
+    with routed(base, adapters, batch) as routing:
+        tokens = base.generate(
+            batch.input_ids, batch.attention_mask, max_new_tokens=config.max_new_tokens
+        )
+    [text] = decoded(tokens, base, tokenizer)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
-    program.print_line(f"answer: {texts[0]}")
+    program.print_line(f"answer: {text}")
 
-    w = router_weights(base, adapters, [example])
-    if w is not None:
+    if routing.w is not None and not routing.shared:
+        w = routing.w[0]
         shares = []
-        for k in w[0].argsort(descending=True).tolist():
-            shares.append(f"{k + 1} at {100 * w[0, k]:.1f} %")
+        for k in w.argsort(descending=True).tolist():
+            shares.append(f"{k + 1} at {100 * w[k]:.1f} %")
         program.print_line(
             f"router: abstract task {', '.join(shares)} (numbered as in the figures)"
         )

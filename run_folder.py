@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
@@ -66,8 +65,8 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # classes of its adapters, see kind_of
-    start: str = ""  # hash of the adapter in --start, "" without --start
-    rule: dict = field(default_factory=dict)  # see data.Examples
+    rule: dict  # how its rows became samples, see data.Examples
+    start: str  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
     def section(self, cls: type, name: str) -> Any:
@@ -117,11 +116,6 @@ class RunConfig:
             "tasks": list(self.tasks),
             "base": self.base,
         }
-        # Settings that did not exist yet had their defaults.
-        defaults = vars(OrchMoEConfig())
-        expected["config"] = defaults | self.adapter
-        if isinstance(info.get("config"), dict):
-            info["config"] = defaults | info["config"]
         for name, value in expected.items():
             if info.get(name) != value:
                 raise UserError(f"{path}: its {name} is not the run's; restore the file")
@@ -163,6 +157,20 @@ class RunFolder:
         self.model_path = self.path / "model"
         self.scores_path = self.path / "scores.json"
 
+    def is_new(self, method: str) -> bool:
+        """Return whether nothing was saved yet, so that a run of `method` begins at step 0.
+
+        Raise UserError if the run is finished, but progress.pt is missing.
+        """
+        if self.progress_path.exists():
+            return False
+        if method in self.read_scores():
+            raise UserError(
+                f"{self.progress_path}: missing, but the run is finished; put it back, or give "
+                "another --out to train again"
+            )
+        return True
+
     def require_new(self) -> None:
         """Raise UserError if a path that a run writes exists."""
         written = (self.config_path, self.log_path, self.progress_path, self.scores_path)
@@ -186,16 +194,18 @@ class RunFolder:
                     half_written.unlink()
             yield
 
-    def bind(self, config: RunConfig) -> None:
-        """Write config.json.
+    def bind(self, config: RunConfig, is_new: bool) -> None:
+        """Write config.json. is_new: what the method `is_new` has returned.
 
         Raise UserError if an older one names another base, tokenizer or kind of adapters, other
         tasks or data, or another rule for samples; or if there is none, but a file that a run would
         overwrite.
         """
+        if is_new and self.progress_path.exists():
+            raise UserError(f"{self.path}: another process wrote it meanwhile; give another --out")
         if self.config_path.exists():
             saved = read_config(self.path)
-            if self.progress_path.exists():  # the run does not depend on --start any more
+            if not is_new:  # the run does not depend on --start any more
                 config = replace(config, start=saved.start)
             names = ("rule", "tasks", "base", "tokenizer", "data", "kind", "start")
             saved.require_same(**{name: getattr(config, name) for name in names})

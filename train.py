@@ -70,8 +70,9 @@ TRAINABLE_KINDS = {
     "mixture": ("router",),
 }
 LARGEST_NORM = 1.0  # gradients are clipped to this norm
-# Compiling takes about a minute, and saves about 1 ms for each block and step.
-COMPILE_FROM = 60_000  # steps times blocks from which --compile auto compiles
+# Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
+# adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
+COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class TrainConfig:
     @property
     def eval_batch_size(self) -> int:
         return 4 * self.batch_size
+
+
+RATES = {name for name in vars(TrainConfig()) if name.startswith("lr_")}  # the learning rates
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,8 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
 
     # The method must use every given flag, and something must train at every given rate.
     method, router = config.method, settings.adapter.router
-    rates = {name for name in vars(config) if name.startswith("lr_")}
-    no_rate = rates - set(learning_rate_fields(config).values())
-    unread = {*vars(settings.adapter), *rates} - settings_of_method(method, router)
+    unread = unread_settings(method, router)
+    no_rate = RATES - set(learning_rate_fields(config).values())
     for name in sorted(flags):
         reason = ""
         if name in fixed:
@@ -200,6 +203,11 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if "warmup" in flags and config.warmup >= config.steps:
         raise UserError(f"--warmup {config.warmup}: give fewer than --steps {config.steps}")
     return settings
+
+
+def unread_settings(method: str, router: str) -> set[str]:
+    """Return the fields of OrchMoEConfig, and the learning rates, that a method does not read."""
+    return {*vars(OrchMoEConfig()), *RATES} - settings_of_method(method, router)
 
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -296,7 +304,7 @@ def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: T
     with program.reading(f"{config.start}/adapter.safetensors"):
         adapters.load_state_dict(state)
     if config.trainable == "mixture":
-        # With W_task = 0 the router ignores the sample: w depends on the bias alone.
+        # With W_task = 0 the router ignores the sample: w depends only on the bias.
         sources = data.subsample(examples, 2000)
         w = router_weights(base, adapters, sources, config.eval_batch_size)
         bias = w.mean(dim=0)
@@ -321,7 +329,7 @@ def choose_compile(
     if asked != "auto":
         choice, reason = asked, "as the settings say"
     elif device.type != "cuda":
-        choice, reason = "off", "auto compiles on CUDA alone"
+        choice, reason = "off", "auto compiles only on CUDA"
     elif shard:
         choice, reason = "off", "auto does not compile with --shard"
     elif config.steps * len(base.blocks) < COMPILE_FROM:
@@ -366,6 +374,8 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, config.seed, step, rows)
+        # The router reads a copy of the batch on the device. The loss takes the batch on the CPU,
+        # where the lengths of its rows are known without waiting for a GPU.
         with routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
@@ -399,7 +409,7 @@ def train_step(
 def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
     """Return noise u (B, *noise_shape) in [0,1) on the CPU, None if the method uses none.
 
-    The noise of a row depends on (seed, step, row) alone, so a resumed run draws the same numbers.
+    The noise of a row depends only on (seed, step, row), so a resumed run draws the same numbers.
     """
     if adapters.noise_shape is None:
         return None
@@ -460,6 +470,7 @@ def train(
     # small updates. Autocast then computes in bfloat16.
     full = config.method == "full"
     base = checkpoint.mapped(config.model)
+    base_digest = checkpoint.fingerprint(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if full else device.dtype)
     require_fit(base, tokenizer, train_set, 0)
@@ -475,10 +486,8 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),
         )
-    config = replace(
-        config, compile=choose_compile(config, base, device.torch_device, launch.shard)
-    )
-    if config.compile == "on":
+    compiled = choose_compile(config, base, device.torch_device, launch.shard)
+    if compiled == "on":
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)
@@ -486,65 +495,57 @@ def train(
     freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 
-    # What identifies the run. `run.bind` saves it below, or compares it in a resumed run.
+    # Initial values of the adapters, unless progress.pt is loaded below. A run that was
+    # interrupted before its first save starts again at step 0.
+    is_new = not launch.out or RunFolder(launch.out).is_new(config.method)
+    start_digest = ""
+    if is_new and config.start:
+        start = read_config(config.start)
+        start.require_same(
+            base=base_digest, tokenizer=tokenizer.fingerprint, kind=kind_of(adapters)
+        )
+        load_start(base, adapters, train_set, config)
+        start_digest = start.adapter_digest()
+    elif is_new and adapters.router is not None:
+        fit_router(base, adapters, train_set, config)
+
+    # What identifies the run. `run.bind` saves it, or compares it in a resumed run.
     run_config = RunConfig(
         folder=launch.out,
-        training=asdict(config),
+        training={**asdict(config), "compile": compiled},
         dataset=asdict(settings.dataset),
         adapter=asdict(settings.adapter),
         tasks=tuple(train_set.tasks),
-        base=checkpoint.fingerprint(config.model),
+        base=base_digest,
         tokenizer=tokenizer.fingerprint,
         data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
         rule=train_set.rule,
+        start=start_digest,
     )
-
-    # Initial values of the adapters, unless progress.pt is loaded below. A run that was
-    # interrupted before its first save starts again at step 0.
-    is_new = not (launch.out and RunFolder(launch.out).progress_path.exists())
-    if is_new and config.start:
-        start = read_config(config.start)
-        start.require_same(
-            base=run_config.base, tokenizer=run_config.tokenizer, kind=run_config.kind
-        )
-        load_start(base, adapters, train_set, config)
-        run_config = replace(run_config, start=start.adapter_digest())
-    elif is_new and adapters.router is not None:
-        fit_router(base, adapters, train_set, config)
-
-    # The run folder.
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
     with run.lock():
-        if is_new and run.progress_path.exists():
-            raise UserError(f"{run.path}: another process wrote it meanwhile; give another --out")
-        if is_new and config.method in run.read_scores():
-            raise UserError(
-                f"{run.progress_path}: missing, but the run is finished; put it back, or give "
-                "another --out to train again"
-            )
-        run.bind(run_config)
+        run.bind(run_config, is_new)
         counts = count_parameters(adapters)
-        skills, routing = counts["skills"], counts["routing"]
-        method = config.method
-        if method == "lora":
+        label = config.method
+        if label == "lora":
             # A study may give some Linears one rank more than others.
             ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
-            method = f"lora of rank {' to '.join(map(str, ranks))}"
+            label = f"lora of rank {' to '.join(map(str, ranks))}"
         program.print_line(
-            f"{method}: {skills:,} in skills + {routing:,} in routing = "
-            f"{skills + routing:,} parameters train on {len(train_set)} examples; "
-            f"run folder {run.path}"
+            f"{label}: {counts['skills']:,} in skills + {counts['routing']:,} in routing = "
+            f"{counts['skills'] + counts['routing']:,} parameters train on {len(train_set)} "
+            f"examples; run folder {run.path}"
         )
 
         # Score the model as it starts: the frozen base, or what --start or `attach` loaded.
         if final_scores and is_new and not run.read_scores():
-            name = "frozen base"
+            start_name = "frozen base"
             for linear in adapters.linears.values():
                 if linear.skill_B.any():
-                    name = "start"
-            scores = score_held_out(base, adapters, held_out, tokenizer, settings, name)
-            run.add_scores(name, scores)
+                    start_name = "start"
+            scores = score_held_out(base, adapters, held_out, tokenizer, settings, start_name)
+            run.add_scores(start_name, scores)
 
         # A mixture has the same w for all samples: there is no routing to report.
         routes_samples = adapters.router is not None and config.trainable != "mixture"
@@ -578,7 +579,7 @@ def train(
             shown = {}  # behind the bar
             times = []  # seconds of each step since the last evaluation
             for step in bar:
-                # One step on a batch that depends on seed and step alone.
+                # One step on a batch that depends only on the seed and the step.
                 started = time.monotonic()
                 batch = training_batch(train_set, batches, step)
                 with autocast:
@@ -604,10 +605,10 @@ def train(
                         base, adapters, held_out["dev"], batch_size=config.eval_batch_size
                     )
                     require_finite(step, batch, dev_loss=dev_loss)
-                    record = {"dev_loss": dev_loss}
+                    on_dev = {"dev_loss": dev_loss}
                     if routes_samples:
-                        record["router"] = router_report(w, start_w)
-                    run.log(step=step, **record)
+                        on_dev["router"] = router_report(w, start_w)
+                    run.log(step=step, **on_dev)
                     message = f"step {step + 1} of {config.steps}: dev loss {dev_loss:.4g}"
                     if dev_loss < best_loss:
                         best_loss = dev_loss
@@ -631,12 +632,11 @@ def train(
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
             adapters.load_state_dict(run.read_best())
-            name = config.method
-            scores = score_held_out(base, adapters, held_out, tokenizer, settings, name)
-            rows = run.add_scores(name, scores)
-            counts = {"train": len(train_set)}
-            counts |= {which: len(examples) for which, examples in held_out.items()}
-            print_table(rows, run, counts)
+            scores = score_held_out(base, adapters, held_out, tokenizer, settings, config.method)
+            rows = run.add_scores(config.method, scores)
+            sizes = {"train": len(train_set)}
+            sizes |= {which: len(examples) for which, examples in held_out.items()}
+            print_table(rows, run, sizes)
             rules = metrics.RULES[settings.dataset.metric_rules]
             program.print_line(f"metric: {rules.description}")
             if routes_samples:
@@ -658,7 +658,7 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
 
 
 def training_batch(train_set: Examples, batches: data.Batches, step: int) -> Batch:
-    """Return the batch of a step. It depends on the seed and the step alone."""
+    """Return the batch of a step. It depends only on the seed and the step."""
     rows = batches.at(step)
     return data.collate([train_set[row] for row in rows], seed=batches.seed, step=step)
 
@@ -702,8 +702,8 @@ def score_held_out(
 TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
-def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -> None:
-    """Print the scores as a table in Markdown. counts: how many rows of each set were used."""
+def print_table(rows: dict[str, dict], run: RunFolder, sizes: dict[str, int]) -> None:
+    """Print the scores as a table in Markdown. sizes: how many rows of each set were used."""
     headings = ["model"]
     for which in ("seen", "unseen"):
         headings += [f"{which} {name}" for name in TABLE.values()]
@@ -723,11 +723,10 @@ def print_table(rows: dict[str, dict], run: RunFolder, counts: dict[str, int]) -
         "loss: nats per target token, the mean over tasks (lower is better); "
         "ROUGE-L and exact match: per cent"
     )
-    sizes = ", ".join(f"{count} {which}" for which, count in counts.items())
-    program.print_line(f"rows: {sizes}; {run.path} has all scores")
+    counts = ", ".join(f"{size} {which}" for which, size in sizes.items())
+    program.print_line(f"rows: {counts}; {run.path} has all scores")
     for which in ("seen", "unseen"):
-        if which in counts:
-            print_if_few(which, counts[which])
+        print_if_few(which, sizes.get(which, 0))
 
 
 def print_router(report: dict[str, float], K: int) -> None:
@@ -738,6 +737,31 @@ def print_router(report: dict[str, float], K: int) -> None:
         spread = math.exp(report["entropy"])
         text += f"; a sample is spread over about {spread:.1f} of them"
     program.print_line(text)
+
+
+def print_next_commands(folder: Path, settings: Settings, flags: dict[str, Any]) -> None:
+    """Print two commands that a user may want next. flags: those of the finished run."""
+    config = settings.training
+    run = shlex.quote(str(folder))
+    program.print_line("next:")
+    if config.method == "orchmoe" and settings.adapter.router == "sample":
+        program.print_line(
+            f"  python -m experiments.explorer --run {run}  # see in a browser what its router does"
+        )
+    else:
+        program.print_line(
+            f"  python eval.py --run {run} --split train  # how well it does what it was shown"
+        )
+
+    if config.start or "resume" in flags or program.world_size() > 1:
+        return
+    other = "orchmoe" if config.method == "lora" else "lora"
+    words = ["python", "train.py", "--method", other]
+    left_out = {"method", "out"} | unread_settings(other, "sample")
+    for name, value in flags.items():
+        if name not in left_out:
+            words += program.flag_words(name, value)
+    program.print_line(f"  {shlex.join(words)}  # the same with --method {other}, to compare")
 
 
 def main() -> int:
@@ -757,8 +781,11 @@ def main() -> int:
     settings = replace(settings, training=config)
 
     with runtime.distributed(device.torch_device):
-        finished = train(settings, device, launch)
-    return 0 if finished else 130
+        folder = train(settings, device, launch)
+    if folder is None:
+        return 130  # stopped by a signal
+    print_next_commands(folder, settings, flags)
+    return 0
 
 
 if __name__ == "__main__":

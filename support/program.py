@@ -237,6 +237,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return the words of a command line that give a field this value, as `read_flags` reads it."""
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    return [flag(name), str(value)]
+
+
 def read_flags(
     doc: str | None,
     *classes: type,
@@ -310,11 +319,15 @@ def from_flags(cls: type, flags: dict[str, Any]) -> Any:
 
 
 def from_json(cls: type, values: dict[str, Any]) -> Any:
-    """Return an instance of the dataclass `cls`, from saved values. Missing fields get defaults.
+    """Return an instance of the dataclass `cls` from the saved values of all its fields.
 
-    Raise ValueError for an unknown field or a value of another type. Call it inside `reading`.
+    Raise ValueError for an unknown or missing field, or a value of another type. Call it inside
+    `reading`.
     """
     types = typing.get_type_hints(cls)
+    missing = {field.name for field in dataclasses.fields(cls)} - values.keys()
+    if missing:
+        raise ValueError(f"{cls.__name__}: {min(missing)} is missing")
     fields = {}
     for name, value in values.items():
         if isinstance(value, list):

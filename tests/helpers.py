@@ -119,10 +119,10 @@ def run_shell(words, cwd, **variables):
 
 def ids_of_question(*words, cwd):
     """Ask the run `run` with eval.py, and return the ids of the source that it is given."""
-    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-        run("eval.py", "--run", "run", "--device", "cpu", "--ask", *words, cwd=cwd)
-    (example,) = predict.call_args.args[2]
-    return example.source_ids.tolist()
+    with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
+        short = ["--device", "cpu", "--max-new-tokens", "1"]
+        run("eval.py", "--run", "run", *short, "--ask", *words, cwd=cwd)
+    return routed.call_args.args[2].input_ids[0].tolist()
 
 
 @contextlib.contextmanager

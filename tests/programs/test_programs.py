@@ -148,15 +148,20 @@ def whole(tmp_path_factory):
         (train, "train_step", 6, None, 6),
         (train, "measure", 2, None, 8),  # the last evaluation
         (train, "train_step", 6, KeyboardInterrupt, 4),  # as a kill: nothing more is saved
+        (train, "train_step", 3, KeyboardInterrupt, 0),
     ],
-    ids=["SIGTERM in a step", "SIGTERM in the last evaluation", "end without a save"],
+    ids=["SIGTERM in a step", "SIGTERM in the last evaluation", "kill", "kill before a save"],
 )
 def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, error, step):
     """Log and files equal those of an uninterrupted run. Only the times in the log may differ."""
     with interrupted(module, name, number, error):
         run("train.py", *SHORT, "--gumbel", "--out", "run", cwd=home, code=130)
     resumed = home / "run"
-    assert checkpoint.read_torch(resumed / "progress.pt")["step"] == step
+    if step == 0:
+        assert len(records(resumed)) == 2  # these steps are run again
+        assert not (resumed / "progress.pt").exists()
+    else:
+        assert checkpoint.read_torch(resumed / "progress.pt")["step"] == step
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
     run(*RESUME_RUN, cwd=home)
@@ -387,10 +392,21 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     ask = ["eval.py", "--device", "cpu", *question]
     assert run(*ask, "--run", "run", cwd=finished).splitlines()[1:] == expected
 
-    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-        output = run(*ask, "--model", "tiny", "--max-new-tokens", "1", cwd=finished)
-    assert predict.call_args.kwargs == {"max_new_tokens": 1}
-    assert output.splitlines()[2:] == ["answer: a text"]
+    # A bare model has no router.
+    output = run(*ask, "--model", "tiny", "--max-new-tokens", "1", cwd=finished)
+    tokens = checkpoint.load(ROOT / "tiny").generate(ids, torch.ones_like(ids), max_new_tokens=1)
+    assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
+
+
+def test_question_has_its_instruction_even_if_the_run_trained_without_definitions(copied):
+    change_config(copied, "dataset", definition=False)
+    text = (
+        "Definition: Write the first word.\n\n"
+        "Now complete the following example -\nInput: lion, June.\nOutput: "
+    )
+    expected = load_tokenizer(ROOT / "tiny").encode(text)
+    question = ["Write the first word.", "--input", "lion, June"]
+    assert ids_of_question(*question, cwd=copied.parent) == expected
 
 
 # ----------------------------------------------------------------------------- pages and real data
@@ -505,6 +521,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: give --test OTHER.jsonl, or",
     # Values.
     "train.py --stepz 3": "unrecognized arguments: --stepz 3; see --help",
+    "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
     "train.py --gpu -1": "--gpu -1: there are ",
     "train.py --max-tasks 1 --train-instances 5": "fit_router: 5 different sources are too few",
@@ -546,6 +563,20 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{ASK} --batch-size 9": "--batch-size: it would have no effect here",
     "train.py --router none --router-norm none": "--router-norm: --method orchmoe with --router",
 }
+
+
+@dataclasses.dataclass
+class Flags:
+    """Flags: of a program."""
+
+    names: tuple[str, ...] = ()  # some names
+
+
+@pytest.mark.parametrize("given", [",", ""])
+def test_a_list_without_a_name_is_refused(given, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--names", given])
+    with pytest.raises(program.UserError, match="--names: empty; give a value, or leave it out"):
+        program.read_flags("A program.", Flags)
 
 
 @pytest.fixture(scope="module")

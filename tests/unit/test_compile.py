@@ -213,9 +213,9 @@ def test_a_missing_compiler_is_found_by_compiling():
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CHOICES = [  # --compile, device, steps, --shard, and what the line says
-    ("auto", CPU, 10**6, False, "off: auto compiles on CUDA alone"),
-    ("auto", CUDA, 14_999, False, "off: 14999 steps x 4 blocks are fewer than 60,000, too few"),
-    ("auto", CUDA, 15_000, False, "on: 15000 steps x 4 blocks are at least 60,000"),
+    ("auto", CPU, 10**6, False, "off: auto compiles only on CUDA"),
+    ("auto", CUDA, 37_499, False, "off: 37499 steps x 4 blocks are fewer than 150,000, too few"),
+    ("auto", CUDA, 37_500, False, "on: 37500 steps x 4 blocks are at least 150,000"),
     ("auto", CUDA, 15_000, True, "off: auto does not compile with --shard"),
     ("on", CPU, 1, False, "on: as the settings say"),
     ("off", CUDA, 10**6, False, "off: as the settings say"),

@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoint
 import train
 from baselines import attach_method
-from helpers import change_config, records, seeded_generator
+from helpers import records, seeded_generator
 from orchmoe import OrchMoEConfig
 from run_folder import RunConfig, RunFolder, new_folder, read_config
 from support import program
@@ -99,14 +98,18 @@ def config():
         tokenizer="4567",
         data={"train": "89ab"},
         kind="LoRA, NoneType",
+        rule={},
+        start="",
     )
 
 
 def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The same base and data may have been somewhere else.
-    RunFolder("run").bind(replace(config, training=config.training | {"model": "elsewhere"}))
-    RunFolder("run").bind(config)
+    RunFolder("run").bind(
+        replace(config, training=config.training | {"model": "elsewhere"}), is_new=True
+    )
+    RunFolder("run").bind(config, is_new=True)
     assert read_config("run") == replace(
         config,
         folder="run",
@@ -123,7 +126,7 @@ def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path,
     else:
         folder.adapter_path.write_text("an adapter")
     with pytest.raises(UserError, match=f"^{folder.adapter_path}: exists"):
-        folder.bind(config)
+        folder.bind(config, is_new=True)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +142,10 @@ def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path,
 )
 def test_bind_refuses_another_base_or_data_and_changes_nothing(config, tmp_path, name, value):
     folder = RunFolder(tmp_path)
-    folder.bind(config)
+    folder.bind(config, is_new=True)
     before = folder.config_path.read_bytes()
     with pytest.raises(ValueError, match=f"^{tmp_path}: {name} changed since the run began, from"):
-        folder.bind(replace(config, **{name: value}))
+        folder.bind(replace(config, **{name: value}), is_new=True)
     assert folder.config_path.read_bytes() == before
 
 
@@ -238,7 +241,7 @@ def test_only_rank_0_writes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "rank", lambda: 1)
     folder = RunFolder(tmp_path)
     with folder.lock():
-        folder.bind(config)
+        folder.bind(config, is_new=True)
         folder.log(step=0, loss=1.0)
         folder.save_progress(1, 1.0, None, None)
         folder.save_best(config, None, None, None)
@@ -246,12 +249,35 @@ def test_only_rank_0_writes(config, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_without_a_new_setting_had_its_default(copied):
-    path = copied / "adapter.safetensors"
-    state, info = checkpoint.load_adapter(path)
-    del info["config"]["mixing"]
-    checkpoint.save_adapter(path, state, **info)
-    assert read_config(copied).adapter_state().keys() == state.keys()
-    change_config(copied, "adapter", mixing="factors")
-    with pytest.raises(UserError, match="its config is not the run's"):
-        read_config(copied).adapter_state()
+@pytest.mark.parametrize("section", ["training", "dataset", "adapter", None])
+def test_config_without_a_field_of_today_is_refused(copied, section):
+    path = copied / "config.json"
+    values = program.read_json(path)
+    fields = values if section is None else values[section]
+    name = sorted(fields)[-1]
+    del fields[name]
+    program.write_json(path, values)
+    with pytest.raises(UserError, match=f"config.json: .*: {name} is missing; .* older version"):
+        train.saved_settings(read_config(copied))
+
+
+def test_scores_without_a_loss_are_read(tmp_path):
+    folder = RunFolder(tmp_path)
+    old = {"seen": {"overall": {"rougeL": 1.0, "exact_match": 2.0}}}
+    nan = {"seen": {"overall": {"rougeL": 1.0, "exact_match": 2.0, "loss": math.nan}}}
+    folder.add_scores("frozen base", old)
+    folder.add_scores("lora", nan)
+    nan["seen"]["overall"]["loss"] = None
+    assert folder.read_scores() == {"frozen base": old, "lora": nan}
+    folder.add_scores("lora", {"seen": {"overall": old["seen"]["overall"] | {"loss": "1"}}})
+    with pytest.raises(UserError, match="loss must be a number, not '1'"):
+        folder.read_scores()
+
+
+def test_a_run_that_another_process_has_begun_is_not_begun_again(config, trained, tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.is_new("lora")
+    folder.save_progress(1, 1.0, *trained(seed=1))
+    assert not folder.is_new("lora")
+    with pytest.raises(UserError, match="another process wrote it meanwhile"):
+        folder.bind(config, is_new=True)

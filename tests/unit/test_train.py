@@ -3,8 +3,11 @@
 The first tests take single steps on a small random T5, the last ones start or run the program.
 """
 
+import itertools
 import math
+import shlex
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +223,43 @@ def test_router_report(w, expected, warning, capsys):
     assert bool(warning) == bool(said)
 
 
+# ------------------------------------------------------------------------------ the next commands
+
+NEXT = [  # method, other flags of the run, and the command that compares it with another method
+    (
+        "orchmoe",
+        {"gumbel": True, "lr_skills": 0.02, "device": "cpu"},
+        "--method lora --lr-skills 0.02 --device cpu",
+    ),
+    (
+        "lora",
+        {"definition": False, "target": ("q", "my v")},
+        "--method orchmoe --no-definition --target 'q,my v'",
+    ),
+]
+
+
+@pytest.mark.parametrize("method, more, expected", NEXT)
+def test_next_commands_have_the_paths_and_flags_of_the_run(method, more, expected, capsys):
+    """The compared run has all flags of the run that its method uses, but not its folder."""
+    flags = {"method": method, "out": "a run", **more}
+    settings = train.Settings.from_flags(flags)
+    train.print_next_commands(Path("a run"), settings, flags)
+    title, first, second = capsys.readouterr().out.splitlines()
+    assert title == "next:"
+    if method == "orchmoe":
+        assert shlex.split(first, True) == "python -m experiments.explorer --run".split() + [
+            "a run"
+        ]
+    else:
+        words = ["python", "eval.py", "--run", "a run", "--split", "train"]
+        assert shlex.split(first, comments=True) == words
+    assert second.strip().startswith(f"python train.py {expected}  # the same with")
+
+    train.print_next_commands(Path("a run"), settings, {"out": "a run", "resume": True})
+    assert capsys.readouterr().out.splitlines() == [title, first]
+
+
 # ---------------------------------------------------------------------------------------- one run
 
 
@@ -273,6 +313,19 @@ def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
         mask = torch.ones_like(input_ids, dtype=torch.bool)
         summaries.append(adapters.router.summarise(small_t5.embed(input_ids), mask))
     torch.testing.assert_close(adapters.router.mu, torch.cat(summaries).mean(0))
+
+
+def test_router_start_reads_evenly_spaced_examples(small_t5, monkeypatch):
+    examples = [make_example(str(i), [5], [[7]]) for i in range(5000)]
+    read = []
+    monkeypatch.setattr(data, "batches", lambda chosen, *_: read.extend(chosen) or [])
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig())
+    with pytest.raises(program.UserError, match="0 different sources are too few"):
+        train.fit_router(small_t5, adapters, examples, DEFAULTS)
+    positions = [int(example.id) for example in read]
+    assert len(positions) == 2000
+    assert {later - earlier for earlier, later in itertools.pairwise(positions)} == {2, 3}
+    assert positions[-1] == 4997
 
 
 def test_the_seed_decides_the_initial_values(first_step):
