@@ -30,6 +30,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 

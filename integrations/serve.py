@@ -75,7 +75,8 @@ class RunTokenizer:
             if self.tokenizer.fingerprint != rule["tokenizer"]:
                 raise ValueError(f"the tokenizer in {base} is another one")
             self.ending = rule["ending"]
-            self.config = program.from_json(DataConfig, rule["dataset"])
+            # The rule names only the settings that decide how a prompt is built.
+            self.config = program.from_json(DataConfig, vars(DataConfig()) | rule["dataset"])
 
     def encode(self, prompt):
         if not prompt.endswith(self.ending):

@@ -512,7 +512,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --method full --model own/model --out own": "own/model: exists, and nothing is",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
-    "eval.py --run empty": "empty/config.json: TypeError: RunConfig.",
+    "eval.py --run empty": "empty/config.json: RunConfig: adapter is missing; restore the file",
     "train.py --data small": "small: no training task has the 5 different instances",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
