@@ -65,11 +65,11 @@ def inline(text: str) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return a table whose first row is its head.
+    """Return a table whose first row is its head. A cell has text and LaTeX, and no HTML.
 
     On a narrow page, the name of a row of many numbers stands above them.
     """
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    lines = [f"| {html.escape(' | '.join(cells), quote=False)} |" for cells in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     text = markdown("\n".join(lines), {})
     if len(rows[0]) >= 5:

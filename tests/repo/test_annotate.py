@@ -218,6 +218,12 @@ def test_what_rounds_to_zero_has_no_sign():
     assert not re.search(r"[-+\u2212]0\.0+(?!\d)", visible)
 
 
+def test_a_token_that_looks_like_html_is_shown():
+    words = EXPLORED["walk"]["token_losses"][0]
+    assert words[-2] == "</s>"
+    assert "&lt;/s&gt;</th>" in tables.table([words]) and "&lt;/s&gt;</th>" in PAGE
+
+
 def test_the_page_says_which_run_it_shows():
     assert re.fullmatch("[0-9a-f]{16}", EXPLORED["hash"])
     assert PAGE.count(EXPLORED["hash"]) == 1
