@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 from baselines import attach_method, without_adapters
 from experiments.computed import MODELS, allocate
-from model import Backbone
+from model import Backbone, Config
 from orchmoe import Adapters, OrchMoEConfig
 from support import program
 
@@ -98,11 +98,22 @@ def build_library(folder: str) -> str:
 
 # torch looks for CUDA while it is imported, so the library must be there before.
 CHILD = """
-import ctypes, sys
+import ctypes, sys, importlib
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
-from experiments import cuda_code
-cuda_code.print_rows(sys.argv[2:])
+importlib.import_module(sys.argv[2]).with_fake_cuda(*sys.argv[3:])
 """
+
+
+def run_with_fake_cuda(module: str, *words: str, **variables: str) -> int:
+    """Call with_fake_cuda(*words) of the module in a process with fake CUDA. Return its exit code.
+
+    variables: of the environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+        command = [sys.executable, "-c", CHILD, build_library(folder), module, *words]
+        environment = os.environ | caches | variables
+        return subprocess.run(command, cwd=program.ROOT, env=environment).returncode
 
 
 def main() -> int:
@@ -114,10 +125,7 @@ def main() -> int:
     if reason:
         program.print_line(f"skipped: {reason}")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
-        words = [sys.executable, "-c", CHILD, build_library(folder), *(config.only or BLOCKS)]
-        return subprocess.run(words, cwd=program.ROOT, env=os.environ | caches).returncode
+    return run_with_fake_cuda("experiments.cuda_code", *(config.only or BLOCKS))
 
 
 # ------------------------------------------------------------------------------------- the H100
@@ -160,14 +168,21 @@ def keep_code(graph):
 def attention(
     q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """Call what scaled_dot_product_attention calls on an H100. Without one it takes a slow form.
+    """Call what scaled_dot_product_attention calls on an H100, where the programs leave out cuDNN.
 
-    Raise ValueError for a mask with which a GPU takes the slow form, too.
+    Without a GPU torch itself takes its slow form. Raise ValueError where a GPU takes it, too.
     """
-    if attn_mask is not None and attn_mask.stride(-1) != 1:
-        raise ValueError(f"a mask has strides {attn_mask.stride()}; the last one must be 1")
-    fused = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return fused(q, k, v, attn_mask, True, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is None and q.dtype == torch.bfloat16:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention
+        return fused(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{q.shape[1]} heads of queries share {k.shape[1]} heads of keys")
+    if attn_mask is not None:
+        if attn_mask.stride(-1) != 1:
+            raise ValueError(f"a mask has strides {attn_mask.stride()}; the last one must be 1")
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 CUDA = "torch._dynamo.device_interface.CudaInterface"
@@ -189,7 +204,7 @@ H100_FUNCTIONS = {
 def pretend_to_have_an_h100() -> None:
     """Change torch for the rest of this process. Raise AttributeError if a name is not there."""
     for name, function in H100_FUNCTIONS.items():
-        mock.patch(name, function).start()
+        mock.patch(name, function, create=name.startswith("torch._C.")).start()
 
     import triton
     from triton.backends.compiler import GPUTarget
@@ -263,8 +278,13 @@ def read_code(code: str) -> Code:
     return Code(len(launches) + len(copies), len(kernels), len(on_cpu), body.count(".item()"))
 
 
-def record_inputs(base: Backbone, source: Tensor, mask: Tensor) -> list[list[Tensor]]:
-    """Return the inputs of each block, as leaves that need a gradient where they did."""
+def record_inputs(
+    base: Backbone, source: Tensor, mask: Tensor, target: Tensor
+) -> list[list[Tensor]]:
+    """Return the inputs of each block, as leaves that need a gradient where they did.
+
+    source (B,Ls), its mask, and target (B,Lt), which only an encoder-decoder model reads.
+    """
     found = []
 
     def run_block(block, *inputs):
@@ -273,18 +293,22 @@ def record_inputs(base: Backbone, source: Tensor, mask: Tensor) -> list[list[Ten
 
     with mock.patch.object(base, "run_block", run_block):
         if hasattr(base, "encoder"):
-            base.hidden(source, mask, source[:, :LT])
+            base.hidden(source, mask, target)
         else:
             base.hidden(source)
     return found
 
 
+def trained_tensors(adapters: Adapters, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the tensors for which a block computes gradients. The adapters are routed."""
+    tensors = [*inputs, *adapters.parameter_groups()["skills"]]
+    tensors += [linear.skill_weights for linear in adapters.linears.values()]
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
 def count(base: Backbone, adapters: Adapters, block: nn.Module, inputs: list[Tensor]) -> list[str]:
     """Return the counts of a block as cells of the table. The adapters are routed."""
-    trained = [*inputs, *adapters.parameter_groups()["skills"]]
-    trained += [linear.skill_weights for linear in adapters.linears.values()]
-    trained = [tensor for tensor in trained if tensor.requires_grad]
-
+    trained = trained_tensors(adapters, inputs)
     with mock.patch("torch.nn.functional.rms_norm", one_kernel_norm):
         with Launches() as forward:
             y = base.run_block(block, *inputs)
@@ -306,30 +330,34 @@ def count(base: Backbone, adapters: Adapters, block: nn.Module, inputs: list[Ten
     return [f"{forward.count} + {backward.count}", compiled, *map(str, sums[1:])]
 
 
+def meta_base(shape: Config, method: str, adapted: str) -> tuple[Backbone, Adapters]:
+    """Return a base on the meta device, and its adapters in the Linears with these names."""
+    base = checkpoint.on_meta(shape).train()
+    with torch.device("meta"):
+        if method == "frozen":
+            return base, without_adapters(base)
+        config = OrchMoEConfig(targets=tuple(adapted.split(", ")))
+        return base, attach_method(method.lower(), base, config)
+
+
 def rows(name: str) -> Iterator[list[str]]:
     """Yield the row of each method for a block of BLOCKS."""
     model, number = BLOCKS[name]
     for method, adapted in METHODS:
-        base = checkpoint.on_meta(ONE_BLOCK[model]).train()
-        with torch.device("meta"):
-            if method == "frozen":
-                adapters = without_adapters(base)
-            else:
-                config = OrchMoEConfig(targets=tuple(adapted.split(", ")))
-                adapters = attach_method(method.lower(), base, config)
+        base, adapters = meta_base(ONE_BLOCK[model], method, adapted)
         with FakeTensorMode():
             allocate(base, torch.bfloat16, "cuda")
             base.embedding.requires_grad_(True)  # so that the inputs of all blocks need a gradient
             source = torch.zeros(B, LS, dtype=torch.long, device="cuda")
             mask = torch.ones(B, LS, dtype=torch.bool, device="cuda")
             with adapters.routed(base.embed(source), mask):
-                inputs = record_inputs(base, source, mask)[number]
+                inputs = record_inputs(base, source, mask, source[:, :LT])[number]
                 cells = count(base, adapters, base.blocks[number], inputs)
         yield [name, method, adapted, *cells]
 
 
-def print_rows(names: list[str]) -> None:
-    """Print the table of these BLOCKS."""
+def with_fake_cuda(*names: str) -> None:
+    """Print the table of these BLOCKS, in a process with fake CUDA."""
     import triton
 
     try:
