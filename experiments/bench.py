@@ -17,6 +17,7 @@ Test: pytest tests/experiments/test_bench.py
 
 import importlib.metadata
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import re
@@ -63,7 +64,6 @@ POLY = "peft Poly"
 LORA = "peft LoRA"
 LILY = "peft Lily"
 XLORA = "peft X-LoRA"
-PEERS = (POLY, LILY, XLORA)
 PACKAGES = ("transformers", "peft")  # what these need
 
 # Steps of these models are nearly all Python.
@@ -251,11 +251,11 @@ def linear_contestants(
         linear = nn.Linear(D, O, bias=False, device=device, dtype=dtype)
         return nn.Sequential(OrderedDict(q=linear)).requires_grad_(False)
 
-    def contestant(linear, *c, **inputs):
+    def contestant(linear, *c):
         trained = [p for p in linear.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.02)
-        return lambda: torch.autograd.grad(linear(x, **inputs), [x, *trained, *c], dy)
+        return lambda: torch.autograd.grad(linear(x), [x, *trained, *c], dy)
 
     def routed(mix=kernels.mix_skills):
         module = frozen()
@@ -265,20 +265,10 @@ def linear_contestants(
         module.q.skill_weights = c
         return contestant(module.q, c)
 
-    def adapted(name, wide=True):
-        from transformers import PretrainedConfig
-
+    def lora(wide):
         module = nn.Sequential(OrderedDict(model=frozen()))  # with the names of a decoder
-        module.config = PretrainedConfig(hidden_size=D)
-        add_peft(name, module, 8, wide, target_modules=["q"])
-        linear = module.model.q
-        if name == POLY:
-            return contestant(linear, task_ids=torch.arange(samples, device=device))
-        if name == XLORA:
-            # As with c: what makes these weights, once for all Linears, is in the training step.
-            scalings = torch.rand(samples, L, 1, 8, device=device).requires_grad_()
-            return contestant(linear, scalings, scalings=scalings)
-        return contestant(linear)
+        add_peft(LORA, module, 8, wide, target_modules=["q"])
+        return contestant(module.model.q)
 
     found = {
         "frozen Linear": contestant(frozen().q),
@@ -289,10 +279,9 @@ def linear_contestants(
     }
     if missing_packages():
         return found
+    found[LORA] = lora(wide=True)
     if dtype != torch.float32:
-        found[f"{LORA} all in bf16"] = adapted(LORA, wide=False)
-    for name in (LORA, *PEERS):
-        found[name] = adapted(name)
+        found[f"{LORA} all in bf16"] = lora(wide=False)
     return found
 
 
@@ -303,28 +292,41 @@ LINEAR_ROWS = (
     ("plain twin", "routed Linear", ""),
     ("loop over skills", "routed Linear", ">= 2"),
     ("einsum with expert axis", "routed Linear", ""),
-    *((name, "routed Linear", "") for name in PEERS),
 )
 
 
-def bench_linear(setup: Setup) -> list[str]:
-    """Return the rows of one Linear, in float32 and in bfloat16."""
+def linear_cases(setup: Setup) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shapes (B, L, D, O) and dtypes in which one Linear is measured."""
     shapes = [setup.choose((2, 16, 64, 96), (8, 256, 1024, 2816))]
-    if setup.device.type == "cuda" and not setup.quick:
-        shapes.append((8, 512, 4096, 10240))  # T5-XXL
+    dtypes = [torch.float32, torch.bfloat16]
+    if setup.device.type == "cuda":
+        if not setup.quick:
+            shapes.append((8, 512, 4096, 10240))  # T5-XXL
+        if setup.dtype == torch.float32:
+            dtypes.remove(torch.bfloat16)  # an old GPU, which only emulates it
+    return list(itertools.product(shapes, dtypes))
 
+
+def linear_rows(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    """Return the rows of one Linear."""
+    contestants = linear_contestants(shape, setup.device, dtype)
+    times = interleave(setup, contestants, setup.choose(3, 21))
+    B, L, D, O = shape  # noqa: E741
+    what = (
+        f"forward + backward in {runtime.dtype_name(dtype)}, {D} -> {O}, B {B}, L {L}, S 8, "
+        f"R {R}, LoRA of rank {8 * R}"
+    )
     lines = []
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            contestants = linear_contestants(shape, setup.device, dtype)
-            times = interleave(setup, contestants, setup.choose(3, 21))
-            what = (
-                f"forward + backward in {runtime.dtype_name(dtype)}, {shape[2]} -> {shape[3]}, "
-                f"B {shape[0]}, L {shape[1]}, S 8, R {R}, LoRA of rank {8 * R}"
-            )
-            for of, to, wanted in LINEAR_ROWS:
-                if of in times and to in times:
-                    lines.append(row(what, of, to, times, wanted))
+    for of, to, wanted in LINEAR_ROWS:
+        if of in times and to in times:
+            lines.append(row(what, of, to, times, wanted))
+    return lines
+
+
+def bench_linear(setup: Setup) -> list[str]:
+    lines = []
+    for shape, dtype in linear_cases(setup):
+        lines += linear_rows(setup, shape, dtype)
     return lines
 
 
@@ -536,7 +538,7 @@ def beside_ours(setup: Setup, names: list[str], wanted: str = "") -> list[str]:
 def bench_step(setup: Setup) -> list[str]:
     if setup.model:
         return decoder_steps(setup)
-    return beside_ours(setup, [POLY, LORA], ">= 1.10")
+    return beside_ours(setup, [LORA], ">= 1.10")
 
 
 def decoder_steps(setup: Setup) -> list[str]:
@@ -577,7 +579,6 @@ def bench_peers(setup: Setup) -> list[str]:
 # ------------------------------------------------------------------------------------ host time
 
 MIXES = {
-    "plain twin": orchmoe.mix_skills,
     "routed": kernels.mix_skills,
     "compiled mix": torch.compile(kernels.mix_skills, dynamic=True),
     "--compile": kernels.mix_skills,
@@ -585,7 +586,7 @@ MIXES = {
 
 
 def bench_host(setup: Setup) -> list[str]:
-    """Return the rows of what Python costs in a Linear and in a block, where kernels are tiny."""
+    """Return the rows of what Python costs in a block and in a step, where kernels are tiny."""
     tiny = setup._replace(quick=True, model="")
     contestants = {}
     with ExitStack() as stack:
@@ -596,16 +597,13 @@ def bench_host(setup: Setup) -> list[str]:
             x = base.embed(torch.ones(2, 4, dtype=torch.long, device=base.device))
             stack.enter_context(adapters.routed(x))
             x = x.detach().requires_grad_()
-            calls = {"Linear": partial(block.attention.q, x)}
             if name == "--compile":
                 base.compile_blocks(setup.choose("eager", "inductor"))
-                calls = {}  # it compiles whole blocks
-            calls["block"] = partial(base.run_block, block, x, base.encoder.position(4))
+            call = partial(base.run_block, block, x, base.encoder.position(4))
             trained = [x, *adapters.parameter_groups()["skills"]]
             trained += [linear.skill_weights for linear in adapters.linears.values()]
-            for part, call in calls.items():
-                contestants[f"{name}, {part}"] = call
-                contestants[f"{name}, {part} and backward"] = partial(gradients, call, trained)
+            contestants[f"{name}, block"] = call
+            contestants[f"{name}, block and backward"] = partial(gradients, call, trained)
         times = interleave(setup, contestants, setup.choose(3, 1000))
     what = "host time, 2 x 4 tokens, every Linear of a block adapted"
     lines = []
@@ -731,7 +729,8 @@ def bench_decode(setup: Setup) -> list[str]:
         same = "the same" if torch.equal(decode(folded), decode(routed)) else "other"
         times = interleave(setup, contestants, rounds)
     what = (
-        f"decoding one sample, {length} tokens in, {most} out; folded gives {same} tokens as routed"
+        f"decoding one sample, {setup.base_name}, {length} tokens in, {most} out; folded gives "
+        f"{same} tokens as routed"
     )
     return [
         row(what, "bare base", "folded", times, ">= 0.97"),
