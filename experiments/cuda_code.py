@@ -16,7 +16,6 @@ Test: pytest -m slow tests/experiments/test_cuda_code.py
 """
 
 import importlib.util
-import itertools
 import os
 import re
 import shutil
@@ -53,8 +52,25 @@ ONE_BLOCK = {
     "T5-base": replace(MODELS["T5-base"], num_layers=1, num_decoder_layers=1),
     "Llama-3.2-1B": replace(MODELS["Llama-3.2-1B"], num_hidden_layers=1),
 }
-METHODS = [("frozen", "")]  # and which Linears are adapted
-METHODS += itertools.product(("LoRA", "OrchMoE"), ("q, v", "all"))
+
+
+class Case(NamedTuple):
+    """How a block is adapted: cells of a row of the table, and the settings that they stand for."""
+
+    name: str
+    adapted: str = ""  # which Linears
+    method: str = ""  # of attach_method; none for the frozen block
+    mixing: str = "outputs"
+
+
+CASES = (
+    Case("frozen"),
+    Case("LoRA", "q, v", "lora"),
+    Case("LoRA", "all", "lora"),
+    Case("OrchMoE", "q, v", "orchmoe"),
+    Case("OrchMoE", "all", "orchmoe"),
+    Case("OrchMoE, factors", "all", "orchmoe", mixing="factors"),
+)
 B, LS, LT = 8, 250, 60  # rows, source tokens, target tokens
 
 HEAD = """\
@@ -330,21 +346,21 @@ def count(base: Backbone, adapters: Adapters, block: nn.Module, inputs: list[Ten
     return [f"{forward.count} + {backward.count}", compiled, *map(str, sums[1:])]
 
 
-def meta_base(shape: Config, method: str, adapted: str) -> tuple[Backbone, Adapters]:
-    """Return a base on the meta device, and its adapters in the Linears with these names."""
+def meta_base(shape: Config, case: Case) -> tuple[Backbone, Adapters]:
+    """Return a base of this shape on the meta device, and its adapters."""
     base = checkpoint.on_meta(shape).train()
     with torch.device("meta"):
-        if method == "frozen":
+        if not case.method:
             return base, without_adapters(base)
-        config = OrchMoEConfig(targets=tuple(adapted.split(", ")))
-        return base, attach_method(method.lower(), base, config)
+        config = OrchMoEConfig(targets=tuple(case.adapted.split(", ")), mixing=case.mixing)
+        return base, attach_method(case.method, base, config)
 
 
 def rows(name: str) -> Iterator[list[str]]:
-    """Yield the row of each method for a block of BLOCKS."""
+    """Yield the row of each case for a block of BLOCKS."""
     model, number = BLOCKS[name]
-    for method, adapted in METHODS:
-        base, adapters = meta_base(ONE_BLOCK[model], method, adapted)
+    for case in CASES:
+        base, adapters = meta_base(ONE_BLOCK[model], case)
         with FakeTensorMode():
             allocate(base, torch.bfloat16, "cuda")
             base.embedding.requires_grad_(True)  # so that the inputs of all blocks need a gradient
@@ -353,7 +369,7 @@ def rows(name: str) -> Iterator[list[str]]:
             with adapters.routed(base.embed(source), mask):
                 inputs = record_inputs(base, source, mask, source[:, :LT])[number]
                 cells = count(base, adapters, base.blocks[number], inputs)
-        yield [name, method, adapted, *cells]
+        yield [name, case.name, case.adapted, *cells]
 
 
 def with_fake_cuda(*names: str) -> None:

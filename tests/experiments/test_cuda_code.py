@@ -32,6 +32,11 @@ def test_code_of_a_block_is_written_and_built(tmp_path, capfd):
     # return gradients.
     frozen, _ = table.pop(("frozen", ""))
     assert frozen == [14, 18]
+    (of_factors, _), (of_outputs, _) = (
+        table.pop(("OrchMoE, factors", "all")),
+        table["OrchMoE", "all"],
+    )
+    assert of_factors > of_outputs
     limits = {"q, v": 2, "all": 7}  # adapted Linears
     assert {adapted for _, adapted in table} == limits.keys()
     for (_, adapted), (uncompiled, _) in table.items():

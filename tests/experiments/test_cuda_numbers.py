@@ -157,7 +157,9 @@ def let_code_for_cuda_run_on_the_cpu():
 
     # The interpreter has none of CUDA's own functions.
     libdevice = SimpleNamespace(
-        rsqrt=lambda x: 1 / tl.sqrt(x), tanh=lambda x: 2 * tl.sigmoid(2 * x) - 1
+        exp=lambda x: tl.exp(x),
+        rsqrt=lambda x: 1 / tl.sqrt(x),
+        tanh=lambda x: 2 * tl.sigmoid(2 * x) - 1,
     )
     cuda_code.H100_FUNCTIONS |= {
         "torch._inductor.runtime.triton_helpers.libdevice": libdevice,
@@ -195,7 +197,7 @@ def with_fake_cuda(name, dtype):
     load = "torch._inductor.graph.GraphLowering.compile_to_module"
     cuda_code.H100_FUNCTIONS[load] = lambda graph: values.load_code(graph)
     cuda_code.pretend_to_have_an_h100()
-    base, adapters = cuda_code.meta_base(shape, "orchmoe", "all")
+    base, adapters = cuda_code.meta_base(shape, cuda_code.Case("", "all", "orchmoe"))
     with FakeTensorMode():
         allocate(base, getattr(torch, dtype), "cuda")
         base.embedding.requires_grad_(True)
