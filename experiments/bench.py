@@ -43,10 +43,9 @@ import data
 import eval as evaluation
 import kernels
 import orchmoe
-import t5
 import tokenizer as tokenizers
 from baselines import attach_method, without_adapters
-from experiments.computed import MODELS
+from experiments.computed import MODELS, t5_config
 from experiments.random_t5 import init_weights
 from experiments.study import kind_of_cpu
 from llama import Llama, LlamaConfig
@@ -54,6 +53,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from t5 import T5
 from tasks import DataConfig
 
 HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
@@ -74,8 +74,21 @@ SHAPES = {
     NARROW_T5: replace(
         MODELS["T5-base"], vocab_size=1124, d_model=32, d_kv=8, d_ff=48, num_heads=4
     ),
-    NARROW_LLAMA: LlamaConfig("llama", 1124, 32, 48, 12, 4, 640, 2, 8, (0,)),
+    NARROW_LLAMA: replace(
+        MODELS["Llama-3.2-1B"],
+        vocab_size=1124,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+    ),
 }
+# The base where no other one is named.
+T5_SMALL = t5_config(512, 1024, 8, 6)
+T5_QUICK = replace(t5_config(32, 48, 2, 4), vocab_size=1124, d_kv=8)
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
@@ -340,11 +353,8 @@ def our_base(setup: Setup) -> Backbone:
     if setup.is_decoder:
         torch.manual_seed(0)
         return Llama(SHAPES[setup.shape]).to(setup.device, setup.dtype)
-    sizes = setup.choose((1124, 32, 8, 48, 2, 2, 4), (32128, 512, 64, 1024, 8, 8, 6))
-    options = {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False}
-    shape = t5.T5Config(*sizes, **options, tied_head=False)
-    shape = SHAPES.get(setup.shape, shape)
-    return init_weights(t5.T5(shape), 0).to(setup.device, setup.dtype)
+    shape = SHAPES.get(setup.shape, setup.choose(T5_QUICK, T5_SMALL))
+    return init_weights(T5(shape), 0).to(setup.device, setup.dtype)
 
 
 def their_base(setup: Setup) -> nn.Module:
@@ -694,7 +704,8 @@ def bench_generate(setup: Setup) -> list[str]:
 
     of, to = "transformers, file order", "ours, longest first"
     times = interleave(setup, {to: ours, of: theirs}, setup.choose(1, 3))
-    equal = sum(map(str.__eq__, texts["ours"], texts["theirs"]))
+    pairs = zip(texts["ours"], texts["theirs"], strict=True)
+    equal = sum(ours == theirs for ours, theirs in pairs)
     what = (
         f"greedy generation, {setup.base_name}, {count} prompts, batches of {size}, {most} tokens"
     )
