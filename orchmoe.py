@@ -502,8 +502,10 @@ class SkillLinear(nn.Linear):
         if self.skill_plain:
             weight, bias = self.weight, self.bias
             is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            # Since `attach` the weight may have been quantised, pruned or parametrised.
-            if is_frozen and type(weight) is nn.Parameter:
+            # Since `attach` the weight may have been quantised, pruned or parametrised. A quantised
+            # tensor is a subclass that can be flattened; fake tensors, which also are one, cannot.
+            is_quantised = hasattr(weight, "__tensor_flatten__")
+            if is_frozen and isinstance(weight, nn.Parameter) and not is_quantised:
                 y = self.skill_mix(*mix_inputs, weight, bias)
                 return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 

@@ -133,7 +133,8 @@ def fix_lengths(base: Backbone, length: int) -> None:
         ids = torch.cat((source, target), 1)  # (B,Ls+Lt)
         return ids, ids
 
-    def cross_entropy(hidden: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(hidden: Tensor, labels: Tensor, per_row: bool) -> Tensor:
+        assert not per_row  # only evaluation asks for the loss of each row
         logits = base.logits(hidden[:, -length:]).flatten(0, 1).float()  # (B Lt,V)
         return F.cross_entropy(logits, labels[:, -length:].flatten(), reduction="sum")
 

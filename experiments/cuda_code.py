@@ -11,8 +11,8 @@ fake CUDA tensors, which have shapes but no values.
     python -m experiments.cuda_code --only "T5-base encoder"
 
 It needs triton, a C++ compiler and the torch for CPUs, and says so where one is missing. It
-replaces private functions of torch: `H100_FUNCTIONS`.
-Test: pytest -m slow tests/experiments/test_cuda_code.py
+replaces private functions of torch: `H100_FUNCTIONS`. The second test runs the code on the CPU.
+Test: pytest -m slow tests/experiments/test_cuda_code.py tests/experiments/test_cuda_numbers.py
 """
 
 import importlib.util
@@ -234,6 +234,7 @@ def pretend_to_have_an_h100() -> None:
     inductor.use_static_triton_launcher = False
     inductor.compile_threads = 1
     inductor.joint_graph_constant_folding = False  # it would compute constants on the GPU
+    inductor.shape_padding = False  # it would time products on the GPU
     torch._functorch.config.enable_autograd_cache = False
     torch.autograd.set_multithreading_enabled(False)  # a thread for CUDA would need CUDA
 

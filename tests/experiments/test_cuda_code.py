@@ -65,5 +65,5 @@ def test_unknown_blocks_are_refused(tmp_path):
 def test_private_names_that_changed_are_named(monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr(cuda_code, "H100_FUNCTIONS", {"torch.cuda.no_such_name": None})
-    cuda_code.print_rows(["T5-base encoder"])
+    cuda_code.with_fake_cuda("T5-base encoder")
     assert "other private names: " in capsys.readouterr().out

@@ -45,6 +45,8 @@ def test_compiled_code_computes_the_numbers_of_the_block(block, capfd):
     code = cuda_code.run_with_fake_cuda(Path(__file__).stem, block, **variables)
     output, errors = capfd.readouterr()
     assert code == 0, errors
+    if output.startswith("skipped: "):
+        pytest.skip(output)
     found = {dtype: [] for dtype in LARGEST_ERROR}
     for line in output.splitlines():
         dtype, error, _ = line.split(maxsplit=2)
@@ -197,7 +199,11 @@ def with_fake_cuda(name):
     values = Values()
     load = "torch._inductor.graph.GraphLowering.compile_to_module"
     cuda_code.H100_FUNCTIONS[load] = lambda graph: values.load_code(graph)
-    cuda_code.pretend_to_have_an_h100()
+    try:
+        cuda_code.pretend_to_have_an_h100()
+    except AttributeError as error:
+        print(f"skipped: torch {torch.__version__} has other private names: {error}")
+        return
     for dtype in LARGEST_ERROR:
         found = run_compiled(name, getattr(torch, dtype), values, batch, given)
         for fake, wanted in zip(found, expected, strict=True):
