@@ -40,10 +40,17 @@ from tokenizer import Tokenizer
 def routed(
     base: Backbone, adapters: Adapters, batch: data.Batch, **options: Any
 ) -> AbstractContextManager[Routing]:
-    """Return a context manager that routes the batch by its sources or its task ids."""
-    batch = batch.to(base.device)
-    embeddings = base.embed(batch.input_ids)
-    return adapters.routed(embeddings, batch.attention_mask, task_ids=batch.task_ids, **options)
+    """Return a context manager that routes the batch by its sources or its task ids.
+
+    The batch may be on the CPU: a copy of it on the device of the base is read.
+    """
+    on_device = batch.to(base.device)
+    return adapters.routed(
+        base.embed(on_device.input_ids),
+        on_device.attention_mask,
+        task_ids=on_device.task_ids,
+        **options,
+    )
 
 
 def routed_batches(

@@ -591,7 +591,7 @@ def train(
                 shown["loss"] = f"{record['loss']:.4g}"
                 bar.set_postfix(shown, refresh=False)
 
-                # The last step is always followed by an
+                # The last step is always followed by an evaluation.
                 evaluating = step + 1 == config.steps or (step + 1) % config.eval_every == 0
                 stopping = runtime.any_rank(stop_requested())  # all processes stop together
                 if not (evaluating or stopping):
@@ -622,7 +622,7 @@ def train(
                 run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
                 if stopping:
                     break
-            # A signal may also have arrived during the last
+            # A signal may also have arrived during the last evaluation.
             stopped = runtime.any_rank(stop_requested())
         if stopped:
             out = shlex.quote(str(run.path))

@@ -297,7 +297,7 @@ def _argparse_options(hint):
     if typing.get_origin(hint) is typing.Literal:
         # The empty choice means that the flag is not given.
         choices = [choice for choice in typing.get_args(hint) if choice]
-        if "on" in choices:  # the flag alone means on
+        if "on" in choices:  # without a value the flag means on
             return {"choices": choices, "nargs": "?", "const": "on"}
         return {"choices": choices}
     if typing.get_origin(hint) is tuple:
@@ -415,8 +415,8 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         message = user_message(error)
         if message is None:
             raise
-        # Most errors are the same in all processes, and one message is enough. After the processes
-        # have joined, the others wait until torchrun ends them, because that of rank 0 has failed.
+        # Usually all ranks fail alike, and rank 0 prints for all. The others wait, so torchrun ends
+        # them before they print.
         if dist.is_initialized() and rank() > 0:
             time.sleep(5)
         if local_rank() == 0 or dist.is_initialized():
