@@ -34,6 +34,8 @@ from support.program import UserError
 from tasks import FILE_FIELDS, NO_TASK, DataConfig, Prompts
 from tokenizer import Tokenizer
 
+LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
+
 # --------------------------------------------------------------------------- one pass over a set
 
 
@@ -560,8 +562,8 @@ def main() -> None:
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
-        program.print_line(f"metric: {metrics.RULES[data_config.metric_rules].description}")
-        program.print_line("loss: nats per target token, the mean over tasks; the others: per cent")
+        program.print_line(LOSS_NOTE)
+        program.print_line(f"in per cent: {metrics.RULES[data_config.metric_rules].description}")
         print_if_few(config.split, len(examples))
         program.print_line(f"written: {predictions_path}, {scores_path}")
 

@@ -39,6 +39,7 @@ from baselines import (
 )
 from data import Batch, Examples
 from eval import (
+    LOSS_NOTE,
     mean_entropy,
     measure,
     predict,
@@ -636,9 +637,7 @@ def train(
             rows = run.add_scores(config.method, scores)
             sizes = {"train": len(train_set)}
             sizes |= {which: len(examples) for which, examples in held_out.items()}
-            print_table(rows, run, sizes)
-            rules = metrics.RULES[settings.dataset.metric_rules]
-            program.print_line(f"metric: {rules.description}")
+            print_table(rows, run, sizes, settings.dataset.metric_rules)
             if routes_samples:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
                 print_router(router_report(w, start_w), w.shape[1])
@@ -702,7 +701,9 @@ def score_held_out(
 TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
-def print_table(rows: dict[str, dict], run: RunFolder, sizes: dict[str, int]) -> None:
+def print_table(
+    rows: dict[str, dict], run: RunFolder, sizes: dict[str, int], metric_rules: str
+) -> None:
     """Print the scores as a table in Markdown. sizes: how many rows of each set were used."""
     headings = ["model"]
     for which in ("seen", "unseen"):
@@ -719,10 +720,8 @@ def print_table(rows: dict[str, dict], run: RunFolder, sizes: dict[str, int]) ->
                 cells.append("-" if value is None else f"{value:.{digits}f}")
         program.print_line(f"| {' | '.join(cells)} |")
 
-    program.print_line(
-        "loss: nats per target token, the mean over tasks (lower is better); "
-        "ROUGE-L and exact match: per cent"
-    )
+    program.print_line(LOSS_NOTE)
+    program.print_line(f"in per cent: {metrics.RULES[metric_rules].description}")
     counts = ", ".join(f"{size} {which}" for which, size in sizes.items())
     program.print_line(f"rows: {counts}; {run.path} has all scores")
     for which in ("seen", "unseen"):

@@ -86,7 +86,7 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 200 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
-    assert "\nmetric: exact match with punctuation, ROUGE of words in any script" in output
+    assert "\nin per cent: exact match with punctuation, ROUGE of words in any script" in output
     other = "eval.py --run run --data sni/own.jsonl --split test"  # whose test rows are not known
     assert "give --test OTHER.jsonl, or --split seen" in run(*other.split(), cwd=home, code=2)
 
@@ -100,7 +100,8 @@ def test_table_has_each_score_under_its_heading(capsys):
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
     rows = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
-    train.print_table(rows, run_folder.RunFolder("run"), {"train": 9, "seen": 40, "unseen": 100})
+    sizes = {"train": 9, "seen": 40, "unseen": 100}
+    train.print_table(rows, run_folder.RunFolder("run"), sizes, "official")
     output = capsys.readouterr().out
     names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
     assert f"| model | seen {names} match |\n| --- | --- |" in output
