@@ -94,7 +94,7 @@ def code_lines(source: str) -> list[str]:
 def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
     """Add "start_w" to each task: its mean w before training. Add "distance": how far w moved.
 
-    The start depends on the training sources and the seed alone, so that it is made again here. The
+    The start depends only on the training sources and the seed, so it is made again here. The
     router of `loaded` is the trained one again afterwards.
     """
     router = loaded.adapters.router
@@ -222,7 +222,7 @@ def strongest_sources(explored: dict[str, Any], loaded: Loaded) -> list[list[dic
 
 @torch.no_grad()
 def without_one(loaded: Loaded) -> dict[str, list[float]]:
-    """Return what each Linear loses, over the seen samples, if it alone is not routed.
+    """Return what each Linear loses, over the seen samples, if only this Linear is not routed.
 
     spread: how far c differs between samples, as the mean of |c - mean c|. rise: how much the loss
     rises if this Linear, and no other, uses the mean c for all samples.

@@ -235,12 +235,12 @@ def gap_html(task: dict[str, Any], setting: str) -> str:
 
 
 def linears_html(explored: dict[str, Any]) -> str:
-    """Return a table of the Linears: what is lost if one of them alone is not routed. Folded."""
+    """Return a table of the Linears: what is lost if only one of them is not routed. Folded."""
     spread, rise = explored["without_one"]["spread"], explored["without_one"]["rise"]
     rows = [["Linear", "spread of c", "change of the loss"]]
-    for name, s, r in zip(explored["linears"], spread, rise, strict=True):
+    for name, difference, change in zip(explored["linears"], spread, rise, strict=True):
         spoken_name = name.replace("blocks.", "").replace(".", " ").replace("_", " ")
-        rows.append([spoken_name, f"{s:.3f}", signed(r, 4)])
+        rows.append([spoken_name, f"{difference:.3f}", signed(change, 4)])
     return (
         "<details><summary>Linear by Linear</summary><p>The spread of c says how much it differs "
         "between the seen samples: it is the mean of |c − mean c|. The change of the loss is over "
@@ -254,14 +254,15 @@ def count_gaps(explored: dict[str, Any], kind: str, low: float, high: float) -> 
     count = 0
     for task in of_kind(explored, kind):
         gaps = [gap(task, setting) for setting in ("mean", "uniform")]
-        count += low <= min(gaps) and max(gaps) <= high
+        if low <= min(gaps) and max(gaps) <= high:
+            count += 1
     return str(count)
 
 
 def shares(explored: dict[str, Any], kind: str) -> str:
     """Return how many answers are right with the router's w: of the shown samples, and of all."""
     shown = [s for s in explored["samples"] if explored["tasks"][s["task"]]["kind"] == kind]
-    right = sum(sample["results"][0][2] for sample in shown)
+    right = len([sample for sample in shown if sample["results"][0][2]])
     count = sum(task["count"] for task in of_kind(explored, kind))
     share = 100 * right / len(shown)
     share_of_all = 100 * sum(task["right"] for task in of_kind(explored, kind)) / count
