@@ -117,13 +117,15 @@ def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) 
 
     names = set(one[0][which]["prompts"]["task"])
     limits = []
+    over = counted(G, "task")
+    if names == {NO_TASK}:
+        over = counted(G, "prompt")
+    elif NO_TASK in names:
+        over = f"{G} tasks and prompts"
     if NO_TASK in names:
-        over = f"{G} prompts" if len(names) == 1 else f"{G} tasks and prompts"
         limits.append("It speaks of prompts like these only.")
-    else:
-        over = f"{G} tasks"
     values, freedom = means, G - 1
-    if G < LEAST_GROUPS:
+    if G < LEAST_GROUPS and G < U:
         over = f"{U} prompts of {over}"
         limits = ["It speaks of these tasks only."]
         values, freedom = within_groups(difference, means)
@@ -132,6 +134,11 @@ def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) 
     else:
         over += f" and {seeds} seeds"
     return Paired(values, freedom, over, " ".join(limits))
+
+
+def counted(count: int, name: str) -> str:
+    """Return "1 task", or "2 tasks"."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def within_groups(prompts: Prompts, means: np.ndarray) -> tuple[np.ndarray, int]:
@@ -153,7 +160,7 @@ def within_groups(prompts: Prompts, means: np.ndarray) -> tuple[np.ndarray, int]
     unbiased = (count / np.maximum(count - 1, 1) * (U - 1) / U) ** 0.5
     deviation = np.where((count == 1)[:, None], of_group, deviation * unbiased[:, None])
     deviation -= deviation.mean(axis=0)
-    return means.mean(axis=0) + deviation, max(U - G, 1)
+    return means.mean(axis=0) + deviation, U - G
 
 
 # -------------------------------------------------------------------------------------- intervals
@@ -392,19 +399,19 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         table([f"{reference} - row", *titles], differences[1:]),
         table(["row, on seen instances", *ROUTER.values()], routers),
     ]
-    seeds = len(first)
-    over = [
-        f"{paired(first, first, which, 'loss').over} ({which})"
-        for which in SETS
-        if which in first[0]
+    over = []
+    for which in SETS:
+        if which in first[0]:
+            over.append(f"{paired(first, first, which, 'loss').over} ({which})")
+    notes = [
+        f"Loss: nats per target token. ROUGE-L and exact match: per cent; {metric}.",
+        "Scores are means within a task, then over tasks; where rows name no task, each different "
+        "prompt counts as one.",
+        f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}.",
     ]
-    parts.append(
-        f"Loss: nats per target token. ROUGE-L and exact match: per cent; {metric}. Scores of seen "
-        "and unseen are means within a task, then over tasks; where rows name no task, each "
-        "different prompt counts as one. "
-        + ("In brackets the sd over seeds. " if seeds > 1 else "")
-        + f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}."
-    )
+    if len(first) > 1:
+        notes.append("In brackets the sd over seeds.")
+    parts.append(" ".join(notes))
     if "c-poly" in rows:
         parts.append(
             "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."

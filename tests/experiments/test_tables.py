@@ -179,6 +179,8 @@ def test_scores_and_differences_have_one_weighting():
         (list("abcdef"), 1, "6 tasks", "It does not cover what another seed would change."),
         (list("aabbc"), 2, "5 prompts of 3 tasks and 2 seeds", "It speaks of these tasks only."),
         ([NO_TASK] * 8, 2, "8 prompts and 2 seeds", "It speaks of prompts like these only."),
+        ([NO_TASK] * 3, 2, "3 prompts and 2 seeds", "It speaks of prompts like these only."),
+        (["a"] * 3, 2, "3 prompts of 1 task and 2 seeds", "It speaks of these tasks only."),
     ],
 )
 def test_an_interval_says_what_it_covers(tasks, seeds, over, limits):

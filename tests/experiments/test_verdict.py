@@ -1,0 +1,204 @@
+"""The comparison on rows of JSONL, from start to verdict.
+
+The numbers of the verdict are computed again from the cells, by code that shares nothing with
+experiments/tables.py.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections import defaultdict
+from statistics import fmean
+
+import pytest
+
+from helpers import links, run, sentences, write_decoder, write_pieces, write_rows
+
+FLAGS = (
+    "--device cpu --methods orchmoe,lora --seeds 2 --jobs 1 --eval-every 2 --batch-size 4".split()
+)
+COMMAND = [*FLAGS, *"--no-tune --steps 4 --max-source-length 128 --out out".split()]
+
+
+def compare(home, *arguments, code=0):
+    return run("experiments/compare.py", *arguments, cwd=home, code=code)
+
+
+def read_cells(home, name, seeds=2):
+    paths = [home / f"out/methods/{name}-s{seed}.json" for seed in range(seeds)]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+# ------------------------------------------------------------------------- the independent numbers
+
+
+def quantile(freedom):
+    """Return the 97.5 % point of Student's t, by Simpson's rule and bisection."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    scale /= math.sqrt(freedom * math.pi)
+
+    def density(u):  # of x = u / (1 - u), so that all x >= 0 are in [0, 1)
+        x = u / (1 - u)
+        return scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2) / (1 - u) ** 2
+
+    def mass(u, parts=2000):
+        step = u / parts
+        weights = [1, *itertools.islice(itertools.cycle([4, 2]), parts - 1), 1]
+        return step / 3 * sum(w * density(i * step) for i, w in enumerate(weights))
+
+    low, high = 0.0, 0.9999
+    for _ in range(50):
+        middle = (low + high) / 2
+        if mass(middle) < 0.475:
+            low = middle
+        else:
+            high = middle
+    return low / (1 - low)
+
+
+def expected_line(first, second, which):
+    """Return "mean [low, high]" of the loss of two rows with two cells each."""
+    seeds = range(2)
+    prompts = [[cell[which]["prompts"] for cell in cells] for cells in (first, second)]
+    tasks = prompts[0][0]["task"]
+    tokens = prompts[0][0]["tokens"]
+    members = defaultdict(list)
+    for u, task in enumerate(tasks):
+        members[u if task == "-" else task].append(u)
+
+    def difference(u, s):
+        return prompts[0][s]["loss"][u] - prompts[1][s]["loss"][u]
+
+    means = {}
+    for group, rows in members.items():
+        total = sum(tokens[u] for u in rows)
+        means[group] = [sum(difference(u, s) for u in rows) / total for s in seeds]
+    by_seed = [fmean(values[s] for values in means.values()) for s in seeds]
+
+    if len(members) >= 6:
+        values = list(means.values())
+        freedom = len(values) - 1
+        of_units = 2 * sum((fmean(row) - fmean(by_seed)) ** 2 for row in values) / freedom
+        rest = 0.0
+        for row in values:
+            for s in seeds:
+                rest += (row[s] - fmean(row) - by_seed[s] + fmean(by_seed)) ** 2
+        rest /= freedom
+        units = len(values)
+    else:  # the variance of each task's ratio, summed over the tasks
+        units, freedom = len(tasks), len(tasks) - len(members)
+        of_mean, of_rest = 0.0, 0.0
+        for group, rows in members.items():
+            total = sum(tokens[u] for u in rows)
+            factor = len(rows) / (len(rows) - 1) / (total * len(members)) ** 2
+            for u in rows:
+                left = [difference(u, s) - tokens[u] * means[group][s] for s in seeds]
+                of_mean += factor * fmean(left) ** 2
+                of_rest += factor * sum((value - fmean(left)) ** 2 for value in left)
+        of_units = 2 * units * of_mean
+        rest = units * of_rest
+    of_seeds = units * sum((value - fmean(by_seed)) ** 2 for value in by_seed)
+
+    variance = max(of_units + of_seeds - rest, of_units, of_seeds)
+    doubled = 2 * of_seeds
+    largest = max(of_units + doubled - rest, of_units, doubled)
+    parts = of_units**2 / freedom + doubled**2 + rest**2 / freedom
+    half = quantile(max(largest**2 / parts, 1)) * math.sqrt(variance / (2 * units))
+    mean = fmean(by_seed)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
+    home = links(tmp_path)
+    out = compare(home, *COMMAND, "--data", "sni/own.jsonl")
+    orchmoe, lora = read_cells(home, "orchmoe"), read_cells(home, "lora")
+    prompts = len(orchmoe[0]["seen"]["prompts"]["task"])
+    assert re.search(rf"rows of data: \d+ train, \d+ dev, {prompts} seen\n", out)
+    assert "plan: 2 seeds of orchmoe, lora\n" in out
+    assert re.search(r"\n4 runs of about \d+ s \(\d\S* s a step\), \d+ s with 1 at a time; if", out)
+    visible = re.search(r"after seed 0: differences in loss from lora can be seen from.*", out)
+    assert f"on seen ({prompts} prompts); how much seeds differ comes on top" in visible.group()
+
+    sizes = [sum(cells[0]["parameters"].values()) for cells in (orchmoe, lora)]
+    assert max(sizes) <= 1.03 * min(sizes)
+    assert re.search(r"\nlora of rank 8 to 9: ", out)  # as many of S R = 8 and 9 as fit the size
+    assert "| copy-demo |" not in out and "| frozen base |" in out  # which reads no task file
+    assert "unseen" not in out
+    assert "exact match with punctuation" in out
+
+    line = re.search(r"- seen: (.*): \*\*(\w+)\*\*\. (.*)", out)
+    assert line.group(1) == expected_line(orchmoe, lora, "seen")
+    low, high = map(float, re.findall(r"[-+][\d.]+", line.group(1))[1:])
+    assert line.group(2) == ("better" if high < 0 else "worse" if low > 0 else "undecided")
+    assert line.group(3).startswith(f"Over {prompts} prompts and 2 seeds. It speaks of prompts")
+    assert out.rstrip().endswith(("Use lora.", "Use orchmoe."))
+    assert (home / "out/results.md").read_text() in out + "\n"
+
+
+TASKS = ("count", "reverse", "name")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """Return a folder with rows of three tasks, rows of another task, and a random decoder."""
+    home = links(tmp_path_factory.mktemp("verdict"))
+    sizes = {"vocab_size": 400, "max_position_embeddings": 2048}
+    write_decoder(home / "llama", write_pieces, sentences(500), std=0.6, **sizes)
+    rows = []
+    for number in range(300):
+        task = TASKS[number % 3]
+        answer = " ".join(["one", "two", "three"][: 1 + number % 2 + number % 3])
+        rows.append({"instruction": f"{task} {number}", "output": answer, "task": task})
+    write_rows(home / "own.jsonl", rows)
+    new = [{"instruction": f"add {i}", "output": f"{i}", "task": "add"} for i in range(12)]
+    write_rows(home / "new.jsonl", new)
+    return home
+
+
+def test_a_comparison_of_rows_with_tasks(decoder):
+    """An interrupted comparison goes on, and other settings are refused."""
+    command = [*COMMAND, "--data", "own.jsonl", "--test", "new.jsonl", "--model", "llama"]
+    out = compare(decoder, *command)
+    cells = [read_cells(decoder, name) for name in ("orchmoe", "lora")]
+    lines = dict(re.findall(r"- (seen|unseen): (.*): \*\*", out))
+    for which in ("seen", "unseen"):
+        assert lines[which] == expected_line(*cells, which)
+    assert "prompts of 3 tasks and 2 seeds. It speaks of these tasks only." in out
+    assert "12 prompts of 1 task and 2 seeds. It speaks of these tasks only." in out
+
+    lost = decoder / "out/methods/lora-s1.json"
+    saved = json.loads(lost.read_text())
+    times = {path: path.stat().st_mtime_ns for path in decoder.glob("out/methods/*.json")}
+    lost.unlink()  # as if it had been stopped before the end
+    again = compare(decoder, *command)
+    assert again.split("\n\n")[1:] == out.split("\n\n")[1:]  # all tables and the verdict
+    changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed == {lost} and json.loads(lost.read_text()) | {"seconds": 0} == saved | {
+        "seconds": 0
+    }
+
+    error = compare(decoder, *command, "--lr-skills", "0.02", code=2)
+    assert "orchmoe-s0.json: made with lr_skills 0.01, not 0.02; name another folder" in error
+    assert error.count("\n") == 1
+
+
+def test_a_method_that_needs_tasks_is_refused_before_anything_trains(tmp_path):
+    home = links(tmp_path)
+    for methods in ("orchmoe,poly", "lora,c-poly"):
+        flags = [*COMMAND, "--methods", methods, "--data", "sni/own.jsonl"]
+        error = compare(home, *flags, code=2)
+        assert "routes by task id; give num_tasks, in JSONL the field `task` of every line" in error
+        assert error.count("\n") == 1
+    assert not (home / "out").exists()
+
+
+def test_one_seed_does_not_speak_of_other_seeds(tmp_path):
+    home = links(tmp_path)
+    flags = [*COMMAND, "--seeds", "1", "--data", "sni/own.jsonl", "--eval-instances", "9"]
+    out = compare(home, *flags)
+    assert "Over 9 prompts. It speaks of prompts like these only. It does not cover what" in out
+    assert "after seed 0" not in out
