@@ -421,19 +421,34 @@ def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
     torch.set_num_threads(threads)
 
 
+_worker_stopped = threading.Event()
+
+
 def _in_worker(run: Callable[..., bool], cell: Cell, device: runtime.Device) -> bool:
     """Make a cell in a worker. A signal outside of training stops it at once.
 
-    A worker starts with SIGTERM blocked, so one that comes early is noticed here.
+    A worker starts with SIGTERM blocked, so one that comes early is noticed here. A worker that was
+    stopped makes no further cells.
     """
+    if _worker_stopped.is_set():
+        return False
+    finished = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        return run(cell, device)
+        finished = run(cell, device)
     except KeyboardInterrupt:
-        return False
+        pass
     finally:
         _block_sigterm()
+    if not finished:
+        _worker_stopped.set()
+    return finished
+
+
+def _stop_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.terminate()  # which sends SIGTERM
 
 
 @contextlib.contextmanager
@@ -442,8 +457,7 @@ def _pass_on_sigterm(stopped: threading.Event) -> Iterator[None]:
 
     def pass_on(_number, _frame):
         stopped.set()
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # which sends SIGTERM
+        _stop_workers()
 
     previous = signal.signal(signal.SIGTERM, pass_on)
     try:
@@ -506,7 +520,10 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
         ):
 
             def run(*arguments):
-                return workers.submit(_in_worker, run_cell, *arguments).result()
+                future = workers.submit(_in_worker, run_cell, *arguments)
+                if stopped.is_set():  # this worker may have started after the signal
+                    _stop_workers()
+                return future.result()
 
             futures = [waiting.submit(finish, queue, run) for queue in queues]
             try:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,51 @@ def test_cell_require_same(tmp_path):
         cell.require_same()
 
 
+def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "steps_done", lambda _: train.TrainConfig().steps)
+    cell = cell_of(tmp_path, "a", scores="dev")
+    cell.folder.mkdir()
+    lines = [json.dumps({"step": step, "dev_loss": loss}) for step, loss in enumerate((3, 1, 2))]
+    (cell.folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert study.train_and_score(cell, CPU, None)["dev_loss"] == 1
+
+
+def test_answers_may_be_as_long_as_the_targets_that_train(tmp_path, monkeypatch):
+    lengths = []
+
+    def predict(_base, _adapters, examples, _tokenizer, *, max_new_tokens, **_):
+        lengths.append(max_new_tokens)
+        return [""] * len(examples)
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    cell = cell_of(tmp_path, "a", row=study.UNTRAINED["frozen base"])
+    few = {"max_tasks": 2, "eval_instances": 2, "max_target_length": 200}
+    assert study.run_cell(cell._replace(settings=study.changed(cell.settings, few)), CPU)
+    assert lengths == [199, 199]
+
+
+def test_settings_of_a_row_and_of_a_point_come_before_tuned_ones(tmp_path):
+    lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
+    lora.best = {"lora": {"alpha": 8.0, "lr_skills": 0.5}, "half": {"lr_skills": 0.25}}
+    rows = {
+        "lora": Row({"method": "lora"}),
+        "half": Row({"method": "lora"}, like="lora"),
+        "fixed": Row({"method": "lora", "lr_skills": 0.125}, like="lora"),
+    }
+    found = {}
+    for cell in lora.cells("x", rows, {"": {}, "point": {"alpha": 2.0}}, [0]):
+        values = cell.settings.as_flags()
+        found[cell.path.stem] = (values["alpha"], values["lr_skills"])
+    assert found == {
+        "lora-s0": (8.0, 0.5),
+        "lora-point-s0": (2.0, 0.5),
+        "half-s0": (8.0, 0.25),
+        "half-point-s0": (2.0, 0.25),
+        "fixed-s0": (8.0, 0.125),
+        "fixed-point-s0": (2.0, 0.125),
+    }
+
+
 def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise train.DivergedError("step 3")
@@ -241,6 +287,19 @@ def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch)
         of_lora.tune({"lora": Row({"method": "lora"})}, 1)
 
 
+def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
+    def search(searches, *_):
+        for each in searches:
+            each.losses = {(0, 0): 2.0, (1, 0): 1.0, (-1, 0): 3.0, (2, 0): 4.0}
+
+    monkeypatch.setattr("experiments.study.run_cells", search)
+    of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
+    program.warn.cache_clear()
+    of_lora.tune({"lora": Row({"method": "lora"})}, 4)
+    [warning] = capsys.readouterr().err.splitlines()
+    assert "lora: the best alpha, 2, is on the edge of what was tried; more --trials" in warning
+
+
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
     cells = [cell_of(tmp_path, name) for name in "ab"]
@@ -273,6 +332,18 @@ def test_controls_of_the_router(small, home, monkeypatch):
         losses.add(*tables.mean_scores([result], "seen", "loss"))
         assert ("dev_loss" in result) == ("learnt" in result) == (name == "default")
     assert len(losses) == 3
+
+
+def test_a_token_router_gets_a_rate_of_its_own_and_w_needs_no_softmax(small, home):
+    out = run(home, *SMALL, "--ablations", "--rows", "router: token,w without softmax")
+    report = read(small / "tuning.json")["router: token"]
+    assert len(report["trials"]) == 3 and set(report["best"]) == {"lr_token_router"}
+    token = read(small / "ablations/router__token-s0.json")
+    assert token["settings"]["lr_token_router"] == report["best"]["lr_token_router"]
+    assert token["dev_loss"] == report["dev_loss"]
+    assert "| w without softmax |" in out
+    router = read(small / "ablations/w_without_softmax-s0.json")["router"]
+    assert "distance_from_start" not in router  # its w are no distributions
 
 
 def test_replaced_w_is_the_mean_of_dev(monkeypatch):
@@ -379,6 +450,31 @@ def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
     parent.join()
     assert parent.exitcode == (130 if kind == signal.SIGTERM else -kind)
     wait_for(lambda: all(cell.path.exists() for cell in cells))
+
+
+def start_slowly(*inputs):
+    """Start a worker as a new process starts: SIGTERM would end it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Path("started").touch()
+    time.sleep(1)
+    study_start(*inputs)
+
+
+study_start = study._start_worker
+
+
+def test_a_signal_while_workers_start_stops_them_in_order(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(study, "run_cell", run_until_signal)
+    monkeypatch.setattr(study, "_start_worker", start_slowly)
+    monkeypatch.chdir(tmp_path)
+    cells = [cell_of(tmp_path, name) for name in "cd"]
+    parent = forked.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
+    parent.start()
+    wait_for(Path("started").exists)
+    os.kill(parent.pid, signal.SIGTERM)
+    parent.join()
+    assert parent.exitcode == 130
+    assert not any(cell.folder.exists() for cell in cells)
 
 
 def wait_for(condition):
