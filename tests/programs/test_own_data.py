@@ -256,6 +256,12 @@ def test_a_prompt_that_was_changed_by_hand_is_refused_by_every_program(changed, 
         assert "its rule does not fit its dataset" in run(*line, cwd=changed, code=2)
 
 
+def test_a_link_to_itself_is_refused_in_one_line(home):
+    (home / "loop.jsonl").symlink_to("loop.jsonl")
+    error = run("train.py", "--data", "loop.jsonl", "--device", "cpu", cwd=home, code=2)
+    assert "loop.jsonl" in error and error.count("\n") == 1
+
+
 def test_without_new_rows_the_seen_ones_are_scored(changed):
     change_config(changed / "t5", "dataset", test="")
     path = changed / "t5/config.json"

@@ -383,6 +383,14 @@ def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
     assert new.name != old.name and not_ours.exists()
 
 
+def test_cached_does_not_warn_if_a_file_of_another_process_goes(cache, capsys):
+    cache.mkdir()
+    (cache / ".other.tokens.7.tmp").symlink_to("gone")  # is listed, and has no stat
+    (cache / "other.tokens").symlink_to("gone")
+    assert cached(["x"], [], lambda: [1]) == cached(["x"], [], None) == [1]
+    assert not capsys.readouterr().err
+
+
 def test_cached_goes_on_with_a_warning_if_it_cannot_write(cache, capsys):
     with mock.patch.object(os, "fsync", side_effect=OSError(28, "disk full")):
         assert cached(["x"], [], lambda: [1]) == [1]

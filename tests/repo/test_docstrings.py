@@ -1,0 +1,68 @@
+"""The examples in the docstrings of the top-level files run."""
+
+import ast
+import re
+import shlex
+from unittest import mock
+
+import pytest
+from test_options import parser_of
+
+import data
+import kernels
+import orchmoe
+import tasks
+import tokenizer
+from helpers import ROOT, random_batch
+
+
+def blocks_of(path):
+    """Return the indented blocks in the docstring of a module, without their indentation."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    blocks = re.findall(r"(?:^    .*\n)+", f"{docstring}\n", re.MULTILINE)
+    return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+BLOCKS = [(path.stem, block) for path in sorted(ROOT.glob("*.py")) for block in blocks_of(path)]
+COMMANDS = [(name, block) for name, block in BLOCKS if block.startswith("python ")]
+CODE = {name: block for name, block in BLOCKS if name in ("data", "kernels", "orchmoe")}
+
+
+def test_every_block_is_a_known_kind():
+    """orchmoe.py begins with equations, and run_folder.py has a list of files."""
+    assert {name for name, _ in COMMANDS} == {"eval", "train"}
+    others = [name for name, block in BLOCKS if (name, block) not in COMMANDS]
+    assert sorted(others) == ["data", "kernels", "orchmoe", "orchmoe", "run_folder"]
+
+
+@pytest.mark.parametrize("program, block", COMMANDS)
+def test_commands_have_flags_that_exist(program, block):
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:2] == ["python", f"{program}.py"]
+        parser_of(program).parse_args(words[2:])  # ValueError for a wrong flag or value
+
+
+def test_example_of_data_gives_a_batch(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = vars(data) | vars(tasks) | {"tokenizer": tokenizer}
+    exec(CODE["data"], names)
+    assert names["batch"].input_ids.shape[0] == 8
+
+
+def test_example_of_orchmoe_trains(small_t5):
+    names = vars(orchmoe) | {"model": small_t5}
+    names["ids"], names["mask"], names["labels"] = random_batch(2, 60, range(1, 13), [5] * 12)
+    embedded = small_t5.embed(names["ids"]).detach()
+    exec(CODE["orchmoe"], names | {"embeddings": [embedded], "masks": [names["mask"]]})
+    for linear in small_t5.skill_adapters.linears.values():
+        assert linear.skill_B.any()
+
+
+def test_example_of_kernels_attaches_the_fast_mix_and_compiles(small_t5):
+    names = {"orchmoe": orchmoe, "kernels": kernels, "model": small_t5}
+    with mock.patch.object(kernels, "compile_blocks") as compile_blocks:
+        exec(CODE["kernels"], names | {"config": orchmoe.OrchMoEConfig()})
+    compile_blocks.assert_called_once_with(small_t5.blocks)
+    for linear in small_t5.skill_adapters.linears.values():
+        assert linear.skill_mix is kernels.mix_skills
