@@ -141,8 +141,8 @@ def _gradients(ctx, dy):
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype to which autocast casts on this device, None if it is off."""
-    available = torch.amp.is_autocast_available(device.type)
-    if available and torch.is_autocast_enabled(device.type):
+    # torch has no autocast for meta. Before 2.12 it cannot trace torch.amp.is_autocast_available.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -215,53 +215,70 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
 
     The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
-    says so; evaluation and generation stay uncompiled. A block that torch cannot compile, and those
-    that have not run compiled yet, run uncompiled from then on, with one warning. Copies of the
-    model are not compiled.
+    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, it and all
+    blocks that have not yet run compiled run uncompiled from then on. One warning says so. Copies
+    of the model are not compiled. Settings of torch change only while a compiled block runs.
     """
-    blocks = list(blocks)
-    # Two sizes that are equal in one batch must not be taken for the same size.
-    torch.fx.experimental._config.use_duck_shape = False
-    # A float, such as the scale, is a constant. As an input it would be computed on the CPU.
-    torch._dynamo.config.specialize_float = True
-    # Compile backward at once, so that `run` meets its errors, too.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    compiled_blocks = CompiledBlocks(backend)
+    for block in blocks:
+        block._compiled_call_impl = partial(compiled_blocks.run, block)  # as nn.Module.compile does
 
-    compiled = torch.compile(
-        lambda block, *inputs, **options: block._call_impl(*inputs, **options),
-        dynamic=True,
-        fullgraph=True,
-        backend=backend,
-    )
 
-    ran = set()  # blocks that ran compiled; with checkpointing backward runs them once more
+class CompiledBlocks:
+    """Runs blocks compiled, until torch cannot compile one. See `compile_blocks`."""
 
-    def stop(failed: nn.Module, reason: str) -> None:
-        if all(block._compiled_call_impl for block in blocks):
-            warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=3)
-        ran.discard(failed)
-        for block in blocks:
-            if block not in ran:
-                block._compiled_call_impl = None
+    def __init__(self, backend: str):
+        self.compiled = torch.compile(
+            lambda block, *inputs, **options: block._call_impl(*inputs, **options),
+            dynamic=True,
+            fullgraph=True,
+            backend=backend,
+        )
+        # Settings of torch for the compiled calls, which keep those of other code as they are.
+        # Two sizes that are equal in one batch must not be taken for the same size.
+        self.different_sizes = torch.fx.experimental._config.patch(use_duck_shape=False)
+        # A float, such as the scale, is a constant. As an input it would be computed on the CPU.
+        self.constant_floats = torch._dynamo.config.patch(specialize_float=True)
+        # Backward is compiled at once, so that `run` meets its errors, too.
+        self.early_backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
 
-    def run(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        self.failed = False
+        # The blocks that ran compiled. They stay so even if another fails: checkpointing runs them
+        # again in the backward pass, and must get the same tensors.
+        self.have_run = set()
+
+    def run(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """Return the output of a block, compiled if that is possible."""
         values = [*inputs, *options.values()]
-        if compiles_well(*values):
-            # Each block of transformers writes to its own part of a cache: a graph for each block.
-            caches = [type(value).__name__ for value in values if "Cache" in type(value).__name__]
+        may_compile = not self.failed or block in self.have_run
+        if not (may_compile and compiles_well(*values)):
+            return block._call_impl(*inputs, **options)
+
+        reason = reason_against(values)
+        if not reason:
             errors = torch._dynamo.exc
             try:
-                if not caches:
-                    output = compiled(block, *inputs, **options)
-                    ran.add(block)
-                    return output
-                stop(block, f"a block got a {caches[0]}; call the model with use_cache=False")
+                with self.different_sizes, self.constant_floats, self.early_backward:
+                    output = self.compiled(block, *inputs, **options)
+                self.have_run.add(block)
+                return output
             except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
-                stop(block, repr(error))
+                reason = repr(error)
+
+        self.have_run.discard(block)
+        if not self.failed:
+            warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=2)
+        self.failed = True
         return block._call_impl(*inputs, **options)
 
-    for block in blocks:
-        block._compiled_call_impl = partial(run, block)  # what nn.Module.compile sets
+
+def reason_against(inputs: list[Any]) -> str:
+    """Return why a block with these inputs should not be compiled, or ""."""
+    for value in inputs:
+        if hasattr(value, "get_seq_length"):  # a cache of transformers
+            # Each block writes to its own part of the cache, so each would need a graph.
+            return f"a block got a {type(value).__name__}; call the model with use_cache=False"
+    return ""
 
 
 def require_compiler(device: torch.device) -> None:

@@ -136,6 +136,32 @@ def test_a_copy_of_a_compiled_model_is_not_compiled():
     assert counters["stats"]["unique_graphs"] == 0
 
 
+def settings_of_torch():
+    """Return the settings that compiled blocks need."""
+    return [
+        torch.fx.experimental._config.use_duck_shape,
+        torch._dynamo.config.specialize_float,
+        torch._functorch.config.force_non_lazy_backward_lowering,
+    ]
+
+
+def test_settings_of_torch_change_only_while_a_compiled_block_runs():
+    """Otherwise other code of the process would be compiled differently."""
+    before = settings_of_torch()
+    inside = []
+
+    def backend(graph, inputs):
+        inside.append(settings_of_torch())
+        return graph
+
+    base = base_in_training()
+    check(base, backend, BATCHES[:2])
+    assert settings_of_torch() == before
+    needed = [False, True, True]
+    assert inside and all(settings == needed for settings in inside)
+    assert before != needed
+
+
 # ------------------------------------------------------------------------ what torch cannot compile
 
 
