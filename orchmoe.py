@@ -594,7 +594,8 @@ def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
 
 def is_recording() -> bool:
     """Return whether torch.export or torch.jit.trace records this call as a program."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not is_exporting(): torch.compile of torch 2.10 takes that for true.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def require_visible_samples(routing_is_recorded: bool) -> None:
