@@ -11,6 +11,7 @@ Test: pytest tests/unit/test_baselines.py tests/programs/test_own_method.py
 """
 
 import hashlib
+import math
 import sys
 import types
 from typing import Any
@@ -113,6 +114,7 @@ class Poly(Method):
     """
 
     rates = Method.rates | {"Z": "allocation"}
+    kind = "Poly"  # also of MHR, which differs only in H
     heads = 1  # H
     private = 0  # how many of the S skills each task has for itself
 
@@ -185,7 +187,6 @@ class MHR(Poly):
     """
 
     heads = 4
-    kind = "Poly"  # its saved runs carry this name
 
 
 class CPoly(Poly):
@@ -202,7 +203,7 @@ class CPoly(Poly):
 
     rates = Poly.rates | {"Z_private": "allocation"}
     private = 1
-    kind = "CPoly with mixed factors"  # earlier versions mixed its outputs
+    kind = "CPoly with mixed factors"
 
     def __init__(
         self,
@@ -284,10 +285,11 @@ def load_method(text: str) -> str:
     module.__file__ = path
     sys.modules[module.__name__] = module  # where torch.compile looks for it
     with program.reading(path, "correct the file"):
-        exec(compile(source, path, "exec"), vars(module))
-        method = getattr(module, name, None)
-        if not (isinstance(method, type) and issubclass(method, Method)):
-            raise ValueError(f"has no class {name} that is an orchmoe.Method")
+        code = compile(source, path, "exec")
+    exec(code, vars(module))  # a bug in the file keeps its traceback
+    method = getattr(module, name, None)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"{path}: has no class {name} that is an orchmoe.Method; correct the file")
     if name in METHODS:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
     method.kind = f"{name} of {digest}"
@@ -296,27 +298,79 @@ def load_method(text: str) -> str:
     return name
 
 
+def fixed_values(*shape: int) -> Tensor:
+    """Return different numbers between -1 and 1, the same in every process."""
+    return torch.arange(math.prod(shape)).sin().view(shape)
+
+
+def fixed_batch(adapters: Adapters) -> dict[str, Tensor]:
+    """Return two samples as arguments of `route`: one of task 0, and one of an unseen task."""
+    A = next(iter(adapters.linears.values())).skill_A
+    batch = {
+        "embeddings": fixed_values(2, 3, embedding_width(adapters.module)).to(A),
+        "mask": torch.ones(2, 3, dtype=torch.bool, device=A.device),
+        "task_ids": torch.tensor([0, -1], device=A.device),
+    }
+    if adapters.noise_shape is not None:
+        batch["noise"] = (fixed_values(2, *adapters.noise_shape) + 1) / 2
+    return batch
+
+
+def weights_of(routing: Routing) -> Tensor | None:
+    """Return c (N,B,S) or, if there is no c, Zhat (N,B,K,S)."""
+    if routing.c is None and routing.Zhat is not None:
+        return routing.Zhat.transpose(0, 1)
+    return routing.c
+
+
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError unless `route` gives two samples weights of the right shape."""
+    """Raise ValueError unless `route` gives two samples weights as it says in `shared`."""
     linear = next(iter(adapters.linears.values()))
     if linear.skill_A.is_meta:  # `route` may look at values
         return
-    noise = torch.full((2, *(adapters.noise_shape or ())), 0.5)
-    embeddings = torch.zeros(2, 3, embedding_width(adapters.module), device=linear.skill_A.device)
-    task_ids = torch.tensor([0, -1], device=embeddings.device)
-    routing = adapters.route(embeddings, embeddings[..., 0] == 0, noise=noise, task_ids=task_ids)
-
-    weights = routing.c  # (N,B,S)
-    if weights is None and routing.Zhat is not None:
-        weights = routing.Zhat.transpose(0, 1)  # (N,B,K,S)
+    route = f"{type(adapters.method).__name__}.route"
+    batch = fixed_batch(adapters)
+    routing = adapters.route(**batch)
+    weights = weights_of(routing)
     shape = () if weights is None else tuple(weights.shape)
     expected = (len(adapters.linears), 1 if routing.shared else 2, len(linear.skill_B))
     if len(shape) < 3 or (*shape[:2], shape[-1]) != expected:
         N, B, S = expected
         raise ValueError(
-            f"{type(adapters.method).__name__}.route: expected c (N,B,S) = ({N},{B},{S}), or Zhat "
-            f"({B},{N},K,{S}), for 2 samples with shared={routing.shared}, got {shape}"
+            f"{route}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "
+            f"with shared={routing.shared}, got {shape}; weights that all samples share have B = 1 "
+            "and need shared=True"
         )
+    if routing.shared:
+        second_sample = {name: values[1:] for name, values in batch.items()}
+        if not torch.equal(weights, weights_of(adapters.route(**second_sample))):
+            raise ValueError(
+                f"{route}: with shared=True all samples must have the same weights, but two "
+                "batches got different ones"
+            )
+
+
+@torch.no_grad()
+def probe(adapters: Adapters) -> list[list[float]]:
+    """Return what the method computes from a fixed batch: two numbers for each adapted Linear.
+
+    They are sums of the c of its skills and of their output, with fixed weights.
+    """
+    if not adapters.linears:
+        return []
+    was_training = adapters.training
+    adapters.eval()
+    sums = []
+    with adapters.routed(**fixed_batch(adapters)):
+        for linear in adapters.linears.values():
+            A = linear.skill_A
+            x = fixed_values(2, 3, linear.in_features).to(A)
+            c = linear.skill_c(x)
+            y = linear.skill_mix(x, A, linear.skill_B, c, linear.skill_scale)
+            for values in (c, y):
+                sums.append((values * fixed_values(*values.shape).to(values)).sum())
+    adapters.train(was_training)
+    return torch.stack(sums).view(-1, 2).tolist()
 
 
 # ------------------------------------------------------------------------------ using the methods

@@ -296,7 +296,18 @@ def save_adapter(path: str | Path, state: dict[str, Tensor], **info: Any) -> Non
 
     info: JSON values. A run gives its method, config, tasks, base and kind, see RunConfig.
     """
-    write_safetensors(path, state, {"adapter": json.dumps(info)})
+    content = adapter_bytes(state, **info)
+    with program.atomic_write(path) as file:
+        file.write(content)
+
+
+def adapter_bytes(state: dict[str, Tensor], **info: Any) -> bytes:
+    """Return the content of the file that `save_adapter` writes."""
+    # Copies, because the format refuses a tensor that has two names.
+    copies = {}
+    for name, tensor in state.items():
+        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(copies, {"adapter": json.dumps(info)})
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:

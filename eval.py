@@ -210,12 +210,12 @@ def router_weights(
 ) -> Tensor | None:
     """Return the router's w (M,K) on the CPU without running the base.
 
-    Return None for a method without a sample router.
+    Return None if the method has no w, or one w for all samples.
     """
-    if adapters.router is None:
-        return None
     weights = {}
     for rows, _, routing in routed_batches(base, adapters, examples, batch_size, "router"):
+        if routing.w is None or routing.shared:
+            return None
         weights.update(zip(rows, routing.w.tolist(), strict=False))
     return torch.tensor(in_order(weights))
 

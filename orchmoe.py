@@ -31,7 +31,7 @@ starts, skills in a Linear, the adapters, and `attach`.
         model.loss(ids, mask, labels).backward()
     optimizer.step()
 
-Python 3.10 and torch 2.10, or later. MIT licence, copyright 2026 the authors of
+Python 3.10 and torch 2.7, or later. MIT licence, copyright 2026 the authors of
 the repository "OrchMoE, a reference implementation", of which this file is a part.
 
 Test: pytest tests/unit/test_orchmoe.py

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
-from baselines import attach_method, load_method, method_class, without_adapters
+from baselines import METHODS, attach_method, load_method, method_class, probe, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
@@ -103,8 +103,8 @@ class RunConfig:
         content = RunFolder(self.folder).adapter_path.read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return the state of the adapter that was best on dev.
+    def adapter_state(self) -> tuple[dict[str, Tensor], Any]:
+        """Return the state of the adapter that was best on dev, and its probe.
 
         Raise UserError if it belongs to another run.
         """
@@ -120,13 +120,38 @@ class RunConfig:
         for name, value in expected.items():
             if info.get(name) != value:
                 raise UserError(f"{path}: its {name} is not the run's; restore the file")
-        return state
+        return state, info.get("probe")
+
+    def load_adapter(self, adapters: Adapters) -> None:
+        """Load the adapter that was best on dev, see `adapter_state` and `load_probed`."""
+        state, probed = self.adapter_state()
+        load_probed(RunFolder(self.folder).adapter_path, adapters, state, probed)
 
 
 def kind_of(adapters: Adapters) -> str:
     """Return the kind of method and the class of its router, which studies replace."""
     method = adapters.method
     return f"{method.kind or type(method).__name__}, {type(adapters.router).__name__}"
+
+
+def load_probed(path: Path, adapters: Adapters, state: dict[str, Tensor], probed: Any) -> None:
+    """Load a state into adapters. `probed` is what baselines.probe returned when it was saved.
+
+    Raise UserError if the state does not fit, or if the adapters now compute something else.
+    """
+    with program.reading(path, REMEDY):
+        adapters.load_state_dict(state)
+        expected = torch.tensor(probed or [])
+    if not probed:  # an older version saved it, or the run has no adapters
+        return
+    found = torch.tensor(probe(adapters))
+    # Devices round differently. What a constructor draws anew differs by far more.
+    tolerance = 0.02 * expected.abs().amax(dim=0)
+    if found.shape != expected.shape or not ((found - expected).abs() <= tolerance).all():
+        raise UserError(
+            f"{path}: the method computes something else than when this was saved; restore the "
+            "file; a constructor must draw with `generator`, and the state must hold what changes"
+        )
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -257,6 +282,7 @@ class RunFolder:
             "start_w": start_w,
             "log_size": self.log_size(),
             "weights": adapters.state_dict(),
+            "probe": probe(adapters),
             "optimizer": optimizer.state_dict(),
         }
         with program.atomic_write(self.progress_path) as file:
@@ -274,11 +300,10 @@ class RunFolder:
             for name, expected in (("step", int), ("best", float), ("log_size", int)):
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
-            if adapters.router is not None:
-                K = len(adapters.router.bias)
-                if state["start_w"].shape != (dev_examples, K):
-                    raise ValueError("start_w does not fit the dev examples")
-            adapters.load_state_dict(state["weights"])
+            start_w = state["start_w"]
+            if start_w is not None and len(start_w) != dev_examples:
+                raise ValueError("start_w does not fit the dev examples")
+            weights = state["weights"]
             # Only the moments are loaded. The learning rates are those of the config.
             moments = state["optimizer"]["state"]
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
@@ -286,10 +311,11 @@ class RunFolder:
                 for name in ("exp_avg", "exp_avg_sq"):
                     if own[name].shape != parameter.shape:
                         raise ValueError("the moments of the optimizer do not fit the weights")
+        load_probed(self.progress_path, adapters, weights, state.get("probe"))
         if self.log_size() < state["log_size"]:
             program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         self.truncate_log(state["log_size"])
-        return state["step"], state["best"], state["start_w"]
+        return state["step"], state["best"], start_w
 
     def save_best(
         self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
@@ -310,10 +336,11 @@ class RunFolder:
                 kind=config.kind,
                 tasks=list(config.tasks),
                 base=config.base,
+                probe=probe(adapters),
             )
 
-    def read_best(self) -> dict[str, Tensor]:
-        """Return the state that `save_best` wrote.
+    def read_best(self) -> tuple[dict[str, Tensor], Any]:
+        """Return the state that `save_best` wrote, and its probe.
 
         Raise UserError if it is missing, or if the adapter belongs to another run.
         """
@@ -322,7 +349,14 @@ class RunFolder:
         full = config.training["method"] == "full"
         path = self.model_path if full else self.adapter_path
         program.require_path(path, "restore it, or start a new run")
-        return checkpoint.mapped(path).state_dict() if full else config.adapter_state()
+        if full:
+            return checkpoint.mapped(path).state_dict(), None
+        return config.adapter_state()
+
+    def load_best(self, adapters: Adapters) -> None:
+        """Load the state that `save_best` wrote, see `load_probed`."""
+        state, probed = self.read_best()
+        load_probed(self.adapter_path, adapters, state, probed)
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Write the scores as the row `name` of scores.json. Return all rows."""
@@ -429,16 +463,26 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
     """Attach the best adapters of the run (lowest dev loss) to its base."""
     method = config.training["method"]
     method_class(method)  # UserError if its file is not loaded
-    state = config.adapter_state()
+    state, probed = config.adapter_state()
     run = RunFolder(config.folder)
     adapter_config = config.section(OrchMoEConfig, "adapter")
     tasks = len(config.tasks)
-    # Try it on the meta device first, so that a damaged config cannot allocate much memory.
-    with program.reading(run.config_path, REMEDY), torch.device("meta"):
-        empty = attach(method, type(base)(base.config), adapter_config, num_tasks=tasks)
-    config.require_same(kind=kind_of(empty))
-    with program.reading(run.adapter_path, REMEDY):
-        empty.load_state_dict(state)
-    adapters = attach(method, base, adapter_config, num_tasks=tasks)
-    adapters.load_state_dict(state)
+    with program.reading(run.config_path, REMEDY):
+        seed = int(config.training["seed"])
+
+    def attach_to(model: Backbone) -> Adapters:
+        generator = runtime.generator(seed, 0)  # as in training: a constructor draws the same again
+        return attach(method, model, adapter_config, num_tasks=tasks, generator=generator)
+
+    # Try it on the meta device first, so that a damaged config cannot allocate much memory. The
+    # constructor of a method from a file may look at values, which are not there.
+    if method in METHODS:
+        with program.reading(run.config_path, REMEDY), torch.device("meta"):
+            empty = attach_to(type(base)(base.config))
+        config.require_same(kind=kind_of(empty))
+        with program.reading(run.adapter_path, REMEDY):
+            empty.load_state_dict(state)
+    adapters = attach_to(base)
+    config.require_same(kind=kind_of(adapters))
+    load_probed(run.adapter_path, adapters, state, probed)
     return adapters

@@ -301,9 +301,7 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
 
 def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
     """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
-    state = read_config(config.start).adapter_state()
-    with program.reading(f"{config.start}/adapter.safetensors"):
-        adapters.load_state_dict(state)
+    read_config(config.start).load_adapter(adapters)
     if config.trainable == "mixture":
         # With W_task = 0 the router ignores the sample: w depends only on the bias.
         sources = data.subsample(examples, 2000)
@@ -389,7 +387,10 @@ def train_step(
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        if parameter.grad is None:  # no row of this process has used it
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
 
     norm = get_total_norm(gradients)
@@ -487,6 +488,10 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),
         )
+    if not full:
+        # Fail now rather than at the first save.
+        with program.reading(f"--method {config.method}", "give it a state of plain tensors"):
+            checkpoint.adapter_bytes(adapters.state_dict())
     compiled = choose_compile(config, base, device.torch_device, launch.shard)
     if compiled == "on":
         base.compile_blocks()
@@ -548,9 +553,6 @@ def train(
             scores = score_held_out(base, adapters, held_out, tokenizer, settings, start_name)
             run.add_scores(start_name, scores)
 
-        # A mixture has the same w for all samples: there is no routing to report.
-        routes_samples = adapters.router is not None and config.trainable != "mixture"
-
         # Optimizer, and the state of an interrupted run.
         optimizer = make_optimizer(adapters, config)
         if is_new:
@@ -565,6 +567,8 @@ def train(
             if best_loss < math.inf:
                 run.read_best()  # fail now rather than after the last step
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
+        # A mixture has the same w for all samples: there is no routing to report.
+        routes_samples = start_w is not None and config.trainable != "mixture"
 
         autocast = torch.autocast(
             device.torch_device.type,
@@ -597,7 +601,8 @@ def train(
                 stopping = runtime.any_rank(stop_requested())  # all processes stop together
                 if not (evaluating or stopping):
                     continue
-                weight_norm = get_total_norm(adapters.state_dict().values())
+                trained = sum(adapters.parameter_groups().values(), [])
+                weight_norm = get_total_norm(trained)
                 require_finite(step, batch, norm_of_the_weights=weight_norm.item())
 
                 # The loss on dev. Keep the weights that are best there.
@@ -632,7 +637,7 @@ def train(
 
         # The weights that were best on dev, scored on seen and unseen tasks.
         if final_scores:
-            adapters.load_state_dict(run.read_best())
+            run.load_best(adapters)
             scores = score_held_out(base, adapters, held_out, tokenizer, settings, config.method)
             rows = run.add_scores(config.method, scores)
             sizes = {"train": len(train_set)}

@@ -12,10 +12,13 @@ import torch
 
 import baselines
 import checkpoint
+import data
 import train
 from baselines import attach_method, load_method
+from eval import measure
 from experiments import explorer
 from helpers import (
+    CPU,
     RESUME,
     ROOT,
     SHORT,
@@ -30,9 +33,10 @@ from helpers import (
     torchrun,
     trace,
 )
-from orchmoe import Method, OrchMoEConfig, TaskRouter, attach
-from run_folder import RunFolder
+from orchmoe import Method, OrchMoEConfig, Routing, TaskRouter, attach
+from run_folder import RunFolder, load, read_config
 from support.program import UserError, read_json
+from tasks import DataConfig
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
 OWN = '''
@@ -168,6 +172,45 @@ def test_two_processes_train_as_one(whole, home):
                 assert row.get(key) == pytest.approx(expected.get(key), abs=1e-4)
 
 
+BY_TASK = '''
+import torch
+from torch import nn
+
+from orchmoe import Method, Routing
+
+
+class ByTask(Method):
+    """A parameter for each task. Each gets a gradient from its own samples only."""
+
+    rates = Method.rates | {"rows": "allocation"}
+
+    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
+        super().__init__()
+        row = torch.ones(len(linears), config.skills)
+        self.rows = nn.ParameterList(row.clone() for _ in range(num_tasks))
+
+    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
+        used = [self.rows[task] for task in task_ids.tolist()]
+        return Routing(c=torch.stack(used, dim=1).softmax(-1))
+'''
+
+
+@pytest.mark.slow
+def test_a_parameter_without_a_gradient_in_one_process_gets_that_of_the_other(home):
+    (home / "own.py").write_text(BY_TASK)
+    # The skills take small steps, because Adam turns rounding of tiny gradients into steps.
+    flags = (*SHORT, "--method", "own.py:ByTask", "--lr-skills", 2e-4)
+    run("train.py", *flags, "--out", "one", cwd=home)
+    torchrun(2, ROOT / "train.py", *flags, "--out", "two", cwd=home)
+    for row, expected in zip(records(home / "two"), records(home / "one"), strict=True):
+        for key in ("loss", "dev_loss"):
+            assert row.get(key) == pytest.approx(expected.get(key), abs=1e-6)
+    state, expected = state_of(home / "two"), state_of(home / "one")
+    for name in [f"rows.{task}" for task in range(4)]:
+        torch.testing.assert_close(state[name], expected[name], atol=1e-3, rtol=0)
+        assert (expected[name] - 1).abs().max() > 1e-2
+
+
 @pytest.mark.slow
 def test_a_comparison_has_a_row_for_it(home):
     flags = (
@@ -186,6 +229,86 @@ def test_a_comparison_has_a_row_for_it(home):
     assert "lr_token_router" in read_json(home / "out/tuning.json")["HydraLoRA"]["best"]
 
 
+GATED = '''
+import torch
+from torch import nn
+
+from orchmoe import Method, Routing, TaskRouter
+
+
+class Gated(Method):
+    """Weights of the skills from a router, as a user may write them."""
+
+    rates = Method.rates | {"router": "router", "table": "allocation", "again": "allocation"}
+
+    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
+        super().__init__()
+        self.router = TaskRouter(width, config, generator)
+        table = torch.randn(config.abstract_tasks, config.skills, generator=generator)
+        self.table = nn.Parameter(table)
+        self.again = self.table
+        self.N = len(linears)
+        self.norm = nn.BatchNorm1d(config.skills, affine=False)
+        self.register_buffer("used", torch.tensor([True, False]))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
+        w = self.router(embeddings, mask)
+        c = self.norm(w @ self.again).softmax(-1)
+        return Routing(c=c.expand(self.N, -1, -1))
+'''
+
+
+def test_a_method_with_a_router_and_unusual_state_is_saved_resumed_and_scored(home):
+    """It returns c and no w. The state has integers, truth values, -inf and a tied parameter."""
+    (home / "own.py").write_text(GATED)
+    flags = (*SHORT, "--method", "own.py:Gated", "--out")
+    run("train.py", *flags, "whole", cwd=home)
+    with interrupted(train, "train_step", 6, KeyboardInterrupt):
+        run("train.py", *flags, "own", cwd=home, code=130)
+    run(*RESUME, "own", "--method", "own.py:Gated", cwd=home)
+    assert trace(home / "own") == trace(home / "whole")
+    assert not any("router" in row for row in records(home / "own"))  # no w was returned
+    state = state_of(home / "own")
+    check_equal(state, state_of(home / "whole"))
+    assert state["norm.num_batches_tracked"] > 0 and torch.equal(state["table"], state["again"])
+    assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
+    evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
+    assert "4 instances" in run(*evaluate, "--method", "own.py:Gated", cwd=home)
+
+
+# --------------------------------------------------------------------- what a constructor may draw
+
+DRAWS = OWN.replace(
+    "        self.router",
+    "        self.drawn = 3 * torch.randn(config.skills, generator=generator)\n        self.router",
+).replace("self.table[:, task_ids]", "self.table[:, task_ids] + self.drawn")
+
+
+def test_what_the_constructor_draws_with_generator_is_the_same_when_loaded(home):
+    (home / "own.py").write_text(DRAWS)
+    run("train.py", *SHORT, "--method", "own.py:ByTask", "--out", "own", cwd=home)
+    losses = [row["dev_loss"] for row in records(home / "own") if "dev_loss" in row]
+    base, adapters, tokenizer = load(CPU, run=home / "own")
+    config = read_config(home / "own").section(DataConfig, "dataset")
+    dev = data.subsample(data.load_sets(config, tokenizer, ["dev"])["dev"], 8)
+    assert measure(base, adapters, dev, batch_size=16)[0] == min(losses)
+
+
+def test_what_the_constructor_draws_without_generator_is_refused_when_loaded(home):
+    (home / "own.py").write_text(DRAWS.replace(", generator=generator", ""))
+    method = ("--method", "own.py:ByTask")
+    run("train.py", *SHORT, *method, "--out", "own", cwd=home)
+    for words in (
+        (*RESUME, "own"),
+        ("eval.py", "--run", "own", "--device", "cpu"),
+        ("eval.py", "--run", "own", "--device", "cpu", "--ask", "What?", "--input", "a"),
+        ("experiments/explorer.py", "--run", "own"),
+    ):
+        said = run(*words, *method, cwd=home, code=2)
+        assert "the method computes something else than when this was saved; rest" in said
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 WITHOUT_RATE = OWN.replace('    rates = Method.rates | {"table": "allocation"}\n', "")
@@ -193,7 +316,6 @@ WRONG_RATE = OWN.replace('"allocation"', '"lr_table"')
 BAD_FILES = {
     "a file that does not exist": (None, "own.py: does not exist; give --method FILE.py:Class"),
     "no Python": ("def", "own.py: SyntaxError: .*; correct the file"),
-    "an error on import": ("import nothing_of_this_name", "own.py: ModuleNotFoundError: "),
     "no such class": ("", "own.py: has no class ByTask that is an orchmoe.Method"),
     "another class": ("class ByTask: pass", "own.py: has no class ByTask that is"),
     "no rate": (
@@ -212,6 +334,22 @@ BAD_FILES = {
         OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1), shared=True"),
         r"ByTask.route: expected .* = \(20,1,4\), .* with shared=True, got \(20, 2, 4\)",
     ),
+    "one row that is not called shared": (
+        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1)[:, :1]"),
+        r"ByTask.route: .* got \(20, 1, 4\); weights that all samples share .* need shared=True",
+    ),
+    "one row of the first sample": (
+        OWN.replace("c=logits.softmax(-1)", "c=noise[:1].transpose(0, 1), shared=True"),
+        "ByTask.route: with shared=True all samples must have the same weights, but two batches",
+    ),
+    "too few skills": (
+        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1)[..., 1:]"),
+        r"ByTask.route: expected c \(N,B,S\) = \(20,2,4\), .*, got \(20, 2, 3\)",
+    ),
+    "a state that no file can hold": (
+        OWN + "\n    def get_extra_state(self):\n        return self\n",
+        "--method ByTask: AttributeError: .*; give it a state of plain tensors",
+    ),
     "nothing": (
         OWN.replace("c=logits.softmax(-1)", ""),
         r"ByTask.route: expected .* = \(20,2,4\), .*, got \(\)",
@@ -229,6 +367,14 @@ def test_a_file_that_is_no_method_is_refused_in_one_line(source, message, home):
     said = run("train.py", *flags, cwd=home, code=2)
     assert re.match(f"train.py: error: {message}", said) and said.count("\n") == 1, said
     assert not (home / "run").exists()
+
+
+def test_a_bug_in_the_file_keeps_its_traceback(home):
+    path = home / "own.py"
+    path.write_text("import torch\n\nnothing_of_this_name.call()\n")
+    with pytest.raises(NameError) as error:
+        load_method(f"{path}:ByTask")
+    assert (str(error.traceback[-1].path), error.traceback[-1].lineno) == (str(path), 2)  # from 0
 
 
 def test_the_name_of_a_built_in_method_is_refused(home):
@@ -283,6 +429,9 @@ class RouterAlone(Method):
     def __init__(self, linears, skills, config, *, width, **options):
         super().__init__()
         self.router = TaskRouter(width, config)
+
+    def route(self, *inputs, **options):
+        return Routing(c=torch.ones(1, 1, 4), shared=True)
 
 
 def test_progress_with_the_start_of_a_router_loads(tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import train
 from baselines import attach_method
-from helpers import records, seeded_generator
+from helpers import change_config, records, seeded_generator
 from orchmoe import OrchMoEConfig
 from run_folder import RunConfig, RunFolder, new_folder, read_config
 from support import program
@@ -281,3 +281,9 @@ def test_a_run_that_another_process_has_begun_is_not_begun_again(config, trained
     assert not folder.is_new("lora")
     with pytest.raises(UserError, match="another process wrote it meanwhile"):
         folder.bind(config, is_new=True)
+
+
+def test_an_adapter_of_other_settings_is_refused(copied):
+    change_config(copied, "adapter", mixing="factors")
+    with pytest.raises(UserError, match="its config is not the run's"):
+        read_config(copied).adapter_state()
