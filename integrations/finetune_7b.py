@@ -56,11 +56,11 @@ REMEDY = "give the --model, --data and --out of the training, or train again int
 
 class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
     rates = {"router": 2e-4, "token_router": 1e-2, "allocation": 1e-2}  # the skills: learning_rate
-    rows = ""  # their digest
+    rows_digest = ""
     max_new_tokens = 0  # of an answer
 
     def bound_to(self):
-        more = {"rows": self.rows, "max_new_tokens": self.max_new_tokens}
+        more = {"rows": self.rows_digest, "max_new_tokens": self.max_new_tokens}
         return super().bound_to() | more
 
 
@@ -207,7 +207,7 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
             "and lose the end of their completion; shorten them, or raise max_length"
         )
     trainer.max_new_tokens = max(127, longest)
-    trainer.rows = digest(rows)
+    trainer.rows_digest = digest(rows)
 
     if checkpoint:
         read_saved(checkpoint / ADAPTER_FILE, **trainer.bound_to())

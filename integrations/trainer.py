@@ -82,30 +82,20 @@ def base_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of a model's frozen base.
 
     A quantised base has that of the files that it was loaded from, because each device may pack
-    weights in its own way. If the files are not found, the packed bytes count.
+    weights in its own way. If the files are not found, its weights count as they are in memory.
     """
     weights = []
     is_quantised = False
     for name, tensor in model.state_dict().items():
         if "skill_" in name or not isinstance(tensor, Tensor):
             continue
-        parts = plain_parts(tensor)
-        weights += parts
-        is_quantised = is_quantised or len(parts) > 1 or not tensor.is_floating_point()
+        is_of_torchao = hasattr(tensor, "__tensor_flatten__")
+        if is_of_torchao or not tensor.is_floating_point():
+            is_quantised = True
+        weights.append(tensor.dequantize() if is_of_torchao else tensor)
     if is_quantised:
         weights = list(tensors_in_files(model)) or weights
     return fingerprint(weights)
-
-
-def plain_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors that a quantised one of torchao consists of; any other is its own part."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    parts = []
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        parts += plain_parts(getattr(tensor, name))
-    return parts
 
 
 def tensors_in_files(model: nn.Module) -> Iterator[Tensor]:
@@ -127,15 +117,17 @@ def tensors_in_files(model: nn.Module) -> Iterator[Tensor]:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):  # not in the cache, or no name of the Hub
             return
-    files = ["model.safetensors"]
+    paths = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in files:
-        if (folder / file).exists():
-            with safe_open(folder / file, framework="pt") as opened:
-                for key in opened.keys():
-                    yield opened.get_tensor(key)
+    if index.exists() and not paths[0].exists():
+        shards = json.loads(index.read_text())["weight_map"].values()
+        paths = [folder / shard for shard in sorted(set(shards))]
+    if not all(path.exists() for path in paths):
+        return
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                yield file.get_tensor(key)
 
 
 def read_adapter(path: str | Path) -> dict[str, Any]:
@@ -165,9 +157,8 @@ def require_same(saved: dict[str, Any], found: dict[str, Any]) -> None:
     for name, value in found.items():
         if saved.get(name) != value:
             remedy = REMEDIES.get(name, "give the same as in training")
-            raise ValueError(
-                f"its {name} is {saved.get(name)!s:.400}, not {value!s:.400}; {remedy}"
-            )
+            before = saved.get(name)
+            raise ValueError(f"{name} changed, from {before!s:.400} to {value!s:.400}; {remedy}")
 
 
 class RoutedTraining:

@@ -6,6 +6,7 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,6 @@ from integrations.trainer import base_fingerprint, fingerprint
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 from support import runtime
 from tasks import DataConfig
-from tokenizer import load as load_tokenizer
 
 K = EXPORT_CONFIG.abstract_tasks
 EXPORT = "integrations/export.py"
@@ -140,8 +140,9 @@ def test_program_takes_given_weights(finished, tmp_path):
 )
 def test_prompts_end_in_an_empty_line_only_if_all_rows_have_instructions(forms, ending, finished):
     config = run_folder.read_config(finished / "run")
-    config = replace(config, rule={"forms": forms})
-    assert export.prompt_rule(config, load_tokenizer(ROOT / "tiny"))["ending"] == ending
+    config = replace(config, dataset={"data": "own.jsonl"}, rule={"forms": forms})
+    decoder = SimpleNamespace(one_row=True, fingerprint="")
+    assert export.prompt_rule(config, decoder)["ending"] == ending
 
 
 DEFAULTS = vars(OrchMoEConfig())
@@ -185,7 +186,7 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
         ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
         ({}, {"method": None}, "it has no 'method'.*; train it again"),
         ({}, {"base": None}, "it has no 'base'.*; train it again"),
-        ({}, {"method": "LoRA"}, "its method is LoRA, not OrchMoE"),
+        ({}, {"method": "LoRA"}, "method changed, from LoRA to OrchMoE; attach"),
         ({}, {"base": "0" * 16}, "it was trained on other weights; base must be the base"),
         ({}, {"state": {"Z": 1}}, "AttributeError"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
