@@ -5,13 +5,17 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from functools import partial
+from itertools import islice
 from urllib.request import urlopen
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
+import data
 from baselines import attach_method
 from experiments.sizes import attach_larger
 from helpers import (
@@ -19,11 +23,16 @@ from helpers import (
     ROOT,
     hf_llama,
     load_adapted,
+    records,
+    rows_of,
+    run,
     seeded_generator,
 )
 from integrations.export import save_router
-from integrations.peft_folder import load_peft, save_peft, set_skills
+from integrations.peft_folder import linears_by_hf_name, load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig
+from support import runtime
+from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
 peft = pytest.importorskip("peft")
@@ -71,6 +80,95 @@ def test_output_and_gradients_equal_peft(method, heads):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs, arrange in parameters:
         torch.testing.assert_close(ours.grad, arrange(theirs.grad), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- a run with peft
+
+
+def arguments_of(batch, has_encoder):
+    """Return the arguments of transformers' forward for a batch of ours."""
+    if has_encoder:
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "labels": batch.labels,
+        }
+    ids = []
+    labels = []
+    for source, target in rows_of((batch.input_ids, batch.attention_mask, batch.labels)):
+        row = torch.cat((source, target), dim=1)[0]
+        ids.append(row)
+        labels.append(row.clone())
+        labels[-1][: source.shape[1]] = -100
+    pad = partial(pad_sequence, batch_first=True)
+    mask = pad([torch.ones_like(row) for row in ids])
+    return {
+        "input_ids": pad(ids),
+        "attention_mask": mask,
+        "labels": pad(labels, padding_value=-100),
+    }
+
+
+def losses_with_peft(folder, steps, warmup, batch_size, lora_alpha, **data_options):
+    """Yield the loss of each step of a run with transformers, peft and AdamW of torch.
+
+    Data, their order and the start of A are those of `train.py`. The model is in eval mode, since
+    T5 has dropout in training.
+    """
+    examples = data.load_sets(DataConfig(**data_options), load_tokenizer(folder), ["train"])[
+        "train"
+    ]
+    ours = attach_method(
+        "lora", checkpoint.load(folder), OrchMoEConfig(), generator=runtime.generator(0, 0)
+    )
+    starts = linears_by_hf_name(ours)
+    targets = sorted({name.rpartition(".")[2] for name in starts})
+    settings = peft.LoraConfig(r=8, lora_alpha=lora_alpha, target_modules=targets)
+    model = peft.get_peft_model(hf_model(folder), settings).eval()
+    for name, linear in starts.items():
+        twin = model.base_model.model.get_submodule(name)
+        twin.lora_A["default"].weight.data.copy_(linear.skill_A[0])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(parameters) == 2 * len(starts)
+
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    batches = data.Batches(examples.source_lengths, batch_size, seed=0)
+    for step in range(steps):
+        rows = [examples[row] for row in batches.at(step)]
+        batch = data.collate(rows, seed=0, step=step)
+        loss = model(**arguments_of(batch, model.config.is_encoder_decoder)).loss
+        yield loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        factor = min((step + 1) / warmup, (steps - step) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * factor
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, steps, batch_size, length", [("tiny", 100, 16, 1024), ("smollm2", 8, 2, 256)]
+)
+def test_the_lora_of_the_comparisons_is_that_of_peft(
+    name, steps, batch_size, length, request, home
+):
+    folder = ROOT / "tiny" if name == "tiny" else request.getfixturevalue("smollm2_dir")
+    warmup = steps // 4
+    numbers = {"steps": steps, "batch-size": batch_size, "warmup": warmup, "eval-every": steps}
+    numbers |= {"max-source-length": length, "eval-instances": 4}
+    flags = [f"--{flag}={value}" for flag, value in numbers.items()]
+    flags += ["--method=lora", "--device=cpu", "--dtype=float32", f"--model={folder}", "--out=run"]
+    run("train.py", *flags, cwd=home)
+    found = [record["loss"] for record in records(home / "run") if "loss" in record]
+
+    expected, other = (
+        losses_with_peft(folder, steps, warmup, batch_size, alpha, max_source_length=length)
+        for alpha in (2, 4)
+    )
+    assert found == pytest.approx(list(expected), rel=0, abs=2e-5)
+    assert found[:8] != pytest.approx(list(islice(other, 8)), rel=0, abs=1e-3), "another alpha"
 
 
 # --------------------------------------------------------------------------------- folders for peft
