@@ -1,11 +1,13 @@
 """Tokenizers of Hugging Face model folders: ids and texts are those of transformers.
 
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
-the package `tokenizers`.
-Some things differ: a special token that is spelled out in a text, such as "</s>", is encoded as
-ordinary text, decoded texts have no outer white space, and `encode` always adds EOS. A text that
-starts with a space gets the ids of SentencePiece here; transformers 5 gives it others with some
-files tokenizer.json of Llama 2.
+the package `tokenizers`. Four things differ from transformers:
+
+- A special token that a text spells out, such as "</s>", is encoded as ordinary text.
+- Decoded texts have no outer white space.
+- `encode` always adds EOS.
+- A text that starts with a space gets the ids of SentencePiece. transformers 5 gives it other ids
+  for some of Llama 2's tokenizer.json files.
 
 Test: pytest tests/unit/test_tokenizer.py
 """
@@ -26,7 +28,7 @@ REMEDY = "download it again"
 # Hugging Face's clean_up_tokenization_spaces removes the space before these, in this order.
 CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
-# What makes a tokenizer.json add a space before every text, and what replaces it.
+# A tokenizer.json may add a space before every text. These replacements in the file prevent it.
 ADDED_SPACE = (
     (r'"prepend_scheme":"\w+"', '"prepend_scheme":"never"'),
     (r'"add_prefix_space":true', '"add_prefix_space":false'),
@@ -35,11 +37,14 @@ ADDED_SPACE = (
 
 
 class Tokenizer:
-    """The common part of all tokenizers.
+    """What all tokenizers have in common.
 
-    A subclass defines _setup(content of its file), _decode(ids) -> text, and _encode(texts) -> the
-    ids of each text, without BOS and EOS. The option `inside` of _encode says that a text stands
-    inside a row, where no space is added before it.
+    A subclass defines three methods:
+
+    _setup(content): read the content of its file, and set the attributes below.
+    _encode(texts, inside=False): return the ids of each text, without BOS and EOS. `inside` says
+        that the texts stand inside a row, where no space is added before them.
+    _decode(ids): return the text of ids that exist.
 
     In a decoder-only model, prompt and answer stand in one row. If `spaced`, as in SNI's form,
     there is one space between them: a word of the vocabulary includes the space before it, so a
@@ -52,7 +57,7 @@ class Tokenizer:
     bos_ids: tuple[int, ...] = ()  # at the start of a source
     one_row = False  # a decoder-only model has prompt and answer in one row
     unknown_id: int | None = None  # T5: it stands for characters that have no piece
-    target_prefix = ""  # put before a spaced target: the space that `source` removes
+    target_prefix = ""  # put before a spaced target: the space that `sources` removes
     fingerprint: str  # 64 hex digits of the file and the options that the ids depend on
     version: str  # of the package that makes the ids
 
@@ -66,35 +71,29 @@ class Tokenizer:
         options = f"{self.bos_ids}{self.eos_ids}{self.target_prefix}"
         self.fingerprint = hashlib.sha256(content + options.encode()).hexdigest()
 
+    def _encode_all(self, texts, inside=False):
+        """Yield the ids of each text. Many texts are tokenised at once, on all cores."""
+        for start in range(0, len(texts), 10_000):
+            yield from self._encode(texts[start : start + 10_000], inside)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, from BOS (if there is one) to EOS."""
-        return [*self.bos_ids, *self._encode([text])[0], *self.eos_ids]
-
-    def source(self, text: str) -> list[int]:
-        """Return the ids of a prompt in SNI's form."""
-        return next(self.sources([text]))
+        [ids] = self._encode([text])
+        return [*self.bos_ids, *ids, *self.eos_ids]
 
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
-        """Yield the ids of each prompt. Many are tokenised at once, on all cores."""
+        """Yield the ids of each prompt."""
         if spaced:
             texts = [text.removesuffix(" ") for text in texts]
         for ids in self._encode_all(texts):
             yield [*self.bos_ids, *ids]
 
-    def target(self, text: str) -> list[int]:
-        """Return the ids of an answer in SNI's form, with EOS at the end."""
-        return next(self.targets([text]))
-
     def targets(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
-        """Yield the ids of each answer, like `sources`."""
+        """Yield the ids of each answer, with EOS at the end."""
         if spaced:
             texts = [self.target_prefix + text for text in texts]
         for ids in self._encode_all(texts, inside=not spaced):
             yield [*ids, *self.eos_ids]
-
-    def _encode_all(self, texts, *, inside=False):
-        for start in range(0, len(texts), 10_000):
-            yield from self._encode(texts[start : start + 10_000], inside=inside)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without special tokens and outer white space.
@@ -112,7 +111,7 @@ class Tokenizer:
 
 
 class T5Tokenizer(Tokenizer):
-    """T5's SentencePiece model, and 100 sentinels behind its pieces: <extra_id_0> is the last."""
+    """T5's SentencePiece model. 100 sentinels follow its pieces; the last is <extra_id_0>."""
 
     version = sentencepiece.__version__
     eos_ids = (1,)
@@ -127,11 +126,11 @@ class T5Tokenizer(Tokenizer):
         self.unknown_id = self.sp.unk_id()
         self.size = self.num_pieces + 100
 
-    def _encode(self, texts, *, inside=False):
-        return self.sp.encode(texts)
-
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         return self.targets(texts)  # the encoder reads an EOS, too
+
+    def _encode(self, texts, inside=False):
+        return self.sp.encode(texts)
 
     def _decode(self, ids):
         # Leave out sentinels and <unk>. Control pieces have no text anyway.
@@ -150,52 +149,56 @@ class JsonTokenizer(Tokenizer):
     def _setup(self, content):
         with reading(self.path, "pip install tokenizers"):
             import tokenizers  # optional: T5 does not need it
-
-        eos = None
-        settings = self.path.with_name("tokenizer_config.json")
-        if settings.is_file():
-            self._files[settings.name] = settings.read_bytes()
-            eos = read_json(settings).get("eos_token")
-        if isinstance(eos, dict):  # an AddedToken of transformers
-            eos = eos.get("content")
+        self.version = tokenizers.__version__
+        eos = self._read_eos()
 
         with reading(self.path, REMEDY):
-            inner = tokenizers.Tokenizer.from_buffer(content)
-            inner.no_truncation()  # the file may ask for truncation and padding
-            inner.no_padding()
-            inner.encode_special_tokens = True  # a special token that a text spells out is text
-            self._tokenizer = inner
-            self.version = tokenizers.__version__
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer.no_truncation()  # the file may ask for truncation and padding
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True  # one that a text spells out is text
 
-            eos_id = inner.token_to_id(eos) if isinstance(eos, str) else None
+            eos_id = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
             if eos_id is None:
                 raise ValueError("lacks the eos_token that tokenizer_config.json names")
             self.eos_ids = (eos_id,)
 
-            # What the template in the file adds in front is BOS, and behind it would be EOS. The
-            # setting add_bos_token has no effect, as in transformers 5.
-            plain = inner.encode("a", add_special_tokens=False)
-            full = inner.encode("a")
+            # What the template of the file adds before a text is BOS. The setting add_bos_token has
+            # no effect, as in transformers 5.
+            plain = self._tokenizer.encode("a", add_special_tokens=False)
+            full = self._tokenizer.encode("a")
             start = len(full.ids) - len(plain.ids)
             if full.ids[start:] != plain.ids:
                 raise ValueError("ends prompts with EOS as T5 does, but there is no spiece.model")
             self.bos_ids = tuple(full.ids[:start])
 
-            # Some tokenizers put a space before every text by themselves.
-            if not "".join(plain.tokens).startswith(("▁", "Ġ")):
+            self._tokenizer.add_special_tokens([eos])  # so that EOS is never decoded as text
+            self.size = 1 + max(self._tokenizer.get_vocab().values())
+
+            # Some tokenizers put a space before every text. `_inside` is the same without it.
+            adds_space = "".join(plain.tokens).startswith(("▁", "Ġ"))
+            if adds_space:
+                without = self._tokenizer.to_str()
+                for pattern, replacement in ADDED_SPACE:
+                    without = re.sub(pattern, replacement, without)
+                self._inside = tokenizers.Tokenizer.from_str(without)
+                self._inside.encode_special_tokens = True
+            else:
+                self._inside = self._tokenizer
                 self.target_prefix = " "
 
-            inner.add_special_tokens([eos])  # so that EOS is never decoded as text
-            self._inside = inner
-            if not self.target_prefix:  # make one that adds no space
-                content = inner.to_str()
-                for pattern, replacement in ADDED_SPACE:
-                    content = re.sub(pattern, replacement, content)
-                self._inside = tokenizers.Tokenizer.from_str(content)
-                self._inside.encode_special_tokens = True
-            self.size = 1 + max(inner.get_vocab().values())
+    def _read_eos(self):
+        """Return the EOS token that tokenizer_config.json names, None without this file."""
+        path = self.path.with_name("tokenizer_config.json")
+        if not path.is_file():
+            return None
+        self._files[path.name] = path.read_bytes()
+        eos = read_json(path).get("eos_token")
+        if isinstance(eos, dict):  # an AddedToken of transformers
+            eos = eos.get("content")
+        return eos
 
-    def _encode(self, texts, *, inside=False):
+    def _encode(self, texts, inside=False):
         with reading(self.path, REMEDY):  # some damage shows only when a text is encoded
             tokenizer = self._inside if inside else self._tokenizer
             rows = tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -314,6 +314,16 @@ def write_words(folder, corpus, *, post=None, **settings):
     return folder
 
 
+def source_of(tokenizer, text):
+    """Return the ids of a prompt in SNI's form."""
+    return next(tokenizer.sources([text]))
+
+
+def target_of(tokenizer, text):
+    """Return the ids of an answer in SNI's form."""
+    return next(tokenizer.targets([text]))
+
+
 def train_pieces(prefix, lines, **options):
     """Train a SentencePiece model on the lines and write it as PREFIX.model."""
     prefix.parent.mkdir(exist_ok=True)

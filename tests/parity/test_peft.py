@@ -27,6 +27,7 @@ from helpers import (
     rows_of,
     run,
     seeded_generator,
+    source_of,
 )
 from integrations.export import save_router
 from integrations.peft_folder import linears_by_hf_name, load_peft, save_peft, set_skills
@@ -329,7 +330,9 @@ def test_llama_server_answers_as_routed(smollm2_dir, llama_cpp_dir, tmp_path):
         save_peft(adapters, torch.eye(K)[k], tmp_path / name, "base")
         words += ["--lora", convert("lora", tmp_path / name, "--base", smollm2_dir)]
     tokenizer = load_tokenizer(smollm2_dir)
-    ids = torch.tensor(tokenizer.source("Definition: Name an animal. Input: June, wolf. Output:"))
+    ids = torch.tensor(
+        source_of(tokenizer, "Definition: Name an animal. Input: June, wolf. Output:")
+    )
     w = serve.Router(tmp_path, smollm2_dir)(ids)
     with subprocess.Popen(words) as server:
         try:

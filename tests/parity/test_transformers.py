@@ -23,6 +23,7 @@ from helpers import (
     random_t5,
     rows_of,
     sentences,
+    source_of,
     t5_batch,
     teacher_forced,
     weights_of,
@@ -193,7 +194,7 @@ def test_smollm2_answers_real_prompts_as_in_transformers(count, smollm2_dir, sni
     for name in read_splits(sni_dir)["test"][:count]:
         task = read_task(sni_dir / "tasks" / f"{name}.json")
         prompt = render_prompt(task, task["instances"][0], words, max_source_length=400)
-        sources.append(torch.tensor(words.source(prompt)))
+        sources.append(torch.tensor(source_of(words, prompt)))
         assert sources[-1].tolist() == theirs(prompt.removesuffix(" "))["input_ids"]
     for start in range(0, count, 5):
         part = sources[start : start + 5]
@@ -250,7 +251,7 @@ def test_ids_and_texts_are_those_of_transformers(tmp_path, corpus, kind):
     for text in TOKENIZER_TEXTS:
         expected = theirs(text)["input_ids"]
         assert own.encode(text) == [*expected, *own.eos_ids]
-        assert own.source(text + " ") == expected
+        assert source_of(own, text + " ") == expected
     rows = [list(range(i, i + 9)) for i in range(0, own.size - 9, 9)]
     rows += [theirs(text)["input_ids"] for text in TOKENIZER_TEXTS]
     decoded = theirs.batch_decode(rows, skip_special_tokens=True)

@@ -91,7 +91,7 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
     assert "give --test OTHER.jsonl, or --split seen" in run(*other.split(), cwd=home, code=2)
 
     text = "Now complete the following example -\nInput: Go.\nOutput: "
-    expected = load_tokenizer(ROOT / "tiny").source(text)
+    expected = load_tokenizer(ROOT / "tiny").encode(text)
     assert ids_of_question("Go.", "--wrapper", cwd=home) == expected
 
 

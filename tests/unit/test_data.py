@@ -65,18 +65,18 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words
     assert len(everything) == 300
 
     plain = {tuple(example.source_ids) for example in everything}
-    assert tuple(tiny_words.source("Say 1.")) in plain
+    assert tuple(tiny_words.encode("Say 1.")) in plain
     (example,) = [example for example in everything if example.id == "7"]  # its line
-    assert example.source_ids.tolist() == tiny_words.source("Sort.\n\nb 2")
+    assert example.source_ids.tolist() == tiny_words.encode("Sort.\n\nb 2")
     assert example.references == ["a", "c"]
-    assert [ids.tolist() for ids in example.target_ids] == [tiny_words.target(t) for t in "ac"]
+    assert [ids.tolist() for ids in example.target_ids] == [tiny_words.encode(t) for t in "ac"]
 
     wrapped = load_sets(
         replace(config, wrapper=True, definition=False), tiny_words, ["train", "dev", "seen"]
     )
     sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
     text = "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: "
-    assert tuple(tiny_words.source(text)) in sources
+    assert tuple(tiny_words.encode(text)) in sources
 
 
 def test_training_rows_are_limited_only_if_asked(tmp_path, tiny_words):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import tokenizer
-from helpers import PROMPT, ROOT, write_pieces, write_words
+from helpers import PROMPT, ROOT, source_of, target_of, write_pieces, write_words
 
 
 def write_words_with_bos(folder, corpus):
@@ -51,13 +51,13 @@ def load_changed(folder):
 
 
 def test_space_before_an_answer_is_there_once(words):
-    source = words.source(PROMPT)
-    target = words.target("12 345")
-    assert source == words.source(PROMPT.rstrip())
+    source = source_of(words, PROMPT)
+    target = target_of(words, "12 345")
+    assert source == source_of(words, PROMPT.rstrip())
     assert words.decode(source + target) == PROMPT + "12 345"
     # The model meets the very ids of the whole text, as it did when it was trained.
     assert source + target == words.encode(PROMPT + "12 345")
-    assert words.source("a  ") == words.encode("a ")[:-1]  # one space alone is the answer's
+    assert source_of(words, "a  ") == words.encode("a ")[:-1]  # one space alone is the answer's
 
 
 def write_old_pieces(folder, corpus):
@@ -110,7 +110,7 @@ def test_special_tokens_in_a_text_are_text(words, t5_words):
 
 
 def test_decode_drops_unknown_ids_and_outer_space(words):
-    ids = words.target("\n Hello \n")
+    ids = target_of(words, "\n Hello \n")
     assert words.decode([-1, *ids, words.size, 10**9]) == "Hello"
 
 
@@ -125,9 +125,9 @@ def test_eos_is_never_decoded_as_text(load_changed, is_added):
             values["added_tokens"] = []
 
     words = load_changed(change)
-    assert words.decode([*words.target("Hello"), 1]) == "Hello"
-    assert words.decode(words.source("a </s>")) == "a </s>"
-    assert 1 not in words.source("a </s>")
+    assert words.decode([*target_of(words, "Hello"), 1]) == "Hello"
+    assert words.decode(source_of(words, "a </s>")) == "a </s>"
+    assert 1 not in source_of(words, "a </s>")
 
 
 def test_ids_may_leave_gaps(load_changed):
