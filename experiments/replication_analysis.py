@@ -1,7 +1,8 @@
 """The planned analysis of the sixteen replicates: a t interval over their means.
 
-See experiments/results/replication/plan.md. It was written before the cells were finished, and it
-exits with 2 until all 32 cells of the primary outcome are there.
+See experiments/results/replication/plan.md, and lora_plan.md for the LoRA that was tuned further.
+This program was written before the cells of plan.md were finished, and it exits with 2 until all 32
+cells of its primary outcome are there. Each other row is shown when its sixteen cells are there.
 
     python -m experiments.replication_analysis       # writes tables.md and replicates.png
 
@@ -24,24 +25,39 @@ from support.program import UserError
 
 MARGIN = 0.02  # nats; a smaller difference counts as none
 SEEDS = range(FIRST_SEED, FIRST_SEED + REPLICATES)
-PAIRS = (("orchmoe", "lora"), ("orchmoe", "frozen router"), ("frozen router", "lora"))
+TUNED = "tuned lora"  # experiments/results/replication/lora.py makes its cells
+PAIRS = (
+    ("orchmoe", "lora"),
+    ("orchmoe", "frozen router"),
+    ("frozen router", "lora"),
+    ("orchmoe", TUNED),
+)
+PRIMARY = (PAIRS[0], PAIRS[3])  # of the two plans
+NAMES = {
+    "orchmoe": "OrchMoE",
+    "lora": "LoRA",
+    "frozen router": "a frozen router",
+    TUNED: "the LoRA tuned further",
+}
 # Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.
 OUTCOMES = {
     "loss": ("seen", "loss", 4),
     "ROUGE-L": ("answers", "rougeL", 2),
     "exact match": ("answers", "exact_match", 2),
 }
-SAME = ("cpu", "computed", "train_tasks")  # in all cells of a replicate
+# Equal in all cells of a replicate, and in all cells.
+SAME = ("cpu", "computed", "train_tasks")
+SAME_EVERYWHERE = ("tree", "torch", "threads")
 Cells = dict[str, list[dict[str, Any]]]  # of each row, in the order of the seeds
 
 
 def read_cells(results: Path) -> Cells:
-    """Return the cells of the primary rows, and those of the frozen router if all are there.
+    """Return the cells of the primary rows, and those of each other row if all are there.
 
-    Raise UserError if a primary cell is missing, or if the cells of a replicate do not fit.
+    Raise UserError if a primary cell is missing, or if the cells do not fit.
     """
     found = {}
-    for row in (*EQUAL, *FROZEN):
+    for row in (*EQUAL, *FROZEN, TUNED):
         paths = [results / "cells" / f"{file_name(row)}-s{seed}.json" for seed in SEEDS]
         missing = [path for path in paths if not path.exists()]
         if row in EQUAL and missing:
@@ -55,6 +71,9 @@ def read_cells(results: Path) -> Cells:
             for name in SAME:
                 if cell["settings"][name] != cells[0]["settings"][name]:
                     raise UserError(f"replicate {seed}: its cells differ in {name!r}")
+            for name in SAME_EVERYWHERE:
+                if cell[name] != found["orchmoe"][0][name]:
+                    raise UserError(f"replicate {seed}: a cell differs from others in {name!r}")
     return found
 
 
@@ -96,7 +115,7 @@ def text(found: Cells) -> str:
                 row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
                 perplexity = tuple(100 * math.expm1(value) for value in difference)
                 row.append(signed(perplexity, 1) if outcome == "loss" else "-")
-                primary = outcome == "loss" and (one, other) == PAIRS[0]
+                primary = outcome == "loss" and (one, other) in PRIMARY
                 rows.append([*row, verdict(difference) if primary else "-"])
     head = ["difference", "of", "mean and 95 % interval", "sd", "below zero", "perplexity, %"]
     differences = table([*head, "verdict"], rows)
@@ -110,22 +129,25 @@ def text(found: Cells) -> str:
 
 
 def figure(found: Cells, path: Path) -> Path:
-    """Draw a dot for each replicate, and the mean with its interval."""
-    title = "Loss on seen tasks, one row minus another: below zero the first is better"
-    below = "a dot for each of 16 replicates; black: mean and 95 % interval; grey: the margin"
-    canvas, axes = plot.canvas(title, below, 3.8)
-    axes.axhspan(-MARGIN, MARGIN, color="#dddddd", zorder=0)
-    axes.axhline(0, color="black", linewidth=0.8)
+    """Draw the differences of each pair, sorted, and their mean with its interval."""
     pairs = [pair for pair in PAIRS if set(pair) <= found.keys()]
-    for x, (one, other) in enumerate(pairs):
-        values = means(found[one], "loss") - means(found[other], "loss")
-        places = x + np.linspace(-0.25, 0.05, len(values))
-        axes.plot(places, values, plot.MARKERS[x], color=plot.COLOURS[x], markersize=4)
+    title = f"Loss on seen tasks in {REPLICATES} replicates, in nats per target token"
+    below = "a dot for each replicate, sorted; black: mean and 95 % interval; grey: the margin"
+    canvas, axes = plot.canvas(title, below, 3.4, ncols=len(pairs), sharex=True, squeeze=False)
+    for number, (one, other) in enumerate(pairs):
+        panel = axes[0][number]
+        panel.axvspan(-MARGIN, MARGIN, color="#dddddd", zorder=0)
+        panel.axvline(0, color="black", linewidth=0.8)
+        values = np.sort(means(found[one], "loss") - means(found[other], "loss"))
+        heights = range(len(values), 0, -1)
+        panel.plot(values, heights, plot.MARKERS[number], color=plot.COLOURS[number], markersize=4)
         mean, low, high = t_interval(values)
-        axes.errorbar(x + 0.2, mean, [[mean - low], [high - mean]], fmt="ko", capsize=4)
-    axes.set_xticks(range(len(pairs)), [f"{one} - {other}" for one, other in pairs])
-    axes.set_xlim(-0.5, len(pairs) - 0.5)
-    axes.set_ylabel("nats per target token")
+        panel.errorbar(mean, -0.5, xerr=[[mean - low], [high - mean]], fmt="ko", capsize=4)
+        panel.text(0, len(values) + 1.2, "equal", ha="center", fontsize=8)
+        panel.set_title(f"{NAMES[one]}\nminus {NAMES[other]}\n", fontsize=9)
+        panel.set_xlabel(f"left of zero,\n{NAMES[one]} is better")
+        panel.set_ylim(-1.5, len(values) + 1)
+        panel.set_yticks([])
     return plot.save(canvas, path)
 
 

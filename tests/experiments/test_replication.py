@@ -1,6 +1,7 @@
 """The sixteen replicates: which cells are made, what is kept secret, and what the analysis says."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from helpers import ROOT, run
 from support import program
 from tasks import read_splits
 
-ROWS = ("orchmoe", "lora", "frozen_router")
+ROWS = ("orchmoe", "lora", "frozen_router")  # that replication.py makes
+ALL_ROWS = (*ROWS, "tuned_lora")
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
 @pytest.fixture
 def cells(tmp_path):
     """Write made-up cells of all rows and replicates, with three tasks."""
-    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
-    for row, of_row in zip(ROWS, losses, strict=True):
+    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05], [1.01]], 0.02, (4, 16))
+    for row, of_row in zip(ALL_ROWS, losses, strict=True):
         for seed, loss in zip(range(100, 116), of_row, strict=True):
             tasks = {name: {"loss": loss + i} for name, i in (("a", -1), ("b", 0), ("c", 1))}
             answers = {name: {"rougeL": 10 * loss, "exact_match": loss} for name in tasks}
@@ -72,6 +74,7 @@ def cells(tmp_path):
                 "settings": {"seed": seed, "cpu": "x", "computed": "y", "train_tasks": str(seed)},
                 "seen": {"tasks": tasks},
                 "answers": {"tasks": answers},
+                **{"tree": "abc", "torch": "2", "threads": 1},
             }
             program.write_json(tmp_path / "cells" / f"{row}-s{seed}.json", cell)
 
@@ -87,27 +90,48 @@ def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(cells
     script.write_bytes((ROOT / "experiments/results/replication/recompute.py").read_bytes())
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     planned, _, _ = second.stdout.partition("not planned")
-    assert len(planned.splitlines()) == 9
+    assert len(planned.splitlines()) == 12
     for line in planned.splitlines():
         assert f"| {line.partition(': ')[2]} |" in out
     assert (tmp_path / "replicates.png").exists() or not importlib.util.find_spec("matplotlib")
 
 
 def test_nothing_is_shown_before_all_primary_cells_are_there(cells, tmp_path):
-    (tmp_path / "cells/frozen_router-s103.json").unlink()
-    assert "frozen router" not in analyse(tmp_path)
+    for row in ("frozen_router", "tuned_lora"):
+        assert row.replace("_", " ") in analyse(tmp_path)
+        (tmp_path / f"cells/{row}-s103.json").unlink()
+        assert row.replace("_", " ") not in analyse(tmp_path)
     (tmp_path / "cells/lora-s115.json").unlink()
     error = analyse(tmp_path, code=2)
     assert "lora-s115.json: not finished; nothing is shown" in error
 
 
-def test_cells_of_one_replicate_must_fit(cells, tmp_path):
-    path = tmp_path / "cells/lora-s107.json"
+def change(path, name, value):
+    """Change a setting of a cell, or another value of it."""
     cell = program.read_json(path)
-    cell["settings"]["cpu"] = "another"
+    section = cell["settings"] if name in cell["settings"] else cell
+    section[name] = value
     program.write_json(path, cell)
-    assert "replicate 107: its cells differ in 'cpu'" in analyse(tmp_path, code=2)
-    program.write_json(path, {"settings": {}, "diverged": "step 3"})
+
+
+@pytest.mark.parametrize("name", ["cpu", "computed", "train_tasks", "tree", "torch", "threads"])
+@pytest.mark.parametrize("row", ["lora", "tuned_lora"])
+def test_cells_of_one_replicate_must_fit(cells, tmp_path, row, name):
+    change(tmp_path / f"cells/{row}-s107.json", name, "another")
+    error = analyse(tmp_path, code=2)
+    assert re.search(
+        rf"replicate 107: (its cells differ|a cell differs from others) in '{name}'", error
+    )
+
+
+def test_a_whole_replicate_of_another_tree_does_not_fit(cells, tmp_path):
+    for row in ALL_ROWS:
+        change(tmp_path / f"cells/{row}-s107.json", "tree", "another")
+    assert "replicate 107: a cell differs from others in 'tree'" in analyse(tmp_path, code=2)
+
+
+def test_a_cell_that_diverged_leaves_no_verdict(cells, tmp_path):
+    program.write_json(tmp_path / "cells/lora-s107.json", {"settings": {}, "diverged": "step 3"})
     assert "replicate 107: a cell diverged, so there is no verdict" in analyse(tmp_path, code=2)
 
 

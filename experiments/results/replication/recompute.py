@@ -14,7 +14,12 @@ from pathlib import Path
 
 T = 2.131449545559323  # 97.5 % point of Student's t with 15 degrees of freedom
 FOLDER = Path(__file__).parent / "cells"
-ROWS = ("orchmoe", "lora", "frozen_router")
+PAIRS = (
+    ("orchmoe", "lora"),
+    ("orchmoe", "frozen_router"),
+    ("frozen_router", "lora"),
+    ("orchmoe", "tuned_lora"),
+)
 SEEDS = range(100, 116)
 
 
@@ -37,7 +42,7 @@ def show(name, differences, digits=4):
     print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
-for one, other in (ROWS[:2], (ROWS[0], ROWS[2]), (ROWS[2], ROWS[1])):
+for one, other in PAIRS:
     if not (is_finished(one) and is_finished(other)):
         continue
     for part, score, digits in (
