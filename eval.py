@@ -461,7 +461,7 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = data_config.idle | {"max_target_length"}  # references stay uncut; see --max-new-tokens
+    idle = data_config.idle | {"max_target_length"}  # the metrics read whole references
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":

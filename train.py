@@ -754,7 +754,7 @@ def print_next_commands(folder: Path, settings: Settings, flags: dict[str, Any])
         )
     else:
         program.print_line(
-            f"  python eval.py --run {run} --split train  # how well it does what it was shown"
+            f"  python eval.py --run {run} --split train  # scores on the rows that trained"
         )
 
     if config.start or "resume" in flags or program.world_size() > 1:
