@@ -53,7 +53,8 @@ def test_compiled_code_computes_the_numbers_of_the_block(block, capfd):
         found[dtype].append(float(error))
     for dtype, errors in found.items():
         assert len(errors) > 20  # the output, and the gradients of x, and of A, B and c
-        assert max(errors) < LARGEST_ERROR[dtype], output
+        for error in errors:  # max would overlook NaN
+            assert error < LARGEST_ERROR[dtype], output
 
 
 # ------------------------------------------------------------------ in the process with fake CUDA
