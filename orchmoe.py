@@ -71,7 +71,7 @@ class OrchMoEConfig:
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
     allocation_std: float = 3.0  # standard deviation of the initial Z
     gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
-    mixing: Literal["outputs", "factors"] = "outputs"  # what c weighs: B_s A_s x, or A_s and B_s
+    mixing: Literal["outputs", "factors"] = "outputs"  # c weighs B_s A_s x, or (slower) A_s and B_s
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(OrchMoEConfig).items():
