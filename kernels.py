@@ -159,7 +159,7 @@ def mix_skills(
     """Return weight x + bias + scale * sum_s c_s B_s A_s x: the outputs of the skills are mixed.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype.
-    Without `weight` (O,D) the result is the sum over the skills alone. weight and bias are frozen
+    Without `weight` (O,D) the result is only the sum over the skills. weight and bias are frozen
     and get no gradient. Backward keeps x and 2 M S R numbers; there is no second derivative.
     """
     # Autocast casts the inputs of single operations. This is one function, so it casts them here.

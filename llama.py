@@ -142,7 +142,7 @@ def read_rope(values: dict) -> dict:
 #       +-----------> component i       3       3 and 7     0.001     6,283
 #
 # Turning q and k by the same angle does not change their product. So the product of q at position p
-# and k at position p' depends on p - p' alone.
+# and k at position p' depends only on p - p'.
 
 
 def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:

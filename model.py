@@ -221,7 +221,7 @@ class Backbone(nn.Module):
         on_keep: Callable[[Tensor], None] | None = None,
         agree: Callable[[bool], bool] | None = None,
     ) -> Tensor:
-        """Return the greedy continuation of sources (B,Ls): the new tokens alone, (B,n).
+        """Return the greedy continuation of sources (B,Ls): only the new tokens (B,n).
 
         A row ends at its first EOS and is padded behind it; n <= max_new_tokens. Rows that have
         ended leave the batch: on_keep(rows) gets the indices (B',) of those that stay.

@@ -198,7 +198,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
 
 
 def generator(*seed: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends on the given numbers alone: (seed, step, ...).
+    """Return a CPU generator whose stream depends only on the given numbers (seed, step, ...).
 
     The numbers are mixed with the finaliser of splitmix64, so that neighbouring seeds have
     unrelated streams.
