@@ -303,17 +303,15 @@ def fixed_values(*shape: int) -> Tensor:
     return torch.arange(math.prod(shape)).sin().view(shape)
 
 
-def fixed_batch(adapters: Adapters) -> dict[str, Tensor]:
-    """Return two samples as arguments of `route`: one of task 0, and one of an unseen task."""
+def fixed_batch(adapters: Adapters) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the arguments of `route` for two samples: one of task 0, one of an unseen task."""
     A = next(iter(adapters.linears.values())).skill_A
-    batch = {
-        "embeddings": fixed_values(2, 3, embedding_width(adapters.module)).to(A),
-        "mask": torch.ones(2, 3, dtype=torch.bool, device=A.device),
-        "task_ids": torch.tensor([0, -1], device=A.device),
-    }
+    embeddings = fixed_values(2, 3, embedding_width(adapters.module)).to(A)
+    mask = torch.ones(2, 3, dtype=torch.bool, device=A.device)
+    options = {"task_ids": torch.tensor([0, -1], device=A.device)}
     if adapters.noise_shape is not None:
-        batch["noise"] = (fixed_values(2, *adapters.noise_shape) + 1) / 2
-    return batch
+        options["noise"] = (fixed_values(2, *adapters.noise_shape) + 1) / 2
+    return [embeddings, mask], options
 
 
 def weights_of(routing: Routing) -> Tensor | None:
@@ -329,8 +327,8 @@ def require_routing(adapters: Adapters) -> None:
     if linear.skill_A.is_meta:  # `route` may look at values
         return
     route = f"{type(adapters.method).__name__}.route"
-    batch = fixed_batch(adapters)
-    routing = adapters.route(**batch)
+    inputs, options = fixed_batch(adapters)
+    routing = adapters.route(*inputs, **options)
     weights = weights_of(routing)
     shape = () if weights is None else tuple(weights.shape)
     expected = (len(adapters.linears), 1 if routing.shared else 2, len(linear.skill_B))
@@ -342,8 +340,9 @@ def require_routing(adapters: Adapters) -> None:
             "and need shared=True"
         )
     if routing.shared:
-        second_sample = {name: values[1:] for name, values in batch.items()}
-        if not torch.equal(weights, weights_of(adapters.route(**second_sample))):
+        inputs = [values[1:] for values in inputs]  # only the second sample
+        options = {name: values[1:] for name, values in options.items()}
+        if not torch.equal(weights, weights_of(adapters.route(*inputs, **options))):
             raise ValueError(
                 f"{route}: with shared=True all samples must have the same weights, but two "
                 "batches got different ones"
@@ -361,7 +360,8 @@ def probe(adapters: Adapters) -> list[list[float]]:
     was_training = adapters.training
     adapters.eval()
     sums = []
-    with adapters.routed(**fixed_batch(adapters)):
+    inputs, options = fixed_batch(adapters)
+    with adapters.routed(*inputs, **options):
         for linear in adapters.linears.values():
             A = linear.skill_A
             x = fixed_values(2, 3, linear.in_features).to(A)

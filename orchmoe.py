@@ -478,9 +478,7 @@ class SkillLinear(nn.Linear):
     skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
     skill_shared: bool  # set by `routed`: all samples share these weights
     skill_beams: int  # set by `routed`: how many rows of x belong to one sample
-    skill_recorded: (
-        bool  # set by `routed`: torch.export or torch.jit.trace also records the routing
-    )
+    skill_recorded: bool  # set by `routed`: an export records the routing as well, see is_recording
     skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:

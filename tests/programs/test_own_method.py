@@ -453,6 +453,14 @@ def test_linears_must_not_share_a_parameter():
         adapters.parameter_groups()
 
 
+def test_a_method_may_be_derived_from_a_baseline(home):
+    (home / "own.py").write_text("import baselines\n\n\nclass Mine(baselines.Poly):\n    pass\n")
+    load_method(f"{home / 'own.py'}:Mine")
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapters = attach_method("Mine", base, OrchMoEConfig(targets=("0",)), num_tasks=2)
+    assert type(adapters.method).__name__ == "Mine"
+
+
 def test_route_refuses_w():
     load_method(HYDRA)
     base = torch.nn.Sequential(torch.nn.Linear(4, 4))
