@@ -164,7 +164,7 @@ class Example(NamedTuple):
     task: str
     category: str
     source_ids: np.ndarray  # (L,) int32
-    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; EOS alone if there is none
+    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; only EOS if there is none
     references: list[str]
     task_index: int = -1  # index among the training tasks, -1 for other tasks
     position: int = -1  # index in Instances of the task file (unique, unlike id); -1 without a file
@@ -175,9 +175,9 @@ class Examples(list[Example]):
 
     tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
-    rule: facts about how rows became samples. A run is refused if they change. It has "forms" if a
-    decoder reads the rows as they stand: the forms of all rows, see `read_rows`; "wrapper": True
-    if they are in SNI's prompt; and "filled" if dev or seen was filled up, see `RowSplit`.
+    rule: facts about how the rows of a JSONL file became samples. A run is refused if they change.
+    "forms": the forms of all rows, see `read_rows`, if a decoder reads them as they stand.
+    "wrapper": True, if they are in SNI's prompt. "filled": see `RowSplit`, if a set was filled up.
     """
 
     def __init__(
@@ -301,24 +301,18 @@ def _tokenise_task_file(path, list_name, prompts):
 
 
 def _tokenise_rows(path, list_name, prompts):
-    """Return what the cache keeps of a JSONL file: its tasks, see `_tokenise_task`.
+    """Return what the cache keeps of a JSONL file: its tasks, see `_tokenise_task`, and its split.
 
-    With list "train" there are also "prompts" and "filled", see `RowSplit`.
+    prompts, filled: facts of the split, see `RowSplit`.
     """
     tasks = read_rows(path)
-    if list_name == "test":
-        tokenised = []
-        for task in tasks:
-            positions = {"test": range(len(task["instances"]))}
-            tokenised.append(_tokenise_task(task, positions, prompts))
-        return {"tasks": tokenised}
-
     split = RowSplit(itertools.chain(*[task["instances"] for task in tasks]))
     tokenised = []
     for task in tasks:
-        positions = {"train": [], "dev": [], "seen": []}
+        positions = defaultdict(list)
         for position, instance in enumerate(task["instances"]):
-            positions[split.set_of(instance)].append(position)
+            set_name = "test" if list_name == "test" else split.set_of(instance)
+            positions[set_name].append(position)
         positions["train"] = positions["train"][: prompts.config.train_limit or None]
         tokenised.append(_tokenise_task(task, positions, prompts))
     return {"tasks": tokenised, "prompts": split.prompts, "filled": split.filled}
@@ -403,10 +397,18 @@ def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
 
 
 def _require_enough_rows(
-    examples: dict[str, list[Example]], wanted: Sequence[str], path: Path
+    examples: dict[str, list[Example]], wanted: Sequence[str], prompts: int, path: Path
 ) -> None:
-    """Raise UserError if a JSONL file has too few rows for one of the wanted sets."""
+    """Raise UserError if a JSONL file has too few rows for one of the wanted sets.
+
+    prompts: the number of different prompts in the file.
+    """
     for set_name in wanted:
+        if set_name != "test" and prompts < LEAST_PROMPTS:
+            raise UserError(
+                f"{path}: it has {prompts} different prompts; give at least {LEAST_PROMPTS}, of "
+                "which 8 are held out as dev and 8 as seen"
+            )
         rows = len(examples[set_name])
         if rows < LEAST_ROWS[set_name]:
             raise UserError(
@@ -450,18 +452,13 @@ def _load_list(
     examples = _examples_of(encoded, tasks if run_tasks is None else run_tasks)
 
     rule = {}
-    if config.is_jsonl and list_name == "train":
-        [file] = files
-        if wanted and file["prompts"] < LEAST_PROMPTS:
-            raise UserError(
-                f"{paths[0]}: it has {file['prompts']} different prompts; give at least "
-                f"{LEAST_PROMPTS}, of which 8 are held out as dev and 8 as seen"
-            )
-        _leave_out_trained(examples, paths[0])
-        if file["filled"]:
-            rule["filled"] = file["filled"]
     if config.is_jsonl:
-        _require_enough_rows(examples, wanted, paths[0])
+        [path], [file] = paths, files
+        if list_name == "train":
+            _leave_out_trained(examples, path)
+            if file["filled"]:
+                rule["filled"] = file["filled"]
+        _require_enough_rows(examples, wanted, file["prompts"], path)
         if config.wrapper:
             rule["wrapper"] = True
         elif tokenizer.one_row:
@@ -614,7 +611,7 @@ class Batch(NamedTuple):
 class Batches:
     """The order in which training examples are used: which of them are in the batch of a step.
 
-    It depends on the arguments alone. lengths: source lengths of all examples. Each example occurs
+    It depends only on the arguments. lengths: source lengths of all examples. Each example occurs
     once in an epoch, and one batch of an epoch may have fewer than `batch_size`.
     """
 

@@ -43,7 +43,7 @@ class DataConfig:
     explanation: bool = False  # add the explanations of these examples
     max_source_length: int = 1024  # most tokens of a source, EOS included
     max_target_length: int = 128  # most tokens of a target, EOS included
-    train_instances: int | None = None  # most of each task, 0: all (default: 100, of JSONL all)
+    train_instances: int | None = None  # most of each task, 0: all (default: 100; for JSONL all)
     max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
 
     def __post_init__(self) -> None:
@@ -250,7 +250,7 @@ def _is_chat(row):
 
 
 def _read_row(row, number):
-    """Return the task and the instance in a row, which stands in the line `number`."""
+    """Return the task and the instance of the row in the line `number`."""
     row = {name: value for name, value in row.items() if value is not None}
     form = _only_field(row, "prompt", "instruction")
     answer = _only_field(row, "completion", "output", "response")
@@ -279,7 +279,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
     `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
     beside an instruction, `task` and `id`. A null counts as absent. Raise UserError with the number
-    of a bad line; a line is bad, too, if a text in one of these fields would have no effect.
+    of a bad line. A line is also bad if a text in one of these fields would have no effect.
 
     The "form" of an instance is "prompt" or "instruction". One with both an instruction and an
     input has the instruction as its "definition".
@@ -306,7 +306,7 @@ def _plain_prompt(instance):
 
 
 def hash_of(text: str) -> int:
-    """Return a number that depends on the text alone, on any machine.
+    """Return a number that depends only on the text, on any machine.
 
     runtime.generator hashes numbers, in another way. Neither can replace the other without a change
     of the sets and batches, or of the noise and start values, of every run.

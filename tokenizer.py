@@ -43,10 +43,10 @@ class Tokenizer:
 
     _setup(content): read the content of its file, and set the attributes below.
     _encode(texts, inside=False): return the ids of each text, without BOS and EOS. `inside` says
-        that the texts stand inside a row, where no space is added before them.
+        that the texts are inside a row, where no space is added before them.
     _decode(ids): return the text of ids that exist.
 
-    In a decoder-only model, prompt and answer stand in one row. If `spaced`, as in SNI's form,
+    In a decoder-only model, prompt and answer are in one row. If `spaced`, as in SNI's form,
     there is one space between them: a word of the vocabulary includes the space before it, so a
     space at the end of the prompt is removed, and the answer starts with it. Otherwise both texts
     are encoded as they stand. T5 reads prompt and answer apart, and `spaced` changes nothing.
@@ -127,7 +127,7 @@ class T5Tokenizer(Tokenizer):
         self.size = self.num_pieces + 100
 
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
-        return self.targets(texts)  # the encoder reads an EOS, too
+        return self.targets(texts)  # the encoder also reads an EOS
 
     def _encode(self, texts, inside=False):
         return self.sp.encode(texts)

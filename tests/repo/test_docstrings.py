@@ -19,7 +19,7 @@ from helpers import ROOT, random_batch
 def blocks_of(path):
     """Return the indented blocks in the docstring of a module, without their indentation."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    blocks = re.findall(r"(?:^    .*\n)+", f"{docstring}\n", re.MULTILINE)
+    blocks = re.findall(r"(?<=\n\n)(?:    .*\n)+", f"{docstring}\n")
     return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks]
 
 
