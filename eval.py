@@ -5,7 +5,7 @@ Writes predictions.jsonl, which the official scoring script can read too, and sc
 task. A run is scored with its own data settings, unless flags override them.
 
     python eval.py --run runs/orchmoe-1 --split test --gpu 0
-    python eval.py --run runs/orchmoe-1 --ask "Write the first word." --input "lion, June, wolf"
+    python eval.py --run runs/orchmoe-1 --ask "Find the vehicle." --input "apple, bus, shirt"
     python eval.py --model tiny/ --split seen --limit 100 --device cpu
 
 Letters: M examples, K abstract tasks.  Test: pytest tests/programs/test_programs.py
