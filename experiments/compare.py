@@ -150,6 +150,8 @@ def print_plan(study: Study, rows: dict[str, Row], stage: str, trials: dict[str,
     settings = study.settings
     sets = data.load_sets(settings.dataset, tokenizers.load(settings.training.model))
     held_out = train.held_out_sets(sets, settings.training.eval_instances)
+    if not held_out["seen"]:
+        raise UserError(f"{settings.dataset.data}: no task has 5 different instances to hold out")
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
@@ -333,6 +335,8 @@ def main() -> None:
         useless = {"methods": "not with --ablations"}
     if not study_config.tune:
         useless |= {"trials": "not with --no-tune", "axes": "not with --no-tune"}
+    dataset = settings.dataset
+    useless |= dict.fromkeys(dataset.idle, f"--data {dataset.data} does not use it")
     for name, why in useless.items():
         if name in flags:
             raise UserError(f"{program.flag(name)}: {why}; leave it out")

@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +213,24 @@ def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
     lines = [json.dumps({"step": step, "dev_loss": loss}) for step, loss in enumerate((3, 1, 2))]
     (cell.folder / "metrics.jsonl").write_text("\n".join(lines))
     assert study.train_and_score(cell, CPU, None)["dev_loss"] == 1
+
+
+def test_rows_with_one_prompt_are_one_entry_of_a_cell():
+    def example(task, source, *references):
+        source_ids = np.array(source)
+        return data.Example("0", task, task, source_ids, [np.array([1])], list(references))
+
+    examples = [example("a", [3, 1], "x"), example("b", [3, 1], "x"), example("a", [3, 1], "y z")]
+    losses = [evaluation.RowLoss(nats, tokens) for nats, tokens in ((1.0, 2), (5.0, 3), (2.0, 4))]
+    found = study.by_prompt(examples, ["x", "no", "y"], "unicode", losses)
+    assert found == {
+        "task": ["a", "b"],
+        "rows": [2, 1],
+        "tokens": [6, 3],
+        "loss": [3.0, 5.0],
+        "exact_match": [100.0, 0.0],
+        "rougeL": [pytest.approx(100 + 200 / 3), 0.0],
+    }
 
 
 def test_answers_may_be_as_long_as_the_targets_that_train(tmp_path, monkeypatch):
@@ -496,6 +515,7 @@ REFUSED = {
     "--ablations --methods lora": "--methods: not with --ablations",
     "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: it goes with --ablations",
+    "--data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
     "--axes warmup": "--axes warmup: choose, once each, of lr_full, lr_skills",
     "--no-tune --trials 3": "--trials: not with --no-tune",
     "--no-tune --axes alpha": "--axes: not with --no-tune",
