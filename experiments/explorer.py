@@ -61,6 +61,11 @@ class Loaded(NamedTuple):
     data_config: DataConfig
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
 
+    @property
+    def prompts(self) -> Prompts:
+        """Return what builds the prompts of the run."""
+        return Prompts(self.data_config, self.tokenizer, self.config.rule.get("forms", ()))
+
 
 def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     """Load a run. Raise UserError if it has no sample router, or if its data have changed.
@@ -163,8 +168,7 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     else:
         task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
     instance = task["instances"][example.position]
-    prompts = Prompts(config, loaded.tokenizer, loaded.config.rule.get("forms", ()))
-    return instance["input"], prompts.of_instance(task, instance)
+    return instance["input"], loaded.prompts.of_instance(task, instance)
 
 
 def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
@@ -355,6 +359,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         raise UserError("prompt: it is empty; write one")
     config = loaded.data_config
     uncut = replace(config, max_source_length=2**30, max_target_length=2**30)
+    prompt = loaded.prompts.of_text(prompt)
     [sample] = data.build_samples([prompt], [references or [""]], loaded.tokenizer, uncut)
     for name, ids, most in (
         ("prompt", sample.source, config.max_source_length),
