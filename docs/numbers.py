@@ -56,7 +56,6 @@ def collect(run: str | Path) -> dict[str, Any]:
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
     explored["first"] = first_sample(explored)
-    explored["strongest"] = strongest_sources(explored, loaded)
     explored["without_one"] = without_one(loaded)
     explored["walk"] = walk(loaded, explored)
     add_start(explored, loaded)
@@ -192,32 +191,6 @@ def first_sample(explored: dict[str, Any]) -> int:
         return matters, uniform[1] - own[1]
 
     return max(range(len(explored["samples"])), key=gain)
-
-
-def strongest_sources(explored: dict[str, Any], loaded: Loaded) -> list[list[dict[str, Any]]]:
-    """Return, for each abstract task, three sources of three tasks that have it most strongly."""
-    best: dict[tuple[int, str], dict[str, Any]] = {}
-    for kind in ("seen", "unseen"):
-        examples = loaded.sets[kind]
-        w = evaluation.router_weights(loaded.base, loaded.adapters, examples)
-        for rows in rows_by_task(examples):
-            values, places = w[rows].max(dim=0)
-            for k, value in enumerate(values.tolist()):
-                example = examples[rows[places[k]]]
-                text, _ = explorer.texts_of(loaded, kind, example)
-                best[k, example.task] = {
-                    "task": example.task,
-                    "kind": kind,
-                    "text": text,
-                    "w": value,
-                }
-    K = len(explored["Zhat"][0])
-    strongest = []
-    for k in range(K):
-        sources = [source for (number, _), source in best.items() if number == k]
-        sources.sort(key=lambda source: -source["w"])
-        strongest.append([source | {"w": round(source["w"], 2)} for source in sources[:3]])
-    return strongest
 
 
 @torch.no_grad()

@@ -143,26 +143,6 @@ def chain_html(explored: dict[str, Any]) -> str:
     return f'<div class="chain">{maps}</div>'
 
 
-def cards_html(explored: dict[str, Any]) -> str:
-    """Return a card for each abstract task, with the sources that have it most strongly."""
-    cards = []
-    for k, sources in enumerate(explored["strongest"]):
-        items = []
-        for source in sources:
-            items.append(
-                f"<li><b>{source['w']:.2f}</b> {spoken(source['task'])} ({source['kind']})"
-                f"<br><q>{html.escape(source['text'])}</q></li>"
-            )
-        cards.append(
-            f'<div class="card"><h4>Abstract task {k + 1}</h4>'
-            f"<p>{html.escape(WORDS[k][0])}</p><ul>{''.join(items)}</ul></div>"
-        )
-    return (
-        "<details><summary>The prompts with the largest weight on each abstract task</summary>"
-        f'<div class="cards">{"".join(cards)}</div></details>'
-    )
-
-
 # ----------------------------------------------------------------------- what routing does for each
 
 
@@ -285,7 +265,6 @@ def values_of(explored: dict[str, Any]) -> dict[str, str]:
         "chain": chain_html(explored),
         "tasks": tasks_html(explored),
         "training": training_html(explored),
-        "cards": cards_html(explored),
         "extremes": extremes_html(explored),
         "losses": losses_html(explored),
         "linears": linears_html(explored),
