@@ -31,6 +31,7 @@ import data
 import kernels
 import metrics
 from baselines import (
+    OWN_METHODS,
     attach_method,
     count_parameters,
     load_method,
@@ -753,6 +754,8 @@ def print_next_commands(folder: Path, settings: Settings, flags: dict[str, Any])
             f"  python -m experiments.explorer --run {run}  # see in a browser what its router does"
         )
     else:
+        if config.method in OWN_METHODS:
+            run += f" --method {shlex.quote(OWN_METHODS[config.method].source)}"
         program.print_line(
             f"  python eval.py --run {run} --split train  # scores on the rows that trained"
         )

@@ -7,6 +7,7 @@ import math
 import shlex
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,18 @@ def test_next_commands_have_the_paths_and_flags_of_the_run(method, more, expecte
 
     train.print_next_commands(Path("a run"), settings, {"out": "a run", "resume": True})
     assert capsys.readouterr().out.splitlines() == [title, first]
+
+
+def test_next_commands_name_the_file_of_an_own_method(monkeypatch, capsys):
+    method = SimpleNamespace(source="my file.py:Mine")
+    monkeypatch.setitem(train.OWN_METHODS, "Mine", method)
+    settings = train.Settings.from_flags({"method": "Mine"})
+    train.print_next_commands(Path("runs/Mine-1"), settings, {"method": "Mine", "data": "my data"})
+    _, first, second = capsys.readouterr().out.splitlines()
+    expected = "python eval.py --run runs/Mine-1 --method 'my file.py:Mine' --split train"
+    assert first.strip().startswith(f"{expected}  # ")
+    expected = "python train.py --method lora --data 'my data'"
+    assert second.strip().startswith(f"{expected}  # ")
 
 
 # ---------------------------------------------------------------------------------------- one run
