@@ -55,7 +55,7 @@ class Router:
                 "router_attention": facts["attention"],
                 "router_norm": facts["norm"],
             }
-            config = program.from_json(OrchMoEConfig, settings)
+            config = program.from_json(OrchMoEConfig, vars(OrchMoEConfig()) | settings)
             self.table = tensors[facts["embedding"]]  # (V,D)
             self.router = TaskRouter(self.table.shape[1], config)
             self.router.load_state_dict(state)

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchmoe import OrchMoEConfig
-
 ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
 # What adapters are bound to, and what to do if it is something else when they are loaded.
 REMEDIES = {
@@ -143,8 +141,6 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
 def require_complete(saved: dict[str, Any]) -> None:
     """Raise ValueError if the content of an adapter.pt does not say what it belongs to."""
     missing = [name for name in (*REMEDIES, "dtype", "state") if name not in saved]
-    if not missing:
-        missing = [name for name in vars(OrchMoEConfig()) if name not in saved["config"]]
     if missing:
         raise ValueError(
             f"it has no {missing[0]!r}, so nothing tells what its weights belong to; an older "

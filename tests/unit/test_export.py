@@ -140,7 +140,7 @@ def test_program_takes_given_weights(finished, tmp_path):
 )
 def test_prompts_end_in_an_empty_line_only_if_all_rows_have_instructions(forms, ending, finished):
     config = run_folder.read_config(finished / "run")
-    config = replace(config, dataset={"data": "own.jsonl"}, rule={"forms": forms})
+    config = replace(config, dataset=config.dataset | {"data": "own.jsonl"}, rule={"forms": forms})
     decoder = SimpleNamespace(one_row=True, fingerprint="")
     assert export.prompt_rule(config, decoder)["ending"] == ending
 
@@ -184,6 +184,7 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
     "options, change, message",
     [
         ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
+        ({}, {"config": {"rank": 2}}, "OrchMoEConfig: abstract_tasks is missing; name an ad"),
         ({}, {"method": None}, "it has no 'method'.*; train it again"),
         ({}, {"base": None}, "it has no 'base'.*; train it again"),
         ({}, {"method": "LoRA"}, "method changed, from LoRA to OrchMoE; attach"),
