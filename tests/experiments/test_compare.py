@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import eval as evaluation
 import run_folder
 import train
