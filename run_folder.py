@@ -372,14 +372,11 @@ class RunFolder:
         with program.reading(self.scores_path, "restore or delete the file"):
             for row in rows.values():
                 for scores in row.values():
-                    for metric in ("rougeL", "exact_match"):
-                        value = scores["overall"][metric]
-                        if not isinstance(value, int | float):
+                    for metric in ("loss", "rougeL", "exact_match"):
+                        # An older version saved no loss, and null stands for NaN.
+                        value = scores["overall"].get(metric)
+                        if not isinstance(value, int | float | None):
                             raise ValueError(f"{metric} must be a number, not {value!r:.40}")
-                    # Runs of an older version have no loss, and null stands for NaN.
-                    loss = scores["overall"].get("loss")
-                    if not isinstance(loss, int | float | None):
-                        raise ValueError(f"loss must be a number, not {loss!r:.40}")
         return rows
 
 

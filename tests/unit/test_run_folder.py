@@ -274,15 +274,6 @@ def test_scores_without_a_loss_are_read(tmp_path):
         folder.read_scores()
 
 
-def test_a_run_that_another_process_has_begun_is_not_begun_again(config, trained, tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.is_new("lora")
-    folder.save_progress(1, 1.0, *trained(seed=1))
-    assert not folder.is_new("lora")
-    with pytest.raises(UserError, match="another process wrote it meanwhile"):
-        folder.bind(config, is_new=True)
-
-
 def test_an_adapter_of_other_settings_is_refused(copied):
     change_config(copied, "adapter", mixing="factors")
     with pytest.raises(UserError, match="its config is not the run's"):
