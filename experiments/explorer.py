@@ -35,7 +35,7 @@ import run_folder
 import tasks
 from data import Example
 from model import Backbone
-from orchmoe import Adapters
+from orchmoe import Adapters, OrchMoE
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig, Prompts
@@ -75,7 +75,7 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
-    if adapters.router is None:
+    if not isinstance(adapters.method, OrchMoE) or adapters.router is None:
         raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
     data_config = config.section(DataConfig, "dataset")

@@ -275,6 +275,8 @@ def test_a_method_with_a_router_and_unusual_state_is_saved_resumed_and_scored(ho
     assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
     evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
     assert "4 instances" in run(*evaluate, "--method", "own.py:Gated", cwd=home)
+    explore = ("experiments/explorer.py", "--run", "own", "--method", "own.py:Gated")
+    assert "own: has no sample router" in run(*explore, cwd=home, code=2)  # that of OrchMoE
 
 
 # --------------------------------------------------------------------- what a constructor may draw
