@@ -96,7 +96,7 @@ def test_a_row_without_any_real_token_gives_no_nan(dtype):
 
 
 @pytest.mark.parametrize("length", [7, 8, 9])
-def test_rows_of_a_bias_are_aligned_on_a_gpu_alone(length):
+def test_rows_of_a_bias_are_aligned_only_on_a_gpu(length):
     """Where L is a multiple of 8, too, the rows are longer than L: all L have the same graph."""
     bias = torch.zeros(2, 4, length, length)
     assert aligned(bias) is bias
