@@ -211,17 +211,25 @@ def mix_heads(
 # ------------------------------------------------------------------------------------ compilation
 
 
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
+def compiles_well(*inputs: Any) -> bool:
+    """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
-    The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
-    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, it and all
-    blocks that have not yet run compiled run uncompiled from then on. One warning says so. Copies
-    of the model are not compiled. Settings of torch change only while a compiled block runs.
+    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
+    with or without gradients. Rows of one token, and x without a gradient, as in evaluation and in
+    the first block of an adapted model, run uncompiled. That leaves two graphs for each kind.
     """
-    compiled_blocks = CompiledBlocks(backend)
-    for block in blocks:
-        block._compiled_call_impl = partial(compiled_blocks.run, block)  # as nn.Module.compile does
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]
+    return len(lengths) > 0 and tensors[0].requires_grad and min(lengths) > 1
+
+
+def reason_not_to_compile(inputs: list[Any]) -> str:
+    """Return why a block with these inputs should not be compiled, or ""."""
+    for value in inputs:
+        if hasattr(value, "get_seq_length"):  # a cache of transformers
+            # Each block writes to its own part of the cache, so each would need a graph.
+            return f"a block got a {type(value).__name__}; call the model with use_cache=False"
+    return ""
 
 
 class CompiledBlocks:
@@ -254,7 +262,7 @@ class CompiledBlocks:
         if not (may_compile and compiles_well(*values)):
             return block._call_impl(*inputs, **options)
 
-        reason = reason_against(values)
+        reason = reason_not_to_compile(values)
         if not reason:
             errors = torch._dynamo.exc
             try:
@@ -272,27 +280,19 @@ class CompiledBlocks:
         return block._call_impl(*inputs, **options)
 
 
-def reason_against(inputs: list[Any]) -> str:
-    """Return why a block with these inputs should not be compiled, or ""."""
-    for value in inputs:
-        if hasattr(value, "get_seq_length"):  # a cache of transformers
-            # Each block writes to its own part of the cache, so each would need a graph.
-            return f"a block got a {type(value).__name__}; call the model with use_cache=False"
-    return ""
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
+
+    The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
+    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, it and all
+    blocks that have not yet run compiled run uncompiled from then on. One warning says so. Copies
+    of the model are not compiled. Settings of torch change only while a compiled block runs.
+    """
+    compiled_blocks = CompiledBlocks(backend)
+    for block in blocks:
+        block._compiled_call_impl = partial(compiled_blocks.run, block)  # as nn.Module.compile does
 
 
 def require_compiler(device: torch.device) -> None:
     """Compile a small function, which takes seconds. Raise RuntimeError if torch cannot do it."""
     torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-
-
-def compiles_well(*inputs: Any) -> bool:
-    """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
-
-    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
-    with or without gradients. Rows of one token, and x without a gradient, as in evaluation and in
-    the first block of an adapted model, run uncompiled. That leaves two graphs for each kind.
-    """
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]
-    return len(lengths) > 0 and tensors[0].requires_grad and min(lengths) > 1
