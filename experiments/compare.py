@@ -219,7 +219,7 @@ def seconds_of(
 
     few = data.subsample(held_out["seen"], config.eval_batch_size)
     options = {"batch_size": config.eval_batch_size}
-    longest = max(len(ids) for example in few for ids in example.target_ids)
+    longest = max(len(example.target_ids[0]) for example in few)
     begun = time.monotonic()
     evaluation.measure(base, adapters, few, **options)
     measured = time.monotonic()

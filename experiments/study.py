@@ -342,7 +342,10 @@ def first_of_each_task(examples: Sequence[data.Example], count: int) -> list[dat
     tasks = {}
     for example in examples:
         tasks.setdefault(example.task, []).append(example)
-    return [example for rows in tasks.values() for example in rows[:count]]
+    first = []
+    for rows in tasks.values():
+        first += rows[:count]
+    return first
 
 
 def by_prompt(

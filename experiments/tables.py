@@ -11,6 +11,7 @@ are always one unit. With one seed it covers groups or prompts alone.
 Letters: G groups, U units of an interval.  Test: pytest tests/experiments/test_tables.py
 """
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -304,8 +305,10 @@ def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[di
         lines.append(" ".join(part for part in line if part))
         chosen[which] = name if decision == "better" else other
     kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
-    if len(set(chosen.values())) == 1:
-        lines.append(f"\nUse {chosen['seen']}.")
+    if set(chosen.values()) == {name}:
+        lines.append(f"\nUse {name}.")
+    elif set(chosen.values()) == {other}:
+        lines.append(f"\nUse {other}, since {name} was not shown to be better.")
     else:
         uses = [f"{row} for {kinds[which]}" for which, row in chosen.items()]
         lines.append(f"\nUse {' and '.join(uses)}.")
@@ -357,7 +360,8 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     metric: how answers are scored.
     """
     reference, first = next(iter(rows.items()))
-    columns = [(which, name) for which in SETS if which in first[0] for name in METRICS]
+    present = [which for which in SETS if which in first[0]]
+    columns = list(itertools.product(present, METRICS))
     scores = []
     differences = []
     routers = []
@@ -400,9 +404,8 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         table(["row, on seen instances", *ROUTER.values()], routers),
     ]
     over = []
-    for which in SETS:
-        if which in first[0]:
-            over.append(f"{paired(first, first, which, 'loss').over} ({which})")
+    for which in present:
+        over.append(f"{paired(first, first, which, 'loss').over} ({which})")
     notes = [
         f"Loss: nats per target token. ROUGE-L and exact match: per cent; {metric}.",
         "Scores are means within a task, then over tasks; where rows name no task, each different "

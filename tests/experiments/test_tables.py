@@ -224,14 +224,18 @@ def cells_of(means, seeds=3, sd=0.1, U=20):
 
 @pytest.mark.parametrize(
     "mean, decision, use",
-    [(1, "better", "orchmoe"), (3, "worse", "lora"), (2, "undecided", "lora")],
+    [
+        (1, "better", "orchmoe."),
+        (3, "worse", "lora, since orchmoe was not shown to be better."),
+        (2, "undecided", "lora, since orchmoe was not shown to be better."),
+    ],
 )
 def test_the_verdict_follows_the_rule(mean, decision, use):
     one, other = cells_of([mean, 2.0])
     lines = tables.verdicts("orchmoe", one, "lora", other).splitlines()
     assert lines[0].startswith("Verdict by the loss, orchmoe minus lora")
     assert f"]: **{decision}**. Over 20 prompts and 3 seeds." in lines[1]
-    assert lines[-1] == f"Use {use}."
+    assert lines[-1] == f"Use {use}"
     assert ("decide" in lines[1]) == (decision == "undecided")
 
 
