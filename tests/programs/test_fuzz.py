@@ -306,6 +306,7 @@ def test_prompts(definition, text, positive, negative, has_definition, limit):
 
 @given(st.text(), st.text())
 def test_metrics(one, other):
-    for metric in metrics.METRICS.values():
-        assert 0 <= metric(one, [other]) <= 1
-    assert metrics.exact_match(one, [other, one]) == 1
+    for rules in metrics.RULES:
+        for metric in metrics.METRICS.values():
+            assert 0 <= metric(one, [other], rules) <= 1
+        assert metrics.exact_match(one, [other, one], rules) == 1

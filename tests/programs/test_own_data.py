@@ -1,4 +1,4 @@
-"""Rows of JSONL in every program: one way to build a sample, task ids, --start, older runs."""
+"""Rows of JSONL in every program: one way to build a sample, splits, scores, task ids, --start."""
 
 import itertools
 import json
@@ -217,15 +217,15 @@ def change_rule(folder, **values):
     write_json(path, config)
 
 
-def programs(run_folder):
-    """Return command lines that load a run."""
+def programs(folder):
+    """Return command lines that load the run in a folder."""
     return (
-        [*RESUME, run_folder],
-        ["eval.py", "--run", run_folder, "--split", "seen", "--device", "cpu"],
-        ["experiments/explorer.py", "--run", run_folder],
-        ["integrations/export.py", "--run", run_folder, "--mean", "--out", "served"],
-        ["eval.py", "--run", run_folder, "--ask", "Name 3:", "--device", "cpu"],
-        ["eval.py", "--run", run_folder, "--split", "test", "--limit", "1", "--device", "cpu"],
+        [*RESUME, folder],
+        ["eval.py", "--run", folder, "--split", "seen", "--device", "cpu"],
+        ["experiments/explorer.py", "--run", folder],
+        ["integrations/export.py", "--run", folder, "--mean", "--out", "served"],
+        ["eval.py", "--run", folder, "--ask", "Name 3:", "--device", "cpu"],
+        ["eval.py", "--run", folder, "--split", "test", "--limit", "1", "--device", "cpu"],
     )
 
 
