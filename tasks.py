@@ -298,7 +298,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     return list(tasks.values())
 
 
-def _plain_prompt(instance):
+def plain_prompt(instance):
     """Return the prompt of a row as the file has it, an empty line between its two parts."""
     if "definition" in instance:
         return f"{instance['definition']}\n\n{instance['input']}"
@@ -347,7 +347,7 @@ class RowSplit:
 
     def _place(self, instance):
         """Return the place of a prompt in the order in which prompts are held out."""
-        number = hash_of(_plain_prompt(instance))
+        number = hash_of(plain_prompt(instance))
         return number % 100, number
 
     def set_of(self, instance: dict) -> str:
@@ -460,7 +460,7 @@ class Prompts:
         """Return the prompt of an instance of a task, as the settings ask for it."""
         config = self.config
         if not config.is_official:
-            return _plain_prompt(instance) + self._ending(instance["form"])
+            return plain_prompt(instance) + self._ending(instance["form"])
         if config.is_jsonl:
             task = instance
         return render_prompt(

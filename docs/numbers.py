@@ -27,7 +27,6 @@ from torch.testing import assert_close
 
 import data
 import eval as evaluation
-import metrics
 import train
 from experiments import explorer
 from experiments.explorer import Loaded, rounded, rows_by_task
@@ -140,7 +139,7 @@ def settings_of(w: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
     """Add the results of one set to its tasks and to its shown samples."""
-    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
+    base, adapters = loaded.base, loaded.adapters
     examples = loaded.sets[kind]
     w = evaluation.router_weights(base, adapters, examples)
     settings = settings_of(w)
@@ -161,12 +160,10 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
         for name in COMPARED:
             loss, _ = evaluation.measure(base, adapters, part, w=settings[name][rows])
             task[name] = round(loss, 4)
-        options = {"w": w[rows], "max_new_tokens": explorer.LONGEST_ANSWER}
-        predictions = evaluation.predict(base, adapters, part, tokenizer, **options)
+        predictions = explorer.predict(loaded, part, w[rows])
         task["right"] = 0
         for prediction, example in zip(predictions, part, strict=True):
-            task["right"] += int(metrics.exact_match(prediction, example.references))
-        task["count"] = len(rows)
+            task["right"] += int(explorer.is_right(loaded, example, prediction))
         listed = sorted({*data.subsample(rows, LISTED), *(row for row in rows if row in numbers)})
         task["listed"] = []
         for row in listed:

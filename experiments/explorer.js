@@ -12,8 +12,8 @@
   const ORDER = ["own", "mean", "uniform", "other", "off"];
   for (let k = 1; k <= K; k++) ORDER.push(String(k));
 
-  // What the page shows: {question, names, settings, results, w, isMoved}. The question has the
-  // prompt that the model was asked, its references, and the number of its sample, or -1.
+  // What the page shows: {question, names, settings, results, warning, w, isMoved}. The question has
+  // the prompt that the model was asked, its references, and the number of its sample, or -1.
   let view;
 
   // ------------------------------------------------------------------------------ the arithmetic
@@ -43,6 +43,27 @@
 
   const largest = (w) => w.indexOf(Math.max(...w));
   const words = (name) => name.replaceAll("_", " ");
+  const sampleWord = data.is_jsonl ? "row" : "sample";
+
+  function shortened(text, length) {
+    return text.length > length ? text.slice(0, length - 1).trimEnd() + "…" : text;
+  }
+
+  // Return the beginning of a text. The last line is added if there are more: after an instruction,
+  // it tells rows apart.
+  function brief(text) {
+    const lines = text.split("\n").filter((line) => line.trim());
+    if (lines.length < 2) return shortened(text.trim(), 90);
+    return shortened(lines[0], 55) + " … " + shortened(lines[lines.length - 1], 40);
+  }
+
+  // Return the numbers of the three samples that have most of an abstract task.
+  function strongestSamples(k) {
+    const kind = data.mean_w.seen ? "seen" : "unseen";
+    const numbers = [...data.samples.keys()].filter((i) => data.tasks[data.samples[i].task].kind === kind);
+    numbers.sort((a, b) => data.samples[b].w[k] - data.samples[a].w[k]);
+    return numbers.slice(0, 3);
+  }
 
   // "encoder.blocks.0.attention.q" becomes "encoder 0 q".
   function shortName(linear) {
@@ -52,14 +73,14 @@
 
   // ------------------------------------------------------------------------------------ questions
 
-  function namesOf(kind, otherTask) {
+  function namesOf(kind, other) {
     const names = {
       now: "your sliders",
       kept: "the kept sliders",
       own: "the router",
-      mean: "the mean of " + kind + " samples",
+      mean: "the mean of " + kind + " " + sampleWord + "s",
       uniform: "1/" + K + " each: no router",
-      other: "another sample: " + words(otherTask),
+      other: "another " + sampleWord + ": " + other,
       off: "no skills: w = 0",
     };
     for (let k = 1; k <= K; k++) names[k] = "abstract task " + k + " alone";
@@ -85,9 +106,10 @@
     const prompt = data.tasks[sample.task].head + sample.tail;
     return {
       question: { prompt, references: sample.references, sample: index },
-      names: namesOf(kind, sample.other_task),
+      names: namesOf(kind, sample.other_task ? words(sample.other_task) : brief(sample.other_input)),
       settings,
       results,
+      warning: "",
       w: sample.w.slice(),
       isMoved: false,
     };
@@ -102,6 +124,7 @@
       names: namesOf(kind, ""),
       settings,
       results: {},
+      warning: "",
       w: settings.uniform.slice(), // until the router has answered
       isMoved: false,
     };
@@ -154,9 +177,12 @@
         element("status").textContent = "Refused: " + reply.error.replace(/\.?$/, ".") + kept;
       } else {
         asked.results[name] = reply.result;
+        asked.warning = reply.warning;
+        element("status").textContent = asked.warning;
         if (name === "own") {
           asked.settings.own = reply.w;
           if (!asked.isMoved) asked.w = reply.w.slice();
+          ask("mean");
           ask("uniform");
         }
       }
@@ -232,17 +258,33 @@
     if (sample < 0) return;
     const shown = data.samples[sample];
     const task = data.tasks[shown.task];
-    const other = data.tasks.find((each) => each.name === shown.other_task);
+    // The task of the other sample, if its row names one.
+    const other = data.tasks.find((each) => each.name && each.name === shown.other_task && each.kind === task.kind);
     element("input").textContent = shown.input;
     let about = "A new sample of a training task. ";
     if (task.kind === "unseen") about = "A sample of a task that was not trained on. ";
+    if (data.is_jsonl) about = task.kind === "seen" ? "A row that did not train. " : "A row of the test file. ";
+    if (data.chosen && sample === data.first) about += reasonOfFirst();
     if (other === task) {
-      about += "The other sample below is of the same task.";
-    } else if (other && largest(other.w) === largest(task.w)) {
-      about += "Its task and that of the other sample below have most weight on the same abstract task, ";
+      about += "The other " + sampleWord + " below is of the same task.";
+    } else if (task.name && other && largest(other.w) === largest(task.w)) {
+      about += "Its task and that of the other " + sampleWord + " below have most weight on the same abstract task, ";
       about += largest(task.w) + 1 + ", so their w are alike.";
     }
     element("about").textContent = about;
+  }
+
+  // Say why the page opens with its first sample.
+  function reasonOfFirst() {
+    const { kind, tried, changed } = data.chosen;
+    const many = tried + " " + kind + " " + sampleWord + (tried > 1 ? "s" : "");
+    const without = "with the mean w and with 1/" + K + " each";
+    if (changed === 0) {
+      const text = "Of the " + many + " that were tried, none is right with the router\u2019s w and wrong " + without;
+      return text + ". This one was chosen because its loss rises most with 1/" + K + " each. ";
+    }
+    const text = "It was chosen because routing matters for it: it is right with the router\u2019s w, and wrong " + without;
+    return text + ". This holds for " + changed + " of the " + many + " that were tried. ";
   }
 
   function drawWeights(current) {
@@ -292,6 +334,8 @@
         mark.className = right ? "good" : "bad";
         mark.textContent = right ? "\u2713 " : "\u2717 ";
         mark.title = right ? "right" : "wrong";
+        mark.role = "img";
+        mark.ariaLabel = mark.title;
         answer.prepend(mark);
       }
       cell(row, loss === null ? "" : loss.toFixed(2));
@@ -360,22 +404,38 @@
     const task = data.tasks[sample.task];
     if (!groups[task.kind]) {
       groups[task.kind] = element("sample").appendChild(document.createElement("optgroup"));
-      groups[task.kind].label = task.kind + " tasks";
+      groups[task.kind].label = groupLabel(task.kind);
     }
-    const line = sample.input.split("\n")[0];
-    const beginning = line.length > 60 ? line.slice(0, 59) + "…" : line;
-    addOption(groups[task.kind], index, words(task.name) + ": " + beginning);
+    if (data.is_jsonl) {
+      addOption(groups[task.kind], index, (task.name ? words(task.name) + ": " : "") + brief(sample.input));
+    } else {
+      addOption(groups[task.kind], index, words(task.name) + ": " + shortened(sample.input.split("\n")[0], 60));
+    }
   });
+
+  function groupLabel(kind) {
+    if (!data.is_jsonl) return kind + " tasks";
+    const count = data.tasks.reduce((sum, task) => sum + (task.kind === kind ? task.count : 0), 0);
+    const shown = data.samples.filter((sample) => data.tasks[sample.task].kind === kind).length;
+    const some = shown < count ? ", " + shown + " of " + count : "";
+    return (kind === "seen" ? "seen: rows that did not train" : "unseen: rows of the test file") + some;
+  }
+
+  // Say in which prompts or tasks an abstract task is strongest.
+  function meaningOf(k) {
+    if (data.words) return data.words[k];
+    if (data.is_jsonl) return "most in \u201c" + brief(data.samples[strongestSamples(k)[0]].input) + "\u201d";
+    const strongest = data.tasks.reduce((most, task) => (task.w[k] > most.w[k] ? task : most));
+    return "most in " + words(strongest.name);
+  }
 
   element("tasks-count").textContent = K;
   for (let k = 0; k < K; k++) {
     const row = element("weights").appendChild(document.createElement("div"));
     row.className = "weight";
     const label = row.appendChild(document.createElement("label"));
-    const strongest = data.tasks.reduce((most, task) => (task.w[k] > most.w[k] ? task : most));
-    const about = ": " + (data.words ? data.words[k] : "most in " + words(strongest.name));
     label.append(String(k + 1));
-    label.appendChild(document.createElement("span")).textContent = about;
+    label.appendChild(document.createElement("span")).textContent = ": " + meaningOf(k);
     label.title = label.textContent;
     if (data.live) {
       label.htmlFor = "w" + k;
@@ -393,6 +453,20 @@
       Object.assign(bar, { id: "w" + k, className: "bar" });
     }
     row.appendChild(document.createElement("output")).id = "value" + k;
+  }
+
+  if (data.is_jsonl) {
+    element("strongest").hidden = false;
+    for (let k = 0; k < K; k++) {
+      element("strongest-list").appendChild(document.createElement("dt")).textContent = k + 1;
+      const list = element("strongest-list").appendChild(document.createElement("dd"));
+      for (const number of strongestSamples(k)) {
+        const { input, w } = data.samples[number];
+        const button = list.appendChild(document.createElement("button"));
+        Object.assign(button, { type: "button", textContent: w[k].toFixed(2) + "  " + brief(input) });
+        button.dataset.sample = number;
+      }
+    }
   }
 
   document.querySelectorAll(".skill-groups").forEach((row) => {
@@ -428,6 +502,13 @@
     element("typing").hidden = false;
     element("prompt").readOnly = false;
     element("ask").addEventListener("click", askTyped);
+    if (data.metric_rules === "unicode") {
+      element("rules").textContent = "The rules are those for rows of JSONL: punctuation counts, case and white space do not.";
+    }
+    element("ask-all").hidden = false;
+    element("ask-all").addEventListener("click", () => {
+      ORDER.filter((name) => view.settings[name] && !view.results[name]).forEach((name) => ask(name));
+    });
     element("keep").hidden = false;
     element("keep").addEventListener("click", () => {
       const name = nameOfCurrent() || "now";

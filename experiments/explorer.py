@@ -3,8 +3,9 @@
     python -m experiments.explorer --run RUN    # then open the address that it prints
 
 The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
-page shows the weights c of the skills, the answer and, with a reference, the loss. It is served on
-127.0.0.1 alone until Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
+page shows the weights c of the skills, the answer and, with a reference, the loss. It opens with a
+sample where routing matters, if there is one, and says so. It is served on 127.0.0.1 alone until
+Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
 style and script are in explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
@@ -38,12 +39,13 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoE
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig, Prompts
+from tasks import NO_TASK, DataConfig, Prompts
 from tokenizer import Tokenizer
 
-SHOWN = 3  # samples of each task that can be chosen
+SHOWN = 3  # samples of each task in SNI's form that can be chosen
+SHOWN_ROWS = 1000  # of each task of a JSONL file, and of rows that name no task
+TRIED = 100  # samples among which the page looks for one where routing matters
 LARGEST_REQUEST = 100_000  # bytes
-LONGEST_ANSWER = 64  # tokens
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # The examples of a task are together.
@@ -52,7 +54,7 @@ read_rows = functools.lru_cache(1)(tasks.read_rows)
 
 
 class Loaded(NamedTuple):
-    """A finished run with a sample router, on the CPU."""
+    """A finished run with a sample router and allocation matrices, on the CPU."""
 
     base: Backbone
     adapters: Adapters
@@ -68,7 +70,7 @@ class Loaded(NamedTuple):
 
 
 def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
-    """Load a run. Raise UserError if it has no sample router, or if its data have changed.
+    """Load a run. Raise UserError if it has nothing to show, or if its data have changed.
 
     model, moved_data: where its base and its data are now, if they have moved. Data that have moved
     are without --test.
@@ -78,6 +80,11 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     if not isinstance(adapters.method, OrchMoE) or adapters.router is None:
         raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
     config = run_folder.read_config(run)
+    if not hasattr(adapters.method, "allocation_weights"):
+        raise UserError(
+            f"{run}: its method {config.training['method']} has no allocation_weights, as OrchMoE "
+            "has, so the page cannot show how abstract tasks use skills"
+        )
     data_config = config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
@@ -110,6 +117,11 @@ def collect(loaded: Loaded) -> dict[str, Any]:
         examples = loaded.sets.get(kind, [])
         if examples:
             w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
+            if w is None:
+                raise UserError(
+                    f"{loaded.config.folder}: its method returns no w of each sample, so there is "
+                    "no routing of samples to show"
+                )
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):
             add_task(explored, loaded, kind, rows, w)
@@ -129,14 +141,22 @@ def rows_by_task(examples: Sequence[Example]) -> list[list[int]]:
 def add_task(
     explored: dict[str, Any], loaded: Loaded, kind: str, rows: list[int], w: Tensor
 ) -> None:
-    """Add one task to "tasks", and SHOWN samples, evenly spaced over its rows, to "samples"."""
+    """Add one task to "tasks", and its samples that are shown to "samples".
+
+    They are evenly spaced over its rows. Rows that name no task count as one task, whose name is
+    empty.
+    """
     examples = loaded.sets[kind]
-    shown = data.subsample(rows, SHOWN)
+    shown = data.subsample(rows, SHOWN_ROWS if loaded.data_config.is_jsonl else SHOWN)
     texts = {row: texts_of(loaded, kind, examples[row]) for row in shown}
     head = os.path.commonprefix([prompt for _, prompt in texts.values()])
     head = head[: head.rfind("\n") + 1]
     for row in shown:
         other = (row + len(examples) // 2) % len(examples)  # far away: most likely of another task
+        other_task = name_of(examples[other])
+        other_input = ""
+        if not other_task:
+            other_input, _ = texts_of(loaded, kind, examples[other])
         explored["samples"].append(
             {
                 "task": len(explored["tasks"]),
@@ -146,29 +166,101 @@ def add_task(
                 "references": examples[row].references,
                 "w": rounded(w[row]),
                 "other_w": rounded(w[other]),
-                "other_task": examples[other].task,
+                "other_task": other_task,
+                "other_input": other_input,  # of a row that names no task
             }
         )
     explored["tasks"].append(
         {
-            "name": examples[rows[0]].task,
+            "name": name_of(examples[rows[0]]),
             "kind": kind,
+            "count": len(rows),
             "w": rounded(w[rows].mean(dim=0)),
             "head": head,  # what the prompts of its shown samples begin with
         }
     )
 
 
+def name_of(example: Example) -> str:
+    """Return the name of the task of an example, or "" if its row names none."""
+    return "" if example.task == NO_TASK else example.task
+
+
 def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
-    """Return the input and the prompt of an example, seen or unseen, as text."""
+    """Return the input and the prompt of an example, seen or unseen, as text.
+
+    The input of a row of JSONL includes its instruction.
+    """
     config = loaded.data_config
     if config.is_jsonl:
         found = read_rows(config.data if kind == "seen" else config.test)
         task = next(task for task in found if task["name"] == example.task)
-    else:
-        task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
+        instance = task["instances"][example.position]
+        return tasks.plain_prompt(instance), loaded.prompts.of_instance(task, instance)
+    task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
     instance = task["instances"][example.position]
     return instance["input"], loaded.prompts.of_instance(task, instance)
+
+
+@torch.no_grad()
+def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
+    """Choose the sample with which the page opens: one where routing matters.
+
+    It is right with the router's w, and wrong with the mean w and with w = 1/K. Of several such
+    samples, or of all that were tried if there is none, it is the one whose loss rises most with
+    w = 1/K. At most TRIED seen samples are tried, or unseen ones if there are no seen ones.
+
+    "chosen" has the kind of these samples, how many were tried, and for how many routing matters.
+    """
+    kind = next(iter(explored["mean_w"]))
+    numbers = []
+    for number, sample in enumerate(explored["samples"]):
+        if explored["tasks"][sample["task"]]["kind"] == kind:
+            numbers.append(number)
+    numbers = data.subsample(numbers, TRIED)
+    samples = [explored["samples"][number] for number in numbers]
+    examples = [loaded.sets[kind][sample["row"]] for sample in samples]
+    own = torch.tensor([sample["w"] for sample in samples])  # (M,K)
+    mean = torch.tensor(explored["mean_w"][kind]).expand_as(own)
+    uniform = torch.full_like(own, 1 / own.shape[1])
+
+    # Positions of the samples that are right with the router's w, then also wrong with the others.
+    matching = list(range(len(samples)))
+    for w, wanted in ((own, True), (mean, False), (uniform, False)):
+        if matching:
+            part = [examples[i] for i in matching]
+            texts = predict(loaded, part, w[matching])
+            found = zip(matching, part, texts, strict=True)
+            matching = [
+                i for i, example, text in found if is_right(loaded, example, text) == wanted
+            ]
+
+    candidates = matching or list(range(len(samples)))
+    part = [examples[i] for i in candidates]
+    losses = []
+    for w in (own, uniform):
+        found = evaluation.row_losses(loaded.base, loaded.adapters, part, w=w[candidates])
+        losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
+    best = candidates[int((losses[1] - losses[0]).argmax())]
+    explored["first"] = numbers[best]
+    explored["chosen"] = {"kind": kind, "tried": len(numbers), "changed": len(matching)}
+
+
+def predict(loaded: Loaded, examples: Sequence[Example], w: Tensor) -> list[str]:
+    """Return the answers of M examples with w (M,K)."""
+    return evaluation.predict(
+        loaded.base,
+        loaded.adapters,
+        examples,
+        loaded.tokenizer,
+        max_new_tokens=loaded.data_config.max_new_tokens,
+        w=w,
+    )
+
+
+def is_right(loaded: Loaded, example: Example, text: str) -> bool:
+    """Return whether an answer is right by the exact match of the data of the run."""
+    return metrics.exact_match(text, example.references, loaded.data_config.metric_rules) == 1
 
 
 def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
@@ -176,15 +268,11 @@ def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
 
     Loss and rightness are None without a reference.
     """
-    base, adapters, tokenizer = loaded.base, loaded.adapters, loaded.tokenizer
-    options = {"w": w[None], "max_new_tokens": LONGEST_ANSWER}
-    text = evaluation.predict(base, adapters, [example], tokenizer, **options)[0]
+    [text] = predict(loaded, [example], w[None])
     if not example.references:
         return [text, None, None]
-    loss, _ = evaluation.measure(base, adapters, [example], w=w[None])
-    rules = loaded.data_config.metric_rules
-    is_right = metrics.exact_match(text, example.references, rules) == 1
-    return [text, round(loss, 4), is_right]
+    loss, _ = evaluation.measure(loaded.base, loaded.adapters, [example], w=w[None])
+    return [text, round(loss, 4), is_right(loaded, example, text)]
 
 
 def rounded(values: Tensor, decimals: int = 4) -> list:
@@ -239,7 +327,14 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.loaded = loaded
         self.lock = threading.Lock()  # whoever holds it may use the model
-        explored = collect(loaded) | {"live": True, "largest_request": LARGEST_REQUEST}
+        explored = collect(loaded)
+        choose_first(explored, loaded)
+        explored |= {
+            "live": True,
+            "largest_request": LARGEST_REQUEST,
+            "is_jsonl": loaded.data_config.is_jsonl,
+            "metric_rules": loaded.data_config.metric_rules,
+        }
         # What GET answers at each path: the type, and the content.
         self.pages = {"/": ("text/html", page(explored).encode())}
         # The annotated page has links to these.
@@ -332,11 +427,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @torch.no_grad()
 def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
-    """Return {"w", "result"} for a request {"prompt", "references", "w"} in JSON.
+    """Return {"w", "result", "warning"} for a request {"prompt", "references", "w"} in JSON.
 
     An answer is right if it is one of the references; the loss is that of the first. A w of null
-    means the router's. Raise UserError for a request of another form, and for texts
-    that are empty or too long.
+    means the router's. The warning is empty, or it says that a text has characters that the
+    tokenizer loses. Raise UserError for a request of another form, and for texts that are empty or
+    too long.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
@@ -377,7 +473,13 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
     )
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
-    return {"w": rounded(w), "result": answer(loaded, example, w)}
+    warning = ""
+    if sample.has_unknown:
+        name = "prompt"
+        if loaded.tokenizer.unknown_id not in sample.source:
+            name = "right answer"
+        warning = f"The {name} has {data.UNKNOWN_CHARACTERS}."
+    return {"w": rounded(w), "result": answer(loaded, example, w), "warning": warning}
 
 
 # -------------------------------------------------------------------------------------- the program

@@ -9,8 +9,8 @@ import pytest
 
 import data
 from docs import numbers
-from experiments import explorer
 from support.program import UserError
+from tasks import DataConfig
 
 for package in ("markdown_it", "latex2mathml", "pygments"):
     pytest.importorskip(package)
@@ -291,7 +291,7 @@ def test_the_first_sample_is_one_where_routing_matters():
 
 def test_numbers_are_made_from_a_run(finished, monkeypatch):
     """Each step of the walk is compared with the model while it is made."""
-    monkeypatch.setattr(explorer, "LONGEST_ANSWER", 2)
+    monkeypatch.setattr(DataConfig, "max_new_tokens", 2)
     monkeypatch.setattr(numbers, "COMPARED", ("own",))
     load_sets = data.load_sets
 
