@@ -263,7 +263,7 @@ def find_no_compiler(device):
 
 def test_without_a_compiler_auto_warns(small_t5, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
-    config = train.TrainConfig(steps=15_000)
+    config = train.TrainConfig(steps=37_500)
     assert train.choose_compile(config, small_t5, CUDA, False) == "off"
     lines = capsys.readouterr()
     assert lines.out == "compile off: torch cannot compile here\n"
