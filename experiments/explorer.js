@@ -6,6 +6,7 @@
   const element = (id) => document.getElementById(id);
   const CLOSE = 0.002; // two weights that differ by less are the same: they are rounded
   const CHANGED = 0.05; // a weight that differs by more is coloured
+  const SMALL = 0.1; // an abstract task whose weight is nowhere larger is not described
   const LITTLE = 0.05; // a difference of losses that is not worth a word
   const THREE = [...new Set([0, Math.floor(N / 2), N - 1])]; // the Linears that are always shown
 
@@ -45,16 +46,18 @@
   const words = (name) => name.replaceAll("_", " ");
   const sampleWord = data.is_jsonl ? "row" : "sample";
 
+  // Return a text of at most this length. It ends after a word, if it has spaces.
   function shortened(text, length) {
-    return text.length > length ? text.slice(0, length - 1).trimEnd() + "…" : text;
+    if (text.length <= length) return text;
+    return text.slice(0, length).replace(/\s+\S*$/, "") + " …";
   }
 
-  // Return the beginning of a text. The last line is added if there are more: after an instruction,
-  // it tells rows apart.
+  // Return the beginning of the first line of a text, and of the last one if there are more: behind
+  // an instruction, it tells rows apart.
   function brief(text) {
     const lines = text.split("\n").filter((line) => line.trim());
     if (lines.length < 2) return shortened(text.trim(), 90);
-    return shortened(lines[0], 55) + " … " + shortened(lines[lines.length - 1], 40);
+    return shortened(lines[0], 55) + " / " + shortened(lines[lines.length - 1], 40);
   }
 
   // Return the numbers of the three samples that have most of an abstract task.
@@ -106,7 +109,7 @@
     const prompt = data.tasks[sample.task].head + sample.tail;
     return {
       question: { prompt, references: sample.references, sample: index },
-      names: namesOf(kind, sample.other_task ? words(sample.other_task) : brief(sample.other_input)),
+      names: namesOf(kind, sample.other_task ? words(sample.other_task) : shortened(sample.other_input, 40)),
       settings,
       results,
       warning: "",
@@ -424,7 +427,11 @@
   // Say in which prompts or tasks an abstract task is strongest.
   function meaningOf(k) {
     if (data.words) return data.words[k];
-    if (data.is_jsonl) return "most in \u201c" + brief(data.samples[strongestSamples(k)[0]].input) + "\u201d";
+    if (data.is_jsonl) {
+      const { input, w } = data.samples[strongestSamples(k)[0]];
+      if (w[k] < SMALL) return "less than " + SMALL + " in all rows";
+      return "most in \u201c" + brief(input) + "\u201d";
+    }
     const strongest = data.tasks.reduce((most, task) => (task.w[k] > most.w[k] ? task : most));
     return "most in " + words(strongest.name);
   }
@@ -463,7 +470,7 @@
       for (const number of strongestSamples(k)) {
         const { input, w } = data.samples[number];
         const button = list.appendChild(document.createElement("button"));
-        Object.assign(button, { type: "button", textContent: w[k].toFixed(2) + "  " + brief(input) });
+        Object.assign(button, { type: "button", textContent: w[k].toFixed(2) + ": " + brief(input) });
         button.dataset.sample = number;
       }
     }

@@ -54,7 +54,7 @@ read_rows = functools.lru_cache(1)(tasks.read_rows)
 
 
 class Loaded(NamedTuple):
-    """A finished run with a sample router and allocation matrices, on the CPU."""
+    """A finished run of OrchMoE with a sample router, on the CPU."""
 
     base: Backbone
     adapters: Adapters
@@ -78,13 +78,11 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
     if not isinstance(adapters.method, OrchMoE) or adapters.router is None:
-        raise UserError(f"{run}: has no sample router, so there is no routing of samples to show")
-    config = run_folder.read_config(run)
-    if not hasattr(adapters.method, "allocation_weights"):
         raise UserError(
-            f"{run}: its method {config.training['method']} has no allocation_weights, as OrchMoE "
-            "has, so the page cannot show how abstract tasks use skills"
+            f"{run}: has no sample router of OrchMoE, so there are no weights of abstract tasks to "
+            "show"
         )
+    config = run_folder.read_config(run)
     data_config = config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
@@ -119,8 +117,8 @@ def collect(loaded: Loaded) -> dict[str, Any]:
             w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
             if w is None:
                 raise UserError(
-                    f"{loaded.config.folder}: its method returns no w of each sample, so there is "
-                    "no routing of samples to show"
+                    f"{loaded.config.folder}: its method returns no w of each sample, so there are "
+                    "no weights of abstract tasks to show"
                 )
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):

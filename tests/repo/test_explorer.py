@@ -6,6 +6,8 @@ import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection, RemoteDisconnected
 from unittest import mock
 from urllib.request import urlopen
@@ -13,8 +15,18 @@ from urllib.request import urlopen
 import pytest
 import torch
 
+import eval as evaluation
 from experiments import explorer
-from helpers import ROOT, change_config, interrupted, run, seeded_generator, stir
+from helpers import (
+    ROOT,
+    change_config,
+    interrupted,
+    links,
+    run,
+    seeded_generator,
+    stir,
+    write_rows,
+)
 from support.program import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -275,6 +287,13 @@ def server(request, finished):
     stir(loaded.adapters, seeded_generator())
     for linear in loaded.adapters.linears.values():
         linear.skill_B.data *= 10
+    with serving(loaded) as server:
+        yield server
+
+
+@contextmanager
+def serving(loaded):
+    """Yield a server of a run."""
     with explorer.Server(loaded, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -492,6 +511,7 @@ def test_a_server_that_is_gone_is_said_so(served):
 def test_nothing_of_the_served_page_is_cut(served, width):
     set_window(served, width)
     assert served.execute_script(CUT_PARTS) == []
+    assert served.execute_script(BROKEN_WORDS) == []
 
 
 def test_the_served_page_has_a_title_in_words_and_leads_to_the_annotated_page(served):
@@ -547,3 +567,253 @@ def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied):
     change_config(copied, "data", train="0")
     with pytest.raises(UserError, match="run: data changed since the run began"):
         explorer.load(copied, moved_data=str(ROOT / "sni"))
+
+
+def test_a_task_has_the_mean_w_of_all_its_samples(server):
+    loaded = server.loaded
+    explored = explorer.collect(loaded)
+    samples = [sample for sample in explored["samples"] if sample["task"] == 0]
+    examples = [e for e in loaded.sets["seen"] if e.task == explored["tasks"][0]["name"]]
+    w = evaluation.router_weights(loaded.base, loaded.adapters, examples).mean(dim=0)
+    of_shown = torch.tensor([sample["w"] for sample in samples]).mean(dim=0)
+    assert len(samples) == 3 < len(examples) == explored["tasks"][0]["count"]
+    assert not torch.allclose(of_shown, w, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(explored["tasks"][0]["w"]), w, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------- the sample that is shown first
+
+
+def rises_of(explored, loaded):
+    """Return by how much the loss of each seen sample rises with w = 1/K, {number: rise}."""
+    K = len(explored["samples"][0]["w"])
+    rises = {}
+    for number, sample in enumerate(explored["samples"]):
+        if explored["tasks"][sample["task"]]["kind"] == "seen":
+            example = [loaded.sets["seen"][sample["row"]]]
+            losses = []
+            for w in (sample["w"], [1 / K] * K):
+                w = torch.tensor([w])
+                losses.append(evaluation.measure(loaded.base, loaded.adapters, example, w=w)[0])
+            rises[number] = losses[1] - losses[0]
+    return rises
+
+
+@pytest.mark.parametrize(
+    "own, mean, uniform, matching",
+    [
+        ({1, 2, 4, 5, 7}, {0, 2}, {3, 4}, {1, 5, 7}),
+        ({2, 4}, {2}, {4}, set()),
+        (set(), {1}, {1}, set()),
+    ],
+)
+def test_the_page_opens_where_only_the_routers_w_is_right(
+    own, mean, uniform, matching, server, monkeypatch
+):
+    loaded = server.loaded
+    explored = explorer.collect(loaded)
+    rises = rises_of(explored, loaded)
+    numbers = {}
+    for number in rises:
+        example = loaded.sets["seen"][explored["samples"][number]["row"]]
+        numbers[example.task, example.id] = number
+
+    def predict(_, examples, w):
+        right = own
+        if torch.equal(w, torch.full_like(w, 1 / w.shape[1])):
+            right = uniform
+        elif torch.equal(w, torch.tensor(explored["mean_w"]["seen"]).expand_as(w)):
+            right = mean
+        return [e.references[0] if numbers[e.task, e.id] in right else "?!" for e in examples]
+
+    monkeypatch.setattr(explorer, "predict", predict)
+    explorer.choose_first(explored, loaded)
+    assert explored["chosen"] == {"kind": "seen", "tried": len(rises), "changed": len(matching)}
+    candidates = matching or set(rises)
+    assert explored["first"] == max(candidates, key=rises.get)
+
+
+def test_the_page_says_why_it_opens_with_its_sample(server, browser, tmp_path):
+    explored = explorer.collect(server.loaded) | {"first": 4}
+    reasons = {
+        3: "is right with the router\u2019s w, and wrong with the mean w and with 1/8 each. This "
+        "holds for 3 of the 12 seen samples that were tried.",
+        0: "Of the 12 seen samples that were tried, none is right with the router\u2019s w and ",
+    }
+    for changed, words in reasons.items():
+        explored["chosen"] = {"kind": "seen", "tried": 12, "changed": changed}
+        path = tmp_path / "page.html"
+        path.write_text(explorer.page(explored), encoding="utf-8")
+        browser.get(path.as_uri())
+        assert words in text(browser, "#about")
+        choose_sample(browser, 5)
+        assert "tried" not in text(browser, "#about")
+
+
+# ---------------------------------------------------------------------------------- rows of JSONL
+
+
+def rows_of(count, instructions, **more):
+    """Return rows of JSONL whose instructions take turns."""
+    rows = []
+    for number in range(count):
+        instruction = instructions[number % len(instructions)]
+        rows.append({"instruction": instruction, "input": f"{number}", "output": "+", **more})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """Return a run of rows that name no task, and of --test, where some rows name one."""
+    home = links(tmp_path_factory.mktemp("own"))
+    write_rows(home / "own.jsonl", rows_of(100, ["Say plus.", "Add <one>."]))
+    unseen = rows_of(6, ["Say minus."]) + rows_of(4, ["Say minus twice."], task="task_a")
+    write_rows(home / "unseen.jsonl", unseen)
+    flags = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
+    files = ("--data", "own.jsonl", "--test", "unseen.jsonl", "--out", "run")
+    run("train.py", *flags, *files, cwd=home)
+    return home / "run"
+
+
+@pytest.fixture(scope="module")
+def own_server(own_run):
+    with serving(explorer.load(own_run)) as server:
+        yield server
+
+
+@pytest.fixture
+def own_page(own_server, browser):
+    set_window(browser, 1280)
+    browser.get(f"http://127.0.0.1:{own_server.server_port}")
+    wait_for_answer(browser, "uniform")
+    return browser
+
+
+def test_all_rows_can_be_chosen_and_show_their_instructions(own_server):
+    explored = explorer.collect(own_server.loaded)
+    seen = own_server.loaded.sets["seen"]
+    assert [task["name"] for task in explored["tasks"]] == ["", "", "task_a"]
+    assert [task["count"] for task in explored["tasks"]] == [len(seen), 6, 4]
+    assert len(explored["samples"]) == len(seen) + 6 + 4
+    assert re.fullmatch("(Say plus|Add <one>).\n\n[0-9]+", explored["samples"][0]["input"])
+    assert explored["samples"][-5]["input"] == "Say minus.\n\n5"
+    assert explored["samples"][-5]["other_task"] == ""
+    assert explored["samples"][-5]["other_input"] == "Say minus.\n\n0"
+
+
+def test_more_rows_than_can_be_chosen_are_evenly_spaced(own_server, monkeypatch, browser, tmp_path):
+    monkeypatch.setattr(explorer, "SHOWN_ROWS", 3)
+    explored = explorer.collect(own_server.loaded) | {"is_jsonl": True}
+    assert [sample["row"] for sample in explored["samples"][3:]] == [0, 2, 4, 6, 7, 8]
+    path = tmp_path / "page.html"
+    path.write_text(explorer.page(explored), encoding="utf-8")
+    browser.get(path.as_uri())
+    groups = browser.find_elements("css selector", "#sample optgroup")
+    labels = [group.get_attribute("label") for group in groups]
+    assert labels[1] == "unseen: rows of the test file, 6 of 10"
+
+
+def test_nothing_is_claimed_about_tasks_that_rows_do_not_name(own_page):
+    count = len(own_page.find_elements("css selector", "#sample option")) - 1  # "your own prompt"
+    for number in (0, count - 5):
+        choose_sample(own_page, number)
+        about = text(own_page, "#about")
+        assert about.startswith(("A row that did not train.", "A row of the test file."))
+        assert "task" not in about
+        script = "return document.querySelector('[data-row=other]').textContent"
+        assert re.match("another row: (Say|Add) ", own_page.execute_script(script))
+    page = own_page.find_element("tag name", "main").get_attribute("textContent")
+    assert "most in -" not in page and "-: " not in page
+    choose_sample(own_page, count - 1)
+    assert text(own_page, "#sample option:checked").startswith("task a: Say minus twice. / ")
+
+
+def test_abstract_tasks_are_described_by_the_prompts_that_have_most_of_them(own_page, own_server):
+    explored = explorer.collect(own_server.loaded)
+    seen = [sample for sample in explored["samples"] if sample["task"] == 0]
+    click(own_page, "#strongest summary")
+    lists = own_page.find_elements("css selector", "#strongest-list dd")
+    labels = own_page.find_elements("css selector", "#weights label")
+    for k, (part, label) in enumerate(zip(lists, labels, strict=True)):
+        best = sorted(seen, key=lambda sample: -sample["w"][k])[:3]
+        shown = [f"{sample['w'][k]:.2f}: {sample['input']}" for sample in best]
+        assert part.text.split("\n") == [line.replace("\n\n", " / ") for line in shown]
+        most = f"{k + 1}: most in \u201c{best[0]['input']}\u201d".replace("\n\n", " / ")
+        assert label.text == (
+            most if best[0]["w"][k] >= 0.1 else f"{k + 1}: less than 0.1 in all rows"
+        )
+    button = lists[2].find_element("tag name", "button")
+    line = button.text.split(": ")[1]
+    button.click()
+    assert text(own_page, "#sample option:checked") == line
+    click(own_page, "#back")
+    assert own_page.switch_to.active_element == button
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_nothing_of_the_page_of_own_rows_is_cut_or_broken(own_page, width):
+    set_window(own_page, width)
+    assert own_page.execute_script(CUT_PARTS) == []
+    assert own_page.execute_script(BROKEN_WORDS) == []
+    set_window(own_page, 1280)
+
+
+def ask(loaded, answer, **question):
+    """Return the reply to a question, if the model answers with this text."""
+    with mock.patch.object(evaluation, "predict", return_value=[answer]) as predict:
+        reply = explorer.reply(loaded, json.dumps(QUESTION | question).encode())
+    return reply, predict.call_args.kwargs
+
+
+def test_right_follows_the_rules_of_the_data_and_the_page_names_them(server, own_server, own_page):
+    for asked, is_right in ((server, True), (own_server, False)):
+        reply, _ = ask(asked.loaded, "C", references=["C++"])
+        assert reply["result"][2] is is_right
+    assert "punctuation counts" in text(own_page, "#rules")
+    own_page.get(f"http://127.0.0.1:{server.server_port}")
+    assert "official rules ignore case, white space and punctuation" in text(own_page, "#rules")
+
+
+def test_an_answer_may_be_as_long_as_the_longest_target_of_training(own_server):
+    loaded = own_server.loaded
+    assert ask(loaded, "yes")[1]["max_new_tokens"] == 127
+    config = replace(loaded.data_config, max_target_length=300)
+    assert ask(loaded._replace(data_config=config), "yes")[1]["max_new_tokens"] == 299
+
+
+def test_characters_that_the_tokenizer_loses_are_said(own_server, own_page):
+    loaded = own_server.loaded
+    lost = "has characters that the tokenizer does not know"
+    assert ask(loaded, "yes")[0]["warning"] == ""
+    assert ask(loaded, "yes", prompt="Say \u2603.")[0]["warning"].startswith(f"The prompt {lost}")
+    warning = ask(loaded, "yes", references=["\u2603"])[0]["warning"]
+    assert warning.startswith(f"The right answer {lost}")
+    type_prompt(own_page, "Say \u2603.")
+    wait(own_page, lambda: "Say \u2603." in text(own_page, "#input"))
+    wait_for_answer(own_page, "uniform")
+    wait(own_page, lambda: f"The prompt {lost}" in text(own_page, "#status"))
+    type_prompt(own_page, "Say yes.")
+    wait(own_page, lambda: text(own_page, "#input") == "Say yes.")
+    wait_for_answer(own_page, "uniform")
+    wait(own_page, lambda: text(own_page, "#status") == "")
+
+
+def test_all_rows_are_asked_and_marked_right_or_wrong(own_page):
+    click(own_page, "#ask-all")
+    rows = own_page.find_elements("css selector", "#answer-rows tr")
+    assert len(rows) == 13
+    script = "return document.querySelectorAll('#answer-rows .good, #answer-rows .bad').length"
+    wait(own_page, lambda: own_page.execute_script(script) == len(rows))
+
+
+def test_moved_rows_are_without_the_old_test_file(own_run, tmp_path):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((own_run.parent / "own.jsonl").read_bytes())
+    assert "unseen" in explorer.load(own_run).sets
+    assert "unseen" not in explorer.load(own_run, moved_data=str(moved)).sets
+
+
+def test_a_method_that_returns_no_w_is_refused(own_server, monkeypatch):
+    monkeypatch.setattr(evaluation, "router_weights", lambda *_: None)
+    with pytest.raises(UserError, match="run: its method returns no w of each sample"):
+        explorer.collect(own_server.loaded)
