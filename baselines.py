@@ -131,8 +131,8 @@ class Poly(Method):
         super().__init__()
         if num_tasks < 1:
             raise ValueError(
-                f"--method: {type(self).__name__} routes by task id; give num_tasks, in JSONL the "
-                "field `task` of every line"
+                f"--method: {type(self).__name__} routes by task id: every JSONL row needs a "
+                "`task` (in Python: num_tasks=)"
             )
         for path, linear in linears.items():
             for name in ("in_features", "out_features"):

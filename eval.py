@@ -282,7 +282,7 @@ def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
     normalised_entropy: entropy / ln(K), so that 1 is uniform; 0 if K is 1.
     largest: the largest of the mean weights of the abstract tasks.
-    used: the number of abstract tasks with a mean weight above 0.05.
+    used: the number of abstract tasks whose mean weight is above 40 % of an equal share, 1/K.
     distance: mean KL(w || start_w) in nats, where start_w (M,K) is the router's w before training.
     It is left out without start_w, or if the rows of w are not distributions.
 
@@ -295,7 +295,7 @@ def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
         "entropy": entropy,
         "normalised_entropy": entropy / math.log(K) if K > 1 else 0.0,
         "largest": mean_w.max().item(),
-        "used": int((mean_w > 0.05).sum()),
+        "used": int((mean_w > 0.4 / K).sum()),
     }
     if start_w is not None and not math.isnan(entropy):
         log_ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
@@ -363,7 +363,7 @@ class EvalConfig:
     max_new_tokens: int = 0  # longest answer in tokens (0: 127, or more if longer targets trained)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster one
+    dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:

@@ -748,8 +748,9 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         """Start the sample router from training sources. Call it once, before training.
 
         embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
-        padding. Do nothing if there is no sample router. Raise ValueError for fewer than max(2, K)
-        different sources, whose k-means would leave abstract tasks empty.
+        padding. With router_init "normal" it only sets mu and sd. It does nothing without a sample
+        router. Raise ValueError for fewer than max(2, K) different sources, whose k-means would
+        leave abstract tasks empty.
         """
         if self.router is None:
             return
@@ -764,8 +765,8 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
             sources = len(x_hat.unique(dim=0))
             if sources < max(2, K):
                 raise ValueError(
-                    f"fit_router: {sources} different sources are too few for K = {K} abstract "
-                    f"tasks; give at least {max(2, K)}, better hundreds"
+                    f"{sources} different training sources are too few for K = {K} abstract tasks; "
+                    f"give at least {max(2, K)}, better hundreds"
                 )
             self.router.fit(x_hat, generator)
 

@@ -41,10 +41,10 @@ class DataConfig:
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
     num_neg: int = 0  # negative examples in the prompt, as far as they fit
     explanation: bool = False  # add the explanations of these examples
-    max_source_length: int = 1024  # most tokens of a source, EOS included
-    max_target_length: int = 128  # most tokens of a target, EOS included
-    train_instances: int | None = None  # most of each task, 0: all (default: 100; for JSONL all)
-    max_tasks: int = 0  # first N tasks of each list, for quick looks; 0 for all
+    max_source_length: int = 1024  # longest source in tokens, EOS included
+    max_target_length: int = 128  # longest target in tokens, EOS included
+    train_instances: int | None = None  # at most N per task (0: all; default: 100, with JSONL: all)
+    max_tasks: int = 0  # read only the first N tasks of each list (0: all)
 
     def __post_init__(self) -> None:
         program.require_least(self, max_source_length=2, max_target_length=2)

@@ -92,12 +92,12 @@ class TrainConfig:
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
-    warmup: int = 50  # steps of linear warm-up; with no more --steps than this, a tenth of them
+    warmup: int = 50  # steps of linear warm-up (a tenth of --steps if --steps is not larger)
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: the faster dtype
+    dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
     start: str = ""  # a finished run to start from: its base, method, adapters, data settings
     trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
@@ -195,7 +195,10 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         if name in fixed:
             reason = "is fixed by --start"
         elif name in unread:
-            reason = f"--method {method} with --router {router} does not use it"
+            options = f"--method {method}"
+            if "router" not in unread:
+                options += f" with --router {router}"
+            reason = f"{options} does not use it"
         elif name in no_rate:
             reason = "nothing trains at that rate"
         elif name in settings.dataset.idle:
@@ -396,7 +399,7 @@ def train_step(
 
     norm = get_total_norm(gradients)
     norm_value = norm.item()
-    require_finite(step, batch, loss=loss, gradient_norm=norm_value)
+    require_finite(step, batch.ids, loss=loss, gradient_norm=norm_value)
     clip_grads_with_norm_(parameters, LARGEST_NORM, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * learning_rate_factor(step, config)
@@ -427,12 +430,18 @@ class DivergedError(UserError):
     """A loss, a gradient or a weight is not a finite number."""
 
 
-def require_finite(step: int, batch: Batch, **values: float) -> None:
-    """Raise DivergedError if a value is not a finite number."""
+def require_finite(step: int, ids: Sequence[str] = (), **values: float) -> None:
+    """Raise DivergedError if a value is not a finite number.
+
+    ids: those of the examples that the values were computed from, if these are one batch.
+    """
+    place = f"step {step + 1}"  # the progress lines count from 1, too
+    if ids:
+        place += f" on {', '.join(ids)}"
     for name, value in values.items():
         if not math.isfinite(value):
             raise DivergedError(
-                f"step {step} on {', '.join(batch.ids)}: the {name.replace('_', ' ')} is {value}; "
+                f"{place}: the {name.replace('_', ' ')} is {value}; "
                 "what was saved is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"
             )
@@ -604,14 +613,14 @@ def train(
                     continue
                 trained = sum(adapters.parameter_groups().values(), [])
                 weight_norm = get_total_norm(trained)
-                require_finite(step, batch, norm_of_the_weights=weight_norm.item())
+                require_finite(step, norm_of_the_weights=weight_norm.item())
 
                 # The loss on dev. Keep the weights that are best there.
                 if evaluating:
                     dev_loss, w = measure(
                         base, adapters, held_out["dev"], batch_size=config.eval_batch_size
                     )
-                    require_finite(step, batch, dev_loss=dev_loss)
+                    require_finite(step, dev_loss=dev_loss)
                     on_dev = {"dev_loss": dev_loss}
                     if routes_samples:
                         on_dev["router"] = router_report(w, start_w)
@@ -736,7 +745,8 @@ def print_table(
 
 def print_router(report: dict[str, float], K: int) -> None:
     """Print in words how the router spreads the samples of dev over the abstract tasks."""
-    text = f"router: {report['used']} of {K} abstract tasks have a mean weight above 0.05 on dev"
+    used = report["used"]
+    text = f"router: {used} of {K} abstract tasks have more than 40 % of an equal share on dev"
     if not math.isnan(report["entropy"]):  # each w is a distribution
         # A uniform w over n abstract tasks has the entropy ln(n).
         spread = math.exp(report["entropy"])
@@ -760,11 +770,11 @@ def print_next_commands(folder: Path, settings: Settings, flags: dict[str, Any])
             f"  python eval.py --run {run} --split train  # scores on the rows that trained"
         )
 
-    if config.start or "resume" in flags or program.world_size() > 1:
+    if config.start or flags.get("resume") or program.world_size() > 1:
         return
     other = "orchmoe" if config.method == "lora" else "lora"
     words = ["python", "train.py", "--method", other]
-    left_out = {"method", "out"} | unread_settings(other, "sample")
+    left_out = {"method", "out", "resume"} | unread_settings(other, "sample")
     for name, value in flags.items():
         if name not in left_out:
             words += program.flag_words(name, value)

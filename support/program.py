@@ -195,17 +195,17 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
 
 
 def require_text(name: str, value: Any) -> None:
-    """Raise ValueError, which names the field, unless its value is a text.
+    """Raise ValueError, which names the field, unless its value is a string of valid Unicode.
 
     JSON can spell a lone surrogate (\\ud800). It is refused, because replacing it would silently
     change prompts and references.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, not {value!r:.40}")
+        raise ValueError(f"{name} must be a string, not {value!r:.40}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is no Unicode text (lone surrogate)") from None
+        raise ValueError(f"{name} is not valid Unicode (lone surrogate)") from None
 
 
 def to_json(value: Any, **options: Any) -> bytes:
@@ -256,10 +256,11 @@ def read_flags(
 
     The help text of a flag is the comment on the line of its field, with its default. `defaults`
     replaces the defaults that the help shows, nothing else. Fields in `hidden` are not shown.
+    doc: the text above the flags. How to test the program is left out.
     """
     parser = Parser(
         usage="%(prog)s [options]",
-        description=doc,
+        description=re.sub(r" *Test: pytest .*", "", doc or "").rstrip(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,7 @@ Test: pytest tests/programs/test_programs.py tests/programs/test_ranks.py
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from support import program
 from support.program import UserError
 
 # --------------------------------------------------------------------------------------- device
+
+DtypeChoice = Literal["auto", "float32", "bfloat16"]  # of --dtype
 
 
 class Device(NamedTuple):

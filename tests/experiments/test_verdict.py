@@ -191,7 +191,7 @@ def test_a_method_that_needs_tasks_is_refused_before_anything_trains(tmp_path):
     for methods in ("orchmoe,poly", "lora,c-poly"):
         flags = [*COMMAND, "--methods", methods, "--data", "sni/own.jsonl"]
         error = compare(home, *flags, code=2)
-        assert "routes by task id; give num_tasks, in JSONL the field `task` of every line" in error
+        assert "routes by task id: every JSONL row needs a `task` (in Python: num_tasks=)" in error
         assert error.count("\n") == 1
     assert not (home / "out").exists()
 

@@ -138,7 +138,7 @@ MISTAKES = {  # flags -> what is said
     "--base empty": "empty: no weights here",
     "--ask": "argument --ask: expected at least one",
     "--ask=": "--ask: a prompt is empty",
-    "--ask \udcff": "--ask is no Unicode text",
+    "--ask \udcff": "--ask is not valid Unicode",
     "--max-tokens 0": "--max-tokens 0: give 1 or more",
     "--server http://localhost:9": "--server http://localhost:9: .*refused.*; start llama-server",
     "--server localhost:8080": "--server localhost:8080: ",

@@ -780,7 +780,7 @@ def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
 
 GOOD = {"prompt": "Hot is not", "completion": " cold"}
 BAD_ROWS = [
-    ({"prompt": "Hot is not"}, "completion must be a text, not None"),
+    ({"prompt": "Hot is not"}, "completion must be a string, not None"),
     ({"prompt": "", "completion": "cold"}, "the prompt is empty"),
 ]
 
@@ -814,7 +814,7 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--ask a --out older", "older/adapter.pt: it has no 'method', so nothing tells what"),
         ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
         ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
-        ("--ask \udcff --out old", "--ask: prompt is no Unicode text"),
+        ("--ask \udcff --out old", "--ask: prompt is not valid Unicode"),
         ("--data missing.jsonl --out new", "missing.jsonl: No such file"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),

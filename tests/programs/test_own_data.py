@@ -294,7 +294,7 @@ def test_changed_files_are_named_with_what_helps(changed):
     assert "restore them, give them with --data (and --test), or start a new run" in error
     assert "--model" not in error
     error = run(*evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
-    assert error == "eval.py: error: --ask is no Unicode text (lone surrogate)\n"
+    assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
 
 
 def test_resumed_run_says_that_lines_of_its_log_are_missing(changed):

@@ -49,6 +49,7 @@ def test_help_describes_every_flag():
     for program in PROGRAMS + STUDIES:
         parser = parser_of(program)
         assert "usage: " in parser.format_help()
+        assert "Test: " not in parser.description
         for action in parser._actions:
             words, *default = action.help.split("(default:")
             assert re.search(r"\w\w", words) and len(default) <= 1, action.dest

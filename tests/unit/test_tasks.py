@@ -62,16 +62,16 @@ def instance(**row) -> dict:
 
 BAD_TASKS = {  # what the error says: content of a task file
     "Expecting property name": b"{",
-    ": Definition must be a text, not 3;": task_json(Definition=[3]),
+    ": Definition must be a string, not 3;": task_json(Definition=[3]),
     "Instances is empty": task_json(Instances=[]),
     "KeyError: 'output'": instance(),
     r"Instances\[1\]: output is empty": instance(output=[]),
-    r"Instances\[1\]: output must be a text, not 3.5": instance(output=["a", 3.5]),
-    r"Instances\[1\]: input must be a text, not None": instance(input=None, output="a"),
-    r"Negative Examples\[0\]: output must be a text, not 3": task_json(
+    r"Instances\[1\]: output must be a string, not 3.5": instance(output=["a", 3.5]),
+    r"Instances\[1\]: input must be a string, not None": instance(input=None, output="a"),
+    r"Negative Examples\[0\]: output must be a string, not 3": task_json(
         **{"Negative Examples": [{"input": "a", "output": 3}]}
     ),
-    r"Instances\[1\]: output is no Unicode text": instance(output=["a", "\ud800"]),
+    r"Instances\[1\]: output is not valid Unicode": instance(output=["a", "\ud800"]),
 }
 
 
@@ -184,11 +184,11 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "messages, .* SFTTrainer, see docs/use.md, or write each": {"messages": []},
     "chat messages, whose template": {"conversations": [{"from": "human"}]},
     "it has chat messages, whose": {"prompt": [{"role": "user"}], "completion": "b"},
-    "prompt must be a text, not 3; repair the line": {"prompt": 3, "completion": "b"},
-    "task must be a text, not 3": {"prompt": "a", "completion": "b", "task": 3},
-    "completion must be a text, not 3": {"prompt": "a", "completion": ["b", 3]},
-    "input must be a text, not 0": {"instruction": "a", "input": 0, "output": "b"},
-    r"context must be a text, not \[\]": {"instruction": "a", "context": [], "output": "b"},
+    "prompt must be a string, not 3; repair the line": {"prompt": 3, "completion": "b"},
+    "task must be a string, not 3": {"prompt": "a", "completion": "b", "task": 3},
+    "completion must be a string, not 3": {"prompt": "a", "completion": ["b", 3]},
+    "input must be a string, not 0": {"instruction": "a", "input": 0, "output": "b"},
+    r"context must be a string, not \[\]": {"instruction": "a", "context": [], "output": "b"},
     "prompt and input: write the whole": {"prompt": "a", "input": "c", "output": "b"},
     "prompt and context: write the whole": {"prompt": "a", "context": "c", "output": "b"},
     "input and context: give one": {

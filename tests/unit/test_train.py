@@ -206,6 +206,7 @@ REPORTS = {  # w of four samples, fields of the report, a word of the warning
         {"largest": 0.975, "used": 1},
         "collapsed",
     ),
+    "many": (torch.eye(24), {"used": 24, "normalised_entropy": 0}, ""),
     "one": (torch.ones(4, 1), {"normalised_entropy": 0}, ""),
     "no distributions": (2 * torch.eye(8)[[3, 3, 3, 3]], {"entropy": math.nan}, ""),
 }
@@ -258,6 +259,9 @@ def test_next_commands_have_the_paths_and_flags_of_the_run(method, more, expecte
 
     train.print_next_commands(Path("a run"), settings, {"out": "a run", "resume": True})
     assert capsys.readouterr().out.splitlines() == [title, first]
+
+    train.print_next_commands(Path("a run"), settings, flags | {"resume": False})
+    assert capsys.readouterr().out.splitlines() == [title, first, second]
 
 
 def test_next_commands_name_the_file_of_an_own_method(monkeypatch, capsys):
