@@ -563,7 +563,8 @@ def main() -> None:
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
         program.print_line(LOSS_NOTE)
-        program.print_line(f"in per cent: {metrics.RULES[data_config.metric_rules].description}")
+        rules = metrics.RULES[data_config.metric_rules].description
+        program.print_line(f"ROUGE and exact match in per cent, by {rules}")
         print_if_few(config.split, len(examples))
         program.print_line(f"written: {predictions_path}, {scores_path}")
 

@@ -71,19 +71,19 @@ def _unicode_words(text):
 class Rules(NamedTuple):
     """How the metrics read a text."""
 
-    description: str  # for tables
+    description: str  # as in "by SNI's official rules"
     form: Callable[[str], str]  # two texts match exactly if their forms are equal
     words: Callable[[str], list[str]]  # the words of a text in lower case, for ROUGE
 
 
 RULES = {
     "official": Rules(
-        "exact match without punctuation, ROUGE of words from a to z and 0 to 9 (official rules)",
+        "SNI's official rules (punctuation is ignored; words are runs of a-z and 0-9)",
         _official_form,
         _official_words,
     ),
     "unicode": Rules(
-        "exact match with punctuation, ROUGE of words in any script (rules for rows of JSONL)",
+        "the rules for rows of JSONL (punctuation counts; words are of any script)",
         _unicode_form,
         _unicode_words,
     ),

@@ -330,11 +330,11 @@ def choose_compile(
 
     size = f"{config.steps} steps x {len(base.blocks)} blocks"
     if asked != "auto":
-        choice, reason = asked, "as the settings say"
+        choice, reason = asked, f"--compile is {asked}"
     elif device.type != "cuda":
-        choice, reason = "off", "auto compiles only on CUDA"
+        choice, reason = "off", "--compile auto does so only on CUDA"
     elif shard:
-        choice, reason = "off", "auto does not compile with --shard"
+        choice, reason = "off", "--compile auto does not do so with --shard"
     elif config.steps * len(base.blocks) < COMPILE_FROM:
         choice, reason = "off", f"{size} are fewer than {COMPILE_FROM:,}, too few to gain from it"
     else:
@@ -351,7 +351,8 @@ def choose_compile(
                 ) from None
             choice, reason = "off", "torch cannot compile here"
             program.warn(f"{reason}: {error!s:.100}")
-    program.print_line(f"compile {choice}: {reason}")
+    verb = "are" if choice == "on" else "are not"
+    program.print_line(f"blocks {verb} compiled: {reason}")
     return choice
 
 
@@ -543,15 +544,17 @@ def train(
     with run.lock():
         run.bind(run_config, is_new)
         counts = count_parameters(adapters)
+        skills, routing = counts["skills"], counts["routing"]
         label = config.method
         if label == "lora":
             # A study may give some Linears one rank more than others.
             ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
             label = f"lora of rank {' to '.join(map(str, ranks))}"
+        size = f"{skills + routing:,} parameters"
+        if routing > 0:
+            size += f" ({skills:,} in skills, {routing:,} in routing)"
         program.print_line(
-            f"{label}: {counts['skills']:,} in skills + {counts['routing']:,} in routing = "
-            f"{counts['skills'] + counts['routing']:,} parameters train on {len(train_set)} "
-            f"examples; run folder {run.path}"
+            f"{label}: trains {size} on {len(train_set):,} examples; run folder {run.path}"
         )
 
         # Score the model as it starts: the frozen base, or what --start or `attach` loaded.
@@ -642,7 +645,10 @@ def train(
             stopped = runtime.any_rank(stop_requested())
         if stopped:
             out = shlex.quote(str(run.path))
-            program.print_line(f"stopped; resume with --resume --out {out}, on the same device")
+            program.print_line(
+                f"stopped; resume with --resume --out {out}, on the same device (another one "
+                "rounds differently)"
+            )
             return None
 
         # The weights that were best on dev, scored on seen and unseen tasks.
@@ -735,8 +741,9 @@ def print_table(
                 cells.append("-" if value is None else f"{value:.{digits}f}")
         program.print_line(f"| {' | '.join(cells)} |")
 
-    program.print_line(LOSS_NOTE)
-    program.print_line(f"in per cent: {metrics.RULES[metric_rules].description}")
+    program.print_line(f"{LOSS_NOTE} (the dev loss above is the mean over tokens)")
+    rules = metrics.RULES[metric_rules].description
+    program.print_line(f"ROUGE-L and exact match in per cent, by {rules}")
     counts = ", ".join(f"{size} {which}" for which, size in sizes.items())
     program.print_line(f"rows: {counts}; {run.path} has all scores")
     for which in ("seen", "unseen"):

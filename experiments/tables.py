@@ -407,7 +407,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     for which in present:
         over.append(f"{paired(first, first, which, 'loss').over} ({which})")
     notes = [
-        f"Loss: nats per target token. ROUGE-L and exact match: per cent; {metric}.",
+        f"Loss: nats per target token. ROUGE-L and exact match: per cent, by {metric}.",
         "Scores are means within a task, then over tasks; where rows name no task, each different "
         "prompt counts as one.",
         f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}.",

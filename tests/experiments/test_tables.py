@@ -288,7 +288,7 @@ def test_markdown_pairs_tasks_and_seeds():
     differences = np.array([[-4.0, -3.0], [1.0, 1.0], *[[0.0, 0.0]] * 4])
     assert f"| lora | {tables.signed(tables.interval(differences))} | - | - |" in text
     assert "of the 1 here about 0 would exclude zero" in text
-    assert "over 6 tasks and 2 seeds (seen)" in text and "per cent; official rules." in text
+    assert "over 6 tasks and 2 seeds (seen)" in text and "per cent, by official rules." in text
 
 
 def test_markdown_of_a_w_without_entropy():

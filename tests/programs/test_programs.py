@@ -63,7 +63,8 @@ def test_every_method_trains_and_is_scored(home, method):
     output = run("train.py", *arguments, cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter: " in output) == method.startswith("orchmoe")
-    assert ("\nlora of rank 8: " in output) == (method == "lora")
+    assert ("\nlora of rank 8: trains 51,200 parameters on " in output) == (method == "lora")
+    assert (" in routing) on " in output) == (method not in ("lora", "full"))
     assert "\nscoring frozen base on 4 seen rows\n" in output
     assert f"\nscoring {method} on 4 unseen rows\n" in output
     assert re.search(r"\nstep 8 of 8: dev loss \d\S*, best so far; \S+ s a step\n", output)
@@ -86,7 +87,7 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 200 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
-    assert "\nin per cent: exact match with punctuation, ROUGE of words in any script" in output
+    assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
     other = "eval.py --run run --data sni/own.jsonl --split test"  # whose test rows are not known
     assert "give --test OTHER.jsonl, or --split seen" in run(*other.split(), cwd=home, code=2)
 

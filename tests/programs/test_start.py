@@ -63,7 +63,7 @@ def test_only_the_trainable_part_changes(part, home):
     arguments = ["--start", "run", "--trainable", part, "--data", "data", *SIZES, "--out", part]
     output = run("train.py", *arguments, cwd=home)
     count, expected = PARTS[part]
-    assert f"= {count:,} parameters train" in output
+    assert f": trains {count:,} parameters (" in output
     assert ("router: " in output) == (part != "mixture")
 
     before, _ = checkpoint.load_adapter(home / "run/adapter.safetensors")

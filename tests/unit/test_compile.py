@@ -239,12 +239,12 @@ def test_a_missing_compiler_is_found_by_compiling():
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CHOICES = [  # --compile, device, steps, --shard, and what the line says
-    ("auto", CPU, 10**6, False, "off: auto compiles only on CUDA"),
-    ("auto", CUDA, 37_499, False, "off: 37499 steps x 4 blocks are fewer than 150,000, too few"),
-    ("auto", CUDA, 37_500, False, "on: 37500 steps x 4 blocks are at least 150,000"),
-    ("auto", CUDA, 15_000, True, "off: auto does not compile with --shard"),
-    ("on", CPU, 1, False, "on: as the settings say"),
-    ("off", CUDA, 10**6, False, "off: as the settings say"),
+    ("auto", CPU, 10**6, False, "not compiled: --compile auto does so only on CUDA"),
+    ("auto", CUDA, 37_499, False, "not compiled: 37499 steps x 4 blocks are fewer than 150,000"),
+    ("auto", CUDA, 37_500, False, "compiled: 37500 steps x 4 blocks are at least 150,000"),
+    ("auto", CUDA, 15_000, True, "not compiled: --compile auto does not do so with --shard"),
+    ("on", CPU, 1, False, "compiled: --compile is on"),
+    ("off", CUDA, 10**6, False, "not compiled: --compile is off"),
 ]
 
 
@@ -253,8 +253,8 @@ def test_what_is_compiled_and_why(asked, device, steps, shard, line, small_t5, m
     monkeypatch.setattr(kernels, "require_compiler", lambda device: None)
     config = train.TrainConfig(compile=asked, steps=steps)
     choice = train.choose_compile(config, small_t5, device, shard)
-    assert capsys.readouterr().out.startswith(f"compile {line}")
-    assert line.startswith(f"{choice}: ")
+    assert capsys.readouterr().out.startswith(f"blocks are {line}")
+    assert choice == ("off" if line.startswith("not ") else "on")
 
 
 def find_no_compiler(device):
@@ -266,7 +266,7 @@ def test_without_a_compiler_auto_warns(small_t5, monkeypatch, capsys):
     config = train.TrainConfig(steps=37_500)
     assert train.choose_compile(config, small_t5, CUDA, False) == "off"
     lines = capsys.readouterr()
-    assert lines.out == "compile off: torch cannot compile here\n"
+    assert lines.out == "blocks are not compiled: torch cannot compile here\n"
     assert lines.err == "warning: torch cannot compile here: No working C++ compiler\n"
 
 
