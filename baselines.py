@@ -413,14 +413,20 @@ def attach_method(
         module.requires_grad_(True)
         return adapters
     head = getattr(module, "head", None)
-    routes_samples = not issubclass(method, LoRA | MoELoRA)
-    if routes_samples and head in target_linears(module, config.targets).values():
+    mixes_by_sample = not issubclass(method, LoRA | MoELoRA)
+    if mixes_by_sample and head in target_linears(module, config.targets).values():
         raise ValueError(
             "targets: head reads the tokens of all samples as one list, so "
             f"{method.__name__} cannot mix its skills by sample"
         )
-    options = {"method": method, "num_tasks": num_tasks, "generator": generator}
-    adapters = attach(module, config, kernels.mix_skills, **options)
+    adapters = attach(
+        module,
+        config,
+        kernels.mix_skills,
+        method=method,
+        num_tasks=num_tasks,
+        generator=generator,
+    )
     adapters.parameter_groups()  # ValueError if a parameter has no learning rate
     if method in OWN_METHODS.values():
         require_routing(adapters)

@@ -84,7 +84,7 @@ def build_samples(
     tokenizer: Tokenizer,
     config: DataConfig,
 ) -> Iterator[Sample]:
-    """Yield the sample of each whole prompt, see tasks.Prompts, and its list of answers.
+    """Yield one Sample for each prompt and its answers. tasks.Prompts makes whole prompts.
 
     Every program gets the ids of a prompt here, so that a question has the ids that the same text
     has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
@@ -97,13 +97,13 @@ def build_samples(
     for source, texts in zip(sources, answers, strict=True):
         own_targets = list(itertools.islice(targets, len(texts)))
         cut_source = _limit(source, config.max_source_length, tokenizer)
-        cut_targets = [_limit(ids, limit, tokenizer) for ids in own_targets]
+        short_targets = [_limit(ids, limit, tokenizer) for ids in own_targets]
         yield Sample(
             source=cut_source,
-            targets=cut_targets,
+            targets=short_targets,
             is_cut=len(source) > config.max_source_length,
             cut_targets=sum(len(ids) > limit for ids in own_targets),
-            has_unknown=any(tokenizer.unknown_id in ids for ids in [cut_source, *cut_targets]),
+            has_unknown=any(tokenizer.unknown_id in ids for ids in [cut_source, *short_targets]),
         )
 
 
@@ -173,7 +173,8 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: names of all tasks of the list or file, sorted. Rows that name no task have none.
+    tasks: names of all tasks of the list or file, sorted; empty if any row of the file names no
+    task.
     digest: a hash of the contents of the files of these tasks, 16 hex digits.
     rule: facts about how the rows of a JSONL file became samples. A run is refused if they change.
     "forms": the forms of all rows, see `read_rows`, if a decoder reads them as they stand.
@@ -438,7 +439,7 @@ def _load_list(
     for file in files:
         for task in file["tasks"]:
             encoded.append(task)
-            digest.update(file["digest"].encode())
+            digest.update(file["digest"].encode())  # once per task, as saved runs have it
             lost.update(task["lost"])
             forms.update(task["forms"])
 
@@ -448,7 +449,7 @@ def _load_list(
 
     tasks = sorted(task["name"] for task in encoded)
     if NO_TASK in tasks:
-        tasks = []  # not all rows name a task
+        tasks = []  # a row of the file names no task
     examples = _examples_of(encoded, tasks if run_tasks is None else run_tasks)
 
     rule = {}
@@ -696,7 +697,7 @@ def batches(
 
     In this order batches need little padding, and a batch that exceeds the memory fails early.
     Process `rank` gets at most `size` of every size * ranks examples. If it gets none, the list of
-    indices is empty and the Batch is a placeholder; see Batch.split.
+    indices is empty and the Batch is a dummy; see Batch.split.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
     with program.progress(None, description, total=len(order), unit="ex") as bar:

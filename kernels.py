@@ -61,8 +61,9 @@ class _LinearWithSkills(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return y (M,O). The caller makes it (B,L,O): a view that a Function returns is read-only.
+        """Return y (M,O).
 
+        autograd forbids in-place changes to a view that a Function returns, so the caller reshapes.
         x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,S) or (B or 1,L,S), in any dtype; weight (O,D)
         and bias (O), in x's dtype.
         """
@@ -81,6 +82,7 @@ class _LinearWithSkills(torch.autograd.Function):
 
         h = x @ A.T  # (M,SR)
         hc = torch.empty_like(h)  # (M,SR)
+        # `out` rounds to x's dtype, even if c is float32.
         torch.mul(h.view(ctx.by_skill), c, out=hc.view(ctx.by_skill))
         if weight is None:
             y = scaled_product(hc, B, scale)  # (M,O)
@@ -284,9 +286,10 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
 
     The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
-    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, it and all
-    blocks that have not yet run compiled run uncompiled from then on. One warning says so. Copies
-    of the model are not compiled. Settings of torch change only while a compiled block runs.
+    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, that block,
+    and every block that has not run compiled yet, runs uncompiled from then on. One warning says
+    so. Copies of the model are not compiled. Settings of torch change only while a compiled block
+    runs.
     """
     compiled_blocks = CompiledBlocks(backend)
     for block in blocks:

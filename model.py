@@ -67,7 +67,7 @@ class Config:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on `device`. The host does not wait for what a GPU computes.
 
-    In this direction that is safe for any memory: CUDA has read what is not pinned when it returns.
+    That is safe: a copy from pageable memory returns only after CUDA has read the source.
     """
     return tensor.to(device, non_blocking=True)
 
@@ -85,6 +85,7 @@ def aligned(bias: Tensor) -> Tensor:
     dtype = kernels.autocast_dtype(bias.device)
     if dtype is not None:
         bias = bias.to(dtype)
+    # Also if L % 8 is 0, so that all L have the same strides.
     return F.pad(bias, (0, 8 - L % 8))[..., :L]
 
 

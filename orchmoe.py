@@ -18,8 +18,8 @@ E: the embeddings of the source. B batch, L length, D input width (in the router
 O output width, K abstract tasks, S skills, R rank, N adapted Linears. A is stored as (S,R,D), and
 B as (S,R,O): each B_s is transposed.
 
-The first half of the file is the paper. The second half puts it into a model: how the router
-starts, skills in a Linear, the adapters, and `attach`.
+The first half of the file implements the paper's equations. The second half puts them into a
+model: how the router starts, skills in a Linear, the adapters, and `attach`.
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
     rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}
@@ -97,7 +97,7 @@ class Routing(NamedTuple):
     """The result of routing one batch.
 
     Each Linear gets its part of c. If c is None, it gets its part of Zhat, and computes c for each
-    token by itself. w is only reported.
+    token by itself. w is only reported. Zhat has the samples first, and c the Linears.
     """
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
@@ -176,8 +176,8 @@ class TaskRouter(nn.Module):
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
         The rows of W_task become the centres of a spherical k-means, which needs no labels, times
-        one factor. With the softmax it gives w a mean entropy of ln(K) / 3 (one-hot w: 0; uniform
-        w: ln(K)). Without the softmax it gives w the standard deviation 1/K.
+        one factor. With the softmax this factor gives w a mean entropy of ln(K) / 3 (one-hot w: 0;
+        uniform w: ln(K)). Without the softmax it gives w the standard deviation 1/K.
         """
         K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -225,7 +225,8 @@ class Method(nn.Module):
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # Which learning rate each parameter has: skills, router, token_router or allocation.
+    # The kind of each parameter: skills, router, token_router or allocation. Each kind has one
+    # learning rate.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
     kind = ""  # a run is only loaded by the same kind of method (default: the name of the class)
@@ -670,7 +671,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         self.method = method
         self.linears = linears  # a plain dict: the Linears are registered in the base already
         self.__dict__["module"] = module  # so torch does not register the base below itself
-        self._state = ""  # the verb that is open, or "removed" after merge and detach
+        self._state = ""  # the context or method in use, or "removed" after merge and detach
         self._routing: Routing | None = None
 
         # Remember for `detach` what trained, then freeze the base.
@@ -1026,7 +1027,7 @@ def attach(
     S, R = method.skill_shape(config, num_tasks)
     alpha = config.rank if config.alpha is None else config.alpha
     skills = [new_skills(linear, S, R, alpha / R, mix, generator) for linear in linears.values()]
-    weights = method(
+    built = method(
         linears,
         skills,
         config,
@@ -1034,9 +1035,9 @@ def attach(
         num_tasks=num_tasks,
         generator=generator,
     )
-    if not hasattr(weights, "config"):
-        weights.config = config
-    adapters = Adapters(module, linears, skills, weights)
+    if not hasattr(built, "config"):
+        built.config = config
+    adapters = Adapters(module, linears, skills, built)
     module.skill_adapters = adapters.train(module.training)
     return adapters
 

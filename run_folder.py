@@ -57,7 +57,7 @@ CHANGED_REMEDIES = {
 class RunConfig:
     """Content of config.json: the settings of a run, and fingerprints of what it was made from."""
 
-    folder: str  # the folder it was read from; not saved
+    folder: str  # the folder of the run, for its files and messages; not saved
     training: dict  # fields of TrainConfig
     dataset: dict  # fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
@@ -99,7 +99,7 @@ class RunConfig:
             )
 
     def adapter_digest(self) -> str:
-        """Return 16 hex digits that tell the adapter that was best on dev from any other."""
+        """Return 16 hex digits that identify the adapter that was best on dev."""
         content = RunFolder(self.folder).adapter_path.read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
@@ -263,7 +263,7 @@ class RunFolder:
 
     def save_progress(
         self,
-        step: int,
+        next_step: int,
         best: float,
         adapters: Adapters,
         optimizer: Optimizer,
@@ -271,13 +271,13 @@ class RunFolder:
     ) -> None:
         """Write progress.pt.
 
-        step: the next step. best: the best dev loss. start_w: the router's w (M,K) of
-        the M dev examples before training.
+        next_step: from which a resumed run goes on. best: the best dev loss. start_w: the router's
+        w (M,K) of the M dev examples before training.
         """
         if program.rank() != 0:
             return
         state = {
-            "step": step,
+            "step": next_step,
             "best": best,
             "start_w": start_w,
             "log_size": self.log_size(),
@@ -293,7 +293,7 @@ class RunFolder:
     ) -> tuple[int, float, Tensor | None]:
         """Load the adapters and the optimizer's state from progress.pt, and truncate the log.
 
-        dev_examples: M. Return (step, best, start_w), see `save_progress`.
+        dev_examples: M. Return (next_step, best, start_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
         with program.reading(self.progress_path, "restore the file, or start a new run"):
@@ -468,7 +468,8 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
         seed = int(config.training["seed"])
 
     def attach_to(model: Backbone) -> Adapters:
-        generator = runtime.generator(seed, 0)  # as in training: a constructor draws the same again
+        # Stream 0, as in training: a constructor draws the same again.
+        generator = runtime.generator(seed, 0)
         return attach(method, model, adapter_config, num_tasks=tasks, generator=generator)
 
     # Try it on the meta device first, so that a damaged config cannot allocate much memory. The

@@ -274,14 +274,15 @@ class Block(nn.Module):
 
         With a cache instead of states, x (B,1,D) is the next token of each row.
         """
-        source = None
+        # Keys and values of the cross-attention. They do not depend on x.
+        cross_keys_values = None
         if states is not None:
-            source = self.cross_attention.keys_values(states)
+            cross_keys_values = self.cross_attention.keys_values(states)
         elif cache is not None:
-            source = cache.source  # computed once
+            cross_keys_values = cache.source  # computed once
         x = x + self.attention(self.attention_norm(x), bias, cache=cache)
-        if source is not None:
-            x = x + self.cross_attention(self.cross_norm(x), states_bias, source)
+        if cross_keys_values is not None:
+            x = x + self.cross_attention(self.cross_norm(x), states_bias, cross_keys_values)
         return x + self.ffn(self.ffn_norm(x))
 
     def start(self, states: Tensor) -> Cache:
@@ -372,7 +373,7 @@ class T5(Backbone):
         """
         x = self.embedding(input_ids)
         bias = self.encoder.position(x.shape[1]) + padding_bias(attention_mask, x.dtype)
-        # The name is bound anew, so that this large tensor exists once while the blocks run.
+        # Reassigning `bias` frees the unaligned tensor before the blocks run.
         bias = aligned(bias)  # (B,H,Ls,Ls)
         return self.encoder(x, bias, run_block=self.run_block)
 

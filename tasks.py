@@ -206,7 +206,7 @@ def split_instances(
     """Return three lists of indices (train, dev, seen) into the instances of a training task.
 
     contents: one value for each instance. Instances with equal values are copies of each other.
-    name: the name of the task, which seeds the shuffle.
+    name: the name of the task, which seeds the shuffle. train_instances: None for all.
 
     The n different contents are put in the order of their first copies in the shuffle. The last 20
     of them give one instance each to "seen", and the 20 before them one each to "dev" (n // 5 each
@@ -316,7 +316,7 @@ def hash_of(text: str) -> int:
 
 
 class RowSplit:
-    """Tells in which set a row of a JSONL file is: "dev", "seen" or "train".
+    """Assigns each row of a JSONL file to a set: "dev", "seen" or "train".
 
     A hash of the prompt decides: 2 % of all prompts are in "dev" and the next 4 % in "seen". So
     rows with equal prompts are in one set, and a row stays in its set whatever lines are added. If
@@ -462,7 +462,7 @@ class Prompts:
         if not config.is_official:
             return plain_prompt(instance) + self._ending(instance["form"])
         if config.is_jsonl:
-            task = instance
+            task = instance  # a wrapped row carries its own definition
         return render_prompt(
             task,
             instance,

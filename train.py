@@ -271,6 +271,7 @@ def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
     rate_fields = learning_rate_fields(config)
     groups = []
     for kind, parameters in adapters.parameter_groups().items():
+        # train_step sets lr = max_lr * factor before each step.
         if parameters:
             groups.append({"params": parameters, "max_lr": getattr(config, rate_fields[kind])})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -299,7 +300,7 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
         adapters.fit_router(
             (base.embed(batch.input_ids) for batch in batches),
             (batch.attention_mask for batch in batches),
-            generator=runtime.generator(config.seed, 1),
+            generator=runtime.generator(config.seed, 1),  # stream 1: k-means
         )
 
 
@@ -378,8 +379,8 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, config.seed, step, rows)
-        # The router reads a copy of the batch on the device. The loss takes the batch on the CPU,
-        # where the lengths of its rows are known without waiting for a GPU.
+        # The router reads a copy of the batch on the device. base.loss takes the batch on the CPU:
+        # it finds the label positions there, without waiting for a GPU before the forward pass.
         with routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
@@ -464,7 +465,8 @@ def train(
     Return the run folder, or None if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
-    a table. attach: a function like baselines.attach_method, for studies that change the routing.
+    a table. Without it there are no lines of progress, either. attach: a function like
+    baselines.attach_method, for studies that change the routing.
     """
     config = settings.training
 
@@ -480,13 +482,14 @@ def train(
     held_out = held_out_sets(sets, config.eval_instances)
 
     # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
-    # small updates. Autocast then computes in bfloat16.
+    # small updates. Autocast then computes the training steps in bfloat16; evaluation stays in
+    # float32.
     full = config.method == "full"
     base = checkpoint.mapped(config.model)
     base_digest = checkpoint.fingerprint(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if full else device.dtype)
-    require_fit(base, tokenizer, train_set, 0)
+    require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
     for examples in held_out.values():
         require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
 
@@ -497,7 +500,7 @@ def train(
             base,
             settings.adapter,
             num_tasks=len(train_set.tasks),
-            generator=runtime.generator(config.seed, 0),
+            generator=runtime.generator(config.seed, 0),  # stream 0: initial values
         )
     if not full:
         # Fail now rather than at the first save.
@@ -548,8 +551,8 @@ def train(
         label = config.method
         if label == "lora":
             # A study may give some Linears one rank more than others.
-            ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
-            label = f"lora of rank {' to '.join(map(str, ranks))}"
+            lora_ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
+            label = f"lora of rank {' to '.join(map(str, lora_ranks))}"
         size = f"{skills + routing:,} parameters"
         if routing > 0:
             size += f" ({skills:,} in skills, {routing:,} in routing)"
@@ -559,12 +562,12 @@ def train(
 
         # Score the model as it starts: the frozen base, or what --start or `attach` loaded.
         if final_scores and is_new and not run.read_scores():
-            start_name = "frozen base"
+            initial_name = "frozen base"
             for linear in adapters.linears.values():
                 if linear.skill_B.any():
-                    start_name = "start"
-            scores = score_held_out(base, adapters, held_out, tokenizer, settings, start_name)
-            run.add_scores(start_name, scores)
+                    initial_name = "start"
+            scores = score_held_out(base, adapters, held_out, tokenizer, settings, initial_name)
+            run.add_scores(initial_name, scores)
 
         # Optimizer, and the state of an interrupted run.
         optimizer = make_optimizer(adapters, config)
@@ -581,9 +584,9 @@ def train(
                 run.read_best()  # fail now rather than after the last step
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
         # A mixture has the same w for all samples: there is no routing to report.
-        routes_samples = start_w is not None and config.trainable != "mixture"
+        reports_router = start_w is not None and config.trainable != "mixture"
 
-        autocast = torch.autocast(
+        full_autocast = torch.autocast(
             device.torch_device.type,
             torch.bfloat16,
             enabled=full and device.dtype == torch.bfloat16,
@@ -597,10 +600,10 @@ def train(
             shown = {}  # behind the bar
             times = []  # seconds of each step since the last evaluation
             for step in bar:
-                # One step on a batch that depends only on the seed and the step.
+                # One step on a batch that depends only on the data, batch size, seed and step.
                 started = time.monotonic()
                 batch = training_batch(train_set, batches, step)
-                with autocast:
+                with full_autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
                 times.append(time.monotonic() - started)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
@@ -625,7 +628,7 @@ def train(
                     )
                     require_finite(step, dev_loss=dev_loss)
                     on_dev = {"dev_loss": dev_loss}
-                    if routes_samples:
+                    if reports_router:
                         on_dev["router"] = router_report(w, start_w)
                     run.log(step=step, **on_dev)
                     message = f"step {step + 1} of {config.steps}: dev loss {dev_loss:.4g}"
@@ -659,7 +662,7 @@ def train(
             sizes = {"train": len(train_set)}
             sizes |= {which: len(examples) for which, examples in held_out.items()}
             print_table(rows, run, sizes, settings.dataset.metric_rules)
-            if routes_samples:
+            if reports_router:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
                 print_router(router_report(w, start_w), w.shape[1])
     return run.path
@@ -678,7 +681,7 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
 
 
 def training_batch(train_set: Examples, batches: data.Batches, step: int) -> Batch:
-    """Return the batch of a step. It depends only on the seed and the step."""
+    """Return the batch of a step. It depends only on the data, batch size, seed and step."""
     rows = batches.at(step)
     return data.collate([train_set[row] for row in rows], seed=batches.seed, step=step)
 

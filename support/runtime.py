@@ -36,9 +36,9 @@ def pick_device(
 
     A GPU becomes torch's current device, and attention by cuDNN is switched off.
     Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
-    bfloat16 on a GPU that multiplies it natively. On such a CPU it is bfloat16 if the model in the
-    folder `base` is large. Otherwise it is float32. Raise UserError if there are GPUs, but not the
-    one asked for.
+    bfloat16 on a GPU that multiplies it natively. On a CPU that multiplies it natively, it is
+    bfloat16 if the model in the folder `base` is large. Otherwise it is float32. Raise UserError if
+    there are GPUs, but not the one asked for.
     """
     if gpu is not None and device:
         raise UserError(f"--gpu {gpu} --device {device}: give one of the two")
