@@ -54,6 +54,8 @@ class LoRA(Method):
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
+    mixes_by_sample = False
+
     def __init__(self, linears: Linears, skills: Skills, config: OrchMoEConfig, **_options: Any):
         super().__init__()
         one = skills[0]["skill_A"].new_ones(len(linears), 1, 1)  # one skill, with c = 1
@@ -77,6 +79,7 @@ class MoELoRA(Method):
     """
 
     rates = Method.rates | {"skill_W_task": "token_router"}
+    mixes_by_sample = False
 
     def __init__(
         self,
@@ -339,6 +342,8 @@ def require_routing(adapters: Adapters) -> None:
             f"with shared={routing.shared}, got {shape}; weights that all samples share have B = 1 "
             "and need shared=True"
         )
+    if not (adapters.mixes_by_sample or routing.shared):
+        raise ValueError(f"{route}: with mixes_by_sample=False it must return shared=True")
     if routing.shared:
         inputs = [values[1:] for values in inputs]  # only the second sample
         options = {name: values[1:] for name, values in options.items()}
@@ -413,11 +418,11 @@ def attach_method(
         module.requires_grad_(True)
         return adapters
     head = getattr(module, "head", None)
-    mixes_by_sample = not issubclass(method, LoRA | MoELoRA)
-    if mixes_by_sample and head in target_linears(module, config.targets).values():
+    if method.mixes_by_sample and head in target_linears(module, config.targets).values():
         raise ValueError(
-            "targets: head reads the tokens of all samples as one list, so "
-            f"{method.__name__} cannot mix its skills by sample"
+            "targets: head reads the tokens of all samples as one list, so that no method can mix "
+            f"skills by sample there, as {method.__name__} does; leave it out (for a method of "
+            "your own see Method.mixes_by_sample)"
         )
     adapters = attach(
         module,

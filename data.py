@@ -1,7 +1,7 @@
 """The tokens of the data: from prompts and answers to batches.
 
-tasks.py reads the texts and splits them into sets. Here they become samples of token ids, which are
-cached, examples, and batches. The indices of a batch depend only on the source lengths, batch size,
+tasks.py reads the texts and splits them into sets. Here they become samples of token ids (cached),
+then examples, then batches. The indices of a batch depend only on the source lengths, batch size,
 seed and step.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
@@ -213,7 +213,7 @@ def make_example(definition: str, text: str, prompts: Prompts) -> Example:
             f"--max-source-length {config.max_source_length}: the end of the input is cut off"
         )
     if sample.has_unknown:
-        program.warn(f"--ask has {UNKNOWN_CHARACTERS}")
+        program.warn(f"--ask or --input has {UNKNOWN_CHARACTERS}")
     return Example(
         id="question",
         task="question",

@@ -352,15 +352,15 @@ class EvalConfig:
     """Evaluation: what is scored, on what, and where."""
 
     run: str = ""  # folder of a run of train.py
-    model: str = ""  # Hugging Face folder of a bare model; with --run: where its base is now
+    model: str = ""  # folder of a bare model; with --run: the folder to which its base has moved
     method: str = ""  # FILE.py:Class of a run whose method is from a file
-    ask: str = ""  # instruction to answer instead of scoring a set
-    input: str = ""  # input text for --ask; may be missing if --data is a JSONL file
+    ask: str = ""  # instruction to answer instead of scoring; of --data only the form counts
+    input: str = ""  # input text for --ask; not needed if the data are a JSONL file
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
     limit: int = 0  # score at most this many instances, evenly spaced (0: all)
     batch_size: int = 64  # samples generated at once
-    max_new_tokens: int = 0  # longest answer in tokens (0: 127, or more if longer targets trained)
+    max_new_tokens: int = 0  # longest answer (0: 127, or more if the run trained on longer targets)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
@@ -385,7 +385,6 @@ class EvalConfig:
         return Path(self.run) / name
 
 
-@torch.no_grad()
 def answer(
     base: Backbone,
     adapters: Adapters,
@@ -395,28 +394,23 @@ def answer(
     run: run_folder.RunConfig | None,
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
+    # --ask is the definition: a run with --no-definition must not drop it.
     data_config = replace(data_config, definition=True)
     forms = run.rule.get("forms", ()) if run else ()
     prompts = Prompts(data_config, tokenizer, forms)
     example = data.make_example(config.ask, config.input, prompts)
-    require_fit(base, tokenizer, [example], config.max_new_tokens)
-    batch = data.collate([example]).to(base.device)
-    with routed(base, adapters, batch) as routing:
-        tokens = base.generate(
-            batch.input_ids, batch.attention_mask, max_new_tokens=config.max_new_tokens
-        )
-    [text] = decoded(tokens, base, tokenizer)
+    [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
-    program.print_line(f"answer: {text}")
+    program.print_line(f"answer: {text or '(empty)'}")
 
-    if routing.w is not None and not routing.shared:
-        w = routing.w[0]
-        shares = []
-        for k in w.argsort(descending=True).tolist():
-            shares.append(f"{k + 1} at {100 * w[k]:.1f} %")
-        program.print_line(
-            f"router: abstract task {', '.join(shares)} (numbered as in the figures)"
-        )
+    w = router_weights(base, adapters, [example])
+    if w is not None:
+        is_distribution = not math.isnan(mean_entropy(w))  # see --router-norm
+        weights = []
+        for k in w[0].argsort(descending=True).tolist():
+            weight = f"{100 * w[0, k]:.1f} %" if is_distribution else f"{w[0, k]:.3f}"
+            weights.append(f"{k + 1} at {weight}")
+        program.print_line(f"router: abstract task {', '.join(weights)} (numbered from 1)")
 
 
 def load_examples(
@@ -437,7 +431,7 @@ def load_examples(
     if run:
         if config.split != "test":
             run.require_same_split(examples.rule)
-        kind = "test" if config.split == "test" else "train"
+        list_name = "test" if config.split == "test" else "train"
         own = run.section(DataConfig, "dataset")
         changed = set()
         for name in FILE_FIELDS:
@@ -446,10 +440,10 @@ def load_examples(
         own_limit = own.max_tasks or math.inf  # 0 stands for all tasks
         fewer_tasks = 0 < data_config.max_tasks < own_limit
         if not changed:
-            run.require_same(data=run.data | {kind: examples.digest})
+            run.require_same(data=run.data | {list_name: examples.digest})
         elif changed == {"max_tasks"} and fewer_tasks:
             pass  # a part of the run's files
-        elif examples.digest != run.data.get(kind):
+        elif examples.digest != run.data.get(list_name):
             path = data_config.data
             if config.split == "test" and data_config.is_jsonl:
                 path = data_config.test
@@ -489,6 +483,7 @@ def main() -> None:
         run_folder.load_own_method(run, config.method)
     saved = vars(run.section(DataConfig, "dataset")) if run else {}
     if "data" in flags:
+        program.require_path(flags["data"], "give --data DIR or FILE.jsonl")
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(DataConfig, saved | flags)
     if "split" not in flags and data_config.is_jsonl and not (data_config.test or config.ask):

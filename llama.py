@@ -65,7 +65,7 @@ class LlamaConfig(Config):
 
     @property
     def pad_token_id(self) -> int:
-        return self.eos_ids[0]  # only `generate` writes it, behind the end of a row
+        return self.eos_ids[0]  # only `generate` writes it, after the end of a row
 
     @classmethod
     def from_hf(cls, values: dict) -> "LlamaConfig":

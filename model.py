@@ -73,11 +73,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return a bias (...,L), off the CPU in the form in which the fused attention of CUDA reads it.
+    """Return a bias (...,L). On a GPU, lay it out as CUDA's fused attention reads it.
 
-    In this form the last stride is 1, rows begin at multiples of 8 numbers in memory, and the dtype
-    is the one to which autocast casts. Any other bias would be copied in every block, and compiled
-    blocks would need a graph for each remainder of L.
+    In this layout the last stride is 1, rows begin at multiples of 8 numbers in memory, and the
+    dtype is the one to which autocast casts. Any other bias would be copied in every block, and
+    compiled blocks would need a graph for each remainder of L.
     """
     L = bias.shape[-1]
     if bias.device.type == "cpu":
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
 
     A family defines the names that are annotated below and the methods that raise
     NotImplementedError. Its config has `num_blocks`, `vocab_size`, `tied_head`, `eos_ids` and
-    `pad_token_id`, which `generate` writes behind the end of a row.
+    `pad_token_id`, which `generate` writes after the end of a row.
     """
 
     # Methods besides forward that compute with weights. A sharded model gathers its weights when
@@ -168,7 +168,8 @@ class Backbone(nn.Module):
         per_row: return the sum of each row (B,) instead.
         input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
         Give them on the CPU, where the positions of the labels are known: then the host does not
-        wait for a GPU here. The caller divides by the number of target tokens of its whole step.
+        wait for a GPU here. Evaluation gives them on the GPU, since it waits for each loss anyway.
+        The caller divides by the number of target tokens of its whole step.
         """
         raise NotImplementedError
 
@@ -224,7 +225,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Return the greedy continuation of sources (B,Ls): only the new tokens (B,n).
 
-        A row ends at its first EOS and is padded behind it; n <= max_new_tokens. Rows that have
+        A row ends at its first EOS and is padded after it; n <= max_new_tokens. Rows that have
         ended leave the batch: on_keep(rows) gets the indices (B',) of those that stay.
 
         agree: for processes that share the weights, since all must take the same number of steps.
@@ -239,7 +240,7 @@ class Backbone(nn.Module):
 
         for t in range(max_new_tokens):
             newest = self.step(newest, state).argmax(-1)  # (B')
-            if not all_ended:
+            if not all_ended:  # once all have ended, only keep step with other processes
                 tokens[alive, t] = newest
                 rows = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
                 all_ended = len(rows) == 0

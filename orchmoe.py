@@ -229,6 +229,8 @@ class Method(nn.Module):
     # learning rate.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
+    # Whether samples differ in their weights. If not, the skills can also be in the output head.
+    mixes_by_sample = True
     kind = ""  # a run is only loaded by the same kind of method (default: the name of the class)
 
     @classmethod
@@ -237,7 +239,7 @@ class Method(nn.Module):
         return config.skills, config.rank
 
     def route(self, *inputs: Tensor, **options: Any) -> Routing:
-        """Return the weights of a batch. For the arguments see `OrchMoE.route`.
+        """Return the weights of a batch. For the arguments see `Adapters.routed`.
 
         Raise ValueError if w is given and the method has no abstract tasks, or if it needs task
         ids and gets none.
@@ -325,17 +327,18 @@ class OrchMoE(Method):
                 )
             noise = torch.rand(len(embeddings), *self.noise_shape)
         Zhat = self.allocation_weights(noise)
-        if w is None and self.config.router == "token":
-            return Routing(Zhat=Zhat, shared=noise is None)
 
         K = self.config.abstract_tasks
         with full_precision(Zhat.device):
-            if w is None and self.router is None:
-                w = Zhat.new_full((K,), 1 / K)
-            elif w is None:
-                if embeddings is None:
-                    raise ValueError("embeddings: give those of the source (B,L,D), or give w")
-                w = self.router(embeddings, mask)
+            if w is None:
+                if self.config.router == "token":
+                    return Routing(Zhat=Zhat, shared=noise is None)
+                if self.router is None:
+                    w = Zhat.new_full((K,), 1 / K)
+                else:
+                    if embeddings is None:
+                        raise ValueError("embeddings: give those of the source (B,L,D), or give w")
+                    w = self.router(embeddings, mask)
             if w.dim() not in (1, 2) or w.shape[-1] != K:
                 raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
             # w, Zhat or both may have one row for all samples: einsum broadcasts it.
@@ -501,14 +504,16 @@ class SkillLinear(nn.Linear):
         if self.skill_plain:
             weight, bias = self.weight, self.bias
             is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            # Since `attach` the weight may have been quantised, pruned or parametrised. A quantised
-            # tensor is a subclass that can be flattened; fake tensors, which also are one, cannot.
+            # Since `attach` the weight may have been quantised, pruned or parametrised. Only
+            # quantised subclasses have __tensor_flatten__. Fake tensors are a subclass without it.
             is_quantised = hasattr(weight, "__tensor_flatten__")
             if is_frozen and isinstance(weight, nn.Parameter) and not is_quantised:
+                # In the programs this is kernels.mix_skills, see `attach`.
                 y = self.skill_mix(*mix_inputs, weight, bias)
                 return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 
-        # Otherwise the Linear computes by itself: it is quantised, parametrised, or it trains.
+        # Otherwise the Linear's own forward computes W0 x + b: its weight is quantised or
+        # parametrised, or it trains.
         y = super().forward(x)
         mixed = self.skill_mix(*mix_inputs)
         return y + mixed.view_as(y).to(y.dtype)
@@ -710,10 +715,11 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
         For generation, keep it open until the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
-        PyTorch's key_padding_mask). w: (K,) or (B,K), to use instead of the router's. noise: u in
-        [0,1), (B,*noise_shape), for training with noise; if it is not given, it is drawn here.
-        task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
-        beams: how many consecutive rows belong to one sample.
+        PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
+
+        The options go to the method's `route`. w: (K,) or (B,K), to use instead of the router's.
+        noise: u in [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not
+        given. task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
         """
         with self._open("routed"):
             routing = self.method.route(embeddings, mask, **options)

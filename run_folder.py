@@ -65,7 +65,7 @@ class RunConfig:
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
-    kind: str  # classes of its adapters, see kind_of
+    kind: str  # name of its method and class of its router, see kind_of
     rule: dict  # how its rows became samples, see data.Examples
     start: str  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
@@ -129,7 +129,10 @@ class RunConfig:
 
 
 def kind_of(adapters: Adapters) -> str:
-    """Return the kind of method and the class of its router, which studies replace."""
+    """Return the name of the method's kind and of its router's class.
+
+    Studies replace the router.
+    """
     method = adapters.method
     return f"{method.kind or type(method).__name__}, {type(adapters.router).__name__}"
 
@@ -410,17 +413,19 @@ def load(
     """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
-    folder of its base, if that has moved. shard: split the base over the processes of torchrun.
+    folder of its base, if that has moved; a run of --method full has all weights of its own, and
+    ignores `model`. shard: split the base over the processes of torchrun.
     attach: a function like baselines.attach_method, for studies that change the routing. Raise
     UserError if the base, tokenizer or adapter is not the one of the run.
     """
     config = read_config(run) if run else None
     full = config is not None and config.training["method"] == "full"
-    path = model
-    if full:
+    if config is None:
+        path = model
+    elif full:
         path = RunFolder(run).model_path
         device = device._replace(dtype=torch.float32)  # as they were trained
-    elif config is not None:
+    else:
         path = model or config.training["model"]
 
     tokenizer = load_tokenizer(path)
@@ -431,8 +436,8 @@ def load(
         uses_forms = tokenizer.one_row and not dataset.is_official
         if uses_wrapper != ("wrapper" in config.rule) or uses_forms != ("forms" in config.rule):
             raise UserError(
-                f"{run}/config.json: its rule does not fit its dataset, or another version wrote "
-                "it; restore it, or start a new run"
+                f"{run}/config.json: its `rule`, how rows became samples, does not fit its "
+                "dataset, or another version wrote it; restore it, or start a new run"
             )
         if not full:
             config.require_same(base=checkpoint.fingerprint(path))
@@ -463,14 +468,14 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
     state, probed = config.adapter_state()
     run = RunFolder(config.folder)
     adapter_config = config.section(OrchMoEConfig, "adapter")
-    tasks = len(config.tasks)
+    num_tasks = len(config.tasks)
     with program.reading(run.config_path, REMEDY):
         seed = int(config.training["seed"])
 
     def attach_to(model: Backbone) -> Adapters:
         # Stream 0, as in training: a constructor draws the same again.
         generator = runtime.generator(seed, 0)
-        return attach(method, model, adapter_config, num_tasks=tasks, generator=generator)
+        return attach(method, model, adapter_config, num_tasks=num_tasks, generator=generator)
 
     # Try it on the meta device first, so that a damaged config cannot allocate much memory. The
     # constructor of a method from a file may look at values, which are not there.

@@ -398,7 +398,7 @@ class T5(Backbone):
     ) -> Tensor:
         input_ids = to_device(input_ids, self.device)
         attention_mask = to_device(attention_mask, self.device)
-        # The decoder reads the labels shifted right, behind the start token.
+        # The decoder reads the labels shifted right, after the start token.
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat((start, labels[:, :-1]), 1)  # (B,Lt)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
@@ -421,7 +421,7 @@ class T5(Backbone):
         x = self.embedding(newest[:, None])  # (B,1,D)
         bias = aligned(state.bias())
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block(x, bias, None, state.states_bias, cache)
+            x = block(x, bias, states_bias=state.states_bias, cache=cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @classmethod

@@ -1,10 +1,12 @@
-"""The text of the data: task files, split lists, rows of JSONL, both splits, and the prompt.
+"""The text of the data: task files, split lists, rows of JSONL, both ways to split instances into
+sets, and the prompt.
 
 Data: Super-NaturalInstructions, arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts
 equal those of the official code. There are no tensors and no tokens here; data.py makes them.
 
 Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
-or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds instances.
+or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds instances. The flag
+--split names a set; --splits names a folder of lists.
 
 Test: pytest tests/unit/test_tasks.py
 """
@@ -316,7 +318,7 @@ def hash_of(text: str) -> int:
 
 
 class RowSplit:
-    """Assigns each row of a JSONL file to a set: "dev", "seen" or "train".
+    """Assign each row of a JSONL file to a set: "dev", "seen" or "train".
 
     A hash of the prompt decides: 2 % of all prompts are in "dev" and the next 4 % in "seen". So
     rows with equal prompts are in one set, and a row stays in its set whatever lines are added. If
@@ -431,10 +433,10 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Builds all prompts of a run: of its data, of questions, and those that a user types.
+    """Build all prompts of a run: of its data, of questions, and those that a user types.
 
     forms: the forms of all rows of the run's JSONL file, see `read_rows`. A question without an
-    input, and a typed prompt, have the form of these rows if all have the same.
+    input, and a typed prompt, are instructions if all rows are instructions, and else prompts.
 
     In a decoder, an instruction of JSONL ends in an empty line, which the answer follows.
     """
@@ -453,7 +455,10 @@ class Prompts:
 
     @property
     def ending(self) -> str:
-        """Return the text in which all prompts of the run end."""
+        """Return what a typed prompt must end in.
+
+        It is an empty line if all rows of a decoder's run are instructions, else nothing.
+        """
         return self._ending(self._form)
 
     def of_instance(self, task: dict, instance: dict) -> str:
@@ -479,6 +484,7 @@ class Prompts:
         question = {"form": "instruction", "definition": definition, "input": text}
         if not text:
             question = {"form": self._form, "input": definition}
+        # A question is its own task, without examples.
         return self.of_instance(question, question)
 
     def of_text(self, prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""What training needs from the machine: device and dtype, processes, sharding, seeds.
+"""What the programs need from the machine: device and dtype, processes, sharding, seeds.
 
 Test: pytest tests/programs/test_programs.py tests/programs/test_ranks.py
 """

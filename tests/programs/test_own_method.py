@@ -463,6 +463,30 @@ def test_a_method_may_be_derived_from_a_baseline(home):
     assert type(adapters.method).__name__ == "Mine"
 
 
+def test_only_a_method_that_does_not_mix_by_sample_adapts_the_head(small_t5, monkeypatch):
+    """The head reads the tokens of all samples as one list."""
+    load_method(HYDRA)
+    HydraLoRA = baselines.OWN_METHODS["HydraLoRA"]
+    config = OrchMoEConfig(targets=("q", "head"))
+    message = "targets: head reads .* no method can mix skills by sample.*Method.mixes_by_sample"
+    with pytest.raises(ValueError, match=message):
+        attach_method("HydraLoRA", small_t5, config)
+
+    monkeypatch.setattr(HydraLoRA, "mixes_by_sample", False)
+    assert "head" in attach_method("HydraLoRA", small_t5, config).linears
+
+    # It must be true of the weights.
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    monkeypatch.setattr(HydraLoRA, "route", by_sample)
+    with pytest.raises(ValueError, match="with mixes_by_sample=False it must return shared=True"):
+        attach_method("HydraLoRA", base, OrchMoEConfig(targets=("0",)))
+
+
+def by_sample(self, embeddings, mask, **options):
+    """A `route` whose weights differ between samples."""
+    return Routing(c=torch.ones(1, len(embeddings), 4))
+
+
 def test_route_refuses_w():
     load_method(HYDRA)
     base = torch.nn.Sequential(torch.nn.Linear(4, 4))

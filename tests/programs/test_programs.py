@@ -401,7 +401,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     expected = [
         "run: answered without examples in the prompt",
         f"answer: {tokenizer.decode(tokens)}",
-        f"router: abstract task {', '.join(shares)} (numbered as in the figures)",
+        f"router: abstract task {', '.join(shares)} (numbered from 1)",
     ]
     question = ["--ask", "Write the first word of the list.", "--input", "lion, June, wolf"]
     ask = ["eval.py", "--device", "cpu", *question]
@@ -411,6 +411,30 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     output = run(*ask, "--model", "tiny", "--max-new-tokens", "1", cwd=finished)
     tokens = checkpoint.load(ROOT / "tiny").generate(ids, torch.ones_like(ids), max_new_tokens=1)
     assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
+
+
+def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
+    base = checkpoint.load(ROOT / "tiny")
+    adapters = attach_method("orchmoe", base, OrchMoEConfig(abstract_tasks=2, router_norm="none"))
+    adapters.router.W_task.data.zero_()
+    adapters.router.bias.data = torch.tensor([-0.25, 1.5])
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    config = evaluation.EvalConfig(
+        model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
+    )
+    monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
+    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run=None)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "answer: (empty)",
+        "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
+    ]
+
+
+def test_ask_refuses_data_that_do_not_exist(finished):
+    """Only their form counts, but a wrong path is a mistake."""
+    question = ["--ask", "Write a word.", "--input", "lion", "--data", "nothing.jsonl"]
+    error = run("eval.py", "--device", "cpu", "--model", "tiny", *question, cwd=finished, code=2)
+    assert error == "eval.py: error: nothing.jsonl: does not exist; give --data DIR or FILE.jsonl\n"
 
 
 def test_question_has_its_instruction_even_if_the_run_trained_without_definitions(copied):

@@ -286,7 +286,8 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
     question(tiny_words, "a")
     assert not capsys.readouterr().err
     question(tiny_words, "a \u65e5")
-    assert "--ask has characters that the tokenizer does not know" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--ask or --input has characters that the tokenizer does not know" in error
 
 
 def test_question_that_is_cut_is_reported(tokenizer, capsys):
