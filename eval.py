@@ -220,17 +220,8 @@ def router_weights(
     return torch.tensor(in_order(weights))
 
 
-def score(
-    examples: Sequence[Example],
-    predictions: Sequence[str],
-    metric_rules: str,
-    losses: Sequence[RowLoss] | None = None,
-) -> dict[str, Any]:
-    """Return the scores, see metrics.score. Warn of answers that the rules cannot tell apart.
-
-    With `losses`, each task has its "loss", too, and "overall" has their mean, so that no task
-    weighs more because its targets are long. Each prompt that names no task counts as a task.
-    """
+def warn_of_references(examples: Sequence[Example], metric_rules: str) -> None:
+    """Warn of references that the rules, see metrics.RULES, cannot tell from an empty text."""
     empty = sum(metrics.has_empty_form(e.references, metric_rules) for e in examples)
     if empty:
         program.warn(
@@ -243,6 +234,20 @@ def score(
             f"{wordless} of {len(examples)} rows have no answer with a word that ROUGE reads, so "
             "that their ROUGE is 0"
         )
+
+
+def score(
+    examples: Sequence[Example],
+    predictions: Sequence[str],
+    metric_rules: str,
+    losses: Sequence[RowLoss] | None = None,
+) -> dict[str, Any]:
+    """Return the scores, see metrics.score. Warn of references that the rules cannot tell apart.
+
+    With `losses`, each task has its "loss", too, and "overall" has their mean, so that no task
+    weighs more because its targets are long. Each prompt that names no task counts as a task.
+    """
+    warn_of_references(examples, metric_rules)
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
         records.append({**example._asdict(), "prediction": prediction})

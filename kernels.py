@@ -235,7 +235,7 @@ def reason_not_to_compile(inputs: list[Any]) -> str:
 
 
 class CompiledBlocks:
-    """Runs blocks compiled, until torch cannot compile one. See `compile_blocks`."""
+    """Run blocks compiled, until torch cannot compile one. See `compile_blocks`."""
 
     def __init__(self, backend: str):
         self.compiled = torch.compile(

@@ -155,6 +155,8 @@ def print_plan(study: Study, rows: dict[str, Row], stage: str, trials: dict[str,
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
+    scored = [*held_out["seen"], *held_out.get("unseen", [])]
+    evaluation.warn_of_references(scored, settings.dataset.metric_rules)
 
     seeds = study.config.seeds
     parts = [f"{count} trials of {name}" for name, count in trials.items()]

@@ -319,7 +319,7 @@ def page(explored: dict[str, Any]) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers on 127.0.0.1. Each connection has a thread; the model answers one at a time."""
+    """Answer on 127.0.0.1. Each connection has a thread; the model answers one at a time."""
 
     def __init__(self, loaded: Loaded, port: int):
         super().__init__(("127.0.0.1", port), Handler)

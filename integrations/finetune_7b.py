@@ -65,7 +65,7 @@ class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
 
 
 class SaveAndStop(TrainerCallback):
-    """Ends a training after the step in which a signal has arrived, with a checkpoint."""
+    """End a training after the step in which a signal has arrived, with a checkpoint."""
 
     def __init__(self, stop_requested):
         self.stop_requested = stop_requested

@@ -31,7 +31,7 @@ from tasks import DataConfig
 
 
 class Router:
-    """Computes w of a prompt from the files of export.py and the base's embedding table.
+    """Compute w of a prompt from the files of export.py and the base's embedding table.
 
     Raise UserError if the base is not the one that was exported.
     """
@@ -67,7 +67,7 @@ class Router:
 
 
 class RunTokenizer:
-    """Gives prompts the ids that they have in a run of train.py."""
+    """Give prompts the ids that they have in a run of train.py."""
 
     def __init__(self, base, rule):
         self.tokenizer = tokenizer.load(base)
@@ -94,7 +94,7 @@ class RunTokenizer:
 
 
 class HubTokenizer:
-    """Gives prompts the ids that they have in transformers, for an adapter of a trainer."""
+    """Give prompts the ids that they have in transformers, for an adapter of a trainer."""
 
     def __init__(self, base):
         with program.reading(base, "pip install transformers protobuf sentencepiece"):
