@@ -228,10 +228,8 @@ def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
         if matching:
             part = [examples[i] for i in matching]
             texts = predict(loaded, part, w[matching])
-            found = zip(matching, part, texts, strict=True)
-            matching = [
-                i for i, example, text in found if is_right(loaded, example, text) == wanted
-            ]
+            right = [is_right(loaded, *pair) for pair in zip(part, texts, strict=True)]
+            matching = [i for i, found in zip(matching, right, strict=True) if found == wanted]
 
     candidates = matching or list(range(len(samples)))
     part = [examples[i] for i in candidates]
