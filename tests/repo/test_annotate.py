@@ -253,8 +253,9 @@ def test_what_the_texts_claim_about_the_run_holds():
     first = EXPLORED["samples"][EXPLORED["first"]]["w"]
     assert max(first) > 0.5 and sorted(first)[-2] < 0.2
     assert "and little on the others." in text
-    assert max(float(value) for value in EXPLORED["walk"]["c"][-1][1:]) > 0.5
-    assert "So this Linear uses mostly skill" in text
+    *_, second, largest = sorted(float(value) for value in EXPLORED["walk"]["c"][-1][1:])
+    assert largest > second + 0.05  # so that the sentence names one skill
+    assert "has the most weight for this prompt." in text
 
     seen, unseen = (
         tables.average([task for task in TASKS if task["kind"] == kind], "")
