@@ -95,7 +95,7 @@ def build_samples(
     targets = tokenizer.targets(list(itertools.chain(*answers)), spaced=config.is_official)
     limit = config.max_target_length
     for source, texts in zip(sources, answers, strict=True):
-        own_targets = list(itertools.islice(targets, len(texts)))
+        own_targets = list(itertools.islice(targets, len(texts)))  # `targets` is flat
         cut_source = _limit(source, config.max_source_length, tokenizer)
         short_targets = [_limit(ids, limit, tokenizer) for ids in own_targets]
         yield Sample(
@@ -164,7 +164,7 @@ class Example(NamedTuple):
     task: str
     category: str
     source_ids: np.ndarray  # (L,) int32
-    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; only EOS if there is none
+    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; a question has EOS
     references: list[str]
     task_index: int = -1  # index among the training tasks, -1 for other tasks
     position: int = -1  # index in Instances of the task file (unique, unlike id); -1 without a file
@@ -510,9 +510,9 @@ def load_sets(
 
     In a folder, each training task gives "train", "dev" and "seen" (see `split_instances`), and
     "test" is the first 100 instances of each test task, as in the official evaluation. With a JSONL
-    file, `RowSplit` gives these three sets, and "test" is the whole file --test. A row of "dev"
-    or "seen" whose source has the tokens of a training row is left out; such rows of "test" are
-    only counted. Raise UserError for bad files, or if there is nothing for a wanted set.
+    file, `RowSplit` gives these three sets, and "test" is the whole file --test. There a row of
+    "dev" or "seen" whose source has the tokens of a training row is left out, and such rows of
+    "test" are only counted. Raise UserError for bad files, or if there is nothing for a wanted set.
     """
     files = _files(config)
     if not wanted:
@@ -595,8 +595,8 @@ class Batch(NamedTuple):
             if not rows:
                 labels = torch.full_like(labels, -100)
 
-            # Drop the columns that are padding in all rows of the piece. Batches are sorted by
-            # source length, so that a piece is often shorter than its batch.
+            # Drop the columns that are padding in all rows of the piece. The rows of a batch are
+            # sorted by source length, so that a piece is often shorter than its batch.
             source_length = mask.any(dim=0).sum()
             target_length = (labels != -100).any(dim=0).sum().clamp(min=1)
             piece = Batch(
@@ -621,7 +621,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self.epoch = -1  # of `batches`; none yet
+        self.epoch = -1  # the epoch that self.batches belongs to; -1: none yet
         self.batches: list[np.ndarray] = []
 
     def at(self, step: int) -> np.ndarray:

@@ -410,7 +410,8 @@ def answer(
 
     w = router_weights(base, adapters, [example])
     if w is not None:
-        is_distribution = not math.isnan(mean_entropy(w))  # see --router-norm
+        # The entropy is NaN for weights that do not sum to 1 (--router-norm none).
+        is_distribution = not math.isnan(mean_entropy(w))
         weights = []
         for k in w[0].argsort(descending=True).tolist():
             weight = f"{100 * w[0, k]:.1f} %" if is_distribution else f"{w[0, k]:.3f}"
@@ -468,6 +469,7 @@ def refuse_idle_flags(
     if is_full:  # such a run has its own weights, in float32
         idle |= {"model", "dtype"}
     if config.ask:
+        # Of the data settings only those that build the prompt of a question have an effect.
         idle |= {"split", "out", "limit", "batch_size", *vars(data_config)}
         idle -= {"max_source_length"}
         if data_config.is_jsonl:

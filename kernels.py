@@ -122,7 +122,7 @@ def _gradients(ctx, dy):
         dhc = scaled_product(dy, B.T, ctx.scale)  # (M,SR)
         if needs_c:
             dc = (dhc * h).view(ctx.by_skill)
-            # Where all samples or all tokens share c, this sums over B or L, too.
+            # Sum over R (axis 3), and over B or L where all samples or all tokens share c.
             summed = [3, *(axis for axis in (0, 1) if c.shape[axis] == 1)]
             dc = dc.sum(summed, keepdim=True, dtype=c.dtype).view(ctx.shape_of_c)
         dhc.view(ctx.by_skill).mul_(c)

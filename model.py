@@ -240,7 +240,7 @@ class Backbone(nn.Module):
 
         for t in range(max_new_tokens):
             newest = self.step(newest, state).argmax(-1)  # (B')
-            if not all_ended:  # once all have ended, only keep step with other processes
+            if not all_ended:  # afterwards, only the steps that other processes still need
                 tokens[alive, t] = newest
                 rows = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
                 all_ended = len(rows) == 0
@@ -252,7 +252,7 @@ class Backbone(nn.Module):
                 break
 
             if all_ended:
-                # Other processes go on. One row keeps step with them; its tokens are not kept.
+                # Other processes go on. One dummy row runs with them; its tokens are discarded.
                 rows = rows.new_zeros(1)
             if len(rows) < len(alive):
                 alive = alive[rows]

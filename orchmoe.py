@@ -97,7 +97,7 @@ class Routing(NamedTuple):
     """The result of routing one batch.
 
     Each Linear gets its part of c. If c is None, it gets its part of Zhat, and computes c for each
-    token by itself. w is only reported. Zhat has the samples first, and c the Linears.
+    token by itself. No Linear reads w. The Linears are dimension 1 of Zhat, and dimension 0 of c.
     """
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
@@ -298,8 +298,8 @@ class OrchMoE(Method):
     def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
         """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
 
-        With noise, sigmoid(Z) is a relaxed Bernoulli variable with temperature 1 (Maddison et al.
-        2017).
+        With noise, sigmoid(Z + logit(u)) is a relaxed Bernoulli variable with temperature 1
+        (Maddison et al. 2017).
         """
         Z = self.Z.unsqueeze(0)
         if noise is not None:
@@ -504,11 +504,11 @@ class SkillLinear(nn.Linear):
         if self.skill_plain:
             weight, bias = self.weight, self.bias
             is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            # Since `attach` the weight may have been quantised, pruned or parametrised. Only
-            # quantised subclasses have __tensor_flatten__. Fake tensors are a subclass without it.
+            # Since `attach` the weight may have been quantised, pruned or parametrised. Quantised
+            # subclasses have __tensor_flatten__; fake tensors, which torch.compile uses, do not.
             is_quantised = hasattr(weight, "__tensor_flatten__")
             if is_frozen and isinstance(weight, nn.Parameter) and not is_quantised:
-                # In the programs this is kernels.mix_skills, see `attach`.
+                # The programs pass kernels.mix_skills to `attach`.
                 y = self.skill_mix(*mix_inputs, weight, bias)
                 return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 

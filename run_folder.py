@@ -432,6 +432,7 @@ def load(
     if config is not None:
         config.require_same(tokenizer=tokenizer.fingerprint)
         dataset = config.section(DataConfig, "dataset")
+        # The conditions under which data.load_sets writes "wrapper" and "forms" into the rule.
         uses_wrapper = dataset.is_jsonl and dataset.wrapper
         uses_forms = tokenizer.one_row and not dataset.is_official
         if uses_wrapper != ("wrapper" in config.rule) or uses_forms != ("forms" in config.rule):
@@ -478,7 +479,7 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
         return attach(method, model, adapter_config, num_tasks=num_tasks, generator=generator)
 
     # Try it on the meta device first, so that a damaged config cannot allocate much memory. The
-    # constructor of a method from a file may look at values, which are not there.
+    # constructor of a method from a file may look at values, which are not there; it is not tried.
     if method in METHODS:
         with program.reading(run.config_path, REMEDY), torch.device("meta"):
             empty = attach_to(type(base)(base.config))

@@ -472,6 +472,7 @@ class Prompts:
             task,
             instance,
             self.tokenizer,
+            # --definition has no effect on JSONL: the row decides.
             definition=(config.is_jsonl or config.definition) and "definition" in task,
             num_pos=config.num_pos,
             num_neg=config.num_neg,

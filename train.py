@@ -64,7 +64,8 @@ from tokenizer import load as load_tokenizer
 # ---------------------------------------------------------------------------------- settings
 
 # For each value of --trainable, the kinds of parameters that train. "mixture" learns one vector of
-# routing weights w that all samples share: only the bias of the router trains, see load_start.
+# routing weights w that all samples share: only the bias of the router trains, see
+# freeze_untrained and load_start.
 TRAINABLE_KINDS = {
     "all": ("skills", "router", "token_router", "allocation", "full"),
     "router": ("router", "token_router"),
@@ -380,7 +381,7 @@ def train_step(
     for rows, micro_batch in batch.split(config.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, config.seed, step, rows)
         # The router reads a copy of the batch on the device. base.loss takes the batch on the CPU:
-        # it finds the label positions there, without waiting for a GPU before the forward pass.
+        # it finds the label positions there, and does not wait for the forward pass on a GPU.
         with routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
@@ -388,13 +389,13 @@ def train_step(
             micro_loss = micro_loss / batch.target_tokens
             micro_loss.backward()
         loss += micro_loss.item()
-        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)
+        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)  # 0 for a dummy row
 
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]
     for parameter in parameters:
-        if parameter.grad is None:  # no row of this process has used it
+        if parameter.grad is None:  # no sample here was routed to it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
@@ -470,8 +471,8 @@ def train(
     """
     config = settings.training
 
-    # Tokenizer and data. `seen` holds new instances of the training tasks, `unseen` holds the test
-    # tasks. Each of the evaluated sets is cut to --eval-instances.
+    # Tokenizer and data. "seen" holds new instances of the training tasks. From here on the set
+    # "test", of the test tasks, is called "unseen". Each evaluated set is cut to --eval-instances.
     tokenizer = load_tokenizer(config.model)
     sets = data.load_sets(settings.dataset, tokenizer)
     train_set = sets["train"]
