@@ -166,10 +166,12 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, method, whole, ho
 def test_two_processes_train_as_one(whole, home):
     for name, method in METHODS.items():
         torchrun(2, ROOT / "train.py", *SHORT, "--method", method, "--out", name, cwd=home)
-        # Adam turns rounding of tiny gradients into steps, so the losses are compared.
+        # Adam turns rounding of tiny gradients into steps, on some CPUs more than on others. So the
+        # losses are compared, the first ones closely.
         for row, expected in zip(records(home / name), records(whole / name), strict=True):
+            tolerance = 2e-5 if row["step"] < 3 else 5e-3
             for key in ("loss", "dev_loss"):
-                assert row.get(key) == pytest.approx(expected.get(key), abs=1e-4)
+                assert row.get(key) == pytest.approx(expected.get(key), abs=tolerance)
 
 
 BY_TASK = '''
