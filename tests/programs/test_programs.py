@@ -455,13 +455,17 @@ def test_question_has_its_instruction_even_if_the_run_trained_without_definition
 def test_first_row_of_the_readme(home):
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     row = re.search(r"^\| frozen base \| 0 \|(.*)\|$", page, re.MULTILINE)[1]  # 0 weights train
+    cells = [float(cell) for cell in row.split("|")]
+    losses = []
     found = []
     for split in ("seen", "test"):
         arguments = ["--model", "tiny", "--split", split, "--device", "cpu", "--out", split]
         run("eval.py", *arguments, cwd=home)
         overall = read_json(home / split / "scores.json")["overall"]
+        losses.append(overall["loss"])
         found += [overall["rougeL"], overall["exact_match"]]
-    assert found == pytest.approx([float(cell) for cell in row.split("|")], abs=0.1)
+    assert losses == pytest.approx([cells[0], cells[3]], abs=1e-3)
+    assert found == pytest.approx([*cells[1:3], *cells[4:]], abs=0.1)
 
 
 def test_merged_model_of_the_page_predicts_as_the_run(home, finished, monkeypatch):
