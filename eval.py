@@ -461,7 +461,8 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = data_config.idle | {"max_target_length"}  # the metrics read whole references
+    # The metrics read whole references, and the loss reads targets as long as the run trained on.
+    idle = data_config.idle | {"max_target_length"}
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":

@@ -598,7 +598,7 @@ def train(
             bar = program.progress(
                 steps, "train", total=config.steps, initial=first_step, unit="step"
             )
-            shown = {}  # behind the bar
+            shown = {}  # printed after the bar
             times = []  # seconds of each step since the last evaluation
             for step in bar:
                 # One step on a batch that depends only on the data, batch size, seed and step.
