@@ -55,7 +55,7 @@ class TablesConfig:
 # ------------------------------------------------------------------------------------- from cells
 
 
-class Prompts(NamedTuple):
+class PromptScores(NamedTuple):
     """The scores of the different prompts of a set, each summed over its rows."""
 
     groups: np.ndarray  # number of the group of each prompt
@@ -63,7 +63,7 @@ class Prompts(NamedTuple):
     sums: np.ndarray  # (prompts, seeds)
 
 
-def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Prompts:
+def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> PromptScores:
     """Return the scores of cells that are one for each seed. which: "seen" or "unseen"."""
     columns = [cell[which]["prompts"] for cell in cells]
     names = columns[0]["task"]
@@ -77,10 +77,10 @@ def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Pr
         key = i if name == NO_TASK else name
         groups.append(numbers.setdefault(key, len(numbers)))
     sums = np.stack([column[metric] for column in columns], axis=1)
-    return Prompts(np.array(groups), np.array(sizes, float), sums)
+    return PromptScores(np.array(groups), np.array(sizes, float), sums)
 
 
-def group_means(prompts: Prompts) -> np.ndarray:
+def group_means(prompts: PromptScores) -> np.ndarray:
     """Return the score (G, seeds) of each group."""
     weights = np.bincount(prompts.groups, prompts.weights)
     totals = np.zeros((len(weights), prompts.sums.shape[1]))
@@ -142,7 +142,7 @@ def counted(count: int, name: str) -> str:
     return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
-def within_groups(prompts: Prompts, means: np.ndarray) -> tuple[np.ndarray, int]:
+def within_groups(prompts: PromptScores, means: np.ndarray) -> tuple[np.ndarray, int]:
     """Return a value (U, seeds) for each prompt, and the degrees of freedom of the prompts.
 
     A group's mean is a ratio: a sum of scores by a sum of weights. So the value of a prompt is the
