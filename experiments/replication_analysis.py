@@ -11,15 +11,16 @@ Test: pytest tests/experiments/test_replication.py
 
 import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import plot
+from experiments import tables
 from experiments.replication import EQUAL, FIRST_SEED, FROZEN, REPLICATES, RESULTS
 from experiments.study import file_name
-from experiments.tables import Difference, TablesConfig, publish, signed, t_quantile, table
+from experiments.tables import Difference, interval, publish, signed, table
 from support import program
 from support.program import UserError
 
@@ -51,6 +52,13 @@ SAME_EVERYWHERE = ("tree", "torch", "threads")
 Cells = dict[str, list[dict[str, Any]]]  # of each row, in the order of the seeds
 
 
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """Analysis: where the cells are."""
+
+    results: str = ""  # folder of the cells, to which table and figure go (default: ours)
+
+
 def read_cells(results: Path) -> Cells:
     """Return the cells of the primary rows, and those of each other row if all are there.
 
@@ -78,19 +86,12 @@ def read_cells(results: Path) -> Cells:
 
 
 def means(cells: list[dict[str, Any]], outcome: str) -> np.ndarray:
-    """Return the mean over tasks of each replicate (16,)."""
+    """Return the mean over tasks of each replicate (16,1), as `interval` takes them."""
     part, score, _ = OUTCOMES[outcome]
     found = []
     for cell in cells:
         found.append(np.mean([scores[score] for scores in cell[part]["tasks"].values()]))
-    return np.array(found)
-
-
-def t_interval(values: np.ndarray) -> Difference:
-    """Return the mean of independent values and its 95 % interval."""
-    mean = values.mean()
-    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(mean), float(mean - half), float(mean + half)
+    return np.array(found)[:, None]
 
 
 def verdict(difference: Difference) -> str:
@@ -98,9 +99,7 @@ def verdict(difference: Difference) -> str:
     _, low, high = difference
     if -MARGIN < low and high < MARGIN:
         return f"equivalent within {MARGIN}"
-    if high < 0:
-        return "better"
-    return "worse" if low > 0 else "undecided"
+    return tables.verdict(difference)
 
 
 def text(found: Cells) -> str:
@@ -110,7 +109,7 @@ def text(found: Cells) -> str:
         for outcome, (_, _, digits) in OUTCOMES.items():
             if {one, other} <= found.keys():
                 values = means(found[one], outcome) - means(found[other], outcome)
-                difference = t_interval(values)
+                difference = interval(values)
                 row = [f"{one} - {other}", outcome, signed(difference, digits)]
                 row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
                 perplexity = tuple(100 * math.expm1(value) for value in difference)
@@ -123,36 +122,52 @@ def text(found: Cells) -> str:
     rows = []
     for i, seed in enumerate(SEEDS):
         row = [seed, found["orchmoe"][i]["settings"]["cpu"]]
-        rows.append(row + [f"{means(cells, 'loss')[i]:.4f}" for cells in found.values()])
+        rows.append(row + [f"{means(cells, 'loss')[i, 0]:.4f}" for cells in found.values()])
     losses = table(["replicate", "CPU", *(f"{row}, loss" for row in found)], rows)
     return f"{differences}\n\n{losses}\n"
 
 
 def figure(found: Cells, path: Path) -> Path:
-    """Draw the differences of each pair, sorted, and their mean with its interval."""
+    """Draw the differences of each pair, sorted, and their mean with its interval.
+
+    It is drawn in the width of a page, and needs matplotlib, but no display.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into memory
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["axes.spines.top"] = False
+    plt.rcParams["axes.spines.right"] = False
+    plt.rcParams["font.size"] = 9
     pairs = [pair for pair in PAIRS if set(pair) <= found.keys()]
+    canvas, axes = plt.subplots(
+        ncols=len(pairs), figsize=(8.5, 3.4), layout="constrained", sharex=True, squeeze=False
+    )
     title = f"Loss on seen tasks in {REPLICATES} replicates, in nats per target token"
     below = "a dot for each replicate, sorted; black: mean and 95 % interval; grey: the margin"
-    canvas, axes = plot.canvas(title, below, 3.4, ncols=len(pairs), sharex=True, squeeze=False)
-    for number, (one, other) in enumerate(pairs):
-        panel = axes[0][number]
+    canvas.suptitle(f"{title}\n{below}", fontsize=10)
+    for panel, (one, other) in zip(axes[0], pairs, strict=True):
         panel.axvspan(-MARGIN, MARGIN, color="#dddddd", zorder=0)
         panel.axvline(0, color="black", linewidth=0.8)
-        values = np.sort(means(found[one], "loss") - means(found[other], "loss"))
+        values = means(found[one], "loss") - means(found[other], "loss")
         heights = range(len(values), 0, -1)
-        panel.plot(values, heights, plot.MARKERS[number], color=plot.COLOURS[number], markersize=4)
-        mean, low, high = t_interval(values)
+        panel.plot(np.sort(values, axis=0), heights, "o", color="#0072B2", markersize=4)
+        mean, low, high = interval(values)
         panel.errorbar(mean, -0.5, xerr=[[mean - low], [high - mean]], fmt="ko", capsize=4)
         panel.text(0, len(values) + 1.2, "equal", ha="center", fontsize=8)
         panel.set_title(f"{NAMES[one]}\nminus {NAMES[other]}\n", fontsize=9)
         panel.set_xlabel(f"left of zero,\n{NAMES[one]} is better")
         panel.set_ylim(-1.5, len(values) + 1)
         panel.set_yticks([])
-    return plot.save(canvas, path)
+    with program.atomic_write(path) as file:
+        canvas.savefig(file, format="png", dpi=150)
+    return path
 
 
 def main() -> None:
-    results = TablesConfig.read(__doc__, RESULTS)
+    config = program.from_flags(AnalysisConfig, program.read_flags(__doc__, AnalysisConfig))
+    results = Path(config.results or RESULTS)
     found = read_cells(results)
     publish(text(found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):

@@ -14,7 +14,6 @@ Letters: G groups, U units of an interval.  Test: pytest tests/experiments/test_
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,18 +37,6 @@ ROUTER = {  # numbers of routing.report
     "distance_from_equal": "mean abs(c - 1/S)",
 }
 Difference = tuple[float, float, float]  # mean, low, high; low and high are NaN if unknown
-
-
-@dataclass(frozen=True)
-class TablesConfig:
-    """Tables: where the cells are."""
-
-    results: str = ""  # folder of the cells, to which tables and figure go (default: ours)
-
-    @classmethod
-    def read(cls, doc: str, default: Path) -> Path:
-        """Return the folder that the command line names, or the default one."""
-        return Path(program.read_flags(doc, cls).get("results", default))
 
 
 # ------------------------------------------------------------------------------------- from cells
