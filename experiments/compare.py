@@ -38,7 +38,6 @@ import train
 from baselines import METHODS, OWN_METHODS, load_method
 from experiments.routers import attach_with
 from experiments.study import (
-    UNTRAINED,
     Cell,
     Row,
     Study,
@@ -239,14 +238,14 @@ def seconds_of(
 
 
 def make_cells(
-    study: Study, rows: dict[str, Row], stage: str, untrained: dict[str, Row]
+    study: Study, rows: dict[str, Row], stage: str, scored_once: dict[str, Row]
 ) -> dict[str, list[dict[str, Any]]]:
     """Make the cells that are missing. Return the content of all cells of each row.
 
-    After the first seed, print which differences can be seen.
+    scored_once: rows with seed 0 alone. After this seed, print which differences can be seen.
     """
     cells = study.cells(stage, rows, {"": {}}, [0])
-    cells += study.cells(stage, untrained, {"": {}}, [0])
+    cells += study.cells(stage, scored_once, {"": {}}, [0])
     study.run(cells)
     results = {cell.name: [cell.result()] for cell in cells}
 
@@ -283,15 +282,11 @@ def compare(study: Study, rows: dict[str, Row]) -> None:
     reports = {}
     if trials:
         reports = study.tune(rows, study.config.trials)
-    dataset = study.settings.dataset
-    untrained = {}
-    for name, row in UNTRAINED.items():
-        if not (dataset.is_jsonl and row.model.startswith("copy")):  # they read task files
-            untrained[name] = row
-    results = make_cells(study, rows, "methods", untrained)
+    results = make_cells(study, rows, "methods", {"frozen base": Row(trains=False)})
 
     first, *others = rows
-    parts = [markdown(results, reports, metrics.RULES[dataset.metric_rules].description)]
+    metric = metrics.RULES[study.settings.dataset.metric_rules].description
+    parts = [markdown(results, reports, metric)]
     for other in others:
         parts.append(verdicts(first, results[first], other, results[other]))
     publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")

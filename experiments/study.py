@@ -46,7 +46,6 @@ import tokenizer as tokenizers
 import train
 from baselines import OWN_METHODS, count_parameters, load_method
 from experiments import routing
-from experiments.heuristics import copy_heuristic
 from experiments.routers import attach_with
 from experiments.search import AXES, Search, axes_of
 from experiments.sizes import equal_ranks
@@ -72,10 +71,7 @@ class Row(NamedTuple):
     replaced_router: str = ""  # what replaces the learnt router or mixing, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
-    model: Literal["trained", "frozen base", "copy-demo", "copy-input"] = "trained"
-
-
-UNTRAINED = {name: Row(model=name) for name in ("frozen base", "copy-demo", "copy-input")}
+    trains: bool = True  # otherwise the row is the frozen base, which is only scored
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ class Cell(NamedTuple):
         """Raise UserError if its file or its run was made with other settings."""
         if self.path.exists():
             require_saved(self.path, {"row": self.name, **self.made_with()})
-        if (self.folder / "config.json").exists() and self.row.model == "trained":
+        if (self.folder / "config.json").exists() and self.row.trains:
             require_saved(self.folder / "cell.json", self.made_with())
 
 
@@ -224,7 +220,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
     For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
     """
     result = {}
-    if cell.row.model == "trained":
+    if cell.row.trains:
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.training.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
@@ -287,19 +283,13 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
         held_out.pop("unseen", None)
     rules = cell.settings.dataset.metric_rules
     result = {}
-    if cell.row.model.startswith("copy"):
-        for which, examples in held_out.items():
-            root = cell.settings.dataset.data
-            predictions = copy_heuristic(cell.row.model, root, examples)
-            result[which] = {"prompts": by_prompt(examples, predictions, rules)}
-        return result
-    if cell.row.model == "frozen base":
-        base, adapters, _ = run_folder.load(device, model=config.model)
-    else:
+    if cell.row.trains:
         base, adapters, _ = run_folder.load(device, run=cell.folder, attach=attach)
         if config.method == "full":
             base.requires_grad_(True)  # all of it was trained, and counts
         result["parameters"] = count_parameters(adapters)
+    else:
+        base, adapters, _ = run_folder.load(device, model=config.model)
 
     options = {"batch_size": config.eval_batch_size}
     for which, examples in held_out.items():
@@ -332,7 +322,7 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
             )
             result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
 
-    if cell.row.model == "trained" and not cell.row.w:
+    if cell.row.trains and not cell.row.w:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
 
@@ -352,12 +342,12 @@ def by_prompt(
     examples: Sequence[data.Example],
     predictions: Sequence[str],
     rules: str,
-    losses: Sequence[evaluation.RowLoss] | None = None,
+    losses: Sequence[evaluation.RowLoss],
 ) -> dict[str, list]:
     """Return columns with an entry for each different prompt of a task, summed over its rows.
 
-    They are task, rows, exact_match and rougeL in per cent, and with losses also loss in nats and
-    tokens. See tables.py for what they mean.
+    They are task, rows, exact_match and rougeL in per cent, loss in nats, and tokens. See tables.py
+    for what they mean.
     """
     found = {}
     for i, example in enumerate(examples):
@@ -368,9 +358,9 @@ def by_prompt(
             "rows": 1,
             "exact_match": 100 * metrics.exact_match(*texts),
             "rougeL": 100 * metrics.rouge_l(*texts),
+            "loss": losses[i].nats,
+            "tokens": losses[i].tokens,
         }
-        if losses:
-            row |= {"loss": losses[i].nats, "tokens": losses[i].tokens}
         for name, value in row.items():
             of_prompt[name] = of_prompt.get(name, 0) + value
     prompts = list(found.values())

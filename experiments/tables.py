@@ -343,7 +343,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     """Return all tables of a comparison: tuning, scores, differences, and what the routers do.
 
     rows: the cells of each row, one for each seed. Differences are those of the first row from
-    the others. An untrained row has one cell, which is compared with each seed of the first row.
+    the others. The frozen base has one cell, which is compared with each seed of the first row.
     metric: how answers are scored.
     """
     reference, first = next(iter(rows.items()))
@@ -365,14 +365,9 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         differences.append([name])
         for which, measure in columns:
             digits = 3 if measure == "loss" else 2  # nats, per cent
-            score = "-"
-            difference = "-"
-            if measure in cells[0][which]["prompts"]:
-                score = mean_and_sd(mean_scores(cells, which, measure), digits)
-                found = paired(first, cells, which, measure)
-                difference = signed(interval(found.values, found.freedom), digits)
-            scores[-1].append(score)
-            differences[-1].append(difference)
+            scores[-1].append(mean_and_sd(mean_scores(cells, which, measure), digits))
+            found = paired(first, cells, which, measure)
+            differences[-1].append(signed(interval(found.values, found.freedom), digits))
 
         numbers = [name]
         for key in ROUTER:

@@ -149,7 +149,7 @@ def read(path):
 
 def test_compare_from_start_to_table(small):
     cells = {path.stem: read(path) for path in small.glob("methods/*.json")}
-    assert len(cells) == 6  # the frozen base, two heuristics, three methods
+    assert len(cells) == 4  # the frozen base, three methods
     for name, report in read(small / "tuning.json").items():
         # Equal effort. The best on dev is the one that is used.
         assert len(report["trials"]) == 2 == len(list((small / "tune").glob(f"{name}_*.json")))
@@ -167,7 +167,7 @@ def test_compare_from_start_to_table(small):
 
 def test_compare_remakes_only_lost_cells(small, home):
     files = [*small.glob("tune/*.json"), *small.glob("methods/*.json")]
-    assert len(files) == 12  # 6 of the tuning, 6 of the comparison
+    assert len(files) == 10  # 6 of the tuning, 4 of the comparison
     files += small.rglob("metrics.jsonl")
     stamps = {path: path.stat().st_mtime_ns for path in files}
     lost = small / "methods/lora-s0.json"
@@ -242,7 +242,7 @@ def test_answers_may_be_as_long_as_the_targets_that_train(tmp_path, monkeypatch)
         return [""] * len(examples)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    cell = cell_of(tmp_path, "a", row=study.UNTRAINED["frozen base"])
+    cell = cell_of(tmp_path, "a", row=Row(trains=False))
     few = {"max_tasks": 2, "eval_instances": 2, "max_target_length": 200}
     assert study.run_cell(cell._replace(settings=study.changed(cell.settings, few)), CPU)
     assert lengths == [199, 199]
@@ -290,7 +290,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
     lost = [evaluation.RowLoss(math.nan, tokens=1)] * 2
     monkeypatch.setattr(evaluation, "row_losses", lambda *_, **__: lost)
-    cell = cell_of(tmp_path, "a", scores="answers", row=study.UNTRAINED["frozen base"])
+    cell = cell_of(tmp_path, "a", scores="answers", row=Row(trains=False))
     few = study.changed(cell.settings, {"max_tasks": 2, "eval_instances": 2})
     assert study.run_cell(cell._replace(settings=few), CPU)
     assert "the loss on this seen instance is nan" in cell.result()["diverged"]
