@@ -141,10 +141,10 @@ def require_possible(study: Study, rows: dict[str, Row]) -> None:
             attach(cell.settings.training.method, base, cell.settings.adapter, num_tasks=num_tasks)
 
 
-def print_plan(study: Study, rows: dict[str, Row], stage: str, trials: dict[str, int]) -> None:
+def print_plan(study: Study, rows: dict[str, Row], stage: str, tuned: dict[str, Row]) -> None:
     """Print how many rows each set has, which runs are left, and how long they may take.
 
-    rows: those that run with each seed. trials: how many trials tune a row before.
+    rows: those that run with each seed. tuned: those that are tuned before.
     """
     settings = study.settings
     sets = data.load_sets(settings.dataset, tokenizers.load(settings.training.model))
@@ -157,19 +157,19 @@ def print_plan(study: Study, rows: dict[str, Row], stage: str, trials: dict[str,
     scored = [*held_out["seen"], *held_out.get("unseen", [])]
     evaluation.warn_of_references(scored, settings.dataset.metric_rules)
 
-    seeds = study.config.seeds
-    parts = [f"{count} trials of {name}" for name, count in trials.items()]
+    seeds, trials = study.config.seeds, study.config.trials
+    parts = [f"{trials} trials of {name}" for name in tuned]
     parts.append(f"{seeds} seeds of {', '.join(rows)}")
-    if trials:
+    if tuned:
         parts.append("the best trial is the run of seed 0")
     program.print_line(f"plan: {'; '.join(parts)}")
 
     left = 0
-    for name, count in trials.items():
-        left += count - len(list(study.results.glob(f"tune/{file_name(name)}_*.json")))
+    for name in tuned:
+        left += trials - len(list(study.results.glob(f"tune/{file_name(name)}_*.json")))
     for name in rows:
         for seed in range(seeds):
-            is_a_trial = seed == 0 and name in trials
+            is_a_trial = seed == 0 and name in tuned
             finished = study.results / stage / f"{file_name(name)}-s{seed}.json"
             left += not (is_a_trial or finished.exists())
     if left == 0:
@@ -244,12 +244,12 @@ def make_cells(
 
     scored_once: rows with seed 0 alone. After this seed, print which differences can be seen.
     """
-    cells = study.cells(stage, rows, {"": {}}, [0])
-    cells += study.cells(stage, scored_once, {"": {}}, [0])
+    cells = study.cells(stage, rows, {}, [0])
+    cells += study.cells(stage, scored_once, {}, [0])
     study.run(cells)
     results = {cell.name: [cell.result()] for cell in cells}
 
-    further = study.cells(stage, rows, {"": {}}, range(1, study.config.seeds))
+    further = study.cells(stage, rows, {}, range(1, study.config.seeds))
     if not all(cell.path.exists() for cell in further):
         first, *others = rows
         for name in others:
@@ -277,11 +277,9 @@ def print_visible(name: str, cells: Sequence[dict], reference: Sequence[dict]) -
 def compare(study: Study, rows: dict[str, Row]) -> None:
     """Compare methods. Write results.md and print it. The last lines are the verdicts."""
     require_possible(study, rows)
-    trials = dict.fromkeys(rows, study.config.trials) if study.config.tune else {}
-    print_plan(study, rows, "methods", trials)
-    reports = {}
-    if trials:
-        reports = study.tune(rows, study.config.trials)
+    tuned = rows if study.config.tune else {}
+    print_plan(study, rows, "methods", tuned)
+    reports = study.tune(tuned)
     results = make_cells(study, rows, "methods", {"frozen base": Row(trains=False)})
 
     first, *others = rows
@@ -304,22 +302,12 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     rows = {name: ablation(name, study.settings.adapter) for name in chosen}
     require_possible(study, rows)
 
-    trials = {}
-    if study.config.tune:
-        trials["orchmoe"] = study.config.trials
-        if "router: token" in rows:
-            # The rate that was tuned for the sample router means nothing to this one.
-            trials["router: token"] = max(3, study.config.trials // 3)
+    tuned = {"orchmoe": Row()} if study.config.tune else {}
     trained = {name: row for name, row in rows.items() if not row.w}
-    print_plan(study, trained, "ablations", trials)
-    reports = {}
-    if trials:
-        reports = study.tune({"orchmoe": Row()}, trials["orchmoe"])
-        tuned = study.cell("", "orchmoe", Row(), {}).settings.adapter
-        rows = {name: ablation(name, tuned) for name in chosen}
-    if "router: token" in trials:
-        token = {"router: token": rows["router: token"]}
-        reports |= study.tune(token, trials["router: token"], ["lr_token_router"])
+    print_plan(study, trained, "ablations", tuned)
+    reports = study.tune(tuned)
+    adapter = study.cell("", "orchmoe", Row(), {}).settings.adapter  # with the tuned alpha
+    rows = {name: ablation(name, adapter) for name in chosen}
     results = make_cells(study, rows, "ablations", {})
     metric = metrics.RULES[dataset.metric_rules].description
     publish(markdown(results, reports, metric), study.results / "ablations.md")

@@ -117,7 +117,7 @@ def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row
     missing = []
     for seed, tasks in draws.items():
         of_draw = subset(Path(study.config.out, f"tasks-{seed}"), folder, tasks)
-        cells = study.cells("cells", rows, {"": {"data": str(of_draw)}}, [int(seed)], "replicate")
+        cells = study.cells("cells", rows, {"data": str(of_draw)}, [int(seed)], "replicate")
         begun_on = set()
         for path in sorted((study.results / "cells").glob(f"*-s{seed}.json")):
             begun_on.add(program.read_json(path)["settings"].get("cpu"))

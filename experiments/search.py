@@ -5,10 +5,9 @@ Test: pytest tests/experiments/test_search.py
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from baselines import settings_of_method
 from support import program
 from support.program import UserError
 
@@ -16,12 +15,6 @@ from support.program import UserError
 AXES = ("lr_full", "lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
 
 Point = tuple[int, ...]  # steps from the start along each axis
-
-
-def axes_of(method: str, router: str, allowed: Sequence[str] = AXES) -> tuple[str, ...]:
-    """Return what a method is tuned over: the rates of all that it trains, and its scale."""
-    read = settings_of_method(method, router)
-    return tuple(axis for axis in allowed if axis in read)
 
 
 class Search:

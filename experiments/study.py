@@ -2,15 +2,14 @@
 
 A Row says what one line of a table changes in the settings of train.py. A Cell is one run of a row,
 or another scoring of a run: one JSON file with its settings and scores. A Study tunes rows and
-makes the cells of a grid: rows x points x seeds. It goes on after any interruption: finished cells
+makes the cells of rows x seeds. It goes on after any interruption: finished cells
 are not made again, unfinished runs resume, and a cell of other settings is refused.
 
     rows = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
     controls = {"no router": Row({"router": "none"}, like="orchmoe")}
     study = Study(settings, device, StudyConfig(), equal=rows)
-    study.tune(rows, trials=9)
-    points = {f"x{scale}": {"alpha": 2.0 * scale} for scale in (1, 2, 4)}
-    study.run(study.cells("scales", rows | controls, points, seeds=range(3), scores="answers"))
+    study.tune(rows)
+    study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
 
 compare.py and replication.py are studies.
 Test: pytest tests/experiments/test_compare.py
@@ -44,10 +43,10 @@ import metrics
 import run_folder
 import tokenizer as tokenizers
 import train
-from baselines import OWN_METHODS, count_parameters, load_method
+from baselines import OWN_METHODS, count_parameters, load_method, settings_of_method
 from experiments import routing
 from experiments.routers import attach_with
-from experiments.search import AXES, Search, axes_of
+from experiments.search import AXES, Search
 from experiments.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -499,7 +498,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
             if cell.scores != "dev" and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
-    if jobs == 1 or len(queues) == 1:
+    if jobs == 1 or len(queues) < 2:
         for queue in queues:
             finish(queue, run_cell)
     else:
@@ -580,7 +579,7 @@ def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
 class Study:
     """What all cells of a study share.
 
-    settings: those that all rows share; points and rows change some of them. equal: rows that get
+    settings: those that all rows share; rows change some of them. equal: rows that get
     extra ranks, so that all of them have one total size.
     """
 
@@ -602,7 +601,10 @@ class Study:
     def cell(
         self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"
     ) -> Cell:
-        """Return the cell of a row at a point. file: its name below the folder of results."""
+        """Return the cell of a row. file: its name below the folder of results.
+
+        values: settings of all rows of this stage. Those of the row itself come before them.
+        """
         settings = changed(self.settings, values)
         model = settings.training.model
         facts, num_tasks = facts_of(settings.dataset, model)
@@ -617,8 +619,7 @@ class Study:
             with program.checking_settings():
                 ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
             extra_rank = ranks[like]
-        tuned = self.best.get(like, {}) | self.best.get(name, {})
-        settings = changed(settings, tuned | values | row.settings)
+        settings = changed(settings, self.best.get(like, {}) | values | row.settings)
 
         method = settings.training.method
         of_method = {}
@@ -647,19 +648,16 @@ class Study:
         self,
         stage: str,
         rows: dict[str, Row],
-        points: dict[str, dict[str, Any]],
+        values: dict[str, Any],
         seeds: Iterable[int],
         scores: str = "answers",
     ) -> list[Cell]:
-        """Return the cells of all rows at all points {tag: values} with all seeds."""
+        """Return the cells of all rows with all seeds. For values see `cell`."""
         cells = []
         for seed in seeds:
             for name, row in rows.items():
-                for tag, values in points.items():
-                    parts = [file_name(name), tag, f"s{seed}"]
-                    file = "-".join(part for part in parts if part)
-                    values = values | {"seed": seed}
-                    cells.append(self.cell(f"{stage}/{file}", name, row, values, scores))
+                file = f"{stage}/{file_name(name)}-s{seed}"
+                cells.append(self.cell(file, name, row, values | {"seed": seed}, scores))
         return cells
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -670,30 +668,24 @@ class Study:
             queues.setdefault(cell.folder, []).append(cell)
         run_cells(list(queues.values()), self.config.jobs, self.device)
 
-    def tune(
-        self,
-        rows: dict[str, Row],
-        trials: int,
-        axes: Sequence[str] = (),
-    ) -> dict[str, dict]:
+    def tune(self, rows: dict[str, Row]) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
 
-        axes: what is tuned (default: --axes). Return the reports of the searches, and add them to
-        tuning.json. Warn of a best value that is on the edge of what was tried.
+        Return the reports of the searches. Warn of a best value that is on the edge of what was
+        tried.
         """
         searches = {}
         for name, row in rows.items():
             settings = self.cell("", name, row, {}).settings
-            known = settings.as_flags()
+            read = settings_of_method(settings.training.method, settings.adapter.router)
             start = {}
-            for axis in axes_of(
-                settings.training.method, settings.adapter.router, axes or self.config.axes
-            ):
-                start[axis] = known[axis]
-                if known[axis] is None:
-                    start[axis] = float(settings.adapter.rank)  # which is what alpha = None means
+            for axis in self.config.axes:
+                if axis in read:
+                    start[axis] = settings.as_flags()[axis]
+            if start.get("alpha", 0) is None:
+                start["alpha"] = float(settings.adapter.rank)  # which is what None means
             trial = functools.partial(self.trial, name, row)
-            searches[name] = Search(start, trials, trial)
+            searches[name] = Search(start, self.config.trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device)
 
         reports = {name: search.report() for name, search in searches.items()}
@@ -707,21 +699,13 @@ class Study:
                     f"there by {program.flag(axis)}, may find a better one"
                 )
             self.best_trials[name] = self.trial(name, rows[name], report["best"])
-            self.best[name] = self.best.get(name, {}) | report["best"]
-        path = self.results / "tuning.json"
-        program.write_json(path, read_tuning(self.results) | reports)
+            self.best[name] = report["best"]
         return reports
 
     def trial(self, name: str, row: Row, trial: dict[str, float]) -> Cell:
         """Return the cell of a trial. trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
         return self.cell(f"tune/{tag}", name, row, trial, "dev")
-
-
-def read_tuning(results: Path) -> dict[str, dict]:
-    """Return the reports of all searches in a folder of results."""
-    path = results / "tuning.json"
-    return program.read_json(path) if path.exists() else {}
 
 
 def subset(folder: Path, root: Path, train_tasks: Sequence[str]) -> Path:

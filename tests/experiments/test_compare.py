@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -150,15 +151,17 @@ def read(path):
 def test_compare_from_start_to_table(small):
     cells = {path.stem: read(path) for path in small.glob("methods/*.json")}
     assert len(cells) == 4  # the frozen base, three methods
-    for name, report in read(small / "tuning.json").items():
-        # Equal effort. The best on dev is the one that is used.
-        assert len(report["trials"]) == 2 == len(list((small / "tune").glob(f"{name}_*.json")))
-        best = min(report["trials"], key=lambda trial: trial["dev_loss"])
-        assert report["best"].items() < best.items()
-        assert report["best"].items() <= cells[f"{name}-s0"]["settings"].items()
-        assert set(report["best"]) == ({"lr_full"} if name == "full" else {"lr_skills", "alpha"})
-        # It is the run of seed 0, and is not made twice.
-        assert best["dev_loss"] == cells[f"{name}-s0"]["dev_loss"]
+    text = (small / "results.md").read_text()
+    of_skills = r"lr_skills \S+, alpha \S+"
+    for name, axes in {"orchmoe": of_skills, "lora": of_skills, "full": r"lr_full \S+"}.items():
+        # Equal effort, over the rates and the scale that the method has.
+        assert re.search(rf"\n\| {name} \| 2 \| {axes} \| [\d.]+ \| ", text)
+        trials = [read(path) for path in small.glob(f"tune/{name}_*.json")]
+        assert len(trials) == 2
+        # The best on dev is the run of seed 0, and is not made twice.
+        best = min(trials, key=lambda trial: trial["dev_loss"])
+        cell = cells[f"{name}-s0"]
+        assert (best["dev_loss"], best["settings"]) == (cell["dev_loss"], cell["settings"])
         assert not (small / f"methods/{name}-s0").exists()
     sizes = {name: sum(cell.get("parameters", {}).values()) for name, cell in cells.items()}
     assert sizes["full-s0"] == 2_699_040  # of tiny/
@@ -248,25 +251,23 @@ def test_answers_may_be_as_long_as_the_targets_that_train(tmp_path, monkeypatch)
     assert lengths == [199, 199]
 
 
-def test_settings_of_a_row_and_of_a_point_come_before_tuned_ones(tmp_path):
+def test_settings_of_a_row_and_of_a_stage_come_before_tuned_ones(tmp_path):
     lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
-    lora.best = {"lora": {"alpha": 8.0, "lr_skills": 0.5}, "half": {"lr_skills": 0.25}}
+    lora.best = {"lora": {"alpha": 8.0, "lr_skills": 0.5}}
     rows = {
         "lora": Row({"method": "lora"}),
-        "half": Row({"method": "lora"}, like="lora"),
         "fixed": Row({"method": "lora", "lr_skills": 0.125}, like="lora"),
     }
     found = {}
-    for cell in lora.cells("x", rows, {"": {}, "point": {"alpha": 2.0}}, [0]):
-        values = cell.settings.as_flags()
-        found[cell.path.stem] = (values["alpha"], values["lr_skills"])
+    for stage, values in {"tuned": {}, "given": {"alpha": 2.0}}.items():
+        for cell in lora.cells(stage, rows, values, [0]):
+            flags = cell.settings.as_flags()
+            found[f"{stage}/{cell.path.name}"] = (flags["alpha"], flags["lr_skills"])
     assert found == {
-        "lora-s0": (8.0, 0.5),
-        "lora-point-s0": (2.0, 0.5),
-        "half-s0": (8.0, 0.25),
-        "half-point-s0": (2.0, 0.25),
-        "fixed-s0": (8.0, 0.125),
-        "fixed-point-s0": (2.0, 0.125),
+        "tuned/lora-s0.json": (8.0, 0.5),
+        "tuned/fixed-s0.json": (8.0, 0.125),
+        "given/lora-s0.json": (2.0, 0.5),
+        "given/fixed-s0.json": (2.0, 0.125),
     }
 
 
@@ -304,7 +305,7 @@ def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch)
     monkeypatch.setattr("experiments.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     with pytest.raises(ValueError, match="lora: all trials diverged"):
-        of_lora.tune({"lora": Row({"method": "lora"})}, 1)
+        of_lora.tune({"lora": Row({"method": "lora"})})
 
 
 def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
@@ -315,7 +316,7 @@ def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     program.warn.cache_clear()
-    of_lora.tune({"lora": Row({"method": "lora"})}, 4)
+    of_lora.tune({"lora": Row({"method": "lora"})})
     [warning] = capsys.readouterr().err.splitlines()
     assert "lora: the best alpha, 2, is on the edge of what was tried; more --trials" in warning
 
@@ -354,16 +355,11 @@ def test_controls_of_the_router(small, home, monkeypatch):
     assert len(losses) == 3
 
 
-def test_a_token_router_gets_a_rate_of_its_own_and_w_needs_no_softmax(small, home):
+def test_ablations_whose_routers_give_no_distribution_of_samples(small, home):
     out = run(home, *SMALL, "--ablations", "--rows", "router: token,w without softmax")
-    report = read(small / "tuning.json")["router: token"]
-    assert len(report["trials"]) == 3 and set(report["best"]) == {"lr_token_router"}
-    token = read(small / "ablations/router__token-s0.json")
-    assert token["settings"]["lr_token_router"] == report["best"]["lr_token_router"]
-    assert token["dev_loss"] == report["dev_loss"]
-    assert "| w without softmax |" in out
-    router = read(small / "ablations/w_without_softmax-s0.json")["router"]
-    assert "distance_from_start" not in router  # its w are no distributions
+    assert "| router: token |" in out and "| w without softmax |" in out
+    cell = read(small / "ablations/w_without_softmax-s0.json")
+    assert "distance_from_start" not in cell["router"]  # its w are no distributions
 
 
 def test_replaced_w_is_the_mean_of_dev(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.search import Search, axes_of
+from experiments.search import Search
 from experiments.tables import tuning_table
 
 AXES = ["lr_skills", "alpha", "lr_router", "lr_allocation"]
@@ -38,14 +38,3 @@ def test_search_values():
     assert search.values((-2, 2)) == {"lr_skills": 0.001, "alpha": 8.0}
     with pytest.raises(ValueError, match="--lr-skills 0: tuning starts from a value above 0"):
         Search({"lr_skills": 0}, trials=1)
-
-
-def test_axes_of_keeps_to_what_is_allowed():
-    assert axes_of("full", "sample") == ("lr_full",)
-    assert set(axes_of("orchmoe", "token")) == {
-        "lr_skills",
-        "lr_token_router",
-        "lr_allocation",
-        "alpha",
-    }
-    assert axes_of("orchmoe", "sample", ["alpha", "lr_full"]) == ("alpha",)
