@@ -5,7 +5,7 @@ then examples, then batches. The indices of a batch depend only on the source le
 seed and step.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
-    chosen = Batches(examples.source_lengths, 8, seed=0).at(step=0)
+    chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
     batch = collate([examples[i] for i in chosen], seed=0, step=0)
 
 Letters: B batch, L source length, Lt target length.
@@ -609,7 +609,7 @@ class Batch(NamedTuple):
             yield rows, piece
 
 
-class Batches:
+class BatchOrder:
     """The order in which training examples are used: which of them are in the batch of a step.
 
     It depends only on the arguments. lengths: source lengths of all examples. Each example occurs
@@ -621,16 +621,16 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self.epoch = -1  # the epoch that self.batches belongs to; -1: none yet
-        self.batches: list[np.ndarray] = []
+        self.epoch = -1  # the epoch of self.epoch_batches; -1: none yet
+        self.epoch_batches: list[np.ndarray] = []
 
     def at(self, step: int) -> np.ndarray:
         """Return the indices of the examples in the batch of a step. Steps count from 0."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
-            self.batches = self.of_epoch(epoch)
+            self.epoch_batches = self.of_epoch(epoch)
             self.epoch = epoch
-        return self.batches[number]
+        return self.epoch_batches[number]
 
     def of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the indices of each batch of an epoch, in the order of the steps.

@@ -592,7 +592,7 @@ def train(
             torch.bfloat16,
             enabled=full and device.dtype == torch.bfloat16,
         )
-        batches = data.Batches(train_set.source_lengths, config.batch_size, config.seed)
+        batch_order = data.BatchOrder(train_set.source_lengths, config.batch_size, config.seed)
         with program.stop_signals() as stop_requested:
             steps = range(first_step, config.steps)
             bar = program.progress(
@@ -603,7 +603,7 @@ def train(
             for step in bar:
                 # One step on a batch that depends only on the data, batch size, seed and step.
                 started = time.monotonic()
-                batch = training_batch(train_set, batches, step)
+                batch = training_batch(train_set, batch_order, step)
                 with full_autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
                 times.append(time.monotonic() - started)
@@ -681,10 +681,10 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
     return held_out
 
 
-def training_batch(train_set: Examples, batches: data.Batches, step: int) -> Batch:
+def training_batch(train_set: Examples, batch_order: data.BatchOrder, step: int) -> Batch:
     """Return the batch of a step. It depends only on the data, batch size, seed and step."""
-    rows = batches.at(step)
-    return data.collate([train_set[row] for row in rows], seed=batches.seed, step=step)
+    rows = batch_order.at(step)
+    return data.collate([train_set[row] for row in rows], seed=batch_order.seed, step=step)
 
 
 def score_held_out(

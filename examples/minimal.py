@@ -57,9 +57,9 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     groups = [{"params": [A, B, Z], "max_lr": 1e-2}, {"params": [W_task, b], "max_lr": 1e-3}]
     trained = [tensor.requires_grad_() for group in groups for tensor in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    batches = data.Batches(examples.source_lengths, batch_size=16, seed=0)
+    batch_order = data.BatchOrder(examples.source_lengths, batch_size=16, seed=0)
     for step in range(steps):
-        batch = data.collate([examples[i] for i in batches.at(step)], seed=0, step=step)
+        batch = data.collate([examples[i] for i in batch_order.at(step)], seed=0, step=step)
         x_hat = (summarise(base, batch) - mu) / sd  # (B,D)
         w = (x_hat @ W_task.T + b).softmax(dim=-1)  # (B,K)
         Zhat = Z.sigmoid() / Z.sigmoid().sum(dim=-1, keepdim=True)  # (N,K,S)

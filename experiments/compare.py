@@ -209,11 +209,11 @@ def seconds_of(
         config.method, base, cell.settings.adapter, num_tasks=len(sets["train"].tasks)
     )
     optimizer = train.make_optimizer(adapters, config)
-    batches = data.Batches(sets["train"].source_lengths, config.batch_size, config.seed)
+    batch_order = data.BatchOrder(sets["train"].source_lengths, config.batch_size, config.seed)
     started = []
     for step in range(TIMED_STEPS):
         started.append(time.monotonic())
-        batch = train.training_batch(sets["train"], batches, step)
+        batch = train.training_batch(sets["train"], batch_order, step)
         train.train_step(base, adapters, optimizer, batch, step, config)
     # The first step is slower than the others.
     of_step = (time.monotonic() - started[1]) / (TIMED_STEPS - 1)

@@ -133,9 +133,9 @@ def losses_with_peft(folder, steps, warmup, batch_size, lora_alpha, **data_optio
     assert len(parameters) == 2 * len(starts)
 
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    batches = data.Batches(examples.source_lengths, batch_size, seed=0)
+    batch_order = data.BatchOrder(examples.source_lengths, batch_size, seed=0)
     for step in range(steps):
-        rows = [examples[row] for row in batches.at(step)]
+        rows = [examples[row] for row in batch_order.at(step)]
         batch = data.collate(rows, seed=0, step=step)
         loss = model(**arguments_of(batch, model.config.is_encoder_decoder)).loss
         yield loss.item()

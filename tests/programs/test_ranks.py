@@ -70,10 +70,10 @@ def trace(shard, accumulate, method):
         runtime.shard(base, base.blocks, runtime.Device(CPU, torch.float64, ""))
 
     optimizer = train.make_optimizer(adapters, config)
-    batches = data.Batches(examples.source_lengths, config.batch_size, config.seed)
+    batch_order = data.BatchOrder(examples.source_lengths, config.batch_size, config.seed)
     losses_and_norms = []
     for step in range(config.steps):
-        batch = train.training_batch(examples, batches, step)
+        batch = train.training_batch(examples, batch_order, step)
         with mock.patch.object(train, "LARGEST_NORM", 0.1):
             record = train.train_step(base, adapters, optimizer, batch, step, config)
         losses_and_norms.append([record["loss"], record["norm"]])

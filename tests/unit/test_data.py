@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import data
-from data import Batches, cached, collate, load_sets
+from data import BatchOrder, cached, collate, load_sets
 from experiments.heuristics import copy_heuristic
 from helpers import (
     ROOT,
@@ -408,7 +408,7 @@ LENGTHS = np.random.default_rng(0).integers(10, 1000, 1003)
 def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
     steps = math.ceil(count / 8)
     for first in (0, steps, 2 * steps):
-        batches = [Batches(LENGTHS[:count], 8, 5).at(first + step) for step in range(steps)]
+        batches = [BatchOrder(LENGTHS[:count], 8, 5).at(first + step) for step in range(steps)]
         assert sorted(np.concatenate(batches)) == list(range(count))
         assert sorted(map(len, batches))[1:] == [8] * (steps - 1)
 
@@ -416,9 +416,9 @@ def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
 def test_batches_depend_only_on_lengths_seed_and_step():
     found = set()
     for lengths, seed in product((LENGTHS, LENGTHS[::-1]), (0, 1)):
-        batches = Batches(lengths, 8, seed)
-        of_steps = [tuple(batches.at(step)) for step in (3, 129, 400)]
-        assert [tuple(batches.at(step)) for step in (400, 129, 3)] == of_steps[::-1]
+        batch_order = BatchOrder(lengths, 8, seed)
+        of_steps = [tuple(batch_order.at(step)) for step in (3, 129, 400)]
+        assert [tuple(batch_order.at(step)) for step in (400, 129, 3)] == of_steps[::-1]
         found.update(of_steps)
     assert len(found) == 12  # epochs, seeds and lengths have their own orders
 
@@ -428,7 +428,7 @@ def test_bucketing_pads_far_less_than_random_batches():
         return sum(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum() for batch in batches)
 
     order = np.random.default_rng(1).permutation(len(LENGTHS))
-    bucketed = [Batches(LENGTHS, 8, 0).at(step) for step in range(126)]
+    bucketed = [BatchOrder(LENGTHS, 8, 0).at(step) for step in range(126)]
     assert padding(bucketed) < 0.2 * padding(np.array_split(order, 126))
     means = [LENGTHS[batch].mean() for batch in bucketed]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # batches are not served by length

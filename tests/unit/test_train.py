@@ -181,8 +181,8 @@ def test_training_batch_depends_on_seed_and_step():
     train_set = data.Examples(examples, ["task1_a"], "", {})
 
     def ids_and_targets(seed, step):
-        batches = data.Batches(train_set.source_lengths, 8, seed)
-        batch = train.training_batch(train_set, batches, step)
+        batch_order = data.BatchOrder(train_set.source_lengths, 8, seed)
+        batch = train.training_batch(train_set, batch_order, step)
         return batch.ids, dict(zip(batch.ids, batch.labels.tolist(), strict=True))
 
     ids, targets = ids_and_targets(0, 0)
