@@ -173,7 +173,7 @@ class RelativeBias(nn.Module):
 class Cache:
     """Keys and values of one decoder block while it generates."""
 
-    source: Tensor  # (2,B,H,Ls,E), of the encoder states; computed once
+    source: Tensor  # (2,B,H,Ls,E), of the encoded source; computed once
     target: Tensor  # (2,B,H,t,E), of the tokens read so far
 
 
@@ -190,9 +190,9 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)  # (B,L,HE) -> (B,H,L,E)
 
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of states (B,L,D)."""
-        return self.split_heads(self.k(states)), self.split_heads(self.v(states))
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (B,H,L,E) of x (B,L,D)."""
+        return self.split_heads(self.k(x)), self.split_heads(self.v(x))
 
     def forward(
         self,
@@ -248,7 +248,7 @@ def norm(config: T5Config) -> nn.RMSNorm:
 
 
 class Block(nn.Module):
-    """A block of the encoder or, if `cross`, of the decoder, which reads the encoder states too."""
+    """A block of the encoder or, if `cross`, of the decoder, which reads the encoded source too."""
 
     fsdp_methods = ("start",)  # see Backbone
 
@@ -266,28 +266,29 @@ class Block(nn.Module):
         self,
         x: Tensor,
         bias: Tensor,
-        states: Tensor | None = None,
-        states_bias: Tensor | None = None,
+        encoded: Tensor | None = None,
+        source_bias: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return the output (B,L,D) for whole rows x (B,L,D) and encoder states (B,Ls,D).
+        """Return the output (B,L,D) for whole rows x (B,L,D) and encoded sources (B,Ls,D).
 
-        With a cache instead of states, x (B,1,D) is the next token of each row.
+        With a cache instead of `encoded`, x (B,1,D) is the next token of each row. `bias` is that
+        of the self-attention, `source_bias` that of the cross-attention.
         """
         # Keys and values of the cross-attention. They do not depend on x.
         cross_keys_values = None
-        if states is not None:
-            cross_keys_values = self.cross_attention.keys_values(states)
+        if encoded is not None:
+            cross_keys_values = self.cross_attention.keys_values(encoded)
         elif cache is not None:
             cross_keys_values = cache.source  # computed once
         x = x + self.attention(self.attention_norm(x), bias, cache=cache)
         if cross_keys_values is not None:
-            x = x + self.cross_attention(self.cross_norm(x), states_bias, cross_keys_values)
+            x = x + self.cross_attention(self.cross_norm(x), source_bias, cross_keys_values)
         return x + self.ffn(self.ffn_norm(x))
 
-    def start(self, states: Tensor) -> Cache:
-        """Return the cache that generation starts with, given the encoder states (B,Ls,D)."""
-        source = torch.stack(self.cross_attention.keys_values(states))
+    def start(self, encoded: Tensor) -> Cache:
+        """Return the cache that generation starts with, given the encoded sources (B,Ls,D)."""
+        source = torch.stack(self.cross_attention.keys_values(encoded))
         return Cache(source, target=source[:, :, :, :0])
 
 
@@ -314,7 +315,7 @@ class Stack(nn.Module):
 class State:
     """What `generate` keeps between two steps."""
 
-    states_bias: Tensor  # (B,1,1,Ls), hides the padding of the sources
+    source_bias: Tensor  # (B,1,1,Ls), hides the padding of the sources
     caches: list[Cache]  # of the decoder's blocks
     strip: Tensor  # (H,2n-1), the position bias of all distances, for n new tokens
 
@@ -326,7 +327,7 @@ class State:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self.states_bias = aligned(self.states_bias[rows])  # indexing packs the rows again
+        self.source_bias = aligned(self.source_bias[rows])  # indexing packs the rows again
         for cache in self.caches:
             cache.source = cache.source.index_select(1, rows)
             cache.target = cache.target.index_select(1, rows)
@@ -367,7 +368,7 @@ class T5(Backbone):
         return (*self.encoder.blocks, *self.decoder.blocks)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the encoder states (B,Ls,D) of sources (B,Ls).
+        """Return the encoded sources (B,Ls,D) of tokens (B,Ls).
 
         attention_mask (B,Ls): true or 1 at real tokens.
         """
@@ -381,12 +382,12 @@ class T5(Backbone):
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
     ) -> Tensor:
         """Return the hidden states (B,Lt,D) that `logits` takes, given the target so far (B,Lt)."""
-        states = self.encode(input_ids, attention_mask)
+        encoded = self.encode(input_ids, attention_mask)
         x = self.embedding(decoder_input_ids)
         # Padding of the target needs no mask: it comes last, so no real position sees it.
         bias = aligned(self.decoder.position(x.shape[1]))
-        states_bias = aligned(padding_bias(attention_mask, x.dtype))
-        return self.decoder(x, bias, states, states_bias, run_block=self.run_block)
+        source_bias = aligned(padding_bias(attention_mask, x.dtype))
+        return self.decoder(x, bias, encoded, source_bias, run_block=self.run_block)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.config.scale_decoder_outputs:
@@ -408,10 +409,10 @@ class T5(Backbone):
     def start(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
     ) -> tuple[Tensor, State]:
-        states = self.encode(input_ids, attention_mask)
+        encoded = self.encode(input_ids, attention_mask)
         state = State(
-            states_bias=aligned(padding_bias(attention_mask, states.dtype)),
-            caches=[block.start(states) for block in self.decoder.blocks],
+            source_bias=aligned(padding_bias(attention_mask, encoded.dtype)),
+            caches=[block.start(encoded) for block in self.decoder.blocks],
             strip=self.decoder.position.strip(max_new_tokens),
         )
         first = input_ids.new_full((len(input_ids),), self.config.decoder_start_token_id)
@@ -421,7 +422,7 @@ class T5(Backbone):
         x = self.embedding(newest[:, None])  # (B,1,D)
         bias = aligned(state.bias())
         for block, cache in zip(self.decoder.blocks, state.caches, strict=True):
-            x = block(x, bias, states_bias=state.states_bias, cache=cache)
+            x = block(x, bias, source_bias=state.source_bias, cache=cache)
         return self.logits(self.decoder.norm(x)[:, 0])
 
     @classmethod
