@@ -195,18 +195,18 @@ class Examples(list[Example]):
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def make_example(definition: str, text: str, prompts: Prompts) -> Example:
+def make_example(instruction: str, text: str, prompts: Prompts) -> Example:
     """Return an Example without references for an instruction and an input of the user.
 
     If the data are JSONL, the input may be empty.
     """
     config, tokenizer = prompts.config, prompts.tokenizer
-    if not definition.strip() or not (text.strip() or config.is_jsonl):
+    if not instruction.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')
     with program.checking_settings():
-        require_text("--ask", definition)
+        require_text("--ask", instruction)
         require_text("--input", text)
-    prompt = prompts.of_question(definition, text)
+    prompt = prompts.of_question(instruction, text)
     [sample] = build_samples([prompt], [[]], tokenizer, config)
     if _lost_its_end(prompt, sample, config):
         program.warn(

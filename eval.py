@@ -399,7 +399,7 @@ def answer(
     run: run_folder.RunConfig | None,
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
-    # --ask is the definition: a run with --no-definition must not drop it.
+    # --ask takes the place of the definition, which a run with --no-definition would leave out.
     data_config = replace(data_config, definition=True)
     forms = run.rule.get("forms", ()) if run else ()
     prompts = Prompts(data_config, tokenizer, forms)

@@ -480,11 +480,11 @@ class Prompts:
             max_source_length=config.max_source_length,
         )
 
-    def of_question(self, definition: str, text: str = "") -> str:
+    def of_question(self, instruction: str, text: str = "") -> str:
         """Return the prompt of an instruction and an input, which may be empty with JSONL."""
-        question = {"form": "instruction", "definition": definition, "input": text}
+        question = {"form": "instruction", "definition": instruction, "input": text}
         if not text:
-            question = {"form": self._form, "input": definition}
+            question = {"form": self._form, "input": instruction}
         # A question is its own task, without examples.
         return self.of_instance(question, question)
 
