@@ -227,18 +227,18 @@ def make_example(instruction: str, text: str, prompts: Prompts) -> Example:
 # ------------------------------------------------------------------------------------------- sets
 
 
-def _files(config):
-    """Return the files of each list: {"train": paths, "test": paths}."""
+def _paths_of_lists(config):
+    """Return the paths of the files of each list: {"train": [...], "test": [...]}."""
     if config.is_jsonl:
         return {
             "train": [Path(config.data)],
             "test": [Path(config.test)] if config.test else [],
         }
-    files = {}
+    paths = {}
     for list_name, tasks in read_splits(config.data, config.splits).items():
         chosen = sorted(tasks[: config.max_tasks or None])
-        files[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
-    return files
+        paths[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
+    return paths
 
 
 def _tokenise_task(
@@ -431,15 +431,16 @@ def _load_list(
     run_tasks: see `load_sets`. wanted: those of its sets that will be used. The others may lack
     rows.
     """
-    files = _read_tokens(config, tokenizer, list_name, paths)
-    encoded = []
+    tokenised_files = _read_tokens(config, tokenizer, list_name, paths)
+    tokenised_tasks = []
     digest = hashlib.sha256()
     lost = Counter()
     forms = set()
-    for file in files:
-        for task in file["tasks"]:
-            encoded.append(task)
-            digest.update(file["digest"].encode())  # once per task, as saved runs have it
+    for tokenised_file in tokenised_files:
+        for task in tokenised_file["tasks"]:
+            tokenised_tasks.append(task)
+            # Once per task, as saved runs have it.
+            digest.update(tokenised_file["digest"].encode())
             lost.update(task["lost"])
             forms.update(task["forms"])
 
@@ -447,19 +448,19 @@ def _load_list(
         del lost["target"]  # nothing trains on these; the metrics read the references uncut
     _warn_of_lost(lost, config, paths[0] if config.is_jsonl else config.data)
 
-    tasks = sorted(task["name"] for task in encoded)
-    if NO_TASK in tasks:
-        tasks = []  # a row of the file names no task
-    examples = _examples_of(encoded, tasks if run_tasks is None else run_tasks)
+    task_names = sorted(task["name"] for task in tokenised_tasks)
+    if NO_TASK in task_names:
+        task_names = []  # a row of the file names no task
+    examples = _examples_of(tokenised_tasks, task_names if run_tasks is None else run_tasks)
 
     rule = {}
     if config.is_jsonl:
-        [path], [file] = paths, files
+        [path], [tokenised_file] = paths, tokenised_files
         if list_name == "train":
             _leave_out_trained(examples, path)
-            if file["filled"]:
-                rule["filled"] = file["filled"]
-        _require_enough_rows(examples, wanted, file["prompts"], path)
+            if tokenised_file["filled"]:
+                rule["filled"] = tokenised_file["filled"]
+        _require_enough_rows(examples, wanted, tokenised_file["prompts"], path)
         if config.wrapper:
             rule["wrapper"] = True
         elif tokenizer.one_row:
@@ -467,7 +468,7 @@ def _load_list(
 
     sets = {}
     for set_name in SETS_OF_LIST[list_name]:
-        sets[set_name] = Examples(examples[set_name], tasks, digest.hexdigest()[:16], rule)
+        sets[set_name] = Examples(examples[set_name], task_names, digest.hexdigest()[:16], rule)
     return sets
 
 
@@ -514,38 +515,38 @@ def load_sets(
     "dev" or "seen" whose source has the tokens of a training row is left out, and such rows of
     "test" are only counted. Raise UserError for bad files, or if there is nothing for a wanted set.
     """
-    files = _files(config)
+    paths = _paths_of_lists(config)
     if not wanted:
         wanted = ["train", "dev", "seen"]
-        if files["test"]:
+        if paths["test"]:
             wanted.append("test")
     of_train = [name for name in wanted if name != "test"]
 
     sets = {}
     if of_train:
-        if not files["train"]:
+        if not paths["train"]:
             raise UserError(
                 f"{config.data}: no task of train_tasks.txt is here; complete the folder"
             )
-        sets |= _load_list(config, tokenizer, "train", files["train"], run_tasks, of_train)
-    elif config.is_jsonl and files["train"][0].exists():
+        sets |= _load_list(config, tokenizer, "train", paths["train"], run_tasks, of_train)
+    elif config.is_jsonl and paths["train"][0].exists():
         # Only --test is wanted. It is compared with the rows that train, if they can be read.
         try:
-            sets |= _load_list(config, tokenizer, "train", files["train"], run_tasks, [])
+            sets |= _load_list(config, tokenizer, "train", paths["train"], run_tasks, [])
         except (UserError, OSError) as error:
             program.warn(f"the test rows are not compared with the training rows: {error}")
     if run_tasks is None:
         run_tasks = sets["train"].tasks if sets else []
 
     if "test" in wanted:
-        if not files["test"]:
+        if not paths["test"]:
             if config.is_jsonl:
                 raise UserError(f"{config.data}: give --test OTHER.jsonl, or --split seen")
             raise UserError(
                 f"{config.data}: no task of test_tasks.txt is here; complete the folder, or give "
                 "--split seen"
             )
-        sets |= _load_list(config, tokenizer, "test", files["test"], run_tasks, ["test"])
+        sets |= _load_list(config, tokenizer, "test", paths["test"], run_tasks, ["test"])
         _warn_of_known(config, sets["test"])
         if config.is_jsonl and "train" in sets:
             _compare_test(config, sets["train"], sets["test"])
