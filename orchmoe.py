@@ -471,11 +471,11 @@ class SkillLinear(nn.Linear):
     """
 
     skill_base: type = nn.Linear  # the class that the Linear had before
+    skill_base_is_plain: bool  # it computes W0 x + b alone, so `skill_mix` can do that in its call
     skill_A: nn.Parameter  # (S,R,D)
     skill_B: nn.Parameter  # (S,R,O)
     skill_scale: float
     skill_mix: Mix
-    skill_plain: bool  # `skill_mix` can compute W0 x + b too, in the same call
     skill_W_task: nn.Parameter | None  # (K,D) of a token router
     skill_bias: nn.Parameter | None  # (K,) of a token router
     skill_softmax: bool  # whether the w of a token router is a softmax
@@ -501,7 +501,7 @@ class SkillLinear(nn.Linear):
         mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
 
-        if self.skill_plain:
+        if self.skill_base_is_plain:
             weight, bias = self.weight, self.bias
             is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
             # Since `attach` the weight may have been quantised, pruned or parametrised. Quantised
@@ -634,7 +634,7 @@ def new_skills(
     A = A.to(linear.weight.device, dtype)
 
     weight = linear._parameters.get("weight")  # None if it is parametrised
-    is_plain = (
+    base_is_plain = (
         type(linear).forward is nn.Linear.forward
         and type(weight) is nn.Parameter
         and weight.is_floating_point()
@@ -644,7 +644,7 @@ def new_skills(
         "skill_B": nn.Parameter(A.new_zeros(S, R, linear.out_features)),
         "skill_scale": scale,
         "skill_mix": mix,
-        "skill_plain": is_plain,
+        "skill_base_is_plain": base_is_plain,
         "skill_W_task": None,
         "skill_bias": None,
         "skill_softmax": True,
@@ -829,7 +829,7 @@ class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whateve
                 )
             # A weight that was pruned or parametrised after `attach` is not a Parameter any more.
             weight = linear._parameters.get("weight")
-            if not linear.skill_plain or type(weight) is not nn.Parameter:
+            if not linear.skill_base_is_plain or type(weight) is not nn.Parameter:
                 return f"{name}: {linear.skill_base.__name__} computes more than a plain product"
         return ""
 
