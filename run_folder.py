@@ -408,15 +408,15 @@ def load(
     run: str | Path = "",
     model: str | Path = "",
     shard: bool = False,
-    attach: Callable[..., Adapters] = attach_method,
+    attach_function: Callable[..., Adapters] = attach_method,
 ) -> tuple[Backbone, Adapters, Tokenizer]:
     """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
     folder of its base, if that has moved; a run of --method full has all weights of its own, and
     ignores `model`. shard: split the base over the processes of torchrun.
-    attach: a function like baselines.attach_method, for studies that change the routing. Raise
-    UserError if the base, tokenizer or adapter is not the one of the run.
+    attach_function: a function like baselines.attach_method, for studies that change the routing.
+    Raise UserError if the base, tokenizer or adapter is not the one of the run.
     """
     config = read_config(run) if run else None
     full = config is not None and config.training["method"] == "full"
@@ -449,7 +449,7 @@ def load(
     if config is None or full:
         adapters = without_adapters(base)
     else:
-        adapters = attach_trained(config, base, attach)
+        adapters = attach_trained(config, base, attach_function)
     if shard:
         runtime.shard(base, base.blocks, device)
     return base, adapters.eval(), tokenizer
@@ -462,7 +462,9 @@ def load_own_method(config: RunConfig | None, text: str) -> None:
         raise UserError(f"--method {text}: this is not the method of the run; leave it out")
 
 
-def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adapters]) -> Adapters:
+def attach_trained(
+    config: RunConfig, base: Backbone, attach_function: Callable[..., Adapters]
+) -> Adapters:
     """Attach the best adapters of the run (lowest dev loss) to its base."""
     method = config.training["method"]
     method_class(method)  # UserError if its file is not loaded
@@ -476,7 +478,9 @@ def attach_trained(config: RunConfig, base: Backbone, attach: Callable[..., Adap
     def attach_to(model: Backbone) -> Adapters:
         # Stream 0, as in training: a constructor draws the same again.
         generator = runtime.generator(seed, 0)
-        return attach(method, model, adapter_config, num_tasks=num_tasks, generator=generator)
+        return attach_function(
+            method, model, adapter_config, num_tasks=num_tasks, generator=generator
+        )
 
     # Try it on the meta device first, so that a damaged config cannot allocate much memory. The
     # constructor of a method from a file may look at values, which are not there; it is not tried.

@@ -459,15 +459,15 @@ def train(
     launch: LaunchConfig = LaunchConfig(),
     *,
     final_scores: bool = True,
-    attach: Callable[..., Adapters] = attach_method,
+    attach_function: Callable[..., Adapters] = attach_method,
 ) -> Path | None:
     """Train from the start, or from progress.pt in launch.out.
 
     Return the run folder, or None if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
-    a table. Without it there are no lines of progress, either. attach: a function like
-    baselines.attach_method, for studies that change the routing.
+    a table. Without it there are no lines of progress, either.
+    attach_function: a function like baselines.attach_method, for studies that change the routing.
     """
     config = settings.training
 
@@ -496,7 +496,7 @@ def train(
 
     # The adapters.
     with program.checking_settings():
-        adapters = attach(
+        adapters = attach_function(
             config.method,
             base,
             settings.adapter,
@@ -561,12 +561,12 @@ def train(
             f"{label}: trains {size} on {len(train_set):,} examples; run folder {run.path}"
         )
 
-        # Score the model as it starts: the frozen base, or what --start or `attach` loaded.
+        # Score the model as it starts: the frozen base, or the base with the skills that --start or
+        # `attach_function` loaded.
         if final_scores and is_new and not run.read_scores():
-            initial_name = "frozen base"
-            for linear in adapters.linears.values():
-                if linear.skill_B.any():
-                    initial_name = "start"
+            # With B = 0 the skills change nothing.
+            is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
+            initial_name = "frozen base" if is_base else "start"
             scores = score_held_out(base, adapters, held_out, tokenizer, settings, initial_name)
             run.add_scores(initial_name, scores)
 

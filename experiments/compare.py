@@ -136,9 +136,11 @@ def require_possible(study: Study, rows: dict[str, Row]) -> None:
         cell = study.cell("", name, row, {})
         _, num_tasks = facts_of(cell.settings.dataset, cell.settings.training.model)
         base = checkpoint.on_meta(checkpoint.read_config(cell.settings.training.model))
-        attach = attach_with(row.replaced_router, cell.extra_rank)
+        attach_function = attach_with(row.replaced_router, cell.extra_rank)
         with program.checking_settings():
-            attach(cell.settings.training.method, base, cell.settings.adapter, num_tasks=num_tasks)
+            attach_function(
+                cell.settings.training.method, base, cell.settings.adapter, num_tasks=num_tasks
+            )
 
 
 def print_plan(study: Study, rows: dict[str, Row], stage: str, tuned: dict[str, Row]) -> None:
@@ -204,8 +206,8 @@ def seconds_of(
     tokenizer = tokenizers.load(config.model)
     base = checkpoint.mapped(config.model)
     base.to(device.torch_device, torch.float32 if config.method == "full" else device.dtype)
-    attach = attach_with(cell.row.replaced_router, cell.extra_rank)
-    adapters = attach(
+    attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
+    adapters = attach_function(
         config.method, base, cell.settings.adapter, num_tasks=len(sets["train"].tasks)
     )
     optimizer = train.make_optimizer(adapters, config)

@@ -1,11 +1,11 @@
 """What studies change in a method: the router, and the ranks.
 
 `attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
-it as `attach`:
+it as `attach_function`:
 
-    attach = attach_with("random")
-    train.train(settings, device, launch, attach=attach)
-    base, adapters, tokenizer = run_folder.load(device, run=launch.out, attach=attach)
+    attach_function = attach_with("random")
+    train.train(settings, device, launch, attach_function=attach_function)
+    loaded = run_folder.load(device, run=launch.out, attach_function=attach_function)
 
 A run says which kind of method and router it has. So eval.py and integrations/export.py, which know
 only the learnt router, refuse a run in which something was replaced.

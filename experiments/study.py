@@ -195,7 +195,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     "answers" has the losses and the scores of the answers on seen and unseen instances.
     """
     started = time.monotonic()
-    attach = attach_with(cell.row.replaced_router, cell.extra_rank)
+    attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
     about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
@@ -203,7 +203,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
         "threads": torch.get_num_threads(),  # in bfloat16 the numbers depend on it
     }
     try:
-        result = train_and_score(cell, device, attach)
+        result = train_and_score(cell, device, attach_function)
     except train.DivergedError as error:
         result = {"dev_loss": None, "diverged": str(error)}
     if result is None:
@@ -213,7 +213,9 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     return True
 
 
-def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any] | None:
+def train_and_score(
+    cell: Cell, device: runtime.Device, attach_function: Callable
+) -> dict[str, Any] | None:
     """Return the results of a cell, None if a signal stopped it.
 
     For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
@@ -223,7 +225,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.training.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
-            options = {"final_scores": False, "attach": attach}
+            options = {"final_scores": False, "attach_function": attach_function}
             if not train.train(cell.settings, device, launch, **options):
                 return None
         if not cell.row.w:
@@ -235,7 +237,7 @@ def train_and_score(cell: Cell, device: runtime.Device, attach: Callable) -> dic
                 # The mean KL divergence of w from its start.
                 result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
-        result |= score(cell, device, attach)
+        result |= score(cell, device, attach_function)
     return result
 
 
@@ -265,10 +267,11 @@ def tree() -> str:
     return f"{commit}-dirty" if commit and is_dirty else commit
 
 
-def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any]:
+def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict[str, Any]:
     """Return scores on seen and unseen instances, the number of parameters, and the routing.
 
-    attach: a function like baselines.attach_method. Raise DivergedError if a loss is not finite.
+    attach_function: a function like baselines.attach_method. Raise DivergedError if a loss is not
+    finite.
     """
     config = cell.settings.training
     tokenizer = tokenizers.load(config.model)
@@ -283,7 +286,9 @@ def score(cell: Cell, device: runtime.Device, attach: Callable) -> dict[str, Any
     rules = cell.settings.dataset.metric_rules
     result = {}
     if cell.row.trains:
-        base, adapters, _ = run_folder.load(device, run=cell.folder, attach=attach)
+        base, adapters, _ = run_folder.load(
+            device, run=cell.folder, attach_function=attach_function
+        )
         if config.method == "full":
             base.requires_grad_(True)  # all of it was trained, and counts
         result["parameters"] = count_parameters(adapters)

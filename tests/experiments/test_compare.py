@@ -95,8 +95,8 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
 
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):
-    attach = routers.attach_with("task")
-    adapters = attach("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
+    attach_function = routers.attach_with("task")
+    adapters = attach_function("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
     assert torch.equal(torch.stack(known), torch.eye(28))
@@ -109,10 +109,10 @@ def test_run_with_a_replaced_router_belongs_to_its_study(home, monkeypatch):
     flags = {"max_tasks": 2, "steps": 2, "batch_size": 2, "eval_instances": 4, "train_instances": 8}
     flags |= {"abstract_tasks": 2, "dtype": "float32", "max_source_length": 64}
     settings = train.Settings.from_flags(flags)
-    attach = routers.attach_with("task")
+    attach_function = routers.attach_with("task")
     launch = train.LaunchConfig(out=str(folder), device="cpu")
-    assert train.train(settings, CPU, launch, attach=attach, final_scores=False)
-    run_folder.load(CPU, run=folder, attach=attach)
+    assert train.train(settings, CPU, launch, attach_function=attach_function, final_scores=False)
+    run_folder.load(CPU, run=folder, attach_function=attach_function)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     cpu = ("--device", "cpu")
     for name, *arguments in (
