@@ -377,7 +377,7 @@ class EvalConfig:
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
 
     @property
-    def folder(self) -> Path:
+    def out_dir(self) -> Path:
         """Folder of the results: --out, or eval-... named after what is scored, split and limit."""
         if self.out:
             return Path(self.out)
@@ -396,12 +396,12 @@ def answer(
     tokenizer: Tokenizer,
     config: EvalConfig,
     data_config: DataConfig,
-    run: run_folder.RunConfig | None,
+    run_config: run_folder.RunConfig | None,
 ) -> None:
     """Print the answer to --ask and --input, and w if there is a sample router."""
     # --ask takes the place of the definition, which a run with --no-definition would leave out.
     data_config = replace(data_config, definition=True)
-    forms = run.rule.get("forms", ()) if run else ()
+    forms = run_config.rule.get("forms", ()) if run_config else ()
     prompts = Prompts(data_config, tokenizer, forms)
     example = data.make_example(config.ask, config.input, prompts)
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
@@ -422,34 +422,34 @@ def answer(
 def load_examples(
     config: EvalConfig,
     data_config: DataConfig,
-    run: run_folder.RunConfig | None,
+    run_config: run_folder.RunConfig | None,
     tokenizer: Tokenizer,
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
     If the files are not those of the run, raise UserError; only warn if flags name other files.
     """
-    run_tasks = run.tasks if run else None  # so that task ids are those of the run
+    run_tasks = run_config.tasks if run_config else None  # so that task ids are those of the run
     sets = data.load_sets(data_config, tokenizer, [config.split], run_tasks=run_tasks)
     examples = sets[config.split]
     if not examples:
         raise UserError(f"--split {config.split}: there is no instance to score; choose another")
-    if run:
+    if run_config:
         if config.split != "test":
-            run.require_same_split(examples.rule)
+            run_config.require_same_split(examples.rule)
         list_name = "test" if config.split == "test" else "train"
-        own = run.section(DataConfig, "dataset")
+        saved = run_config.section(DataConfig, "dataset")
         changed = set()
         for name in FILE_FIELDS:
-            if getattr(data_config, name) != getattr(own, name):
+            if getattr(data_config, name) != getattr(saved, name):
                 changed.add(name)
-        own_limit = own.max_tasks or math.inf  # 0 stands for all tasks
-        fewer_tasks = 0 < data_config.max_tasks < own_limit
+        saved_limit = saved.max_tasks or math.inf  # 0 stands for all tasks
+        fewer_tasks = 0 < data_config.max_tasks < saved_limit
         if not changed:
-            run.require_same(data=run.data | {list_name: examples.digest})
+            run_config.require_same(data=run_config.data | {list_name: examples.digest})
         elif changed == {"max_tasks"} and fewer_tasks:
             pass  # a part of the run's files
-        elif examples.digest != run.data.get(list_name):
+        elif examples.digest != run_config.data.get(list_name):
             path = data_config.data
             if config.split == "test" and data_config.is_jsonl:
                 path = data_config.test
@@ -486,10 +486,10 @@ def main() -> None:
     # Settings. A run has its own data settings, which flags override.
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
-    run = run_folder.read_config(config.run) if config.run else None
+    run_config = run_folder.read_config(config.run) if config.run else None
     if config.method:
-        run_folder.load_own_method(run, config.method)
-    saved = vars(run.section(DataConfig, "dataset")) if run else {}
+        run_folder.load_own_method(run_config, config.method)
+    saved = vars(run_config.section(DataConfig, "dataset")) if run_config else {}
     if "data" in flags:
         program.require_path(flags["data"], "give --data DIR or FILE.jsonl")
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
@@ -499,26 +499,26 @@ def main() -> None:
         program.print_line(f"{data_config.data}: there is no --test, so the set seen is scored")
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
-    is_full = run is not None and run.training["method"] == "full"
+    is_full = run_config is not None and run_config.training["method"] == "full"
     refuse_idle_flags(flags, config, data_config, is_full)
 
     # Where to compute. A model trained with --method full stays in float32, as it was trained.
     dtype = "float32" if is_full else config.dtype
-    base_folder = config.model or run.training["model"]
+    base_folder = config.model or run_config.training["model"]
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
 
     with runtime.distributed(device.torch_device):
         base, adapters, tokenizer = run_folder.load(
-            device, run=config.run, model=config.model, shard=config.shard
+            device, run_dir=config.run, model=config.model, shard=config.shard
         )
         if config.ask:
-            answer(base, adapters, tokenizer, config, data_config, run)
+            answer(base, adapters, tokenizer, config, data_config, run_config)
             return
 
         # The examples, and the folder of the results.
-        examples, digest = load_examples(config, data_config, run, tokenizer)
-        settings = {
+        examples, digest = load_examples(config, data_config, run_config, tokenizer)
+        score_config = {
             "scored": os.path.realpath(config.run or config.model),
             "split": config.split,
             "limit": config.limit,
@@ -528,18 +528,20 @@ def main() -> None:
             "digest": digest,
             "instances": len(examples),
         }
-        predictions_path = config.folder / "predictions.jsonl"
-        scores_path = config.folder / "scores.json"
-        is_same = scores_path.exists() and program.read_json(scores_path).get("config") == settings
-        if not is_same:
+        predictions_path = config.out_dir / "predictions.jsonl"
+        scores_path = config.out_dir / "scores.json"
+        saved_config = None
+        if scores_path.exists():
+            saved_config = program.read_json(scores_path).get("config")
+        if saved_config != score_config:
             program.require_new(
-                [config.folder / "config.json", predictions_path, scores_path],
+                [config.out_dir / "config.json", predictions_path, scores_path],
                 "it belongs to a run or a different evaluation; choose another --out",
             )
 
         # Loss, predictions and scores.
         require_fit(base, tokenizer, examples, config.max_new_tokens)
-        config.folder.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
+        config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         program.print_progress(f"scoring {len(examples)} rows")
         losses = row_losses(base, adapters, examples, batch_size=config.batch_size)
         predictions = predict(
@@ -554,14 +556,14 @@ def main() -> None:
             return
 
         # First without scores, so that no scores stand beside predictions that are not theirs.
-        program.write_json(scores_path, {"config": settings})
+        program.write_json(scores_path, {"config": score_config})
         with program.atomic_write(predictions_path) as file:
             for example, prediction in zip(examples, predictions, strict=True):
                 row = {"id": example.id, "task": example.task, "prediction": prediction}
                 file.write(program.to_json(row, ensure_ascii=False))
 
         scores = score(examples, predictions, data_config.metric_rules, losses)
-        program.write_json(scores_path, {**scores, "config": settings})
+        program.write_json(scores_path, {**scores, "config": score_config})
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")

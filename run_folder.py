@@ -57,7 +57,7 @@ CHANGED_REMEDIES = {
 class RunConfig:
     """Content of config.json: the settings of a run, and fingerprints of what it was made from."""
 
-    folder: str  # the folder of the run, for its files and messages; not saved
+    run_dir: str  # folder of the run, for its files and messages; not saved
     training: dict  # fields of TrainConfig
     dataset: dict  # fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
@@ -72,7 +72,7 @@ class RunConfig:
 
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise UserError if it does not fit."""
-        with program.reading(f"{self.folder}/config.json", REMEDY):
+        with program.reading(f"{self.run_dir}/config.json", REMEDY):
             return program.from_json(cls, getattr(self, name))
 
     def require_same(self, **found: Any) -> None:
@@ -81,7 +81,7 @@ class RunConfig:
             saved = getattr(self, name)
             if value != saved:
                 raise UserError(
-                    f"{self.folder}: {name} changed since the run began, from {saved!r:.60} to "
+                    f"{self.run_dir}: {name} changed since the run began, from {saved!r:.60} to "
                     f"{value!r:.60}; {CHANGED_REMEDIES[name]}"
                 )
 
@@ -90,17 +90,17 @@ class RunConfig:
 
         rule: that of the sets as they are now, see data.Examples.
         """
-        own = self.section(DataConfig, "dataset")
-        if own.is_jsonl and rule.get("filled") != self.rule.get("filled"):
+        data_config = self.section(DataConfig, "dataset")
+        if data_config.is_jsonl and rule.get("filled") != self.rule.get("filled"):
             raise UserError(
-                f"{self.folder}: it has other rows in train, dev and seen, so that rows of dev and "
-                "seen may have trained; restore --data, give new rows with --test and "
+                f"{self.run_dir}: it has other rows in train, dev and seen, so that rows of dev "
+                "and seen may have trained; restore --data, give new rows with --test and "
                 "--split test, or start a new run"
             )
 
     def adapter_digest(self) -> str:
         """Return 16 hex digits that identify the adapter that was best on dev."""
-        content = RunFolder(self.folder).adapter_path.read_bytes()
+        content = RunFolder(self.run_dir).adapter_path.read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def adapter_state(self) -> tuple[dict[str, Tensor], Any]:
@@ -108,7 +108,7 @@ class RunConfig:
 
         Raise UserError if it belongs to another run.
         """
-        path = RunFolder(self.folder).adapter_path
+        path = RunFolder(self.run_dir).adapter_path
         state, info = checkpoint.load_adapter(path)
         expected = {
             "method": self.training["method"],
@@ -125,7 +125,7 @@ class RunConfig:
     def load_adapter(self, adapters: Adapters) -> None:
         """Load the adapter that was best on dev, see `adapter_state` and `load_probed`."""
         state, probed = self.adapter_state()
-        load_probed(RunFolder(self.folder).adapter_path, adapters, state, probed)
+        load_probed(RunFolder(self.run_dir).adapter_path, adapters, state, probed)
 
 
 def kind_of(adapters: Adapters) -> str:
@@ -157,18 +157,18 @@ def load_probed(path: Path, adapters: Adapters, state: dict[str, Tensor], probed
         )
 
 
-def read_config(folder: str | Path) -> RunConfig:
-    """Return the config of the run in `folder`. Raise UserError if there is none."""
+def read_config(run_dir: str | Path) -> RunConfig:
+    """Return the config of the run in the folder `run_dir`. Raise UserError if there is none."""
     path = program.require_path(
-        Path(folder) / "config.json", "name the folder of a run of train.py"
+        Path(run_dir) / "config.json", "name the folder of a run of train.py"
     )
     values = program.read_json(path)
     with program.reading(path, REMEDY):
-        config = program.from_json(RunConfig, values | {"folder": str(folder)})
+        run_config = program.from_json(RunConfig, values | {"run_dir": str(run_dir)})
         for name in ("model", "method"):
-            if not isinstance(config.training[name], str):
+            if not isinstance(run_config.training[name], str):
                 raise ValueError(f"training: {name} must be a string")
-    return config
+    return run_config
 
 
 # ------------------------------------------------------------------------------------- the folder
@@ -223,7 +223,7 @@ class RunFolder:
                     half_written.unlink()
             yield
 
-    def bind(self, config: RunConfig, is_new: bool) -> None:
+    def bind(self, run_config: RunConfig, is_new: bool) -> None:
         """Write config.json. is_new: what the method `is_new` has returned.
 
         Raise UserError if an older one names another base, tokenizer or kind of adapters, other
@@ -235,13 +235,13 @@ class RunFolder:
         if self.config_path.exists():
             saved = read_config(self.path)
             if not is_new:  # the run does not depend on --start any more
-                config = replace(config, start=saved.start)
+                run_config = replace(run_config, start=saved.start)
             names = ("rule", "tasks", "base", "tokenizer", "data", "kind", "start")
-            saved.require_same(**{name: getattr(config, name) for name in names})
+            saved.require_same(**{name: getattr(run_config, name) for name in names})
         elif program.rank() == 0:  # a later rank may find what rank 0 has just written
             self.require_new()
-        values = asdict(config)
-        del values["folder"]
+        values = asdict(run_config)
+        del values["run_dir"]
         for section in ("training", "dataset"):
             for name in PATHS | {"start"}:
                 path = values[section].get(name)
@@ -321,12 +321,12 @@ class RunFolder:
         return state["step"], state["best"], start_w
 
     def save_best(
-        self, config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
+        self, run_config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
     ) -> None:
         """Write the weights that are best on dev: the adapter, or with --method full the model."""
         if program.rank() != 0:
             return
-        method = config.training["method"]
+        method = run_config.training["method"]
         if method == "full":
             tokenizer.save(self.model_path)
             checkpoint.save(base, self.model_path)
@@ -335,10 +335,10 @@ class RunFolder:
                 self.adapter_path,
                 adapters.state_dict(),
                 method=method,
-                config=config.adapter,
-                kind=config.kind,
-                tasks=list(config.tasks),
-                base=config.base,
+                config=run_config.adapter,
+                kind=run_config.kind,
+                tasks=list(run_config.tasks),
+                base=run_config.base,
                 probe=probe(adapters),
             )
 
@@ -348,13 +348,13 @@ class RunFolder:
         Raise UserError if it is missing, or if the adapter belongs to another run.
         """
         runtime.barrier()  # rank 0 may still be writing
-        config = read_config(self.path)
-        full = config.training["method"] == "full"
+        run_config = read_config(self.path)
+        full = run_config.training["method"] == "full"
         path = self.model_path if full else self.adapter_path
         program.require_path(path, "restore it, or start a new run")
         if full:
             return checkpoint.mapped(path).state_dict(), None
-        return config.adapter_state()
+        return run_config.adapter_state()
 
     def load_best(self, adapters: Adapters) -> None:
         """Load the state that `save_best` wrote, see `load_probed`."""
@@ -405,7 +405,7 @@ def new_folder(name: str) -> Path:
 def load(
     device: runtime.Device,
     *,
-    run: str | Path = "",
+    run_dir: str | Path = "",
     model: str | Path = "",
     shard: bool = False,
     attach_function: Callable[..., Adapters] = attach_method,
@@ -418,62 +418,63 @@ def load(
     attach_function: a function like baselines.attach_method, for studies that change the routing.
     Raise UserError if the base, tokenizer or adapter is not the one of the run.
     """
-    config = read_config(run) if run else None
-    full = config is not None and config.training["method"] == "full"
-    if config is None:
+    run_config = read_config(run_dir) if run_dir else None
+    full = run_config is not None and run_config.training["method"] == "full"
+    if run_config is None:
         path = model
     elif full:
-        path = RunFolder(run).model_path
+        path = RunFolder(run_dir).model_path
         device = device._replace(dtype=torch.float32)  # as they were trained
     else:
-        path = model or config.training["model"]
+        path = model or run_config.training["model"]
 
     tokenizer = load_tokenizer(path)
-    if config is not None:
-        config.require_same(tokenizer=tokenizer.fingerprint)
-        dataset = config.section(DataConfig, "dataset")
+    if run_config is not None:
+        run_config.require_same(tokenizer=tokenizer.fingerprint)
+        data_config = run_config.section(DataConfig, "dataset")
         # The conditions under which data.load_sets writes "wrapper" and "forms" into the rule.
-        uses_wrapper = dataset.is_jsonl and dataset.wrapper
-        uses_forms = tokenizer.one_row and not dataset.is_official
-        if uses_wrapper != ("wrapper" in config.rule) or uses_forms != ("forms" in config.rule):
+        uses_wrapper = data_config.is_jsonl and data_config.wrapper
+        uses_forms = tokenizer.one_row and not data_config.is_official
+        rule = run_config.rule
+        if uses_wrapper != ("wrapper" in rule) or uses_forms != ("forms" in rule):
             raise UserError(
-                f"{run}/config.json: its `rule`, how rows became samples, does not fit its "
+                f"{run_dir}/config.json: its `rule`, how rows became samples, does not fit its "
                 "dataset, or another version wrote it; restore it, or start a new run"
             )
         if not full:
-            config.require_same(base=checkpoint.fingerprint(path))
+            run_config.require_same(base=checkpoint.fingerprint(path))
 
     base = checkpoint.mapped(path)
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
-    if config is None or full:
+    if run_config is None or full:
         adapters = without_adapters(base)
     else:
-        adapters = attach_trained(config, base, attach_function)
+        adapters = attach_trained(run_config, base, attach_function)
     if shard:
         runtime.shard(base, base.blocks, device)
     return base, adapters.eval(), tokenizer
 
 
-def load_own_method(config: RunConfig | None, text: str) -> None:
+def load_own_method(run_config: RunConfig | None, text: str) -> None:
     """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method."""
     name = load_method(text)
-    if config is None or config.training["method"] != name:
+    if run_config is None or run_config.training["method"] != name:
         raise UserError(f"--method {text}: this is not the method of the run; leave it out")
 
 
 def attach_trained(
-    config: RunConfig, base: Backbone, attach_function: Callable[..., Adapters]
+    run_config: RunConfig, base: Backbone, attach_function: Callable[..., Adapters]
 ) -> Adapters:
     """Attach the best adapters of the run (lowest dev loss) to its base."""
-    method = config.training["method"]
+    method = run_config.training["method"]
     method_class(method)  # UserError if its file is not loaded
-    state, probed = config.adapter_state()
-    run = RunFolder(config.folder)
-    adapter_config = config.section(OrchMoEConfig, "adapter")
-    num_tasks = len(config.tasks)
+    state, probed = run_config.adapter_state()
+    run = RunFolder(run_config.run_dir)
+    adapter_config = run_config.section(OrchMoEConfig, "adapter")
+    num_tasks = len(run_config.tasks)
     with program.reading(run.config_path, REMEDY):
-        seed = int(config.training["seed"])
+        seed = int(run_config.training["seed"])
 
     def attach_to(model: Backbone) -> Adapters:
         # Stream 0, as in training: a constructor draws the same again.
@@ -487,10 +488,10 @@ def attach_trained(
     if method in METHODS:
         with program.reading(run.config_path, REMEDY), torch.device("meta"):
             empty = attach_to(type(base)(base.config))
-        config.require_same(kind=kind_of(empty))
+        run_config.require_same(kind=kind_of(empty))
         with program.reading(run.adapter_path, REMEDY):
             empty.load_state_dict(state)
     adapters = attach_to(base)
-    config.require_same(kind=kind_of(adapters))
+    run_config.require_same(kind=kind_of(adapters))
     load_probed(run.adapter_path, adapters, state, probed)
     return adapters

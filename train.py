@@ -149,12 +149,12 @@ class Settings:
         return {**vars(self.training), **vars(self.dataset), **vars(self.adapter)}
 
 
-def saved_settings(run: RunConfig) -> Settings:
+def saved_settings(run_config: RunConfig) -> Settings:
     """Return the settings of a run."""
     return Settings(
-        training=run.section(TrainConfig, "training"),
-        dataset=run.section(DataConfig, "dataset"),
-        adapter=run.section(OrchMoEConfig, "adapter"),
+        training=run_config.section(TrainConfig, "training"),
+        dataset=run_config.section(DataConfig, "dataset"),
+        adapter=run_config.section(OrchMoEConfig, "adapter"),
     )
 
 
@@ -218,14 +218,14 @@ def unread_settings(method: str, router: str) -> set[str]:
 
 def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that --start fixes, and defaults that flags may change."""
-    folder = flags.get("start")
-    if not folder:
+    run_dir = flags.get("start")
+    if not run_dir:
         return {}, {}
-    settings = saved_settings(read_config(folder))
+    settings = saved_settings(read_config(run_dir))
     method = settings.training.method
     if method not in ("orchmoe", "lora", "moe-lora"):
         raise UserError(
-            f"--start {folder}: --method {method} cannot continue on other tasks; start from a "
+            f"--start {run_dir}: --method {method} cannot continue on other tasks; start from a "
             "run of orchmoe, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
@@ -237,7 +237,7 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             if value != getattr(DataConfig, name) and name not in dataset.idle | flags.keys():
                 kept.append(f"{name} {value}")
         if kept:
-            program.print_line(f"data settings kept from {folder}: {', '.join(kept)}")
+            program.print_line(f"data settings kept from {run_dir}: {', '.join(kept)}")
     return fixed, {**vars(dataset), "model": settings.training.model}
 
 
@@ -521,18 +521,18 @@ def train(
     is_new = not launch.out or RunFolder(launch.out).is_new(config.method)
     start_digest = ""
     if is_new and config.start:
-        start = read_config(config.start)
-        start.require_same(
+        start_config = read_config(config.start)
+        start_config.require_same(
             base=base_digest, tokenizer=tokenizer.fingerprint, kind=kind_of(adapters)
         )
         load_start(base, adapters, train_set, config)
-        start_digest = start.adapter_digest()
+        start_digest = start_config.adapter_digest()
     elif is_new and adapters.router is not None:
         fit_router(base, adapters, train_set, config)
 
     # What identifies the run. `run.bind` saves it, or compares it in a resumed run.
     run_config = RunConfig(
-        folder=launch.out,
+        run_dir=launch.out,
         training={**asdict(config), "compile": compiled},
         dataset=asdict(settings.dataset),
         adapter=asdict(settings.adapter),
@@ -765,20 +765,20 @@ def print_router(report: dict[str, float], K: int) -> None:
     program.print_line(text)
 
 
-def print_next_commands(folder: Path, settings: Settings, flags: dict[str, Any]) -> None:
+def print_next_commands(run_dir: Path, settings: Settings, flags: dict[str, Any]) -> None:
     """Print two commands that a user may want next. flags: those of the finished run."""
     config = settings.training
-    run = shlex.quote(str(folder))
+    run_flag = f"--run {shlex.quote(str(run_dir))}"
     program.print_line("next:")
     if config.method == "orchmoe" and settings.adapter.router == "sample":
         program.print_line(
-            f"  python -m experiments.explorer --run {run}  # see in a browser what its router does"
+            f"  python -m experiments.explorer {run_flag}  # see in a browser what its router does"
         )
     else:
         if config.method in OWN_METHODS:
-            run += f" --method {shlex.quote(OWN_METHODS[config.method].source)}"
+            run_flag += f" --method {shlex.quote(OWN_METHODS[config.method].source)}"
         program.print_line(
-            f"  python eval.py --run {run} --split train  # scores on the rows that trained"
+            f"  python eval.py {run_flag} --split train  # scores on the rows that trained"
         )
 
     if config.start or flags.get("resume") or program.world_size() > 1:
@@ -809,10 +809,10 @@ def main() -> int:
     settings = replace(settings, training=config)
 
     with runtime.distributed(device.torch_device):
-        folder = train(settings, device, launch)
-    if folder is None:
+        run_dir = train(settings, device, launch)
+    if run_dir is None:
         return 130  # stopped by a signal
-    print_next_commands(folder, settings, flags)
+    print_next_commands(run_dir, settings, flags)
     return 0
 
 

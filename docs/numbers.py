@@ -49,9 +49,9 @@ def collect(run: str | Path) -> dict[str, Any]:
     """Return all numbers of the page, as plain JSON values."""
     loaded = explorer.load(run)
     explored = explorer.collect(loaded)
-    explored["hash"] = loaded.config.adapter_digest()
+    explored["hash"] = loaded.run_config.adapter_digest()
     explored["code"] = code_digest()
-    explored["steps"] = loaded.config.training["steps"]
+    explored["steps"] = loaded.run_config.training["steps"]
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
     explored["first"] = first_sample(explored)
@@ -98,7 +98,7 @@ def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
     router = loaded.adapters.router
     trained = {name: value.clone() for name, value in router.state_dict().items()}
     router.bias.data.zero_()
-    config = loaded.config.section(train.TrainConfig, "training")
+    config = loaded.run_config.section(train.TrainConfig, "training")
     train.fit_router(loaded.base, loaded.adapters, loaded.sets["train"], config)
     start = {}
     for kind in ("seen", "unseen"):
@@ -265,7 +265,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
     for name, group in trained.items():
         if group:
             norms[name] = torch.cat([parameter.grad.flatten() for parameter in group]).norm()
-    rates = [loaded.config.training[f"lr_{name}"] for name in norms]
+    rates = [loaded.run_config.training[f"lr_{name}"] for name in norms]
     found["gradients"] = [
         ["", *norms],
         ["norm of the gradient", *decimals(norms.values())],

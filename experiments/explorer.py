@@ -59,40 +59,40 @@ class Loaded(NamedTuple):
     base: Backbone
     adapters: Adapters
     tokenizer: Tokenizer
-    config: run_folder.RunConfig
+    run_config: run_folder.RunConfig
     data_config: DataConfig
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
 
     @property
     def prompts(self) -> Prompts:
         """Return what builds the prompts of the run."""
-        return Prompts(self.data_config, self.tokenizer, self.config.rule.get("forms", ()))
+        return Prompts(self.data_config, self.tokenizer, self.run_config.rule.get("forms", ()))
 
 
-def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
+def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
     """Load a run. Raise UserError if it has nothing to show, or if its data have changed.
 
     model, moved_data: where its base and its data are now, if they have moved. Data that have moved
     are without --test.
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
-    base, adapters, tokenizer = run_folder.load(device, run=run, model=model)
+    base, adapters, tokenizer = run_folder.load(device, run_dir=run_dir, model=model)
     if not isinstance(adapters.method, OrchMoE) or adapters.router is None:
         raise UserError(
-            f"{run}: has no sample router of OrchMoE, so there are no weights of abstract tasks to "
-            "show"
+            f"{run_dir}: has no sample router of OrchMoE, so there are no weights of abstract "
+            "tasks to show"
         )
-    config = run_folder.read_config(run)
-    data_config = config.section(DataConfig, "dataset")
+    run_config = run_folder.read_config(run_dir)
+    data_config = run_config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
-    sets = data.load_sets(data_config, tokenizer, run_tasks=config.tasks)
-    config.require_same_split(sets["train"].rule)
+    sets = data.load_sets(data_config, tokenizer, run_tasks=run_config.tasks)
+    run_config.require_same_split(sets["train"].rule)
     found = {name: sets[name].digest for name in ("train", "test") if name in sets}
-    config.require_same(data=config.data | found)
+    run_config.require_same(data=run_config.data | found)
     if "test" in sets:
         sets["unseen"] = sets["test"]
-    return Loaded(base, adapters, tokenizer, config, data_config, sets)
+    return Loaded(base, adapters, tokenizer, run_config, data_config, sets)
 
 
 # ------------------------------------------------------------------------- the numbers of a page
@@ -102,10 +102,10 @@ def load(run: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
 def collect(loaded: Loaded) -> dict[str, Any]:
     """Return what a page shows of a run without answers, as plain JSON values."""
     explored = {
-        "run": Path(loaded.config.folder).name,
+        "run": Path(loaded.run_config.run_dir).name,
         "linears": list(loaded.adapters.linears),
         "Zhat": rounded(loaded.adapters.allocation_weights()[0]),  # (N,K,S)
-        "sums_to_one": loaded.config.adapter["router_norm"] == "softmax",
+        "sums_to_one": loaded.run_config.adapter["router_norm"] == "softmax",
         "mean_w": {},
         "tasks": [],
         "samples": [],
@@ -117,14 +117,14 @@ def collect(loaded: Loaded) -> dict[str, Any]:
             w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
             if w is None:
                 raise UserError(
-                    f"{loaded.config.folder}: its method returns no w of each sample, so there are "
-                    "no weights of abstract tasks to show"
+                    f"{loaded.run_config.run_dir}: its method returns no w of each sample, so "
+                    "there are no weights of abstract tasks to show"
                 )
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):
             add_task(explored, loaded, kind, rows, w)
     if not explored["samples"]:
-        raise UserError(f"{loaded.config.folder}: its data have no seen and no unseen samples")
+        raise UserError(f"{loaded.run_config.run_dir}: its data have no seen and no unseen samples")
     return explored
 
 

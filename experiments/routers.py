@@ -5,7 +5,7 @@ it as `attach_function`:
 
     attach_function = attach_with("random")
     train.train(settings, device, launch, attach_function=attach_function)
-    loaded = run_folder.load(device, run=launch.out, attach_function=attach_function)
+    loaded = run_folder.load(device, run_dir=launch.out, attach_function=attach_function)
 
 A run says which kind of method and router it has. So eval.py and integrations/export.py, which know
 only the learnt router, refuse a run in which something was replaced.

@@ -287,7 +287,7 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     result = {}
     if cell.row.trains:
         base, adapters, _ = run_folder.load(
-            device, run=cell.folder, attach_function=attach_function
+            device, run_dir=cell.folder, attach_function=attach_function
         )
         if config.method == "full":
             base.requires_grad_(True)  # all of it was trained, and counts

@@ -150,7 +150,7 @@ def given_routing(config: ExportConfig, K: int) -> Tensor:
 
 def mean_routing(
     config: ExportConfig,
-    run: run_folder.RunConfig,
+    run_config: run_folder.RunConfig,
     base: Backbone,
     adapters: Adapters,
     tokenizer: Tokenizer,
@@ -158,29 +158,29 @@ def mean_routing(
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
         raise UserError("--mean: the run has no router; give --w")
-    data_config = run.section(DataConfig, "dataset")
+    data_config = run_config.section(DataConfig, "dataset")
     if config.data:
         data_config = replace(data_config, data=config.data)
-    dev = data.load_sets(data_config, tokenizer, ["dev"], run_tasks=run.tasks)["dev"]
-    run.require_same_split(dev.rule)
-    run.require_same(data=run.data | {"train": dev.digest})
+    dev = data.load_sets(data_config, tokenizer, ["dev"], run_tasks=run_config.tasks)["dev"]
+    run_config.require_same_split(dev.rule)
+    run_config.require_same(data=run_config.data | {"train": dev.digest})
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 
-def prompt_rule(run: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def prompt_rule(run_config: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return how a run makes the ids of a whole prompt.
 
     dataset: fields of DataConfig with which data.build_samples makes the ids. A whole prompt is
         like a row of JSONL, and `wrapper` says that it has SNI's form.
     ending: what every prompt ends in: an empty line, if all rows of a decoder have instructions.
     """
-    config = run.section(DataConfig, "dataset")
+    config = run_config.section(DataConfig, "dataset")
     dataset = {
         "data": ".jsonl",
         "wrapper": config.is_official,
         "max_source_length": config.max_source_length,
     }
-    ending = Prompts(config, tokenizer, run.rule.get("forms", ())).ending
+    ending = Prompts(config, tokenizer, run_config.rule.get("forms", ())).ending
     return {"dataset": dataset, "ending": ending, "tokenizer": tokenizer.fingerprint}
 
 
@@ -220,8 +220,8 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         adapters, facts = attach_saved(config.adapter, config.model)
         base_folder = config.model
     else:
-        run = run_folder.read_config(config.run)
-        method = run.training["method"]
+        run_config = run_folder.read_config(config.run)
+        method = run_config.training["method"]
         if method not in ("orchmoe", "lora"):
             raise UserError(
                 f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
@@ -229,12 +229,12 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
             )
         if method == "lora" and (config.mean or config.w):
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
-        base, adapters, tokenizer = run_folder.load(device, run=config.run, model=config.model)
-        base_folder = config.model or run.training["model"]
+        base, adapters, tokenizer = run_folder.load(device, run_dir=config.run, model=config.model)
+        base_folder = config.model or run_config.training["model"]
         facts = {
             "embedding": checkpoint.hf_name(base, "embedding.weight"),
-            "max_new_tokens": run.section(DataConfig, "dataset").max_new_tokens,
-            "prompt": prompt_rule(run, tokenizer),
+            "max_new_tokens": run_config.section(DataConfig, "dataset").max_new_tokens,
+            "prompt": prompt_rule(run_config, tokenizer),
         }
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
@@ -246,7 +246,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     if config.w:
         routings["w"] = given_routing(config, adapters.config.abstract_tasks)
     if config.mean:
-        routings["mean"] = mean_routing(config, run, base, adapters, tokenizer)
+        routings["mean"] = mean_routing(config, run_config, base, adapters, tokenizer)
 
     ranks = VLLM_RANKS if config.pad_rank else ()
     base_name = config.base or str(Path(base_folder).resolve())

@@ -112,7 +112,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(home, monkeypatch):
     attach_function = routers.attach_with("task")
     launch = train.LaunchConfig(out=str(folder), device="cpu")
     assert train.train(settings, CPU, launch, attach_function=attach_function, final_scores=False)
-    run_folder.load(CPU, run=folder, attach_function=attach_function)
+    run_folder.load(CPU, run_dir=folder, attach_function=attach_function)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     cpu = ("--device", "cpu")
     for name, *arguments in (

@@ -33,7 +33,7 @@ def home(request, finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     (folder / "base").symlink_to(base)
     shutil.copytree(source / "run", folder / "run")
-    model, adapters, tokenizer = run_folder.load(CPU, run=folder / "run")
+    model, adapters, tokenizer = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
     config = run_folder.read_config(folder / "run")
     run_folder.RunFolder(folder / "run").save_best(config, model, adapters, tokenizer)

@@ -243,12 +243,12 @@ def test_the_adapter_of_another_run_is_refused(copied, name):
     path = copied / "adapter.safetensors"
     change_adapter(copied, **{name: OTHER_ADAPTERS[name]})
     with refusal(path, f"its {name} is not the run's"):
-        run_folder.load(CPU, run=copied)
+        run_folder.load(CPU, run_dir=copied)
     info = checkpoint.load_adapter(path)[1]
     del info[name]
     checkpoint.save_adapter(path, {}, **info)
     with refusal(path, "is not the run's"):
-        run_folder.load(CPU, run=copied)
+        run_folder.load(CPU, run_dir=copied)
 
 
 def test_resumed_run_needs_its_own_adapter(copied):
@@ -279,7 +279,7 @@ def test_adapters_that_do_not_fit_their_config_are_refused(copied, bounded, chan
     change_config(copied, "adapter", **change)
     change_adapter(copied, config=run_folder.read_config(copied).adapter)
     with refusal(copied / file, words):
-        run_folder.load(CPU, run=copied)
+        run_folder.load(CPU, run_dir=copied)
 
 
 def resumed(folder):

@@ -294,7 +294,7 @@ def test_what_the_constructor_draws_with_generator_is_the_same_when_loaded(home)
     (home / "own.py").write_text(DRAWS)
     run("train.py", *SHORT, "--method", "own.py:ByTask", "--out", "own", cwd=home)
     losses = [row["dev_loss"] for row in records(home / "own") if "dev_loss" in row]
-    base, adapters, tokenizer = load(CPU, run=home / "own")
+    base, adapters, tokenizer = load(CPU, run_dir=home / "own")
     config = read_config(home / "own").section(DataConfig, "dataset")
     dev = data.subsample(data.load_sets(config, tokenizer, ["dev"])["dev"], 8)
     assert measure(base, adapters, dev, batch_size=16)[0] == min(losses)

@@ -126,7 +126,7 @@ def test_full_weights_are_evaluated_in_float32(copied):
 
     (copied / "model").symlink_to(ROOT / "tiny")
     assert ", float32, torch" in run(*EVALUATE, cwd=cwd)
-    base, _, _ = run_folder.load(CPU._replace(dtype=torch.bfloat16), run=copied)
+    base, _, _ = run_folder.load(CPU._replace(dtype=torch.bfloat16), run_dir=copied)
     assert base.embedding.weight.dtype == torch.float32
     for flag, value in (("--dtype", "bfloat16"), ("--model", ROOT / "tiny")):
         error = run(*EVALUATE, flag, value, cwd=cwd, code=2)
@@ -388,7 +388,7 @@ def test_new_predictions_replace_the_old_scores(copied):
 
 
 def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
-    base, adapters, tokenizer = run_folder.load(CPU, run=finished / "run")
+    base, adapters, tokenizer = run_folder.load(CPU, run_dir=finished / "run")
     source = (
         "Definition: Write the first word of the list.\n\n"
         "Now complete the following example -\nInput: lion, June, wolf.\nOutput: "
@@ -423,7 +423,7 @@ def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(c
         model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
     )
     monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
-    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run=None)
+    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run_config=None)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "answer: (empty)",
         "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
@@ -481,7 +481,7 @@ def test_merged_model_of_the_page_predicts_as_the_run(home, finished, monkeypatc
 
     examples = data.subsample(made["one_task"], 16)
     mean_w = made["w"].mean(0).expand(len(examples), -1)
-    base, adapters, tokenizer = run_folder.load(CPU, run="runs/orchmoe-1")
+    base, adapters, tokenizer = run_folder.load(CPU, run_dir="runs/orchmoe-1")
     expected = evaluation.predict(base, adapters, examples, tokenizer, w=mean_w)
 
     def predict(model):

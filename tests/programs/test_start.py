@@ -81,7 +81,7 @@ def test_only_the_trainable_part_changes(part, home):
 def trained(home, monkeypatch):
     """Return base and adapters of the finished run, and training examples of the other task."""
     monkeypatch.chdir(home)
-    base, adapters, tokenizer = run_folder.load(CPU, run="run")
+    base, adapters, tokenizer = run_folder.load(CPU, run_dir="run")
     config = DataConfig(data="data", train_instances=16)
     return base, adapters, data.load_sets(config, tokenizer)["train"]
 

@@ -65,7 +65,7 @@ def test_save_peft_refuses_what_no_lora_computes(method, mixing, w, ranks, reaso
 
 
 def load_run(folder):
-    return run_folder.load(runtime.pick_device(device="cpu"), run=folder)
+    return run_folder.load(runtime.pick_device(device="cpu"), run_dir=folder)
 
 
 def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, monkeypatch):

@@ -89,7 +89,7 @@ def test_new_folder_below_a_dangling_link_is_an_error(tmp_path):
 @pytest.fixture
 def config():
     return RunConfig(
-        folder="",
+        run_dir="",
         training={"model": "tiny", "method": "lora", "start": ""},
         dataset={"data": "sni"},
         adapter={"rank": 2},
@@ -112,7 +112,7 @@ def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch)
     RunFolder("run").bind(config, is_new=True)
     assert read_config("run") == replace(
         config,
-        folder="run",
+        run_dir="run",
         training=config.training | {"model": f"{tmp_path}/tiny"},
         dataset={"data": f"{tmp_path}/sni"},
     )
