@@ -281,15 +281,15 @@ def mean_entropy(w: Tensor | None) -> float:
     return torch.where(is_distribution, entropy, math.nan).item()
 
 
-def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
+def router_report(w: Tensor, initial_w: Tensor | None = None) -> dict[str, float]:
     """Return how w (M,K) of M examples is spread over the abstract tasks.
 
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
     normalised_entropy: entropy / ln(K), so that 1 is uniform; 0 if K is 1.
     largest: the largest of the mean weights of the abstract tasks.
     used: the number of abstract tasks whose mean weight is above 40 % of an equal share, 1/K.
-    distance: mean KL(w || start_w) in nats, where start_w (M,K) is the router's w before training.
-    It is left out without start_w, or if the rows of w are not distributions.
+    distance: mean KL(w || initial_w) in nats, where initial_w (M,K) is the router's w before
+    training. It is left out without initial_w, or if the rows of w are not distributions.
 
     Warn if w is nearly uniform, or has collapsed to one abstract task.
     """
@@ -302,8 +302,8 @@ def router_report(w: Tensor, start_w: Tensor | None = None) -> dict[str, float]:
         "largest": mean_w.max().item(),
         "used": int((mean_w > 0.4 / K).sum()),
     }
-    if start_w is not None and not math.isnan(entropy):
-        log_ratio = w.clamp(min=1e-12).log() - start_w.clamp(min=1e-12).log()
+    if initial_w is not None and not math.isnan(entropy):
+        log_ratio = w.clamp(min=1e-12).log() - initial_w.clamp(min=1e-12).log()
         report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
 
     if K > 1 and not math.isnan(entropy):

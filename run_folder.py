@@ -270,19 +270,19 @@ class RunFolder:
         best: float,
         adapters: Adapters,
         optimizer: Optimizer,
-        start_w: Tensor | None = None,
+        initial_w: Tensor | None = None,
     ) -> None:
         """Write progress.pt.
 
-        next_step: from which a resumed run goes on. best: the best dev loss. start_w: the router's
-        w (M,K) of the M dev examples before training.
+        next_step: from which a resumed run goes on. best: the best dev loss. initial_w: the
+        router's w (M,K) of the M dev examples before training.
         """
         if program.rank() != 0:
             return
         state = {
             "step": next_step,
             "best": best,
-            "start_w": start_w,
+            "initial_w": initial_w,
             "log_size": self.log_size(),
             "weights": adapters.state_dict(),
             "probe": probe(adapters),
@@ -296,16 +296,16 @@ class RunFolder:
     ) -> tuple[int, float, Tensor | None]:
         """Load the adapters and the optimizer's state from progress.pt, and truncate the log.
 
-        dev_examples: M. Return (next_step, best, start_w), see `save_progress`.
+        dev_examples: M. Return (next_step, best, initial_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
         with program.reading(self.progress_path, "restore the file, or start a new run"):
             for name, expected in (("step", int), ("best", float), ("log_size", int)):
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
-            start_w = state["start_w"]
-            if start_w is not None and len(start_w) != dev_examples:
-                raise ValueError("start_w does not fit the dev examples")
+            initial_w = state["initial_w"]
+            if initial_w is not None and len(initial_w) != dev_examples:
+                raise ValueError("initial_w does not fit the dev examples")
             weights = state["weights"]
             # Only the moments are loaded. The learning rates are those of the config.
             moments = state["optimizer"]["state"]
@@ -318,7 +318,7 @@ class RunFolder:
         if self.log_size() < state["log_size"]:
             program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         self.truncate_log(state["log_size"])
-        return state["step"], state["best"], start_w
+        return state["step"], state["best"], initial_w
 
     def save_best(
         self, run_config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
@@ -362,25 +362,25 @@ class RunFolder:
         load_probed(self.adapter_path, adapters, state, probed)
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
-        """Write the scores as the row `name` of scores.json. Return all rows."""
-        rows = self.read_scores() | {name: scores}
-        program.write_json(self.scores_path, rows)
-        return rows
+        """Add the scores of the model `name` to scores.json. Return those of all its models."""
+        all_scores = self.read_scores() | {name: scores}
+        program.write_json(self.scores_path, all_scores)
+        return all_scores
 
     def read_scores(self) -> dict[str, dict]:
-        """Return the rows of scores.json."""
+        """Return the content of scores.json: {name of a model: {"seen": ..., "unseen": ...}}."""
         if not self.scores_path.exists():
             return {}
-        rows = program.read_json(self.scores_path)
+        all_scores = program.read_json(self.scores_path)
         with program.reading(self.scores_path, "restore or delete the file"):
-            for row in rows.values():
-                for scores in row.values():
+            for scores in all_scores.values():
+                for scores_of_set in scores.values():
                     for metric in ("loss", "rougeL", "exact_match"):
                         # An older version saved no loss, and null stands for NaN.
-                        value = scores["overall"].get(metric)
+                        value = scores_of_set["overall"].get(metric)
                         if not isinstance(value, int | float | None):
                             raise ValueError(f"{metric} must be a number, not {value!r:.40}")
-        return rows
+        return all_scores
 
 
 def new_folder(name: str) -> Path:

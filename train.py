@@ -575,17 +575,17 @@ def train(
         if is_new:
             first_step = 0
             best_loss = math.inf
-            start_w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
+            initial_w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
             run.truncate_log(0)
         else:
-            first_step, best_loss, start_w = run.load_progress(
+            first_step, best_loss, initial_w = run.load_progress(
                 adapters, optimizer, len(held_out["dev"])
             )
             if best_loss < math.inf:
                 run.read_best()  # fail now rather than after the last step
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
         # A mixture has the same w for all samples: there is no routing to report.
-        reports_router = start_w is not None and config.trainable != "mixture"
+        reports_router = initial_w is not None and config.trainable != "mixture"
 
         full_autocast = torch.autocast(
             device.torch_device.type,
@@ -630,7 +630,7 @@ def train(
                     require_finite(step, dev_loss=dev_loss)
                     on_dev = {"dev_loss": dev_loss}
                     if reports_router:
-                        on_dev["router"] = router_report(w, start_w)
+                        on_dev["router"] = router_report(w, initial_w)
                     run.log(step=step, **on_dev)
                     message = f"step {step + 1} of {config.steps}: dev loss {dev_loss:.4g}"
                     if dev_loss < best_loss:
@@ -642,7 +642,7 @@ def train(
                     shown["dev_loss"] = f"{dev_loss:.4g}"
                     times.clear()
 
-                run.save_progress(step + 1, best_loss, adapters, optimizer, start_w)
+                run.save_progress(step + 1, best_loss, adapters, optimizer, initial_w)
                 if stopping:
                     break
             # A signal may also have arrived during the last evaluation.
@@ -659,13 +659,13 @@ def train(
         if final_scores:
             run.load_best(adapters)
             scores = score_held_out(base, adapters, held_out, tokenizer, settings, config.method)
-            rows = run.add_scores(config.method, scores)
+            all_scores = run.add_scores(config.method, scores)
             sizes = {"train": len(train_set)}
             sizes |= {which: len(examples) for which, examples in held_out.items()}
-            print_table(rows, run, sizes, settings.dataset.metric_rules)
+            print_table(all_scores, run, sizes, settings.dataset.metric_rules)
             if reports_router:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
-                print_router(router_report(w, start_w), w.shape[1])
+                print_router(router_report(w, initial_w), w.shape[1])
     return run.path
 
 
@@ -727,15 +727,18 @@ TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
 def print_table(
-    rows: dict[str, dict], run: RunFolder, sizes: dict[str, int], metric_rules: str
+    all_scores: dict[str, dict], run: RunFolder, sizes: dict[str, int], metric_rules: str
 ) -> None:
-    """Print the scores as a table in Markdown. sizes: how many rows of each set were used."""
+    """Print the scores as a table in Markdown, with a line for each model, see `add_scores`.
+
+    sizes: how many examples of each set were used.
+    """
     headings = ["model"]
     for which in ("seen", "unseen"):
         headings += [f"{which} {name}" for name in TABLE.values()]
     program.print_line(f"| {' | '.join(headings)} |")
     program.print_line("| --- " * len(headings) + "|")
-    for name, scores in rows.items():
+    for name, scores in all_scores.items():
         cells = [name]
         for which in ("seen", "unseen"):
             overall = scores.get(which, {}).get("overall", {})

@@ -446,7 +446,7 @@ def test_progress_with_the_start_of_a_router_loads(tmp_path):
     run_folder = RunFolder(tmp_path)
     run_folder.save_progress(3, 1.0, adapters, optimizer, torch.full((5, 8), 1 / 8))
     assert run_folder.load_progress(adapters, optimizer, 5)[0] == 3
-    with pytest.raises(UserError, match="start_w does not fit the dev examples"):
+    with pytest.raises(UserError, match="initial_w does not fit the dev examples"):
         run_folder.load_progress(adapters, optimizer, 6)
 
 

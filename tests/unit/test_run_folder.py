@@ -199,15 +199,15 @@ def change_checkpoint(folder, change):
 def test_load_progress_restores_weights_and_moments_and_no_settings(trained, tmp_path):
     folder = RunFolder(tmp_path)
     adapters, optimizer = trained(seed=1)
-    start_w = torch.rand(3, 8)
-    folder.save_progress(7, 1.25, adapters, optimizer, start_w)
+    initial_w = torch.rand(3, 8)
+    folder.save_progress(7, 1.25, adapters, optimizer, initial_w)
     change_checkpoint(
         folder, lambda state: state["optimizer"]["param_groups"][0].update(eps="x", max_lr=1e9)
     )
     loaded, its_optimizer = trained(seed=2)
     found = folder.load_progress(loaded, its_optimizer, 3)
     states = [loaded.state_dict(), its_optimizer.state_dict()]
-    expected = [7, 1.25, start_w, adapters.state_dict(), optimizer.state_dict()]
+    expected = [7, 1.25, initial_w, adapters.state_dict(), optimizer.state_dict()]
     torch.testing.assert_close([*found, *states], expected, rtol=0, atol=0)
 
 
@@ -216,8 +216,8 @@ def moments(state):
 
 
 OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
-    "no start": lambda state: state.pop("start_w"),
-    "a start of other examples": lambda state: state.update(start_w=torch.rand(2, 8)),
+    "no start": lambda state: state.pop("initial_w"),
+    "a start of other examples": lambda state: state.update(initial_w=torch.rand(2, 8)),
     "step as text": lambda state: state.update(step="5"),
     "weights as a list": lambda state: state.update(weights=[]),
     "a moment of another shape": lambda state: moments(state).update(exp_avg=torch.zeros(1)),
