@@ -131,21 +131,21 @@ def read_task(path: str | os.PathLike) -> dict:
         negative = list(task.get("Negative Examples", []))
         for kind, examples in (("Positive", positive), ("Negative", negative)):
             for number, example in enumerate(examples):
-                place = f"{kind} Examples[{number}]"
-                require_text(f"{place}: input", example["input"])
-                require_text(f"{place}: output", example["output"])
-                require_text(f"{place}: explanation", example.get("explanation", ""))
+                location = f"{kind} Examples[{number}]"
+                require_text(f"{location}: input", example["input"])
+                require_text(f"{location}: output", example["output"])
+                require_text(f"{location}: explanation", example.get("explanation", ""))
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            place = f"Instances[{number}]"
+            location = f"Instances[{number}]"
             instance_id = row.get("id")
             if instance_id is None:
                 instance_id = f"{path.stem}-{number}"
             instance_id = str(instance_id)
-            require_text(f"{place}: id", instance_id)
-            require_text(f"{place}: input", row["input"])
-            references = _references(f"{place}: output", row["output"])
+            require_text(f"{location}: id", instance_id)
+            require_text(f"{location}: input", row["input"])
+            references = _references(f"{location}: output", row["output"])
             instances.append({"id": instance_id, "input": row["input"], "output": references})
         if not instances:
             raise ValueError("Instances is empty")
@@ -287,13 +287,13 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     input has the instruction as its "definition".
     """
     tasks = {}
-    for place, number, row in program.read_jsonl(path):
+    for location, number, row in program.read_jsonl(path):
         if _is_chat(row):
             raise UserError(
-                f"{place}: it has chat messages, whose template depends on the model; train with "
-                "TRL's SFTTrainer, see docs/use.md, or write each prompt as a text"
+                f"{location}: it has chat messages, whose template depends on the model; train "
+                "with TRL's SFTTrainer, see docs/use.md, or write each prompt as a text"
             )
-        with program.reading(place, "repair the line"):
+        with program.reading(location, "repair the line"):
             name, instance = _read_row(row, number)
         task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
         task["instances"].append(instance)

@@ -229,16 +229,16 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             "run of orchmoe, lora or moe-lora"
         )
     fixed = {**vars(settings.adapter), "method": method}
-    dataset = settings.dataset
+    data_config = settings.dataset
     if "data" in flags:
-        dataset = replace(dataset, data=flags["data"], test="")  # --test belongs to --data
-        kept = []
-        for name, value in vars(dataset).items():
-            if value != getattr(DataConfig, name) and name not in dataset.idle | flags.keys():
-                kept.append(f"{name} {value}")
-        if kept:
-            program.print_line(f"data settings kept from {run_dir}: {', '.join(kept)}")
-    return fixed, {**vars(dataset), "model": settings.training.model}
+        data_config = replace(data_config, data=flags["data"], test="")  # --test belongs to --data
+        changed = []  # those that differ from their defaults
+        for name, value in vars(data_config).items():
+            if value != getattr(DataConfig, name) and name not in data_config.idle | flags.keys():
+                changed.append(f"{name} {value}")
+        if changed:
+            program.print_line(f"data settings kept from {run_dir}: {', '.join(changed)}")
+    return fixed, {**vars(data_config), "model": settings.training.model}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -326,13 +326,12 @@ def choose_compile(
 
     Raise UserError if --compile on is not possible.
     """
-    asked = config.compile
-    if asked == "on" and shard:  # FSDP2 puts hooks into the blocks
+    if config.compile == "on" and shard:  # FSDP2 puts hooks into the blocks
         raise UserError("--shard and --compile: give one of the two")
 
     size = f"{config.steps} steps x {len(base.blocks)} blocks"
-    if asked != "auto":
-        choice, reason = asked, f"--compile is {asked}"
+    if config.compile != "auto":
+        choice, reason = config.compile, f"--compile is {config.compile}"
     elif device.type != "cuda":
         choice, reason = "off", "--compile auto does so only on CUDA"
     elif shard:
@@ -346,7 +345,7 @@ def choose_compile(
         try:
             kernels.require_compiler(device)
         except RuntimeError as error:
-            if asked == "on":
+            if config.compile == "on":
                 raise UserError(
                     f"--compile on: torch cannot compile here ({error!s:.100}); install gcc, or "
                     "give --compile off"
@@ -438,13 +437,13 @@ def require_finite(step: int, ids: Sequence[str] = (), **values: float) -> None:
 
     ids: those of the examples that the values were computed from, if these are one batch.
     """
-    place = f"step {step + 1}"  # the progress lines count from 1, too
+    location = f"step {step + 1}"  # the progress lines count from 1, too
     if ids:
-        place += f" on {', '.join(ids)}"
+        location += f" on {', '.join(ids)}"
     for name, value in values.items():
         if not math.isfinite(value):
             raise DivergedError(
-                f"{place}: the {name.replace('_', ' ')} is {value}; "
+                f"{location}: the {name.replace('_', ' ')} is {value}; "
                 "what was saved is intact, but a resumed run would repeat this; start a new "
                 "run with lower learning rates or --dtype float32"
             )

@@ -115,8 +115,8 @@ def read_rows(path):
     Raise UserError with the number of a bad line, or if there are too few lines.
     """
     rows = []
-    for place, _, row in program.read_jsonl(path):
-        with program.reading(place, "repair the line"):
+    for location, _, row in program.read_jsonl(path):
+        with program.reading(location, "repair the line"):
             rows.append(read_row(row))
     if len(rows) < ADAPTERS.abstract_tasks:
         raise UserError(

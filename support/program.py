@@ -184,14 +184,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
             number += 1
             if line.isspace():
                 continue
-            place = f"{path}, line {number}"
-            with reading(place, "repair the line"):
+            location = f"{path}, line {number}"
+            with reading(location, "repair the line"):
                 if len(line) > LARGEST_LINE:
                     raise ValueError(f"longer than {LARGEST_LINE} bytes")
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
-            yield place, number, row
+            yield location, number, row
 
 
 def require_text(name: str, value: Any) -> None:
