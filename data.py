@@ -374,10 +374,10 @@ def _warn_of_lost(lost, config, path):
         program.warn(f"{path}: {lost['characters']} rows have {UNKNOWN_CHARACTERS}")
 
 
-def _unlike(train, examples):
-    """Return the examples whose sources do not have the tokens of a training row."""
-    trained = {e.source_ids.tobytes() for e in train}
-    return [e for e in examples if e.source_ids.tobytes() not in trained]
+def _untrained(examples, train):
+    """Return the examples whose sources do not have the tokens of a row of `train`."""
+    trained = {example.source_ids.tobytes() for example in train}
+    return [example for example in examples if example.source_ids.tobytes() not in trained]
 
 
 def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
@@ -387,9 +387,9 @@ def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
     """
     left_out = 0
     for set_name in ("dev", "seen"):
-        unlike = _unlike(examples["train"], examples[set_name])
-        left_out += len(examples[set_name]) - len(unlike)
-        examples[set_name] = unlike
+        untrained = _untrained(examples[set_name], examples["train"])
+        left_out += len(examples[set_name]) - len(untrained)
+        examples[set_name] = untrained
     if left_out:
         program.warn(
             f"{path}: {left_out} rows of dev and seen have the tokens of training rows and are "
@@ -488,7 +488,7 @@ def _compare_test(config, train, test):
         raise UserError(
             f"--test {config.test}: has the rows of --data; give rows that do not train"
         )
-    equal = len(test) - len(_unlike(train, test))
+    equal = len(test) - len(_untrained(test, train))
     if equal:
         program.warn(
             f"{config.test}: {equal} of {len(test)} test rows have the tokens of training rows, so "

@@ -323,7 +323,7 @@ def require_fit(
     base: Backbone,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    max_new_tokens: int = 127,
+    max_new_tokens: int,
 ) -> None:
     """Raise UserError if an example is too long, or the tokenizer does not fit the model."""
     longest = 0
@@ -499,7 +499,7 @@ def main() -> None:
         program.print_line(f"{data_config.data}: there is no --test, so the set seen is scored")
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
-    is_full = run_config is not None and run_config.training["method"] == "full"
+    is_full = run_config is not None and run_config.method == "full"
     refuse_idle_flags(flags, config, data_config, is_full)
 
     # Where to compute. A model trained with --method full stays in float32, as it was trained.

@@ -70,6 +70,10 @@ class RunConfig:
     start: str  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
+    @property
+    def method(self) -> str:
+        return self.training["method"]
+
     def section(self, cls: type, name: str) -> Any:
         """Return the section `name` as the dataclass `cls`. Raise UserError if it does not fit."""
         with program.reading(f"{self.run_dir}/config.json", REMEDY):
@@ -111,7 +115,7 @@ class RunConfig:
         path = RunFolder(self.run_dir).adapter_path
         state, info = checkpoint.load_adapter(path)
         expected = {
-            "method": self.training["method"],
+            "method": self.method,
             "config": self.adapter,
             "kind": self.kind,
             "tasks": list(self.tasks),
@@ -308,11 +312,11 @@ class RunFolder:
                 raise ValueError("initial_w does not fit the dev examples")
             weights = state["weights"]
             # Only the moments are loaded. The learning rates are those of the config.
-            moments = state["optimizer"]["state"]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-            for parameter, own in optimizer.state.items():  # torch does not compare shapes
+            saved_moments = state["optimizer"]["state"]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved_moments})
+            for parameter, moments in optimizer.state.items():  # torch does not compare shapes
                 for name in ("exp_avg", "exp_avg_sq"):
-                    if own[name].shape != parameter.shape:
+                    if moments[name].shape != parameter.shape:
                         raise ValueError("the moments of the optimizer do not fit the weights")
         load_probed(self.progress_path, adapters, weights, state.get("probe"))
         if self.log_size() < state["log_size"]:
@@ -326,15 +330,14 @@ class RunFolder:
         """Write the weights that are best on dev: the adapter, or with --method full the model."""
         if program.rank() != 0:
             return
-        method = run_config.training["method"]
-        if method == "full":
+        if run_config.method == "full":
             tokenizer.save(self.model_path)
             checkpoint.save(base, self.model_path)
         else:
             checkpoint.save_adapter(
                 self.adapter_path,
                 adapters.state_dict(),
-                method=method,
+                method=run_config.method,
                 config=run_config.adapter,
                 kind=run_config.kind,
                 tasks=list(run_config.tasks),
@@ -349,10 +352,10 @@ class RunFolder:
         """
         runtime.barrier()  # rank 0 may still be writing
         run_config = read_config(self.path)
-        full = run_config.training["method"] == "full"
-        path = self.model_path if full else self.adapter_path
+        is_full = run_config.method == "full"
+        path = self.model_path if is_full else self.adapter_path
         program.require_path(path, "restore it, or start a new run")
-        if full:
+        if is_full:
             return checkpoint.mapped(path).state_dict(), []
         return run_config.adapter_state()
 
@@ -418,10 +421,10 @@ def load(
     Raise UserError if the base, tokenizer or adapter is not the one of the run.
     """
     run_config = read_config(run_dir) if run_dir else None
-    full = run_config is not None and run_config.training["method"] == "full"
+    is_full = run_config is not None and run_config.method == "full"
     if run_config is None:
         path = model
-    elif full:
+    elif is_full:
         path = RunFolder(run_dir).model_path
         device = device._replace(dtype=torch.float32)  # as they were trained
     else:
@@ -440,13 +443,13 @@ def load(
                 f"{run_dir}/config.json: its `rule`, how rows became samples, does not fit its "
                 "dataset, or another version wrote it; restore it, or start a new run"
             )
-        if not full:
+        if not is_full:
             run_config.require_same(base=checkpoint.fingerprint(path))
 
     base = checkpoint.mapped(path)
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
-    if run_config is None or full:
+    if run_config is None or is_full:
         adapters = without_adapters(base)
     else:
         adapters = attach_trained(run_config, base, attach_function)
@@ -458,7 +461,7 @@ def load(
 def load_own_method(run_config: RunConfig | None, text: str) -> None:
     """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method."""
     name = load_method(text)
-    if run_config is None or run_config.training["method"] != name:
+    if run_config is None or run_config.method != name:
         raise UserError(f"--method {text}: this is not the method of the run; leave it out")
 
 
@@ -466,7 +469,7 @@ def attach_trained(
     run_config: RunConfig, base: Backbone, attach_function: Callable[..., Adapters]
 ) -> Adapters:
     """Attach the best adapters of the run (lowest dev loss) to its base."""
-    method = run_config.training["method"]
+    method = run_config.method
     method_class(method)  # UserError if its file is not loaded
     state, probed = run_config.adapter_state()
     run = RunFolder(run_config.run_dir)

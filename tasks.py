@@ -480,7 +480,7 @@ class Prompts:
             max_source_length=config.max_source_length,
         )
 
-    def of_question(self, instruction: str, text: str = "") -> str:
+    def of_question(self, instruction: str, text: str) -> str:
         """Return the prompt of an instruction and an input, which may be empty with JSONL."""
         question = {"form": "instruction", "definition": instruction, "input": text}
         if not text:

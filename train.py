@@ -484,11 +484,11 @@ def train(
     # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
     # small updates. Autocast then computes the training steps in bfloat16; evaluation stays in
     # float32.
-    full = config.method == "full"
+    is_full = config.method == "full"
     base = checkpoint.mapped(config.model)
     base_digest = checkpoint.fingerprint(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
-        base.to(device.torch_device, torch.float32 if full else device.dtype)
+        base.to(device.torch_device, torch.float32 if is_full else device.dtype)
     require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
     for examples in held_out.values():
         require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
@@ -502,7 +502,7 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),  # stream 0: initial values
         )
-    if not full:
+    if not is_full:
         # Fail now rather than at the first save.
         with program.reading(f"--method {config.method}", "give it a state of plain tensors"):
             checkpoint.adapter_bytes(adapters.state_dict())
@@ -589,7 +589,7 @@ def train(
         full_autocast = torch.autocast(
             device.torch_device.type,
             torch.bfloat16,
-            enabled=full and device.dtype == torch.bfloat16,
+            enabled=is_full and device.dtype == torch.bfloat16,
         )
         batch_order = data.BatchOrder(train_set.source_lengths, config.batch_size, config.seed)
         with program.stop_signals() as stop_requested:

@@ -221,7 +221,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         base_folder = config.model
     else:
         run_config = run_folder.read_config(config.run)
-        method = run_config.training["method"]
+        method = run_config.method
         if method not in ("orchmoe", "lora"):
             raise UserError(
                 f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "

@@ -444,7 +444,7 @@ def user_message(error: Exception) -> str | None:
     return " ".join(text.split())
 
 
-def print_line(text: str = "", file: Any = None) -> None:
+def print_line(text: str, file: Any = None) -> None:
     """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
     if rank() != 0:
         return
