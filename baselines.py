@@ -58,8 +58,8 @@ class LoRA(Method):
 
     def __init__(self, linears: Linears, skills: Skills, config: OrchMoEConfig, **_options: Any):
         super().__init__()
-        one = skills[0]["skill_A"].new_ones(len(linears), 1, 1)  # one skill, with c = 1
-        self.register_buffer("one", one.detach(), persistent=False)
+        c = skills[0]["skill_A"].new_ones(len(linears), 1, 1)  # (N,1,1): there is one skill
+        self.register_buffer("c", c, persistent=False)
 
     @classmethod
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
@@ -67,7 +67,7 @@ class LoRA(Method):
 
     def route(self, *_inputs: Any, w: Tensor | None = None, **_options: Any) -> Routing:
         refuse_w(self, w)
-        return Routing(c=self.one, shared=True)
+        return Routing(c=self.c, shared=True)
 
 
 class MoELoRA(Method):
@@ -166,15 +166,15 @@ class Poly(Method):
         refuse_w(self, w)
         if task_ids is None:
             raise ValueError("task_ids: give the task of each sample, or -1 for an unseen task")
-        rows = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
+        Z = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
         if self.training:
             if noise is None:
                 noise = torch.rand(len(task_ids), *self.noise_shape)
-            u = noise.transpose(0, 1).to(self.Z, non_blocking=True).clamp(1e-6, 1 - 1e-6)
-            rows = rows + u.logit()  # temperature 1
+            u = noise.transpose(0, 1).to(Z, non_blocking=True).clamp(1e-6, 1 - 1e-6)
+            Z = Z + u.logit()  # temperature 1
 
         # sigmoid(Z) / sum_s sigmoid(Z), as in OrchMoE.allocation_weights.
-        seen = F.logsigmoid(rows).softmax(-1)
+        seen = F.logsigmoid(Z).softmax(-1)
         unseen = F.logsigmoid(self.Z).softmax(-1).mean(1, keepdim=True)  # (N,1,H,S)
         is_seen = (task_ids >= 0).view(1, -1, 1, 1)
         c = torch.where(is_seen, seen, unseen)  # (N,B,H,S)

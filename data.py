@@ -195,7 +195,7 @@ class Examples(list[Example]):
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def make_example(instruction: str, text: str, prompts: Prompts) -> Example:
+def example_of_question(instruction: str, text: str, prompts: Prompts) -> Example:
     """Return an Example without references for an instruction and an input of the user.
 
     If the data are JSONL, the input may be empty.
@@ -688,7 +688,7 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
 
 def batches(
     examples: Sequence[Example],
-    size: int,
+    batch_size: int,
     device: torch.device,
     description: str,
     rank: int = 0,
@@ -697,13 +697,13 @@ def batches(
     """Yield (indices into `examples`, Batch on the device), the longest sources first.
 
     In this order batches need little padding, and a batch that exceeds the memory fails early.
-    Process `rank` gets at most `size` of every size * ranks examples. If it gets none, the list of
-    indices is empty and the Batch is a dummy; see Batch.split.
+    Process `rank` gets at most `batch_size` of every batch_size * ranks examples. If it gets none,
+    the list of indices is empty and the Batch is a dummy; see Batch.split.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].source_ids))
     with program.progress(None, description, total=len(order), unit="ex") as bar:
-        for start in range(0, len(order), size * ranks):
-            indices = order[start : start + size * ranks]
+        for start in range(0, len(order), batch_size * ranks):
+            indices = order[start : start + batch_size * ranks]
             whole = collate([examples[i] for i in indices])
             rows, own = next(whole.split(1, rank, ranks))
             yield [indices[row] for row in rows], own.to(device)

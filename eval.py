@@ -403,7 +403,7 @@ def answer(
     data_config = replace(data_config, definition=True)
     forms = run_config.rule.get("forms", ()) if run_config else ()
     prompts = Prompts(data_config, tokenizer, forms)
-    example = data.make_example(config.ask, config.input, prompts)
+    example = data.example_of_question(config.ask, config.input, prompts)
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     program.print_line(f"answer: {text or '(empty)'}")

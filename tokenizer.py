@@ -178,10 +178,10 @@ class JsonTokenizer(Tokenizer):
             # Some tokenizers put a space before every text. `_inside` is the same without it.
             adds_space = "".join(plain.tokens).startswith(("▁", "Ġ"))
             if adds_space:
-                without = self._tokenizer.to_str()
+                edited = self._tokenizer.to_str()
                 for pattern, replacement in ADDED_SPACE:
-                    without = re.sub(pattern, replacement, without)
-                self._inside = tokenizers.Tokenizer.from_str(without)
+                    edited = re.sub(pattern, replacement, edited)
+                self._inside = tokenizers.Tokenizer.from_str(edited)
                 self._inside.encode_special_tokens = True
             else:
                 self._inside = self._tokenizer

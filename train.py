@@ -164,9 +164,9 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     With --resume they are those of the run in --out, and flags may change only paths and
     --compile. Raise UserError for a flag that would have no effect.
     """
-    if launch.resume and not launch.out:
-        raise UserError("--resume: give the folder of the run with --out")
     if launch.resume:
+        if not launch.out:
+            raise UserError("--resume: give the folder of the run with --out")
         saved = saved_settings(read_config(launch.out)).as_flags()
         for name in sorted(flags.keys() & saved.keys()):
             # Paths may change, but not be added. Another machine may have no compiler.

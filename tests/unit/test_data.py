@@ -230,7 +230,7 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
 
 def question(words, text, **settings):
     """Return the example of a question as --ask builds it."""
-    return data.make_example("Say it.", text, Prompts(DataConfig(**settings), words))
+    return data.example_of_question("Say it.", text, Prompts(DataConfig(**settings), words))
 
 
 def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
