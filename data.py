@@ -304,7 +304,7 @@ def _tokenise_task_file(path, list_name, prompts):
 def _tokenise_rows(path, list_name, prompts):
     """Return what the cache keeps of a JSONL file: its tasks, see `_tokenise_task`, and its split.
 
-    prompts, filled: facts of the split, see `RowSplit`.
+    num_prompts, filled: facts of the split, see `RowSplit`.
     """
     tasks = read_rows(path)
     split = RowSplit(itertools.chain(*[task["instances"] for task in tasks]))
@@ -316,7 +316,7 @@ def _tokenise_rows(path, list_name, prompts):
             positions[set_name].append(position)
         positions["train"] = positions["train"][: prompts.config.train_limit or None]
         tokenised.append(_tokenise_task(task, positions, prompts))
-    return {"tasks": tokenised, "prompts": split.prompts, "filled": split.filled}
+    return {"tasks": tokenised, "num_prompts": split.num_prompts, "filled": split.filled}
 
 
 def _read_tokens(
@@ -398,17 +398,17 @@ def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
 
 
 def _require_enough_rows(
-    examples: dict[str, list[Example]], wanted: Sequence[str], prompts: int, path: Path
+    examples: dict[str, list[Example]], wanted: Sequence[str], num_prompts: int, path: Path
 ) -> None:
     """Raise UserError if a JSONL file has too few rows for one of the wanted sets.
 
-    prompts: the number of different prompts in the file.
+    num_prompts: the number of different prompts in the file.
     """
     for set_name in wanted:
-        if set_name != "test" and prompts < LEAST_PROMPTS:
+        if set_name != "test" and num_prompts < LEAST_PROMPTS:
             raise UserError(
-                f"{path}: it has {prompts} different prompts; give at least {LEAST_PROMPTS}, of "
-                "which 8 are held out as dev and 8 as seen"
+                f"{path}: it has {num_prompts} different prompts; give at least {LEAST_PROMPTS}, "
+                "of which 8 are held out as dev and 8 as seen"
             )
         rows = len(examples[set_name])
         if rows < LEAST_ROWS[set_name]:
@@ -437,10 +437,9 @@ def _load_list(
     lost = Counter()
     forms = set()
     for tokenised_file in tokenised_files:
+        digest.update(tokenised_file["digest"].encode())
         for task in tokenised_file["tasks"]:
             tokenised_tasks.append(task)
-            # Once per task, as saved runs have it.
-            digest.update(tokenised_file["digest"].encode())
             lost.update(task["lost"])
             forms.update(task["forms"])
 
@@ -460,7 +459,7 @@ def _load_list(
             _leave_out_trained(examples, path)
             if tokenised_file["filled"]:
                 rule["filled"] = tokenised_file["filled"]
-        _require_enough_rows(examples, wanted, tokenised_file["prompts"], path)
+        _require_enough_rows(examples, wanted, tokenised_file["num_prompts"], path)
         if config.wrapper:
             rule["wrapper"] = True
         elif tokenizer.one_row:

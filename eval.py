@@ -277,7 +277,7 @@ def mean_entropy(w: Tensor | None) -> float:
     sums = w.sum(dim=-1)
     is_distribution = (w >= 0).all() & torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()
     entropy = torch.special.entr(w).sum(dim=-1).mean()
-    # NaN if it is none, as with --router-norm none. Only .item() waits for a GPU.
+    # The rows are no distributions with --router-norm none. Only .item() waits for a GPU.
     return torch.where(is_distribution, entropy, math.nan).item()
 
 

@@ -326,17 +326,17 @@ class RowSplit:
     the order of the hash, to at most a fifth of all prompts each.
 
     instances: all rows of the file.
-    prompts: the number of different prompts.
+    num_prompts: the number of different prompts.
     filled: "" if no set was filled up. Otherwise it has the two hashes at which the sets end.
     """
 
     def __init__(self, instances: Iterable[dict]):
         places = sorted({self._place(instance) for instance in instances})
-        self.prompts = len(places)
+        self.num_prompts = len(places)
         dev_end = bisect_left(places, (2, 0))
         seen_end = bisect_left(places, (6, 0))
-        full_dev_end = max(dev_end, min(8, self.prompts // 5))
-        full_seen_end = max(seen_end, full_dev_end + min(16, self.prompts // 5))
+        full_dev_end = max(dev_end, min(8, self.num_prompts // 5))
+        full_seen_end = max(seen_end, full_dev_end + min(16, self.num_prompts // 5))
 
         self.filled = ""
         self.first_seen = (2, 0)

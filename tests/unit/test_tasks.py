@@ -218,7 +218,7 @@ def split(count, prefix="Say"):
     """Return {set: prompts} of a file with so many different prompts, and how it was filled."""
     instances = [{"input": f"{prefix} {i}."} for i in range(count)]
     row_split = RowSplit(instances + instances[: count // 2])
-    assert row_split.prompts == count
+    assert row_split.num_prompts == count
     sets = {"train": set(), "dev": set(), "seen": set()}
     for instance in instances:
         sets[row_split.set_of(instance)].add(instance["input"])
