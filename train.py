@@ -553,11 +553,11 @@ def train(
             # A study may give some Linears one rank more than others.
             lora_ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
             label = f"lora of rank {' to '.join(map(str, lora_ranks))}"
-        size = f"{skills + routing:,} parameters"
+        parameters = f"{skills + routing:,} parameters"
         if routing > 0:
-            size += f" ({skills:,} in skills, {routing:,} in routing)"
+            parameters += f" ({skills:,} in skills, {routing:,} in routing)"
         program.print_line(
-            f"{label}: trains {size} on {len(train_set):,} examples; run folder {run.path}"
+            f"{label}: trains {parameters} on {len(train_set):,} examples; run folder {run.path}"
         )
 
         # Score the model as it starts: the frozen base, or the base with the skills that --start or
@@ -597,20 +597,20 @@ def train(
             bar = program.progress(
                 steps, "train", total=config.steps, initial=first_step, unit="step"
             )
-            shown = {}  # printed after the bar
-            times = []  # seconds of each step since the last evaluation
+            postfix = {}  # printed after the bar
+            step_seconds = []  # of each step since the last evaluation
             for step in bar:
                 # One step on a batch that depends only on the data, batch size, seed and step.
                 started = time.monotonic()
                 batch = training_batch(train_set, batch_order, step)
                 with full_autocast:
                     record = train_step(base, adapters, optimizer, batch, step, config)
-                times.append(time.monotonic() - started)
+                step_seconds.append(time.monotonic() - started)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
-                record["tokens_per_s"] = round(tokens / times[-1])
+                record["tokens_per_s"] = round(tokens / step_seconds[-1])
                 run.log(step=step, **record)
-                shown["loss"] = f"{record['loss']:.4g}"
-                bar.set_postfix(shown, refresh=False)
+                postfix["loss"] = f"{record['loss']:.4g}"
+                bar.set_postfix(postfix, refresh=False)
 
                 # The last step is always followed by an evaluation.
                 evaluating = step + 1 == config.steps or (step + 1) % config.eval_every == 0
@@ -637,9 +637,9 @@ def train(
                         run.save_best(run_config, base, adapters, tokenizer)
                         message += ", best so far"
                     if final_scores:  # a study decides itself what it shows
-                        program.print_progress(f"{message}; {fmean(times):.2g} s a step")
-                    shown["dev_loss"] = f"{dev_loss:.4g}"
-                    times.clear()
+                        program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
+                    postfix["dev_loss"] = f"{dev_loss:.4g}"
+                    step_seconds.clear()
 
                 run.save_progress(step + 1, best_loss, adapters, optimizer, initial_w)
                 if stopping:
