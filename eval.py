@@ -192,15 +192,15 @@ def losses_by_task(
     A named task has one: the sum of its nats divided by the number of its tokens. Examples that
     name no task have one loss for each different prompt.
     """
-    totals = {}
+    totals = {}  # {task: {prompt: RowLoss}}; a named task has one entry, b""
     for example, loss in zip(examples, losses, strict=True):
-        of_task = totals.setdefault(example.task, {})
+        task_totals = totals.setdefault(example.task, {})
         prompt = example.source_ids.tobytes() if example.task == NO_TASK else b""
-        total = of_task.get(prompt, RowLoss(nats=0.0, tokens=0))
-        of_task[prompt] = RowLoss(total.nats + loss.nats, total.tokens + loss.tokens)
+        total = task_totals.get(prompt, RowLoss(nats=0.0, tokens=0))
+        task_totals[prompt] = RowLoss(total.nats + loss.nats, total.tokens + loss.tokens)
     means = {}
-    for task, of_task in totals.items():
-        means[task] = [total.nats / total.tokens for total in of_task.values()]
+    for task, task_totals in totals.items():
+        means[task] = [total.nats / total.tokens for total in task_totals.values()]
     return means
 
 
