@@ -376,8 +376,8 @@ def _warn_of_lost(lost, config, path):
 
 def _untrained(examples, train):
     """Return the examples whose sources do not have the tokens of a row of `train`."""
-    trained = {example.source_ids.tobytes() for example in train}
-    return [example for example in examples if example.source_ids.tobytes() not in trained]
+    trained = {e.source_ids.tobytes() for e in train}
+    return [e for e in examples if e.source_ids.tobytes() not in trained]
 
 
 def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:

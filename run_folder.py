@@ -312,11 +312,11 @@ class RunFolder:
                 raise ValueError("initial_w does not fit the dev examples")
             weights = state["weights"]
             # Only the moments are loaded. The learning rates are those of the config.
-            saved_moments = state["optimizer"]["state"]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved_moments})
-            for parameter, moments in optimizer.state.items():  # torch does not compare shapes
+            moments = state["optimizer"]["state"]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            for parameter, loaded in optimizer.state.items():  # torch does not compare shapes
                 for name in ("exp_avg", "exp_avg_sq"):
-                    if moments[name].shape != parameter.shape:
+                    if loaded[name].shape != parameter.shape:
                         raise ValueError("the moments of the optimizer do not fit the weights")
         load_probed(self.progress_path, adapters, weights, state.get("probe"))
         if self.log_size() < state["log_size"]:
