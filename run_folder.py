@@ -148,8 +148,8 @@ def load_probed(path: Path, adapters: Adapters, state: dict[str, Tensor], probed
     """
     with program.reading(path, REMEDY):
         adapters.load_state_dict(state)
-        expected = torch.tensor(probed)
-    if not adapters.linears:  # with --method full
+        expected = torch.tensor(probed or [])
+    if not probed:  # an older version saved it, or the run has no adapters
         return
     found = torch.tensor(probe(adapters))
     # Devices round differently. What a constructor draws anew differs by far more.
@@ -356,7 +356,7 @@ class RunFolder:
         path = self.model_path if is_full else self.adapter_path
         program.require_path(path, "restore it, or start a new run")
         if is_full:
-            return checkpoint.mapped(path).state_dict(), []
+            return checkpoint.mapped(path).state_dict(), None
         return run_config.adapter_state()
 
     def load_best(self, adapters: Adapters) -> None:
@@ -379,8 +379,9 @@ class RunFolder:
             for scores in all_scores.values():
                 for scores_of_set in scores.values():
                     for metric in ("loss", "rougeL", "exact_match"):
-                        value = scores_of_set["overall"][metric]
-                        if not isinstance(value, int | float | None):  # null stands for NaN
+                        # An older version saved no loss, and null stands for NaN.
+                        value = scores_of_set["overall"].get(metric)
+                        if not isinstance(value, int | float | None):
                             raise ValueError(f"{metric} must be a number, not {value!r:.40}")
         return all_scores
 

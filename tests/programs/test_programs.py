@@ -97,16 +97,17 @@ def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
 
 
 def test_table_has_each_score_under_its_heading(capsys):
+    old = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}  # of a run without the loss
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
-    all_scores = {"lora": {"seen": seen}, "orchmoe": {"seen": seen, "unseen": unseen}}
+    rows = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
     sizes = {"train": 9, "seen": 40, "unseen": 100}
-    train.print_table(all_scores, run_folder.RunFolder("run"), sizes, "official")
+    train.print_table(rows, run_folder.RunFolder("run"), sizes, "official")
     output = capsys.readouterr().out
     names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
     assert f"| model | seen {names} match |\n| --- | --- |" in output
     assert "| orchmoe | 5.000 | 2.00 | 1.00 | - | 4.00 | 3.00 |\n" in output
-    assert "| lora | 5.000 | 2.00 | 1.00 | - | - | - |\n" in output
+    assert "| lora | - | 2.00 | 1.00 | - | - | - |\n" in output
     assert "rows: 9 train, 40 seen, 100 unseen; run has all scores\n" in output
     assert "seen has few rows (40): one answer is 2.5 points of exact match\n" in output
     assert "unseen has few rows" not in output
