@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -212,20 +213,12 @@ def losses(trainer):
 # ---- training ----
 
 
-@pytest.mark.parametrize(
-    "make, make_base, dtype",
-    [
-        (make_trainer, make_llama, torch.float32),
-        (make_trainer, make_t5, torch.bfloat16),
-        (make_sft, make_llama, torch.bfloat16),
-    ],
-)
-def test_training_lowers_the_loss_and_leaves_the_base(make, make_base, dtype, tmp_path):
+@pytest.mark.parametrize("make, make_base", [(make_trainer, make_t5), (make_sft, make_llama)])
+def test_training_lowers_the_loss_and_leaves_the_base(make, make_base, tmp_path):
     """With a base in bfloat16 under autocast, the adapters are still float32."""
-    model = adapted(make_base().to(dtype))
-    bf16 = dtype == torch.bfloat16
-    trainer = make(tmp_path, model, bf16=bf16, max_steps=20, weight_decay=0.01)
-    base = make_base().to(dtype)
+    model = adapted(make_base().bfloat16())
+    trainer = make(tmp_path, model, bf16=True, max_steps=10, weight_decay=0.01)
+    base = make_base().bfloat16()
     trainer.fit_router()
     start = state_of(trainer)
     trainer.train()
@@ -254,17 +247,12 @@ def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5, 1e-3, 1e-2, 1e-1]
 
 
-SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-
-
-@pytest.mark.parametrize(
-    "make, make_base, split", [(make_sft, make_llama, SPLIT), (make_trainer, make_t5, {})]
-)
-def test_checkpointing_and_accumulation_change_nothing(make, make_base, split, tmp_path):
+def test_checkpointing_and_accumulation_change_nothing(tmp_path):
+    """test_copypaste.py also tests checkpointing in a T5."""
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     states = []
     for options in ({}, {"gradient_checkpointing": True, **split}):
-        options |= {"max_steps": 3, "learning_rate": SMALL_RATE}
-        trainer = make(tmp_path, adapted(make_base()), **options)
+        trainer = make_sft(tmp_path, max_steps=2, learning_rate=SMALL_RATE, **options)
         trainer.train()
         states.append(state_of(trainer))
     torch.testing.assert_close(*states, **CLOSE)
@@ -273,7 +261,7 @@ def test_checkpointing_and_accumulation_change_nothing(make, make_base, split, t
 def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     """The first step after an evaluation is routed in training mode as well."""
     model = adapted(make_llama(), gumbel=True)
-    trainer = make_sft(tmp_path, model, max_steps=3, eval_strategy="steps", eval_steps=1)
+    trainer = make_sft(tmp_path, model, max_steps=2, eval_strategy="steps", eval_steps=1)
     adapters = model.skill_adapters
     modes = []
     routed = adapters.routed
@@ -285,7 +273,7 @@ def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "routed", recorded)
     trainer.train()
     step_and_evaluation = [True, False, False, False, False]  # of four batches
-    assert modes == step_and_evaluation * 3
+    assert modes == step_and_evaluation * 2
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -306,23 +294,25 @@ class ScheduleFree(torch.optim.SGD):
 
 
 def test_an_optimizer_may_change_the_weights_between_training_and_evaluation(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
     trainer.optimizer_cls_and_kwargs = (ScheduleFree, {"lr": 0.1})
     trainer.train()
-    assert len(losses(trainer)) == 3
+    assert len(losses(trainer)) == 2
 
 
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("make, make_base", [(make_sft, make_llama), (make_trainer, make_t5)])
-def test_resumed_run_continues_bit_for_bit(make, make_base, tmp_path):
-    """With Gumbel noise and (in T5) dropout of the base, in the second epoch."""
+def test_resumed_run_continues_bit_for_bit(tmp_path):
+    """With Gumbel noise and dropout of the base, in the second epoch.
+
+    The program for 7B, below, resumes under SFTTrainer.
+    """
 
     def fresh(name):
-        model = adapted(make_base(), gumbel=True)
-        options = {"save_strategy": "steps", "save_steps": 3}
-        return make(tmp_path / name, model, gradient_accumulation_steps=2, **options)
+        model = adapted(make_t5(), gumbel=True)
+        options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+        return make_trainer(tmp_path / name, model, gradient_accumulation_steps=2, **options)
 
     whole = fresh("run")
     whole.fit_router()
@@ -387,14 +377,13 @@ def test_checkpoint_that_belongs_to_something_else_is_refused(other, message, tm
         make_trainer(tmp_path, other())._load_from_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["method", "base", "config"])
-def test_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(name, tmp_path):
+def test_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.save_model()
     saved = torch.load(tmp_path / ADAPTER_FILE)
-    del saved[name]
+    del saved["base"]
     torch.save(saved, tmp_path / ADAPTER_FILE)
-    with pytest.raises(ValueError, match=f"it has no '{name}'.*; train it again"):
+    with pytest.raises(ValueError, match="it has no 'base'.*; train it again"):
         trainer._load_from_checkpoint(tmp_path)
 
 
@@ -437,7 +426,6 @@ def test_base_is_known_by_all_its_weights_and_in_few_bits_by_its_files(options, 
 # ---- the router reads no answer ----
 
 ROUTED = {
-    "text": (make_sft, TEXT, PROMPTS),
     "chat": (make_sft, CHAT, [f"u:{text}\na:" for text in PROMPTS]),
     "labels": (make_trainer, TOKENS, PROMPTS),
 }
@@ -514,12 +502,10 @@ TWO_SAMPLES = {"input_ids": [5] * 4, "labels": [-100, 5, -100, 5], "position_ids
 REFUSED = {
     "no adapters": (make_trainer, {"model": make_llama()}, "call attach"),
     "no prompt": (make_trainer, {"rows": [*TOKENS[:7], ANSWER_ALONE]}, "labels: a row has no"),
-    "text": (make_sft, {"rows": [{"text": text} for text in PROMPTS]}, "labels: a row has no"),
     "flattened": (make_trainer, {"rows": [TWO_SAMPLES] * 8}, "packing: "),
     "noise": (make_trainer, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: "),
     "a head": (make_trainer, {"model": with_a_trained_head()}, "lm_head.weight requires"),
     "packing": (make_sft, {"packing": True, "max_length": 64}, "packing: "),
-    "padding_free": (make_sft, {"padding_free": True, "max_length": None}, "packing: "),
 }
 
 
@@ -530,9 +516,8 @@ def test_what_cannot_be_routed_is_refused(make, options, message, tmp_path):
         make(tmp_path, **options).train()
 
 
-@pytest.mark.parametrize("router", ["token", "none"])
-def test_training_without_a_router_of_samples_takes_any_text(router, tmp_path):
-    model = adapted(make_llama(), router=router)
+def test_training_without_a_router_of_samples_takes_any_text(tmp_path):
+    model = adapted(make_llama(), router="token")
     trainer = make_sft(tmp_path, model, [{"text": text} for text in PROMPTS], max_steps=1)
     trainer.fit_router()
     trainer.train()
@@ -612,7 +597,7 @@ def test_skills_over_a_base_in_8_bits_train(tmp_path):
     pytest.importorskip("bitsandbytes")
     make_llama(width=64).save_pretrained(tmp_path)  # bitsandbytes has blocks of 64 weights
     model = adapted(load_llama(tmp_path, load_in_8bit=True).bfloat16())
-    trainer = make_trainer(tmp_path, model, max_steps=20, gradient_checkpointing=True)
+    trainer = make_trainer(tmp_path, model, max_steps=10, gradient_checkpointing=True)
     trainer.fit_router()
     trainer.train()
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
@@ -629,20 +614,26 @@ def test_7b_takes_one_gpu(monkeypatch):
         finetune_7b.load_base("base")
 
 
-@pytest.fixture(params=["llama", pytest.param("smollm2", marks=pytest.mark.slow)])
-def base_folder(request, tmp_path):
-    if request.param == "smollm2":
-        return request.getfixturevalue("smollm2_dir")
+@pytest.fixture
+def base_folder(tmp_path):
     make_llama(width=64).save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_program_for_7b_trains_stops_resumes_and_answers(error, base_folder, tmp_path):
+@pytest.mark.parametrize(
+    "base, error",
+    [
+        ("base_folder", None),
+        ("base_folder", KeyboardInterrupt),
+        pytest.param("smollm2_dir", None, marks=pytest.mark.slow),
+    ],
+)
+def test_program_for_7b_trains_stops_resumes_and_answers(base, error, request, tmp_path):
     """SIGTERM saves the step in which it arrives; after a crash the last checkpoint is left."""
     pytest.importorskip("bitsandbytes")
+    base_folder = request.getfixturevalue(base)
     write_rows(tmp_path / "data.jsonl", TEXT)
     options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"warmup_steps": 0, "learning_rate": 0.03}
@@ -675,15 +666,15 @@ def test_program_for_7b_trains_stops_resumes_and_answers(error, base_folder, tmp
     if error:
         return
 
-    # A new process gives the same answers, as long as the file says.
+    # The program loads the adapters. Answers are as long as the file says.
     assert found["max_new_tokens"] == 127
     torch.save(found | {"max_new_tokens": 9}, tmp_path / "run" / ADAPTER_FILE)
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
     answers = finetune_7b.answer(trained, tokenizer, prompts, 9)
-    program = [sys.executable, "-m", "integrations.finetune_7b", "--model", str(base_folder)]
-    done = run_shell([*program, "--out", str(tmp_path / "run"), "--ask", *prompts], ROOT)
+    arguments = ["--model", base_folder, "--out", "run", "--ask", *prompts]
+    said = run("integrations/finetune_7b.py", *arguments, cwd=tmp_path)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
-    assert done.stdout == "".join(lines), done.stderr
+    assert said == "".join(lines)
 
     # In float32, padding changes nothing.
     plain = load_llama(base_folder)
@@ -796,7 +787,6 @@ def test_a_bad_row_is_named(row, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--data a.jsonl", "the following arguments are required: --out"),
         ("--data a.jsonl --out old", "old/adapter.pt: exists"),
         ("--data a.jsonl --out stopped", "stopped/checkpoint-2: exists"),
         ("--data a.jsonl --out written", "written/README.md: exists"),
@@ -804,18 +794,12 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--ask a --out old --resume", "--resume: needs --data"),
         ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
         (
-            "--data b.jsonl --out other --resume",
-            "other/checkpoint-2/adapter.pt: config changed, from",
-        ),
-        (
             "--data b.jsonl --out rows --resume",
             "rows/checkpoint-2/adapter.pt: rows changed, from 0 to",
         ),
-        ("--ask a --out older", "older/adapter.pt: it has no 'method', so nothing tells what"),
         ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
         ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
         ("--ask \udcff --out old", "--ask: prompt is not valid Unicode"),
-        ("--data missing.jsonl --out new", "missing.jsonl: No such file"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),
     ],
@@ -823,30 +807,26 @@ def test_a_bad_row_is_named(row, message, tmp_path):
 def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
     write_rows(tmp_path / "a.jsonl", [GOOD] * 7)
     write_rows(tmp_path / "b.jsonl", [GOOD] * 8)
-    folders = ["old", "older", "written", "stopped/checkpoint-2", "other/checkpoint-2"]
-    for folder in (*folders, "rows/checkpoint-2"):
+    for folder in ("old", "written", "stopped/checkpoint-2", "rows/checkpoint-2"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "trainer_state.json").write_text("{}")
     (tmp_path / "written/README.md").write_text("mine")
     (tmp_path / "old/adapter.pt").write_text("")
     torch.save(Path, tmp_path / "stopped/checkpoint-2/adapter.pt")
-    other = {"config": vars(OrchMoEConfig()), "state": {}}
-    torch.save(other, tmp_path / "older/adapter.pt")
-    other |= {"method": "OrchMoE", "base": "0", "dtype": "float32"}
-    torch.save(other, tmp_path / "other/checkpoint-2/adapter.pt")
-    other |= {"config": vars(finetune_7b.ADAPTERS), "rows": "0"}
-    torch.save(other, tmp_path / "rows/checkpoint-2/adapter.pt")
+    saved = {"method": "OrchMoE", "config": vars(finetune_7b.ADAPTERS), "base": "0"}
+    saved |= {"dtype": "float32", "state": {}, "rows": "0"}
+    torch.save(saved, tmp_path / "rows/checkpoint-2/adapter.pt")
     with locked_folder(tmp_path / "locked", "wait"):
         said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
     assert said.startswith(f"finetune_7b.py: error: {message}")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_missing_package_is_named():
-    code = "import sys; sys.modules['trl'] = None; import integrations.finetune_7b"
-    done = run_shell([sys.executable, "-c", code], ROOT)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("; pip install transformers trl datasets")
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(finetune_7b.__file__)
+    assert capsys.readouterr().err.endswith("; pip install transformers trl datasets\n")
 
 
 # ---- The page ----
@@ -890,8 +870,8 @@ def train_in_a_process(folder):
         folder,
         per_device_train_batch_size=8 // processes,
         save_strategy="steps",
-        save_steps=4,
-        max_steps=8,
+        save_steps=3,
+        max_steps=3,
         learning_rate=SMALL_RATE,
         **options,
     )
@@ -901,13 +881,13 @@ def train_in_a_process(folder):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """To a tolerance of float32: sums in another order, enlarged by eight steps of Adam."""
+    """To a tolerance of float32: sums in another order, enlarged by three steps of Adam."""
     one = train_in_a_process(tmp_path / "one")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run_shell([*words, __file__, str(tmp_path / "two")], tmp_path, PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     assert "DistributedDataParallel in 2 processes" in done.stdout
-    found = torch.load(tmp_path / "two" / "checkpoint-8" / ADAPTER_FILE)["state"]
+    found = torch.load(tmp_path / "two" / "checkpoint-3" / ADAPTER_FILE)["state"]
     torch.testing.assert_close(found, state_of(one), **CLOSE)
 
 
