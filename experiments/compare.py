@@ -316,7 +316,8 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
 
 
 def main() -> None:
-    flags, config, study_config, settings = read_study(__doc__, CompareConfig, DEFAULTS)
+    flags, study_config, settings = read_study(__doc__, CompareConfig, defaults=DEFAULTS)
+    config = program.from_flags(CompareConfig, flags)
     useless = {"rows": "it goes with --ablations"}
     if config.ablations:
         useless = {"methods": "not with --ablations"}

@@ -13,7 +13,6 @@ this repository. Test: pytest tests/experiments/test_replication.py
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from experiments.study import (
     kind_of_cpu,
     pick_device,
     read_study,
-    subset,
 )
 from support import program
 from support.program import UserError
@@ -69,11 +67,6 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class ReplicationConfig:
-    """Replication: it has no settings of its own."""
-
-
 def draw_tasks(folder: Path, candidates: Sequence[str]) -> dict[str, list[str]]:
     """Return {seed: names of the training tasks of this replicate}. No task is in two replicates.
 
@@ -107,6 +100,17 @@ def planned_draws(study: Study) -> dict[str, list[str]]:
     return draws
 
 
+def write_subset(folder: Path, root: Path, train_tasks: Sequence[str]) -> None:
+    """Make `folder` a data folder with these training tasks of `root` and no test tasks."""
+    lists = folder / "splits/default"
+    lists.mkdir(parents=True, exist_ok=True)
+    for name, tasks in (("train", train_tasks), ("test", ())):
+        (lists / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
+    link = folder / "tasks"
+    link.unlink(missing_ok=True)  # the data may have moved
+    link.symlink_to((root / "tasks").resolve())
+
+
 def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row]) -> list[Cell]:
     """Return the cells of these rows that are missing, replicate by replicate.
 
@@ -116,7 +120,8 @@ def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row
     folder = Path(study.settings.dataset.data)
     missing = []
     for seed, tasks in draws.items():
-        of_draw = subset(Path(study.config.out, f"tasks-{seed}"), folder, tasks)
+        of_draw = Path(study.config.out, f"tasks-{seed}")
+        write_subset(of_draw, folder, tasks)
         cells = study.cells("cells", rows, {"data": str(of_draw)}, [int(seed)], "replicate")
         begun_on = set()
         for path in sorted((study.results / "cells").glob(f"*-s{seed}.json")):
@@ -133,7 +138,7 @@ def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row
 
 def main() -> None:
     planned = all_flags_but(CHOICES)
-    flags, _, study_config, settings = read_study(__doc__, ReplicationConfig, DEFAULTS, planned)
+    flags, study_config, settings = read_study(__doc__, defaults=DEFAULTS, fixed=planned)
     if not {"data", "model"} <= flags.keys():
         raise UserError("give --data and --model")
     if not torch.cpu._is_avx512_bf16_supported():

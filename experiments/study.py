@@ -93,16 +93,18 @@ class StudyConfig:
 
 
 def read_study(
-    doc: str, cls: type, defaults: dict[str, Any], fixed: Sequence[str] = FIXED
-) -> tuple[dict[str, Any], Any, StudyConfig, train.Settings]:
-    """Return the flags of a study's program, and its own config, StudyConfig and settings."""
-    flags = program.read_flags(doc, cls, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
+    doc: str, *own: type, defaults: dict[str, Any], fixed: Sequence[str] = FIXED
+) -> tuple[dict[str, Any], StudyConfig, train.Settings]:
+    """Return the flags of a study's program, with what they say for all studies.
+
+    own: dataclasses of further flags of this program.
+    """
+    flags = program.read_flags(doc, *own, StudyConfig, *SETTINGS, defaults=defaults, hidden=fixed)
     for name in fixed:
         if name in flags:
             raise UserError(f"{program.flag(name)}: the study sets this itself; leave it out")
     values = defaults | flags
-    config, study_config = (program.from_flags(one, values) for one in (cls, StudyConfig))
-    return flags, config, study_config, train.Settings.from_flags(values)
+    return flags, program.from_flags(StudyConfig, values), train.Settings.from_flags(values)
 
 
 def all_flags_but(choices: Sequence[str]) -> list[str]:
@@ -233,9 +235,6 @@ def train_and_score(
             best = min(on_dev, key=lambda line: line["dev_loss"])
             result["dev_loss"] = best["dev_loss"]
             result["router"] = best.get("router")
-            if "distance" in (result["router"] or {}):  # w of each sample is a distribution
-                # The mean KL divergence of w from its start.
-                result["router"]["distance_from_start"] = result["router"].pop("distance")
     if cell.scores != "dev":
         result |= score(cell, device, attach_function)
     return result
@@ -398,13 +397,9 @@ def replaced_w(
 GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
-def _block_sigterm() -> None:
-    """Keep SIGTERM waiting in this thread, and in the processes that it starts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-
-
 def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
     """Set the threads of this worker, load methods, and end it when its parent is killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells there is nothing to save
     for method in own_methods:
         load_method(method)
 
@@ -418,34 +413,15 @@ def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
     torch.set_num_threads(threads)
 
 
-_worker_stopped = threading.Event()
-
-
-def _in_worker(run: Callable[..., bool], cell: Cell, device: runtime.Device) -> bool:
-    """Make a cell in a worker. A signal outside of training stops it at once.
-
-    A worker starts with SIGTERM blocked, so one that comes early is noticed here. A worker that was
-    stopped makes no further cells.
-    """
-    if _worker_stopped.is_set():
-        return False
-    finished = False
+def _in_worker(cell: Cell, device: runtime.Device) -> bool:
+    """Make a cell in a worker. A signal outside of training stops it at once."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        finished = run(cell, device)
+        return run_cell(cell, device)
     except KeyboardInterrupt:
-        pass
+        return False
     finally:
-        _block_sigterm()
-    if not finished:
-        _worker_stopped.set()
-    return finished
-
-
-def _stop_workers() -> None:
-    for worker in multiprocessing.active_children():
-        worker.terminate()  # which sends SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -454,7 +430,8 @@ def _pass_on_sigterm(stopped: threading.Event) -> Iterator[None]:
 
     def pass_on(_number, _frame):
         stopped.set()
-        _stop_workers()
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # which sends SIGTERM
 
     previous = signal.signal(signal.SIGTERM, pass_on)
     try:
@@ -512,15 +489,11 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
         with (
             _pass_on_sigterm(stopped),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
-            # Each thread starts a worker, which inherits what is blocked, and waits for it.
-            ThreadPoolExecutor(jobs, initializer=_block_sigterm) as waiting,
+            ThreadPoolExecutor(jobs) as waiting,  # each thread waits for a worker
         ):
 
-            def run(*arguments):
-                future = workers.submit(_in_worker, run_cell, *arguments)
-                if stopped.is_set():  # this worker may have started after the signal
-                    _stop_workers()
-                return future.result()
+            def run(cell, device):
+                return workers.submit(_in_worker, cell, device).result()
 
             futures = [waiting.submit(finish, queue, run) for queue in queues]
             try:
@@ -711,20 +684,3 @@ class Study:
         """Return the cell of a trial. trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
         return self.cell(f"tune/{tag}", name, row, trial, "dev")
-
-
-def subset(folder: Path, root: Path, train_tasks: Sequence[str]) -> Path:
-    """Make `folder` a data folder with these training tasks of `root` and no test tasks."""
-    lists = folder / "splits/default"
-    lists.mkdir(parents=True, exist_ok=True)
-    for name, tasks in (("train", train_tasks), ("test", ())):
-        # Another process may be reading the list.
-        with program.atomic_write(lists / f"{name}_tasks.txt") as file:
-            file.write("".join(f"{task}\n" for task in tasks).encode())
-    link = folder / "tasks"
-    target = (root / "tasks").resolve()
-    if link.is_symlink() and link.readlink() != target:  # the data has moved, or is other data
-        link.unlink()
-    if not link.exists():
-        link.symlink_to(target)
-    return folder

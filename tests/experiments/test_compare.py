@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,11 +24,10 @@ from baselines import attach_method
 from experiments import compare, routers, study, tables
 from experiments.search import Search
 from experiments.study import Cell, Row, StudyConfig
-from helpers import CPU, ROOT, links
+from helpers import CPU, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
 from support import program
-from tasks import read_splits
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +357,7 @@ def test_ablations_whose_routers_give_no_distribution_of_samples(small, home):
     out = run(home, *SMALL, "--ablations", "--rows", "router: token,w without softmax")
     assert "| router: token |" in out and "| w without softmax |" in out
     cell = read(small / "ablations/w_without_softmax-s0.json")
-    assert "distance_from_start" not in cell["router"]  # its w are no distributions
+    assert "distance" not in cell["router"]  # its w are no distributions
 
 
 def test_replaced_w_is_the_mean_of_dev(monkeypatch):
@@ -468,31 +466,6 @@ def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
     wait_for(lambda: all(cell.path.exists() for cell in cells))
 
 
-def start_slowly(*inputs):
-    """Start a worker as a new process starts: SIGTERM would end it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Path("started").touch()
-    time.sleep(1)
-    study_start(*inputs)
-
-
-study_start = study._start_worker
-
-
-def test_a_signal_while_workers_start_stops_them_in_order(tmp_path, forked, monkeypatch):
-    monkeypatch.setattr(study, "run_cell", run_until_signal)
-    monkeypatch.setattr(study, "_start_worker", start_slowly)
-    monkeypatch.chdir(tmp_path)
-    cells = [cell_of(tmp_path, name) for name in "cd"]
-    parent = forked.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
-    parent.start()
-    wait_for(Path("started").exists)
-    os.kill(parent.pid, signal.SIGTERM)
-    parent.join()
-    assert parent.exitcode == 130
-    assert not any(cell.folder.exists() for cell in cells)
-
-
 def wait_for(condition):
     """Wait until the condition holds, for at most a minute."""
     for _ in range(600):
@@ -524,16 +497,3 @@ def test_compare_refuses_a_wrong_command_line(home, flags, words):
     error = run(home, *flags.split(), code=2)
     assert error.startswith(f"compare.py: error: {words}")
     assert error.count("\n") == 1
-
-
-# -------------------------------------------------------------------------------------- the study
-
-
-def test_subset_has_only_these_tasks(tmp_path):
-    task = "task201_opposite_of_second_word"
-    folder = study.subset(tmp_path / "one", ROOT / "sni", [task])
-    assert read_splits(folder) == {"train": [task], "test": []}
-    with open(folder / "splits/default/train_tasks.txt") as read:  # by another process
-        study.subset(folder, tmp_path / "moved", ["task1"])
-        assert read.read() == f"{task}\n"
-    assert (folder / "tasks").readlink() == tmp_path / "moved/tasks"

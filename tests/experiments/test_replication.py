@@ -34,6 +34,15 @@ def small(monkeypatch, tmp_path):
     return [*flags, "--results", "kept", "--out", "out"]
 
 
+def test_a_subset_has_only_these_tasks_even_after_the_data_have_moved(tmp_path):
+    task = "task201_opposite_of_second_word"
+    folder = tmp_path / "one"
+    for root in (tmp_path / "before", ROOT / "sni"):
+        replication.write_subset(folder, root, [task])
+    assert read_splits(folder) == {"train": [task], "test": []}
+    assert (folder / "tasks").readlink() == ROOT / "sni/tasks"
+
+
 def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
     kept = tmp_path / "kept/cells"
     out = run("experiments/replication.py", *small, cwd=tmp_path)
@@ -48,7 +57,7 @@ def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
         assert sorted(cell["answers"]["tasks"]) == draws["101"]
     assert "loss" not in out and "ROUGE" not in out
     router = program.read_json(kept / "frozen_router-s100.json")["router"]
-    assert router["distance_from_start"] == 0
+    assert router["distance"] == 0
 
     # What is missing is made on the CPU of its replicate alone.
     (kept / "lora-s100.json").unlink()
