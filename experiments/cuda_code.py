@@ -8,7 +8,6 @@ fake CUDA tensors, which have shapes but no values.
   sm_90, and the calls in this code are counted.
 
     python -m experiments.cuda_code
-    python -m experiments.cuda_code --only "T5-base encoder"
 
 It needs triton, a C++ compiler and the torch for CPUs, and says so where one is missing. It
 replaces private functions of torch: `H100_FUNCTIONS`. The second test runs the code on the CPU.
@@ -24,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -78,13 +77,6 @@ HEAD = """\
 |---|---|---|---|---|---|---|---|"""
 
 
-@dataclass(frozen=True)
-class CudaCodeConfig:
-    """Code for CUDA: of which blocks."""
-
-    only: tuple[str, ...] = ()  # blocks (default: all)
-
-
 # ------------------------------------------------------------------------------- a process for it
 
 
@@ -133,15 +125,12 @@ def run_with_fake_cuda(module: str, *words: str, **variables: str) -> int:
 
 
 def main() -> int:
-    config = program.from_flags(CudaCodeConfig, program.read_flags(__doc__, CudaCodeConfig))
-    for name in config.only:
-        if name not in BLOCKS:
-            raise program.UserError(f"--only {name}: choose from {', '.join(BLOCKS)}")
+    program.read_flags(__doc__)
     reason = missing()
     if reason:
         program.print_line(f"skipped: {reason}")
         return 0
-    return run_with_fake_cuda("experiments.cuda_code", *(config.only or BLOCKS))
+    return run_with_fake_cuda("experiments.cuda_code", *BLOCKS)
 
 
 # ------------------------------------------------------------------------------------- the H100

@@ -62,8 +62,7 @@ def report(
 
     distance_from_equal: mean of |c - 1/S|. skill_cosine: how alike the skills are. With a router of
     samples also eval.router_report, and if there are several categories mutual_information with
-    the category and task_information with the task. Return {} for methods without one c for a
-    sample.
+    the category. Return {} for methods without one c for a sample.
     """
     if not isinstance(adapters.method, OrchMoE):
         return {}
@@ -82,7 +81,5 @@ def report(
         found |= evaluation.router_report(w)
         categories = [example.category for example in examples]
         if len(set(categories)) > 1:
-            tasks = [example.task for example in examples]
             found["mutual_information"] = mutual_information(w, categories)
-            found["task_information"] = mutual_information(w, tasks)
     return found
