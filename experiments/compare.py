@@ -104,14 +104,9 @@ class CompareConfig:
 def ablation(name: str, adapter: OrchMoEConfig) -> Row:
     """Return a row of ABLATIONS for these settings. With another S, R follows: S R stays.
 
-    Raise UserError if it changes nothing or is not possible.
+    Raise UserError if it is not possible.
     """
     row = ABLATIONS[name]._replace(like="orchmoe")  # its tuned values
-    known = vars(adapter)
-    if row.settings and all(known.get(field) == value for field, value in row.settings.items()):
-        raise UserError(
-            f"--rows {name}: the given settings are the same already; leave out the row or the flag"
-        )
     needs_w = row.w or row.replaced_router or "mixing" in row.settings
     if needs_w and adapter.router != "sample":
         raise UserError(

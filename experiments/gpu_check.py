@@ -127,13 +127,16 @@ def cudnn(setup: Setup, what: str, work: Callable[[int], object], largest: int) 
     sizes = np.random.default_rng(0).choice(range(2, largest), rounds + 1, replace=False)
     is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
 
-    def calls(enabled):
-        for size in sizes:
-            torch.backends.cuda.enable_cudnn_sdp(enabled)
-            yield work(int(size))
+    def contestant(enabled):
+        unused = iter(sizes)
 
-    kinds = {"cuDNN": calls(True), "without cuDNN": calls(False)}
-    contestants = {name: partial(next, generator) for name, generator in kinds.items()}
+        def call():
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            work(int(next(unused)))
+
+        return call
+
+    contestants = {"cuDNN": contestant(True), "without cuDNN": contestant(False)}
     try:
         times = bench.interleave(setup, contestants, rounds)
     finally:

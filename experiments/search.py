@@ -26,10 +26,7 @@ class Search:
     """
 
     def __init__(
-        self,
-        start: dict[str, float],
-        trials: int,
-        cell_of: Callable[[dict[str, float]], Any] | None = None,
+        self, start: dict[str, float], trials: int, cell_of: Callable[[dict[str, float]], Any]
     ):
         """start: value of each axis. cell_of: makes the cell of a trial from such values."""
         self.start = start

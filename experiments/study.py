@@ -273,27 +273,23 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     finite.
     """
     config = cell.settings.training
-    tokenizer = tokenizers.load(config.model)
-    sets = data.load_sets(cell.settings.dataset, tokenizer)
-    limit = config.eval_instances
-    if cell.scores == "replicate":
-        limit = 0  # all
-    held_out = train.held_out_sets(sets, limit)
-    dev = held_out.pop("dev")
-    if cell.scores == "replicate":
-        held_out.pop("unseen", None)
-    rules = cell.settings.dataset.metric_rules
     result = {}
     if cell.row.trains:
-        base, adapters, _ = run_folder.load(
+        base, adapters, tokenizer = run_folder.load(
             device, run_dir=cell.folder, attach_function=attach_function
         )
         if config.method == "full":
             base.requires_grad_(True)  # all of it was trained, and counts
         result["parameters"] = count_parameters(adapters)
     else:
-        base, adapters, _ = run_folder.load(device, model=config.model)
+        base, adapters, tokenizer = run_folder.load(device, model=config.model)
 
+    sets = data.load_sets(cell.settings.dataset, tokenizer)
+    held_out = train.held_out_sets(sets, config.eval_instances)
+    dev = held_out.pop("dev")
+    if cell.scores == "replicate":
+        held_out = {"seen": sets["seen"]}  # all seen instances
+    rules = cell.settings.dataset.metric_rules
     options = {"batch_size": config.eval_batch_size}
     for which, examples in held_out.items():
         w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
@@ -656,12 +652,10 @@ class Study:
         for name, row in rows.items():
             settings = self.cell("", name, row, {}).settings
             read = settings_of_method(settings.training.method, settings.adapter.router)
-            start = {}
-            for axis in self.config.axes:
-                if axis in read:
-                    start[axis] = settings.as_flags()[axis]
-            if start.get("alpha", 0) is None:
-                start["alpha"] = float(settings.adapter.rank)  # which is what None means
+            known = settings.as_flags()
+            if known["alpha"] is None:
+                known["alpha"] = float(settings.adapter.rank)  # which is what None means
+            start = {axis: known[axis] for axis in self.config.axes if axis in read}
             trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, self.config.trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device)

@@ -58,11 +58,13 @@ def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Pr
     for other in columns[1:]:
         if other["task"] != names or len(other[metric]) != len(sizes):
             raise UserError(f"the cells of a row have different {which} rows")
-    numbers = {}
+    number_of = {}  # of each group
     groups = []
     for i, name in enumerate(names):
-        key = i if name == NO_TASK else name
-        groups.append(numbers.setdefault(key, len(numbers)))
+        key = i if name == NO_TASK else name  # a prompt without a task is a group of its own
+        if key not in number_of:
+            number_of[key] = len(number_of)
+        groups.append(number_of[key])
     sums = np.stack([column[metric] for column in columns], axis=1)
     return PromptScores(np.array(groups), np.array(sizes, float), sums)
 
@@ -257,6 +259,7 @@ def what_would_decide(differences: Paired) -> str:
         )
         return half_width(expected, units, seeds, freedom + units - U) <= mean
 
+    # A number that decides is followed by such numbers alone, so bisection finds the first.
     ways = []
     more_seeds = range(seeds + 1, MOST_SEEDS + 1)
     enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))

@@ -61,7 +61,6 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
 @pytest.mark.parametrize(
     "name, given, words",
     [
-        ("K = 4", {"abstract_tasks": 4}, "the given settings are the same already"),
         ("S = 8", {"rank": 3}, "S R = 12 is no multiple of 8"),
         ("w replaced by its mean", {"router": "none"}, "--router none has no w"),
         ("factors mixed", {"router": "token"}, "--router token has no w"),

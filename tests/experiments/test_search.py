@@ -10,7 +10,7 @@ AXES = ["lr_skills", "alpha", "lr_router", "lr_allocation"]
 
 def searched(optimum, trials=12):
     """Return a finished search of a bowl with its lowest point `optimum` steps from the start."""
-    search = Search(dict.fromkeys(AXES[: len(optimum)], 1e-2), trials)
+    search = Search(dict.fromkeys(AXES[: len(optimum)], 1e-2), trials, cell_of=None)
     while len(search.losses) < trials:
         point = search.next_point()
         search.losses[point] = sum((a - b) ** 2 for a, b in zip(point, optimum, strict=True))
@@ -33,8 +33,8 @@ def test_search_edges_names_an_axis_without_a_neighbour():
 
 
 def test_search_values():
-    search = Search({"lr_skills": 1e-2, "alpha": 2.0}, trials=1)
+    search = Search({"lr_skills": 1e-2, "alpha": 2.0}, trials=1, cell_of=None)
     assert search.values((1, -1)) == {"lr_skills": 0.0316, "alpha": 1.0}
     assert search.values((-2, 2)) == {"lr_skills": 0.001, "alpha": 8.0}
     with pytest.raises(ValueError, match="--lr-skills 0: tuning starts from a value above 0"):
-        Search({"lr_skills": 0}, trials=1)
+        Search({"lr_skills": 0}, trials=1, cell_of=None)
