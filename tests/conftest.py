@@ -46,7 +46,7 @@ try:  # pytest tests/programs/test_fuzz.py --hypothesis-profile=long
     settings.register_profile("long", max_examples=10_000, deadline=5000)
     settings.register_profile(
         "short",
-        max_examples=150,
+        max_examples=50,
         deadline=None,
         derandomize=True,
         database=None,

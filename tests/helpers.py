@@ -90,12 +90,6 @@ def run(program, *arguments, cwd, code=0):
     return (output if code == 0 else errors).getvalue()
 
 
-def process(program, *arguments, cwd):
-    """Run a program in another process. It must end with code 0."""
-    done = run_shell(command(program, *arguments), cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def torchrun(processes, *arguments, cwd, code=0):
     """Run several processes of a program, which must end with `code`. Return what has ended."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]

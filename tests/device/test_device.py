@@ -30,7 +30,6 @@ from baselines import METHODS, OWN_METHODS, load_method
 from experiments import bench, gpu_check
 from helpers import (
     ROOT,
-    T5_CONFIGS,
     adapted,
     interrupted,
     links,
@@ -122,14 +121,11 @@ ON_CPU = ["--device", "cpu"]
 QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
 CASES = {
     "orchmoe": {"accumulate": 2, "gumbel": True},
-    "lora": {"checkpoint_blocks": True},
-    "moe-lora": {},
+    "moe-lora": {"checkpoint_blocks": True},
     "c-poly": {},  # Poly and MHR are the code of its common skills
     "full": {},
     load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"): {},
     "token router": {"router": "token"},
-    "no router": {"router": "none"},
-    "bfloat16": {"dtype": "bfloat16"},
     "full in bfloat16": {"dtype": "bfloat16"},
     "mixture": {"trainable": "mixture"},
 }
@@ -207,7 +203,10 @@ def test_answers_are_those_of_the_cpu(model, second, home):
 
 @pytest.mark.slow
 def test_the_check_of_a_gpu_goes_through_every_part(second, monkeypatch):
-    """Parts that fail are rows of the table, and no model outlives its part."""
+    """Parts that fail are rows of the table, and no model outlives its part.
+
+    test_gpu_check.py tests the two parts that compile.
+    """
     pytest.importorskip("peft")
     setup = bench.Setup(True, str(ROOT / "sni"), "", second, torch.float32)
     t5, llama = bench.SHAPES[bench.NARROW_T5], bench.SHAPES[bench.NARROW_LLAMA]
@@ -216,6 +215,8 @@ def test_the_check_of_a_gpu_goes_through_every_part(second, monkeypatch):
         bench.NARROW_LLAMA: replace(llama, num_hidden_layers=2),
     }
     monkeypatch.setattr(bench, "SHAPES", few_blocks)
+    for part in ("graphs", "step_and_memory"):
+        monkeypatch.setattr(gpu_check, part, lambda setup: [])
     bases = []
     our_base = bench.our_base
     decode = bench.bench_decode
@@ -251,9 +252,8 @@ def test_the_check_of_a_gpu_goes_through_every_part(second, monkeypatch):
         "tests: FileNotFoundError: no pytest",
         f"decoding, {bench.NARROW_LLAMA}: OutOfMemoryError: 3 GiB / of 2 are used",
     ]
-    # Steps: with --compile, with new lengths for two bases, beside peft. Linears: in two dtypes.
+    # Steps: with new lengths for two bases, beside peft. Linears: in two dtypes.
     assert measured == {
-        "graphs": 1,
         "attention": 2,
         "waits": 4,
         "training": 6,
@@ -291,7 +291,7 @@ def test_skills_move_with_a_base_that_becomes_bfloat16(second):
         assert (tensor.device, tensor.dtype) == (second, torch.float32)
 
 
-@pytest.mark.parametrize("name", [*T5_CONFIGS, "llama3", "smollm2", "qwen3"])
+@pytest.mark.parametrize("name", ["v1.1", "llama3"])
 def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     results = []
     for device in (CPU, second):
@@ -472,21 +472,20 @@ def test_what_a_gpu_waits_for_is_counted(second):
             assert waits.count == expected
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", ["orchmoe", "lora", "poly", "gumbel"])
 @pytest.mark.parametrize("name", ["v1.1", "llama3"])
-def test_a_step_waits_twice_for_each_micro_batch_and_once_more(name, method, accumulate, second):
+def test_a_step_waits_twice_for_each_micro_batch_and_once_more(name, method, second):
     base = small_model(name)
     if method == "gumbel":
         adapters = adapted(base, gumbel=True)
     else:
         adapters = adapted(base, method)
     base.to(second)
-    config = train.TrainConfig(accumulate=accumulate)
+    config = train.TrainConfig(accumulate=2)
     optimizer = train.make_optimizer(adapters, config)
     batch = data.Batch(*random_batch(10, 37), torch.arange(4) % 3, list("abcd"))
     with torch.autograd.set_multithreading_enabled(False), Waits() as waits:
         train.train_step(base, adapters, optimizer, batch, 0, config)
     # Of each micro-batch the loss and, with a sample router, the entropy of w.
     of_micro_batch = 2 if adapters.router is not None else 1
-    assert waits.count == accumulate * of_micro_batch + 1
+    assert waits.count == 2 * of_micro_batch + 1

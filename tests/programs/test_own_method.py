@@ -1,7 +1,8 @@
 """A method from a file, `--method FILE.py:Class`, in every program, and what is refused.
 
 The file of the example, examples/hydra_lora.py, is explained in docs/use.md. OWN below is another
-method: it has noise, task ids, and a parameter of its own.
+method: it has noise, task ids, and a parameter of its own. GATED has a router, but no w, and a
+state with integers, truth values, -inf and a tied parameter.
 """
 
 import re
@@ -33,9 +34,9 @@ from helpers import (
     torchrun,
     trace,
 )
-from orchmoe import Method, OrchMoEConfig, Routing, TaskRouter, attach
-from run_folder import RunFolder, load, read_config
-from support.program import UserError, read_json
+from orchmoe import OrchMoEConfig, Routing, attach
+from run_folder import load, read_config
+from support.program import read_json
 from tasks import DataConfig
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
@@ -65,8 +66,38 @@ class ByTask(Method):
         return Routing(c=logits.softmax(-1))
 '''
 
+GATED = '''
+import torch
+from torch import nn
 
-METHODS = {"hydra": HYDRA, "own": "own.py:ByTask"}
+from orchmoe import Method, Routing, TaskRouter
+
+
+class Gated(Method):
+    """Weights of the skills from a router, as a user may write them."""
+
+    rates = Method.rates | {"router": "router", "table": "allocation", "again": "allocation"}
+
+    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
+        super().__init__()
+        self.router = TaskRouter(width, config, generator)
+        table = torch.randn(config.abstract_tasks, config.skills, generator=generator)
+        self.table = nn.Parameter(table)
+        self.again = self.table
+        self.N = len(linears)
+        self.norm = nn.BatchNorm1d(config.skills, affine=False)
+        self.register_buffer("used", torch.tensor([True, False]))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
+        w = self.router(embeddings, mask)
+        c = self.norm(w @ self.again).softmax(-1)
+        return Routing(c=c.expand(self.N, -1, -1))
+'''
+
+
+BRIEF = "--device cpu --max-tasks 2 --max-source-length 64 --eval-instances 2 --steps 4".split()
+BRIEF += "--eval-every 2 --batch-size 4 --warmup 1".split()
 
 
 @pytest.fixture(autouse=True)
@@ -82,20 +113,19 @@ def home(home):
     return home
 
 
-@pytest.fixture
-def own(whole, home):
-    """Return a copy of the run of ByTask, in the folder of the test."""
-    return shutil.copytree(whole / "own", home / "own")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return a folder with an uninterrupted run of each method."""
+    """Return a run of ByTask. Tests must not change it."""
     folder = links(tmp_path_factory.mktemp("own"))
     (folder / "own.py").write_text(OWN)
-    for name, method in METHODS.items():
-        run("train.py", *SHORT, "--method", method, "--out", name, cwd=folder)
-    return folder
+    run("train.py", *BRIEF, "--method", "own.py:ByTask", "--out", "own", cwd=folder)
+    return folder / "own"
+
+
+@pytest.fixture
+def own(whole, home):
+    """Return a copy of that run, in the folder of the test."""
+    return shutil.copytree(whole, home / "own")
 
 
 def state_of(folder):
@@ -138,40 +168,36 @@ def test_the_tutorial_is_the_file_of_the_example():
 # ------------------------------------------------------------------------------------ the programs
 
 
-@pytest.mark.parametrize("name, method", METHODS.items())
-def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, method, whole, home):
-    with interrupted(train, "train_step", 6, KeyboardInterrupt):
-        run("train.py", *SHORT, "--method", method, "--out", name, cwd=home, code=130)
+@pytest.mark.parametrize("name, source", [("ByTask", OWN), ("Gated", GATED)])
+def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
+    (home / "own.py").write_text(source)
+    train_it = ("train.py", *BRIEF, "--method", f"own.py:{name}", "--out")
+    run(*train_it, "whole", cwd=home)
+    with interrupted(train, "train_step", 4, KeyboardInterrupt):
+        run(*train_it, "own", cwd=home, code=130)
     baselines.OWN_METHODS.clear()
-    resume = (*RESUME, name)
+    resume = (*RESUME, "own")
     said = run(*resume, cwd=home, code=2)
     assert "for a method of your own give its file, --method FILE.py:" in said
-    moved = f"{home / 'elsewhere.py'}:{method.rpartition(':')[2]}"
-    shutil.copy(home / method.rpartition(":")[0], home / "elsewhere.py")
-    run(*resume, "--method", moved, cwd=home)
-    assert trace(home / name) == trace(whole / name)
-    state = state_of(home / name)
-    check_equal(state, state_of(whole / name))
-    assert any(value.any() for key, value in state.items() if key.endswith("skill_B"))
-    if name == "own":
-        assert state["table"].any()
+    (home / "own.py").rename(home / "elsewhere.py")
+    moved = ("--method", f"elsewhere.py:{name}")
+    run(*resume, *moved, cwd=home)
+    assert trace(home / "own") == trace(home / "whole")
+    state = state_of(home / "own")
+    check_equal(state, state_of(home / "whole"))
+    assert state["table"].any()
 
     baselines.OWN_METHODS.clear()
-    evaluate = ("eval.py", "--run", name, "--device", "cpu", "--split", "seen", "--limit", "4")
+    evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
     assert "--method FILE.py:" in run(*evaluate, cwd=home, code=2)
-    assert "4 instances" in run(*evaluate, "--method", moved, cwd=home)
+    assert "4 instances" in run(*evaluate, *moved, cwd=home)
 
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(whole, home):
-    for name, method in METHODS.items():
-        torchrun(2, ROOT / "train.py", *SHORT, "--method", method, "--out", name, cwd=home)
-        # Adam turns rounding of tiny gradients into steps, on some CPUs more than on others. So the
-        # losses are compared, the first ones closely.
-        for row, expected in zip(records(home / name), records(whole / name), strict=True):
-            tolerance = 2e-5 if row["step"] < 3 else 5e-3
-            for key in ("loss", "dev_loss"):
-                assert row.get(key) == pytest.approx(expected.get(key), abs=tolerance)
+    if name == "Gated":
+        assert not any("router" in row for row in records(home / "own"))  # no w was returned
+        assert state["norm.num_batches_tracked"] > 0 and torch.equal(state["table"], state["again"])
+        assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
+        explore = ("experiments/explorer.py", "--run", "own", *moved)
+        assert "own: has no sample router" in run(*explore, cwd=home, code=2)  # that of OrchMoE
 
 
 BY_TASK = '''
@@ -232,56 +258,6 @@ def test_a_comparison_has_a_row_for_it(home):
     assert cells["HydraLoRA"]["settings"]["method_file"].startswith("HydraLoRA of ")
 
 
-GATED = '''
-import torch
-from torch import nn
-
-from orchmoe import Method, Routing, TaskRouter
-
-
-class Gated(Method):
-    """Weights of the skills from a router, as a user may write them."""
-
-    rates = Method.rates | {"router": "router", "table": "allocation", "again": "allocation"}
-
-    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
-        super().__init__()
-        self.router = TaskRouter(width, config, generator)
-        table = torch.randn(config.abstract_tasks, config.skills, generator=generator)
-        self.table = nn.Parameter(table)
-        self.again = self.table
-        self.N = len(linears)
-        self.norm = nn.BatchNorm1d(config.skills, affine=False)
-        self.register_buffer("used", torch.tensor([True, False]))
-        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-
-    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
-        w = self.router(embeddings, mask)
-        c = self.norm(w @ self.again).softmax(-1)
-        return Routing(c=c.expand(self.N, -1, -1))
-'''
-
-
-def test_a_method_with_a_router_and_unusual_state_is_saved_resumed_and_scored(home):
-    """It returns c and no w. The state has integers, truth values, -inf and a tied parameter."""
-    (home / "own.py").write_text(GATED)
-    flags = (*SHORT, "--method", "own.py:Gated", "--out")
-    run("train.py", *flags, "whole", cwd=home)
-    with interrupted(train, "train_step", 6, KeyboardInterrupt):
-        run("train.py", *flags, "own", cwd=home, code=130)
-    run(*RESUME, "own", "--method", "own.py:Gated", cwd=home)
-    assert trace(home / "own") == trace(home / "whole")
-    assert not any("router" in row for row in records(home / "own"))  # no w was returned
-    state = state_of(home / "own")
-    check_equal(state, state_of(home / "whole"))
-    assert state["norm.num_batches_tracked"] > 0 and torch.equal(state["table"], state["again"])
-    assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
-    evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
-    assert "4 instances" in run(*evaluate, "--method", "own.py:Gated", cwd=home)
-    explore = ("experiments/explorer.py", "--run", "own", "--method", "own.py:Gated")
-    assert "own: has no sample router" in run(*explore, cwd=home, code=2)  # that of OrchMoE
-
-
 # --------------------------------------------------------------------- what a constructor may draw
 
 DRAWS = OWN.replace(
@@ -292,24 +268,19 @@ DRAWS = OWN.replace(
 
 def test_what_the_constructor_draws_with_generator_is_the_same_when_loaded(home):
     (home / "own.py").write_text(DRAWS)
-    run("train.py", *SHORT, "--method", "own.py:ByTask", "--out", "own", cwd=home)
+    run("train.py", *BRIEF, "--method", "own.py:ByTask", "--out", "own", cwd=home)
     losses = [row["dev_loss"] for row in records(home / "own") if "dev_loss" in row]
     base, adapters, tokenizer = load(CPU, run_dir=home / "own")
     config = read_config(home / "own").section(DataConfig, "dataset")
-    dev = data.subsample(data.load_sets(config, tokenizer, ["dev"])["dev"], 8)
+    dev = data.subsample(data.load_sets(config, tokenizer, ["dev"])["dev"], 2)
     assert measure(base, adapters, dev, batch_size=16)[0] == min(losses)
 
 
 def test_what_the_constructor_draws_without_generator_is_refused_when_loaded(home):
     (home / "own.py").write_text(DRAWS.replace(", generator=generator", ""))
     method = ("--method", "own.py:ByTask")
-    run("train.py", *SHORT, *method, "--out", "own", cwd=home)
-    for words in (
-        (*RESUME, "own"),
-        ("eval.py", "--run", "own", "--device", "cpu"),
-        ("eval.py", "--run", "own", "--device", "cpu", "--ask", "What?", "--input", "a"),
-        ("experiments/explorer.py", "--run", "own"),
-    ):
+    run("train.py", *BRIEF, *method, "--out", "own", cwd=home)
+    for words in ((*RESUME, "own"), ("eval.py", "--run", "own", "--device", "cpu")):
         said = run(*words, *method, cwd=home, code=2)
         assert "the method computes something else than when this was saved; rest" in said
 
@@ -317,18 +288,12 @@ def test_what_the_constructor_draws_without_generator_is_refused_when_loaded(hom
 # ---------------------------------------------------------------------------------------- refusals
 
 WITHOUT_RATE = OWN.replace('    rates = Method.rates | {"table": "allocation"}\n', "")
-WRONG_RATE = OWN.replace('"allocation"', '"lr_table"')
 BAD_FILES = {
     "a file that does not exist": (None, "own.py: does not exist; give --method FILE.py:Class"),
     "no Python": ("def", "own.py: SyntaxError: .*; correct the file"),
     "no such class": ("", "own.py: has no class ByTask that is an orchmoe.Method"),
-    "another class": ("class ByTask: pass", "own.py: has no class ByTask that is"),
     "no rate": (
         WITHOUT_RATE,
-        "ByTask.rates: table needs one of skills, router, token_router, allocation",
-    ),
-    "an unknown rate": (
-        WRONG_RATE,
         "ByTask.rates: table needs one of skills, router, token_router, allocation",
     ),
     "too few Linears": (
@@ -347,10 +312,6 @@ BAD_FILES = {
         OWN.replace("c=logits.softmax(-1)", "c=noise[:1].transpose(0, 1), shared=True"),
         "ByTask.route: with shared=True all samples must have the same weights, but two batches",
     ),
-    "too few skills": (
-        OWN.replace("c=logits.softmax(-1)", "c=logits.softmax(-1)[..., 1:]"),
-        r"ByTask.route: expected c \(N,B,S\) = \(20,2,4\), .*, got \(20, 2, 3\)",
-    ),
     "a state that no file can hold": (
         OWN + "\n    def get_extra_state(self):\n        return self\n",
         "--method ByTask: AttributeError: .*; give it a state of plain tensors",
@@ -368,7 +329,7 @@ def test_a_file_that_is_no_method_is_refused_in_one_line(source, message, home):
         (home / "own.py").unlink()
     else:
         (home / "own.py").write_text(source)
-    flags = (*SHORT, "--method", "own.py:ByTask", "--out", "run")
+    flags = (*BRIEF, "--method", "own.py:ByTask", "--out", "run")
     said = run("train.py", *flags, cwd=home, code=2)
     assert re.match(f"train.py: error: {message}", said) and said.count("\n") == 1, said
     assert not (home / "run").exists()
@@ -384,7 +345,7 @@ def test_a_bug_in_the_file_keeps_its_traceback(home):
 
 def test_the_name_of_a_built_in_method_is_refused(home):
     (home / "own.py").write_text(OWN.replace("ByTask", "lora"))
-    said = run("train.py", *SHORT, "--method", "own.py:lora", cwd=home, code=2)
+    said = run("train.py", *BRIEF, "--method", "own.py:lora", cwd=home, code=2)
     assert "own.py:lora: a built-in method has this name; rename the class" in said
 
 
@@ -426,44 +387,12 @@ def test_a_program_that_cannot_use_it_says_so(words, message, own, home):
     assert message in said and said.count("\n") == 1
 
 
-class RouterAlone(Method):
-    """It has a TaskRouter, but no allocation matrices."""
-
-    rates = Method.rates | {"router": "router"}
-
-    def __init__(self, linears, skills, config, *, width, **options):
-        super().__init__()
-        self.router = TaskRouter(width, config)
-
-    def route(self, *inputs, **options):
-        return Routing(c=torch.ones(1, 1, 4), shared=True)
-
-
-def test_progress_with_the_start_of_a_router_loads(tmp_path):
-    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    adapters = attach(base, OrchMoEConfig(targets=("0",)), method=RouterAlone)
-    optimizer = torch.optim.SGD(adapters.parameter_groups()["skills"])
-    run_folder = RunFolder(tmp_path)
-    run_folder.save_progress(3, 1.0, adapters, optimizer, torch.full((5, 8), 1 / 8))
-    assert run_folder.load_progress(adapters, optimizer, 5)[0] == 3
-    with pytest.raises(UserError, match="initial_w does not fit the dev examples"):
-        run_folder.load_progress(adapters, optimizer, 6)
-
-
 def test_linears_must_not_share_a_parameter():
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     adapters = attach(base, OrchMoEConfig(targets=("0", "1")))
     base[1].skill_A = base[0].skill_A
     with pytest.raises(ValueError, match="two Linears train the same parameter"):
         adapters.parameter_groups()
-
-
-def test_a_method_may_be_derived_from_a_baseline(home):
-    (home / "own.py").write_text("import baselines\n\n\nclass Mine(baselines.Poly):\n    pass\n")
-    load_method(f"{home / 'own.py'}:Mine")
-    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    adapters = attach_method("Mine", base, OrchMoEConfig(targets=("0",)), num_tasks=2)
-    assert type(adapters.method).__name__ == "Mine"
 
 
 def test_only_a_method_that_does_not_mix_by_sample_adapts_the_head(small_t5, monkeypatch):
@@ -490,20 +419,12 @@ def by_sample(self, embeddings, mask, **options):
     return Routing(c=torch.ones(1, len(embeddings), 4))
 
 
-def test_route_refuses_w():
-    load_method(HYDRA)
-    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    adapters = attach_method("HydraLoRA", base, OrchMoEConfig(targets=("0",)))
-    with pytest.raises(ValueError, match="w: HydraLoRA has no weights of abstract tasks"):
-        adapters.route(w=torch.ones(4))
-
-
 def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
     (home / "own.py").write_text(
         "from orchmoe import OrchMoE\n\n\nclass Mine(OrchMoE):\n    pass\n"
     )
     method = ("--method", "own.py:Mine")
-    run("train.py", *SHORT, "--steps", "3", *method, "--out", "run", cwd=home)
+    run("train.py", *BRIEF, *method, "--out", "run", cwd=home)
     baselines.OWN_METHODS.clear()
     explore = ("experiments/explorer.py", "--run", "run")
     assert "--method FILE.py:Mine" in run(*explore, cwd=home, code=2)

@@ -161,7 +161,7 @@ def test_test_rows_need_no_training_rows(tmp_path, tiny_words, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("count", [40, 60, 100, 200, 1000])
+@pytest.mark.parametrize("count", [40, 200, 1000])
 def test_small_files_have_rows_in_all_sets(tmp_path, tiny_words, count):
     path = write_rows(tmp_path / "own.jsonl", own_rows(count // 2) + own_rows(count, task="t"))
     for wrapper in (False, True):

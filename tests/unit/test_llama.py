@@ -6,7 +6,6 @@ parity/test_transformers.py compares loss, greedy tokens and folders with those 
 """
 
 import copy
-import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import eval as evaluation
-from baselines import without_adapters
 from helpers import (
     LLAMA3_ROPE,
     LLAMA_SIZES,
@@ -37,23 +35,11 @@ from llama import LlamaConfig, causal_attention
 from support import runtime
 
 
-def test_predictions_end_at_any_eos(llama_pair, llama_batch):
-    """Rows are padded with the first EOS, which must not become part of a prediction."""
-    own = copy.deepcopy(llama_pair[1])
-    free = own.generate(*llama_batch[:2], max_new_tokens=6).tolist()
-    eos_ids = (free[1][0], free[2][2])  # so that a row ends at once, and another in the middle
-    own.config = dataclasses.replace(own.config, eos_ids=eos_ids)
-    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0], eos_ids=eos_ids, size=9)
-    expected, examples = [], []
-    for row, (source, target) in zip(free, rows_of(llama_batch), strict=True):
-        ends = [i for i, token in enumerate(row) if token in eos_ids]
-        expected.append(row[: min(ends, default=6)])
-        examples.append(make_example("", source[0].tolist(), target.tolist()))
-    ended = own.generate(*llama_batch[:2], max_new_tokens=6)[1]
-    assert set(ended.tolist()) == {eos_ids[0]}
-
-    adapters = without_adapters(own)
-    assert evaluation.predict(own, adapters, examples, words, max_new_tokens=6) == expected
+def test_predictions_end_before_any_eos():
+    base = SimpleNamespace(config=SimpleNamespace(eos_ids=(3, 5)))
+    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0])
+    tokens = torch.tensor([[7, 5, 8, 3], [3, 3, 3, 3], [7, 8, 9, 6]])
+    assert evaluation.decoded(tokens, base, words) == [[7], [], [7, 8, 9, 6]]
 
 
 def test_cached_logits_equal_the_teacher_forced_ones(llama_pair, llama_batch):
@@ -242,21 +228,14 @@ def test_the_programs_train_a_whole_decoder_only_model(tmp_path, corpus):
     assert "answer: " in out
 
 
-ASK = [*"--model model --device cpu --ask Go. --input".split(), "x" * 600]
-BEYOND_THE_MODEL = [
-    ("train.py", SHORT, {"max_position_embeddings": 300}, "the model has 300 positions"),
-    ("train.py", SHORT, {"vocab_size": 400}, "it has 500 tokens, the model 400; that in"),
-    ("train.py", SHORT, {"eos_token_id": [2, 7]}, "eos_token_id: config.json says (2, 7)"),
-    ("eval.py", ASK, {}, "but the model has 512 positions"),
-]
-
-
-@pytest.mark.parametrize("program, flags, changes, message", BEYOND_THE_MODEL)
-def test_examples_beyond_the_model_are_refused(tmp_path, corpus, program, flags, changes, message):
-    write_decoder(tmp_path / "model", write_words, corpus, **(SIZES | changes))
-    *_, error = run(program, *flags, cwd=tmp_path, code=2).splitlines()
-    assert error.startswith(f"{program}: error: ") and message in error
+def test_examples_beyond_the_model_are_refused(tmp_path, corpus):
+    sizes = SIZES | {"max_position_embeddings": 300}
+    write_decoder(tmp_path / "model", write_words, corpus, **sizes)
+    message = "but the model has 300 positions"
+    assert message in run("train.py", *SHORT, cwd=tmp_path, code=2)
     assert not (tmp_path / "run").exists()
+    ask = [*"--model model --device cpu --ask Go. --input".split(), "x" * 600]
+    assert message in run("eval.py", *ask, cwd=tmp_path, code=2)
 
 
 GPUS = [
@@ -334,3 +313,13 @@ def test_rows_that_need_more_positions_than_there_are_are_refused():
         base.hidden(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="65 positions, but the model has 64"):
         evaluation.require_fit(base, words, [example], max_new_tokens=6)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    base = small_model("llama2")  # of 97 tokens, with EOS 3
+    words = SimpleNamespace(eos_ids=(3,), size=98)
+    with pytest.raises(ValueError, match="it has 98 tokens, the model 97; that in"):
+        evaluation.require_fit(base, words, [])
+    words = SimpleNamespace(eos_ids=(2, 7), size=97)
+    with pytest.raises(ValueError, match=r"eos_token_id: config.json says \(3,\)"):
+        evaluation.require_fit(base, words, [])

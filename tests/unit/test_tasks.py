@@ -234,11 +234,10 @@ def test_rows_stay_in_their_sets_when_lines_are_added():
         assert texts <= more[name]
 
 
-@pytest.mark.parametrize("prefix", ["Say", "Tell", "Name"])
-@pytest.mark.parametrize("count", [1, 7, 40, 60, 100, 200, 300, 1000])
-def test_small_sets_of_rows_are_filled_up_in_the_order_of_the_hash(count, prefix):
+@pytest.mark.parametrize("count", [1, 7, 40, 100, 200, 1000])
+def test_small_sets_of_rows_are_filled_up_in_the_order_of_the_hash(count):
     """This counts in another way than RowSplit: in a list of (hash % 100, hash)."""
-    hashes = {text: hash_of(text) for text in (f"{prefix} {i}." for i in range(count))}
+    hashes = {text: hash_of(text) for text in (f"Say {i}." for i in range(count))}
     order = sorted(hashes, key=lambda text: (hashes[text] % 100, hashes[text]))
     dev = [text for text in order if hashes[text] % 100 < 2]
     dev = order[: max(len(dev), min(8, count // 5))]
@@ -246,7 +245,7 @@ def test_small_sets_of_rows_are_filled_up_in_the_order_of_the_hash(count, prefix
     in_range = [text for text in rest if hashes[text] % 100 < 6]
     seen = rest[: max(len(in_range), min(16, count // 5))]
 
-    sets, filled = split(count, prefix)
+    sets, filled = split(count)
     assert sets["dev"] == set(dev)
     assert sets["seen"] == set(seen)
     own = (sum(hash_of(t) % 100 < 2 for t in order), sum(hash_of(t) % 100 < 6 for t in order))
