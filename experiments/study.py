@@ -159,7 +159,7 @@ class Cell(NamedTuple):
 
     def made_with(self) -> dict[str, Any]:
         """Return all that the numbers depend on. Fingerprints replace paths."""
-        values = plain_values(self.settings)
+        values = json.loads(json.dumps(self.settings.as_flags()))  # as JSON has them
         for name in run_folder.PATHS:
             values.pop(name, None)
         of_row = {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
@@ -171,11 +171,6 @@ class Cell(NamedTuple):
             require_saved(self.path, {"row": self.name, **self.made_with()})
         if (self.folder / "config.json").exists() and self.row.trains:
             require_saved(self.folder / "cell.json", self.made_with())
-
-
-def plain_values(settings: train.Settings) -> dict[str, Any]:
-    """Return all settings by name, as JSON has them."""
-    return json.loads(json.dumps(settings.as_flags()))
 
 
 def require_saved(path: Path, expected: dict[str, Any]) -> None:
@@ -350,8 +345,8 @@ def by_prompt(
     """
     found = {}
     for i, example in enumerate(examples):
-        values = {"task": example.task, "rows": 0}
-        of_prompt = found.setdefault((example.task, example.source_ids.tobytes()), values)
+        prompt = example.task, example.source_ids.tobytes()
+        of_prompt = found.setdefault(prompt, {"task": example.task})
         texts = predictions[i], example.references, rules
         row = {
             "rows": 1,
@@ -553,8 +548,8 @@ def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
 class Study:
     """What all cells of a study share.
 
-    settings: those that all rows share; rows change some of them. equal: rows that get
-    extra ranks, so that all of them have one total size.
+    settings: those that all rows share; rows change some of them. equal: rows that get extra ranks,
+    so that all of them have one total size.
     """
 
     def __init__(
