@@ -226,20 +226,14 @@ def train_and_score(
             if not train.train(cell.settings, device, launch, **options):
                 return None
         if not cell.row.w:
-            on_dev = [line for line in log_of(cell.folder) if "dev_loss" in line]
-            best = min(on_dev, key=lambda line: line["dev_loss"])
+            log = program.read_jsonl(cell.folder / "metrics.jsonl")
+            on_dev = [record for _, _, record in log if "dev_loss" in record]
+            best = min(on_dev, key=lambda record: record["dev_loss"])
             result["dev_loss"] = best["dev_loss"]
             result["router"] = best.get("router")
     if cell.scores != "dev":
         result |= score(cell, device, attach_function)
     return result
-
-
-def log_of(folder: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl of a run."""
-    path = folder / "metrics.jsonl"
-    with program.reading(path, "resume the run, which repairs it"):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def steps_done(folder: Path) -> int:
