@@ -462,7 +462,7 @@ def train(
 ) -> Path | None:
     """Train from the start, or from progress.pt in launch.out.
 
-    Return the run folder, or None if a signal stopped the run before its end.
+    Return the path of the run folder, or None if a signal stopped the run before its end.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
     a table. Without it there are no lines of progress, either.
