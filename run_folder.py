@@ -271,21 +271,21 @@ class RunFolder:
     def save_progress(
         self,
         next_step: int,
-        best: float,
+        best_loss: float,
         adapters: Adapters,
         optimizer: Optimizer,
         initial_w: Tensor | None = None,
     ) -> None:
         """Write progress.pt.
 
-        next_step: from which a resumed run goes on. best: the best dev loss. initial_w: the
-        router's w (M,K) of the M dev examples before training.
+        next_step: from which a resumed run goes on. best_loss: the lowest dev loss so far.
+        initial_w: the router's w (M,K) of the M dev examples before training.
         """
         if program.rank() != 0:
             return
         state = {
             "step": next_step,
-            "best": best,
+            "best_loss": best_loss,
             "initial_w": initial_w,
             "log_size": self.log_size(),
             "weights": adapters.state_dict(),
@@ -300,11 +300,11 @@ class RunFolder:
     ) -> tuple[int, float, Tensor | None]:
         """Load the adapters and the optimizer's state from progress.pt, and truncate the log.
 
-        dev_examples: M. Return (next_step, best, initial_w), see `save_progress`.
+        dev_examples: M. Return (next_step, best_loss, initial_w), see `save_progress`.
         """
         state = checkpoint.read_torch(self.progress_path)
         with program.reading(self.progress_path, "restore the file, or start a new run"):
-            for name, expected in (("step", int), ("best", float), ("log_size", int)):
+            for name, expected in (("step", int), ("best_loss", float), ("log_size", int)):
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
             initial_w = state["initial_w"]
@@ -322,7 +322,7 @@ class RunFolder:
         if self.log_size() < state["log_size"]:
             program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         self.truncate_log(state["log_size"])
-        return state["step"], state["best"], initial_w
+        return state["step"], state["best_loss"], initial_w
 
     def save_best(
         self, run_config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
