@@ -660,7 +660,7 @@ def train(
             scores = score_held_out(base, adapters, held_out, tokenizer, settings, config.method)
             all_scores = run.add_scores(config.method, scores)
             sizes = {"train": len(train_set)}
-            sizes |= {which: len(examples) for which, examples in held_out.items()}
+            sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
             print_table(all_scores, run, sizes, settings.dataset.metric_rules)
             if reports_router:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
@@ -673,10 +673,12 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[data.
 
     Each is cut to `limit` examples, evenly spaced (0: all).
     """
-    held_out = {}
-    for name, which in (("dev", "dev"), ("seen", "seen"), ("test", "unseen")):
-        if name in sets:
-            held_out[which] = data.subsample(sets[name], limit)
+    held_out = {
+        "dev": data.subsample(sets["dev"], limit),
+        "seen": data.subsample(sets["seen"], limit),
+    }
+    if "test" in sets:
+        held_out["unseen"] = data.subsample(sets["test"], limit)
     return held_out
 
 
@@ -697,17 +699,16 @@ def score_held_out(
     """Return the scores of the current model on seen and unseen tasks."""
     batch_size = settings.training.eval_batch_size
     scores = {}
-    for which in ("seen", "unseen"):
-        if which not in held_out:
+    for set_name, examples in held_out.items():
+        if set_name == "dev":  # it chooses the best weights, and is not reported
             continue
-        examples = held_out[which]
-        program.print_progress(f"scoring {name} on {len(examples)} {which} rows")
+        program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
         losses = row_losses(
             base,
             adapters,
             examples,
             batch_size=batch_size,
-            description=f"{name}, loss of {which}",
+            description=f"{name}, loss of {set_name}",
         )
         predictions = predict(
             base,
@@ -716,12 +717,13 @@ def score_held_out(
             tokenizer,
             batch_size=batch_size,
             max_new_tokens=settings.dataset.max_new_tokens,
-            description=f"{name}, {which}",
+            description=f"{name}, {set_name}",
         )
-        scores[which] = score(examples, predictions, settings.dataset.metric_rules, losses)
+        scores[set_name] = score(examples, predictions, settings.dataset.metric_rules, losses)
     return scores
 
 
+# The metrics in the table, and their headings.
 TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 
 
@@ -733,14 +735,14 @@ def print_table(
     sizes: how many examples of each set were used.
     """
     headings = ["model"]
-    for which in ("seen", "unseen"):
-        headings += [f"{which} {name}" for name in TABLE.values()]
+    for set_name in ("seen", "unseen"):
+        headings += [f"{set_name} {metric}" for metric in TABLE.values()]
     program.print_line(f"| {' | '.join(headings)} |")
     program.print_line("| --- " * len(headings) + "|")
     for name, scores in all_scores.items():
         cells = [name]
-        for which in ("seen", "unseen"):
-            overall = scores.get(which, {}).get("overall", {})
+        for set_name in ("seen", "unseen"):
+            overall = scores.get(set_name, {}).get("overall", {})
             for metric in TABLE:
                 value = overall.get(metric)
                 digits = 3 if metric == "loss" else 2
@@ -750,10 +752,10 @@ def print_table(
     program.print_line(f"{LOSS_NOTE} (the dev loss above is the mean over tokens)")
     rules = metrics.RULES[metric_rules].description
     program.print_line(f"ROUGE-L and exact match in per cent, by {rules}")
-    counts = ", ".join(f"{size} {which}" for which, size in sizes.items())
+    counts = ", ".join(f"{size} {set_name}" for set_name, size in sizes.items())
     program.print_line(f"rows: {counts}; {run.path} has all scores")
-    for which in ("seen", "unseen"):
-        print_if_few(which, sizes.get(which, 0))
+    for set_name in ("seen", "unseen"):
+        print_if_few(set_name, sizes.get(set_name, 0))
 
 
 def print_router(report: dict[str, float], K: int) -> None:
