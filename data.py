@@ -437,9 +437,10 @@ def _load_list(
     lost = Counter()
     forms = set()
     for tokenised_file in tokenised_files:
-        digest.update(tokenised_file["digest"].encode())
         for task in tokenised_file["tasks"]:
             tokenised_tasks.append(task)
+            # Once per task, as saved runs have it.
+            digest.update(tokenised_file["digest"].encode())
             lost.update(task["lost"])
             forms.update(task["forms"])
 

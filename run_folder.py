@@ -283,10 +283,11 @@ class RunFolder:
         """
         if program.rank() != 0:
             return
+        # The names in the file are those of older versions, whose runs can be resumed.
         state = {
             "step": next_step,
-            "best_loss": best_loss,
-            "initial_w": initial_w,
+            "best": best_loss,
+            "start_w": initial_w,
             "log_size": self.log_size(),
             "weights": adapters.state_dict(),
             "probe": probe(adapters),
@@ -304,12 +305,12 @@ class RunFolder:
         """
         state = checkpoint.read_torch(self.progress_path)
         with program.reading(self.progress_path, "restore the file, or start a new run"):
-            for name, expected in (("step", int), ("best_loss", float), ("log_size", int)):
+            for name, expected in (("step", int), ("best", float), ("log_size", int)):
                 if type(state[name]) is not expected:
                     raise ValueError(f"{name} has the wrong type")
-            initial_w = state["initial_w"]
+            initial_w = state["start_w"]
             if initial_w is not None and len(initial_w) != dev_examples:
-                raise ValueError("initial_w does not fit the dev examples")
+                raise ValueError("start_w does not fit the dev examples")
             weights = state["weights"]
             # Only the moments are loaded. The learning rates are those of the config.
             moments = state["optimizer"]["state"]
@@ -322,7 +323,7 @@ class RunFolder:
         if self.log_size() < state["log_size"]:
             program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         self.truncate_log(state["log_size"])
-        return state["step"], state["best_loss"], initial_w
+        return state["step"], state["best"], initial_w
 
     def save_best(
         self, run_config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer

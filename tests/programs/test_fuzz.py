@@ -177,8 +177,7 @@ def test_safetensors(folder, content):
 
 buffer = io.BytesIO()
 torch.save(
-    {"step": 1, "best_loss": 0.5, "weights": {"Z": torch.ones(2)}, "optimizer": {"state": {}}},
-    buffer,
+    {"step": 1, "best": 0.5, "weights": {"Z": torch.ones(2)}, "optimizer": {"state": {}}}, buffer
 )
 CHECKPOINT = buffer.getvalue()
 

@@ -97,9 +97,9 @@ def test_table_has_each_score_under_its_heading(capsys):
     old = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}  # of a run without the loss
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
-    rows = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
+    all_scores = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
     sizes = {"train": 9, "seen": 40, "unseen": 100}
-    train.print_table(rows, run_folder.RunFolder("run"), sizes, "official")
+    train.print_table(all_scores, run_folder.RunFolder("run"), sizes, "official")
     output = capsys.readouterr().out
     names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
     assert f"| model | seen {names} match |\n| --- | --- |" in output

@@ -218,9 +218,8 @@ def moments(state):
 
 
 OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
-    "no start": lambda state: state.pop("initial_w"),
-    "a start of other examples": lambda state: state.update(initial_w=torch.rand(2, 8)),
-    "no probe": lambda state: state.pop("probe"),
+    "no start": lambda state: state.pop("start_w"),
+    "a start of other examples": lambda state: state.update(start_w=torch.rand(2, 8)),
     "step as text": lambda state: state.update(step="5"),
     "weights as a list": lambda state: state.update(weights=[]),
     "a moment of another shape": lambda state: moments(state).update(exp_avg=torch.zeros(1)),
