@@ -6,7 +6,6 @@ import sys
 import time
 from collections import OrderedDict
 from functools import partial
-from itertools import islice
 from urllib.request import urlopen
 
 import pytest
@@ -110,7 +109,7 @@ def arguments_of(batch, has_encoder):
     }
 
 
-def losses_with_peft(folder, steps, warmup, batch_size, lora_alpha, **data_options):
+def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
     """Yield the loss of each step of a run with transformers, peft and AdamW of torch.
 
     Data, their order and the start of A are those of `train.py`. The model is in eval mode, since
@@ -124,7 +123,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, lora_alpha, **data_optio
     )
     starts = linears_by_hf_name(ours)
     targets = sorted({name.rpartition(".")[2] for name in starts})
-    settings = peft.LoraConfig(r=8, lora_alpha=lora_alpha, target_modules=targets)
+    settings = peft.LoraConfig(r=8, lora_alpha=2, target_modules=targets)
     model = peft.get_peft_model(hf_model(folder), settings).eval()
     for name, linear in starts.items():
         twin = model.base_model.model.get_submodule(name)
@@ -150,7 +149,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, lora_alpha, **data_optio
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, steps, batch_size, length", [("tiny", 100, 16, 1024), ("smollm2", 8, 2, 256)]
+    "name, steps, batch_size, length", [("tiny", 30, 16, 1024), ("smollm2", 4, 2, 256)]
 )
 def test_the_lora_of_the_comparisons_is_that_of_peft(
     name, steps, batch_size, length, request, home
@@ -164,12 +163,8 @@ def test_the_lora_of_the_comparisons_is_that_of_peft(
     run("train.py", *flags, cwd=home)
     found = [record["loss"] for record in records(home / "run") if "loss" in record]
 
-    expected, other = (
-        losses_with_peft(folder, steps, warmup, batch_size, alpha, max_source_length=length)
-        for alpha in (2, 4)
-    )
+    expected = losses_with_peft(folder, steps, warmup, batch_size, max_source_length=length)
     assert found == pytest.approx(list(expected), rel=0, abs=2e-5)
-    assert found[:8] != pytest.approx(list(islice(other, 8)), rel=0, abs=1e-3), "another alpha"
 
 
 # --------------------------------------------------------------------------------- folders for peft
@@ -177,7 +172,7 @@ def test_the_lora_of_the_comparisons_is_that_of_peft(
 K = EXPORT_CONFIG.abstract_tasks
 
 
-@pytest.fixture(params=["tiny", "llama", pytest.param("smollm2", marks=pytest.mark.slow)])
+@pytest.fixture(params=["tiny", "llama"])
 def folder(request, tmp_path):
     if request.param == "tiny":
         return ROOT / "tiny"
@@ -234,6 +229,9 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "folder", ["tiny", "llama", pytest.param("smollm2", marks=pytest.mark.slow)], indirect=True
+)
 def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, tmp_path):
     without = ours(checkpoint.load(folder, dtype=torch.float32))
     # With ranks that differ between Linears.

@@ -184,7 +184,7 @@ def test_llama_folders_go_to_transformers_and_back_bit_for_bit(llama_pair, tmp_p
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(10, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.soak)],
+    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.soak)],
 )
 def test_smollm2_answers_real_prompts_as_in_transformers(count, smollm2_dir, sni_dir):
     own, words = load(smollm2_dir), tokenizer.load(smollm2_dir)

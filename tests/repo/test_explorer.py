@@ -200,18 +200,18 @@ def test_a_row_that_was_pressed_keeps_the_focus(annotated):
 def test_two_tasks_of_one_abstract_task_are_said_to_be_so(annotated):
     explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
     tasks = {task["name"]: task for task in explored["tasks"]}
-    said = set()
+    found = {}  # a sample of each kind
     for number, sample in enumerate(explored["samples"]):
         own = explored["tasks"][sample["task"]]["w"]
         other = tasks[sample["other_task"]]["w"]
         is_same = own.index(max(own)) == other.index(max(other))
-        said.add(is_same)
-        if number % 3 == 0:
-            choose_sample(annotated, number)
-            assert ("same abstract task" in text(annotated, "#about")) == is_same
-            spoken = sample["other_task"].replace("_", " ")
-            assert text(annotated, '[data-row="other"]') == f"another sample: {spoken}"
-    assert said == {True, False}
+        found[is_same] = number
+    assert found.keys() == {True, False}
+    for is_same, number in found.items():
+        choose_sample(annotated, number)
+        assert ("same abstract task" in text(annotated, "#about")) == is_same
+        spoken = explored["samples"][number]["other_task"].replace("_", " ")
+        assert text(annotated, '[data-row="other"]') == f"another sample: {spoken}"
 
 
 def test_a_press_in_the_heat_map_lists_samples_and_one_can_be_tried(annotated):
@@ -227,16 +227,17 @@ def test_a_press_in_the_heat_map_lists_samples_and_one_can_be_tried(annotated):
     assert not annotated.find_element("id", "back").is_displayed()
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
-def test_nothing_is_cut_at_any_width(annotated, width):
-    set_window(annotated, width)
-    assert annotated.execute_script(CUT_PARTS) == []
+def require_whole_at_any_width(browser):
+    """Require that no part of a page is cut, and no word broken."""
+    for width in (390, 768, 1280, 1920):
+        set_window(browser, width)
+        assert browser.execute_script(CUT_PARTS) == [], width
+        assert browser.execute_script(BROKEN_WORDS) == [], width
+    set_window(browser, 1280)
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
-def test_no_word_is_broken_at_any_width(annotated, width):
-    set_window(annotated, width)
-    assert annotated.execute_script(BROKEN_WORDS) == []
+def test_nothing_of_the_annotated_page_is_cut_or_broken(annotated):
+    require_whole_at_any_width(annotated)
 
 
 def test_w_is_in_view_when_the_last_row_is_pressed_on_a_phone(annotated):
@@ -279,20 +280,6 @@ def test_the_page_and_its_drawing_are_dark_at_night(annotated):
 # --------------------------------------------------------------------------------- the served page
 
 
-@pytest.fixture(scope="module", params=["t5", "decoder"])
-def server(request, finished):
-    """Return a server of a run whose answers depend on w."""
-    home = finished
-    if request.param == "decoder":
-        home = request.getfixturevalue("finished_decoder")
-    loaded = explorer.load(home / "run")
-    stir(loaded.adapters, seeded_generator())
-    for linear in loaded.adapters.linears.values():
-        linear.skill_B.data *= 10
-    with serving(loaded) as server:
-        yield server
-
-
 @contextmanager
 def serving(loaded):
     """Yield a server of a run."""
@@ -302,6 +289,24 @@ def serving(loaded):
         yield server
         server.shutdown()
         thread.join()
+
+
+@contextmanager
+def serving_stirred(run_dir):
+    """Yield a server of a run whose answers depend on w."""
+    loaded = explorer.load(run_dir)
+    stir(loaded.adapters, seeded_generator())
+    for linear in loaded.adapters.linears.values():
+        linear.skill_B.data *= 10
+    with serving(loaded) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(finished):
+    """Return a server of a T5."""
+    with serving_stirred(finished / "run") as server:
+        yield server
 
 
 def request(server, method="POST", path="/", body=None, **headers):
@@ -320,13 +325,22 @@ def request(server, method="POST", path="/", body=None, **headers):
 QUESTION = {"prompt": "Definition: Say yes.", "references": ["yes"], "w": None}
 
 
-def test_the_server_answers_with_the_given_w(server):
+def require_answers_with_the_given_w(server):
     own = json.loads(request(server, body=QUESTION)[1])
     assert sum(own["w"]) == pytest.approx(1, abs=1e-3)
     again = json.loads(request(server, body=QUESTION | {"w": own["w"]})[1])
     assert again["result"][0] == own["result"][0]
     off = json.loads(request(server, body=QUESTION | {"w": [0.0] * 8})[1])
     assert off["result"][1] != pytest.approx(own["result"][1], abs=1e-3)
+
+
+def test_the_server_answers_with_the_given_w(server):
+    require_answers_with_the_given_w(server)
+
+
+def test_the_server_of_a_decoder_answers_with_the_given_w(finished_decoder):
+    with serving_stirred(finished_decoder / "run") as server:
+        require_answers_with_the_given_w(server)
 
 
 def test_an_answer_is_right_if_it_is_any_of_the_references(server):
@@ -355,19 +369,14 @@ def test_the_server_refuses_others(server):
 WRONG = [
     (b"{", "request: "),
     (b"[" * 50_000, "request: "),
-    ([1], "request: "),
     ({"prompt": 3}, "request: "),
     ({"prompt": " \n"}, "prompt: it is empty"),
-    ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to (64|512)"),
+    ({"prompt": "a b " * 2000}, "prompt: .* tokens; give 1 to 64"),
     ({"references": ["a b " * 2000]}, "reference: .* tokens; give 1 to 128"),
     ({"references": [3]}, "request: "),
-    ({"references": None}, "request: "),
-    ({"w": 1.0}, "w: .*give 8 finite numbers"),
-    ({"w": "1"}, "w: .*give 8 finite numbers"),
     ({"w": [1.0]}, "w: .*give 8 finite numbers"),
     ({"w": [float("nan")] * 8}, "w: .*give 8 finite numbers"),
     ({"w": [10**400] + [0] * 7}, "w: .*give 8 finite numbers"),
-    ({"w": [[[1.0]]] * 8}, "w: .*give 8 finite numbers"),
 ]
 
 
@@ -477,7 +486,6 @@ def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
 
 
 REFUSED = [
-    ("", "Type a prompt first."),
     (" \n", "Type a prompt first."),
     ("a b " * 2000, "tokens; give 1 to "),
     ("a b " * 30_000, "bytes; give at most 100000"),
@@ -509,11 +517,8 @@ def test_a_server_that_is_gone_is_said_so(served):
     wait(served, lambda: "The server does not answer" in text(served, "#status"))
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
-def test_nothing_of_the_served_page_is_cut(served, width):
-    set_window(served, width)
-    assert served.execute_script(CUT_PARTS) == []
-    assert served.execute_script(BROKEN_WORDS) == []
+def test_nothing_of_the_served_page_is_cut_or_broken(served):
+    require_whole_at_any_width(served)
 
 
 def test_the_served_page_has_a_title_in_words_and_leads_to_the_annotated_page(served):
@@ -532,24 +537,26 @@ def test_the_server_has_what_the_annotated_page_leads_to(server):
     assert request(server, body=QUESTION, path="/evidence.md")[0] == 404
 
 
+def open_page(browser, explored, folder):
+    """Show the page of these numbers, without a server."""
+    path = folder / "page.html"
+    path.write_text(explorer.page(explored), encoding="utf-8")
+    browser.get(path.as_uri())
+
+
 def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     nasty = "<!-- <script></script><b>"
     explored["samples"][0]["input"] = nasty
-    section = explorer.section(explored)
-    assert "<!--" not in section
-    path = tmp_path / "page.html"
-    path.write_text(explorer.page(explored), encoding="utf-8")
-    browser.get(path.as_uri())
+    assert "<!--" not in explorer.section(explored)
+    open_page(browser, explored, tmp_path)
     assert browser.find_element("id", "input").text == nasty
 
 
 def test_another_sample_of_the_same_task_is_said_to_be_so(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     explored["samples"][0]["other_task"] = explored["tasks"][0]["name"]
-    path = tmp_path / "page.html"
-    path.write_text(explorer.page(explored), encoding="utf-8")
-    browser.get(path.as_uri())
+    open_page(browser, explored, tmp_path)
     assert text(browser, "#about").endswith("The other sample below is of the same task.")
 
 
@@ -644,9 +651,7 @@ def test_the_page_says_why_it_opens_with_its_sample(server, browser, tmp_path):
     }
     for changed, words in reasons.items():
         explored["chosen"] = {"kind": "seen", "tried": 12, "changed": changed}
-        path = tmp_path / "page.html"
-        path.write_text(explorer.page(explored), encoding="utf-8")
-        browser.get(path.as_uri())
+        open_page(browser, explored, tmp_path)
         assert words in text(browser, "#about")
         choose_sample(browser, 5)
         assert "tried" not in text(browser, "#about")
@@ -707,9 +712,7 @@ def test_more_rows_than_can_be_chosen_are_evenly_spaced(own_server, monkeypatch,
     monkeypatch.setattr(explorer, "SHOWN_ROWS", 3)
     explored = explorer.collect(own_server.loaded) | {"is_jsonl": True}
     assert [sample["row"] for sample in explored["samples"][3:]] == [0, 2, 4, 6, 7, 8]
-    path = tmp_path / "page.html"
-    path.write_text(explorer.page(explored), encoding="utf-8")
-    browser.get(path.as_uri())
+    open_page(browser, explored, tmp_path)
     groups = browser.find_elements("css selector", "#sample optgroup")
     labels = [group.get_attribute("label") for group in groups]
     assert labels[1] == "unseen: rows of the test file, 6 of 10"
@@ -752,12 +755,8 @@ def test_abstract_tasks_are_described_by_the_prompts_that_have_most_of_them(own_
     assert own_page.switch_to.active_element == button
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
-def test_nothing_of_the_page_of_own_rows_is_cut_or_broken(own_page, width):
-    set_window(own_page, width)
-    assert own_page.execute_script(CUT_PARTS) == []
-    assert own_page.execute_script(BROKEN_WORDS) == []
-    set_window(own_page, 1280)
+def test_nothing_of_the_page_of_own_rows_is_cut_or_broken(own_page):
+    require_whole_at_any_width(own_page)
 
 
 def ask(loaded, answer, **question):
