@@ -7,7 +7,7 @@ from examples import minimal
 from helpers import records
 from support import runtime
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.mark.slow
