@@ -12,7 +12,6 @@ import torch
 
 import data
 from data import BatchOrder, cached, collate, load_sets
-from experiments.heuristics import copy_heuristic
 from helpers import (
     ROOT,
     count_encodes,
@@ -295,15 +294,6 @@ def test_question_that_is_cut_is_reported(tokenizer, capsys):
     assert not capsys.readouterr().err
     question(tokenizer, "word " * 300, max_source_length=45)
     assert "--max-source-length 45: the end of the input is cut off" in capsys.readouterr().err
-
-
-def test_equal_ids_are_told_apart_by_position(config, repository, tokenizer):
-    rows = [{"id": "same", "input": f"{i}", "output": [f"{i}"]} for i in range(30)]
-    write_task(repository, "task1_a", task_json(Instances=rows))
-    of_task = [e for e in load_sets(config, tokenizer)["train"] if e.task == "task1_a"]
-    inputs = copy_heuristic("copy-input", config.data, of_task)
-    assert inputs == [e.references[0] for e in of_task]
-    assert len(set(inputs)) == 18
 
 
 def test_an_empty_list_is_refused_where_it_is_needed(config, repository, tokenizer):
