@@ -63,7 +63,7 @@ sys.argv = ["train.py", *sys.argv[4:]]
 runpy.run_path(folder + "/train.py", run_name="__main__")
 """
 STAGES = ("moment", "write", "sync", "name", "named")
-COUNTS = {"moment": 5000, "write": 4000, "sync": 9, "name": 9, "named": 9}  # at most
+COUNTS = {"moment": 5000, "write": 1500, "sync": 6, "name": 6, "named": 6}  # at most
 
 
 def soak(home, kills, rng):
