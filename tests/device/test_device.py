@@ -256,7 +256,7 @@ def test_the_check_of_a_gpu_goes_through_every_part(second, monkeypatch):
     assert measured == {
         "attention": 2,
         "waits": 4,
-        "training": 6,
+        "training": 5,
         "decoding": 4,
         "forward": 11,
         "greedy": 1,
