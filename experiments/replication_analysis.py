@@ -1,8 +1,8 @@
 """The planned analysis of the sixteen replicates: a t interval over their means.
 
 See experiments/results/replication/plan.md, and lora_plan.md for the LoRA that was tuned further.
-This program was written before the cells of plan.md were finished, and it exits with 2 until all 32
-cells of its primary outcome are there. Each other row is shown when its sixteen cells are there.
+What it computes was fixed before the cells of plan.md were finished, and it exits with 2 until all
+32 cells of its primary outcome are there. Each other row is shown when its sixteen cells are there.
 
     python -m experiments.replication_analysis       # writes tables.md and replicates.png
 

@@ -268,7 +268,8 @@ def what_would_decide(differences: Paired) -> str:
     more_units = range(U + 1, MOST_TIMES * U + 1)
     enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
     if enough < len(more_units):
-        ways.append(f"{more_units[enough] / U:.2g} times the {over.split()[1]}")
+        name = over.split()[1]  # of the units: "28 tasks and 3 seeds"
+        ways.append(f"{more_units[enough] / U:.2g} times the {name}")
     if ways:
         text = f"If it stays as large as it is, about {' or '.join(ways)} would decide it."
     else:
