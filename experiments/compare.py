@@ -291,11 +291,9 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
     dataset = study.settings.dataset
     _, num_tasks = facts_of(dataset, study.settings.training.model)
-    chosen = ["default"]
-    for name in names or ABLATIONS:
-        needs_tasks = ABLATIONS[name].replaced_router == "task"
-        if name != "default" and (names or num_tasks or not needs_tasks):
-            chosen.append(name)
+    chosen = ["default", *(name for name in names or ABLATIONS if name != "default")]
+    if not names and num_tasks == 0:
+        chosen.remove("told the true task")  # the data do not tell it
     rows = {name: ablation(name, study.settings.adapter) for name in chosen}
     require_possible(study, rows)
 
