@@ -48,7 +48,6 @@ class ExportConfig:
     model: str = ""  # folder of the adapter's base, or where the run's base is now
     data: str = ""  # where the run's data is now, if it has moved; for --mean
     out: str = ""  # folder to write; each LoRA gets a folder inside
-    base: str = ""  # name by which the server knows the base (default: its folder)
     pad_rank: bool = False  # fill ranks up with zeros to the next rank that vLLM supports
     mean: bool = False  # add a LoRA for the mean w of the run's dev set
     w: tuple[str, ...] = ()  # add a LoRA for these K weights; if the first is negative: --w=-1,2
@@ -249,7 +248,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         routings["mean"] = mean_routing(config, run_config, base, adapters, tokenizer)
 
     ranks = VLLM_RANKS if config.pad_rank else ()
-    base_name = config.base or str(Path(base_folder).resolve())
+    base_name = str(Path(base_folder).resolve())
     for name, w in routings.items():
         rank = save_peft(adapters, w, out / name, base_name, ranks=ranks)
     program.print_line(

@@ -506,6 +506,7 @@ REFUSED = {
     "noise": (make_trainer, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: "),
     "a head": (make_trainer, {"model": with_a_trained_head()}, "lm_head.weight requires"),
     "packing": (make_sft, {"packing": True, "max_length": 64}, "packing: "),
+    "padding_free": (make_sft, {"padding_free": True, "max_length": None}, "packing: "),
 }
 
 

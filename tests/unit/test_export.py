@@ -126,9 +126,8 @@ def test_fingerprint_is_that_of_the_weights_under_any_names():
 
 def test_program_takes_given_weights(finished, tmp_path):
     w = torch.tensor([-1.0, 2, 0, 0, 0, 0, 0, 0.5])
-    arguments = ("--w=" + ",".join(map(str, w.tolist())), "--base", "google/flan-t5-base")
-    run(EXPORT, "--run", "run", "--out", tmp_path / "out", *arguments, cwd=finished)
-    assert config_of(tmp_path / "out/w")["base_model_name_or_path"] == "google/flan-t5-base"
+    given = "--w=" + ",".join(map(str, w.tolist()))
+    run(EXPORT, "--run", "run", "--out", tmp_path / "out", given, cwd=finished)
     _, adapters, _ = load_run(finished / "run")
     save_peft(adapters, w, tmp_path / "expected", "base")
     check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
