@@ -58,7 +58,8 @@ class LoRA(Method):
 
     def __init__(self, linears: Linears, skills: Skills, config: OrchMoEConfig, **_options: Any):
         super().__init__()
-        c = skills[0]["skill_A"].new_ones(len(linears), 1, 1)  # (N,1,1): there is one skill
+        A = skills[0]["skill_A"]  # of the first Linear
+        c = A.new_ones(len(linears), 1, 1)  # (N,1,1): there is one skill
         self.register_buffer("c", c, persistent=False)
 
     @classmethod
@@ -358,7 +359,8 @@ def require_routing(adapters: Adapters) -> None:
 def probe(adapters: Adapters) -> list[list[float]]:
     """Return what the method computes from a fixed batch: two numbers for each adapted Linear.
 
-    They are sums of the c of its skills and of their output, with fixed weights.
+    They are sums of the c of its skills and of their output, each value times a fixed coefficient.
+    They are saved with the weights, so that these are not loaded into a method that has changed.
     """
     if not adapters.linears:
         return []
@@ -409,6 +411,7 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
+    With "full" all weights of `module` train, and nothing is attached.
     method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id. Raise
     ValueError for an unknown name, a missing T, or targets that the method cannot adapt.
     """

@@ -164,7 +164,7 @@ class Example(NamedTuple):
     task: str
     category: str
     source_ids: np.ndarray  # (L,) int32
-    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; a question has EOS
+    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; for --ask only EOS
     references: list[str]
     task_index: int = -1  # index among the training tasks, -1 for other tasks
     position: int = -1  # index in Instances of the task file (unique, unlike id); -1 without a file
@@ -439,13 +439,11 @@ def _load_list(
     for tokenised_file in tokenised_files:
         for task in tokenised_file["tasks"]:
             tokenised_tasks.append(task)
-            # Once per task, as saved runs have it.
+            # The digest of the file, once for each of its tasks: saved runs have it like this.
             digest.update(tokenised_file["digest"].encode())
             lost.update(task["lost"])
             forms.update(task["forms"])
 
-    if "train" not in wanted:
-        del lost["target"]  # nothing trains on these; the metrics read the references uncut
     _warn_of_lost(lost, config, paths[0] if config.is_jsonl else config.data)
 
     task_names = sorted(task["name"] for task in tokenised_tasks)

@@ -103,8 +103,8 @@ def predict(
 ) -> list[str]:
     """Return greedy predictions in the order of the examples. For w see `routed_batches`."""
     require_fit(base, tokenizer, examples, max_new_tokens)
-    # The parameters of a sharded base are DTensors, which have to_local. All processes gather them
-    # at every token, so no process may stop generating before all can.
+    # The parameters of a sharded base are DTensors, which have `to_local`. All processes gather
+    # them at every token, so no process may stop generating before all can.
     sharded = any(hasattr(parameter, "to_local") for parameter in base.parameters())
     agree = runtime.any_rank if sharded else None
 
@@ -139,7 +139,7 @@ def measure(
     batch_size: int = 64,
     w: Tensor | None = None,
 ) -> tuple[float, Tensor | None]:
-    """Return the loss, and the w (M,K) that was used, on the CPU (None without a sample router).
+    """Return the loss, and the w (M,K) that was used, on the CPU (None if no w was used).
 
     The loss is the cross-entropy of the first reference of each example: the sum in nats over the
     examples of all processes, divided by the number of their target tokens. For the argument w
@@ -359,7 +359,7 @@ class EvalConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # folder of a bare model; with --run: the folder to which its base has moved
     method: str = ""  # FILE.py:Class of a run whose method is from a file
-    ask: str = ""  # instruction to answer instead of scoring; of --data only the form counts
+    ask: str = ""  # instruction to answer; of --data only its kind counts: SNI folder or JSONL
     input: str = ""  # input text for --ask; not needed if the data are a JSONL file
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
@@ -401,7 +401,7 @@ def answer(
     """Print the answer to --ask and --input, and w if there is a sample router."""
     # --ask takes the place of the definition, which a run with --no-definition would leave out.
     data_config = replace(data_config, definition=True)
-    forms = run_config.rule.get("forms", ()) if run_config else ()
+    forms = run_config.rule.get("forms", ()) if run_config else ()  # see data.Examples
     prompts = Prompts(data_config, tokenizer, forms)
     example = data.example_of_question(config.ask, config.input, prompts)
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
@@ -435,7 +435,7 @@ def load_examples(
     if not examples:
         raise UserError(f"--split {config.split}: there is no instance to score; choose another")
     if run_config:
-        if config.split != "test":
+        if config.split != "test" and data_config.is_jsonl:
             run_config.require_same_split(examples.rule)
         list_name = "test" if config.split == "test" else "train"
         saved = run_config.section(DataConfig, "dataset")
@@ -446,6 +446,7 @@ def load_examples(
         saved_limit = saved.max_tasks or math.inf  # 0 stands for all tasks
         fewer_tasks = 0 < data_config.max_tasks < saved_limit
         if not changed:
+            # Only this list was read.
             run_config.require_same(data=run_config.data | {list_name: examples.digest})
         elif changed == {"max_tasks"} and fewer_tasks:
             pass  # a part of the run's files
@@ -461,8 +462,7 @@ def refuse_idle_flags(
     flags: dict[str, Any], config: EvalConfig, data_config: DataConfig, is_full: bool
 ) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    # The metrics read whole references, and the loss reads targets as long as the run trained on.
-    idle = data_config.idle | {"max_target_length"}
+    idle = set(data_config.idle)
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":
@@ -472,9 +472,9 @@ def refuse_idle_flags(
     if config.ask:
         # Of the data settings only those that build the prompt of a question have an effect.
         idle |= {"split", "out", "limit", "batch_size", *vars(data_config)}
-        idle -= {"max_source_length"}
+        idle -= {"data", "max_source_length", "max_target_length"}
         if data_config.is_jsonl:
-            idle -= {"data", "wrapper"}
+            idle -= {"wrapper"}
     else:
         idle.add("input")
     given = sorted(flags.keys() & idle)

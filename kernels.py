@@ -63,7 +63,8 @@ class _LinearWithSkills(torch.autograd.Function):
     ) -> Tensor:
         """Return y (M,O).
 
-        autograd forbids in-place changes to a view that a Function returns, so the caller reshapes.
+        The caller makes (B,L,O) of it: if this returned a view, autograd would forbid the model to
+        change it in place.
         x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,S) or (B or 1,L,S), in any dtype; weight (O,D)
         and bias (O), in x's dtype.
         """
@@ -216,9 +217,10 @@ def mix_heads(
 def compiles_well(*inputs: Any) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
-    torch makes a graph for each combination of: kind of block, one row or more, one token or more,
-    with or without gradients. Rows of one token, and x without a gradient, as in evaluation and in
-    the first block of an adapted model, run uncompiled. That leaves two graphs for each kind.
+    torch makes a graph for each combination of: kind of block, one row or several, one token or
+    several, with or without gradients. Rows of one token, and x without a gradient, as in
+    evaluation and in the first block of an adapted model, run uncompiled. That leaves two graphs
+    for each kind.
     """
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]

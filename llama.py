@@ -222,7 +222,8 @@ def cached_attention(q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
 #     start of generation    whole rows (sources)     gets their tokens none
 #     step of generation     one token of each row    gets that token   (B), of that token
 #
-# The bias (B,1,1,columns) hides the columns behind that token from it.
+# The first step reads the last token of each source once more (d at position 3), for its logits.
+# The bias (B,1,1,columns) hides the columns after that token from it.
 # The start also writes padding to the cache. A row overwrites it before it sees these columns.
 
 

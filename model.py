@@ -85,7 +85,7 @@ def aligned(bias: Tensor) -> Tensor:
     dtype = kernels.autocast_dtype(bias.device)
     if dtype is not None:
         bias = bias.to(dtype)
-    # Also if L % 8 is 0, so that all L have the same strides.
+    # Also if L % 8 is 0: then rows have a gap behind them for every L, and one graph serves all.
     return F.pad(bias, (0, 8 - L % 8))[..., :L]
 
 
@@ -167,8 +167,8 @@ class Backbone(nn.Module):
 
         per_row: return the sum of each row (B,) instead.
         input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
-        Give them on the CPU, where the positions of the labels are known: then the host does not
-        wait for a GPU here. Evaluation gives them on the GPU, since it waits for each loss anyway.
+        Give them on the CPU: to find the positions of labels on a GPU, the host would have to wait
+        for it. Evaluation gives them on the GPU, since it waits for each loss anyway.
         The caller divides by the number of target tokens of its whole step.
         """
         raise NotImplementedError

@@ -419,9 +419,9 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
     """Return k unit vectors (k,D), the centres of points (M,D) by cosine similarity."""
     points = F.normalize(points, dim=-1)
 
-    # k-means++ start: points far from all picked points are more likely to be picked. Distances
-    # count up to 1. It runs on the CPU, like the generator. The clamp keeps the sum positive when
-    # all points are equal.
+    # k-means++ start: points far from all picked points are more likely to be picked. A distance is
+    # 1 - cosine, at most 1. It runs on the CPU, like the generator. The clamp keeps the sum
+    # positive when all points are equal.
     distance = torch.ones(len(points), device="cpu")
     picks = []
     for _ in range(k):
@@ -471,7 +471,7 @@ class SkillLinear(nn.Linear):
     """
 
     skill_base: type = nn.Linear  # the class that the Linear had before
-    skill_base_is_plain: bool  # it computes W0 x + b alone, so `skill_mix` can do that in its call
+    skill_base_is_plain: bool  # it computes only W0 x + b, so `skill_mix` may compute that, too
     skill_A: nn.Parameter  # (S,R,D)
     skill_B: nn.Parameter  # (S,R,O)
     skill_scale: float
@@ -659,7 +659,7 @@ def new_skills(
 # --------------------------------------------------------------------------------- the adapters
 
 
-class Adapters(nn.Identity):  # an Identity, because nn.Sequential calls whatever is attached to it
+class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and must pass x on
     """Add skills to the Linears of `module`, and give them the weights that the method computes.
 
     Only one of routed, disabled, folded, merge and detach can run at a time.

@@ -92,7 +92,8 @@ class RunConfig:
     def require_same_split(self, rule: dict) -> None:
         """Raise UserError if other rows than those of the run are in dev and seen of a JSONL file.
 
-        rule: that of the sets as they are now, see data.Examples.
+        A hash of its prompt decides the set of a row. Other lines in the file can change it only if
+        sets were filled up. rule: that of the sets as they are now, see data.Examples.
         """
         data_config = self.section(DataConfig, "dataset")
         if data_config.is_jsonl and rule.get("filled") != self.rule.get("filled"):
@@ -152,7 +153,8 @@ def load_probed(path: Path, adapters: Adapters, state: dict[str, Tensor], probed
     if not probed:  # an older version saved it, or the run has no adapters
         return
     found = torch.tensor(probe(adapters))
-    # Devices round differently. What a constructor draws anew differs by far more.
+    # Devices round differently. If a constructor drew other random values than in training, the
+    # numbers differ by far more.
     tolerance = 0.02 * expected.abs().amax(dim=0)
     if found.shape != expected.shape or not ((found - expected).abs() <= tolerance).all():
         raise UserError(

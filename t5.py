@@ -109,8 +109,8 @@ def relative_buckets(
 ) -> Tensor:
     """Return the bucket number of each distance = key position - query position.
 
-    Half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
-    If `bidirectional`, each sign has its own half of all buckets; if not, only the past counts.
+    If `bidirectional`, each sign has its own half of all buckets; if not, only the past counts. Of
+    these, half hold one distance each; the others grow logarithmically up to max_distance.
     """
     if bidirectional:
         buckets //= 2

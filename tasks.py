@@ -310,8 +310,8 @@ def plain_prompt(instance):
 def hash_of(text: str) -> int:
     """Return a number that depends only on the text, on any machine.
 
-    runtime.generator hashes numbers, in another way. Neither can replace the other without a change
-    of the sets and batches, or of the noise and start values, of every run.
+    runtime.generator hashes numbers, in another way. These stay two functions: the sets and batches
+    of every run depend on this one, and its noise and start values on the other.
     """
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little")
@@ -433,10 +433,13 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Build all prompts of a run: of its data, of questions, and those that a user types.
+    """Build all prompts of a run: of its data, of questions, and of whole prompts.
+
+    A question is an instruction with an input, see `of_question`. A whole prompt is one text, see
+    `of_text`.
 
     forms: the forms of all rows of the run's JSONL file, see `read_rows`. A question without an
-    input, and a typed prompt, are instructions if all rows are instructions, and else prompts.
+    input, and a whole prompt, count as instructions if all rows are instructions, else as prompts.
 
     In a decoder, an instruction of JSONL ends in an empty line, which the answer follows.
     """

@@ -25,7 +25,7 @@ from support.program import DOWNLOAD, UserError, atomic_write, read_json, readin
 LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"
 
-# Hugging Face's clean_up_tokenization_spaces removes the space before these, in this order.
+# Hugging Face's clean_up_tokenization_spaces removes the spaces around these, in this order.
 CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 # A tokenizer.json may add a space before every text. These replacements in the file prevent it.
@@ -136,8 +136,8 @@ class T5Tokenizer(Tokenizer):
         # Leave out sentinels and <unk>. Control pieces have no text anyway.
         known = [i for i in ids if i < self.num_pieces and not self.sp.is_unknown(i)]
         text = self.sp.decode(known)
-        for spaced in CLEAN_UP:
-            text = text.replace(spaced, spaced.strip())
+        for with_spaces in CLEAN_UP:
+            text = text.replace(with_spaces, with_spaces.strip())
         return text
 
 
@@ -185,7 +185,7 @@ class JsonTokenizer(Tokenizer):
                 self._inside.encode_special_tokens = True
             else:
                 self._inside = self._tokenizer
-                self.target_prefix = " "
+                self.target_prefix = " "  # since it adds none, a spaced target begins with its own
 
     def _read_eos(self):
         """Return the EOS token that tokenizer_config.json names, None without this file."""

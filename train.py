@@ -248,7 +248,7 @@ def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
     """Return the name of the learning-rate field for each kind of parameter that trains."""
     rate_fields = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
     if config.trainable == "mixture":
-        rate_fields["router"] = "lr_allocation"  # a mixture is one row of an allocation
+        rate_fields["router"] = "lr_allocation"  # a mixture is a w of free weights
     return rate_fields
 
 
@@ -394,7 +394,7 @@ def train_step(
     for group in optimizer.param_groups:
         parameters += group["params"]
     for parameter in parameters:
-        if parameter.grad is None:  # no sample here was routed to it
+        if parameter.grad is None:  # no forward pass of this step used it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
@@ -470,8 +470,9 @@ def train(
     """
     config = settings.training
 
-    # Tokenizer and data. "seen" holds new instances of the training tasks. From here on the set
-    # "test", of the test tasks, is called "unseen". Each evaluated set is cut to --eval-instances.
+    # Tokenizer and data. "seen" holds new instances of the training tasks. In `held_out` and in the
+    # scores, "unseen" is the set "test", of the test tasks. Each evaluated set is cut to
+    # --eval-instances.
     tokenizer = load_tokenizer(config.model)
     sets = data.load_sets(settings.dataset, tokenizer)
     train_set = sets["train"]
@@ -511,7 +512,8 @@ def train(
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)
-    # Freeze after sharding: `shard` splits every frozen weight, and adapters must stay whole.
+    # Only after sharding, freeze the adapters that do not train: `shard` splits every frozen
+    # weight, and adapters must stay whole.
     freeze_untrained(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 

@@ -136,7 +136,8 @@ def barrier() -> None:
 def sum_over_ranks(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
     """Replace each tensor by its sum over all processes, in place. Return the sums of the numbers.
 
-    The tensors must have one dtype and device. The numbers take both: all travel in one message.
+    The tensors must have one dtype and device. The numbers are sent in that dtype, from that
+    device, in the same message.
     """
     if not dist.is_initialized():
         return list(numbers)

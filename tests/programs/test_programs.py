@@ -553,7 +553,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
     "train.py --lr-full 3": "--lr-full: --method orchmoe with --router sample does not",
-    f"{TINY} --max-target-length 9": "--max-target-length: it would have no effect here",
     f"{TINY} --input word": "--input: it would have no effect here",
     f"{TINY} --split seen --test x": "--test: it would have no effect here",
     "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
