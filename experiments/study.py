@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -478,7 +479,15 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
         ):
 
             def run(cell, device):
-                return workers.submit(_in_worker, cell, device).result()
+                try:
+                    return workers.submit(_in_worker, cell, device).result()
+                except BrokenProcessPool:
+                    if stopped.is_set():  # the signal ended a worker that was still starting
+                        return False
+                    raise UserError(
+                        f"{cell.path}: a process was killed while cells were made, perhaps since "
+                        "memory ran out; run the same command with fewer --jobs"
+                    ) from None
 
             futures = [waiting.submit(finish, queue, run) for queue in queues]
             try:

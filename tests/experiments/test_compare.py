@@ -467,6 +467,37 @@ def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
     wait_for(lambda: all(cell.path.exists() for cell in cells))
 
 
+def never_notice_signals(cell, device):
+    """Make no cell, as a worker that is still starting."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cell.folder.mkdir()
+    time.sleep(60)
+
+
+def test_a_signal_while_workers_start_is_no_error(tmp_path, forked, monkeypatch, capfd):
+    monkeypatch.setattr(study, "_in_worker", never_notice_signals)
+    cells = [cell_of(tmp_path, name) for name in "cd"]
+    parent = forked.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
+    parent.start()
+    wait_for(lambda: all(cell.folder.exists() for cell in cells))
+    os.kill(parent.pid, signal.SIGTERM)
+    parent.join()
+    assert parent.exitcode == 130
+    output, errors = capfd.readouterr()
+    assert (output, errors) == ("stopped; run the same command to continue\n", "")
+
+
+def end(cell, device):
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_gives_one_line(tmp_path, forked, monkeypatch):
+    cells = [cell_of(tmp_path, name) for name in "cd"]
+    monkeypatch.setattr(study, "run_cell", end)
+    with pytest.raises(program.UserError, match="a process was killed .* with fewer --jobs"):
+        study.run_cells([[cell] for cell in cells], 2, CPU)
+
+
 def wait_for(condition):
     """Wait until the condition holds, for at most a minute."""
     for _ in range(600):
