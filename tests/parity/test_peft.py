@@ -149,7 +149,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, steps, batch_size, length", [("tiny", 30, 16, 1024), ("smollm2", 4, 2, 256)]
+    "name, steps, batch_size, length", [("tiny", 100, 16, 1024), ("smollm2", 8, 2, 256)]
 )
 def test_the_lora_of_the_comparisons_is_that_of_peft(
     name, steps, batch_size, length, request, home
