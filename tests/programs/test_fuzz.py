@@ -1,4 +1,4 @@
-"""Fuzz every reader with damaged input.
+"""Fuzz every reader with damaged input, and the prompt and the metrics with any text.
 
 A reader returns a right answer or raises a ValueError of one line that names the file. Each test
 tries 50 inputs. By hand it tries 10,000 with at most 5 seconds for each:
@@ -13,8 +13,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint
+import metrics
 import tokenizer
 from helpers import (
     LLAMA3_ROPE,
@@ -26,6 +28,7 @@ from helpers import (
     task_json,
     write_words,
 )
+from integrations import peft_folder
 from support import program
 from tasks import read_task, render_prompt
 
@@ -175,6 +178,33 @@ def test_safetensors(folder, content):
         assert all(isinstance(value, str) for value in metadata.values())
 
 
+LORA = program.to_json(
+    {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
+    | dict.fromkeys(["use_dora", "rank_pattern", "modules_to_save"])
+)
+KEY_A = "base_model.model.q.lora_A.weight"
+KEY_B = KEY_A.replace("A", "B")
+FACTORS = {KEY_A: torch.ones(2, 3), KEY_B: torch.ones(3, 2)}
+keys = st.sampled_from([KEY_A, KEY_B, KEY_A.replace("q", "a.q")])
+shapes = st.lists(st.integers(0, 3), max_size=3)
+factors = st.builds(torch.full, shapes, st.sampled_from([1, 1.0, math.nan]))
+
+
+@given(damaged_or_changed(LORA), st.just(FACTORS) | st.dictionaries(keys, factors, min_size=1))
+def test_peft_folders(folder, config, tensors):
+    """A LoRA that is accepted has finite factors in pairs of one rank."""
+    path = folder / "lora"
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_bytes(config)
+    save_file(tensors, path / "adapter_model.safetensors")
+    with refusing(path):
+        lora = peft_folder.load_peft(path)
+        assert 2 * len(lora.factors) == len(tensors) > 0
+        for A, B in lora.factors.values():
+            assert A.shape[0] == B.shape[1] == lora.rank
+            assert A.isfinite().all() and B.isfinite().all()
+
+
 buffer = io.BytesIO()
 torch.save(
     {"step": 1, "best": 0.5, "weights": {"Z": torch.ones(2)}, "optimizer": {"state": {}}}, buffer
@@ -245,3 +275,38 @@ def test_tokenizers(folder, tokenizer_folder, name, drawn):
         assert ids[-1] == found.eos_ids[0]
         assert all(0 <= i < found.size for i in ids)
         found.decode(range(-1, found.size + 1))
+
+
+# ---------------------------------------------------------------------------- prompts and metrics
+
+plain = st.text(st.characters(codec="utf-8"), max_size=60)
+examples = st.lists(
+    st.fixed_dictionaries({"input": plain, "output": plain}, optional={"explanation": plain}),
+    max_size=4,
+)
+
+
+@given(plain, plain, examples, examples, st.booleans(), st.integers(2, 500))
+def test_prompts(definition, text, positive, negative, has_definition, limit):
+    task = {"definition": definition, "positive": positive, "negative": negative}
+
+    def render(**options):
+        return render_prompt(task, {"input": text}, Bytes(), definition=has_definition, **options)
+
+    prompt = render(num_pos=3, num_neg=2, explanation=True, max_source_length=limit)
+    assert len(Bytes().encode(prompt)) <= limit + 1
+    bare = render(num_pos=0, max_source_length=10**6)
+    if len(Bytes().encode(bare)) <= limit:
+        # It fits: nothing of it is lost, and the examples are in between.
+        head, tail = bare.split("Now complete the following example -\n", 1)
+        assert prompt.startswith(head) and prompt.endswith(tail) and len(prompt) >= len(bare)
+    else:
+        assert bare.encode().startswith(prompt.encode())
+
+
+@given(st.text(), st.text())
+def test_metrics(one, other):
+    for rules in metrics.RULES:
+        for metric in metrics.METRICS.values():
+            assert 0 <= metric(one, [other], rules) <= 1
+        assert metrics.exact_match(one, [other, one], rules) == 1

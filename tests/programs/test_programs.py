@@ -408,6 +408,23 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
+def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
+    base = checkpoint.load(ROOT / "tiny")
+    adapters = attach_method("orchmoe", base, OrchMoEConfig(abstract_tasks=2, router_norm="none"))
+    adapters.router.W_task.data.zero_()
+    adapters.router.bias.data = torch.tensor([-0.25, 1.5])
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    config = evaluation.EvalConfig(
+        model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
+    )
+    monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
+    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run_config=None)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "answer: (empty)",
+        "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
+    ]
+
+
 def test_question_has_its_instruction_even_if_the_run_trained_without_definitions(copied):
     change_config(copied, "dataset", definition=False)
     text = (
