@@ -84,7 +84,7 @@ def build_samples(
     tokenizer: Tokenizer,
     config: DataConfig,
 ) -> Iterator[Sample]:
-    """Yield one Sample for each prompt and its answers. tasks.Prompts makes whole prompts.
+    """Yield one Sample for each prompt and its answers. tasks.Prompts makes the prompts.
 
     Every program gets the ids of a prompt here, so that a question has the ids that the same text
     has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
@@ -703,6 +703,7 @@ def batches(
         for start in range(0, len(order), batch_size * ranks):
             indices = order[start : start + batch_size * ranks]
             whole = collate([examples[i] for i in indices])
+            # One piece, which is the whole batch: of it, this process takes its rows.
             rows, own = next(whole.split(1, rank, ranks))
             yield [indices[row] for row in rows], own.to(device)
             bar.update(len(indices))

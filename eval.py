@@ -117,7 +117,8 @@ def predict(
             on_keep=adapters.keep,
             agree=agree,
         )
-        # A process without rows has a dummy batch of one, which zip drops here and below.
+        # A process without rows has a dummy batch of one, which zip drops here and in the
+        # functions below.
         texts.update(zip(rows, decoded(tokens, base, tokenizer), strict=False))
     return in_order(texts)
 
@@ -359,7 +360,7 @@ class EvalConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # folder of a bare model; with --run: the folder to which its base has moved
     method: str = ""  # FILE.py:Class of a run whose method is from a file
-    ask: str = ""  # instruction to answer; of --data only its kind counts: SNI folder or JSONL
+    ask: str = ""  # instruction to answer; of --data, only whether it is JSONL counts
     input: str = ""  # input text for --ask; not needed if the data are a JSONL file
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)

@@ -226,7 +226,8 @@ class Backbone(nn.Module):
         """Return the greedy continuation of sources (B,Ls): only the new tokens (B,n).
 
         A row ends at its first EOS and is padded after it; n <= max_new_tokens. Rows that have
-        ended leave the batch: on_keep(rows) gets the indices (B',) of those that stay.
+        ended leave the batch: on_keep(staying) gets the indices of the others (B',) in the
+        batch as it is then.
 
         agree: for processes that share the weights, since all must take the same number of steps.
         It is called after each step, with True if this process has rows that go on, and returns
@@ -242,8 +243,8 @@ class Backbone(nn.Module):
             newest = self.step(newest, state).argmax(-1)  # (B')
             if not all_ended:  # afterwards, only the steps that other processes still need
                 tokens[alive, t] = newest
-                rows = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
-                all_ended = len(rows) == 0
+                staying = torch.isin(newest, eos_ids, invert=True).nonzero()[:, 0]
+                all_ended = len(staying) == 0
 
             another_step = not all_ended
             if agree is not None:
@@ -253,13 +254,13 @@ class Backbone(nn.Module):
 
             if all_ended:
                 # Other processes go on. One dummy row runs with them; its tokens are discarded.
-                rows = rows.new_zeros(1)
-            if len(rows) < len(alive):
-                alive = alive[rows]
-                newest = newest[rows]
-                state.keep(rows)
+                staying = staying.new_zeros(1)
+            if len(staying) < len(alive):
+                alive = alive[staying]
+                newest = newest[staying]
+                state.keep(staying)
                 if on_keep is not None:
-                    on_keep(rows)
+                    on_keep(staying)
         return tokens[:, : t + 1]
 
     def compile_blocks(self, backend: str = "inductor") -> None:

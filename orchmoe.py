@@ -482,7 +482,7 @@ class SkillLinear(nn.Linear):
     skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
     skill_shared: bool  # set by `routed`: all samples share these weights
     skill_beams: int  # set by `routed`: how many rows of x belong to one sample
-    skill_recorded: bool  # set by `routed`: an export records the routing as well, see is_recording
+    skill_recorded: bool  # set by `routed`: it was opened inside what an export records
     skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
@@ -527,7 +527,7 @@ class SkillLinear(nn.Linear):
             )
 
         if not self.skill_shared:
-            require_visible_samples(self.skill_recorded)
+            refuse_export_and_vmap(self.skill_recorded)
             if len(weights) != len(x):
                 beams = self.skill_beams
                 if len(weights) * beams != len(x):
@@ -602,8 +602,8 @@ def is_recording() -> bool:
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
-def require_visible_samples(routing_is_recorded: bool) -> None:
-    """Raise an error if a transform of torch would give samples the weights of others."""
+def refuse_export_and_vmap(routing_is_recorded: bool) -> None:
+    """Raise an error if torch.export or torch.vmap would give samples the weights of others."""
     if is_recording() and not routing_is_recorded:
         raise RuntimeError(
             "the exported program would route every input as this batch; open `routed` inside the "

@@ -59,14 +59,14 @@ class RunConfig:
 
     run_dir: str  # folder of the run, for its files and messages; not saved
     training: dict  # fields of TrainConfig
-    dataset: dict  # fields of DataConfig
+    dataset: dict  # the data settings: fields of DataConfig
     adapter: dict  # fields of OrchMoEConfig
     tasks: tuple[str, ...]  # training tasks, in the order of their ids
     base: str  # fingerprint of the frozen base
     tokenizer: str  # fingerprint of the tokenizer
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # name of its method and class of its router, see kind_of
-    rule: dict  # how its rows became samples, see data.Examples
+    rule: dict  # facts on how rows of JSONL became samples, {} for SNI; see data.Examples
     start: str  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
@@ -134,9 +134,9 @@ class RunConfig:
 
 
 def kind_of(adapters: Adapters) -> str:
-    """Return the name of the method's kind and of its router's class.
+    """Return a name for what computes the routing: the method, and the class of its router.
 
-    Studies replace the router.
+    The class is part of it since programs in experiments/ put in routers of their own.
     """
     method = adapters.method
     return f"{method.kind or type(method).__name__}, {type(adapters.router).__name__}"
@@ -153,8 +153,8 @@ def load_probed(path: Path, adapters: Adapters, state: dict[str, Tensor], probed
     if not probed:  # an older version saved it, or the run has no adapters
         return
     found = torch.tensor(probe(adapters))
-    # Devices round differently. If a constructor drew other random values than in training, the
-    # numbers differ by far more.
+    # Devices round differently. If a constructor drew other values than in training, and did not
+    # keep them in the state, the numbers differ by far more.
     tolerance = 0.02 * expected.abs().amax(dim=0)
     if found.shape != expected.shape or not ((found - expected).abs() <= tolerance).all():
         raise UserError(
@@ -438,7 +438,7 @@ def load(
     if run_config is not None:
         run_config.require_same(tokenizer=tokenizer.fingerprint)
         data_config = run_config.section(DataConfig, "dataset")
-        # The conditions under which data.load_sets writes "wrapper" and "forms" into the rule.
+        # The same conditions decide in data.py whether "wrapper" and "forms" are in the rule.
         uses_wrapper = data_config.is_jsonl and data_config.wrapper
         uses_forms = tokenizer.one_row and not data_config.is_official
         rule = run_config.rule
@@ -483,7 +483,8 @@ def attach_trained(
         seed = int(run_config.training["seed"])
 
     def attach_to(model: Backbone) -> Adapters:
-        # Stream 0, as in training: a constructor draws the same again.
+        # Stream 0, as in training. The state replaces all parameters, but a method from a file may
+        # draw further values in its constructor, and must draw the same again.
         generator = runtime.generator(seed, 0)
         return attach_function(
             method, model, adapter_config, num_tasks=num_tasks, generator=generator

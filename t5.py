@@ -109,8 +109,8 @@ def relative_buckets(
 ) -> Tensor:
     """Return the bucket number of each distance = key position - query position.
 
-    If `bidirectional`, each sign has its own half of all buckets; if not, only the past counts. Of
-    these, half hold one distance each; the others grow logarithmically up to max_distance.
+    If `bidirectional`, each sign has half of the buckets; if not, the past has all. Of the buckets
+    of a sign, half hold one distance each; the others grow logarithmically up to max_distance.
     """
     if bidirectional:
         buckets //= 2
@@ -204,8 +204,8 @@ class Attention(nn.Module):
         """Return the output of attention (B,L,D) for x (B,L,D).
 
         With `keys_values`, a pair of (B,H,L,E) or one tensor (2,B,H,L,E), this is cross-attention.
-        Without, x attends to itself. If there is a cache, x is added to it first, and x attends to
-        all target tokens in it.
+        Without, x attends to itself. If there is a cache, the keys and values of x are first
+        appended to it, and x attends to all target tokens in it.
         """
         q = self.split_heads(self.q(x))  # (B,H,L,E)
         if keys_values is None:

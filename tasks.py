@@ -433,15 +433,15 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Build all prompts of a run: of its data, of questions, and of whole prompts.
+    """Build the texts that the model reads.
 
-    A question is an instruction with an input, see `of_question`. A whole prompt is one text, see
-    `of_text`.
+    Each is made of an instance of the data, of an instruction with an input (`of_question`), or of
+    a text that a user typed complete (`of_text`).
 
-    forms: the forms of all rows of the run's JSONL file, see `read_rows`. A question without an
-    input, and a whole prompt, count as instructions if all rows are instructions, else as prompts.
-
-    In a decoder, an instruction of JSONL ends in an empty line, which the answer follows.
+    forms: the forms of all rows of the run's JSONL file, "instruction" or "prompt", see
+    `read_rows`. Only a decoder needs them: there the text of an instruction ends in an empty line,
+    which the answer follows. An instruction without an input, and a typed text, count as
+    "instruction" if all rows have this form, and else as "prompt".
     """
 
     config: DataConfig
@@ -450,6 +450,7 @@ class Prompts:
 
     @property
     def _form(self):
+        """Form of a text that names none."""
         return "instruction" if list(self.forms) == ["instruction"] else "prompt"
 
     def _ending(self, form):
@@ -492,7 +493,7 @@ class Prompts:
         return self.of_instance(question, question)
 
     def of_text(self, prompt: str) -> str:
-        """Return a whole prompt that a user typed, with the ending that it may lack."""
+        """Return a text that a user typed, with the ending that it may lack."""
         if prompt.endswith(self.ending):
             return prompt
         return prompt + self.ending

@@ -46,10 +46,11 @@ class Tokenizer:
         that the texts are inside a row, where no space is added before them.
     _decode(ids): return the text of ids that exist.
 
-    In a decoder-only model, prompt and answer are in one row. If `spaced`, as in SNI's form,
-    there is one space between them: a word of the vocabulary includes the space before it, so a
-    space at the end of the prompt is removed, and the answer starts with it. Otherwise both texts
-    are encoded as they stand. T5 reads prompt and answer apart, and `spaced` changes nothing.
+    `spaced` is an argument of `sources` and `targets`, for decoder-only models, which have prompt
+    and answer in one row. It says that one space separates the two, as in SNI's form. A token
+    includes the space before its word, so this space is encoded with the answer: `sources` removes
+    it from the prompt, and `targets` puts it before the answer. Without `spaced` both texts are
+    encoded as they stand. T5 reads prompt and answer apart, and `spaced` changes nothing.
     """
 
     size: int  # every id is below it
@@ -127,7 +128,7 @@ class T5Tokenizer(Tokenizer):
         self.size = self.num_pieces + 100
 
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
-        return self.targets(texts)  # the encoder also reads an EOS
+        return self.targets(texts)  # a source of T5 is encoded like a target, with EOS
 
     def _encode(self, texts, inside=False):
         return self.sp.encode(texts)
