@@ -1,8 +1,9 @@
 """The tokens of the data: from prompts and answers to batches.
 
-tasks.py reads the texts and splits them into sets. Here they become samples of token ids (cached),
-then examples, then batches. The indices of a batch depend only on the source lengths, batch size,
-seed and step.
+tasks.py reads the texts and splits them into sets. Here they become token ids (a Sample for each
+row; the cache keeps them), then an Example for each row, then batches. A list is that of the
+training or of the test tasks, as in tasks.py. The indices of a batch depend only on the source
+lengths, batch size, seed and step.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
@@ -66,7 +67,7 @@ class Sample(NamedTuple):
 
     source: list[int]
     targets: list[list[int]]  # one for each answer
-    is_cut: bool  # the prompt was longer than allowed
+    is_cut: bool  # the prompt was longer than allowed; tasks.render_prompt cuts SNI's before
     cut_targets: int  # the number of answers that were longer than allowed
     has_unknown: bool  # the texts have characters that the tokenizer does not know
 
@@ -167,7 +168,9 @@ class Example(NamedTuple):
     target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; for --ask only EOS
     references: list[str]
     task_index: int = -1  # index among the training tasks, -1 for other tasks
-    position: int = -1  # index in Instances of the task file (unique, unlike id); -1 without a file
+    position: int = (
+        -1
+    )  # index among the instances of its task (unique there, unlike id); -1 for --ask
 
 
 class Examples(list[Example]):
@@ -251,7 +254,7 @@ def _tokenise_task(
     rows: [set, position, id, references] of each row, see Example; as JSON, which is read fast.
     ids: the tokens of all rows in one tensor, for each row the source and then the targets.
     lengths: the number of tokens of each of these sources and targets, in the same order.
-    lost: what the samples lack of their texts, see `_warn_of_lost`.
+    lost: how many sources and targets are cut, and how many rows have unknown characters.
     forms: the different forms of all instances, see `read_rows`.
     """
     instances = task["instances"]

@@ -71,8 +71,8 @@ def routed_batches(
     w (M,K): weights of the abstract tasks to use instead of the router's.
     """
     base.eval()
-    ranks = (program.rank(), program.world_size())
-    for rows, batch in data.batches(examples, batch_size, base.device, description, *ranks):
+    rank, ranks = program.rank(), program.world_size()
+    for rows, batch in data.batches(examples, batch_size, base.device, description, rank, ranks):
         given = None
         if w is not None:
             # For a dummy row any weights will do.

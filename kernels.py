@@ -79,7 +79,7 @@ class _LinearWithSkills(torch.autograd.Function):
 
         if c.dim() == 2:
             c = c.unsqueeze(1)  # (B,1,S): the same for all tokens of a sample
-        c = c.unsqueeze(-1)  # (B or 1,L or 1,S,1): the same for the R columns of a skill
+        c = c.unsqueeze(-1)  # (B or 1, L or 1, S, 1): the same for the R columns of a skill
 
         h = x @ A.T  # (M,SR)
         hc = torch.empty_like(h)  # (M,SR)

@@ -53,7 +53,7 @@ from torch import Generator, Tensor, nn
 VMAP = torch._C._functorch.TransformType.Vmap
 Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
 Linears = dict[str, nn.Linear]  # Linears of a model, by their paths
-Skills = Sequence[dict[str, Any]]  # what each of them gets, see `new_skills`
+Skills = Sequence[dict[str, Any]]  # for each of these Linears: all its skills, see `new_skills`
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,13 @@ class Method(nn.Module):
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # The kind of each parameter: skills, router, token_router or allocation. Each kind has one
-    # learning rate.
+    # Whose learning rate each parameter has: that of the skills, router, token_router or
+    # allocation.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
     # Whether samples differ in their weights. If not, the skills can also be in the output head.
     mixes_by_sample = True
-    kind = ""  # a run is only loaded by the same kind of method (default: the name of the class)
+    kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
 
     @classmethod
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
@@ -277,7 +277,7 @@ class OrchMoE(Method):
         self.config = config
         shape = (len(linears), config.abstract_tasks, config.skills)
         Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))
+        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))  # on the device of the first Linear
         if config.gumbel:
             self.noise_shape = shape
 
@@ -420,7 +420,7 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
     points = F.normalize(points, dim=-1)
 
     # k-means++ start: points far from all picked points are more likely to be picked. A distance is
-    # 1 - cosine, at most 1. It runs on the CPU, like the generator. The clamp keeps the sum
+    # 1 - cosine, capped at 1. It runs on the CPU, like the generator. The clamp keeps the sum
     # positive when all points are equal.
     distance = torch.ones(len(points), device="cpu")
     picks = []
@@ -492,13 +492,13 @@ class SkillLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + bias + scale * sum_s c_s B_s A_s x, (B,...,O) for x (B,...,D)."""
-        rows = x  # (B,L,D)
+        x_3d = x  # (B,L,D)
         if x.dim() != 3:
             batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
             length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
-            rows = x.reshape(batch, length, self.in_features)
-        c = self.skill_c(rows)
-        mix_inputs = (rows, self.skill_A, self.skill_B, c, self.skill_scale)
+            x_3d = x.reshape(batch, length, self.in_features)
+        c = self.skill_c(x_3d)
+        mix_inputs = (x_3d, self.skill_A, self.skill_B, c, self.skill_scale)
         self.skill_visited = True
 
         if self.skill_base_is_plain:
@@ -510,7 +510,7 @@ class SkillLinear(nn.Linear):
             if is_frozen and isinstance(weight, nn.Parameter) and not is_quantised:
                 # The programs pass kernels.mix_skills to `attach`.
                 y = self.skill_mix(*mix_inputs, weight, bias)
-                return y if rows is x else y.view(*x.shape[:-1], self.out_features)
+                return y if x_3d is x else y.view(*x.shape[:-1], self.out_features)
 
         # Otherwise the Linear's own forward computes W0 x + b: its weight is quantised or
         # parametrised, or it trains.
@@ -618,14 +618,14 @@ def refuse_export_and_vmap(routing_is_recorded: bool) -> None:
 
 def new_skills(
     linear: nn.Linear,
-    skills: int,
+    num_skills: int,
     rank: int,
     scale: float,
     mix: Mix,
     generator: Generator | None,
 ) -> dict[str, Any]:
     """Return the attributes that turn `linear` into a SkillLinear. It is not changed."""
-    S, R, D = skills, rank, linear.in_features
+    S, R, D = num_skills, rank, linear.in_features
 
     # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
     bound = 1 / math.sqrt(D)

@@ -248,7 +248,7 @@ class RunFolder:
             self.require_new()
         values = asdict(run_config)
         del values["run_dir"]
-        for section in ("training", "dataset"):
+        for section in ("training", "dataset"):  # they have the paths; `start` above is a digest
             for name in PATHS | {"start"}:
                 path = values[section].get(name)
                 if path:  # so that the run can be resumed from any working folder

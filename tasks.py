@@ -2,7 +2,7 @@
 sets, and the prompt.
 
 Data: Super-NaturalInstructions, arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts
-equal those of the official code. There are no tensors and no tokens here; data.py makes them.
+equal those of the official code. data.py makes tokens of them.
 
 Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
 or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds instances. The flag
@@ -203,18 +203,18 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
 
 
 def split_instances(
-    contents: Sequence[Hashable], name: str, train_instances: int | None
+    contents: Sequence[Hashable], name: str, limit: int | None
 ) -> tuple[list[int], list[int], list[int]]:
     """Return three lists of indices (train, dev, seen) into the instances of a training task.
 
     contents: one value for each instance. Instances with equal values are copies of each other.
-    name: the name of the task, which seeds the shuffle. train_instances: None for all.
+    name: the name of the task, which seeds the shuffle. limit: the largest number of training
+    instances, None for all.
 
-    The n different contents are put in the order of their first copies in the shuffle. The last 20
-    of them give one instance each to "seen", and the 20 before them one each to "dev" (n // 5 each
-    if n < 100). "train" is the first `train_instances` instances, in shuffled order, of all other
-    contents, copies included. So a smaller "train" is the start of a larger one, and no copy of an
-    instance in "dev" or "seen" is in "train".
+    The instances are shuffled, and the first copy of each of the n different contents is found. The
+    last 20 of these are "seen", and the 20 before them "dev" (n // 5 each if n < 100); their other
+    copies are in no set. All other instances, copies included, are for "train", which is the first
+    `limit` of them. So a smaller "train" is the start of a larger one.
     """
     order = list(range(len(contents)))
     random.Random(f"0/{name}").shuffle(order)  # fixed seed "0/...": the sets never change
@@ -230,7 +230,7 @@ def split_instances(
     seen_start = len(unique) - held_out
     training_contents = {contents[i] for i in unique[:dev_start]}
     train = [i for i in order if contents[i] in training_contents]
-    return train[:train_instances], unique[dev_start:seen_start], unique[seen_start:]
+    return train[:limit], unique[dev_start:seen_start], unique[seen_start:]
 
 
 # ------------------------------------------------------------------------------------ rows of JSONL
@@ -310,8 +310,8 @@ def plain_prompt(instance):
 def hash_of(text: str) -> int:
     """Return a number that depends only on the text, on any machine.
 
-    runtime.generator hashes numbers, in another way. These stay two functions: the sets and batches
-    of every run depend on this one, and its noise and start values on the other.
+    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
+    rows and the drawn references depend on this one, noise and start values on the other.
     """
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little")
@@ -416,6 +416,7 @@ def render_prompt(
             if explanation and "explanation" in example:
                 lines.append(_line(" Explanation", example["explanation"]))
             shown = "\n".join(lines) + "\n\n"
+            # The example that is tried follows without a space.
             attempt = checked_head + " ".join(fitting) + shown + tail
             if len(tokenizer.encode(attempt)) > max_source_length:
                 break

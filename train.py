@@ -93,7 +93,7 @@ class TrainConfig:
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
     lr_full: float = 5e-5  # peak learning rate of all weights with --method full
-    warmup: int = 50  # steps of linear warm-up (a tenth of --steps if --steps is not larger)
+    warmup: int = 50  # steps of linear warm-up (a tenth of --steps, unless --steps is larger)
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
@@ -470,8 +470,8 @@ def train(
     """
     config = settings.training
 
-    # Tokenizer and data. "seen" holds new instances of the training tasks. In `held_out` and in the
-    # scores, "unseen" is the set "test", of the test tasks. Each evaluated set is cut to
+    # Tokenizer and data. "seen" holds new instances of the training tasks. The set "test", of the
+    # test tasks, is called "unseen" in `held_out` and in the scores. Each evaluated set is cut to
     # --eval-instances.
     tokenizer = load_tokenizer(config.model)
     sets = data.load_sets(settings.dataset, tokenizer)
@@ -486,7 +486,7 @@ def train(
     # small updates. Autocast then computes the training steps in bfloat16; evaluation stays in
     # float32.
     is_full = config.method == "full"
-    base = checkpoint.mapped(config.model)
+    base = checkpoint.mapped(config.model)  # its weights are views of the files
     base_digest = checkpoint.fingerprint(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, torch.float32 if is_full else device.dtype)
@@ -610,7 +610,7 @@ def train(
                 step_seconds.append(time.monotonic() - started)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
                 record["tokens_per_s"] = round(tokens / step_seconds[-1])
-                run.log(step=step, **record)
+                run.log(step=step, **record)  # counted from 0; messages count from 1
                 postfix["loss"] = f"{record['loss']:.4g}"
                 bar.set_postfix(postfix, refresh=False)
 

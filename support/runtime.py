@@ -60,8 +60,8 @@ def pick_device(
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)
         torch.cuda.set_device(chosen)  # torch chooses the form of attention for the current device
-        # On an H100 torch prefers attention by cuDNN, which plans for tens of milliseconds at each
-        # new shape. Lengths of batches, and of answers while they grow, are always new.
+        # On an H100 torch prefers attention by cuDNN, which makes a plan for each new shape.
+        # Lengths of batches, and of answers while they grow, are always new.
         torch.backends.cuda.enable_cudnn_sdp(False)
         name = torch.cuda.get_device_name(chosen)
         fast_bfloat16 = torch.cuda.get_device_capability(chosen) >= (8, 0)
