@@ -760,10 +760,19 @@ def test_nothing_of_the_page_of_own_rows_is_cut_or_broken(own_page):
 
 
 def ask(loaded, answer, **question):
-    """Return the reply to a question, if the model answers with this text."""
-    with mock.patch.object(evaluation, "predict", return_value=[answer]) as predict:
+    """Return the reply to a question, if the model answers with this text, and predict's options.
+
+    Meanwhile a server may answer a page that is still open, in a thread of its own.
+    """
+    given = {}
+
+    def predict(*_inputs, **options):
+        given[threading.current_thread()] = options
+        return [answer]
+
+    with mock.patch.object(evaluation, "predict", predict):
         reply = explorer.reply(loaded, json.dumps(QUESTION | question).encode())
-    return reply, predict.call_args.kwargs
+    return reply, given[threading.current_thread()]
 
 
 def test_right_follows_the_rules_of_the_data_and_the_page_names_them(server, own_server, own_page):
