@@ -91,7 +91,7 @@ CASES = [  # family, method, router, targets, checkpointed, backend
     ("v1.1", HYDRA_LORA, "none", "q", True, "eager"),
 ]
 SLOW_CASES = [
-    ("v1.1", "mhr", "sample", "all", False, "eager"),
+    ("v1.1", "mhr", "sample", "q", False, "eager"),
     ("llama3", "orchmoe", "token", "all", True, "aot_eager"),
     ("v1.1", "orchmoe", "none", "q", False, "inductor"),
 ]
