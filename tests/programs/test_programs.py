@@ -408,6 +408,33 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
+def test_a_run_of_filled_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
+    """The sets of other data were not filled up, and --ask may take the prompt of other data."""
+    saved = dataclasses.asdict(DataConfig(data=str(ROOT / "sni/own.jsonl")))
+    run_config = run_folder.RunConfig(
+        run_dir="run",
+        training={},
+        dataset=saved,
+        adapter={},
+        tasks=("a",),
+        base="",
+        tokenizer="",
+        data={"train": "digest"},
+        kind="",
+        rule={"filled": "3 17"},
+        start="",
+    )
+    data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
+    config = evaluation.EvalConfig(run="run", split="seen", limit=2)
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    examples, _ = evaluation.load_examples(config, data_config, run_config, tokenizer)
+    assert len(examples) == 2
+    assert "these are not the task files of the run" in capsys.readouterr().err
+
+    config = evaluation.EvalConfig(run="run", ask="Go.", input="word")
+    evaluation.refuse_idle_flags({"data": "sni"}, config, data_config, is_full=False)
+
+
 def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
     base = checkpoint.load(ROOT / "tiny")
     adapters = attach_method("orchmoe", base, OrchMoEConfig(abstract_tasks=2, router_norm="none"))
