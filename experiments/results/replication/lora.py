@@ -1,11 +1,11 @@
-"""Search for the best LoRA of the replicates, then make their cells with it. See lora_plan.md.
+"""Search for the best LoRA of the replicates, then compare OrchMoE with it. See lora_plan.md.
 
 Run it in a clone of commit 554a828, with that clone in PYTHONPATH; lora_plan.md has the commands.
 An interrupted computation continues when it is run again.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +26,14 @@ from experiments.study import (
 )
 
 RESULTS = Path(__file__).parent
-CPU_OF_CELLS = "AMD EPYC, 25, 17"
+COMPARED = RESULTS / "tuned"  # default folder of the cells
 RATES = [1e-3, 1.8e-3, 3.2e-3, 5.6e-3, 1e-2, 1.8e-2, 3.2e-2, 5.6e-2]
 ALPHAS = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
 GRID_RATES = [5.6e-3, 1e-2, 1.8e-2]
 GRID_ALPHAS = [2.0, 4.0, 8.0]
 BEST_POINTS = 3  # that are run with further seeds
 FURTHER_SEEDS = [1, 2]
-DEFAULTS = decision.DEFAULTS | {"out": "results/tuned_lora", "results": str(RESULTS)}
+DEFAULTS = decision.DEFAULTS | {"out": "results/tuned_lora"}
 
 Point = tuple[float, float]  # alpha, rate of the skills
 
@@ -111,10 +111,10 @@ def search(study: Study, data: str) -> Point:
 
 
 def make_cells(config, settings) -> None:
-    """Make the sixteen cells of the chosen LoRA. They print no loss."""
-    if kind_of_cpu() != CPU_OF_CELLS:
-        raise UserError(f"the other cells are of {CPU_OF_CELLS}, and this is {kind_of_cpu()}")
+    """Make the cells of OrchMoE, of the chosen LoRA and of the frozen router. They print no loss."""
     chosen = program.read_json(RESULTS / "lora_chosen.json")
+    if kind_of_cpu() != chosen["cpu"]:
+        raise UserError(f"the search ran on {chosen['cpu']}, and this is {kind_of_cpu()}")
     folders = ("out", "results")  # which are no settings of a cell
     planned = {
         name: replication.DEFAULTS[name] for name in replication.DEFAULTS if name not in folders
@@ -122,8 +122,10 @@ def make_cells(config, settings) -> None:
     settings = changed(settings, planned)
     study = Study(settings, pick_device(config, settings), config, replication.EQUAL)
     draws = replication.planned_draws(study)
-    row = row_of((chosen["alpha"], chosen["lr_skills"]))
-    study.run(replication.cells_to_make(study, draws, {"tuned lora": row}))
+    tuned = row_of((chosen["alpha"], chosen["lr_skills"]))
+    primary = {"orchmoe": replication.EQUAL["orchmoe"], "tuned lora": tuned}
+    for rows in (primary, replication.FROZEN):
+        study.run(replication.cells_to_make(study, draws, rows))
 
 
 def main() -> None:
@@ -133,6 +135,9 @@ def main() -> None:
     if not {"data", "model"} <= flags.keys():
         raise UserError("give --data and --model")
     settings = changed(settings, {"dtype": "bfloat16"})
+    if "results" not in flags:
+        folder = COMPARED if config.stage == "cells" else RESULTS
+        study_config = replace(study_config, results=str(folder))
     if config.stage == "cells":
         make_cells(study_config, settings)
         return
