@@ -1,10 +1,12 @@
-"""The planned analysis of the sixteen replicates: a t interval over their means.
+"""The planned analysis of sixteen replicates: a t interval over their means.
 
-See experiments/results/replication/plan.md, and lora_plan.md for the LoRA that was tuned further.
-What it computes was fixed before the cells of plan.md were finished, and it exits with 2 until all
-32 cells of its primary outcome are there. Each other row is shown when its sixteen cells are there.
+There are two comparisons. In the first the baseline is the LoRA of plan.md, in the second the LoRA
+that was tuned further, of lora_plan.md (both in experiments/results/replication). This program
+exits with 2 until all 32 cells of the primary outcome are there. The frozen router is shown when
+its sixteen cells are there.
 
     python -m experiments.replication_analysis       # writes tables.md and replicates.png
+    python -m experiments.replication_analysis --baseline tuned
 
 Test: pytest tests/experiments/test_replication.py
 """
@@ -13,12 +15,12 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from experiments import tables
-from experiments.replication import EQUAL, FIRST_SEED, FROZEN, REPLICATES, RESULTS
+from experiments.replication import FIRST_SEED, REPLICATES, RESULTS
 from experiments.study import file_name
 from experiments.tables import Difference, interval, publish, signed, table
 from support import program
@@ -26,19 +28,14 @@ from support.program import UserError
 
 MARGIN = 0.02  # nats; a smaller difference counts as none
 SEEDS = range(FIRST_SEED, FIRST_SEED + REPLICATES)
-TUNED = "tuned lora"  # experiments/results/replication/lora.py makes its cells
-PAIRS = (
-    ("orchmoe", "lora"),
-    ("orchmoe", "frozen router"),
-    ("frozen router", "lora"),
-    ("orchmoe", TUNED),
-)
-PRIMARY = (PAIRS[0], PAIRS[3])  # of the two plans
+BASELINES = {"lora": "lora", "tuned": "tuned lora"}  # --baseline: its row
+FOLDERS = {"lora": RESULTS, "tuned": RESULTS / "tuned"}
+FROZEN = "frozen router"
 NAMES = {
     "orchmoe": "OrchMoE",
     "lora": "LoRA",
-    "frozen router": "a frozen router",
-    TUNED: "the LoRA tuned further",
+    "tuned lora": "the LoRA tuned further",
+    FROZEN: "a frozen router",
 }
 # Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.
 OUTCOMES = {
@@ -46,29 +43,27 @@ OUTCOMES = {
     "ROUGE-L": ("answers", "rougeL", 2),
     "exact match": ("answers", "exact_match", 2),
 }
-# Equal in all cells of a replicate, and in all cells.
-SAME = ("cpu", "computed", "train_tasks")
-SAME_EVERYWHERE = ("tree", "torch", "threads")
 Cells = dict[str, list[dict[str, Any]]]  # of each row, in the order of the seeds
 
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """Analysis: where the cells are."""
+    """Analysis: which comparison, and where its cells are."""
 
+    baseline: Literal["lora", "tuned"] = "lora"  # the LoRA of plan.md, or of lora_plan.md
     results: str = ""  # folder of the cells, to which table and figure go (default: ours)
 
 
-def read_cells(results: Path) -> Cells:
-    """Return the cells of the primary rows, and those of each other row if all are there.
+def read_cells(results: Path, baseline: str) -> Cells:
+    """Return the cells of OrchMoE and of the baseline, and of the frozen router if all are there.
 
     Raise UserError if a primary cell is missing, or if the cells do not fit.
     """
     found = {}
-    for row in (*EQUAL, *FROZEN, TUNED):
+    for row in ("orchmoe", baseline, FROZEN):
         paths = [results / "cells" / f"{file_name(row)}-s{seed}.json" for seed in SEEDS]
         missing = [path for path in paths if not path.exists()]
-        if row in EQUAL and missing:
+        if missing and row != FROZEN:
             raise UserError(f"{missing[0]}: not finished; nothing is shown before all cells are")
         if not missing:
             found[row] = [program.read_json(path) for path in paths]
@@ -76,13 +71,18 @@ def read_cells(results: Path) -> Cells:
         for cell in cells:
             if "diverged" in cell:
                 raise UserError(f"replicate {seed}: a cell diverged, so there is no verdict")
-            for name in SAME:
-                if cell["settings"][name] != cells[0]["settings"][name]:
-                    raise UserError(f"replicate {seed}: its cells differ in {name!r}")
-            for name in SAME_EVERYWHERE:
-                if cell[name] != found["orchmoe"][0][name]:
+            if cell["settings"]["train_tasks"] != cells[0]["settings"]["train_tasks"]:
+                raise UserError(f"replicate {seed}: its cells have other tasks")
+            for name, value in made_on(found["orchmoe"][0]).items():
+                if made_on(cell)[name] != value:
                     raise UserError(f"replicate {seed}: a cell differs from others in {name!r}")
     return found
+
+
+def made_on(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be equal in all cells."""
+    of_settings = {name: cell["settings"][name] for name in ("cpu", "computed")}
+    return of_settings | {name: cell[name] for name in ("tree", "torch", "threads")}
 
 
 def means(cells: list[dict[str, Any]], outcome: str) -> np.ndarray:
@@ -102,20 +102,29 @@ def verdict(difference: Difference) -> str:
     return tables.verdict(difference)
 
 
+def pairs_of(found: Cells) -> list[tuple[str, str]]:
+    """Return the rows that are subtracted from each other, the primary difference first."""
+    _, baseline, *_ = found  # in the order of read_cells
+    pairs = [("orchmoe", baseline)]
+    if FROZEN in found:
+        pairs += [("orchmoe", FROZEN), (FROZEN, baseline)]
+    return pairs
+
+
 def text(found: Cells) -> str:
     """Return the differences, and the means of each replicate, in Markdown."""
+    pairs = pairs_of(found)
     rows = []
-    for one, other in PAIRS:
+    for one, other in pairs:
         for outcome, (_, _, digits) in OUTCOMES.items():
-            if {one, other} <= found.keys():
-                values = means(found[one], outcome) - means(found[other], outcome)
-                difference = interval(values)
-                row = [f"{one} - {other}", outcome, signed(difference, digits)]
-                row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
-                perplexity = tuple(100 * math.expm1(value) for value in difference)
-                row.append(signed(perplexity, 1) if outcome == "loss" else "-")
-                primary = outcome == "loss" and (one, other) in PRIMARY
-                rows.append([*row, verdict(difference) if primary else "-"])
+            values = means(found[one], outcome) - means(found[other], outcome)
+            difference = interval(values)
+            row = [f"{one} - {other}", outcome, signed(difference, digits)]
+            row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
+            perplexity = tuple(100 * math.expm1(value) for value in difference)
+            row.append(signed(perplexity, 1) if outcome == "loss" else "-")
+            is_primary = outcome == "loss" and (one, other) == pairs[0]
+            rows.append([*row, verdict(difference) if is_primary else "-"])
     head = ["difference", "of", "mean and 95 % interval", "sd", "below zero", "perplexity, %"]
     differences = table([*head, "verdict"], rows)
 
@@ -140,7 +149,7 @@ def figure(found: Cells, path: Path) -> Path:
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
     plt.rcParams["font.size"] = 9
-    pairs = [pair for pair in PAIRS if set(pair) <= found.keys()]
+    pairs = pairs_of(found)
     canvas, axes = plt.subplots(
         ncols=len(pairs), figsize=(8.5, 3.4), layout="constrained", sharex=True, squeeze=False
     )
@@ -167,8 +176,8 @@ def figure(found: Cells, path: Path) -> Path:
 
 def main() -> None:
     config = program.from_flags(AnalysisConfig, program.read_flags(__doc__, AnalysisConfig))
-    results = Path(config.results or RESULTS)
-    found = read_cells(results)
+    results = Path(config.results or FOLDERS[config.baseline])
+    found = read_cells(results, BASELINES[config.baseline])
     publish(text(found), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):
         program.print_line(f"written: {figure(found, results / 'replicates.png')}")

@@ -1,7 +1,6 @@
 """The sixteen replicates: which cells are made, what is kept secret, and what the analysis says."""
 
 import importlib.util
-import re
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from support import program
 from tasks import read_splits
 
 ROWS = ("orchmoe", "lora", "frozen_router")  # that replication.py makes
-ALL_ROWS = (*ROWS, "tuned_lora")
+BASELINES = {"lora": "lora", "tuned": "tuned_lora"}  # --baseline: its row
 
 
 @pytest.fixture
@@ -71,11 +70,18 @@ def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
     assert program.read_json(kept / "lora-s100.json")["settings"]["cpu"] == kind_of_cpu()
 
 
+@pytest.fixture(params=BASELINES)
+def baseline(request):
+    """Name one of the two comparisons."""
+    return request.param
+
+
 @pytest.fixture
-def cells(tmp_path):
-    """Write made-up cells of all rows and replicates, with three tasks."""
-    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05], [1.01]], 0.02, (4, 16))
-    for row, of_row in zip(ALL_ROWS, losses, strict=True):
+def cells(baseline, tmp_path):
+    """Write made-up cells of a comparison, with three tasks in each. Return their folder."""
+    folder = tmp_path / ("tuned/cells" if baseline == "tuned" else "cells")
+    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
+    for row, of_row in zip(("orchmoe", BASELINES[baseline], "frozen_router"), losses, strict=True):
         for seed, loss in zip(range(100, 116), of_row, strict=True):
             tasks = {name: {"loss": loss + i} for name, i in (("a", -1), ("b", 0), ("c", 1))}
             answers = {name: {"rougeL": 10 * loss, "exact_match": loss} for name in tasks}
@@ -85,34 +91,40 @@ def cells(tmp_path):
                 "answers": {"tasks": answers},
                 **{"tree": "abc", "torch": "2", "threads": 1},
             }
-            program.write_json(tmp_path / "cells" / f"{row}-s{seed}.json", cell)
+            program.write_json(folder / f"{row}-s{seed}.json", cell)
+    return folder
 
 
-def analyse(folder, code=0):
-    return run("experiments/replication_analysis.py", "--results", folder, cwd=folder, code=code)
+def analyse(cells, baseline, code=0):
+    flags = ("--baseline", baseline, "--results", cells.parent)
+    return run("experiments/replication_analysis.py", *flags, cwd=cells.parent, code=code)
 
 
-def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(cells, tmp_path):
-    out = analyse(tmp_path)
-    assert "| orchmoe - lora | loss | -0." in out and "| better |" in out
+def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(
+    cells, baseline, tmp_path
+):
+    out = analyse(cells, baseline)
+    assert f"| orchmoe - {baseline}" in out and "| better |" in out
+    assert out.count("| better |") == 1
     script = tmp_path / "recompute.py"
     script.write_bytes((ROOT / "experiments/results/replication/recompute.py").read_bytes())
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     planned, _, _ = second.stdout.partition("not planned")
-    assert len(planned.splitlines()) == 12
+    assert len(planned.splitlines()) == 9
     for line in planned.splitlines():
         assert f"| {line.partition(': ')[2]} |" in out
-    assert (tmp_path / "replicates.png").exists() or not importlib.util.find_spec("matplotlib")
+    is_drawn = (cells.parent / "replicates.png").exists()
+    assert is_drawn or not importlib.util.find_spec("matplotlib")
 
 
-def test_nothing_is_shown_before_all_primary_cells_are_there(cells, tmp_path):
-    for row in ("frozen_router", "tuned_lora"):
-        assert row.replace("_", " ") in analyse(tmp_path)
-        (tmp_path / f"cells/{row}-s103.json").unlink()
-        assert row.replace("_", " ") not in analyse(tmp_path)
-    (tmp_path / "cells/lora-s115.json").unlink()
-    error = analyse(tmp_path, code=2)
-    assert "lora-s115.json: not finished; nothing is shown" in error
+def test_nothing_is_shown_before_all_primary_cells_are_there(cells, baseline):
+    assert "frozen router" in analyse(cells, baseline)
+    (cells / "frozen_router-s103.json").unlink()
+    assert "frozen router" not in analyse(cells, baseline)
+    missing = cells / f"{BASELINES[baseline]}-s115.json"
+    missing.unlink()
+    error = analyse(cells, baseline, code=2)
+    assert f"{missing.name}: not finished; nothing is shown" in error
 
 
 def change(path, name, value):
@@ -124,24 +136,28 @@ def change(path, name, value):
 
 
 @pytest.mark.parametrize("name", ["cpu", "computed", "train_tasks", "tree", "torch", "threads"])
-@pytest.mark.parametrize("row", ["lora", "tuned_lora"])
-def test_cells_of_one_replicate_must_fit(cells, tmp_path, row, name):
-    change(tmp_path / f"cells/{row}-s107.json", name, "another")
-    error = analyse(tmp_path, code=2)
-    assert re.search(
-        rf"replicate 107: (its cells differ|a cell differs from others) in '{name}'", error
-    )
+@pytest.mark.parametrize("row", ["baseline", "frozen_router"])
+def test_cells_of_one_replicate_must_fit(cells, baseline, row, name):
+    row = BASELINES[baseline] if row == "baseline" else row
+    change(cells / f"{row}-s107.json", name, "another")
+    error = analyse(cells, baseline, code=2)
+    expected = "its cells have other tasks" if name == "train_tasks" else f"in '{name}'"
+    assert "replicate 107: " in error and expected in error
 
 
-def test_a_whole_replicate_of_another_tree_does_not_fit(cells, tmp_path):
-    for row in ALL_ROWS:
-        change(tmp_path / f"cells/{row}-s107.json", "tree", "another")
-    assert "replicate 107: a cell differs from others in 'tree'" in analyse(tmp_path, code=2)
+@pytest.mark.parametrize("name", ["cpu", "tree"])
+def test_a_whole_replicate_of_another_tree_or_cpu_does_not_fit(cells, baseline, name):
+    for path in cells.glob("*-s107.json"):
+        change(path, name, "another")
+    error = analyse(cells, baseline, code=2)
+    assert f"replicate 107: a cell differs from others in '{name}'" in error
 
 
-def test_a_cell_that_diverged_leaves_no_verdict(cells, tmp_path):
-    program.write_json(tmp_path / "cells/lora-s107.json", {"settings": {}, "diverged": "step 3"})
-    assert "replicate 107: a cell diverged, so there is no verdict" in analyse(tmp_path, code=2)
+def test_a_cell_that_diverged_leaves_no_verdict(cells, baseline):
+    of_baseline = cells / f"{BASELINES[baseline]}-s107.json"
+    program.write_json(of_baseline, {"settings": {}, "diverged": "step 3"})
+    error = analyse(cells, baseline, code=2)
+    assert "replicate 107: a cell diverged, so there is no verdict" in error
 
 
 @pytest.mark.parametrize(

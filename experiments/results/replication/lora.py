@@ -111,7 +111,7 @@ def search(study: Study, data: str) -> Point:
 
 
 def make_cells(config, settings) -> None:
-    """Make the cells of OrchMoE, of the chosen LoRA and of the frozen router. They print no loss."""
+    """Make the cells of OrchMoE, the chosen LoRA and the frozen router. They print no loss."""
     chosen = program.read_json(RESULTS / "lora_chosen.json")
     if kind_of_cpu() != chosen["cpu"]:
         raise UserError(f"the search ran on {chosen['cpu']}, and this is {kind_of_cpu()}")
