@@ -34,7 +34,7 @@ FROZEN = "frozen router"
 NAMES = {
     "orchmoe": "OrchMoE",
     "lora": "LoRA",
-    "tuned lora": "the LoRA tuned further",
+    "tuned lora": "the LoRA of the joint search",
     FROZEN: "a frozen router",
 }
 # Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.

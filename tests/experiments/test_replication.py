@@ -160,6 +160,12 @@ def test_a_cell_that_diverged_leaves_no_verdict(cells, baseline):
     assert "replicate 107: a cell diverged, so there is no verdict" in error
 
 
+def test_the_published_tables_are_those_of_the_cells(baseline):
+    folder = replication_analysis.FOLDERS[baseline]
+    found = replication_analysis.read_cells(folder, replication_analysis.BASELINES[baseline])
+    assert replication_analysis.text(found) == (folder / "tables.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "low, high, expected",
     [
