@@ -1,9 +1,8 @@
 """The planned analysis of sixteen replicates: a t interval over their means.
 
-There are two comparisons. In the first the baseline is the LoRA of plan.md, in the second the LoRA
-that was tuned further, of lora_plan.md (both in experiments/results/replication). This program
-exits with 2 until all 32 cells of the primary outcome are there. The frozen router is shown when
-its sixteen cells are there.
+There are two comparisons. In the first the baseline is the LoRA of plan.md, in the second that of
+lora_plan.md (both in experiments/results/replication). This program exits with 2 until all 32
+cells of the primary outcome are there. Each further row is shown when its sixteen cells are there.
 
     python -m experiments.replication_analysis       # writes tables.md and replicates.png
     python -m experiments.replication_analysis --baseline tuned
@@ -12,6 +11,7 @@ Test: pytest tests/experiments/test_replication.py
 """
 
 import importlib.util
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,30 @@ from support.program import UserError
 
 MARGIN = 0.02  # nats; a smaller difference counts as none
 SEEDS = range(FIRST_SEED, FIRST_SEED + REPLICATES)
-BASELINES = {"lora": "lora", "tuned": "tuned lora"}  # --baseline: its row
-FOLDERS = {"lora": RESULTS, "tuned": RESULTS / "tuned"}
-FROZEN = "frozen router"
+FOLDERS = {"lora": RESULTS, "tuned": RESULTS / "tuned"}  # of each --baseline
+# The rows that are subtracted from each other. The first pair of a comparison is its primary one.
+PAIRS = {
+    "lora": (("orchmoe", "lora"), ("orchmoe", "frozen router"), ("frozen router", "lora")),
+    "tuned": (
+        ("orchmoe", "tuned lora"),
+        ("orchmoe", "frozen router"),
+        ("frozen router", "tuned lora"),
+    ),
+}
+FURTHER_PAIRS = {  # of further_plan.md, which gives the first one a verdict, too
+    "lora": (),
+    "tuned": (
+        ("orchmoe k8", "orchmoe"),
+        ("orchmoe k8", "tuned lora"),
+        ("orchmoe", "lora"),
+        ("tuned lora", "lora"),
+    ),
+}
 NAMES = {
     "orchmoe": "OrchMoE",
     "lora": "LoRA",
     "tuned lora": "the LoRA of the joint search",
-    FROZEN: "a frozen router",
+    "frozen router": "a frozen router",
 }
 # Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.
 OUTCOMES = {
@@ -55,15 +71,16 @@ class AnalysisConfig:
 
 
 def read_cells(results: Path, baseline: str) -> Cells:
-    """Return the cells of OrchMoE and of the baseline, and of the frozen router if all are there.
+    """Return the cells of the two primary rows, and those of each other row if all are there.
 
     Raise UserError if a primary cell is missing, or if the cells do not fit.
     """
+    primary = PAIRS[baseline][0]
     found = {}
-    for row in ("orchmoe", baseline, FROZEN):
+    for row in dict.fromkeys(itertools.chain(*PAIRS[baseline], *FURTHER_PAIRS[baseline])):
         paths = [results / "cells" / f"{file_name(row)}-s{seed}.json" for seed in SEEDS]
         missing = [path for path in paths if not path.exists()]
-        if missing and row != FROZEN:
+        if missing and row in primary:
             raise UserError(f"{missing[0]}: not finished; nothing is shown before all cells are")
         if not missing:
             found[row] = [program.read_json(path) for path in paths]
@@ -102,20 +119,14 @@ def verdict(difference: Difference) -> str:
     return tables.verdict(difference)
 
 
-def pairs_of(found: Cells) -> list[tuple[str, str]]:
-    """Return the rows that are subtracted from each other, the primary difference first."""
-    _, baseline, *_ = found  # in the order of read_cells
-    pairs = [("orchmoe", baseline)]
-    if FROZEN in found:
-        pairs += [("orchmoe", FROZEN), (FROZEN, baseline)]
-    return pairs
-
-
-def text(found: Cells) -> str:
+def text(found: Cells, baseline: str) -> str:
     """Return the differences, and the means of each replicate, in Markdown."""
-    pairs = pairs_of(found)
+    planned, further = PAIRS[baseline], FURTHER_PAIRS[baseline]
+    with_verdict = (*planned[:1], *further[:1])
     rows = []
-    for one, other in pairs:
+    for one, other in (*planned, *further):
+        if not {one, other} <= found.keys():
+            continue
         for outcome, (_, _, digits) in OUTCOMES.items():
             values = means(found[one], outcome) - means(found[other], outcome)
             difference = interval(values)
@@ -123,8 +134,8 @@ def text(found: Cells) -> str:
             row += [f"{values.std(ddof=1):.{digits}f}", f"{(values < 0).sum()} of {REPLICATES}"]
             perplexity = tuple(100 * math.expm1(value) for value in difference)
             row.append(signed(perplexity, 1) if outcome == "loss" else "-")
-            is_primary = outcome == "loss" and (one, other) == pairs[0]
-            rows.append([*row, verdict(difference) if is_primary else "-"])
+            has_verdict = outcome == "loss" and (one, other) in with_verdict
+            rows.append([*row, verdict(difference) if has_verdict else "-"])
     head = ["difference", "of", "mean and 95 % interval", "sd", "below zero", "perplexity, %"]
     differences = table([*head, "verdict"], rows)
 
@@ -136,8 +147,8 @@ def text(found: Cells) -> str:
     return f"{differences}\n\n{losses}\n"
 
 
-def figure(found: Cells, path: Path) -> Path:
-    """Draw the differences of each pair, sorted, and their mean with its interval.
+def figure(found: Cells, baseline: str, path: Path) -> Path:
+    """Draw the differences of the planned pairs, sorted, and their mean with its interval.
 
     It is drawn in the width of a page, and needs matplotlib, but no display.
     """
@@ -149,7 +160,7 @@ def figure(found: Cells, path: Path) -> Path:
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
     plt.rcParams["font.size"] = 9
-    pairs = pairs_of(found)
+    pairs = [pair for pair in PAIRS[baseline] if set(pair) <= found.keys()]
     canvas, axes = plt.subplots(
         ncols=len(pairs), figsize=(8.5, 3.4), layout="constrained", sharex=True, squeeze=False
     )
@@ -177,10 +188,11 @@ def figure(found: Cells, path: Path) -> Path:
 def main() -> None:
     config = program.from_flags(AnalysisConfig, program.read_flags(__doc__, AnalysisConfig))
     results = Path(config.results or FOLDERS[config.baseline])
-    found = read_cells(results, BASELINES[config.baseline])
-    publish(text(found), results / "tables.md")
+    found = read_cells(results, config.baseline)
+    publish(text(found, config.baseline), results / "tables.md")
     if importlib.util.find_spec("matplotlib"):
-        program.print_line(f"written: {figure(found, results / 'replicates.png')}")
+        path = figure(found, config.baseline, results / "replicates.png")
+        program.print_line(f"written: {path}")
 
 
 if __name__ == "__main__":

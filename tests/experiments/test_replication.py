@@ -14,7 +14,10 @@ from support import program
 from tasks import read_splits
 
 ROWS = ("orchmoe", "lora", "frozen_router")  # that replication.py makes
-BASELINES = {"lora": "lora", "tuned": "tuned_lora"}  # --baseline: its row
+ROWS_OF = {  # --baseline: the rows of its comparison, the primary ones first
+    "lora": ("orchmoe", "lora", "frozen_router"),
+    "tuned": ("orchmoe", "tuned_lora", "frozen_router", "orchmoe_k8", "lora"),
+}
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_replicates_have_their_own_tasks_and_print_no_losses(small, tmp_path):
     assert program.read_json(kept / "lora-s100.json")["settings"]["cpu"] == kind_of_cpu()
 
 
-@pytest.fixture(params=BASELINES)
+@pytest.fixture(params=ROWS_OF)
 def baseline(request):
     """Name one of the two comparisons."""
     return request.param
@@ -80,8 +83,8 @@ def baseline(request):
 def cells(baseline, tmp_path):
     """Write made-up cells of a comparison, with three tasks in each. Return their folder."""
     folder = tmp_path / ("tuned/cells" if baseline == "tuned" else "cells")
-    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05]], 0.02, (3, 16))
-    for row, of_row in zip(("orchmoe", BASELINES[baseline], "frozen_router"), losses, strict=True):
+    losses = np.random.default_rng(0).normal([[1.0], [1.1], [1.05], [1.2], [1.3]], 0.02, (5, 16))
+    for row, of_row in zip(ROWS_OF[baseline], losses, strict=False):
         for seed, loss in zip(range(100, 116), of_row, strict=True):
             tasks = {name: {"loss": loss + i} for name, i in (("a", -1), ("b", 0), ("c", 1))}
             answers = {name: {"rougeL": 10 * loss, "exact_match": loss} for name in tasks}
@@ -104,13 +107,13 @@ def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(
     cells, baseline, tmp_path
 ):
     out = analyse(cells, baseline)
-    assert f"| orchmoe - {baseline}" in out and "| better |" in out
-    assert out.count("| better |") == 1
+    assert f"| orchmoe - {baseline}" in out and out.count("| better |") == 1
+    assert out.count("| worse |") == ("orchmoe_k8" in ROWS_OF[baseline])
     script = tmp_path / "recompute.py"
     script.write_bytes((ROOT / "experiments/results/replication/recompute.py").read_bytes())
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     planned, _, _ = second.stdout.partition("not planned")
-    assert len(planned.splitlines()) == 9
+    assert len(planned.splitlines()) == 3 * {"lora": 3, "tuned": 7}[baseline]
     for line in planned.splitlines():
         assert f"| {line.partition(': ')[2]} |" in out
     is_drawn = (cells.parent / "replicates.png").exists()
@@ -118,10 +121,15 @@ def test_the_analysis_agrees_with_code_that_imports_nothing_of_the_project(
 
 
 def test_nothing_is_shown_before_all_primary_cells_are_there(cells, baseline):
-    assert "frozen router" in analyse(cells, baseline)
-    (cells / "frozen_router-s103.json").unlink()
-    assert "frozen router" not in analyse(cells, baseline)
-    missing = cells / f"{BASELINES[baseline]}-s115.json"
+    _, of_baseline, *others = ROWS_OF[baseline]
+    for row in others:
+        name = row.replace("_", " ")
+        assert f"| {name}, loss" in analyse(cells, baseline)
+        (cells / f"{row}-s103.json").unlink()
+        out = analyse(cells, baseline)
+        for part in (f"| {name}, loss", f"| {name} - ", f" - {name} |"):
+            assert part not in out
+    missing = cells / f"{of_baseline}-s115.json"
     missing.unlink()
     error = analyse(cells, baseline, code=2)
     assert f"{missing.name}: not finished; nothing is shown" in error
@@ -138,7 +146,7 @@ def change(path, name, value):
 @pytest.mark.parametrize("name", ["cpu", "computed", "train_tasks", "tree", "torch", "threads"])
 @pytest.mark.parametrize("row", ["baseline", "frozen_router"])
 def test_cells_of_one_replicate_must_fit(cells, baseline, row, name):
-    row = BASELINES[baseline] if row == "baseline" else row
+    row = ROWS_OF[baseline][1] if row == "baseline" else row
     change(cells / f"{row}-s107.json", name, "another")
     error = analyse(cells, baseline, code=2)
     expected = "its cells have other tasks" if name == "train_tasks" else f"in '{name}'"
@@ -154,7 +162,7 @@ def test_a_whole_replicate_of_another_tree_or_cpu_does_not_fit(cells, baseline, 
 
 
 def test_a_cell_that_diverged_leaves_no_verdict(cells, baseline):
-    of_baseline = cells / f"{BASELINES[baseline]}-s107.json"
+    of_baseline = cells / f"{ROWS_OF[baseline][1]}-s107.json"
     program.write_json(of_baseline, {"settings": {}, "diverged": "step 3"})
     error = analyse(cells, baseline, code=2)
     assert "replicate 107: a cell diverged, so there is no verdict" in error
@@ -162,8 +170,9 @@ def test_a_cell_that_diverged_leaves_no_verdict(cells, baseline):
 
 def test_the_published_tables_are_those_of_the_cells(baseline):
     folder = replication_analysis.FOLDERS[baseline]
-    found = replication_analysis.read_cells(folder, replication_analysis.BASELINES[baseline])
-    assert replication_analysis.text(found) == (folder / "tables.md").read_text(encoding="utf-8")
+    found = replication_analysis.read_cells(folder, baseline)
+    published = (folder / "tables.md").read_text(encoding="utf-8")
+    assert replication_analysis.text(found, baseline) == published
 
 
 @pytest.mark.parametrize(

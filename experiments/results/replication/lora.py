@@ -1,6 +1,8 @@
-"""Search for the best LoRA of the replicates, then compare OrchMoE with it. See lora_plan.md.
+"""Search for the best LoRA of the replicates, then compare OrchMoE with it.
 
-Run it in a clone of commit 554a828, with that clone in PYTHONPATH; lora_plan.md has the commands.
+See lora_plan.md, and further_plan.md for the stage "further".
+
+Run it in a clone of commit 554a828, with that clone in PYTHONPATH; the plans have the commands.
 An interrupted computation continues when it is run again.
 """
 
@@ -33,6 +35,10 @@ GRID_RATES = [5.6e-3, 1e-2, 1.8e-2]
 GRID_ALPHAS = [2.0, 4.0, 8.0]
 BEST_POINTS = 3  # that are run with further seeds
 FURTHER_SEEDS = [1, 2]
+FURTHER = {
+    "orchmoe k8": Row({"alpha": 1.0, "abstract_tasks": 8}, like="orchmoe"),
+    "lora": replication.EQUAL["lora"],
+}
 DEFAULTS = decision.DEFAULTS | {"out": "results/tuned_lora"}
 
 Point = tuple[float, float]  # alpha, rate of the skills
@@ -42,7 +48,7 @@ Point = tuple[float, float]  # alpha, rate of the skills
 class LoraConfig:
     """Tuned LoRA: which cells are made."""
 
-    stage: Literal["search", "cells"] = "search"  # what to make
+    stage: Literal["search", "cells", "further"] = "search"  # what to make
 
 
 def row_of(point: Point) -> Row:
@@ -110,8 +116,8 @@ def search(study: Study, data: str) -> Point:
     return chosen
 
 
-def make_cells(config, settings) -> None:
-    """Make the cells of OrchMoE, the chosen LoRA and the frozen router. They print no loss."""
+def make_cells(stage: str, config, settings) -> None:
+    """Make the cells of a stage. They print no loss."""
     chosen = program.read_json(RESULTS / "lora_chosen.json")
     if kind_of_cpu() != chosen["cpu"]:
         raise UserError(f"the search ran on {chosen['cpu']}, and this is {kind_of_cpu()}")
@@ -124,7 +130,8 @@ def make_cells(config, settings) -> None:
     draws = replication.planned_draws(study)
     tuned = row_of((chosen["alpha"], chosen["lr_skills"]))
     primary = {"orchmoe": replication.EQUAL["orchmoe"], "tuned lora": tuned}
-    for rows in (primary, replication.FROZEN):
+    stages = {"cells": (primary, replication.FROZEN), "further": (FURTHER,)}
+    for rows in stages[stage]:
         study.run(replication.cells_to_make(study, draws, rows))
 
 
@@ -136,10 +143,10 @@ def main() -> None:
         raise UserError("give --data and --model")
     settings = changed(settings, {"dtype": "bfloat16"})
     if "results" not in flags:
-        folder = COMPARED if config.stage == "cells" else RESULTS
+        folder = RESULTS if config.stage == "search" else COMPARED
         study_config = replace(study_config, results=str(folder))
-    if config.stage == "cells":
-        make_cells(study_config, settings)
+    if config.stage != "search":
+        make_cells(config.stage, study_config, settings)
         return
     study = Study(settings, pick_device(study_config, settings), study_config, decision.EQUAL)
     lists = program.read_json(decision.RESULTS / "tasks.json")

@@ -18,6 +18,20 @@ FOLDER = Path(__file__).parent
 SEEDS = range(100, 116)
 
 
+COMPARISONS = {  # folder of the cells: rows that are subtracted, the planned primary pair first
+    "cells": (("orchmoe", "lora"), ("orchmoe", "frozen_router"), ("frozen_router", "lora")),
+    "tuned/cells": (
+        ("orchmoe", "tuned_lora"),
+        ("orchmoe", "frozen_router"),
+        ("frozen_router", "tuned_lora"),
+        ("orchmoe_k8", "orchmoe"),
+        ("orchmoe_k8", "tuned_lora"),
+        ("orchmoe", "lora"),
+        ("tuned_lora", "lora"),
+    ),
+}
+
+
 def is_finished(cells, row):
     return len(list(cells.glob(f"{row}-*"))) == len(SEEDS)
 
@@ -97,13 +111,14 @@ def show_over_sources(cells, baseline, data):
     print(f"interval over sources [{mean - half:+.3f}, {mean + half:+.3f}]")
 
 
-for cells, baseline in ((FOLDER / "cells", "lora"), (FOLDER / "tuned/cells", "tuned_lora")):
+for name, pairs in COMPARISONS.items():
+    cells = FOLDER / name
+    baseline = pairs[0][1]
     if not (is_finished(cells, "orchmoe") and is_finished(cells, baseline)):
         continue
-    show_planned(cells, "orchmoe", baseline)
-    if is_finished(cells, "frozen_router"):
-        show_planned(cells, "orchmoe", "frozen_router")
-        show_planned(cells, "frozen_router", baseline)
+    for one, other in pairs:
+        if is_finished(cells, one) and is_finished(cells, other):
+            show_planned(cells, one, other)
     show_unplanned(cells, baseline)
     if len(sys.argv) > 1:
         show_over_sources(cells, baseline, sys.argv[1])
