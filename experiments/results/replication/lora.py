@@ -122,12 +122,10 @@ def make_cells(stage: str, config, settings) -> None:
     if kind_of_cpu() != chosen["cpu"]:
         raise UserError(f"the search ran on {chosen['cpu']}, and this is {kind_of_cpu()}")
     folders = ("out", "results")  # which are no settings of a cell
-    planned = {
-        name: replication.DEFAULTS[name] for name in replication.DEFAULTS if name not in folders
-    }
+    planned = {name: value for name, value in replication.DEFAULTS.items() if name not in folders}
     settings = changed(settings, planned)
     study = Study(settings, pick_device(config, settings), config, replication.EQUAL)
-    draws = replication.planned_draws(study)
+    draws = program.read_json(RESULTS / "draws.json")  # those of the first comparison
     tuned = row_of((chosen["alpha"], chosen["lr_skills"]))
     primary = {"orchmoe": replication.EQUAL["orchmoe"], "tuned lora": tuned}
     stages = {"cells": (primary, replication.FROZEN), "further": (FURTHER,)}

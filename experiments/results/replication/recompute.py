@@ -51,7 +51,8 @@ def show(name, differences, digits=4):
     print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
-def show_planned(cells, one, other):
+def show_pair(cells, one, other):
+    """Show the difference of two rows in each outcome."""
     for part, score, digits in (
         ("seen", "loss", 4),
         ("answers", "rougeL", 2),
@@ -64,7 +65,8 @@ def show_planned(cells, one, other):
         show(f"{one} - {other}, {score}", differences, digits)
 
 
-def show_unplanned(cells, baseline):
+def show_single_tasks(cells, baseline):
+    """Show how much single tasks count, which was not planned."""
     print("not planned, OrchMoE minus this LoRA in loss:")
     replicates = []  # of each, the differences of its tasks, the lowest first
     for seed in SEEDS:
@@ -118,7 +120,7 @@ for name, pairs in COMPARISONS.items():
         continue
     for one, other in pairs:
         if is_finished(cells, one) and is_finished(cells, other):
-            show_planned(cells, one, other)
-    show_unplanned(cells, baseline)
+            show_pair(cells, one, other)
+    show_single_tasks(cells, baseline)
     if len(sys.argv) > 1:
         show_over_sources(cells, baseline, sys.argv[1])
