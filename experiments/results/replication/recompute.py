@@ -65,16 +65,27 @@ def show_pair(cells, one, other):
         show(f"{one} - {other}, {score}", differences, digits)
 
 
-def show_single_tasks(cells, baseline):
-    """Show how much single tasks count, which was not planned."""
-    print("not planned, OrchMoE minus this LoRA in loss:")
-    replicates = []  # of each, the differences of its tasks, the lowest first
+def task_differences(cells, one, other):
+    """Return for each replicate the differences of its tasks in loss, the lowest first."""
+    replicates = []
     for seed in SEEDS:
-        one, other = tasks_of(cells, "orchmoe", seed), tasks_of(cells, baseline, seed)
-        replicates.append(sorted(one[name]["loss"] - other[name]["loss"] for name in one))
+        scores, others = tasks_of(cells, one, seed), tasks_of(cells, other, seed)
+        replicates.append(sorted(scores[name]["loss"] - others[name]["loss"] for name in scores))
+    return replicates
+
+
+def show_median(cells, one, other):
+    """Show the median task, and on how many tasks the first row is better."""
+    tasks = sum(task_differences(cells, one, other), [])
+    below = sum(value < 0 for value in tasks)
+    print(f"{one} - {other}: median {statistics.median(tasks):+.4f}, {below} below zero")
+
+
+def show_single_tasks(cells, baseline):
+    """Show how much single tasks count."""
+    replicates = task_differences(cells, "orchmoe", baseline)
     tasks = sorted(sum(replicates, []))
-    print(f"median of {len(tasks)} tasks {statistics.median(tasks):+.4f}")
-    print(f"tasks below zero {sum(value < 0 for value in tasks)}, lowest {tasks[0]:+.2f}")
+    print(f"lowest task {tasks[0]:+.2f}")
     without = [statistics.fmean(row[1:] if row[0] == tasks[0] else row) for row in replicates]
     show("without the lowest task", without)
     without = [statistics.fmean(row[1:-1]) for row in replicates]
@@ -118,9 +129,15 @@ for name, pairs in COMPARISONS.items():
     baseline = pairs[0][1]
     if not (is_finished(cells, "orchmoe") and is_finished(cells, baseline)):
         continue
-    for one, other in pairs:
-        if is_finished(cells, one) and is_finished(cells, other):
-            show_pair(cells, one, other)
+    finished = [
+        pair for pair in pairs if is_finished(cells, pair[0]) and is_finished(cells, pair[1])
+    ]
+    for one, other in finished:
+        show_pair(cells, one, other)
+    print("not planned, the differences of the 384 tasks in loss:")
+    for one, other in finished:
+        show_median(cells, one, other)
+    print(f"not planned, orchmoe - {baseline} in loss:")
     show_single_tasks(cells, baseline)
     if len(sys.argv) > 1:
         show_over_sources(cells, baseline, sys.argv[1])
