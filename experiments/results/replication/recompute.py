@@ -16,8 +16,6 @@ from pathlib import Path
 T = 2.131449545559323  # 97.5 % point of Student's t with 15 degrees of freedom
 FOLDER = Path(__file__).parent
 SEEDS = range(100, 116)
-
-
 COMPARISONS = {  # folder of the cells: rows that are subtracted, the planned primary pair first
     "cells": (("orchmoe", "lora"), ("orchmoe", "frozen_router"), ("frozen_router", "lora")),
     "tuned/cells": (
@@ -129,9 +127,7 @@ for name, pairs in COMPARISONS.items():
     baseline = pairs[0][1]
     if not (is_finished(cells, "orchmoe") and is_finished(cells, baseline)):
         continue
-    finished = [
-        pair for pair in pairs if is_finished(cells, pair[0]) and is_finished(cells, pair[1])
-    ]
+    finished = [pair for pair in pairs if all(is_finished(cells, row) for row in pair)]
     for one, other in finished:
         show_pair(cells, one, other)
     print("not planned, the differences of the 384 tasks in loss:")
