@@ -39,8 +39,8 @@ from baselines import METHODS, OWN_METHODS, load_method
 from experiments.routers import attach_with
 from experiments.study import (
     Cell,
-    Row,
     Study,
+    Variant,
     facts_of,
     file_name,
     pick_device,
@@ -62,26 +62,26 @@ OWN_SIZE = ("c-poly", "full")
 DEFAULT_RUN = "ablations/default-s{seed}"
 # Each row has one difference from the default. S R and the scale alpha / (S R) stay the same.
 ABLATIONS = {
-    "default": Row(),
-    "w replaced by its mean": Row(w="mean", run=DEFAULT_RUN),
-    "w of another sample": Row(w="other", run=DEFAULT_RUN),
-    "router: token": Row({"router": "token"}),
-    "router: none": Row({"router": "none"}),
-    "router: random": Row(replaced_router="random"),
-    "told the true task": Row(replaced_router="task"),
-    "router start: normal": Row({"router_init": "normal"}),
-    "attention off": Row({"router_attention": False}),
-    "w without softmax": Row({"router_norm": "none"}),
-    "Gumbel noise on": Row({"gumbel": True}),
-    "allocation start: sd 1": Row({"allocation_std": 1.0}),
-    "allocation start: sd 0.001": Row({"allocation_std": 1e-3}),
-    "K = 1": Row({"abstract_tasks": 1}),
-    "K = 4": Row({"abstract_tasks": 4}),
-    "K = 16": Row({"abstract_tasks": 16}),
-    "S = 1": Row({"skills": 1}),
-    "S = 2": Row({"skills": 2}),
-    "S = 8": Row({"skills": 8}),
-    "factors mixed": Row({"mixing": "factors"}),
+    "default": Variant(),
+    "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
+    "w of another sample": Variant(w="other", run=DEFAULT_RUN),
+    "router: token": Variant({"router": "token"}),
+    "router: none": Variant({"router": "none"}),
+    "router: random": Variant(replaced_router="random"),
+    "told the true task": Variant(replaced_router="task"),
+    "router start: normal": Variant({"router_init": "normal"}),
+    "attention off": Variant({"router_attention": False}),
+    "w without softmax": Variant({"router_norm": "none"}),
+    "Gumbel noise on": Variant({"gumbel": True}),
+    "allocation start: sd 1": Variant({"allocation_std": 1.0}),
+    "allocation start: sd 0.001": Variant({"allocation_std": 1e-3}),
+    "K = 1": Variant({"abstract_tasks": 1}),
+    "K = 4": Variant({"abstract_tasks": 4}),
+    "K = 16": Variant({"abstract_tasks": 16}),
+    "S = 1": Variant({"skills": 1}),
+    "S = 2": Variant({"skills": 2}),
+    "S = 8": Variant({"skills": 8}),
+    "factors mixed": Variant({"mixing": "factors"}),
 }
 DEFAULTS = {"out": "results/compare"}  # all others are those of train.py
 TIMED_STEPS = 5
@@ -101,7 +101,7 @@ class CompareConfig:
         require_choices("--rows", self.rows, ABLATIONS)
 
 
-def ablation(name: str, adapter: OrchMoEConfig) -> Row:
+def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
     """Return a row of ABLATIONS for these settings. With another S, R follows: S R stays.
 
     Raise UserError if it is not possible.
@@ -125,7 +125,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Row:
 # ------------------------------------------------------------------------------ before it trains
 
 
-def require_possible(study: Study, rows: dict[str, Row]) -> None:
+def require_possible(study: Study, rows: dict[str, Variant]) -> None:
     """Raise UserError if a method cannot be attached, such as one that needs the task of a row."""
     for name, row in rows.items():
         cell = study.cell("", name, row, {})
@@ -138,7 +138,9 @@ def require_possible(study: Study, rows: dict[str, Row]) -> None:
             )
 
 
-def print_plan(study: Study, rows: dict[str, Row], stage: str, tuned: dict[str, Row]) -> None:
+def print_plan(
+    study: Study, rows: dict[str, Variant], stage: str, tuned: dict[str, Variant]
+) -> None:
     """Print how many rows each set has, which runs are left, and how long they may take.
 
     rows: those that run with each seed. tuned: those that are tuned before.
@@ -235,7 +237,7 @@ def seconds_of(
 
 
 def make_cells(
-    study: Study, rows: dict[str, Row], stage: str, scored_once: dict[str, Row]
+    study: Study, rows: dict[str, Variant], stage: str, scored_once: dict[str, Variant]
 ) -> dict[str, list[dict[str, Any]]]:
     """Make the cells that are missing. Return the content of all cells of each row.
 
@@ -271,13 +273,13 @@ def print_visible(name: str, cells: Sequence[dict], reference: Sequence[dict]) -
     )
 
 
-def compare(study: Study, rows: dict[str, Row]) -> None:
+def compare(study: Study, rows: dict[str, Variant]) -> None:
     """Compare methods. Write results.md and print it. The last lines are the verdicts."""
     require_possible(study, rows)
     tuned = rows if study.config.tune else {}
     print_plan(study, rows, "methods", tuned)
     reports = study.tune(tuned)
-    results = make_cells(study, rows, "methods", {"frozen base": Row(trains=False)})
+    results = make_cells(study, rows, "methods", {"frozen base": Variant(trains=False)})
 
     first, *others = rows
     metric = metrics.RULES[study.settings.dataset.metric_rules].description
@@ -297,11 +299,11 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     rows = {name: ablation(name, study.settings.adapter) for name in chosen}
     require_possible(study, rows)
 
-    tuned = {"orchmoe": Row()} if study.config.tune else {}
+    tuned = {"orchmoe": Variant()} if study.config.tune else {}
     trained = {name: row for name, row in rows.items() if not row.w}
     print_plan(study, trained, "ablations", tuned)
     reports = study.tune(tuned)
-    adapter = study.cell("", "orchmoe", Row(), {}).settings.adapter  # with the tuned alpha
+    adapter = study.cell("", "orchmoe", Variant(), {}).settings.adapter  # with the tuned alpha
     rows = {name: ablation(name, adapter) for name in chosen}
     results = make_cells(study, rows, "ablations", {})
     metric = metrics.RULES[dataset.metric_rules].description
@@ -328,7 +330,7 @@ def main() -> None:
         return
     names = [load_method(text) for text in config.methods]
     require_choices("--methods", names, METHODS | OWN_METHODS)
-    rows = {name: Row({"method": name}) for name in names}
+    rows = {name: Variant({"method": name}) for name in names}
     equal = {name: row for name, row in rows.items() if name not in OWN_SIZE}
     compare(Study(settings, pick_device(study_config, settings), study_config, equal), rows)
 

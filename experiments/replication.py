@@ -19,8 +19,8 @@ import torch
 
 from experiments.study import (
     Cell,
-    Row,
     Study,
+    Variant,
     all_flags_but,
     kind_of_cpu,
     pick_device,
@@ -38,10 +38,10 @@ FIRST_SEED = 100  # replicate i has the seed 100 + i
 
 # The rows of the primary difference are equal in size. Rate and alpha are those that were tuned.
 EQUAL = {
-    "orchmoe": Row({"alpha": 1.0}),
-    "lora": Row({"method": "lora", "alpha": 4.0}),
+    "orchmoe": Variant({"alpha": 1.0}),
+    "lora": Variant({"method": "lora", "alpha": 4.0}),
 }
-FROZEN = {"frozen router": Row({"alpha": 1.0, "lr_router": 0.0}, like="orchmoe")}
+FROZEN = {"frozen router": Variant({"alpha": 1.0, "lr_router": 0.0}, like="orchmoe")}
 
 # The flags that remain. All other settings are those of the plan.
 CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")
@@ -111,7 +111,9 @@ def write_subset(folder: Path, root: Path, train_tasks: Sequence[str]) -> None:
     link.symlink_to((root / "tasks").resolve())
 
 
-def cells_to_make(study: Study, draws: dict[str, list[str]], rows: dict[str, Row]) -> list[Cell]:
+def cells_to_make(
+    study: Study, draws: dict[str, list[str]], rows: dict[str, Variant]
+) -> list[Cell]:
     """Return the cells of these rows that are missing, replicate by replicate.
 
     The rows of one replicate must be made on one kind of CPU. A replicate that was begun on

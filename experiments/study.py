@@ -1,12 +1,12 @@
 """The framework of all studies: rows of settings -> cells -> tables.
 
-A Row says what one line of a table changes in the settings of train.py. A Cell is one run of a row,
+A Variant says what one row of a table changes in the settings of train.py. A Cell is one run of it,
 or another scoring of a run: one JSON file with its settings and scores. A Study tunes rows and
-makes the cells of rows x seeds. It goes on after any interruption: finished cells
-are not made again, unfinished runs resume, and a cell of other settings is refused.
+makes the cells of rows x seeds. It goes on after any interruption: finished cells are not made
+again, unfinished runs resume, and a cell of other settings is refused.
 
-    rows = {"orchmoe": Row(), "lora": Row({"method": "lora"})}
-    controls = {"no router": Row({"router": "none"}, like="orchmoe")}
+    rows = {"orchmoe": Variant(), "lora": Variant({"method": "lora"})}
+    controls = {"no router": Variant({"router": "none"}, like="orchmoe")}
     study = Study(settings, device, StudyConfig(), equal=rows)
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
@@ -63,7 +63,7 @@ ANSWERED = 5
 ANSWER_TOKENS = 32
 
 
-class Row(NamedTuple):
+class Variant(NamedTuple):
     """What one row of a table changes."""
 
     settings: dict[str, Any] = {}  # fields of train.Settings
@@ -146,7 +146,7 @@ class Cell(NamedTuple):
     """One run of a row, or another scoring of a run."""
 
     name: str  # of the row
-    row: Row
+    row: Variant
     settings: train.Settings
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
@@ -560,7 +560,7 @@ class Study:
         settings: train.Settings,
         device: runtime.Device,
         config: StudyConfig,
-        equal: dict[str, Row],
+        equal: dict[str, Variant],
     ):
         self.settings = settings
         self.device = device
@@ -571,7 +571,7 @@ class Study:
         self.best_trials: dict[str, Cell] = {}  # the trials that found them
 
     def cell(
-        self, file: str, name: str, row: Row, values: dict[str, Any], scores: str = "answers"
+        self, file: str, name: str, row: Variant, values: dict[str, Any], scores: str = "answers"
     ) -> Cell:
         """Return the cell of a row. file: its name below the folder of results.
 
@@ -619,7 +619,7 @@ class Study:
     def cells(
         self,
         stage: str,
-        rows: dict[str, Row],
+        rows: dict[str, Variant],
         values: dict[str, Any],
         seeds: Iterable[int],
         scores: str = "answers",
@@ -640,7 +640,7 @@ class Study:
             queues.setdefault(cell.folder, []).append(cell)
         run_cells(list(queues.values()), self.config.jobs, self.device)
 
-    def tune(self, rows: dict[str, Row]) -> dict[str, dict]:
+    def tune(self, rows: dict[str, Variant]) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
 
         Return the reports of the searches. Warn of a best value that is on the edge of what was
@@ -672,7 +672,7 @@ class Study:
             self.best[name] = report["best"]
         return reports
 
-    def trial(self, name: str, row: Row, trial: dict[str, float]) -> Cell:
+    def trial(self, name: str, row: Variant, trial: dict[str, float]) -> Cell:
         """Return the cell of a trial. trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
         return self.cell(f"tune/{tag}", name, row, trial, "dev")

@@ -23,7 +23,7 @@ import train
 from baselines import attach_method
 from experiments import compare, routers, study, tables
 from experiments.search import Search
-from experiments.study import Cell, Row, StudyConfig
+from experiments.study import Cell, StudyConfig, Variant
 from helpers import CPU, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
@@ -184,7 +184,7 @@ def test_compare_remakes_only_lost_cells(small, home):
 def cell_of(folder, name, **options):
     """Return a cell that is never really run."""
     path = folder / f"{name}.json"
-    return Cell(name, Row(), train.Settings(), {}, path, folder / name)._replace(**options)
+    return Cell(name, Variant(), train.Settings(), {}, path, folder / name)._replace(**options)
 
 
 def test_cell_require_same(tmp_path):
@@ -244,7 +244,7 @@ def test_answers_may_be_as_long_as_the_targets_that_train(tmp_path, monkeypatch)
         return [""] * len(examples)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    cell = cell_of(tmp_path, "a", row=Row(trains=False))
+    cell = cell_of(tmp_path, "a", row=Variant(trains=False))
     few = {"max_tasks": 2, "eval_instances": 2, "max_target_length": 200}
     assert study.run_cell(cell._replace(settings=study.changed(cell.settings, few)), CPU)
     assert lengths == [199, 199]
@@ -254,8 +254,8 @@ def test_settings_of_a_row_and_of_a_stage_come_before_tuned_ones(tmp_path):
     lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     lora.best = {"lora": {"alpha": 8.0, "lr_skills": 0.5}}
     rows = {
-        "lora": Row({"method": "lora"}),
-        "fixed": Row({"method": "lora", "lr_skills": 0.125}, like="lora"),
+        "lora": Variant({"method": "lora"}),
+        "fixed": Variant({"method": "lora", "lr_skills": 0.125}, like="lora"),
     }
     found = {}
     for stage, values in {"tuned": {}, "given": {"alpha": 2.0}}.items():
@@ -290,7 +290,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
     lost = [evaluation.RowLoss(math.nan, tokens=1)] * 2
     monkeypatch.setattr(evaluation, "row_losses", lambda *_, **__: lost)
-    cell = cell_of(tmp_path, "a", scores="answers", row=Row(trains=False))
+    cell = cell_of(tmp_path, "a", scores="answers", row=Variant(trains=False))
     few = study.changed(cell.settings, {"max_tasks": 2, "eval_instances": 2})
     assert study.run_cell(cell._replace(settings=few), CPU)
     assert "the loss on this seen instance is nan" in cell.result()["diverged"]
@@ -304,7 +304,7 @@ def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch)
     monkeypatch.setattr("experiments.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     with pytest.raises(ValueError, match="lora: all trials diverged"):
-        of_lora.tune({"lora": Row({"method": "lora"})})
+        of_lora.tune({"lora": Variant({"method": "lora"})})
 
 
 def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
@@ -315,7 +315,7 @@ def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     program.warn.cache_clear()
-    of_lora.tune({"lora": Row({"method": "lora"})})
+    of_lora.tune({"lora": Variant({"method": "lora"})})
     [warning] = capsys.readouterr().err.splitlines()
     assert "lora: the best alpha, 2, is on the edge of what was tried; more --trials" in warning
 

@@ -17,7 +17,7 @@ from program import UserError
 from experiments import decision, replication
 from experiments.study import (
     Cell,
-    Row,
+    Variant,
     Study,
     all_flags_but,
     changed,
@@ -36,7 +36,7 @@ GRID_ALPHAS = [2.0, 4.0, 8.0]
 BEST_POINTS = 3  # that are run with further seeds
 FURTHER_SEEDS = [1, 2]
 FURTHER = {
-    "orchmoe k8": Row({"alpha": 1.0, "abstract_tasks": 8}, like="orchmoe"),
+    "orchmoe k8": Variant({"alpha": 1.0, "abstract_tasks": 8}, like="orchmoe"),
     "lora": replication.EQUAL["lora"],
 }
 DEFAULTS = decision.DEFAULTS | {"out": "results/tuned_lora"}
@@ -51,10 +51,10 @@ class LoraConfig:
     stage: Literal["search", "cells", "further"] = "search"  # what to make
 
 
-def row_of(point: Point) -> Row:
+def row_of(point: Point) -> Variant:
     """Return the LoRA of a point, in the size of the replicates' LoRA."""
     alpha, rate = point
-    return Row({"method": "lora", "alpha": alpha, "lr_skills": rate}, like="lora")
+    return Variant({"method": "lora", "alpha": alpha, "lr_skills": rate}, like="lora")
 
 
 def trials_of(study: Study, points: Iterable[Point], seeds: list[int], data: str) -> list[Cell]:
