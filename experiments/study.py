@@ -11,7 +11,7 @@ again, unfinished runs resume, and a cell of other settings is refused.
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
 
-compare.py and replication.py are studies.
+compare.py is a study.
 Test: pytest tests/experiments/test_compare.py
 """
 

@@ -12,8 +12,7 @@ from helpers import ROOT
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check", "replication")
-NAMES += ("replication_analysis",)
+NAMES = ("bench", "compare", "computed", "cuda_code", "explorer", "gpu_check")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE

@@ -1,10 +1,11 @@
 """Compute the tables of the replicates once more, with the standard library alone.
 
 Then compute what was not planned: how much single tasks count. With the folder of
-Super-NaturalInstructions, also compute an interval over the sources of the tasks. A comparison is
-left out until all cells of its two primary rows are there.
+Super-NaturalInstructions, also compute an interval over the sources of the tasks.
 
 python experiments/results/replication/recompute.py [natural-instructions]
+
+Test: pytest tests/experiments/test_recompute.py
 """
 
 import json
@@ -16,78 +17,85 @@ from pathlib import Path
 T = 2.131449545559323  # 97.5 % point of Student's t with 15 degrees of freedom
 FOLDER = Path(__file__).parent
 SEEDS = range(100, 116)
-COMPARISONS = {  # folder of the cells: rows that are subtracted, the planned primary pair first
-    "cells": (("orchmoe", "lora"), ("orchmoe", "frozen_router"), ("frozen_router", "lora")),
-    "tuned/cells": (
-        ("orchmoe", "tuned_lora"),
-        ("orchmoe", "frozen_router"),
-        ("frozen_router", "tuned_lora"),
-        ("orchmoe_k8", "orchmoe"),
-        ("orchmoe_k8", "tuned_lora"),
+PAIRS = {  # of each comparison: rows that are subtracted, the planned primary pair first
+    "first": (("orchmoe", "lora"),),
+    "tuned": (
+        ("orchmoe", "tuned lora"),
+        ("orchmoe", "frozen router"),
+        ("frozen router", "tuned lora"),
+        ("orchmoe k8", "orchmoe"),
+        ("orchmoe k8", "tuned lora"),
         ("orchmoe", "lora"),
-        ("tuned_lora", "lora"),
+        ("tuned lora", "lora"),
     ),
 }
+FOLDERS = {"first": FOLDER / "cells", "tuned": FOLDER / "tuned/cells"}
+OUTCOMES = (("seen", "loss", 4), ("answers", "rougeL", 2), ("answers", "exact_match", 2))
 
 
-def is_finished(cells, row):
-    return len(list(cells.glob(f"{row}-*"))) == len(SEEDS)
+def read_cells(comparison):
+    """Return {row: {seed: cell}}."""
+    cells = {}
+    for path in FOLDERS[comparison].glob("*.json"):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        settings = cell["settings"]
+        cells.setdefault(settings["row"], {})[settings["seed"]] = cell
+    return cells
 
 
-def tasks_of(cells, row, seed, part="seen"):
-    return json.loads((cells / f"{row}-s{seed}.json").read_text(encoding="utf-8"))[part]["tasks"]
-
-
-def mean_of(cells, row, seed, part, score):
-    return statistics.fmean(scores[score] for scores in tasks_of(cells, row, seed, part).values())
-
-
-def show(name, differences, digits=4):
-    mean = statistics.fmean(differences)
-    half = T * statistics.stdev(differences) / math.sqrt(16)
-    low, high = mean - half, mean + half
-    print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-
-
-def show_pair(cells, one, other):
-    """Show the difference of two rows in each outcome."""
-    for part, score, digits in (
-        ("seen", "loss", 4),
-        ("answers", "rougeL", 2),
-        ("answers", "exact_match", 2),
-    ):
-        differences = []
-        for seed in SEEDS:
-            first = mean_of(cells, one, seed, part, score)
-            differences.append(first - mean_of(cells, other, seed, part, score))
-        show(f"{one} - {other}, {score}", differences, digits)
-
-
-def task_differences(cells, one, other):
-    """Return for each replicate the differences of its tasks in loss, the lowest first."""
+def differences(cells, one, other, part="seen", score="loss"):
+    """Return for each replicate the differences of its tasks in a score, the lowest first."""
     replicates = []
     for seed in SEEDS:
-        scores, others = tasks_of(cells, one, seed), tasks_of(cells, other, seed)
-        replicates.append(sorted(scores[name]["loss"] - others[name]["loss"] for name in scores))
+        first, second = cells[one][seed][part]["tasks"], cells[other][seed][part]["tasks"]
+        assert first.keys() == second.keys()
+        replicates.append(sorted(first[name][score] - second[name][score] for name in first))
     return replicates
+
+
+def interval(replicates):
+    """Return mean, low and high end of a 95 % interval over the means of the replicates."""
+    means = [statistics.fmean(tasks) for tasks in replicates]
+    mean = statistics.fmean(means)
+    half = T * statistics.stdev(means) / math.sqrt(len(SEEDS))
+    return mean, mean - half, mean + half
+
+
+def written(numbers, digits):
+    """Return mean and interval as the tables have them."""
+    mean, low, high = (f"{number:+.{digits}f}" for number in numbers)
+    return f"{mean} [{low}, {high}]"
+
+
+def planned_lines(cells, pairs):
+    """Return a line for each difference of two rows in each outcome."""
+    lines = []
+    for one, other in pairs:
+        for part, score, digits in OUTCOMES:
+            found = interval(differences(cells, one, other, part, score))
+            lines.append(f"{one} - {other}, {score}: {written(found, digits)}")
+    return lines
 
 
 def show_median(cells, one, other):
     """Show the median task, and on how many tasks the first row is better."""
-    tasks = sum(task_differences(cells, one, other), [])
+    tasks = sum(differences(cells, one, other), [])
     below = sum(value < 0 for value in tasks)
     print(f"{one} - {other}: median {statistics.median(tasks):+.4f}, {below} below zero")
 
 
 def show_single_tasks(cells, baseline):
     """Show how much single tasks count."""
-    replicates = task_differences(cells, "orchmoe", baseline)
+    replicates = differences(cells, "orchmoe", baseline)
     tasks = sorted(sum(replicates, []))
     print(f"lowest task {tasks[0]:+.2f}")
-    without = [statistics.fmean(row[1:] if row[0] == tasks[0] else row) for row in replicates]
-    show("without the lowest task", without)
-    without = [statistics.fmean(row[1:-1]) for row in replicates]
-    show("without the lowest and the highest task of each replicate", without)
+    without = [row[1:] if row[0] == tasks[0] else row for row in replicates]
+    print(f"without the lowest task: {written(interval(without), 4)}")
+    without = [row[1:-1] for row in replicates]
+    print(
+        "without the lowest and the highest task of each replicate: "
+        f"{written(interval(without), 4)}"
+    )
 
     perplexities = [math.expm1(value) for value in tasks]
     print(f"geometric mean of the changes of perplexity {math.expm1(statistics.fmean(tasks)):+.1%}")
@@ -103,7 +111,8 @@ def show_over_sources(cells, baseline, data):
     sources = {}  # source: (replicate, difference) of each of its tasks
     tasks = []
     for seed in SEEDS:
-        one, other = tasks_of(cells, "orchmoe", seed), tasks_of(cells, baseline, seed)
+        one = cells["orchmoe"][seed]["seen"]["tasks"]
+        other = cells[baseline][seed]["seen"]["tasks"]
         for name in one:
             path = Path(data, "tasks", f"{name}.json")
             source = str(json.loads(path.read_text(encoding="utf-8"))["Source"])
@@ -122,18 +131,20 @@ def show_over_sources(cells, baseline, data):
     print(f"interval over sources [{mean - half:+.3f}, {mean + half:+.3f}]")
 
 
-for name, pairs in COMPARISONS.items():
-    cells = FOLDER / name
-    baseline = pairs[0][1]
-    if not (is_finished(cells, "orchmoe") and is_finished(cells, baseline)):
-        continue
-    finished = [pair for pair in pairs if all(is_finished(cells, row) for row in pair)]
-    for one, other in finished:
-        show_pair(cells, one, other)
-    print("not planned, the differences of the 384 tasks in loss:")
-    for one, other in finished:
-        show_median(cells, one, other)
-    print(f"not planned, orchmoe - {baseline} in loss:")
-    show_single_tasks(cells, baseline)
-    if len(sys.argv) > 1:
-        show_over_sources(cells, baseline, sys.argv[1])
+def main():
+    for comparison, pairs in PAIRS.items():
+        cells = read_cells(comparison)
+        baseline = pairs[0][1]
+        for line in planned_lines(cells, pairs):
+            print(line)
+        print("not planned, the differences of the 384 tasks in loss:")
+        for one, other in pairs:
+            show_median(cells, one, other)
+        print(f"not planned, orchmoe - {baseline} in loss:")
+        show_single_tasks(cells, baseline)
+        if len(sys.argv) > 1:
+            show_over_sources(cells, baseline, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
