@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from docs import numbers, tables
 from docs.markup import highlight, inline, markdown
-from experiments import explorer
+from experiments.explorer import explorer
 from support import program
 from support.program import UserError
 

@@ -1,8 +1,8 @@
 """The numbers of docs/annotated.html, from one finished run: docs/explorer.json.
 
-`collect` adds to what experiments/explorer.py shows of a run: the answers of its samples, what
-routing does for each task and in each Linear, w before training, and the walk, one sample from its
-prompt to its gradients. The walk computes each step as its equation says, and checks that the model
+`collect` adds to what the explorer shows of a run: the answers of its samples, what routing does
+for each task and in each Linear, w before training, and the walk, one sample from its prompt to its
+gradients. The walk computes each step as its equation says, and checks that the model
 computes the same. "hash" tells the adapter of the run from any other, and "code" tells whether the
 code has changed since: see `code_digest`.
 
@@ -28,8 +28,8 @@ from torch.testing import assert_close
 import data
 import eval as evaluation
 import train
-from experiments import explorer
-from experiments.explorer import Loaded, rounded, rows_by_task
+from experiments.explorer import explorer
+from experiments.explorer.explorer import Loaded, rounded, rows_by_task
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = 12  # samples of each task whose w is listed
@@ -41,7 +41,7 @@ CODE = (
     *("orchmoe.py", "kernels.py", "baselines.py", "model.py", "t5.py", "checkpoint.py"),
     *("tokenizer.py", "tasks.py", "data.py", "metrics.py", "run_folder.py"),
     *("support/program.py", "support/runtime.py", "eval.py", "train.py"),
-    *("docs/numbers.py", "experiments/explorer.py"),
+    *("docs/numbers.py", "experiments/explorer/explorer.py"),
 )
 
 

@@ -45,9 +45,8 @@ import kernels
 import orchmoe
 import tokenizer as tokenizers
 from baselines import attach_method, without_adapters
+from experiments.compare.study import kind_of_cpu
 from experiments.computed import MODELS, t5_config
-from experiments.random_t5 import init_weights
-from experiments.study import kind_of_cpu
 from llama import Llama, LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
@@ -350,11 +349,12 @@ def our_base(setup: Setup) -> Backbone:
     """Return the base of --model, or else one with random weights, as a rule a T5 v1.1-small."""
     if setup.model:
         return checkpoint.load(setup.model, dtype=setup.dtype, device=setup.device)
+    torch.manual_seed(0)
     if setup.is_decoder:
-        torch.manual_seed(0)
-        return Llama(SHAPES[setup.shape]).to(setup.device, setup.dtype)
-    shape = SHAPES.get(setup.shape, setup.choose(T5_QUICK, T5_SMALL))
-    return init_weights(T5(shape), 0).to(setup.device, setup.dtype)
+        base = Llama(SHAPES[setup.shape])
+    else:
+        base = T5(SHAPES.get(setup.shape, setup.choose(T5_QUICK, T5_SMALL)))
+    return base.to(setup.device, setup.dtype)
 
 
 def their_base(setup: Setup) -> nn.Module:

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 import checkpoint
 from baselines import attach_method
-from experiments.tables import table
+from experiments.compare.tables import table
 from llama import LlamaConfig
 from model import Backbone, Config
 from orchmoe import OrchMoEConfig

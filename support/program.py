@@ -259,6 +259,7 @@ def read_flags(
     doc: the text above the flags. How to test the program is left out.
     """
     parser = Parser(
+        prog=program_name(),
         usage="%(prog)s [options]",
         description=re.sub(r" *Test: pytest .*", "", doc or "").rstrip(),
         allow_abbrev=False,
@@ -421,7 +422,7 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         if dist.is_initialized() and rank() > 0:
             time.sleep(5)
         if local_rank() == 0 or dist.is_initialized():
-            program = Path(sys.argv[0]).name
+            program = program_name()
             which = f" on rank {rank()}" if rank() > 0 else ""
             print(f"{program}: error{which}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -430,6 +431,12 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         # A sharded base keeps threads of gloo that may abort while Python shuts down.
         os._exit(code)
     sys.exit(code)
+
+
+def program_name() -> str:
+    """Return the name that messages give this program: "train.py", or "compare" of a folder."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def user_message(error: Exception) -> str | None:

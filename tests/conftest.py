@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-from experiments.random_t5 import init_weights
+from random_t5 import init_weights
 from support import program
 from t5 import T5
 from tokenizer import load as load_tokenizer

@@ -26,10 +26,10 @@ import checkpoint
 import data
 import eval as evaluation
 from baselines import attach_method
-from experiments.random_t5 import init_weights
 from llama import Llama, LlamaConfig
 from model import IGNORED
 from orchmoe import OrchMoEConfig
+from random_t5 import init_weights
 from support import runtime
 from support.program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config

@@ -21,9 +21,9 @@ import eval as evaluation
 import run_folder
 import train
 from baselines import attach_method
-from experiments import compare, routers, study, tables
-from experiments.search import Search
-from experiments.study import Cell, StudyConfig, Variant
+from experiments.compare import compare, routers, study, tables
+from experiments.compare.search import Search
+from experiments.compare.study import Cell, StudyConfig, Variant
 from helpers import CPU, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 
 
 def run(home, *arguments, code=0):
-    return run_program("experiments/compare.py", *arguments, cwd=home, code=code)
+    return run_program("experiments/compare/compare.py", *arguments, cwd=home, code=code)
 
 
 # -------------------------------------------------------------------------------------- ablations
@@ -301,7 +301,7 @@ def test_tune_refuses_rates_at_which_every_trial_diverges(tmp_path, monkeypatch)
         for each in searches:
             each.losses = {(0,) * len(each.start): math.inf}
 
-    monkeypatch.setattr("experiments.study.run_cells", search)
+    monkeypatch.setattr("experiments.compare.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     with pytest.raises(ValueError, match="lora: all trials diverged"):
         of_lora.tune({"lora": Variant({"method": "lora"})})
@@ -312,7 +312,7 @@ def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
         for each in searches:
             each.losses = {(0, 0): 2.0, (1, 0): 1.0, (-1, 0): 3.0, (2, 0): 4.0}
 
-    monkeypatch.setattr("experiments.study.run_cells", search)
+    monkeypatch.setattr("experiments.compare.study.run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     program.warn.cache_clear()
     of_lora.tune({"lora": Variant({"method": "lora"})})

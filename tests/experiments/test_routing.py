@@ -11,7 +11,7 @@ from torch import nn
 import data
 import eval as evaluation
 from baselines import attach_method, without_adapters
-from experiments import routing
+from experiments.compare import routing
 from orchmoe import OrchMoEConfig
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.search import Search
-from experiments.tables import tuning_table
+from experiments.compare.search import Search
+from experiments.compare.tables import tuning_table
 
 AXES = ["lr_skills", "alpha", "lr_router", "lr_allocation"]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import tables
+from experiments.compare import tables
 from helpers import ROOT
 from support.program import UserError, read_json
 from tasks import NO_TASK

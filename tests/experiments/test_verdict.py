@@ -1,7 +1,7 @@
 """The comparison on rows of JSONL, from start to verdict.
 
 The numbers of the verdict are computed again from the cells, by code that shares nothing with
-experiments/tables.py.
+experiments/compare/tables.py.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from statistics import fmean
 
 import pytest
 
-from experiments import compare as comparison
+from experiments.compare import compare as comparison
 from helpers import links, run, sentences, write_decoder, write_pieces, write_rows
 from support.program import UserError
 
@@ -24,7 +24,7 @@ COMMAND = [*FLAGS, *"--no-tune --steps 4 --max-source-length 128 --out out".spli
 
 
 def compare(home, *arguments, code=0):
-    return run("experiments/compare.py", *arguments, cwd=home, code=code)
+    return run("experiments/compare/compare.py", *arguments, cwd=home, code=code)
 
 
 def read_cells(home, name, seeds=2):

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from safetensors.torch import save_file
 
-from experiments import explorer
+from experiments.explorer import explorer
 from helpers import ROOT, change_config, run, weights_of
 from support.program import UserError, read_json, write_json
 

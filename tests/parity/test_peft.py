@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoint
 import data
 from baselines import attach_method
-from experiments.sizes import attach_larger
+from experiments.compare.sizes import attach_larger
 from helpers import (
     EXPORT_CONFIG,
     ROOT,

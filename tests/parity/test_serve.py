@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 import run_folder
-from experiments import explorer
+from experiments.explorer import explorer
 from helpers import CPU, ROOT, run, seeded_generator, stir
 from support.program import read_json, write_json
 

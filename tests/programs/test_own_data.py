@@ -11,7 +11,7 @@ import data
 import eval as evaluation
 import run_folder
 import train
-from experiments import explorer
+from experiments.explorer import explorer
 from helpers import (
     CPU,
     RESUME,
@@ -221,7 +221,7 @@ def programs(folder):
     return (
         [*RESUME, folder],
         ["eval.py", "--run", folder, "--split", "seen", "--device", "cpu"],
-        ["experiments/explorer.py", "--run", folder],
+        ["experiments/explorer/explorer.py", "--run", folder],
         ["integrations/export.py", "--run", folder, "--mean", "--out", "served"],
         ["eval.py", "--run", folder, "--ask", "Name 3:", "--device", "cpu"],
         ["eval.py", "--run", folder, "--split", "test", "--limit", "1", "--device", "cpu"],

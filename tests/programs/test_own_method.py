@@ -17,7 +17,7 @@ import data
 import train
 from baselines import attach_method, load_method
 from eval import measure
-from experiments import explorer
+from experiments.explorer import explorer
 from helpers import (
     CPU,
     RESUME,
@@ -196,7 +196,7 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
         assert not any("router" in row for row in records(home / "own"))  # no w was returned
         assert state["norm.num_batches_tracked"] > 0 and torch.equal(state["table"], state["again"])
         assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
-        explore = ("experiments/explorer.py", "--run", "own", *moved)
+        explore = ("experiments/explorer/explorer.py", "--run", "own", *moved)
         assert "own: has no sample router" in run(*explore, cwd=home, code=2)  # that of OrchMoE
 
 
@@ -246,7 +246,7 @@ def test_a_comparison_has_a_row_for_it(home):
         "--seeds 1 --train-instances 8 --trials 2 --jobs 2 --max-source-length 64 --out out "
         "--axes lr_skills,alpha,lr_token_router"
     ).split()
-    output = run("experiments/compare.py", *flags, "--methods", f"lora,{HYDRA}", cwd=home)
+    output = run("experiments/compare/compare.py", *flags, "--methods", f"lora,{HYDRA}", cwd=home)
     assert re.search(
         r"\| HydraLoRA \| 2 \| lr_skills \S+, alpha \S+, lr_token_router \S+ \|", output
     )
@@ -426,7 +426,7 @@ def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
     method = ("--method", "own.py:Mine")
     run("train.py", *BRIEF, *method, "--out", "run", cwd=home)
     baselines.OWN_METHODS.clear()
-    explore = ("experiments/explorer.py", "--run", "run")
+    explore = ("experiments/explorer/explorer.py", "--run", "run")
     assert "--method FILE.py:Mine" in run(*explore, cwd=home, code=2)
 
     def occupied(loaded, port):

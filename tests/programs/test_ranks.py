@@ -24,9 +24,9 @@ import data
 import t5
 import train
 from baselines import attach_method
-from experiments.random_t5 import init_weights
 from helpers import RESUME, ROOT, SMALL_T5, interrupted, records, run, torchrun
 from orchmoe import OrchMoEConfig
+from random_t5 import init_weights
 from support import program, runtime
 from tasks import DataConfig
 from tokenizer import load as load_tokenizer

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from experiments import explorer
+from experiments.explorer import explorer
 from helpers import (
     ROOT,
     change_config,
@@ -29,6 +29,7 @@ from helpers import (
 )
 from support.program import UserError
 
+PROGRAM = "experiments/explorer/explorer.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PAGE = ROOT / "docs/annotated.html"
 NUMBERS = ROOT / "docs/explorer.json"
@@ -562,10 +563,10 @@ def test_another_sample_of_the_same_task_is_said_to_be_so(server, browser, tmp_p
 
 def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     with interrupted(explorer.Server, "serve_forever", 1, error=KeyboardInterrupt):
-        run("experiments/explorer.py", "--run", "run", "--port", 0, cwd=finished, code=130)
-    error = run("experiments/explorer.py", "--run", "run", "--port", 70000, cwd=finished, code=2)
+        run(PROGRAM, "--run", "run", "--port", 0, cwd=finished, code=130)
+    error = run(PROGRAM, "--run", "run", "--port", 70000, cwd=finished, code=2)
     assert "--port 70000" in error
-    assert "give --run" in run("experiments/explorer.py", cwd=finished, code=2)
+    assert "give --run" in run(PROGRAM, cwd=finished, code=2)
 
 
 def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied):

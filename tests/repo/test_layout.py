@@ -152,7 +152,7 @@ FOREIGN = set(
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
 CODE = [*FILES, *SUPPORT]
-for pattern in ("experiments/*.py", "integrations/*.py", "*/make*"):
+for pattern in ("experiments/**/*.py", "integrations/*.py", "*/make*"):
     CODE += ROOT.glob(pattern)
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in CODE)
 TEST_SOURCES = "".join(path.read_text(encoding="utf-8") for path in TESTS)
@@ -187,7 +187,8 @@ def test_pages_name_what_exists(page):
         exists = (page.parent / name).exists() or (ROOT / name).exists()
         assert exists or name in FOREIGN, name
     for name in re.findall(r"python -m ([a-z0-9_.]+)", text):
-        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
     for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
         assert hasattr(NAMES[owner], name), f"{owner}.{name}"
     for name in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text):

@@ -27,7 +27,10 @@ def parser_of(program):
         contextlib.suppress(KeyboardInterrupt),
     ):
         parse.side_effect = KeyboardInterrupt
-        importlib.import_module(program).main()
+        module = importlib.import_module(program)
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{program}.__main__")
+        module.main()
     return parse.call_args.args[0]
 
 

@@ -13,7 +13,7 @@ import kernels
 import orchmoe
 import train
 from baselines import METHODS, attach_method, settings_of_method
-from experiments.sizes import attach_larger, equal_ranks, total
+from experiments.compare.sizes import attach_larger, equal_ranks, total
 from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.sizes import attach_larger
+from experiments.compare.sizes import attach_larger
 from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
 from support import runtime
 

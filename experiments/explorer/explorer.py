@@ -46,7 +46,7 @@ SHOWN = 3  # samples of each task in SNI's form that can be chosen
 SHOWN_ROWS = 1000  # of each task of a JSONL file, and of rows that name no task
 TRIED = 100  # samples among which the page looks for one where routing matters
 LARGEST_REQUEST = 100_000  # bytes
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = program.ROOT / "docs"
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(tasks.read_task)
@@ -511,7 +511,3 @@ def main() -> None:
     with server:
         program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
         server.serve_forever()
-
-
-if __name__ == "__main__":
-    program.run_program(main)

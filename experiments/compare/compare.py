@@ -16,7 +16,7 @@ which are test tasks or --test. The difference is *better* if its whole 95 % int
 one elsewhere. An undecided difference comes with an estimate of what would decide it. See tables.py
 for what an interval covers. Nothing is chosen by seen or unseen results.
 
-Writes cells (see experiments/study.py) and results.md, or ablations.md, into the folder of
+Writes cells (see experiments/compare/study.py) and results.md, or ablations.md, into the folder of
 --results, or else --out. An interrupted comparison goes on when the same command is given again.
 Test: pytest tests/experiments/test_compare.py
 """
@@ -36,8 +36,8 @@ import metrics
 import tokenizer as tokenizers
 import train
 from baselines import METHODS, OWN_METHODS, load_method
-from experiments.routers import attach_with
-from experiments.study import (
+from experiments.compare.routers import attach_with
+from experiments.compare.study import (
     Cell,
     Study,
     Variant,
@@ -48,7 +48,7 @@ from experiments.study import (
     require_choices,
     share_cores,
 )
-from experiments.tables import SETS, interval, markdown, paired, publish, verdicts
+from experiments.compare.tables import SETS, interval, markdown, paired, publish, verdicts
 from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
@@ -333,7 +333,3 @@ def main() -> None:
     rows = {name: Variant({"method": name}) for name in names}
     equal = {name: row for name, row in rows.items() if name not in OWN_SIZE}
     compare(Study(settings, pick_device(study_config, settings), study_config, equal), rows)
-
-
-if __name__ == "__main__":
-    program.run_program(main)

@@ -1,7 +1,4 @@
-"""Random weights for a T5, as T5 starts. For tests and for the times of models that are not here.
-
-Test: pytest tests/unit/test_model.py
-"""
+"""Random weights for a T5, as T5 starts."""
 
 import torch
 

@@ -11,7 +11,7 @@ again, unfinished runs resume, and a cell of other settings is refused.
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
 
-compare.py is a study.
+compare.py, beside this file, is a study.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -45,10 +45,10 @@ import run_folder
 import tokenizer as tokenizers
 import train
 from baselines import OWN_METHODS, count_parameters, load_method, settings_of_method
-from experiments import routing
-from experiments.routers import attach_with
-from experiments.search import AXES, Search
-from experiments.sizes import equal_ranks
+from experiments.compare import routing
+from experiments.compare.routers import attach_with
+from experiments.compare.search import AXES, Search
+from experiments.compare.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
