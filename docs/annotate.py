@@ -2,7 +2,7 @@
 
     python -m docs.annotate                  # from docs/explorer.json
 
-    # After a change of the code: a new run, then docs/explorer.json and the page from this run.
+    # To show another run: docs/explorer.json and the page from this run.
     python train.py --data sni/ --device cpu --out runs/page
     python -m docs.annotate --run runs/page
 

@@ -2,20 +2,15 @@
 
 `collect` adds to what the explorer shows of a run: the answers of its samples, what routing does
 for each task and in each Linear, w before training, and the walk, one sample from its prompt to its
-gradients. The walk computes each step as its equation says, and checks that the model
-computes the same. "hash" tells the adapter of the run from any other, and "code" tells whether the
-code has changed since: see `code_digest`.
+gradients. The walk computes each step as its equation says, and checks that the model computes the
+same. "hash" tells the adapter of the run from any other.
 
 Letters: B batch, L source length, D input width, O output width, K abstract tasks, N adapted
 Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 """
 
-import ast
-import hashlib
-import io
 import math
 import textwrap
-import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,18 +26,10 @@ import train
 from experiments.explorer import explorer
 from experiments.explorer.explorer import Loaded, rounded, rows_by_task
 
-ROOT = Path(__file__).resolve().parent.parent
 LISTED = 12  # samples of each task whose w is listed
 COMPARED = ("own", "mean", "uniform", "other", "off")  # settings whose loss is measured on all
 LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks into
 LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q", LINEAR)
-# The code that makes the run and its numbers.
-CODE = (
-    *("orchmoe.py", "kernels.py", "baselines.py", "model.py", "t5.py", "checkpoint.py"),
-    *("tokenizer.py", "tasks.py", "data.py", "metrics.py", "run_folder.py"),
-    *("support/program.py", "support/runtime.py", "eval.py", "train.py"),
-    *("docs/numbers.py", "experiments/explorer/explorer.py"),
-)
 
 
 def collect(run: str | Path) -> dict[str, Any]:
@@ -50,7 +37,6 @@ def collect(run: str | Path) -> dict[str, Any]:
     loaded = explorer.load(run)
     explored = explorer.collect(loaded)
     explored["hash"] = loaded.run_config.adapter_digest()
-    explored["code"] = code_digest()
     explored["steps"] = loaded.run_config.training["steps"]
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
@@ -59,31 +45,6 @@ def collect(run: str | Path) -> dict[str, Any]:
     explored["walk"] = walk(loaded, explored)
     add_start(explored, loaded)
     return explored
-
-
-def code_digest() -> str:
-    """Return 16 hex digits of the code in CODE, without comments, docstrings and empty lines."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        source = (ROOT / name).read_text(encoding="utf-8")
-        digest.update("\n".join(code_lines(source)).encode())
-    return digest.hexdigest()[:16]
-
-
-def code_lines(source: str) -> list[str]:
-    """Return the lines of a program without comments, docstrings and empty lines."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            docstring = node.body[0]
-            for row in range(docstring.lineno, docstring.end_lineno + 1):
-                lines[row - 1] = ""
-    return [line.rstrip() for line in lines if line.strip()]
 
 
 # --------------------------------------------------------------------------- w before training

@@ -220,20 +220,6 @@ def test_the_page_says_which_run_it_shows():
     assert PAGE.count(EXPLORED["hash"]) == 1
 
 
-@pytest.mark.slow
-def test_the_run_was_made_by_this_code():
-    """If this fails, make a new run and the page from it: see docs/annotate.py."""
-    assert EXPLORED["code"] == numbers.code_digest()
-
-
-def test_the_digest_of_the_code_ignores_words_and_sees_code():
-    source = (
-        '''"""A module."""\n\nx = 1  # one\n\n\ndef f():\n    """Do it."""\n    return "# 2"\n'''
-    )
-    lines = ["x = 1", "def f():", '    return "# 2"']
-    assert numbers.code_lines(source) == lines
-
-
 def test_what_the_texts_claim_about_the_run_holds():
     """Change the texts if a new run says something else."""
     text = " ".join(TEXT.split())
