@@ -1,7 +1,6 @@
 """The numbers of the sixteen replicates on the pages are those of their cells."""
 
 import importlib.util
-import math
 import re
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 FOLDER = ROOT / "experiments/results/replication"
-TABLES = {"first": FOLDER / "tables.md", "tuned": FOLDER / "tuned/tables.md"}
+TABLES = {"cells": FOLDER / "tables.md", "tuned/cells": FOLDER / "tuned/tables.md"}
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,10 @@ def recompute():
     return module
 
 
-@pytest.mark.parametrize("comparison", TABLES)
-def test_the_tables_have_the_numbers_of_the_cells(recompute, comparison):
-    published = TABLES[comparison].read_text(encoding="utf-8")
-    lines = recompute.planned_lines(recompute.read_cells(comparison), recompute.PAIRS[comparison])
+@pytest.mark.parametrize("folder", TABLES)
+def test_the_tables_have_the_numbers_of_the_cells(recompute, folder):
+    published = TABLES[folder].read_text(encoding="utf-8")
+    lines = recompute.planned_lines(recompute.read_cells(folder), recompute.PAIRS[folder])
     assert lines
     for line in lines:
         pair, _, numbers = line.partition(": ")
@@ -32,15 +31,17 @@ def test_the_tables_have_the_numbers_of_the_cells(recompute, comparison):
         assert f"| {pair.replace(', ', ' | ')} | {numbers} |" in published
 
 
-@pytest.mark.parametrize("comparison, row", [("tuned", "tuned lora"), ("first", "lora")])
-def test_the_pages_have_the_leads_of_the_cells(recompute, comparison, row):
-    cells = recompute.read_cells(comparison)
-    lead = recompute.interval(recompute.differences(cells, "orchmoe", row))
-    mean, low, high = (-100 * math.expm1(value) for value in lead)
+@pytest.mark.parametrize("folder, row", [("tuned/cells", "tuned lora"), ("cells", "lora")])
+def test_the_pages_have_the_leads_of_the_cells(recompute, folder, row):
+    cells = recompute.read_cells(folder)
+    lead = recompute.interval(
+        recompute.means_of(recompute.differences(cells["orchmoe"], cells[row]))
+    )
+    mean, low, high = (-value for value in recompute.in_per_cent(lead))
     in_words = rf"{mean:.1f} %[^\[%]*\[{high:.1f}, {low:.1f}\]"
     evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (evidence, readme):
         assert recompute.written(lead, 3) in page
     assert re.search(in_words, evidence)
-    assert comparison == "first" or re.search(in_words, readme)
+    assert folder == "cells" or re.search(in_words, readme)

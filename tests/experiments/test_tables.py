@@ -1,5 +1,6 @@
 """The numbers of a comparison: intervals and their coverage, verdicts, and what the tables say."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from experiments.compare import tables
 from helpers import ROOT
-from support.program import UserError, read_json
+from support.program import UserError
 from tasks import NO_TASK
 
 
@@ -120,25 +121,20 @@ def test_interval_of_known_differences(values, half):
     assert tables.interval(values) == expected
 
 
-@pytest.mark.parametrize(
-    "folder, published",
-    [
-        ("map/centre/cells", "-0.050 [-0.104, +0.003]"),
-        ("map/total-rank-16/cells", "-0.059 [-0.095, -0.023]"),
-        ("decision/cells", "-0.022 [-0.046, +0.002]"),
-    ],
-)
-def test_interval_gives_the_published_differences(folder, published):
-    losses = {}
-    for row in ("orchmoe", "lora"):
-        by_seed = []
-        for seed in range(5):
-            cell = read_json(ROOT / f"experiments/results/{folder}/{row}-s{seed}.json")
-            tasks = cell["seen"]["tasks"]
-            by_seed.append([tasks[name]["loss"] for name in sorted(tasks)])
-        losses[row] = np.array(by_seed).T
-    difference = tables.interval(losses["orchmoe"] - losses["lora"])
-    assert tables.signed(difference) == published
+@pytest.mark.parametrize("row", ["lora", "HydraLoRA"])
+def test_the_page_of_compare_has_the_differences_of_its_cells(row):
+    folder = ROOT / "experiments/results/compare"
+    cells = {}
+    for line in (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines():
+        cell = json.loads(line)
+        cells.setdefault(cell["settings"]["row"], []).append(cell)
+    found = []
+    for which in ("seen", "unseen"):
+        for metric, digits in (("loss", 3), ("rougeL", 2), ("exact_match", 2)):
+            values, freedom, *_ = tables.paired(cells["orchmoe"], cells[row], which, metric)
+            found.append(tables.signed(tables.interval(values, freedom), digits))
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| {row} | {' | '.join(found)} |" in page
 
 
 # ------------------------------------------------------------------------------------- from cells

@@ -1,6 +1,7 @@
-"""Compute the tables of the replicates once more, with the standard library alone.
+"""Compute the numbers of the replicates once more, with the standard library alone.
 
-Then compute what was not planned: how much single tasks count. With the folder of
+These are the planned differences, and what was not planned: how much single tasks count, how the
+two comparisons and the two kinds of CPU differ, and the search for the LoRA. With the folder of
 Super-NaturalInstructions, also compute an interval over the sources of the tasks.
 
 python experiments/results/replication/recompute.py [natural-instructions]
@@ -15,11 +16,11 @@ import sys
 from pathlib import Path
 
 T = 2.131449545559323  # 97.5 % point of Student's t with 15 degrees of freedom
-FOLDER = Path(__file__).parent
+T_OF_TWO = 2.4898797034798923  # 98.75 % point: two intervals cover 95 % together
 SEEDS = range(100, 116)
-PAIRS = {  # of each comparison: rows that are subtracted, the planned primary pair first
-    "first": (("orchmoe", "lora"),),
-    "tuned": (
+PAIRS = {  # folder of the cells: rows that are subtracted, the planned primary pair first
+    "cells": (("orchmoe", "lora"),),
+    "tuned/cells": (
         ("orchmoe", "tuned lora"),
         ("orchmoe", "frozen router"),
         ("frozen router", "tuned lora"),
@@ -29,35 +30,43 @@ PAIRS = {  # of each comparison: rows that are subtracted, the planned primary p
         ("tuned lora", "lora"),
     ),
 }
-FOLDERS = {"first": FOLDER / "cells", "tuned": FOLDER / "tuned/cells"}
 OUTCOMES = (("seen", "loss", 4), ("answers", "rougeL", 2), ("answers", "exact_match", 2))
 
 
-def read_cells(comparison):
-    """Return {row: {seed: cell}}."""
+def read_cells(folder):
+    """Return {row: {seed: cell}} of the cells whose names begin with this folder."""
     cells = {}
-    for path in FOLDERS[comparison].glob("*.json"):
-        cell = json.loads(path.read_text(encoding="utf-8"))
-        settings = cell["settings"]
-        cells.setdefault(settings["row"], {})[settings["seed"]] = cell
+    path = Path(__file__).parent / "cells.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cell = json.loads(line)
+        if cell["name"].startswith(f"{folder}/"):
+            settings = cell["settings"]
+            cells.setdefault(settings["row"], {})[settings["seed"]] = cell
     return cells
 
 
-def differences(cells, one, other, part="seen", score="loss"):
-    """Return for each replicate the differences of its tasks in a score, the lowest first."""
+def differences(row, other, part="seen", score="loss"):
+    """Return for each replicate the differences of its tasks in a score, the lowest first.
+
+    row, other: the cells of two rows, {seed: cell}.
+    """
     replicates = []
     for seed in SEEDS:
-        first, second = cells[one][seed][part]["tasks"], cells[other][seed][part]["tasks"]
+        first, second = row[seed][part]["tasks"], other[seed][part]["tasks"]
         assert first.keys() == second.keys()
         replicates.append(sorted(first[name][score] - second[name][score] for name in first))
     return replicates
 
 
-def interval(replicates):
-    """Return mean, low and high end of a 95 % interval over the means of the replicates."""
-    means = [statistics.fmean(tasks) for tasks in replicates]
-    mean = statistics.fmean(means)
-    half = T * statistics.stdev(means) / math.sqrt(len(SEEDS))
+def means_of(replicates):
+    """Return the mean over tasks of each replicate."""
+    return [statistics.fmean(tasks) for tasks in replicates]
+
+
+def interval(values, t=T):
+    """Return mean, low and high end of the t interval over one value of each replicate."""
+    mean = statistics.fmean(values)
+    half = t * statistics.stdev(values) / math.sqrt(len(SEEDS))
     return mean, mean - half, mean + half
 
 
@@ -67,41 +76,75 @@ def written(numbers, digits):
     return f"{mean} [{low}, {high}]"
 
 
+def in_per_cent(numbers):
+    """Return changes of the loss as changes of perplexity in per cent."""
+    return [100 * math.expm1(number) for number in numbers]
+
+
 def planned_lines(cells, pairs):
     """Return a line for each difference of two rows in each outcome."""
     lines = []
     for one, other in pairs:
         for part, score, digits in OUTCOMES:
-            found = interval(differences(cells, one, other, part, score))
+            found = interval(means_of(differences(cells[one], cells[other], part, score)))
             lines.append(f"{one} - {other}, {score}: {written(found, digits)}")
     return lines
 
 
-def show_median(cells, one, other):
-    """Show the median task, and on how many tasks the first row is better."""
-    tasks = sum(differences(cells, one, other), [])
-    below = sum(value < 0 for value in tasks)
-    print(f"{one} - {other}: median {statistics.median(tasks):+.4f}, {below} below zero")
+# ------------------------------------------------------------------------------------- not planned
 
 
-def show_single_tasks(cells, baseline):
-    """Show how much single tasks count."""
-    replicates = differences(cells, "orchmoe", baseline)
+def p_of_t(values):
+    """Return the two-sided p value of Student's t, by Simpson's rule."""
+    t = abs(statistics.fmean(values)) / (statistics.stdev(values) / math.sqrt(16))
+    scale = math.gamma(8) / (math.sqrt(15 * math.pi) * math.gamma(7.5))
+    steps = 10_000
+    total = 0.0
+    for i in range(steps + 1):
+        weight = 1 if i in (0, steps) else 2 + 2 * (i % 2)
+        total += weight * scale * (1 + (t * i / steps) ** 2 / 15) ** -8
+    return 1 - 2 * total * t / steps / 3
+
+
+def p_of_ranks(values):
+    """Return the exact two-sided p value of Wilcoxon's signed ranks. No two values are equal."""
+    ranked = sorted(values, key=abs)
+    above = sum(rank for rank, value in enumerate(ranked, start=1) if value > 0)
+    most = len(values) * (len(values) + 1) // 2
+    ways = [1] + [0] * most  # number of subsets of the ranks that have each sum
+    for rank in range(1, len(values) + 1):
+        for total in range(most, rank - 1, -1):
+            ways[total] += ways[total - rank]
+    return min(1, 2 * sum(ways[: min(above, most - above) + 1]) / 2 ** len(values))
+
+
+def show_lead(cells, baseline):
+    """Show the primary lead in other ways, and how much single tasks count."""
+    replicates = differences(cells["orchmoe"], cells[baseline])
+    means = means_of(replicates)
+    print(f"p of t {p_of_t(means):.2g}, of signed ranks {p_of_ranks(means):.2g}")
+    print(f"interval if two primaries are counted: {written(interval(means, T_OF_TWO), 3)}")
+
     tasks = sorted(sum(replicates, []))
     print(f"lowest task {tasks[0]:+.2f}")
     without = [row[1:] if row[0] == tasks[0] else row for row in replicates]
-    print(f"without the lowest task: {written(interval(without), 4)}")
+    print(f"without the lowest task: {written(interval(means_of(without)), 4)}")
     without = [row[1:-1] for row in replicates]
-    print(
-        "without the lowest and the highest task of each replicate: "
-        f"{written(interval(without), 4)}"
-    )
+    both = written(interval(means_of(without)), 4)
+    print(f"without the lowest and the highest task of each replicate: {both}")
 
     perplexities = [math.expm1(value) for value in tasks]
     print(f"geometric mean of the changes of perplexity {math.expm1(statistics.fmean(tasks)):+.1%}")
     print(f"arithmetic mean of the changes of perplexity {statistics.fmean(perplexities):+.1%}")
     print(f"change of perplexity of the median task {math.expm1(statistics.median(tasks)):+.1%}")
+    medians = interval([statistics.median(row) for row in replicates])
+    print(f"the same over the replicates' medians, %: {written(in_per_cent(medians), 1)}")
     print(f"share of the ten lowest tasks in the sum {sum(tasks[:10]) / sum(tasks):.0%}")
+    gains = sum(value for value in tasks if value < 0)
+    losses = sum(value for value in tasks if value > 0)
+    print(f"share of the ten largest gains in all gains {sum(tasks[:10]) / gains:.0%}")
+    print(f"share of the ten largest losses in all losses {sum(tasks[-10:]) / losses:.0%}")
+    print(f"mean without both {statistics.fmean(tasks[10:-10]):+.3f}")
     lower, higher = sum(value < -0.2 for value in tasks), sum(value > 0.2 for value in tasks)
     print(f"tasks below -0.2: {lower}, above +0.2: {higher}")
 
@@ -131,19 +174,53 @@ def show_over_sources(cells, baseline, data):
     print(f"interval over sources [{mean - half:+.3f}, {mean + half:+.3f}]")
 
 
+def show_correlation(first, second):
+    """Show how the two primary leads go together."""
+    leads = means_of(differences(first["orchmoe"], first["lora"]))
+    others = means_of(differences(second["orchmoe"], second["tuned lora"]))
+    mean, other = statistics.fmean(leads), statistics.fmean(others)
+    products = [(x - mean) * (y - other) for x, y in zip(leads, others, strict=True)]
+    spread = statistics.stdev(leads) * statistics.stdev(others)
+    print(f"correlation of the two leads over replicates {sum(products) / 15 / spread:.2f}")
+
+
+def show_two_cpus(first, second):
+    """Show how much a task differs between the two kinds of CPU, with all else equal."""
+    for row in ("orchmoe", "lora"):
+        tasks = sum(differences(first[row], second[row]), [])
+        largest = max(abs(value) for value in tasks)
+        spread = statistics.stdev(tasks)
+        print(f"{row} on two CPUs: sd of a task {spread:.3f}, the largest {largest:.2f}")
+
+
+def show_search():
+    """Show the dev losses of the search for the LoRA, and the means of points with three seeds."""
+    for row, trials in read_cells("lora_search").items():
+        losses = [trials[seed]["dev_loss"] for seed in sorted(trials)]
+        each = ", ".join(f"{loss:.3f}" for loss in losses)
+        print(f"alpha and rate {row}: {each}; mean {statistics.fmean(losses):.4f}")
+
+
 def main():
-    for comparison, pairs in PAIRS.items():
-        cells = read_cells(comparison)
-        baseline = pairs[0][1]
+    for folder, pairs in PAIRS.items():
+        cells = read_cells(folder)
         for line in planned_lines(cells, pairs):
             print(line)
         print("not planned, the differences of the 384 tasks in loss:")
         for one, other in pairs:
-            show_median(cells, one, other)
+            tasks = sum(differences(cells[one], cells[other]), [])
+            below = sum(value < 0 for value in tasks)
+            print(f"{one} - {other}: median {statistics.median(tasks):+.4f}, {below} below zero")
+        baseline = pairs[0][1]
         print(f"not planned, orchmoe - {baseline} in loss:")
-        show_single_tasks(cells, baseline)
+        show_lead(cells, baseline)
         if len(sys.argv) > 1:
             show_over_sources(cells, baseline, sys.argv[1])
+        print()
+    first, second = read_cells("cells"), read_cells("tuned/cells")
+    show_correlation(first, second)
+    show_two_cpus(first, second)
+    show_search()
 
 
 if __name__ == "__main__":
