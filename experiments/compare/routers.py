@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baselines import Poly
 from experiments.compare.sizes import attach_larger
 from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
 from support import runtime
@@ -84,13 +85,55 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
-REPLACED = {"random": RandomRouting, "task": Oracle}
+class ClusterPoly(Poly):
+    """Poly that is told the cluster of a sample in place of its task. It needs no task ids.
+
+    The K clusters are those of the k-means from which OrchMoE's router starts. They do not train.
+    """
+
+    settings = Poly.settings | {"abstract_tasks"}
+    kind = "Poly of clusters"
+
+    def __init__(
+        self,
+        linears: Linears,
+        skills: Skills,
+        config: OrchMoEConfig,
+        *,
+        width: int,
+        num_tasks: int = 0,
+        **options: Any,
+    ):
+        K = config.abstract_tasks
+        super().__init__(linears, skills, config, num_tasks=K, **options)
+        self.config = config
+        self.router = TaskRouter(width, config).to(self.Z)
+        for name in ("W_task", "bias"):  # buffers, which do not train, in place of parameters
+            value = getattr(self.router, name).detach()
+            delattr(self.router, name)
+            self.router.register_buffer(name, value)
+
+    def route(
+        self,
+        embeddings: Tensor,
+        mask: Tensor | None = None,
+        *,
+        task_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Routing:
+        """Route by the cluster of each sample, whatever its task is."""
+        cluster = self.router(embeddings, mask).argmax(dim=-1)  # (B,)
+        return super().route(task_ids=cluster, **options)
+
+
+REPLACED = {"random": RandomRouting, "task": Oracle, "cluster": ClusterPoly}
 
 
 def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: see Oracle. extra_rank: more ranks, see sizes.attach_larger.
+    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly. extra_rank: more ranks,
+    see sizes.attach_larger.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:

@@ -32,6 +32,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -151,8 +152,13 @@ class Cell(NamedTuple):
     facts: dict[str, str]  # what else the numbers depend on: base, data, device
     path: Path  # its file
     folder: Path  # of the run that it scores
-    scores: Literal["dev", "replicate", "answers"] = "answers"  # see `run_cell`
+    scores: Literal["dev", "dev tasks", "replicate", "answers"] = "answers"  # see `run_cell`
     extra_rank: int = 0  # see sizes.attach_larger
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether a search makes it, to choose the values of a row."""
+        return self.scores in ("dev", "dev tasks")
 
     def result(self) -> dict[str, Any]:
         """Return the content of its file."""
@@ -188,9 +194,10 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
     """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
 
-    The dev loss weighs all target tokens alike. A cell that scores "replicate" also has the losses
-    on all seen instances, and the scores of short answers to some of them. One that scores
-    "answers" has the losses and the scores of the answers on seen and unseen instances.
+    The dev loss weighs all target tokens alike. In a cell that scores "dev tasks" it is that of all
+    dev instances, the mean within a task, then over tasks. A cell that scores "replicate" also has
+    the losses on all seen instances, and the scores of short answers to some of them. One that
+    scores "answers" has the losses and the scores of the answers on seen and unseen instances.
     """
     started = time.monotonic()
     attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
@@ -257,7 +264,7 @@ def tree() -> str:
 
 
 def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict[str, Any]:
-    """Return scores on seen and unseen instances, the number of parameters, and the routing.
+    """Return what `run_cell` says of a cell's scores, the number of parameters, and the routing.
 
     attach_function: a function like baselines.attach_method. Raise DivergedError if a loss is not
     finite.
@@ -276,23 +283,22 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
 
     sets = data.load_sets(cell.settings.dataset, tokenizer)
     held_out = train.held_out_sets(sets, config.eval_instances)
+    options = {"batch_size": config.eval_batch_size}
+    if cell.scores == "dev tasks":
+        losses = finite_losses(base, adapters, sets["dev"], "dev", **options)
+        result["dev_loss"] = fmean(loss_of_tasks(sets["dev"], losses).values())
+        return result
     dev = held_out.pop("dev")
     if cell.scores == "replicate":
         held_out = {"seen": sets["seen"]}  # all seen instances
     rules = cell.settings.dataset.metric_rules
-    options = {"batch_size": config.eval_batch_size}
     for which, examples in held_out.items():
         w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
-        losses = evaluation.row_losses(base, adapters, examples, w=w, **options)
-        for example, loss in zip(examples, losses, strict=True):
-            if not math.isfinite(loss.nats):
-                raise train.DivergedError(
-                    f"{example.id}: the loss on this {which} instance is {loss.nats}"
-                )
+        losses = finite_losses(base, adapters, examples, which, w=w, **options)
         if cell.scores == "replicate":
             tasks = {}
-            for task, of_task in evaluation.losses_by_task(examples, losses).items():
-                tasks[task] = {"loss": of_task[0]}  # all rows of these studies name a task
+            for task, loss in loss_of_tasks(examples, losses).items():
+                tasks[task] = {"loss": loss}
             result[which] = {"tasks": tasks}
             answered = first_of_each_task(examples, ANSWERED)
             predictions = evaluation.predict(
@@ -314,6 +320,29 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     if cell.row.trains and not cell.row.w:
         result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
+
+
+def finite_losses(
+    base: Backbone, adapters: Adapters, examples: Sequence[data.Example], which: str, **options: Any
+) -> list[evaluation.RowLoss]:
+    """Return what eval.row_losses does. Raise DivergedError if a loss is not finite."""
+    losses = evaluation.row_losses(base, adapters, examples, **options)
+    for example, loss in zip(examples, losses, strict=True):
+        if not math.isfinite(loss.nats):
+            raise train.DivergedError(
+                f"{example.id}: the loss on this {which} instance is {loss.nats}"
+            )
+    return losses
+
+
+def loss_of_tasks(
+    examples: Sequence[data.Example], losses: Sequence[evaluation.RowLoss]
+) -> dict[str, float]:
+    """Return the loss of each task. All rows must name their task."""
+    found = {}
+    for task, of_task in evaluation.losses_by_task(examples, losses).items():
+        (found[task],) = of_task
+    return found
 
 
 def first_of_each_task(examples: Sequence[data.Example], count: int) -> list[data.Example]:
@@ -463,7 +492,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
                     return
                 print_done(cell)
             # A search goes on with other values. Any other cell has no scores for a table.
-            if cell.scores != "dev" and "diverged" in cell.result():
+            if not cell.is_trial and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) < 2:
@@ -506,7 +535,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
 def print_done(cell: Cell) -> None:
     """Print that a cell is finished, and its dev loss unless nobody may look at it yet."""
     result = cell.result()
-    parts = [str(cell.path)]
+    parts = [f"{cell.path}: {result['seconds']} s"]
     if "diverged" in result:
         parts.append("diverged")
     elif "dev_loss" in result and cell.scores != "replicate":
@@ -672,7 +701,7 @@ class Study:
             self.best[name] = report["best"]
         return reports
 
-    def trial(self, name: str, row: Variant, trial: dict[str, float]) -> Cell:
+    def trial(self, name: str, row: Variant, trial: dict[str, float], scores: str = "dev") -> Cell:
         """Return the cell of a trial. trial: value of each axis."""
         tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
-        return self.cell(f"tune/{tag}", name, row, trial, "dev")
+        return self.cell(f"tune/{tag}", name, row, trial, scores)

@@ -228,7 +228,29 @@ def t_quantile(freedom: float) -> float:
     return float(freedom**0.5 * np.tan(angle))
 
 
+def t_p_value(values: np.ndarray) -> float:
+    """Return the two-sided p value of Student's t test that the mean of the values is 0."""
+    count = values.size
+    error = values.std(ddof=1) / count**0.5
+    angles = np.linspace(0, np.pi / 2, 200_001)  # see t_quantile
+    mass = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (count - 2))
+    angle = np.arctan(abs(values.mean()) / error / (count - 1) ** 0.5)
+    return float(1 - np.interp(angle, angles[1:], mass / mass[-1]))
+
+
 # --------------------------------------------------------------------------------------- verdicts
+
+
+def hochberg(p_values: Sequence[float]) -> list[bool]:
+    """Return for each of several tests whether it decides, with a joint error of at most 0.05.
+
+    If the largest p value is below 0.05, all decide. Otherwise, if the second largest is below
+    0.05 / 2, it and all smaller ones decide, and so on. Source: Hochberg 1988, Biometrika 75.
+    """
+    for number, largest in enumerate(sorted(p_values, reverse=True), start=1):
+        if largest < 0.05 / number:
+            return [p_value <= largest for p_value in p_values]
+    return [False] * len(p_values)
 
 
 def verdict(difference: Difference) -> str:

@@ -1,0 +1,177 @@
+"""The study of the paper's claim: what it makes, what it keeps secret, and what its tables say."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import claim
+from experiments.compare.study import kind_of_cpu
+from helpers import ROOT, run
+from support import program
+from tasks import read_splits
+
+SEEDS = (200, 201)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Return flags of a study with two draws of three tasks, two trials, and four steps."""
+    tasks = read_splits(ROOT / "sni")["train"]
+    program.write_json(tmp_path / "tuning.json", {"train": tasks[:3]})
+    program.write_json(tmp_path / "draws.json", {"100": tasks[3:6], "101": tasks[6:9]})
+    sizes = {"TRIALS": 2, "MORE_TRIALS": 1, "BEST_POINTS": 1, "FURTHER_SEEDS": (1001,)}
+    sizes |= {"TUNING_TASKS": tmp_path / "tuning.json", "DRAWS": tmp_path / "draws.json"}
+    for name, value in sizes.items():
+        monkeypatch.setattr(claim, name, value)
+    settings = {"dtype": "float32", "steps": 4, "eval_every": 4, "eval_instances": 3}
+    settings |= {"abstract_tasks": 3, "warmup": 1}
+    monkeypatch.setattr(claim, "DEFAULTS", claim.DEFAULTS | settings)
+    monkeypatch.setattr(claim, "EXAMPLES", {"first": 8, "second": 4, "further": 8})
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    flags = ["--data", ROOT / "sni", "--model", ROOT / "tiny", "--device", "cpu", "--jobs", 1]
+    return [*flags, "--results", "kept", "--out", "out"]
+
+
+def stage(name, flags, tmp_path, code=0):
+    return run("experiments/claim.py", *flags, "--stage", name, cwd=tmp_path, code=code)
+
+
+@pytest.mark.slow
+def test_the_study_ends_in_its_tables_and_a_second_computation_agrees(small, tmp_path):
+    kept = tmp_path / "kept"
+    error = stage("first", small, tmp_path, code=2)
+    assert "run --stage tune first" in error
+
+    stage("tune", small, tmp_path)
+    values = program.read_json(kept / "values.json")
+    assert values.keys() == claim.COMPARED.keys()
+    # Two trials leave an edge, so that every method gets one more.
+    assert {len(report["trials"]) for report in values.values()} == {3}
+    assert values["orchmoe"]["chosen"].keys() == claim.START.keys() - {"lr_token_router"}
+
+    for name, rows in (("first", claim.COMPARED), ("second", claim.COMPARED)):
+        out = stage(name, small, tmp_path)
+        assert "loss" not in out and "ROUGE" not in out
+        made = sorted(path.stem for path in (kept / name).iterdir())
+        assert made == sorted(f"{row}-s{seed}" for row in rows for seed in SEEDS)
+    repeated = program.read_json(kept / "repeated/orchmoe-s200.json")
+    assert repeated["seen"] == program.read_json(kept / "first/orchmoe-s200.json")["seen"]
+    out = stage("further", small, tmp_path)
+    cells = claim.read_cells(kept)
+    assert len(cells) == 2 * (4 + 4 + 4)
+    assert cells["further/frozen_router-s200"]["router"]["distance"] == 0
+    assert cells["further/poly_of_clusters-s200"]["settings"]["replaced_router"] == "cluster"
+    with_15, with_60 = (cells[f"{name}/orchmoe-s200"] for name in ("second", "first"))
+    assert [cell["settings"]["train_instances"] for cell in (with_15, with_60)] == [4, 8]
+    assert cells["first/mhr-s201"]["seen"]["tasks"].keys() == set(claim.draws()[201])
+
+    out = stage("tables", small, tmp_path)
+    assert not list((kept / "first").iterdir())
+    assert claim.read_cells(kept) == cells
+    assert stage("tables", small, tmp_path) == out  # from the joined file
+    script = kept / "recompute.py"
+    script.write_bytes((claim.RESULTS / "recompute.py").read_bytes())
+    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    lines = second.stdout.splitlines()
+    expected = 3 * 3 + 3 * 3 + 3 + 4 * 3  # both families, the leads, and the further rows
+    assert len(lines) == expected
+    for line in lines:
+        assert f"| {line.partition(': ')[2]} |" in out
+
+
+def made_up(row, seed, loss, name="first"):
+    """Return a finished cell with three tasks."""
+    tasks = {task: {"loss": loss + i} for task, i in (("a", -1), ("b", 0), ("c", 1))}
+    answers = {task: {"rougeL": 10 * loss, "exact_match": loss} for task in tasks}
+    settings = {"row": row, "seed": seed, "cpu": kind_of_cpu(), "computed": "x"}
+    return {
+        "settings": settings,
+        "seen": {"tasks": tasks},
+        "answers": {"tasks": answers},
+        "parameters": {"skills": 2, "routing": 1},
+        **{"tree": "abc", "torch": "2", "threads": 1},
+    }
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Write the 128 cells of both families, in which OrchMoE is clearly better. Return them."""
+    folder = tmp_path / "kept"
+    random = np.random.default_rng(0)
+    level = {"orchmoe": 1.0, "moe-lora": 1.1, "poly": 1.2, "mhr": 1.3}
+    for name, more in (("first", 0.0), ("second", 0.1)):
+        for row in claim.COMPARED:
+            extra = 0.0 if row == "orchmoe" else more
+            for seed in claim.draws():
+                loss = level[row] + extra + random.normal(0, 0.02)
+                program.write_json(folder / name / f"{row}-s{seed}.json", made_up(row, seed, loss))
+    return folder
+
+
+def tables(cells, code=0):
+    return run("experiments/claim.py", "--results", cells, cwd=cells.parent, code=code)
+
+
+def test_a_family_is_decided_by_all_its_cells(cells):
+    out = tables(cells)
+    assert len(re.findall(r"\| better \|", out)) == 6
+    assert out.count("Better than all 3: yes.") == 2
+    assert "Needs fewer examples than all 3: yes." in out
+    assert "Further rows, 60 examples of each task\n\nNot complete: 64 cells are missing." in out
+
+
+def test_nothing_of_a_family_is_shown_before_all_its_cells_are_there(cells):
+    (cells / "second/mhr-s203.json").unlink()
+    out = tables(cells)
+    assert "Second family, 15 examples of each task\n\nNot complete: 1 cells are missing." in out
+    assert out.count("Better than all 3") == 1 and "lead over" not in out
+    assert len(list((cells / "second").iterdir())) == 63  # and none is joined
+
+
+def change(path, name, value):
+    """Change a setting of a cell, or another value of it."""
+    cell = program.read_json(path)
+    part = cell["settings"] if name in cell["settings"] else cell
+    part[name] = value
+    program.write_json(path, cell)
+
+
+@pytest.mark.parametrize("name", ["cpu", "computed", "tree", "torch", "threads"])
+def test_cells_that_cannot_be_subtracted_are_refused(cells, name):
+    change(cells / "second/poly-s207.json", name, "another")
+    assert f"second/poly-s207: {name} is" in tables(cells, code=2)
+
+
+def test_a_cell_that_diverged_leaves_no_verdict(cells):
+    change(cells / "first/poly-s207.json", "diverged", "step 3")
+    assert "first/poly-s207: the cell diverged" in tables(cells, code=2)
+
+
+def test_a_draw_that_was_begun_on_another_cpu_is_left_out(small, tmp_path, monkeypatch):
+    values = {name: {"chosen": {"alpha": 1.0}, "trials": [1, 2]} for name in claim.COMPARED}
+    program.write_json(tmp_path / "kept/values.json", values)
+    cell = made_up("orchmoe", 200, 1.0)
+    cell["settings"]["cpu"] = "another"
+    program.write_json(tmp_path / "kept/second/orchmoe-s200.json", cell)
+    made = []
+    monkeypatch.setattr(claim.Study, "run", lambda study, cells: made.extend(cells))
+    out = stage("second", small, tmp_path)
+    assert "draw 200 is left out: it was begun on another" in out
+    assert {cell.settings.training.seed for cell in made} == {201}
+
+
+def test_cells_that_differ_when_they_are_made_twice_stop_the_study(small, tmp_path, monkeypatch):
+    values = {name: {"chosen": {"alpha": 1.0}, "trials": [1, 2]} for name in claim.COMPARED}
+    program.write_json(tmp_path / "kept/values.json", values)
+    losses = iter((1.0, 1.001))
+
+    def make(_study, cells):
+        for cell in cells:
+            program.write_json(cell.path, {"dev_loss": 1, **made_up("orchmoe", 200, next(losses))})
+
+    monkeypatch.setattr(claim.Study, "run", make)
+    error = stage("first", small, tmp_path, code=2)
+    assert "repeated/orchmoe-s200.json: it has another seen than" in error
