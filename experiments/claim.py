@@ -435,7 +435,7 @@ def join_cells(results: Path, cells: dict[str, dict]) -> None:
     if lines:
         with program.atomic_write(results / "cells.jsonl") as file:
             for line in lines:
-                file.write(program.to_json(line) + b"\n")
+                file.write(program.to_json(line))
         for path in joined:
             path.unlink(missing_ok=True)
 

@@ -55,6 +55,9 @@ def means(stage, row, part="seen", score="loss"):
 
 def show(name, values, digits):
     mean = statistics.fmean(values)
+    if statistics.stdev(values) < 1e-10:
+        print(f"{name}: {mean:+.{digits}f} (no interval)")
+        return
     half = T * statistics.stdev(values) / math.sqrt(len(values))
     low, high = mean - half, mean + half
     print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
