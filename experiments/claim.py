@@ -161,11 +161,11 @@ def tune(study: Study, variants: dict[str, Variant], trials: int) -> dict[str, d
         start = {axis: value for axis, value in START.items() if axis in read}
         trial = functools.partial(tuning.trial, name, variant, scores="dev tasks")
         searches[name] = Search(start, trials, trial)
-    run_cells(list(searches.values()), study.config.jobs, study.device)
+    run_cells(list(searches.values()), study.config.jobs, study.device, study.progress)
     if trials == TRIALS and any(search.edges() for search in searches.values()):
         for search in searches.values():
             search.trials += MORE_TRIALS
-        run_cells(list(searches.values()), study.config.jobs, study.device)
+        run_cells(list(searches.values()), study.config.jobs, study.device, study.progress)
 
     repeated = {}  # the trials with further seeds of the best points of each method
     to_repeat = []

@@ -81,7 +81,7 @@ class StudyConfig:
 
     out: str = "results"  # folder of the runs
     results: str = ""  # folder of the finished cells (default: --out)
-    seeds: int = 3  # runs of each row: initial values, order of the data, noise
+    seeds: int = 3  # runs of each row that count, with seeds 1 to N (initial values, order, noise)
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 6  # runs of seed 0 that tune each row
     axes: tuple[str, ...] = ("lr_full", "lr_skills", "alpha")  # what is tuned, where a row has it
@@ -233,6 +233,7 @@ def train_and_score(
             options = {"final_scores": False, "attach_function": attach_function}
             if not train.train(cell.settings, device, launch, **options):
                 return None
+        require_promised(cell, run_folder.read_config(cell.folder).data)
         if not cell.row.w:
             log = program.read_jsonl(cell.folder / "metrics.jsonl")
             on_dev = [record for _, _, record in log if "dev_loss" in record]
@@ -242,6 +243,19 @@ def train_and_score(
     if cell.scores != "dev":
         result |= score(cell, device, attach_function)
     return result
+
+
+def require_promised(cell: Cell, digests: dict[str, str]) -> None:
+    """Raise UserError unless the tasks that were read are those that the cell says.
+
+    digests: of the sets "train" and, if there are test tasks, "test".
+    """
+    for part, digest in digests.items():
+        if digest != cell.facts.get(f"{part}_tasks"):
+            raise UserError(
+                f"{cell.settings.dataset.data}: the {part} rows changed while cells were made; "
+                f"{cell.path} is not saved; start again in another --out"
+            )
 
 
 def steps_done(folder: Path) -> int:
@@ -282,6 +296,7 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
         base, adapters, tokenizer = run_folder.load(device, model=config.model)
 
     sets = data.load_sets(cell.settings.dataset, tokenizer)
+    require_promised(cell, {part: sets[part].digest for part in ("train", "test") if part in sets})
     held_out = train.held_out_sets(sets, config.eval_instances)
     options = {"batch_size": config.eval_batch_size}
     if cell.scores == "dev tasks":
@@ -470,7 +485,79 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
     return jobs
 
 
-def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Device) -> None:
+class Progress:
+    """Tells how far a study is: a line for each finished run, and one in each minute.
+
+    expected: how many runs are left when the study begins; 0 if nobody knows.
+    """
+
+    def __init__(self, expected: int = 0):
+        self.expected = expected
+        self.seconds: list[float] = []  # of each finished run
+        self.running: dict[Path, Cell] = {}
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Within the `with` block print once a minute which step each running cell has reached."""
+        ended = threading.Event()
+
+        def report():
+            while not ended.wait(60):
+                running = list(self.running.values())
+                if running:
+                    program.print_line("; ".join(map(reached, running)))
+
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def finished(self, cell: Cell, jobs: int) -> None:
+        """Print that a cell is finished, with its dev loss unless nobody may look at it yet."""
+        result = cell.result()
+        self.seconds.append(result["seconds"])
+        parts = [str(cell.path), duration(result["seconds"])]
+        if "diverged" in result:
+            parts.append("diverged")
+        elif "dev_loss" in result and cell.scores != "replicate":
+            parts.append(f"dev loss {result['dev_loss']:.4f}")
+        left = self.expected - len(self.seconds)
+        if left > 0:
+            parts.append(f"{len(self.seconds)} of {self.expected} runs")
+            parts.append(f"about {duration(left * fmean(self.seconds) / jobs)} left")
+        program.print_line(", ".join(parts))
+
+
+def reached(cell: Cell) -> str:
+    """Return which step the run of a cell has reached."""
+    steps = cell.settings.training.steps
+    log = cell.folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    complete = [line for line in lines if line.endswith(b"\n")]
+    step = json.loads(complete[-1])["step"] + 1 if complete else 0
+    if step == steps:
+        return f"{cell.path.stem}: being scored"
+    return f"{cell.path.stem}: step {step} of {steps}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that a person would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def run_cells(
+    queues: Sequence[Iterable[Cell]],
+    jobs: int,
+    device: runtime.Device,
+    progress: Progress | None = None,
+) -> None:
     """Make all cells that are not finished, `jobs` at a time, see StudyConfig.
 
     The cells of one queue are made one after the other. The next one is asked for when the one
@@ -478,6 +565,7 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
     other than a trial diverged, when all others are made.
     """
     jobs = share_cores(jobs, device)
+    progress = progress or Progress()
     stopped = threading.Event()
     diverged = []
 
@@ -487,22 +575,27 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
             if stopped.is_set():
                 return
             if not cell.path.exists():
-                if not run(cell, device):
+                progress.running[cell.path] = cell
+                is_finished = run(cell, device)
+                del progress.running[cell.path]
+                if not is_finished:
                     stopped.set()
                     return
-                print_done(cell)
+                progress.finished(cell, jobs)
             # A search goes on with other values. Any other cell has no scores for a table.
             if not cell.is_trial and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
     if jobs == 1 or len(queues) < 2:
-        for queue in queues:
-            finish(queue, run_cell)
+        with progress.watch():
+            for queue in queues:
+                finish(queue, run_cell)
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
         started_with = (torch.get_num_threads(), [method.source for method in OWN_METHODS.values()])
         with (
             _pass_on_sigterm(stopped),
+            progress.watch(),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
             ThreadPoolExecutor(jobs) as waiting,  # each thread waits for a worker
         ):
@@ -530,17 +623,6 @@ def run_cells(queues: Sequence[Iterable[Cell]], jobs: int, device: runtime.Devic
         raise SystemExit(130)
     if diverged:
         raise UserError(f"{min(diverged)}: the run diverged; it has no scores")
-
-
-def print_done(cell: Cell) -> None:
-    """Print that a cell is finished, and its dev loss unless nobody may look at it yet."""
-    result = cell.result()
-    parts = [f"{cell.path}: {result['seconds']} s"]
-    if "diverged" in result:
-        parts.append("diverged")
-    elif "dev_loss" in result and cell.scores != "replicate":
-        parts.append(f"dev loss {result['dev_loss']:.4f}")
-    program.print_line(", ".join(parts))
 
 
 # ----------------------------------------------------------------------------------------- study
@@ -597,7 +679,7 @@ class Study:
         self.equal = equal
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
-        self.best_trials: dict[str, Cell] = {}  # the trials that found them
+        self.progress = Progress()
 
     def cell(
         self, file: str, name: str, row: Variant, values: dict[str, Any], scores: str = "answers"
@@ -630,7 +712,7 @@ class Study:
         if self.device.torch_device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
         run = row.run.format(seed=settings.training.seed)
-        cell = Cell(
+        return Cell(
             name=name,
             row=row,
             settings=settings,
@@ -640,10 +722,6 @@ class Study:
             scores=scores,
             extra_rank=extra_rank,
         )
-        for trial in self.best_trials.values():
-            if trial.made_with() == cell.made_with():
-                return cell._replace(folder=trial.folder)  # the run is not made twice
-        return cell
 
     def cells(
         self,
@@ -667,7 +745,7 @@ class Study:
         for cell in cells:
             cell.require_same()  # before any of them is made
             queues.setdefault(cell.folder, []).append(cell)
-        run_cells(list(queues.values()), self.config.jobs, self.device)
+        run_cells(list(queues.values()), self.config.jobs, self.device, self.progress)
 
     def tune(self, rows: dict[str, Variant]) -> dict[str, dict]:
         """Find the values of each row that are best on dev, with seed 0, for all later cells.
@@ -685,7 +763,7 @@ class Study:
             start = {axis: known[axis] for axis in self.config.axes if axis in read}
             trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, self.config.trials, trial)
-        run_cells(list(searches.values()), self.config.jobs, self.device)
+        run_cells(list(searches.values()), self.config.jobs, self.device, self.progress)
 
         reports = {name: search.report() for name, search in searches.items()}
         for name, report in reports.items():
@@ -697,7 +775,6 @@ class Study:
                     f"{name}: {best}, is on the edge of what was tried; more --trials, or a start "
                     f"there by {program.flag(axis)}, may find a better one"
                 )
-            self.best_trials[name] = self.trial(name, rows[name], report["best"])
             self.best[name] = report["best"]
         return reports
 

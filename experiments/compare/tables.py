@@ -293,24 +293,21 @@ def what_would_decide(differences: Paired) -> str:
         name = over.split()[1]  # of the units: "28 tasks and 3 seeds"
         ways.append(f"{more_units[enough] / U:.2g} times the {name}")
     if ways:
-        text = f"If it stays as large as it is, about {' or '.join(ways)} would decide it."
-    else:
-        text = f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
-    if seeds == 1:
-        text += " Give more --seeds first."
-    return text
+        return f"If it stays as large as it is, about {' or '.join(ways)} would decide it."
+    return f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
 
 
 def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]) -> str:
     """Return the differences in loss of two rows on each set, and what to do, as a list."""
     lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
+    has_verdict = len(cells) > 1
     chosen = {}
     for which in SETS:
         if which not in cells[0]:
             continue
         differences = paired(cells, of_other, which, "loss")
         difference = interval(differences.values, differences.freedom)
-        decision = verdict(difference)
+        decision = verdict(difference) if has_verdict else "one seed: no verdict"
         line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
         line.append(differences.limits)
         if decision == "undecided":
@@ -318,7 +315,9 @@ def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[di
         lines.append(" ".join(part for part in line if part))
         chosen[which] = name if decision == "better" else other
     kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
-    if set(chosen.values()) == {name}:
+    if not has_verdict:
+        lines.append("\nGive more --seeds: another seed may turn the difference around.")
+    elif set(chosen.values()) == {name}:
         lines.append(f"\nUse {name}.")
     elif set(chosen.values()) == {other}:
         lines.append(f"\nUse {other}, since {name} was not shown to be better.")

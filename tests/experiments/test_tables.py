@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -235,6 +236,14 @@ def test_the_verdict_follows_the_rule(mean, decision, use):
     assert ("decide" in lines[1]) == (decision == "undecided")
 
 
+def test_one_seed_gives_a_difference_and_no_verdict():
+    one, other = cells_of([1.0, 2.0], seeds=1)
+    lines = tables.verdicts("orchmoe", one, "lora", other).splitlines()
+    assert re.search(r"- seen: -[\d.]+ \[.*\]: \*\*one seed: no verdict\*\*\. Over 20", lines[1])
+    assert lines[-1] == "Give more --seeds: another seed may turn the difference around."
+    assert "Use " not in "".join(lines)
+
+
 def test_the_verdict_names_a_method_for_each_set():
     one, other = cells_of([1.0, 2.0])
     unseen = cells_of([3.0, 2.0])
@@ -243,6 +252,21 @@ def test_the_verdict_names_a_method_for_each_set():
             of_seen["unseen"] = second["seen"]
     text = tables.verdicts("orchmoe", one, "lora", other)
     assert text.endswith("Use orchmoe for inputs like those that train and lora for new tasks.")
+
+
+@pytest.mark.parametrize("values", [[1.0, 3.0], [-1.0, -1.2, -0.9]])
+def test_the_p_value_of_student_in_closed_form(values):
+    values = np.array(values)[:, None]
+    t = abs(values.mean()) / (values.std(ddof=1) / len(values) ** 0.5)
+    expected = {2: 1 - 2 / np.pi * np.arctan(t), 3: 1 - t / np.sqrt(2 + t * t)}[len(values)]
+    assert tables.t_p_value(values) == pytest.approx(expected, rel=1e-4)
+
+
+def test_hochberg_by_hand():
+    assert tables.hochberg([0.01, 0.049, 0.03]) == [True] * 3  # the largest is below 0.05
+    assert tables.hochberg([0.01, 0.06, 0.03]) == [True, False, False]  # 0.01 < 0.05 / 3
+    assert tables.hochberg([0.02, 0.06, 0.024]) == [True, False, True]  # 0.024 < 0.05 / 2
+    assert tables.hochberg([0.03, 0.06, 0.026]) == [False] * 3
 
 
 def test_what_would_decide_by_hand():
@@ -261,8 +285,6 @@ def test_what_would_decide_says_if_nothing_would():
     close = np.array([[1.0, -1.0], [-1.0, 1.001], [0.5, -0.5]])
     found = tables.Paired(close, 2, "3 prompts and 2 seeds", "")
     assert "too small for 100 seeds or 100 times the rows" in tables.what_would_decide(found)
-    one_seed = tables.Paired(close[:, :1], 2, "3 prompts", "")
-    assert tables.what_would_decide(one_seed).endswith("Give more --seeds first.")
 
 
 # ------------------------------------------------------------------------------------------ tables

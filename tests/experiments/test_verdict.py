@@ -28,7 +28,7 @@ def compare(home, *arguments, code=0):
 
 
 def read_cells(home, name, seeds=2):
-    paths = [home / f"out/methods/{name}-s{seed}.json" for seed in range(seeds)]
+    paths = [home / f"out/methods/{name}-s{seed}.json" for seed in range(1, seeds + 1)]
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -120,10 +120,11 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     orchmoe, lora = read_cells(home, "orchmoe"), read_cells(home, "lora")
     prompts = len(orchmoe[0]["seen"]["prompts"]["task"])
     assert re.search(rf"rows of data: \d+ train, \d+ dev, {prompts} seen\n", out)
-    assert "plan: 2 seeds of orchmoe, lora\n" in out
-    assert re.search(r"\n4 runs of about \d+ s \(\d\S* s a step\), \d+ s with 1 at a time; if", out)
-    visible = re.search(r"after seed 0: differences in loss from lora can be seen from.*", out)
-    assert f"on seen ({prompts} prompts); how much seeds differ comes on top" in visible.group()
+    assert "plan: orchmoe, lora with seeds 1 to 2\n" in out
+    estimate = r"\n4 runs of about 1 minutes on an otherwise idle machine \(\d\S* s a step\), 4 min"
+    assert re.search(estimate, out)
+    left = re.findall(r"methods/\S+\.json, \d+ s, .*, (\d) of 4 runs, about \d+ s left", out)
+    assert left == ["1", "2", "3"]
 
     sizes = [sum(cells[0]["parameters"].values()) for cells in (orchmoe, lora)]
     assert max(sizes) <= 1.03 * min(sizes)
@@ -173,7 +174,7 @@ def test_a_comparison_of_rows_with_tasks(decoder):
     assert "12 prompts of 1 task and 2 seeds. It speaks of these tasks only." in out
 
     error = compare(decoder, *command, "--lr-skills", "0.02", code=2)
-    assert "orchmoe-s0.json: made with lr_skills 0.01, not 0.02; name another folder" in error
+    assert "orchmoe-s1.json: made with lr_skills 0.01, not 0.02; name another folder" in error
     assert error.count("\n") == 1
 
 
@@ -197,6 +198,6 @@ def test_answers_that_the_metrics_cannot_tell_apart_are_warned_of_before_anythin
     def stop(*_arguments):
         raise UserError("here it would train")
 
-    monkeypatch.setattr(comparison, "seconds_of", stop)
+    monkeypatch.setattr(comparison, "seconds_of_a_step", stop)
     error = compare(home, *COMMAND, "--data", "signs.jsonl", code=2)
     assert "16 of 16 rows have no answer with a word that ROUGE reads" in error
