@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import statistics
 
 import pytest
 
@@ -31,17 +32,47 @@ def test_the_tables_have_the_numbers_of_the_cells(recompute, folder):
         assert f"| {pair.replace(', ', ' | ')} | {numbers} |" in published
 
 
-@pytest.mark.parametrize("folder, row", [("tuned/cells", "tuned lora"), ("cells", "lora")])
-def test_the_pages_have_the_leads_of_the_cells(recompute, folder, row):
-    cells = recompute.read_cells(folder)
-    lead = recompute.interval(
-        recompute.means_of(recompute.differences(cells["orchmoe"], cells[row]))
-    )
-    mean, low, high = (-value for value in recompute.in_per_cent(lead))
-    in_words = rf"{mean:.1f} %[^\[%]*\[{high:.1f}, {low:.1f}\]"
+@pytest.fixture
+def pages():
+    """Return the text of README, and that of the first screen of the evidence."""
     evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (evidence, readme):
+    first_screen = evidence.partition("**What to use**")[0]
+    return (ROOT / "README.md").read_text(encoding="utf-8"), first_screen
+
+
+def in_words(recompute, change):
+    """Return a pattern for a change of the loss as perplexity, such as "1.5 % less [0.3, 2.6]"."""
+    mean, low, high = (round(-value, 1) + 0.0 for value in recompute.in_per_cent(change))
+    return rf"{mean:.1f} %[^\[%]*\[{high:.1f}, {low:.1f}\]"
+
+
+@pytest.mark.parametrize("folder, row", [("tuned/cells", "tuned lora"), ("cells", "lora")])
+def test_the_pages_have_the_leads_of_the_cells(recompute, pages, folder, row):
+    cells = recompute.read_cells(folder)
+    replicates = recompute.differences(cells["orchmoe"], cells[row])
+    lead = recompute.interval(recompute.means_of(replicates))
+    for page in pages:
         assert recompute.written(lead, 3) in page
-    assert re.search(in_words, evidence)
-    assert folder == "cells" or re.search(in_words, readme)
+    # README has only the first lead in words.
+    for page in pages if row == "tuned lora" else pages[1:]:
+        assert re.search(in_words(recompute, lead), page)
+
+
+def test_the_pages_have_the_median_task_of_the_cells(recompute, pages):
+    cells = recompute.read_cells("tuned/cells")
+    replicates = recompute.differences(cells["orchmoe"], cells["tuned lora"])
+    median = recompute.interval([statistics.median(tasks) for tasks in replicates])
+    for page in pages:
+        assert re.search(in_words(recompute, median), page)
+
+
+def test_the_pages_have_what_the_router_and_K_do_in_the_cells(recompute, pages):
+    cells = recompute.read_cells("tuned/cells")
+    replicates = recompute.differences(cells["orchmoe"], cells["frozen router"])
+    change = recompute.in_per_cent(recompute.interval(recompute.means_of(replicates)))
+    mean, interval = recompute.written(change, 1).split(" ", maxsplit=1)
+    assert re.search(rf"{mean}\s%\s{re.escape(interval)}", pages[1])
+    replicates = recompute.differences(cells["orchmoe k8"], cells["orchmoe"])
+    _, low, high = recompute.interval(recompute.means_of(replicates))
+    for page in pages:
+        assert f"between {low:+.3f} and {high:+.3f}" in page
