@@ -1,8 +1,8 @@
 """The methods that OrchMoE is compared with, and methods from a file of yours.
 
-`attach_method(name, module, config)` returns Adapters, whatever the method. Every method but "full"
-adapts the same Linears of a frozen module; "full" trains the module itself. The scale is alpha / R,
-or alpha / (S R) for LoRA. docs/use.md explains how to write a method of your own.
+`attach_method(name, module, config)` returns Adapters, whatever the method. Every method adapts the
+same Linears of a frozen module. The scale is alpha / R, or alpha / (S R) for LoRA. docs/use.md
+explains how to write a method of your own.
 
 Letters: B batch, L length, D input width, O output width, T real tasks, S skills, R rank, H heads,
 N adapted Linears.
@@ -235,22 +235,14 @@ class CPoly(Poly):
 
 
 class NoAdapter(Method):
-    """y = W0 x: the base without skills. With --method full, all of its weights train."""
+    """y = W0 x: the base without skills. Nothing trains."""
 
-    settings = frozenset()
-    rates = {"base": "full"}
-
-    def __init__(self, base: nn.Module):
+    def __init__(self):
         super().__init__()
-        self.base = base
 
     def route(self, *_inputs: Any, **_options: Any) -> Routing:
         """Return an empty c."""
         return Routing(c=torch.empty(0, 1, 0), shared=True)
-
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """Return the state of the base, under its own names."""
-        return self.base.state_dict(*args, **options)
 
 
 METHODS = {
@@ -260,7 +252,6 @@ METHODS = {
     "poly": Poly,
     "mhr": MHR,
     "c-poly": CPoly,
-    "full": NoAdapter,
 }
 
 
@@ -398,7 +389,7 @@ def method_class(method: str | type[Method]) -> type[Method]:
 
 def without_adapters(module: nn.Module) -> Adapters:
     """Return Adapters without Linears for a frozen base."""
-    return Adapters(module, {}, [], NoAdapter(module))
+    return Adapters(module, {}, [], NoAdapter())
 
 
 def attach_method(
@@ -411,15 +402,10 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    With "full" all weights of `module` train, and nothing is attached.
     method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id. Raise
     ValueError for an unknown name, a missing T, or targets that the method cannot adapt.
     """
     method = method_class(method)
-    if method is NoAdapter:
-        adapters = without_adapters(module)
-        module.requires_grad_(True)
-        return adapters
     head = getattr(module, "head", None)
     if method.mixes_by_sample and head in target_linears(module, config.targets).values():
         raise ValueError(
@@ -442,13 +428,10 @@ def attach_method(
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:
-    """Return how many parameters train: A and B as "skills", all others as "routing".
-
-    With --method full every weight counts as "skills".
-    """
+    """Return how many parameters train: A and B as "skills", all others as "routing"."""
     counts = {"skills": 0, "routing": 0}
     for kind, group in adapters.parameter_groups().items():
-        part = "skills" if kind in ("skills", "full") else "routing"
+        part = "skills" if kind == "skills" else "routing"
         counts[part] += sum(parameter.numel() for parameter in group)
     return counts
 
@@ -456,8 +439,8 @@ def count_parameters(adapters: Adapters) -> dict[str, int]:
 def settings_of_method(method: str | type[Method], router: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
-    These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router,
-    lr_allocation and lr_full. `router` matters only to OrchMoE.
+    These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router and
+    lr_allocation. `router` matters only to OrchMoE.
     """
     method = method_class(method)
     settings = method.settings | {f"lr_{kind}" for kind in method.rates.values()}

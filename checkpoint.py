@@ -251,20 +251,28 @@ def mapped(folder: str | Path) -> Backbone:
         if tensors:
             raise ValueError(f"unexpected tensors ({len(tensors)}): {sorted(tensors)[:3]}")
         backbone.load_state_dict(state, assign=True)
+    backbone.hf_config = program.read_json(folder / "config.json")
     return backbone.eval()
 
 
 def save(backbone: Backbone, folder: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers reads them.
+    """Write model.safetensors, and the config.json that the backbone was loaded with.
 
+    Its dtype is left out: transformers takes that of the weights. Raise ValueError for a backbone
+    that was made in another way and has no `hf_config`.
     Detach the adapters first: their tensors would be written too, and `load` refuses them.
     """
+    if backbone.hf_config is None:
+        raise ValueError("hf_config: the backbone was not loaded; give it values of a config.json")
+    values = dict(backbone.hf_config)
+    for name in ("dtype", "torch_dtype"):
+        values.pop(name, None)
     folder = Path(folder)
     state = backbone.state_dict()
     tensors = {hf_name(backbone, name): weight for name, weight in state.items()}
     # transformers 4 refuses a file without this entry.
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    program.write_json(folder / "config.json", backbone.config.to_hf())
+    program.write_json(folder / "config.json", values)
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -459,17 +459,13 @@ def load_examples(
     return data.subsample(examples, config.limit), examples.digest
 
 
-def refuse_idle_flags(
-    flags: dict[str, Any], config: EvalConfig, data_config: DataConfig, is_full: bool
-) -> None:
+def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: DataConfig) -> None:
     """Raise UserError for a given flag that would have no effect."""
     idle = set(data_config.idle)
     if config.split != "train":
         idle.add("train_instances")
     if config.split != "test":
         idle.add("test")
-    if is_full:  # such a run has its own weights, in float32
-        idle |= {"model", "dtype"}
     if config.ask:
         # Of the data settings only those that build the prompt of a question have an effect.
         idle |= {"split", "out", "limit", "batch_size", *vars(data_config)}
@@ -500,13 +496,11 @@ def main() -> None:
         program.print_line(f"{data_config.data}: there is no --test, so the set seen is scored")
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
-    is_full = run_config is not None and run_config.method == "full"
-    refuse_idle_flags(flags, config, data_config, is_full)
+    refuse_idle_flags(flags, config, data_config)
 
-    # Where to compute. A model trained with --method full stays in float32, as it was trained.
-    dtype = "float32" if is_full else config.dtype
+    # Where to compute.
     base_folder = config.model or run_config.training["model"]
-    device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
+    device = runtime.pick_device(config.gpu, config.device, config.dtype, base=base_folder)
     program.print_line(device.description)
 
     with runtime.distributed(device.torch_device):

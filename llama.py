@@ -8,7 +8,7 @@ E head_dim, V vocabulary.
 Test: pytest tests/unit/test_llama.py tests/parity/test_transformers.py
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -93,20 +93,6 @@ class LlamaConfig(Config):
             longest = min(window, known["max_position_embeddings"])
             known["max_position_embeddings"] = longest
         return cls.of(known)
-
-    def to_hf(self) -> dict:
-        """Return the values of a config.json that describes this config."""
-        values = asdict(self)
-        values["sliding_window"] = None
-        values["hidden_act"] = "silu"
-        values["eos_token_id"] = list(values.pop("eos_ids"))
-
-        scaling = {name: values.pop(name) for name in LLAMA3}
-        rope = {"rope_type": "default"}
-        if self.factor != 1:
-            rope = {"rope_type": "llama3", **scaling}
-        values["rope_scaling"] = rope  # transformers 5 reads this old form, too
-        return {"architectures": [self.model_type.capitalize() + "ForCausalLM"], **values}
 
 
 def read_rope(values: dict) -> dict:

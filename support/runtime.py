@@ -179,8 +179,6 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
-    if trained == set(root.parameters()):
-        raise UserError("--shard: --method full leaves no frozen base to split; drop --shard")
     if not dist.is_initialized():
         raise UserError("--shard: splits the base over processes; start it with torchrun")
 

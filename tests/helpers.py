@@ -1,6 +1,7 @@
 """What tests share: how to run the programs, small models, tokenizers, and files of data."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -400,9 +401,17 @@ SMALL_T5 = T5Config(
 both_t5 = pytest.mark.parametrize("kind", T5_CONFIGS)
 
 
+def t5_values(config):
+    """Return the values of a config.json that describes a T5Config."""
+    values = {"model_type": "t5", "is_encoder_decoder": True, **dataclasses.asdict(config)}
+    values["tie_word_embeddings"] = values.pop("tied_head")
+    return values
+
+
 def random_t5(config, seed=0):
     """Return a T5 whose attention is sharp, where positions matter and outputs vary."""
     t5 = init_weights(T5(config), seed)
+    t5.hf_config = t5_values(config)
     generator = seeded_generator(seed + 1)
     with torch.no_grad():
         for name, weight in t5.named_parameters():
@@ -495,7 +504,9 @@ def hf_llama(name):
 
 def random_llama(*, std=0.3, **changes):
     """Return a random model of LLAMA_SIZES with some values of its config.json changed."""
-    model = Llama(LlamaConfig.from_hf(LLAMA_SIZES | changes))
+    values = LLAMA_SIZES | changes
+    model = Llama(LlamaConfig.from_hf(values))
+    model.hf_config = values
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std, generator=seeded_generator())
     return model

@@ -5,8 +5,8 @@
     python -m experiments.compare --methods orchmoe,lora,FILE.py:Class    # and a method of your own
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
-Every method gets the same total size, steps and order of the data; only C-Poly and full stand at
-their own size. Tuning chooses the rate of the skills and their scale on dev, with the same number
+Every method gets the same total size, steps and order of the data; only C-Poly stands at its own
+size. Tuning chooses the rate of the skills and their scale on dev, with the same number
 of trials for each method; --axes adds other rates. Trials have seed 0. What is compared are other
 runs, with seeds 1 to --seeds, since the best of several trials looks better than it is.
 
@@ -56,9 +56,7 @@ from support.program import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
-ADAPTED = tuple(name for name in METHODS if name != "full")
-# These keep their own size: the private skills of c-poly grow with the number of tasks.
-OWN_SIZE = ("c-poly", "full")
+OWN_SIZE = ("c-poly",)  # its private skills grow with the number of tasks
 
 DEFAULT_RUN = "ablations/default-s{seed}"
 # Each row has one difference from the default. S R and the scale alpha / (S R) stay the same.
@@ -92,7 +90,9 @@ TIMED_STEPS = 5
 class CompareConfig:
     """Comparison: what is compared."""
 
-    methods: tuple[str, ...] = ADAPTED  # the first is compared with the others; also FILE.py:Class
+    methods: tuple[str, ...] = tuple(
+        METHODS
+    )  # the first is compared to the others; or FILE.py:Class
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
 

@@ -58,7 +58,7 @@ from tasks import DataConfig
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
-FIXED = ("method", "seed", "start", "trainable")
+FIXED = ("method", "seed", "start")
 # A cell that scores "replicate" answers so many instances of each task, with so many tokens.
 ANSWERED = 5
 ANSWER_TOKENS = 32
@@ -84,7 +84,7 @@ class StudyConfig:
     seeds: int = 3  # runs of each row that count, with seeds 1 to N (initial values, order, noise)
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 6  # runs of seed 0 that tune each row
-    axes: tuple[str, ...] = ("lr_full", "lr_skills", "alpha")  # what is tuned, where a row has it
+    axes: tuple[str, ...] = ("lr_skills", "alpha")  # what is tuned, where a row has it
     jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one per core, at most 8)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
@@ -289,8 +289,6 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
         base, adapters, tokenizer = run_folder.load(
             device, run_dir=cell.folder, attach_function=attach_function
         )
-        if config.method == "full":
-            base.requires_grad_(True)  # all of it was trained, and counts
         result["parameters"] = count_parameters(adapters)
     else:
         base, adapters, tokenizer = run_folder.load(device, model=config.model)

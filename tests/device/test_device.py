@@ -123,11 +123,10 @@ CASES = {
     "orchmoe": {"accumulate": 2, "gumbel": True},
     "moe-lora": {"checkpoint_blocks": True},
     "c-poly": {},  # Poly and MHR are the code of its common skills
-    "full": {},
     load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"): {},
     "token router": {"router": "token"},
-    "full in bfloat16": {"dtype": "bfloat16"},
-    "mixture": {"trainable": "mixture"},
+    "orchmoe in bfloat16": {"dtype": "bfloat16"},
+    "start": {"start": "run"},
 }
 
 
@@ -154,8 +153,6 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     flags = SMALL | CASES[case]
     method = case.partition(" in ")[0]
     flags["method"] = method if method in METHODS | OWN_METHODS else "orchmoe"
-    if "trainable" in flags:
-        flags["start"] = "run"
     settings = train.Settings.from_flags(flags)
     dtype = getattr(torch, settings.training.dtype.replace("auto", "float32"))
     train_step = train.train_step
@@ -329,7 +326,7 @@ def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-# With --method full a T5 trains under autocast; a Llama has masks only in steps of generation.
+# A T5 may train under autocast; a Llama has masks only in steps of generation.
 @pytest.mark.parametrize("name, autocast", [("v1.1", False), ("v1.1", True), ("llama3", False)])
 def test_a_mask_is_one_that_fused_attention_takes(name, autocast, second, monkeypatch):
     """On CUDA torch takes a slow form, or copies the mask in every block, for other strides.

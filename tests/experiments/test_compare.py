@@ -133,7 +133,7 @@ SMALL = (
     "--device cpu --max-tasks 3 --eval-instances 6 --steps 2 --eval-every 2 --batch-size 2 "
     "--seeds 1 --train-instances 8 --trials 2 --jobs 1 --max-source-length 64 --out out"
 ).split()
-METHODS = [*SMALL, "--methods", "orchmoe,lora,full"]
+METHODS = [*SMALL, "--methods", "orchmoe,lora,moe-lora"]
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,9 @@ def test_compare_from_start_to_table(small):
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
     of_skills = r"lr_skills \S+, alpha \S+"
-    for name, axes in {"orchmoe": of_skills, "lora": of_skills, "full": r"lr_full \S+"}.items():
+    for name in ("orchmoe", "lora", "moe-lora"):
         # Equal effort, over the rates and the scale that the method has.
-        assert re.search(rf"\n\| {name} \| 2 \| {axes} \| [\d.]+ \| ", text)
+        assert re.search(rf"\n\| {name} \| 2 \| {of_skills} \| [\d.]+ \| ", text)
         trials = [read(path) for path in small.glob(f"tune/{name}_*.json")]
         assert len(trials) == 2
         # What is compared has the best values on dev, and a seed that did not tune.
@@ -162,7 +162,6 @@ def test_compare_from_start_to_table(small):
         assert best["settings"]["seed"] == 0
         assert best["settings"] | {"seed": 1} == cells[f"{name}-s1"]["settings"]
     sizes = {name: sum(cell.get("parameters", {}).values()) for name, cell in cells.items()}
-    assert sizes["full-s1"] == 2_699_040  # of tiny/
     assert sizes["orchmoe-s1"] == pytest.approx(sizes["lora-s1"], rel=0.03)
 
 
@@ -558,7 +557,7 @@ REFUSED = {
     "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: it goes with --ablations",
     "--data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
-    "--axes warmup": "--axes warmup: choose, once each, of lr_full, lr_skills",
+    "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: not with --no-tune",
     "--no-tune --axes alpha": "--axes: not with --no-tune",
 }

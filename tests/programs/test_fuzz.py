@@ -231,7 +231,7 @@ MISTRAL_CONFIG = program.to_json(
 @pytest.mark.parametrize("whole", [T5_CONFIG, MISTRAL_CONFIG], ids=["t5", "mistral"])
 @given(st.data())
 def test_model_configs(folder, whole, drawn):
-    """A config that is accepted survives a round trip, and is compared with the weights."""
+    """A config that is accepted is compared with the weights."""
     model = folder / "model"
     if not model.exists():
         model.mkdir()
@@ -242,9 +242,6 @@ def test_model_configs(folder, whole, drawn):
 
     config = read(reader, model / "config.json", drawn.draw(damaged_or_changed(whole)), whole)
     if config is not None:
-        # With a factor of 1 the other numbers of the rope scaling have no effect and are not kept.
-        is_plain = getattr(config, "factor", 0) == 1
-        assert is_plain or type(config).from_hf(config.to_hf()) == config
         with refusing(model):
             checkpoint.mapped(model)
 

@@ -53,17 +53,16 @@ EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--dev
 # ------------------------------------------------------------------------------------ a whole run
 
 
-@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly", "full"])
+@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly"])
 def test_a_method_trains_and_is_scored(home, method):
     """test_device.py trains moe-lora and c-poly. MHR is Poly in each of its heads."""
-    rate = "--lr-full" if method == "full" else "--lr-skills"
-    arguments = [*SHORT, "--batch-size", "8", "--eval-instances", "4", rate, "0.01"]
+    arguments = [*SHORT, "--batch-size", "8", "--eval-instances", "4", "--lr-skills", "0.01"]
     arguments += ["--data", "sni/", "--method", method, "--out", "run"]
     output = run("train.py", *arguments, cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter: " in output) == (method == "orchmoe")
     assert ("\nlora of rank 8: trains 51,200 parameters on " in output) == (method == "lora")
-    assert (" in routing) on " in output) == (method not in ("lora", "full"))
+    assert (" in routing) on " in output) == (method != "lora")
     assert "\nscoring frozen base on 4 seen rows\n" in output
     assert f"\nscoring {method} on 4 unseen rows\n" in output
     assert re.search(r"\nstep 8 of 8: dev loss \d\S*, best so far; \S+ s a step\n", output)
@@ -113,20 +112,6 @@ def test_table_has_each_score_under_its_heading(capsys):
 def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(capsys):
     train.print_router({"used": 2, "entropy": math.nan}, K=8)
     assert "nan" not in capsys.readouterr().out
-
-
-def test_full_weights_are_evaluated_in_float32(copied):
-    change_config(copied, "training", method="full")
-    cwd = copied.parent
-    assert "run/model: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
-
-    (copied / "model").symlink_to(ROOT / "tiny")
-    assert ", float32, torch" in run(*EVALUATE, cwd=cwd)
-    base, _, _ = run_folder.load(CPU._replace(dtype=torch.bfloat16), run_dir=copied)
-    assert base.embedding.weight.dtype == torch.float32
-    for flag, value in (("--dtype", "bfloat16"), ("--model", ROOT / "tiny")):
-        error = run(*EVALUATE, flag, value, cwd=cwd, code=2)
-        assert f"{flag}: it would have no effect here" in error
 
 
 # ---------------------------------------------------------------------- interruptions and resuming
@@ -432,7 +417,7 @@ def test_a_run_of_filled_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys
     assert "these are not the task files of the run" in capsys.readouterr().err
 
     config = evaluation.EvalConfig(run="run", ask="Go.", input="word")
-    evaluation.refuse_idle_flags({"data": "sni"}, config, data_config, is_full=False)
+    evaluation.refuse_idle_flags({"data": "sni"}, config, data_config)
 
 
 def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
@@ -563,7 +548,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
-    "train.py --method full --model own/model --out own": "own/model: exists, and nothing is",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "train.py --targets ,": "--targets: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: RunConfig: adapter is missing; restore the file",
@@ -588,7 +572,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --max-new-tokens -1": "--max-new-tokens -1: give 0 or more",
     # Flags that do not fit together.
     "train.py --shard": "--shard: splits the base over processes; start it with torchrun",
-    "train.py --shard --method full": "--shard: --method full leaves no frozen base to split",
     "train.py --shard --compile": "--shard and --compile: give one of the two",
     "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
     "eval.py": ONE_OF,
@@ -596,7 +579,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --ask ' ' --input word": BOTH,
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
-    "train.py --lr-full 3": "--lr-full: --method orchmoe with --router sample does not",
+    "train.py --lr-token-router 3": "--lr-token-router: --method orchmoe with --router sample does",
+    "train.py --method lora --lr-skills 0": "--lr-skills: they are all 0, so that nothing trains",
     f"{TINY} --input word": "--input: it would have no effect here",
     f"{TINY} --split seen --test x": "--test: it would have no effect here",
     "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
@@ -622,8 +606,6 @@ def mistaken(tmp_path_factory):
     (folder / "loop.jsonl").symlink_to("loop.jsonl")
     (folder / "empty").mkdir()
     (folder / "empty/config.json").write_text("{}")
-    (folder / "own").mkdir()
-    (folder / "own/model").symlink_to(ROOT / "tiny")
     return folder
 
 

@@ -1,19 +1,15 @@
-"""Runs that start from a finished run (--start, --trainable) or from LoRAs (docs/use.md)."""
+"""Runs that start from a finished run (--start) or from LoRAs (docs/use.md)."""
 
 import re
 import shutil
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
 
 import checkpoint
-import data
-import eval as evaluation
-import run_folder
 import train
-from helpers import CPU, RESUME, ROOT, change_config, interrupted, run, trace, write_lists
+from helpers import RESUME, ROOT, change_config, interrupted, run, trace, write_lists
 from support.program import read_json
 from tasks import DataConfig
 
@@ -22,7 +18,6 @@ SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()
 UNFIT = [
     ("started", "training", {"start": "/else"}),
     ("poly", "training", {"method": "poly"}),
-    ("unrouted", "adapter", {"router": "none"}),
 ]
 
 
@@ -48,23 +43,22 @@ def home(finished, tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------ --start
 
-# By --trainable: how many parameters train, and which change. The W_task of a mixture changes
-# once, at the start, and is zero from then on.
+# Rates of zero: how many parameters train, and which change.
+ROUTER_ONLY = ["--lr-skills", "0", "--lr-allocation", "0"]
+ALLOCATION_ONLY = ["--lr-skills", "0", "--lr-router", "0"]
 PARTS = {
-    "mixture": (8, {"router.bias", "router.W_task"}),
-    "router": (8 * 160 + 8, {"router.bias", "router.W_task"}),
-    "allocation": (20 * 8 * 4, {"Z"}),
-    "all": (53128, {"router.bias", "router.W_task", "Z", "skills"}),
+    "router": (ROUTER_ONLY, 8 * 160 + 8, {"router.bias", "router.W_task"}),
+    "allocation": (ALLOCATION_ONLY, 20 * 8 * 4, {"Z"}),
+    "all": ([], 53128, {"router.bias", "router.W_task", "Z", "skills"}),
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_only_the_trainable_part_changes(part, home):
-    arguments = ["--start", "run", "--trainable", part, "--data", "data", *SIZES, "--out", part]
+def test_only_the_parts_with_a_rate_change(part, home):
+    rates, count, expected = PARTS[part]
+    arguments = ["--start", "run", *rates, "--data", "data", *SIZES, "--out", part]
     output = run("train.py", *arguments, cwd=home)
-    count, expected = PARTS[part]
-    assert f": trains {count:,} parameters (" in output
-    assert ("router: " in output) == (part != "mixture")
+    assert f": trains {count:,} parameters" in output
 
     before, _ = checkpoint.load_adapter(home / "run/adapter.safetensors")
     after, _ = checkpoint.load_adapter(home / part / "adapter.safetensors")
@@ -77,39 +71,8 @@ def test_only_the_trainable_part_changes(part, home):
     assert "1 dev tasks" in run(*evaluate, cwd=home)
 
 
-@pytest.fixture
-def trained(home, monkeypatch):
-    """Return base and adapters of the finished run, and training examples of the other task."""
-    monkeypatch.chdir(home)
-    base, adapters, tokenizer = run_folder.load(CPU, run_dir="run")
-    config = DataConfig(data="data", train_instances=16)
-    return base, adapters, data.load_sets(config, tokenizer)["train"]
-
-
-MIXTURE = train.TrainConfig(start="run", trainable="mixture")
-
-
-def test_mixture_starts_at_the_mean_w_and_has_one_w_for_all_samples(trained):
-    base, adapters, examples = trained
-    _, w = evaluation.measure(base, adapters, examples)
-    assert w.std(0).max() > 1e-3  # otherwise any router would pass
-    train.load_start(base, adapters, examples, MIXTURE)
-    _, mixed = evaluation.measure(base, adapters, examples)
-    torch.testing.assert_close(mixed, w.mean(0).expand_as(mixed))
-
-
-def test_mixture_of_a_one_hot_router_is_finite(trained, monkeypatch):
-    w = torch.eye(8)[:1]
-    monkeypatch.setattr(train, "router_weights", mock.Mock(return_value=w))
-    base, adapters, examples = trained
-    train.load_start(base, adapters, examples, MIXTURE)
-    bias = adapters.router.bias
-    torch.testing.assert_close(bias.softmax(-1), w[0], atol=1e-4, rtol=0)
-    assert bias.isfinite().all()
-
-
 def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_factory):
-    arguments = ["train.py", "--start", "run", "--trainable", "allocation", *SIZES, "--out"]
+    arguments = ["train.py", "--start", "run", *ALLOCATION_ONLY, *SIZES, "--out"]
     run(*arguments, "whole", cwd=home)
     start = read_json(home / "whole/scores.json")["start"]
     assert start == read_json(home / "run/scores.json")["orchmoe"]
@@ -181,12 +144,9 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
 # ----------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {  # flags -> beginning of the message
-    "--trainable router": "--trainable router: give --start with it",
     "--start run --rank 4": "--rank: is fixed by --start",
     "--start run --method lora": "--method: is fixed by --start",
-    "--start run --trainable mixture --lr-router 1": "--lr-router: nothing trains at that rate",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
-    "--start unrouted --trainable mixture": "--trainable mixture: unrouted has no such parameters",
     "--resume --out run --start other": "--start other: the run in run has ''",
     "--resume --out started --start run": "--start run: the run in started has '/else",
 }

@@ -120,7 +120,7 @@ def test_all_methods_start_as_the_base(small_t5, inputs, name):
 # ---------------------------------------------------------------------------------------- refusals
 
 HEADS = replace(CONFIG, targets=("q", "head"))
-ONE_ROUTING = set(METHODS) - {"lora", "moe-lora", "full"}
+ONE_ROUTING = set(METHODS) - {"lora", "moe-lora"}
 CANNOT_ATTACH = [
     ("loraa", CONFIG, {"num_tasks": T}, "loraa"),
     *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),

@@ -97,6 +97,22 @@ def test_training_of_a_loaded_base_leaves_the_file_alone(folder):
     check_equal(load(folder).state_dict(), t5.state_dict())
 
 
+def test_a_saved_base_has_the_config_that_it_was_loaded_with(folder, tmp_path):
+    change_config(folder, task_specific_params={"a": 1}, dtype="float16")
+    before = json.loads((folder / "config.json").read_text())
+    save(load(folder), tmp_path / "saved")
+    del before["dtype"]  # transformers takes that of the weights
+    assert json.loads((tmp_path / "saved/config.json").read_text()) == before
+
+
+def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
+    base = load(folder)
+    base.hf_config = None
+    with pytest.raises(ValueError, match="^hf_config: the backbone was not loaded"):
+        save(base, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
 def test_the_table_may_be_stored_under_either_stack(name, folder):
     before = load(folder).state_dict()

@@ -219,8 +219,8 @@ SIZES = {"vocab_size": 512, "max_position_embeddings": 512}
 def test_the_programs_train_a_whole_decoder_only_model(tmp_path, corpus):
     """The fixture `finished_decoder` trains OrchMoE."""
     write_decoder(tmp_path / "model", write_words, corpus, **SIZES)
-    out = run("train.py", *SHORT, "--method", "full", cwd=tmp_path)
-    assert "| full |" in out
+    out = run("train.py", *SHORT, "--method", "lora", cwd=tmp_path)
+    assert "| lora |" in out
     evaluate = ["eval.py", "--run", "run", "--device", "cpu"]
     out = run(*evaluate, *"--split seen --limit 2".split(), cwd=tmp_path)
     assert "2 instances of" in out

@@ -21,6 +21,7 @@ from helpers import (
     random_t5,
     small_model,
     t5_batch,
+    t5_values,
     teacher_forced,
 )
 from model import IGNORED, Backbone, aligned
@@ -185,6 +186,6 @@ REFUSED = [
 @pytest.mark.parametrize("field, value", REFUSED)
 def test_read_config_refuses(field, value, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(T5_CONFIGS["v1.0"].to_hf() | {field: value}))
+    path.write_text(json.dumps(t5_values(T5_CONFIGS["v1.0"]) | {field: value}))
     with pytest.raises(ValueError, match=f"^{path}: .*{field}.*$"):
         checkpoint.read_config(tmp_path)

@@ -28,6 +28,7 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig
 from support import program
+from support.program import UserError
 from tasks import NO_TASK, DataConfig
 
 DEFAULTS = train.TrainConfig()
@@ -64,7 +65,7 @@ def take_step(small_t5, batch):
 # ---------------------------------------------------------------------------------- rates and norm
 
 
-RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4, "full": 5}
+RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,6 @@ RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4, "full": 5
     [
         ("orchmoe", "sample", ["skills", "router", "allocation"]),
         ("orchmoe", "token", ["skills", "token_router", "allocation"]),
-        ("full", "sample", ["full"]),
     ],
 )
 def test_each_kind_of_parameter_has_its_own_rate(small_t5, method, router, kinds):
@@ -280,16 +280,13 @@ def test_next_commands_name_the_file_of_an_own_method(monkeypatch, capsys):
 
 @pytest.fixture
 def first_step(tmp_path, monkeypatch):
-    """Start runs of train.train that end at the first step.
-
-    Return the base and the adapters there, and whether autocast is on.
-    """
+    """Start runs of train.train that end at the first step. Return the base and the adapters."""
 
     def begin(device=CPU, **options):
         reached = []
 
         def end(base, adapters, *_):
-            reached.extend((base, adapters, torch.is_autocast_enabled("cpu")))
+            reached.extend((base, adapters))
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train, "train_step", end)
@@ -306,17 +303,34 @@ def first_step(tmp_path, monkeypatch):
     return begin
 
 
-def test_full_training_keeps_float32_weights_and_computes_in_bfloat16(first_step):
+def test_only_the_frozen_base_is_in_bfloat16(first_step):
     bfloat16 = CPU._replace(dtype=torch.bfloat16)
-    base, _, autocast = first_step(bfloat16, method="full", checkpoint_blocks=True)
-    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
-    assert autocast
+    base, adapters = first_step(bfloat16, method="lora", checkpoint_blocks=True)
+    assert base.embedding.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in adapters.state_dict().values()} == {torch.float32}
     assert base.checkpoint_blocks
 
-    base, _, autocast = first_step(bfloat16, method="lora")
-    assert base.embedding.weight.dtype == torch.bfloat16
-    assert not autocast
-    assert not base.checkpoint_blocks
+
+def test_a_part_with_a_rate_of_zero_is_not_in_the_optimizer_and_not_in_the_norm(small_t5, batch):
+    config = train.TrainConfig(lr_router=0)
+    adapters = adapted(small_t5).double()
+    train.freeze_parts(adapters, config)
+    optimizer = train.make_optimizer(adapters, config)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(parameter) for parameter in adapters.router.parameters()}
+    record = train.train_step(small_t5, adapters, optimizer, batch, 0, config)
+    gradients = [p.grad for p in small_t5.parameters() if p.grad is not None]
+    assert adapters.router.W_task.grad is None
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(
+        min(record["norm"], train.LARGEST_NORM), rel=1e-4
+    )
+
+
+def test_rates_that_are_all_zero_are_refused(small_t5):
+    config = train.TrainConfig(lr_skills=0)
+    message = "^--lr-skills: they are all 0, so that nothing trains"
+    with pytest.raises(UserError, match=message):
+        train.freeze_parts(attach_method("lora", small_t5, OrchMoEConfig()), config)
 
 
 def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
@@ -343,7 +357,7 @@ def test_router_start_reads_evenly_spaced_examples(small_t5):
 def test_the_seed_decides_the_initial_values(first_step):
     states = []
     for seed in (0, 0, 1):
-        _, adapters, _ = first_step(seed=seed)
+        _, adapters = first_step(seed=seed)
         states.append(adapters.state_dict())
     for name in ("Z", "router.W_task", "decoder.blocks.1.attention.v.skill_A"):
         one, same, other = [state[name] for state in states]
