@@ -56,6 +56,7 @@ from support.program import UserError
 
 # ------------------------------------------------------------------------------ what is compared
 
+BUILT_IN = tuple(METHODS)
 OWN_SIZE = ("c-poly",)  # its private skills grow with the number of tasks
 
 DEFAULT_RUN = "ablations/default-s{seed}"
@@ -90,9 +91,7 @@ TIMED_STEPS = 5
 class CompareConfig:
     """Comparison: what is compared."""
 
-    methods: tuple[str, ...] = tuple(
-        METHODS
-    )  # the first is compared to the others; or FILE.py:Class
+    methods: tuple[str, ...] = BUILT_IN  # the first is compared with the others; also FILE.py:Class
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
 

@@ -133,7 +133,7 @@ SMALL = (
     "--device cpu --max-tasks 3 --eval-instances 6 --steps 2 --eval-every 2 --batch-size 2 "
     "--seeds 1 --train-instances 8 --trials 2 --jobs 1 --max-source-length 64 --out out"
 ).split()
-METHODS = [*SMALL, "--methods", "orchmoe,lora,moe-lora"]
+METHODS = [*SMALL, "--methods", "orchmoe,lora,c-poly"]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_compare_from_start_to_table(small):
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
     of_skills = r"lr_skills \S+, alpha \S+"
-    for name in ("orchmoe", "lora", "moe-lora"):
+    for name in ("orchmoe", "lora", "c-poly"):
         # Equal effort, over the rates and the scale that the method has.
         assert re.search(rf"\n\| {name} \| 2 \| {of_skills} \| [\d.]+ \| ", text)
         trials = [read(path) for path in small.glob(f"tune/{name}_*.json")]
