@@ -715,14 +715,15 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         For generation, keep it open until the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
-        PyTorch's key_padding_mask). beams: how many consecutive rows belong to one sample.
+        PyTorch's key_padding_mask; default: all are real). beams: how many consecutive rows belong
+        to one sample.
 
         The options go to the method's `route`. w: (K,) or (B,K), to use instead of the router's.
         noise: u in [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not
         given. task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
         """
         with self._open("routed"):
-            routing = self.method.route(embeddings, mask, **options)
+            routing = self._route(embeddings, mask, **options)
             if routing.c is None:
                 parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
             else:
@@ -926,6 +927,14 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             if self._state == verb:  # and not "removed"
                 self._state = ""
 
+    def _route(
+        self, embeddings: Tensor | None = None, mask: Tensor | None = None, **options: Any
+    ) -> Routing:
+        """Return the method's routing. A method that gets embeddings also gets a mask."""
+        if embeddings is not None and mask is None:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return self.method.route(embeddings, mask, **options)
+
     @contextmanager
     def _base_classes(self) -> Iterator[None]:
         """Inside, the Linears have their original classes, so they compute without skills."""
@@ -946,7 +955,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         reason = self.unfoldable()
         if reason:
             raise ValueError(f"{self._state}(): {reason}")
-        c = self.method.route(w=w, **options).c  # (N,1,S)
+        c = self._route(w=w, **options).c  # (N,1,S)
         if c.shape[1] != 1:
             raise ValueError(f"{self._state}(): give one sample or one w (K,), not {c.shape[1]}")
 

@@ -554,6 +554,33 @@ def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
             adapters.route(x, mask)
 
 
+class FirstFeature(orchmoe.Method):
+    """Weighs the skills by the mean first feature of the real tokens."""
+
+    def __init__(self, linears, skills, config, *, width, num_tasks=0, generator=None):
+        super().__init__()
+        self.S = config.skills
+
+    def route(self, embeddings=None, mask=None, *, w=None, noise=None, task_ids=None):
+        mean = (embeddings[..., 0] * mask).sum(1) / mask.sum(1)  # (B,)
+        return orchmoe.Routing(c=mean[None, :, None].expand(-1, -1, self.S))
+
+
+def test_a_method_that_gets_embeddings_also_gets_a_mask():
+    model, x = nn.Sequential(nn.Linear(16, 4)), torch.randn(3, 5, 16)
+    config = OrchMoEConfig(targets=("0",))
+    adapters = attach(model, config, method=FirstFeature)
+    nn.init.normal_(adapters.linears["0"].skill_B, generator=seeded_generator(0))
+    ones = torch.ones(3, 5)
+    with adapters.routed(x, ones) as routing:
+        expected, y = routing.c, model(x)
+    with adapters.routed(x) as routing:
+        assert torch.equal(routing.c, expected)
+        assert torch.equal(model(x), y)
+    with adapters.folded(embeddings=x[:1]):
+        torch.testing.assert_close(model(x[:1]), y[:1])
+
+
 def test_the_router_compiles_without_breaks():
     router, x = small().router, random(4, 9, 16)
     compiled = torch.compile(router, backend="eager", fullgraph=True)
