@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import data
@@ -100,7 +100,7 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
 
     tensors = checkpoint.read_folder(model)
     with program.reading(path, f"{model} must be the base that it was trained on"):
-        require_base(saved, tensors, base)
+        require_base(saved, tensors)
         with torch.device("meta"):
             adapters = attach(base, adapter_config)
             adapters.load_state_dict(state)  # compares names and shapes, but copies no values
@@ -120,16 +120,16 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
     return adapters.eval(), facts
 
 
-def require_base(saved: dict[str, Any], tensors: dict[str, Tensor], base: nn.Module) -> None:
+def require_base(saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError unless these tensors of files are the base that adapters were trained on.
 
     A quantised base is known by all tensors of its files. Any other is known by the weights of the
-    model, in the dtype in which it was loaded.
+    model, each in the dtype that it had in training.
     """
-    dtype = getattr(torch, saved["dtype"])
-    names = base.state_dict().keys()
-    loaded = [tensor for name, tensor in tensors.items() if name in names]
-    if saved["base"] not in (fingerprint(tensors.values()), fingerprint(loaded, dtype)):
+    names = [name for name in tensors if name in saved["dtypes"]]
+    weights = [tensors[name] for name in names]
+    dtypes = [getattr(torch, saved["dtypes"][name]) for name in names]
+    if saved["base"] not in (fingerprint(tensors.values()), fingerprint(weights, dtypes)):
         raise ValueError("it was trained on other weights")
 
 

@@ -59,21 +59,32 @@ def holds_several_samples(position_ids: Tensor, attention_mask: Tensor | None = 
 # ---- What adapters are bound to ----
 
 
-def fingerprint(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> str:
+def fingerprint(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype] | None = None) -> str:
     """Return 16 hex digits that tell these weights from others.
 
-    Shapes and up to 1,024 evenly spaced values of each tensor count, cast to `dtype` if it is
-    given. Names do not count, since a tied weight has one name or several.
+    Shapes and up to 1,024 evenly spaced values of each tensor count. With `dtypes`, one for each
+    tensor, the values are cast to them. Names do not count, since a tied weight has one name or
+    several.
     """
+    if dtypes is None:
+        tensors = list(tensors)
+        dtypes = [tensor.dtype for tensor in tensors]
     digests = set()
-    for tensor in tensors:
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
         stride = max(1, math.ceil(tensor.numel() / 1024))
-        sample = tensor.detach().flatten()[::stride].cpu().contiguous()
-        if dtype is not None and sample.is_floating_point():
-            sample = sample.to(dtype)
+        sample = tensor.detach().flatten()[::stride].cpu().contiguous().to(dtype)
         content = f"{list(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
         digests.add(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model's frozen base, by name."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "skill_" not in name and isinstance(tensor, Tensor):
+            weights[name] = tensor
+    return weights
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -84,9 +95,7 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     weights = []
     is_quantised = False
-    for name, tensor in model.state_dict().items():
-        if "skill_" in name or not isinstance(tensor, Tensor):
-            continue
+    for tensor in base_weights(model).values():
         is_of_torchao = hasattr(tensor, "__tensor_flatten__")
         if is_of_torchao or not tensor.is_floating_point():
             is_quantised = True
@@ -140,7 +149,7 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
 
 def require_complete(saved: dict[str, Any]) -> None:
     """Raise ValueError if the content of an adapter.pt does not say what it belongs to."""
-    missing = [name for name in (*REMEDIES, "dtype", "state") if name not in saved]
+    missing = [name for name in (*REMEDIES, "dtypes", "state") if name not in saved]
     if missing:
         raise ValueError(
             f"it has no {missing[0]!r}, so nothing tells what its weights belong to; an older "
@@ -172,6 +181,11 @@ class RoutedTraining:
                 "model: it has no adapters; call attach(model, OrchMoEConfig(...)) first"
             )
         self.base = base_fingerprint(model)
+        # export.py reads the files of the base in these dtypes. They can differ: transformers keeps
+        # some weights of a T5 in float32 when it loads the others in float16.
+        self.base_dtypes = {}
+        for name, weight in base_weights(model).items():
+            self.base_dtypes[name] = str(weight.dtype).removeprefix("torch.")
 
         # Trainer refuses a quantised model unless it finds adapters, and it looks for peft's only.
         model._hf_peft_config_loaded = True
@@ -310,8 +324,7 @@ class RoutedTraining:
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite; lower the learning rates")
-        dtype = str(self.model.dtype).removeprefix("torch.")  # export.py reads the base in it
-        saved = {**self.bound_to(), "dtype": dtype, "state": state}
+        saved = {**self.bound_to(), "dtypes": self.base_dtypes, "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
         with open(incomplete, "wb") as file:  # an error of the file says what is wrong
             torch.save(saved, file)

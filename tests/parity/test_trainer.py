@@ -36,6 +36,7 @@ datasets = pytest.importorskip("datasets")
 import checkpoint  # noqa: E402
 from baselines import LoRA  # noqa: E402
 from integrations import finetune_7b  # noqa: E402
+from integrations.export import attach_saved  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
@@ -589,6 +590,22 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     assert len({line.partition("->")[2] for line in lines}) > 1
 
 
+def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
+    """transformers loads a T5 in float16 without the weights `wo`, which would overflow."""
+    model = make_t5()
+    model.save_pretrained(tmp_path / "base")
+    model.encoder.block[0].layer[1].DenseReluDense.wo.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    load = transformers.T5ForConditionalGeneration.from_pretrained
+    base = load(tmp_path / "base", dtype=torch.float16)
+    assert {weight.dtype for weight in base.state_dict().values()} == {torch.float16, torch.float32}
+    make_trainer(tmp_path / "run", adapted(base)).save_model()
+    path = tmp_path / "run" / ADAPTER_FILE
+    attach_saved(path, tmp_path / "base")
+    with pytest.raises(UserError, match="it was trained on other weights"):
+        attach_saved(path, tmp_path / "other")
+
+
 # ---- A quantised base ----
 
 
@@ -815,7 +832,7 @@ def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
     (tmp_path / "old/adapter.pt").write_text("")
     torch.save(Path, tmp_path / "stopped/checkpoint-2/adapter.pt")
     saved = {"method": "OrchMoE", "config": vars(finetune_7b.ADAPTERS), "base": "0"}
-    saved |= {"dtype": "float32", "state": {}, "rows": "0"}
+    saved |= {"dtypes": {}, "state": {}, "rows": "0"}
     torch.save(saved, tmp_path / "rows/checkpoint-2/adapter.pt")
     with locked_folder(tmp_path / "locked", "wait"):
         said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)

@@ -27,7 +27,7 @@ from helpers import (
 )
 from integrations import export
 from integrations.peft_folder import load_peft, save_peft, set_skills
-from integrations.trainer import base_fingerprint, fingerprint
+from integrations.trainer import base_fingerprint, base_weights, fingerprint
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 from support import runtime
 from tasks import DataConfig
@@ -207,7 +207,7 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
         "method": "OrchMoE",
         "config": DEFAULTS,
         "base": base_fingerprint(base),
-        "dtype": "float32",
+        "dtypes": dict.fromkeys(base_weights(base), "float32"),
         "state": adapters.state_dict(),
     }
     saved |= change
