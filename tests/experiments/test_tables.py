@@ -12,20 +12,6 @@ from helpers import ROOT
 from support.program import UserError
 from tasks import NO_TASK
 
-
-def test_t_quantile():
-    points = {
-        1: 12.7062047,
-        2: 4.3026527,
-        5: 2.5705818,
-        11: 2.2009852,
-        30: 2.0422725,
-        1000: 1.9623391,
-    }
-    for freedom, point in points.items():
-        assert tables.t_quantile(freedom) == pytest.approx(point, rel=2e-6)
-
-
 # ---------------------------------------------------------------------------------------- coverage
 
 # (groups, prompts of each group, seeds), whether rows name tasks, and sds of the effects of a task,
@@ -184,17 +170,6 @@ def test_an_interval_says_what_it_covers(tasks, seeds, over, limits):
     cells = [cell(tasks, [1.0] * len(tasks)) for _ in range(seeds)]
     found = tables.paired(cells, cells, "seen", "loss")
     assert (found.over, found.limits) == (over, limits)
-
-
-def test_values_within_tasks_have_the_mean_over_tasks_and_its_variance():
-    """By hand: D = (1 + 4) / 2. Task a has the prompts 0 and 2, of equal weight: s² / m = 1."""
-    one = cell(["a", "a", "b", "b"], [0.0, 2.0, 4.0, 4.0])
-    other = cell(["a", "a", "b", "b"], [0.0] * 4)
-    values, freedom, _, _ = tables.paired([one], [other], "seen", "loss")
-    assert values.mean() == pytest.approx(2.5)
-    assert freedom == 2
-    of_mean = values.var(ddof=1) / 4
-    assert of_mean == pytest.approx((1 + 0) / 2**2)
 
 
 def test_rows_with_other_prompts_are_not_compared():

