@@ -4,20 +4,16 @@ The device of second_device.cpp computes on the CPU, so all numbers must be thos
 """
 
 import copy
-import os
-import shutil
 import subprocess
 import weakref
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +23,7 @@ import run_folder
 import t5
 import train
 from baselines import METHODS, OWN_METHODS, load_method
+from device.library import build
 from experiments import bench, gpu_check
 from helpers import (
     ROOT,
@@ -43,7 +40,6 @@ from support import program, runtime
 
 # --------------------------------------------------------------------------------------- the device
 
-FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
 SECOND = SimpleNamespace(  # what torch asks the module of a device, here torch.second
     is_available=lambda: True,
@@ -55,28 +51,10 @@ SECOND = SimpleNamespace(  # what torch asks the module of a device, here torch.
 )
 
 
-def build(source):
-    """Return the path of the compiled library. It is compiled once for each version of torch."""
-    library = FOLDER / f"build/{torch.__version__}.so"
-    if library.exists() and library.stat().st_mtime > source.stat().st_mtime:
-        return library
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler ({compiler})")
-    library.parent.mkdir(exist_ok=True)
-    unfinished = library.with_name(f"{os.getpid()}.so")
-    command = [compiler, "-std=c++20", "-shared", "-fPIC", source, "-o", unfinished]
-    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
-    unfinished.rename(library)
-    return library
-
-
 @pytest.fixture(scope="module", autouse=True)
 def second():
     """Return the second device. The programs pick it unless they get --device cpu."""
-    library = build(FOLDER / "second_device.cpp")
+    library = build("second_device")
     torch.utils.rename_privateuse1_backend("second")
     torch._register_device_module("second", SECOND)
     torch.ops.load_library(library)

@@ -1,5 +1,5 @@
 // What torch needs to know of CUDA before it takes fake CUDA tensors, which have shapes but no
-// values: one device with one stream. cuda_code.py builds this file, and loads it before torch.
+// values: one device with one stream. fake_cuda.py loads it before torch.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
