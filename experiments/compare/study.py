@@ -378,12 +378,13 @@ def by_prompt(
     """Return columns with an entry for each different prompt of a task, summed over its rows.
 
     They are task, rows, exact_match and rougeL in per cent, loss in nats, and tokens. See tables.py
-    for what they mean.
+    for what they mean. A task is a position in "tasks", the names.
     """
+    names = list(dict.fromkeys(example.task for example in examples))
     found = {}
     for i, example in enumerate(examples):
         prompt = example.task, example.source_ids.tobytes()
-        of_prompt = found.setdefault(prompt, {"task": example.task})
+        of_prompt = found.setdefault(prompt, {"task": names.index(example.task)})
         texts = predictions[i], example.references, rules
         row = {
             "rows": 1,
@@ -395,7 +396,8 @@ def by_prompt(
         for name, value in row.items():
             of_prompt[name] = of_prompt.get(name, 0) + value
     prompts = list(found.values())
-    return {name: [prompt[name] for prompt in prompts] for name in prompts[0]}
+    columns = {name: [prompt[name] for prompt in prompts] for name in prompts[0]}
+    return {"tasks": names, **columns}
 
 
 def replaced_w(

@@ -53,10 +53,10 @@ class PromptScores(NamedTuple):
 def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> PromptScores:
     """Return the scores of cells that are one for each seed. which: "seen" or "unseen"."""
     columns = [cell[which]["prompts"] for cell in cells]
-    names = columns[0]["task"]
+    names = task_names(columns[0])
     sizes = columns[0]["tokens" if metric == "loss" else "rows"]
     for other in columns[1:]:
-        if other["task"] != names or len(other[metric]) != len(sizes):
+        if task_names(other) != names or len(other[metric]) != len(sizes):
             raise UserError(f"the cells of a row have different {which} rows")
     number_of = {}  # of each group
     groups = []
@@ -67,6 +67,11 @@ def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Pr
         groups.append(number_of[key])
     sums = np.stack([column[metric] for column in columns], axis=1)
     return PromptScores(np.array(groups), np.array(sizes, float), sums)
+
+
+def task_names(columns: dict[str, list]) -> list[str]:
+    """Return the name of the task of each prompt, see study.by_prompt."""
+    return [columns["tasks"][number] for number in columns["task"]]
 
 
 def group_means(prompts: PromptScores) -> np.ndarray:
@@ -105,7 +110,7 @@ def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) 
     U = len(difference.groups)
     G, seeds = means.shape
 
-    names = set(one[0][which]["prompts"]["task"])
+    names = set(task_names(one[0][which]["prompts"]))
     limits = []
     over = counted(G, "task")
     if names == {NO_TASK}:

@@ -236,7 +236,8 @@ def test_rows_with_one_prompt_are_one_entry_of_a_cell():
     losses = [evaluation.RowLoss(nats, tokens) for nats, tokens in ((1.0, 2), (5.0, 3), (2.0, 4))]
     found = study.by_prompt(examples, ["x", "no", "y"], "unicode", losses)
     assert found == {
-        "task": ["a", "b"],
+        "tasks": ["a", "b"],
+        "task": [0, 1],
         "rows": [2, 1],
         "tokens": [6, 3],
         "loss": [3.0, 5.0],

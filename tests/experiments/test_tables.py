@@ -52,7 +52,7 @@ def simulated(shape, is_named, sds, rng, draws):
     for i in range(draws):
         rows = []
         for of_row in (common[i] + effects[i], common[i] + 0 * effects[i]):
-            columns = {"task": names, "rows": [1] * U, "tokens": tokens}
+            columns = {"tasks": names, "task": range(U), "rows": [1] * U, "tokens": tokens}
             cells = []
             for seed in range(seeds):
                 prompts_of_cell = columns | {"loss": tokens * of_row[:, seed]}
@@ -133,7 +133,8 @@ def cell(tasks, losses, tokens=None, rows=None, **more):
     rows = rows or [1] * len(tasks)
     sums = [loss * count for loss, count in zip(losses, tokens, strict=True)]
     matches = [100 * count for count in rows]
-    prompts = {"task": tasks, "tokens": tokens, "rows": rows, "loss": sums}
+    columns = {"tokens": tokens, "rows": rows, "loss": sums}
+    prompts = {"tasks": tasks, "task": range(len(tasks)), **columns}
     return {"seen": {"prompts": prompts | {"exact_match": matches, "rougeL": matches}}, **more}
 
 

@@ -63,7 +63,7 @@ def expected_line(first, second, which):
     """Return "mean [low, high]" of the loss of two rows with two cells each."""
     seeds = range(2)
     prompts = [[cell[which]["prompts"] for cell in cells] for cells in (first, second)]
-    tasks = prompts[0][0]["task"]
+    tasks = [prompts[0][0]["tasks"][number] for number in prompts[0][0]["task"]]
     tokens = prompts[0][0]["tokens"]
     members = defaultdict(list)
     for u, task in enumerate(tasks):
