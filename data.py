@@ -1,9 +1,8 @@
-"""The tokens of the data: from prompts and answers to batches.
+"""The tokens of the data: from rows of text to batches.
 
-tasks.py reads the texts and splits them into sets. Here they become token ids (a Sample for each
-row; the cache keeps them), then an Example for each row, then batches. A list is that of the
-training or of the test tasks, as in tasks.py. The indices of a batch depend only on the source
-lengths, batch size, seed and step.
+tasks.py reads the texts, as a Row each. Here `tokenise` makes ids of them, which the cache keeps;
+`load_sets` makes an Example of each row, and `collate` a Batch of some examples. The indices of a
+batch depend only on the source lengths, batch size, seed and step.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
@@ -19,10 +18,11 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,24 +33,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from support import program
-from support.program import UserError, require_text
+from support.program import UserError
 from tasks import (
     FILE_FIELDS,
     NO_TASK,
     DataConfig,
-    Prompts,
-    RowSplit,
+    Row,
+    find_files,
     hash_of,
-    read_rows,
-    read_splits,
-    read_task,
-    split_instances,
+    jsonl_rows,
+    sni_rows,
 )
 from tokenizer import Tokenizer
 
-SETS_OF_LIST = {"train": ("train", "dev", "seen"), "test": ("test",)}
-LEAST_PROMPTS = 40  # of a JSONL file that trains
-LEAST_ROWS = {"train": 1, "dev": 5, "seen": 5, "test": 1}  # of a JSONL file
 UNKNOWN_CHARACTERS = (
     "characters that the tokenizer does not know, so the model neither reads nor writes them"
 )
@@ -59,17 +54,17 @@ CODE_FILES = [Path(__file__).with_name(name) for name in ("data.py", "tasks.py",
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------- tokens
 
 
-class Sample(NamedTuple):
-    """A prompt and its answers as ids."""
+class Tokens(NamedTuple):
+    """Rows as tokens, in few plain values, which are saved and loaded fast."""
 
-    source: list[int]
-    targets: list[list[int]]  # one for each answer
-    is_cut: bool  # the prompt was longer than allowed; tasks.render_prompt cuts SNI's before
-    cut_targets: int  # the number of answers that were longer than allowed
-    has_unknown: bool  # the texts have characters that the tokenizer does not know
+    rows: list[str]  # JSON of many rows each: [set, task, category, id, position, answers] of a row
+    ids: Tensor  # int32: the tokens of all rows; those of a row are its source, then its targets
+    lengths: Tensor  # int32: the number of tokens of each of these sources and targets
+    tasks: list[str]  # names of the training tasks, sorted; empty if a row of them names no task
+    lost: dict[str, int]  # how many sources and targets are cut, and rows with unknown characters
 
 
 def _limit(ids, length, tokenizer):
@@ -79,40 +74,68 @@ def _limit(ids, length, tokenizer):
     return ids[:length]
 
 
-def build_samples(
-    prompts: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-) -> Iterator[Sample]:
-    """Yield one Sample for each prompt and its answers. tasks.Prompts makes the prompts.
+def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
+    """Return the tokens of the rows.
 
     Every program gets the ids of a prompt here, so that a question has the ids that the same text
     has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
     In the row of a decoder, SNI's form has one space between them, and the texts of JSONL rows are
     joined as they stand.
     """
-    sources = tokenizer.sources(prompts, spaced=config.is_official)
-    targets = tokenizer.targets(list(itertools.chain(*answers)), spaced=config.is_official)
-    limit = config.max_target_length
-    for source, texts in zip(sources, answers, strict=True):
-        own_targets = list(itertools.islice(targets, len(texts)))  # `targets` is flat
-        cut_source = _limit(source, config.max_source_length, tokenizer)
-        short_targets = [_limit(ids, limit, tokenizer) for ids in own_targets]
-        yield Sample(
-            source=cut_source,
-            targets=short_targets,
-            is_cut=len(source) > config.max_source_length,
-            cut_targets=sum(len(ids) > limit for ids in own_targets),
-            has_unknown=any(tokenizer.unknown_id in ids for ids in [cut_source, *short_targets]),
-        )
+    spaced = not config.is_jsonl
+    saved_rows = []
+    tasks = set()
+    ids = array("i")
+    lengths = array("i")
+    lost = Counter(source=0, target=0, characters=0)
+
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, 1000)):  # the tokenizer takes many texts at once
+        prompts = [row.prompt for row in chunk]
+        answers = list(itertools.chain.from_iterable(row.answers for row in chunk))
+        sources = tokenizer.sources(prompts, spaced=spaced)
+        targets = tokenizer.targets(answers, spaced=spaced)
+
+        facts = []
+        for row in chunk:
+            source = next(sources)
+            if row.is_cut or len(source) > config.max_source_length:
+                lost["source"] += 1
+            pieces = [_limit(source, config.max_source_length, tokenizer)]
+            for _ in row.answers:
+                target = next(targets)
+                if len(target) > config.max_target_length:
+                    lost["target"] += 1
+                pieces.append(_limit(target, config.max_target_length, tokenizer))
+
+            if any(tokenizer.unknown_id in piece for piece in pieces):
+                lost["characters"] += 1
+            for piece in pieces:
+                ids.extend(piece)
+                lengths.append(len(piece))
+            facts.append([row.set, row.task, row.category, row.id, row.position, row.answers])
+            if row.set != "test":
+                tasks.add(row.task)
+        saved_rows.append(json.dumps(facts))
+
+    return Tokens(
+        rows=saved_rows,
+        ids=torch.from_numpy(np.array(ids, np.int32)),
+        lengths=torch.from_numpy(np.array(lengths, np.int32)),
+        tasks=[] if NO_TASK in tasks else sorted(tasks),
+        lost=dict(lost),
+    )
 
 
-def _lost_its_end(prompt, sample, config):
-    """Return whether `render_prompt` or `build_samples` has cut off the end of a prompt."""
-    if config.is_official:
-        return not prompt.endswith("Output: ")  # every complete prompt ends like this
-    return sample.is_cut
+def warn_of_lost(lost: dict[str, int], config: DataConfig, name: str) -> None:
+    """Warn of sources and targets that are cut, and of texts with unknown characters."""
+    limits = {"source": config.max_source_length, "target": config.max_target_length}
+    for kind, limit in limits.items():
+        if lost[kind]:
+            count = f"{lost[kind]} {kind}s are too long and lose their ends"
+            program.warn(f"--max-{kind}-length {limit}: {count}")
+    if lost["characters"]:
+        program.warn(f"{name}: {lost['characters']} rows have {UNKNOWN_CHARACTERS}")
 
 
 # -------------------------------------------------------------------------------------------- cache
@@ -155,326 +178,78 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     return result
 
 
-# ----------------------------------------------------------------------------------------- examples
+# --------------------------------------------------------------------------------- sets of examples
 
 
 class Example(NamedTuple):
-    """One instance as tokens."""
+    """One row as tokens."""
 
     id: str
     task: str
     category: str
     source_ids: np.ndarray  # (L,) int32
-    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference; for --ask only EOS
+    target_ids: list[np.ndarray]  # (Lt,) int32, one for each reference
     references: list[str]
     task_index: int = -1  # index among the training tasks, -1 for other tasks
-    position: int = (
-        -1
-    )  # index among the instances of its task (unique there, unlike id); -1 for --ask
+    position: int = -1  # see tasks.Row
 
 
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: names of all tasks of the list or file, sorted; empty if any row of the file names no
-    task.
-    digest: a hash of the contents of the files of these tasks, 16 hex digits.
-    rule: facts about how the rows of a JSONL file became samples. A run is refused if they change.
-    "forms": the forms of all rows, see `read_rows`, if a decoder reads them as they stand.
-    "wrapper": True, if they are in SNI's prompt. "filled": see `RowSplit`, if a set was filled up.
+    tasks: names of all training tasks, sorted; empty if any row of the file names no task.
+    digest: a hash of the contents of the files of the set, 16 hex digits.
+    facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        tasks: list[str],
-        digest: str,
-        rule: dict[str, Any],
+        self, examples: Sequence[Example], tasks: list[str], digest: str, facts: dict[str, Any]
     ):
         super().__init__(examples)
         self.tasks = tasks
         self.digest = digest
-        self.rule = rule
+        self.facts = facts
         self.source_lengths = np.array([len(example.source_ids) for example in examples])
 
 
-def example_of_question(instruction: str, text: str, prompts: Prompts) -> Example:
-    """Return an Example without references for an instruction and an input of the user.
-
-    If the data are JSONL, the input may be empty.
-    """
-    config, tokenizer = prompts.config, prompts.tokenizer
-    if not instruction.strip() or not (text.strip() or config.is_jsonl):
-        raise UserError('give both --ask "instruction" and --input "text"')
-    with program.checking_settings():
-        require_text("--ask", instruction)
-        require_text("--input", text)
-    prompt = prompts.of_question(instruction, text)
-    [sample] = build_samples([prompt], [[]], tokenizer, config)
-    if _lost_its_end(prompt, sample, config):
-        program.warn(
-            f"--max-source-length {config.max_source_length}: the end of the input is cut off"
-        )
-    if sample.has_unknown:
-        program.warn(f"--ask or --input has {UNKNOWN_CHARACTERS}")
-    return Example(
-        id="question",
-        task="question",
-        category="question",
-        source_ids=np.array(sample.source, np.int32),
-        target_ids=[np.array(tokenizer.eos_ids[-1:], np.int32)],  # so that collate works
-        references=[],
-    )
-
-
-# ------------------------------------------------------------------------------------------- sets
-
-
-def _paths_of_lists(config):
-    """Return the paths of the files of each list: {"train": [...], "test": [...]}."""
-    if config.is_jsonl:
-        return {
-            "train": [Path(config.data)],
-            "test": [Path(config.test)] if config.test else [],
-        }
-    paths = {}
-    for list_name, tasks in read_splits(config.data, config.splits).items():
-        chosen = sorted(tasks[: config.max_tasks or None])
-        paths[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
-    return paths
-
-
-def _tokenise_task(
-    task: dict, positions: dict[str, Sequence[int]], prompts: Prompts
-) -> dict[str, Any]:
-    """Return what the cache keeps of a task, as few plain values.
-
-    positions: {set: positions of its instances in the task}.
-
-    rows: [set, position, id, references] of each row, see Example; as JSON, which is read fast.
-    ids: the tokens of all rows in one tensor, for each row the source and then the targets.
-    lengths: the number of tokens of each of these sources and targets, in the same order.
-    lost: how many sources and targets are cut, and how many rows have unknown characters.
-    forms: the different forms of all instances, see `read_rows`.
-    """
-    instances = task["instances"]
-    rows = []
-    texts = []
-    answers = []
-    for set_name, chosen in positions.items():
-        for position in chosen:
-            instance = instances[position]
-            rows.append([set_name, position, instance["id"], instance["output"]])
-            texts.append(prompts.of_instance(task, instance))
-            answers.append(instance["output"])
-
-    ids = array("i")
-    lengths = array("i")
-    lost = Counter()
-    samples = build_samples(texts, answers, prompts.tokenizer, prompts.config)
-    for text, sample in zip(texts, samples, strict=True):
-        lost["source"] += _lost_its_end(text, sample, prompts.config)
-        lost["target"] += sample.cut_targets
-        lost["characters"] += sample.has_unknown
-        for piece in (sample.source, *sample.targets):
-            ids.extend(piece)
-            lengths.append(len(piece))
-    return {
-        "name": task["name"],
-        "category": task["category"],
-        "rows": json.dumps(rows),
-        "ids": torch.from_numpy(np.array(ids, np.int32)),
-        "lengths": list(lengths),
-        "lost": dict(lost),
-        "forms": list({instance.get("form", "") for instance in instances}),
-    }
-
-
-def _tokenise_task_file(path, list_name, prompts):
-    """Return what the cache keeps of a task file of SNI: its task, see `_tokenise_task`."""
-    task = read_task(path)
-    instances = task["instances"]
-    if list_name == "test":
-        positions = {"test": range(len(instances))[:100]}
-    else:
-        contents = [(instance["input"], *instance["output"]) for instance in instances]
-        limit = prompts.config.train_limit or None  # a slice up to None has all
-        split = split_instances(contents, task["name"], limit)
-        positions = dict(zip(("train", "dev", "seen"), split, strict=True))
-    return {"tasks": [_tokenise_task(task, positions, prompts)]}
-
-
-def _tokenise_rows(path, list_name, prompts):
-    """Return what the cache keeps of a JSONL file: its tasks, see `_tokenise_task`, and its split.
-
-    num_prompts, filled: facts of the split, see `RowSplit`.
-    """
-    tasks = read_rows(path)
-    split = RowSplit(itertools.chain(*[task["instances"] for task in tasks]))
-    tokenised = []
-    for task in tasks:
-        positions = defaultdict(list)
-        for position, instance in enumerate(task["instances"]):
-            set_name = "test" if list_name == "test" else split.set_of(instance)
-            positions[set_name].append(position)
-        positions["train"] = positions["train"][: prompts.config.train_limit or None]
-        tokenised.append(_tokenise_task(task, positions, prompts))
-    return {"tasks": tokenised, "num_prompts": split.num_prompts, "filled": split.filled}
-
-
-def _read_tokens(
-    config: DataConfig, tokenizer: Tokenizer, list_name: str, paths: list[Path]
-) -> list[dict[str, Any]]:
-    """Return the tokens of each file of a list, from the cache if possible.
-
-    Each is the result of `_tokenise_task_file` or `_tokenise_rows`, with a hash as its "digest".
-    """
-
-    def tokenise_all() -> list[dict]:
-        result = []
-        for path in program.progress(paths, "tokenising", unit="file"):
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            tokenise = _tokenise_rows if config.is_jsonl else _tokenise_task_file
-            tokens = tokenise(path, list_name, Prompts(config, tokenizer))
-            result.append({"digest": digest, **tokens})
-        return result
-
-    options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
-    key = [list_name, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
-    return cached(key, paths, tokenise_all)
-
-
-def _examples_of(tasks: list[dict], run_tasks: Sequence[str]) -> dict[str, list[Example]]:
-    """Return {set: examples} from what the cache keeps of the tasks of a list."""
-    task_index = {task: i for i, task in enumerate(run_tasks)}
-    examples = defaultdict(list)
-    for task in tasks:
-        ends = np.cumsum(task["lengths"])
-        pieces = iter(np.split(task["ids"].numpy(), ends[:-1]))
-        for set_name, position, instance_id, references in json.loads(task["rows"]):
+def examples_by_set(tokens: Tokens) -> dict[str, list[Example]]:
+    """Return {name of a set: its examples}."""
+    task_index = {task: i for i, task in enumerate(tokens.tasks)}
+    examples = {}
+    ends = np.cumsum(tokens.lengths.numpy())
+    pieces = iter(np.split(tokens.ids.numpy(), ends[:-1]))
+    for saved_rows in tokens.rows:
+        for set_name, task, category, row_id, position, answers in json.loads(saved_rows):
             example = Example(
-                id=instance_id,
-                task=task["name"],
-                category=task["category"],
+                id=row_id,
+                task=sys.intern(task),  # one object for all rows of a task
+                category=sys.intern(category),
                 source_ids=next(pieces),
-                target_ids=[next(pieces) for _ in references],
-                references=references,
-                task_index=task_index.get(task["name"], -1),
+                target_ids=[next(pieces) for _ in answers],
+                references=answers,
+                task_index=task_index.get(task, -1),
                 position=position,
             )
-            examples[set_name].append(example)
+            examples.setdefault(set_name, []).append(example)
     return examples
 
 
-def _warn_of_lost(lost, config, path):
-    """Warn of sources and targets that are cut, and of rows with unknown characters."""
-    limits = {"source": config.max_source_length, "target": config.max_target_length}
-    for name, limit in limits.items():
-        if lost[name]:
-            count = f"{lost[name]} {name}s are too long and lose their ends"
-            program.warn(f"--max-{name}-length {limit}: {count}")
-    if lost["characters"]:
-        program.warn(f"{path}: {lost['characters']} rows have {UNKNOWN_CHARACTERS}")
+def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
+    """Return the example of one row, such as a question. Warn if a part of it is lost."""
+    tokens = tokenise([row], tokenizer, config)
+    warn_of_lost(tokens.lost, config, "the question")
+    [[example]] = examples_by_set(tokens).values()
+    return example
 
 
-def _untrained(examples, train):
-    """Return the examples whose sources do not have the tokens of a row of `train`."""
-    trained = {e.source_ids.tobytes() for e in train}
-    return [e for e in examples if e.source_ids.tobytes() not in trained]
+def with_task_index(examples: Sequence[Example], tasks: Sequence[str]) -> list[Example]:
+    """Return the examples with indices into these training tasks."""
+    index = {task: i for i, task in enumerate(tasks)}
+    return [example._replace(task_index=index.get(example.task, -1)) for example in examples]
 
 
-def _leave_out_trained(examples: dict[str, list[Example]], path: Path) -> None:
-    """Leave out rows of "dev" and "seen" whose sources have the tokens of training rows.
-
-    Different texts may have equal tokens, as when they are cut.
-    """
-    left_out = 0
-    for set_name in ("dev", "seen"):
-        untrained = _untrained(examples[set_name], examples["train"])
-        left_out += len(examples[set_name]) - len(untrained)
-        examples[set_name] = untrained
-    if left_out:
-        program.warn(
-            f"{path}: {left_out} rows of dev and seen have the tokens of training rows and are "
-            "left out"
-        )
-
-
-def _require_enough_rows(
-    examples: dict[str, list[Example]], wanted: Sequence[str], num_prompts: int, path: Path
-) -> None:
-    """Raise UserError if a JSONL file has too few rows for one of the wanted sets.
-
-    num_prompts: the number of different prompts in the file.
-    """
-    for set_name in wanted:
-        if set_name != "test" and num_prompts < LEAST_PROMPTS:
-            raise UserError(
-                f"{path}: it has {num_prompts} different prompts; give at least {LEAST_PROMPTS}, "
-                "of which 8 are held out as dev and 8 as seen"
-            )
-        rows = len(examples[set_name])
-        if rows < LEAST_ROWS[set_name]:
-            raise UserError(
-                f"{path}: {rows} of its rows are in the set {set_name!r}, which needs "
-                f"{LEAST_ROWS[set_name]}; add rows with other prompts"
-            )
-
-
-def _load_list(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    list_name: str,
-    paths: list[Path],
-    run_tasks: Sequence[str] | None,
-    wanted: Sequence[str],
-) -> dict[str, Examples]:
-    """Return all sets of one list, "train" or "test".
-
-    run_tasks: see `load_sets`. wanted: those of its sets that will be used. The others may lack
-    rows.
-    """
-    tokenised_files = _read_tokens(config, tokenizer, list_name, paths)
-    tokenised_tasks = []
-    digest = hashlib.sha256()
-    lost = Counter()
-    forms = set()
-    for tokenised_file in tokenised_files:
-        for task in tokenised_file["tasks"]:
-            tokenised_tasks.append(task)
-            # The digest of the file, once for each of its tasks: saved runs have it like this.
-            digest.update(tokenised_file["digest"].encode())
-            lost.update(task["lost"])
-            forms.update(task["forms"])
-
-    _warn_of_lost(lost, config, paths[0] if config.is_jsonl else config.data)
-
-    task_names = sorted(task["name"] for task in tokenised_tasks)
-    if NO_TASK in task_names:
-        task_names = []  # a row of the file names no task
-    examples = _examples_of(tokenised_tasks, task_names if run_tasks is None else run_tasks)
-
-    rule = {}
-    if config.is_jsonl:
-        [path], [tokenised_file] = paths, tokenised_files
-        if list_name == "train":
-            _leave_out_trained(examples, path)
-            if tokenised_file["filled"]:
-                rule["filled"] = tokenised_file["filled"]
-        _require_enough_rows(examples, wanted, tokenised_file["num_prompts"], path)
-        if config.wrapper:
-            rule["wrapper"] = True
-        elif tokenizer.one_row:
-            rule["forms"] = sorted(forms)
-
-    sets = {}
-    for set_name in SETS_OF_LIST[list_name]:
-        sets[set_name] = Examples(examples[set_name], task_names, digest.hexdigest()[:16], rule)
-    return sets
-
-
-def _warn_of_known(config, test):
-    """Warn if rows of "test" belong to training tasks."""
+def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
+    """Warn if examples of "test" belong to training tasks."""
     known = sum(example.task_index >= 0 for example in test)
     if known:
         program.warn(
@@ -483,75 +258,99 @@ def _warn_of_known(config, test):
         )
 
 
-def _compare_test(config, train, test):
-    """Warn if rows of --test have the tokens of training rows. Raise UserError if all are equal."""
-    if test.digest == train.digest:
-        raise UserError(
-            f"--test {config.test}: has the rows of --data; give rows that do not train"
-        )
-    equal = len(test) - len(_untrained(test, train))
-    if equal:
-        program.warn(
-            f"{config.test}: {equal} of {len(test)} test rows have the tokens of training rows, so "
-            "they are not unseen"
-        )
+def _compare_sources(examples: dict[str, list[Example]], config: DataConfig) -> None:
+    """Compare the rows of a JSONL file that do not train with those that do, by their tokens.
+
+    Different texts may have equal tokens, as when they are cut. Such rows are left out of "dev" and
+    "seen". In "test" they are only counted.
+    """
+    trained = {example.source_ids.tobytes() for example in examples.get("train", ())}
+    for set_name in ("dev", "seen", "test"):
+        of_set = examples.get(set_name, [])
+        untrained = [e for e in of_set if e.source_ids.tobytes() not in trained]
+        equal = len(of_set) - len(untrained)
+        if equal == 0:
+            continue
+        problem = f"{equal} of {len(of_set)} {set_name} rows have the tokens of training rows"
+        if set_name == "test":
+            program.warn(f"{config.test}: {problem}, so they are not unseen")
+        else:
+            program.warn(f"{config.data}: {problem} and are left out")
+            examples[set_name] = untrained
 
 
 def load_sets(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    wanted: Sequence[str] = (),
-    *,
-    run_tasks: Sequence[str] | None = None,
+    config: DataConfig, tokenizer: Tokenizer, *, only_test: bool = False
 ) -> dict[str, Examples]:
-    """Return {name: set} for the wanted sets.
+    """Return {name: set} for those of "train", "dev", "seen" and "test" that have rows.
 
-    wanted: by default "train", "dev", "seen" and, if there are test tasks, "test".
-    run_tasks: the training tasks of the run. Example.task_index is an index into them. The default
-    is the training tasks that are read here.
+    In a folder, each training task gives "train", "dev" and "seen", and each test task "test", see
+    tasks.sni_rows. A JSONL file gives "train", "dev" and "seen", and the file --test gives "test",
+    see tasks.jsonl_rows; a row of "dev" or "seen" is left out if its source has the tokens of a
+    training row. Raise UserError for bad files. Whoever needs a set takes it with `require_set`.
 
-    In a folder, each training task gives "train", "dev" and "seen" (see `split_instances`), and
-    "test" is the first 100 instances of each test task, as in the official evaluation. With a JSONL
-    file, `RowSplit` gives these three sets, and "test" is the whole file --test. There a row of
-    "dev" or "seen" whose source has the tokens of a training row is left out, and such rows of
-    "test" are only counted. Raise UserError for bad files, or if there is nothing for a wanted set.
+    only_test: read no training tasks of a folder, since tokenising all takes minutes.
     """
-    paths = _paths_of_lists(config)
-    if not wanted:
-        wanted = ["train", "dev", "seen"]
-        if paths["test"]:
-            wanted.append("test")
-    of_train = [name for name in wanted if name != "test"]
+    files = find_files(config)
+    if only_test and not config.is_jsonl:
+        files["train"] = []
 
+    def read_and_tokenise() -> dict[str, Any]:
+        if config.is_jsonl:
+            rows, facts = jsonl_rows(files, config.train_limit)
+        else:
+            rows, facts = sni_rows(files, tokenizer, config), {}
+        tokens = tokenise(rows, tokenizer, config)
+        digests = {}
+        for list_name, paths in files.items():
+            digest = hashlib.sha256()
+            for path in paths:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digests[list_name] = digest.hexdigest()[:16]
+        return {"tokens": tokens._asdict(), "facts": facts, "digests": digests}
+
+    # The tokens depend on the files and on these values.
+    options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
+    counts = [len(paths) for paths in files.values()]
+    key = [counts, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
+    saved = cached(key, [*files["train"], *files["test"]], read_and_tokenise)
+
+    tokens = Tokens(**saved["tokens"])
+    digests = saved["digests"]
+    warn_of_lost(tokens.lost, config, config.data)
+    if config.is_jsonl and digests["test"] == digests["train"]:
+        raise UserError(
+            f"--test {config.test}: has the rows of --data; give rows that do not train"
+        )
+
+    examples = examples_by_set(tokens)
+    if config.is_jsonl:
+        _compare_sources(examples, config)
     sets = {}
-    if of_train:
-        if not paths["train"]:
-            raise UserError(
-                f"{config.data}: no task of train_tasks.txt is here; complete the folder"
-            )
-        sets |= _load_list(config, tokenizer, "train", paths["train"], run_tasks, of_train)
-    elif config.is_jsonl and paths["train"][0].exists():
-        # Only --test is wanted. It is compared with the rows that train, if they can be read.
-        try:
-            sets |= _load_list(config, tokenizer, "train", paths["train"], run_tasks, [])
-        except (UserError, OSError) as error:
-            program.warn(f"the test rows are not compared with the training rows: {error}")
-    if run_tasks is None:
-        run_tasks = sets["train"].tasks if sets else []
+    for set_name, of_set in examples.items():
+        list_name = "test" if set_name == "test" else "train"
+        sets[set_name] = Examples(of_set, tokens.tasks, digests[list_name], saved["facts"])
+    warn_of_known(sets.get("test", ()), config)
+    return sets
 
-    if "test" in wanted:
-        if not paths["test"]:
-            if config.is_jsonl:
-                raise UserError(f"{config.data}: give --test OTHER.jsonl, or --split seen")
-            raise UserError(
-                f"{config.data}: no task of test_tasks.txt is here; complete the folder, or give "
-                "--split seen"
-            )
-        sets |= _load_list(config, tokenizer, "test", paths["test"], run_tasks, ["test"])
-        _warn_of_known(config, sets["test"])
-        if config.is_jsonl and "train" in sets:
-            _compare_test(config, sets["train"], sets["test"])
-    return {name: sets[name] for name in wanted}
+
+def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Examples:
+    """Return a set of `load_sets`. Raise UserError if it is missing or too small."""
+    least = 5 if config.is_jsonl and name in ("dev", "seen") else 1
+    found = len(sets.get(name, ()))
+    if found >= least:
+        return sets[name]
+
+    program.require_path(config.data, "give the data with --data")
+    if config.is_jsonl and name == "test":
+        remedy = "give --test OTHER.jsonl, or --split seen"
+    elif config.is_jsonl:
+        remedy = "add rows with other prompts; 40 different prompts are enough"
+    elif name == "test":
+        remedy = "add task files of test_tasks.txt, or give --split seen"
+    else:
+        remedy = "add task files of train_tasks.txt, with 5 or more different instances each"
+    raise UserError(f"{config.data}: {found} rows in the set {name}, {least} needed; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -1,8 +1,8 @@
 """Score a run or a bare model with the official metric of Super-NaturalInstructions.
 
 Writes predictions.jsonl, which the official scoring script can read too, and scores.json. With
---ask it prints the answer to one instruction instead, and the router's weight of each abstract
-task. A run is scored with its own data settings, unless flags override them.
+--ask or --prompt it prints one answer instead, and the router's weight of each abstract task. A run
+is scored with its own data settings, unless flags override them.
 
     python eval.py --run runs/orchmoe-1 --split test --gpu 0
     python eval.py --run runs/orchmoe-1 --ask "Find the vehicle." --input "apple, bus, shirt"
@@ -30,8 +30,8 @@ from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
 from support import program, runtime
-from support.program import UserError
-from tasks import FILE_FIELDS, NO_TASK, DataConfig, Prompts
+from support.program import UserError, require_text
+from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_question
 from tokenizer import Tokenizer
 
 LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
@@ -131,34 +131,6 @@ def decoded(tokens: Tensor, base: Backbone, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids) for ids in tokens.tolist()]
 
 
-@torch.no_grad()
-def measure(
-    base: Backbone,
-    adapters: Adapters,
-    examples: Sequence[Example],
-    *,
-    batch_size: int = 64,
-    w: Tensor | None = None,
-) -> tuple[float, Tensor | None]:
-    """Return the loss, and the w (M,K) that was used, on the CPU (None if no w was used).
-
-    The loss is the cross-entropy of the first reference of each example: the sum in nats over the
-    examples of all processes, divided by the number of their target tokens. For the argument w
-    see `routed_batches`.
-    """
-    total = 0.0
-    tokens = 0
-    weights = {}
-    for rows, batch, routing in routed_batches(base, adapters, examples, batch_size, "loss", w):
-        total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
-        tokens += batch.target_tokens
-        if routing.w is not None and not routing.shared:
-            weights.update(zip(rows, routing.w.tolist(), strict=False))
-    total, tokens = runtime.sum_over_ranks([], total, tokens)
-    found = in_order(weights)
-    return total / tokens, torch.tensor(found) if found else None
-
-
 class RowLoss(NamedTuple):
     """The cross-entropy of the first reference of an example."""
 
@@ -167,7 +139,7 @@ class RowLoss(NamedTuple):
 
 
 @torch.no_grad()
-def row_losses(
+def measure(
     base: Backbone,
     adapters: Adapters,
     examples: Sequence[Example],
@@ -175,14 +147,29 @@ def row_losses(
     batch_size: int = 64,
     description: str = "loss",
     w: Tensor | None = None,
-) -> list[RowLoss]:
-    """Return the loss of each example, in their order. For w see `routed_batches`."""
+) -> tuple[list[RowLoss], Tensor | None]:
+    """Return the loss of each example, in their order, and the w (M,K) that was used, on the CPU.
+
+    Instead of w it returns None if the method uses none, or one w for all samples. For the argument
+    w see `routed_batches`.
+    """
     losses = {}
-    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
+    weights = {}
+    for rows, batch, routing in routed_batches(
+        base, adapters, examples, batch_size, description, w
+    ):
         nats = base.loss(batch.input_ids, batch.attention_mask, batch.labels, per_row=True)
         for position, loss in zip(rows, nats.tolist(), strict=False):
             losses[position] = RowLoss(loss, tokens=len(examples[position].target_ids[0]))
-    return in_order(losses)
+        if routing.w is not None and not routing.shared:
+            weights.update(zip(rows, routing.w.tolist(), strict=False))
+    found = in_order(weights)
+    return in_order(losses), torch.tensor(found) if found else None
+
+
+def mean_loss(losses: Sequence[RowLoss]) -> float:
+    """Return the mean loss in nats per target token, over the tokens of all examples."""
+    return sum(loss.nats for loss in losses) / sum(loss.tokens for loss in losses)
 
 
 def losses_by_task(
@@ -221,34 +208,17 @@ def router_weights(
     return torch.tensor(in_order(weights))
 
 
-def warn_of_references(examples: Sequence[Example], metric_rules: str) -> None:
-    """Warn of references that the rules, see metrics.RULES, cannot tell from an empty text."""
-    empty = sum(metrics.has_empty_form(e.references, metric_rules) for e in examples)
-    if empty:
-        program.warn(
-            f"{empty} of {len(examples)} rows have an answer of punctuation only, which the "
-            "official exact match deletes, so that an empty prediction counts as right"
-        )
-    wordless = sum(metrics.has_no_word(e.references, metric_rules) for e in examples)
-    if wordless:
-        program.warn(
-            f"{wordless} of {len(examples)} rows have no answer with a word that ROUGE reads, so "
-            "that their ROUGE is 0"
-        )
-
-
 def score(
     examples: Sequence[Example],
     predictions: Sequence[str],
     metric_rules: str,
     losses: Sequence[RowLoss] | None = None,
 ) -> dict[str, Any]:
-    """Return the scores, see metrics.score. Warn of references that the rules cannot tell apart.
+    """Return the scores, see metrics.score.
 
     With `losses`, each task has its "loss", too, and "overall" has their mean, so that no task
     weighs more because its targets are long. Each prompt that names no task counts as a task.
     """
-    warn_of_references(examples, metric_rules)
     records = []
     for example, prediction in zip(examples, predictions, strict=True):
         records.append({**example._asdict(), "prediction": prediction})
@@ -362,8 +332,10 @@ class EvalConfig:
     method: str = ""  # FILE.py:Class of a run whose method is from a file
     ask: str = ""  # instruction to answer; of --data, only whether it is JSONL counts
     input: str = ""  # input text for --ask; not needed if the data are a JSONL file
+    prompt: str = ""  # whole prompt to answer as it stands, instead of --ask
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
     out: str = ""  # folder of the results (default: eval-... in the run's folder, or here)
+    overwrite: bool = False  # replace the results that are there
     limit: int = 0  # score at most this many instances, evenly spaced (0: all)
     batch_size: int = 64  # samples generated at once
     max_new_tokens: int = 0  # longest answer (0: 127, or more if the run trained on longer targets)
@@ -376,6 +348,12 @@ class EvalConfig:
         program.require_least(self, batch_size=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
+        for name in ("ask", "input", "prompt"):
+            require_text(program.flag(name), getattr(self, name))
+        if self.prompt and (self.ask or self.input):
+            raise UserError("--prompt: it is a whole prompt; leave out --ask and --input")
+        if self.prompt and not self.prompt.strip():
+            raise UserError("--prompt: it is empty")
 
     @property
     def out_dir(self) -> Path:
@@ -390,6 +368,14 @@ class EvalConfig:
             name += f"-{self.limit}"
         return Path(self.run) / name
 
+    @property
+    def predictions_path(self) -> Path:
+        return self.out_dir / "predictions.jsonl"
+
+    @property
+    def scores_path(self) -> Path:
+        return self.out_dir / "scores.json"
+
 
 def answer(
     base: Backbone,
@@ -399,14 +385,22 @@ def answer(
     data_config: DataConfig,
     run_config: run_folder.RunConfig | None,
 ) -> None:
-    """Print the answer to --ask and --input, and w if there is a sample router."""
-    # --ask takes the place of the definition, which a run with --no-definition would leave out.
-    data_config = replace(data_config, definition=True)
-    forms = run_config.rule.get("forms", ()) if run_config else ()  # see data.Examples
-    prompts = Prompts(data_config, tokenizer, forms)
-    example = data.example_of_question(config.ask, config.input, prompts)
+    """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
+    if config.prompt:
+        row = row_of_prompt(config.prompt)
+    else:
+        row = row_of_question(config.ask, config.input, tokenizer, data_config)
+        # T5 reads an instruction and a prompt alike.
+        rows_are_prompts = run_config is not None and not run_config.rule.get("instructions", True)
+        if tokenizer.one_row and rows_are_prompts and not config.input:
+            program.warn(
+                f"--ask: the rows of {config.run} are whole prompts, and an instruction ends in an "
+                "empty line; give --prompt to ask in their form"
+            )
+    example = data.example_of(row, tokenizer, data_config)
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
-    program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
+    if config.ask and not data_config.is_jsonl:
+        program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     program.print_line(f"answer: {text or '(empty)'}")
 
     w = router_weights(base, adapters, [example])
@@ -420,7 +414,7 @@ def answer(
         program.print_line(f"router: abstract task {', '.join(weights)} (numbered from 1)")
 
 
-def load_examples(
+def choose_rows(
     config: EvalConfig,
     data_config: DataConfig,
     run_config: run_folder.RunConfig | None,
@@ -430,33 +424,27 @@ def load_examples(
 
     If the files are not those of the run, raise UserError; only warn if flags name other files.
     """
-    run_tasks = run_config.tasks if run_config else None  # so that task ids are those of the run
-    sets = data.load_sets(data_config, tokenizer, [config.split], run_tasks=run_tasks)
-    examples = sets[config.split]
-    if not examples:
-        raise UserError(f"--split {config.split}: there is no instance to score; choose another")
+    sets = data.load_sets(data_config, tokenizer, only_test=config.split == "test")
+    examples = data.require_set(sets, config.split, data_config)
+    digest = examples.digest
     if run_config:
-        if config.split != "test" and data_config.is_jsonl:
-            run_config.require_same_split(examples.rule)
         list_name = "test" if config.split == "test" else "train"
         saved = run_config.section(DataConfig, "dataset")
-        changed = set()
-        for name in FILE_FIELDS:
-            if getattr(data_config, name) != getattr(saved, name):
-                changed.add(name)
-        saved_limit = saved.max_tasks or math.inf  # 0 stands for all tasks
-        fewer_tasks = 0 < data_config.max_tasks < saved_limit
-        if not changed:
-            # Only this list was read.
-            run_config.require_same(data=run_config.data | {list_name: examples.digest})
-        elif changed == {"max_tasks"} and fewer_tasks:
-            pass  # a part of the run's files
-        elif examples.digest != run_config.data.get(list_name):
-            path = data_config.data
-            if config.split == "test" and data_config.is_jsonl:
-                path = data_config.test
+        names_other_files = any(
+            getattr(data_config, name) != getattr(saved, name) for name in FILE_FIELDS
+        )
+        if list_name == "train" and data_config.is_jsonl:
+            run_config.require_same_split(examples.facts)
+        if not names_other_files:
+            run_config.require_same(data=run_config.data | {list_name: digest})
+        elif digest != run_config.data.get(list_name):
+            is_test_file = list_name == "test" and data_config.is_jsonl
+            path = data_config.test if is_test_file else data_config.data
             program.warn(f"{path}: these are not the task files of the run")
-    return data.subsample(examples, config.limit), examples.digest
+        examples = data.with_task_index(examples, run_config.tasks)
+        if list_name == "test":
+            data.warn_of_known(examples, data_config)
+    return data.subsample(examples, config.limit), digest
 
 
 def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: DataConfig) -> None:
@@ -466,17 +454,68 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
         idle.add("train_instances")
     if config.split != "test":
         idle.add("test")
-    if config.ask:
+    if config.ask or config.prompt:
         # Of the data settings only those that build the prompt of a question have an effect.
-        idle |= {"split", "out", "limit", "batch_size", *vars(data_config)}
+        idle |= {"split", "out", "overwrite", "limit", "batch_size", *vars(data_config)}
         idle -= {"data", "max_source_length", "max_target_length"}
-        if data_config.is_jsonl:
-            idle -= {"wrapper"}
     else:
         idle.add("input")
     given = sorted(flags.keys() & idle)
     if given:
         raise UserError(f"{program.flag(given[0])}: it would have no effect here; leave it out")
+
+
+def evaluate(
+    base: Backbone,
+    adapters: Adapters,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    config: EvalConfig,
+    metric_rules: str,
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the predictions and the scores of the examples."""
+    require_fit(base, tokenizer, examples, config.max_new_tokens)
+    program.print_progress(f"scoring {len(examples)} rows")
+    losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
+    predictions = predict(
+        base,
+        adapters,
+        examples,
+        tokenizer,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return predictions, score(examples, predictions, metric_rules, losses)
+
+
+def require_new_results(config: EvalConfig) -> None:
+    """Raise UserError if there are results in --out already, unless --overwrite is given."""
+    if os.path.lexists(config.out_dir / "config.json"):
+        raise UserError(f"{config.out_dir}: is the folder of a run; choose another --out")
+    if not config.overwrite:
+        program.require_new(
+            [config.predictions_path, config.scores_path],
+            "add --overwrite, or choose another --out",
+        )
+
+
+def write_results(
+    config: EvalConfig,
+    examples: Sequence[Example],
+    predictions: Sequence[str],
+    scores: dict[str, Any],
+    scored: dict[str, Any],
+) -> None:
+    """Write predictions.jsonl and scores.json. scored: what was scored, for scores.json."""
+    if program.rank() != 0:
+        return
+    # No scores may stand beside predictions that are not theirs.
+    config.scores_path.unlink(missing_ok=True)
+    with program.atomic_write(config.predictions_path) as file:
+        for example, prediction in zip(examples, predictions, strict=True):
+            row = {"id": example.id, "task": example.task, "prediction": prediction}
+            file.write(program.to_json(row, ensure_ascii=False))
+    program.write_json(config.scores_path, {**scores, "config": scored})
 
 
 def main() -> None:
@@ -491,12 +530,15 @@ def main() -> None:
         program.require_path(flags["data"], "give --data DIR or FILE.jsonl")
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
     data_config = program.from_flags(DataConfig, saved | flags)
-    if "split" not in flags and data_config.is_jsonl and not (data_config.test or config.ask):
+    is_question = bool(config.ask or config.prompt)
+    if "split" not in flags and data_config.is_jsonl and not (data_config.test or is_question):
         config = replace(config, split="seen")
         program.print_line(f"{data_config.data}: there is no --test, so the set seen is scored")
     config = replace(config, max_new_tokens=config.max_new_tokens or data_config.max_new_tokens)
 
     refuse_idle_flags(flags, config, data_config)
+    if not is_question:
+        require_new_results(config)
 
     # Where to compute.
     base_folder = config.model or run_config.training["model"]
@@ -507,13 +549,16 @@ def main() -> None:
         base, adapters, tokenizer = run_folder.load(
             device, run_dir=config.run, model=config.model, shard=config.shard
         )
-        if config.ask:
+        if is_question:
             answer(base, adapters, tokenizer, config, data_config, run_config)
             return
 
-        # The examples, and the folder of the results.
-        examples, digest = load_examples(config, data_config, run_config, tokenizer)
-        score_config = {
+        # Choose the rows, score them, and write the results.
+        examples, digest = choose_rows(config, data_config, run_config, tokenizer)
+        config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
+        rules = data_config.metric_rules
+        predictions, scores = evaluate(base, adapters, examples, tokenizer, config, rules)
+        scored = {
             "scored": os.path.realpath(config.run or config.model),
             "split": config.split,
             "limit": config.limit,
@@ -523,50 +568,16 @@ def main() -> None:
             "digest": digest,
             "instances": len(examples),
         }
-        predictions_path = config.out_dir / "predictions.jsonl"
-        scores_path = config.out_dir / "scores.json"
-        saved_config = None
-        if scores_path.exists():
-            saved_config = program.read_json(scores_path).get("config")
-        if saved_config != score_config:
-            program.require_new(
-                [config.out_dir / "config.json", predictions_path, scores_path],
-                "it belongs to a run or a different evaluation; choose another --out",
-            )
+        write_results(config, examples, predictions, scores, scored)
 
-        # Loss, predictions and scores.
-        require_fit(base, tokenizer, examples, config.max_new_tokens)
-        config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
-        program.print_progress(f"scoring {len(examples)} rows")
-        losses = row_losses(base, adapters, examples, batch_size=config.batch_size)
-        predictions = predict(
-            base,
-            adapters,
-            examples,
-            tokenizer,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
-        if program.rank() != 0:
-            return
-
-        # First without scores, so that no scores stand beside predictions that are not theirs.
-        program.write_json(scores_path, {"config": score_config})
-        with program.atomic_write(predictions_path) as file:
-            for example, prediction in zip(examples, predictions, strict=True):
-                row = {"id": example.id, "task": example.task, "prediction": prediction}
-                file.write(program.to_json(row, ensure_ascii=False))
-
-        scores = score(examples, predictions, data_config.metric_rules, losses)
-        program.write_json(scores_path, {**scores, "config": score_config})
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])
         program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
         program.print_line(LOSS_NOTE)
-        rules = metrics.RULES[data_config.metric_rules].description
-        program.print_line(f"ROUGE and exact match in per cent, by {rules}")
+        description = metrics.RULES[rules].description
+        program.print_line(f"ROUGE and exact match in per cent, by {description}")
         print_if_few(config.split, len(examples))
-        program.print_line(f"written: {predictions_path}, {scores_path}")
+        program.print_line(f"written: {config.predictions_path}, {config.scores_path}")
 
 
 if __name__ == "__main__":

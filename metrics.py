@@ -172,17 +172,6 @@ def rouge_l(prediction: str, references: Iterable[str], rules: str = "official")
 METRICS = {"exact_match": exact_match, "rouge1": rouge_1, "rougeL": rouge_l}
 
 
-def has_empty_form(texts: Iterable[str], rules: str = "official") -> bool:
-    """Return whether the rules leave nothing of a text that is not blank, for exact match."""
-    form = RULES[rules].form
-    return any(text.strip() and not form(text) for text in texts)
-
-
-def has_no_word(texts: Iterable[str], rules: str = "official") -> bool:
-    """Return whether all texts lack words, so that ROUGE is 0 for any prediction."""
-    return not any(_stems(text, rules) for text in texts)
-
-
 def score(records: Iterable[Mapping], rules: str = "official") -> dict[str, dict | str]:
     """Return the mean of each metric over all instances, per task and per category, in per cent.
 

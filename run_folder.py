@@ -66,7 +66,7 @@ class RunConfig:
     tokenizer: str  # fingerprint of the tokenizer
     data: dict  # hashes of the task files on each list: {"train": ..., "test": ...}
     kind: str  # name of its method and class of its router, see kind_of
-    rule: dict  # facts on how rows of JSONL became samples, {} for SNI; see data.Examples
+    rule: dict  # facts about the rows of JSONL, {} for SNI; see data.Examples
     start: str  # hash of the adapter in --start, "" without --start
     torch: str = str(torch.__version__)  # version of torch that last trained it
 
@@ -92,11 +92,10 @@ class RunConfig:
     def require_same_split(self, rule: dict) -> None:
         """Raise UserError if other rows than those of the run are in dev and seen of a JSONL file.
 
-        A hash of its prompt decides the set of a row. Other lines in the file can change it only if
-        sets were filled up. rule: that of the sets as they are now, see data.Examples.
+        rule: the facts of the sets as they are now, see data.Examples.
         """
         data_config = self.section(DataConfig, "dataset")
-        if data_config.is_jsonl and rule.get("filled") != self.rule.get("filled"):
+        if data_config.is_jsonl and rule.get("held_out") != self.rule.get("held_out"):
             raise UserError(
                 f"{self.run_dir}: it has other rows in train, dev and seen, so that rows of dev "
                 "and seen may have trained; restore --data, give new rows with --test and "
@@ -418,16 +417,6 @@ def load(
     tokenizer = load_tokenizer(path)
     if run_config is not None:
         run_config.require_same(tokenizer=tokenizer.fingerprint)
-        data_config = run_config.section(DataConfig, "dataset")
-        # The same conditions decide in data.py whether "wrapper" and "forms" are in the rule.
-        uses_wrapper = data_config.is_jsonl and data_config.wrapper
-        uses_forms = tokenizer.one_row and not data_config.is_official
-        rule = run_config.rule
-        if uses_wrapper != ("wrapper" in rule) or uses_forms != ("forms" in rule):
-            raise UserError(
-                f"{run_dir}/config.json: its `rule`, how rows became samples, does not fit its "
-                "dataset, or another version wrote it; restore it, or start a new run"
-            )
         run_config.require_same(base=checkpoint.fingerprint(path))
 
     base = checkpoint.mapped(path)

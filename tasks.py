@@ -1,11 +1,12 @@
-"""The text of the data: task files, split lists, rows of JSONL, both ways to split instances into
-sets, and the prompt.
+"""The text of the data: two readers, of a folder in SNI's form and of a JSONL file, that give Rows.
+
+A Row has its prompt and its answers as text, and the name of its set. data.py makes tokens of rows.
 
 Data: Super-NaturalInstructions, arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts
-equal those of the official code. data.py makes tokens of them.
+equal those of the official code.
 
 Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
-or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds instances. The flag
+or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds rows. The flag
 --split names a set; --splits names a folder of lists.
 
 Test: pytest tests/unit/test_tasks.py
@@ -17,14 +18,14 @@ import random
 import re
 import string
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from support import program
 from support.program import UserError, require_text
-from tokenizer import Tokenizer
 
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
@@ -37,7 +38,6 @@ class DataConfig:
 
     data: str = str(program.ROOT / "sni")  # DIR with tasks/, or FILE.jsonl (default: bundled sni/)
     test: str = ""  # JSONL file of unseen tasks, beside a JSONL file in --data
-    wrapper: bool = False  # put the rows of a JSONL file into SNI's prompt
     splits: str = "default"  # folder of split lists under splits/
     definition: bool = True  # put the task definition into the prompt
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
@@ -56,11 +56,6 @@ class DataConfig:
     @property
     def is_jsonl(self) -> bool:
         return self.data.endswith(".jsonl")
-
-    @property
-    def is_official(self) -> bool:
-        """Return whether prompts have SNI's form, rather than that of the rows of a file."""
-        return not self.is_jsonl or self.wrapper
 
     @property
     def metric_rules(self) -> str:
@@ -87,7 +82,20 @@ class DataConfig:
         """Return the fields without effect on this kind of data."""
         if self.is_jsonl:
             return {"splits", "max_tasks", "definition", "num_pos", "num_neg", "explanation"}
-        return {"test", "wrapper"}
+        return {"test"}
+
+
+class Row(NamedTuple):
+    """A prompt and its answers as text."""
+
+    set: str  # train, dev, seen or test
+    task: str
+    category: str
+    id: str
+    position: int  # index in its task file, or among the rows of its JSONL file; unique, unlike id
+    prompt: str
+    answers: list[str]  # the references
+    is_cut: bool = False  # the prompt has lost its end, see render_prompt
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -233,135 +241,6 @@ def split_instances(
     return train[:limit], unique[dev_start:seen_start], unique[seen_start:]
 
 
-# ------------------------------------------------------------------------------------ rows of JSONL
-
-
-def _only_field(row, *names):
-    """Return the one of these names that the row has."""
-    found = [name for name in names if name in row]
-    if not found:
-        raise ValueError(f"there is no {' or '.join(names)}")
-    if len(found) > 1:
-        raise ValueError(f"{found[0]} and {found[1]}: give one of them")
-    return found[0]
-
-
-def _is_chat(row):
-    """Return whether a row has a list of chat messages, in one of the usual fields."""
-    return any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt"))
-
-
-def _read_row(row, number):
-    """Return the task and the instance of the row in the line `number`."""
-    row = {name: value for name, value in row.items() if value is not None}
-    form = _only_field(row, "prompt", "instruction")
-    answer = _only_field(row, "completion", "output", "response")
-    extra = [name for name in ("input", "context") if row.get(name, "") != ""]
-    if form == "prompt" and extra:
-        raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
-    if len(extra) > 1:
-        raise ValueError("input and context: give one of them")
-    row = {"id": number, "task": NO_TASK} | row
-    row["id"] = str(row["id"])
-    for name in (form, *extra, "task", "id"):
-        require_text(name, row[name])
-    if not row[form].strip():
-        raise ValueError(f"{form} is empty")
-
-    references = _references(answer, row[answer])
-    instance = {"id": row["id"], "form": form, "input": row[form], "output": references}
-    if extra:
-        instance |= {"definition": row[form], "input": row[extra[0]]}
-    return row["task"], instance
-
-
-def read_rows(path: str | os.PathLike) -> list[dict]:
-    """Return the rows of a JSONL file as tasks like those of `read_task`, without examples.
-
-    A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
-    `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
-    beside an instruction, `task` and `id`. A null counts as absent. Raise UserError with the number
-    of a bad line. A line is also bad if a text in one of these fields would have no effect.
-
-    The "form" of an instance is "prompt" or "instruction". One with both an instruction and an
-    input has the instruction as its "definition".
-    """
-    tasks = {}
-    for location, number, row in program.read_jsonl(path):
-        if _is_chat(row):
-            raise UserError(
-                f"{location}: it has chat messages, whose template depends on the model; train "
-                "with TRL's SFTTrainer, see docs/use.md, or write each prompt as a text"
-            )
-        with program.reading(location, "repair the line"):
-            name, instance = _read_row(row, number)
-        task = tasks.setdefault(name, {"name": name, "category": name, "instances": []})
-        task["instances"].append(instance)
-    return list(tasks.values())
-
-
-def plain_prompt(instance):
-    """Return the prompt of a row as the file has it, an empty line between its two parts."""
-    if "definition" in instance:
-        return f"{instance['definition']}\n\n{instance['input']}"
-    return instance["input"]
-
-
-def hash_of(text: str) -> int:
-    """Return a number that depends only on the text, on any machine.
-
-    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
-    rows and the drawn references depend on this one, noise and start values on the other.
-    """
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
-class RowSplit:
-    """Assign each row of a JSONL file to a set: "dev", "seen" or "train".
-
-    A hash of the prompt decides: 2 % of all prompts are in "dev" and the next 4 % in "seen". So
-    rows with equal prompts are in one set, and a row stays in its set whatever lines are added. If
-    that gives fewer than 8 and 16 prompts, both sets are filled up with the prompts that follow in
-    the order of the hash, to at most a fifth of all prompts each.
-
-    instances: all rows of the file.
-    num_prompts: the number of different prompts.
-    filled: "" if no set was filled up. Otherwise it has the two hashes at which the sets end.
-    """
-
-    def __init__(self, instances: Iterable[dict]):
-        places = sorted({self._place(instance) for instance in instances})
-        self.num_prompts = len(places)
-        dev_end = bisect_left(places, (2, 0))
-        seen_end = bisect_left(places, (6, 0))
-        full_dev_end = max(dev_end, min(8, self.num_prompts // 5))
-        full_seen_end = max(seen_end, full_dev_end + min(16, self.num_prompts // 5))
-
-        self.filled = ""
-        self.first_seen = (2, 0)
-        self.first_train = (6, 0)
-        if (full_dev_end, full_seen_end) != (dev_end, seen_end):
-            places.append((100, 0))  # behind all others
-            self.first_seen = places[full_dev_end]
-            self.first_train = places[full_seen_end]
-            self.filled = f"{self.first_seen[1]:016x} {self.first_train[1]:016x}"
-
-    def _place(self, instance):
-        """Return the place of a prompt in the order in which prompts are held out."""
-        number = hash_of(plain_prompt(instance))
-        return number % 100, number
-
-    def set_of(self, instance: dict) -> str:
-        """Return the name of the set of a row."""
-        place = self._place(instance)
-        if place < self.first_seen:
-            return "dev"
-        if place < self.first_train:
-            return "seen"
-        return "train"
-
-
 # ------------------------------------------------------------------------------------------- prompt
 
 
@@ -432,69 +311,262 @@ def render_prompt(
     return prompt
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Build the texts that the model reads.
+# ------------------------------------------------------------------------------------- rows of SNI
 
-    Each is made of an instance of the data, of an instruction with an input (`of_question`), or of
-    a text that a user typed complete (`of_text`).
 
-    forms: the forms of all rows of the run's JSONL file, "instruction" or "prompt", see
-    `read_rows`. Only a decoder needs them: there the text of an instruction ends in an empty line,
-    which the answer follows. An instruction without an input, and a typed text, count as
-    "instruction" if all rows have this form, and else as "prompt".
+def sni_row(set_name: str, task: dict, position: int, tokenizer: Any, config: DataConfig) -> Row:
+    """Return the row of one instance of a task, a dict from `read_task`."""
+    instance = task["instances"][position]
+    prompt = render_prompt(
+        task,
+        instance,
+        tokenizer,
+        definition=config.definition,
+        num_pos=config.num_pos,
+        num_neg=config.num_neg,
+        explanation=config.explanation,
+        max_source_length=config.max_source_length,
+    )
+    return Row(
+        set=set_name,
+        task=task["name"],
+        category=task["category"],
+        id=instance["id"],
+        position=position,
+        prompt=prompt,
+        answers=instance["output"],
+        is_cut=not prompt.endswith("Output: "),  # every complete prompt ends like this
+    )
+
+
+def sni_rows(files: dict[str, list[Path]], tokenizer: Any, config: DataConfig) -> Iterator[Row]:
+    """Yield the rows of the task files of `find_files`.
+
+    A training task has the sets of `split_instances`. The first 100 instances of a test task are
+    "test", as in the official evaluation.
     """
+    for list_name, paths in files.items():
+        for path in program.progress(paths, "tokenising", unit="file"):
+            task = read_task(path)
+            instances = task["instances"]
+            if list_name == "test":
+                positions = {"test": range(len(instances))[:100]}
+            else:
+                contents = [(instance["input"], *instance["output"]) for instance in instances]
+                limit = config.train_limit or None  # a slice up to None has all
+                train, dev, seen = split_instances(contents, task["name"], limit)
+                positions = {"train": train, "dev": dev, "seen": seen}
+            for set_name, chosen in positions.items():
+                for position in chosen:
+                    yield sni_row(set_name, task, position, tokenizer, config)
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    forms: Sequence[str] = ()
 
-    @property
-    def _form(self):
-        """Form of a text that names none."""
-        return "instruction" if list(self.forms) == ["instruction"] else "prompt"
+# ------------------------------------------------------------------------------------ rows of JSONL
 
-    def _ending(self, form):
-        is_plain_row = self.tokenizer.one_row and not self.config.is_official
-        return "\n\n" if is_plain_row and form == "instruction" else ""
 
-    @property
-    def ending(self) -> str:
-        """Return what a typed prompt must end in.
+def _only_field(fields, *names):
+    """Return the one of these names that the fields of a row have."""
+    found = [name for name in names if name in fields]
+    if not found:
+        raise ValueError(f"there is no {' or '.join(names)}")
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]}: give one of them")
+    return found[0]
 
-        It is an empty line if all rows of a decoder's run are instructions, else nothing.
-        """
-        return self._ending(self._form)
 
-    def of_instance(self, task: dict, instance: dict) -> str:
-        """Return the prompt of an instance of a task, as the settings ask for it."""
-        config = self.config
-        if not config.is_official:
-            return plain_prompt(instance) + self._ending(instance["form"])
-        if config.is_jsonl:
-            task = instance  # a wrapped row carries its own definition
-        return render_prompt(
-            task,
-            instance,
-            self.tokenizer,
-            # --definition has no effect on JSONL: the row decides.
-            definition=(config.is_jsonl or config.definition) and "definition" in task,
-            num_pos=config.num_pos,
-            num_neg=config.num_neg,
-            explanation=config.explanation,
-            max_source_length=config.max_source_length,
-        )
+def _is_chat(fields):
+    """Return whether a row has a list of chat messages, in one of the usual fields."""
+    names = ("messages", "conversations", "prompt")
+    return any(isinstance(fields.get(name), list) for name in names)
 
-    def of_question(self, instruction: str, text: str) -> str:
-        """Return the prompt of an instruction and an input, which may be empty with JSONL."""
-        question = {"form": "instruction", "definition": instruction, "input": text}
-        if not text:
-            question = {"form": self._form, "input": instruction}
-        # A question is its own task, without examples.
-        return self.of_instance(question, question)
 
-    def of_text(self, prompt: str) -> str:
-        """Return a text that a user typed, with the ending that it may lack."""
-        if prompt.endswith(self.ending):
-            return prompt
-        return prompt + self.ending
+def instruction_prompt(instruction: str, text: str) -> str:
+    """Return the prompt of an instruction and its input, which may be empty.
+
+    An empty line follows each of them. A decoder reads the last one before the answer. T5's
+    tokenizer drops it.
+    """
+    prompt = f"{instruction}\n\n"
+    if text:
+        prompt += f"{text}\n\n"
+    return prompt
+
+
+def _parse_row(fields, number, position):
+    """Return the Row of the line `number`, which belongs to no set yet."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    form = _only_field(fields, "prompt", "instruction")
+    answer = _only_field(fields, "completion", "output", "response")
+    extra = [name for name in ("input", "context") if fields.get(name, "") != ""]
+    if form == "prompt" and extra:
+        raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
+    if len(extra) > 1:
+        raise ValueError("input and context: give one of them")
+    fields = {"id": number, "task": NO_TASK} | fields
+    fields["id"] = str(fields["id"])
+    for name in (form, *extra, "task", "id"):
+        require_text(name, fields[name])
+    if not fields[form].strip():
+        raise ValueError(f"{form} is empty")
+
+    prompt = fields[form]
+    if form == "instruction":
+        text = fields[extra[0]] if extra else ""
+        prompt = instruction_prompt(prompt, text)
+    return Row(
+        set="",
+        task=fields["task"],
+        category=fields["task"],
+        id=fields["id"],
+        position=position,
+        prompt=prompt,
+        answers=_references(answer, fields[answer]),
+    )
+
+
+def read_jsonl(path: str | os.PathLike) -> list[Row]:
+    """Return the rows of a JSONL file in the order of its lines. They belong to no set yet.
+
+    A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
+    `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
+    beside an instruction, `task` and `id`. A null counts as absent. Raise UserError with the number
+    of a bad line. A line is also bad if a text in one of these fields would have no effect.
+    """
+    rows = []
+    for location, number, fields in program.read_jsonl(path):
+        if _is_chat(fields):
+            raise UserError(
+                f"{location}: it has chat messages, whose template depends on the model; train "
+                "with TRL's SFTTrainer, see docs/use.md, or write each prompt as a text"
+            )
+        with program.reading(location, "repair the line"):
+            rows.append(_parse_row(fields, number, position=len(rows)))
+    if not rows:
+        raise UserError(f"{path}: it has no rows")
+    return rows
+
+
+def hash_of(text: str) -> int:
+    """Return a number that depends only on the text, on any machine.
+
+    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
+    rows and the drawn references depend on this one, noise and start values on the other.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def place_of(prompt: str) -> str:
+    """Return the place of a prompt in the order in which prompts are held out.
+
+    It is the hash of the prompt modulo 100, then the hash, as a text whose alphabetic order is the
+    order of these two numbers. A final empty line does not count: it only ends an instruction.
+    """
+    number = hash_of(prompt.removesuffix("\n\n"))
+    return f"{number % 100:03} {number:016x}"
+
+
+def split_prompts(prompts: Iterable[str]) -> tuple[str, str]:
+    """Return the places at which "dev" and "seen" end, given all prompts of a JSONL file.
+
+    In the order of `place_of` the prompts of "dev" come first, then those of "seen", and then those
+    of "train". So rows with equal prompts are in one set, whatever the order of the lines is.
+
+    "dev" ends where the hash modulo 100 reaches 2, but has at least a tenth of all n prompts; if
+    that is less than 8 or more than 50, it has at least 8 or 50. "seen" ends where the hash modulo
+    100 reaches 6, but has at least a fifth, with the bounds 8 and 100. So if n is above some 4,000,
+    a row stays in its set whatever lines are added.
+    """
+    places = sorted({place_of(prompt) for prompt in prompts})
+    least_dev = min(50, max(8, len(places) // 10))
+    least_seen = min(100, max(8, len(places) // 5))
+
+    places += ["100"] * (least_dev + least_seen)  # behind all prompts, of which there may be few
+    dev_end = max("002", places[least_dev])
+    dev_prompts = bisect_left(places, dev_end)
+    seen_end = max("006", places[dev_prompts + least_seen])
+    return dev_end, seen_end
+
+
+def jsonl_rows(files: dict[str, list[Path]], train_limit: int) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of the JSONL files of `find_files`, and two facts about those of --data.
+
+    train_limit: the most rows of each task in "train", 0 for all.
+
+    "held_out": the places at which "dev" and "seen" end, see `split_prompts`. "instructions":
+    whether all rows are instructions, so that each prompt ends in an empty line.
+    """
+    of_data = []
+    for path in files["train"]:
+        of_data += read_jsonl(path)
+    prompts = [row.prompt for row in of_data]
+    dev_end, seen_end = split_prompts(prompts)
+
+    rows = []
+    in_train = Counter()
+    for row in of_data:
+        place = place_of(row.prompt)
+        if place < dev_end:
+            set_name = "dev"
+        elif place < seen_end:
+            set_name = "seen"
+        else:
+            set_name = "train"
+            in_train[row.task] += 1
+            if train_limit and in_train[row.task] > train_limit:
+                continue
+        rows.append(row._replace(set=set_name))
+
+    for path in files["test"]:
+        for row in read_jsonl(path):
+            rows.append(row._replace(set="test"))
+    facts = {
+        "held_out": [dev_end, seen_end],
+        "instructions": all(prompt.endswith("\n\n") for prompt in prompts),
+    }
+    return rows, facts
+
+
+# -------------------------------------------------------------------------- files, and typed texts
+
+
+def find_files(config: DataConfig) -> dict[str, list[Path]]:
+    """Return the files of the training rows and of the test rows: {"train": [...], "test": [...]}.
+
+    With --test the file of the training rows may be missing: a run may have trained elsewhere.
+    """
+    if config.is_jsonl:
+        train = Path(config.data)
+        return {
+            "train": [train] if train.exists() or not config.test else [],
+            "test": [Path(config.test)] if config.test else [],
+        }
+    files = {}
+    for list_name, tasks in read_splits(config.data, config.splits).items():
+        chosen = sorted(tasks[: config.max_tasks or None])
+        files[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
+    return files
+
+
+def row_of_prompt(prompt: str, answers: Sequence[str] = ("",)) -> Row:
+    """Return the row of a whole prompt that a user typed. Without answers its target is EOS."""
+    return Row("question", "question", "question", "question", -1, prompt, list(answers))
+
+
+def row_of_question(instruction: str, text: str, tokenizer: Any, config: DataConfig) -> Row:
+    """Return the row of an instruction and an input of the user, built like those of the data.
+
+    If the data are JSONL, the input may be empty.
+    """
+    if not instruction.strip() or not (text.strip() or config.is_jsonl):
+        raise UserError('give both --ask "instruction" and --input "text"')
+    if config.is_jsonl:
+        return row_of_prompt(instruction_prompt(instruction, text))
+    task = {
+        "name": "question",
+        "category": "question",
+        "definition": instruction,
+        "instances": [{"id": "question", "input": text, "output": [""]}],
+    }
+    # The instruction is the definition, which a run with --no-definition would leave out.
+    return sni_row("question", task, 0, tokenizer, replace(config, definition=True))

@@ -41,6 +41,7 @@ from data import Batch, Examples
 from eval import (
     LOSS_NOTE,
     mean_entropy,
+    mean_loss,
     measure,
     predict,
     print_if_few,
@@ -48,7 +49,6 @@ from eval import (
     routed,
     router_report,
     router_weights,
-    row_losses,
     score,
 )
 from model import Backbone
@@ -434,11 +434,9 @@ def train(
     # --eval-instances.
     tokenizer = load_tokenizer(config.model)
     sets = data.load_sets(settings.dataset, tokenizer)
+    for name in ("train", "dev", "seen"):
+        data.require_set(sets, name, settings.dataset)
     train_set = sets["train"]
-    if not sets["dev"]:
-        raise UserError(
-            f"{settings.dataset.data}: no training task has the 5 different instances for a dev set"
-        )
     held_out = held_out_sets(sets, config.eval_instances)
 
     # The frozen base.
@@ -497,7 +495,7 @@ def train(
         tokenizer=tokenizer.fingerprint,
         data={name: sets[name].digest for name in ("train", "test") if name in sets},
         kind=kind_of(adapters),
-        rule=train_set.rule,
+        rule=train_set.facts,
         start=start_digest,
     )
     run = RunFolder(launch.out or new_folder(f"runs/{config.method}"))
@@ -571,9 +569,10 @@ def train(
 
                 # The loss on dev. Keep the weights that are best there.
                 if evaluating:
-                    dev_loss, w = measure(
+                    losses, w = measure(
                         base, adapters, held_out["dev"], batch_size=config.eval_batch_size
                     )
+                    dev_loss = mean_loss(losses)
                     require_finite(step, dev_loss=dev_loss)
                     on_dev = {"dev_loss": dev_loss}
                     if initial_w is not None:
@@ -651,7 +650,7 @@ def score_held_out(
         if set_name == "dev":  # it chooses the best weights, and is not reported
             continue
         program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
-        losses = row_losses(
+        losses, _ = measure(
             base,
             adapters,
             examples,

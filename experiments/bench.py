@@ -687,7 +687,8 @@ def bench_generate(setup: Setup) -> list[str]:
     tokenizer = tokenizers.load(setup.model or program.ROOT / "tiny")
     tasks = setup.choose(4, 0)
     options = DataConfig(data=setup.data, max_tasks=tasks, max_source_length=longest)
-    examples = data.load_sets(options, tokenizer, ["test"])["test"]
+    sets = data.load_sets(options, tokenizer, only_test=True)
+    examples = data.require_set(sets, "test", options)
     examples = data.subsample(examples, count)
     texts = {}
 

@@ -47,7 +47,9 @@ def main() -> None:
     flags = parser.parse_args()
 
     words = tokenizer.load(program.ROOT / "tiny")  # texts are copied, so any tokenizer will do
-    examples = data.load_sets(DataConfig(data=flags.data), words, ["test"])["test"]
+    config = DataConfig(data=flags.data)
+    sets = data.load_sets(config, words, only_test=True)
+    examples = data.require_set(sets, "test", config)
     predictions = copy_heuristic(flags.kind, flags.data, examples)
     scores = evaluation.score(examples, predictions, "official")
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())

@@ -33,7 +33,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, TaskRouter, attach
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig, Prompts
+from tasks import DataConfig
 from tokenizer import Tokenizer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
@@ -160,27 +160,28 @@ def mean_routing(
     data_config = run_config.section(DataConfig, "dataset")
     if config.data:
         data_config = replace(data_config, data=config.data)
-    dev = data.load_sets(data_config, tokenizer, ["dev"], run_tasks=run_config.tasks)["dev"]
-    run_config.require_same_split(dev.rule)
+    dev = data.require_set(data.load_sets(data_config, tokenizer), "dev", data_config)
+    run_config.require_same_split(dev.facts)
     run_config.require_same(data=run_config.data | {"train": dev.digest})
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 
 def prompt_rule(run_config: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return how a run makes the ids of a whole prompt.
+    """Return how a run makes the ids of a prompt.
 
-    dataset: fields of DataConfig with which data.build_samples makes the ids. A whole prompt is
-        like a row of JSONL, and `wrapper` says that it has SNI's form.
-    ending: what every prompt ends in: an empty line, if all rows of a decoder have instructions.
+    dataset: fields of DataConfig with which data.tokenise makes the ids.
+    instructions: whether the rows of the run are instructions. It is null for SNI's form, in which
+        a server builds no prompts.
     """
     config = run_config.section(DataConfig, "dataset")
-    dataset = {
-        "data": ".jsonl",
-        "wrapper": config.is_official,
-        "max_source_length": config.max_source_length,
+    return {
+        "dataset": {
+            "data": ".jsonl" if config.is_jsonl else "sni",
+            "max_source_length": config.max_source_length,
+        },
+        "instructions": run_config.rule.get("instructions"),
+        "tokenizer": tokenizer.fingerprint,
     }
-    ending = Prompts(config, tokenizer, run_config.rule.get("forms", ())).ending
-    return {"dataset": dataset, "ending": ending, "tokenizer": tokenizer.fingerprint}
 
 
 def save_router(

@@ -5,9 +5,9 @@ transformers and peft. All LoRAs have the same A, so their mixture is one LoRA o
 B = sum_k w_k B_k. With --server it comes from a running llama-server of llama.cpp, which weights
 the LoRAs in each request. It must have been started with all LoRAs, in the order of router.json.
 
-    python -m integrations.serve --served served --base smollm2 --ask "Hot is not" "Up is not"
+    python -m integrations.serve --served served --base smollm2 --prompt "Hot is not" "Up is not"
     python -m integrations.serve --served served --base smollm2 --server http://localhost:8080 \
-        --ask "Hot is not"
+        --prompt "Hot is not"
 
 Letters: K LoRAs, r their rank, O output width, L length. Decoding is greedy.
 Test: pytest tests/parity/test_serve.py tests/parity/test_trainer.py
@@ -27,7 +27,7 @@ from integrations.peft_folder import load_peft
 from integrations.trainer import fingerprint
 from orchmoe import OrchMoEConfig, TaskRouter
 from support import program
-from tasks import DataConfig
+from tasks import DataConfig, instruction_prompt, row_of_prompt
 
 
 class Router:
@@ -67,27 +67,29 @@ class Router:
 
 
 class RunTokenizer:
-    """Give prompts the ids that they have in a run of train.py."""
+    """Give prompts the ids that they have in a run of train.py.
+
+    instructions: whether the rows of the run are instructions; None if they have SNI's form.
+    """
 
     def __init__(self, base, rule):
         self.tokenizer = tokenizer.load(base)
         with program.reading("router.json", "restore the base, or export again"):
             if self.tokenizer.fingerprint != rule["tokenizer"]:
                 raise ValueError(f"the tokenizer in {base} is another one")
-            self.ending = rule["ending"]
+            self.instructions = rule["instructions"]
             # The rule names only the settings that decide how a prompt is built.
             self.config = program.from_json(DataConfig, vars(DataConfig()) | rule["dataset"])
 
     def encode(self, prompt):
-        if not prompt.endswith(self.ending):
-            prompt += self.ending
-        [sample] = data.build_samples([prompt], [[]], self.tokenizer, self.config)
-        if sample.is_cut:
+        tokens = data.tokenise([row_of_prompt(prompt)], self.tokenizer, self.config)
+        if tokens.lost["source"]:
             program.warn(
-                f"--ask: a prompt has more than {self.config.max_source_length} tokens and loses "
-                "its end, as in training"
+                f"a prompt has more than {self.config.max_source_length} tokens and loses its end, "
+                "as in training"
             )
-        return sample.source
+        [[example]] = data.examples_by_set(tokens).values()
+        return example.source_ids.tolist()
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
@@ -95,6 +97,8 @@ class RunTokenizer:
 
 class HubTokenizer:
     """Give prompts the ids that they have in transformers, for an adapter of a trainer."""
+
+    instructions = None
 
     def __init__(self, base):
         with program.reading(base, "pip install transformers protobuf sentencepiece"):
@@ -171,33 +175,47 @@ def main():
     parser = program.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--served", type=Path, required=True, help="folder that export.py wrote")
     parser.add_argument("--base", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--ask", nargs="+", required=True, metavar="PROMPT", help="whole prompts")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--ask", nargs="+", metavar="TEXT", help="instructions, as in rows of JSONL")
+    asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="whole prompts, as they stand")
     parser.add_argument("--server", help="address of a llama-server (default: peft answers)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: as in training)")
     args = parser.parse_args()
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
-    for prompt in args.ask:
+    flag = "--ask" if args.ask else "--prompt"
+    questions = args.ask or args.prompt
+    for question in questions:
         with program.checking_settings():
-            program.require_text("--ask", prompt)
-        if not prompt.strip():
-            parser.error("--ask: a prompt is empty")
+            program.require_text(flag, question)
+        if not question.strip():
+            parser.error(f"{flag}: a text is empty")
 
     router = Router(args.served, args.base)
     if router.prompt_rule:
         texts = RunTokenizer(args.base, router.prompt_rule)
     else:
         texts = HubTokenizer(args.base)
+    prompts = questions
+    if args.ask:
+        if texts.instructions is None:
+            parser.error("--ask: only a run on rows of JSONL has instructions; give --prompt")
+        if texts.tokenizer.one_row and not texts.instructions:
+            program.warn(
+                "--ask: the rows of the run are whole prompts, and an instruction ends in an empty "
+                "line; give --prompt to ask in their form"
+            )
+        prompts = [instruction_prompt(instruction, "") for instruction in args.ask]
     max_tokens = args.max_tokens or router.max_new_tokens
     model = None if args.server else PeftModel(args.base, router.loras)
-    for prompt in args.ask:
+    for question, prompt in zip(questions, prompts, strict=True):
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)
         if args.server:
             answer = ask_llama_server(args.server, ids, w, max_tokens)
         else:
             answer = texts.decode(model.answer(ids, w, max_tokens))
-        program.print_line(f"{prompt} -> {answer}")
+        program.print_line(f"{question} -> {answer}")
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def run_shell(words, cwd, **variables):
 
 
 def ids_of_question(*words, cwd):
-    """Ask the run `run` with eval.py, and return the ids of the source that it is given."""
+    """Ask the run `run` with these flags of eval.py. Return the ids of the source."""
     with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
         short = ["--device", "cpu", "--max-new-tokens", "1"]
-        run("eval.py", "--run", "run", *short, "--ask", *words, cwd=cwd)
+        run("eval.py", "--run", "run", *short, *words, cwd=cwd)
     return routed.call_args.args[2].input_ids[0].tolist()
 
 

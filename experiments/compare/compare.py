@@ -30,7 +30,6 @@ from typing import Any
 
 import checkpoint
 import data
-import eval as evaluation
 import metrics
 import tokenizer as tokenizers
 import train
@@ -147,14 +146,12 @@ def print_plan(
     """
     settings = study.settings
     sets = data.load_sets(settings.dataset, tokenizers.load(settings.training.model))
+    for name in ("train", "dev", "seen"):
+        data.require_set(sets, name, settings.dataset)
     held_out = train.held_out_sets(sets, settings.training.eval_instances)
-    if not held_out["seen"]:
-        raise UserError(f"{settings.dataset.data}: no task has 5 different instances to hold out")
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
-    scored = [*held_out["seen"], *held_out.get("unseen", [])]
-    evaluation.warn_of_references(scored, settings.dataset.metric_rules)
 
     seeds, trials = study.config.seeds, study.config.trials
     parts = [f"{trials} trials of {name} with seed 0" for name in tuned]

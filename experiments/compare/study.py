@@ -338,8 +338,8 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
 def finite_losses(
     base: Backbone, adapters: Adapters, examples: Sequence[data.Example], which: str, **options: Any
 ) -> list[evaluation.RowLoss]:
-    """Return what eval.row_losses does. Raise DivergedError if a loss is not finite."""
-    losses = evaluation.row_losses(base, adapters, examples, **options)
+    """Return the losses of eval.measure. Raise DivergedError if one is not finite."""
+    losses, _ = evaluation.measure(base, adapters, examples, **options)
     for example, loss in zip(examples, losses, strict=True):
         if not math.isfinite(loss.nats):
             raise train.DivergedError(
@@ -656,7 +656,7 @@ def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
     for part in ("train", "test"):
         if part in sets:
             facts[f"{part}_tasks"] = sets[part].digest
-    return facts, len(sets["train"].tasks)
+    return facts, len(data.require_set(sets, "train", config).tasks)
 
 
 class Study:

@@ -25,7 +25,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from model import Backbone
 from orchmoe import Adapters, OrchMoE
 from support import program, runtime
 from support.program import UserError
-from tasks import NO_TASK, DataConfig, Prompts
+from tasks import NO_TASK, DataConfig
 from tokenizer import Tokenizer
 
 SHOWN = 3  # samples of each task in SNI's form that can be chosen
@@ -50,7 +49,7 @@ DOCS = program.ROOT / "docs"
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(tasks.read_task)
-read_rows = functools.lru_cache(1)(tasks.read_rows)
+read_jsonl = functools.lru_cache(1)(tasks.read_jsonl)
 
 
 class Loaded(NamedTuple):
@@ -62,11 +61,6 @@ class Loaded(NamedTuple):
     run_config: run_folder.RunConfig
     data_config: DataConfig
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
-
-    @property
-    def prompts(self) -> Prompts:
-        """Return what builds the prompts of the run."""
-        return Prompts(self.data_config, self.tokenizer, self.run_config.rule.get("forms", ()))
 
 
 def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loaded:
@@ -86,8 +80,9 @@ def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loade
     data_config = run_config.section(DataConfig, "dataset")
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
-    sets = data.load_sets(data_config, tokenizer, run_tasks=run_config.tasks)
-    run_config.require_same_split(sets["train"].rule)
+    sets = data.load_sets(data_config, tokenizer)
+    data.require_set(sets, "train", data_config)
+    run_config.require_same_split(sets["train"].facts)
     found = {name: sets[name].digest for name in ("train", "test") if name in sets}
     run_config.require_same(data=run_config.data | found)
     if "test" in sets:
@@ -191,13 +186,12 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     """
     config = loaded.data_config
     if config.is_jsonl:
-        found = read_rows(config.data if kind == "seen" else config.test)
-        task = next(task for task in found if task["name"] == example.task)
-        instance = task["instances"][example.position]
-        return tasks.plain_prompt(instance), loaded.prompts.of_instance(task, instance)
+        rows = read_jsonl(config.data if kind == "seen" else config.test)
+        prompt = rows[example.position].prompt
+        return prompt.removesuffix("\n\n"), prompt
     task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")
-    instance = task["instances"][example.position]
-    return instance["input"], loaded.prompts.of_instance(task, instance)
+    row = tasks.sni_row(kind, task, example.position, loaded.tokenizer, config)
+    return task["instances"][example.position]["input"], row.prompt
 
 
 @torch.no_grad()
@@ -235,7 +229,7 @@ def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
     part = [examples[i] for i in candidates]
     losses = []
     for w in (own, uniform):
-        found = evaluation.row_losses(loaded.base, loaded.adapters, part, w=w[candidates])
+        found, _ = evaluation.measure(loaded.base, loaded.adapters, part, w=w[candidates])
         losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
     best = candidates[int((losses[1] - losses[0]).argmax())]
     explored["first"] = numbers[best]
@@ -267,8 +261,8 @@ def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
     [text] = predict(loaded, [example], w[None])
     if not example.references:
         return [text, None, None]
-    loss, _ = evaluation.measure(loaded.base, loaded.adapters, [example], w=w[None])
-    return [text, round(loss, 4), is_right(loaded, example, text)]
+    losses, _ = evaluation.measure(loaded.base, loaded.adapters, [example], w=w[None])
+    return [text, round(evaluation.mean_loss(losses), 4), is_right(loaded, example, text)]
 
 
 def rounded(values: Tensor, decimals: int = 4) -> list:
@@ -451,30 +445,28 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         raise UserError("prompt: it is empty; write one")
     config = loaded.data_config
     uncut = replace(config, max_source_length=2**30, max_target_length=2**30)
-    prompt = loaded.prompts.of_text(prompt)
-    [sample] = data.build_samples([prompt], [references or [""]], loaded.tokenizer, uncut)
+    row = tasks.row_of_prompt(prompt, references or [""])
+    tokens = data.tokenise([row], loaded.tokenizer, uncut)
+    [[example]] = data.examples_by_set(tokens).values()
     for name, ids, most in (
-        ("prompt", sample.source, config.max_source_length),
-        ("reference", sample.targets[0], config.max_target_length),
+        ("prompt", example.source_ids, config.max_source_length),
+        ("reference", example.target_ids[0], config.max_target_length),
     ):
         if len(ids) > most:
             raise UserError(f"{name}: {len(ids)} tokens; give 1 to {most}")
-    example = Example(
-        id="typed",
-        task="typed",
-        category="typed",
-        source_ids=np.array(sample.source, np.int32),
-        target_ids=[np.array(sample.targets[0], np.int32)],
-        references=references,
-    )
+    example = example._replace(references=references)
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
-    warning = ""
-    if sample.has_unknown:
+    warnings = []
+    if tokens.lost["characters"]:
         name = "prompt"
-        if loaded.tokenizer.unknown_id not in sample.source:
+        if loaded.tokenizer.unknown_id not in example.source_ids:
             name = "right answer"
-        warning = f"The {name} has {data.UNKNOWN_CHARACTERS}."
+        warnings.append(f"The {name} has {data.UNKNOWN_CHARACTERS}.")
+    are_instructions = loaded.run_config.rule.get("instructions", False)
+    if loaded.tokenizer.one_row and are_instructions and not prompt.endswith("\n\n"):
+        warnings.append("The prompt does not end in an empty line, as all rows of the run do.")
+    warning = " ".join(warnings)
     return {"w": rounded(w), "result": answer(loaded, example, w), "warning": warning}
 
 

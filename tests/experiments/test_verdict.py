@@ -13,9 +13,7 @@ from statistics import fmean
 
 import pytest
 
-from experiments.compare import compare as comparison
 from helpers import links, run, sentences, write_decoder, write_pieces, write_rows
-from support.program import UserError
 
 FLAGS = (
     "--device cpu --methods orchmoe,lora --seeds 2 --jobs 1 --eval-every 2 --batch-size 4".split()
@@ -186,18 +184,3 @@ def test_a_method_that_needs_tasks_is_refused_before_anything_trains(tmp_path):
         assert "routes by task id: every JSONL row needs a `task` (in Python: num_tasks=)" in error
         assert error.count("\n") == 1
     assert not (home / "out").exists()
-
-
-def test_answers_that_the_metrics_cannot_tell_apart_are_warned_of_before_anything_trains(
-    tmp_path, monkeypatch
-):
-    home = links(tmp_path)
-    rows = [{"prompt": f"Which sign has row {i}?", "completion": "+"} for i in range(100)]
-    write_rows(home / "signs.jsonl", rows)
-
-    def stop(*_arguments):
-        raise UserError("here it would train")
-
-    monkeypatch.setattr(comparison, "seconds_of_a_step", stop)
-    error = compare(home, *COMMAND, "--data", "signs.jsonl", code=2)
-    assert "16 of 16 rows have no answer with a word that ROUGE reads" in error

@@ -23,7 +23,7 @@ DOORS = {
     "explorer": "",
     "export": "integrations/export.py --run run --out again",
     "mean": "integrations/export.py --run run --out again --mean",
-    "serve": "integrations/serve.py --served served --base base --ask a --max-tokens 1",
+    "serve": "integrations/serve.py --served served --base base --prompt a --max-tokens 1",
 }
 
 

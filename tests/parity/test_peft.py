@@ -115,9 +115,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
     Data, their order and the start of A are those of `train.py`. The model is in eval mode, since
     T5 has dropout in training.
     """
-    examples = data.load_sets(DataConfig(**data_options), load_tokenizer(folder), ["train"])[
-        "train"
-    ]
+    examples = data.load_sets(DataConfig(**data_options), load_tokenizer(folder))["train"]
     ours = attach_method(
         "lora", checkpoint.load(folder), OrchMoEConfig(), generator=runtime.generator(0, 0)
     )

@@ -70,7 +70,7 @@ def test_answers_are_those_of_eval_without_the_tokenizer_of_transformers(home, a
     prompts, answers, *_ = asked
     expected = [f"{prompt} -> {answer}\n" for prompt, answer in zip(prompts, answers, strict=True)]
     with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", side_effect=ImportError):
-        said = serve("--max-tokens", 9, "--ask", *prompts, cwd=home)
+        said = serve("--max-tokens", 9, "--prompt", *prompts, cwd=home)
     assert said == "".join(expected)
 
 
@@ -101,12 +101,12 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     prompts, _, ids, w = asked
     monkeypatch.setitem(sys.modules, "peft", None)
     with llama_server(200, b'{"content": "red"}') as (url, seen):
-        assert serve("--server", url, "--ask", prompts[0], cwd=home) == f"{prompts[0]} -> red\n"
+        assert serve("--server", url, "--prompt", prompts[0], cwd=home) == f"{prompts[0]} -> red\n"
     [request] = seen
     assert request["prompt"] == ids[0] and not request["cache_prompt"]
     assert request["n_predict"] == 127, "as long as the longest target of the run"
     assert [lora["scale"] for lora in request["lora"]] == pytest.approx(w[0].tolist(), rel=1e-4)
-    assert "pip install transformers peft" in serve("--ask", "a", cwd=home, code=2)
+    assert "pip install transformers peft" in serve("--prompt", "a", cwd=home, code=2)
 
 
 REPLIES = {  # status and reply -> what is said
@@ -120,7 +120,7 @@ REPLIES = {  # status and reply -> what is said
 @pytest.mark.parametrize("status, reply, message", REPLIES.values(), ids=REPLIES)
 def test_a_llama_server_that_fails_is_one_line(status, reply, message, home):
     with llama_server(status, reply) as (url, _):
-        said = serve("--server", url, "--ask", "a", cwd=home, code=2)
+        said = serve("--server", url, "--prompt", "a", cwd=home, code=2)
     assert_one_line(said, f"--server {url}: {message}.*; start llama-server")
 
 
@@ -134,8 +134,10 @@ MISTAKES = {  # flags -> what is said
     "--served nope": "nope/router.json: does not exist; name a folder that",
     "--base nope": "nope: does not exist; name a local folder",
     "--base other": "served/router.json: other is not the base of these LoRAs",
-    "--ask=": "--ask: a prompt is empty",
-    "--ask \udcff": "--ask is not valid Unicode",
+    "--prompt=": "--prompt: a text is empty",
+    "--ask=": "--ask: a text is empty",
+    "--prompt \udcff": "--prompt is not valid Unicode",
+    "--ask a": "--ask: only a run on rows of JSONL has instructions; give --prompt",
     "--max-tokens 0": "--max-tokens 0: give 1 or more",
     "--server http://localhost:9": "--server http://localhost:9: .*refused.*; start llama-server",
     "--server localhost:8080": "--server localhost:8080: ",
@@ -150,8 +152,8 @@ def test_a_mistake_is_one_line(flags, message, copy):
     name = sorted(weights)[-1]
     weights[name][0] += 1
     save_file(weights, copy / "other/model.safetensors", {"format": "pt"})
-    if "--ask" not in flags:
-        flags = "--ask a " + flags
+    if "--ask" not in flags and "--prompt" not in flags:
+        flags = "--prompt a " + flags
     assert_one_line(serve(*flags.split(" "), cwd=copy, code=2), message)
 
 
@@ -181,4 +183,4 @@ def damage(served):
 @only_t5
 def test_a_damaged_export_is_one_line(copy):
     for message in damage(copy / "served"):
-        assert_one_line(serve("--ask", "a", cwd=copy, code=2), message)
+        assert_one_line(serve("--prompt", "a", cwd=copy, code=2), message)

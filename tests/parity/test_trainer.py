@@ -576,7 +576,7 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
-    arguments = ["--served", "served", "--base", "base", "--max-tokens", "9", "--ask"]
+    arguments = ["--served", "served", "--base", "base", "--max-tokens", "9", "--prompt"]
     answers = run("integrations/serve.py", *arguments, *PROMPTS[:3], cwd=tmp_path)
     lines = []
     for prompt in PROMPTS[:3]:

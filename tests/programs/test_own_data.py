@@ -79,16 +79,6 @@ FORMS = {
         "Say it.\n\n{}\n\n",
         "{}",
     ),
-    "prompt, --wrapper": (
-        {"prompt": "Say {}", "completion": "{}"},
-        "Now complete the following example -\nInput: Say {}.\nOutput:",
-        " {}",
-    ),
-    "instruction and input, --wrapper": (
-        {"instruction": "Say it.", "input": "{}", "output": "{}"},
-        "Definition: Say it.\n\nNow complete the following example -\nInput: {}.\nOutput:",
-        " {}",
-    ),
 }
 
 
@@ -102,7 +92,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     monkeypatch.chdir(tmp_path)
     fields, prompt, answer = FORMS[name]
     rows = [{field: text.format(i) for field, text in fields.items()} for i in range(400)]
-    flags = {"data": "own.jsonl", "wrapper": "--wrapper" in name, "train_instances": 16}
+    flags = {"data": "own.jsonl", "train_instances": 16}
     if name == "SNI":
         rows = [row | {"id": f"{i + 1}", "output": [row["output"]]} for i, row in enumerate(rows)]
         write_task(tmp_path, "task1_a", task_json(Instances=rows, Definition=["Say it."]))
@@ -134,53 +124,108 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     run_config = run_folder.read_config("run")
     data_config = run_config.section(DataConfig, "dataset")
     eval_config = evaluation.EvalConfig(run="run", split="train")
-    examples, _ = evaluation.load_examples(eval_config, data_config, run_config, tokenizer)
+    examples, _ = evaluation.choose_rows(eval_config, data_config, run_config, tokenizer)
     (scored,) = [example for example in examples if example.id == batch.ids[0]]
     assert scored.source_ids.tolist() == source
     assert [ids.tolist() for ids in scored.target_ids] == [target]
 
-    # --ask.
+    # --ask takes an instruction, and --prompt the whole prompt.
     row = rows[number]
-    definition = row.get("prompt") or row.get("instruction") or "Say it."
-    question = [definition]
-    if "input" in row or "context" in row:
-        question += ["--input", row.get("input") or row.get("context")]
-    assert ids_of_question(*question, cwd=tmp_path) == source
+    whole = prompt + " " if name == "SNI" else prompt
+    if "prompt" not in row:
+        question = ["--ask", row.get("instruction", "Say it.")]
+        if "input" in row or "context" in row:
+            question += ["--input", row.get("input") or row.get("context")]
+        assert ids_of_question(*question, cwd=tmp_path) == source
+    assert ids_of_question("--prompt", whole, cwd=tmp_path) == source
 
     # The explorer, which shows this prompt and takes it back.
     loaded = explorer.load("run")
     shown = explorer.texts_of(loaded, "seen", scored)[1]
-    typed = [shown]
-    if "instruction" in row and not data_config.wrapper:
-        typed.append(shown.rstrip("\n"))  # a person leaves out the line breaks of training
-    for prompt in typed:
-        request = {"prompt": prompt, "references": scored.references, "w": None}
-        with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
-            explorer.reply(loaded, json.dumps(request).encode())
-        (example,) = predict.call_args.args[2]
-        assert example.source_ids.tolist() == source
-        assert [ids.tolist() for ids in example.target_ids] == [target]
+    assert shown == whole
+    request = {"prompt": shown, "references": scored.references, "w": None}
+    with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
+        reply = explorer.reply(loaded, json.dumps(request).encode())
+    (example,) = predict.call_args.args[2]
+    assert example.source_ids.tolist() == source
+    assert [ids.tolist() for ids in example.target_ids] == [target]
+    assert reply["warning"] == ""
 
-    # A server, which takes the same prompt. The shell easily loses line breaks at its end.
+    # A server, which takes the same prompt, and instructions if the rows are some.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
     rule = read_json("served/router.json")["prompt"]
     server = serve.RunTokenizer(base_of(kind), rule)
-    assert server.encode(shown) == source
-    if "instruction" in row and not data_config.wrapper:
-        assert server.encode(shown.rstrip("\n")) == source
+    assert server.encode(whole) == source
+    assert server.instructions == {"SNI": None}.get(name, "instruction" in row)
 
 
-def test_a_question_follows_the_form_of_the_rows(base_of, tmp_path, monkeypatch):
-    """Without input it is an instruction if all rows have one, as above, else it is a prompt."""
+WARNING = "rows of run are whole prompts, and an instruction ends in an empty line; give --prompt"
+
+
+@pytest.mark.parametrize("kind, warns", [("words", True), ("t5", False)])
+def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
+    kind, warns, base_of, tmp_path, monkeypatch
+):
+    """T5 reads both alike. Not all rows of this file are instructions."""
     monkeypatch.chdir(tmp_path)
     asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(400)]
     write_rows(tmp_path / "both.jsonl", asked + prompts())
-    flags = {"data": "both.jsonl", "model": str(base_of("words")), "steps": 1}
+    flags = {"data": "both.jsonl", "model": str(base_of(kind)), "steps": 1}
     launch = train.LaunchConfig(out="run")
     train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
-    words = load_tokenizer(base_of("words"))
-    expected = next(words.sources(["Say it."], spaced=False))
-    assert ids_of_question("Say it.", cwd=tmp_path) == expected
+    tokenizer = load_tokenizer(base_of(kind))
+
+    def ids_of(text):
+        return next(tokenizer.sources([text], spaced=False))
+
+    for words, text, is_warned in (
+        (("--ask", "Say it."), "Say it.\n\n", warns),
+        (("--ask", "Say it.", "--input", "now"), "Say it.\n\nnow\n\n", False),
+        (("--prompt", "Say it."), "Say it.", False),
+    ):
+        with mock.patch.object(program, "print_line") as print_line:
+            assert ids_of_question(*words, cwd=tmp_path) == ids_of(text)
+        said = [call.args[0] for call in print_line.call_args_list]
+        assert any(WARNING in line for line in said) == is_warned
+        assert not any("answered without examples" in line for line in said)
+
+    # The same in a server.
+    run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
+    arguments = ["--served", "served", "--base", base_of(kind)]
+    for flag, text, is_warned in (
+        ("--ask", "Say it.\n\n", warns),
+        ("--prompt", "Say it.", False),
+    ):
+        with (
+            mock.patch.object(serve, "PeftModel") as model,
+            mock.patch.object(program, "warn") as warn,
+        ):
+            model.return_value.answer.return_value = []
+            assert run("integrations/serve.py", *arguments, flag, "Say it.", cwd=tmp_path)
+        assert model.return_value.answer.call_args.args[0].tolist() == ids_of(text)
+        assert warn.called == is_warned
+
+
+def test_the_explorer_says_that_a_typed_instruction_lacks_its_empty_line(
+    base_of, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(100)]
+    for name, lines in (("asked", rows), ("both", rows + prompts(100))):
+        write_rows(tmp_path / f"{name}.jsonl", lines)
+        flags = {"data": f"{name}.jsonl", "model": str(base_of("words")), "steps": 1}
+        launch = train.LaunchConfig(out=name)
+        train.train(train.Settings.from_flags(flags), CPU, launch, final_scores=False)
+        loaded = explorer.load(name)
+        for prompt in ("Say it.", "Say it.\n\n"):
+            request = {"prompt": prompt, "references": [], "w": None}
+            with mock.patch.object(evaluation, "predict", return_value=["a"]) as predict:
+                reply = explorer.reply(loaded, json.dumps(request).encode())
+            (example,) = predict.call_args.args[2]
+            expected = next(loaded.tokenizer.sources([prompt], spaced=False))
+            assert example.source_ids.tolist() == expected
+            warns = "does not end in an empty line" in reply["warning"]
+            assert warns == (name == "asked" and prompt == "Say it.")
 
 
 # --------------------------------------------------------------------- what a run has been bound to
@@ -207,15 +252,6 @@ def changed(own, tmp_path):
     return folder
 
 
-def change_rule(folder, **values):
-    """Change the rule in a run's config.json; None takes a value away."""
-    path = folder / "config.json"
-    config = read_json(path)
-    rule = config["rule"] | values
-    config["rule"] = {name: value for name, value in rule.items() if value is not None}
-    write_json(path, config)
-
-
 def programs(folder):
     """Return command lines that load the run in a folder."""
     return (
@@ -229,9 +265,8 @@ def programs(folder):
 
 
 def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
-    """The run has trained on rows that are now in dev and seen, as the ranges were filled up."""
-    assert "filled" in read_json(changed / "t5/config.json")["rule"]
-    change_rule(changed / "t5", filled=None)
+    """The run has trained on rows that are now in dev and seen, as the sets ended elsewhere."""
+    change_config(changed / "t5", "rule", held_out=["002", "006"])
     *refused, ask, new_rows = programs("t5")
     for line in refused:
         error = run(*line, cwd=changed, code=2)
@@ -243,19 +278,6 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     write_rows(changed / "other.jsonl", prompts(100))
     error = run(*refused[1], "--data", "other.jsonl", cwd=changed, code=2)
     assert "rows of dev and seen may have trained" in error
-
-
-def test_a_prompt_that_was_changed_by_hand_is_refused(changed):
-    """run_folder.load refuses it in all programs but train.py."""
-    evaluate = programs("t5")[1]
-    refused = "its `rule`, how rows became samples, does not fit its dataset"
-    change_rule(changed / "t5", forms=["prompt"])
-    assert refused in run(*evaluate, cwd=changed, code=2)
-
-    change_rule(changed / "t5", forms=None)
-    change_config(changed / "t5", "dataset", wrapper=True)
-    assert refused in run(*evaluate, cwd=changed, code=2)
-    assert "split in another way" in run(*RESUME, "t5", cwd=changed, code=2)
 
 
 def test_without_new_rows_the_seen_ones_are_scored(changed):
@@ -290,24 +312,16 @@ def test_changed_files_are_named_with_what_helps(changed):
 # ------------------------------------------------------------------------------------------ scores
 
 
-def test_scores_name_their_rules_and_warn_of_answers_that_they_cannot_tell_apart(capsys):
+def test_scores_name_their_rules():
     answers = [["+", "plus"], ["-"], ["да"], ["a"], [" "]]
     examples = []
     for references in answers:
         empty = np.array([], np.int32)
         examples.append(data.Example("", "-", "-", empty, [empty], references))
     predictions = ["-", "+", "да", "b", ""]
-    scores = evaluation.score(examples, predictions, DataConfig().metric_rules)
-    assert (scores["metric_rules"], scores["overall"]["exact_match"]) == ("official", 80)
-    first, second = capsys.readouterr().err.splitlines()
-    assert "2 of 5 rows have an answer of punctuation only, which the official" in first
-    assert "3 of 5 rows have no answer with a word that ROUGE reads" in second
-
-    for wrapper in (False, True):
-        rules = DataConfig(data="own.jsonl", wrapper=wrapper).metric_rules
-        scores = evaluation.score(examples, predictions, rules)
-        assert (scores["metric_rules"], scores["overall"]["exact_match"]) == ("unicode", 40)
-    assert "2 of 5 rows have no answer with a word that" in capsys.readouterr().err
+    for path, rules, right in (("sni", "official", 80), ("own.jsonl", "unicode", 40)):
+        scores = evaluation.score(examples, predictions, DataConfig(data=path).metric_rules)
+        assert (scores["metric_rules"], scores["overall"]["exact_match"]) == (rules, right)
 
 
 # ------------------------------------------------------------------------------- tasks, and --start

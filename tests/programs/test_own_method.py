@@ -16,7 +16,7 @@ import checkpoint
 import data
 import train
 from baselines import attach_method, load_method
-from eval import measure
+from eval import mean_loss, measure
 from experiments.explorer import explorer
 from helpers import (
     CPU,
@@ -272,8 +272,9 @@ def test_what_the_constructor_draws_with_generator_is_the_same_when_loaded(home)
     losses = [row["dev_loss"] for row in records(home / "own") if "dev_loss" in row]
     base, adapters, tokenizer = load(CPU, run_dir=home / "own")
     config = read_config(home / "own").section(DataConfig, "dataset")
-    dev = data.subsample(data.load_sets(config, tokenizer, ["dev"])["dev"], 2)
-    assert measure(base, adapters, dev, batch_size=16)[0] == min(losses)
+    dev = data.subsample(data.load_sets(config, tokenizer)["dev"], 2)
+    row_losses, _ = measure(base, adapters, dev, batch_size=16)
+    assert mean_loss(row_losses) == min(losses)
 
 
 def test_what_the_constructor_draws_without_generator_is_refused_when_loaded(home):

@@ -78,18 +78,14 @@ def test_a_method_trains_and_is_scored(home, method):
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
-def test_own_rows_train_and_a_flag_changes_how_a_question_is_built(home):
+def test_own_rows_train_and_their_scores_name_the_rules(home):
     rows = [{"prompt": f"Write {i}.", "completion": f"{i}"} for i in range(9)]
     write_rows(home / "other.jsonl", rows)
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
-    assert "rows: 200 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
+    assert "rows: 158 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
     assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
-
-    text = "Now complete the following example -\nInput: Go.\nOutput: "
-    expected = load_tokenizer(ROOT / "tiny").encode(text)
-    assert ids_of_question("Go.", "--wrapper", cwd=home) == expected
 
 
 def test_table_has_each_score_under_its_heading(capsys):
@@ -132,7 +128,7 @@ def whole(tmp_path_factory):
     "module, name, number, error, step",
     [
         (train, "train_step", 6, None, 6),
-        (train, "measure", 2, None, 8),  # the last evaluation
+        (train, "mean_loss", 2, None, 8),  # the last evaluation
         (train, "train_step", 3, KeyboardInterrupt, 0),  # as a kill: nothing was saved
     ],
     ids=["SIGTERM in a step", "SIGTERM in the last evaluation", "kill before a save"],
@@ -277,7 +273,7 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     assert "gone: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
     run(*EVALUATE, *moved, cwd=cwd)
     run(*RESUME_RUN, *moved, cwd=cwd)
-    run(*EVALUATE, cwd=cwd)  # the resumed run has noted the new places
+    run(*EVALUATE, "--overwrite", cwd=cwd)  # the resumed run has noted the new places
 
 
 def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
@@ -286,14 +282,11 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
     program.warn.cache_clear()
-    evaluation.load_examples(config, own_data, saved, tokenizer)
+    evaluation.choose_rows(config, own_data, saved, tokenizer)
     assert not capsys.readouterr().err
 
-    evaluation.load_examples(config, dataclasses.replace(own_data, max_tasks=2), saved, tokenizer)
-    assert not capsys.readouterr().err  # fewer tasks of the same files
-
     other_data = dataclasses.replace(own_data, max_tasks=6)
-    examples, _ = evaluation.load_examples(config, other_data, saved, tokenizer)
+    examples, _ = evaluation.choose_rows(config, other_data, saved, tokenizer)
     assert "these are not the task files of the run" in capsys.readouterr().err
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
@@ -333,37 +326,37 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
         assert row == {"id": row["id"], "task": row["task"], "prediction": prediction}
 
 
-def test_evaluation_does_not_replace_another_one(copied, monkeypatch):
+def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     cwd = links(copied.parent)
     tiny = ["eval.py", "--model", "tiny", "--split", "dev", "--limit", "2", "--device", "cpu"]
-    tiny += ["--out", "kept"]
-    run(*tiny, cwd=cwd)
-    run(*tiny, "--batch-size", "1", "--model", ROOT / "tiny", cwd=cwd)  # the same evaluation
-    before = (cwd / "kept/predictions.jsonl").stat().st_mtime_ns
-    refused = "exists, and nothing is overwritten; it belongs to a run or a different evaluation"
-    for change in ("--run run", "--num-pos 0"):
-        assert f"kept/predictions.jsonl: {refused}" in run(*tiny, *change.split(), cwd=cwd, code=2)
+    run(*tiny, "--out", "kept", cwd=cwd)
+    paths = [cwd / "kept/predictions.jsonl", cwd / "kept/scores.json"]
+    before = [path.read_bytes() for path in paths]
+    refused = "exists, and nothing is overwritten; add --overwrite, or choose another --out"
+    with mock.patch.object(runtime, "pick_device", None):  # it is refused before anything is loaded
+        assert f"kept/predictions.jsonl: {refused}" in run(*tiny, "--out", "kept", cwd=cwd, code=2)
+        paths[0].rename(cwd / "moved")
+        assert f"kept/scores.json: {refused}" in run(*tiny, "--out", "kept", cwd=cwd, code=2)
+        (cwd / "moved").rename(paths[0])
+    assert [path.read_bytes() for path in paths] == before
+
+    monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["c", "d"])
+    run(*tiny, "--out", "kept", "--overwrite", cwd=cwd)
+    assert '"prediction": "c"' in paths[0].read_text()
     (copied / "scores.json").unlink()  # as before the end of the run
-    assert f"run/config.json: {refused}" in run(*tiny, "--out", "run", cwd=cwd, code=2)
-    (cwd / "kept/scores.json").unlink()
-    assert f"kept/predictions.jsonl: {refused}" in run(*tiny, cwd=cwd, code=2)
-    assert (cwd / "kept/predictions.jsonl").stat().st_mtime_ns == before
-    foreign = cwd / "other/scores.json"
-    program.write_json(foreign, {"config": 3})
-    assert f"other/scores.json: {refused}" in run(*tiny, "--out", "other", cwd=cwd, code=2)
-    assert read_json(foreign) == {"config": 3}
+    for flag in ([], ["--overwrite"]):
+        error = run(*tiny, "--out", "run", *flag, cwd=cwd, code=2)
+        assert "run: is the folder of a run; choose another --out" in error
 
 
-def test_new_predictions_replace_the_old_scores(copied):
+def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
     run(*EVALUATE, cwd=copied.parent)
     folder = copied / "eval-seen-2"
-    (folder / "predictions.jsonl").unlink()
-    with interrupted(evaluation, "score", 1, KeyboardInterrupt):
-        run(*EVALUATE, cwd=copied.parent, code=130)
-    assert (folder / "predictions.jsonl").exists()
-    assert read_json(folder / "scores.json").keys() == {"config"}
-    run(*EVALUATE, cwd=copied.parent)  # the same evaluation, which was not finished
+    with interrupted(program, "write_json", 1, KeyboardInterrupt):
+        run(*EVALUATE, "--overwrite", cwd=copied.parent, code=130)
+    assert (folder / "predictions.jsonl").exists() and not (folder / "scores.json").exists()
+    run(*EVALUATE, "--overwrite", cwd=copied.parent)
     assert "overall" in read_json(folder / "scores.json")
 
 
@@ -393,8 +386,8 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
-def test_a_run_of_filled_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
-    """The sets of other data were not filled up, and --ask may take the prompt of other data."""
+def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
+    """Other data have no ends of sets, and --ask may take the prompt of other data."""
     saved = dataclasses.asdict(DataConfig(data=str(ROOT / "sni/own.jsonl")))
     run_config = run_folder.RunConfig(
         run_dir="run",
@@ -406,13 +399,13 @@ def test_a_run_of_filled_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys
         tokenizer="",
         data={"train": "digest"},
         kind="",
-        rule={"filled": "3 17"},
+        rule={"held_out": ["003", "017"], "instructions": False},
         start="",
     )
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)
     tokenizer = load_tokenizer(ROOT / "tiny")
-    examples, _ = evaluation.load_examples(config, data_config, run_config, tokenizer)
+    examples, _ = evaluation.choose_rows(config, data_config, run_config, tokenizer)
     assert len(examples) == 2
     assert "these are not the task files of the run" in capsys.readouterr().err
 
@@ -444,7 +437,7 @@ def test_question_has_its_instruction_even_if_the_run_trained_without_definition
         "Now complete the following example -\nInput: lion, June.\nOutput: "
     )
     expected = load_tokenizer(ROOT / "tiny").encode(text)
-    question = ["Write the first word.", "--input", "lion, June"]
+    question = ["--ask", "Write the first word.", "--input", "lion, June"]
     assert ids_of_question(*question, cwd=copied.parent) == expected
 
 
@@ -551,14 +544,14 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "train.py --targets ,": "--targets: empty; give a value, or leave it out",
     "eval.py --run empty": "empty/config.json: RunConfig: adapter is missing; restore the file",
-    "train.py --data small": "small: no training task has the 5 different instances",
+    "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
-    "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: 0 of its rows are in the set",
+    "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
     "train.py --data loop.jsonl": "loop.jsonl: Too many levels of symbolic links",
     f"{ASK} --data nothing.jsonl": "nothing.jsonl: does not exist; give --data DIR or FILE.jsonl",
-    f"{TINY} --data small --split dev": "--split dev: there is no instance to score",
-    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: give --test OTHER.jsonl, or",
+    f"{TINY} --data small --split dev": "small: 0 rows in the set dev, 1 needed; add",
+    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: 0 rows in the set test, 1 needed;",
     # Values.
     "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
@@ -577,6 +570,9 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
+    f"{TINY} --prompt ' '": "--prompt: it is empty",
+    f"{ASK} --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
+    f"{TINY} --prompt Go --input word": "--prompt: it is a whole prompt; leave out",
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
     "train.py --lr-token-router 3": "--lr-token-router: --method orchmoe with --router sample does",
@@ -585,10 +581,10 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --split seen --test x": "--test: it would have no effect here",
     "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
-    "train.py --data sni --wrapper": "--wrapper: --data sni does not use it; leave it out",
     "train.py --data sni/own.jsonl --method poly": "--method: Poly routes by task id: every",
     f"{ASK} --split seen": "--split: it would have no effect here",
     f"{ASK} --num-pos 1": "--num-pos: it would have no effect here",
+    f"{ASK} --overwrite": "--overwrite: it would have no effect here",
     "train.py --router none --router-norm none": "--router-norm: --method orchmoe with --router",
 }
 

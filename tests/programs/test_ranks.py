@@ -53,7 +53,7 @@ def trace(shard, accumulate, method):
     config = train.TrainConfig(batch_size=7, accumulate=accumulate, warmup=0, steps=12)
     data_config = DataConfig(max_tasks=6, max_source_length=48)
     tokenizer = load_tokenizer(config.model)
-    examples = data.load_sets(data_config, tokenizer, ["train"])["train"]
+    examples = data.load_sets(data_config, tokenizer)["train"]
 
     base = init_weights(t5.T5(SMALL), 0)
     options = OrchMoEConfig(gumbel=True, router_init="normal", targets=("all",))

@@ -604,7 +604,8 @@ def rises_of(explored, loaded):
             losses = []
             for w in (sample["w"], [1 / K] * K):
                 w = torch.tensor([w])
-                losses.append(evaluation.measure(loaded.base, loaded.adapters, example, w=w)[0])
+                [loss], _ = evaluation.measure(loaded.base, loaded.adapters, example, w=w)
+                losses.append(loss.nats / loss.tokens)
             rises[number] = losses[1] - losses[0]
     return rises
 

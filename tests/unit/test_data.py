@@ -18,13 +18,12 @@ from helpers import (
     make_example,
     own_rows,
     task_json,
-    write_lists,
     write_rows,
     write_task,
     write_words,
 )
 from support import program
-from tasks import DataConfig, Prompts, read_task, render_prompt, split_instances
+from tasks import DataConfig, Row, read_task, render_prompt, row_of_question, split_instances
 from tokenizer import load as load_tokenizer
 
 
@@ -49,7 +48,7 @@ def tiny_words():
 # ------------------------------------------------------------------------------------ rows of JSONL
 
 
-def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words):
+def test_rows_become_examples_as_they_are(tmp_path, tiny_words):
     rows = own_rows(300, id="same", task="b")
     rows[5:7] = [{"instruction": "Sort.", "input": f"b {i}", "output": ["a", "c"]} for i in (1, 2)]
     path = write_rows(tmp_path / "own.jsonl", rows)
@@ -57,11 +56,11 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words
     config = DataConfig(data=str(path), test=str(other))
     sets = load_sets(config, tiny_words)
     assert sets["train"].tasks == []  # not all rows have one
-    named = load_sets(config, tiny_words, ["train"], run_tasks=["b"])["train"]
-    assert {example.task: example.task_index for example in named} == {"-": -1, "b": 0}
+    named = data.with_task_index(sets["train"], ["a", "b"])
+    assert {example.task: example.task_index for example in named} == {"-": -1, "b": 1}
     assert [example.task_index for example in sets["test"]] == [-1, -1, -1]
     everything = [*sets["train"], *sets["dev"], *sets["seen"]]
-    assert len(everything) == 300
+    assert sorted(example.position for example in everything) == list(range(300))
 
     plain = {tuple(example.source_ids) for example in everything}
     assert tuple(tiny_words.encode("Say 1.")) in plain
@@ -70,21 +69,13 @@ def test_rows_become_examples_as_they_are_or_in_the_wrapper(tmp_path, tiny_words
     assert example.references == ["a", "c"]
     assert [ids.tolist() for ids in example.target_ids] == [tiny_words.encode(t) for t in "ac"]
 
-    wrapped = load_sets(
-        replace(config, wrapper=True, definition=False), tiny_words, ["train", "dev", "seen"]
-    )
-    sources = {tuple(e.source_ids) for examples in wrapped.values() for e in examples}
-    text = "Definition: Sort.\n\nNow complete the following example -\nInput: b 2.\nOutput: "
-    assert tuple(tiny_words.encode(text)) in sources
-
-
-def test_training_rows_are_limited_only_if_asked(tmp_path, tiny_words):
-    path = write_rows(tmp_path / "own.jsonl", own_rows(300))
-    config = DataConfig(data=str(path))
-    sets = load_sets(config, tiny_words)
     for limit, count in ((0, len(sets["train"])), (9, 9)):
-        train = load_sets(replace(config, train_instances=limit), tiny_words, ["train"])["train"]
-        assert [e.id for e in train] == [e.id for e in sets["train"]][:count]
+        limited = replace(config, train_instances=limit)
+        by_task = {}
+        for example in load_sets(limited, tiny_words)["train"]:
+            by_task.setdefault(example.task, []).append(example.position)
+        of_b = [e.position for e in sets["train"] if e.task == "b"]
+        assert by_task["b"] == of_b[:count]
 
 
 def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, tiny_words, capsys):
@@ -101,14 +92,20 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
     assert len(train | dev | seen) == 900
     left_out = 1200 - sum(len(sets[name]) for name in ("train", "dev", "seen"))
     assert left_out > 5
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert f"own.jsonl: {left_out} rows of dev and seen have the tokens of train" in warning
+    counted = 0
+    for warning, name in zip(capsys.readouterr().err.splitlines(), ("dev", "seen"), strict=True):
+        words = warning.partition("own.jsonl: ")[2].split()
+        assert int(words[2]) == int(words[0]) + len(sets[name])
+        assert words[3:] == f"{name} rows have the tokens of training rows and are left out".split()
+        counted += int(words[0])
+    assert counted == left_out
 
     # Prompts that are cut to the same tokens count, too.
     long = [row | {"prompt": "word " * 40 + row["prompt"]} for row in rows]
     cut = DataConfig(data=str(write_rows(tmp_path / "long.jsonl", long)), max_source_length=20)
-    with pytest.raises(program.UserError, match="long.jsonl: 0 of its rows are in the set 'dev'"):
-        load_sets(cut, tiny_words)
+    refused = "long.jsonl: 0 rows in the set dev, 5 needed; add rows with other prompts"
+    with pytest.raises(program.UserError, match=refused):
+        data.require_set(load_sets(cut, tiny_words), "dev", cut)
 
 
 def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny_words, capsys):
@@ -121,60 +118,59 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny
         data=str(path), test=str(write_rows(tmp_path / "other.jsonl", others + rows[3:5]))
     )
     expected = [0, 1, 2, -1, -1, 0, 1]  # of t0 to t4, and of two training rows
-    in_training = load_sets(config, tiny_words)["test"]
-    in_evaluation = load_sets(config, tiny_words, ["test"], run_tasks=["t0", "t1", "t2"])["test"]
-    for examples in (in_training, in_evaluation):
-        by_prompt = sorted(examples, key=lambda e: int(e.id))
-        assert [example.task_index for example in by_prompt] == expected
+    examples = load_sets(config, tiny_words)["test"]
+    assert [example.task_index for example in examples] == expected
     warnings = capsys.readouterr().err.splitlines()
-    assert "other.jsonl: 5 of 7 test rows belong to training tasks" in warnings[0]
-    assert "other.jsonl: 2 of 7 test rows have the tokens of training rows" in warnings[1]
+    assert "other.jsonl: 2 of 7 test rows have the tokens of training rows" in warnings[0]
+    assert "other.jsonl: 5 of 7 test rows belong to training tasks" in warnings[1]
     assert len(warnings) == 2
 
-    path.rename(tmp_path / "gone.jsonl")
-    assert len(load_sets(config, tiny_words, ["test"], run_tasks=["t1"])["test"]) == 7
+    path.unlink()
+    examples = load_sets(config, tiny_words)["test"]
+    assert not capsys.readouterr().err
+    data.warn_of_known(data.with_task_index(examples, ["t1"]), config)  # as in eval.py
+    assert "other.jsonl: 2 of 7 test rows belong to training tasks" in capsys.readouterr().err
 
 
 def test_test_rows_that_are_the_training_rows_are_refused(tmp_path, tiny_words):
     path = write_rows(tmp_path / "own.jsonl", own_rows(300))
     (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
     config = DataConfig(data=str(path), test=str(tmp_path / "copy.jsonl"))
-    for names in ([], ["test"]):
-        with pytest.raises(program.UserError, match="--test .*copy.jsonl: has the rows of --data"):
-            load_sets(config, tiny_words, names)
+    with pytest.raises(program.UserError, match="--test .*copy.jsonl: has the rows of --data"):
+        load_sets(config, tiny_words)
 
 
 def test_test_rows_need_no_training_rows(tmp_path, tiny_words, capsys):
-    """The training rows may be few, damaged or missing if only the test rows are scored."""
+    """The training rows may be few or missing if only the test rows are scored."""
     path = write_rows(tmp_path / "own.jsonl", own_rows(3))
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))
-    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
-    assert not capsys.readouterr().err
-    write_rows(path, [*own_rows(3), b"{"])
-    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
-    [warning] = capsys.readouterr().err.splitlines()
-    assert f"test rows are not compared with the training rows: {path}, line 4: JSON" in warning
+    assert len(load_sets(config, tiny_words)["test"]) == 1
     path.unlink()
-    assert len(load_sets(config, tiny_words, ["test"])["test"]) == 1
+    sets = load_sets(config, tiny_words)
+    assert len(sets["test"]) == 1
     assert not capsys.readouterr().err
+    with pytest.raises(program.UserError, match="own.jsonl: does not exist; give the data with"):
+        data.require_set(sets, "train", config)
+    with pytest.raises(FileNotFoundError):
+        load_sets(replace(config, test=""), tiny_words)
 
 
-@pytest.mark.parametrize("count", [40, 200, 1000])
-def test_small_files_have_rows_in_all_sets(tmp_path, tiny_words, count):
-    path = write_rows(tmp_path / "own.jsonl", own_rows(count // 2) + own_rows(count, task="t"))
-    for wrapper in (False, True):
-        config = DataConfig(data=str(path), wrapper=wrapper)
-        sets = load_sets(config, tiny_words)
-        prompts = [{tuple(e.source_ids) for e in examples} for examples in sets.values()]
-        assert min(map(len, prompts)) >= 8
-        assert sum(map(len, prompts)) == len(set.union(*prompts)) == count
-        expected = {"filled"} if count < 1000 else set()
-        assert sets["dev"].rule.keys() - {"wrapper"} == expected
-
-    with pytest.raises(program.UserError, match="has 39 different prompts; give at least 40, of"):
-        write_rows(path, own_rows(39) + own_rows(20))
-        load_sets(config, tiny_words, ["seen"])
+@pytest.mark.parametrize("name, least", [("train", 1), ("dev", 5), ("seen", 5), ("test", 1)])
+def test_a_missing_or_small_set_is_refused(tmp_path, name, least):
+    rows = [make_example("a", [5], [[6]])] * least
+    config = DataConfig(data=str(write_rows(tmp_path / "own.jsonl", [])))
+    assert data.require_set({name: rows}, name, config) == rows
+    for sets in ({name: rows[1:]}, {}):
+        found = len(sets.get(name, ()))
+        problem = f"own.jsonl: {found} rows in the set {name}, {least} needed; "
+        remedy = "give --test OTHER" if name == "test" else "add rows with other prompts; 40"
+        with pytest.raises(program.UserError, match=problem + remedy):
+            data.require_set(sets, name, config)
+    in_folder = DataConfig(data=str(tmp_path))
+    assert data.require_set({name: rows[:1]}, name, in_folder) == rows[:1]
+    with pytest.raises(program.UserError, match=f"0 rows in the set {name}, 1 .*_tasks.txt"):
+        data.require_set({}, name, in_folder)
 
 
 # --------------------------------------------------------------------------------- sets of examples
@@ -209,10 +205,11 @@ def test_subsample_is_spread_evenly_over_the_set():
     assert data.subsample(range(3), 0) == data.subsample(range(3), 9) == [0, 1, 2]
 
 
-def test_tasks_are_the_first_of_the_list_and_have_the_ids_of_the_run(config, tokenizer):
-    run = ["task0_x", "task3_c"]
-    sets = load_sets(replace(config, max_tasks=2), tokenizer, run_tasks=run)
-    indices = {e.task: e.task_index for e in sets["seen"]}
+def test_tasks_are_the_first_of_the_list_and_get_the_ids_of_a_run(config, tokenizer):
+    sets = load_sets(replace(config, max_tasks=2), tokenizer)
+    assert sets["seen"].tasks == ["task1_a", "task3_c"]
+    examples = data.with_task_index(sets["seen"], ["task0_x", "task3_c"])
+    indices = {e.task: e.task_index for e in examples}
     assert indices == {"task1_a": -1, "task3_c": 1}
 
 
@@ -229,7 +226,8 @@ def test_long_sources_and_targets_are_cut_and_keep_eos(config, tokenizer):
 
 def question(words, text, **settings):
     """Return the example of a question as --ask builds it."""
-    return data.example_of_question("Say it.", text, Prompts(DataConfig(**settings), words))
+    config = DataConfig(**settings)
+    return data.example_of(row_of_question("Say it.", text, words, config), words, config)
 
 
 def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
@@ -249,25 +247,27 @@ def test_texts_that_lose_their_ends_are_counted(config, repository, tokenizer, c
     write_task(repository, "task3_c", task_json(Instances=rows))
     short = replace(config, max_source_length=250, max_target_length=100)
     for _ in range(2):  # made, and from the cache
-        load_sets(short, tokenizer, ["seen"])  # whose loss reads the cut targets, too
+        load_sets(short, tokenizer)
     lines = capsys.readouterr().err.splitlines()
     sources, targets = [line for line in lines if "lose their ends" in line]
     assert sources.endswith("--max-source-length 250: 3 sources are too long and lose their ends")
     assert targets.endswith("--max-target-length 100: 1 targets are too long and lose their ends")
 
 
-def test_samples_at_exactly_the_limit_are_not_cut(tmp_path, tiny_words):
-    """The warning counts a source or a target of one token more, and none of the limit."""
-    [whole] = data.build_samples(["Say it."], [["a b", "a"]], tiny_words, DataConfig())
-    source, target = len(whole.source), len(whole.targets[0])
+def test_rows_at_exactly_the_limit_are_not_cut(tiny_words):
+    """The count has a source or a target of one token more, and none of the limit."""
+    row = Row("train", "t", "t", "1", 0, "Say it.", ["a b", "a"])
+    whole = data.example_of(row, tiny_words, DataConfig())
+    source, target = len(whole.source_ids), len(whole.target_ids[0])
     for path in ("own.jsonl", "sni/"):
         for less in (0, 1):
             config = DataConfig(
                 data=path, max_source_length=source - less, max_target_length=target - less
             )
-            [sample] = data.build_samples(["Say it."], [["a b", "a"]], tiny_words, config)
-            assert (sample.is_cut, sample.cut_targets) == (bool(less), less)
-            assert (sample.source == whole.source) == (not less)
+            tokens = data.tokenise([row], tiny_words, config)
+            assert tokens.lost == {"source": less, "target": less, "characters": 0}
+            [[example]] = data.examples_by_set(tokens).values()
+            assert np.array_equal(example.source_ids, whole.source_ids) == (not less)
 
 
 def test_rows_and_questions_with_unknown_characters_are_reported(
@@ -277,30 +277,32 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
     rows[3]["prompt"] = rows[5]["completion"] = "\u65e5\u672c"
     path = write_rows(tmp_path / "own.jsonl", rows)
     other = write_rows(tmp_path / "other.jsonl", rows[3:4])
-    load_sets(DataConfig(data=str(path), test=str(other)), tiny_words, ["train", "test"])
-    of_train, of_test = capsys.readouterr().err.splitlines()[:2]
-    assert f"{path}: 2 rows have characters that the tokenizer does not know" in of_train
-    assert f"{other}: 1 rows have characters" in of_test
+    load_sets(DataConfig(data=str(path), test=str(other)), tiny_words)
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert f"{path}: 3 rows have characters that the tokenizer does not know" in warning
 
     question(tiny_words, "a")
     assert not capsys.readouterr().err
     question(tiny_words, "a \u65e5")
     error = capsys.readouterr().err
-    assert "--ask or --input has characters that the tokenizer does not know" in error
+    assert "the question: 1 rows have characters that the tokenizer does not know" in error
 
 
 def test_question_that_is_cut_is_reported(tokenizer, capsys):
     question(tokenizer, "word")
     assert not capsys.readouterr().err
     question(tokenizer, "word " * 300, max_source_length=45)
-    assert "--max-source-length 45: the end of the input is cut off" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--max-source-length 45: 1 sources are too long and lose their ends" in error
 
 
-def test_an_empty_list_is_refused_where_it_is_needed(config, repository, tokenizer):
-    write_lists(repository, [], ["task9_t"])
-    with pytest.raises(ValueError, match="train_tasks.txt"):
-        load_sets(config, tokenizer, ["train"])
-    assert [*load_sets(config, tokenizer, ["test"])] == ["test"]
+def test_only_test_reads_no_training_task(config, repository, tokenizer, capsys):
+    whole = load_sets(config, tokenizer)
+    for name in ("task1_a", "task2_b", "task3_c"):
+        (repository / f"tasks/{name}.json").write_text("{")
+    sets = load_sets(config, tokenizer, only_test=True)
+    assert list(sets) == ["test"]
+    assert (repr(sets["test"]), sets["test"].digest) == (repr(whole["test"]), whole["test"].digest)
 
 
 # -------------------------------------------------------------------------------------------- cache
@@ -312,15 +314,14 @@ def test_second_load_does_not_tokenise(config, tokenizer, cache, monkeypatch):
     assert calls
     calls.clear()
     assert repr(load_sets(config, tokenizer)) == repr(first)
-    load_sets(config, tokenizer, ["dev"])
     assert not calls
-    assert len(list(cache.iterdir())) == 2  # train, dev and seen share a file
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_cache_tells_options_and_tokenizers_apart(config, tokenizer, tiny_words):
     def loaded(config, tokenizer):
         """Return a set as text, which can be compared."""
-        return repr(load_sets(config, tokenizer, ["train"]))
+        return repr(load_sets(config, tokenizer)["train"])
 
     found = [loaded(config, tokenizer), loaded(config, tiny_words)]
     for change in (
@@ -347,7 +348,7 @@ def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, to
     assert repr(after["train"]) != repr(before["train"])
     assert after["train"].digest != before["train"].digest
     assert after["test"].digest == before["test"].digest
-    assert len(list(cache.iterdir())) == 2  # the old file was replaced
+    assert len(list(cache.iterdir())) == 1  # the old file was replaced
     path.write_bytes(whole)
     assert load_sets(config, tokenizer)["train"].digest == before["train"].digest
 
@@ -362,14 +363,14 @@ def test_cached_replaces_a_damaged_file(cache):
 def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
     config, tokenizer, cache, monkeypatch
 ):
-    load_sets(config, tokenizer, ["test"])
+    load_sets(config, tokenizer)
     (old,) = cache.iterdir()
     not_ours = cache / "results.jsonl"  # the folder may also be a clone of this repository
     not_ours.touch()
     for path in (old, not_ours):
         os.utime(path, (0, 0))
     monkeypatch.setattr(tokenizer, "version", "0.0.0")
-    load_sets(config, tokenizer, ["test"])
+    load_sets(config, tokenizer)
     (new,) = set(cache.iterdir()) - {not_ours}
     assert new.name != old.name and not_ours.exists()
 

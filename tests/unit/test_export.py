@@ -72,7 +72,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     """The mean is that of dev, from the data in its new place."""
     base, adapters, tokenizer = load_run(copied)
     config = run_folder.read_config(copied).section(DataConfig, "dataset")
-    dev = data.load_sets(config, tokenizer, ["dev"])["dev"]
+    dev = data.load_sets(config, tokenizer)["dev"]
     _, w = evaluation.measure(base, adapters, dev)
 
     change_config(copied, "dataset", data="moved")
@@ -133,15 +133,14 @@ def test_program_takes_given_weights(finished, tmp_path):
     check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
 
 
-@pytest.mark.parametrize(
-    "forms, ending",
-    [(["instruction"], "\n\n"), (["instruction", "prompt"], ""), (["prompt"], "")],
-)
-def test_prompts_end_in_an_empty_line_only_if_all_rows_have_instructions(forms, ending, finished):
+@pytest.mark.parametrize("facts", [{}, {"instructions": True}, {"instructions": False}])
+def test_a_server_is_told_whether_the_rows_are_instructions(facts, finished):
     config = run_folder.read_config(finished / "run")
-    config = replace(config, dataset=config.dataset | {"data": "own.jsonl"}, rule={"forms": forms})
-    decoder = SimpleNamespace(one_row=True, fingerprint="")
-    assert export.prompt_rule(config, decoder)["ending"] == ending
+    path = "own.jsonl" if facts else "sni"
+    config = replace(config, dataset=config.dataset | {"data": path}, rule=facts)
+    rule = export.prompt_rule(config, SimpleNamespace(fingerprint="0"))
+    assert rule["instructions"] == facts.get("instructions")
+    assert DataConfig(**rule["dataset"]).is_jsonl == bool(facts)
 
 
 DEFAULTS = vars(OrchMoEConfig())

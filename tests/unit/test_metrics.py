@@ -67,13 +67,6 @@ def test_words_of_english_rows_are_the_official_ones():
             assert metric(texts[0], texts[1:], "unicode") == metric(texts[0], texts[1:])
 
 
-def test_texts_of_which_the_official_rules_leave_nothing_are_found():
-    assert metrics.has_empty_form(["a", "+"]) and metrics.has_no_word(["+", "да"])
-    assert not metrics.has_empty_form(["a", "+"], "unicode")
-    assert not metrics.has_empty_form(["", " ", "да"])
-    assert not metrics.has_no_word(["+", "a"]) and not metrics.has_no_word(["да"], "unicode")
-
-
 def test_score_takes_the_best_reference_and_averages_over_instances():
     fields = ("task", "category", "prediction", "references")
     rows = [

@@ -1,4 +1,4 @@
-"""Tests of tasks.py: task files, split lists, rows, both splits, the prompt.
+"""Tests of tasks.py: task files, split lists, both splits, the prompt, rows.
 
 parity/test_official_sni.py compares prompts with the official ones.
 """
@@ -8,16 +8,20 @@ import json
 import numpy as np
 import pytest
 
-from helpers import Bytes, task_json, write_lists, write_rows, write_task
+from helpers import Bytes, own_rows, task_json, write_lists, write_rows, write_task
 from support import program
 from tasks import (
     NO_TASK,
-    RowSplit,
+    DataConfig,
+    find_files,
     hash_of,
-    read_rows,
+    jsonl_rows,
+    read_jsonl,
     read_splits,
     read_task,
     render_prompt,
+    row_of_question,
+    sni_rows,
     split_instances,
 )
 
@@ -147,8 +151,8 @@ def test_split_instances_keeps_copies_on_one_side():
 # ------------------------------------------------------------------------------------ rows of JSONL
 
 
-def test_read_rows_takes_the_usual_fields(tmp_path):
-    rows = [
+def test_read_jsonl_takes_the_usual_fields(tmp_path):
+    lines = [
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
         b'"task": "t", "id": 7, "input": ""}',
         b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null, "prompt": null}',
@@ -156,21 +160,19 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
         {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
+        {"prompt": "Sort.\n", "completion": "a"},
     ]
-    asked = {"form": "instruction", "output": ["a b"]}
-    expected = {
-        "t": [
-            {"id": "7", "form": "prompt", "input": "Say\0 it.", "output": ["y", "n"]},
-            asked | {"id": "5", "input": "Sort.", "output": [""]},  # a blank line counts as a line
-        ],
-        NO_TASK: [
-            asked | {"id": "2", "input": "b a", "definition": "Sort."},
-            asked | {"id": "3", "input": "Sort."},
-            asked | {"id": "6", "input": "b a", "definition": "Sort."},
-        ],
-    }
-    tasks = read_rows(write_rows(tmp_path / "own.jsonl", rows))
-    assert {task["name"]: task["instances"] for task in tasks} == expected
+    rows = read_jsonl(write_rows(tmp_path / "own.jsonl", lines))
+    found = [(row.id, row.task, row.prompt, row.answers) for row in rows]
+    assert found == [
+        ("7", "t", "Say\0 it.", ["y", "n"]),
+        ("2", NO_TASK, "Sort.\n\nb a\n\n", ["a b"]),
+        ("3", NO_TASK, "Sort.\n\n", ["a b"]),
+        ("5", "t", "Sort.\n\n", [""]),  # a blank line counts as a line
+        ("6", NO_TASK, "Sort.\n\nb a\n\n", ["a b"]),
+        ("7", NO_TASK, "Sort.\n", ["a"]),
+    ]
+    assert [row.position for row in rows] == list(range(6))
 
 
 BAD_ROWS = {  # what the error says: a line of a JSONL file
@@ -202,58 +204,110 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
 
 
 @pytest.mark.parametrize("problem, row", BAD_ROWS.items(), ids=BAD_ROWS)
-def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
+def test_read_jsonl_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
     good = {"prompt": "a", "completion": "b"}
     path = write_rows(tmp_path / "own.jsonl", [good, row, good])
     with pytest.raises(program.UserError, match=problem) as caught:
-        read_rows(path)
+        read_jsonl(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def split(count, prefix="Say"):
-    """Return {set: prompts} of a file with so many different prompts, and how it was filled."""
-    instances = [{"input": f"{prefix} {i}."} for i in range(count)]
-    row_split = RowSplit(instances + instances[: count // 2])
-    assert row_split.num_prompts == count
-    sets = {"train": set(), "dev": set(), "seen": set()}
-    for instance in instances:
-        sets[row_split.set_of(instance)].add(instance["input"])
-    return sets, row_split.filled
+def test_a_file_without_rows_is_refused(tmp_path):
+    path = write_rows(tmp_path / "own.jsonl", [b"", b" "])
+    with pytest.raises(program.UserError, match="own.jsonl: it has no rows"):
+        read_jsonl(path)
 
 
-def test_rows_stay_in_their_sets_when_lines_are_added():
-    found, filled = split(3000)
-    assert [len(found[name]) for name in ("train", "dev", "seen")] == [2823, 62, 115]
-    assert not filled
-    more, _ = split(4000)
-    for name, texts in found.items():
-        assert texts <= more[name]
+def prompts_by_set(tmp_path, rows, train_limit=0):
+    """Return {set: prompts in order} of a file of these rows, and the facts about it."""
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    found, facts = jsonl_rows({"train": [path], "test": []}, train_limit)
+    sets = {"train": [], "dev": [], "seen": []}
+    for row in found:
+        sets[row.set].append(row.prompt)
+    return sets, facts
 
 
-@pytest.mark.parametrize("count", [1, 7, 40, 100, 200, 1000])
-def test_small_sets_of_rows_are_filled_up_in_the_order_of_the_hash(count):
-    """This counts in another way than RowSplit: in a list of (hash % 100, hash)."""
-    hashes = {text: hash_of(text) for text in (f"Say {i}." for i in range(count))}
-    order = sorted(hashes, key=lambda text: (hashes[text] % 100, hashes[text]))
-    dev = [text for text in order if hashes[text] % 100 < 2]
-    dev = order[: max(len(dev), min(8, count // 5))]
-    rest = order[len(dev) :]
-    in_range = [text for text in rest if hashes[text] % 100 < 6]
-    seen = rest[: max(len(in_range), min(16, count // 5))]
-
-    sets, filled = split(count)
-    assert sets["dev"] == set(dev)
-    assert sets["seen"] == set(seen)
-    own = (sum(hash_of(t) % 100 < 2 for t in order), sum(hash_of(t) % 100 < 6 for t in order))
-    assert bool(filled) == (own != (len(dev), len(dev) + len(seen)))
-    if count >= 40:
-        assert min(len(dev), len(seen)) >= 8
+SIZES = {40: (8, 8), 99: (9, 19), 100: (10, 20), 300: (30, 60), 1000: (50, 100), 2000: (50, 100)}
 
 
-def test_how_sets_were_filled_tells_two_files_apart():
-    filled = {split(100, prefix)[1] for prefix in ("Say", "Tell")} | {split(80)[1]}
-    assert len(filled) == 3
+@pytest.mark.parametrize("count, sizes", SIZES.items())
+def test_small_files_have_rows_in_all_sets(tmp_path, count, sizes):
+    rows = own_rows(count)
+    sets, _ = prompts_by_set(tmp_path, rows + rows[: count // 2])  # half of them occur twice
+    dev, seen, train = [set(sets[name]) for name in ("dev", "seen", "train")]
+    assert (len(dev), len(seen), len(train)) == (*sizes, count - sum(sizes))
+    assert not train & (dev | seen) and not dev & seen
+
+
+@pytest.mark.parametrize("count", [17, 40, 300, 2700, 5000])
+def test_the_order_of_the_hash_decides_the_set(tmp_path, count):
+    """The expected sets are computed as the rule is worded, from numbers in place of texts."""
+    rows = own_rows(count)
+    order = sorted((hash_of(row["prompt"]) % 100, hash_of(row["prompt"])) for row in rows)
+    dev_end = sum(remainder < 2 for remainder, _ in order)
+    dev_end = max(dev_end, min(50, max(8, count // 10)))
+    seen_end = sum(remainder < 6 for remainder, _ in order)
+    seen_end = max(seen_end, dev_end + min(100, max(8, count // 5)))
+
+    sets, _ = prompts_by_set(tmp_path, rows)
+    found = {}
+    for name, prompts in sets.items():
+        found[name] = sorted((hash_of(prompt) % 100, hash_of(prompt)) for prompt in prompts)
+    expected = {"dev": order[:dev_end], "seen": order[dev_end:seen_end], "train": order[seen_end:]}
+    assert found == expected
+
+
+def test_rows_of_a_large_file_stay_in_their_sets_when_lines_are_added(tmp_path):
+    sets, facts = prompts_by_set(tmp_path, own_rows(5000))
+    assert facts["held_out"] == ["002", "006"]
+    more, facts_of_more = prompts_by_set(tmp_path, own_rows(7000)[::-1])
+    assert facts_of_more == facts
+    for name, prompts in sets.items():
+        assert set(prompts) <= set(more[name])
+
+
+def test_the_ends_of_the_sets_tell_two_small_files_apart(tmp_path):
+    found = set()
+    for rows in (own_rows(100), own_rows(150), own_rows(2000)):
+        found.add(tuple(prompts_by_set(tmp_path, rows)[1]["held_out"]))
+    assert len(found) == 3
+
+
+def test_an_instruction_and_its_text_as_a_prompt_are_in_one_set(tmp_path):
+    """Only the empty line at the end of an instruction tells the two prompts apart."""
+    rows = own_rows(60)
+    asked = [{"instruction": row["prompt"], "output": "a"} for row in rows]
+    sets, facts = prompts_by_set(tmp_path, rows + asked)
+    for prompts in sets.values():
+        texts = sorted(prompt.removesuffix("\n\n") for prompt in prompts)
+        assert texts[::2] == texts[1::2]
+    assert not facts["instructions"]
+    assert prompts_by_set(tmp_path, asked)[1]["instructions"]
+
+
+def test_training_rows_are_the_first_of_each_task(tmp_path):
+    rows = [row | {"task": "ab"[i % 3 == 0]} for i, row in enumerate(own_rows(100))]
+    whole, facts = prompts_by_set(tmp_path, rows)
+    part, facts_of_part = prompts_by_set(tmp_path, rows, train_limit=3)
+    assert facts_of_part == facts and part["dev"] == whole["dev"] and part["seen"] == whole["seen"]
+    expected = []
+    for name in "ab":
+        prompts = [row["prompt"] for row in rows if row["task"] == name]
+        expected += [prompt for prompt in whole["train"] if prompt in prompts][:3]
+    assert sorted(part["train"]) == sorted(expected)
+
+
+def test_test_rows_are_all_rows_of_their_file(tmp_path):
+    path = write_rows(tmp_path / "own.jsonl", own_rows(50))
+    other = write_rows(tmp_path / "other.jsonl", own_rows(7))
+    config = DataConfig(data=str(path), test=str(other), train_instances=1)
+    rows, _ = jsonl_rows(find_files(config), config.train_limit)
+    assert [row.position for row in rows if row.set == "test"] == list(range(7))
+    path.unlink()  # a run may have trained elsewhere
+    rows, _ = jsonl_rows(find_files(config), config.train_limit)
+    assert len(rows) == 7
 
 
 # ------------------------------------------------------------------------------------------- prompt
@@ -281,3 +335,42 @@ def test_prompt_takes_examples_while_the_whole_fits():
     cut = render_prompt(task, {"input": "x" * 50}, Bytes(), max_source_length=60)
     assert cut.startswith("Definition: Sort the words.\n\nNow complete")
     assert len(cut) == 60
+
+
+# -------------------------------------------------------------------------------------- rows of SNI
+
+
+def test_sni_rows_are_those_of_the_official_evaluation(repository):
+    write_task(repository, "task9_t", task_json(101))
+    config = DataConfig(data=str(repository), train_instances=3)
+    files = find_files(config)
+    assert [path.stem for path in files["train"]] == ["task1_a", "task2_b", "task3_c"]  # sorted
+    rows = list(sni_rows(files, Bytes(), config))
+    assert [row.position for row in rows if row.task == "task9_t"] == list(range(100))
+    task = read_task(repository / "tasks/task2_b.json")
+    instances = task["instances"]
+    expected = split_instances(range(len(instances)), "task2_b", 3)
+    for set_name, positions in zip(("train", "dev", "seen"), expected, strict=True):
+        found = [row for row in rows if (row.set, row.task) == (set_name, "task2_b")]
+        assert [row.position for row in found] == positions
+        for row in found:
+            instance = instances[row.position]
+            assert (row.id, row.answers) == (instance["id"], instance["output"])
+            assert row.prompt == render_prompt(task, instance, Bytes())
+            assert not row.is_cut
+
+
+def test_rows_that_lose_their_ends_are_marked(repository):
+    config = DataConfig(data=str(repository), max_source_length=120, num_pos=0)
+    for row in sni_rows(find_files(config), Bytes(), config):
+        assert row.is_cut == (len(row.prompt.encode()) >= 120)
+
+
+def test_a_question_has_no_examples_and_always_its_instruction():
+    config = DataConfig(data="sni", definition=False)
+    row = row_of_question("Sort them.", "b a", Bytes(), config)
+    assert row.prompt == (
+        "Definition: Sort them.\n\nNow complete the following example -\nInput: b a.\nOutput: "
+    )
+    row = row_of_question("Sort them.", "b a", Bytes(), DataConfig(data="own.jsonl"))
+    assert row.prompt == "Sort them.\n\nb a\n\n"
