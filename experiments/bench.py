@@ -4,17 +4,28 @@ Each figure is a ratio of two times, measured in one process and in turns (A B C
 that whatever slows the machine slows all. Beside it are its quartiles over the rounds.
 
     python -m experiments.bench                               # on the CPU; a T5 of random weights
-    python -m experiments.bench --only linear,step --gpu 0
+    python -m experiments.bench --gpu 0                       # and what only a GPU shows
     python -m experiments.bench --only step,generate --model smollm2 --data natural-instructions
-    python -m experiments.bench --only peers --model smollm2  # peft's routed adapters
-    python -m experiments.bench --only host                   # what Python costs, at tiny shapes
 
-Needs transformers, and a peft that has Lily.
+- linear: forward and backward of one Linear. The plain twin has orchmoe.mix_skills. A compiled
+  mix_skills is left out: it costs the host 1.4 to 1.8 times as long (commit 74a5b2c), and on a GPU
+  the host must keep ahead of the kernels.
+- step: a training step, and its peak memory. peft's Poly has the shapes of OrchMoE.
+- decode: one sample, with the skills routed, folded and left out.
+- generate: greedy answers to real prompts.
+- host: training steps of models so narrow that Python's part is left.
+- large (GPU): T5-base and Llama-3.2-1B: a step compiled and not, memory with and without
+  --checkpoint-blocks, and decoding.
+- lengths (GPU): the same bases, where every batch has a new shape, with cuDNN's attention and
+  without. cuDNN makes a plan for each new shape, so the programs leave it out (support/runtime.py).
+
+Needs transformers and peft.
 Letters: B batch, L source length, Lt target length, D input width, O output width, S skills,
 R rank.
 Test: pytest tests/experiments/test_bench.py
 """
 
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -24,9 +35,8 @@ import re
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -55,15 +65,15 @@ from support.program import UserError
 from t5 import T5
 from tasks import DataConfig
 
-HEAD = "| ratio | quartiles | wanted | of | to | what |\n|---|---|---|---|---|---|"
+HEAD = "| ratio | quartiles | of | to |\n|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R
 
 OURS = "OrchMoE"
 POLY = "peft Poly"
 LORA = "peft LoRA"
-LILY = "peft Lily"
-XLORA = "peft X-LoRA"
+COMPILED = "OrchMoE, --compile"
 PACKAGES = ("transformers", "peft")  # what these need
+VERSIONS = ("torch", *PACKAGES)  # whose versions are printed
 
 # Steps of these models are nearly all Python.
 NARROW_T5 = "T5 with 12 + 12 narrow blocks"
@@ -88,6 +98,8 @@ SHAPES = {
 # The base where no other one is named.
 T5_SMALL = t5_config(512, 1024, 8, 6)
 T5_QUICK = replace(t5_config(32, 48, 2, 4), vocab_size=1124, d_kv=8)
+
+QUARTILES = [0.25, 0.5, 0.75]
 
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
@@ -159,15 +171,15 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def row(what: str, of: str, to: str, values: Times, wanted: str = "", unit: str = "ms") -> str:
-    """Return a line of the table: the median ratio of two contestants."""
-    low, ratio, high = np.quantile(np.divide(values[of], values[to]), [0.25, 0.5, 0.75])
-    factor = {"ms": 1e3, "us": 1e6}.get(unit, 1)
-    sides = []
-    for name in (of, to):
-        sides.append(f"{name}, {factor * np.median(values[name]):.4g} {unit}")
-    cells = [f"**{ratio:.2f}**", f"{low:.2f} - {high:.2f}", wanted, *sides, what]
-    return f"| {' | '.join(cells)} |"
+def table(what: str, values: Times, pairs: Sequence[tuple[str, str]], unit: str = "ms") -> str:
+    """Return a table of the median ratios of pairs of contestants, below what was measured."""
+    factor = {"ms": 1e3}.get(unit, 1)
+    lines = []
+    for pair in pairs:
+        low, ratio, high = np.quantile(np.divide(*(values[name] for name in pair)), QUARTILES)
+        of, to = (f"{name}, {factor * np.median(values[name]):.4g} {unit}" for name in pair)
+        lines.append(f"| **{ratio:.2f}** | {low:.2f}–{high:.2f} | {of} | {to} |")
+    return "\n".join([f"{what}:", "", HEAD, *lines, ""])
 
 
 # ----------------------------------------------------------------------------- adapters of peft
@@ -177,7 +189,7 @@ def adapter_weights(model: nn.Module) -> int:
     """Return the number of weights in A and B, of our adapters or of peft's."""
     count = 0
     for name, parameter in model.named_parameters():
-        if re.search(r"(skill|lora|lily)_[AB]\b", name):
+        if re.search(r"(skill|lora)_[AB]\b", name):
             count += parameter.numel()
     return count
 
@@ -193,38 +205,11 @@ def add_peft(
     import peft
 
     rank = skills * R
-
-    def weights_at_rank_1(config):
-        adapted = peft.get_peft_model(model, config)
-        count = adapter_weights(adapted)
-        adapted.unload()
-        return count
-
-    with tempfile.TemporaryDirectory() as folder:
-        if name == LORA:
-            config = peft.LoraConfig(r=rank, lora_alpha=rank, **options)
-        elif name == POLY:
-            config = peft.PolyConfig(r=R, n_skills=skills, n_tasks=8, **options)
-        elif name == LILY:
-            # Four layers share an A, and all share four B: equal weights allow a larger rank.
-            options |= {"stride_A": 4, "num_B": 4}
-            lora = peft.LoraConfig(r=1, target_modules=options["target_modules"])
-            ours = rank * weights_at_rank_1(lora)
-            rank = round(ours / weights_at_rank_1(peft.LilyConfig(r=1, **options)))
-            config = peft.LilyConfig(r=rank, **options)
-        else:
-            # X-LoRA reads its experts from folders. All start as this one, whose B is 0.
-            model.config.use_cache = False
-            expert = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=R, **options))
-            expert.save_pretrained(folder)
-            expert.unload()
-            config = peft.XLoraConfig(
-                hidden_size=model.config.hidden_size,
-                adapters={str(i): folder for i in range(skills)},
-                use_trainable_adapters=True,
-                task_type=options.get("task_type"),
-            )
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    if name == LORA:
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, **options)
+    else:
+        config = peft.PolyConfig(r=R, n_skills=skills, n_tasks=8, **options)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
 
 
 # ------------------------------------------------------------------------------------ one Linear
@@ -289,21 +274,19 @@ def linear_contestants(
         "loop over skills": routed(skills_loop),
         "einsum with expert axis": routed(skills_einsum),
     }
-    if missing_packages():
-        return found
     found[LORA] = lora(wide=True)
     if dtype != torch.float32:
         found[f"{LORA} all in bf16"] = lora(wide=False)
     return found
 
 
-LINEAR_ROWS = (
-    ("routed Linear", "frozen Linear", "<= 1.20"),
-    ("routed Linear", LORA, "<= 1.00, in bfloat16 0.92"),
-    ("routed Linear", f"{LORA} all in bf16", ""),
-    ("plain twin", "routed Linear", ""),
-    ("loop over skills", "routed Linear", ">= 2"),
-    ("einsum with expert axis", "routed Linear", ""),
+LINEAR_PAIRS = (
+    ("routed Linear", "frozen Linear"),
+    ("routed Linear", LORA),
+    ("routed Linear", f"{LORA} all in bf16"),
+    ("plain twin", "routed Linear"),
+    ("loop over skills", "routed Linear"),
+    ("einsum with expert axis", "routed Linear"),
 )
 
 
@@ -319,27 +302,16 @@ def linear_cases(setup: Setup) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return list(itertools.product(shapes, dtypes))
 
 
-def linear_rows(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """Return the rows of one Linear."""
-    contestants = linear_contestants(shape, setup.device, dtype)
-    times = interleave(setup, contestants, setup.choose(3, 21))
-    B, L, D, O = shape  # noqa: E741
-    what = (
-        f"forward + backward in {runtime.dtype_name(dtype)}, {D} -> {O}, B {B}, L {L}, S 8, "
-        f"R {R}, LoRA of rank {8 * R}"
-    )
-    lines = []
-    for of, to, wanted in LINEAR_ROWS:
-        if of in times and to in times:
-            lines.append(row(what, of, to, times, wanted))
-    return lines
-
-
-def bench_linear(setup: Setup) -> list[str]:
-    lines = []
+def bench_linear(setup: Setup) -> Iterator[str]:
     for shape, dtype in linear_cases(setup):
-        lines += linear_rows(setup, shape, dtype)
-    return lines
+        contestants = linear_contestants(shape, setup.device, dtype)
+        times = interleave(setup, contestants, setup.choose(3, 21))
+        B, L, D, O = shape  # noqa: E741
+        what = (
+            f"Forward and backward in {runtime.dtype_name(dtype)}, {D} -> {O}, B {B}, L {L}, S 8, "
+            f"R {R}, LoRA of rank {8 * R}"
+        )
+        yield table(what, times, [pair for pair in LINEAR_PAIRS if set(pair) <= times.keys()])
 
 
 # ------------------------------------------------------------------------------ bases and batches
@@ -506,22 +478,18 @@ def peak_memory(make_step: Callable[[], Step], batch: data.Batch, device: torch.
     return resident("VmHWM") - before
 
 
-def memory_rows(
+def memory_table(
     setup: Setup, what: str, makers: dict[str, Callable[[], Step]], batch: data.Batch
-) -> list[str]:
-    """Return rows of the peak memory of others beside ours, each in a process of its own."""
-    on_linux = setup.device.type == "cpu" and Path("/proc/self/clear_refs").exists()
-    if setup.device.type != "cuda" and not on_linux:
-        return []
+) -> Iterator[str]:
+    """Yield a table of the peak memory of others beside ours, each in a process of its own."""
+    if setup.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
+        return  # the CPU of another system than Linux
     peaks = {}
     for name, make in makers.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             peaks[name] = [fresh.submit(peak_memory, make, batch, setup.device).result()]
-    lines = []
-    for name in makers:
-        if name != OURS:
-            lines.append(row(f"peak memory of {what}", name, OURS, peaks, unit="MiB"))
-    return lines
+    pairs = [(name, OURS) for name in makers if name != OURS]
+    yield table(f"Peak memory of a {what}", peaks, pairs, unit="MiB")
 
 
 def time_steps(setup: Setup, steps: dict[str, Step], batch: data.Batch, rounds: int = 9) -> Times:
@@ -538,140 +506,70 @@ def describe(setup: Setup, batch: data.Batch) -> str:
     return f"training step, {setup.base_name}, {B} x {L} tokens, targets of {batch.labels.shape[1]}"
 
 
-def beside_ours(setup: Setup, names: list[str], wanted: str = "") -> list[str]:
-    """Return rows of the training step, and of its memory, of adapters of peft beside ours."""
-    sizes = setup.choose((4, 16, 8), (8, 256, 32))
-    if setup.model:
-        sizes = setup.choose((2, 12, 4), (8, 144, 16))
+def beside_ours(setup: Setup, names: list[str], sizes: tuple[int, int, int]) -> Iterator[str]:
+    """Yield tables of the training step, and of its memory, of adapters of peft beside ours."""
     makers = {OURS: partial(our_step, setup)}
     for name in names:
         makers[name] = partial(their_step, setup, name)
     batch = random_batch(setup, *sizes)
-    steps = {name: make() for name, make in makers.items()}
-    weights = [f"{name} {adapter_weights(step.model):,}" for name, step in steps.items()]
-    what = f"{describe(setup, batch)}; weights in A and B: {', '.join(weights)}"
-    times = time_steps(setup, steps, batch)
-    lines = [row(what, name, OURS, times, wanted) for name in names]
-    return lines + memory_rows(setup, what, makers, batch)
+    times = time_steps(setup, {name: make() for name, make in makers.items()}, batch)
+    what = describe(setup, batch)
+    yield table(f"A {what}", times, [(name, OURS) for name in names])
+    yield from memory_table(setup, what, makers, batch)
 
 
-def bench_step(setup: Setup) -> list[str]:
+def bench_step(setup: Setup) -> Iterator[str]:
     if setup.model:
-        return decoder_steps(setup)
-    return beside_ours(setup, [LORA], ">= 1.10")
+        yield from decoder_steps(setup)
+        yield from beside_ours(setup, [POLY], setup.choose((2, 12, 4), (8, 144, 16)))
+    else:
+        yield from beside_ours(setup, [LORA, POLY], setup.choose((4, 16, 8), (8, 256, 32)))
 
 
-def decoder_steps(setup: Setup) -> list[str]:
+def decoder_steps(setup: Setup) -> Iterator[str]:
     narrow = setup._replace(dtype=torch.bfloat16)
     wide = setup._replace(dtype=torch.float32)
     steps = {
         f"{LORA}, bf16": their_step(narrow, LORA),
-        f"{LORA} all in bf16": their_step(narrow, LORA, wide=False),
         f"{LORA}, float32": their_step(wide, LORA),
         f"{OURS}, bf16": our_step(narrow),
-        f"{OURS}, bf16, --compile": our_step(narrow, compiled=True),
+        f"{COMPILED}, bf16": our_step(narrow, compiled=True),
         f"{OURS}, float32": our_step(wide),
     }
     batch = random_batch(setup, *setup.choose((2, 12, 4), (16, 144, 16)))
-    times = time_steps(setup, steps, batch)
-    lines = []
-    for of, to, wanted in (
-        (f"{LORA}, bf16", "bf16", ">= 1.8"),
-        (f"{LORA} all in bf16", "bf16", ""),
-        (f"{LORA}, float32", "bf16", ""),
-        (f"{LORA}, float32", "bf16, --compile", ">= 3.3"),
-        (f"{OURS}, bf16", "bf16, --compile", ""),
-        (f"{LORA}, float32", "float32", ""),
-        (f"{OURS}, float32", "bf16", ""),
-    ):
-        lines.append(row(describe(setup, batch), of, f"{OURS}, {to}", times, wanted))
-    return lines
-
-
-def bench_peers(setup: Setup) -> list[str]:
-    """Compare with the routed adapters of peft, which have as many adapter weights as ours."""
-    if setup.model:
-        return beside_ours(setup, [POLY, LILY, XLORA])
-    # In peft 0.21 X-LoRA cannot load its experts into a T5: it changes the names of the weights.
-    return beside_ours(setup, [POLY, LILY])
+    pairs = (
+        (f"{LORA}, bf16", f"{OURS}, bf16"),
+        (f"{LORA}, float32", f"{OURS}, float32"),
+        (f"{OURS}, float32", f"{OURS}, bf16"),
+        (f"{OURS}, bf16", f"{COMPILED}, bf16"),
+    )
+    yield table(f"A {describe(setup, batch)}", time_steps(setup, steps, batch), pairs)
 
 
 # ------------------------------------------------------------------------------------ host time
 
-MIXES = {
-    "routed": kernels.mix_skills,
-    "compiled mix": torch.compile(kernels.mix_skills, dynamic=True),
-    "--compile": kernels.mix_skills,
-}
 
-
-def bench_host(setup: Setup) -> list[str]:
-    """Return the rows of what Python costs in a block and in a step, where kernels are tiny."""
-    tiny = setup._replace(quick=True, model="")
-    contestants = {}
-    with ExitStack() as stack:
-        for name, mix in MIXES.items():
-            base = our_base(tiny).train()
-            block = base.encoder.blocks[1]
-            adapters = orchmoe.attach(block, tiny.adapter(), mix)
-            x = base.embed(torch.ones(2, 4, dtype=torch.long, device=base.device))
-            stack.enter_context(adapters.routed(x))
-            x = x.detach().requires_grad_()
-            if name == "--compile":
-                base.compile_blocks(setup.choose("eager", "inductor"))
-            call = partial(base.run_block, block, x, base.encoder.position(4))
-            trained = [x, *adapters.parameter_groups()["skills"]]
-            trained += [linear.skill_weights for linear in adapters.linears.values()]
-            contestants[f"{name}, block"] = call
-            contestants[f"{name}, block and backward"] = partial(gradients, call, trained)
-        times = interleave(setup, contestants, setup.choose(3, 1000))
-    what = "host time, 2 x 4 tokens, every Linear of a block adapted"
-    lines = []
-    for name in times:
-        mix, part = name.split(", ")
-        if mix != "routed":
-            lines.append(row(what, name, f"routed, {part}", times, unit="us"))
-    return lines + host_steps(setup)
-
-
-def gradients(call: Callable[[], Tensor], trained: list[Tensor]) -> None:
-    y = call()
-    torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
-
-
-def host_steps(setup: Setup) -> list[str]:
-    """Return the rows of whole training steps of models that are so narrow that Python is left."""
-    lines = []
-    for shape, wanted, wanted_compiled in (
-        (NARROW_T5, "<= 0.75", "<= 0.50"),
-        (NARROW_LLAMA, "<= 0.85", "<= 0.65"),
-    ):
+def bench_host(setup: Setup) -> Iterator[str]:
+    """Yield tables of training steps of models that are so narrow that Python is left."""
+    for shape in (NARROW_T5, NARROW_LLAMA):
         narrow = setup._replace(model="", shape=shape)
-        compiled = f"{OURS}, --compile"
         steps = {
             "frozen base": our_step(narrow, frozen=True),
             OURS: our_step(narrow),
-            compiled: our_step(narrow, compiled=True),
+            COMPILED: our_step(narrow, compiled=True),
             LORA: their_step(narrow, LORA),
-            POLY: their_step(narrow, POLY),
         }
         batch = random_batch(narrow, 2, 8, 4)
         times = time_steps(narrow, steps, batch, rounds=100)
-        what = f"host time, {describe(narrow, batch)}"
-        lines += [
-            row(what, OURS, LORA, times, wanted),
-            row(what, compiled, LORA, times, wanted_compiled),
-            row(what, OURS, POLY, times),
-            row(what, OURS, "frozen base", times),
-        ]
-    return lines
+        pairs = ((OURS, LORA), (COMPILED, LORA), (OURS, "frozen base"))
+        yield table(f"Host time of a {describe(narrow, batch)}", times, pairs)
 
 
 # ----------------------------------------------------------------------------------- generation
 
 
-def bench_generate(setup: Setup) -> list[str]:
-    """Return the row of greedy generation from real prompts.
+def bench_generate(setup: Setup) -> Iterator[str]:
+    """Yield a table of greedy generation from real prompts.
 
     A decoder has adapters, as they start: all outputs are those of the base.
     """
@@ -718,14 +616,15 @@ def bench_generate(setup: Setup) -> list[str]:
     pairs = zip(texts["ours"], texts["theirs"], strict=True)
     equal = sum(ours == theirs for ours, theirs in pairs)
     what = (
-        f"greedy generation, {setup.base_name}, {count} prompts, batches of {size}, {most} tokens"
+        f"Greedy generation, {setup.base_name}, {count} prompts, batches of {size}, {most} tokens, "
+        f"{equal} outputs equal"
     )
-    return [row(f"{what}, {equal} outputs equal", of, to, times, ">= 1.5", "s")]
+    yield table(what, times, [(of, to)], "s")
 
 
 @torch.no_grad()
-def bench_decode(setup: Setup) -> list[str]:
-    """Return the rows of decoding one sample with no skills beside folded and routed ones."""
+def bench_decode(setup: Setup) -> Iterator[str]:
+    """Yield a table of decoding one sample with no skills beside folded and routed ones."""
     length, most, rounds = setup.choose((16, 6, 2), (128, 64, 15))
     bare, folded, routed = (our_base(setup).eval() for _ in range(3))
     adapters = []
@@ -751,13 +650,95 @@ def bench_decode(setup: Setup) -> list[str]:
         same = "the same" if torch.equal(decode(folded), decode(routed)) else "other"
         times = interleave(setup, contestants, rounds)
     what = (
-        f"decoding one sample, {setup.base_name}, {length} tokens in, {most} out; folded gives "
+        f"Decoding one sample, {setup.base_name}, {length} tokens in, {most} out; folded gives "
         f"{same} tokens as routed"
     )
+    yield table(what, times, [("bare base", "folded"), ("bare base", "routed")])
+
+
+# ------------------------------------------------------------------------------ what a GPU shows
+
+
+def large_bases(setup: Setup) -> list[Setup]:
     return [
-        row(what, "bare base", "folded", times, ">= 0.97"),
-        row(what, "bare base", "routed", times),
+        setup._replace(model="", shape=setup.choose(NARROW_T5, "T5-base")),
+        setup._replace(model="", shape=setup.choose(NARROW_LLAMA, "Llama-3.2-1B")),
     ]
+
+
+def bench_large(setup: Setup) -> Iterator[str]:
+    for base in large_bases(setup):
+        batch = random_batch(base, *setup.choose((4, 16, 8), (8, 256, 32)))
+        what = describe(base, batch)
+        steps = {OURS: our_step(base), COMPILED: our_step(base, compiled=True)}
+        yield table(f"A {what}", time_steps(base, steps, batch), [(OURS, COMPILED)])
+        del steps
+        makers = {
+            OURS: partial(our_step, base),
+            f"{OURS}, --checkpoint-blocks": partial(our_step, base, checkpointed=True),
+        }
+        yield from memory_table(base, what, makers, batch)
+        yield from bench_decode(base)
+
+
+def bench_lengths(setup: Setup) -> Iterator[str]:
+    for base in large_bases(setup):
+        yield new_lengths(base, "sources")
+        yield new_lengths(base, "targets")
+        yield new_batch_sizes(base)
+
+
+def with_and_without_cudnn(
+    setup: Setup, what: str, work: Callable[[int], object], largest: int
+) -> str:
+    """Return the table of work(size) with cuDNN's attention and without. No size comes twice."""
+    rounds = setup.choose(3, 50)
+    sizes = np.random.default_rng(0).choice(range(2, largest), rounds + 1, replace=False)
+    is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def contestant(enabled):
+        unused = iter(sizes)
+
+        def call():
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            work(int(next(unused)))
+
+        return call
+
+    contestants = {"cuDNN": contestant(True), "without cuDNN": contestant(False)}
+    try:
+        times = interleave(setup, contestants, rounds)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(is_enabled)
+    return table(what, times, [("cuDNN", "without cuDNN")])
+
+
+def new_lengths(setup: Setup, of: str) -> str:
+    """Return the table of training steps whose sources, or targets, always have a new length."""
+    step = our_step(setup)
+    source, target, largest = setup.choose((16, 8, 12), (250, 30, 512))
+
+    def work(length):
+        lengths = (length, target) if of == "sources" else (source, length)
+        return step(random_batch(setup, 8, *lengths))
+
+    what = f"A training step, {setup.base_name}, 8 rows, each time a new length of the {of}"
+    return with_and_without_cudnn(setup, what, work, largest)
+
+
+@torch.no_grad()
+def new_batch_sizes(setup: Setup) -> str:
+    """Return the table of decoding batches that always have a new number of rows."""
+    base = our_base(setup).eval()
+    length, most, largest = setup.choose((16, 3, 8), (128, 16, 64))
+    ids = torch.randint(3, 1000, (largest, length), device=setup.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def work(rows):
+        return base.generate(ids[:rows], mask[:rows], max_new_tokens=most)
+
+    what = f"Decoding {most} tokens, {setup.base_name}, each time a new number of rows"
+    return with_and_without_cudnn(setup, what, work, largest)
 
 
 # ----------------------------------------------------------------------------------- the program
@@ -767,9 +748,9 @@ PARTS = {
     "step": bench_step,
     "decode": bench_decode,
     "generate": bench_generate,
-    "peers": bench_peers,
     "host": bench_host,
 }
+GPU_PARTS = {"large": bench_large, "lengths": bench_lengths}
 
 
 def machine(setup: Setup) -> str:
@@ -777,10 +758,7 @@ def machine(setup: Setup) -> str:
     name = kind_of_cpu()
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
-    versions = []
-    for package in ("torch", *PACKAGES):
-        if package not in missing_packages():
-            versions.append(f"{package} {importlib.metadata.version(package)}")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in VERSIONS]
     return (
         f"{name}, {torch.get_num_threads()} threads, {runtime.dtype_name(setup.dtype)} where "
         f"nothing else is said, {', '.join(versions)}, {date.today():%d %B %Y}; load before it "
@@ -788,27 +766,31 @@ def machine(setup: Setup) -> str:
     )
 
 
-def missing_packages() -> list[str]:
-    """Return which of PACKAGES are not installed."""
-    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+def release_memory() -> None:
+    """Free the models of a part. Base and adapters refer to each other, so this takes a search."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def main() -> None:
     config = program.from_flags(BenchConfig, program.read_flags(__doc__, BenchConfig))
+    parts = PARTS if config.gpu is None else PARTS | GPU_PARTS
     for part in config.only:
-        if part not in PARTS:
-            raise UserError(f"--only {part}: choose from {', '.join(PARTS)}")
-    missing = missing_packages()
-    if missing:
-        raise UserError(f"{missing[0]} is not installed; pip install -r requirements-dev.txt")
+        if part not in parts:
+            raise UserError(f"--only {part}: choose from {', '.join(parts)}")
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     if config.model:
         dtype = torch.bfloat16
     setup = Setup(config.quick, config.data, config.model, device, dtype)
-    program.print_line(f"{machine(setup)}\n\n{HEAD}")
-    for part in config.only or PARTS:
-        for line in PARTS[part](setup):
-            program.print_line(line)
+    program.print_line(f"{machine(setup)}\n")
+    for part in config.only or parts:
+        for text in parts[part](setup):
+            program.print_line(text)
+        release_memory()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,9 @@ The device of second_device.cpp computes on the CPU, so all numbers must be thos
 """
 
 import copy
-import subprocess
 import weakref
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ import t5
 import train
 from baselines import METHODS, OWN_METHODS, load_method
 from device.library import build
-from experiments import bench, gpu_check
 from helpers import (
     ROOT,
     adapted,
@@ -174,68 +170,6 @@ def test_answers_are_those_of_the_cpu(model, second, home):
         answers.append(output.splitlines()[1:])  # the first line names the device
     assert answers[0] == answers[1]
     run("eval.py", *model, *ANSWER, cwd=home)
-
-
-@pytest.mark.slow
-def test_the_check_of_a_gpu_goes_through_every_part(second, monkeypatch):
-    """Parts that fail are rows of the table, and no model outlives its part.
-
-    test_gpu_check.py tests the two parts that compile.
-    """
-    pytest.importorskip("peft")
-    setup = bench.Setup(True, str(ROOT / "sni"), "", second, torch.float32)
-    t5, llama = bench.SHAPES[bench.NARROW_T5], bench.SHAPES[bench.NARROW_LLAMA]
-    few_blocks = {
-        bench.NARROW_T5: replace(t5, num_layers=2, num_decoder_layers=2),
-        bench.NARROW_LLAMA: replace(llama, num_hidden_layers=2),
-    }
-    monkeypatch.setattr(bench, "SHAPES", few_blocks)
-    for part in ("graphs", "step_and_memory"):
-        monkeypatch.setattr(gpu_check, part, lambda setup: [])
-    bases = []
-    our_base = bench.our_base
-    decode = bench.bench_decode
-    release_memory = gpu_check.release_memory
-
-    def recorded_base(setup):
-        base = our_base(setup)
-        bases.append(weakref.ref(base))
-        return base
-
-    def decode_unless_it_is_a_llama(setup):
-        rows = decode(setup)
-        if setup.is_decoder:
-            raise torch.OutOfMemoryError("3 GiB | of 2\nare used")
-        return rows
-
-    def checked_release_memory():
-        release_memory()
-        assert [base for base in bases if base() is not None] == []
-
-    monkeypatch.setattr(bench, "our_base", recorded_base)
-    monkeypatch.setattr(bench, "bench_decode", decode_unless_it_is_a_llama)
-    monkeypatch.setattr(gpu_check, "release_memory", checked_release_memory)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=FileNotFoundError("no pytest")))
-
-    table = [[cell.strip() for cell in row.split("|")] for row in gpu_check.check(setup)]
-    assert {len(row) for row in table} == {8}
-    measured = Counter(row[6].split()[0] for row in table if row[1] != "**failed**")
-    failed = [row[6] for row in table if row[1] == "**failed**"]
-    assert len(bases) > 20
-    assert failed == [
-        "tests: FileNotFoundError: no pytest",
-        f"decoding, {bench.NARROW_LLAMA}: OutOfMemoryError: 3 GiB / of 2 are used",
-    ]
-    # Steps: with new lengths for two bases, beside peft. Linears: in two dtypes.
-    assert measured == {
-        "attention": 2,
-        "waits": 4,
-        "training": 5,
-        "decoding": 4,
-        "forward": 11,
-        "greedy": 1,
-    }
 
 
 # --------------------------------------------------------------------------------------- the models

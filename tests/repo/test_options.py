@@ -12,7 +12,7 @@ from helpers import ROOT
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "explorer", "gpu_check")
+NAMES = ("bench", "compare", "computed", "explorer")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
