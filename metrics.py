@@ -5,7 +5,9 @@ gives per cent. RULES says how a text is read, and scores name their rules:
 
 - "official": the numbers equal those of the script of Super-NaturalInstructions, which uses the
   package rouge_score with NLTK's Porter stemmer. Data in SNI's form have these rules.
-- "unicode": punctuation counts, and words may be of any script. Rows of JSONL have these rules.
+- "unicode": punctuation counts, words may be of any script, and texts are compared in their NFKC
+  forms ("x2" for "x²"), which are all that the tokenizer of T5 can write. Rows of JSONL have these
+  rules.
 
 This file is faster than that script: it finds the longest common subsequence with bit operations,
 and it stems each word once.
@@ -41,24 +43,29 @@ def _official_form(text):
     return " ".join(words)
 
 
+def _plain(text):
+    """Return the NFKC form of a text in lower case."""
+    return unicodedata.normalize("NFKC", text).lower()
+
+
 def _unicode_form(text):
-    """Return the text in lower case, with single spaces.
+    """Return the plain text with single spaces.
 
     T5's tokenizer drops spaces before . ? ! , and n't, and around ', so they do not count.
     """
-    text = " ".join(text.lower().split())
+    text = " ".join(_plain(text).split())
     return re.sub(r" (?=[.?!,']|n't)|(?<=') ", "", text)
 
 
 def _official_words(text):
-    """Return the runs of [a-z0-9] in a text in lower case."""
-    return re.findall("[a-z0-9]+", text)
+    """Return the runs of [a-z0-9] in the text in lower case."""
+    return re.findall("[a-z0-9]+", text.lower())
 
 
 def _unicode_words(text):
     """Return the runs of letters and digits, with their marks. A CJK character is a word."""
     spaced = []
-    for character in text:
+    for character in _plain(text):
         category = unicodedata.category(character)[0]  # L letter, N number, M mark of a letter
         if category not in "LNM":
             character = " "
@@ -73,7 +80,7 @@ class Rules(NamedTuple):
 
     description: str  # as in "by SNI's official rules"
     form: Callable[[str], str]  # two texts match exactly if their forms are equal
-    words: Callable[[str], list[str]]  # the words of a text in lower case, for ROUGE
+    words: Callable[[str], list[str]]  # the words of a text, for ROUGE
 
 
 RULES = {
@@ -94,7 +101,7 @@ RULES = {
 def _stems(text, rules):
     """Return the words of the text. ASCII words of more than three characters are stemmed."""
     stems = []
-    for word in RULES[rules].words(text.lower()):
+    for word in RULES[rules].words(text):
         if len(word) > 3 and word.isascii():
             word = _porter(word)
         stems.append(word)

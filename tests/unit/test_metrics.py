@@ -5,6 +5,7 @@ parity/ compares with the official numbers and with rouge_score.
 
 import random
 import string
+import unicodedata
 
 import pytest
 
@@ -39,6 +40,17 @@ def test_spaces_that_the_tokenizer_drops_do_not_count(text):
         cleaned = cleaned.replace(spaced, spaced.strip())
     assert cleaned != text
     assert metrics.exact_match(cleaned, [text], "unicode") == 1
+
+
+@pytest.mark.parametrize("text", ["x²", "Wait…", "ﬁne", "Ａ１", "a™", "№ 5", "½ l", "e\u0301"])
+def test_a_text_equals_what_the_tokenizer_of_t5_makes_of_it(text):
+    """Its SentencePiece writes NFKC forms, so that no T5 can write these texts as they are."""
+    written = unicodedata.normalize("NFKC", text)
+    assert written != text
+    for prediction, reference in ((written, text), (text, written)):
+        for metric in metrics.METRICS.values():
+            assert metric(prediction, [reference], "unicode") == 1
+    assert metrics.exact_match(written, [text]) == 0  # the official rules are as they are
 
 
 def test_words_of_rows_may_be_of_any_script():
