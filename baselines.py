@@ -451,6 +451,4 @@ def settings_of_method(method: str | type[Method], router: str) -> set[str]:
             settings -= {"lr_token_router"}
         if router == "token":
             settings -= {"mixing"}
-        if router == "none":
-            settings -= {"router_norm"}
     return settings

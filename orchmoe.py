@@ -50,7 +50,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-VMAP = torch._C._functorch.TransformType.Vmap
 Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
 Linears = dict[str, nn.Linear]  # Linears of a model, by their paths
 Skills = Sequence[dict[str, Any]]  # for each of these Linears: all its skills, see `new_skills`
@@ -65,7 +64,7 @@ class OrchMoEConfig:
     rank: int = 2  # R, rank of one skill
     alpha: float | None = None  # scale of the skills is alpha / rank (default: alpha = rank)
     targets: tuple[str, ...] = ("q", "v")  # names of Linears; all: every one but the output head
-    router: Literal["sample", "token", "none"] = "sample"  # what w depends on; none: w = 1/K
+    router: Literal["sample", "token"] = "sample"  # what w depends on
     router_attention: bool = True  # self-attention over the sample before its mean
     router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W_task x_hat + b
     router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
@@ -333,12 +332,9 @@ class OrchMoE(Method):
             if w is None:
                 if self.config.router == "token":
                     return Routing(Zhat=Zhat, shared=noise is None)
-                if self.router is None:
-                    w = Zhat.new_full((K,), 1 / K)
-                else:
-                    if embeddings is None:
-                        raise ValueError("embeddings: give those of the source (B,L,D), or give w")
-                    w = self.router(embeddings, mask)
+                if embeddings is None:
+                    raise ValueError("embeddings: give those of the source (B,L,D), or give w")
+                w = self.router(embeddings, mask)
             if w.dim() not in (1, 2) or w.shape[-1] != K:
                 raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
             # w, Zhat or both may have one row for all samples: einsum broadcasts it.
@@ -527,7 +523,11 @@ class SkillLinear(nn.Linear):
             )
 
         if not self.skill_shared:
-            refuse_export_and_vmap(self.skill_recorded)
+            if is_recording() and not self.skill_recorded:
+                raise RuntimeError(
+                    "the exported program would route every input as this batch; open `routed` "
+                    "inside the forward that you export"
+                )
             if len(weights) != len(x):
                 beams = self.skill_beams
                 if len(weights) * beams != len(x):
@@ -600,20 +600,6 @@ def is_recording() -> bool:
     """Return whether torch.export or torch.jit.trace records this call as a program."""
     # Not is_exporting(): torch.compile of torch 2.10 takes that for true.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
-
-
-def refuse_export_and_vmap(routing_is_recorded: bool) -> None:
-    """Raise an error if torch.export or torch.vmap would give samples the weights of others."""
-    if is_recording() and not routing_is_recorded:
-        raise RuntimeError(
-            "the exported program would route every input as this batch; open `routed` inside the "
-            "forward that you export"
-        )
-    if torch.compiler.is_compiling():
-        return
-    transforms = torch._C._functorch.get_interpreter_stack() or []
-    if any(transform.key() == VMAP for transform in transforms):
-        raise ValueError("torch.vmap hides samples from the skills; give the batch as a whole")
 
 
 def new_skills(
@@ -1092,16 +1078,6 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
                 raise ValueError(
                     f"targets: {path}: its {type(owner).__name__} is not batch-first, and skills "
                     "would take positions for samples; make it with batch_first=True"
-                )
-            if "forward" in vars(child):
-                raise ValueError(
-                    f"targets: {path}: the Linear has a forward of its own, which bypasses the "
-                    "skills; the accelerate library sets one if a model is spread over devices, so "
-                    "load the model on one device"
-                )
-            if child.in_features == 0:
-                raise ValueError(
-                    f"targets: {path}: it has no inputs; run a LazyLinear once before attach"
                 )
             found[path] = child
 

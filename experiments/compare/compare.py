@@ -65,7 +65,6 @@ ABLATIONS = {
     "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
     "w of another sample": Variant(w="other", run=DEFAULT_RUN),
     "router: token": Variant({"router": "token"}),
-    "router: none": Variant({"router": "none"}),
     "router: random": Variant(replaced_router="random"),
     "told the true task": Variant(replaced_router="task"),
     "router start: normal": Variant({"router_init": "normal"}),

@@ -6,7 +6,7 @@ makes the cells of rows x seeds. It goes on after any interruption: finished cel
 again, unfinished runs resume, and a cell of other settings is refused.
 
     rows = {"orchmoe": Variant(), "lora": Variant({"method": "lora"})}
-    controls = {"no router": Variant({"router": "none"}, like="orchmoe")}
+    controls = {"K = 1": Variant({"abstract_tasks": 1}, like="orchmoe")}
     study = Study(settings, device, StudyConfig(), equal=rows)
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))

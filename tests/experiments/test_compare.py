@@ -64,7 +64,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
     "name, given, words",
     [
         ("S = 8", {"rank": 3}, "S R = 12 is no multiple of 8"),
-        ("w replaced by its mean", {"router": "none"}, "--router none has no w"),
+        ("w replaced by its mean", {"router": "token"}, "--router token has no w"),
         ("factors mixed", {"router": "token"}, "--router token has no w"),
     ],
 )
@@ -95,7 +95,7 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     attach_function = routers.attach_with("task")
-    adapters = attach_function("orchmoe", small_t5, OrchMoEConfig(router="none"), num_tasks=28)
+    adapters = attach_function("orchmoe", small_t5, OrchMoEConfig(), num_tasks=28)
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
     assert torch.equal(torch.stack(known), torch.eye(28))
@@ -345,12 +345,12 @@ def test_controls_of_the_router(small, home, monkeypatch):
         return forward(self, *inputs)
 
     monkeypatch.setattr(routers.RandomRouter, "forward", watched)
-    rows = "w replaced by its mean,w of another sample,router: none,router: random"
+    rows = "w replaced by its mean,w of another sample,K = 1,router: random"
     out = run(home, *SMALL, "--ablations", "--rows", rows)
     assert "| w replaced by its mean |" in out
     # The run of the default is also that of the rows that change its w.
     runs = {path.parent.name for path in small.glob("ablations/*/metrics.jsonl")}
-    assert runs == {"default-s1", "router__none-s1", "router__random-s1"}
+    assert runs == {"default-s1", "K___1-s1", "router__random-s1"}
     assert out.count("run folder out/") == 3
     assert sum(trained) == 2  # in each training step
     assert not all(trained)  # and in evaluation

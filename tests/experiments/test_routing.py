@@ -62,7 +62,6 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
 @pytest.mark.parametrize(
     "method, router, names",
     [
-        ("orchmoe", "none", {"distance_from_equal", "skill_cosine"}),
         ("orchmoe", "token", set()),
         ("moe-lora", "sample", set()),
         ("c-poly", "sample", set()),

@@ -585,7 +585,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{ASK} --split seen": "--split: it would have no effect here",
     f"{ASK} --num-pos 1": "--num-pos: it would have no effect here",
     f"{ASK} --overwrite": "--overwrite: it would have no effect here",
-    "train.py --router none --router-norm none": "--router-norm: --method orchmoe with --router",
 }
 
 

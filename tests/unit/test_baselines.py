@@ -160,7 +160,7 @@ def test_route_refuses_weights_of_abstract_tasks(small_t5, name):
 
 # ------------------------------------------------------------------------------ settings and sizes
 
-ROUTERS = {"orchmoe": ("sample", "token", "none")}
+ROUTERS = {"orchmoe": ("sample", "token")}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -88,12 +88,12 @@ HYDRA_LORA = load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA")
 CASES = [  # family, method, router, targets, checkpointed, backend
     ("v1.1", "orchmoe", "sample", "q", True, "eager"),  # dynamo alone, in a quarter of the time
     ("qwen3", "orchmoe", "token", "q", False, "eager"),
-    ("v1.1", HYDRA_LORA, "none", "q", True, "eager"),
+    ("v1.1", HYDRA_LORA, "sample", "q", True, "eager"),
 ]
 SLOW_CASES = [
     ("v1.1", "mhr", "sample", "q", False, "eager"),
     ("llama3", "orchmoe", "token", "all", True, "aot_eager"),
-    ("v1.1", "orchmoe", "none", "q", False, "inductor"),
+    ("v1.1", "lora", "sample", "q", False, "inductor"),
 ]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
 

@@ -129,11 +129,11 @@ def test_the_output_of_an_adapted_linear_may_be_changed_in_place(change, size):
     def twin(mix):
         torch.manual_seed(0)
         base = torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(D, D_OUT))).double()
-        config = orchmoe.OrchMoEConfig(router="none", targets=("q",), alpha=3.0)
-        adapters = orchmoe.attach(base, config, mix)
+        config = orchmoe.OrchMoEConfig(targets=("q",), alpha=3.0)
+        adapters = orchmoe.attach(base, config, mix).double()
         torch.nn.init.normal_(base.q.skill_B)
         x = torch.randn(size, dtype=torch.float64, requires_grad=True)
-        with adapters.routed():
+        with adapters.routed(w=torch.ones(8) / 8):
             y = base.q(x)
             y = IN_PLACE[change](y)
             return y, *torch.autograd.grad(

@@ -185,7 +185,7 @@ def test_relaxed_bernoulli_noise_enters_as_stated():
 
 
 def test_weights_with_noise_belong_to_their_samples():
-    for router, w in (("sample", torch.rand(5)), ("none", None), ("token", None)):
+    for router, w in (("sample", torch.rand(5)), ("token", None)):
         adapters, x = small(gumbel=True, router=router), random(3, 5, 16)
         assert adapters.eval().route(x, w=w).shared
         routing = adapters.train().route(x, w=w)
@@ -293,10 +293,10 @@ def test_one_hot_w_is_poly_with_mixed_outputs(small_t5, router):
     assert_linears(attached(small_t5, router=router), poly, w=F.one_hot(task, 5))
 
 
-def test_router_none_is_the_mean_row_for_every_sample():
-    adapters = small(router="none")
-    mean_row = adapters.allocation_weights()[0].mean(1)  # (N,S)
-    torch.testing.assert_close(adapters.route().c[:, 0], mean_row, **EXACT)
+def test_one_abstract_task_is_no_routing():
+    adapters, x = small(abstract_tasks=1), random(3, 5, 16)
+    row = adapters.allocation_weights()[0]  # (N,1,S)
+    torch.testing.assert_close(adapters.route(x).c, row.expand(-1, 3, -1), **EXACT)
 
 
 # -------------------------------------------------------------------------------------- invariances
@@ -450,20 +450,6 @@ def test_an_exported_program_does_not_keep_the_routing_of_a_batch(record):
     torch.testing.assert_close(record(RoutedInside(model), x)(other), expected, **EXACT)
     with adapters.routed(w=torch.rand(5)):  # all inputs have the same weights
         torch.testing.assert_close(record(model, x)(other), model(other), **EXACT)
-
-
-@pytest.mark.parametrize("options", [{}, {"w": torch.rand(4, 5)}])
-def test_vmap_is_refused_where_it_hides_the_samples(options):
-    """With B = L the weights of samples would be taken for those of tokens."""
-    adapters, x = small(), random(4, 4, 16)
-    model = adapters.module
-    with adapters.routed(x, **options):
-        for function in (model, torch.func.grad(lambda row: model(row).sum())):
-            with pytest.raises(ValueError, match="vmap hides samples"):
-                torch.vmap(function)(x)
-        torch.func.grad(lambda batch: model(batch).sum())(x)
-    with adapters.routed(w=torch.rand(5)):  # no sample has weights of its own
-        torch.testing.assert_close(torch.vmap(model)(x), model(x), **EXACT)
 
 
 def test_with_beams_no_sample_can_be_dropped():
