@@ -13,7 +13,7 @@ Test: pytest tests/unit/test_kernels.py tests/unit/test_compile.py
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -213,8 +213,27 @@ def mix_heads(
 
 # ------------------------------------------------------------------------------------ compilation
 
+# `compile_blocks` hands every call of a block to one BlockCompiler. A call runs compiled if
+#   1. `compiles_well` says that its inputs are worth a graph,
+#   2. no block of this model has failed to compile so far, and
+#   3. torch can compile it. If not, all blocks that have not run compiled stay uncompiled.
+# Otherwise the block runs as it is. `BlockCompiler.call` is these three steps.
 
-def compiles_well(*inputs: Any) -> bool:
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
+
+    The first input of a block must be x (B,L,D). Evaluation and generation stay uncompiled. If
+    torch cannot compile a block, training goes on uncompiled after one warning. Copies of the model
+    are not compiled. Settings of torch change only while a compiled block runs.
+    """
+    compiler = BlockCompiler(backend)
+    for block in blocks:
+        # nn.Module.__call__ calls this in place of _call_impl. nn.Module.compile sets it, too.
+        block._compiled_call_impl = partial(compiler.call, block)
+
+
+def compiles_well(values: Sequence[Any]) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
     torch makes a graph for each combination of: kind of block, one row or several, one token or
@@ -222,22 +241,22 @@ def compiles_well(*inputs: Any) -> bool:
     evaluation and in the first block of an adapted model, run uncompiled. That leaves two graphs
     for each kind.
     """
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    tensors = [value for value in values if isinstance(value, Tensor)]
     lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]
     return len(lengths) > 0 and tensors[0].requires_grad and min(lengths) > 1
 
 
-def reason_not_to_compile(inputs: list[Any]) -> str:
-    """Return why a block with these inputs should not be compiled, or ""."""
-    for value in inputs:
+def reason_not_to_compile(values: Sequence[Any]) -> str:
+    """Return why a block with these inputs must not be compiled, or ""."""
+    for value in values:
         if hasattr(value, "get_seq_length"):  # a cache of transformers
             # Each block writes to its own part of the cache, so each would need a graph.
             return f"a block got a {type(value).__name__}; call the model with use_cache=False"
     return ""
 
 
-class CompiledBlocks:
-    """Run blocks compiled, until torch cannot compile one. See `compile_blocks`."""
+class BlockCompiler:
+    """Run the blocks of one model compiled, until torch cannot compile one."""
 
     def __init__(self, backend: str):
         self.compiled = torch.compile(
@@ -251,21 +270,23 @@ class CompiledBlocks:
         self.different_sizes = torch.fx.experimental._config.patch(use_duck_shape=False)
         # A float, such as the scale, is a constant. As an input it would be computed on the CPU.
         self.constant_floats = torch._dynamo.config.patch(specialize_float=True)
-        # Backward is compiled at once, so that `run` meets its errors, too.
+        # Backward is compiled at once, so that its errors are met in `call`, too.
         self.early_backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
 
-        self.failed = False
+        self.has_failed = False
         # The blocks that ran compiled. They stay so even if another fails: checkpointing runs them
         # again in the backward pass, and must get the same tensors.
         self.have_run = set()
 
-    def run(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    def call(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
         """Return the output of a block, compiled if that is possible."""
+        # 1. Is this call worth a graph?  2. Has no block failed?
         values = [*inputs, *options.values()]
-        may_compile = not self.failed or block in self.have_run
-        if not (may_compile and compiles_well(*values)):
+        may_compile = not self.has_failed or block in self.have_run
+        if not (may_compile and compiles_well(values)):
             return block._call_impl(*inputs, **options)
 
+        # 3. Can torch compile it?
         reason = reason_not_to_compile(values)
         if not reason:
             errors = torch._dynamo.exc
@@ -277,25 +298,11 @@ class CompiledBlocks:
             except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
                 reason = repr(error)
 
-        self.have_run.discard(block)
-        if not self.failed:
+        if not self.has_failed:
             warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=2)
-        self.failed = True
+        self.has_failed = True
+        self.have_run.discard(block)
         return block._call_impl(*inputs, **options)
-
-
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
-
-    The first input of a block must be x (B,L,D). Blocks run compiled only where `compiles_well`
-    says so; evaluation and generation stay uncompiled. If torch cannot compile a block, that block,
-    and every block that has not run compiled yet, runs uncompiled from then on. One warning says
-    so. Copies of the model are not compiled. Settings of torch change only while a compiled block
-    runs.
-    """
-    compiled_blocks = CompiledBlocks(backend)
-    for block in blocks:
-        block._compiled_call_impl = partial(compiled_blocks.run, block)  # as nn.Module.compile does
 
 
 def require_compiler(device: torch.device) -> None:
