@@ -1,6 +1,7 @@
-"""What people read: drawing, table of memory and progress bars."""
+"""What people read: equations, drawing, table of memory and progress bars."""
 
 import multiprocessing
+import re
 import sys
 
 import pytest
@@ -12,6 +13,32 @@ from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
 from support import program
+
+# -------------------------------------------------------------------------------------- equations
+
+# The beginnings of the lines to which README links, in the order of its table.
+EQUATIONS = (
+    "X = F.rms_norm(",
+    "X_hat = P @ X + X",
+    "return masked_mean(X_hat, mask)",
+    "x_hat = (x_hat - self.mu) / self.sd",
+    "logits = F.linear(x_hat, self.W_task",
+    "return F.logsigmoid(Z).softmax(",
+    "c = torch.einsum(",
+    "mixed = (h * c) @ B",
+)
+
+
+def test_equations_of_the_readme_link_to_their_lines():
+    """If this fails, give the links the numbers that are expected."""
+    expected = []
+    lines = (ROOT / "orchmoe.py").read_text(encoding="utf-8").splitlines()
+    for start in EQUATIONS:
+        numbers = [n for n, line in enumerate(lines, 1) if line.strip().startswith(start)]
+        expected.append(numbers[0])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [int(number) for number in re.findall(r"\(orchmoe\.py#L(\d+)\)", readme)] == expected
+
 
 # ------------------------------------------------------------------------------- drawing and table
 

@@ -165,7 +165,9 @@ for path in FILES:
 
 
 def anchors(page: Path) -> list[str]:
-    """Return the names by which links reach the headings of a page."""
+    """Return the names by which links reach the headings of a page, or the lines of a program."""
+    if page.suffix == ".py":
+        return [f"L{n + 1}" for n in range(len(page.read_text(encoding="utf-8").splitlines()))]
     if page.suffix == ".html":
         return re.findall(r' id="([^"]+)"', page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
