@@ -279,7 +279,7 @@ def fingerprint(folder: str | Path) -> str:
     """Return 16 hex digits that tell one base from another, in whatever files it is stored.
 
     They cover the config and, of each tensor, name, dtype, shape and up to 1,024 evenly spaced
-    values. SECURITY.md says why not all values.
+    values. They detect mistakes, not malice.
     """
     backbone = mapped(folder)
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())

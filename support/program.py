@@ -30,9 +30,6 @@ from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
 ROOT = Path(__file__).resolve().parents[1]
-# In bytes; they bound the memory that a damaged or hostile file can take.
-LARGEST_JSON = 2**28
-LARGEST_LINE = 10**6  # of a JSONL file
 # What helps if the folder of a model does not exist.
 DOWNLOAD = (
     "name a local folder, nothing is downloaded here; "
@@ -161,12 +158,9 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 
 
 def read_json(path: str | Path) -> dict:
-    """Return the JSON object in `path`. Raise UserError if it holds none, or is too large."""
-    with reading(path), open(path, "rb") as file:
-        content = file.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        value = json.loads(content.decode("utf-8-sig"))
+    """Return the JSON object in `path`. Raise UserError if it holds none."""
+    with reading(path), open(path, encoding="utf-8-sig") as file:
+        value = json.load(file)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
@@ -175,19 +169,14 @@ def read_json(path: str | Path) -> dict:
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
     """Yield each object of a JSONL file: the words "path, line N", the number N, and the object.
 
-    Raise UserError with the number of a line that is too long or no JSON object. Empty lines are
-    skipped.
+    Raise UserError with the number of a line that is no JSON object. Empty lines are skipped.
     """
-    number = 0
     with open(path, "rb") as file:
-        while line := file.readline(LARGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
             location = f"{path}, line {number}"
             with reading(location, "repair the line"):
-                if len(line) > LARGEST_LINE:
-                    raise ValueError(f"longer than {LARGEST_LINE} bytes")
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")

@@ -179,7 +179,6 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "there is no prompt or instruction": {"text": "a"},
     "there is no completion or output or response": {"prompt": "a"},
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
-    "longer than 1000000 bytes": b'{"prompt": "%s", "completion": "b"}' % (b"a" * 10**6),
     "not a JSON object": 3,
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
     "messages, .* SFTTrainer, see docs/use.md, or write each": {"messages": []},
