@@ -259,24 +259,26 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
 
 
 def _compare_sources(examples: dict[str, list[Example]], config: DataConfig) -> None:
-    """Compare the rows of a JSONL file that do not train with those that do, by their tokens.
+    """Leave out rows of a JSONL file that are held out, but have the tokens of rows that are used.
 
-    Different texts may have equal tokens, as when they are cut. Such rows are left out of "dev" and
-    "seen". In "test" they are only counted.
+    Training uses "train", and "dev" chooses the weights. Different texts may have equal tokens, as
+    when they are cut. Rows of "dev" and "seen" are left out, and those of "test" only counted.
     """
-    trained = {example.source_ids.tobytes() for example in examples.get("train", ())}
+    used = {example.source_ids.tobytes() for example in examples.get("train", ())}
+    used_by = "training rows"
     for set_name in ("dev", "seen", "test"):
         of_set = examples.get(set_name, [])
-        untrained = [e for e in of_set if e.source_ids.tobytes() not in trained]
-        equal = len(of_set) - len(untrained)
-        if equal == 0:
-            continue
-        problem = f"{equal} of {len(of_set)} {set_name} rows have the tokens of training rows"
-        if set_name == "test":
+        others = [e for e in of_set if e.source_ids.tobytes() not in used]
+        equal = len(of_set) - len(others)
+        problem = f"{equal} of {len(of_set)} {set_name} rows have the tokens of {used_by}"
+        if equal > 0 and set_name == "test":
             program.warn(f"{config.test}: {problem}, so they are not unseen")
-        else:
+        elif equal > 0:
             program.warn(f"{config.data}: {problem} and are left out")
-            examples[set_name] = untrained
+            examples[set_name] = others
+        if set_name == "dev":
+            used |= {example.source_ids.tobytes() for example in others}
+            used_by = "training or dev rows"
 
 
 def load_sets(
@@ -286,8 +288,9 @@ def load_sets(
 
     In a folder, each training task gives "train", "dev" and "seen", and each test task "test", see
     tasks.sni_rows. A JSONL file gives "train", "dev" and "seen", and the file --test gives "test",
-    see tasks.jsonl_rows; a row of "dev" or "seen" is left out if its source has the tokens of a
-    training row. Raise UserError for bad files. Whoever needs a set takes it with `require_set`.
+    see tasks.jsonl_rows; a row of "dev" is left out if its source has the tokens of a row of
+    "train", and a row of "seen" if it has those of a row of "train" or "dev". Raise UserError for
+    bad files. Whoever needs a set takes it with `require_set`.
 
     only_test: read no training tasks of a folder, since tokenising all takes minutes.
     """

@@ -30,6 +30,11 @@ from support.program import UserError, require_text
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 NO_TASK = "-"  # the task of a row without one
+# Fields of a row of JSONL, by what they hold.
+SOURCES = ("prompt", "instruction")
+INPUTS = ("input", "context")
+ANSWERS = ("completion", "output", "response")
+FIELDS = {*SOURCES, *INPUTS, *ANSWERS, "task", "id"}
 
 
 @dataclass(frozen=True)
@@ -364,11 +369,15 @@ def sni_rows(files: dict[str, list[Path]], tokenizer: Any, config: DataConfig) -
 # ------------------------------------------------------------------------------------ rows of JSONL
 
 
-def _only_field(fields, *names):
+def _only_field(fields, names):
     """Return the one of these names that the fields of a row have."""
     found = [name for name in names if name in fields]
     if not found:
-        raise ValueError(f"there is no {' or '.join(names)}")
+        problem = f"there is no {' or '.join(names)}"
+        others = [f"{name!r:.20}" for name in fields if name not in FIELDS]
+        if others:
+            problem += f", but {' and '.join(others[:3])}; name them prompt and completion"
+        raise ValueError(problem)
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]}: give one of them")
     return found[0]
@@ -395,9 +404,9 @@ def instruction_prompt(instruction: str, text: str) -> str:
 def _parse_row(fields, number, position):
     """Return the Row of the line `number`, which belongs to no set yet."""
     fields = {name: value for name, value in fields.items() if value is not None}
-    form = _only_field(fields, "prompt", "instruction")
-    answer = _only_field(fields, "completion", "output", "response")
-    extra = [name for name in ("input", "context") if fields.get(name, "") != ""]
+    form = _only_field(fields, SOURCES)
+    answer = _only_field(fields, ANSWERS)
+    extra = [name for name in INPUTS if fields.get(name, "") != ""]
     if form == "prompt" and extra:
         raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
     if len(extra) > 1:
@@ -541,6 +550,8 @@ def find_files(config: DataConfig) -> dict[str, list[Path]]:
             "train": [train] if train.exists() or not config.test else [],
             "test": [Path(config.test)] if config.test else [],
         }
+    if Path(config.data).is_file():
+        raise UserError(f"{config.data}: not .jsonl; write one JSON object per line into a .jsonl")
     files = {}
     for list_name, tasks in read_splits(config.data, config.splits).items():
         chosen = sorted(tasks[: config.max_tasks or None])

@@ -23,7 +23,15 @@ from helpers import (
     write_words,
 )
 from support import program
-from tasks import DataConfig, Row, read_task, render_prompt, row_of_question, split_instances
+from tasks import (
+    DataConfig,
+    Row,
+    place_of,
+    read_task,
+    render_prompt,
+    row_of_question,
+    split_instances,
+)
 from tokenizer import load as load_tokenizer
 
 
@@ -93,10 +101,11 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
     left_out = 1200 - sum(len(sets[name]) for name in ("train", "dev", "seen"))
     assert left_out > 5
     counted = 0
-    for warning, name in zip(capsys.readouterr().err.splitlines(), ("dev", "seen"), strict=True):
-        words = warning.partition("own.jsonl: ")[2].split()
+    used_by = {"dev": "training rows", "seen": "training or dev rows"}
+    for warning, name in zip(capsys.readouterr().err.splitlines(), used_by, strict=True):
+        words = warning.partition("own.jsonl: ")[2].split(maxsplit=3)
         assert int(words[2]) == int(words[0]) + len(sets[name])
-        assert words[3:] == f"{name} rows have the tokens of training rows and are left out".split()
+        assert words[3] == f"{name} rows have the tokens of {used_by[name]} and are left out"
         counted += int(words[0])
     assert counted == left_out
 
@@ -106,6 +115,27 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
     refused = "long.jsonl: 0 rows in the set dev, 5 needed; add rows with other prompts"
     with pytest.raises(program.UserError, match=refused):
         data.require_set(load_sets(cut, tiny_words), "dev", cut)
+
+
+def test_seen_and_test_rows_with_the_tokens_of_dev_rows_are_found(tmp_path, tiny_words, capsys):
+    """Prompts that differ in white space have the same tokens, and may be in different sets."""
+    rows = own_rows(5000)  # so many that a prompt has its set by itself
+    of_dev = next(row for row in rows if place_of(row["prompt"]) < "002")
+    ends = (" " * i for i in range(1, 999))
+    copy = next(end for end in ends if "002" <= place_of(of_dev["prompt"] + end) < "006")
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    other = write_rows(tmp_path / "other.jsonl", [of_dev, {"prompt": "Tell.", "completion": "x"}])
+    config = DataConfig(data=str(path), test=str(other))
+    whole = load_sets(config, tiny_words)
+    warning = "other.jsonl: 1 of 2 test rows have the tokens of training or dev rows, so they are"
+    assert warning in capsys.readouterr().err
+
+    write_rows(path, [*rows, of_dev | {"prompt": of_dev["prompt"] + copy}])
+    sets = load_sets(config, tiny_words)
+    assert [len(examples) for examples in sets.values()] == [len(e) for e in whole.values()]
+    count = len(sets["seen"]) + 1
+    warning = f"own.jsonl: 1 of {count} seen rows have the tokens of training or dev rows and are"
+    assert warning in capsys.readouterr().err
 
 
 def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny_words, capsys):
@@ -121,7 +151,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny
     examples = load_sets(config, tiny_words)["test"]
     assert [example.task_index for example in examples] == expected
     warnings = capsys.readouterr().err.splitlines()
-    assert "other.jsonl: 2 of 7 test rows have the tokens of training rows" in warnings[0]
+    assert "other.jsonl: 2 of 7 test rows have the tokens of training or dev rows" in warnings[0]
     assert "other.jsonl: 5 of 7 test rows belong to training tasks" in warnings[1]
     assert len(warnings) == 2
 
@@ -146,6 +176,7 @@ def test_test_rows_need_no_training_rows(tmp_path, tiny_words, capsys):
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))
     assert len(load_sets(config, tiny_words)["test"]) == 1
+    load_sets(DataConfig(data=str(other)), tiny_words)  # the cache tells the two uses apart
     path.unlink()
     sets = load_sets(config, tiny_words)
     assert len(sets["test"]) == 1

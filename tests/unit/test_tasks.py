@@ -176,8 +176,26 @@ def test_read_jsonl_takes_the_usual_fields(tmp_path):
 
 
 BAD_ROWS = {  # what the error says: a line of a JSONL file
-    "there is no prompt or instruction": {"text": "a"},
-    "there is no completion or output or response": {"prompt": "a"},
+    "there is no prompt or instruction, but 'text'; name them prompt and completion": {"text": "a"},
+    "no prompt or instruction, but 'question' and 'answer'; name them prompt and completion": {
+        "question": "a",
+        "answer": "b",
+        "id": 1,
+    },
+    "there is no completion or output or response, but 'answer'; name": {
+        "prompt": "a",
+        "answer": "b",
+    },
+    "but 'b' and 'c' and 'ddddddddddddddddddd; name them prompt and completion; repair": {
+        "prompt": "a",
+        "b": 1,
+        "c": 1,
+        "d" * 999: 1,
+        "e": 1,
+    },
+    "there is no completion or output or response; repair": {"prompt": "a"},
+    "line 2: 'prompt' is given twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+    "Exceeds the limit": b'{"prompt": "a", "completion": "b", "id": ' + b"1" * 5000 + b"}",
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
     "not a JSON object": 3,
     "UnicodeDecodeError": '{"prompt": "\u00e9"}'.encode("latin-1"),
@@ -210,6 +228,21 @@ def test_read_jsonl_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, probl
         read_jsonl(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_refused(tmp_path, encoding):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding=encoding)
+    with pytest.raises(program.UserError, match="line 1: the file is in UTF-16; save it as UTF-8"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("name", ["own.csv", "own.json", "own"])
+def test_a_file_of_another_kind_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("prompt,completion\n")
+    with pytest.raises(program.UserError, match=f"{name}: not .jsonl; write one JSON object per"):
+        find_files(DataConfig(data=str(tmp_path / name)))
 
 
 def test_a_file_without_rows_is_refused(tmp_path):
