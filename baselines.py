@@ -264,8 +264,9 @@ def load_method(text: str) -> str:
     """Load the class that `--method FILE.py:Class` names. Return the name of the method.
 
     `method_class` then finds the class by this name. The name of a built-in method is returned as
-    it is. A run is bound to the content of the file, see run_folder.kind_of. Raise UserError for an
-    unknown name, a file that is not Python, or a class that is not a Method.
+    it is. A run is bound to the content of the file, but not to what the file imports, see
+    run_folder.kind_of. Raise UserError for an unknown name, a file that is not Python, or a class
+    that is not a Method.
 
     This runs the file, so `text` must come from the command line, and never from a saved file.
     """

@@ -4,6 +4,8 @@
 same signature. It treats a frozen Linear and its skills as one function with its own backward.
 `mix_heads` mixes the factors of the skills in each of several heads (MHR).
 `compile_blocks` compiles the blocks of a model for training, with the skills in their graphs.
+Where Hugging Face's package `kernels` is installed, copy this file under another name, or
+transformers imports it in place of the package and fails.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
     kernels.compile_blocks(model.blocks)

@@ -4,6 +4,7 @@ For each prompt the router gives w, the weights of the LoRAs. Without --server t
 transformers and peft. All LoRAs have the same A, so their mixture is one LoRA of the same rank with
 B = sum_k w_k B_k. With --server it comes from a running llama-server of llama.cpp, which weights
 the LoRAs in each request. It must have been started with all LoRAs, in the order of router.json.
+The base is loaded as its folder has it, so answers differ from those of a base in 4 bits.
 
     python -m integrations.serve --served served --base smollm2 --prompt "Hot is not" "Up is not"
     python -m integrations.serve --served served --base smollm2 --server http://localhost:8080 \
@@ -153,12 +154,18 @@ class PeftModel:
 
 
 def ask_llama_server(url, ids, w, max_tokens):
-    """Return the answer of a llama-server to a prompt (L,), with the LoRAs weighted by w (K,)."""
+    """Return the answer of a llama-server to a prompt (L,), with the LoRAs weighted by w (K,).
+
+    Without "cache_prompt": false the server may reuse what it computed with other weights
+    (https://github.com/ggml-org/llama.cpp/issues/26207). "lora": [] would leave all LoRAs on
+    (https://github.com/ggml-org/llama.cpp/issues/28674; seen with llama-cpp-python 0.3.36). To get
+    the answer of the base, list all ids with scale 0.
+    """
     request = {
         "prompt": ids.tolist(),
         "n_predict": max_tokens,
         "temperature": 0,
-        "cache_prompt": False,  # or it may reuse what it computed with other weights
+        "cache_prompt": False,
         "lora": [{"id": k, "scale": scale} for k, scale in enumerate(w.tolist())],
     }
     with program.reading(f"--server {url}", "start llama-server with all LoRAs of router.json"):

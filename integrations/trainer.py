@@ -1,10 +1,14 @@
 """Train OrchMoE's adapters with transformers' Trainer or Seq2SeqTrainer, or with TRL's SFTTrainer.
 
 Copy this file and orchmoe.py into your project. List the mixin before the trainer among the base
-classes. docs/use.md has a whole program and says what does not work.
+classes. docs/use.md has a whole program.
 
     class RoutedSFTTrainer(RoutedTraining, SFTTrainer):
         pass
+
+What does not work: DataParallel, FSDP and DeepSpeed; `lm_head` as a target in SFTTrainer, which
+never calls it; `peft_config`, which freezes the skills; token classification, masked language
+models, labels under another name, and methods that need task ids.
 
 B batch, L length, D width of the embeddings. Test: pytest tests/parity/test_trainer.py
 """
