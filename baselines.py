@@ -294,82 +294,53 @@ def load_method(text: str) -> str:
     return name
 
 
-def fixed_values(*shape: int) -> Tensor:
-    """Return different numbers between -1 and 1, the same in every process."""
-    return torch.arange(math.prod(shape)).sin().view(shape)
-
-
-def fixed_batch(adapters: Adapters) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return the arguments of `route` for two samples: one of task 0, one of an unseen task."""
-    A = next(iter(adapters.linears.values())).skill_A
-    embeddings = fixed_values(2, 3, embedding_width(adapters.module)).to(A)
-    mask = torch.ones(2, 3, dtype=torch.bool, device=A.device)
-    options = {"task_ids": torch.tensor([0, -1], device=A.device)}
-    if adapters.noise_shape is not None:
-        options["noise"] = (fixed_values(2, *adapters.noise_shape) + 1) / 2
-    return [embeddings, mask], options
-
-
-def weights_of(routing: Routing) -> Tensor | None:
-    """Return c (N,B,S) or, if there is no c, Zhat (N,B,K,S)."""
-    if routing.c is None and routing.Zhat is not None:
-        return routing.Zhat.transpose(0, 1)
-    return routing.c
-
-
+@torch.no_grad()
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError unless `route` gives two samples weights as it says in `shared`."""
+    """Raise ValueError unless `route` gives two samples weights, and says truly if they share them.
+
+    Weights of another shape, or of one sample for all, would only make the results wrong.
+    """
     linear = next(iter(adapters.linears.values()))
-    if linear.skill_A.is_meta:  # `route` may look at values
+    A = linear.skill_A
+    if A.is_meta:  # `route` may look at values
         return
-    route = f"{type(adapters.method).__name__}.route"
-    inputs, options = fixed_batch(adapters)
-    routing = adapters.route(*inputs, **options)
-    weights = weights_of(routing)
+    method = type(adapters.method).__name__
+    width = embedding_width(adapters.module)
+    embeddings = torch.linspace(-1, 1, 2 * 3 * width).view(2, 3, width).to(A)  # two samples
+    mask = torch.ones(2, 3, dtype=torch.bool, device=A.device)
+    task_ids = torch.tensor([0, -1], device=A.device)
+    noise = None
+    if adapters.noise_shape is not None:
+        noise = torch.linspace(0, 0.9, 2 * math.prod(adapters.noise_shape))
+        noise = noise.view(2, *adapters.noise_shape)
+
+    def weights_of(samples: slice) -> tuple[Tensor, bool]:
+        """Return c (N,B,S), or Zhat (N,B,K,S) if there is no c, and whether samples share it."""
+        options = {"task_ids": task_ids[samples]}
+        if noise is not None:
+            options["noise"] = noise[samples]
+        routing = adapters.route(embeddings[samples], mask[samples], **options)
+        weights = routing.c
+        if weights is None and routing.Zhat is not None:
+            weights = routing.Zhat.transpose(0, 1)
+        return weights, routing.shared
+
+    weights, shared = weights_of(slice(None))
+    N, B, S = len(adapters.linears), 1 if shared else 2, len(linear.skill_B)
     shape = () if weights is None else tuple(weights.shape)
-    expected = (len(adapters.linears), 1 if routing.shared else 2, len(linear.skill_B))
-    if len(shape) < 3 or (*shape[:2], shape[-1]) != expected:
-        N, B, S = expected
+    if len(shape) < 3 or (*shape[:2], shape[-1]) != (N, B, S):
         raise ValueError(
-            f"{route}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "
-            f"with shared={routing.shared}, got {shape}; weights that all samples share have B = 1 "
+            f"{method}.route: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 "
+            f"samples with shared={shared}, got {shape}; weights that all samples share have B = 1 "
             "and need shared=True"
         )
-    if not (adapters.mixes_by_sample or routing.shared):
-        raise ValueError(f"{route}: with mixes_by_sample=False it must return shared=True")
-    if routing.shared:
-        inputs = [values[1:] for values in inputs]  # only the second sample
-        options = {name: values[1:] for name, values in options.items()}
-        if not torch.equal(weights, weights_of(adapters.route(*inputs, **options))):
-            raise ValueError(
-                f"{route}: with shared=True all samples must have the same weights, but two "
-                "batches got different ones"
-            )
-
-
-@torch.no_grad()
-def probe(adapters: Adapters) -> list[list[float]]:
-    """Return what the method computes from a fixed batch: two numbers for each adapted Linear.
-
-    They are sums of the c of its skills and of their output, each value times a fixed coefficient.
-    They are saved with the weights, so that these are not loaded into a method that has changed.
-    """
-    if not adapters.linears:
-        return []
-    was_training = adapters.training
-    adapters.eval()
-    sums = []
-    inputs, options = fixed_batch(adapters)
-    with adapters.routed(*inputs, **options):
-        for linear in adapters.linears.values():
-            A = linear.skill_A
-            x = fixed_values(2, 3, linear.in_features).to(A)
-            c = linear.skill_c(x)
-            y = linear.skill_mix(x, A, linear.skill_B, c, linear.skill_scale)
-            for values in (c, y):
-                sums.append((values * fixed_values(*values.shape).to(values)).sum())
-    adapters.train(was_training)
-    return torch.stack(sums).view(-1, 2).tolist()
+    if not (adapters.mixes_by_sample or shared):
+        raise ValueError(f"{method}.route: with mixes_by_sample=False it must return shared=True")
+    if shared and not torch.equal(weights, weights_of(slice(1, 2))[0]):
+        raise ValueError(
+            f"{method}.route: with shared=True all samples must have the same weights, but two "
+            "batches got different ones"
+        )
 
 
 # ------------------------------------------------------------------------------ using the methods
@@ -437,6 +408,13 @@ def count_parameters(adapters: Adapters) -> dict[str, int]:
     return counts
 
 
+# Settings that OrchMoE reads with one of its two routers alone.
+READ_WITH_ROUTER = {
+    "sample": {"lr_router", "router_attention", "router_init", "mixing"},
+    "token": {"lr_token_router"},
+}
+
+
 def settings_of_method(method: str | type[Method], router: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
@@ -444,12 +422,8 @@ def settings_of_method(method: str | type[Method], router: str) -> set[str]:
     lr_allocation. `router` matters only to OrchMoE.
     """
     method = method_class(method)
-    settings = method.settings | {f"lr_{kind}" for kind in method.rates.values()}
+    read = method.settings | {f"lr_{kind}" for kind in method.rates.values()}
     if issubclass(method, OrchMoE):
-        if router != "sample":
-            settings -= {"lr_router", "router_attention", "router_init"}
-        if router != "token":
-            settings -= {"lr_token_router"}
-        if router == "token":
-            settings -= {"mixing"}
-    return settings
+        other = "token" if router == "sample" else "sample"
+        read -= READ_WITH_ROUTER[other]
+    return read

@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders and adapter files.
+"""Weights in and out: files of tensors, and Hugging Face folders.
 
 A Hugging Face folder holds config.json and the weights: a safetensors file or a torch file, whole
 or in shards. Each family (t5.py, llama.py) brings its config and a table of rename rules. Loading
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -34,11 +33,6 @@ from t5 import T5
 FAMILIES = {"t5": T5, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 FAMILY_OF_CONFIG = {family.Config: family for family in FAMILIES.values()}
 LARGEST_DEPTH = 1000  # blocks of a model
-# What a pickle of plain tensors names.
-PLAIN_GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
-)
-MORE_THAN_TENSORS = "refused, it is damaged or holds more than plain tensors"
 
 # ----------------------------------------------------------------------------- files of tensors
 
@@ -68,68 +62,19 @@ def write_safetensors(
 
 
 def read_torch(path: str | Path) -> Any:
-    """Return what torch.save wrote: plain tensors in dicts and lists, numbers and strings.
+    """Return what torch.save wrote: tensors in dicts and lists, numbers and strings.
 
-    Tensors are mapped: no value is read before it is used. The file cannot run code, nor claim
-    much more memory than it has bytes.
+    Tensors are mapped: no value is read before it is used. The file cannot run code.
     """
     with program.reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of unusual pickle protocols
-        is_zip = zipfile.is_zipfile(path)
-        with open(path, "rb") as file:
-            if is_zip:
-                _check_archive(file)
-            else:  # the format before torch 1.6, which the oldest T5 files have
-                for _ in range(4):  # three short pickles precede that of the tensors
-                    _check_pickle(file)
+        # Files from before torch 1.6, as the oldest of T5 are, are no zip and cannot be mapped.
+        mmap = zipfile.is_zipfile(path)
         try:
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
             # torch's own message advises to load the file in a way that does run code.
-            raise ValueError(MORE_THAN_TENSORS) from None
-        _check_sizes(value, Path(path).stat().st_size)
-        return value
-
-
-def _check_archive(file):
-    """Raise UserError if a zip file has compressed members, or pickles of more than tensors."""
-    archive = zipfile.ZipFile(file)
-    for member in archive.infolist():
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise UserError("refused, a part of it is compressed")
-        if member.filename.lower().endswith(".pkl"):  # torch reads DATA.PKL, too
-            _check_pickle(archive.open(member))
-
-
-def _check_pickle(file):
-    """Raise UserError if the next pickle of the file names more than plain tensors need.
-
-    torch.load with weights_only allows more, such as bytearray(10**10).
-    """
-    for opcode, name, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(name):
-            raise UserError(MORE_THAN_TENSORS)
-
-
-def _check_sizes(value, file_size):
-    """Raise UserError if tensors have more elements than are stored, as `expand` makes them."""
-    total = 0
-    waiting = [value]
-    seen = set()  # an object may contain itself
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, list | tuple):
-            waiting += item
-        elif isinstance(item, Tensor):
-            total += item.nbytes
-            # T5 has its table under four names.
-            if item.nbytes > item.untyped_storage().nbytes() or total > 4 * file_size:
-                raise UserError("refused, its tensors have more elements than are stored")
+            raise ValueError("refused, it is damaged or holds more than tensors") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -294,34 +239,3 @@ def sampled(weight: Tensor) -> bytes:
     stride = math.ceil(weight.numel() / 1024)
     sample = weight.flatten()[::stride].contiguous()
     return sample.view(torch.uint8).numpy().tobytes()
-
-
-# -------------------------------------------------------------------------------------- adapters
-
-
-def save_adapter(path: str | Path, state: dict[str, Tensor], **info: Any) -> None:
-    """Write adapters as one safetensors file that says what they are.
-
-    info: JSON values. A run gives its method, config, tasks, base and kind, see RunConfig.
-    """
-    content = adapter_bytes(state, **info)
-    with program.atomic_write(path) as file:
-        file.write(content)
-
-
-def adapter_bytes(state: dict[str, Tensor], **info: Any) -> bytes:
-    """Return the content of the file that `save_adapter` writes."""
-    # Copies, because the format refuses a tensor that has two names.
-    copies = {}
-    for name, tensor in state.items():
-        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return safetensors.torch.save(copies, {"adapter": json.dumps(info)})
-
-
-def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Return the state and the info of a file that save_adapter wrote."""
-    path = program.require_path(path, "name the folder of a run that has saved an adapter")
-    state, metadata = read_safetensors(path)
-    with program.reading(path, "this is no adapter of this version; train it again"):
-        info = json.loads(metadata["adapter"])
-        return state, {**info}  # TypeError unless it is a dict

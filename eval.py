@@ -29,6 +29,7 @@ import run_folder
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
+from run_folder import Run
 from support import program, runtime
 from support.program import UserError, require_text
 from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_question
@@ -383,7 +384,7 @@ def answer(
     tokenizer: Tokenizer,
     config: EvalConfig,
     data_config: DataConfig,
-    run_config: run_folder.RunConfig | None,
+    run: Run | None,
 ) -> None:
     """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
     if config.prompt:
@@ -391,7 +392,7 @@ def answer(
     else:
         row = row_of_question(config.ask, config.input, tokenizer, data_config)
         # T5 reads an instruction and a prompt alike.
-        rows_are_prompts = run_config is not None and not run_config.rule.get("instructions", True)
+        rows_are_prompts = run is not None and not run.facts.get("instructions", True)
         if tokenizer.one_row and rows_are_prompts and not config.input:
             program.warn(
                 f"--ask: the rows of {config.run} are whole prompts, and an instruction ends in an "
@@ -417,7 +418,7 @@ def answer(
 def choose_rows(
     config: EvalConfig,
     data_config: DataConfig,
-    run_config: run_folder.RunConfig | None,
+    run: Run | None,
     tokenizer: Tokenizer,
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
@@ -427,42 +428,41 @@ def choose_rows(
     sets = data.load_sets(data_config, tokenizer, only_test=config.split == "test")
     examples = data.require_set(sets, config.split, data_config)
     digest = examples.digest
-    if run_config:
-        list_name = "test" if config.split == "test" else "train"
-        saved = run_config.section(DataConfig, "dataset")
+    if run:
+        is_test = config.split == "test"
+        list_name = "test_tasks" if is_test else "train_tasks"
         names_other_files = any(
-            getattr(data_config, name) != getattr(saved, name) for name in FILE_FIELDS
+            getattr(data_config, name) != getattr(run.settings, name) for name in FILE_FIELDS
         )
-        if list_name == "train" and data_config.is_jsonl:
-            run_config.require_same_split(examples.facts)
+        if data_config.is_jsonl and not is_test:
+            run.require_same(held_out=examples.facts["held_out"])
         if not names_other_files:
-            run_config.require_same(data=run_config.data | {list_name: digest})
-        elif digest != run_config.data.get(list_name):
-            is_test_file = list_name == "test" and data_config.is_jsonl
+            run.require_same(**{list_name: digest})
+        elif digest != run.facts[list_name]:
+            is_test_file = is_test and data_config.is_jsonl
             path = data_config.test if is_test_file else data_config.data
             program.warn(f"{path}: these are not the task files of the run")
-        examples = data.with_task_index(examples, run_config.tasks)
-        if list_name == "test":
+        examples = data.with_task_index(examples, run.facts["tasks"])
+        if is_test:
             data.warn_of_known(examples, data_config)
     return data.subsample(examples, config.limit), digest
 
 
 def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: DataConfig) -> None:
     """Raise UserError for a given flag that would have no effect."""
-    idle = set(data_config.idle)
+    unread = dict.fromkeys(data_config.idle, f"with --data {data_config.data}")
     if config.split != "train":
-        idle.add("train_instances")
+        unread["train_instances"] = f"with --split {config.split}"
     if config.split != "test":
-        idle.add("test")
+        unread["test"] = f"with --split {config.split}"
     if config.ask or config.prompt:
         # Of the data settings only those that build the prompt of a question have an effect.
-        idle |= {"split", "out", "overwrite", "limit", "batch_size", *vars(data_config)}
-        idle -= {"data", "max_source_length", "max_target_length"}
+        names = {"split", "out", "overwrite", "limit", "batch_size", *vars(data_config)}
+        names -= {"data", "max_source_length", "max_target_length"}
+        unread |= dict.fromkeys(names, "with a question")
     else:
-        idle.add("input")
-    given = sorted(flags.keys() & idle)
-    if given:
-        raise UserError(f"{program.flag(given[0])}: it would have no effect here; leave it out")
+        unread["input"] = "without --ask"
+    program.refuse_unread(flags, unread)
 
 
 def evaluate(
@@ -522,10 +522,10 @@ def main() -> None:
     # Settings. A run has its own data settings, which flags override.
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
-    run_config = run_folder.read_config(config.run) if config.run else None
+    run = run_folder.read_run(config.run) if config.run else None
     if config.method:
-        run_folder.load_own_method(run_config, config.method)
-    saved = vars(run_config.section(DataConfig, "dataset")) if run_config else {}
+        run_folder.load_own_method(run, config.method)
+    saved = vars(run.settings.part(DataConfig)) if run else {}
     if "data" in flags:
         program.require_path(flags["data"], "give --data DIR or FILE.jsonl")
         saved = saved | {"test": ""}  # the run's --test belongs to its own --data
@@ -541,7 +541,7 @@ def main() -> None:
         require_new_results(config)
 
     # Where to compute.
-    base_folder = config.model or run_config.training["model"]
+    base_folder = config.model or run.settings.model
     device = runtime.pick_device(config.gpu, config.device, config.dtype, base=base_folder)
     program.print_line(device.description)
 
@@ -550,11 +550,11 @@ def main() -> None:
             device, run_dir=config.run, model=config.model, shard=config.shard
         )
         if is_question:
-            answer(base, adapters, tokenizer, config, data_config, run_config)
+            answer(base, adapters, tokenizer, config, data_config, run)
             return
 
         # Choose the rows, score them, and write the results.
-        examples, digest = choose_rows(config, data_config, run_config, tokenizer)
+        examples, digest = choose_rows(config, data_config, run, tokenizer)
         config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
         predictions, scores = evaluate(base, adapters, examples, tokenizer, config, rules)

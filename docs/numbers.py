@@ -36,8 +36,8 @@ def collect(run: str | Path) -> dict[str, Any]:
     """Return all numbers of the page, as plain JSON values."""
     loaded = explorer.load(run)
     explored = explorer.collect(loaded)
-    explored["hash"] = loaded.run_config.adapter_digest()
-    explored["steps"] = loaded.run_config.training["steps"]
+    explored["hash"] = loaded.run.adapter_digest()
+    explored["steps"] = loaded.run.settings.steps
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
     explored["first"] = first_sample(explored)
@@ -59,8 +59,8 @@ def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
     router = loaded.adapters.router
     trained = {name: value.clone() for name, value in router.state_dict().items()}
     router.bias.data.zero_()
-    config = loaded.run_config.section(train.TrainConfig, "training")
-    train.fit_router(loaded.base, loaded.adapters, loaded.sets["train"], config)
+    settings = loaded.run.settings
+    train.fit_router(loaded.base, loaded.adapters, loaded.sets["train"], settings)
     start = {}
     for kind in ("seen", "unseen"):
         start[kind] = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
@@ -226,7 +226,7 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
     for name, group in trained.items():
         if group:
             norms[name] = torch.cat([parameter.grad.flatten() for parameter in group]).norm()
-    rates = [loaded.run_config.training[f"lr_{name}"] for name in norms]
+    rates = [getattr(loaded.run.settings, f"lr_{name}") for name in norms]
     found["gradients"] = [
         ["", *norms],
         ["norm of the gradient", *decimals(norms.values())],

@@ -133,7 +133,7 @@ def subset(study: Study, name: str, tasks: Sequence[str]) -> str:
     (lists / "test_tasks.txt").write_text("")
     link = folder / "tasks"
     link.unlink(missing_ok=True)  # the data may have moved
-    link.symlink_to(Path(study.settings.dataset.data, "tasks").resolve())
+    link.symlink_to(Path(study.settings.data, "tasks").resolve())
     return str(folder)
 
 
@@ -156,7 +156,7 @@ def tune(study: Study, variants: dict[str, Variant], trials: int) -> dict[str, d
     tuning = Study(changed(study.settings, values), study.device, study.config, study.equal)
     searches = {}
     for name, variant in variants.items():
-        method = changed(study.settings, variant.settings).training.method
+        method = changed(study.settings, variant.settings).method
         read = settings_of_method(method, "sample")
         start = {axis: value for axis, value in START.items() if axis in read}
         trial = functools.partial(tuning.trial, name, variant, scores="dev tasks")
@@ -471,7 +471,7 @@ def main() -> None:
         tune_once(study, FURTHER, trials)
         use_values(study)
     cells = cells_to_make(study, stage)
-    if stage == "first" and cells and cells[0].settings.training.seed == FIRST_SEED:
+    if stage == "first" and cells and cells[0].settings.seed == FIRST_SEED:
         require_repeatable(study, cells[0])
     study.run(cells)
 

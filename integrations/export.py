@@ -149,7 +149,7 @@ def given_routing(config: ExportConfig, K: int) -> Tensor:
 
 def mean_routing(
     config: ExportConfig,
-    run_config: run_folder.RunConfig,
+    run: run_folder.Run,
     base: Backbone,
     adapters: Adapters,
     tokenizer: Tokenizer,
@@ -157,29 +157,28 @@ def mean_routing(
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
         raise UserError("--mean: the run has no router; give --w")
-    data_config = run_config.section(DataConfig, "dataset")
+    data_config = run.settings.part(DataConfig)
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.require_set(data.load_sets(data_config, tokenizer), "dev", data_config)
-    run_config.require_same_split(dev.facts)
-    run_config.require_same(data=run_config.data | {"train": dev.digest})
+    run.require_same(**dev.facts, train_tasks=dev.digest)
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 
-def prompt_rule(run_config: run_folder.RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def prompt_rule(run: run_folder.Run, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return how a run makes the ids of a prompt.
 
     dataset: fields of DataConfig with which data.tokenise makes the ids.
     instructions: whether the rows of the run are instructions. It is null for SNI's form, in which
         a server builds no prompts.
     """
-    config = run_config.section(DataConfig, "dataset")
+    config = run.settings
     return {
         "dataset": {
             "data": ".jsonl" if config.is_jsonl else "sni",
             "max_source_length": config.max_source_length,
         },
-        "instructions": run_config.rule.get("instructions"),
+        "instructions": run.facts.get("instructions"),
         "tokenizer": tokenizer.fingerprint,
     }
 
@@ -220,8 +219,8 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         adapters, facts = attach_saved(config.adapter, config.model)
         base_folder = config.model
     else:
-        run_config = run_folder.read_config(config.run)
-        method = run_config.method
+        run = run_folder.read_run(config.run)
+        method = run.settings.method
         if method not in ("orchmoe", "lora"):
             raise UserError(
                 f"{config.run}: --method {method}: no LoRAs with fixed weights compute the same; "
@@ -230,11 +229,11 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
         if method == "lora" and (config.mean or config.w):
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
         base, adapters, tokenizer = run_folder.load(device, run_dir=config.run, model=config.model)
-        base_folder = config.model or run_config.training["model"]
+        base_folder = config.model or run.settings.model
         facts = {
             "embedding": checkpoint.hf_name(base, "embedding.weight"),
-            "max_new_tokens": run_config.section(DataConfig, "dataset").max_new_tokens,
-            "prompt": prompt_rule(run_config, tokenizer),
+            "max_new_tokens": run.settings.max_new_tokens,
+            "prompt": prompt_rule(run, tokenizer),
         }
 
     # The routing of each LoRA, by the name of its folder. LoRA k has w = 1 for abstract task k.
@@ -246,7 +245,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
     if config.w:
         routings["w"] = given_routing(config, adapters.config.abstract_tasks)
     if config.mean:
-        routings["mean"] = mean_routing(config, run_config, base, adapters, tokenizer)
+        routings["mean"] = mean_routing(config, run, base, adapters, tokenizer)
 
     ranks = VLLM_RANKS if config.pad_rank else ()
     base_name = str(Path(base_folder).resolve())

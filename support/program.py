@@ -295,6 +295,13 @@ def read_flags(
     return values
 
 
+def refuse_unread(flags: Iterable[str], unread: dict[str, str]) -> None:
+    """Raise UserError for a given flag without effect. unread: {field: "with ..."}."""
+    given = sorted(unread.keys() & set(flags))
+    if given:
+        raise UserError(f"{flag(given[0])}: has no effect {unread[given[0]]}; leave it out")
+
+
 def _argparse_options(hint):
     """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
     if hint is bool:

@@ -45,6 +45,7 @@ from experiments.compare.study import (
     file_name,
     pick_device,
     read_study,
+    refuse_unread,
     require_choices,
     share_cores,
 )
@@ -52,6 +53,7 @@ from experiments.compare.tables import markdown, publish, verdicts
 from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
+from tasks import DataConfig
 
 # ------------------------------------------------------------------------------ what is compared
 
@@ -127,13 +129,12 @@ def require_possible(study: Study, rows: dict[str, Variant]) -> None:
     """Raise UserError if a method cannot be attached, such as one that needs the task of a row."""
     for name, row in rows.items():
         cell = study.cell("", name, row, {})
-        _, num_tasks = facts_of(cell.settings.dataset, cell.settings.training.model)
-        base = checkpoint.on_meta(checkpoint.read_config(cell.settings.training.model))
+        settings = cell.settings
+        _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
+        base = checkpoint.on_meta(checkpoint.read_config(settings.model))
         attach_function = attach_with(row.replaced_router, cell.extra_rank)
         with program.checking_settings():
-            attach_function(
-                cell.settings.training.method, base, cell.settings.adapter, num_tasks=num_tasks
-            )
+            attach_function(settings.method, base, settings, num_tasks=num_tasks)
 
 
 def print_plan(
@@ -144,10 +145,10 @@ def print_plan(
     rows: those that run with each seed. tuned: those that are tuned before.
     """
     settings = study.settings
-    sets = data.load_sets(settings.dataset, tokenizers.load(settings.training.model))
+    sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
     for name in ("train", "dev", "seen"):
-        data.require_set(sets, name, settings.dataset)
-    held_out = train.held_out_sets(sets, settings.training.eval_instances)
+        data.require_set(sets, name, settings)
+    held_out = train.held_out_sets(sets, settings.eval_instances)
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
@@ -176,7 +177,7 @@ def print_plan(
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))
     step = seconds_of_a_step(study.cell("", name, rows[name], {}), study.device, sets["train"])
-    minutes = math.ceil(seconds_of_a_run(step, settings.training, held_out) / 60)
+    minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
     program.print_line(
         f"{left} runs of about {minutes} minutes on an otherwise idle machine ({step:.2g} s a "
         f"step), {duration(60 * math.ceil(left / jobs) * minutes)} with {jobs} at a time; if it is "
@@ -186,19 +187,17 @@ def print_plan(
 
 def seconds_of_a_step(cell: Cell, device: runtime.Device, train_set: data.Examples) -> float:
     """Return the seconds that a training step of a cell takes, from its first steps."""
-    config = cell.settings.training
-    base = checkpoint.mapped(config.model).to(device.torch_device, device.dtype)
+    settings = cell.settings
+    base = checkpoint.mapped(settings.model).to(device.torch_device, device.dtype)
     attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
-    adapters = attach_function(
-        config.method, base, cell.settings.adapter, num_tasks=len(train_set.tasks)
-    )
-    optimizer = train.make_optimizer(adapters, config)
-    batch_order = data.BatchOrder(train_set.source_lengths, config.batch_size, config.seed)
+    adapters = attach_function(settings.method, base, settings, num_tasks=len(train_set.tasks))
+    optimizer = train.make_optimizer(adapters, settings)
+    batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []
     for step in range(TIMED_STEPS):
         started.append(time.monotonic())
         batch = train.training_batch(train_set, batch_order, step)
-        train.train_step(base, adapters, optimizer, batch, step, config)
+        train.train_step(base, adapters, optimizer, batch, step, settings)
     return (time.monotonic() - started[1]) / (TIMED_STEPS - 1)  # the first step is slower
 
 
@@ -245,7 +244,7 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
     results = make_cells(study, rows, "methods", {"frozen base": Variant(trains=False)})
 
     first, *others = rows
-    metric = metrics.RULES[study.settings.dataset.metric_rules].description
+    metric = metrics.RULES[study.settings.metric_rules].description
     parts = [markdown(results, reports, metric)]
     for other in others:
         parts.append(verdicts(first, results[first], other, results[other]))
@@ -254,45 +253,44 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
 
 def compare_ablations(study: Study, names: Sequence[str]) -> None:
     """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
-    dataset = study.settings.dataset
-    _, num_tasks = facts_of(dataset, study.settings.training.model)
+    settings = study.settings
+    _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
     chosen = ["default", *(name for name in names or ABLATIONS if name != "default")]
     if not names and num_tasks == 0:
         chosen.remove("told the true task")  # the data do not tell it
-    rows = {name: ablation(name, study.settings.adapter) for name in chosen}
+    rows = {name: ablation(name, settings) for name in chosen}
     require_possible(study, rows)
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
     trained = {name: row for name, row in rows.items() if not row.w}
     print_plan(study, trained, "ablations", tuned)
     reports = study.tune(tuned)
-    adapter = study.cell("", "orchmoe", Variant(), {}).settings.adapter  # with the tuned alpha
-    rows = {name: ablation(name, adapter) for name in chosen}
+    tuned_settings = study.cell("", "orchmoe", Variant(), {}).settings  # with the tuned alpha
+    rows = {name: ablation(name, tuned_settings) for name in chosen}
     results = make_cells(study, rows, "ablations", {})
-    metric = metrics.RULES[dataset.metric_rules].description
+    metric = metrics.RULES[settings.metric_rules].description
     publish(markdown(results, reports, metric), study.results / "ablations.md")
 
 
 def main() -> None:
     flags, study_config, settings = read_study(__doc__, CompareConfig, defaults=DEFAULTS)
     config = program.from_flags(CompareConfig, flags)
-    useless = {"rows": "it goes with --ablations"}
+    unread = {"rows": "without --ablations"}
     if config.ablations:
-        useless = {"methods": "not with --ablations"}
+        unread = {"methods": "with --ablations"}
     if not study_config.tune:
-        useless |= {"trials": "not with --no-tune", "axes": "not with --no-tune"}
-    dataset = settings.dataset
-    useless |= dict.fromkeys(dataset.idle, f"--data {dataset.data} does not use it")
-    for name, why in useless.items():
-        if name in flags:
-            raise UserError(f"{program.flag(name)}: {why}; leave it out")
+        unread |= {"trials": "with --no-tune", "axes": "with --no-tune"}
+    program.refuse_unread(flags, unread)
 
     if config.ablations:
+        either_router = [Variant(), Variant({"router": "token", "mixing": "outputs"})]
+        refuse_unread(flags, study_config, settings, either_router)
         study = Study(settings, pick_device(study_config, settings), study_config, equal={})
         compare_ablations(study, config.rows)
         return
     names = [load_method(text) for text in config.methods]
     require_choices("--methods", names, METHODS | OWN_METHODS)
     rows = {name: Variant({"method": name}) for name in names}
+    refuse_unread(flags, study_config, settings, rows.values())
     equal = {name: row for name, row in rows.items() if name not in OWN_SIZE}
     compare(Study(settings, pick_device(study_config, settings), study_config, equal), rows)

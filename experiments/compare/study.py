@@ -52,6 +52,7 @@ from experiments.compare.search import AXES, Search
 from experiments.compare.sizes import equal_ranks
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
+from run_folder import unread_settings
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
@@ -106,7 +107,11 @@ def read_study(
         if name in flags:
             raise UserError(f"{program.flag(name)}: the study sets this itself; leave it out")
     values = defaults | flags
-    return flags, program.from_flags(StudyConfig, values), train.Settings.from_flags(values)
+    return (
+        flags,
+        program.from_flags(StudyConfig, values),
+        program.from_flags(train.Settings, values),
+    )
 
 
 def all_flags_but(choices: Sequence[str]) -> list[str]:
@@ -124,20 +129,35 @@ def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> 
             raise UserError(f"{flag} {name}: choose, once each, of {', '.join(choices) or 'none'}")
 
 
+def refuse_unread(
+    flags: dict[str, Any],
+    config: StudyConfig,
+    settings: train.Settings,
+    variants: Iterable[Variant],
+) -> None:
+    """Raise UserError for a given setting, or an axis to tune, that no variant reads."""
+    unread = {name: "with what is compared" for name in vars(settings)}
+    for variant in variants:
+        of_variant = unread_settings(changed(settings, variant.settings))
+        unread = {name: why for name, why in unread.items() if name in of_variant}
+    program.refuse_unread(flags, unread)
+    if "axes" in flags:
+        program.refuse_unread(config.axes, unread)
+
+
 def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device:
     """Return the device of a study, and print it."""
-    of_model = settings.training
-    device = runtime.pick_device(config.gpu, config.device, of_model.dtype, base=of_model.model)
+    device = runtime.pick_device(config.gpu, config.device, settings.dtype, base=settings.model)
     program.print_line(device.description)
     return device
 
 
 def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
     """Return settings with other values. Raise UserError for a field that does not exist."""
-    unknown = values.keys() - settings.as_flags().keys()
+    unknown = values.keys() - vars(settings).keys()
     if unknown:
         raise UserError(f"{min(unknown)}: no field of the settings")
-    return train.Settings.from_flags(settings.as_flags() | values)
+    return program.from_flags(train.Settings, vars(settings) | values)
 
 
 # ----------------------------------------------------------------------------------------- cells
@@ -166,7 +186,7 @@ class Cell(NamedTuple):
 
     def made_with(self) -> dict[str, Any]:
         """Return all that the numbers depend on. Fingerprints replace paths."""
-        values = json.loads(json.dumps(self.settings.as_flags()))  # as JSON has them
+        values = json.loads(json.dumps(vars(self.settings)))  # as JSON has them
         for name in run_folder.PATHS:
             values.pop(name, None)
         of_row = {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
@@ -228,12 +248,12 @@ def train_and_score(
     result = {}
     if cell.row.trains:
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
-        if steps_done(cell.folder) < cell.settings.training.steps:
+        if steps_done(cell.folder) < cell.settings.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             options = {"final_scores": False, "attach_function": attach_function}
             if not train.train(cell.settings, device, launch, **options):
                 return None
-        require_promised(cell, run_folder.read_config(cell.folder).data)
+        require_promised(cell, run_folder.read_run(cell.folder).facts)
         if not cell.row.w:
             log = program.read_jsonl(cell.folder / "metrics.jsonl")
             on_dev = [record for _, _, record in log if "dev_loss" in record]
@@ -245,22 +265,28 @@ def train_and_score(
     return result
 
 
-def require_promised(cell: Cell, digests: dict[str, str]) -> None:
+def require_promised(cell: Cell, facts: dict[str, Any]) -> None:
     """Raise UserError unless the tasks that were read are those that the cell says.
 
-    digests: of the sets "train" and, if there are test tasks, "test".
+    facts: the digests of the task files, "train_tasks" and "test_tasks".
     """
-    for part, digest in digests.items():
-        if digest != cell.facts.get(f"{part}_tasks"):
+    for part in ("train", "test"):
+        name = f"{part}_tasks"
+        if facts.get(name, "") != cell.facts.get(name, ""):
             raise UserError(
-                f"{cell.settings.dataset.data}: the {part} rows changed while cells were made; "
+                f"{cell.settings.data}: the {part} rows changed while cells were made; "
                 f"{cell.path} is not saved; start again in another --out"
             )
 
 
+def digests_of(sets: dict[str, data.Examples]) -> dict[str, str]:
+    """Return the digests of the task files of the sets, as `require_promised` takes them."""
+    return {f"{part}_tasks": sets[part].digest for part in ("train", "test") if part in sets}
+
+
 def steps_done(folder: Path) -> int:
-    path = run_folder.RunFolder(folder).progress_path
-    return checkpoint.read_torch(path)["step"] if path.exists() else 0
+    path = folder / "progress.pt"
+    return checkpoint.read_torch(path)["progress"]["next_step"] if path.exists() else 0
 
 
 def tree() -> str:
@@ -283,7 +309,7 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     attach_function: a function like baselines.attach_method. Raise DivergedError if a loss is not
     finite.
     """
-    config = cell.settings.training
+    settings = cell.settings
     result = {}
     if cell.row.trains:
         base, adapters, tokenizer = run_folder.load(
@@ -291,12 +317,12 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
         )
         result["parameters"] = count_parameters(adapters)
     else:
-        base, adapters, tokenizer = run_folder.load(device, model=config.model)
+        base, adapters, tokenizer = run_folder.load(device, model=settings.model)
 
-    sets = data.load_sets(cell.settings.dataset, tokenizer)
-    require_promised(cell, {part: sets[part].digest for part in ("train", "test") if part in sets})
-    held_out = train.held_out_sets(sets, config.eval_instances)
-    options = {"batch_size": config.eval_batch_size}
+    sets = data.load_sets(settings.part(DataConfig), tokenizer)
+    require_promised(cell, digests_of(sets))
+    held_out = train.held_out_sets(sets, settings.eval_instances)
+    options = {"batch_size": settings.eval_batch_size}
     if cell.scores == "dev tasks":
         losses = finite_losses(base, adapters, sets["dev"], "dev", **options)
         result["dev_loss"] = fmean(loss_of_tasks(sets["dev"], losses).values())
@@ -304,9 +330,9 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     dev = held_out.pop("dev")
     if cell.scores == "replicate":
         held_out = {"seen": sets["seen"]}  # all seen instances
-    rules = cell.settings.dataset.metric_rules
+    rules = settings.metric_rules
     for which, examples in held_out.items():
-        w = replaced_w(cell.row.w, config, base, adapters, dev, examples)
+        w = replaced_w(cell.row.w, settings, base, adapters, dev, examples)
         losses = finite_losses(base, adapters, examples, which, w=w, **options)
         if cell.scores == "replicate":
             tasks = {}
@@ -324,7 +350,7 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
                 adapters,
                 examples,
                 tokenizer,
-                max_new_tokens=cell.settings.dataset.max_new_tokens,
+                max_new_tokens=settings.max_new_tokens,
                 w=w,
                 **options,
             )
@@ -533,7 +559,7 @@ class Progress:
 
 def reached(cell: Cell) -> str:
     """Return which step the run of a cell has reached."""
-    steps = cell.settings.training.steps
+    steps = cell.settings.steps
     log = cell.folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
@@ -653,10 +679,7 @@ def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
     tokenizer = tokenizers.load(model)
     sets = data.load_sets(config, tokenizer)
     facts = {"base": checkpoint.fingerprint(model), "tokenizer": tokenizer.fingerprint}
-    for part in ("train", "test"):
-        if part in sets:
-            facts[f"{part}_tasks"] = sets[part].digest
-    return facts, len(data.require_set(sets, "train", config).tasks)
+    return facts | digests_of(sets), len(data.require_set(sets, "train", config).tasks)
 
 
 class Study:
@@ -689,8 +712,8 @@ class Study:
         values: settings of all rows of this stage. Those of the row itself come before them.
         """
         settings = changed(self.settings, values)
-        model = settings.training.model
-        facts, num_tasks = facts_of(settings.dataset, model)
+        model = settings.model
+        facts, num_tasks = facts_of(settings.part(DataConfig), model)
         like = row.like or name
         extra_rank = 0
         if like in self.equal:
@@ -698,20 +721,20 @@ class Study:
             for other, equal in self.equal.items():
                 # alpha does not change the size. Without it equal_ranks can use its cache.
                 of_row = changed(settings, equal.settings | {"alpha": None})
-                rows.append((other, of_row.training.method, of_row.adapter))
+                rows.append((other, of_row.method, of_row.part(OrchMoEConfig)))
             with program.checking_settings():
                 ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
             extra_rank = ranks[like]
         settings = changed(settings, self.best.get(like, {}) | values | row.settings)
 
-        method = settings.training.method
+        method = settings.method
         of_method = {}
         if method in OWN_METHODS:
             of_method["method_file"] = OWN_METHODS[method].kind
         of_device = {"computed": f"{self.device.torch_device.type}, {self.device.dtype}"}
         if self.device.torch_device.type == "cpu":
             of_device["cpu"] = kind_of_cpu()
-        run = row.run.format(seed=settings.training.seed)
+        run = row.run.format(seed=settings.seed)
         return Cell(
             name=name,
             row=row,
@@ -756,10 +779,10 @@ class Study:
         searches = {}
         for name, row in rows.items():
             settings = self.cell("", name, row, {}).settings
-            read = settings_of_method(settings.training.method, settings.adapter.router)
-            known = settings.as_flags()
+            read = settings_of_method(settings.method, settings.router)
+            known = dict(vars(settings))
             if known["alpha"] is None:
-                known["alpha"] = float(settings.adapter.rank)  # which is what None means
+                known["alpha"] = float(settings.rank)  # which is what None means
             start = {axis: known[axis] for axis in self.config.axes if axis in read}
             trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, self.config.trials, trial)

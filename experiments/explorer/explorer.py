@@ -58,7 +58,7 @@ class Loaded(NamedTuple):
     base: Backbone
     adapters: Adapters
     tokenizer: Tokenizer
-    run_config: run_folder.RunConfig
+    run: run_folder.Run
     data_config: DataConfig
     sets: dict[str, data.Examples]  # with "seen" and, if there are other tasks, "unseen"
 
@@ -76,18 +76,17 @@ def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loade
             f"{run_dir}: has no sample router of OrchMoE, so there are no weights of abstract "
             "tasks to show"
         )
-    run_config = run_folder.read_config(run_dir)
-    data_config = run_config.section(DataConfig, "dataset")
+    run = run_folder.read_run(run_dir)
+    data_config = run.settings.part(DataConfig)
     if moved_data:
         data_config = replace(data_config, data=moved_data, test="")
     sets = data.load_sets(data_config, tokenizer)
     data.require_set(sets, "train", data_config)
-    run_config.require_same_split(sets["train"].facts)
-    found = {name: sets[name].digest for name in ("train", "test") if name in sets}
-    run_config.require_same(data=run_config.data | found)
+    found = {f"{name}_tasks": sets[name].digest for name in ("train", "test") if name in sets}
+    run.require_same(**sets["train"].facts, **found)
     if "test" in sets:
         sets["unseen"] = sets["test"]
-    return Loaded(base, adapters, tokenizer, run_config, data_config, sets)
+    return Loaded(base, adapters, tokenizer, run, data_config, sets)
 
 
 # ------------------------------------------------------------------------- the numbers of a page
@@ -97,10 +96,10 @@ def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loade
 def collect(loaded: Loaded) -> dict[str, Any]:
     """Return what a page shows of a run without answers, as plain JSON values."""
     explored = {
-        "run": Path(loaded.run_config.run_dir).name,
+        "run": loaded.run.path.name,
         "linears": list(loaded.adapters.linears),
         "Zhat": rounded(loaded.adapters.allocation_weights()[0]),  # (N,K,S)
-        "sums_to_one": loaded.run_config.adapter["router_norm"] == "softmax",
+        "sums_to_one": loaded.run.settings.router_norm == "softmax",
         "mean_w": {},
         "tasks": [],
         "samples": [],
@@ -112,14 +111,14 @@ def collect(loaded: Loaded) -> dict[str, Any]:
             w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
             if w is None:
                 raise UserError(
-                    f"{loaded.run_config.run_dir}: its method returns no w of each sample, so "
+                    f"{loaded.run.path}: its method returns no w of each sample, so "
                     "there are no weights of abstract tasks to show"
                 )
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):
             add_task(explored, loaded, kind, rows, w)
     if not explored["samples"]:
-        raise UserError(f"{loaded.run_config.run_dir}: its data have no seen and no unseen samples")
+        raise UserError(f"{loaded.run.path}: its data have no seen and no unseen samples")
     return explored
 
 
@@ -463,7 +462,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         if loaded.tokenizer.unknown_id not in example.source_ids:
             name = "right answer"
         warnings.append(f"The {name} has {data.UNKNOWN_CHARACTERS}.")
-    are_instructions = loaded.run_config.rule.get("instructions", False)
+    are_instructions = loaded.run.facts.get("instructions", False)
     if loaded.tokenizer.one_row and are_instructions and not prompt.endswith("\n\n"):
         warnings.append("The prompt does not end in an empty line, as all rows of the run do.")
     warning = " ".join(warnings)
@@ -494,7 +493,7 @@ def main() -> None:
     config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
     program.print_line(f"loading {config.run}")
     if config.method:
-        run_folder.load_own_method(run_folder.read_config(config.run), config.method)
+        run_folder.load_own_method(run_folder.read_run(config.run), config.method)
     loaded = load(config.run, model=config.model, moved_data=config.data)
     try:
         server = Server(loaded, config.port)

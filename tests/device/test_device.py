@@ -127,8 +127,8 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     flags = SMALL | CASES[case]
     method = case.partition(" in ")[0]
     flags["method"] = method if method in METHODS | OWN_METHODS else "orchmoe"
-    settings = train.Settings.from_flags(flags)
-    dtype = getattr(torch, settings.training.dtype.replace("auto", "float32"))
+    settings = train.Settings(**flags)
+    dtype = getattr(torch, settings.dtype.replace("auto", "float32"))
     train_step = train.train_step
     seen = []
 

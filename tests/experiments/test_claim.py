@@ -160,7 +160,7 @@ def test_a_draw_that_was_begun_on_another_cpu_is_left_out(small, tmp_path, monke
     monkeypatch.setattr(claim.Study, "run", lambda study, cells: made.extend(cells))
     out = stage("second", small, tmp_path)
     assert "draw 200 is left out: it was begun on another" in out
-    assert {cell.settings.training.seed for cell in made} == {201}
+    assert {cell.settings.seed for cell in made} == {201}
 
 
 def test_cells_that_differ_when_they_are_made_twice_stop_the_study(small, tmp_path, monkeypatch):

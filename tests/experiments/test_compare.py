@@ -30,6 +30,7 @@ from helpers import run as run_program
 from orchmoe import OrchMoEConfig
 from support import program
 from support.program import UserError
+from tasks import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,8 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
 
     for default in (OrchMoEConfig(), OrchMoEConfig(rank=4, alpha=8.0)):
         row = compare.ablation(name, default)
-        settings = study.changed(train.Settings(adapter=default), row.settings)
-        assert size_and_scales(settings.adapter) == size_and_scales(default)
+        settings = study.changed(train.Settings(**vars(default)), row.settings)
+        assert size_and_scales(settings) == size_and_scales(default)
     differences = [row.replaced_router, row.w, *compare.ABLATIONS[name].settings]
     assert len(list(filter(None, differences))) == (name != "default")
 
@@ -107,7 +108,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(home, monkeypatch):
     folder = home / "task"
     flags = {"max_tasks": 2, "steps": 2, "batch_size": 2, "eval_instances": 4, "train_instances": 8}
     flags |= {"abstract_tasks": 2, "dtype": "float32", "max_source_length": 64}
-    settings = train.Settings.from_flags(flags)
+    settings = train.Settings(**flags)
     attach_function = routers.attach_with("task")
     launch = train.LaunchConfig(out=str(folder), device="cpu")
     assert train.train(settings, CPU, launch, attach_function=attach_function, final_scores=False)
@@ -121,7 +122,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(home, monkeypatch):
         ("train.py", "--start", folder, "--steps", 1, "--max-tasks", 2, "--out", "next", *cpu),
     ):
         error = run_program(name, *arguments, cwd=home, code=2)
-        assert "error: " in error and "kind changed since the run began" in error
+        assert "error: " in error and "method changed since the run began" in error
         assert error.count("\n") == 1
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
@@ -190,7 +191,7 @@ def cell_of(folder, name, **options):
 def base_cell(folder, values):
     """Return a cell that scores the frozen base on the bundled data, with these settings."""
     settings = study.changed(train.Settings(), values)
-    facts, _ = study.facts_of(settings.dataset, settings.training.model)
+    facts, _ = study.facts_of(settings.part(DataConfig), settings.model)
     return cell_of(folder, "a", row=Variant(trains=False), settings=settings, facts=facts)
 
 
@@ -212,7 +213,7 @@ def test_cell_require_same(tmp_path):
     cell.path.unlink()
     cell.folder.mkdir()
     (cell.folder / "config.json").touch()  # a run that nobody knows
-    with pytest.raises(ValueError, match="lora/cell.json: made with method None, not orchmoe"):
+    with pytest.raises(ValueError, match="lora/cell.json: made with abstract_tasks None, not 8"):
         cell.require_same()
 
 
@@ -223,7 +224,7 @@ def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
     lines = [json.dumps({"step": step, "dev_loss": loss}) for step, loss in enumerate((3, 1, 2))]
     (cell.folder / "metrics.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(study, "require_promised", lambda *_: None)
-    monkeypatch.setattr(run_folder, "read_config", lambda _: SimpleNamespace(data={}))
+    monkeypatch.setattr(run_folder, "read_run", lambda _: SimpleNamespace(facts=cell.facts))
     assert study.train_and_score(cell, CPU, None)["dev_loss"] == 1
 
 
@@ -269,7 +270,7 @@ def test_settings_of_a_row_and_of_a_stage_come_before_tuned_ones(tmp_path):
     found = {}
     for stage, values in {"tuned": {}, "given": {"alpha": 2.0}}.items():
         for cell in lora.cells(stage, rows, values, [0]):
-            flags = cell.settings.as_flags()
+            flags = vars(cell.settings)
             found[f"{stage}/{cell.path.name}"] = (flags["alpha"], flags["lr_skills"])
     assert found == {
         "tuned/lora-s0.json": (8.0, 0.5),
@@ -554,13 +555,15 @@ REFUSED = {
     "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--methods lora,nope": "--methods nope: choose, once each, of orchmoe, lora",
-    "--ablations --methods lora": "--methods: not with --ablations",
+    "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
-    "--rows default": "--rows: it goes with --ablations",
-    "--data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
+    "--rows default": "--rows: has no effect without --ablations",
+    "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
-    "--no-tune --trials 3": "--trials: not with --no-tune",
-    "--no-tune --axes alpha": "--axes: not with --no-tune",
+    "--no-tune --trials 3": "--trials: has no effect with --no-tune",
+    "--no-tune --axes alpha": "--axes: has no effect with --no-tune",
+    "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect with what",
+    "--methods lora,poly --gumbel": "--gumbel: has no effect with what is compared",
 }
 
 

@@ -42,8 +42,8 @@ def whole(finished, tmp_path_factory):
 def home(whole, tmp_path, monkeypatch):
     """Return a copy of that folder, whose run has the base and the data of the copy."""
     folder = shutil.copytree(whole, tmp_path / "home")
-    change_config(folder / "run", "training", model=str(folder / "base"))
-    change_config(folder / "run", "dataset", data=str(folder / "data"))
+    change_config(folder / "run", "settings", model=str(folder / "base"))
+    change_config(folder / "run", "settings", data=str(folder / "data"))
     monkeypatch.chdir(folder)
     return folder
 
@@ -72,7 +72,7 @@ def change_tokenizer(home, other):
 
 def change_data(home, _other):
     """Change the output of one row of a training task."""
-    name = read_json(home / "run/config.json")["tasks"][0]
+    name = read_json(home / "run/config.json")["facts"]["tasks"][0]
     path = home / f"data/tasks/{name}.json"
     task = read_json(path)
     task["Instances"][0]["output"] = ["another"]
@@ -80,18 +80,18 @@ def change_data(home, _other):
 
 
 def change_method(home, _other):
-    change_config(home / "run", "training", method="moe-lora")
+    change_config(home / "run", "settings", method="moe-lora")
 
 
 CHANGES = {  # what is changed, which doors must not open then, and what they say
     "nothing": (None, (), ""),
     "base": (change_base, DOORS, "base changed|not the base"),
     "tokenizer": (change_tokenizer, DOORS, "tokenizer changed|the tokenizer in base is another"),
-    "data": (change_data, ("train", "eval", "explorer", "mean"), "data changed"),
+    "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks changed"),
     "method": (
         change_method,
         ("train", "eval", "ask", "explorer", "export", "mean"),
-        "kind changed|method is not the run's|--method moe-lora",
+        "method changed|belongs to another run|--method moe-lora",
     ),
 }
 

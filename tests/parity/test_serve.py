@@ -33,10 +33,9 @@ def home(request, finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     (folder / "base").symlink_to(base)
     shutil.copytree(source / "run", folder / "run")
-    model, adapters, tokenizer = run_folder.load(CPU, run_dir=folder / "run")
+    _, adapters, _ = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
-    config = run_folder.read_config(folder / "run")
-    run_folder.RunFolder(folder / "run").save_best(config, model, adapters, tokenizer)
+    run_folder.read_run(folder / "run").save_best(adapters)
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
     return folder
 

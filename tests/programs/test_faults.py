@@ -24,7 +24,7 @@ import run_folder
 import train
 from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run, trace
 from integrations.peft_folder import load_peft
-from run_folder import RunFolder
+from run_folder import Run
 from support import program
 from tasks import read_task
 from tokenizer import load as load_tokenizer
@@ -90,10 +90,10 @@ def of_folder(read):
 
 
 READERS = {
-    "config.json": of_folder(run_folder.read_config),
+    "config.json": of_folder(run_folder.read_run),
     "model/config.json": of_folder(checkpoint.read_config),
     "pytorch_model.bin": of_folder(checkpoint.read_folder),
-    "adapter.safetensors": checkpoint.load_adapter,
+    "adapter.safetensors": checkpoint.read_safetensors,
     "progress.pt": checkpoint.read_torch,
     "adapter_model.bin": of_folder(load_peft),
     "spiece.model": of_folder(load_tokenizer),
@@ -197,110 +197,67 @@ def test_an_archive_on_several_disks_is_refused(tmp_path):
 # --------------------------------------------------------------------------- hostile run folders
 
 
-def change_adapter(folder, **changes):
-    """Change the metadata of adapter.safetensors."""
-    path = folder / "adapter.safetensors"
-    state, info = checkpoint.load_adapter(path)
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    checkpoint.save_adapter(path, state, **(info | changes))
-
-
-OTHER_ADAPTERS = {
-    "method": "lora",
-    "config": {"alpha": 7},
-    "kind": "OrchMoE, RandomRouter",
-    "tasks": ["task1"],
-    "base": "0" * 16,
-}
-
-
-@pytest.mark.parametrize("name", OTHER_ADAPTERS)
-def test_the_adapter_of_another_run_is_refused(copied, name):
-    path = copied / "adapter.safetensors"
-    change_adapter(copied, **{name: OTHER_ADAPTERS[name]})
-    with refusal(path, f"its {name} is not the run's"):
+def test_the_adapter_of_another_run_is_refused(copied):
+    """The id of its run says that it was made with other settings, base or data."""
+    change_config(copied, "settings", alpha=7)
+    adapter = copied / "adapter.safetensors"
+    with refusal(
+        adapter, "belongs to another run, with other settings, base or data; restore the file"
+    ):
         run_folder.load(CPU, run_dir=copied)
-    info = checkpoint.load_adapter(path)[1]
-    del info[name]
-    checkpoint.save_adapter(path, {}, **info)
-    with refusal(path, "is not the run's"):
-        run_folder.load(CPU, run_dir=copied)
+    error = run(*RESUME, "run", cwd=copied.parent, code=2)
+    assert "run/progress.pt: belongs to another run, with other settings" in error
 
 
 def test_resumed_run_needs_its_own_adapter(copied):
-    scores = (copied / "scores.json").read_bytes()
-    change_adapter(copied, config={"alpha": 7})
-    error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert "run/adapter.safetensors: its config is not the run's; restore the file" in error
-    assert (copied / "scores.json").read_bytes() == scores
+    """A missing or foreign one is noticed before the remaining steps."""
+    path = copied / "adapter.safetensors"
+    state, _ = checkpoint.read_safetensors(path)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    about = {"adapter": json.dumps({"run_id": "0" * 16})}
+    for damage, words in (
+        (lambda: checkpoint.write_safetensors(path, state, about), "belongs to another run"),
+        (path.unlink, "does not exist; restore it, or start a new run"),
+    ):
+        damage()
+        with mock.patch.object(train, "train_step", side_effect=AssertionError):
+            error = run(*RESUME, "run", cwd=copied.parent, code=2)
+        assert f"run/adapter.safetensors: {words}" in error
 
-    # A missing one is noticed before the remaining steps.
-    (copied / "adapter.safetensors").unlink()
-    change_config(copied, "training", steps=9)
-    with mock.patch.object(train, "train_step", side_effect=AssertionError):
-        error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert "run/adapter.safetensors: does not exist; restore it, or start a new run" in error
 
-
-CONFIGS = [  # changed config of the adapters, file that the message names, words of the message
-    ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "Z has shape"),  # a terabyte
+CONFIGS = [  # changed settings, file that the message names, words of the message
+    ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "belongs to"),  # a terabyte
     ({"alpha": 10**400}, "config.json", "alpha"),
     ({"skills": True}, "config.json", "skills: True"),
-    ({"targets": ["z"]}, "config.json", "targets"),
+    ({"targets": ["z"]}, "adapter.safetensors", "belongs to"),
+    ({"seed": "0"}, "config.json", "seed"),
+    ({"method": 3}, "config.json", "method"),
+    ({"lr_router": 10**400}, "config.json", "lr_router|lr-router"),
+    ({"stepz": 8}, "config.json", "no field 'stepz'"),
+    ({"schedule": "cosine"}, "config.json", "schedule"),
+    ({"num_neg": -1}, "config.json", "num-neg"),
+    ({"rank": 0}, "config.json", "rank"),
+    ({"targets": "q"}, "config.json", "targets"),
 ]
 
 
-@pytest.mark.parametrize("change, file, words", CONFIGS)
-def test_adapters_that_do_not_fit_their_config_are_refused(copied, bounded, change, file, words):
-    change_config(copied, "adapter", **change)
-    change_adapter(copied, config=run_folder.read_config(copied).adapter)
+@pytest.mark.parametrize("change, file, words", CONFIGS, ids=str)
+def test_a_run_with_a_bad_setting_is_refused(copied, bounded, change, file, words):
+    change_config(copied, "settings", **change)
     with refusal(copied / file, words):
         run_folder.load(CPU, run_dir=copied)
 
 
-def resumed(folder):
-    return train.read_settings({}, train.LaunchConfig(out=str(folder), resume=True))
-
-
-RUN_FIELDS = [  # values that config.json of a run must not have
-    ("training", "seed", "0"),
-    ("training", "method", 3),
-    ("training", "lr_router", 10**400),
-    ("training", "stepz", 8),
-    ("training", "schedule", "cosine"),
-    ("dataset", "num_neg", -1),
-    ("adapter", "rank", 0),
-    ("adapter", "targets", "q"),
-]
-
-
-@pytest.mark.parametrize("section, field, value", RUN_FIELDS, ids=str)
-def test_a_run_with_a_bad_setting_is_refused(copied, section, field, value):
-    change_config(copied, section, **{field: value})
-    with refusal(copied / "config.json"):
-        resumed(copied)
-
-
-NO_NUMBER = {"seen": {"overall": {"rougeL": "1", "exact_match": "2"}}}
-
-
-@pytest.mark.parametrize("rows", [{"frozen base": 3}, {"start": {"seen": {}}}, {"a": NO_NUMBER}])
-def test_a_run_with_damaged_scores_is_refused(copied, rows):
-    program.write_json(copied / "scores.json", rows)
-    with refusal(copied / "scores.json"):
-        RunFolder(copied).read_scores()
-
-
 def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, home, monkeypatch):
-    lock = RunFolder.lock
+    lock = Run.lock
 
-    def wait_and_lock(folder):
-        shutil.copytree(finished / "run", folder.path)
-        return lock(folder)
+    def wait_and_lock(self):
+        shutil.copytree(finished / "run", self.path)
+        return lock(self)
 
-    monkeypatch.setattr(RunFolder, "lock", wait_and_lock)
-    error = run("train.py", *SHORT, "--out", "run", cwd=home, code=2)
-    assert error.startswith("train.py: error: run: another process wrote it meanwhile")
+    monkeypatch.setattr(Run, "lock", wait_and_lock)
+    error = run("train.py", *SHORT, "--seed", 1, "--out", "run", cwd=home, code=2)
+    assert error.startswith("train.py: error: run/config.json: belongs to another run, with oth")
     for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 

@@ -14,7 +14,7 @@ STEPS = 50
 def test_losses_are_those_of_train(tmp_path):
     """An OrchMoE that was written from the equations alone has the losses of the default run."""
     flags = {"steps": STEPS, "warmup": 10, "eval_every": STEPS, "eval_instances": 10}
-    settings = train.Settings.from_flags(flags | {"dtype": "float32"})
+    settings = train.Settings(**flags, dtype="float32")
     device = runtime.pick_device(device="cpu", dtype="float32")
     train.train(settings, device, train.LaunchConfig(out=str(tmp_path)), final_scores=False)
     expected = [row["loss"] for row in records(tmp_path) if "loss" in row]

@@ -94,7 +94,7 @@ def test_table_has_each_score_under_its_heading(capsys):
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
     all_scores = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
     sizes = {"train": 9, "seen": 40, "unseen": 100}
-    train.print_table(all_scores, run_folder.RunFolder("run"), sizes, "official")
+    train.print_table(all_scores, run_folder.Path("run"), sizes, "official")
     output = capsys.readouterr().out
     names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
     assert f"| model | seen {names} match |\n| --- | --- |" in output
@@ -142,7 +142,7 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         assert len(records(resumed)) == 2  # these steps are run again
         assert not (resumed / "progress.pt").exists()
     else:
-        assert checkpoint.read_torch(resumed / "progress.pt")["step"] == step
+        assert checkpoint.read_torch(resumed / "progress.pt")["progress"]["next_step"] == step
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
     run(*RESUME_RUN, cwd=home)
@@ -150,6 +150,7 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     progress, expected = (checkpoint.read_torch(at / "progress.pt") for at in (resumed, whole))
     progress["log_size"] = expected["log_size"]  # it depends on the digits of the times
+    assert progress.pop("run_id") == expected.pop("run_id")
     torch.testing.assert_close(progress, expected, rtol=0, atol=0)
     for row, expected in zip(records(resumed), records(whole), strict=True):
         assert row | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
@@ -227,8 +228,8 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
 def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     shutil.copytree(ROOT / "sni", tmp_path / "sni")
     shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
-    change_config(copied, "dataset", data=str(tmp_path / "sni"))
-    change_config(copied, "training", model=str(tmp_path / "tiny"))
+    change_config(copied, "settings", data=str(tmp_path / "sni"))
+    change_config(copied, "settings", model=str(tmp_path / "tiny"))
 
     def require_changed(name, *lines):
         for line in lines:
@@ -243,13 +244,13 @@ def test_run_is_bound_to_the_contents_of_its_data_and_base(copied, tmp_path):
     require_changed("base", EVALUATE, RESUME_RUN, start)
 
     # An output in a task file.
-    path = tmp_path / "sni/tasks" / f"{read_json(copied / 'config.json')['tasks'][0]}.json"
+    path = tmp_path / "sni/tasks" / f"{read_json(copied / 'config.json')['facts']['tasks'][0]}.json"
     task = read_json(path)
     task["Instances"][0]["output"] = ["changed"]
     path.write_text(json.dumps(task))
     moved = ["--model", ROOT / "tiny"]
     export = ["integrations/export.py", "--run", "run", "--out", "served", "--mean", *moved]
-    require_changed("data", [*EVALUATE, *moved], [*RESUME_RUN, *moved], export)
+    require_changed("train_tasks", [*EVALUATE, *moved], [*RESUME_RUN, *moved], export)
 
     # A field that SentencePiece does not know: the same pieces in another file.
     with open(tmp_path / "tiny/spiece.model", "ab") as file:
@@ -267,8 +268,8 @@ def test_a_finished_run_without_its_progress_is_not_trained_again(copied):
 
 def test_moved_base_and_data_are_given_with_flags(copied):
     cwd = copied.parent
-    change_config(copied, "training", model="gone")
-    change_config(copied, "dataset", data="gone")
+    change_config(copied, "settings", model="gone")
+    change_config(copied, "settings", data="gone")
     moved = ["--model", ROOT / "tiny", "--data", ROOT / "sni"]
     assert "gone: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
     run(*EVALUATE, *moved, cwd=cwd)
@@ -277,8 +278,8 @@ def test_moved_base_and_data_are_given_with_flags(copied):
 
 
 def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
-    saved = run_folder.read_config(copied)
-    own_data = saved.section(DataConfig, "dataset")
+    saved = run_folder.read_run(copied)
+    own_data = saved.settings.part(DataConfig)
     tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
     program.warn.cache_clear()
@@ -388,24 +389,15 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
 
 def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     """Other data have no ends of sets, and --ask may take the prompt of other data."""
-    saved = dataclasses.asdict(DataConfig(data=str(ROOT / "sni/own.jsonl")))
-    run_config = run_folder.RunConfig(
-        run_dir="run",
-        training={},
-        dataset=saved,
-        adapter={},
-        tasks=("a",),
-        base="",
-        tokenizer="",
-        data={"train": "digest"},
-        kind="",
-        rule={"held_out": ["003", "017"], "instructions": False},
-        start="",
+    saved = run_folder.Run(
+        "run",
+        run_folder.Settings(data=str(ROOT / "sni/own.jsonl")),
+        {"tasks": ["a"], "train_tasks": "digest", "held_out": ["003", "017"]},
     )
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)
     tokenizer = load_tokenizer(ROOT / "tiny")
-    examples, _ = evaluation.choose_rows(config, data_config, run_config, tokenizer)
+    examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
     assert len(examples) == 2
     assert "these are not the task files of the run" in capsys.readouterr().err
 
@@ -423,22 +415,22 @@ def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(c
         model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
     )
     monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
-    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run_config=None)
+    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run=None)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "answer: (empty)",
         "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
     ]
 
 
-def test_question_has_its_instruction_even_if_the_run_trained_without_definitions(copied):
-    change_config(copied, "dataset", definition=False)
+def test_question_has_its_instruction_even_if_the_run_trained_without_definitions(home):
+    run("train.py", *BRIEF, "--no-definition", "--out", "run", cwd=home)
     text = (
         "Definition: Write the first word.\n\n"
         "Now complete the following example -\nInput: lion, June.\nOutput: "
     )
     expected = load_tokenizer(ROOT / "tiny").encode(text)
     question = ["--ask", "Write the first word.", "--input", "lion, June"]
-    assert ids_of_question(*question, cwd=copied.parent) == expected
+    assert ids_of_question(*question, cwd=home) == expected
 
 
 # ----------------------------------------------------------------------------- pages and real data
@@ -490,7 +482,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 2 --batch-size 4 --eval-instances 4 --device cpu --out run"
     run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
-    tasks = program.read_json(home / "run/config.json")["tasks"]
+    tasks = program.read_json(home / "run/config.json")["facts"]["tasks"]
     assert len(tasks) == len(read_splits(sni_dir)["train"])
     assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
 
@@ -543,7 +535,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "train.py --targets ,": "--targets: empty; give a value, or leave it out",
-    "eval.py --run empty": "empty/config.json: RunConfig: adapter is missing; restore the file",
+    "eval.py --run empty": "empty/config.json: KeyError: 'settings'; restore the file, or train",
     "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
@@ -574,17 +566,17 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{ASK} --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
     f"{TINY} --prompt Go --input word": "--prompt: it is a whole prompt; leave out",
     # Flags that have no effect.
-    "train.py --method lora --gumbel": "--gumbel: --method lora does not use it",
-    "train.py --lr-token-router 3": "--lr-token-router: --method orchmoe with --router sample does",
-    "train.py --method lora --lr-skills 0": "--lr-skills: they are all 0, so that nothing trains",
-    f"{TINY} --input word": "--input: it would have no effect here",
-    f"{TINY} --split seen --test x": "--test: it would have no effect here",
+    "train.py --method lora --gumbel": "--gumbel: has no effect with --method lora; leave it",
+    "train.py --lr-token-router 3": "--lr-token-router: has no effect with --method",
+    "train.py --method lora --lr-skills 0": "--lr-skills: 0, so that nothing trains",
+    f"{TINY} --input word": "--input: has no effect without --ask",
+    f"{TINY} --split seen --test x": "--test: has no effect with --split seen",
     "train.py --steps 9 --warmup 9": "--warmup 9: give fewer than --steps 9",
-    "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: --data sni/own.jsonl does not use it",
+    "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with --data",
     "train.py --data sni/own.jsonl --method poly": "--method: Poly routes by task id: every",
-    f"{ASK} --split seen": "--split: it would have no effect here",
-    f"{ASK} --num-pos 1": "--num-pos: it would have no effect here",
-    f"{ASK} --overwrite": "--overwrite: it would have no effect here",
+    f"{ASK} --split seen": "--split: has no effect with a question",
+    f"{ASK} --num-pos 1": "--num-pos: has no effect with a question",
+    f"{ASK} --overwrite": "--overwrite: has no effect with a question",
 }
 
 

@@ -164,8 +164,8 @@ def alone(tmp_path_factory):
 
 
 def assert_same_adapter(folder, expected, atol):
-    state, _ = checkpoint.load_adapter(folder / "adapter.safetensors")
-    expected_state, _ = checkpoint.load_adapter(expected / "adapter.safetensors")
+    state, _ = checkpoint.read_safetensors(folder / "adapter.safetensors")
+    expected_state, _ = checkpoint.read_safetensors(expected / "adapter.safetensors")
     torch.testing.assert_close(state, expected_state, atol=atol, rtol=0)
 
 

@@ -1,8 +1,8 @@
 """Runs that start from a finished run (--start) or from LoRAs (docs/use.md)."""
 
+import json
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +11,12 @@ import checkpoint
 import train
 from helpers import RESUME, ROOT, change_config, interrupted, run, trace, write_lists
 from support.program import read_json
-from tasks import DataConfig
 
 SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
 SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()
 UNFIT = [
-    ("started", "training", {"start": "/else"}),
-    ("poly", "training", {"method": "poly"}),
+    ("started", {"start": "/else"}),
+    ("poly", {"method": "poly"}),
 ]
 
 
@@ -34,10 +33,10 @@ def home(finished, tmp_path_factory):
     unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
     write_lists(folder / "data", [unseen], [])
     (folder / "data/tasks").symlink_to(ROOT / "sni/tasks")
-    for name, section, change in UNFIT:
+    for name, change in UNFIT:
         (folder / name).mkdir()
         shutil.copy(finished / "run/config.json", folder / name)
-        change_config(folder / name, section, **change)
+        change_config(folder / name, "settings", **change)
     return folder
 
 
@@ -60,8 +59,8 @@ def test_only_the_parts_with_a_rate_change(part, home):
     output = run("train.py", *arguments, cwd=home)
     assert f": trains {count:,} parameters" in output
 
-    before, _ = checkpoint.load_adapter(home / "run/adapter.safetensors")
-    after, _ = checkpoint.load_adapter(home / part / "adapter.safetensors")
+    before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
+    after, _ = checkpoint.read_safetensors(home / part / "adapter.safetensors")
     changed = set()
     for name, tensor in before.items():
         if not torch.equal(tensor, after[name]):
@@ -104,19 +103,20 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     for name, number in (("lora-a", 1), ("lora-b", 2)):
         (home / name).symlink_to(f"served/abstract-{number}")
     short = {"steps": 4, "eval_every": 4, "batch_size": 8, "eval_instances": 8, "warmup": 0}
-    few = DataConfig(max_tasks=2, train_instances=16, max_source_length=64)
+    short |= {"max_tasks": 2, "train_instances": 16, "max_source_length": 64}
     original = train.Settings
 
-    def shorter(training, adapter):
-        return original(replace(training, **short), few, adapter)
+    def shorter(**values):
+        return original(**values | short)
 
     monkeypatch.setattr(train, "Settings", shorter)
     names = {}
     exec(snippet, names)
     assert read_json(home / "runs/loras/scores.json").keys() == {"start", "orchmoe"}
 
-    after, metadata = checkpoint.load_adapter(home / "runs/loras/adapter.safetensors")
-    assert metadata["config"]["skills"] == 2 and metadata["config"]["rank"] == 8
+    after, metadata = checkpoint.read_safetensors(home / "runs/loras/adapter.safetensors")
+    config = json.loads(metadata["adapter"])["config"]
+    assert config["skills"] == 2 and config["rank"] == 8
     ours = "encoder.blocks.0.attention.q"
     theirs = "encoder.block.0.layer.0.SelfAttention.q"
     for s, lora in enumerate(names["loras"]):
@@ -133,10 +133,9 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     with interrupted(train, "train_step", 1, KeyboardInterrupt):
         arguments = ["--start", tmp_path / "run", "--data", "data", *SIZES, "--out", "bound"]
         run("train.py", *arguments, cwd=home, code=130)
-    state, info = checkpoint.load_adapter(home / "run/adapter.safetensors")
+    state, metadata = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     changed = {name: tensor + 1 for name, tensor in state.items()}
-    info["probe"] = None  # `changed` computes something else
-    checkpoint.save_adapter(tmp_path / "run/adapter.safetensors", changed, **info)
+    checkpoint.write_safetensors(tmp_path / "run/adapter.safetensors", changed, metadata)
     error = run(*RESUME, "bound", cwd=home, code=2)
     assert "bound: start changed since the run began" in error
 
@@ -144,8 +143,8 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
 # ----------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {  # flags -> beginning of the message
-    "--start run --rank 4": "--rank: is fixed by --start",
-    "--start run --method lora": "--method: is fixed by --start",
+    "--start run --rank 4": "--rank: has no effect with --start",
+    "--start run --method lora": "--method: has no effect with --start",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
     "--resume --out run --start other": "--start other: the run in run has ''",
     "--resume --out started --start run": "--start run: the run in started has '/else",

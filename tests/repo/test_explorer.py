@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import run_folder
 from experiments.explorer import explorer
 from helpers import (
     ROOT,
@@ -569,14 +570,17 @@ def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     assert "give --run" in run(PROGRAM, cwd=finished, code=2)
 
 
-def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied):
-    change_config(copied, "dataset", data="moved")
+def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied, tmp_path):
+    change_config(copied, "settings", data="moved")
     with pytest.raises(UserError, match="moved/splits"):
         explorer.load(copied)
     explorer.load(copied, moved_data=str(ROOT / "sni"))
-    change_config(copied, "data", train="0")
-    with pytest.raises(UserError, match="run: data changed since the run began"):
-        explorer.load(copied, moved_data=str(ROOT / "sni"))
+    shutil.copytree(ROOT / "sni", tmp_path / "sni")
+    task = run_folder.read_run(copied).facts["tasks"][0]
+    with open(tmp_path / f"sni/tasks/{task}.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="run: train_tasks changed since the run began"):
+        explorer.load(copied, moved_data=str(tmp_path / "sni"))
 
 
 def test_a_task_has_the_mean_w_of_all_its_samples(server):

@@ -271,11 +271,10 @@ def test_without_a_compiler_on_is_an_error_before_anything_is_scored(tmp_path, m
 
 def test_the_choice_is_saved_and_only_a_flag_changes_it(copied):
     """A resumed run repeats it, also where `auto` would choose something else."""
-    saved = train.saved_settings(run_folder.read_config(copied))
-    assert saved.training.compile == "off"
+    assert run_folder.read_run(copied).settings.compile == "off"
     launch = train.LaunchConfig(out=str(copied), resume=True)
-    assert train.read_settings({}, launch).training.compile == "off"
-    assert train.read_settings({"compile": "on"}, launch).training.compile == "on"
+    assert train.read_settings({}, launch).compile == "off"
+    assert train.read_settings({"compile": "on"}, launch).compile == "on"
 
 
 def test_the_flag_alone_means_on(monkeypatch):

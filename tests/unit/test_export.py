@@ -71,11 +71,11 @@ def load_run(folder):
 def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, monkeypatch):
     """The mean is that of dev, from the data in its new place."""
     base, adapters, tokenizer = load_run(copied)
-    config = run_folder.read_config(copied).section(DataConfig, "dataset")
+    config = run_folder.read_run(copied).settings.part(DataConfig)
     dev = data.load_sets(config, tokenizer)["dev"]
     _, w = evaluation.measure(base, adapters, dev)
 
-    change_config(copied, "dataset", data="moved")
+    change_config(copied, "settings", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
     arguments = ("--mean", "--data", ROOT / "sni", "--pad-rank")
     run(EXPORT, "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
@@ -135,10 +135,10 @@ def test_program_takes_given_weights(finished, tmp_path):
 
 @pytest.mark.parametrize("facts", [{}, {"instructions": True}, {"instructions": False}])
 def test_a_server_is_told_whether_the_rows_are_instructions(facts, finished):
-    config = run_folder.read_config(finished / "run")
+    saved = run_folder.read_run(finished / "run")
     path = "own.jsonl" if facts else "sni"
-    config = replace(config, dataset=config.dataset | {"data": path}, rule=facts)
-    rule = export.prompt_rule(config, SimpleNamespace(fingerprint="0"))
+    changed = run_folder.Run("run", replace(saved.settings, data=path), saved.facts | facts)
+    rule = export.prompt_rule(changed, SimpleNamespace(fingerprint="0"))
     assert rule["instructions"] == facts.get("instructions")
     assert DataConfig(**rule["dataset"]).is_jsonl == bool(facts)
 
@@ -173,7 +173,7 @@ def test_mistake_prints_one_line(flags, beginning, copied):
     "method, flags, reason", [("moe-lora", "", "no LoRAs"), ("lora", "--w 1", "has no routing")]
 )
 def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, copied):
-    change_config(copied, "training", method=method)
+    change_config(copied, "settings", method=method)
     said = run(EXPORT, *GIVEN.split(), *flags.split(), cwd=copied.parent, code=2)
     assert f"run: --method {method}" in said and reason in said
 

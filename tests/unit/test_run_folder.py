@@ -1,20 +1,22 @@
-"""run_folder.py: the lock, config.json, the log, checkpoints, scores, and new folders."""
+"""run_folder.py: the lock, what a run is bound to, the log, checkpoints, and new folders."""
 
+import json
 import math
 import multiprocessing
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+import checkpoint
 import train
 from baselines import attach_method
-from helpers import records, seeded_generator
+from helpers import PT, check_equal, records, seeded_generator
 from orchmoe import OrchMoEConfig
-from run_folder import RunConfig, RunFolder, new_folder, read_config
+from run_folder import Progress, Run, Settings, new_folder, read_run, unread_settings
 from support import program
 from support.program import UserError
 
@@ -29,7 +31,7 @@ def hold(folder, held):
 
 
 def test_lock_refuses_a_second_process_until_the_first_is_killed(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = Run(tmp_path, Settings(), {})
     context = multiprocessing.get_context("fork")
     held = context.Event()
     first = context.Process(target=hold, args=(folder, held))
@@ -49,7 +51,7 @@ def test_lock_removes_only_half_written_files_of_a_killed_run(tmp_path):
     for path in (half_written, *others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    with RunFolder(tmp_path).lock():
+    with Run(tmp_path, Settings(), {}).lock():
         assert set(tmp_path.rglob("*.tmp")) == set(others)
 
 
@@ -58,13 +60,13 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with RunFolder(tmp_path).lock():
+    with Run(tmp_path, Settings(), {}).lock():
         assert "no lock (Function not implemented)" in capsys.readouterr().err
 
 
 def test_system_without_locks_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.raises(UserError, match="on Windows use WSL"), RunFolder(tmp_path).lock():
+    with pytest.raises(UserError, match="on Windows use WSL"), Run(tmp_path, Settings(), {}).lock():
         pass
 
 
@@ -83,90 +85,110 @@ def test_new_folder_below_a_dangling_link_is_an_error(tmp_path):
         new_folder(f"{tmp_path}/lost/lora")
 
 
-# -------------------------------------------------------------------------------------- config.json
+# --------------------------------------------------------------------------------- what binds a run
+
+FACTS = {
+    "base": "0123",
+    "tokenizer": "4567",
+    "method": "LoRA, NoneType",
+    "tasks": ["task1_a", "task2_b"],
+    "train_tasks": "89ab",
+    "test_tasks": "",
+    "held_out": "",
+    "start": "",
+}
+SETTINGS = Settings(model="tiny", method="lora", data="sni", rank=3, targets=("q",))
 
 
 @pytest.fixture
-def config():
-    return RunConfig(
-        run_dir="",
-        training={"model": "tiny", "method": "lora", "start": ""},
-        dataset={"data": "sni"},
-        adapter={"rank": 2},
-        tasks=("task1_a", "task2_b"),
-        base="0123",
-        tokenizer="4567",
-        data={"train": "89ab"},
-        kind="LoRA, NoneType",
-        rule={},
-        start="",
-    )
+def run(tmp_path):
+    return Run(tmp_path, SETTINGS, FACTS)
 
 
-def test_bind_writes_a_config_with_absolute_paths(config, tmp_path, monkeypatch):
+def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The same base and data may have been somewhere else.
-    RunFolder("run").bind(
-        replace(config, training=config.training | {"model": "elsewhere"}), is_new=True
-    )
-    RunFolder("run").bind(config, is_new=True)
-    assert read_config("run") == replace(
-        config,
-        run_dir="run",
-        training=config.training | {"model": f"{tmp_path}/tiny"},
-        dataset={"data": f"{tmp_path}/sni"},
-    )
+    Run("run", replace(SETTINGS, model="elsewhere"), FACTS).bind()
+    Run("run", SETTINGS, FACTS).bind()
+    saved = read_run("run")
+    places = {"model": f"{tmp_path}/tiny", "data": f"{tmp_path}/sni"}
+    assert saved.settings == replace(SETTINGS, **places)
+    assert saved.facts == FACTS
+    assert saved.run_id == Run("run", SETTINGS, FACTS).run_id
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(config, tmp_path, is_link):
-    folder = RunFolder(tmp_path)
+def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(run, tmp_path, is_link):
     if is_link:
-        folder.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
+        run.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
     else:
-        folder.adapter_path.write_text("an adapter")
-    with pytest.raises(UserError, match=f"^{folder.adapter_path}: exists"):
-        folder.bind(config, is_new=True)
+        run.adapter_path.write_text("an adapter")
+    with pytest.raises(UserError, match=f"^{run.adapter_path}: exists"):
+        run.bind()
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("tasks", ("task1_a",)),
-        ("base", "x"),
-        ("tokenizer", "x"),
-        ("data", {"train": "x"}),
-        ("kind", "LoRA, RandomRouter"),
-        ("rule", {"forms": ["prompt"]}),
-    ],
-)
-def test_bind_refuses_another_base_or_data_and_changes_nothing(config, tmp_path, name, value):
-    folder = RunFolder(tmp_path)
-    folder.bind(config, is_new=True)
-    before = folder.config_path.read_bytes()
+@pytest.mark.parametrize("name", FACTS)
+def test_bind_refuses_another_fact_and_changes_nothing(run, tmp_path, name):
+    run.bind()
+    before = run.config_path.read_bytes()
+    other = Run(tmp_path, SETTINGS, FACTS | {name: "x"})
     with pytest.raises(ValueError, match=f"^{tmp_path}: {name} changed since the run began, from"):
-        folder.bind(replace(config, **{name: value}), is_new=True)
-    assert folder.config_path.read_bytes() == before
+        other.bind()
+    assert run.config_path.read_bytes() == before
+
+
+# Other paths, another start (whose adapter is a fact) and compiled blocks leave the run the same.
+SAME_RUN = {"model": "m", "data": "d", "test": "t", "start": "s", "compile": "on"}
+
+
+@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
+def test_the_id_of_a_run_depends_on_every_setting_but_paths(run, field):
+    value = getattr(SETTINGS, field.name)
+    others = {"router": "token", "router_norm": "none", "router_init": "normal"}
+    others |= {"mixing": "factors", "alpha": 2.0, "targets": ("v",), "train_instances": 5}
+    others |= {"schedule": "constant", "dtype": "bfloat16", "splits": "x", "method": "poly"}
+    other = SAME_RUN.get(field.name, others.get(field.name))
+    if other is None:
+        other = not value if isinstance(value, bool) else value + 1
+    changed = Run(run.path, replace(SETTINGS, **{field.name: other}), FACTS)
+    assert (changed.run_id == run.run_id) == (field.name in SAME_RUN)
+
+
+def test_the_id_of_a_run_depends_on_every_fact(run):
+    ids = {Run(run.path, SETTINGS, FACTS | {name: "x"}).run_id for name in FACTS}
+    assert len(ids - {run.run_id}) == len(FACTS)
+
+
+def test_changed_rows_of_dev_and_seen_have_a_remedy_of_their_own(run):
+    with pytest.raises(UserError, match="rows of dev and seen may have trained; restore --data"):
+        run.require_same(held_out="3 17")
+    with pytest.raises(UserError, match="base changed .*restore it .*--model"):
+        run.require_same(base="x")
 
 
 # ------------------------------------------------------------------------------------------ the log
 
 
-def test_load_progress_cuts_the_log_to_where_it_was_saved(trained, tmp_path, capsys):
-    folder = RunFolder(tmp_path)
-    folder.log(step=0, loss=3.0, entropy=math.nan)
-    folder.save_progress(1, 1.25, *trained(seed=1), torch.rand(3, 8))
-    folder.log(step=1, loss=2.0)
-    with open(folder.log_path, "ab") as file:
+def test_resume_cuts_the_log_to_where_it_was_saved(run, trained, capsys):
+    run.log(step=0, loss=3.0, entropy=math.nan)
+    run.save_progress(Progress(1), *trained(seed=1))
+    run.log(step=1, loss=2.0)
+    with open(run.log_path, "ab") as file:
         file.write(b'{"step": 2, "lo')
-    folder.load_progress(*trained(seed=2), 3)
-    assert records(tmp_path) == [{"step": 0, "loss": 3.0, "entropy": None}]  # JSON has no NaN
+    run.resume(*trained(seed=2))
+    assert records(run.path) == [{"step": 0, "loss": 3.0, "entropy": None}]  # JSON has no NaN
 
     assert not capsys.readouterr().err
-    folder.log_path.unlink()
-    folder.load_progress(*trained(seed=2), 3)
-    assert not folder.log_path.exists()
+    run.log_path.unlink()
+    run.resume(*trained(seed=2))
+    assert not run.log_path.exists()
     assert "metrics.jsonl: lines are missing that were there" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_saved_begins_with_an_empty_log(run, trained):
+    run.log(step=0, loss=3.0)
+    assert run.resume(*trained(seed=1)) is None
+    assert run.log_path.read_bytes() == b""
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -191,86 +213,91 @@ def trained(small_t5):
     return make
 
 
-def change_checkpoint(folder, change):
-    """Rewrite progress.pt: `change` changes its state in place."""
-    state = torch.load(folder.progress_path)
-    change(state)
-    torch.save(state, folder.progress_path)
-
-
-def test_load_progress_restores_weights_and_moments_and_no_settings(trained, tmp_path):
-    folder = RunFolder(tmp_path)
+def test_resume_restores_weights_moments_and_progress(run, trained):
     adapters, optimizer = trained(seed=1)
-    initial_w = torch.rand(3, 8)
-    folder.save_progress(7, 1.25, adapters, optimizer, initial_w)
-    change_checkpoint(
-        folder, lambda state: state["optimizer"]["param_groups"][0].update(eps="x", max_lr=1e9)
-    )
+    saved = Progress(7, math.inf, torch.rand(3, 8))
+    run.save_progress(saved, adapters, optimizer)
     loaded, its_optimizer = trained(seed=2)
-    found = folder.load_progress(loaded, its_optimizer, 3)
+    found = run.resume(loaded, its_optimizer)
     states = [loaded.state_dict(), its_optimizer.state_dict()]
-    expected = [7, 1.25, initial_w, adapters.state_dict(), optimizer.state_dict()]
-    torch.testing.assert_close([*found, *states], expected, rtol=0, atol=0)
+    expected = [vars(saved), adapters.state_dict(), optimizer.state_dict()]
+    torch.testing.assert_close([vars(found), *states], expected, rtol=0, atol=0)
 
 
-def moments(state):
-    return state["optimizer"]["state"][0]
-
-
-OTHER_STATES = {  # changes of progress.pt that keep it a file of tensors
-    "no start": lambda state: state.pop("start_w"),
-    "a start of other examples": lambda state: state.update(start_w=torch.rand(2, 8)),
-    "step as text": lambda state: state.update(step="5"),
-    "weights as a list": lambda state: state.update(weights=[]),
-    "a moment of another shape": lambda state: moments(state).update(exp_avg=torch.zeros(1)),
-    "a missing moment": lambda state: moments(state).pop("exp_avg_sq"),
+DAMAGES = {  # changes of progress.pt that keep it a file of tensors
+    "a list": lambda state: [state],
+    "no id": lambda state: {"progress": state["progress"]},
+    "the id of another run": lambda state: state | {"run_id": "0" * 16},
+    "no progress": lambda state: state | {"progress": None},
+    "unknown progress": lambda state: state | {"progress": {"step": 1}},
+    "weights as a list": lambda state: state | {"adapters": []},
+    "no groups": lambda state: state | {"optimizer": {"state": {}}},
 }
 
 
-@pytest.mark.parametrize("change", OTHER_STATES.values(), ids=OTHER_STATES)
-def test_load_progress_refuses_a_checkpoint_of_something_else(trained, tmp_path, change):
-    folder = RunFolder(tmp_path)
-    folder.save_progress(7, 1.25, *trained(seed=1), torch.rand(3, 8))
-    change_checkpoint(folder, change)
-    with pytest.raises(ValueError, match=f"^{folder.progress_path}: .*; restore the file"):
-        folder.load_progress(*trained(seed=2), 3)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_resume_refuses_a_damaged_or_foreign_file(run, trained, damage):
+    run.save_progress(Progress(7), *trained(seed=1))
+    torch.save(damage(torch.load(run.progress_path)), run.progress_path)
+    with pytest.raises(ValueError, match=f"^{run.progress_path}: .*restore the file, or train"):
+        run.resume(*trained(seed=2))
+
+
+def test_the_best_adapter_says_what_it_is_and_belongs_to_its_run(run, trained):
+    adapters, _ = trained(seed=1)
+    run.save_best(adapters)
+    _, metadata = checkpoint.read_safetensors(run.adapter_path)
+    about = json.loads(metadata["adapter"])
+    assert about["base"] == FACTS["base"] and about["method"] == FACTS["method"]
+    assert OrchMoEConfig(**about["config"] | {"targets": ("q",)}).rank == 3
+    loaded, _ = trained(seed=2)
+    run.load_best(loaded)
+    check_equal(loaded.state_dict(), adapters.state_dict())
+
+    other = Run(run.path, replace(SETTINGS, alpha=7.0), FACTS)
+    with pytest.raises(UserError, match=f"^{run.adapter_path}: belongs to another run, with oth"):
+        other.read_best()
+    checkpoint.write_safetensors(run.adapter_path, {}, PT)
+    with pytest.raises(UserError, match=f"^{run.adapter_path}: KeyError: 'adapter'; restore the"):
+        run.read_best()
 
 
 # ----------------------------------------------------------------------------------------- the rest
 
 
-def test_only_rank_0_writes(config, tmp_path, monkeypatch):
+def test_only_rank_0_writes(run, monkeypatch):
     monkeypatch.setattr(program, "rank", lambda: 1)
-    folder = RunFolder(tmp_path)
-    with folder.lock():
-        folder.bind(config, is_new=True)
-        folder.log(step=0, loss=1.0)
-        folder.save_progress(1, 1.0, None, None)
-        folder.save_best(config, None)
-        folder.add_scores("lora", {})
-    assert not list(tmp_path.iterdir())
+    with run.lock():
+        run.bind()
+        run.log(step=0, loss=1.0)
+        run.save_progress(Progress(), None, None)
+        run.save_best(None)
+        run.add_scores("lora", {})
+    assert not list(run.path.iterdir())
 
 
-@pytest.mark.parametrize("section", ["training", "dataset", "adapter", None])
-def test_config_without_a_field_of_today_is_refused(copied, section):
+@pytest.mark.parametrize("part", ["settings", "facts", None])
+def test_config_without_a_part_or_a_setting_of_today_is_refused(copied, part):
     path = copied / "config.json"
     values = program.read_json(path)
-    fields = values if section is None else values[section]
-    name = sorted(fields)[-1]
-    del fields[name]
+    if part is None:
+        del values["settings"]["gumbel"]
+    else:
+        del values[part]
     program.write_json(path, values)
-    with pytest.raises(UserError, match=f"config.json: .*: {name} is missing; .* older version"):
-        train.saved_settings(read_config(copied))
+    with pytest.raises(UserError, match=f"^{path}: .*; restore the file, or train again"):
+        read_run(copied)
 
 
-def test_scores_without_a_loss_are_read(tmp_path):
-    folder = RunFolder(tmp_path)
-    old = {"seen": {"overall": {"rougeL": 1.0, "exact_match": 2.0}}}
-    nan = {"seen": {"overall": {"rougeL": 1.0, "exact_match": 2.0, "loss": math.nan}}}
-    folder.add_scores("frozen base", old)
-    folder.add_scores("lora", nan)
-    nan["seen"]["overall"]["loss"] = None
-    assert folder.read_scores() == {"frozen base": old, "lora": nan}
-    folder.add_scores("lora", {"seen": {"overall": old["seen"]["overall"] | {"loss": "1"}}})
-    with pytest.raises(UserError, match="loss must be a number, not '1'"):
-        folder.read_scores()
+UNREAD = {
+    "orchmoe": ({}, {"lr_token_router"}, {"gumbel", "lr_router", "mixing"}),
+    "token": ({"router": "token"}, {"lr_router", "router_init", "mixing"}, {"lr_token_router"}),
+    "lora": ({"method": "lora"}, {"gumbel", "lr_allocation", "router"}, {"rank", "lr_skills"}),
+    "jsonl": ({"data": "a.jsonl"}, {"num_pos", "splits"}, {"test"}),
+}
+
+
+@pytest.mark.parametrize("values, unread, read", UNREAD.values(), ids=UNREAD)
+def test_unread_settings(values, unread, read):
+    found = unread_settings(Settings(**values)).keys()
+    assert unread <= found and not read & found
