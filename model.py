@@ -75,16 +75,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def aligned(bias: Tensor) -> Tensor:
     """Return a bias (...,L). On a GPU, lay it out as CUDA's fused attention reads it.
 
-    In this layout the last stride is 1, rows begin at multiples of 8 numbers in memory, and the
-    dtype is the one to which autocast casts. Any other bias would be copied in every block, and
-    compiled blocks would need a graph for each remainder of L.
+    In this layout the last stride is 1, and rows begin at multiples of 8 numbers in memory. Any
+    other bias would be copied in every block, and compiled blocks would need a graph for each
+    remainder of L.
     """
     L = bias.shape[-1]
     if bias.device.type == "cpu":
         return bias
-    dtype = kernels.autocast_dtype(bias.device)
-    if dtype is not None:
-        bias = bias.to(dtype)
     # Also if L % 8 is 0: then rows have a gap behind them for every L, and one graph serves all.
     return F.pad(bias, (0, 8 - L % 8))[..., :L]
 

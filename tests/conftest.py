@@ -81,7 +81,6 @@ def folder_of(variable):
 
 sni_dir = folder_of("SNI_DIR")  # the real Super-NaturalInstructions (tasks/, splits/)
 smollm2_dir = folder_of("SMOLLM2_DIR")  # what `python -m experiments.smollm2 --out DIR` has made
-llama_cpp_dir = folder_of("LLAMA_CPP")  # source of llama.cpp, with build/bin/llama-server
 golden_dir = folder_of("SNI_GOLDEN")  # prompts.jsonl and metrics.jsonl, made with official code
 
 

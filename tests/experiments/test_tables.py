@@ -81,33 +81,6 @@ def test_interval_covers_the_truth(shape, is_named, sds, monkeypatch):
 # --------------------------------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize(
-    "values, half",
-    [
-        (np.full((1, 1), 2.0), math.nan),
-        # One seed: over tasks alone. Their variance is 7.
-        (np.array([[1.0], [2.0], [6.0]]), tables.t_quantile(2) * (7 / 3) ** 0.5),
-        # Mean squares: tasks 10.5, seeds 13.5, rest 3.5, with 2, 1 and 2 degrees of freedom. For
-        # the degrees of freedom those of two seeds count twice: 27.
-        (
-            np.array([[1.0, 3.0], [2.0, 8.0], [6.0, 7.0]]),
-            tables.t_quantile(34**2 / (10.5**2 / 2 + 27**2 + 3.5**2 / 2)) * (20.5 / 6) ** 0.5,
-        ),
-        # Tasks 1.5, seeds 0, rest 4.5. The variance is that of the tasks, 1 degree.
-        (np.array([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), tables.t_quantile(1) * 0.5),
-        # One task: over seeds alone. Their variance is 2.
-        (np.array([[1.0, 3.0]]), tables.t_quantile(1)),
-        # All agree, which does not make them certain.
-        (np.full((4, 3), 0.1), math.nan),
-    ],
-    ids=["one number", "one seed", "by hand", "large rest", "one task", "all agree"],
-)
-def test_interval_of_known_differences(values, half):
-    mean = values.mean()
-    expected = pytest.approx((mean, mean - half, mean + half), nan_ok=True)
-    assert tables.interval(values) == expected
-
-
 @pytest.mark.parametrize("row", ["lora", "HydraLoRA"])
 def test_the_page_of_compare_has_the_differences_of_its_cells(row):
     folder = ROOT / "experiments/results/compare"

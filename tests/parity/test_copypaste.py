@@ -122,24 +122,6 @@ def test_all_leaves_the_output_head_as_it_is(make, wrap):
 
 
 @models
-@torch.no_grad()
-def test_routed_sample_is_as_in_a_model_merged_for_it(make):
-    case = make()
-    names = list(case.base.state_dict())
-    before = case.logits(case.base)
-    adapters = attached(case)
-    with adapters.routed(**case.router_input()) as routing:
-        together = case.logits(case.base)
-    assert routing.w.std(0).max() > 0.05, "all samples are routed alike"
-    for row in ROWS:
-        assert (together[row] - before[row]).abs().max() > 0.1, "the skills change nothing"
-        merged = copy.deepcopy(case.base)
-        merged.skill_adapters.merge(**case.router_input([row]))
-        torch.testing.assert_close(case.logits(merged, [row])[0], together[row], **CLOSE)
-        assert list(merged.state_dict()) == names
-
-
-@models
 def test_routed_sample_is_generated_as_by_the_model_folded_for_it(make):
     case = make()
     adapters = attached(case)
@@ -150,17 +132,6 @@ def test_routed_sample_is_generated_as_by_the_model_folded_for_it(make):
             alone = case.generate([row], num_beams=3)
         assert torch.equal(together[row], alone[0])
     assert len(together.unique(dim=0)) == 3
-
-
-@routers
-@models
-def test_generation_is_the_same_with_and_without_a_cache(make, router):
-    case = make()
-    adapters = attached(case, router)
-    with adapters.routed(**case.router_input()):
-        cached = case.generate()
-        assert torch.equal(case.generate(use_cache=False), cached)
-    assert cached.unique().numel() > 3
 
 
 @pytest.mark.parametrize("method, task", [("mhr", -1), ("c-poly", 2)])
@@ -179,28 +150,6 @@ def test_merge_of_another_method_is_its_routed_model(method, task):
 
 
 # ----------------------------------------------------------------- checkpointing, compile, bfloat16
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-@routers
-@models
-def test_gradient_checkpointing_changes_nothing(make, router):
-    calls = []
-
-    def counted(*arguments):
-        calls.append(1)
-        return orchmoe.mix_skills(*arguments)
-
-    case = make()
-    adapters = attached(case, router, counted)
-    case.base.train()
-    expected = gradients(case, adapters, case.base)
-    once = len(calls)
-    # From version 6, transformers calls it activation_checkpointing_enable.
-    case.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = gradients(case, adapters, case.base)
-    assert len(calls) > 2 * once, "nothing was computed a second time"
-    assert_close(found, expected)
 
 
 @pytest.fixture
@@ -281,27 +230,6 @@ def test_blocks_with_a_cache_run_uncompiled_with_one_warning(kind, fresh_dynamo)
     torch.testing.assert_close(found, expected)
     # T5's encoder has no cache, and stays compiled.
     assert counters["stats"]["unique_graphs"] == (1 if kind == "t5" else 0)
-
-
-@routers
-def test_skills_in_bfloat16_compute_as_in_float32(router):
-    """Each Linear is compared by itself, since a whole model amplifies the rounding of its base."""
-    case = llama()
-    adapters = attached(case, router)
-    case.base.bfloat16()
-    twin = case._replace(base=copy.deepcopy(case.base).float())
-    exact = twin.base.skill_adapters
-    with (
-        torch.no_grad(),
-        adapters.routed(**case.router_input()),
-        exact.routed(**twin.router_input()),
-    ):
-        for name, linear in adapters.linears.items():
-            x = torch.randn(3, 6, linear.in_features, generator=seeded_generator()).bfloat16()
-            y, expected = linear(x), exact.linears[name](x.float())
-            torch.testing.assert_close(linear.skill_c(x), exact.linears[name].skill_c(x.float()))
-            assert y.dtype == torch.bfloat16
-            assert (y - expected).square().mean() < 1e-4 * expected.square().mean(), name
 
 
 # ---------------------------------------------------------------------------- snippets of the pages

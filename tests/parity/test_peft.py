@@ -1,12 +1,7 @@
-"""Compare methods and exported folders with peft, and with llama.cpp where it is installed."""
+"""Compare methods and exported folders with peft."""
 
-import contextlib
-import subprocess
-import sys
-import time
 from collections import OrderedDict
 from functools import partial
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -26,9 +21,7 @@ from helpers import (
     rows_of,
     run,
     seeded_generator,
-    source_of,
 )
-from integrations.export import save_router
 from integrations.peft_folder import linears_by_hf_name, load_peft, save_peft, set_skills
 from orchmoe import OrchMoEConfig
 from support import runtime
@@ -299,46 +292,3 @@ def test_loras_of_peft_become_the_skills(folder, tmp_path):
         adapters.Z.data[:] = torch.tensor(Z)
         with adapters.routed(w=torch.full((2,), 0.5)):
             assert_close(ours(base), theirs(model, name))
-
-
-# --------------------------------------------------------------------------------------- llama.cpp
-
-
-@pytest.mark.slow
-def test_llama_server_answers_as_routed(smollm2_dir, llama_cpp_dir, tmp_path):
-    serve = pytest.importorskip("integrations.serve")
-    base, adapters = load_adapted(smollm2_dir)
-    adapters.fit_router([base.embed(random_ids(20, 7))])
-    names = [f"abstract-{k + 1}" for k in range(K)]
-    table = "model.embed_tokens.weight"
-    facts = {"loras": names, "embedding": table, "prompt": None, "max_new_tokens": 8}
-    save_router(adapters.router, facts, smollm2_dir, tmp_path)
-
-    def convert(kind, folder, *options):
-        program = [sys.executable, llama_cpp_dir / f"convert_{kind}_to_gguf.py", folder]
-        file = tmp_path / f"{folder.name}.gguf"
-        subprocess.run([*program, *options, "--outtype", "f32", "--outfile", file], check=True)
-        return file
-
-    words = [llama_cpp_dir / "build/bin/llama-server", "--port", "8127", "-fa", "off"]
-    words += ["-ctk", "f32", "-ctv", "f32", "-m", convert("hf", smollm2_dir)]
-    for k, name in enumerate(names):
-        save_peft(adapters, torch.eye(K)[k], tmp_path / name, "base")
-        words += ["--lora", convert("lora", tmp_path / name, "--base", smollm2_dir)]
-    tokenizer = load_tokenizer(smollm2_dir)
-    ids = torch.tensor(
-        source_of(tokenizer, "Definition: Name an animal. Input: June, wolf. Output:")
-    )
-    w = serve.Router(tmp_path, smollm2_dir)(ids)
-    with subprocess.Popen(words) as server:
-        try:
-            while server.poll() is None:  # /health is an error until the model is read
-                time.sleep(1)
-                with contextlib.suppress(OSError), urlopen("http://localhost:8127/health"):
-                    break
-            answer = serve.ask_llama_server("http://localhost:8127", ids, w, 8)
-        finally:
-            server.kill()
-    with adapters.routed(base.embed(ids[None])):
-        row = base.generate(ids[None], torch.ones_like(ids[None]), max_new_tokens=8)[0]
-    assert answer.strip() == tokenizer.decode(row.tolist()).strip()

@@ -8,11 +8,8 @@ import json
 import math
 import os
 import re
-import runpy
-import shutil
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -46,7 +43,7 @@ from integrations.trainer import (  # noqa: E402
     prompt_mask,
 )
 from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
-from support.program import UserError, locked_folder, read_json  # noqa: E402
+from support.program import UserError, locked_folder  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -249,7 +246,7 @@ def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
 
 
 def test_checkpointing_and_accumulation_change_nothing(tmp_path):
-    """test_copypaste.py also tests checkpointing in a T5."""
+    """test_model.py tests checkpointing of our own models."""
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     states = []
     for options in ({}, {"gradient_checkpointing": True, **split}):
@@ -275,30 +272,6 @@ def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     trainer.train()
     step_and_evaluation = [True, False, False, False, False]  # of four batches
     assert modes == step_and_evaluation * 2
-
-
-class ScheduleFree(torch.optim.SGD):
-    """It changes the weights in place where an evaluation begins and ends."""
-
-    is_training = False
-
-    @torch.no_grad()
-    def train(self, mode=True):
-        if self.is_training != mode:
-            self.is_training = mode
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.mul_(0.99 if mode else 1 / 0.99)
-
-    def eval(self):
-        self.train(False)
-
-
-def test_an_optimizer_may_change_the_weights_between_training_and_evaluation(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
-    trainer.optimizer_cls_and_kwargs = (ScheduleFree, {"lr": 0.1})
-    trainer.train()
-    assert len(losses(trainer)) == 2
 
 
 # ---- checkpoints ----
@@ -333,25 +306,6 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     check_equal(torch.load(tmp_path / "again" / ADAPTER_FILE)["state"], state_of(whole))
 
 
-def test_best_adapter_is_loaded_at_the_end(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that the first is the best
-        max_steps=2,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
-    )
-    trainer.train()
-    best = torch.load(tmp_path / "checkpoint-1" / ADAPTER_FILE)["state"]
-    last = torch.load(tmp_path / "checkpoint-2" / ADAPTER_FILE)["state"]
-    assert not torch.equal(best["Z"], last["Z"])
-    check_equal(state_of(trainer), best)
-
-
 def fine_tuned(model):
     """Return the model with one weight changed, in a Linear without adapters."""
     model.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] += 1
@@ -378,18 +332,8 @@ def test_checkpoint_that_belongs_to_something_else_is_refused(other, message, tm
         make_trainer(tmp_path, other())._load_from_checkpoint(tmp_path)
 
 
-def test_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.save_model()
-    saved = torch.load(tmp_path / ADAPTER_FILE)
-    del saved["base"]
-    torch.save(saved, tmp_path / ADAPTER_FILE)
-    with pytest.raises(ValueError, match="it has no 'base'.*; train it again"):
-        trainer._load_from_checkpoint(tmp_path)
-
-
 def load_llama(folder, **options):
-    """Return the Llama in `folder`. With options, its Linears are in 4 or 8 bits."""
+    """Return the Llama in `folder`. With options, its Linears are in few bits."""
     more = {}
     if options:
         quantisation = transformers.BitsAndBytesConfig(**options)
@@ -397,16 +341,7 @@ def load_llama(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
 
 
-def test_base_that_torchao_has_quantised_in_place_is_known():
-    quantization = pytest.importorskip("torchao.quantization")
-    models = [make_llama(), make_llama(), fine_tuned(make_llama())]
-    for model in models:
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    first, second, other = map(base_fingerprint, models)
-    assert first == second != other
-
-
-@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}])
 def test_base_is_known_by_all_its_weights_and_in_few_bits_by_its_files(options, tmp_path):
     """Without the files of a quantised base, its packed weights count."""
     pytest.importorskip("bitsandbytes")
@@ -606,23 +541,6 @@ def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
         attach_saved(path, tmp_path / "other")
 
 
-# ---- A quantised base ----
-
-
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-def test_skills_over_a_base_in_8_bits_train(tmp_path):
-    """The program for 7B, below, also saves, loads and generates, over a base in 4 bits."""
-    pytest.importorskip("bitsandbytes")
-    make_llama(width=64).save_pretrained(tmp_path)  # bitsandbytes has blocks of 64 weights
-    model = adapted(load_llama(tmp_path, load_in_8bit=True).bfloat16())
-    trainer = make_trainer(tmp_path, model, max_steps=10, gradient_checkpointing=True)
-    trainer.fit_router()
-    trainer.train()
-    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
-    with pytest.raises(ValueError, match="q_proj"):
-        model.eval().skill_adapters.merge(torch.full((4,), 0.25))
-
-
 # ---- integrations/finetune_7b.py ----
 
 
@@ -640,49 +558,30 @@ def base_folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "base, error",
-    [
-        ("base_folder", None),
-        ("base_folder", KeyboardInterrupt),
-        pytest.param("smollm2_dir", None, marks=pytest.mark.slow),
-    ],
-)
-def test_program_for_7b_trains_stops_resumes_and_answers(base, error, request, tmp_path):
-    """SIGTERM saves the step in which it arrives; after a crash the last checkpoint is left."""
+def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
+    """SIGTERM saves the step in which it arrives. test_resumed_run_... is exact."""
     pytest.importorskip("bitsandbytes")
-    base_folder = request.getfixturevalue(base)
     write_rows(tmp_path / "data.jsonl", TEXT)
     options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"warmup_steps": 0, "learning_rate": 0.03}
 
-    def fine_tune(name, checkpoint=None):
+    def fine_tune(checkpoint=None):
         model, tokenizer = finetune_7b.load_base(base_folder)
         rows = finetune_7b.read_rows(tmp_path / "data.jsonl")
-        transformers.set_seed(0)
-        out = tmp_path / name
+        out = tmp_path / "run"
         finished = finetune_7b.fine_tune(model, tokenizer, rows, out, checkpoint, **options)
         return finished, model, tokenizer
 
-    finished, trained, tokenizer = fine_tune("whole")
-    assert finished
-    with interrupted(finetune_7b.RoutedSFTTrainer, "training_step", 5, error):  # in the third step
-        if error:
-            with pytest.raises(error):
-                fine_tune("run")
-        else:
-            assert not fine_tune("run")[0]
+    with interrupted(finetune_7b.RoutedSFTTrainer, "training_step", 5):  # in the third step
+        assert not fine_tune()[0]
     assert not (tmp_path / "run/adapter.pt").exists()
     (tmp_path / "run/checkpoint-10").mkdir()  # it was not saved whole
     (tmp_path / "run/checkpoint-10/adapter.pt").touch()
-    shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "run/checkpoint-old")  # by the user
     checkpoint = finetune_7b.last_checkpoint(tmp_path / "run")
-    assert checkpoint.name == ("checkpoint-2" if error else "checkpoint-3")
-    assert fine_tune("run", checkpoint)[0]
-    expected, found = [torch.load(tmp_path / name / ADAPTER_FILE) for name in ("whole", "run")]
-    check_equal(found["state"], expected["state"])
-    if error:
-        return
+    assert checkpoint.name == "checkpoint-3"
+    finished, trained, tokenizer = fine_tune(checkpoint)
+    assert finished
+    found = torch.load(tmp_path / "run" / ADAPTER_FILE)
 
     # The program loads the adapters. Answers are as long as the file says.
     assert found["max_new_tokens"] == 127
@@ -725,65 +624,18 @@ def test_program_for_7b_learns_from_one_step_and_a_failed_start_can_be_repeated(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_program_for_7b_refuses_another_base(tmp_path):
-    """All doors: --resume, --ask and integrations/export.py."""
-    pytest.importorskip("bitsandbytes")
-    make_llama(width=64).save_pretrained(tmp_path / "base")
-    fine_tuned(make_llama(width=64)).save_pretrained(tmp_path / "other")
-    for name in ("base", "other"):
-        TOKENIZER.save_pretrained(tmp_path / name)
-    write_rows(tmp_path / "data.jsonl", TEXT)
-    with mock.patch.object(finetune_7b.SaveAndStop, "on_step_end", stop_after_one_step):
-        arguments = ["--model", "base", "--data", "data.jsonl", "--out", "run"]
-        run("integrations/finetune_7b.py", *arguments, cwd=tmp_path, code=130)
-    shutil.copy(tmp_path / "run/checkpoint-1/adapter.pt", tmp_path / "run/adapter.pt")
-
-    refusal = "base changed, from .* to .*; load the base that it was trained on"
-    arguments = ["--model", "other", "--out", "run", "--data", "data.jsonl", "--resume"]
-    said = run_7b(*arguments, cwd=tmp_path, code=2)
-    assert re.match(f"finetune_7b.py: error: run/checkpoint-1/adapter.pt: {refusal}", said)
-    said = run_7b("--model", "other", "--out", "run", "--ask", "a", cwd=tmp_path, code=2)
-    assert re.match(f"finetune_7b.py: error: run/adapter.pt: {refusal}", said)
-
-    arguments = ["--adapter", "run/adapter.pt", "--out", "served", "--model"]
-    said = run("integrations/export.py", *arguments, "other", cwd=tmp_path, code=2)
-    assert "run/adapter.pt: it was trained on other weights; other must be the base" in said
-    run("integrations/export.py", *arguments, "base", cwd=tmp_path)
-    assert read_json(tmp_path / "served/router.json")["max_new_tokens"] == 127
-
-
-def stop_after_one_step(self, args, state, control, **kwargs):
-    control.should_save = True
-    control.should_training_stop = True
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     base_folder, tmp_path, capsys
 ):
     pytest.importorskip("bitsandbytes")
-    cut, lengths = [], []
-
-    class Recorded(finetune_7b.RoutedSFTTrainer):
-        def train(self, **options):
-            for row in self.train_dataset:
-                answer = [label for label in row["labels"] if label != -100]
-                cut.append(answer[-1] != self.processing_class.eos_token_id)
-                lengths.append(len(answer))
-            assert self.max_new_tokens == max(lengths) > 127
-            return super().train(**options)
-
     rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
     rows += [{"prompt": "a", "completion": " b" * 1100}] * 2
     model, tokenizer = finetune_7b.load_base(base_folder)
-    with (
-        mock.patch.object(finetune_7b, "RoutedSFTTrainer", Recorded),
-        pytest.raises(UserError, match="is not finite; lower the learning rates"),
-    ):
+    with pytest.raises(UserError, match="is not finite; lower the learning rates"):
         finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / "run", learning_rate=math.inf)
     said = capsys.readouterr().err
     assert "1 of 19 rows are left out" in said
-    assert sum(cut) == 2 and "2 of 19 rows have more than 1024 tokens and lose the end" in said
+    assert "2 of 19 rows have more than 1024 tokens and lose the end" in said
     assert not list((tmp_path / "run").rglob("adapter.pt"))
 
 
@@ -838,13 +690,6 @@ def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
         said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
     assert said.startswith(f"finetune_7b.py: error: {message}")
     assert not (tmp_path / "new").exists()
-
-
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(finetune_7b.__file__)
-    assert capsys.readouterr().err.endswith("; pip install transformers trl datasets\n")
 
 
 # ---- The page ----

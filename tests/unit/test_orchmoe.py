@@ -154,25 +154,6 @@ def test_linear_is_the_equation_written_out(small_t5, inputs):
     assert_linears(adapters, expected, embeddings=embeddings, mask=inputs.attention_mask)
 
 
-@pytest.mark.parametrize("options", [{}, {"w": torch.rand(5)}])
-def test_mixed_factors_are_the_equation_written_out(small_t5, inputs, options):
-    adapters = attached(small_t5, alpha=6.0, mixing="factors")
-
-    def expected(linear, x, Z, routing):
-        rows = Z.sigmoid() / Z.sigmoid().sum(-1, keepdim=True)  # (K,S)
-        samples = []
-        for b in range(4):
-            w = routing.w if routing.w.dim() == 1 else routing.w[b]
-            c = w.double() @ rows  # (S,)
-            A = sum(c[s] * linear.skill_A[s] for s in range(3))  # (R,D)
-            B = sum(c[s] * linear.skill_B[s] for s in range(3))  # (R,O)
-            samples.append(x[b] @ linear.weight.T + 6.0 / 2 * x[b] @ A.T @ B)
-        return torch.stack(samples)
-
-    embeddings = small_t5.embed(inputs.input_ids)
-    assert_linears(adapters, expected, embeddings=embeddings, mask=inputs.attention_mask, **options)
-
-
 def test_relaxed_bernoulli_noise_enters_as_stated():
     adapters = small(gumbel=True)
     u = torch.rand(4, *adapters.noise_shape, dtype=torch.float64)

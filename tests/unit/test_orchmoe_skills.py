@@ -226,19 +226,6 @@ def test_a_deepcopy_shares_nothing_with_its_original(copied, kind):
     assert not isinstance(twin.q, SkillLinear) and isinstance(base.q, SkillLinear)
 
 
-@pytest.mark.parametrize("method", ["disabled", "folded"])
-def test_a_model_without_its_skills_gives_their_state_but_no_copy(method):
-    base = net()
-    adapters = attached(base)
-    state = adapters.state_dict()
-    with getattr(adapters, method)(**arguments(method)):
-        inside = adapters.state_dict(prefix="p.")
-        assert inside.keys() == {f"p.{name}" for name in state}
-        assert all(torch.equal(inside[f"p.{name}"], value) for name, value in state.items())
-        with pytest.raises(RuntimeError, match=rf"^{method}\(\): leave it before .* is copied"):
-            copy.deepcopy(base)
-
-
 @pytest.mark.parametrize("router", ["sample", "token"])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_adapters_are_float32_or_wider_under_any_default_dtype(default, router):
@@ -278,25 +265,6 @@ def test_a_tied_weight_is_adapted_only_in_its_linear():
     with adapters.folded(W):
         torch.testing.assert_close(base(ids), adapted, **CLOSE)
     assert base[1].weight is base[0].weight
-
-
-@pytest.mark.parametrize(
-    "targets, path", [(("q", "twin"), "q"), (("twin",), "twin"), (("all",), "q")]
-)
-def test_a_linear_with_two_names_can_be_named_by_either_and_is_adapted_once(targets, path):
-    base = net()
-    base.twin = base.q
-    base.v = base.head = None
-    assert attach(base, OrchMoEConfig(targets=targets)).linears == {path: base.q}
-
-
-def test_what_the_base_calls_skill_is_frozen_too():
-    base = net()
-    base.skill_head = nn.Linear(4, 4)
-    base.skill_bias = nn.Parameter(torch.zeros(4))
-    attached(base)
-    assert not base.skill_head.weight.requires_grad
-    assert not base.skill_bias.requires_grad
 
 
 # --------------------------------------------------------------- disabled, folded, merge and detach
