@@ -71,42 +71,6 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
         annotate.note_lines(PIECES[name], BLOCKS[name].notes, changed)
 
 
-def test_a_block_about_a_piece_that_is_gone_or_elsewhere_is_refused():
-    renamed = SOURCE.replace("def masked_mean(", "def mean_of_tokens(")
-    with pytest.raises(UserError, match="masked_mean is not in orchmoe.py, or not in this order"):
-        annotate.sections_html(SECTIONS[-9:], renamed, EMPTY)
-    with pytest.raises(UserError, match="TaskRouter is not in orchmoe.py, or not in this order"):
-        annotate.sections_html([SECTIONS[-1], SECTIONS[-7]], SOURCE, EMPTY)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{{no_such}}", r"{{no_such}} is not the name"),
-        ("$x^2^3$", "\\$x.*; mend this LaTeX"),
-    ],
-)
-def test_a_mistake_in_the_text_is_one_line(text, message):
-    with pytest.raises(UserError, match=f"annotated.md: {message}"):
-        annotate.markdown(text, {})
-
-
-def test_notes_name_what_exists():
-    root = annotate.DOCS.parent
-    code = "".join(
-        (root / name).read_text() for name in ("orchmoe.py", "kernels.py", "tasks.py", "data.py")
-    )
-    tests = "".join(path.read_text() for path in root.glob("tests/*/test_*.py"))
-    text = re.sub(r"```python.*?```", "", TEXT, flags=re.DOTALL)
-    named = re.findall(r"^- \*\*tested\*\* by `(\w+)`$", text, re.MULTILINE)
-    assert named
-    for name in named:
-        assert f"def {name}(" in tests, name
-    for name in re.findall(r"`([a-z_]\w+)", text):
-        exists = name in ("python", "kernels", *named) or re.search(rf"\b{name}\b", code)
-        assert exists, name
-
-
 # ------------------------------------------------------------------------------------------ the run
 
 
@@ -115,33 +79,12 @@ def test_words_of_the_abstract_tasks_fit_the_run():
     assert tables.outdated_words(EXPLORED) == []
 
 
-def test_words_that_do_not_fit_the_run_are_named(monkeypatch):
-    words, known = tables.WORDS[0]
-    monkeypatch.setattr(tables, "WORDS", ((words, known + " 999"), *tables.WORDS[1:]))
-    [line] = tables.outdated_words(EXPLORED)
-    assert "abstract task 1" in line and "999" not in line
-
-
 def test_the_page_shows_the_verdict_and_the_differences_from_a_lora():
     """The verdict is the first paragraph of the evidence, and the differences its first table."""
     evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
     assert evidence.split("\n\n")[1].startswith("**")
     head = re.search(r"^\|.*", evidence, re.MULTILINE)[0]
     assert "OrchMoE minus a LoRA of equal size" in head
-
-
-def test_what_rounds_to_zero_has_no_sign():
-    shown = [tables.signed(value, 2) for value in (-0.004, 0.004, -0.005001, 0.1, -1.234)]
-    assert shown == ["0.00", "0.00", "\u22120.01", "+0.10", "\u22121.23"]
-    assert numbers.decimals([-0.0004, 0.0004, -0.1]) == ["0.000", "0.000", "-0.100"]
-    visible = re.sub("<script.*?</script>", "", PAGE, flags=re.DOTALL)
-    assert not re.search(r"[-+\u2212]0\.0+(?!\d)", visible)
-
-
-def test_a_token_that_looks_like_html_is_shown():
-    words = EXPLORED["walk"]["token_losses"][0]
-    assert words[-2] == "</s>"
-    assert "&lt;/s&gt;</th>" in tables.table([words]) and "&lt;/s&gt;</th>" in PAGE
 
 
 def test_the_page_says_which_run_it_shows():

@@ -156,19 +156,6 @@ def test_every_row_of_the_annotated_page_has_an_answer_and_nothing_else_is_offer
         assert not annotated.find_element("id", hidden).is_displayed(), hidden
 
 
-def test_a_press_in_the_heat_map_lists_samples_and_one_can_be_tried(annotated):
-    annotated.execute_script("document.querySelector('[data-task=\"3\"]').click()")
-    assert len(annotated.find_elements("css selector", "tr.sample")) >= 12
-    click(annotated, "tr.sample [data-sample]")
-    assert annotated.find_element("id", "sample").get_attribute("value") == "9"  # three of each
-    click(annotated, "#back")
-    opener = annotated.find_element("css selector", 'tr.sample [data-sample="9"]')
-    assert annotated.switch_to.active_element == opener
-    top = annotated.execute_script("return arguments[0].getBoundingClientRect().top", opener)
-    assert 0 < top < annotated.execute_script("return innerHeight")
-    assert not annotated.find_element("id", "back").is_displayed()
-
-
 def require_whole_at_any_width(browser):
     """Require that no part of a page is cut."""
     for width in (390, 768, 1280, 1920):
@@ -585,14 +572,6 @@ def test_characters_that_the_tokenizer_loses_are_said(own_server, own_page):
     wait(own_page, lambda: text(own_page, "#input") == "Say yes.")
     wait_for_answer(own_page, "uniform")
     wait(own_page, lambda: text(own_page, "#status") == "")
-
-
-def test_all_rows_are_asked_and_marked_right_or_wrong(own_page):
-    click(own_page, "#ask-all")
-    rows = own_page.find_elements("css selector", "#answer-rows tr")
-    assert len(rows) == 13
-    script = "return document.querySelectorAll('#answer-rows .good, #answer-rows .bad').length"
-    wait(own_page, lambda: own_page.execute_script(script) == len(rows))
 
 
 def test_a_method_that_returns_no_w_is_refused(own_server, monkeypatch):

@@ -1,11 +1,7 @@
-"""Tests of the bundled miniature of Super-NaturalInstructions: format, splits, balance, answers.
-
-Some answers are found a second time here, by other means than those of sni/make_sni.py.
-"""
+"""Tests of the bundled miniature of Super-NaturalInstructions: its format and its splits."""
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,9 +19,6 @@ TASKS = {path.stem: json.loads(path.read_text("utf-8")) for path in (SNI / "task
 
 def task_list(name: str) -> list[str]:
     return (SNI / f"splits/{name}_tasks.txt").read_text("utf-8").split()
-
-
-TEST_TASKS = task_list("default/test")
 
 
 def test_differences_name_files_that_are_not_what_the_script_writes(tmp_path, monkeypatch):
@@ -48,10 +41,6 @@ def test_programs_that_make_data_and_base_overwrite_nothing(tmp_path):
     for program in ("sni/make_sni.py", "experiments/smollm2.py"):
         error = run(program, "--out", ".", cwd=tmp_path, code=2)
         assert "nothing is overwritten" in error
-
-
-def test_every_task_has_its_own_definition():
-    assert len({task["Definition"][0] for task in TASKS.values()}) == len(TASKS) >= 40
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -78,52 +67,3 @@ def test_each_task_is_on_one_list_of_each_split():
             listed += task_list(f"{split}/{part}")
         assert sorted(listed) == sorted(TASKS)
     assert task_list("pretrain/train") == task_list("default/excluded")
-
-
-def test_labels_are_balanced():
-    """A task whose answers are at most four words or numbers is a classification."""
-    balanced = set()
-    for name, task in TASKS.items():
-        times = Counter(instance["output"][0] for instance in task["Instances"])
-        if len(times) <= 4:
-            balanced.add(name)
-            most = 0 if name in TEST_TASKS else 1
-            assert max(times.values()) - min(times.values()) <= most
-    assert len(balanced & set(TEST_TASKS)) >= 2
-
-
-# ------------------------------------------------ the answers again, from the text of the input
-
-PAIRS = (
-    "big/small old/new heavy/light wet/dry clean/dirty cheap/expensive ugly/pretty strong/weak "
-    "long/short thick/thin hard/soft rough/smooth hot/cold fast/slow full/empty loud/quiet "
-    "high/low wide/narrow sharp/blunt bright/dark safe/dangerous sweet/sour happy/sad brave/afraid"
-)
-ANTONYMS = [set(pair.split("/")) for pair in PAIRS.split()]
-
-
-def opposite(word: str) -> str:
-    return next((pair - {word}).pop() for pair in ANTONYMS if word in pair)
-
-
-def yes_no(truth: bool) -> str:
-    return "Yes" if truth else "No"
-
-
-SOLVERS = {
-    "task109_opposite_of_each_adjective": lambda t: re.sub(r"\w+", lambda m: opposite(m[0]), t),
-    "task113_largest_number": lambda t: str(max(map(int, t.split(",")))),
-    "task205_second_and_last_are_opposites": lambda t: yes_no(set(t.split(", ")[1::2]) in ANTONYMS),
-    "task208_opposite_of_the_adjective": lambda t: opposite(re.search(r" an? (\w+)", t)[1]),
-}
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_answers_found_again(name):
-    solve = SOLVERS[name]
-    for row in TASKS[name]["Instances"]:
-        assert solve(row["input"]) == row["output"][0]
-    for example in TASKS[name]["Positive Examples"]:
-        assert solve(example["input"]) == example["output"]
-    for example in TASKS[name]["Negative Examples"]:
-        assert solve(example["input"]) != example["output"]
