@@ -202,20 +202,28 @@ def fit_router(
 
 def give_initial_values(
     model: Model, facts: dict[str, Any], train_set: Examples, settings: Settings
-) -> str:
+) -> dict[str, Any] | None:
     """Load the adapters of the run in --start, or fit the router to training examples.
 
-    Return what identifies the loaded adapters, "" without --start. facts: those of the new run.
+    Return facts about the run in --start, None without one. facts: those of the new run.
+
+    adapter: a hash of the loaded adapters. same_rows: whether that run, and any run that it started
+    from, had the same data. Then the sets are split alike, and no row of dev, seen or unseen
+    trained it.
     """
     base, adapters, _ = model
     if not settings.start:
         if adapters.router is not None:
             fit_router(base, adapters, train_set, settings)
-        return ""
+        return None
     start = read_run(settings.start)
     start.require_same(**{name: facts[name] for name in ("base", "tokenizer", "method")})
     start.load_best(adapters)
-    return start.adapter_digest()
+    same_rows = start.facts.get("train_tasks") == facts["train_tasks"]
+    earlier = start.facts.get("start")
+    if earlier is not None:
+        same_rows = same_rows and earlier["same_rows"]
+    return {"adapter": start.adapter_digest(), "same_rows": same_rows}
 
 
 def choose_compile(
@@ -533,6 +541,11 @@ def report(
     sizes = {"train": len(train_set)}
     sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
     print_table(all_scores, run.path, sizes, settings.metric_rules)
+    start = run.facts["start"]
+    if start is not None and not start["same_rows"]:
+        program.print_line(
+            "rows in this table may have trained the run in --start, which had other data"
+        )
     if progress.initial_w is not None:
         w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
         print_router(router_report(w, progress.initial_w), w.shape[1])

@@ -92,6 +92,19 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
         assert (home / "on" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
+def test_the_table_says_if_its_rows_may_have_trained_the_start(home):
+    def start_from(name, *flags, out):
+        flags = ["--start", name, *ALLOCATION_ONLY, *flags, *SIZES, "--out", out]
+        output = run("train.py", *flags, cwd=home)
+        return "rows in this table may have trained the run in --start" in output
+
+    assert not start_from("run", out="same")
+    assert start_from("run", "--data", "data", out="other")
+    # Both runs have the same data, but not the run that the first of them started from.
+    assert start_from("other", out="again")
+    assert not start_from("same", out="still")
+
+
 # ------------------------------------------------------------------------- existing LoRAs as skills
 
 

@@ -95,7 +95,7 @@ FACTS = {
     "train_tasks": "89ab",
     "test_tasks": "",
     "held_out": "",
-    "start": "",
+    "start": None,
 }
 SETTINGS = Settings(model="tiny", method="lora", data="sni", rank=3, targets=("q",))
 
