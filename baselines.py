@@ -11,7 +11,6 @@ Test: pytest tests/unit/test_baselines.py tests/programs/test_own_method.py
 """
 
 import hashlib
-import math
 import sys
 import types
 from typing import Any
@@ -296,50 +295,46 @@ def load_method(text: str) -> str:
 
 @torch.no_grad()
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError unless `route` gives two samples weights, and says truly if they share them.
+    """Raise ValueError unless `route` gives weights of the right shape, and `shared` is true.
 
-    Weights of another shape, or of one sample for all, would only make the results wrong.
+    A mistake in either could go unnoticed and make the results wrong. Two samples show it.
     """
     linear = next(iter(adapters.linears.values()))
     A = linear.skill_A
     if A.is_meta:  # `route` may look at values
         return
-    method = type(adapters.method).__name__
     width = embedding_width(adapters.module)
-    embeddings = torch.linspace(-1, 1, 2 * 3 * width).view(2, 3, width).to(A)  # two samples
+    embeddings = torch.linspace(-1, 1, 2 * 3 * width).view(2, 3, width).to(A)
     mask = torch.ones(2, 3, dtype=torch.bool, device=A.device)
-    task_ids = torch.tensor([0, -1], device=A.device)
-    noise = None
-    if adapters.noise_shape is not None:
-        noise = torch.linspace(0, 0.9, 2 * math.prod(adapters.noise_shape))
-        noise = noise.view(2, *adapters.noise_shape)
+    task_ids = torch.tensor([0, -1], device=A.device)  # a training task, and an unseen one
 
-    def weights_of(samples: slice) -> tuple[Tensor, bool]:
-        """Return c (N,B,S), or Zhat (N,B,K,S) if there is no c, and whether samples share it."""
-        options = {"task_ids": task_ids[samples]}
-        if noise is not None:
-            options["noise"] = noise[samples]
-        routing = adapters.route(embeddings[samples], mask[samples], **options)
-        weights = routing.c
-        if weights is None and routing.Zhat is not None:
-            weights = routing.Zhat.transpose(0, 1)
-        return weights, routing.shared
+    def route(samples: slice) -> Routing:
+        return adapters.route(embeddings[samples], mask[samples], task_ids=task_ids[samples])
 
-    weights, shared = weights_of(slice(None))
-    N, B, S = len(adapters.linears), 1 if shared else 2, len(linear.skill_B)
-    shape = () if weights is None else tuple(weights.shape)
-    if len(shape) < 3 or (*shape[:2], shape[-1]) != (N, B, S):
+    def weights(routing: Routing) -> Tensor:
+        """Return c (N,B,S), or Zhat (N,B,K,S) where each Linear computes c."""
+        return routing.Zhat.transpose(0, 1) if routing.c is None else routing.c
+
+    was_training = adapters.training
+    adapters.eval()  # no noise
+    both = route(slice(0, 2))
+    second = route(slice(1, 2))
+    adapters.train(was_training)
+
+    name = f"{type(adapters.method).__name__}.route"
+    N, S = len(adapters.linears), len(linear.skill_B)
+    B = 1 if both.shared else 2
+    shape = weights(both).shape
+    if (*shape[:2], shape[-1]) != (N, B, S):
         raise ValueError(
-            f"{method}.route: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 "
-            f"samples with shared={shared}, got {shape}; weights that all samples share have B = 1 "
-            "and need shared=True"
+            f"{name}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "
+            f"with shared={both.shared}, got {tuple(shape)}; weights that all samples share have "
+            "B = 1 and need shared=True"
         )
-    if not (adapters.mixes_by_sample or shared):
-        raise ValueError(f"{method}.route: with mixes_by_sample=False it must return shared=True")
-    if shared and not torch.equal(weights, weights_of(slice(1, 2))[0]):
+    if both.shared and not torch.equal(weights(both), weights(second)):
         raise ValueError(
-            f"{method}.route: with shared=True all samples must have the same weights, but two "
-            "batches got different ones"
+            f"{name}: with shared=True all samples must have the same weights, but two batches got "
+            "different ones"
         )
 
 
