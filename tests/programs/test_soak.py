@@ -38,7 +38,7 @@ class DyingFile(io.FileIO):
         reached("write")
         return written + super().write(content[half:])
 
-def open_dying(path, mode, **options):
+def open_dying(path, mode="r", **options):
     if str(path).endswith(".tmp"):
         return DyingFile(path, "w")
     return open(path, mode, **options)
