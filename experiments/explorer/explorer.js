@@ -279,15 +279,9 @@
 
   // Say why the page opens with its first sample.
   function reasonOfFirst() {
-    const { kind, tried, changed } = data.chosen;
+    const { kind, tried } = data.chosen;
     const many = tried + " " + kind + " " + sampleWord + (tried > 1 ? "s" : "");
-    const without = "with the mean w and with 1/" + K + " each";
-    if (changed === 0) {
-      const text = "Of the " + many + " that were tried, none is right with the router\u2019s w and wrong " + without;
-      return text + ". This one was chosen because its loss rises most with 1/" + K + " each. ";
-    }
-    const text = "It was chosen because routing matters for it: it is right with the router\u2019s w, and wrong " + without;
-    return text + ". This holds for " + changed + " of the " + many + " that were tried. ";
+    return "Of the " + many + " that were tried, its loss rises most with 1/" + K + " each. ";
   }
 
   function drawWeights(current) {

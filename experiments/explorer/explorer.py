@@ -195,13 +195,10 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
 
 @torch.no_grad()
 def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
-    """Choose the sample with which the page opens: one where routing matters.
+    """Choose the sample with which the page opens: the one whose loss rises most with w = 1/K.
 
-    It is right with the router's w, and wrong with the mean w and with w = 1/K. Of several such
-    samples, or of all that were tried if there is none, it is the one whose loss rises most with
-    w = 1/K. At most TRIED seen samples are tried, or unseen ones if there are no seen ones.
-
-    "chosen" has the kind of these samples, how many were tried, and for how many routing matters.
+    At most TRIED seen samples are tried, or unseen ones if there are no seen ones. "chosen" has the
+    kind of these samples, and how many were tried.
     """
     kind = next(iter(explored["mean_w"]))
     numbers = []
@@ -212,27 +209,12 @@ def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
     samples = [explored["samples"][number] for number in numbers]
     examples = [loaded.sets[kind][sample["row"]] for sample in samples]
     own = torch.tensor([sample["w"] for sample in samples])  # (M,K)
-    mean = torch.tensor(explored["mean_w"][kind]).expand_as(own)
-    uniform = torch.full_like(own, 1 / own.shape[1])
-
-    # Positions of the samples that are right with the router's w, then also wrong with the others.
-    matching = list(range(len(samples)))
-    for w, wanted in ((own, True), (mean, False), (uniform, False)):
-        if matching:
-            part = [examples[i] for i in matching]
-            texts = predict(loaded, part, w[matching])
-            right = [is_right(loaded, *pair) for pair in zip(part, texts, strict=True)]
-            matching = [i for i, found in zip(matching, right, strict=True) if found == wanted]
-
-    candidates = matching or list(range(len(samples)))
-    part = [examples[i] for i in candidates]
     losses = []
-    for w in (own, uniform):
-        found, _ = evaluation.measure(loaded.base, loaded.adapters, part, w=w[candidates])
+    for w in (own, torch.full_like(own, 1 / own.shape[1])):
+        found, _ = evaluation.measure(loaded.base, loaded.adapters, examples, w=w)
         losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
-    best = candidates[int((losses[1] - losses[0]).argmax())]
-    explored["first"] = numbers[best]
-    explored["chosen"] = {"kind": kind, "tried": len(numbers), "changed": len(matching)}
+    explored["first"] = numbers[int((losses[1] - losses[0]).argmax())]
+    explored["chosen"] = {"kind": kind, "tried": len(numbers)}
 
 
 def predict(loaded: Loaded, examples: Sequence[Example], w: Tensor) -> list[str]:

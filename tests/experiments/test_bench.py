@@ -12,7 +12,6 @@ import torch
 import orchmoe
 from experiments import bench
 from helpers import LLAMA_SIZES, ROOT
-from llama import Llama
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -150,19 +149,6 @@ def test_cudnn_is_used_in_every_other_step_and_as_before_afterwards(of, changes,
     assert len({lengths[changes] for lengths in seen[True]}) == 4
     assert len({lengths[1 - changes] for lengths in seen[True]}) == 1
     assert torch.backends.cuda.cudnn_sdp_enabled() == is_enabled
-
-
-def test_decoding_gets_a_new_number_of_rows_each_time(monkeypatch):
-    seen = []
-    generate = Llama.generate
-
-    def recorded_generate(base, ids, *arguments, **options):
-        seen.append(len(ids))
-        return generate(base, ids, *arguments, **options)
-
-    monkeypatch.setattr(Llama, "generate", recorded_generate)
-    bench.new_batch_sizes(NARROW)
-    assert len(seen) == 8 and len(set(seen)) == 4
 
 
 def test_bench_refuses_unknown_parts_and_needs_peft(printed, monkeypatch):
