@@ -365,12 +365,14 @@ def attach_method(
     config: OrchMoEConfig,
     *,
     num_tasks: int = 0,
+    extra_rank: int = 0,
     generator: Generator | None = None,
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id. Raise
-    ValueError for an unknown name, a missing T, or targets that the method cannot adapt.
+    method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id.
+    extra_rank: as in orchmoe.attach. Raise ValueError for an unknown name, a missing T, or targets
+    that the method cannot adapt.
     """
     method = method_class(method)
     head = getattr(module, "head", None)
@@ -386,6 +388,7 @@ def attach_method(
         kernels.mix_skills,
         method=method,
         num_tasks=num_tasks,
+        extra_rank=extra_rank,
         generator=generator,
     )
     adapters.parameter_groups()  # ValueError if a parameter has no learning rate

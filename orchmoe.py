@@ -1011,6 +1011,7 @@ def attach(
     method: type[Method] = OrchMoE,
     width: int | None = None,
     num_tasks: int = 0,
+    extra_rank: int = 0,
     generator: Generator | None = None,
 ) -> Adapters:
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
@@ -1021,13 +1022,19 @@ def attach(
     mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
     is not that of the first Embedding. num_tasks: how many training tasks there are, for methods
-    that read task ids. Raise ValueError, with the module unchanged, if a target does not exist or
+    that read task ids. extra_rank: how many ranks the Linears get in addition, all together; they
+    share them evenly. Raise ValueError, with the module unchanged, if a target does not exist or
     cannot have skills.
     """
     linears = target_linears(module, config.targets)
+    N = len(linears)
     S, R = method.skill_shape(config, num_tasks)
     alpha = config.rank if config.alpha is None else config.alpha
-    skills = [new_skills(linear, S, R, alpha / R, mix, generator) for linear in linears.values()]
+    skills = []
+    for n, linear in enumerate(linears.values()):
+        # The first n of the N Linears together have floor(n * extra_rank / N) of the extra ranks.
+        rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
+        skills.append(new_skills(linear, S, rank, alpha / rank, mix, generator))
     built = method(
         linears,
         skills,

@@ -45,6 +45,7 @@ class TrainConfig:
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
     method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly or FILE.py:Class
+    extra_rank: int = 0  # more ranks for all adapted Linears together, which share them evenly
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
@@ -63,7 +64,8 @@ class TrainConfig:
     start: str = ""  # a finished run to start from: its base, method, adapters, data settings
 
     def __post_init__(self) -> None:
-        program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "eval_every": 1, "extra_rank": 0}
+        program.require_least(self, **least)
 
     @property
     def eval_batch_size(self) -> int:
@@ -378,6 +380,7 @@ def attach_adapters(
             base,
             settings,
             num_tasks=num_tasks,
+            extra_rank=settings.extra_rank,
             generator=runtime.generator(settings.seed, 0),  # stream 0: initial values
         )
 

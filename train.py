@@ -95,7 +95,7 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     unread = {}
     if "start" in flags:
         of_start = values_of_start(flags)
-        fixed = {"method", *(field.name for field in fields(OrchMoEConfig))}
+        fixed = {"method", "extra_rank", *(field.name for field in fields(OrchMoEConfig))}
         unread = dict.fromkeys(fixed, "with --start")
         values = of_start | flags
     settings = program.from_flags(Settings, values)
@@ -140,8 +140,8 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
                 kept.append(f"{name} {data_values[name]}")
         if kept:
             program.print_line(f"data settings kept from {flags['start']}: {', '.join(kept)}")
-    of_adapters = asdict(start.part(OrchMoEConfig))
-    return {"model": start.model, "method": start.method, **data_values, **of_adapters}
+    of_run = {name: getattr(start, name) for name in ("model", "method", "extra_rank")}
+    return {**of_run, **data_values, **asdict(start.part(OrchMoEConfig))}
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -601,7 +601,7 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
     """Print what trains, on how many examples, and where the results will be."""
     label = run.settings.method
     if label == "lora":
-        # A study may give some Linears one rank more than others.
+        # With --extra-rank some Linears may have one rank more than others.
         ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
         label = f"lora of rank {' to '.join(map(str, ranks))}"
     counts = count_parameters(adapters)

@@ -31,6 +31,7 @@ from typing import Any
 import checkpoint
 import data
 import metrics
+import run_folder
 import tokenizer as tokenizers
 import train
 from baselines import METHODS, OWN_METHODS, load_method
@@ -132,9 +133,7 @@ def require_possible(study: Study, rows: dict[str, Variant]) -> None:
         settings = cell.settings
         _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
         base = checkpoint.on_meta(checkpoint.read_config(settings.model))
-        attach_function = attach_with(row.replaced_router, cell.extra_rank)
-        with program.checking_settings():
-            attach_function(settings.method, base, settings, num_tasks=num_tasks)
+        run_folder.attach_adapters(settings, base, num_tasks, attach_with(row.replaced_router))
 
 
 def print_plan(
@@ -189,8 +188,8 @@ def seconds_of_a_step(cell: Cell, device: runtime.Device, train_set: data.Exampl
     """Return the seconds that a training step of a cell takes, from its first steps."""
     settings = cell.settings
     base = checkpoint.mapped(settings.model).to(device.torch_device, device.dtype)
-    attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
-    adapters = attach_function(settings.method, base, settings, num_tasks=len(train_set.tasks))
+    attach_function = attach_with(cell.row.replaced_router)
+    adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks), attach_function)
     optimizer = train.make_optimizer(adapters, settings)
     batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []

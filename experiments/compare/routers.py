@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines import Poly
-from experiments.compare.sizes import attach_larger
+from baselines import Poly, attach_method
 from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
 from support import runtime
 
@@ -129,15 +128,14 @@ class ClusterPoly(Poly):
 REPLACED = {"random": RandomRouting, "task": Oracle, "cluster": ClusterPoly}
 
 
-def attach_with(name: str, extra_rank: int = 0) -> Callable[..., Adapters]:
+def attach_with(name: str) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly. extra_rank: more ranks,
-    see sizes.attach_larger.
+    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
         changed = REPLACED.get(name, method)
-        return attach_larger(changed, module, config, extra_rank=extra_rank, **options)
+        return attach_method(changed, module, config, **options)
 
     return attach

@@ -6,58 +6,19 @@ Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
 import functools
 from typing import Any
 
-from torch import Generator, nn
+from torch import nn
 
 import checkpoint
-import kernels
-from baselines import attach_method, count_parameters, method_class
-from orchmoe import (
-    Adapters,
-    Method,
-    OrchMoEConfig,
-    embedding_width,
-    new_skills,
-    target_linears,
-)
-
-
-def attach_larger(
-    method: str | type[Method],
-    module: nn.Module,
-    config: OrchMoEConfig,
-    *,
-    extra_rank: int = 0,
-    num_tasks: int = 0,
-    generator: Generator | None = None,
-) -> Adapters:
-    """Do the same as attach_method, with `extra_rank` more ranks in total over the Linears.
-
-    The Linears share them evenly: the first n of N together get floor(n * extra_rank / N).
-    """
-    options = {"num_tasks": num_tasks, "generator": generator}
-    if extra_rank == 0:
-        return attach_method(method, module, config, **options)
-    cls = method_class(method)
-    linears = target_linears(module, config.targets)
-    N = len(linears)
-    S, R = cls.skill_shape(config, num_tasks)
-    alpha = config.rank if config.alpha is None else config.alpha
-    skills = []
-    for n, linear in enumerate(linears.values()):
-        rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
-        skills.append(new_skills(linear, S, rank, alpha / rank, kernels.mix_skills, generator))
-    weights = cls(linears, skills, config, width=embedding_width(module), **options)
-    adapters = Adapters(module, linears, skills, weights)
-    module.skill_adapters = adapters.train(module.training)
-    return adapters
+from baselines import attach_method, count_parameters
+from orchmoe import OrchMoEConfig
 
 
 def total(method: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> int:
-    """Return how many parameters attach_larger would train.
+    """Return how many parameters attach_method would train.
 
     module: best one on the meta device, see checkpoint.on_meta. It is left as it was.
     """
-    adapters = attach_larger(method, module, config, **options)
+    adapters = attach_method(method, module, config, **options)
     counts = count_parameters(adapters)
     adapters.detach()
     return sum(counts.values())

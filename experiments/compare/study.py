@@ -59,7 +59,7 @@ from tasks import DataConfig
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
-FIXED = ("method", "seed", "start")
+FIXED = ("method", "seed", "start", "extra_rank")
 # A cell that scores "replicate" answers so many instances of each task, with so many tokens.
 ANSWERED = 5
 ANSWER_TOKENS = 32
@@ -173,7 +173,6 @@ class Cell(NamedTuple):
     path: Path  # its file
     folder: Path  # of the run that it scores
     scores: Literal["dev", "dev tasks", "replicate", "answers"] = "answers"  # see `run_cell`
-    extra_rank: int = 0  # see sizes.attach_larger
 
     @property
     def is_trial(self) -> bool:
@@ -189,8 +188,7 @@ class Cell(NamedTuple):
         values = json.loads(json.dumps(vars(self.settings)))  # as JSON has them
         for name in run_folder.PATHS:
             values.pop(name, None)
-        of_row = {"replaced_router": self.row.replaced_router, "extra_rank": self.extra_rank}
-        return {**values, **of_row, **self.facts}
+        return {**values, "replaced_router": self.row.replaced_router, **self.facts}
 
     def require_same(self) -> None:
         """Raise UserError if its file or its run was made with other settings."""
@@ -220,7 +218,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     scores "answers" has the losses and the scores of the answers on seen and unseen instances.
     """
     started = time.monotonic()
-    attach_function = attach_with(cell.row.replaced_router, cell.extra_rank)
+    attach_function = attach_with(cell.row.replaced_router)
     about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
@@ -715,7 +713,7 @@ class Study:
         model = settings.model
         facts, num_tasks = facts_of(settings.part(DataConfig), model)
         like = row.like or name
-        extra_rank = 0
+        size = {}
         if like in self.equal:
             rows = []
             for other, equal in self.equal.items():
@@ -724,8 +722,8 @@ class Study:
                 rows.append((other, of_row.method, of_row.part(OrchMoEConfig)))
             with program.checking_settings():
                 ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
-            extra_rank = ranks[like]
-        settings = changed(settings, self.best.get(like, {}) | values | row.settings)
+            size["extra_rank"] = ranks[like]
+        settings = changed(settings, size | self.best.get(like, {}) | values | row.settings)
 
         method = settings.method
         of_method = {}
@@ -743,7 +741,6 @@ class Study:
             path=self.results / f"{file}.json",
             folder=Path(self.config.out, run or file),
             scores=scores,
-            extra_rank=extra_rank,
         )
 
     def cells(

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoint
 import data
 from baselines import attach_method
-from experiments.compare.sizes import attach_larger
 from helpers import (
     EXPORT_CONFIG,
     ROOT,
@@ -226,7 +225,7 @@ def assert_close(a, b):
 def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, tmp_path):
     without = ours(checkpoint.load(folder, dtype=torch.float32))
     # With ranks that differ between Linears.
-    base, adapters = load_adapted(folder, attach=attach_larger, extra_rank=3)
+    base, adapters = load_adapted(folder, extra_rank=3)
     adapters.fit_router([base.embed(random_ids(20, 7))])
     loras = [tmp_path / f"abstract-{k + 1}" for k in range(K)]
     for k, lora in enumerate(loras):

@@ -13,7 +13,7 @@ import kernels
 import orchmoe
 import train
 from baselines import METHODS, attach_method, settings_of_method
-from experiments.compare.sizes import attach_larger, equal_ranks, total
+from experiments.compare.sizes import equal_ranks, total
 from helpers import seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 
@@ -188,18 +188,18 @@ OF_EQUAL_SIZE = [name for name in COUNTS if name != "c-poly"]
 
 
 @pytest.mark.parametrize("name", OF_EQUAL_SIZE)
-def test_attach_larger_differs_from_attach_method_in_ranks_alone(small_t5, name):
+def test_extra_ranks_change_the_ranks_alone(small_t5, name):
     """With 12 extra ranks each of the 12 Linears is as if R were larger by one."""
     config = replace(CONFIG, rank=R + 1, alpha=6.0)
     if name == "lora":
         config = replace(CONFIG, skills=1, rank=S * R + 1, alpha=6.0)
     states = []
-    for attach, given, options in (
-        (attach_method, config, {}),
-        (attach_larger, replace(CONFIG, alpha=6.0), {"extra_rank": 12}),
+    for given, options in (
+        (config, {}),
+        (replace(CONFIG, alpha=6.0), {"extra_rank": 12}),
     ):
         options |= {"num_tasks": T, "generator": seeded_generator()}
-        adapters = attach(name, small_t5, given, **options)
+        adapters = attach_method(name, small_t5, given, **options)
         scales = [linear.skill_scale for linear in adapters.linears.values()]
         mixes = [linear.skill_mix for linear in adapters.linears.values()]
         states.append((type(adapters), scales, mixes, adapters.state_dict()))
