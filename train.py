@@ -429,10 +429,11 @@ def train(
 
         finished = fit(run, model, optimizer, progress, train_set, held_out["dev"], final_scores)
         if not finished:
-            program.print_line(
-                f"stopped; resume with --resume --out {shlex.quote(str(run.path))}, on the same "
-                "device (another one rounds differently)"
-            )
+            if final_scores:  # a study resumes its runs itself
+                program.print_line(
+                    f"stopped; resume with --resume --out {shlex.quote(str(run.path))}, on the "
+                    "same device (another one rounds differently)"
+                )
             return None
         if final_scores:
             report(run, model, progress, train_set, held_out)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
 ROOT = Path(__file__).resolve().parents[1]
+BETWEEN_LINES = 60  # seconds between the lines of a long computation without a terminal
 # What helps if the folder of a model does not exist.
 DOWNLOAD = (
     "name a local folder, nothing is downloaded here; "
@@ -485,17 +486,27 @@ def in_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
+class LineStream:
+    """What a bar writes to if there is no terminal. Each state of the bar becomes a line."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print_line(text.strip(), sys.stderr)
+
+    def flush(self) -> None:
+        """Do nothing, since print_line flushes."""
+
+
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
-    """Return a tqdm bar on stderr. It shows on a terminal, in rank 0, after one second."""
-    return tqdm(
-        iterable,
-        description,
-        leave=False,
-        dynamic_ncols=True,
-        delay=1,
-        disable=in_worker() or rank() != 0 or not sys.stderr.isatty(),
-        **options,
-    )
+    """Return a tqdm bar on stderr, in rank 0. Without a terminal it prints a line each minute."""
+    if sys.stderr.isatty():
+        options |= {"dynamic_ncols": True, "delay": 1}
+    else:
+        form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left{postfix}"
+        options |= {"file": LineStream(), "bar_format": form}
+        options |= {"delay": BETWEEN_LINES, "mininterval": BETWEEN_LINES, "miniters": 1}
+    is_silent = in_worker() or rank() != 0
+    return tqdm(iterable, description, leave=False, disable=is_silent, **options)
 
 
 def print_progress(text: str) -> None:

@@ -23,9 +23,10 @@ Test: pytest tests/experiments/test_compare.py
 """
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import checkpoint
@@ -50,8 +51,9 @@ from experiments.compare.study import (
     require_choices,
     share_cores,
 )
-from experiments.compare.tables import markdown, publish, verdicts
+from experiments.compare.tables import markdown, publish, recommended, verdicts
 from orchmoe import OrchMoEConfig
+from run_folder import unread_settings
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
@@ -168,7 +170,7 @@ def print_plan(
             )
         left += trials - made
     for name in rows:
-        for seed in range(1, seeds + 1):
+        for seed in seeds_of(study):
             left += not (study.results / stage / f"{file_name(name)}-s{seed}.json").exists()
     if left == 0:
         return
@@ -218,6 +220,11 @@ def seconds_of_a_run(
 # -------------------------------------------------------------------------------------- the study
 
 
+def seeds_of(study: Study) -> range:
+    """Return the seeds of the runs that are compared. Seed 0 tunes."""
+    return range(1, study.config.seeds + 1)
+
+
 def make_cells(
     study: Study, rows: dict[str, Variant], stage: str, scored_once: dict[str, Variant]
 ) -> dict[str, list[dict[str, Any]]]:
@@ -225,7 +232,7 @@ def make_cells(
 
     scored_once: rows with one seed alone.
     """
-    cells = study.cells(stage, rows, {}, range(1, study.config.seeds + 1))
+    cells = study.cells(stage, rows, {}, seeds_of(study))
     cells += study.cells(stage, scored_once, {}, [1])
     study.run(cells)
     results = {}
@@ -245,9 +252,46 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
     first, *others = rows
     metric = metrics.RULES[study.settings.metric_rules].description
     parts = [markdown(results, reports, metric)]
+    winners = {}  # in the order of the verdicts
     for other in others:
-        parts.append(verdicts(first, results[first], other, results[other]))
+        pair = (first, results[first], other, results[other])
+        parts.append(verdicts(*pair))
+        winners |= dict.fromkeys(recommended(*pair).values())
     publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")
+    for name in winners:
+        print_next_commands(study.cells("methods", {name: rows[name]}, {}, seeds_of(study)))
+
+
+def print_next_commands(cells: Sequence[Cell]) -> None:
+    """Print how to use the run of a method that has the lowest dev loss, and how to repeat it."""
+    best = min(cells, key=lambda cell: cell.result()["dev_loss"])
+    settings = best.settings
+    run = ["--run", str(best.folder)]
+
+    ask = ["python", "eval.py", *run]
+    if settings.method in OWN_METHODS:
+        ask += ["--method", OWN_METHODS[settings.method].source]
+    if run_folder.read_run(best.folder).facts.get("instructions", True):
+        ask += ["--ask", "YOUR INSTRUCTION", "--input", "YOUR INPUT"]
+    else:
+        ask += ["--prompt", "YOUR WHOLE PROMPT"]
+    commands = [ask]
+    if settings.method in ("orchmoe", "lora"):
+        commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
+
+    repeat = ["python", "train.py"]
+    unread = unread_settings(settings)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "method" and value in OWN_METHODS:
+            value = OWN_METHODS[value].source
+        if value != field.default and field.name not in unread:
+            repeat += program.flag_words(field.name, value)
+    commands.append(repeat)
+
+    program.print_line(f"the best run of {best.name} on dev, to use it and to make it again:")
+    for command in commands:
+        program.print_line(f"  {shlex.join(command)}")
 
 
 def compare_ablations(study: Study, names: Sequence[str]) -> None:

@@ -302,25 +302,36 @@ def what_would_decide(differences: Paired) -> str:
     return f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
 
 
+def recommended(
+    name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]
+) -> dict[str, str]:
+    """Return which of two rows to use on each set. It is empty with one seed."""
+    chosen = {}
+    for which in SETS:
+        if which in cells[0] and len(cells) > 1:
+            differences = paired(cells, of_other, which, "loss")
+            decision = verdict(interval(differences.values, differences.freedom))
+            chosen[which] = name if decision == "better" else other
+    return chosen
+
+
 def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]) -> str:
     """Return the differences in loss of two rows on each set, and what to do, as a list."""
     lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
-    has_verdict = len(cells) > 1
-    chosen = {}
+    chosen = recommended(name, cells, other, of_other)
     for which in SETS:
         if which not in cells[0]:
             continue
         differences = paired(cells, of_other, which, "loss")
         difference = interval(differences.values, differences.freedom)
-        decision = verdict(difference) if has_verdict else "one seed: no verdict"
+        decision = verdict(difference) if chosen else "one seed: no verdict"
         line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
         line.append(differences.limits)
         if decision == "undecided":
             line.append(what_would_decide(differences))
         lines.append(" ".join(part for part in line if part))
-        chosen[which] = name if decision == "better" else other
     kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
-    if not has_verdict:
+    if not chosen:
         lines.append("\nGive more --seeds: another seed may turn the difference around.")
     elif set(chosen.values()) == {name}:
         lines.append(f"\nUse {name}.")

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import time
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
 import eval as evaluation
 import run_folder
@@ -25,7 +27,8 @@ from baselines import attach_method
 from experiments.compare import compare, routers, study, tables
 from experiments.compare.search import Search
 from experiments.compare.study import Cell, StudyConfig, Variant
-from helpers import CPU, links
+from experiments.explorer import explorer
+from helpers import CPU, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
 from support import program
@@ -517,6 +520,40 @@ def wait_for(condition):
 
 
 # --------------------------------------------------------------------------------------- refusals
+
+
+def test_all_programs_open_the_runs_of_a_comparison(home):
+    """The methods get extra ranks, so that all have one size."""
+    hydra = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
+    methods = f"orchmoe,lora,moe-lora,poly,mhr,{hydra}"
+    untuned = " ".join(SMALL).replace("--trials 2", "--no-tune").split()
+    flags = [*untuned, "--seeds", "2", "--methods", methods, "--out", "all"]
+    out = run(home, *flags)
+    names = ["orchmoe", "lora", "moe-lora", "poly", "mhr", "HydraLoRA"]
+    ranks = []
+    for name in names:
+        folder = f"all/methods/{name}-s1"
+        ranks.append(run_folder.read_run(home / folder).settings.extra_rank)
+        opened = ["--run", folder, "--device", "cpu"]
+        question = ["--ask", "Find it.", "--input", "a, b", "--max-new-tokens", "2"]
+        own = ["--method", hydra] if name == "HydraLoRA" else []
+        run_program("eval.py", *opened, *own, *question, cwd=home)
+        if name in ("orchmoe", "lora"):
+            served = ["--run", folder, "--out", f"served-{name}"]
+            run_program("integrations/export.py", *served, cwd=home)
+    assert sum(rank > 0 for rank in ranks) >= 5
+    explorer.load(home / "all/methods/orchmoe-s1")
+
+    # The last lines name the best run of the recommended method, and a command that repeats it.
+    lines = out[out.index("the best run of ") :].splitlines()
+    assert lines[1].startswith("  python eval.py --run all/methods/lora-s")
+    assert lines[2].startswith("  python -m integrations.export --run all/methods/lora-s")
+    repeat = shlex.split(lines[3])[2:]
+    run_program("train.py", *repeat, "--out", "again", "--device", "cpu", cwd=home)
+    best = home / shlex.split(lines[1])[3]
+    adapters = [folder / "adapter.safetensors" for folder in (home / "again", best)]
+    one, other = (checkpoint.read_safetensors(path)[0] for path in adapters)
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
 @pytest.mark.parametrize("trains", [True, False])
