@@ -46,6 +46,7 @@ class DataConfig:
     splits: str = "default"  # folder of split lists under splits/
     definition: bool = True  # put the task definition into the prompt
     num_pos: int = 2  # positive examples in the prompt, as far as they fit
+    bare_share: float = 0.5  # share of the training prompts without examples, as in a question
     num_neg: int = 0  # negative examples in the prompt, as far as they fit
     explanation: bool = False  # add the explanations of these examples
     max_source_length: int = 1024  # longest source in tokens, EOS included
@@ -55,6 +56,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         program.require_least(self, max_source_length=2, max_target_length=2)
+        if not 0 <= self.bare_share <= 1:
+            raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
         if self.train_limit < 0:
             raise UserError(f"--train-instances {self.train_instances}: give 0 or more")
 
@@ -86,7 +89,8 @@ class DataConfig:
     def idle(self) -> set[str]:
         """Return the fields without effect on this kind of data."""
         if self.is_jsonl:
-            return {"splits", "max_tasks", "definition", "num_pos", "num_neg", "explanation"}
+            of_prompt = {"definition", "num_pos", "num_neg", "explanation", "bare_share"}
+            return {"splits", "max_tasks", *of_prompt}
         return {"test"}
 
 
@@ -319,9 +323,30 @@ def render_prompt(
 # ------------------------------------------------------------------------------------- rows of SNI
 
 
+def hash_of(text: str) -> int:
+    """Return a number that depends only on the text, on any machine.
+
+    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
+    rows and the drawn references depend on this one, noise and start values on the other.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def is_bare(task: dict, instance: dict, share: float) -> bool:
+    """Return whether a training prompt has no examples. A hash of the instance decides.
+
+    A question of a user has no examples, and a model that always trained with them answers it
+    badly: experiments/results/questions.md.
+    """
+    return hash_of(f"{task['name']}/{instance['id']}") < share * 2**64
+
+
 def sni_row(set_name: str, task: dict, position: int, tokenizer: Any, config: DataConfig) -> Row:
     """Return the row of one instance of a task, a dict from `read_task`."""
     instance = task["instances"][position]
+    if set_name == "train" and is_bare(task, instance, config.bare_share):
+        config = replace(config, num_pos=0, num_neg=0)
     prompt = render_prompt(
         task,
         instance,
@@ -453,16 +478,6 @@ def read_jsonl(path: str | os.PathLike) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: it has no rows")
     return rows
-
-
-def hash_of(text: str) -> int:
-    """Return a number that depends only on the text, on any machine.
-
-    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
-    rows and the drawn references depend on this one, noise and start values on the other.
-    """
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "little")
 
 
 def place_of(prompt: str) -> str:

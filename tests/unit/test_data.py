@@ -26,6 +26,7 @@ from support import program
 from tasks import (
     DataConfig,
     Row,
+    is_bare,
     place_of,
     read_task,
     render_prompt,
@@ -221,7 +222,8 @@ def test_load_sets_gives_what_the_files_say(config, repository, tokenizer):
             instance = task["instances"][example.position]
             assert (example.id, example.references) == (instance["id"], instance["output"])
             assert (example.task_index, example.category) == (index, "Sorting")
-            prompt = render_prompt(task, instance, tokenizer)
+            bare = part == "train" and is_bare(task, instance, config.bare_share)
+            prompt = render_prompt(task, instance, tokenizer, num_pos=0 if bare else 2)
             assert example.source_ids.tolist() == tokenizer.encode(prompt)
             targets = [tokenizer.encode(text) for text in instance["output"]]
             assert [ids.tolist() for ids in example.target_ids] == targets

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers import Bytes, own_rows, task_json, write_lists, write_rows, write_task
+from helpers import ROOT, Bytes, own_rows, task_json, write_lists, write_rows, write_task
 from support import program
 from tasks import (
     NO_TASK,
@@ -374,7 +374,7 @@ def test_prompt_takes_examples_while_the_whole_fits():
 
 def test_sni_rows_are_those_of_the_official_evaluation(repository):
     write_task(repository, "task9_t", task_json(101))
-    config = DataConfig(data=str(repository), train_instances=3)
+    config = DataConfig(data=str(repository), train_instances=3, bare_share=0.0)
     files = find_files(config)
     assert [path.stem for path in files["train"]] == ["task1_a", "task2_b", "task3_c"]  # sorted
     rows = list(sni_rows(files, Bytes(), config))
@@ -406,3 +406,20 @@ def test_a_question_has_no_examples_and_always_its_instruction():
     )
     row = row_of_question("Sort them.", "b a", Bytes(), DataConfig(data="own.jsonl"))
     assert row.prompt == "Sort them.\n\nb a\n\n"
+
+
+def test_a_share_of_the_training_prompts_has_no_examples():
+    def with_examples(share):
+        config = DataConfig(data=str(ROOT / "sni"), bare_share=share, max_tasks=4)
+        found = {}
+        for row in sni_rows(find_files(config), Bytes(), config):
+            found.setdefault(row.set, []).append("Positive Example 1" in row.prompt)
+        return found
+
+    half = with_examples(0.5)
+    assert 0.4 < sum(half["train"]) / len(half["train"]) < 0.6
+    assert half == with_examples(0.5)
+    for name in ("dev", "seen", "test"):  # these have the official prompt
+        assert all(half[name])
+    assert all(with_examples(0.0)["train"])
+    assert not any(with_examples(1.0)["train"])
