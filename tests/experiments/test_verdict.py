@@ -136,8 +136,11 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     low, high = map(float, re.findall(r"[-+][\d.]+", line.group(1))[1:])
     assert line.group(2) == ("better" if high < 0 else "worse" if low > 0 else "undecided")
     assert line.group(3).startswith(f"Over {prompts} prompts and 2 seeds. It speaks of prompts")
-    assert out.rstrip().endswith(("not shown to be better.", "Use orchmoe."))
-    assert (home / "out/results.md").read_text() in out + "\n"
+    results = (home / "out/results.md").read_text()
+    assert results.rstrip().endswith(("not shown to be better.", "Use orchmoe."))
+    assert results in out
+    use = "orchmoe" if line.group(2) == "better" else "lora"
+    assert f"the best run of {use} on dev, to use it and to make it again:" in out
 
 
 TASKS = ("count", "reverse", "name")

@@ -1,10 +1,7 @@
 """What people read: equations, drawing, table of memory and progress bars."""
 
-import multiprocessing
 import re
-import sys
 
-import pytest
 import torch
 
 import t5
@@ -12,7 +9,6 @@ from baselines import attach_method, count_parameters
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
-from support import program
 
 # -------------------------------------------------------------------------------------- equations
 
@@ -104,18 +100,3 @@ def test_page_on_data_has_the_computed_memory():
         cells = [f"{number:,}" for number in (size, *trained)]
         cells += [format_bytes(number) for number in memory]
         assert f"| {name} | {' | '.join(cells)} |" in page
-
-
-# ---------------------------------------------------------------------------------- progress bars
-
-
-@pytest.mark.parametrize(
-    "on_terminal, parent, shown",
-    [(True, None, True), (False, None, False), (True, "a parent", False)],
-)
-def test_bar_is_shown_on_a_terminal_and_not_by_a_worker(on_terminal, parent, shown, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
-    bar = program.progress(range(4), "train")
-    assert bar.disable != shown
-    assert not shown or bar.delay == 1  # short loops have no bar

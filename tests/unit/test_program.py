@@ -1,6 +1,10 @@
 """Tests of support/program.py: what a long computation shows. Others are where it is used."""
 
+import multiprocessing
+import sys
 import time
+
+import pytest
 
 from support import program
 
@@ -15,3 +19,12 @@ def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys)
     for _ in program.progress(range(6), "short"):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("parent, shown", [(None, True), ("a parent", False)])
+def test_a_bar_is_shown_on_a_terminal_and_not_by_a_worker(parent, shown, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    bar = program.progress(range(4), "train")
+    assert bar.disable != shown
+    assert not shown or bar.delay == 1  # short loops have no bar
