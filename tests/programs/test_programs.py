@@ -293,6 +293,19 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
 
+def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
+    saved = run_folder.read_run(copied)
+    folder = copied.parent / "other"
+    name = saved.facts["tasks"][0]
+    write_lists(folder, [], [name])
+    write_task(folder, name, task_json(3))
+    other_data = dataclasses.replace(saved.settings.part(DataConfig), data=str(folder))
+    config = evaluation.EvalConfig(run="run", split="test")
+    examples, _ = evaluation.choose_rows(config, other_data, saved, load_tokenizer(ROOT / "tiny"))
+    assert [example.task_index for example in examples] == [0, 0, 0]
+    assert "other: 3 of 3 test rows belong to training tasks" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- evaluation
 
 
