@@ -400,8 +400,6 @@ def answer(
             )
     example = data.example_of(row, tokenizer, data_config)
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
-    if config.ask and not data_config.is_jsonl:
-        program.print_line(f"{config.run or config.model}: answered without examples in the prompt")
     program.print_line(f"answer: {text or '(empty)'}")
 
     w = router_weights(base, adapters, [example])

@@ -187,7 +187,6 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
             assert ids_of_question(*words, cwd=tmp_path) == ids_of(text)
         said = [call.args[0] for call in print_line.call_args_list]
         assert any(WARNING in line for line in said) == is_warned
-        assert not any("answered without examples" in line for line in said)
 
     # The same in a server.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)

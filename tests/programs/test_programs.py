@@ -386,7 +386,6 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     w = routing.w[0]
     shares = [f"{k + 1} at {100 * w[k]:.1f} %" for k in w.argsort(descending=True).tolist()]
     expected = [
-        "run: answered without examples in the prompt",
         f"answer: {tokenizer.decode(tokens)}",
         f"router: abstract task {', '.join(shares)} (numbered from 1)",
     ]
@@ -397,7 +396,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     # A bare model has no router.
     output = run(*ask, "--model", "tiny", "--max-new-tokens", "1", cwd=finished)
     tokens = checkpoint.load(ROOT / "tiny").generate(ids, torch.ones_like(ids), max_new_tokens=1)
-    assert output.splitlines()[2:] == [f"answer: {tokenizer.decode(tokens[0])}"]
+    assert output.splitlines()[1:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
 def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
@@ -429,7 +428,7 @@ def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(c
     )
     monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
     evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run=None)
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines() == [
         "answer: (empty)",
         "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
     ]
