@@ -48,6 +48,7 @@ class TrainConfig:
     extra_rank: int = 0  # more ranks for all adapted Linears together, which share them evenly
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
+    epochs: int = 0  # passes over the training rows, in place of --steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
     lr_skills: float = 1e-2  # peak learning rate of the skills, A and B; with 0 they do not train
@@ -64,8 +65,8 @@ class TrainConfig:
     start: str = ""  # a finished run to start from: its base, method, adapters, data settings
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "eval_every": 1, "extra_rank": 0}
-        program.require_least(self, **least)
+        program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
+        program.require_least(self, epochs=0, extra_rank=0)
 
     @property
     def eval_batch_size(self) -> int:
@@ -98,6 +99,8 @@ def unread_settings(settings: Settings) -> dict[str, str]:
         method += f" --router {settings.router}"
     of_method = {field.name for field in fields(OrchMoEConfig)} | RATES
     unread = dict.fromkeys(of_method - read, method)
+    if settings.epochs:
+        unread["steps"] = "with --epochs"
     return unread | dict.fromkeys(settings.idle, f"with --data {settings.data}")
 
 

@@ -44,6 +44,7 @@ from eval import (
     router_weights,
     score,
 )
+from llama import LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import (
@@ -70,6 +71,7 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
+DECODER_SETTINGS = "--abstract-tasks 24 --rank 1 --lr-allocation 0.1 --batch-size 8 --epochs 1"
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,32 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
             program.print_line(f"data settings kept from {flags['start']}: {', '.join(kept)}")
     of_run = {name: getattr(start, name) for name in ("model", "method", "extra_rank")}
     return {**of_run, **data_values, **asdict(start.part(OrchMoEConfig))}
+
+
+def with_steps(settings: Settings, train_set: Examples) -> Settings:
+    """Return the settings with the number of steps that --epochs means for these rows."""
+    if not settings.epochs:
+        return settings
+    per_epoch = math.ceil(len(train_set) / settings.batch_size)
+    return replace(settings, steps=settings.epochs * per_epoch, epochs=0)
+
+
+def length_of_training(settings: Settings, train_set: Examples) -> str:
+    """Return in words how long the training is: "600 steps of 16 are 35 epochs of 272 rows"."""
+    epochs = settings.steps * settings.batch_size / len(train_set)
+    text = f"{settings.steps} steps of {settings.batch_size} are {epochs:.2g} epochs"
+    return f"{text} of {len(train_set):,} rows"
+
+
+def recommend(flags: dict[str, Any], model: str) -> None:
+    """Print which settings docs/use.md recommends for a decoder, unless one of them is given."""
+    is_decoder = isinstance(checkpoint.read_config(model), LlamaConfig)
+    names = {program.flag(name) for name in flags}
+    if is_decoder and not names & set(DECODER_SETTINGS.split()):
+        program.print_line(
+            "the default settings are for the bundled T5; docs/use.md recommends, for a decoder of "
+            f"0.1 to 1 B, {DECODER_SETTINGS}"
+        )
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -381,6 +409,7 @@ def train(
     for name in ("train", "dev", "seen"):
         data.require_set(sets, name, settings)
     train_set = sets["train"]
+    settings = with_steps(settings, train_set)
     held_out = held_out_sets(sets, settings.eval_instances)
     base = checkpoint.mapped(settings.model)  # its weights are views of the files
     base.checkpoint_blocks = settings.checkpoint_blocks
@@ -613,6 +642,7 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
     program.print_line(
         f"{label}: trains {parameters} on {len(train_set):,} examples; run folder {run.path}"
     )
+    program.print_line(length_of_training(run.settings, train_set))
 
 
 # The metrics in the table, and their headings.
@@ -699,6 +729,8 @@ def main() -> int:
     # Where to compute. A resumed run keeps its dtype on another machine.
     device = runtime.pick_device(launch.gpu, launch.device, settings.dtype, base=settings.model)
     program.print_line(device.description)
+    if not launch.resume:
+        recommend(flags, settings.model)
     with runtime.distributed(device.torch_device):
         run_dir = train(settings, device, launch)
     if run_dir is None:

@@ -153,6 +153,7 @@ def print_plan(
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
+    program.print_line(train.length_of_training(settings, sets["train"]))
 
     seeds, trials = study.config.seeds, study.config.trials
     parts = [f"{trials} trials of {name} with seed 0" for name in tuned]
@@ -323,7 +324,13 @@ def main() -> None:
         unread = {"methods": "with --ablations"}
     if not study_config.tune:
         unread |= {"trials": "with --no-tune", "axes": "with --no-tune"}
+    if settings.epochs:
+        unread["steps"] = "with --epochs"
     program.refuse_unread(flags, unread)
+    train.recommend(flags, settings.model)
+    if settings.epochs:
+        sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
+        settings = train.with_steps(settings, data.require_set(sets, "train", settings))
 
     if config.ablations:
         either_router = [Variant(), Variant({"router": "token", "mixing": "outputs"})]

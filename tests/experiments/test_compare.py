@@ -596,6 +596,7 @@ REFUSED = {
     "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: has no effect without --ablations",
     "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
+    "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",

@@ -19,6 +19,7 @@ import train
 from baselines import attach_method
 from helpers import (
     CPU,
+    ROOT,
     SHORT,
     adapted,
     check_equal,
@@ -26,6 +27,9 @@ from helpers import (
     records,
     rows_of,
     run,
+    sentences,
+    write_decoder,
+    write_pieces,
 )
 from orchmoe import OrchMoEConfig
 from support import program
@@ -100,6 +104,26 @@ def test_schedule_warms_up_and_then_decays_or_stays_constant(take_step, schedule
     _, optimizer = take_step(1, config)
     for group in optimizer.param_groups:
         assert group["lr"] == 0.5 * group["max_lr"]
+
+
+def test_epochs_become_steps():
+    rows = range(20)
+    settings = train.Settings(epochs=3, batch_size=8)
+    steps = train.with_steps(settings, rows)
+    assert (steps.steps, steps.epochs) == (9, 0)  # an epoch ends with a batch of 4
+    assert train.with_steps(steps, rows) == steps
+    assert train.length_of_training(steps, rows) == "9 steps of 8 are 3.6 epochs of 20 rows"
+    with pytest.raises(UserError, match="--steps: has no effect with --epochs"):
+        train.read_settings({"epochs": 1, "steps": 3}, train.LaunchConfig())
+
+
+def test_settings_for_a_decoder_are_recommended_unless_one_is_given(tmp_path, capsys):
+    write_decoder(tmp_path / "llama", write_pieces, sentences(50))
+    train.recommend({"seed": 1}, ROOT / "tiny")
+    train.recommend({"batch_size": 8}, tmp_path / "llama")
+    assert capsys.readouterr().out == ""
+    train.recommend({"seed": 1}, tmp_path / "llama")
+    assert train.DECODER_SETTINGS in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e9])
