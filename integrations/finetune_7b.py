@@ -5,12 +5,12 @@ Each line of the data has a prompt and a completion, both text:
     {"prompt": "Hot is not", "completion": " cold"}
 
 Training writes checkpoints into the folder --out. SIGTERM and Ctrl-C finish the step and save, and
---resume continues from the last checkpoint. In a new process, --ask loads the adapters and answers
-prompts, which must be written as in the data.
+--resume continues from the last checkpoint. In a new process, --prompt loads the adapters and
+answers prompts, which must be written as in the data.
 
     pip install transformers trl datasets bitsandbytes
     python -m integrations.finetune_7b --model Qwen3-8B --data train.jsonl --out run
-    python -m integrations.finetune_7b --model Qwen3-8B --out run --ask "Hot is not" "Up is not"
+    python -m integrations.finetune_7b --model Qwen3-8B --out run --prompt "Hot is not" "Up is not"
     python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
 
 To use it elsewhere, copy this file, trainer.py, support/program.py and orchmoe.py.
@@ -262,15 +262,15 @@ def require_new_run(out):
 
 def ask(args):
     """Print the answers to the prompts."""
-    with program.reading("--ask", "give whole prompts"):
-        for prompt in args.ask:
+    with program.reading("--prompt", "give whole prompts"):
+        for prompt in args.prompt:
             require_prompt(prompt)
     adapter_path = program.require_path(args.out / ADAPTER_FILE, "finish the training first")
     read_saved(adapter_path, method=OrchMoE.__name__)
     model, tokenizer = load_base(args.model)
     max_new_tokens = load_adapters(model, adapter_path)
-    replies = answer(model, tokenizer, args.ask, max_new_tokens)
-    for prompt, reply in zip(args.ask, replies, strict=True):
+    replies = answer(model, tokenizer, args.prompt, max_new_tokens)
+    for prompt, reply in zip(args.prompt, replies, strict=True):
         program.print_line(f"{prompt} -> {reply}")
 
 
@@ -280,13 +280,13 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of the training")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--data", help="JSONL file to train on")
-    action.add_argument("--ask", nargs="+", metavar="PROMPT", help="prompts to answer")
+    action.add_argument("--prompt", nargs="+", metavar="PROMPT", help="whole prompts to answer")
     parser.add_argument("--resume", action="store_true", help="continue a stopped training")
     args = parser.parse_args()
 
     if args.resume and not (args.data and last_checkpoint(args.out)):
         raise UserError(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
-    if args.ask:
+    if args.prompt:
         return ask(args)
 
     # All mistakes that can be found before the base is loaded.

@@ -588,7 +588,7 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     torch.save(found | {"max_new_tokens": 9}, tmp_path / "run" / ADAPTER_FILE)
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
     answers = finetune_7b.answer(trained, tokenizer, prompts, 9)
-    arguments = ["--model", base_folder, "--out", "run", "--ask", *prompts]
+    arguments = ["--model", base_folder, "--out", "run", "--prompt", *prompts]
     said = run("integrations/finetune_7b.py", *arguments, cwd=tmp_path)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
     assert said == "".join(lines)
@@ -661,15 +661,15 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--data a.jsonl --out stopped", "stopped/checkpoint-2: exists"),
         ("--data a.jsonl --out written", "written/README.md: exists"),
         ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
-        ("--ask a --out old --resume", "--resume: needs --data"),
+        ("--prompt a --out old --resume", "--resume: needs --data"),
         ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
         (
             "--data b.jsonl --out rows --resume",
             "rows/checkpoint-2/adapter.pt: rows changed, from 0 to",
         ),
         ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
-        ("--ask a --out new", "new/adapter.pt: does not exist; finish the training first"),
-        ("--ask \udcff --out old", "--ask: prompt is not valid Unicode"),
+        ("--prompt a --out new", "new/adapter.pt: does not exist; finish the training first"),
+        ("--prompt \udcff --out old", "--prompt: prompt is not valid Unicode"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),
     ],
