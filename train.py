@@ -691,30 +691,24 @@ def print_router(report: dict[str, float], K: int) -> None:
     program.print_line(text)
 
 
-def print_next_commands(run_dir: Path, settings: Settings, flags: dict[str, Any]) -> None:
-    """Print two commands that a user may want next. flags: those of the finished run."""
-    run_flag = f"--run {shlex.quote(str(run_dir))}"
-    program.print_line("next:")
-    if settings.method == "orchmoe" and settings.router == "sample":
-        program.print_line(
-            f"  python -m experiments.explorer {run_flag}  # see in a browser what its router does"
-        )
-    else:
-        if settings.method in OWN_METHODS:
-            run_flag += f" --method {shlex.quote(OWN_METHODS[settings.method].source)}"
-        program.print_line(
-            f"  python eval.py {run_flag} --split train  # scores on the rows that trained"
-        )
+def print_next_commands(run_dir: Path, settings: Settings) -> None:
+    """Print two commands that a user may want after a run."""
+    method = settings.method
+    look = ["python", "eval.py", "--run", str(run_dir), "--split", "train"]
+    if method == "orchmoe" and settings.router == "sample":
+        look = ["python", "-m", "experiments.explorer", "--run", str(run_dir)]
+    elif method in OWN_METHODS:
+        method = OWN_METHODS[method].source
+        look += ["--method", method]
 
-    if settings.start or flags.get("resume") or program.world_size() > 1:
-        return
-    other = "orchmoe" if settings.method == "lora" else "lora"
-    unread = unread_settings(replace(settings, method=other))
-    words = ["python", "train.py", "--method", other]
-    for name, value in flags.items():
-        if name not in {"method", "out", "resume"} | unread.keys():
-            words += program.flag_words(name, value)
-    program.print_line(f"  {shlex.join(words)}  # the same with --method {other}, to compare")
+    other = "orchmoe" if method == "lora" else "lora"
+    compare = ["python", "-m", "experiments.compare", "--methods", f"{method},{other}"]
+    for name in sorted(PATHS):
+        if getattr(settings, name) != getattr(Settings, name):
+            compare += [program.flag(name), getattr(settings, name)]
+    program.print_line("next:")
+    program.print_line(f"  {shlex.join(look)}  # see what it learnt")
+    program.print_line(f"  {shlex.join(compare)}  # is it better than {other}?")
 
 
 def main() -> int:
@@ -735,7 +729,7 @@ def main() -> int:
         run_dir = train(settings, device, launch)
     if run_dir is None:
         return 130  # stopped by a signal
-    print_next_commands(run_dir, settings, flags)
+    print_next_commands(run_dir, settings)
     return 0
 
 

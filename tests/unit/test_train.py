@@ -252,54 +252,33 @@ def test_router_report(w, expected, warning, capsys):
 
 # ------------------------------------------------------------------------------ the next commands
 
-NEXT = [  # method, other flags of the run, and the command that compares it with another method
+NEXT = [  # settings, and the words of the two commands
     (
-        "orchmoe",
-        {"gumbel": True, "lr_skills": 0.02, "device": "cpu"},
-        "--method lora --lr-skills 0.02 --device cpu",
+        {"gumbel": True, "steps": 9, "data": "my data"},
+        ["python", "-m", "experiments.explorer", "--run", "a run"],
+        ["--methods", "orchmoe,lora", "--data", "my data"],
     ),
     (
-        "lora",
-        {"definition": False, "target": ("q", "my v")},
-        "--method orchmoe --no-definition --target 'q,my v'",
+        {"method": "lora", "model": "base"},
+        ["python", "eval.py", "--run", "a run", "--split", "train"],
+        ["--methods", "lora,orchmoe", "--model", "base"],
+    ),
+    (
+        {"method": "Mine"},
+        "python eval.py --run".split() + ["a run", "--split", "train", "--method", "my.py:Mine"],
+        ["--methods", "my.py:Mine,lora"],
     ),
 ]
 
 
-@pytest.mark.parametrize("method, more, expected", NEXT)
-def test_next_commands_have_the_paths_and_flags_of_the_run(method, more, expected, capsys):
-    """The compared run has all flags of the run that its method uses, but not its folder."""
-    flags = {"method": method, "out": "a run", **more}
-    settings = program.from_flags(train.Settings, flags)
-    train.print_next_commands(Path("a run"), settings, flags)
+@pytest.mark.parametrize("values, look, compared", NEXT)
+def test_next_commands_have_the_paths_of_the_run(values, look, compared, monkeypatch, capsys):
+    monkeypatch.setitem(train.OWN_METHODS, "Mine", SimpleNamespace(source="my.py:Mine"))
+    train.print_next_commands(Path("a run"), train.Settings(**values))
     title, first, second = capsys.readouterr().out.splitlines()
     assert title == "next:"
-    if method == "orchmoe":
-        assert shlex.split(first, True) == "python -m experiments.explorer --run".split() + [
-            "a run"
-        ]
-    else:
-        words = ["python", "eval.py", "--run", "a run", "--split", "train"]
-        assert shlex.split(first, comments=True) == words
-    assert second.strip().startswith(f"python train.py {expected}  # the same with")
-
-    train.print_next_commands(Path("a run"), settings, {"out": "a run", "resume": True})
-    assert capsys.readouterr().out.splitlines() == [title, first]
-
-    train.print_next_commands(Path("a run"), settings, flags | {"resume": False})
-    assert capsys.readouterr().out.splitlines() == [title, first, second]
-
-
-def test_next_commands_name_the_file_of_an_own_method(monkeypatch, capsys):
-    method = SimpleNamespace(source="my file.py:Mine")
-    monkeypatch.setitem(train.OWN_METHODS, "Mine", method)
-    settings = train.Settings(method="Mine")
-    train.print_next_commands(Path("runs/Mine-1"), settings, {"method": "Mine", "data": "my data"})
-    _, first, second = capsys.readouterr().out.splitlines()
-    expected = "python eval.py --run runs/Mine-1 --method 'my file.py:Mine' --split train"
-    assert first.strip().startswith(f"{expected}  # ")
-    expected = "python train.py --method lora --data 'my data'"
-    assert second.strip().startswith(f"{expected}  # ")
+    assert shlex.split(first, comments=True) == look
+    assert shlex.split(second, comments=True)[3:] == compared
 
 
 # ---------------------------------------------------------------------------------------- one run
