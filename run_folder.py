@@ -51,7 +51,7 @@ class TrainConfig:
     epochs: int = 0  # passes over the training rows, in place of --steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
-    lr_skills: float = 1e-2  # peak learning rate of the skills, A and B; with 0 they do not train
+    lr_skills: float = 1e-2  # peak learning rate of the skills, A and B; a rate of 0 freezes a part
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation
@@ -244,7 +244,7 @@ class Run:
             torch.save(state, file)
 
     def resume(self, adapters: Adapters, optimizer: Optimizer) -> Progress | None:
-        """Load progress.pt into adapters and optimizer. Cut off the log what came after it.
+        """Load progress.pt into adapters and optimizer, and cut later lines off the log.
 
         Return None if nothing was saved yet, so that the run begins at step 0. Raise UserError for
         a damaged or foreign file, and if it is missing though the run is finished.

@@ -287,13 +287,6 @@ def read_flags(
     return values
 
 
-def refuse_unread(flags: Iterable[str], unread: dict[str, str]) -> None:
-    """Raise UserError for a given flag without effect. unread: {field: "with ..."}."""
-    given = sorted(unread.keys() & set(flags))
-    if given:
-        raise UserError(f"{flag(given[0])}: has no effect {unread[given[0]]}; leave it out")
-
-
 def _argparse_options(hint):
     """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
     if hint is bool:
@@ -313,6 +306,13 @@ def _argparse_options(hint):
 
 def _split_names(text):
     return tuple(name for name in text.split(",") if name)
+
+
+def refuse_unread(flags: Iterable[str], unread: dict[str, str]) -> None:
+    """Raise UserError for a given flag without effect. unread: {field: "with ..."}."""
+    given = sorted(unread.keys() & set(flags))
+    if given:
+        raise UserError(f"{flag(given[0])}: has no effect {unread[given[0]]}; leave it out")
 
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
