@@ -149,7 +149,9 @@ def test_the_id_of_a_run_depends_on_every_setting_but_paths(run, field):
     others |= {"schedule": "constant", "dtype": "bfloat16", "splits": "x", "method": "poly"}
     other = SAME_RUN.get(field.name, others.get(field.name))
     if other is None:
-        other = not value if isinstance(value, bool) else value + 1
+        other = value / 2 if isinstance(value, float) else value + 1
+    if isinstance(value, bool):
+        other = not value
     changed = Run(run.path, replace(SETTINGS, **{field.name: other}), FACTS)
     assert (changed.run_id == run.run_id) == (field.name in SAME_RUN)
 
