@@ -166,8 +166,6 @@ K = EXPORT_CONFIG.abstract_tasks
 def folder(request, tmp_path):
     if request.param == "tiny":
         return ROOT / "tiny"
-    if request.param == "smollm2":
-        return request.getfixturevalue("smollm2_dir")
     hf_llama("llama2").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -219,9 +217,6 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "folder", ["tiny", "llama", pytest.param("smollm2", marks=pytest.mark.slow)], indirect=True
-)
 def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, tmp_path):
     without = ours(checkpoint.load(folder, dtype=torch.float32))
     # With ranks that differ between Linears.
@@ -248,20 +243,13 @@ def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, 
     assert_close(theirs(model, "mixed"), expected)
 
 
-def test_saved_routing_is_that_of_folded_and_comes_back_as_a_skill(folder, tmp_path):
+def test_saved_routing_is_that_of_folded(folder, tmp_path):
     base, adapters = load_adapted(folder)
     w = torch.tensor([0.2, 0.5, 0.3])
     assert save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
     with adapters.folded(w):
         expected = ours(base)
     assert_close(theirs(in_peft(folder, [tmp_path / "mean"]), "mean"), expected)
-
-    lora = load_peft(tmp_path / "mean")
-    again, alone = load_adapted(folder, OrchMoEConfig(abstract_tasks=1, skills=1, rank=lora.rank))
-    set_skills(alone, [lora])
-    with alone.routed(w=torch.ones(1)):
-        assert_close(ours(again), expected)
-    assert not any(alone.parameter_groups()["skills"])  # frozen
 
 
 def made_by_peft(folder, out, **options):
@@ -284,6 +272,7 @@ def test_loras_of_peft_become_the_skills(folder, tmp_path):
     config = OrchMoEConfig(abstract_tasks=2, skills=2, rank=3, alpha=1.5, allocation_std=0.0)
     base, adapters = load_adapted(folder, config)
     set_skills(adapters, [load_peft(path) for path in folders])
+    assert not any(adapters.parameter_groups()["skills"])  # frozen
 
     model = in_peft(folder, folders)
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "average", combination_type="cat")

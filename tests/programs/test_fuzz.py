@@ -1,4 +1,4 @@
-"""Fuzz every reader with damaged input, and the prompt and the metrics with any text.
+"""Fuzz the readers with damaged input, and the metrics with any text.
 
 A reader returns a right answer or raises a ValueError of one line that names the file. Each test
 tries 50 inputs. By hand it tries 10,000 with at most 5 seconds for each:
@@ -9,11 +9,9 @@ tries 50 inputs. By hand it tries 10,000 with at most 5 seconds for each:
 import contextlib
 import io
 import json
-import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import checkpoint
 import metrics
@@ -28,7 +26,6 @@ from helpers import (
     task_json,
     write_words,
 )
-from integrations import peft_folder
 from support import program
 from tasks import read_task, render_prompt
 
@@ -146,27 +143,9 @@ SMALL = safetensors_bytes(
     },
     bytes(range(12)),
 )
-sizes = st.integers(-2, 9) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
-entries = st.builds(
-    safetensors_entry,
-    st.sampled_from(["F32", "F8_E4M3", "F9"]) | leaves,
-    st.lists(sizes, max_size=4) | values,
-    st.lists(sizes, min_size=2, max_size=2) | values,
-)
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "BOOL": 1}
 
 
-def consistent_entry(dtype, shape):
-    """Return an entry that is consistent in itself, though perhaps not with the file."""
-    return safetensors_entry(dtype, shape, [0, math.prod(shape) * BYTES[dtype]])
-
-
-entries |= st.builds(consistent_entry, st.sampled_from(list(BYTES)), st.lists(sizes, max_size=4))
-headers = st.dictionaries(texts, entries | values, max_size=3)
-hostile = st.builds(safetensors_bytes, headers, st.binary(max_size=16))
-
-
-@given(damaged(SMALL) | hostile)
+@given(damaged(SMALL))
 @example(safetensors_bytes({"x\ny" * 999: safetensors_entry(offsets=[8, 0])}))
 def test_safetensors(folder, content):
     found = read(checkpoint.read_safetensors, folder / "a.safetensors", content, SMALL)
@@ -176,33 +155,6 @@ def test_safetensors(folder, content):
         for tensor in tensors.values():
             assert tensor.clone().shape == tensor.shape  # every value can be read
         assert all(isinstance(value, str) for value in metadata.values())
-
-
-LORA = program.to_json(
-    {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
-    | dict.fromkeys(["use_dora", "rank_pattern", "modules_to_save"])
-)
-KEY_A = "base_model.model.q.lora_A.weight"
-KEY_B = KEY_A.replace("A", "B")
-FACTORS = {KEY_A: torch.ones(2, 3), KEY_B: torch.ones(3, 2)}
-keys = st.sampled_from([KEY_A, KEY_B, KEY_A.replace("q", "a.q")])
-shapes = st.lists(st.integers(0, 3), max_size=3)
-factors = st.builds(torch.full, shapes, st.sampled_from([1, 1.0, math.nan]))
-
-
-@given(damaged_or_changed(LORA), st.just(FACTORS) | st.dictionaries(keys, factors, min_size=1))
-def test_peft_folders(folder, config, tensors):
-    """A LoRA that is accepted has finite factors in pairs of one rank."""
-    path = folder / "lora"
-    path.mkdir(exist_ok=True)
-    (path / "adapter_config.json").write_bytes(config)
-    save_file(tensors, path / "adapter_model.safetensors")
-    with refusing(path):
-        lora = peft_folder.load_peft(path)
-        assert 2 * len(lora.factors) == len(tensors) > 0
-        for A, B in lora.factors.values():
-            assert A.shape[0] == B.shape[1] == lora.rank
-            assert A.isfinite().all() and B.isfinite().all()
 
 
 buffer = io.BytesIO()
@@ -274,31 +226,7 @@ def test_tokenizers(folder, tokenizer_folder, name, drawn):
         found.decode(range(-1, found.size + 1))
 
 
-# ---------------------------------------------------------------------------- prompts and metrics
-
-plain = st.text(st.characters(codec="utf-8"), max_size=60)
-examples = st.lists(
-    st.fixed_dictionaries({"input": plain, "output": plain}, optional={"explanation": plain}),
-    max_size=4,
-)
-
-
-@given(plain, plain, examples, examples, st.booleans(), st.integers(2, 500))
-def test_prompts(definition, text, positive, negative, has_definition, limit):
-    task = {"definition": definition, "positive": positive, "negative": negative}
-
-    def render(**options):
-        return render_prompt(task, {"input": text}, Bytes(), definition=has_definition, **options)
-
-    prompt = render(num_pos=3, num_neg=2, explanation=True, max_source_length=limit)
-    assert len(Bytes().encode(prompt)) <= limit + 1
-    bare = render(num_pos=0, max_source_length=10**6)
-    if len(Bytes().encode(bare)) <= limit:
-        # It fits: nothing of it is lost, and the examples are in between.
-        head, tail = bare.split("Now complete the following example -\n", 1)
-        assert prompt.startswith(head) and prompt.endswith(tail) and len(prompt) >= len(bare)
-    else:
-        assert bare.encode().startswith(prompt.encode())
+# --------------------------------------------------------------------------------------- metrics
 
 
 @given(st.text(), st.text())

@@ -71,20 +71,20 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
         annotate.note_lines(PIECES[name], BLOCKS[name].notes, changed)
 
 
+def test_tests_that_the_notes_name_exist():
+    tests = "".join(path.read_text() for path in annotate.DOCS.parent.glob("tests/*/test_*.py"))
+    named = re.findall(r"^- \*\*tested\*\* by `(\w+)`$", TEXT, re.MULTILINE)
+    assert named
+    for name in named:
+        assert f"def {name}(" in tests, name
+
+
 # ------------------------------------------------------------------------------------------ the run
 
 
 def test_words_of_the_abstract_tasks_fit_the_run():
     """Each seen task is named behind the words of the abstract task that it has most."""
     assert tables.outdated_words(EXPLORED) == []
-
-
-def test_the_page_shows_the_verdict_and_the_differences_from_a_lora():
-    """The verdict is the first paragraph of the evidence, and the differences its first table."""
-    evidence = (annotate.DOCS / "evidence.md").read_text(encoding="utf-8")
-    assert evidence.split("\n\n")[1].startswith("**")
-    head = re.search(r"^\|.*", evidence, re.MULTILINE)[0]
-    assert "OrchMoE minus a LoRA of equal size" in head
 
 
 def test_the_page_says_which_run_it_shows():

@@ -280,7 +280,9 @@ def test_disabled_is_the_base_bit_for_bit(kind):
     assert_same(base, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"router_norm": "none"}, {"gumbel": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"router_norm": "none"}, {"gumbel": True}, {"mixing": "factors"}]
+)
 @torch.no_grad()
 def test_folded_equals_routed_for_any_number_of_rows(options):
     base = net().eval()
