@@ -34,16 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support import program
 from support.program import UserError
-from tasks import (
-    FILE_FIELDS,
-    NO_TASK,
-    DataConfig,
-    Row,
-    find_files,
-    hash_of,
-    jsonl_rows,
-    sni_rows,
-)
+from tasks import FILE_FIELDS, NO_TASK, DataConfig, Row, find_files, hash_of, jsonl_rows, sni_rows
 from tokenizer import Tokenizer
 
 UNKNOWN_CHARACTERS = (
@@ -96,7 +87,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
         sources = tokenizer.sources(prompts, spaced=spaced)
         targets = tokenizer.targets(answers, spaced=spaced)
 
-        facts = []
+        fields = []
         for row in chunk:
             source = next(sources)
             if row.is_cut or len(source) > config.max_source_length:
@@ -113,10 +104,10 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             for piece in pieces:
                 ids.extend(piece)
                 lengths.append(len(piece))
-            facts.append([row.set, row.task, row.category, row.id, row.position, row.answers])
+            fields.append([row.set, row.task, row.category, row.id, row.position, row.answers])
             if row.set != "test":
                 tasks.add(row.task)
-        saved_rows.append(json.dumps(facts))
+        saved_rows.append(json.dumps(fields))
 
     return Tokens(
         rows=saved_rows,
@@ -258,7 +249,7 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
         )
 
 
-def _compare_sources(examples: dict[str, list[Example]], config: DataConfig) -> None:
+def _leave_out_used(examples: dict[str, list[Example]], config: DataConfig) -> None:
     """Leave out rows of a JSONL file that are held out, but have the tokens of rows that are used.
 
     Training uses "train", and "dev" chooses the weights. Different texts may have equal tokens, as
@@ -328,7 +319,7 @@ def load_sets(
 
     examples = examples_by_set(tokens)
     if config.is_jsonl:
-        _compare_sources(examples, config)
+        _leave_out_used(examples, config)
     sets = {}
     for set_name, of_set in examples.items():
         list_name = "test" if set_name == "test" else "train"
