@@ -5,7 +5,6 @@ import re
 import shutil
 import threading
 from contextlib import contextmanager
-from dataclasses import replace
 from http.client import HTTPConnection
 from unittest import mock
 
@@ -13,11 +12,9 @@ import pytest
 import torch
 
 import eval as evaluation
-import run_folder
 from experiments.explorer import explorer
 from helpers import (
     ROOT,
-    change_config,
     interrupted,
     links,
     run,
@@ -156,16 +153,11 @@ def test_every_row_of_the_annotated_page_has_an_answer_and_nothing_else_is_offer
         assert not annotated.find_element("id", hidden).is_displayed(), hidden
 
 
-def require_whole_at_any_width(browser):
-    """Require that no part of a page is cut."""
-    for width in (390, 768, 1280, 1920):
-        set_window(browser, width)
-        assert browser.execute_script(CUT_PARTS) == [], width
-    set_window(browser, 1280)
-
-
 def test_nothing_of_the_annotated_page_is_cut(annotated):
-    require_whole_at_any_width(annotated)
+    for width in (390, 768, 1280, 1920):
+        set_window(annotated, width)
+        assert annotated.execute_script(CUT_PARTS) == [], width
+    set_window(annotated, 1280)
 
 
 # --------------------------------------------------------------------------------- the served page
@@ -216,22 +208,13 @@ def request(server, method="POST", path="/", body=None, **headers):
 QUESTION = {"prompt": "Definition: Say yes.", "references": ["yes"], "w": None}
 
 
-def require_answers_with_the_given_w(server):
+def test_the_server_answers_with_the_given_w(server):
     own = json.loads(request(server, body=QUESTION)[1])
     assert sum(own["w"]) == pytest.approx(1, abs=1e-3)
     again = json.loads(request(server, body=QUESTION | {"w": own["w"]})[1])
     assert again["result"][0] == own["result"][0]
     off = json.loads(request(server, body=QUESTION | {"w": [0.0] * 8})[1])
     assert off["result"][1] != pytest.approx(own["result"][1], abs=1e-3)
-
-
-def test_the_server_answers_with_the_given_w(server):
-    require_answers_with_the_given_w(server)
-
-
-def test_the_server_of_a_decoder_answers_with_the_given_w(finished_decoder):
-    with serving_stirred(finished_decoder / "run") as server:
-        require_answers_with_the_given_w(server)
 
 
 def test_an_answer_is_right_if_it_is_any_of_the_references(server):
@@ -343,10 +326,6 @@ def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
     assert not served.find_elements("css selector", '[data-row="other"]')
 
 
-def test_nothing_of_the_served_page_is_cut(served):
-    require_whole_at_any_width(served)
-
-
 def test_the_server_has_what_the_annotated_page_leads_to(server):
     _, annotated = request(server, "GET", "/annotated.html")
     pages = re.findall(r'href="(?:\.\./)?([\w./]+)"', annotated)
@@ -379,19 +358,6 @@ def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     error = run(PROGRAM, "--run", "run", "--port", 70000, cwd=finished, code=2)
     assert "--port 70000" in error
     assert "give --run" in run(PROGRAM, cwd=finished, code=2)
-
-
-def test_a_run_whose_data_changed_is_refused_and_moved_data_are_found(copied, tmp_path):
-    change_config(copied, "settings", data="moved")
-    with pytest.raises(UserError, match="moved/splits"):
-        explorer.load(copied)
-    explorer.load(copied, moved_data=str(ROOT / "sni"))
-    shutil.copytree(ROOT / "sni", tmp_path / "sni")
-    task = run_folder.read_run(copied).facts["tasks"][0]
-    with open(tmp_path / f"sni/tasks/{task}.json", "a") as file:
-        file.write("\n")
-    with pytest.raises(UserError, match="run: train_tasks changed since the run began"):
-        explorer.load(copied, moved_data=str(tmp_path / "sni"))
 
 
 def test_a_task_has_the_mean_w_of_all_its_samples(server):
@@ -495,52 +461,27 @@ def test_nothing_is_claimed_about_tasks_that_rows_do_not_name(own_page):
 
 
 def ask(loaded, answer, **question):
-    """Return the reply to a question, if the model answers with this text, and predict's options.
-
-    Meanwhile a server may answer a page that is still open, in a thread of its own.
-    """
-    given = {}
-
-    def predict(*_inputs, **options):
-        given[threading.current_thread()] = options
-        return [answer]
-
-    with mock.patch.object(evaluation, "predict", predict):
-        reply = explorer.reply(loaded, json.dumps(QUESTION | question).encode())
-    return reply, given[threading.current_thread()]
+    """Return the reply to a question, if the model answers with this text."""
+    with mock.patch.object(evaluation, "predict", lambda *_inputs, **_options: [answer]):
+        return explorer.reply(loaded, json.dumps(QUESTION | question).encode())
 
 
 def test_right_follows_the_rules_of_the_data_and_the_page_names_them(server, own_server, own_page):
     for asked, is_right in ((server, True), (own_server, False)):
-        reply, _ = ask(asked.loaded, "C", references=["C++"])
-        assert reply["result"][2] is is_right
+        assert ask(asked.loaded, "C", references=["C++"])["result"][2] is is_right
     assert "punctuation counts" in text(own_page, "#rules")
     own_page.get(f"http://127.0.0.1:{server.server_port}")
     assert "official rules ignore case, white space and punctuation" in text(own_page, "#rules")
 
 
-def test_an_answer_may_be_as_long_as_the_longest_target_of_training(own_server):
-    loaded = own_server.loaded
-    assert ask(loaded, "yes")[1]["max_new_tokens"] == 127
-    config = replace(loaded.data_config, max_target_length=300)
-    assert ask(loaded._replace(data_config=config), "yes")[1]["max_new_tokens"] == 299
-
-
 def test_characters_that_the_tokenizer_loses_are_said(own_server, own_page):
     loaded = own_server.loaded
     lost = "has characters that the tokenizer does not know"
-    assert ask(loaded, "yes")[0]["warning"] == ""
-    assert ask(loaded, "yes", prompt="Say \u2603.")[0]["warning"].startswith(f"The prompt {lost}")
-    warning = ask(loaded, "yes", references=["\u2603"])[0]["warning"]
+    assert ask(loaded, "yes")["warning"] == ""
+    warning = ask(loaded, "yes", references=["\u2603"])["warning"]
     assert warning.startswith(f"The right answer {lost}")
     type_prompt(own_page, "Say \u2603.")
-    wait(own_page, lambda: "Say \u2603." in text(own_page, "#input"))
-    wait_for_answer(own_page, "uniform")
     wait(own_page, lambda: f"The prompt {lost}" in text(own_page, "#status"))
-    type_prompt(own_page, "Say yes.")
-    wait(own_page, lambda: text(own_page, "#input") == "Say yes.")
-    wait_for_answer(own_page, "uniform")
-    wait(own_page, lambda: text(own_page, "#status") == "")
 
 
 def test_a_method_that_returns_no_w_is_refused(own_server, monkeypatch):
