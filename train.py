@@ -157,7 +157,9 @@ def with_steps(settings: Settings, train_set: Examples) -> Settings:
 def length_of_training(settings: Settings, train_set: Examples) -> str:
     """Return in words how long the training is: "600 steps of 16 are 35 epochs of 272 rows"."""
     epochs = settings.steps * settings.batch_size / len(train_set)
-    text = f"{settings.steps} steps of {settings.batch_size} are {epochs:.2g} epochs"
+    count = f"{epochs:.2g}"
+    unit = "epoch" if count == "1" else "epochs"
+    text = f"{settings.steps} steps of {settings.batch_size} are {count} {unit}"
     return f"{text} of {len(train_set):,} rows"
 
 
@@ -448,6 +450,8 @@ def train(
     with run.lock():
         run.bind()
         print_size(run, adapters, train_set)
+        if final_scores:  # a study prints it once for all runs
+            program.print_line(length_of_training(settings, train_set))
 
         # Resume or begin.
         optimizer = make_optimizer(adapters, settings)
@@ -642,7 +646,6 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
     program.print_line(
         f"{label}: trains {parameters} on {len(train_set):,} examples; run folder {run.path}"
     )
-    program.print_line(length_of_training(run.settings, train_set))
 
 
 # The metrics in the table, and their headings.

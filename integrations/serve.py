@@ -185,11 +185,16 @@ def main():
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--ask", nargs="+", metavar="TEXT", help="instructions, as in rows of JSONL")
     asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="whole prompts, as they stand")
+    parser.add_argument("--input", default="", help="the input of the instructions")
     parser.add_argument("--server", help="address of a llama-server (default: peft answers)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: as in training)")
     args = parser.parse_args()
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
+    if args.prompt and args.input:
+        parser.error("--input: a whole prompt has no other input; leave it out")
+    with program.checking_settings():
+        program.require_text("--input", args.input)
     flag = "--ask" if args.ask else "--prompt"
     questions = args.ask or args.prompt
     for question in questions:
@@ -207,12 +212,12 @@ def main():
     if args.ask:
         if texts.instructions is None:
             parser.error("--ask: only a run on rows of JSONL has instructions; give --prompt")
-        if texts.tokenizer.one_row and not texts.instructions:
+        if texts.tokenizer.one_row and not texts.instructions and not args.input:
             program.warn(
                 "--ask: the rows of the run are whole prompts, and an instruction ends in an empty "
                 "line; give --prompt to ask in their form"
             )
-        prompts = [instruction_prompt(instruction, "") for instruction in args.ask]
+        prompts = [instruction_prompt(instruction, args.input) for instruction in args.ask]
     max_tokens = args.max_tokens or router.max_new_tokens
     model = None if args.server else PeftModel(args.base, router.loras)
     for question, prompt in zip(questions, prompts, strict=True):

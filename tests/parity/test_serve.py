@@ -121,6 +121,7 @@ MISTAKES = {  # flags -> what is said
     "--ask=": "--ask: a text is empty",
     "--prompt \udcff": "--prompt is not valid Unicode",
     "--ask a": "--ask: only a run on rows of JSONL has instructions; give --prompt",
+    "--prompt a --input b": "--input: a whole prompt has no other input; leave it out",
     "--max-tokens 0": "--max-tokens 0: give 1 or more",
     "--server http://localhost:9": "--server http://localhost:9: .*refused.*; start llama-server",
 }

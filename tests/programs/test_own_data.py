@@ -191,16 +191,17 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
     # The same in a server.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
     arguments = ["--served", "served", "--base", base_of(kind)]
-    for flag, text, is_warned in (
-        ("--ask", "Say it.\n\n", warns),
-        ("--prompt", "Say it.", False),
+    for words, text, is_warned in (
+        (("--ask", "Say it."), "Say it.\n\n", warns),
+        (("--ask", "Say it.", "--input", "now"), "Say it.\n\nnow\n\n", False),
+        (("--prompt", "Say it."), "Say it.", False),
     ):
         with (
             mock.patch.object(serve, "PeftModel") as model,
             mock.patch.object(program, "warn") as warn,
         ):
             model.return_value.answer.return_value = []
-            assert run("integrations/serve.py", *arguments, flag, "Say it.", cwd=tmp_path)
+            assert run("integrations/serve.py", *arguments, *words, cwd=tmp_path)
         assert model.return_value.answer.call_args.args[0].tolist() == ids_of(text)
         assert warn.called == is_warned
 
