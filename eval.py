@@ -29,7 +29,7 @@ import run_folder
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
-from run_folder import Run
+from run_folder import Model, Run
 from support import program, runtime
 from support.program import UserError, require_text
 from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_question
@@ -378,15 +378,9 @@ class EvalConfig:
         return self.out_dir / "scores.json"
 
 
-def answer(
-    base: Backbone,
-    adapters: Adapters,
-    tokenizer: Tokenizer,
-    config: EvalConfig,
-    data_config: DataConfig,
-    run: Run | None,
-) -> None:
+def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run | None) -> None:
     """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
+    base, adapters, tokenizer = model
     if config.prompt:
         row = row_of_prompt(config.prompt)
     else:
@@ -414,10 +408,7 @@ def answer(
 
 
 def choose_rows(
-    config: EvalConfig,
-    data_config: DataConfig,
-    run: Run | None,
-    tokenizer: Tokenizer,
+    config: EvalConfig, data_config: DataConfig, run: Run | None, tokenizer: Tokenizer
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
@@ -463,15 +454,11 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
     program.refuse_unread(flags, unread)
 
 
-def evaluate(
-    base: Backbone,
-    adapters: Adapters,
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    config: EvalConfig,
-    metric_rules: str,
+def score_rows(
+    model: Model, examples: Sequence[Example], config: EvalConfig, metric_rules: str
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the predictions and the scores of the examples."""
+    base, adapters, tokenizer = model
     require_fit(base, tokenizer, examples, config.max_new_tokens)
     program.print_progress(f"scoring {len(examples)} rows")
     losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
@@ -544,18 +531,16 @@ def main() -> None:
     program.print_line(device.description)
 
     with runtime.distributed(device.torch_device):
-        base, adapters, tokenizer = run_folder.load(
-            device, run_dir=config.run, model=config.model, shard=config.shard
-        )
+        model = run_folder.load(device, run_dir=config.run, model=config.model, shard=config.shard)
         if is_question:
-            answer(base, adapters, tokenizer, config, data_config, run)
+            answer(model, config, data_config, run)
             return
 
         # Choose the rows, score them, and write the results.
-        examples, digest = choose_rows(config, data_config, run, tokenizer)
+        examples, digest = choose_rows(config, data_config, run, model.tokenizer)
         config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        predictions, scores = evaluate(base, adapters, examples, tokenizer, config, rules)
+        predictions, scores = score_rows(model, examples, config, rules)
         scored = {
             "scored": os.path.realpath(config.run or config.model),
             "split": config.split,

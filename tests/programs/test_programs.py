@@ -340,6 +340,17 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
         assert row == {"id": row["id"], "task": row["task"], "prediction": prediction}
 
 
+def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, monkeypatch):
+    """To tokenise all training tasks of the real data takes half a minute."""
+    write_lists(tmp_path, ["task1_a"], ["task2_b"])
+    write_task(tmp_path, "task1_a", b"{")
+    write_task(tmp_path, "task2_b", task_json(2))
+    monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
+    evaluate = ["eval.py", "--model", ROOT / "tiny", "--data", ".", "--device", "cpu"]
+    assert "2 instances of 1 test tasks" in run(*evaluate, cwd=tmp_path)
+    assert "task1_a.json: JSONDecodeError" in run(*evaluate, "--split", "dev", cwd=tmp_path, code=2)
+
+
 def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     cwd = links(copied.parent)
@@ -427,7 +438,8 @@ def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(c
         model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
     )
     monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
-    evaluation.answer(base, adapters, tokenizer, config, DataConfig(), run=None)
+    model = run_folder.Model(base, adapters, tokenizer)
+    evaluation.answer(model, config, DataConfig(), run=None)
     assert capsys.readouterr().out.splitlines() == [
         "answer: (empty)",
         "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
