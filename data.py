@@ -105,7 +105,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
                 ids.extend(piece)
                 lengths.append(len(piece))
             fields.append([row.set, row.task, row.category, row.id, row.position, row.answers])
-            if row.set != "test":
+            if row.set in ("train", "dev", "seen"):
                 tasks.add(row.task)
         saved_rows.append(json.dumps(fields))
 

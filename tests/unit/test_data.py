@@ -263,6 +263,13 @@ def question(words, text, **settings):
     return data.example_of(row_of_question("Say it.", text, words, config), words, config)
 
 
+def test_a_question_belongs_to_no_training_task(tmp_path, corpus):
+    """A method that routes by task would route it as a training task."""
+    words = load_tokenizer(write_words(tmp_path / "words", corpus))
+    assert question(words, "a").task_index == -1
+    assert question(words, "a", data="own.jsonl").task_index == -1
+
+
 def test_a_prompt_is_cut_between_two_characters(tmp_path, corpus):
     """A character beyond ASCII has two to four tokens. What is left is the start of the whole."""
     words = load_tokenizer(write_words(tmp_path / "words", corpus))
