@@ -478,20 +478,38 @@ def _in_worker(cell: Cell, device: runtime.Device) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
-def _pass_on_sigterm(stopped: threading.Event) -> Iterator[None]:
-    """Tell the workers when this process is told to stop, and set `stopped`."""
+def _block_sigint() -> None:
+    """Keep Ctrl-C from the processes that this thread starts. They stop by SIGTERM alone.
 
-    def pass_on(_number, _frame):
+    Python would print a traceback in a worker that is still starting.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _pass_on_signals(stopped: threading.Event) -> Iterator[None]:
+    """Tell the workers when this process is told to stop, and set `stopped`.
+
+    A second Ctrl-C ends them at once.
+    """
+
+    def pass_on(number, _frame):
+        at_once = number == signal.SIGINT and stopped.is_set()
         stopped.set()
         for worker in multiprocessing.active_children():
-            worker.terminate()  # which sends SIGTERM
+            if at_once:
+                worker.kill()
+            else:
+                worker.terminate()  # which sends SIGTERM
 
-    previous = signal.signal(signal.SIGTERM, pass_on)
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, pass_on)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def share_cores(jobs: int, device: runtime.Device) -> int:
@@ -612,16 +630,20 @@ def run_cells(
 
     if jobs == 1 or len(queues) < 2:
         with progress.watch():
-            for queue in queues:
-                finish(queue, run_cell)
+            try:
+                for queue in queues:
+                    finish(queue, run_cell)
+            except KeyboardInterrupt:  # outside of training, which ends its step and saves
+                stopped.set()
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
         started_with = (torch.get_num_threads(), [method.source for method in OWN_METHODS.values()])
         with (
-            _pass_on_sigterm(stopped),
+            _pass_on_signals(stopped),
             progress.watch(),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
-            ThreadPoolExecutor(jobs) as waiting,  # each thread waits for a worker
+            # Each thread starts a worker and waits for it.
+            ThreadPoolExecutor(jobs, initializer=_block_sigint) as waiting,
         ):
 
             def run(cell, device):

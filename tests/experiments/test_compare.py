@@ -479,24 +479,58 @@ def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
     wait_for(lambda: all(cell.path.exists() for cell in cells))
 
 
-def never_notice_signals(cell, device):
-    """Make no cell, as a worker that is still starting."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+STOPPED = "stopped; run the same command to continue\n"
+
+
+def run_in_own_group(cells, jobs):
+    os.setpgrp()
+    # As in a terminal. A shell that starts a program in the background makes it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program.run_program(lambda: study.run_cells([[cell] for cell in cells], jobs, CPU))
+
+
+def stop_when_running(cells, jobs, fork, send, kind):
+    """Run two cells in a process group of its own. Signal it when they run. Return its code."""
+    parent = fork.Process(target=run_in_own_group, args=(cells, jobs))
+    parent.start()
+    wait_for(lambda: all(cell.folder.exists() for cell in cells[:jobs]))
+    send(parent.pid, kind)
+    parent.join()
+    return parent.exitcode
+
+
+def sleep(cell, device):
     cell.folder.mkdir()
     time.sleep(60)
 
 
-def test_a_signal_while_workers_start_is_no_error(tmp_path, forked, monkeypatch, capfd):
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("make", [run_until_signal, sleep], ids=["training", "scoring"])
+def test_after_ctrl_c_only_the_parent_speaks(tmp_path, jobs, make, forked, monkeypatch, capfd):
+    """Ctrl-C reaches all processes of a terminal."""
+    monkeypatch.setattr(study, "run_cell", make)
+    cells = [cell_of(tmp_path, name) for name in "cd"]
+    assert stop_when_running(cells, jobs, forked, os.killpg, signal.SIGINT) == 130
+    assert capfd.readouterr() == (STOPPED, "")
+    if make is run_until_signal:
+        assert all(cell.path.exists() for cell in cells[:jobs])
+
+
+def never_notice_signals(cell, device):
+    """Make no cell, as a worker that is still starting."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sleep(cell, device)
+
+
+@pytest.mark.parametrize(
+    "send, kind", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_while_workers_start_is_no_error(tmp_path, send, kind, forked, monkeypatch, capfd):
     monkeypatch.setattr(study, "_in_worker", never_notice_signals)
     cells = [cell_of(tmp_path, name) for name in "cd"]
-    parent = forked.Process(target=study.run_cells, args=([[cell] for cell in cells], 2, CPU))
-    parent.start()
-    wait_for(lambda: all(cell.folder.exists() for cell in cells))
-    os.kill(parent.pid, signal.SIGTERM)
-    parent.join()
-    assert parent.exitcode == 130
-    output, errors = capfd.readouterr()
-    assert (output, errors) == ("stopped; run the same command to continue\n", "")
+    assert stop_when_running(cells, 2, forked, send, kind) == 130
+    assert capfd.readouterr() == (STOPPED, "")
 
 
 def end(cell, device):
