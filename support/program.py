@@ -241,6 +241,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return the words of a command line that give a field this value, as `read_flags` reads it."""
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    return [flag(name), str(value)]
+
+
 def read_flags(
     doc: str | None,
     *classes: type,
