@@ -423,7 +423,7 @@ def choose_rows(
         names_other_files = any(
             getattr(data_config, name) != getattr(run.settings, name) for name in FILE_FIELDS
         )
-        if data_config.is_jsonl and not is_test:
+        if data_config.is_jsonl and not is_test and "held_out" in run.facts:
             run.require_same(held_out=examples.facts["held_out"])
         if not names_other_files:
             run.require_same(**{list_name: digest})

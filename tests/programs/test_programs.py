@@ -292,6 +292,10 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
+    rows = DataConfig(data=str(ROOT / "sni/own.jsonl"))
+    evaluation.choose_rows(config, rows, saved, tokenizer)
+    assert "own.jsonl: these are not the task files of the run" in capsys.readouterr().err
+
 
 def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
     saved = run_folder.read_run(copied)
