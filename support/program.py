@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 import warnings
@@ -500,13 +502,28 @@ class LineStream:
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr, in rank 0. Without a terminal it prints a line each minute."""
     if sys.stderr.isatty():
-        options |= {"dynamic_ncols": True, "delay": 1}
+        seconds = 1
+        options |= {"dynamic_ncols": True}
     else:
+        seconds = BETWEEN_LINES
         form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left{postfix}"
-        options |= {"file": LineStream(), "bar_format": form}
-        options |= {"delay": BETWEEN_LINES, "mininterval": BETWEEN_LINES, "miniters": 1}
+        options |= {"file": LineStream(), "bar_format": form, "mininterval": math.inf}
     is_silent = in_worker() or rank() != 0
-    return tqdm(iterable, description, leave=False, disable=is_silent, **options)
+    bar = tqdm(iterable, description, leave=False, delay=seconds, disable=is_silent, **options)
+    if not is_silent:
+        threading.Thread(target=keep_showing, args=(bar, seconds), daemon=True).start()
+    return bar
+
+
+def keep_showing(bar: tqdm, seconds: float) -> None:
+    """Show a bar at these intervals until it closes, also while one of its steps takes long."""
+    while True:
+        time.sleep(seconds)
+        with bar.get_lock():
+            if bar.disable:  # it is closed
+                return
+            bar.delay = 0  # otherwise `close` does not wipe a bar that no step has updated
+            bar.refresh()
 
 
 def print_progress(text: str) -> None:

@@ -1,5 +1,6 @@
 """Tests of support/program.py: what a long computation shows. Others are where it is used."""
 
+import io
 import multiprocessing
 import sys
 import time
@@ -21,6 +22,31 @@ def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys)
     assert capsys.readouterr().err == ""
 
 
+def test_a_line_comes_also_while_one_step_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(program, "BETWEEN_LINES", 0.1)
+    with program.progress(None, "answers", total=60):
+        time.sleep(0.35)
+    lines = capsys.readouterr().err.splitlines()
+    assert set(lines) == {"answers: 0 of 60 after 00:00, ? left"}
+    assert 2 <= len(lines) <= 3
+
+
+class Terminal(io.StringIO):
+    encoding = "ascii"
+
+    def isatty(self):
+        return True
+
+
+def test_a_bar_shows_a_long_step_and_is_wiped(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with program.progress(None, "answers", total=60):
+        time.sleep(1.4)
+    _, shown, wiped, end = terminal.getvalue().split("\r")
+    assert shown.startswith("answers:   0%|") and wiped.isspace() and end == ""
+
+
 @pytest.mark.parametrize("parent, shown", [(None, True), ("a parent", False)])
 def test_a_bar_is_shown_on_a_terminal_and_not_by_a_worker(parent, shown, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -28,3 +54,4 @@ def test_a_bar_is_shown_on_a_terminal_and_not_by_a_worker(parent, shown, monkeyp
     bar = program.progress(range(4), "train")
     assert bar.disable != shown
     assert not shown or bar.delay == 1  # short loops have no bar
+    bar.close()
