@@ -36,8 +36,9 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return y + scale * a b (M,N), for a (M,P) and b (P,N). It may overwrite y (M,N)."""
     if torch.compiler.is_compiling():
-        # Compiled, an addition in place would first copy y. This one joins another kernel.
-        return torch.add(y, a @ b, alpha=scale)
+        # Compiled, an addition in place would first copy y. This one joins another kernel. It is
+        # not torch.add(y, a @ b, alpha=scale), whose alpha Inductor of torch 2.13 drops.
+        return y + scale * (a @ b)
     return y.addmm_(a, b, alpha=scale)
 
 

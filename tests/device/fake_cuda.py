@@ -191,7 +191,7 @@ def meta_base(
     with torch.device("meta"):
         if not method:
             return base, without_adapters(base)
-        config = OrchMoEConfig(targets=targets, mixing=mixing)
+        config = OrchMoEConfig(targets=targets, mixing=mixing, alpha=3.0)
         return base, attach_method(method, base, config)
 
 

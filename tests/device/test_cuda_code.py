@@ -333,7 +333,7 @@ def errors_of_block(name):
     base = FAMILY_OF_CONFIG[type(shape)](shape).double().train()
     for weight in base.parameters():
         nn.init.normal_(weight, std=0.3, generator=seeded_generator())
-    adapters = adapted(base, targets=("all",))
+    adapters = adapted(base, targets=("all",), alpha=3.0)
     base.embedding.requires_grad_(True)  # as in count_launches
     with adapters.routed(base.embed(source), mask):
         inputs = fake_cuda.record_inputs(base, *batch)[number]

@@ -68,7 +68,7 @@ def step(base, adapters, inputs):
 @pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
-    adapters = adapted(small_t5, targets=("all",), router=router)
+    adapters = adapted(small_t5, targets=("all",), router=router, alpha=3.0)
     for parameter in adapters.parameters():
         parameter.data = parameter.data.double()
     small_t5.double().train()

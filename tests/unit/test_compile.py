@@ -118,6 +118,28 @@ def test_the_scale_is_a_constant_of_the_graph(mix):
     assert len(shapes) > 0 and () not in shapes
 
 
+@pytest.mark.slow
+def test_inductor_keeps_the_scale_of_the_skills():
+    """In torch 2.13 it drops the alpha of torch.add(y, a @ b, alpha=scale)."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 12).double()
+    config = orchmoe.OrchMoEConfig(targets=("0",), alpha=3.0)
+    model = torch.nn.Sequential(linear)
+    adapters = orchmoe.attach(model, config, kernels.mix_skills)
+    torch.nn.init.normal_(linear.skill_B)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            kernels.compile_blocks([linear])
+        with adapters.routed(w=torch.ones(8) / 8):
+            y = linear(x)
+            gradients = torch.autograd.grad(y.square().sum(), [x, linear.skill_A, linear.skill_B])
+        found.append([y, *gradients])
+    torch.testing.assert_close(*found)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_copy_of_a_compiled_model_is_not_compiled():
     base = base_in_training()
     base.compile_blocks("eager")
