@@ -191,9 +191,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
             if line.isspace():
                 continue
             location = f"{path}, line {number}"
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in line[:2]:
+                raise UserError(f"{path}: it is in UTF-16; save it as UTF-8")
             with reading(location, "repair the line"):
-                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in line[:2]:
-                    raise ValueError("the file is in UTF-16; save it as UTF-8")
                 row = json.loads(line, object_pairs_hook=_object_of)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")

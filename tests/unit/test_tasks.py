@@ -234,7 +234,7 @@ def test_read_jsonl_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, probl
 def test_a_file_in_utf_16_is_refused(tmp_path, encoding):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding=encoding)
-    with pytest.raises(program.UserError, match="line 1: the file is in UTF-16; save it as UTF-8"):
+    with pytest.raises(program.UserError, match="own.jsonl: it is in UTF-16; save it as UTF-8"):
         read_jsonl(path)
 
 
