@@ -517,8 +517,9 @@ def fit(
             tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
             record["tokens_per_s"] = round(tokens / step_seconds[-1])
             run.log(step=step, **record)  # counted from 0; messages count from 1
-            shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
-            bar.set_postfix(shown, refresh=False)
+            if verbose:  # a study decides itself what it shows
+                shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
+                bar.set_postfix(shown, refresh=False)
 
             # The last step is always followed by an evaluation.
             evaluating = step + 1 == settings.steps or (step + 1) % settings.eval_every == 0
@@ -529,7 +530,7 @@ def fit(
             require_finite(step, norm_of_the_weights=get_total_norm(trained).item())
             if evaluating:
                 message = evaluate(run, model, progress, dev, step)
-                if verbose:  # a study decides itself what it shows
+                if verbose:
                     program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
                 step_seconds.clear()
             progress.next_step = step + 1

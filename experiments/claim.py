@@ -7,8 +7,11 @@ bfloat16 natively. Run its stages in this order, in a clone whose files do not c
     OMP_NUM_THREADS=1 python -m experiments.claim --data natural-instructions --model smollm2 \\
         --device cpu --jobs 2 --stage tune
 
-tune: choose the values of each method. first: the cells with 60 examples of each task. second:
-those with 15. further: tune and run further rows. tables: write the tables of what is complete.
+    tune      choose the values of each method
+    first     make the cells with 60 examples of each task
+    second    make those with 15
+    further   tune and make the further rows
+    tables    write the tables of what is complete
 
 No stage prints a loss of a draw, and a family of cells that is not complete has no table. An
 interrupted stage continues when it is run again. Test: pytest tests/experiments/test_claim.py
@@ -20,13 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from baselines import load_method, settings_of_method
-from experiments.compare.search import Search
+from experiments.compare.search import Search, loss_of_trial
 from experiments.compare.study import (
     Cell,
     Study,
@@ -46,13 +49,12 @@ from experiments.compare.tables import (
     signed,
     t_p_value,
     table,
-    tuning_table,
 )
 from support import program
 from support.program import UserError
 
 RESULTS = program.ROOT / "experiments/results/claim"
-TUNING_TASKS = program.ROOT / "experiments/results/decision/tasks.json"  # those in "train"
+TUNING_TASKS = program.ROOT / "experiments/results/decision/tasks.json"  # its list "train"
 DRAWS = program.ROOT / "experiments/results/replication/draws.json"
 FIRST_SEED = 200  # draw i has the seed 200 + i
 
@@ -81,21 +83,30 @@ START = {
     "lr_token_router": 1e-2,
     "lr_allocation": 1e-1,
 }
-TRIALS = 12  # of each method, with seed 0
-MORE_TRIALS = 4  # of each method, if a best value is on an edge of what was tried
-BEST_POINTS = 2  # that are run with further seeds
+TRIALS = 12  # trials of each method, with seed 0
+MORE_TRIALS = 4  # further trials of each method, if a best value is on an edge of what was tried
+BEST_POINTS = 2  # how many best points of each method are run with the further seeds
 FURTHER_SEEDS = (1001, 1002)
 
-# Outcome: part of a cell, score of a task there, digits to show. The loss is in nats.
+
+class Outcome(NamedTuple):
+    """A score of a cell: its part of the cell, its name there, and how many digits are shown."""
+
+    part: str
+    score: str
+    digits: int
+
+
 OUTCOMES = {
-    "loss": ("seen", "loss", 4),
-    "ROUGE-L": ("answers", "rougeL", 2),
-    "exact match": ("answers", "exact_match", 2),
+    "loss": Outcome("seen", "loss", 4),  # nats per target token
+    "ROUGE-L": Outcome("answers", "rougeL", 2),  # per cent
+    "exact match": Outcome("answers", "exact_match", 2),  # per cent
 }
 
 # The flags that remain. All other settings are those of the plan.
-CHOICES = ("data", "model", "out", "results", "jobs", "gpu", "device")
+CHOICES = ("data", "model", "out", "results", "jobs", "device")
 DEFAULTS = {
+    "device": "cpu",
     "out": "results/claim",
     "results": str(RESULTS),
     "dtype": "bfloat16",
@@ -103,7 +114,7 @@ DEFAULTS = {
     "batch_size": 8,
     "warmup": 20,
     "eval_every": 180,
-    "eval_instances": 24,  # of dev, after the last step; nothing is chosen by them
+    "eval_instances": 24,  # train.py always evaluates on dev; a search does it on all of dev
     "train_instances": 60,
     "num_pos": 0,
     "max_source_length": 200,
@@ -118,14 +129,14 @@ DEFAULTS = {
 class ClaimConfig:
     """Study of the claim: which part of the plan is carried out."""
 
-    stage: Literal["tune", "first", "second", "further", "tables"] = "tables"  # see above
+    stage: Literal["tune", "first", "second", "further", "tables"] = "tables"  # what to make
 
 
 # ------------------------------------------------------------------------------------------ data
 
 
-def subset(study: Study, name: str, tasks: Sequence[str]) -> str:
-    """Return a data folder that has only these training tasks, and no test tasks."""
+def write_subset(study: Study, name: str, tasks: Sequence[str]) -> str:
+    """Write a data folder with only these training tasks, and no test tasks. Return its path."""
     folder = Path(study.config.out, name)
     lists = folder / "splits/default"
     lists.mkdir(parents=True, exist_ok=True)
@@ -138,84 +149,86 @@ def subset(study: Study, name: str, tasks: Sequence[str]) -> str:
 
 
 def draws() -> dict[int, list[str]]:
-    """Return the training tasks of each draw, by its seed."""
-    tasks = program.read_json(DRAWS).values()
-    return dict(enumerate(tasks, FIRST_SEED))
+    """Return the training tasks of each draw, by the seed that the draw has here."""
+    found = {}
+    for number, tasks in enumerate(program.read_json(DRAWS).values()):
+        found[FIRST_SEED + number] = tasks
+    return found
 
 
 # ---------------------------------------------------------------------------------------- tuning
 
 
-def tune(study: Study, variants: dict[str, Variant], trials: int) -> dict[str, dict]:
+def tune(study: Study, variants: dict[str, Variant], trials: int, more: int) -> dict[str, dict]:
     """Make the trials. Return what was tried and chosen for each method.
 
-    trials: how many the search of each method has.
+    trials: number of trials of each search. more: number of further ones, if any best value is on
+    an edge of what was tried.
     """
     tasks = program.read_json(TUNING_TASKS)["train"]
-    values = {"data": subset(study, "tasks-tuning", tasks)}
-    tuning = Study(changed(study.settings, values), study.device, study.config, study.equal)
+    folder = write_subset(study, "tasks-tuning", tasks)
+    settings = changed(study.settings, {"data": folder})
+    tuning = Study(settings, study.device, study.config, study.equal)
     searches = {}
     for name, variant in variants.items():
-        method = changed(study.settings, variant.settings).method
+        method = changed(settings, variant.settings).method
         read = settings_of_method(method, "sample")
         start = {axis: value for axis, value in START.items() if axis in read}
-        trial = functools.partial(tuning.trial, name, variant, scores="dev tasks")
-        searches[name] = Search(start, trials, trial)
-    run_cells(list(searches.values()), study.config.jobs, study.device, study.progress)
-    if trials == TRIALS and any(search.edges() for search in searches.values()):
-        for search in searches.values():
-            search.trials += MORE_TRIALS
-        run_cells(list(searches.values()), study.config.jobs, study.device, study.progress)
+        make_trial = functools.partial(tuning.trial, name, variant, scores="dev tasks")
+        searches[name] = Search(start, trials, make_trial)
+    queues = list(searches.values())
+    run_cells(queues, study.config.jobs, study.device)
+    if any(search.edges() for search in queues):
+        for search in queues:
+            search.trials += more
+        run_cells(queues, study.config.jobs, study.device)  # trials that were made stay
 
-    repeated = {}  # the trials with further seeds of the best points of each method
-    to_repeat = []
+    # The best points with further seeds.
+    repetitions = {}  # of each method: {point: its cells with the further seeds}
+    to_make = []
     for name, search in searches.items():
-        best = sorted(search.losses, key=search.losses.get)[:BEST_POINTS]
-        repeated[name] = {}
-        for point in best:
+        repetitions[name] = {}
+        for point in sorted(search.losses, key=search.losses.get)[:BEST_POINTS]:
             values = search.values(point)
             cells = [search.cell_of(values | {"seed": seed}) for seed in FURTHER_SEEDS]
-            repeated[name][point] = cells
-            to_repeat += cells
-    tuning.run(to_repeat)
+            repetitions[name][point] = cells
+            to_make += cells
+    tuning.run(to_make)
 
-    chosen = {}
+    reports = {}
     for name, search in searches.items():
-        means = {}
-        for point, cells in repeated[name].items():
-            losses = [search.losses[point], *(dev_loss(cell) for cell in cells)]
-            means[point] = fmean(losses)
-        best = min(means, key=means.get)
-        if means[best] == math.inf:
+        mean_losses = {}
+        for point, cells in repetitions[name].items():
+            further = [loss_of_trial(cell) for cell in cells]
+            mean_losses[point] = fmean([search.losses[point], *further])
+        chosen = min(mean_losses, key=mean_losses.get)
+        if mean_losses[chosen] == math.inf:
             raise UserError(f"{name}: the best points diverged; there are no values to choose")
-        three_seeds = [{**search.values(point), "dev_loss": mean} for point, mean in means.items()]
-        chosen[name] = search.report() | {"three_seeds": three_seeds, "chosen": search.values(best)}
-    return chosen
+        of_seeds = []
+        for point, loss in mean_losses.items():
+            of_seeds.append({**search.values(point), "dev_loss": loss})
+        report = search.report()
+        report["all_seeds"] = of_seeds
+        report["chosen"] = search.values(chosen)
+        reports[name] = report
+    return reports
 
 
-def dev_loss(cell: Cell) -> float:
-    """Return the dev loss of a finished trial, infinity if it diverged."""
-    loss = cell.result()["dev_loss"]
-    return math.inf if loss is None else loss
-
-
-def tune_once(study: Study, variants: dict[str, Variant], trials: int) -> None:
+def tune_once(study: Study, variants: dict[str, Variant], trials: int, more: int) -> None:
     """Tune these rows unless values.json has them, and write what was chosen there."""
     path = study.results / "values.json"
     values = program.read_json(path) if path.exists() else {}
-    if not variants.keys() <= values.keys():
-        values |= tune(study, variants, trials)
+    if variants.keys() - values.keys():
+        values |= tune(study, variants, trials, more)
         program.write_json(path, values)
 
 
-def use_values(study: Study) -> int:
-    """Let all later cells have the chosen values. Return how many trials each search had."""
+def read_values(study: Study) -> dict[str, dict]:
+    """Return what was tried and chosen for each method."""
     path = study.results / "values.json"
     if not path.exists():
         raise UserError(f"{path}: not there; run --stage tune first")
-    values = program.read_json(path)
-    study.best = {name: report["chosen"] for name, report in values.items()}
-    return len(values["orchmoe"]["trials"])
+    return program.read_json(path)
 
 
 # ----------------------------------------------------------------------------------------- cells
@@ -224,9 +237,9 @@ def use_values(study: Study) -> int:
 def read_cells(results: Path) -> dict[str, dict[str, Any]]:
     """Return the finished cells by name, such as "first/orchmoe-s200"."""
     cells = {}
-    joined = results / "cells.jsonl"
-    if joined.exists():
-        for _, _, cell in program.read_jsonl(joined):
+    path = results / "cells.jsonl"
+    if path.exists():
+        for _, _, cell in program.read_jsonl(path):
             cells[cell.pop("name")] = cell
     for stage in ROWS:
         for path in sorted((results / stage).glob("*.json")):
@@ -238,6 +251,13 @@ def cell_name(stage: str, row: str, seed: int) -> str:
     return f"{stage}/{file_name(row)}-s{seed}"
 
 
+def cells_of_draw(study: Study, stage: str, seed: int) -> list[Cell]:
+    """Return all cells of a draw in a stage."""
+    folder = write_subset(study, f"tasks-{seed}", draws()[seed])
+    values = {"data": folder, "train_instances": EXAMPLES[stage]}
+    return study.cells(stage, ROWS[stage], values, [seed], "replicate")
+
+
 def cells_to_make(study: Study, stage: str) -> list[Cell]:
     """Return the cells of a stage that are missing, draw by draw.
 
@@ -246,39 +266,40 @@ def cells_to_make(study: Study, stage: str) -> list[Cell]:
     """
     finished = read_cells(study.results)
     missing = []
-    for seed, tasks in draws().items():
-        of_draw = subset(study, f"tasks-{seed}", tasks)
-        values = {"data": of_draw, "train_instances": EXAMPLES[stage]}
-        cells = study.cells(stage, ROWS[stage], values, [seed], "replicate")
-        to_make = [cell for cell in cells if cell_name(stage, cell.name, seed) not in finished]
+    for seed in draws():
+        to_make = []
+        for cell in cells_of_draw(study, stage, seed):
+            if cell_name(stage, cell.name, seed) not in finished:
+                to_make.append(cell)
         begun = [cell for name, cell in finished.items() if name.endswith(f"-s{seed}")]
-        others = {cell["settings"]["cpu"] for cell in begun} - {kind_of_cpu()}
-        if to_make and others:
-            names = " and ".join(sorted(others))
+        other_cpus = {cell["settings"]["cpu"] for cell in begun} - {kind_of_cpu()}
+        if to_make and other_cpus:
+            names = " and ".join(sorted(other_cpus))
             program.print_line(f"draw {seed} is left out: it was begun on {names}")
         else:
             missing += to_make
     return missing
 
 
-def require_repeatable(study: Study, cell: Cell) -> None:
-    """Make a cell twice. Raise UserError unless both have the same scores to the last digit."""
-    again = cell._replace(
-        path=study.results / "repeated" / cell.path.name,
-        folder=Path(study.config.out, "repeated", cell.path.stem),
+def require_repeatable(study: Study) -> None:
+    """Make the first cell twice. Raise UserError unless the scores agree to the last digit."""
+    original = cells_of_draw(study, "first", FIRST_SEED)[0]
+    repetition = original._replace(
+        path=study.results / "repeated" / original.path.name,
+        folder=Path(study.config.out, "repeated", original.path.stem),
     )
-    study.run([cell, again])
-    one, other = cell.result(), again.result()
+    study.run([cell for cell in (original, repetition) if not cell.path.exists()])
+    one, other = original.result(), repetition.result()
     for part in ("dev_loss", "seen", "answers"):
         if one[part] != other[part]:
-            raise UserError(f"{again.path}: it has another {part} than {cell.path}, so none counts")
+            raise UserError(f"{repetition.path}: its {part} is not that of {original.path}")
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
-def family(cells: dict[str, dict], stage: str) -> tuple[dict[str, list[dict]], int]:
-    """Return the cells of each row of a stage in the order of the draws, and how many miss."""
+def rows_of(cells: dict[str, dict], stage: str) -> tuple[dict[str, list[dict]], int]:
+    """Return the cells of each row of a stage, draw by draw, and how many are missing."""
     rows = {}
     missing = 0
     for row in ROWS[stage]:
@@ -289,20 +310,26 @@ def family(cells: dict[str, dict], stage: str) -> tuple[dict[str, list[dict]], i
 
 
 def require_fitting(cells: dict[str, dict]) -> None:
-    """Raise UserError if two cells cannot be subtracted, or if one diverged."""
-    of_draw = {}
-    first = next(iter(cells.values()), None)
+    """Raise UserError if two cells cannot be subtracted.
+
+    All must be of one clean commit, one torch and one base. Those of a draw must also be of one
+    kind of CPU and of the same tasks.
+    """
+    expected = {}
     for name, cell in cells.items():
-        if "diverged" in cell:
-            raise UserError(f"{name}: the cell diverged, so there is no verdict")
-        for fact in ("tree", "torch", "threads"):
-            if cell[fact] != first[fact]:
-                raise UserError(f"{name}: {fact} is {cell[fact]}, that of others {first[fact]}")
-        seed = cell["settings"]["seed"]
-        for fact in ("cpu", "computed"):
-            expected = of_draw.setdefault((seed, fact), cell["settings"][fact])
-            if cell["settings"][fact] != expected:
-                raise UserError(f"{name}: {fact} is not that of the other cells of its draw")
+        tree = cell["tree"]
+        if not tree or tree.endswith("-dirty"):
+            raise UserError(f"{name}: made by the tree {tree!r}, which is no commit")
+        settings = cell["settings"]
+        facts = {fact: cell[fact] for fact in ("tree", "torch", "threads")}
+        facts |= {fact: settings[fact] for fact in ("base", "tokenizer")}
+        for fact in ("cpu", "computed", "train_tasks"):
+            facts[f"{fact} of draw {settings['seed']}"] = settings[fact]
+        for fact, value in facts.items():
+            if fact not in expected:
+                expected[fact] = value
+            elif expected[fact] != value:
+                raise UserError(f"{name}: {fact} is {value}, and {expected[fact]} in other cells")
 
 
 def means(cells: Sequence[dict], outcome: str) -> np.ndarray:
@@ -310,8 +337,9 @@ def means(cells: Sequence[dict], outcome: str) -> np.ndarray:
     part, score, _ = OUTCOMES[outcome]
     found = []
     for cell in cells:
-        found.append(fmean(scores[score] for scores in cell[part]["tasks"].values()))
-    return np.array(found)[:, None]
+        of_tasks = cell[part]["tasks"].values()
+        found.append([fmean(scores[score] for scores in of_tasks)])
+    return np.array(found)
 
 
 def sizes_table(rows: dict[str, list[dict]]) -> str:
@@ -319,62 +347,62 @@ def sizes_table(rows: dict[str, list[dict]]) -> str:
     lines = []
     for row, cells in rows.items():
         sizes = cells[0]["parameters"]
-        lines.append([row, f"{sizes['skills']:,}", f"{sizes['routing']:,}"])
-        lines[-1].append(f"{sizes['skills'] + sizes['routing']:,}")
+        numbers = (sizes["skills"], sizes["routing"], sizes["skills"] + sizes["routing"])
+        lines.append([row, *(f"{number:,}" for number in numbers)])
     return table(["row", "skills", "routing", "in all"], lines)
 
 
 def difference_row(name: str, values: np.ndarray, outcome: str) -> list[Any]:
-    """Return mean, interval, sd and signs of the differences of the draws (draws, 1)."""
-    digits = OUTCOMES[outcome][2]
+    """Return a line about the differences of the draws (draws, 1), see HEAD."""
+    digits = OUTCOMES[outcome].digits
     sd = f"{values.std(ddof=1):.{digits}f}"
     below = f"{(values < 0).sum()} of {len(values)}"
     return [name, outcome, signed(interval(values), digits), sd, below]
 
 
-HEAD = ["difference", "of", "mean and 95 % interval", "sd of a draw", "below zero"]
+HEAD = ["difference", "outcome", "mean and 95 % interval", "sd over draws", "below zero"]
 
 
 def family_table(rows: dict[str, list[dict]]) -> str:
     """Return OrchMoE minus each other row, with the verdicts of Hochberg's correction."""
-    first, *others = rows
-    differences = {}
+    others = [row for row in rows if row != "orchmoe"]
+    differences = {}  # of each other row and outcome
     for other in others:
-        differences[other] = means(rows[first], "loss") - means(rows[other], "loss")
-    p_values = [t_p_value(values) for values in differences.values()]
-    verdicts = {}
-    for other, is_decided in zip(others, hochberg(p_values), strict=True):
-        direction = "better" if differences[other].mean() < 0 else "worse"
-        verdicts[other] = direction if is_decided else "undecided"
+        for outcome in OUTCOMES:
+            values = means(rows["orchmoe"], outcome) - means(rows[other], outcome)
+            differences[other, outcome] = values
+    p_values = [t_p_value(differences[other, "loss"]) for other in others]
 
     lines = []
-    for other, p_value in zip(others, p_values, strict=True):
+    verdicts = set()
+    for other, p_value, is_decided in zip(others, p_values, hochberg(p_values), strict=True):
+        direction = "better" if differences[other, "loss"].mean() < 0 else "worse"
+        verdict = direction if is_decided else "undecided"
+        verdicts.add(verdict)
         for outcome in OUTCOMES:
-            values = means(rows[first], outcome) - means(rows[other], outcome)
-            decision = [f"{p_value:.4f}", verdicts[other]] if outcome == "loss" else ["-", "-"]
-            lines.append(difference_row(f"{first} - {other}", values, outcome) + decision)
-    is_best = set(verdicts.values()) == {"better"}
-    text = f"Better than all {len(others)}: {'yes' if is_best else 'not shown'}."
-    return f"{table([*HEAD, 'p', 'verdict'], lines)}\n\n{text}"
+            line = difference_row(f"orchmoe - {other}", differences[other, outcome], outcome)
+            decision = [f"{p_value:.4f}", verdict] if outcome == "loss" else ["-", "-"]
+            lines.append(line + decision)
+    answer = "yes" if verdicts == {"better"} else "not shown"
+    return f"{table([*HEAD, 'p', 'verdict'], lines)}\n\nBetter than all {len(others)}: {answer}."
 
 
 def lead_table(with_60: dict[str, list[dict]], with_15: dict[str, list[dict]]) -> str:
-    """Return how much larger OrchMoE's lead over each other row is with fewer examples."""
-    first, *others = with_60
+    """Return OrchMoE's lead over each other row, and how much larger it is with fewer examples."""
+    others = [row for row in with_60 if row != "orchmoe"]
     lines = []
-    is_larger = []
+    lower_ends = []
     for other in others:
-        leads = []
-        for rows in (with_15, with_60):
-            leads.append(means(rows[other], "loss") - means(rows[first], "loss"))
-        values = leads[0] - leads[1]
-        _, low, _ = interval(values)
-        is_larger.append(low > 0)
-        name = f"lead over {other}, fewer - more examples"
-        lines.append(difference_row(name, values, "loss"))
-    answer = "yes" if all(is_larger) else "not shown"
-    text = f"Needs fewer examples than all {len(others)}: {answer}."
-    return f"{table(HEAD, lines)}\n\n{text}"
+        lead_60 = means(with_60[other], "loss") - means(with_60["orchmoe"], "loss")
+        lead_15 = means(with_15[other], "loss") - means(with_15["orchmoe"], "loss")
+        lines.append(difference_row(f"lead over {other}, more examples", lead_60, "loss"))
+        lines.append(difference_row(f"lead over {other}, fewer examples", lead_15, "loss"))
+        change = lead_15 - lead_60
+        lines.append(difference_row(f"lead over {other}, fewer - more examples", change, "loss"))
+        _, low, _ = interval(change)
+        lower_ends.append(low)
+    answer = "yes" if min(lower_ends) > 0 else "not shown"
+    return f"{table(HEAD, lines)}\n\nNeeds fewer examples than all {len(others)}: {answer}."
 
 
 def further_table(orchmoe: list[dict], rows: dict[str, list[dict]]) -> str:
@@ -389,26 +417,52 @@ def further_table(orchmoe: list[dict], rows: dict[str, list[dict]]) -> str:
 
 def losses_table(rows: dict[str, list[dict]]) -> str:
     """Return the seen loss of each draw, and the kind of CPU that made it."""
-    lines = []
+    names = list(rows)
     columns = [means(cells, "loss")[:, 0] for cells in rows.values()]
+    lines = []
     for i, seed in enumerate(draws()):
-        cpu = next(iter(rows.values()))[i]["settings"]["cpu"]
+        cpu = rows[names[0]][i]["settings"]["cpu"]
         lines.append([seed, cpu, *(f"{column[i]:.4f}" for column in columns)])
-    return table(["draw", "CPU", *(f"{row}, loss" for row in rows)], lines)
+    return table(["draw", "CPU", *(f"{name}, loss" for name in names)], lines)
 
 
-def text_of(results: Path, cells: dict[str, dict]) -> str:
+def values_table(reports: dict[str, dict]) -> str:
+    """Return what was tried and chosen for each method."""
+
+    def words(point):
+        return ", ".join(f"{axis} {value:g}" for axis, value in point.items() if axis in START)
+
+    lines = []
+    for name, report in reports.items():
+        line = [name, len(report["trials"]), words(report["best"]), f"{report['dev_loss']:.4f}"]
+        line.append(", ".join(report["edges"]) or "none")
+        means_of = [f"{words(point)}: {point['dev_loss']:.4f}" for point in report["all_seeds"]]
+        lines.append([*line, "; ".join(means_of), words(report["chosen"])])
+    head = ["row", "trials", "best with seed 0", "dev loss", "on an edge"]
+    return table([*head, "means of all seeds", "chosen"], lines)
+
+
+def text_of_tables(results: Path, cells: dict[str, dict]) -> str:
     """Return all tables of what is complete, in Markdown."""
     parts = []
-    values = results / "values.json"
-    if values.exists():
-        parts += ["## Tuning", tuning_table(program.read_json(values))]
+    path = results / "values.json"
+    if path.exists():
+        parts += ["## Tuning", values_table(program.read_json(path))]
     complete = {}
     for stage in ROWS:
-        rows, missing = family(cells, stage)
         parts.append(f"## {TITLES[stage]}, {EXAMPLES[stage]} examples of each task")
+        rows, missing = rows_of(cells, stage)
         if missing:
-            parts.append(f"Not complete: {missing} cells are missing.")
+            parts.append(f"Not complete: cells that are missing: {missing}.")
+            continue
+        if stage != "first" and "first" not in complete:
+            parts.append("Not shown before the first family.")
+            continue
+        diverged = []
+        for row in rows:
+            diverged += [row for cell in rows[row] if "diverged" in cell]
+        if diverged:
+            parts.append(f"No verdict, since cells of {', '.join(diverged)} diverged.")
             continue
         complete[stage] = rows
         if stage == "further":
@@ -424,19 +478,20 @@ def text_of(results: Path, cells: dict[str, dict]) -> str:
 def join_cells(results: Path, cells: dict[str, dict]) -> None:
     """Move the cells of complete families into cells.jsonl."""
     lines = []
-    joined = []
+    to_delete = []
     for stage in ROWS:
-        rows, missing = family(cells, stage)
-        if not missing:
-            for row in rows:
-                names = [cell_name(stage, row, seed) for seed in draws()]
-                lines += [{"name": name, **cells[name]} for name in names]
-                joined += [results / f"{name}.json" for name in names]
+        rows, missing = rows_of(cells, stage)
+        if missing:
+            continue
+        for row in rows:
+            names = [cell_name(stage, row, seed) for seed in draws()]
+            lines += [{"name": name, **cells[name]} for name in names]
+            to_delete += [results / f"{name}.json" for name in names]
     if lines:
         with program.atomic_write(results / "cells.jsonl") as file:
             for line in lines:
                 file.write(program.to_json(line))
-        for path in joined:
+        for path in to_delete:
             path.unlink(missing_ok=True)
 
 
@@ -444,8 +499,16 @@ def write_tables(results: Path) -> None:
     """Write tables.md, and join the cells of complete families."""
     cells = read_cells(results)
     require_fitting(cells)
-    publish(text_of(results, cells), results / "tables.md")
+    publish(text_of_tables(results, cells), results / "tables.md")
     join_cells(results, cells)
+
+
+def require_machine() -> None:
+    """Raise UserError unless this process computes as the plan says."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        raise UserError("this CPU does not multiply bfloat16 natively; use one that does")
+    if torch.get_num_threads() != 1:
+        raise UserError("set OMP_NUM_THREADS=1: the plan has one thread for each cell")
 
 
 def main() -> None:
@@ -453,27 +516,30 @@ def main() -> None:
         __doc__, ClaimConfig, defaults=DEFAULTS, fixed=all_flags_but(CHOICES)
     )
     stage = program.from_flags(ClaimConfig, flags).stage
+    results = Path(study_config.results)
     if stage == "tables":
-        write_tables(Path(study_config.results))
+        write_tables(results)
         return
 
-    if not {"data", "model"} <= flags.keys():
-        raise UserError("give --data and --model")
-    if not torch.cpu._is_avx512_bf16_supported():
-        raise UserError("this CPU does not multiply bfloat16 natively; use one that does")
+    for name in ("data", "model"):
+        if name not in flags:
+            raise UserError(f"--stage {stage}: give {program.flag(name)}")
+    require_machine()
     load_method(HYDRA_LORA)
     study = Study(settings, pick_device(study_config, settings), study_config, COMPARED | FURTHER)
     if stage == "tune":
-        tune_once(study, COMPARED, TRIALS)
+        tune_once(study, COMPARED, TRIALS, MORE_TRIALS)
         return
-    trials = use_values(study)
-    if stage == "further":
-        tune_once(study, FURTHER, trials)
-        use_values(study)
+
+    values = read_values(study)
+    if stage == "further":  # as many trials as the methods of the families had
+        tune_once(study, FURTHER, len(values["orchmoe"]["trials"]), 0)
+        values = read_values(study)
+    study.best = {name: report["chosen"] for name, report in values.items()}
     cells = cells_to_make(study, stage)
-    if stage == "first" and cells and cells[0].settings.seed == FIRST_SEED:
-        require_repeatable(study, cells[0])
-    study.run(cells)
+    if stage == "first" and cells:
+        require_repeatable(study)
+    study.run([cell for cell in cells if not cell.path.exists()])
 
 
 if __name__ == "__main__":

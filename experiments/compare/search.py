@@ -17,6 +17,12 @@ AXES = ("lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
 Point = tuple[int, ...]  # steps from the start along each axis
 
 
+def loss_of_trial(cell: Any) -> float:
+    """Return the dev loss of a finished trial, infinity if its run diverged."""
+    loss = cell.result()["dev_loss"]
+    return math.inf if loss is None else loss
+
+
 class Search:
     """Local search on a grid around a start: steps of a factor sqrt(10) in rates, of 2 in alpha.
 
@@ -46,8 +52,7 @@ class Search:
             point = self.next_point()
             cell = self.cell_of(self.values(point))
             yield cell
-            loss = cell.result()["dev_loss"]
-            self.losses[point] = math.inf if loss is None else loss  # None: the run diverged
+            self.losses[point] = loss_of_trial(cell)
 
     def best(self) -> Point:
         return min(self.losses, key=self.losses.get)

@@ -14,27 +14,38 @@ FURTHER = ("lora", "HydraLoRA", "poly_of_clusters", "frozen_router")
 OUTCOMES = (("seen", "loss", 4), ("answers", "rougeL", 2), ("answers", "exact_match", 2))
 
 
+def mass(limit, freedom, parts=20_000):
+    """Return the integral of cos(angle)^(freedom - 1) from 0 to the limit, by Simpson's rule.
+
+    With t = sqrt(freedom) tan(angle) it is the density of Student's t, up to a factor.
+    """
+    width = limit / parts
+    total = 0.0
+    for i in range(parts + 1):
+        factor = 1 if i in (0, parts) else 2 + 2 * (i % 2)
+        total += factor * math.cos(i * width) ** (freedom - 1)
+    return total * width / 3
+
+
 def t_quantile(freedom):
-    """Return the 97.5 % point of Student's t, by Simpson's rule and bisection."""
-
-    def mass(limit, parts=20_000):
-        """Return the integral of cos(angle)^(freedom - 1) from 0 to the limit."""
-        width = limit / parts
-        total = 0.0
-        for i in range(parts + 1):
-            factor = 1 if i in (0, parts) else 2 + 2 * (i % 2)
-            total += factor * math.cos(i * width) ** (freedom - 1)
-        return total * width / 3
-
-    wanted = 0.95 * mass(math.pi / 2)
+    """Return the 97.5 % point of Student's t, by bisection."""
+    wanted = 0.95 * mass(math.pi / 2, freedom)
     low, high = 0.0, math.pi / 2
     for _ in range(40):
         middle = (low + high) / 2
-        if mass(middle) < wanted:
+        if mass(middle, freedom) < wanted:
             low = middle
         else:
             high = middle
     return math.sqrt(freedom) * math.tan(low)
+
+
+def p_value(values):
+    """Return the two-sided p value of Student's t test that the mean is 0."""
+    freedom = len(values) - 1
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    angle = math.atan(abs(statistics.fmean(values)) / error / math.sqrt(freedom))
+    return 1 - mass(angle, freedom) / mass(math.pi / 2, freedom)
 
 
 cells = {}  # (stage, row): the cells in the order of the draws
@@ -63,27 +74,54 @@ def show(name, values, digits):
     print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
-def show_differences(stage, others):
-    """Show OrchMoE minus each other row, which are of this stage."""
+def differences_from(stage, other, part="seen", score="loss"):
+    """Return OrchMoE minus another row, which is of this stage, draw by draw."""
     of_orchmoe = "first" if stage == "further" else stage
+    one = means(of_orchmoe, "orchmoe", part, score)
+    return [a - b for a, b in zip(one, means(stage, other, part, score), strict=True)]
+
+
+def show_differences(stage, others):
+    """Show OrchMoE minus each other row in each outcome."""
     for other in others:
         for part, score, digits in OUTCOMES:
-            one = means(of_orchmoe, "orchmoe", part, score)
-            values = [a - b for a, b in zip(one, means(stage, other, part, score), strict=True)]
+            values = differences_from(stage, other, part, score)
             show(f"{stage}, orchmoe - {other}, {score}", values, digits)
 
 
+def show_verdicts(stage):
+    """Show what each difference in loss decides, by Hochberg's step-up procedure."""
+    p_values = {other: p_value(differences_from(stage, other)) for other in COMPARED}
+    by_size = sorted(p_values.values(), reverse=True)
+    limit = 0.0  # p values up to it decide
+    for tests, largest in enumerate(by_size, start=1):
+        if largest < 0.05 / tests:
+            limit = largest
+            break
+    for other, p in p_values.items():
+        mean = statistics.fmean(differences_from(stage, other))
+        verdict = "better" if mean < 0 else "worse"
+        if p > limit:
+            verdict = "undecided"
+        print(f"{stage}, orchmoe - {other}, p and verdict: {p:.4f} | {verdict}")
+
+
 def show_leads():
-    """Show how much larger the lead is with the fewer examples."""
+    """Show OrchMoE's lead with more and with fewer examples, and how much they differ."""
     for other in COMPARED:
-        columns = [means(stage, row) for stage in ("second", "first") for row in (other, "orchmoe")]
-        values = [(a - b) - (c - d) for a, b, c, d in zip(*columns, strict=True)]
-        show(f"lead over {other}, fewer - more examples", values, 4)
+        more = [-value for value in differences_from("first", other)]
+        fewer = [-value for value in differences_from("second", other)]
+        change = [a - b for a, b in zip(fewer, more, strict=True)]
+        show(f"lead over {other}, more examples", more, 4)
+        show(f"lead over {other}, fewer examples", fewer, 4)
+        show(f"lead over {other}, fewer - more examples", change, 4)
 
 
 show_differences("first", COMPARED)
+show_verdicts("first")
 if ("second", "orchmoe") in cells:
     show_differences("second", COMPARED)
+    show_verdicts("second")
     show_leads()
 if ("further", "lora") in cells:
     show_differences("further", FURTHER)
