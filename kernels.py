@@ -26,9 +26,11 @@ from torch.autograd.function import once_differentiable
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * a b (M,N) in one launch, for a (M,P) and b (P,N)."""
+    """Return scale * a b (M,N), for a (M,P) and b (P,N). Uncompiled it is one launch."""
     if scale == 1:
         return a @ b
+    if torch.compiler.is_compiling():
+        return scale * (a @ b)  # Inductor may split addmm, and would then read `unread`
     unread = a.new_empty(a.shape[0], b.shape[1])  # with beta = 0 its content is ignored
     return torch.addmm(unread, a, b, beta=0, alpha=scale)
 
