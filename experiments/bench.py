@@ -99,8 +99,6 @@ SHAPES = {
 T5_SMALL = t5_config(512, 1024, 8, 6)
 T5_QUICK = replace(t5_config(32, 48, 2, 4), vocab_size=1124, d_kv=8)
 
-QUARTILES = [0.25, 0.5, 0.75]
-
 Contestants = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]  # seconds of each contestant, one for each round
 
@@ -173,12 +171,15 @@ def interleave(setup: Setup, contestants: Contestants, rounds: int) -> Times:
 
 def table(what: str, values: Times, pairs: Sequence[tuple[str, str]], unit: str = "ms") -> str:
     """Return a table of the median ratios of pairs of contestants, below what was measured."""
-    factor = {"ms": 1e3}.get(unit, 1)
+    factor = 1000 if unit == "ms" else 1
     lines = []
-    for pair in pairs:
-        low, ratio, high = np.quantile(np.divide(*(values[name] for name in pair)), QUARTILES)
-        of, to = (f"{name}, {factor * np.median(values[name]):.4g} {unit}" for name in pair)
-        lines.append(f"| **{ratio:.2f}** | {low:.2f}–{high:.2f} | {of} | {to} |")
+    for of, to in pairs:
+        ratios = np.divide(values[of], values[to])
+        low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        cells = [f"**{ratio:.2f}**", f"{low:.2f}–{high:.2f}"]
+        for name in (of, to):
+            cells.append(f"{name}, {factor * np.median(values[name]):.4g} {unit}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"{what}:", "", HEAD, *lines, ""])
 
 
