@@ -252,7 +252,7 @@ def test_a_comparison_has_a_row_for_it(home):
     )
     cells = {}
     for name in ("lora", "HydraLoRA"):
-        cells[name] = read_json(home / f"out/methods/{name}-s0.json")
+        cells[name] = read_json(home / f"out/methods/{name}-s1.json")
     sizes = [sum(cell["parameters"].values()) for cell in cells.values()]
     assert max(sizes) <= 1.03 * min(sizes)
     assert cells["HydraLoRA"]["settings"]["method_file"].startswith("HydraLoRA of ")
