@@ -580,7 +580,7 @@ def reached(cell: Cell) -> str:
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
     step = json.loads(complete[-1])["step"] + 1 if complete else 0
-    if step == steps:
+    if step == steps or not cell.row.trains:
         return f"{cell.path.stem}: being scored"
     return f"{cell.path.stem}: step {step} of {steps}"
 

@@ -619,6 +619,8 @@ def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
     assert study.reached(cell) == "a: step 2 of 600"
     log.write_text('{"step": 599, "dev_loss": 1}\n')
     assert study.reached(cell) == "a: being scored"
+    frozen = cell_of(tmp_path, "b")._replace(row=study.Variant(trains=False))
+    assert study.reached(frozen) == "b: being scored"
 
 
 REFUSED = {
