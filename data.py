@@ -83,7 +83,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, 1000)):  # the tokenizer takes many texts at once
         prompts = [row.prompt for row in chunk]
-        answers = list(itertools.chain.from_iterable(row.answers for row in chunk))
+        answers = list(itertools.chain.from_iterable(row.references for row in chunk))
         sources = tokenizer.sources(prompts, spaced=spaced)
         targets = tokenizer.targets(answers, spaced=spaced)
 
@@ -93,7 +93,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             if row.is_cut or len(source) > config.max_source_length:
                 lost["source"] += 1
             pieces = [_limit(source, config.max_source_length, tokenizer)]
-            for _ in row.answers:
+            for _ in row.references:
                 target = next(targets)
                 if len(target) > config.max_target_length:
                     lost["target"] += 1
@@ -104,7 +104,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             for piece in pieces:
                 ids.extend(piece)
                 lengths.append(len(piece))
-            fields.append([row.set, row.task, row.category, row.id, row.position, row.answers])
+            fields.append([row.set, row.task, row.category, row.id, row.position, row.references])
             if row.set in ("train", "dev", "seen"):
                 tasks.add(row.task)
         saved_rows.append(json.dumps(fields))

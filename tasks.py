@@ -1,13 +1,22 @@
-"""The text of the data: two readers, of a folder in SNI's form and of a JSONL file, that give Rows.
+"""The text of the data: tasks, prompts, and the rows of each set.
 
-A Row has its prompt and its answers as text, and the name of its set. data.py makes tokens of rows.
+`sni_rows` reads a folder in the form of Super-NaturalInstructions (SNI): task files, and lists of
+tasks. `jsonl_rows` reads a JSONL file. Both return Rows, and data.py turns rows into tokens.
 
-Data: Super-NaturalInstructions, arXiv 2204.07705, github.com/allenai/natural-instructions. Prompts
-equal those of the official code.
+SNI is arXiv 2204.07705, github.com/allenai/natural-instructions. With --bare-share 0 all prompts
+equal those of the official code. By default half of the training prompts have no examples.
 
-Words: a source is a prompt, a target is a reference (one right answer). A list is train_tasks.txt
-or test_tasks.txt; it names tasks. A set is train, dev, seen or test; it holds rows. The flag
---split names a set; --splits names a folder of lists.
+A row has a prompt and its references, which are the texts that count as right answers. The model
+reads the prompt as its source, and learns one reference as its target.
+
+A row belongs to one set:
+    train  trains the weights
+    dev    chooses the weights: its loss decides which step is kept
+    seen   is only scored: rows of the training tasks that are in neither train nor dev
+    test   is only scored: rows of other tasks, or of the file in --test
+
+The flag --split names a set. The flag --splits names a folder with two lists of tasks:
+train_tasks.txt (for train, dev and seen) and test_tasks.txt (for test).
 
 Test: pytest tests/unit/test_tasks.py
 """
@@ -30,11 +39,11 @@ from support.program import UserError, require_text
 # Fields of DataConfig that only choose files. The cache key has the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 NO_TASK = "-"  # the task of a row without one
-# Fields of a row of JSONL, by what they hold.
-SOURCES = ("prompt", "instruction")
-INPUTS = ("input", "context")
-ANSWERS = ("completion", "output", "response")
-FIELDS = {*SOURCES, *INPUTS, *ANSWERS, "task", "id"}
+# Names of the fields of a JSONL row, by what they hold.
+SOURCE_FIELDS = ("prompt", "instruction")
+INPUT_FIELDS = ("input", "context")
+REFERENCE_FIELDS = ("completion", "output", "response")
+ROW_FIELDS = {*SOURCE_FIELDS, *INPUT_FIELDS, *REFERENCE_FIELDS, "task", "id"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class DataConfig:
         program.require_least(self, max_source_length=2, max_target_length=2)
         if not 0 <= self.bare_share <= 1:
             raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
-        if self.train_limit < 0:
+        if self.train_instances is not None and self.train_instances < 0:
             raise UserError(f"--train-instances {self.train_instances}: give 0 or more")
 
     @property
@@ -67,27 +76,29 @@ class DataConfig:
 
     @property
     def metric_rules(self) -> str:
-        """Return by which of metrics.RULES predictions are scored: "unicode" for rows of JSONL."""
+        """Return the name of the rules in metrics.RULES that score predictions."""
         return "unicode" if self.is_jsonl else "official"
 
     @property
-    def train_limit(self) -> int:
-        """Return the most training instances of each task, 0 for all."""
+    def train_limit(self) -> int | None:
+        """Return the most training instances of each task, None for all."""
         if self.train_instances is None:
-            return 0 if self.is_jsonl else 100
+            return None if self.is_jsonl else 100
+        if self.train_instances == 0:
+            return None
         return self.train_instances
 
     @property
     def max_new_tokens(self) -> int:
-        """Return the most tokens to generate: those of the longest target before its EOS.
+        """Return the most tokens to generate, so that the longest target fits without its EOS.
 
-        They are at least 127, as in the official code, whose 128 include the start token.
+        It is at least 127, as in the official code, which generates 128 with the start token.
         """
         return max(127, self.max_target_length - 1)
 
     @property
     def idle(self) -> set[str]:
-        """Return the fields without effect on this kind of data."""
+        """Return the names of the fields that have no effect on this kind of data."""
         if self.is_jsonl:
             of_prompt = {"definition", "num_pos", "num_neg", "explanation", "bare_share"}
             return {"splits", "max_tasks", *of_prompt}
@@ -95,7 +106,7 @@ class DataConfig:
 
 
 class Row(NamedTuple):
-    """A prompt and its answers as text."""
+    """A prompt and its references as text."""
 
     set: str  # train, dev, seen or test
     task: str
@@ -103,8 +114,8 @@ class Row(NamedTuple):
     id: str
     position: int  # index in its task file, or among the rows of its JSONL file; unique, unlike id
     prompt: str
-    answers: list[str]  # the references
-    is_cut: bool = False  # the prompt has lost its end, see render_prompt
+    references: list[str]  # the right answers
+    is_cut: bool = False  # whether the prompt has lost its end, see render_prompt
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -118,7 +129,7 @@ def _first(value):
 
 
 def _references(name, value):
-    """Return an answer, or a list of answers, as a list of texts."""
+    """Return a text, or a list of texts, as a list. Raise ValueError if it is neither."""
     references = value if isinstance(value, list) else [value]
     if not references:
         raise ValueError(f"{name} is empty")
@@ -186,8 +197,8 @@ def _require_plain_name(name, origin):
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
     """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
 
-    The order is that of the lists. Tasks without a file in tasks/ are left out with a warning.
-    Raise UserError if a list is missing, or if a task with a file is on both lists.
+    The names have the order of the lists. Tasks without a file in tasks/ are left out with a
+    warning. Raise UserError if a list is missing, or if a task with a file is on both lists.
     """
     root = Path(root)
     _require_plain_name(splits, "--splits")
@@ -225,13 +236,15 @@ def split_instances(
     """Return three lists of indices (train, dev, seen) into the instances of a training task.
 
     contents: one value for each instance. Instances with equal values are copies of each other.
-    name: the name of the task, which seeds the shuffle. limit: the largest number of training
-    instances, None for all.
+    name: the name of the task, which seeds the shuffle.
+    limit: the largest number of training instances, None for all.
 
-    The instances are shuffled, and the first copy of each of the n different contents is found. The
-    last 20 of these are "seen", and the 20 before them "dev" (n // 5 each if n < 100); their other
-    copies are in no set. All other instances, copies included, are for "train", which is the first
-    `limit` of them. So a smaller "train" is the start of a larger one.
+    1. The instances are shuffled.
+    2. The first copy of each content is found. There are n different contents.
+    3. The last 20 of these first copies are "seen", and the 20 before them are "dev". If n < 100,
+       each of the two has n // 5. Other copies of the same contents are in no set.
+    4. All instances with other contents, copies included, are for "train", which has the first
+       `limit` of them in shuffled order. So a smaller "train" is the start of a larger one.
     """
     order = list(range(len(contents)))
     random.Random(f"0/{name}").shuffle(order)  # fixed seed "0/...": the sets never change
@@ -277,38 +290,37 @@ def render_prompt(
     task, instance: dicts from `read_task`. The lists of examples may be missing.
     tokenizer: anything with encode(text) -> ids with EOS at the end, and decode(ids) -> text.
 
-    First positive, then negative examples of the task are added in order. The first one with which
-    the prompt would exceed `max_source_length` tokens is left out, and so are the later ones of its
-    kind; the other kind is still tried. Each attempt is tokenised as a whole, because token counts
-    of parts do not add up. A prompt that is too long even without examples is cut at its end.
+    The positive examples of the task are added in order, as long as the prompt has at most
+    `max_source_length` tokens; then the negative ones in the same way. Each attempt is tokenised as
+    a whole, because the token counts of parts do not add up. A prompt that is too long even without
+    examples is cut at its end.
     """
-    head = ""
+    head = ""  # the prompt before `tail`: definition and examples
     if definition:
         head = _line("Definition", task["definition"]) + "\n\n"
     tail = "Now complete the following example -\n"
     tail += _line("Input", instance["input"]) + "\nOutput: "
 
-    # The official code joins the examples with a space for the length check, and with nothing
-    # for the prompt. `checked_head` is `head` as the length check has it. The spaces at the start
-    # of some lines are official too.
+    # The official code checks the length of another text than the prompt: there it joins examples
+    # of one kind with a space. `checked_head` is `head` with these spaces.
     checked_head = head
     for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
         examples = task.get(kind.lower(), [])
         fitting = []
         for number, example in enumerate(examples[:limit], start=1):
-            lines = [
+            lines = [  # the spaces at the start are official, too
                 f" {kind} Example {number} -",
                 _line("Input", example["input"]),
                 _line(" Output", example["output"]),
             ]
             if explanation and "explanation" in example:
                 lines.append(_line(" Explanation", example["explanation"]))
-            shown = "\n".join(lines) + "\n\n"
-            # The example that is tried follows without a space.
-            attempt = checked_head + " ".join(fitting) + shown + tail
+            example_text = "\n".join(lines) + "\n\n"
+            # There is no space before the example that is tried. This is official, too.
+            attempt = checked_head + " ".join(fitting) + example_text + tail
             if len(tokenizer.encode(attempt)) > max_source_length:
                 break
-            fitting.append(shown)
+            fitting.append(example_text)
         head += "".join(fitting)
         checked_head += " ".join(fitting)
 
@@ -324,17 +336,15 @@ def render_prompt(
 
 
 def hash_of(text: str) -> int:
-    """Return a number that depends only on the text, on any machine.
-
-    runtime.generator hashes numbers, in another way. These stay two functions: the sets of JSONL
-    rows and the drawn references depend on this one, noise and start values on the other.
-    """
+    """Return a 64-bit hash of the text, the same on every machine."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
 def is_bare(task: dict, instance: dict, share: float) -> bool:
-    """Return whether a training prompt has no examples. A hash of the instance decides.
+    """Return whether the training prompt of an instance has no examples. A hash decides.
+
+    share: the share of instances for which this is so, from 0 to 1.
 
     A question of a user has no examples, and a model that always trained with them answers it
     badly: experiments/results/questions.md.
@@ -345,15 +355,18 @@ def is_bare(task: dict, instance: dict, share: float) -> bool:
 def sni_row(set_name: str, task: dict, position: int, tokenizer: Any, config: DataConfig) -> Row:
     """Return the row of one instance of a task, a dict from `read_task`."""
     instance = task["instances"][position]
+    num_pos = config.num_pos
+    num_neg = config.num_neg
     if set_name == "train" and is_bare(task, instance, config.bare_share):
-        config = replace(config, num_pos=0, num_neg=0)
+        num_pos = 0
+        num_neg = 0
     prompt = render_prompt(
         task,
         instance,
         tokenizer,
         definition=config.definition,
-        num_pos=config.num_pos,
-        num_neg=config.num_neg,
+        num_pos=num_pos,
+        num_neg=num_neg,
         explanation=config.explanation,
         max_source_length=config.max_source_length,
     )
@@ -364,27 +377,26 @@ def sni_row(set_name: str, task: dict, position: int, tokenizer: Any, config: Da
         id=instance["id"],
         position=position,
         prompt=prompt,
-        answers=instance["output"],
+        references=instance["output"],
         is_cut=not prompt.endswith("Output: "),  # every complete prompt ends like this
     )
 
 
 def sni_rows(files: dict[str, list[Path]], tokenizer: Any, config: DataConfig) -> Iterator[Row]:
-    """Yield the rows of the task files of `find_files`.
+    """Yield the rows of the task files that `find_files` returns.
 
-    A training task has the sets of `split_instances`. The first 100 instances of a test task are
-    "test", as in the official evaluation.
+    `split_instances` divides the instances of a training task into sets. The first 100 instances of
+    a test task are "test", as in the official evaluation.
     """
     for list_name, paths in files.items():
         for path in program.progress(paths, "tokenising", unit="file"):
             task = read_task(path)
             instances = task["instances"]
             if list_name == "test":
-                positions = {"test": range(len(instances))[:100]}
+                positions = {"test": range(min(100, len(instances)))}
             else:
                 contents = [(instance["input"], *instance["output"]) for instance in instances]
-                limit = config.train_limit or None  # a slice up to None has all
-                train, dev, seen = split_instances(contents, task["name"], limit)
+                train, dev, seen = split_instances(contents, task["name"], config.train_limit)
                 positions = {"train": train, "dev": dev, "seen": seen}
             for set_name, chosen in positions.items():
                 for position in chosen:
@@ -395,11 +407,11 @@ def sni_rows(files: dict[str, list[Path]], tokenizer: Any, config: DataConfig) -
 
 
 def _only_field(fields, names):
-    """Return the one of these names that the fields of a row have."""
+    """Return which of these names is a field of a row. Raise ValueError unless just one is."""
     found = [name for name in names if name in fields]
     if not found:
         problem = f"there is no {' or '.join(names)}"
-        others = [f"{name!r:.20}" for name in fields if name not in FIELDS]
+        others = [f"{name!r:.20}" for name in fields if name not in ROW_FIELDS]
         if others:
             problem += f", but {' and '.join(others[:3])}; name them prompt and completion"
         raise ValueError(problem)
@@ -427,44 +439,49 @@ def instruction_prompt(instruction: str, text: str) -> str:
 
 
 def _parse_row(fields, number, position):
-    """Return the Row of the line `number`, which belongs to no set yet."""
-    fields = {name: value for name, value in fields.items() if value is not None}
-    form = _only_field(fields, SOURCES)
-    answer = _only_field(fields, ANSWERS)
-    extra = [name for name in INPUTS if fields.get(name, "") != ""]
-    if form == "prompt" and extra:
-        raise ValueError(f"prompt and {extra[0]}: write the whole prompt, or use instruction")
-    if len(extra) > 1:
+    """Return the Row of line `number`. It belongs to no set yet."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    source_field = _only_field(given, SOURCE_FIELDS)
+    reference_field = _only_field(given, REFERENCE_FIELDS)
+    input_fields = [name for name in INPUT_FIELDS if given.get(name, "") != ""]
+    if source_field == "prompt" and input_fields:
+        raise ValueError(
+            f"prompt and {input_fields[0]}: write the whole prompt, or use instruction"
+        )
+    if len(input_fields) > 1:
         raise ValueError("input and context: give one of them")
-    fields = {"id": number, "task": NO_TASK} | fields
-    fields["id"] = str(fields["id"])
-    for name in (form, *extra, "task", "id"):
-        require_text(name, fields[name])
-    if not fields[form].strip():
-        raise ValueError(f"{form} is empty")
 
-    prompt = fields[form]
-    if form == "instruction":
-        text = fields[extra[0]] if extra else ""
+    for name in (source_field, *input_fields):
+        require_text(name, given[name])
+    task = given.get("task", NO_TASK)
+    require_text("task", task)
+    row_id = str(given.get("id", number))
+    require_text("id", row_id)
+    prompt = given[source_field]
+    if not prompt.strip():
+        raise ValueError(f"{source_field} is empty")
+
+    if source_field == "instruction":
+        text = given[input_fields[0]] if input_fields else ""
         prompt = instruction_prompt(prompt, text)
     return Row(
         set="",
-        task=fields["task"],
-        category=fields["task"],
-        id=fields["id"],
+        task=task,
+        category=task,
+        id=row_id,
         position=position,
         prompt=prompt,
-        answers=_references(answer, fields[answer]),
+        references=_references(reference_field, given[reference_field]),
     )
 
 
-def read_jsonl(path: str | os.PathLike) -> list[Row]:
+def read_rows(path: str | os.PathLike) -> list[Row]:
     """Return the rows of a JSONL file in the order of its lines. They belong to no set yet.
 
-    A line is an object with `prompt` or `instruction`, and the answer as `completion`, `output` or
-    `response`: a text, or a list of all texts that are right. Optional are `input` or `context`
-    beside an instruction, `task` and `id`. A null counts as absent. Raise UserError with the number
-    of a bad line. A line is also bad if a text in one of these fields would have no effect.
+    A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
+    `response`: one reference, or a list of references. Optional are `input` or `context` beside an
+    instruction, `task` and `id`. A null counts as absent. Raise UserError with the number of a bad
+    line. A line is also bad if a text in one of these fields would have no effect.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):
@@ -480,72 +497,76 @@ def read_jsonl(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def place_of(prompt: str) -> str:
-    """Return the place of a prompt in the order in which prompts are held out.
+def split_key(prompt: str) -> tuple[int, int]:
+    """Return (hash % 100, hash) of a prompt. `split_prompts` orders prompts by it.
 
-    It is the hash of the prompt modulo 100, then the hash, as a text whose alphabetic order is the
-    order of these two numbers. A final empty line does not count: it only ends an instruction.
+    A final empty line does not count: it only ends an instruction.
     """
-    number = hash_of(prompt.removesuffix("\n\n"))
-    return f"{number % 100:03} {number:016x}"
+    prompt_hash = hash_of(prompt.removesuffix("\n\n"))
+    return prompt_hash % 100, prompt_hash
 
 
-def split_prompts(prompts: Iterable[str]) -> tuple[str, str]:
-    """Return the places at which "dev" and "seen" end, given all prompts of a JSONL file.
+def split_prompts(prompts: Iterable[str]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the keys at which "dev" and "seen" end, given all prompts of a JSONL file.
 
-    In the order of `place_of` the prompts of "dev" come first, then those of "seen", and then those
-    of "train". So rows with equal prompts are in one set, whatever the order of the lines is.
+    In the order of `split_key` the prompts of "dev" come first, then those of "seen", and then
+    those of "train". n is the number of different prompts.
 
-    "dev" ends where the hash modulo 100 reaches 2, but has at least a tenth of all n prompts; if
-    that is less than 8 or more than 50, it has at least 8 or 50. "seen" ends where the hash modulo
-    100 reaches 6, but has at least a fifth, with the bounds 8 and 100. So if n is above some 4,000,
-    a row stays in its set whatever lines are added.
+    dev: all prompts with hash % 100 < 2, and at least clamp(n / 10, 8, 50) prompts.
+    seen: the next ones up to hash % 100 < 6, and at least clamp(n / 5, 8, 100) prompts.
+
+    So rows with equal prompts are in one set, whatever the order of the lines is. If n is above
+    some 4,000, a row stays in its set whatever lines are added.
     """
-    places = sorted({place_of(prompt) for prompt in prompts})
-    least_dev = min(50, max(8, len(places) // 10))
-    least_seen = min(100, max(8, len(places) // 5))
+    keys = sorted({split_key(prompt) for prompt in prompts})
+    least_dev = min(50, max(8, len(keys) // 10))
+    least_seen = min(100, max(8, len(keys) // 5))
 
-    places += ["100"] * (least_dev + least_seen)  # behind all prompts, of which there may be few
-    dev_end = max("002", places[least_dev])
-    dev_prompts = bisect_left(places, dev_end)
-    seen_end = max("006", places[dev_prompts + least_seen])
+    # There may be fewer prompts than that. (100, 0) is larger than the keys of all prompts.
+    keys += [(100, 0)] * (least_dev + least_seen)
+    dev_end = max((2, 0), keys[least_dev])
+    dev_count = bisect_left(keys, dev_end)
+    seen_end = max((6, 0), keys[dev_count + least_seen])
     return dev_end, seen_end
 
 
-def jsonl_rows(files: dict[str, list[Path]], train_limit: int) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows of the JSONL files of `find_files`, and two facts about those of --data.
+def jsonl_rows(
+    files: dict[str, list[Path]], train_limit: int | None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of the JSONL files that `find_files` returns, and facts about --data.
 
-    train_limit: the most rows of each task in "train", 0 for all.
+    train_limit: the most rows of each task in "train", None for all.
 
-    "held_out": the places at which "dev" and "seen" end, see `split_prompts`. "instructions":
-    whether all rows are instructions, so that each prompt ends in an empty line.
+    The facts are JSON values. "held_out" has the keys at which "dev" and "seen" end, see
+    `split_prompts`. "instructions" is whether all rows are instructions, so that each prompt ends
+    in an empty line.
     """
-    of_data = []
+    data_rows = []
     for path in files["train"]:
-        of_data += read_jsonl(path)
-    prompts = [row.prompt for row in of_data]
+        data_rows += read_rows(path)
+    prompts = [row.prompt for row in data_rows]
     dev_end, seen_end = split_prompts(prompts)
 
     rows = []
-    in_train = Counter()
-    for row in of_data:
-        place = place_of(row.prompt)
-        if place < dev_end:
+    train_counts = Counter()  # of each task
+    for row in data_rows:
+        key = split_key(row.prompt)
+        if key < dev_end:
             set_name = "dev"
-        elif place < seen_end:
+        elif key < seen_end:
             set_name = "seen"
         else:
             set_name = "train"
-            in_train[row.task] += 1
-            if train_limit and in_train[row.task] > train_limit:
+            train_counts[row.task] += 1
+            if train_limit is not None and train_counts[row.task] > train_limit:
                 continue
         rows.append(row._replace(set=set_name))
 
     for path in files["test"]:
-        for row in read_jsonl(path):
+        for row in read_rows(path):
             rows.append(row._replace(set="test"))
     facts = {
-        "held_out": [dev_end, seen_end],
+        "held_out": [list(dev_end), list(seen_end)],
         "instructions": all(prompt.endswith("\n\n") for prompt in prompts),
     }
     return rows, facts
@@ -555,34 +576,46 @@ def jsonl_rows(files: dict[str, list[Path]], train_limit: int) -> tuple[list[Row
 
 
 def find_files(config: DataConfig) -> dict[str, list[Path]]:
-    """Return the files of the training rows and of the test rows: {"train": [...], "test": [...]}.
+    """Return the files to read: {"train": [...], "test": [...]}.
 
-    With --test the file of the training rows may be missing: a run may have trained elsewhere.
+    "train" has the files of "train", "dev" and "seen". With --test the JSONL file in --data may be
+    missing: a run may have trained elsewhere.
     """
+    files = {"train": [], "test": []}
+    path = Path(config.data)
     if config.is_jsonl:
-        train = Path(config.data)
-        return {
-            "train": [train] if train.exists() or not config.test else [],
-            "test": [Path(config.test)] if config.test else [],
-        }
-    if Path(config.data).is_file():
+        if path.exists() or not config.test:
+            files["train"].append(path)
+        if config.test:
+            files["test"].append(Path(config.test))
+        return files
+
+    if path.is_file():
         raise UserError(f"{config.data}: not .jsonl; write one JSON object per line into a .jsonl")
-    files = {}
-    for list_name, tasks in read_splits(config.data, config.splits).items():
-        chosen = sorted(tasks[: config.max_tasks or None])
-        files[list_name] = [Path(config.data, "tasks", f"{task}.json") for task in chosen]
+    for list_name, tasks in read_splits(path, config.splits).items():
+        if config.max_tasks > 0:
+            tasks = tasks[: config.max_tasks]
+        files[list_name] = [path / "tasks" / f"{task}.json" for task in sorted(tasks)]
     return files
 
 
-def row_of_prompt(prompt: str, answers: Sequence[str] = ("",)) -> Row:
-    """Return the row of a whole prompt that a user typed. Without answers its target is EOS."""
-    return Row("question", "question", "question", "question", -1, prompt, list(answers))
+def row_of_prompt(prompt: str, references: Sequence[str] = ("",)) -> Row:
+    """Return the row of a whole prompt that a user typed. Without references its target is EOS."""
+    return Row(
+        set="question",
+        task="question",
+        category="question",
+        id="question",
+        position=-1,
+        prompt=prompt,
+        references=list(references),
+    )
 
 
 def row_of_question(instruction: str, text: str, tokenizer: Any, config: DataConfig) -> Row:
-    """Return the row of an instruction and an input of the user, built like those of the data.
+    """Return the row of an instruction and an input that a user typed.
 
-    If the data are JSONL, the input may be empty.
+    Its prompt is built like the prompts of the data. If the data are JSONL, the input may be empty.
     """
     if not instruction.strip() or not (text.strip() or config.is_jsonl):
         raise UserError('give both --ask "instruction" and --input "text"')

@@ -49,7 +49,7 @@ DOCS = program.ROOT / "docs"
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(tasks.read_task)
-read_jsonl = functools.lru_cache(1)(tasks.read_jsonl)
+read_rows = functools.lru_cache(1)(tasks.read_rows)
 
 
 class Loaded(NamedTuple):
@@ -185,7 +185,7 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     """
     config = loaded.data_config
     if config.is_jsonl:
-        rows = read_jsonl(config.data if kind == "seen" else config.test)
+        rows = read_rows(config.data if kind == "seen" else config.test)
         prompt = rows[example.position].prompt
         return prompt.removesuffix("\n\n"), prompt
     task = read_task(Path(config.data) / "tasks" / f"{example.task}.json")

@@ -419,7 +419,7 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     saved = run_folder.Run(
         "run",
         run_folder.Settings(data=str(ROOT / "sni/own.jsonl")),
-        {"tasks": ["a"], "train_tasks": "digest", "held_out": ["003", "017"]},
+        {"tasks": ["a"], "train_tasks": "digest", "held_out": [[3, 0], [17, 0]]},
     )
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)

@@ -27,11 +27,11 @@ from tasks import (
     DataConfig,
     Row,
     is_bare,
-    place_of,
     read_task,
     render_prompt,
     row_of_question,
     split_instances,
+    split_key,
 )
 from tokenizer import load as load_tokenizer
 
@@ -121,9 +121,9 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
 def test_seen_and_test_rows_with_the_tokens_of_dev_rows_are_found(tmp_path, tiny_words, capsys):
     """Prompts that differ in white space have the same tokens, and may be in different sets."""
     rows = own_rows(5000)  # so many that a prompt has its set by itself
-    of_dev = next(row for row in rows if place_of(row["prompt"]) < "002")
+    of_dev = next(row for row in rows if split_key(row["prompt"]) < (2, 0))
     ends = (" " * i for i in range(1, 999))
-    copy = next(end for end in ends if "002" <= place_of(of_dev["prompt"] + end) < "006")
+    copy = next(end for end in ends if split_key(of_dev["prompt"] + end)[0] in range(2, 6))
     path = write_rows(tmp_path / "own.jsonl", rows)
     other = write_rows(tmp_path / "other.jsonl", [of_dev, {"prompt": "Tell.", "completion": "x"}])
     config = DataConfig(data=str(path), test=str(other))

@@ -16,7 +16,7 @@ from tasks import (
     find_files,
     hash_of,
     jsonl_rows,
-    read_jsonl,
+    read_rows,
     read_splits,
     read_task,
     render_prompt,
@@ -151,7 +151,7 @@ def test_split_instances_keeps_copies_on_one_side():
 # ------------------------------------------------------------------------------------ rows of JSONL
 
 
-def test_read_jsonl_takes_the_usual_fields(tmp_path):
+def test_read_rows_takes_the_usual_fields(tmp_path):
     lines = [
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
         b'"task": "t", "id": 7, "input": ""}',
@@ -162,8 +162,8 @@ def test_read_jsonl_takes_the_usual_fields(tmp_path):
         {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
         {"prompt": "Sort.\n", "completion": "a"},
     ]
-    rows = read_jsonl(write_rows(tmp_path / "own.jsonl", lines))
-    found = [(row.id, row.task, row.prompt, row.answers) for row in rows]
+    rows = read_rows(write_rows(tmp_path / "own.jsonl", lines))
+    found = [(row.id, row.task, row.prompt, row.references) for row in rows]
     assert found == [
         ("7", "t", "Say\0 it.", ["y", "n"]),
         ("2", NO_TASK, "Sort.\n\nb a\n\n", ["a b"]),
@@ -221,11 +221,11 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
 
 
 @pytest.mark.parametrize("problem, row", BAD_ROWS.items(), ids=BAD_ROWS)
-def test_read_jsonl_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
+def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
     good = {"prompt": "a", "completion": "b"}
     path = write_rows(tmp_path / "own.jsonl", [good, row, good])
     with pytest.raises(program.UserError, match=problem) as caught:
-        read_jsonl(path)
+        read_rows(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
@@ -235,7 +235,7 @@ def test_a_file_in_utf_16_is_refused(tmp_path, encoding):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding=encoding)
     with pytest.raises(program.UserError, match="own.jsonl: it is in UTF-16; save it as UTF-8"):
-        read_jsonl(path)
+        read_rows(path)
 
 
 @pytest.mark.parametrize("name", ["own.csv", "own.json", "own"])
@@ -248,10 +248,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
 def test_a_file_without_rows_is_refused(tmp_path):
     path = write_rows(tmp_path / "own.jsonl", [b"", b" "])
     with pytest.raises(program.UserError, match="own.jsonl: it has no rows"):
-        read_jsonl(path)
+        read_rows(path)
 
 
-def prompts_by_set(tmp_path, rows, train_limit=0):
+def prompts_by_set(tmp_path, rows, train_limit=None):
     """Return {set: prompts in order} of a file of these rows, and the facts about it."""
     path = write_rows(tmp_path / "own.jsonl", rows)
     found, facts = jsonl_rows({"train": [path], "test": []}, train_limit)
@@ -293,7 +293,7 @@ def test_the_order_of_the_hash_decides_the_set(tmp_path, count):
 
 def test_rows_of_a_large_file_stay_in_their_sets_when_lines_are_added(tmp_path):
     sets, facts = prompts_by_set(tmp_path, own_rows(5000))
-    assert facts["held_out"] == ["002", "006"]
+    assert facts["held_out"] == [[2, 0], [6, 0]]
     more, facts_of_more = prompts_by_set(tmp_path, own_rows(7000)[::-1])
     assert facts_of_more == facts
     for name, prompts in sets.items():
@@ -303,7 +303,7 @@ def test_rows_of_a_large_file_stay_in_their_sets_when_lines_are_added(tmp_path):
 def test_the_ends_of_the_sets_tell_two_small_files_apart(tmp_path):
     found = set()
     for rows in (own_rows(100), own_rows(150), own_rows(2000)):
-        found.add(tuple(prompts_by_set(tmp_path, rows)[1]["held_out"]))
+        found.add(str(prompts_by_set(tmp_path, rows)[1]["held_out"]))
     assert len(found) == 3
 
 
@@ -387,7 +387,7 @@ def test_sni_rows_are_those_of_the_official_evaluation(repository):
         assert [row.position for row in found] == positions
         for row in found:
             instance = instances[row.position]
-            assert (row.id, row.answers) == (instance["id"], instance["output"])
+            assert (row.id, row.references) == (instance["id"], instance["output"])
             assert row.prompt == render_prompt(task, instance, Bytes())
             assert not row.is_cut
 
