@@ -542,7 +542,7 @@ def main() -> None:
         rules = data_config.metric_rules
         predictions, scores = score_rows(model, examples, config, rules)
         scored = {
-            "scored": os.path.realpath(config.run or config.model),
+            "scored": config.run or config.model,
             "split": config.split,
             "limit": config.limit,
             "max_new_tokens": config.max_new_tokens,
