@@ -1,8 +1,9 @@
 """The tokens of the data: from rows of text to batches.
 
-tasks.py reads the texts, as a Row each. Here `tokenise` makes ids of them, which the cache keeps;
-`load_sets` makes an Example of each row, and `collate` a Batch of some examples. The indices of a
-batch depend only on the source lengths, batch size, seed and step.
+tasks.py reads the texts as Rows. `load_sets` tokenises them, or takes their tokens from the cache,
+and returns the Examples of each set. `BatchOrder` chooses the examples of each training step, which
+depend only on the source lengths, the batch size, the seed and the step. `collate` makes a Batch of
+examples.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
@@ -49,17 +50,26 @@ CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdig
 
 
 class Tokens(NamedTuple):
-    """Rows as tokens, in few plain values, which are saved and loaded fast."""
+    """Rows as tokens, in few plain values, which are saved and loaded fast.
 
-    rows: list[str]  # JSON of many rows each: [set, task, category, id, position, answers] of a row
-    ids: Tensor  # int32: the tokens of all rows; those of a row are its source, then its targets
-    lengths: Tensor  # int32: the number of tokens of each of these sources and targets
-    tasks: list[str]  # names of the training tasks, sorted; empty if a row of them names no task
-    lost: dict[str, int]  # how many sources and targets are cut, and rows with unknown characters
+    rows: JSON texts. Each is a list of up to 1,000 rows, and a row is a list of its set, task,
+        category, id, position and references.
+    ids: int32, the tokens of all rows. For each row they are its source, then its targets.
+    lengths: int32, the number of tokens of each source and target, in the order of `ids`.
+    tasks: the names of the training tasks, sorted; empty if any training row names no task.
+    lost: the number of cut sources ("source"), of cut targets ("target"), and of rows with unknown
+        characters ("characters").
+    """
+
+    rows: list[str]
+    ids: Tensor
+    lengths: Tensor
+    tasks: list[str]
+    lost: dict[str, int]
 
 
 def _limit(ids, length, tokenizer):
-    """Return at most `length` ids. EOS at the end stays there."""
+    """Return the ids, cut to at most `length`. An EOS at the end is kept."""
     if len(ids) > length and ids[-1] in tokenizer.eos_ids:
         return ids[: length - 1] + ids[-1:]
     return ids[:length]
@@ -69,9 +79,9 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     """Return the tokens of the rows.
 
     Every program gets the ids of a prompt here, so that a question has the ids that the same text
-    has in training. Prompt and answers are tokenised apart: no id of a prompt depends on an answer.
-    In the row of a decoder, SNI's form has one space between them, and the texts of JSONL rows are
-    joined as they stand.
+    has in training. The prompt is tokenised without the references, so that its ids do not depend
+    on them. A decoder reads prompt and reference as one text. In SNI's form there is one space
+    between them, and the texts of JSONL rows are joined as they stand.
     """
     spaced = not config.is_jsonl
     saved_rows = []
@@ -82,25 +92,27 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
 
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, 1000)):  # the tokenizer takes many texts at once
-        prompts = [row.prompt for row in chunk]
-        answers = list(itertools.chain.from_iterable(row.references for row in chunk))
+        prompts = []
+        references = []
+        for row in chunk:
+            prompts.append(row.prompt)
+            references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(answers, spaced=spaced)
+        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over all rows
 
         fields = []
-        for row in chunk:
-            source = next(sources)
+        for row, source in zip(chunk, sources, strict=True):
+            row_targets = list(itertools.islice(targets, len(row.references)))
             if row.is_cut or len(source) > config.max_source_length:
                 lost["source"] += 1
             pieces = [_limit(source, config.max_source_length, tokenizer)]
-            for _ in row.references:
-                target = next(targets)
+            for target in row_targets:
                 if len(target) > config.max_target_length:
                     lost["target"] += 1
                 pieces.append(_limit(target, config.max_target_length, tokenizer))
-
             if any(tokenizer.unknown_id in piece for piece in pieces):
                 lost["characters"] += 1
+
             for piece in pieces:
                 ids.extend(piece)
                 lengths.append(len(piece))
@@ -119,7 +131,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
 
 
 def warn_of_lost(lost: dict[str, int], config: DataConfig, name: str) -> None:
-    """Warn of sources and targets that are cut, and of texts with unknown characters."""
+    """Warn of sources and targets that are cut, and of rows with unknown characters."""
     limits = {"source": config.max_source_length, "target": config.max_target_length}
     for kind, limit in limits.items():
         if lost[kind]:
@@ -135,8 +147,8 @@ def warn_of_lost(lost: dict[str, int], config: DataConfig, name: str) -> None:
 def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     """Return make(), or the result of an earlier call with the same key and unchanged files.
 
-    key: JSON values. The result must depend on nothing but them and the content of the files.
-    files: they count as unchanged if their sizes and modification times are unchanged.
+    key: JSON values. The result may depend only on them and on the content of the files.
+    files: a file counts as unchanged if its size and its modification time are unchanged.
     make: its result may consist of tensors, lists, tuples, dicts, strings and numbers.
 
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
@@ -188,8 +200,8 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: names of all training tasks, sorted; empty if any row of the file names no task.
-    digest: a hash of the contents of the files of the set, 16 hex digits.
+    tasks: the names of the training tasks, sorted; empty if any training row names no task.
+    digest: the `digest_of` the files of the set.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
 
@@ -208,16 +220,18 @@ def examples_by_set(tokens: Tokens) -> dict[str, list[Example]]:
     task_index = {task: i for i, task in enumerate(tokens.tasks)}
     examples = {}
     ends = np.cumsum(tokens.lengths.numpy())
-    pieces = iter(np.split(tokens.ids.numpy(), ends[:-1]))
+    pieces = iter(np.split(tokens.ids.numpy(), ends[:-1]))  # the sources and targets, in order
     for saved_rows in tokens.rows:
-        for set_name, task, category, row_id, position, answers in json.loads(saved_rows):
+        for set_name, task, category, row_id, position, references in json.loads(saved_rows):
+            source_ids = next(pieces)
+            target_ids = [next(pieces) for _ in references]
             example = Example(
                 id=row_id,
                 task=sys.intern(task),  # one object for all rows of a task
                 category=sys.intern(category),
-                source_ids=next(pieces),
-                target_ids=[next(pieces) for _ in answers],
-                references=answers,
+                source_ids=source_ids,
+                target_ids=target_ids,
+                references=references,
                 task_index=task_index.get(task, -1),
                 position=position,
             )
@@ -229,8 +243,7 @@ def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """Return the example of one row, such as a question. Warn if a part of it is lost."""
     tokens = tokenise([row], tokenizer, config)
     warn_of_lost(tokens.lost, config, "the question")
-    [[example]] = examples_by_set(tokens).values()
-    return example
+    return examples_by_set(tokens)[row.set][0]
 
 
 def with_task_index(examples: Sequence[Example], tasks: Sequence[str]) -> list[Example]:
@@ -249,27 +262,58 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
         )
 
 
-def _leave_out_used(examples: dict[str, list[Example]], config: DataConfig) -> None:
-    """Leave out rows of a JSONL file that are held out, but have the tokens of rows that are used.
+def _sources(examples):
+    """Return the source ids of the examples, as a set of bytes."""
+    return {example.source_ids.tobytes() for example in examples}
 
-    Training uses "train", and "dev" chooses the weights. Different texts may have equal tokens, as
-    when they are cut. Rows of "dev" and "seen" are left out, and those of "test" only counted.
+
+def _unused(examples, used):
+    """Return the examples whose sources are not in `used`."""
+    return [example for example in examples if example.source_ids.tobytes() not in used]
+
+
+def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) -> None:
+    """Remove held-out rows of a JSONL file whose source has the tokens of a used row.
+
+    Used are the rows of "train", and those of "dev", which choose the weights. Different prompts
+    may have equal tokens, for example when they are cut. Rows of "test" are only counted.
     """
-    used = {example.source_ids.tobytes() for example in examples.get("train", ())}
-    used_by = "training rows"
-    for set_name in ("dev", "seen", "test"):
-        of_set = examples.get(set_name, [])
-        others = [e for e in of_set if e.source_ids.tobytes() not in used]
-        equal = len(of_set) - len(others)
-        problem = f"{equal} of {len(of_set)} {set_name} rows have the tokens of {used_by}"
-        if equal > 0 and set_name == "test":
-            program.warn(f"{config.test}: {problem}, so they are not unseen")
-        elif equal > 0:
-            program.warn(f"{config.data}: {problem} and are left out")
-            examples[set_name] = others
-        if set_name == "dev":
-            used |= {example.source_ids.tobytes() for example in others}
-            used_by = "training or dev rows"
+    used = _sources(examples.get("train", []))
+
+    dev = examples.get("dev", [])
+    unused = _unused(dev, used)
+    if len(unused) < len(dev):
+        examples["dev"] = unused
+        program.warn(
+            f"{config.data}: {len(dev) - len(unused)} of {len(dev)} dev rows have the tokens of "
+            "training rows and are left out"
+        )
+    used |= _sources(unused)
+
+    seen = examples.get("seen", [])
+    unused = _unused(seen, used)
+    if len(unused) < len(seen):
+        examples["seen"] = unused
+        program.warn(
+            f"{config.data}: {len(seen) - len(unused)} of {len(seen)} seen rows have the tokens of "
+            "training or dev rows and are left out"
+        )
+
+    test = examples.get("test", [])
+    unused = _unused(test, used)
+    if len(unused) < len(test):
+        program.warn(
+            f"{config.test}: {len(test) - len(unused)} of {len(test)} test rows have the tokens of "
+            "training or dev rows, so they are not unseen"
+        )
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """Return a hash of the contents of the files, 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def load_sets(
@@ -277,13 +321,11 @@ def load_sets(
 ) -> dict[str, Examples]:
     """Return {name: set} for those of "train", "dev", "seen" and "test" that have rows.
 
-    In a folder, each training task gives "train", "dev" and "seen", and each test task "test", see
-    tasks.sni_rows. A JSONL file gives "train", "dev" and "seen", and the file --test gives "test",
-    see tasks.jsonl_rows; a row of "dev" is left out if its source has the tokens of a row of
-    "train", and a row of "seen" if it has those of a row of "train" or "dev". Raise UserError for
-    bad files. Whoever needs a set takes it with `require_set`.
+    tasks.sni_rows and tasks.jsonl_rows say which rows a set has. `_remove_used_rows` then removes
+    some rows of a JSONL file. Take a set with `require_set`, which raises UserError if it is
+    missing. Raise UserError for bad files.
 
-    only_test: read no training tasks of a folder, since tokenising all takes minutes.
+    only_test: read no training tasks of a folder, because tokenising all of them takes minutes.
     """
     files = find_files(config)
     if only_test and not config.is_jsonl:
@@ -293,19 +335,16 @@ def load_sets(
         if config.is_jsonl:
             rows, facts = jsonl_rows(files, config.train_limit)
         else:
-            rows, facts = sni_rows(files, tokenizer, config), {}
+            rows = sni_rows(files, tokenizer, config)
+            facts = {}
         tokens = tokenise(rows, tokenizer, config)
-        digests = {}
-        for list_name, paths in files.items():
-            digest = hashlib.sha256()
-            for path in paths:
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-            digests[list_name] = digest.hexdigest()[:16]
+        digests = {list_name: digest_of(paths) for list_name, paths in files.items()}
         return {"tokens": tokens._asdict(), "facts": facts, "digests": digests}
 
-    # The tokens depend on the files and on these values.
+    # The tokens depend on the files and on these values. `counts` says how many of the files are
+    # training files: a JSONL file that is --test in one run may be --data in another one.
     options = {name: value for name, value in vars(config).items() if name not in FILE_FIELDS}
-    counts = [len(paths) for paths in files.values()]
+    counts = [len(files["train"]), len(files["test"])]
     key = [counts, options, config.is_jsonl, tokenizer.fingerprint, tokenizer.version]
     saved = cached(key, [*files["train"], *files["test"]], read_and_tokenise)
 
@@ -319,7 +358,7 @@ def load_sets(
 
     examples = examples_by_set(tokens)
     if config.is_jsonl:
-        _leave_out_used(examples, config)
+        _remove_used_rows(examples, config)
     sets = {}
     for set_name, of_set in examples.items():
         list_name = "test" if set_name == "test" else "train"
@@ -330,7 +369,9 @@ def load_sets(
 
 def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Examples:
     """Return a set of `load_sets`. Raise UserError if it is missing or too small."""
-    least = 5 if config.is_jsonl and name in ("dev", "seen") else 1
+    least = 1
+    if config.is_jsonl and name in ("dev", "seen"):
+        least = 5  # `tasks.split_prompts` chooses 8 or more, and `_remove_used_rows` may leave few
     found = len(sets.get(name, ()))
     if found >= least:
         return sets[name]
@@ -375,33 +416,37 @@ class Batch(NamedTuple):
         """Cut the batch into at most `parts` pieces. Yield the share of one process in each piece.
 
         All pieces have ceil(B / parts) rows, but the last may have fewer. Process `rank` gets every
-        `ranks`-th row of each piece, starting with row number `rank`. Yield (rows, Batch
-        of these rows), where `rows` are indices into this batch. A process without a row gets an
-        empty `rows` and the first row of the piece with all labels -100, because every process
-        must run the model equally often.
+        `ranks`-th row of each piece, starting with row number `rank`. Yield (rows, Batch of these
+        rows), where `rows` are indices into this batch.
+
+        A process may get no row of a piece, but every process must run the model equally often.
+        Then `rows` is empty, and the Batch is a dummy: the first row of the piece with all labels
+        -100.
         """
         size = math.ceil(len(self.ids) / parts)
         for start in range(0, len(self.ids), size):
             stop = min(start + size, len(self.ids))
             rows = range(start + rank, stop, ranks)
-            index = list(rows) or [start]
-            mask = self.attention_mask[index]
-            labels = self.labels[index]
+            indices = list(rows)
+            if not rows:
+                indices = [start]
+            mask = self.attention_mask[indices]
+            labels = self.labels[indices]
             if not rows:
                 labels = torch.full_like(labels, -100)
 
-            # Drop the columns that are padding in all rows of the piece. The rows of a batch are
-            # sorted by source length, so that a piece is often shorter than its batch.
+            # Drop the columns that are padding in all rows of the share. The rows of a batch are
+            # sorted by source length, so that a share is often narrower than its batch.
             source_length = mask.any(dim=0).sum()
             target_length = (labels != -100).any(dim=0).sum().clamp(min=1)
-            piece = Batch(
-                input_ids=self.input_ids[index, :source_length],
+            share = Batch(
+                input_ids=self.input_ids[indices, :source_length],
                 attention_mask=mask[:, :source_length],
                 labels=labels[:, :target_length],
-                task_ids=self.task_ids[index],
-                ids=[self.ids[i] for i in index],
+                task_ids=self.task_ids[indices],
+                ids=[self.ids[i] for i in indices],
             )
-            yield rows, piece
+            yield rows, share
 
 
 class BatchOrder:
@@ -446,30 +491,28 @@ class BatchOrder:
 
 def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
     """Return at most `limit` examples, evenly spaced, or all of them if `limit` is 0."""
-    count = len(examples)
-    if limit:
-        count = min(count, limit)
-    return [examples[i * len(examples) // count] for i in range(count)]
+    if limit == 0 or limit >= len(examples):
+        return list(examples)
+    return [examples[i * len(examples) // limit] for i in range(limit)]
 
 
 def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0) -> Batch:
     """Return a padded batch with one reference for each example.
 
-    Without a seed this is the first reference. With a seed, a hash of (seed, step, task, id)
-    chooses it.
+    Without a seed it is the first one. With a seed, a hash of (seed, step, task, id) chooses it.
     """
     sources = []
     masks = []
     targets = []
     for example in examples:
-        number = 0
+        reference_index = 0
         if seed is not None:
             key = f"{seed}/{step}/{example.task}/{example.id}"
-            number = hash_of(key) % len(example.target_ids)
+            reference_index = hash_of(key) % len(example.target_ids)
         source = torch.from_numpy(example.source_ids).long()
         sources.append(source)
         masks.append(torch.ones_like(source, dtype=torch.bool))
-        targets.append(torch.from_numpy(example.target_ids[number]).long())
+        targets.append(torch.from_numpy(example.target_ids[reference_index]).long())
 
     return Batch(
         input_ids=pad_sequence(sources, batch_first=True),
@@ -499,7 +542,7 @@ def batches(
         for start in range(0, len(order), batch_size * ranks):
             indices = order[start : start + batch_size * ranks]
             whole = collate([examples[i] for i in indices])
-            # One piece, which is the whole batch: of it, this process takes its rows.
+            # With one part, the only piece is the whole batch. Take the share of this process.
             rows, own = next(whole.split(1, rank, ranks))
             yield [indices[row] for row in rows], own.to(device)
             bar.update(len(indices))
