@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -464,10 +463,15 @@ def user_message(error: Exception) -> str | None:
     return " ".join(text.split())
 
 
+last_line = 0.0  # time of the last line that this process printed
+
+
 def print_line(text: str, file: Any = None) -> None:
     """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
+    global last_line
     if rank() != 0:
         return
+    last_line = time.monotonic()
     file = file or sys.stdout
     try:
         with tqdm.external_write_mode(file=file):
@@ -489,10 +493,10 @@ def in_worker() -> bool:
 
 
 class LineStream:
-    """What a bar writes to if there is no terminal. Each state of the bar becomes a line."""
+    """What a bar writes to if there is no terminal: a line when none was printed for a minute."""
 
     def write(self, text: str) -> None:
-        if text.strip():
+        if text.strip() and time.monotonic() - last_line >= BETWEEN_LINES:
             print_line(text.strip(), sys.stderr)
 
     def flush(self) -> None:
@@ -502,23 +506,21 @@ class LineStream:
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr, in rank 0. Without a terminal it prints a line each minute."""
     if sys.stderr.isatty():
-        seconds = 1
         options |= {"dynamic_ncols": True}
     else:
-        seconds = BETWEEN_LINES
         form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left{postfix}"
-        options |= {"file": LineStream(), "bar_format": form, "mininterval": math.inf}
+        options |= {"file": LineStream(), "bar_format": form}
     is_silent = in_worker() or rank() != 0
-    bar = tqdm(iterable, description, leave=False, delay=seconds, disable=is_silent, **options)
+    bar = tqdm(iterable, description, leave=False, delay=1, disable=is_silent, **options)
     if not is_silent:
-        threading.Thread(target=keep_showing, args=(bar, seconds), daemon=True).start()
+        threading.Thread(target=keep_showing, args=(bar,), daemon=True).start()
     return bar
 
 
-def keep_showing(bar: tqdm, seconds: float) -> None:
-    """Show a bar at these intervals until it closes, also while one of its steps takes long."""
+def keep_showing(bar: tqdm) -> None:
+    """Show a bar each second until it is closed, also while one of its steps takes long."""
     while True:
-        time.sleep(seconds)
+        time.sleep(1)
         with bar.get_lock():
             if bar.disable:  # it is closed
                 return

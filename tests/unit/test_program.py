@@ -11,24 +11,35 @@ from support import program
 
 
 def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(program, "BETWEEN_LINES", 0.1)
-    for _ in program.progress(range(6), "train"):
-        time.sleep(0.06)
+    monkeypatch.setattr(program, "BETWEEN_LINES", 0.4)
+    for _ in program.progress(range(20), "train"):
+        time.sleep(0.15)
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5
-    assert all(line.startswith("train: ") and " of 6 after 00:00" in line for line in lines)
+    assert 3 <= len(lines) <= 7
+    assert all(line.startswith("train: ") and " of 20 after 00:0" in line for line in lines)
+    counts = [int(line.split()[1]) for line in lines]
+    assert counts == sorted(set(counts)) and counts[-1] > 0
     for _ in program.progress(range(6), "short"):
         pass
     assert capsys.readouterr().err == ""
 
 
 def test_a_line_comes_also_while_one_step_takes_long(monkeypatch, capsys):
-    monkeypatch.setattr(program, "BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(program, "BETWEEN_LINES", 0.9)
     with program.progress(None, "answers", total=60):
-        time.sleep(0.35)
+        time.sleep(2.5)
     lines = capsys.readouterr().err.splitlines()
-    assert set(lines) == {"answers: 0 of 60 after 00:00, ? left"}
-    assert 2 <= len(lines) <= 3
+    assert lines == [f"answers: 0 of 60 after 00:0{second}, ? left" for second in (1, 2)]
+
+
+def test_the_minute_begins_at_the_last_line_and_not_at_the_bar(monkeypatch, capsys):
+    monkeypatch.setattr(program, "BETWEEN_LINES", 2.5)
+    monkeypatch.setattr(program, "last_line", time.monotonic() - 1)
+    with program.progress(None, "answers", total=60):
+        time.sleep(1.3)
+        assert capsys.readouterr().err == ""
+        time.sleep(1)
+    assert capsys.readouterr().err == "answers: 0 of 60 after 00:02, ? left\n"
 
 
 class Terminal(io.StringIO):
