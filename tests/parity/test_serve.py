@@ -15,9 +15,21 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 import run_folder
+import train
 from experiments.explorer import explorer
-from helpers import CPU, ROOT, run, seeded_generator, stir
+from helpers import (
+    CPU,
+    ROOT,
+    run,
+    seeded_generator,
+    sentences,
+    stir,
+    write_decoder,
+    write_pieces,
+    write_rows,
+)
 from support.program import read_json, write_json
+from tasks import DataConfig, row_of_prompt
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -165,3 +177,40 @@ def damage(served):
 def test_a_damaged_export_is_one_line(copy):
     for message in damage(copy / "served"):
         assert_one_line(serve("--prompt", "a", cwd=copy, code=2), message)
+
+
+def test_snippets_of_the_page_give_the_answers_of_the_run(tmp_path, monkeypatch, capsys):
+    """docs/data.md loads an export with the mean w, and with the router's w of each prompt."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 400, "max_position_embeddings": 2048, "std": 0.6}
+    write_decoder(tmp_path / "smollm2", write_pieces, sentences(500), **sizes)
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    settings = train.Settings(data="rows.jsonl", model="smollm2", steps=1)
+    train.train(settings, CPU, train.LaunchConfig(out="run"), final_scores=False)
+    base, adapters, tokenizer = run_folder.load(CPU, run_dir="run")
+    stir(adapters, seeded_generator())
+    run_folder.read_run("run").save_best(adapters)
+    run("integrations/export.py", "--run", "run", "--mean", "--out", "served", cwd=tmp_path)
+    config = run_folder.read_run("run").settings.part(DataConfig)
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with_mean, routed = [snippet for snippet in snippets if "served" in snippet]
+
+    def examples_of(prompts):
+        return [data.example_of(row_of_prompt(text), tokenizer, config) for text in prompts]
+
+    names = {}
+    exec(with_mean, names)
+    dev = data.load_sets(config, tokenizer)["dev"]
+    w = evaluation.router_weights(base, adapters, dev).mean(dim=0, keepdim=True)
+    asked = (base, adapters, examples_of([names["prompt"]]), tokenizer)
+    (answer,) = evaluation.predict(*asked, max_new_tokens=20, w=w)
+    assert capsys.readouterr().out.endswith(f"\n{answer}\n")
+
+    exec(routed, names)
+    asked = (base, adapters, examples_of(names["prompts"]), tokenizer)
+    answers = evaluation.predict(*asked, max_new_tokens=20)
+    largest = evaluation.router_weights(*asked[:3]).argmax(dim=1) + 1
+    lines = [f"{k} {answer}\n" for k, answer in zip(largest, answers, strict=True)]
+    assert capsys.readouterr().out == "".join(lines)

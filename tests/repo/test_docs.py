@@ -1,14 +1,18 @@
 """What people read: equations, drawing, table of memory and progress bars."""
 
 import re
+from pathlib import Path
 
 import torch
 
+import data
 import t5
 from baselines import attach_method, count_parameters
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
+from tasks import DataConfig
+from tokenizer import load as load_tokenizer
 
 # -------------------------------------------------------------------------------------- equations
 
@@ -100,3 +104,18 @@ def test_page_on_data_has_the_computed_memory():
         cells = [f"{number:,}" for number in (size, *trained)]
         cells += [format_bytes(number) for number in memory]
         assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+# -------------------------------------------------------------------------------------- rows to try
+
+
+def test_rows_of_the_page_have_the_sets_that_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n([^`]*rows\.jsonl[^`]*)```", page)
+    exec(snippet, {})
+    lines = Path("rows.jsonl").read_text().splitlines()
+    assert all(lines[i] in page for i in (0, 1, 200))
+    sets = data.load_sets(DataConfig(data="rows.jsonl"), load_tokenizer(ROOT / "tiny"))
+    counts = ", ".join(f"{len(sets[name])} {name}" for name in ("train", "dev", "seen"))
+    assert f"rows of data: {counts}\n" in page

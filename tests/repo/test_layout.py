@@ -141,13 +141,13 @@ def test_top_level_has_few_files():
 
 # ------------------------------------------------------------------------------------------- pages
 
-# Flags, files and settings of other projects that the pages name.
+# Flags, files and settings of other projects, and of readers, that the pages name.
 FOREIGN = set(
     """
     --help --local-dir --depth --prediction --reference --hypothesis-profile evaluation.py
     --nproc-per-node --nnodes --node-rank --master-addr --master-port --outtype --outfile --lora
     convert_lora_to_gguf.py convert_hf_to_gguf.py --lora-init-without-apply --enable-lora
-    --max-lora-rank --lora-modules load_best_model_at_end neftune_noise_alpha
+    make_rows.py --max-lora-rank --lora-modules load_best_model_at_end neftune_noise_alpha
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

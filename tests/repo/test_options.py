@@ -14,6 +14,7 @@ from support.program import Parser
 PROGRAMS = ("train", "eval", "integrations.export")
 NAMES = ("bench", "compare", "computed", "explorer")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
+SHORT_PROGRAMS = ("integrations.serve", "experiments.smollm2")
 COMMAND = re.compile(
     r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
 )
@@ -35,7 +36,7 @@ def parser_of(program):
 
 
 def test_commands_of_the_pages_are_accepted():
-    parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES}
+    parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES + SHORT_PROGRAMS}
     count = 0
     for path in (ROOT / "README.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
         text = path.read_text(encoding="utf-8").replace("\\\n", "")
