@@ -98,7 +98,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             prompts.append(row.prompt)
             references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over all rows
+        targets = tokenizer.targets(references, spaced=spaced)  # of all rows, one after the other
 
         fields = []
         for row, source in zip(chunk, sources, strict=True):
@@ -201,7 +201,7 @@ class Examples(list[Example]):
     """The examples of one set.
 
     tasks: the names of the training tasks, sorted; empty if any training row names no task.
-    digest: the `digest_of` the files of the set.
+    digest: a hash of the files of the set, see `digest_of`.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
 
@@ -275,35 +275,38 @@ def _unused(examples, used):
 def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) -> None:
     """Remove held-out rows of a JSONL file whose source has the tokens of a used row.
 
-    Used are the rows of "train", and those of "dev", which choose the weights. Different prompts
-    may have equal tokens, for example when they are cut. Rows of "test" are only counted.
+    The used rows are those of "train", and those of "dev", which choose the weights. Different
+    prompts may have equal tokens, for example when they are cut. Rows of "test" are only counted.
     """
     used = _sources(examples.get("train", []))
 
     dev = examples.get("dev", [])
     unused = _unused(dev, used)
-    if len(unused) < len(dev):
+    equal = len(dev) - len(unused)
+    if equal > 0:
         examples["dev"] = unused
         program.warn(
-            f"{config.data}: {len(dev) - len(unused)} of {len(dev)} dev rows have the tokens of "
+            f"{config.data}: {equal} of {len(dev)} dev rows have the tokens of "
             "training rows and are left out"
         )
     used |= _sources(unused)
 
     seen = examples.get("seen", [])
     unused = _unused(seen, used)
-    if len(unused) < len(seen):
+    equal = len(seen) - len(unused)
+    if equal > 0:
         examples["seen"] = unused
         program.warn(
-            f"{config.data}: {len(seen) - len(unused)} of {len(seen)} seen rows have the tokens of "
+            f"{config.data}: {equal} of {len(seen)} seen rows have the tokens of "
             "training or dev rows and are left out"
         )
 
     test = examples.get("test", [])
     unused = _unused(test, used)
-    if len(unused) < len(test):
+    equal = len(test) - len(unused)
+    if equal > 0:
         program.warn(
-            f"{config.test}: {len(test) - len(unused)} of {len(test)} test rows have the tokens of "
+            f"{config.test}: {equal} of {len(test)} test rows have the tokens of "
             "training or dev rows, so they are not unseen"
         )
 
