@@ -181,9 +181,9 @@ def print_plan(
     step = seconds_of_a_step(study.cell("", name, rows[name], {}), study.device, sets["train"])
     minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
     program.print_line(
-        f"{left} runs of about {minutes} minutes on an otherwise idle machine ({step:.2g} s a "
-        f"step), {duration(60 * math.ceil(left / jobs) * minutes)} with {jobs} at a time; if it is "
-        f"interrupted, the same command goes on in {study.config.out}"
+        f"{left} runs of about {duration(60 * minutes)} on an otherwise idle machine ({step:.2g} s "
+        f"a step), {duration(60 * math.ceil(left / jobs) * minutes)} with {jobs} at a time; if it "
+        f"is interrupted, the same command goes on in {study.config.out}"
     )
 
 

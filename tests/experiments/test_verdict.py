@@ -119,7 +119,7 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     prompts = len(orchmoe[0]["seen"]["prompts"]["task"])
     assert re.search(rf"rows of data: \d+ train, \d+ dev, {prompts} seen\n", out)
     assert "plan: orchmoe, lora with seeds 1 to 2\n" in out
-    estimate = r"\n4 runs of about 1 minutes on an otherwise idle machine \(\d\S* s a step\), 4 min"
+    estimate = r"\n4 runs of about 60 s on an otherwise idle machine \(\d\S* s a step\), 4 min"
     assert re.search(estimate, out)
     left = re.findall(r"methods/\S+\.json, \d+ s, .*, (\d) of 4 runs, about \d+ s left", out)
     assert left == ["1", "2", "3"]
