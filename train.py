@@ -71,7 +71,14 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
-DECODER_SETTINGS = "--abstract-tasks 24 --rank 1 --lr-allocation 0.1 --batch-size 8 --epochs 1"
+# What docs/use.md recommends for a decoder of 0.1 to 1 B, where it is not the default.
+DECODER_SETTINGS = {
+    "abstract_tasks": 24,
+    "rank": 1,
+    "lr_allocation": 0.1,
+    "batch_size": 8,
+    "epochs": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if launch.out:
         Run(launch.out, settings, {}).require_new()
     program.refuse_unread(flags, unread_settings(settings) | unread)
-    if "warmup" in flags and settings.warmup >= settings.steps:
+    has_steps = not settings.epochs  # otherwise nobody knows their number yet
+    if "warmup" in flags and has_steps and settings.warmup >= settings.steps:
         raise UserError(f"--warmup {settings.warmup}: give fewer than --steps {settings.steps}")
     return settings
 
@@ -157,21 +165,26 @@ def with_steps(settings: Settings, train_set: Examples) -> Settings:
 def length_of_training(settings: Settings, train_set: Examples) -> str:
     """Return in words how long the training is: "600 steps of 16 are 35 epochs of 272 rows"."""
     epochs = settings.steps * settings.batch_size / len(train_set)
-    count = f"{epochs:.2g}"
+    count = f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
     unit = "epoch" if count == "1" else "epochs"
     text = f"{settings.steps} steps of {settings.batch_size} are {count} {unit}"
     return f"{text} of {len(train_set):,} rows"
 
 
-def recommend(flags: dict[str, Any], model: str) -> None:
+def recommend(flags: dict[str, Any], settings: Settings) -> None:
     """Print which settings docs/use.md recommends for a decoder, unless one of them is given."""
-    is_decoder = isinstance(checkpoint.read_config(model), LlamaConfig)
-    names = {program.flag(name) for name in flags}
-    if is_decoder and not names & set(DECODER_SETTINGS.split()):
-        program.print_line(
-            "the default settings are for the bundled T5; docs/use.md recommends, for a decoder of "
-            f"0.1 to 1 B, {DECODER_SETTINGS}"
-        )
+    is_decoder = isinstance(checkpoint.read_config(settings.model), LlamaConfig)
+    if not is_decoder or "start" in flags or flags.keys() & DECODER_SETTINGS.keys():
+        return
+    unread = unread_settings(settings)
+    words = []
+    for name, value in DECODER_SETTINGS.items():
+        if name not in unread:
+            words += program.flag_words(name, value)
+    program.print_line(
+        "the default settings are for the bundled T5; docs/use.md recommends, for a decoder of "
+        f"0.1 to 1 B, {' '.join(words)}"
+    )
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -456,16 +469,19 @@ def train(
         # Resume or begin.
         optimizer = make_optimizer(adapters, settings)
         progress = run.resume(adapters, optimizer)
+        runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
         if progress is None:
             progress = begin(run, model, held_out, final_scores)
-        runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
 
         finished = fit(run, model, optimizer, progress, train_set, held_out["dev"], final_scores)
         if not finished:
             if final_scores:  # a study resumes its runs itself
+                words = ["--resume", "--out", str(run.path)]
+                if settings.method in OWN_METHODS:
+                    words += ["--method", OWN_METHODS[settings.method].source]
                 program.print_line(
-                    f"stopped; resume with --resume --out {shlex.quote(str(run.path))}, on the "
-                    "same device (another one rounds differently)"
+                    f"stopped; resume with {shlex.join(words)}, on the same device (another one "
+                    "rounds differently)"
                 )
             return None
         if final_scores:
@@ -728,7 +744,7 @@ def main() -> int:
     device = runtime.pick_device(launch.gpu, launch.device, settings.dtype, base=settings.model)
     program.print_line(device.description)
     if not launch.resume:
-        recommend(flags, settings.model)
+        recommend(flags, settings)
     with runtime.distributed(device.torch_device):
         run_dir = train(settings, device, launch)
     if run_dir is None:

@@ -327,7 +327,7 @@ def main() -> None:
     if settings.epochs:
         unread["steps"] = "with --epochs"
     program.refuse_unread(flags, unread)
-    train.recommend(flags, settings.model)
+    train.recommend(flags, settings)
     if settings.epochs:
         sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
         settings = train.with_steps(settings, data.require_set(sets, "train", settings))

@@ -6,6 +6,7 @@ The first tests take single steps on a small random T5, the last ones start or r
 import math
 import shlex
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ import train
 from baselines import attach_method
 from helpers import (
     CPU,
-    ROOT,
     SHORT,
     adapted,
     check_equal,
@@ -113,6 +113,8 @@ def test_epochs_become_steps():
     assert (steps.steps, steps.epochs) == (9, 0)  # an epoch ends with a batch of 4
     assert train.with_steps(steps, rows) == steps
     assert train.length_of_training(steps, rows) == "9 steps of 8 are 3.6 epochs of 20 rows"
+    many = train.Settings(steps=600, batch_size=16)
+    assert "are 480 epochs of 20 rows" in train.length_of_training(many, rows)
     one = train.Settings(steps=5, batch_size=4)
     assert train.length_of_training(one, rows) == "5 steps of 4 are 1 epoch of 20 rows"
     with pytest.raises(UserError, match="--steps: has no effect with --epochs"):
@@ -121,11 +123,16 @@ def test_epochs_become_steps():
 
 def test_settings_for_a_decoder_are_recommended_unless_one_is_given(tmp_path, capsys):
     write_decoder(tmp_path / "llama", write_pieces, sentences(50))
-    train.recommend({"seed": 1}, ROOT / "tiny")
-    train.recommend({"batch_size": 8}, tmp_path / "llama")
+    train.recommend({"seed": 1}, train.Settings())
+    of_llama = train.Settings(model=str(tmp_path / "llama"))
+    for given in ("batch_size", "start"):
+        train.recommend({given: 8}, of_llama)
     assert capsys.readouterr().out == ""
-    train.recommend({"seed": 1}, tmp_path / "llama")
-    assert train.DECODER_SETTINGS in capsys.readouterr().out
+    train.recommend({"seed": 1}, of_llama)
+    flags = "--abstract-tasks 24 --rank 1 --lr-allocation 0.1 --batch-size 8 --epochs 1"
+    assert flags in capsys.readouterr().out
+    train.recommend({"seed": 1}, replace(of_llama, method="lora"))
+    assert "1 B, --rank 1 --batch-size 8 --epochs 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e9])
