@@ -463,7 +463,7 @@ def user_message(error: Exception) -> str | None:
     return " ".join(text.split())
 
 
-last_line = 0.0  # time of the last line that this process printed
+last_line = time.monotonic()  # when this process began, or printed its last line
 
 
 def print_line(text: str, file: Any = None) -> None:
