@@ -45,28 +45,27 @@ class TrainConfig:
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
     method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly or FILE.py:Class
-    extra_rank: int = 0  # more ranks for all adapted Linears together, which share them evenly
+    extra_rank: int = 0  # extra ranks in all, spread evenly over the adapted Linears
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
     epochs: int = 0  # passes over the training rows, in place of --steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
-    lr_skills: float = 1e-2  # peak learning rate of the skills, A and B; a rate of 0 freezes a part
+    lr_skills: float = 1e-2  # peak learning rate of A and B; what has a rate of 0 does not train
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation
-    warmup: int = 50  # steps of linear warm-up (a tenth of --steps, unless --steps is larger)
-    schedule: Literal["linear", "constant"] = "linear"  # rate after warm-up; linear: falls to 0
+    warmup: int = 50  # steps of linear warm-up; a tenth of --steps if there are not more steps
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: fall to 0, or stay
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
-    start: str = ""  # a finished run to start from: its base, method, adapters, data settings
+    start: str = ""  # a finished run, whose base, method, adapters and data settings are taken
 
     def __post_init__(self) -> None:
         program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
-        program.require_least(self, epochs=0, extra_rank=0)
 
     @property
     def eval_batch_size(self) -> int:
@@ -75,9 +74,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Settings(TrainConfig, DataConfig, OrchMoEConfig):
-    """All settings that decide the result of a run, as flags, in config.json and in the code."""
+    """All settings of a run. Each field is a flag, and a key of config.json."""
 
     def __post_init__(self) -> None:
+        # Each part checks its own fields. Python would call only the first of these methods.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
             part.__post_init__(self)
 
@@ -86,19 +86,19 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
         return program.from_flags(cls, vars(self))
 
 
-# Settings that are paths. A resumed run may find the same data and base under other paths.
+# Paths that a resumed run may change, since the same files may be elsewhere.
 PATHS = {"model", "data", "test"}
-RATES = {name for name in vars(TrainConfig()) if name.startswith("lr_")}  # the learning rates
+RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("lr_")}
 
 
 def unread_settings(settings: Settings) -> dict[str, str]:
-    """Return {field: why} for the settings without effect: with which others they have none."""
-    method = f"with --method {settings.method}"
+    """Return {field: reason} for the settings without effect: {"steps": "with --epochs"}."""
+    reason = f"with --method {settings.method}"
     read = settings_of_method(settings.method, settings.router)
     if "router" in read:
-        method += f" --router {settings.router}"
-    of_method = {field.name for field in fields(OrchMoEConfig)} | RATES
-    unread = dict.fromkeys(of_method - read, method)
+        reason += f" --router {settings.router}"
+    method_fields = {field.name for field in fields(OrchMoEConfig)} | RATES
+    unread = dict.fromkeys(method_fields - read, reason)
     if settings.epochs:
         unread["steps"] = "with --epochs"
     return unread | dict.fromkeys(settings.idle, f"with --data {settings.data}")
@@ -106,17 +106,15 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
-REMEDY = "restore the file, or train again"
-# What to do if a fact of a run has changed, and where something else helps.
+TRAIN_AGAIN = "restore the file, or train again"  # what helps if a file of a run is damaged
+# What helps if a fact has changed. For the fact "held_out" it is something else.
 RESTORE = (
     "restore it (--model, --data, --test and --method name where it is now), or start a new run"
 )
-REMEDIES = {
-    "held_out": (
-        "rows of dev and seen may have trained; restore --data, give new rows with --test and "
-        "--split test, or start a new run"
-    )
-}
+RESTORE_HELD_OUT = (
+    "rows that are held out now may have trained; restore --data, give new rows with --test and "
+    "--split test, or start a new run"
+)
 
 
 class Model(NamedTuple):
@@ -139,8 +137,9 @@ class Progress:
 class Run:
     """A run: its folder, its settings, and the facts that it is bound to.
 
-    The facts are JSON values, see `train.train`: fingerprints of the base, the tokenizer, the task
-    files and the adapter in --start, the method, and the training tasks in the order of their ids.
+    The facts are JSON values, see `train.train`: fingerprints of the base, of the tokenizer, of the
+    task files and of the adapter in --start, the method, the names of the training tasks, and what
+    data.py says about rows of JSONL.
     """
 
     def __init__(self, path: str | Path, settings: Settings, facts: dict[str, Any]):
@@ -155,9 +154,10 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Return 16 hex digits of the facts and of all settings that the result depends on.
+        """Return a hash of the facts and the settings, 16 hex digits.
 
-        Paths do not count. The facts identify what is there.
+        Paths are left out, since the facts have fingerprints of the files. So is `compile`, since a
+        resumed run may change it.
         """
         values = asdict(self.settings)
         for name in PATHS | {"start", "compile"}:
@@ -170,16 +170,17 @@ class Run:
         for name, value in found.items():
             saved = self.facts.get(name)
             if value != saved:
+                remedy = RESTORE_HELD_OUT if name == "held_out" else RESTORE
                 raise UserError(
                     f"{self.path}: {name} changed since the run began, from {saved!r:.60} to "
-                    f"{value!r:.60}; {REMEDIES.get(name, RESTORE)}"
+                    f"{value!r:.60}; {remedy}"
                 )
 
     def require_own(self, path: Path, run_id: Any) -> None:
         """Raise UserError if the file belongs to another run."""
         if run_id != self.run_id:
             raise UserError(
-                f"{path}: belongs to another run, with other settings, base or data; {REMEDY}"
+                f"{path}: belongs to another run, with other settings, base or data; {TRAIN_AGAIN}"
             )
 
     # ----------------------------------------------------------------------- while the run trains
@@ -246,36 +247,36 @@ class Run:
     def resume(self, adapters: Adapters, optimizer: Optimizer) -> Progress | None:
         """Load progress.pt into adapters and optimizer, and cut later lines off the log.
 
-        Return None if nothing was saved yet, so that the run begins at step 0. Raise UserError for
-        a damaged or foreign file, and if it is missing though the run is finished.
+        Return None if nothing was saved yet, so that the run begins at step 0. Raise UserError if
+        progress.pt is damaged, belongs to another run, or is missing although the run is finished.
         """
         progress = None
         log_size = 0
         if self.progress_path.exists():
             state = checkpoint.read_torch(self.progress_path)
-            with program.reading(self.progress_path, REMEDY):
+            with program.reading(self.progress_path, TRAIN_AGAIN):
                 run_id = state["run_id"]
             self.require_own(self.progress_path, run_id)
-            with program.reading(self.progress_path, REMEDY):
+            with program.reading(self.progress_path, TRAIN_AGAIN):
                 adapters.load_state_dict(state["adapters"])
                 optimizer.load_state_dict(state["optimizer"])
                 progress = Progress(**state["progress"])
                 log_size = state["log_size"]
             if progress.best_loss < math.inf:
                 self.read_best()  # fail now rather than after the last step
-        elif self.settings.method in self.read_scores():
+        elif self.settings.method in self.read_scores():  # the last thing that a run writes
             raise UserError(
                 f"{self.progress_path}: missing, but the run is finished; put it back, or give "
                 "another --out to train again"
             )
         if self.log_size() < log_size:
             program.warn(f"{self.log_path}: lines are missing that were there at the last save")
-        elif program.rank() == 0 and self.log_path.exists():
+        if self.log_size() > log_size and program.rank() == 0:
             os.truncate(self.log_path, log_size)  # later steps are run again
         return progress
 
     def save_best(self, adapters: Adapters) -> None:
-        """Write the adapter that is best on dev, with what a copy of the file needs elsewhere."""
+        """Write the adapter that is best on dev, with what is needed to use it without its run."""
         if program.rank() != 0:
             return
         about = {
@@ -284,7 +285,7 @@ class Run:
             "config": asdict(self.settings.part(OrchMoEConfig)),
             "base": self.facts["base"],
         }
-        # Copies, because the format refuses a tensor that has two names.
+        # Copies, because safetensors refuses tensors that share their memory.
         state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
         checkpoint.write_safetensors(self.adapter_path, state, {"adapter": json.dumps(about)})
 
@@ -298,7 +299,7 @@ class Run:
         runtime.barrier()  # rank 0 may still be writing
         path = program.require_path(self.adapter_path, "restore it, or start a new run")
         state, metadata = checkpoint.read_safetensors(path)
-        with program.reading(path, REMEDY):
+        with program.reading(path, TRAIN_AGAIN):
             run_id = json.loads(metadata["adapter"])["run_id"]
         self.require_own(path, run_id)
         return state
@@ -306,7 +307,7 @@ class Run:
     def load_best(self, adapters: Adapters) -> None:
         """Load the adapter that was best on dev."""
         state = self.read_best()
-        with program.reading(self.adapter_path, REMEDY):
+        with program.reading(self.adapter_path, TRAIN_AGAIN):
             adapters.load_state_dict(state)
 
     def adapter_digest(self) -> str:
@@ -358,9 +359,12 @@ def read_run(run_dir: str | Path) -> Run:
     path = Path(run_dir, "config.json")
     program.require_path(path, "name the folder of a run of train.py")
     values = program.read_json(path)
-    with program.reading(path, REMEDY):
+    with program.reading(path, TRAIN_AGAIN):
         settings = program.from_json(Settings, values["settings"])
-        return Run(run_dir, settings, {**values["facts"]})
+        facts = values["facts"]
+        if not isinstance(facts, dict):
+            raise ValueError("facts: expected an object")
+        return Run(run_dir, settings, facts)
 
 
 def load_own_method(run: Run | None, text: str) -> None:
@@ -404,23 +408,22 @@ def load(
     Raise UserError if the base, tokenizer, method or adapter is not the one of the run.
     """
     run = read_run(run_dir) if run_dir else None
-    path = model
-    if run is not None:
-        path = model or run.settings.model
+    if run is not None and not model:
+        model = run.settings.model
 
-    tokenizer = load_tokenizer(path)
-    base = checkpoint.mapped(path)
+    tokenizer = load_tokenizer(model)
+    base = checkpoint.mapped(model)
     if run is not None:
-        run.require_same(tokenizer=tokenizer.fingerprint, base=checkpoint.fingerprint(path))
+        run.require_same(tokenizer=tokenizer.fingerprint, base=checkpoint.fingerprint(model))
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
     if run is None:
         adapters = without_adapters(base)
     else:
-        state = run.read_best()  # before memory is allocated as config.json says
+        state = run.read_best()  # first: a damaged file must fail before adapters take memory
         adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
         run.require_same(method=kind_of(adapters))
-        with program.reading(run.adapter_path, REMEDY):
+        with program.reading(run.adapter_path, TRAIN_AGAIN):
             adapters.load_state_dict(state)
     if shard:
         runtime.shard(base, base.blocks, device)

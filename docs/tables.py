@@ -18,21 +18,20 @@ MOST = 3  # tasks that are shown because routing helps them most, and as many th
 # What the seen tasks of each abstract task share, and the numbers of these tasks. After a run with
 # other tasks, `outdated_words` says what to write anew.
 WORDS = (
-    ("a list: count, compare, find the odd one, or go on", "106 108 113 115"),
+    ("write the opposite of each adjective", "109"),
+    ("two things of a trip or a review: which was good, or how was it in all", "126 127"),
+    (
+        "a list: pick, count, compare or change its members",
+        "101 102 103 104 105 106 107 108 110 113",
+    ),
+    ("go on with a list, or write a card as a sentence", "115 128"),
+    ("a sentence about a person: the country or the job", "112 116"),
+    ("the job of a person, or the last place of a trip", "111 125"),
+    (
+        "a sentence about a person: name its thing, rewrite it, title it, or ask when",
+        "117 118 119 120",
+    ),
     ("a story of who has which things, or how many", "114 121 122 123 124"),
-    (
-        "what was good on a trip, in which country a city is, or the job in a sentence",
-        "112 116 126",
-    ),
-    ("take words out of a list, or change each of them", "101 102 103 104 105 109 110"),
-    ("pick out a thing, or fill a card", "117 128"),
-    ("is a review positive, negative or mixed", "127"),
-    (
-        "a sentence about a person: rewrite it, title it, ask when, or find the job or the last "
-        "place",
-        "111 118 119 120 125",
-    ),
-    ("is one of the adjectives the opposite of another", "107"),
 )
 SETTINGS = {
     "mean": "mean w",

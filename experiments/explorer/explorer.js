@@ -355,7 +355,8 @@
     else if (gaps.every((gap) => Math.abs(gap) <= LITTLE))
       text += "The loss is almost the same with " + names + ": routing does next to nothing here";
     else text += "Of the mean w and 1/" + K + ", one has a higher loss and the other has not";
-    if (own[2] && rights < others.length) text += ", and without the router\u2019s w the right answer is lost";
+    if (own[2] && rights === 0) text += ", and with " + names + " the answer is wrong";
+    else if (own[2] && rights < others.length) text += ", and with one of them the answer is wrong";
     if (!own[2] && rights > 0) text += ", although an answer without the router\u2019s w is right";
     element("verdict").textContent = text + ".";
   }
