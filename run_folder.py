@@ -211,14 +211,14 @@ class Run:
             saved = read_run(self.path)
             saved.require_same(**self.facts)
             self.require_own(self.config_path, saved.run_id)
-        elif program.rank() == 0:  # a later rank may find what rank 0 has just written
+        elif program.rank() == 0:  # others skip this: rank 0 may already have written files
             self.require_new()
         settings = asdict(self.settings)
         for name in PATHS | {"start"}:
             if settings[name]:  # so that the run can be resumed from any working folder
                 settings[name] = str(Path(settings[name]).absolute())
         values = {"settings": settings, "facts": self.facts, "torch": str(torch.__version__)}
-        program.write_json(self.config_path, values)
+        program.write_json(self.config_path, values)  # on rank 0
 
     def log(self, **record: Any) -> None:
         """Add a line to metrics.jsonl."""
@@ -264,7 +264,7 @@ class Run:
                 log_size = state["log_size"]
             if progress.best_loss < math.inf:
                 self.read_best()  # fail now rather than after the last step
-        elif self.settings.method in self.read_scores():  # the last thing that a run writes
+        elif self.settings.method in self.read_scores():  # a run ends with the scores of its method
             raise UserError(
                 f"{self.progress_path}: missing, but the run is finished; put it back, or give "
                 "another --out to train again"
@@ -318,7 +318,7 @@ class Run:
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Add the scores of the model `name` to scores.json. Return those of all its models."""
         all_scores = self.read_scores() | {name: scores}
-        program.write_json(self.scores_path, all_scores)
+        program.write_json(self.scores_path, all_scores)  # on rank 0
         return all_scores
 
     def read_scores(self) -> dict[str, dict]:
@@ -368,7 +368,11 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def load_own_method(run: Run | None, text: str) -> None:
-    """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method."""
+    """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method.
+
+    The file may have moved: settings.method is the name of the class, and the facts have a hash of
+    the file.
+    """
     name = load_method(text)
     if run is None or run.settings.method != name:
         raise UserError(f"--method {text}: this is not the method of the run; leave it out")
@@ -379,7 +383,7 @@ def attach_adapters(
 ) -> Adapters:
     """Attach the adapters of a run, with their initial values. Raise UserError if they do not fit.
 
-    What a constructor draws and the state does not hold is drawn again in the same way by `load`.
+    The seed decides what constructors draw, so `load` draws again what a saved state does not hold.
     """
     with program.checking_settings():
         return attach_function(

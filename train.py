@@ -143,9 +143,10 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
         )
     data_values = asdict(start.part(DataConfig))
     if "data" in flags:
-        data_values["test"] = ""  # it belongs to the data of the run
+        data_values["test"] = ""  # the test file of that run belongs to its own data
         kept = []  # settings that differ from their defaults
-        for name in sorted(data_values.keys() - flags.keys() - {"data"} - start.idle):
+        without_effect = start.idle  # on that run's kind of data
+        for name in sorted(data_values.keys() - flags.keys() - {"data"} - without_effect):
             if data_values[name] != getattr(DataConfig, name):
                 kept.append(f"{name} {data_values[name]}")
         if kept:
@@ -217,7 +218,9 @@ def make_optimizer(adapters: Adapters, settings: TrainConfig) -> Optimizer:
 def learning_rate_factor(step: int, settings: TrainConfig) -> float:
     """Return the factor on the peak rates: warm-up to 1, then linear decay, or constant 1."""
     steps = settings.steps
-    warmup = settings.warmup if settings.warmup < steps else steps // 10
+    warmup = settings.warmup
+    if warmup >= steps:  # the default in a short run
+        warmup = steps // 10
     rise = min(1.0, (step + 1) / max(1, warmup))
     if settings.schedule == "constant":
         return rise
@@ -248,11 +251,11 @@ def give_initial_values(
 ) -> dict[str, Any] | None:
     """Load the adapters of the run in --start, or fit the router to training examples.
 
-    Return facts about the run in --start, None without one. facts: those of the new run.
+    facts: those of the new run.
 
-    adapter: a hash of the loaded adapters. same_rows: whether that run, and any run that it started
-    from, had the same data. Then the sets are split alike, and no row of dev, seen or unseen
-    trained it.
+    Return two facts about the run in --start, None without one. "adapter" is a hash of the loaded
+    adapters. "same_rows" says whether that run, and any run that it started from, had the same
+    data. Then the sets are split alike, and no row of dev, seen or unseen trained it.
     """
     base, adapters, _ = model
     if not settings.start:
@@ -344,7 +347,7 @@ def train_step(
     for group in optimizer.param_groups:
         parameters += group["params"]
     for parameter in parameters:
-        if parameter.grad is None:  # no forward pass of this step used it
+        if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
@@ -454,8 +457,10 @@ def train(
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
     }
+    # A run that has saved its progress resumes. All others begin, even with --resume.
     if launch.out and Path(launch.out, "progress.pt").exists():
-        facts["start"] = read_run(launch.out).facts.get("start")  # its folder may be gone
+        # progress.pt has the weights, so the folder of --start may be gone.
+        facts["start"] = read_run(launch.out).facts.get("start")
     else:
         facts["start"] = give_initial_values(model, facts, train_set, settings)
 
@@ -477,7 +482,7 @@ def train(
         if not finished:
             if final_scores:  # a study resumes its runs itself
                 words = ["--resume", "--out", str(run.path)]
-                if settings.method in OWN_METHODS:
+                if settings.method in OWN_METHODS:  # its file is loaded by the flag alone
                     words += ["--method", OWN_METHODS[settings.method].source]
                 program.print_line(
                     f"stopped; resume with {shlex.join(words)}, on the same device (another one "
@@ -493,7 +498,7 @@ def begin(run: Run, model: Model, held_out: dict[str, list[Example]], scoring: b
     """Score the model as it starts, and return the progress of a new run."""
     settings = run.settings
     base, adapters, _ = model
-    if scoring and not run.read_scores():
+    if scoring and not run.read_scores():  # an interrupted run may have them already
         # The frozen base, or the base with the skills that --start or `attach_function` loaded.
         # With B = 0 the skills change nothing.
         is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
@@ -512,7 +517,7 @@ def fit(
     dev: Sequence[Example],
     verbose: bool,
 ) -> bool:
-    """Train to the last step. Return False if a signal stopped the run before its end.
+    """Train to the last step. Return False if a signal arrived before the end.
 
     Keep the weights that are best on dev, and save after each evaluation and before stopping.
     """
@@ -553,7 +558,7 @@ def fit(
             run.save_progress(progress, adapters, optimizer)
             if stopping:
                 break
-        # A signal may also have arrived during the last evaluation.
+        # After a signal during the last evaluation, a resumed run goes on with the final scores.
         return not runtime.any_rank(stop_requested())
 
 
