@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
         category, id, position and references.
     ids: int32, the tokens of all rows. For each row they are its source, then its targets.
     lengths: int32, the number of tokens of each source and target, in the order of `ids`.
-    tasks: the names of the training tasks, sorted; empty if any training row names no task.
+    tasks: the names of the training tasks, sorted; empty if a row of train, dev or seen names none.
     lost: the number of cut sources ("source"), of cut targets ("target"), and of rows with unknown
         characters ("characters").
     """
@@ -98,7 +98,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             prompts.append(row.prompt)
             references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(references, spaced=spaced)  # of all rows, one after the other
+        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over those of all rows
 
         fields = []
         for row, source in zip(chunk, sources, strict=True):
@@ -200,7 +200,7 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: the names of the training tasks, sorted; empty if any training row names no task.
+    tasks: the names of the training tasks, sorted; empty if a row of train, dev or seen names none.
     digest: a hash of the files of the set, see `digest_of`.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
@@ -502,7 +502,8 @@ def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
 def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0) -> Batch:
     """Return a padded batch with one reference for each example.
 
-    Without a seed it is the first one. With a seed, a hash of (seed, step, task, id) chooses it.
+    Without a seed it is the first reference. With a seed, a hash of (seed, step, task, id) chooses
+    the reference.
     """
     sources = []
     masks = []

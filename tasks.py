@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from support import program
 from support.program import UserError, require_text
 
-# Fields of DataConfig that only choose files. The cache key has the paths instead.
+# Fields of DataConfig that only choose files. data.load_sets keys its cache by the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 NO_TASK = "-"  # the task of a row without one
 # Names of the fields of a JSONL row, by what they hold.
@@ -327,6 +327,7 @@ def render_prompt(
     prompt = head + tail
     ids = tokenizer.encode(prompt)
     if len(ids) > max_source_length:
+        # The official code cuts the text. data.tokenise then cuts the ids again, EOS included.
         # A character of several tokens may be cut in two. Its first part decodes to U+FFFD.
         prompt = tokenizer.decode(ids[:max_source_length]).rstrip("\ufffd")
     return prompt
@@ -429,7 +430,7 @@ def _is_chat(fields):
 def instruction_prompt(instruction: str, text: str) -> str:
     """Return the prompt of an instruction and its input, which may be empty.
 
-    An empty line follows each of them. A decoder reads the last one before the answer. T5's
+    An empty line follows each of them. A decoder reads the final empty line before the answer. T5's
     tokenizer drops it.
     """
     prompt = f"{instruction}\n\n"
@@ -500,7 +501,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 def split_key(prompt: str) -> tuple[int, int]:
     """Return (hash % 100, hash) of a prompt. `split_prompts` orders prompts by it.
 
-    A final empty line does not count: it only ends an instruction.
+    A final empty line does not count, so that a text has one key as a prompt and as an instruction.
     """
     prompt_hash = hash_of(prompt.removesuffix("\n\n"))
     return prompt_hash % 100, prompt_hash
@@ -515,8 +516,9 @@ def split_prompts(prompts: Iterable[str]) -> tuple[tuple[int, int], tuple[int, i
     dev: all prompts with hash % 100 < 2, and at least clamp(n / 10, 8, 50) prompts.
     seen: the next ones up to hash % 100 < 6, and at least clamp(n / 5, 8, 100) prompts.
 
-    So rows with equal prompts are in one set, whatever the order of the lines is. If n is above
-    some 4,000, a row stays in its set whatever lines are added.
+    So rows with equal prompts are in one set, whatever the order of the lines is. Above n = 2,500
+    the shares of the hash exceed the bounds on average, and above some 4,000 always. Then a row
+    stays in its set whatever lines are added.
     """
     keys = sorted({split_key(prompt) for prompt in prompts})
     least_dev = min(50, max(8, len(keys) // 10))
@@ -538,8 +540,8 @@ def jsonl_rows(
     train_limit: the most rows of each task in "train", None for all.
 
     The facts are JSON values. "held_out" has the keys at which "dev" and "seen" end, see
-    `split_prompts`. "instructions" is whether all rows are instructions, so that each prompt ends
-    in an empty line.
+    `split_prompts`. "instructions" is whether each prompt ends in an empty line, as those of
+    instructions do.
     """
     data_rows = []
     for path in files["train"]:
