@@ -206,7 +206,10 @@ class Run:
             yield
 
     def bind(self) -> None:
-        """Write config.json. Raise UserError if the folder belongs to another run."""
+        """Write config.json, in a resumed run with its new paths.
+
+        Raise UserError if the folder belongs to another run.
+        """
         if self.config_path.exists():
             saved = read_run(self.path)
             saved.require_same(**self.facts)
@@ -383,7 +386,8 @@ def attach_adapters(
 ) -> Adapters:
     """Attach the adapters of a run, with their initial values. Raise UserError if they do not fit.
 
-    The seed decides what constructors draw, so `load` draws again what a saved state does not hold.
+    The seed fixes what constructors draw. So `load` draws the same values again, also those that no
+    saved state holds.
     """
     with program.checking_settings():
         return attach_function(

@@ -327,7 +327,7 @@ def render_prompt(
     prompt = head + tail
     ids = tokenizer.encode(prompt)
     if len(ids) > max_source_length:
-        # The official code cuts the text. data.tokenise then cuts the ids again, EOS included.
+        # The ids of the text that is left get an EOS, so data.tokenise cuts once more.
         # A character of several tokens may be cut in two. Its first part decodes to U+FFFD.
         prompt = tokenizer.decode(ids[:max_source_length]).rstrip("\ufffd")
     return prompt
@@ -513,8 +513,8 @@ def split_prompts(prompts: Iterable[str]) -> tuple[tuple[int, int], tuple[int, i
     In the order of `split_key` the prompts of "dev" come first, then those of "seen", and then
     those of "train". n is the number of different prompts.
 
-    dev: all prompts with hash % 100 < 2, and at least clamp(n / 10, 8, 50) prompts.
-    seen: the next ones up to hash % 100 < 6, and at least clamp(n / 5, 8, 100) prompts.
+    dev: the prompts with hash % 100 < 2, or the first clamp(n / 10, 8, 50) if these are more.
+    seen: the next ones with hash % 100 < 6, or the next clamp(n / 5, 8, 100) if these are more.
 
     So rows with equal prompts are in one set, whatever the order of the lines is. Above n = 2,500
     the shares of the hash exceed the bounds on average, and above some 4,000 always. Then a row

@@ -145,7 +145,7 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
     if "data" in flags:
         data_values["test"] = ""  # the test file of that run belongs to its own data
         kept = []  # settings that differ from their defaults
-        without_effect = start.idle  # on that run's kind of data
+        without_effect = start.idle  # settings that its kind of data does not use
         for name in sorted(data_values.keys() - flags.keys() - {"data"} - without_effect):
             if data_values[name] != getattr(DataConfig, name):
                 kept.append(f"{name} {data_values[name]}")
@@ -350,7 +350,7 @@ def train_step(
         if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
-    loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)
+    loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)  # the gradients in place
 
     norm = get_total_norm(gradients)
     norm_value = norm.item()
@@ -558,7 +558,8 @@ def fit(
             run.save_progress(progress, adapters, optimizer)
             if stopping:
                 break
-        # After a signal during the last evaluation, a resumed run goes on with the final scores.
+        # Ask again: a signal may have come during the last evaluation. Then a resumed run goes on
+        # with the final scores.
         return not runtime.any_rank(stop_requested())
 
 
