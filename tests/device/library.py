@@ -1,5 +1,6 @@
 """Build the C++ files of this folder. Without a compiler the tests that need them skip."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ FOLDER = Path(__file__).parent
 
 
 def build(name: str) -> Path:
-    """Return the library of NAME.cpp. It is built once for each version of torch."""
+    """Return the library of NAME.cpp. It is built once for each installation of torch."""
     source = FOLDER / f"{name}.cpp"
-    library = FOLDER / f"build/{name}-{torch.__version__}.so"
+    # The library looks for libtorch where this torch is installed.
+    where = hashlib.sha256(str(Path(torch.__file__).parent).encode()).hexdigest()[:8]
+    library = FOLDER / f"build/{name}-{torch.__version__}-{where}.so"
     if library.exists() and library.stat().st_mtime > source.stat().st_mtime:
         return library
     compiler = os.environ.get("CXX", "c++")
