@@ -85,7 +85,7 @@ def test_the_study_ends_in_its_tables_and_a_second_computation_agrees(small, tmp
         assert f"| {line.partition(': ')[2]} |" in out
 
 
-def made_up(row, seed, loss, name="first"):
+def made_up(row, seed, loss):
     """Return a finished cell with three tasks."""
     tasks = {task: {"loss": loss + i} for task, i in (("a", -1), ("b", 0), ("c", 1))}
     answers = {task: {"rougeL": 10 * loss, "exact_match": loss} for task in tasks}
