@@ -360,13 +360,13 @@ def our_adapters(setup: Setup, base: Backbone) -> Adapters:
     return attach_method("orchmoe", base, setup.adapter(), generator=runtime.generator(0))
 
 
-def their_adapters(setup: Setup, name: str, model: nn.Module, wide: bool = True) -> nn.Module:
+def their_adapters(setup: Setup, name: str, model: nn.Module) -> nn.Module:
     """Return the model of `their_base` with adapters of peft in the same Linears as ours."""
     options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     if not setup.is_decoder:
         targets = ["q", "v"] if setup.shape else ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
         options = {"target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
-    return add_peft(name, model, setup.adapter().skills, wide, **options)
+    return add_peft(name, model, setup.adapter().skills, **options)
 
 
 def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
@@ -377,7 +377,7 @@ def random_batch(setup: Setup, B: int, L: int, Lt: int) -> data.Batch:
     rng = np.random.default_rng(0)
     examples = []
     for i in range(B):
-        share = 1 if setup.is_decoder or B == 1 else (1 + i / (B - 1)) / 2
+        share = 1 if setup.is_decoder else (1 + i / (B - 1)) / 2
         source, target = (rng.integers(3, 1000, int(length * share)) for length in (L, Lt))
         examples.append(data.Example(str(i), "", "", source, [target], [""], i % 8))
     return data.collate(examples)
@@ -430,9 +430,9 @@ def our_step(
     return Step(base, backward)
 
 
-def their_step(setup: Setup, name: str, wide: bool = True) -> Step:
+def their_step(setup: Setup, name: str) -> Step:
     """Return the training step of a model of transformers with adapters of peft."""
-    model = their_adapters(setup, name, their_base(setup), wide)
+    model = their_adapters(setup, name, their_base(setup))
 
     def backward(batch):
         inputs = {"attention_mask": batch.attention_mask}
@@ -757,15 +757,17 @@ def release_memory() -> None:
 
 def main() -> None:
     config = program.from_flags(BenchConfig, program.read_flags(__doc__, BenchConfig))
-    parts = PARTS if config.gpu is None else PARTS | GPU_PARTS
+    device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
+    parts = PARTS | GPU_PARTS if device.type == "cuda" else PARTS
     for part in config.only:
         if part not in parts:
             raise UserError(f"--only {part}: choose from {', '.join(parts)}")
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install -r requirements-dev.txt")
-    device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     if config.model:
+        if not isinstance(checkpoint.read_config(config.model), LlamaConfig):
+            raise UserError(f"--model {config.model}: give a decoder-only base")
         dtype = torch.bfloat16
     setup = Setup(config.quick, config.data, config.model, device, dtype)
     program.print_line(f"{machine(setup)}\n")

@@ -48,6 +48,8 @@ def main() -> None:
 
     words = tokenizer.load(program.ROOT / "tiny")  # texts are copied, so any tokenizer will do
     config = DataConfig(data=flags.data)
+    if config.is_jsonl:
+        raise UserError(f"--data {flags.data}: give a folder with tasks/")
     sets = data.load_sets(config, words, only_test=True)
     examples = data.require_set(sets, "test", config)
     predictions = copy_heuristic(flags.kind, flags.data, examples)

@@ -6,9 +6,9 @@
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
 Every method gets the same total size, steps and order of the data; only C-Poly stands at its own
-size. Tuning chooses the rate of the skills and their scale on dev, with the same number
-of trials for each method; --axes adds other rates. Trials have seed 0. What is compared are other
-runs, with seeds 1 to --seeds, since the best of several trials looks better than it is.
+size. Tuning chooses the rate of the skills and their scale on dev, or what --axes names, with the
+same number of trials for each method. Trials have seed 0. What is compared are other runs, with
+seeds 1 to --seeds, since the best of several trials looks better than it is.
 
 The rule of the verdict was written down before any run. The first method is compared with each
 other one by the loss on seen rows, which are held out from the training data, and on unseen rows,
@@ -51,7 +51,7 @@ from experiments.compare.study import (
     require_choices,
     share_cores,
 )
-from experiments.compare.tables import markdown, publish, recommended, verdicts
+from experiments.compare.tables import markdown, publish, verdicts
 from orchmoe import OrchMoEConfig
 from run_folder import unread_settings
 from support import program, runtime
@@ -157,8 +157,8 @@ def print_plan(
 
     seeds, trials = study.config.seeds, study.config.trials
     parts = [f"{trials} trials of {name} with seed 0" for name in tuned]
-    which = "seed 1" if seeds == 1 else f"seeds 1 to {seeds}"
-    parts.append(f"{', '.join(rows)} with {which}")
+    words = "seed 1" if seeds == 1 else f"seeds 1 to {seeds}"
+    parts.append(f"{', '.join(rows)} with {words}")
     program.print_line(f"plan: {'; '.join(parts)}")
 
     left = 0
@@ -255,9 +255,9 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
     parts = [markdown(results, reports, metric)]
     winners = {}  # in the order of the verdicts
     for other in others:
-        pair = (first, results[first], other, results[other])
-        parts.append(verdicts(*pair))
-        winners |= dict.fromkeys(recommended(*pair).values())
+        text, chosen = verdicts(first, results[first], other, results[other])
+        parts.append(text)
+        winners |= dict.fromkeys(chosen.values())
     publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")
     for name in winners:
         print_next_commands(study.cells("methods", {name: rows[name]}, {}, seeds_of(study)))
@@ -306,8 +306,7 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     require_possible(study, rows)
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
-    trained = {name: row for name, row in rows.items() if not row.w}
-    print_plan(study, trained, "ablations", tuned)
+    print_plan(study, rows, "ablations", tuned)
     reports = study.tune(tuned)
     tuned_settings = study.cell("", "orchmoe", Variant(), {}).settings  # with the tuned alpha
     rows = {name: ablation(name, tuned_settings) for name in chosen}

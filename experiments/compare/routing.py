@@ -33,36 +33,15 @@ def mutual_information(w: Tensor, labels: Sequence[str]) -> float:
     return torch.special.xlogy(joint, ratio).sum().item()
 
 
-def skill_cosine(adapters: Adapters) -> float:
-    """Return how alike the skills are: the cosine of B_s A_s and B_t A_t, as flat vectors.
-
-    It is the mean over all pairs of skills and all Linears. Return NaN if there are no pairs, or
-    if a skill is zero.
-    """
-    cosines = []
-    for linear in adapters.linears.values():
-        A = linear.skill_A.double()  # (S,R,D)
-        B = linear.skill_B.double()  # (S,R,O)
-        # <B_s A_s, B_t A_t> without a matrix (O,D): sum over ranks of (A_s A_t^T) * (B_s B_t^T).
-        of_A = torch.einsum("srd,tqd->strq", A, A)
-        of_B = torch.einsum("sro,tqo->strq", B, B)
-        products = (of_A * of_B).sum(dim=(2, 3))  # (S,S)
-        norms = products.diagonal().sqrt()
-        cosine = products / (norms[:, None] * norms)
-        pairs = torch.ones_like(cosine).triu(1).bool()
-        cosines.append(cosine[pairs])
-    return torch.cat(cosines).mean().item()
-
-
 @torch.no_grad()
 def report(
     base: Backbone, adapters: Adapters, examples: Sequence[data.Example], *, batch_size: int = 64
 ) -> dict[str, float]:
     """Return numbers about the routing of M examples.
 
-    distance_from_equal: mean of |c - 1/S|. skill_cosine: how alike the skills are. With a router of
-    samples also eval.router_report, and if there are several categories mutual_information with
-    the category. Return {} for methods without one c for a sample.
+    distance_from_equal: mean of |c - 1/S|. If each sample has a w of its own, there are also the
+    numbers of eval.router_report and, if there are several categories, mutual_information with
+    the category. Return {} for a method other than OrchMoE, and for a router that reads tokens.
     """
     if not isinstance(adapters.method, OrchMoE):
         return {}
@@ -72,10 +51,7 @@ def report(
     if routing.c is None:
         return {}
     c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
-    found = {
-        "distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item(),
-        "skill_cosine": skill_cosine(adapters),
-    }
+    found = {"distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item()}
     if not routing.shared:
         w = routing.w.float().cpu()
         found |= evaluation.router_report(w)

@@ -46,7 +46,7 @@ def rank_for_total(target: int, *method: Any, **options: int) -> int:
 
 @functools.cache
 def equal_ranks(
-    rows: tuple[tuple[str, str, OrchMoEConfig], ...], shape: Any, num_tasks: int = 0
+    rows: tuple[tuple[str, str, OrchMoEConfig], ...], shape: Any, num_tasks: int
 ) -> dict[str, int]:
     """Return the extra_rank that gives each row (name, method, config) the same total size.
 

@@ -11,7 +11,7 @@ again, unfinished runs resume, and a cell of other settings is refused.
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
 
-compare.py, beside this file, is a study.
+compare.py, beside this file, is a study, and so is experiments/claim.py.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -323,7 +323,8 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     options = {"batch_size": settings.eval_batch_size}
     if cell.scores == "dev tasks":
         losses = finite_losses(base, adapters, sets["dev"], "dev", **options)
-        result["dev_loss"] = fmean(loss_of_tasks(sets["dev"], losses).values())
+        of_tasks = evaluation.losses_by_task(sets["dev"], losses).values()
+        result["dev_loss"] = fmean(fmean(of_task) for of_task in of_tasks)
         return result
     dev = held_out.pop("dev")
     if cell.scores == "replicate":
@@ -334,8 +335,8 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
         losses = finite_losses(base, adapters, examples, which, w=w, **options)
         if cell.scores == "replicate":
             tasks = {}
-            for task, loss in loss_of_tasks(examples, losses).items():
-                tasks[task] = {"loss": loss}
+            for task, of_task in evaluation.losses_by_task(examples, losses).items():
+                tasks[task] = {"loss": fmean(of_task)}
             result[which] = {"tasks": tasks}
             answered = first_of_each_task(examples, ANSWERED)
             predictions = evaluation.predict(
@@ -370,16 +371,6 @@ def finite_losses(
                 f"{example.id}: the loss on this {which} instance is {loss.nats}"
             )
     return losses
-
-
-def loss_of_tasks(
-    examples: Sequence[data.Example], losses: Sequence[evaluation.RowLoss]
-) -> dict[str, float]:
-    """Return the loss of each task. All rows must name their task."""
-    found = {}
-    for task, of_task in evaluation.losses_by_task(examples, losses).items():
-        (found[task],) = of_task
-    return found
 
 
 def first_of_each_task(examples: Sequence[data.Example], count: int) -> list[data.Example]:
@@ -815,7 +806,7 @@ class Study:
                 best = f"the best {axis}, {report['best'][axis]:g}"
                 program.warn(
                     f"{name}: {best}, is on the edge of what was tried; more --trials, or a start "
-                    f"there by {program.flag(axis)}, may find a better one"
+                    f"there by {program.flag(axis)}, may find a better one, in another --out"
                 )
             self.best[name] = report["best"]
         return reports

@@ -4,9 +4,10 @@ One weighting holds for all scores and differences: a score is the mean within a
 tasks. The mean within a task weighs target tokens alike for the loss, and rows alike for the other
 metrics. Where rows name no task, each different prompt counts as a task. "Groups" are such tasks.
 
-An interval covers groups and seeds if there are at least LEAST_GROUPS. With fewer, these tasks are
-taken as they are, and the interval covers prompts within them and seeds. Rows with the same prompt
-are always one unit. With one seed it covers groups or prompts alone.
+An interval covers groups and seeds if there are at least LEAST_GROUPS, or if each group has one
+prompt. Otherwise these tasks are taken as they are, and the interval covers prompts within them and
+seeds. Rows with the same prompt are always one unit. With one seed it covers groups or prompts
+alone.
 
 Letters: G groups, U units of an interval.  Test: pytest tests/experiments/test_tables.py
 """
@@ -200,11 +201,9 @@ def half_width(squares: Squares, units: int, seeds: int, freedom: int) -> float:
         largest = max(of_units + of_seeds - rest, of_units, of_seeds)
         parts = of_units**2 / freedom + of_seeds**2 / (seeds - 1) + rest**2 / of_rest
         freedom = max(largest**2 / max(parts, SMALLEST), min(freedom, seeds - 1))
-    elif seeds > 1:
-        variance, freedom = of_seeds, seeds - 1
     else:
         variance = of_units
-    if freedom < 1 or variance < SMALLEST:  # where all values agree, nothing says how certain it is
+    if freedom < 1 or variance < SMALLEST:  # one unit, or equal values, say nothing
         return np.nan
     return t_quantile(freedom) * (variance / (units * seeds)) ** 0.5
 
@@ -221,26 +220,30 @@ def interval(values: np.ndarray, freedom: int | None = None) -> Difference:
     return mean, mean - half, mean + half
 
 
-def t_quantile(freedom: float) -> float:
-    """Return the 97.5 % point of Student's t.
+def mass_of_t(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return angles, and the mass of Student's t from 0 to each of them, up to a common factor.
 
     With t = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1).
     """
     angles = np.linspace(0, np.pi / 2, 200_001)
     middles = (angles[1:] + angles[:-1]) / 2
-    mass = np.cumsum(np.cos(middles) ** (freedom - 1))  # up to angles[1:]
-    angle = np.interp(0.95 * mass[-1], mass, angles[1:])
+    return angles[1:], np.cumsum(np.cos(middles) ** (freedom - 1))
+
+
+def t_quantile(freedom: float) -> float:
+    """Return the 97.5 % point of Student's t."""
+    angles, mass = mass_of_t(freedom)
+    angle = np.interp(0.95 * mass[-1], mass, angles)
     return float(freedom**0.5 * np.tan(angle))
 
 
 def t_p_value(values: np.ndarray) -> float:
     """Return the two-sided p value of Student's t test that the mean of the values is 0."""
-    count = values.size
-    error = values.std(ddof=1) / count**0.5
-    angles = np.linspace(0, np.pi / 2, 200_001)  # see t_quantile
-    mass = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (count - 2))
-    angle = np.arctan(abs(values.mean()) / error / (count - 1) ** 0.5)
-    return float(1 - np.interp(angle, angles[1:], mass / mass[-1]))
+    freedom = values.size - 1
+    error = values.std(ddof=1) / values.size**0.5
+    angles, mass = mass_of_t(freedom)
+    angle = np.arctan(abs(values.mean()) / error / freedom**0.5)
+    return float(1 - np.interp(angle, angles, mass / mass[-1]))
 
 
 # --------------------------------------------------------------------------------------- verdicts
@@ -290,7 +293,7 @@ def what_would_decide(differences: Paired) -> str:
     ways = []
     more_seeds = range(seeds + 1, MOST_SEEDS + 1)
     enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))
-    if seeds > 1 and enough < len(more_seeds):
+    if enough < len(more_seeds):
         ways.append(f"{more_seeds[enough]} seeds")
     more_units = range(U + 1, MOST_TIMES * U + 1)
     enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
@@ -302,32 +305,27 @@ def what_would_decide(differences: Paired) -> str:
     return f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
 
 
-def recommended(
+def verdicts(
     name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]
-) -> dict[str, str]:
-    """Return which of two rows to use on each set. It is empty with one seed."""
-    chosen = {}
-    for which in SETS:
-        if which in cells[0] and len(cells) > 1:
-            differences = paired(cells, of_other, which, "loss")
-            decision = verdict(interval(differences.values, differences.freedom))
-            chosen[which] = name if decision == "better" else other
-    return chosen
+) -> tuple[str, dict[str, str]]:
+    """Return the differences in loss of two rows on each set, and what to do, as a list.
 
-
-def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[dict]) -> str:
-    """Return the differences in loss of two rows on each set, and what to do, as a list."""
+    Also return which row to use on each set. This is empty with one seed.
+    """
     lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
-    chosen = recommended(name, cells, other, of_other)
+    chosen = {}
     for which in SETS:
         if which not in cells[0]:
             continue
         differences = paired(cells, of_other, which, "loss")
         difference = interval(differences.values, differences.freedom)
-        decision = verdict(difference) if chosen else "one seed: no verdict"
+        decision = "one seed: no verdict"
+        if len(cells) > 1:
+            decision = verdict(difference)
+            chosen[which] = name if decision == "better" else other
         line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
         line.append(differences.limits)
-        if decision == "undecided":
+        if decision == "undecided" and not np.isnan(difference[1]):
             line.append(what_would_decide(differences))
         lines.append(" ".join(part for part in line if part))
     kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
@@ -340,7 +338,7 @@ def verdicts(name: str, cells: Sequence[dict], other: str, of_other: Sequence[di
     else:
         uses = [f"{row} for {kinds[which]}" for which, row in chosen.items()]
         lines.append(f"\nUse {' and '.join(uses)}.")
-    return "\n".join(lines)
+    return "\n".join(lines), chosen
 
 
 # --------------------------------------------------------------------------------------- Markdown
@@ -413,8 +411,8 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         numbers = [name]
         for key in ROUTER:
             values = [cell.get("learnt", {}).get(key) for cell in cells]
-            values = [value for value in values if value is not None]
             # A w that is no distribution has no entropy.
+            values = [value for value in values if value is not None]
             numbers.append(f"{np.mean(values):.3f}" if values else "-")
         if set(numbers[1:]) != {"-"}:
             routers.append(numbers)

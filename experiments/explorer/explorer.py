@@ -315,20 +315,13 @@ class Server(ThreadingHTTPServer):
         self.pages["/examples/minimal.py"] = ("text/plain", example.read_bytes())
         annotated = (DOCS / "annotated.html").read_bytes()
         self.pages["/annotated.html"] = ("text/html", annotated)
-        self.hosts = hosts_at(self.server_port)
+        # What a browser sends as Host.
+        self.hosts = [f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"]
 
     def handle_error(self, *arguments: Any) -> None:
         """Print the traceback of a bug, and nothing if a client has left or is silent."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(*arguments)
-
-
-def hosts_at(port: int) -> list[str]:
-    """Return what a browser may send as Host if the page is at this port."""
-    hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
-    if port == 80:  # browsers leave out the usual port
-        hosts += ["127.0.0.1", "localhost"]
-    return hosts
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -467,8 +460,8 @@ class ExplorerConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise ValueError("give --run, the folder of a run")
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port {self.port}: give 0 to 65535")
+        if self.port != 0 and not 1024 <= self.port < 2**16:
+            raise ValueError(f"--port {self.port}: give 0, or 1024 to 65535")
 
 
 def main() -> None:
@@ -480,6 +473,8 @@ def main() -> None:
     try:
         server = Server(loaded, config.port)
     except OSError as error:
+        if error.filename:  # a file that the page needs
+            raise
         raise UserError(f"--port {config.port}: {error.strerror}; give another one") from None
     with server:
         program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")

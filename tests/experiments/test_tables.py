@@ -178,18 +178,30 @@ def cells_of(means, seeds=3, sd=0.1, U=20):
 )
 def test_the_verdict_follows_the_rule(mean, decision, use):
     one, other = cells_of([mean, 2.0])
-    lines = tables.verdicts("orchmoe", one, "lora", other).splitlines()
+    text, chosen = tables.verdicts("orchmoe", one, "lora", other)
+    lines = text.splitlines()
     assert lines[0].startswith("Verdict by the loss, orchmoe minus lora")
     assert f"]: **{decision}**. Over 20 prompts and 3 seeds." in lines[1]
     assert lines[-1] == f"Use {use}"
     assert ("decide" in lines[1]) == (decision == "undecided")
+    assert chosen == {"seen": "orchmoe" if decision == "better" else "lora"}
+
+
+def test_one_prompt_gives_no_verdict():
+    one = [cell([NO_TASK], [loss]) for loss in (1.0, 1.01, 1.02)]
+    other = [cell([NO_TASK], [2.0])] * 3
+    text, chosen = tables.verdicts("orchmoe", one, "lora", other)
+    assert "- seen: -0.990 (no interval): **undecided**. Over 1 prompt and 3 seeds." in text
+    assert "decide it" not in text and chosen == {"seen": "lora"}
 
 
 def test_one_seed_gives_a_difference_and_no_verdict():
     one, other = cells_of([1.0, 2.0], seeds=1)
-    lines = tables.verdicts("orchmoe", one, "lora", other).splitlines()
+    text, chosen = tables.verdicts("orchmoe", one, "lora", other)
+    lines = text.splitlines()
     assert re.search(r"- seen: -[\d.]+ \[.*\]: \*\*one seed: no verdict\*\*\. Over 20", lines[1])
     assert lines[-1] == "Give more --seeds: another seed may turn the difference around."
+    assert not chosen
     assert "Use " not in "".join(lines)
 
 
@@ -199,7 +211,8 @@ def test_the_verdict_names_a_method_for_each_set():
     for cells, of_unseen in zip((one, other), unseen, strict=True):
         for of_seen, second in zip(cells, of_unseen, strict=True):
             of_seen["unseen"] = second["seen"]
-    text = tables.verdicts("orchmoe", one, "lora", other)
+    text, chosen = tables.verdicts("orchmoe", one, "lora", other)
+    assert chosen == {"seen": "orchmoe", "unseen": "lora"}
     assert text.endswith("Use orchmoe for inputs like those that train and lora for new tasks.")
 
 
