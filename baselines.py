@@ -236,9 +236,6 @@ class CPoly(Poly):
 class NoAdapter(Method):
     """y = W0 x: the base without skills. Nothing trains."""
 
-    def __init__(self):
-        super().__init__()
-
     def route(self, *_inputs: Any, **_options: Any) -> Routing:
         """Return an empty c."""
         return Routing(c=torch.empty(0, 1, 0), shared=True)
@@ -283,8 +280,11 @@ def load_method(text: str) -> str:
         code = compile(source, path, "exec")
     exec(code, vars(module))  # a bug in the file keeps its traceback
     method = getattr(module, name, None)
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise UserError(f"{path}: has no class {name} that is an orchmoe.Method; correct the file")
+    is_method = isinstance(method, type) and issubclass(method, Method)
+    if not is_method or method in (Method, *METHODS.values()):  # imported ones are not its own
+        raise UserError(
+            f"{path}: has no class {name} that is an orchmoe.Method of its own; correct the file"
+        )
     if name in METHODS:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
     method.kind = f"{name} of {digest}"
@@ -295,7 +295,7 @@ def load_method(text: str) -> str:
 
 @torch.no_grad()
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError unless `route` gives weights of the right shape, and `shared` is true.
+    """Raise ValueError if `route` gives weights of a wrong shape, or calls different ones `shared`.
 
     A mistake in either could go unnoticed and make the results wrong. Two samples show it.
     """

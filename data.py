@@ -278,32 +278,20 @@ def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) ->
     The used rows are those of "train", and those of "dev", which choose the weights. Different
     prompts may have equal tokens, for example when they are cut. Rows of "test" are only counted.
     """
-    used = _sources(examples.get("train", []))
-
-    dev = examples.get("dev", [])
-    unused = _unused(dev, used)
-    equal = len(dev) - len(unused)
-    if equal > 0:
-        examples["dev"] = unused
-        program.warn(
-            f"{config.data}: {equal} of {len(dev)} dev rows have the tokens of "
-            "training rows and are left out"
-        )
-    used |= _sources(unused)
-
-    seen = examples.get("seen", [])
-    unused = _unused(seen, used)
-    equal = len(seen) - len(unused)
-    if equal > 0:
-        examples["seen"] = unused
-        program.warn(
-            f"{config.data}: {equal} of {len(seen)} seen rows have the tokens of "
-            "training or dev rows and are left out"
-        )
+    train = _sources(examples.get("train", []))
+    used = train | _sources(examples.get("dev", []))
+    for name, earlier, kinds in (("dev", train, "training"), ("seen", used, "training or dev")):
+        rows = examples.get(name, [])
+        unused = _unused(rows, earlier)
+        if len(unused) < len(rows):
+            examples[name] = unused
+            program.warn(
+                f"{config.data}: {len(rows) - len(unused)} of {len(rows)} {name} rows have the "
+                f"tokens of {kinds} rows and are left out"
+            )
 
     test = examples.get("test", [])
-    unused = _unused(test, used)
-    equal = len(test) - len(unused)
+    equal = len(test) - len(_unused(test, used))
     if equal > 0:
         program.warn(
             f"{config.test}: {equal} of {len(test)} test rows have the tokens of "
@@ -353,7 +341,8 @@ def load_sets(
 
     tokens = Tokens(**saved["tokens"])
     digests = saved["digests"]
-    warn_of_lost(tokens.lost, config, config.data)
+    read = f"{config.data} and {config.test}" if config.test else config.data
+    warn_of_lost(tokens.lost, config, read)
     if config.is_jsonl and digests["test"] == digests["train"]:
         raise UserError(
             f"--test {config.test}: has the rows of --data; give rows that do not train"

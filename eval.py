@@ -301,8 +301,8 @@ def require_fit(
     longest = 0
     for example in examples:
         targets = [len(ids) for ids in example.target_ids]
-        row = len(example.source_ids) + max(max_new_tokens, *targets)
-        longest = max(longest, row - 1)  # the last token is only predicted
+        length = len(example.source_ids) + max(max_new_tokens, *targets)
+        longest = max(longest, length - 1)  # the last token is only predicted
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and its answer need up to {longest} positions, but "
@@ -311,8 +311,8 @@ def require_fit(
         )
     if tokenizer.size > base.config.vocab_size:
         raise UserError(
-            f"tokenizer: it has {tokenizer.size} tokens, the model {base.config.vocab_size}; that "
-            "in the folder belongs to another model"
+            f"tokenizer: it has {tokenizer.size} tokens, the model {base.config.vocab_size}; "
+            "the tokenizer in the folder belongs to another model"
         )
     if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
         raise UserError(
@@ -385,8 +385,8 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
         row = row_of_prompt(config.prompt)
     else:
         row = row_of_question(config.ask, config.input, tokenizer, data_config)
-        # T5 reads an instruction and a prompt alike.
         rows_are_prompts = run is not None and not run.facts.get("instructions", True)
+        # T5 drops the final empty line. A user who gives --input wants the form of an instruction.
         if tokenizer.one_row and rows_are_prompts and not config.input:
             program.warn(
                 f"--ask: the rows of {config.run} are whole prompts, and an instruction ends in an "
@@ -434,6 +434,9 @@ def choose_rows(
         examples = data.with_task_index(examples, run.facts["tasks"])
         if is_test:
             data.warn_of_known(examples, data_config)
+        start = run.facts.get("start")
+        if start is not None and not start["same_rows"]:
+            program.print_line("these rows may have trained the run in --start: it had other data")
     return data.subsample(examples, config.limit), digest
 
 
@@ -441,7 +444,8 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
     """Raise UserError for a given flag that would have no effect."""
     unread = dict.fromkeys(data_config.idle, f"with --data {data_config.data}")
     if config.split != "train":
-        unread["train_instances"] = f"with --split {config.split}"
+        names = ("train_instances", "bare_share")
+        unread |= dict.fromkeys(names, f"with --split {config.split}")
     if config.split != "test":
         unread["test"] = f"with --split {config.split}"
     if config.ask or config.prompt:
@@ -454,29 +458,12 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
     program.refuse_unread(flags, unread)
 
 
-def score_rows(
-    model: Model, examples: Sequence[Example], config: EvalConfig, metric_rules: str
-) -> tuple[list[str], dict[str, Any]]:
-    """Return the predictions and the scores of the examples."""
-    base, adapters, tokenizer = model
-    require_fit(base, tokenizer, examples, config.max_new_tokens)
-    program.print_progress(f"scoring {len(examples)} rows")
-    losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
-    predictions = predict(
-        base,
-        adapters,
-        examples,
-        tokenizer,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-    )
-    return predictions, score(examples, predictions, metric_rules, losses)
-
-
 def require_new_results(config: EvalConfig) -> None:
     """Raise UserError if there are results in --out already, unless --overwrite is given."""
     if os.path.lexists(config.out_dir / "config.json"):
-        raise UserError(f"{config.out_dir}: is the folder of a run; choose another --out")
+        raise UserError(
+            f"{config.out_dir}: has a config.json, as a run or a model has; choose another --out"
+        )
     if not config.overwrite:
         program.require_new(
             [config.predictions_path, config.scores_path],
@@ -540,7 +527,19 @@ def main() -> None:
         examples, digest = choose_rows(config, data_config, run, model.tokenizer)
         config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        predictions, scores = score_rows(model, examples, config, rules)
+        base, adapters, tokenizer = model
+        require_fit(base, tokenizer, examples, config.max_new_tokens)
+        program.print_progress(f"scoring {len(examples)} rows")
+        losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
+        predictions = predict(
+            base,
+            adapters,
+            examples,
+            tokenizer,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
+        scores = score(examples, predictions, rules, losses)
         scored = {
             "scored": config.run or config.model,
             "split": config.split,

@@ -62,7 +62,7 @@ class TrainConfig:
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
-    start: str = ""  # a finished run, whose base, method, adapters and data settings are taken
+    start: str = ""  # a run whose base, method, adapter and data settings are taken
 
     def __post_init__(self) -> None:
         program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
@@ -112,8 +112,8 @@ RESTORE = (
     "restore it (--model, --data, --test and --method name where it is now), or start a new run"
 )
 RESTORE_HELD_OUT = (
-    "rows that are held out now may have trained; restore --data, give new rows with --test and "
-    "--split test, or start a new run"
+    "rows that are held out now may have trained; restore --data, score new rows with eval.py "
+    "--test FILE --split test, or start a new run"
 )
 
 
@@ -139,7 +139,7 @@ class Run:
 
     The facts are JSON values, see `train.train`: fingerprints of the base, of the tokenizer, of the
     task files and of the adapter in --start, the method, the names of the training tasks, and what
-    data.py says about rows of JSONL.
+    tasks.jsonl_rows says about rows of JSONL.
     """
 
     def __init__(self, path: str | Path, settings: Settings, facts: dict[str, Any]):
@@ -360,9 +360,10 @@ def new_folder(name: str) -> Path:
 def read_run(run_dir: str | Path) -> Run:
     """Return the run in a folder, from its config.json. Raise UserError if there is none."""
     path = Path(run_dir, "config.json")
-    program.require_path(path, "name the folder of a run of train.py")
+    remedy = "name the folder of a run of train.py, or restore its file"
+    program.require_path(path, remedy)
     values = program.read_json(path)
-    with program.reading(path, TRAIN_AGAIN):
+    with program.reading(path, remedy):
         settings = program.from_json(Settings, values["settings"])
         facts = values["facts"]
         if not isinstance(facts, dict):

@@ -108,7 +108,7 @@ class DataConfig:
 class Row(NamedTuple):
     """A prompt and its references as text."""
 
-    set: str  # train, dev, seen or test
+    set: str  # train, dev, seen, test or question; "" before the rows are split
     task: str
     category: str
     id: str

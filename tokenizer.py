@@ -22,7 +22,6 @@ import sentencepiece
 
 from support.program import DOWNLOAD, UserError, atomic_write, read_json, reading, require_path
 
-LARGEST_FILE = 10**8  # bytes; Llama 3's tokenizer has 1.7e7
 REMEDY = "download it again"
 
 # Hugging Face's clean_up_tokenization_spaces removes the spaces around these, in this order.
@@ -64,8 +63,6 @@ class Tokenizer:
 
     def __init__(self, path: Path):
         self.path = path
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: larger than {LARGEST_FILE} bytes; {REMEDY}")
         content = path.read_bytes()
         self._files = {path.name: content}  # what `save` writes
         self._setup(content)

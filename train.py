@@ -111,9 +111,6 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     if launch.out:
         Run(launch.out, settings, {}).require_new()
     program.refuse_unread(flags, unread_settings(settings) | unread)
-    has_steps = not settings.epochs  # otherwise nobody knows their number yet
-    if "warmup" in flags and has_steps and settings.warmup >= settings.steps:
-        raise UserError(f"--warmup {settings.warmup}: give fewer than --steps {settings.steps}")
     return settings
 
 
@@ -145,7 +142,7 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
     if "data" in flags:
         data_values["test"] = ""  # the test file of that run belongs to its own data
         kept = []  # settings that differ from their defaults
-        without_effect = start.idle  # settings that its kind of data does not use
+        without_effect = DataConfig(data=flags["data"]).idle  # what the new kind of data ignores
         for name in sorted(data_values.keys() - flags.keys() - {"data"} - without_effect):
             if data_values[name] != getattr(DataConfig, name):
                 kept.append(f"{name} {data_values[name]}")
@@ -173,9 +170,9 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
 
 
 def recommend(flags: dict[str, Any], settings: Settings) -> None:
-    """Print which settings docs/use.md recommends for a decoder, unless one of them is given."""
+    """Print which settings docs/use.md recommends for a decoder, unless the user chose some."""
     is_decoder = isinstance(checkpoint.read_config(settings.model), LlamaConfig)
-    if not is_decoder or "start" in flags or flags.keys() & DECODER_SETTINGS.keys():
+    if not is_decoder or flags.keys() & {"start", "steps", *DECODER_SETTINGS}:
         return
     unread = unread_settings(settings)
     words = []
@@ -219,7 +216,7 @@ def learning_rate_factor(step: int, settings: TrainConfig) -> float:
     """Return the factor on the peak rates: warm-up to 1, then linear decay, or constant 1."""
     steps = settings.steps
     warmup = settings.warmup
-    if warmup >= steps:  # the default in a short run
+    if warmup >= steps:  # as --help says
         warmup = steps // 10
     rise = min(1.0, (step + 1) / max(1, warmup))
     if settings.schedule == "constant":
@@ -280,11 +277,13 @@ def choose_compile(
     Raise UserError if --compile on is not possible.
     """
     if settings.compile == "on" and shard:  # FSDP2 puts hooks into the blocks
-        raise UserError("--shard and --compile: give one of the two")
+        raise UserError(
+            "--shard and --compile: give one of the two (a resumed run may need --compile off)"
+        )
 
     size = f"{settings.steps} steps x {len(base.blocks)} blocks"
     if settings.compile != "auto":
-        choice, reason = settings.compile, f"--compile is {settings.compile}"
+        choice, reason = settings.compile, f"compile is {settings.compile}"
     elif device.type != "cuda":
         choice, reason = "off", "--compile auto does so only on CUDA"
     elif shard:

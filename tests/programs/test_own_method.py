@@ -284,6 +284,10 @@ BAD_FILES = {
     "a file that does not exist": (None, "own.py: does not exist; give --method FILE.py:Class"),
     "no Python": ("def", "own.py: SyntaxError: .*; correct the file"),
     "no such class": ("", "own.py: has no class ByTask that is an orchmoe.Method"),
+    "a built-in class": (
+        "from orchmoe import OrchMoE as ByTask",
+        "own.py: has no class ByTask that is an orchmoe.Method of its own",
+    ),
     "no rate": (
         WITHOUT_RATE,
         "ByTask.rates: table needs one of skills, router, token_router, allocation",

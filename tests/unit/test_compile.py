@@ -248,8 +248,8 @@ CHOICES = [  # --compile, device, steps, --shard, and what the line says
     ("auto", CUDA, 37_499, False, "not compiled: 37499 steps x 4 blocks are fewer than 150,000"),
     ("auto", CUDA, 37_500, False, "compiled: 37500 steps x 4 blocks are at least 150,000"),
     ("auto", CUDA, 15_000, True, "not compiled: --compile auto does not do so with --shard"),
-    ("on", CPU, 1, False, "compiled: --compile is on"),
-    ("off", CUDA, 10**6, False, "not compiled: --compile is off"),
+    ("on", CPU, 1, False, "compiled: compile is on"),
+    ("off", CUDA, 10**6, False, "not compiled: compile is off"),
 ]
 
 

@@ -319,7 +319,7 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
     other = write_rows(tmp_path / "other.jsonl", rows[3:4])
     load_sets(DataConfig(data=str(path), test=str(other)), tiny_words)
     warning = capsys.readouterr().err.splitlines()[0]
-    assert f"{path}: 3 rows have characters that the tokenizer does not know" in warning
+    assert f"{path} and {other}: 3 rows have characters that the tokenizer" in warning
 
     question(tiny_words, "a")
     assert not capsys.readouterr().err

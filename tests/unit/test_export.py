@@ -6,7 +6,6 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,16 +120,6 @@ def test_program_takes_given_weights(finished, tmp_path):
     _, adapters, _ = load_run(finished / "run")
     save_peft(adapters, w, tmp_path / "expected", "base")
     check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
-
-
-@pytest.mark.parametrize("facts", [{}, {"instructions": True}, {"instructions": False}])
-def test_a_server_is_told_whether_the_rows_are_instructions(facts, finished):
-    saved = run_folder.read_run(finished / "run")
-    path = "own.jsonl" if facts else "sni"
-    changed = run_folder.Run("run", replace(saved.settings, data=path), saved.facts | facts)
-    rule = export.prompt_rule(changed, SimpleNamespace(fingerprint="0"))
-    assert rule["instructions"] == facts.get("instructions")
-    assert DataConfig(**rule["dataset"]).is_jsonl == bool(facts)
 
 
 DEFAULTS = vars(OrchMoEConfig())

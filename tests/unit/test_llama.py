@@ -293,7 +293,7 @@ def test_rows_that_need_more_positions_than_there_are_are_refused():
 def test_a_tokenizer_of_another_model_is_refused():
     base = small_model("llama2")  # of 97 tokens, with EOS 3
     words = SimpleNamespace(eos_ids=(3,), size=98)
-    with pytest.raises(ValueError, match="it has 98 tokens, the model 97; that in"):
+    with pytest.raises(ValueError, match="it has 98 tokens, the model 97; the tokenizer in"):
         evaluation.require_fit(base, words, [], max_new_tokens=0)
     words = SimpleNamespace(eos_ids=(2, 7), size=97)
     with pytest.raises(ValueError, match=r"eos_token_id: config.json says \(3,\)"):

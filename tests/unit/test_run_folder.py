@@ -287,7 +287,7 @@ def test_config_without_a_part_or_a_setting_of_today_is_refused(copied, part):
     else:
         del values[part]
     program.write_json(path, values)
-    with pytest.raises(UserError, match=f"^{path}: .*; restore the file, or train again"):
+    with pytest.raises(UserError, match=f"^{path}: .*; name the folder of a run"):
         read_run(copied)
 
 

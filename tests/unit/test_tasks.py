@@ -372,26 +372,6 @@ def test_prompt_takes_examples_while_the_whole_fits():
 # -------------------------------------------------------------------------------------- rows of SNI
 
 
-def test_sni_rows_are_those_of_the_official_evaluation(repository):
-    write_task(repository, "task9_t", task_json(101))
-    config = DataConfig(data=str(repository), train_instances=3, bare_share=0.0)
-    files = find_files(config)
-    assert [path.stem for path in files["train"]] == ["task1_a", "task2_b", "task3_c"]  # sorted
-    rows = list(sni_rows(files, Bytes(), config))
-    assert [row.position for row in rows if row.task == "task9_t"] == list(range(100))
-    task = read_task(repository / "tasks/task2_b.json")
-    instances = task["instances"]
-    expected = split_instances(range(len(instances)), "task2_b", 3)
-    for set_name, positions in zip(("train", "dev", "seen"), expected, strict=True):
-        found = [row for row in rows if (row.set, row.task) == (set_name, "task2_b")]
-        assert [row.position for row in found] == positions
-        for row in found:
-            instance = instances[row.position]
-            assert (row.id, row.references) == (instance["id"], instance["output"])
-            assert row.prompt == render_prompt(task, instance, Bytes())
-            assert not row.is_cut
-
-
 def test_rows_that_lose_their_ends_are_marked(repository):
     config = DataConfig(data=str(repository), max_source_length=120, num_pos=0)
     for row in sni_rows(find_files(config), Bytes(), config):
