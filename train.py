@@ -716,6 +716,20 @@ def print_router(report: dict[str, float], K: int) -> None:
     program.print_line(text)
 
 
+def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
+    """Return the words of a command line that give these settings, without those of a default."""
+    unread = unread_settings(settings)
+    words = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in unread or field.name in left_out:
+            continue
+        if field.name == "method" and value in OWN_METHODS:
+            value = OWN_METHODS[value].source
+        words += program.flag_words(field.name, value)
+    return words
+
+
 def print_next_commands(run_dir: Path, settings: Settings) -> None:
     """Print two commands that a user may want after a run."""
     method = settings.method
@@ -728,9 +742,7 @@ def print_next_commands(run_dir: Path, settings: Settings) -> None:
 
     other = "orchmoe" if method == "lora" else "lora"
     compare = ["python", "-m", "experiments.compare", "--methods", f"{method},{other}"]
-    for name in sorted(PATHS):
-        if getattr(settings, name) != getattr(Settings, name):
-            compare += [program.flag(name), getattr(settings, name)]
+    compare += flags_of(settings, ("method", "seed", "start", "extra_rank"))  # compare sets these
     program.print_line("next:")
     program.print_line(f"  {shlex.join(look)}  # see what it learnt")
     program.print_line(f"  {shlex.join(compare)}  # is it better than {other}?")

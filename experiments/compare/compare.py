@@ -26,7 +26,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import checkpoint
@@ -53,7 +53,6 @@ from experiments.compare.study import (
 )
 from experiments.compare.tables import markdown, publish, verdicts
 from orchmoe import OrchMoEConfig
-from run_folder import unread_settings
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
@@ -280,15 +279,7 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
     if settings.method in ("orchmoe", "lora"):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
-    repeat = ["python", "train.py"]
-    unread = unread_settings(settings)
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if field.name == "method" and value in OWN_METHODS:
-            value = OWN_METHODS[value].source
-        if value != field.default and field.name not in unread:
-            repeat += program.flag_words(field.name, value)
-    commands.append(repeat)
+    commands.append(["python", "train.py", *train.flags_of(settings)])
 
     program.print_line(f"the best run of {best.name} on dev, to use it and to make it again:")
     for command in commands:

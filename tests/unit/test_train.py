@@ -8,7 +8,6 @@ import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from helpers import (
     write_decoder,
     write_pieces,
 )
-from orchmoe import OrchMoEConfig
+from orchmoe import Method, OrchMoEConfig
 from support import program
 from support.program import UserError
 from tasks import NO_TASK
@@ -265,7 +264,7 @@ NEXT = [  # settings, and the words of the two commands
     (
         {"gumbel": True, "steps": 9, "data": "my data"},
         ["python", "-m", "experiments.explorer", "--run", "a run"],
-        ["--methods", "orchmoe,lora", "--data", "my data"],
+        "--methods orchmoe,lora --gumbel --data".split() + ["my data", "--steps", "9"],
     ),
     (
         {"method": "lora", "model": "base"},
@@ -281,8 +280,9 @@ NEXT = [  # settings, and the words of the two commands
 
 
 @pytest.mark.parametrize("values, look, compared", NEXT)
-def test_next_commands_have_the_paths_of_the_run(values, look, compared, monkeypatch, capsys):
-    monkeypatch.setitem(train.OWN_METHODS, "Mine", SimpleNamespace(source="my.py:Mine"))
+def test_next_commands_have_the_settings_of_the_run(values, look, compared, monkeypatch, capsys):
+    own = type("Mine", (Method,), {"source": "my.py:Mine"})
+    monkeypatch.setitem(train.OWN_METHODS, "Mine", own)
     train.print_next_commands(Path("a run"), train.Settings(**values))
     title, first, second = capsys.readouterr().out.splitlines()
     assert title == "next:"
