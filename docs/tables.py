@@ -322,15 +322,20 @@ def unbroken(text: str) -> str:
     return re.sub(r"\[[^]]*\d\]", lambda match: match[0].replace(" ", "\u00a0"), text)
 
 
+def of_lora(text: str) -> str:
+    """Return the section about the LoRA in docs/evidence.md, and what follows it."""
+    return text.partition("## Against a LoRA")[2]
+
+
 def verdict(text: str) -> str:
-    """Return the Markdown of the first paragraph of docs/evidence.md, below its title."""
-    return unbroken(text.split("\n\n")[1])
+    """Return the first paragraph about the LoRA in docs/evidence.md, as Markdown."""
+    return unbroken(of_lora(text).split("\n\n")[1])
 
 
 def against_lora(text: str) -> str:
-    """Return the first table of docs/evidence.md, OrchMoE minus a LoRA, as HTML.
+    """Return the table of docs/evidence.md of OrchMoE minus a LoRA, as HTML.
 
     On a narrow page it has two columns.
     """
-    lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)[0]
+    lines = re.search(r"(^\|.*\n)+", of_lora(text), re.MULTILINE)[0]
     return stacked(markdown(unbroken(lines), {}), 2)
