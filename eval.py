@@ -458,6 +458,25 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
     program.refuse_unread(flags, unread)
 
 
+def score_rows(
+    model: Model, examples: Sequence[Example], config: EvalConfig, metric_rules: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the predictions and the scores of the examples."""
+    base, adapters, tokenizer = model
+    require_fit(base, tokenizer, examples, config.max_new_tokens)
+    program.print_progress(f"scoring {len(examples)} rows")
+    losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
+    predictions = predict(
+        base,
+        adapters,
+        examples,
+        tokenizer,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return predictions, score(examples, predictions, metric_rules, losses)
+
+
 def require_new_results(config: EvalConfig) -> None:
     """Raise UserError if there are results in --out already, unless --overwrite is given."""
     if os.path.lexists(config.out_dir / "config.json"):
@@ -527,19 +546,7 @@ def main() -> None:
         examples, digest = choose_rows(config, data_config, run, model.tokenizer)
         config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        base, adapters, tokenizer = model
-        require_fit(base, tokenizer, examples, config.max_new_tokens)
-        program.print_progress(f"scoring {len(examples)} rows")
-        losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
-        predictions = predict(
-            base,
-            adapters,
-            examples,
-            tokenizer,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
-        scores = score(examples, predictions, rules, losses)
+        predictions, scores = score_rows(model, examples, config, rules)
         scored = {
             "scored": config.run or config.model,
             "split": config.split,

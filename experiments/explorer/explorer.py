@@ -473,8 +473,6 @@ def main() -> None:
     try:
         server = Server(loaded, config.port)
     except OSError as error:
-        if error.filename:  # a file that the page needs
-            raise
         raise UserError(f"--port {config.port}: {error.strerror}; give another one") from None
     with server:
         program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
