@@ -10,7 +10,8 @@ transformers imports it in place of the package and fails.
     orchmoe.attach(model, config, mix=kernels.mix_skills)
     kernels.compile_blocks(model.blocks)
 
-Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L.
+Letters: B batch, L length, D input width, O output width, S skills, R rank, H heads, M = B L,
+P and Q any sizes.
 Test: pytest tests/unit/test_kernels.py tests/unit/test_compile.py
 """
 
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * a b (M,N), for a (M,P) and b (P,N). Uncompiled it is one launch."""
+    """Return scale * a b (M,Q), for a (M,P) and b (P,Q). Uncompiled it is one launch."""
     if scale == 1:
         return a @ b
     if torch.compiler.is_compiling():
@@ -36,7 +37,7 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return y + scale * a b (M,N), for a (M,P) and b (P,N). It may overwrite y (M,N)."""
+    """Return y + scale * a b (M,Q), for a (M,P) and b (P,Q). It may overwrite y (M,Q)."""
     if torch.compiler.is_compiling():
         # Compiled, an addition in place would first copy y. This one joins another kernel. It is
         # not torch.add(y, a @ b, alpha=scale), whose alpha Inductor of torch 2.13 drops.
@@ -116,7 +117,10 @@ def _gradients(ctx, dy):
     needs_x, needs_A, needs_B, needs_c, *_ = ctx.needs_input_grad
     A_dtype, B_dtype = ctx.dtypes
     batch, length, S, R = ctx.by_skill
-    dx = dA = dB = dc = None
+    dx = None
+    dA = None
+    dB = None
+    dc = None
 
     # y = x W0^T + b + scale * hc B
     if needs_B:
@@ -129,7 +133,10 @@ def _gradients(ctx, dy):
         if needs_c:
             dc = (dhc * h).view(ctx.by_skill)
             # Sum over R (axis 3), and over B or L where all samples or all tokens share c.
-            summed = [3, *(axis for axis in (0, 1) if c.shape[axis] == 1)]
+            summed = [3]
+            for axis in (0, 1):
+                if c.shape[axis] == 1:
+                    summed.append(axis)
             dc = dc.sum(summed, keepdim=True, dtype=c.dtype).view(ctx.shape_of_c)
         dhc.view(ctx.by_skill).mul_(c)
         dh = dhc  # (M,SR), computed in place

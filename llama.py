@@ -286,7 +286,7 @@ class Block(nn.Module):
 
 @dataclass
 class State:
-    """What `generate` keeps between two steps."""
+    """The state of `generate` between two tokens."""
 
     caches: list[Tensor]  # of each block: keys and values (2,B,columns,G,E)
     position: Tensor  # (B), of the next token that each row reads

@@ -216,7 +216,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Method(nn.Module):
-    """What gives the skills their weights. OrchMoE is one method; baselines.py has others.
+    """Computes the weights of the skills. OrchMoE is one method; baselines.py has others.
 
     To write your own, derive a class with a `route`, and a constructor that takes what OrchMoE's
     takes. The constructor may change `skills`, the attributes that each Linear will get, and may
@@ -224,8 +224,7 @@ class Method(nn.Module):
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # Whose learning rate each parameter has: that of the skills, router, token_router or
-    # allocation.
+    # {name of a parameter: whose learning rate it has}: skills, router, token_router, allocation.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
     # Whether samples differ in their weights. If not, the skills can also be in the output head.
@@ -1033,7 +1032,9 @@ def attach(
     skills = []
     for n, linear in enumerate(linears.values()):
         # The first n of the N Linears together have floor(n * extra_rank / N) of the extra ranks.
-        rank = R + (n + 1) * extra_rank // N - n * extra_rank // N
+        before = (n * extra_rank) // N
+        after = ((n + 1) * extra_rank) // N
+        rank = R + after - before
         skills.append(new_skills(linear, S, rank, alpha / rank, mix, generator))
     built = method(
         linears,

@@ -127,7 +127,7 @@ class Model(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far the training of a run is."""
+    """The state of a training, apart from its weights."""
 
     next_step: int = 0  # counted from 0
     best_loss: float = math.inf  # the lowest dev loss so far

@@ -98,8 +98,9 @@ def relative_buckets(
 ) -> Tensor:
     """Return the bucket number of each distance = key position - query position.
 
-    If `bidirectional`, each sign has half of the buckets; if not, the past has all. Of the buckets
-    of a sign, half hold one distance each; the others grow logarithmically up to max_distance.
+    If `bidirectional`, each sign has half of the buckets; if not, the past has all. Half of the
+    buckets of a sign hold one distance each. The others cover ranges of distances that grow
+    logarithmically up to max_distance.
     """
     if bidirectional:
         buckets //= 2
@@ -302,7 +303,7 @@ class Stack(nn.Module):
 
 @dataclass
 class State:
-    """What `generate` keeps between two steps."""
+    """The state of `generate` between two tokens."""
 
     source_bias: Tensor  # (B,1,1,Ls), hides the padding of the sources
     caches: list[Cache]  # of the decoder's blocks

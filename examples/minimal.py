@@ -18,7 +18,8 @@ from tasks import DataConfig
 
 def summarise(base, batch):
     """Return x_hat (B,D), a vector for each source of the batch, whose embeddings are E."""
-    E, mask = base.embed(batch.input_ids), batch.attention_mask[..., None]  # (B,L,D), (B,L,1)
+    E = base.embed(batch.input_ids)  # (B,L,D)
+    mask = batch.attention_mask[..., None]  # (B,L,1)
     X = mask * E / (E.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
     scores = (X @ X.mT / math.sqrt(X.shape[2])).masked_fill(~mask.mT, -math.inf)  # (B,L,L)
     X_hat = scores.softmax(dim=-1) @ X + X
@@ -30,7 +31,8 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     base = checkpoint.load(program.ROOT / "tiny").requires_grad_(False)
     examples = data.load_sets(DataConfig(), tokenizer.load(program.ROOT / "tiny"))["train"]
     linears = [module for name, module in base.named_modules() if name.endswith((".q", ".v"))]
-    N, D = len(linears), linears[0].in_features
+    N = len(linears)
+    D = linears[0].in_features
 
     # The skills A and B, and the allocation matrices Z. With B = 0 the model starts as the base.
     random = runtime.generator(0, 0)
@@ -47,7 +49,8 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     b = torch.zeros(K)
 
     def add_skills(linear, inputs, y):  # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1
-        x, n = inputs[0], linears.index(linear)
+        x = inputs[0]
+        n = linears.index(linear)
         for s in range(S):
             y = y + c[n, :, s, None, None] * (x @ A[n, s].T @ B[n, s])
         return y
@@ -55,7 +58,9 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     for linear in linears:
         linear.register_forward_hook(add_skills)
     groups = [{"params": [A, B, Z], "max_lr": 1e-2}, {"params": [W_task, b], "max_lr": 1e-3}]
-    trained = [tensor.requires_grad_() for group in groups for tensor in group["params"]]
+    trained = [A, B, Z, W_task, b]
+    for tensor in trained:
+        tensor.requires_grad_()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     batch_order = data.BatchOrder(examples.source_lengths, batch_size=16, seed=0)
     for step in range(steps):

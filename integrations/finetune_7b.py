@@ -194,7 +194,8 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
     for row in rows:
         prompt, whole = count_tokens(row, tokenizer)
         longest = max(longest, min(whole, args.max_length) - prompt)
-        too_long += whole > args.max_length
+        if whole > args.max_length:
+            too_long += 1
     left_out = len(rows) - len(trainer.train_dataset)
     if left_out:
         program.warn(
@@ -218,7 +219,7 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
     with program.stop_signals() as stop_requested, program.naming_write_errors(out):
         trainer.add_callback(SaveAndStop(stop_requested))
         try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except FloatingPointError as error:
             raise UserError(str(error)) from error
         if trainer.state.global_step < trainer.state.max_steps:

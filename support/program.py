@@ -388,7 +388,7 @@ def require_least(config: Any, **least: int) -> None:
 # runtime.py has what they do together.
 
 
-def torchrun_variable(name, default):
+def torchrun_variable(name: str, default: int) -> int:
     # Clusters set RANK and WORLD_SIZE without torchrun too, so they do not show that it runs.
     if not dist.is_torchelastic_launched():
         return default
@@ -493,7 +493,7 @@ def in_worker() -> bool:
 
 
 class LineStream:
-    """What a bar writes to if there is no terminal: a line when none was printed for a minute."""
+    """The stream of a bar without a terminal. It prints a line if none came for a minute."""
 
     def write(self, text: str) -> None:
         if text.strip() and time.monotonic() - last_line >= BETWEEN_LINES:

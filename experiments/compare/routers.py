@@ -23,31 +23,34 @@ from torch import Tensor, nn
 
 from baselines import Poly, attach_method
 from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
-from support import runtime
 
 
 class RandomRouter(TaskRouter):
     """A router whose w is fixed for each sample and unrelated to its content."""
 
+    def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
+        super().__init__(width, config)
+        # So large that similar samples get unrelated w.
+        directions = 1e3 * torch.randn(self.W_task.shape, generator=generator)  # (K,D)
+        self.register_buffer("directions", directions, persistent=False)
+
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return w (B,K). Its entropy is about ln(K) / 3, as that of a learnt router at its start.
 
-        w is the softmax of sines of random projections. The projections are so large that similar
-        samples get unrelated w.
+        w is the softmax of sines of random projections.
         """
         x_hat = self.summarise(embeddings, mask)  # (B,D)
-        steep = 1e3 * torch.randn(self.W_task.shape, generator=runtime.generator(0))  # (K,D)
-        phases = x_hat @ steep.to(x_hat).T  # (B,K)
+        phases = x_hat @ self.directions.T  # (B,K)
         return (8.5 * phases.sin()).softmax(dim=-1)
 
 
 class RandomRouting(OrchMoE):
-    """OrchMoE with a RandomRouter."""
+    """OrchMoE with a RandomRouter, which the seed of the run draws."""
 
-    def __init__(self, *inputs: Any, **options: Any):
-        super().__init__(*inputs, **options)
-        learnt = self.router
-        self.router = RandomRouter(len(learnt.mu), self.config).to(learnt.mu)
+    def __init__(self, *inputs: Any, generator: torch.Generator | None = None, **options: Any):
+        super().__init__(*inputs, generator=generator, **options)
+        mu = self.router.mu
+        self.router = RandomRouter(len(mu), self.config, generator).to(mu)
 
 
 class Oracle(OrchMoE):

@@ -4,6 +4,7 @@ Equal sizes, cells that carry their settings and are not run twice, ablations, a
 router.
 """
 
+import copy
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from experiments.explorer import explorer
 from helpers import CPU, ROOT, links
 from helpers import run as run_program
 from orchmoe import OrchMoEConfig
-from support import program
+from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
 
@@ -93,8 +94,21 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     assert torch.allclose(w[2:3], alone, atol=5e-2)  # no padding, no neighbours
     entropy = torch.special.entr(w).sum(-1).mean()
     assert entropy == pytest.approx(math.log(config.abstract_tasks) / 3, rel=0.1)
-    # Similar samples share nothing.
+    # Similar samples share nothing, and other seeds give other w.
     assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2
+
+
+def test_random_router_is_another_one_for_each_seed(small_t5):
+    attach_function = routers.attach_with("random")
+    drawn = []
+    for seed in (0, 0, 1):
+        base = copy.deepcopy(small_t5)
+        adapters = attach_function(
+            "orchmoe", base, OrchMoEConfig(), generator=runtime.generator(seed)
+        )
+        drawn.append(adapters.router.directions)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):

@@ -69,6 +69,13 @@ def test_imports_point_down(path):
     assert imported(ast.walk(tree)) <= allowed | OPTIONAL.get(path.stem, set())
 
 
+@pytest.mark.parametrize("folder", ["integrations", "experiments"])
+def test_imports_of_a_folder_point_down(folder):
+    above = {name for name, level in LEVEL.items() if level > LEVEL[folder]}
+    for path in ROOT.glob(f"{folder}/**/*.py"):
+        assert not imported(ast.walk(parse(path))) & above, path
+
+
 @pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.stem)
 def test_support_imports_nothing_of_the_project(path):
     allowed = {"support"} | sys.stdlib_module_names | PACKAGES

@@ -268,6 +268,18 @@ def test_one_hot_w_is_poly_with_mixed_outputs(small_t5, router):
     assert_linears(attached(small_t5, router=router), poly, w=F.one_hot(task, 5))
 
 
+def test_the_order_of_the_skills_changes_nothing(small_t5, inputs):
+    adapters = attached(small_t5)
+    before = logits(small_t5, inputs)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        adapters.Z.copy_(adapters.Z[..., order])
+        for linear in adapters.linears.values():
+            linear.skill_A.copy_(linear.skill_A[order])
+            linear.skill_B.copy_(linear.skill_B[order])
+    torch.testing.assert_close(logits(small_t5, inputs), before, **EXACT)
+
+
 def test_one_abstract_task_is_no_routing():
     adapters, x = small(abstract_tasks=1), random(3, 5, 16)
     row = adapters.allocation_weights()[0]  # (N,1,S)
