@@ -55,11 +55,6 @@ RESUME = "train.py --resume --device cpu --out".split()
 # ------------------------------------------------------------------------------------- the programs
 
 
-def command(program, *arguments):
-    """Return the words that start a program of the project."""
-    return [sys.executable, str(ROOT / program), *map(str, arguments)]
-
-
 def environment(**more):
     """Return the environment of a process. Without a GPU two runs are equal bit for bit."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}

@@ -162,7 +162,8 @@ def print_plan(
 
     left = 0
     for name in tuned:
-        made = len(list(study.results.glob(f"tune/{file_name(name)}_*.json")))
+        # The first value of a trial tells its name from one that goes on, as in HydraLoRA_v2.
+        made = len(list(study.results.glob(f"tune/{file_name(name)}_[0-9]*.json")))
         if made > trials:
             raise UserError(
                 f"--trials {trials}: {study.results} has {made} trials of {name}; give at least so "

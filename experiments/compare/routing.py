@@ -39,23 +39,18 @@ def report(
 ) -> dict[str, float]:
     """Return numbers about the routing of M examples.
 
-    distance_from_equal: mean of |c - 1/S|. If each sample has a w of its own, there are also the
-    numbers of eval.router_report and, if there are several categories, mutual_information with
-    the category. Return {} for a method other than OrchMoE, and for a router that reads tokens.
+    distance_from_equal: mean of |c - 1/S|. mutual_information: that of w and the category, if there
+    are several. The rest: see eval.router_report. Return {} if samples have no w of OrchMoE.
     """
     if not isinstance(adapters.method, OrchMoE):
         return {}
-    w = evaluation.router_weights(base, adapters, examples, batch_size)
-    task_ids = torch.tensor([example.task_index for example in examples])
-    routing = adapters.route(w=w, task_ids=task_ids.to(base.device))
-    if routing.c is None:
+    w = evaluation.router_weights(base, adapters, examples, batch_size)  # (M,K)
+    if w is None:
         return {}
-    c = routing.c.float()  # (N,M,S), or (N,1,S) if all samples share it
-    found = {"distance_from_equal": (c - 1 / c.shape[-1]).abs().mean().item()}
-    if not routing.shared:
-        w = routing.w.float().cpu()
-        found |= evaluation.router_report(w)
-        categories = [example.category for example in examples]
-        if len(set(categories)) > 1:
-            found["mutual_information"] = mutual_information(w, categories)
+    c = adapters.route(w=w).c.float()  # (N,M,S)
+    distance = (c - 1 / c.shape[-1]).abs().mean().item()
+    found = {"distance_from_equal": distance, **evaluation.router_report(w)}
+    categories = [example.category for example in examples]
+    if len(set(categories)) > 1:
+        found["mutual_information"] = mutual_information(w, categories)
     return found

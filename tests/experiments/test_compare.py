@@ -620,7 +620,11 @@ def test_a_cell_of_data_that_changed_is_not_saved(tmp_path, trains):
 
 
 def test_fewer_trials_than_were_made_are_refused(small, home):
+    trial = next(small.glob("tune/orchmoe_*.json"))
+    of_another_method = small / f"tune/orchmoe_v2_{trial.name.partition('_')[2]}"
+    of_another_method.write_bytes(trial.read_bytes())
     error = run(home, *METHODS, "--trials", "1", code=2)
+    of_another_method.unlink()
     assert "--trials 1: out has 2 trials of orchmoe; give at least so many" in error
 
 

@@ -60,16 +60,12 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
 
 
 @pytest.mark.parametrize(
-    "method, router, names",
-    [
-        ("orchmoe", "token", set()),
-        ("moe-lora", "sample", set()),
-        ("c-poly", "sample", set()),
-    ],
+    "method, router",
+    [("orchmoe", "token"), ("moe-lora", "sample"), ("c-poly", "sample")],
 )
-def test_report_of_what_has_no_router_of_samples(small_t5, method, router, names):
+def test_report_of_what_has_no_router_of_samples(small_t5, method, router):
     adapters = attach_method(method, small_t5, OrchMoEConfig(router=router), num_tasks=3)
-    assert routing.report(small_t5, adapters, sampled([3, 5])).keys() == names
+    assert routing.report(small_t5, adapters, sampled([3, 5])) == {}
     adapters.detach()
     assert routing.report(small_t5, without_adapters(small_t5), sampled([3])) == {}
 

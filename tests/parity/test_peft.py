@@ -243,15 +243,6 @@ def test_saved_abstract_tasks_are_loras_and_their_mixture_is_the_router(folder, 
     assert_close(theirs(model, "mixed"), expected)
 
 
-def test_saved_routing_is_that_of_folded(folder, tmp_path):
-    base, adapters = load_adapted(folder)
-    w = torch.tensor([0.2, 0.5, 0.3])
-    assert save_peft(adapters, w, tmp_path / "mean", "base", ranks=(1, 8, 16)) == 8
-    with adapters.folded(w):
-        expected = ours(base)
-    assert_close(theirs(in_peft(folder, [tmp_path / "mean"]), "mean"), expected)
-
-
 def made_by_peft(folder, out, **options):
     """Write a LoRA that peft itself has made, and return its folder."""
     settings = peft.LoraConfig(lora_alpha=5, **options)

@@ -127,7 +127,8 @@ def test_t5_folders_of_transformers_load(kind, stored, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
     t5 = random_t5(T5_CONFIGS[kind]).to(dtype)
-    as_transformers(t5, tmp_path)
+    theirs = as_transformers(t5, tmp_path)
+    assert torch.equal(theirs.shared.weight, t5.embedding.weight.float())
     _, metadata = read_safetensors(tmp_path / "model.safetensors")
     assert metadata == PT  # transformers 4 asks for it
     again = mapped(tmp_path)

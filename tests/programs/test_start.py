@@ -171,6 +171,7 @@ MISTAKES = {  # flags -> beginning of the message
     "--start run --method lora": "--method: has no effect with --start",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
     "--resume --out run --start other": "--start other: the run in run has ''",
+    "--resume --out run --test x.jsonl": "--test x.jsonl: the run in run has ''",
     "--resume --out started --start run": "--start run: the run in started has '/else",
 }
 

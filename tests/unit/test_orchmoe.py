@@ -154,12 +154,6 @@ def test_linear_is_the_equation_written_out(small_t5, inputs):
     assert_linears(adapters, expected, embeddings=embeddings, mask=inputs.attention_mask)
 
 
-def test_the_config_decides_whether_factors_are_mixed():
-    """test_kernels.py tests the mix itself."""
-    linear = small(mixing="factors").module[0]
-    assert linear.skill_mix is orchmoe.mix_factors
-
-
 def test_relaxed_bernoulli_noise_enters_as_stated():
     adapters = small(gumbel=True)
     u = torch.rand(4, *adapters.noise_shape, dtype=torch.float64)
@@ -278,12 +272,6 @@ def test_the_order_of_the_skills_changes_nothing(small_t5, inputs):
             linear.skill_A.copy_(linear.skill_A[order])
             linear.skill_B.copy_(linear.skill_B[order])
     torch.testing.assert_close(logits(small_t5, inputs), before, **EXACT)
-
-
-def test_one_abstract_task_is_no_routing():
-    adapters, x = small(abstract_tasks=1), random(3, 5, 16)
-    row = adapters.allocation_weights()[0]  # (N,1,S)
-    torch.testing.assert_close(adapters.route(x).c, row.expand(-1, 3, -1), **EXACT)
 
 
 # -------------------------------------------------------------------------------------- invariances

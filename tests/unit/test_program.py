@@ -24,14 +24,6 @@ def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys)
     assert capsys.readouterr().err == ""
 
 
-def test_a_line_comes_also_while_one_step_takes_long(monkeypatch, capsys):
-    monkeypatch.setattr(program, "BETWEEN_LINES", 0.9)
-    with program.progress(None, "answers", total=60):
-        time.sleep(2.5)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines and all(line.startswith("answers: 0 of 60 after 00:0") for line in lines)
-
-
 def test_the_minute_begins_at_the_last_line_and_not_at_the_bar(monkeypatch, capsys):
     monkeypatch.setattr(program, "BETWEEN_LINES", 2.5)
     monkeypatch.setattr(program, "last_line", time.monotonic() - 1)

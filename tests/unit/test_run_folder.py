@@ -161,13 +161,6 @@ def test_the_id_of_a_run_depends_on_every_fact(run):
     assert len(ids - {run.run_id}) == len(FACTS)
 
 
-def test_changed_rows_of_dev_and_seen_have_a_remedy_of_their_own(run):
-    with pytest.raises(UserError, match="rows that are held out now may have trained; restore"):
-        run.require_same(held_out="3 17")
-    with pytest.raises(UserError, match="base changed .*restore it .*--model"):
-        run.require_same(base="x")
-
-
 # ------------------------------------------------------------------------------------------ the log
 
 

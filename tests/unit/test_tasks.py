@@ -245,12 +245,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
         find_files(DataConfig(data=str(tmp_path / name)))
 
 
-def test_a_file_without_rows_is_refused(tmp_path):
-    path = write_rows(tmp_path / "own.jsonl", [b"", b" "])
-    with pytest.raises(program.UserError, match="own.jsonl: it has no rows"):
-        read_rows(path)
-
-
 def prompts_by_set(tmp_path, rows, train_limit=None):
     """Return {set: prompts in order} of a file of these rows, and the facts about it."""
     path = write_rows(tmp_path / "own.jsonl", rows)
@@ -259,18 +253,6 @@ def prompts_by_set(tmp_path, rows, train_limit=None):
     for row in found:
         sets[row.set].append(row.prompt)
     return sets, facts
-
-
-SIZES = {40: (8, 8), 99: (9, 19), 100: (10, 20), 300: (30, 60), 1000: (50, 100), 2000: (50, 100)}
-
-
-@pytest.mark.parametrize("count, sizes", SIZES.items())
-def test_small_files_have_rows_in_all_sets(tmp_path, count, sizes):
-    rows = own_rows(count)
-    sets, _ = prompts_by_set(tmp_path, rows + rows[: count // 2])  # half of them occur twice
-    dev, seen, train = [set(sets[name]) for name in ("dev", "seen", "train")]
-    assert (len(dev), len(seen), len(train)) == (*sizes, count - sum(sizes))
-    assert not train & (dev | seen) and not dev & seen
 
 
 @pytest.mark.parametrize("count", [17, 40, 300, 2700, 5000])
@@ -283,10 +265,10 @@ def test_the_order_of_the_hash_decides_the_set(tmp_path, count):
     seen_end = sum(remainder < 6 for remainder, _ in order)
     seen_end = max(seen_end, dev_end + min(100, max(8, count // 5)))
 
-    sets, _ = prompts_by_set(tmp_path, rows)
+    sets, _ = prompts_by_set(tmp_path, rows + rows[: count // 2])  # half of them occur twice
     found = {}
     for name, prompts in sets.items():
-        found[name] = sorted((hash_of(prompt) % 100, hash_of(prompt)) for prompt in prompts)
+        found[name] = sorted((hash_of(prompt) % 100, hash_of(prompt)) for prompt in set(prompts))
     expected = {"dev": order[:dev_end], "seen": order[dev_end:seen_end], "train": order[seen_end:]}
     assert found == expected
 
@@ -298,13 +280,6 @@ def test_rows_of_a_large_file_stay_in_their_sets_when_lines_are_added(tmp_path):
     assert facts_of_more == facts
     for name, prompts in sets.items():
         assert set(prompts) <= set(more[name])
-
-
-def test_the_ends_of_the_sets_tell_two_small_files_apart(tmp_path):
-    found = set()
-    for rows in (own_rows(100), own_rows(150), own_rows(2000)):
-        found.add(str(prompts_by_set(tmp_path, rows)[1]["held_out"]))
-    assert len(found) == 3
 
 
 def test_an_instruction_and_its_text_as_a_prompt_are_in_one_set(tmp_path):
@@ -337,9 +312,6 @@ def test_test_rows_are_all_rows_of_their_file(tmp_path):
     config = DataConfig(data=str(path), test=str(other), train_instances=1)
     rows, _ = jsonl_rows(find_files(config), config.train_limit)
     assert [row.position for row in rows if row.set == "test"] == list(range(7))
-    path.unlink()  # a run may have trained elsewhere
-    rows, _ = jsonl_rows(find_files(config), config.train_limit)
-    assert len(rows) == 7
 
 
 # ------------------------------------------------------------------------------------------- prompt

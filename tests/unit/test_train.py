@@ -338,13 +338,6 @@ def test_a_part_with_a_rate_of_zero_is_not_in_the_optimizer_and_not_in_the_norm(
     )
 
 
-def test_rates_that_are_all_zero_are_refused(small_t5):
-    config = train.TrainConfig(lr_skills=0)
-    message = "^--lr-skills: 0, so that nothing trains; give another rate"
-    with pytest.raises(UserError, match=message):
-        train.freeze_parts(attach_method("lora", small_t5, OrchMoEConfig()), config)
-
-
 def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(abstract_tasks=2)).double()
     train.fit_router(small_t5, adapters, examples, DEFAULTS)
