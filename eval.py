@@ -99,7 +99,6 @@ def predict(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 127,
-    description: str = "generate",
     w: Tensor | None = None,
 ) -> list[str]:
     """Return greedy predictions in the order of the examples. For w see `routed_batches`."""
@@ -110,7 +109,7 @@ def predict(
     agree = runtime.any_rank if sharded else None
 
     texts = {}
-    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, description, w):
+    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, "generate", w):
         tokens = base.generate(
             batch.input_ids,
             batch.attention_mask,
@@ -146,26 +145,15 @@ def measure(
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
-    description: str = "loss",
     w: Tensor | None = None,
-) -> tuple[list[RowLoss], Tensor | None]:
-    """Return the loss of each example, in their order, and the w (M,K) that was used, on the CPU.
-
-    Instead of w it returns None if the method uses none, or one w for all samples. For the argument
-    w see `routed_batches`.
-    """
+) -> list[RowLoss]:
+    """Return the loss of each example, in their order. For w see `routed_batches`."""
     losses = {}
-    weights = {}
-    for rows, batch, routing in routed_batches(
-        base, adapters, examples, batch_size, description, w
-    ):
+    for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, "loss", w):
         nats = base.loss(batch.input_ids, batch.attention_mask, batch.labels, per_row=True)
         for position, loss in zip(rows, nats.tolist(), strict=False):
             losses[position] = RowLoss(loss, tokens=len(examples[position].target_ids[0]))
-        if routing.w is not None and not routing.shared:
-            weights.update(zip(rows, routing.w.tolist(), strict=False))
-    found = in_order(weights)
-    return in_order(losses), torch.tensor(found) if found else None
+    return in_order(losses)
 
 
 def mean_loss(losses: Sequence[RowLoss]) -> float:
@@ -414,11 +402,13 @@ def choose_rows(
 
     If the files are not those of the run, raise UserError; only warn if flags name other files.
     """
-    sets = data.load_sets(data_config, tokenizer, only_test=config.split == "test")
+    is_test = config.split == "test"
+    # No other split needs the file of --test, which may be gone.
+    read = data_config if is_test else replace(data_config, test="")
+    sets = data.load_sets(read, tokenizer, only_test=is_test)
     examples = data.require_set(sets, config.split, data_config)
     digest = examples.digest
     if run:
-        is_test = config.split == "test"
         list_name = "test_tasks" if is_test else "train_tasks"
         names_other_files = any(
             getattr(data_config, name) != getattr(run.settings, name) for name in FILE_FIELDS
@@ -459,21 +449,24 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
 
 
 def score_rows(
-    model: Model, examples: Sequence[Example], config: EvalConfig, metric_rules: str
+    model: Model,
+    examples: Sequence[Example],
+    metric_rules: str,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the predictions and the scores of the examples."""
     base, adapters, tokenizer = model
-    require_fit(base, tokenizer, examples, config.max_new_tokens)
-    program.print_progress(f"scoring {len(examples)} rows")
-    losses, _ = measure(base, adapters, examples, batch_size=config.batch_size)
     predictions = predict(
         base,
         adapters,
         examples,
         tokenizer,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
+    losses = measure(base, adapters, examples, batch_size=batch_size)
     return predictions, score(examples, predictions, metric_rules, losses)
 
 
@@ -546,7 +539,14 @@ def main() -> None:
         examples, digest = choose_rows(config, data_config, run, model.tokenizer)
         config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        predictions, scores = score_rows(model, examples, config, rules)
+        program.print_progress(f"scoring {len(examples)} rows")
+        predictions, scores = score_rows(
+            model,
+            examples,
+            rules,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
         scored = {
             "scored": config.run or config.model,
             "split": config.split,

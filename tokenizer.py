@@ -69,11 +69,6 @@ class Tokenizer:
         options = f"{self.bos_ids}{self.eos_ids}{self.target_prefix}"
         self.fingerprint = hashlib.sha256(content + options.encode()).hexdigest()
 
-    def _encode_all(self, texts, inside=False):
-        """Yield the ids of each text. Many texts are tokenised at once, on all cores."""
-        for start in range(0, len(texts), 10_000):
-            yield from self._encode(texts[start : start + 10_000], inside)
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, from BOS (if there is one) to EOS."""
         [ids] = self._encode([text])
@@ -83,14 +78,14 @@ class Tokenizer:
         """Yield the ids of each prompt."""
         if spaced:
             texts = [text.removesuffix(" ") for text in texts]
-        for ids in self._encode_all(texts):
+        for ids in self._encode(texts):
             yield [*self.bos_ids, *ids]
 
     def targets(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         """Yield the ids of each answer, with EOS at the end."""
         if spaced:
             texts = [self.target_prefix + text for text in texts]
-        for ids in self._encode_all(texts, inside=not spaced):
+        for ids in self._encode(texts, inside=not spaced):
             yield [*ids, *self.eos_ids]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -36,13 +36,12 @@ from eval import (
     mean_entropy,
     mean_loss,
     measure,
-    predict,
     print_if_few,
     require_fit,
     routed,
     router_report,
     router_weights,
-    score,
+    score_rows,
 )
 from llama import LlamaConfig
 from model import Backbone
@@ -566,11 +565,11 @@ def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example],
     """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print."""
     base, adapters, _ = model
     settings = run.settings
-    losses, w = measure(base, adapters, dev, batch_size=settings.eval_batch_size)
-    loss = mean_loss(losses)
+    loss = mean_loss(measure(base, adapters, dev, batch_size=settings.eval_batch_size))
     require_finite(step, dev_loss=loss)
     record = {"dev_loss": loss}
     if progress.initial_w is not None:
+        w = router_weights(base, adapters, dev, settings.eval_batch_size)
         record["router"] = router_report(w, progress.initial_w)
     run.log(step=step, **record)
     message = f"step {step + 1} of {settings.steps}: dev loss {loss:.4g}"
@@ -630,26 +629,18 @@ def score_held_out(
     model: Model, held_out: dict[str, list[Example]], settings: Settings, name: str
 ) -> dict[str, dict]:
     """Return the scores of the model on seen and unseen tasks."""
-    base, adapters, tokenizer = model
-    options = {"batch_size": settings.eval_batch_size}
     scores = {}
     for set_name, examples in held_out.items():
         if set_name == "dev":  # it chooses the best weights, and is not reported
             continue
         program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
-        losses, _ = measure(
-            base, adapters, examples, description=f"{name}, loss of {set_name}", **options
-        )
-        predictions = predict(
-            base,
-            adapters,
+        _, scores[set_name] = score_rows(
+            model,
             examples,
-            tokenizer,
+            settings.metric_rules,
+            batch_size=settings.eval_batch_size,
             max_new_tokens=settings.max_new_tokens,
-            description=f"{name}, {set_name}",
-            **options,
         )
-        scores[set_name] = score(examples, predictions, settings.metric_rules, losses)
     return scores
 
 

@@ -119,7 +119,7 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
     for task, rows in zip(tasks, rows_by_task(examples), strict=True):
         part = [examples[row] for row in rows]
         for name in COMPARED:
-            losses, _ = evaluation.measure(base, adapters, part, w=settings[name][rows])
+            losses = evaluation.measure(base, adapters, part, w=settings[name][rows])
             task[name] = round(evaluation.mean_loss(losses), 4)
         predictions = explorer.predict(loaded, part, w[rows])
         task["right"] = 0

@@ -157,7 +157,7 @@ def mean_routing(
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
         raise UserError("--mean: the run has no router; give --w")
-    data_config = run.settings.part(DataConfig)
+    data_config = replace(run.settings.part(DataConfig), test="")  # dev does not need that file
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.require_set(data.load_sets(data_config, tokenizer), "dev", data_config)

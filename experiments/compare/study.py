@@ -364,7 +364,7 @@ def finite_losses(
     base: Backbone, adapters: Adapters, examples: Sequence[data.Example], which: str, **options: Any
 ) -> list[evaluation.RowLoss]:
     """Return the losses of eval.measure. Raise DivergedError if one is not finite."""
-    losses, _ = evaluation.measure(base, adapters, examples, **options)
+    losses = evaluation.measure(base, adapters, examples, **options)
     for example, loss in zip(examples, losses, strict=True):
         if not math.isfinite(loss.nats):
             raise train.DivergedError(

@@ -211,7 +211,7 @@ def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
     own = torch.tensor([sample["w"] for sample in samples])  # (M,K)
     losses = []
     for w in (own, torch.full_like(own, 1 / own.shape[1])):
-        found, _ = evaluation.measure(loaded.base, loaded.adapters, examples, w=w)
+        found = evaluation.measure(loaded.base, loaded.adapters, examples, w=w)
         losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
     explored["first"] = numbers[int((losses[1] - losses[0]).argmax())]
     explored["chosen"] = {"kind": kind, "tried": len(numbers)}
@@ -242,7 +242,7 @@ def answer(loaded: Loaded, example: Example, w: Tensor) -> list:
     [text] = predict(loaded, [example], w[None])
     if not example.references:
         return [text, None, None]
-    losses, _ = evaluation.measure(loaded.base, loaded.adapters, [example], w=w[None])
+    losses = evaluation.measure(loaded.base, loaded.adapters, [example], w=w[None])
     return [text, round(evaluation.mean_loss(losses), 4), is_right(loaded, example, text)]
 
 

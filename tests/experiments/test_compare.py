@@ -316,7 +316,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
 
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
     lost = [evaluation.RowLoss(math.nan, tokens=1)] * 2
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: (lost, None))
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: lost)
     cell = base_cell(tmp_path, {"max_tasks": 2, "eval_instances": 2})
     assert study.run_cell(cell, CPU)
     assert "the loss on this seen instance is nan" in cell.result()["diverged"]

@@ -50,7 +50,7 @@ def test_report_is_of_the_w_and_c_of_all_examples(small_t5):
     nn.init.normal_(adapters.router.W_task, generator=torch.Generator().manual_seed(1))
     examples = sampled([3, 9, 5, 7, 4, 6])
     learnt = routing.report(small_t5, adapters, examples, batch_size=4)
-    _, w = evaluation.measure(small_t5, adapters, examples)
+    w = evaluation.router_weights(small_t5, adapters, examples)
     with torch.no_grad():
         c = adapters.route(w=w).c  # (N,M,S)
     close = functools.partial(pytest.approx, rel=1e-4)
@@ -72,7 +72,11 @@ def test_report_of_what_has_no_router_of_samples(small_t5, method, router):
 
 def test_measure_takes_a_given_w_in_order(small_t5):
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig())
+    for linear in adapters.linears.values():
+        nn.init.normal_(linear.skill_B, generator=torch.Generator().manual_seed(1))
     w = torch.eye(8)[:4]
     examples = sampled([3, 9, 5, 7])
-    _, found = evaluation.measure(small_t5, adapters, examples, batch_size=2, w=w)
-    assert torch.equal(found, w)
+    together = evaluation.measure(small_t5, adapters, examples, batch_size=2, w=w)
+    for row, example in enumerate(examples):
+        [alone] = evaluation.measure(small_t5, adapters, [example], w=w[row : row + 1])
+        assert together[row].nats == pytest.approx(alone.nats, rel=1e-5)

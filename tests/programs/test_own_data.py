@@ -276,6 +276,13 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     run(*new_rows, cwd=changed)
 
 
+def test_only_unseen_rows_need_the_file_of_test(changed):
+    (changed / "test.jsonl").unlink()
+    _, seen, _, export, *_ = programs("t5")
+    assert "t5/eval-seen-2/scores.json" in run(*seen, "--limit", "2", cwd=changed)
+    assert "abstract-8, mean" in run(*export, cwd=changed)
+
+
 def test_without_new_rows_the_seen_ones_are_scored(tmp_path):
     write_rows(tmp_path / "own.jsonl", [row | {"task": "t"} for row in prompts()])
     run("train.py", "--data", "own.jsonl", "--out", "t5", *BRIEF, cwd=tmp_path)

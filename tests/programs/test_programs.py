@@ -319,7 +319,6 @@ def test_answers_may_be_as_long_as_the_targets_that_trained(home, monkeypatch):
         lengths.append(options["max_new_tokens"])
         return [""] * len(examples)
 
-    monkeypatch.setattr(train, "predict", predict)
     monkeypatch.setattr(evaluation, "predict", predict)
     run("train.py", *BRIEF, "--max-target-length", 200, "--out", "run", cwd=home)
     run("eval.py", "--run", "run", "--limit", "2", "--device", "cpu", cwd=home)
@@ -614,7 +613,6 @@ def mistaken(tmp_path_factory):
 @pytest.mark.parametrize("line, words", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_file(mistaken, monkeypatch, line, words):
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
-    monkeypatch.setattr(train, "predict", None)
     monkeypatch.setattr(evaluation, "predict", None)
     before = sorted(mistaken.rglob("*"))
     error = run(*shlex.split(line), cwd=mistaken, code=2)

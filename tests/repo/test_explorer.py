@@ -384,7 +384,7 @@ def test_the_page_opens_where_the_loss_rises_most_with_equal_weights(server):
             example = [loaded.sets["seen"][sample["row"]]]
             losses = []
             for w in (sample["w"], [1 / 8] * 8):
-                [loss], _ = evaluation.measure(
+                [loss] = evaluation.measure(
                     loaded.base, loaded.adapters, example, w=torch.tensor([w])
                 )
                 losses.append(loss.nats / loss.tokens)

@@ -71,7 +71,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     base, adapters, tokenizer = load_run(copied)
     config = run_folder.read_run(copied).settings.part(DataConfig)
     dev = data.load_sets(config, tokenizer)["dev"]
-    _, w = evaluation.measure(base, adapters, dev)
+    w = evaluation.router_weights(base, adapters, dev)
 
     change_config(copied, "settings", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
