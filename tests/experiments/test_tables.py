@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.compare import tables
+from experiments.results.compare import recompute
 from helpers import ROOT
 from support.program import UserError
 from tasks import NO_TASK
@@ -112,6 +113,9 @@ def test_the_pages_have_the_differences_of_the_miniature(compared, row):
     page = (COMPARE / "README.md").read_text(encoding="utf-8")
     found = compared("orchmoe", row, ALL_METRICS)
     assert f"| {row} | {' | '.join(found)} |" in page
+    cells = recompute.read_cells()
+    assert found[0] == recompute.difference(cells, "orchmoe", row, "seen")
+    assert found[3] == recompute.difference(cells, "orchmoe", row, "unseen")
     evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").split("\n## ")[0]
     assert f"| {found[0]} | {found[3]} |" in evidence
 

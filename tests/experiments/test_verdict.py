@@ -1,18 +1,18 @@
 """The comparison on rows of JSONL, from start to verdict.
 
 The numbers of the verdict are computed again from the cells, by code that shares nothing with
-experiments/compare/tables.py.
+experiments/compare/tables.py: that of experiments/results/compare/recompute.py, and for few tasks
+that below.
 """
 
-import itertools
 import json
-import math
 import re
 from collections import defaultdict
 from statistics import fmean
 
 import pytest
 
+from experiments.results.compare import recompute
 from helpers import links, run, sentences, write_decoder, write_pieces, write_rows
 
 FLAGS = (
@@ -33,30 +33,6 @@ def read_cells(home, name, seeds=2):
 # ------------------------------------------------------------------------- the independent numbers
 
 
-def quantile(freedom):
-    """Return the 97.5 % point of Student's t, by Simpson's rule and bisection."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    scale /= math.sqrt(freedom * math.pi)
-
-    def density(u):  # of x = u / (1 - u), so that all x >= 0 are in [0, 1)
-        x = u / (1 - u)
-        return scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2) / (1 - u) ** 2
-
-    def mass(u, parts=2000):
-        step = u / parts
-        weights = [1, *itertools.islice(itertools.cycle([4, 2]), parts - 1), 1]
-        return step / 3 * sum(w * density(i * step) for i, w in enumerate(weights))
-
-    low, high = 0.0, 0.9999
-    for _ in range(50):
-        middle = (low + high) / 2
-        if mass(middle) < 0.475:
-            low = middle
-        else:
-            high = middle
-    return low / (1 - low)
-
-
 def expected_line(first, second, which):
     """Return "mean [low, high]" of the loss of two rows with two cells each."""
     seeds = range(2)
@@ -74,20 +50,12 @@ def expected_line(first, second, which):
     for group, rows in members.items():
         total = sum(tokens[u] for u in rows)
         means[group] = [sum(difference(u, s) for u in rows) / total for s in seeds]
-    by_seed = [fmean(values[s] for values in means.values()) for s in seeds]
 
     if len(members) >= 6:
-        values = list(means.values())
-        freedom = len(values) - 1
-        of_units = 2 * sum((fmean(row) - fmean(by_seed)) ** 2 for row in values) / freedom
-        rest = 0.0
-        for row in values:
-            for s in seeds:
-                rest += (row[s] - fmean(row) - by_seed[s] + fmean(by_seed)) ** 2
-        rest /= freedom
-        units = len(values)
+        mean, half = recompute.interval(list(means.values()))
     else:  # the variance of each task's ratio, summed over the tasks
-        units, freedom = len(tasks), len(tasks) - len(members)
+        by_seed = [fmean(values[s] for values in means.values()) for s in seeds]
+        mean = fmean(by_seed)
         of_mean, of_rest = 0.0, 0.0
         for group, rows in members.items():
             total = sum(tokens[u] for u in rows)
@@ -96,16 +64,11 @@ def expected_line(first, second, which):
                 left = [difference(u, s) - tokens[u] * means[group][s] for s in seeds]
                 of_mean += factor * fmean(left) ** 2
                 of_rest += factor * sum((value - fmean(left)) ** 2 for value in left)
-        of_units = 2 * units * of_mean
-        rest = units * of_rest
-    of_seeds = units * sum((value - fmean(by_seed)) ** 2 for value in by_seed)
-
-    variance = max(of_units + of_seeds - rest, of_units, of_seeds)
-    doubled = 2 * of_seeds
-    largest = max(of_units + doubled - rest, of_units, doubled)
-    parts = of_units**2 / freedom + doubled**2 + rest**2 / freedom
-    half = quantile(max(largest**2 / parts, 1)) * math.sqrt(variance / (2 * units))
-    mean = fmean(by_seed)
+        units, freedom = len(tasks), len(tasks) - len(members)
+        of_seeds = units * sum((value - mean) ** 2 for value in by_seed)
+        half = recompute.half_width(
+            2 * units * of_mean, of_seeds, units * of_rest, units, len(seeds), freedom
+        )
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
