@@ -301,7 +301,8 @@ def what_would_decide(differences: Paired) -> str:
         name = over.split()[1]  # of the units: "28 tasks and 3 seeds"
         ways.append(f"{more_units[enough] / U:.2g} times the {name}")
     if ways:
-        return f"If it stays as large as it is, about {' or '.join(ways)} would decide it."
+        way = " or ".join(ways)
+        return f"If it stays as large as it is, a new comparison with about {way} would decide it."
     return f"It is too small for {MOST_SEEDS} seeds or {MOST_TIMES} times the rows to decide."
 
 
@@ -430,7 +431,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     notes = [
         f"Loss: nats per target token. ROUGE-L and exact match: per cent, by {metric}.",
         "Scores are means within a task, then over tasks; where rows name no task, each different "
-        "prompt counts as one.",
+        "prompt counts as one. The dev loss is the mean over all tokens.",
         f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}.",
     ]
     if len(first) > 1:
