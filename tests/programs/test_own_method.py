@@ -7,6 +7,7 @@ state with integers, truth values, -inf and a tied parameter.
 
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -101,9 +102,10 @@ BRIEF += "--eval-every 2 --batch-size 4 --warmup 1".split()
 
 
 @pytest.fixture(autouse=True)
-def no_method_is_known(monkeypatch):
+def no_method_is_known():
     """Each test begins like a new process."""
-    monkeypatch.setattr(baselines, "OWN_METHODS", {})
+    with mock.patch.dict(baselines.OWN_METHODS, clear=True):
+        yield
 
 
 @pytest.fixture
