@@ -1,4 +1,4 @@
-"""The numbers of the sixteen replicates on the pages are those of their cells."""
+"""The numbers of the replicates and of the real run on the pages are those of their files."""
 
 import importlib.util
 import re
@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from experiments.results.real import recompute as real
 from helpers import ROOT
 
 FOLDER = ROOT / "experiments/results/replication"
@@ -73,3 +74,17 @@ def test_the_pages_have_what_the_router_and_K_do_in_the_cells(recompute, pages):
     replicates = recompute.differences(cells["orchmoe k8"], cells["orchmoe"])
     _, low, high = recompute.interval(recompute.means_of(replicates))
     assert f"between {low:+.3f} and {high:+.3f}" in pages[1]
+
+
+def test_the_pages_have_the_table_of_the_real_run():
+    of_tasks, overall = real.read_scores()
+    for model, which, score in overall:
+        if score == "loss":
+            mean = statistics.fmean(of_tasks[model, which, score])
+            assert overall[model, which, score] == pytest.approx(mean, abs=1e-4)
+    for name in ("README.md", "experiments/results/real/README.md"):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        for model in real.MODELS:
+            assert f" | {' | '.join(real.cells_of(overall, model))} |" in page
+        for which in real.SETS:
+            assert real.difference(of_tasks, which, "loss") in " ".join(page.split())
