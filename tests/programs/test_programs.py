@@ -468,30 +468,6 @@ def test_first_row_of_the_table_of_the_readmes_commands(home):
     assert found == pytest.approx([*cells[1:3], *cells[4:]], abs=0.1)
 
 
-def test_merged_model_of_the_page_predicts_as_the_run(home, finished, monkeypatch):
-    """docs/use.md merges a run under the mean w of a task. The run routed by that w is the same."""
-    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n([^`]*\.merge\([^`]*)```", page)
-    (home / "runs").mkdir()
-    (home / "runs/orchmoe-1").symlink_to(finished / "run")
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    made = {}
-    exec(snippet, made)
-
-    examples = data.subsample(made["one_task"], 16)
-    mean_w = made["w"].mean(0).expand(len(examples), -1)
-    base, adapters, tokenizer = run_folder.load(CPU, run_dir="runs/orchmoe-1")
-    expected = evaluation.predict(base, adapters, examples, tokenizer, w=mean_w)
-
-    def predict(model):
-        base, adapters, tokenizer = run_folder.load(CPU, model=model)
-        return evaluation.predict(base, adapters, examples, tokenizer)
-
-    assert predict("merged") == expected
-    assert predict("tiny") != expected
-
-
 @pytest.mark.slow
 def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
