@@ -436,7 +436,10 @@ def values_table(reports: dict[str, dict]) -> str:
     for name, report in reports.items():
         line = [name, len(report["trials"]), words(report["best"]), f"{report['dev_loss']:.4f}"]
         line.append(", ".join(report["edges"]) or "none")
-        means_of = [f"{words(point)}: {point['dev_loss']:.4f}" for point in report["all_seeds"]]
+        means_of = []
+        for point in report["all_seeds"]:
+            loss = point["dev_loss"]  # null if a run diverged
+            means_of.append(f"{words(point)}: {'diverged' if loss is None else f'{loss:.4f}'}")
         lines.append([*line, "; ".join(means_of), words(report["chosen"])])
     head = ["row", "trials", "best with seed 0", "dev loss", "on an edge"]
     return table([*head, "means of all seeds", "chosen"], lines)

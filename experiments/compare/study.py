@@ -17,6 +17,7 @@ Test: pytest tests/experiments/test_compare.py
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -46,7 +47,6 @@ import run_folder
 import tokenizer as tokenizers
 import train
 from baselines import OWN_METHODS, count_parameters, load_method, settings_of_method
-from experiments.compare import routing
 from experiments.compare.routers import attach_with
 from experiments.compare.search import AXES, Search
 from experiments.compare.sizes import equal_ranks
@@ -82,7 +82,7 @@ class StudyConfig:
 
     out: str = "results"  # folder of the runs
     results: str = ""  # folder of the finished cells (default: --out)
-    seeds: int = 3  # runs of each row that count, with seeds 1 to N (initial values, order, noise)
+    seeds: int = 3  # runs of each row that are compared, with seeds 1 to N (start, order, noise)
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 6  # runs of seed 0 that tune each row
     axes: tuple[str, ...] = ("lr_skills", "alpha")  # what is tuned, where a row has it
@@ -302,13 +302,14 @@ def tree() -> str:
 
 
 def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict[str, Any]:
-    """Return what `run_cell` says of a cell's scores, the number of parameters, and the routing.
+    """Return the scores of a cell, see `run_cell`, and its number of parameters.
 
     attach_function: a function like baselines.attach_method. Raise DivergedError if a loss is not
     finite.
     """
     settings = cell.settings
     result = {}
+    gc.collect()  # frees the base that trained: it and its adapters refer to each other
     if cell.row.trains:
         base, adapters, tokenizer = run_folder.load(
             device, run_dir=cell.folder, attach_function=attach_function
@@ -354,9 +355,6 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
                 **options,
             )
             result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
-
-    if cell.row.trains and not cell.row.w:
-        result["learnt"] = routing.report(base, adapters, held_out["seen"], **options)
     return result
 
 
@@ -551,14 +549,15 @@ class Progress:
     def finished(self, cell: Cell, jobs: int) -> None:
         """Print that a cell is finished, with its dev loss unless nobody may look at it yet."""
         result = cell.result()
-        self.seconds.append(result["seconds"])
+        if cell.row.trains:  # otherwise it is the frozen base, which is no run
+            self.seconds.append(result["seconds"])
         parts = [str(cell.path), duration(result["seconds"])]
         if "diverged" in result:
             parts.append("diverged")
         elif "dev_loss" in result and cell.scores != "replicate":
             parts.append(f"dev loss {result['dev_loss']:.4f}")
         left = self.expected - len(self.seconds)
-        if left > 0:
+        if cell.row.trains and left > 0:
             parts.append(f"{len(self.seconds)} of {self.expected} runs")
             parts.append(f"about {duration(left * fmean(self.seconds) / jobs)} left")
         program.print_line(", ".join(parts))
@@ -653,13 +652,18 @@ def run_cells(
                 for future in futures:
                     future.result()
             except BaseException:
-                stopped.set()  # no further cells; those that run finish their step and save
+                stopped.set()  # no further cells
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # by SIGTERM: a run that trains finishes its step and saves
                 raise
     if stopped.is_set():
         program.print_line("stopped; run the same command to continue")
         raise SystemExit(130)
     if diverged:
-        raise UserError(f"{min(diverged)}: the run diverged; it has no scores")
+        raise UserError(
+            f"{min(diverged)}: the run diverged; it has no scores; give a lower --lr-skills and "
+            "another --out"
+        )
 
 
 # ----------------------------------------------------------------------------------------- study
@@ -720,7 +724,7 @@ class Study:
     ) -> Cell:
         """Return the cell of a row. file: its name below the folder of results.
 
-        values: settings of all rows of this stage. Those of the row itself come before them.
+        values: settings of all rows of this stage. The row's own settings override them.
         """
         settings = changed(self.settings, values)
         model = settings.model
@@ -794,6 +798,9 @@ class Study:
             if known["alpha"] is None:
                 known["alpha"] = float(settings.rank)  # which is what None means
             start = {axis: known[axis] for axis in self.config.axes if axis in read}
+            if not start:
+                axes = ",".join(self.config.axes)
+                raise UserError(f"--axes {axes}: {name} has none of these; add lr_skills")
             trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, self.config.trials, trial)
         run_cells(list(searches.values()), self.config.jobs, self.device, self.progress)

@@ -31,11 +31,11 @@ LEAST_GROUPS = 6
 MOST_SEEDS = 100
 MOST_TIMES = 100
 SMALLEST = 1e-20  # a variance below it is a rounding error
-ROUTER = {  # numbers of routing.report
-    "mutual_information": "information on the category",
+ROUTER = {  # numbers of eval.router_report
     "entropy": "entropy of w",
     "largest": "largest mean w",
-    "distance_from_equal": "mean abs(c - 1/S)",
+    "used": "abstract tasks used",
+    "distance": "distance of w from its start",
 }
 Difference = tuple[float, float, float]  # mean, low, high; low and high are NaN if unknown
 
@@ -151,7 +151,7 @@ def within_groups(prompts: PromptScores, means: np.ndarray) -> tuple[np.ndarray,
     expected = prompts.weights[:, None] * means[prompts.groups]
     deviation = (prompts.sums - expected) * (U / G / total)[:, None]
     # The deviations in a group of m add up to 0, so their squares are too small by (m - 1) / m.
-    # That of a prompt which is alone in its group would be 0. It gets that of the group.
+    # A prompt that is alone in its group would have the deviation 0, so it gets the group's.
     of_group = (means - means.mean(axis=0))[prompts.groups] * (U / G)
     unbiased = (count / np.maximum(count - 1, 1) * (U - 1) / U) ** 0.5
     deviation = np.where((count == 1)[:, None], of_group, deviation * unbiased[:, None])
@@ -289,7 +289,7 @@ def what_would_decide(differences: Paired) -> str:
         )
         return half_width(expected, units, seeds, freedom + units - U) <= mean
 
-    # A number that decides is followed by such numbers alone, so bisection finds the first.
+    # Nearly all numbers above one that decides do so, too, and bisection finds about the first.
     ways = []
     more_seeds = range(seeds + 1, MOST_SEEDS + 1)
     enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))
@@ -411,7 +411,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
 
         numbers = [name]
         for key in ROUTER:
-            values = [cell.get("learnt", {}).get(key) for cell in cells]
+            values = [(cell.get("router") or {}).get(key) for cell in cells]
             # A w that is no distribution has no entropy.
             values = [value for value in values if value is not None]
             numbers.append(f"{np.mean(values):.3f}" if values else "-")
@@ -423,7 +423,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         tuning_table(tuning),
         table(["row", "skills + routing", "dev loss", *titles], scores),
         table([f"{reference} - row", *titles], differences[1:]),
-        table(["row, on seen instances", *ROUTER.values()], routers),
+        table(["row, on dev", *ROUTER.values()], routers),
     ]
     over = []
     for which in present:

@@ -5,8 +5,8 @@
 The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
 page shows the weights c of the skills, the answer and, with a reference, the loss. It opens with a
 sample where routing matters, if there is one, and says so. It is served on 127.0.0.1 alone until
-Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
-style and script are in explorer.html, explorer.css and explorer.js.
+Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup, style and script are in
+explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
 Test: pytest tests/repo/test_explorer.py
@@ -395,8 +395,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     An answer is right if it is one of the references; the loss is that of the first. A w of null
     means the router's. The warning is empty, or it says that a text has characters that the
-    tokenizer loses. Raise UserError for a request of another form, and for texts that are empty or
-    too long.
+    tokenizer loses. Raise UserError for a request of another form, and for an empty prompt.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
@@ -417,21 +416,16 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     if not prompt.strip():
         raise UserError("prompt: it is empty; write one")
-    config = loaded.data_config
-    uncut = replace(config, max_source_length=2**30, max_target_length=2**30)
     row = tasks.row_of_prompt(prompt, references or [""])
-    tokens = data.tokenise([row], loaded.tokenizer, uncut)
+    tokens = data.tokenise([row], loaded.tokenizer, loaded.data_config)
     [[example]] = data.examples_by_set(tokens).values()
-    for name, ids, most in (
-        ("prompt", example.source_ids, config.max_source_length),
-        ("reference", example.target_ids[0], config.max_target_length),
-    ):
-        if len(ids) > most:
-            raise UserError(f"{name}: {len(ids)} tokens; give 1 to {most}")
     example = example._replace(references=references)
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
     warnings = []
+    for kind, name in (("source", "prompt"), ("target", "right answer")):
+        if tokens.lost[kind]:
+            warnings.append(f"The {name} is too long and loses its end.")
     if tokens.lost["characters"]:
         name = "prompt"
         if loaded.tokenizer.unknown_id not in example.source_ids:

@@ -23,6 +23,7 @@ import checkpoint
 import data
 import eval as evaluation
 import run_folder
+import tokenizer as tokenizers
 import train
 from baselines import attach_method
 from experiments.compare import compare, routers, study, tables
@@ -346,6 +347,13 @@ def test_tune_warns_of_a_best_value_on_the_edge(tmp_path, monkeypatch, capsys):
     assert "lora: the best alpha, 2, is on the edge of what was tried; more --trials" in warning
 
 
+def test_tune_refuses_axes_of_which_a_row_has_none(tmp_path):
+    config = StudyConfig(out=str(tmp_path), axes=("lr_router",))
+    of_lora = study.Study(train.Settings(), CPU, config, {})
+    with pytest.raises(ValueError, match="--axes lr_router: lora has none of these; add lr_skills"):
+        of_lora.tune({"lora": Variant({"method": "lora"})})
+
+
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
     cells = [cell_of(tmp_path, name) for name in "ab"]
@@ -376,7 +384,7 @@ def test_controls_of_the_router(small, home, monkeypatch):
     for name in ("default", "w_replaced_by_its_mean", "w_of_another_sample"):
         result = read(small / f"ablations/{name}-s1.json")
         losses.add(*tables.mean_scores([result], "seen", "loss"))
-        assert ("dev_loss" in result) == ("learnt" in result) == (name == "default")
+        assert ("dev_loss" in result) == ("router" in result) == (name == "default")
     assert len(losses) == 3
 
 
@@ -464,6 +472,22 @@ def test_run_cells_ends_when_a_cell_of_several_fails(tmp_path):
         program.write_json(cell.path, {"settings": {"row": "other"}})
     with pytest.raises(ValueError, match="c.json: made with row other, not c"):
         study.run_cells(queues, 2, CPU)
+
+
+def fail_or_wait(cell, device):
+    """Save a cell that gets a signal. One named c fails when the other one has begun."""
+    if cell.name != "c":
+        return run_until_signal(cell, device)
+    wait_for(cell.folder.with_name("d").exists)
+    raise UserError("c failed")
+
+
+def test_a_cell_that_fails_stops_the_others(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(study, "run_cell", fail_or_wait)
+    queues = [[cell_of(tmp_path, name)] for name in "cd"]
+    with pytest.raises(ValueError, match="c failed"):
+        study.run_cells(queues, 2, CPU)
+    assert queues[1][0].path.exists()
 
 
 def run_until_signal(cell, device):
@@ -641,6 +665,41 @@ def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
     assert study.reached(frozen) == "b: being scored"
 
 
+def test_the_frozen_base_is_none_of_the_runs_that_are_counted(tmp_path, capsys):
+    progress = study.Progress(expected=2)
+    for name, trains in (("a", True), ("b", False), ("c", True)):
+        cell = cell_of(tmp_path, name, row=Variant(trains=trains))
+        program.write_json(cell.path, {"seconds": 1})
+        progress.finished(cell, 1)
+    first, frozen, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("a.json, 1 s, 1 of 2 runs, about 1 s left")
+    assert frozen.endswith("b.json, 1 s") and last.endswith("c.json, 1 s")
+
+
+def test_a_timed_step_saves_memory_as_training_does(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "train_step", lambda base, *_: found.append(base.checkpoint_blocks))
+    settings = train.Settings(checkpoint_blocks=True, max_tasks=2, train_instances=4)
+    sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
+    cell = cell_of(tmp_path, "a", settings=settings)
+    compare.seconds_of_a_step(cell, CPU, sets["train"])
+    assert found and all(found)
+
+
+@pytest.mark.parametrize(
+    "changes, is_exported",
+    [({}, True), ({"router": "token"}, False), ({"mixing": "factors"}, False)],
+)
+def test_the_commands_export_only_what_can_be_exported(
+    tmp_path, changes, is_exported, monkeypatch, capsys
+):
+    cell = cell_of(tmp_path, "a", settings=train.Settings(**changes))
+    program.write_json(cell.path, {"dev_loss": 1.0})
+    monkeypatch.setattr(run_folder, "read_run", lambda folder: SimpleNamespace(facts={}))
+    compare.print_next_commands([cell])
+    assert ("integrations.export" in capsys.readouterr().out) == is_exported
+
+
 REFUSED = {
     "--method lora": "--method: the study sets this itself; leave it out",
     "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
@@ -649,6 +708,7 @@ REFUSED = {
     "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: has no effect without --ablations",
+    "--data sni/own.jsonl --ablations --rows told~the~true~task": "--rows told the true task: the",
     "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
     "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
@@ -661,6 +721,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags, words", REFUSED.items())
 def test_compare_refuses_a_wrong_command_line(home, flags, words):
-    error = run(home, *flags.split(), code=2)
+    arguments = [flag.replace("~", " ") for flag in flags.split()]
+    error = run(home, *arguments, code=2)
     assert error.startswith(f"compare.py: error: {words}")
     assert error.count("\n") == 1

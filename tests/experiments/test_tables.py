@@ -305,14 +305,9 @@ def test_markdown_pairs_tasks_and_seeds():
 
 def test_markdown_of_a_w_without_entropy():
     """Without the softmax w is no distribution, and a cell has no number for what it lacks."""
-    learnt = {
-        "entropy": None,
-        "mutual_information": None,
-        "distance_from_equal": 0.1,
-        "largest": 2.0,
-    }
-    rows = {"lora": [cell(["a"], [1.0])], "w without softmax": [cell(["a"], [1.0], learnt=learnt)]}
+    router = {"entropy": None, "largest": 2.0, "used": 3}
+    rows = {"lora": [cell(["a"], [1.0])], "w without softmax": [cell(["a"], [1.0], router=router)]}
     text = tables.markdown(rows, {}, "official rules")
-    assert "| w without softmax | - | - | 2.000 | 0.100 |" in text
+    assert "| w without softmax | - | 2.000 | 3.000 | - |" in text
     assert text.count("| lora |") == 1  # it has no router
     assert "+0.000 (no interval)" in text

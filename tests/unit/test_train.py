@@ -193,6 +193,16 @@ def test_losses_of_rows_are_those_of_the_rows_alone(small_t5, examples):
             assert loss.nats == pytest.approx(alone.item(), rel=1e-9)
 
 
+def test_losses_of_rows_with_a_given_w_are_those_of_the_rows_alone(small_t5, examples):
+    """Batches have rows of similar length, in another order than the examples."""
+    adapters = adapted(small_t5).double()
+    w = torch.eye(adapters.config.abstract_tasks)[: len(examples)].double()
+    together = evaluation.measure(small_t5, adapters, examples, batch_size=2, w=w)
+    for row, example in enumerate(examples):
+        [alone] = evaluation.measure(small_t5, adapters, [example], w=w[row : row + 1])
+        assert together[row].nats == pytest.approx(alone.nats, rel=1e-9)
+
+
 def test_loss_is_a_mean_over_tokens_then_over_tasks_and_prompts_without_a_task():
     """Two rows of a task, two rows with one prompt without a task, and another such row."""
     rows = [("a", 5), ("a", 6), (NO_TASK, 7), (NO_TASK, 7), (NO_TASK, 8)]
