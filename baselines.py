@@ -49,7 +49,8 @@ def refuse_w(method: Method, w: Tensor | None) -> None:
 class LoRA(Method):
     """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
 
-    It starts and is scaled like the skills of OrchMoE: mixed with c = 1/S, they compute the same.
+    It has the initial values and the scale of OrchMoE's skills. With c = 1/S, OrchMoE computes the
+    same as this LoRA.
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 

@@ -54,7 +54,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file. The same content always gives the same bytes.
 
-    metadata: one entry. The package orders several at random, anew in each process.
+    metadata: only one entry, since the package writes several in an order that changes.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with program.atomic_write(path) as file:
@@ -168,9 +168,13 @@ def load(
 ) -> Backbone:
     """Return the model in a Hugging Face folder, in eval mode.
 
-    On the CPU, weights that have this dtype already stay mapped.
+    On the CPU, weights that have this dtype already stay mapped. Raise UserError for a T5 in
+    float16, in which its activations overflow.
     """
-    return mapped(folder).to(device, dtype)
+    backbone = mapped(folder)
+    if isinstance(backbone, T5) and dtype == torch.float16:
+        raise UserError(f"{folder}: a T5 overflows in float16; use bfloat16 or float32")
+    return backbone.to(device, dtype)
 
 
 def mapped(folder: str | Path) -> Backbone:

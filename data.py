@@ -56,7 +56,8 @@ class Tokens(NamedTuple):
         category, id, position and references.
     ids: int32, the tokens of all rows. For each row they are its source, then its targets.
     lengths: int32, the number of tokens of each source and target, in the order of `ids`.
-    tasks: the names of the training tasks, sorted; empty if a row of train, dev or seen names none.
+    tasks: the names of the tasks of "train", sorted; empty if a row of train, dev or seen names
+        none.
     lost: the number of cut sources ("source"), of cut targets ("target"), and of rows with unknown
         characters ("characters").
     """
@@ -86,6 +87,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     spaced = not config.is_jsonl
     saved_rows = []
     tasks = set()
+    all_named = True
     ids = array("i")
     lengths = array("i")
     lost = Counter(source=0, target=0, characters=0)
@@ -117,15 +119,17 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
                 ids.extend(piece)
                 lengths.append(len(piece))
             fields.append([row.set, row.task, row.category, row.id, row.position, row.references])
-            if row.set in ("train", "dev", "seen"):
+            if row.set == "train":
                 tasks.add(row.task)
+            if row.set in ("train", "dev", "seen") and row.task == NO_TASK:
+                all_named = False
         saved_rows.append(json.dumps(fields))
 
     return Tokens(
         rows=saved_rows,
         ids=torch.from_numpy(np.array(ids, np.int32)),
         lengths=torch.from_numpy(np.array(lengths, np.int32)),
-        tasks=[] if NO_TASK in tasks else sorted(tasks),
+        tasks=sorted(tasks) if all_named else [],
         lost=dict(lost),
     )
 
@@ -147,14 +151,16 @@ def warn_of_lost(lost: dict[str, int], config: DataConfig, name: str) -> None:
 def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     """Return make(), or the result of an earlier call with the same key and unchanged files.
 
-    key: JSON values. The result may depend only on them and on the content of the files.
+    key: JSON values. The result may depend only on them and on the files: their names and content.
     files: a file counts as unchanged if its size and its modification time are unchanged.
     make: its result may consist of tensors, lists, tuples, dicts, strings and numbers.
 
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, those older than 30 days are removed.
     """
-    full_key = json.dumps([CODE, key, [os.path.realpath(file) for file in files]])
+    # A link has the content of its target, but a name of its own, which is that of its task.
+    names = [[file.name, os.path.realpath(file)] for file in files]
+    full_key = json.dumps([CODE, key, names])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(folder, "orchmoe", f"{name}.tokens")
@@ -200,7 +206,7 @@ class Example(NamedTuple):
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: the names of the training tasks, sorted; empty if a row of train, dev or seen names none.
+    tasks: the names of the training tasks, see Tokens.
     digest: a hash of the files of the set, see `digest_of`.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
@@ -273,7 +279,7 @@ def _unused(examples, used):
 
 
 def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) -> None:
-    """Remove held-out rows of a JSONL file whose source has the tokens of a used row.
+    """Remove rows of dev and seen whose source has the tokens of a row that the training uses.
 
     The used rows are those of "train", and those of "dev", which choose the weights. Different
     prompts may have equal tokens, for example when they are cut. Rows of "test" are only counted.
@@ -299,10 +305,12 @@ def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) ->
         )
 
 
-def digest_of(paths: Iterable[Path]) -> str:
-    """Return a hash of the contents of the files, 16 hex digits."""
+def digest_of(paths: Iterable[Path], *, with_names: bool) -> str:
+    """Return a hash of the contents of the files, and of their names if asked, 16 hex digits."""
     digest = hashlib.sha256()
     for path in paths:
+        if with_names:
+            digest.update(hashlib.sha256(path.stem.encode()).digest())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
@@ -329,7 +337,10 @@ def load_sets(
             rows = sni_rows(files, tokenizer, config)
             facts = {}
         tokens = tokenise(rows, tokenizer, config)
-        digests = {list_name: digest_of(paths) for list_name, paths in files.items()}
+        digests = {}
+        for list_name, paths in files.items():
+            # In a folder the name of a file is that of its task, on which its split depends.
+            digests[list_name] = digest_of(paths, with_names=not config.is_jsonl)
         return {"tokens": tokens._asdict(), "facts": facts, "digests": digests}
 
     # The tokens depend on the files and on these values. `counts` says how many of the files are

@@ -319,7 +319,7 @@ class EvalConfig:
     run: str = ""  # folder of a run of train.py
     model: str = ""  # folder of a bare model; with --run: the folder to which its base has moved
     method: str = ""  # FILE.py:Class of a run whose method is from a file
-    ask: str = ""  # instruction to answer; of --data, only whether it is JSONL counts
+    ask: str = ""  # instruction to answer, in the form of --data: JSONL or SNI
     input: str = ""  # input text for --ask; not needed if the data are a JSONL file
     prompt: str = ""  # whole prompt to answer as it stands, instead of --ask
     split: Literal["train", "dev", "seen", "test"] = "test"  # seen: new instances; test: new tasks
@@ -400,7 +400,7 @@ def choose_rows(
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
-    If the files are not those of the run, raise UserError; only warn if flags name other files.
+    Raise UserError if files of the run have changed. If flags name other files, only warn.
     """
     is_test = config.split == "test"
     # No other split needs the file of --test, which may be gone.

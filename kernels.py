@@ -39,8 +39,9 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return y + scale * a b (M,Q), for a (M,P) and b (P,Q). It may overwrite y (M,Q)."""
     if torch.compiler.is_compiling():
-        # Compiled, an addition in place would first copy y. This one joins another kernel. It is
-        # not torch.add(y, a @ b, alpha=scale), whose alpha Inductor of torch 2.13 drops.
+        # In compiled code an addition in place would first copy y, and this one becomes a part of
+        # another kernel. It is not torch.add(y, a @ b, alpha=scale), whose alpha Inductor of torch
+        # 2.13 drops.
         return y + scale * (a @ b)
     return y.addmm_(a, b, alpha=scale)
 
@@ -249,9 +250,9 @@ def compiles_well(values: Sequence[Any]) -> bool:
     """Return whether a block runs compiled, given its inputs: x (B,L,D) first, then its context.
 
     torch makes a graph for each combination of: kind of block, one row or several, one token or
-    several, with or without gradients. Rows of one token, and x without a gradient, as in
-    evaluation and in the first block of an adapted model, run uncompiled. That leaves two graphs
-    for each kind.
+    several, with or without gradients. Two cases run uncompiled: rows of one token, and x without a
+    gradient, as in evaluation and in the first block of an adapted model. That leaves two graphs
+    for each kind, for one row and for several.
     """
     tensors = [value for value in values if isinstance(value, Tensor)]
     lengths = [tensor.shape[1] for tensor in tensors if tensor.dim() == 3]

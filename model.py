@@ -82,7 +82,7 @@ def aligned(bias: Tensor) -> Tensor:
     L = bias.shape[-1]
     if bias.device.type == "cpu":
         return bias
-    # Also if L % 8 is 0: then rows have a gap behind them for every L, and one graph serves all.
+    # Also if L % 8 is 0: with a gap behind the rows for every L, one graph serves all lengths.
     return F.pad(bias, (0, 8 - L % 8))[..., :L]
 
 

@@ -174,9 +174,9 @@ class TaskRouter(nn.Module):
     def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
-        The rows of W_task become the centres of a spherical k-means, which needs no labels, times
-        one factor. With the softmax this factor gives w a mean entropy of ln(K) / 3 (one-hot w: 0;
-        uniform w: ln(K)). Without the softmax it gives w the standard deviation 1/K.
+        Each row of W_task becomes a centre of a spherical k-means. One factor scales all rows: with
+        the softmax it gives w a mean entropy of ln(K) / 3 (one-hot w: 0; uniform w: ln(K)), without
+        the softmax it gives w the standard deviation 1/K.
         """
         K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))

@@ -279,7 +279,10 @@ class Run:
         return progress
 
     def save_best(self, adapters: Adapters) -> None:
-        """Write the adapter that is best on dev, with what is needed to use it without its run."""
+        """Write the adapter with the lowest dev loss.
+
+        The file also has its config, its method and the fingerprint of its base.
+        """
         if program.rank() != 0:
             return
         about = {

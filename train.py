@@ -151,17 +151,22 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
     return {**of_run, **data_values, **asdict(start.part(OrchMoEConfig))}
 
 
+def steps_of_epoch(settings: Settings, train_set: Examples) -> int:
+    """Return the number of steps of an epoch, whose last batch may be short."""
+    return math.ceil(len(train_set) / settings.batch_size)
+
+
 def with_steps(settings: Settings, train_set: Examples) -> Settings:
     """Return the settings with the number of steps that --epochs means for these rows."""
     if not settings.epochs:
         return settings
-    per_epoch = math.ceil(len(train_set) / settings.batch_size)
-    return replace(settings, steps=settings.epochs * per_epoch, epochs=0)
+    steps = settings.epochs * steps_of_epoch(settings, train_set)
+    return replace(settings, steps=steps, epochs=0)
 
 
 def length_of_training(settings: Settings, train_set: Examples) -> str:
     """Return in words how long the training is: "600 steps of 16 are 35 epochs of 272 rows"."""
-    epochs = settings.steps * settings.batch_size / len(train_set)
+    epochs = settings.steps / steps_of_epoch(settings, train_set)
     count = f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
     unit = "epoch" if count == "1" else "epochs"
     text = f"{settings.steps} steps of {settings.batch_size} are {count} {unit}"
@@ -251,10 +256,16 @@ def give_initial_values(
 
     Return two facts about the run in --start, None without one. "adapter" is a hash of the loaded
     adapters. "same_rows" says whether that run, and any run that it started from, had the same
-    data. Then the sets are split alike, and no row of dev, seen or unseen trained it.
+    data. If so, both have the same sets, and the earlier one did not train on dev, seen or unseen.
     """
     base, adapters, _ = model
     if not settings.start:
+        linears = adapters.linears.values()
+        if settings.lr_skills == 0 and not any(linear.skill_B.any() for linear in linears):
+            raise UserError(
+                "--lr-skills 0: the skills start with B = 0, so that nothing can train; give "
+                "another rate, or --start"
+            )
         if adapters.router is not None:
             fit_router(base, adapters, train_set, settings)
         return None

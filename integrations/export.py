@@ -123,8 +123,8 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
 def require_base(saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError unless these tensors of files are the base that adapters were trained on.
 
-    A quantised base is known by all tensors of its files. Any other is known by the weights of the
-    model, each in the dtype that it had in training.
+    The fingerprint of a quantised base covers all tensors of its files. That of any other base
+    covers the weights of the model, each in the dtype that it had in training.
     """
     names = [name for name in tensors if name in saved["dtypes"]]
     weights = [tensors[name] for name in names]
@@ -230,8 +230,9 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
         base, adapters, tokenizer = run_folder.load(device, run_dir=config.run, model=config.model)
         base_folder = config.model or run.settings.model
+        tensors = checkpoint.read_folder(base_folder)
         facts = {
-            "embedding": checkpoint.hf_name(base, "embedding.weight"),
+            "embedding": next(name for name in base.tables if name in tensors),
             "max_new_tokens": run.settings.max_new_tokens,
             "prompt": prompt_rule(run, tokenizer),
         }

@@ -50,6 +50,8 @@ class Router:
                 raise ValueError(f"{base} is not the base of these LoRAs")
             self.prompt_rule = facts["prompt"]  # see export.save_router
             self.max_new_tokens = facts["max_new_tokens"]
+            if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+                raise ValueError(f"max_new_tokens: {self.max_new_tokens!r:.40} is no positive int")
             self.loras = [served / name for name in facts["loras"]]
             settings = {
                 "abstract_tasks": len(self.loras),

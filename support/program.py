@@ -524,12 +524,12 @@ def keep_showing(bar: tqdm) -> None:
         with bar.get_lock():
             if bar.disable:  # it is closed
                 return
-            bar.delay = 0  # otherwise `close` does not wipe a bar that no step has updated
+            bar.delay = 0  # otherwise `close` leaves a bar that no step has updated
             bar.refresh()
 
 
 def print_progress(text: str) -> None:
-    """Print a line about a long computation, unless a bar on the same terminal shows it."""
+    """Print a line about a long computation, unless a terminal shows its bar."""
     on_terminal = sys.stderr.isatty() and sys.stdout.isatty()
     if not in_worker() and not on_terminal:
         print_line(text)

@@ -27,6 +27,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import checkpoint
@@ -162,7 +163,7 @@ def print_plan(
 
     left = 0
     for name in tuned:
-        # The first value of a trial tells its name from one that goes on, as in HydraLoRA_v2.
+        # The digit keeps trials of HydraLoRA apart from those of HydraLoRA_v2.
         made = len(list(study.results.glob(f"tune/{file_name(name)}_[0-9]*.json")))
         if made > trials:
             raise UserError(
@@ -243,9 +244,16 @@ def make_cells(
     return results
 
 
+def require_own(tables: Path, cells: Path) -> None:
+    """Raise UserError if the file of the tables exists before any cell: then it is another's."""
+    if not cells.exists():
+        program.require_new([tables], "give another --out or --results")
+
+
 def compare(study: Study, rows: dict[str, Variant]) -> None:
     """Compare methods. Write results.md and print it. The last lines are the verdicts."""
     require_possible(study, rows)
+    require_own(study.results / "results.md", study.results / "methods")
     tuned = rows if study.config.tune else {}
     print_plan(study, rows, "methods", tuned)
     reports = study.tune(tuned)
@@ -300,6 +308,7 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
         chosen.remove("told the true task")
     rows = {name: ablation(name, settings) for name in chosen}
     require_possible(study, rows)
+    require_own(study.results / "ablations.md", study.results / "ablations")
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
     print_plan(study, rows, "ablations", tuned)

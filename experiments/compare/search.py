@@ -68,8 +68,8 @@ class Search:
     def next_point(self) -> Point:
         """Return the untried point that is the nearest to the best one.
 
-        Neighbours along one axis come before diagonal ones. Of these, the ones come first whose
-        values were tried least.
+        Neighbours along one axis come before diagonal ones. Among equally near points, take
+        the one whose values were tried least often.
         """
         if not self.losses:
             return (0,) * len(self.start)

@@ -141,7 +141,7 @@ def within_groups(prompts: PromptScores, means: np.ndarray) -> tuple[np.ndarray,
     """Return a value (U, seeds) for each prompt, and the degrees of freedom of the prompts.
 
     A group's mean is a ratio: a sum of scores by a sum of weights. So the value of a prompt is the
-    mean over groups, plus its share of what the prompts of its group deviate from their mean.
+    mean over groups, plus how far the prompt is from the mean of its group, scaled by its weight.
     Then the variance of the mean of all values is that of the mean over these groups.
     """
     G, _ = means.shape
@@ -193,10 +193,10 @@ def half_width(squares: Squares, units: int, seeds: int, freedom: int) -> float:
     of_rest = freedom * (seeds - 1)
     if of_rest > 0:
         # units seeds Var(mean) = MS_unit + MS_seed - MS_rest, since both effects contain the rest.
-        # It is at least that of one effect.
+        # This may be smaller than the variance of one effect alone; then it is that one.
         variance = max(of_units + of_seeds - rest, of_units, of_seeds)
         # Degrees of freedom by Satterthwaite (1946), and at least those of the smallest part. The
-        # mean square of two or three seeds is often small by chance, so it counts more here.
+        # mean square of two or three seeds is often small by chance, so it gets more weight here.
         of_seeds *= max(1, 4 / seeds)
         largest = max(of_units + of_seeds - rest, of_units, of_seeds)
         parts = of_units**2 / freedom + of_seeds**2 / (seeds - 1) + rest**2 / of_rest

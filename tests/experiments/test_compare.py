@@ -666,14 +666,15 @@ def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
 
 
 def test_the_frozen_base_is_none_of_the_runs_that_are_counted(tmp_path, capsys):
-    progress = study.Progress(expected=2)
+    progress = study.Progress(expected=3)
     for name, trains in (("a", True), ("b", False), ("c", True)):
         cell = cell_of(tmp_path, name, row=Variant(trains=trains))
         program.write_json(cell.path, {"seconds": 1})
         progress.finished(cell, 1)
     first, frozen, last = capsys.readouterr().out.splitlines()
-    assert first.endswith("a.json, 1 s, 1 of 2 runs, about 1 s left")
-    assert frozen.endswith("b.json, 1 s") and last.endswith("c.json, 1 s")
+    assert first.endswith("a.json, 1 s, 1 of 3 runs, about 2 s left")
+    assert frozen.endswith("b.json, 1 s")
+    assert last.endswith("c.json, 1 s, 2 of 3 runs, about 1 s left")
 
 
 def test_a_timed_step_saves_memory_as_training_does(tmp_path, monkeypatch):
@@ -684,6 +685,13 @@ def test_a_timed_step_saves_memory_as_training_does(tmp_path, monkeypatch):
     cell = cell_of(tmp_path, "a", settings=settings)
     compare.seconds_of_a_step(cell, CPU, sets["train"])
     assert found and all(found)
+
+
+def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
+    (home / "notes/results.md").parent.mkdir()
+    (home / "notes/results.md").write_text("my own notes")
+    error = run(home, *METHODS, "--out", "notes", code=2)
+    assert "notes/results.md: exists, and nothing is overwritten; give another --out" in error
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def damage(served):
     for change, message in (
         ({"base": "0"}, "served/router.json: base is not the base of these LoRAs; export it again"),
         ({"loras": 3}, "served/router.json: TypeError"),
+        ({"max_new_tokens": -3}, "served/router.json: max_new_tokens: -3 is no positive int; "),
         ({"embedding": "none"}, "served/router.json: KeyError: 'none'; export it again"),
         ({"prompt": facts["prompt"] | {"tokenizer": "x"}}, "router.json: the tokenizer in base"),
     ):

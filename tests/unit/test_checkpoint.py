@@ -78,6 +78,11 @@ def test_loaded_weights_have_one_dtype_whatever_those_of_the_file(dtype, folder)
     assert {weight.dtype for weight in load(folder, dtype=dtype).parameters()} == {dtype}
 
 
+def test_load_refuses_a_t5_in_float16(folder):
+    with pytest.raises(ValueError, match="a T5 overflows in float16; use bfloat16 or"):
+        load(folder, dtype=torch.float16)
+
+
 def test_training_of_a_loaded_base_leaves_the_file_alone(folder):
     before = (folder / "model.safetensors").read_bytes()
     t5 = load(folder)

@@ -18,6 +18,7 @@ from helpers import (
     make_example,
     own_rows,
     task_json,
+    write_lists,
     write_rows,
     write_task,
     write_words,
@@ -383,6 +384,39 @@ def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, to
     assert len(list(cache.iterdir())) == 1  # the old file was replaced
     path.write_bytes(whole)
     assert load_sets(config, tokenizer)["train"].digest == before["train"].digest
+
+
+def test_a_task_file_of_another_name_is_another_task(config, repository, tokenizer):
+    """Its name decides which rows train, so no run may take the sets for its own."""
+    before = load_sets(config, tokenizer)
+    (repository / "tasks/task3_c.json").rename(repository / "tasks/task3_x.json")
+    write_lists(repository, ["task3_x", "task1_a", "task2_b"], ["task9_t"])
+    after = load_sets(config, tokenizer)
+    assert after["train"].digest != before["train"].digest
+    assert after["test"].digest == before["test"].digest
+
+
+def test_links_to_one_file_have_the_names_of_their_own(config, repository, tokenizer, tmp_path):
+    """The tokens of one folder are not taken from the cache for the other."""
+    links = tmp_path / "links"
+    write_lists(links, ["task4_c"], ["task9_t"])
+    (links / "tasks").mkdir()
+    for name, target in (("task4_c", "task3_c"), ("task9_t", "task9_t")):
+        (links / f"tasks/{name}.json").symlink_to(repository / f"tasks/{target}.json")
+    write_lists(repository, ["task3_c"], ["task9_t"])
+    for folder, name in ((repository, "task3_c"), (links, "task4_c")):
+        sets = load_sets(replace(config, data=str(folder)), tokenizer)
+        assert sets["train"].tasks == [name]
+
+
+def test_only_tasks_of_training_rows_are_training_tasks(tmp_path, tiny_words):
+    rows = own_rows(60)
+    for i, row in enumerate(rows):
+        row["task"] = f"t{i}"
+    config = DataConfig(data=str(write_rows(tmp_path / "own.jsonl", rows)))
+    sets = load_sets(config, tiny_words)
+    assert sets["train"].tasks == sorted(example.task for example in sets["train"])
+    assert {example.task_index for example in sets["seen"]} == {-1}
 
 
 def test_cached_replaces_a_damaged_file(cache):

@@ -111,9 +111,9 @@ def test_epochs_become_steps():
     steps = train.with_steps(settings, rows)
     assert (steps.steps, steps.epochs) == (9, 0)  # an epoch ends with a batch of 4
     assert train.with_steps(steps, rows) == steps
-    assert train.length_of_training(steps, rows) == "9 steps of 8 are 3.6 epochs of 20 rows"
+    assert train.length_of_training(steps, rows) == "9 steps of 8 are 3 epochs of 20 rows"
     many = train.Settings(steps=600, batch_size=16)
-    assert "are 480 epochs of 20 rows" in train.length_of_training(many, rows)
+    assert "are 300 epochs of 20 rows" in train.length_of_training(many, rows)
     one = train.Settings(steps=5, batch_size=4)
     assert train.length_of_training(one, rows) == "5 steps of 4 are 1 epoch of 20 rows"
     with pytest.raises(UserError, match="--steps: has no effect with --epochs"):
