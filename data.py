@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 UNKNOWN_CHARACTERS = (
     "characters that the tokenizer does not know, so the model neither reads nor writes them"
 )
-# The cached tokens depend on this code. After a change of the code they are made again.
+# A hash of this code is a part of each cache key.
 CODE_FILES = [Path(__file__).with_name(name) for name in ("data.py", "tasks.py", "tokenizer.py")]
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdigest()
 
@@ -50,7 +50,7 @@ CODE = hashlib.sha256(b"".join(path.read_bytes() for path in CODE_FILES)).hexdig
 
 
 class Tokens(NamedTuple):
-    """Rows as tokens, in few plain values, which are saved and loaded fast.
+    """The tokens of many rows, in a few flat values that are fast to save and to load.
 
     rows: JSON texts. Each is a list of up to 1,000 rows, and a row is a list of its set, task,
         category, id, position and references.
@@ -79,10 +79,9 @@ def _limit(ids, length, tokenizer):
 def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     """Return the tokens of the rows.
 
-    Every program gets the ids of a prompt here, so that a question has the ids that the same text
-    has in training. The prompt is tokenised without the references, so that its ids do not depend
-    on them. A decoder reads prompt and reference as one text. In SNI's form there is one space
-    between them, and the texts of JSONL rows are joined as they stand.
+    All programs tokenise prompts here, so that the same text always gets the same ids. A prompt is
+    tokenised without its references. A decoder reads prompt and reference as one text: SNI's form
+    puts one space between them, and the texts of JSONL rows are joined unchanged.
     """
     spaced = not config.is_jsonl
     saved_rows = []
@@ -100,7 +99,9 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             prompts.append(row.prompt)
             references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over those of all rows
+        targets = tokenizer.targets(
+            references, spaced=spaced
+        )  # an iterator over those of the chunk
 
         fields = []
         for row, source in zip(chunk, sources, strict=True):
@@ -158,7 +159,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, those older than 30 days are removed.
     """
-    # A link has the content of its target, but a name of its own, which is that of its task.
+    # A link has the content of its target, but is named after its own task.
     names = [[file.name, os.path.realpath(file)] for file in files]
     full_key = json.dumps([CODE, key, names])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
@@ -177,7 +178,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     try:
         with program.atomic_write(path) as file:
             torch.save({"stamps": stamps, "result": result}, file)
-        for file in path.parent.glob("*.tokens*"):  # and what killed processes left
+        for file in path.parent.glob("*.tokens*"):  # also temporary files of killed processes
             with suppress(FileNotFoundError):  # another process renames or removes its own files
                 if time.time() - file.stat().st_mtime > 30 * 24 * 3600:
                     file.unlink()
@@ -279,10 +280,10 @@ def _unused(examples, used):
 
 
 def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) -> None:
-    """Remove rows of dev and seen whose source has the tokens of a row that the training uses.
+    """Remove rows of dev that train has, and rows of seen that train or dev has.
 
-    The used rows are those of "train", and those of "dev", which choose the weights. Different
-    prompts may have equal tokens, for example when they are cut. Rows of "test" are only counted.
+    Rows are equal if their source tokens are, for example after cutting. Rows of "test" are only
+    counted.
     """
     train = _sources(examples.get("train", []))
     used = train | _sources(examples.get("dev", []))
@@ -318,11 +319,11 @@ def digest_of(paths: Iterable[Path], *, with_names: bool) -> str:
 def load_sets(
     config: DataConfig, tokenizer: Tokenizer, *, only_test: bool = False
 ) -> dict[str, Examples]:
-    """Return {name: set} for those of "train", "dev", "seen" and "test" that have rows.
+    """Return {name: set}, for those of "train", "dev", "seen" and "test" that have rows.
 
     tasks.sni_rows and tasks.jsonl_rows say which rows a set has. `_remove_used_rows` then removes
-    some rows of a JSONL file. Take a set with `require_set`, which raises UserError if it is
-    missing. Raise UserError for bad files.
+    some rows of a JSONL file. A set may be missing or empty, so take it with `require_set`. Raise
+    UserError for bad files.
 
     only_test: read no training tasks of a folder, because tokenising all of them takes minutes.
     """
@@ -339,7 +340,7 @@ def load_sets(
         tokens = tokenise(rows, tokenizer, config)
         digests = {}
         for list_name, paths in files.items():
-            # In a folder the name of a file is that of its task, on which its split depends.
+            # In a folder a file is named after its task, and the split depends on this name.
             digests[list_name] = digest_of(paths, with_names=not config.is_jsonl)
         return {"tokens": tokens._asdict(), "facts": facts, "digests": digests}
 
@@ -352,8 +353,8 @@ def load_sets(
 
     tokens = Tokens(**saved["tokens"])
     digests = saved["digests"]
-    read = f"{config.data} and {config.test}" if config.test else config.data
-    warn_of_lost(tokens.lost, config, read)
+    origin = f"{config.data} and {config.test}" if config.test else config.data
+    warn_of_lost(tokens.lost, config, origin)
     if config.is_jsonl and digests["test"] == digests["train"]:
         raise UserError(
             f"--test {config.test}: has the rows of --data; give rows that do not train"
@@ -374,7 +375,7 @@ def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Exa
     """Return a set of `load_sets`. Raise UserError if it is missing or too small."""
     least = 1
     if config.is_jsonl and name in ("dev", "seen"):
-        least = 5  # `tasks.split_prompts` chooses 8 or more, and `_remove_used_rows` may leave few
+        least = 5  # `split_prompts` chooses at least 8, and `_remove_used_rows` may leave fewer
     found = len(sets.get(name, ()))
     if found >= least:
         return sets[name]
@@ -418,7 +419,7 @@ class Batch(NamedTuple):
     def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
         """Cut the batch into at most `parts` pieces. Yield the share of one process in each piece.
 
-        All pieces have ceil(B / parts) rows, but the last may have fewer. Process `rank` gets every
+        Each piece has ceil(B / parts) rows; the last may have fewer. Process `rank` gets every
         `ranks`-th row of each piece, starting with row number `rank`. Yield (rows, Batch of these
         rows), where `rows` are indices into this batch.
 
@@ -492,7 +493,7 @@ class BatchOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def subsample(examples: Sequence[Example], limit: int) -> list[Example]:
+def subsample(examples: Sequence[Any], limit: int) -> list[Any]:
     """Return at most `limit` examples, evenly spaced, or all of them if `limit` is 0."""
     if limit == 0 or limit >= len(examples):
         return list(examples)

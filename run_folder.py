@@ -51,7 +51,7 @@ class TrainConfig:
     epochs: int = 0  # passes over the training rows, in place of --steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
-    lr_skills: float = 1e-2  # peak learning rate of A and B; what has a rate of 0 does not train
+    lr_skills: float = 1e-2  # peak learning rate of A and B; with a rate of 0 a part does not train
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation
@@ -62,7 +62,7 @@ class TrainConfig:
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
-    start: str = ""  # a run whose base, method, adapter and data settings are taken
+    start: str = ""  # run to start from: its base, method, adapter and data settings
 
     def __post_init__(self) -> None:
         program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
@@ -77,7 +77,7 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
     """All settings of a run. Each field is a flag, and a key of config.json."""
 
     def __post_init__(self) -> None:
-        # Each part checks its own fields. Python would call only the first of these methods.
+        # Each part checks its own fields. Python calls only the first __post_init__.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
             part.__post_init__(self)
 
@@ -106,11 +106,9 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
-TRAIN_AGAIN = "restore the file, or train again"  # what helps if a file of a run is damaged
-# What helps if a fact has changed. For the fact "held_out" it is something else.
-RESTORE = (
-    "restore it (--model, --data, --test and --method name where it is now), or start a new run"
-)
+TRAIN_AGAIN = "restore the file, or train again"  # the remedy for a damaged file
+# The remedy for a changed fact. That for "held_out" is another one.
+RESTORE = "restore it (if it moved, give --model, --data, --test or --method), or start a new run"
 RESTORE_HELD_OUT = (
     "rows that are held out now may have trained; restore --data, score new rows with eval.py "
     "--test FILE --split test, or start a new run"
@@ -214,7 +212,7 @@ class Run:
             saved = read_run(self.path)
             saved.require_same(**self.facts)
             self.require_own(self.config_path, saved.run_id)
-        elif program.rank() == 0:  # others skip this: rank 0 may already have written files
+        elif program.rank() == 0:  # on other ranks: rank 0 may already have written files
             self.require_new()
         settings = asdict(self.settings)
         for name in PATHS | {"start"}:
@@ -248,7 +246,7 @@ class Run:
             torch.save(state, file)
 
     def resume(self, adapters: Adapters, optimizer: Optimizer) -> Progress | None:
-        """Load progress.pt into adapters and optimizer, and cut later lines off the log.
+        """Load progress.pt into adapters and optimizer, and remove the log lines of later steps.
 
         Return None if nothing was saved yet, so that the run begins at step 0. Raise UserError if
         progress.pt is damaged, belongs to another run, or is missing although the run is finished.
@@ -267,7 +265,7 @@ class Run:
                 log_size = state["log_size"]
             if progress.best_loss < math.inf:
                 self.read_best()  # fail now rather than after the last step
-        elif self.settings.method in self.read_scores():  # a run ends with the scores of its method
+        elif self.settings.method in self.read_scores():  # it is scored, so it is finished
             raise UserError(
                 f"{self.progress_path}: missing, but the run is finished; put it back, or give "
                 "another --out to train again"
@@ -291,7 +289,7 @@ class Run:
             "config": asdict(self.settings.part(OrchMoEConfig)),
             "base": self.facts["base"],
         }
-        # Copies, because safetensors refuses tensors that share their memory.
+        # Copies, because safetensors refuses tensors that share memory.
         state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
         checkpoint.write_safetensors(self.adapter_path, state, {"adapter": json.dumps(about)})
 
@@ -322,7 +320,7 @@ class Run:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
-        """Add the scores of the model `name` to scores.json. Return those of all its models."""
+        """Add the scores of the model `name` to scores.json. Return the scores of all models."""
         all_scores = self.read_scores() | {name: scores}
         program.write_json(self.scores_path, all_scores)  # on rank 0
         return all_scores
@@ -390,8 +388,8 @@ def attach_adapters(
 ) -> Adapters:
     """Attach the adapters of a run, with their initial values. Raise UserError if they do not fit.
 
-    The seed fixes what constructors draw. So `load` draws the same values again, also those that no
-    saved state holds.
+    The seed fixes the initial values, so that `load` draws them again, also those that are not
+    saved.
     """
     with program.checking_settings():
         return attach_function(

@@ -1,4 +1,4 @@
-"""Train adapters of a frozen transformer on Super-NaturalInstructions, then score them.
+"""Train adapters of a frozen transformer on SNI or on your own rows, then score them.
 
 The program ends with a table that compares the frozen and the adapted model on seen and unseen
 tasks. It writes its results to a run folder; run_folder.py lists the files.
@@ -70,7 +70,7 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
-# What docs/use.md recommends for a decoder of 0.1 to 1 B, where it is not the default.
+# The settings that docs/use.md recommends for a decoder of 0.1 to 1 B, unless they are defaults.
 DECODER_SETTINGS = {
     "abstract_tasks": 24,
     "rank": 1,
@@ -174,7 +174,7 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
 
 
 def recommend(flags: dict[str, Any], settings: Settings) -> None:
-    """Print which settings docs/use.md recommends for a decoder, unless the user chose some."""
+    """Print which settings docs/use.md recommends for a decoder, unless one of them was given."""
     is_decoder = isinstance(checkpoint.read_config(settings.model), LlamaConfig)
     if not is_decoder or flags.keys() & {"start", "steps", *DECODER_SETTINGS}:
         return
@@ -220,7 +220,7 @@ def learning_rate_factor(step: int, settings: TrainConfig) -> float:
     """Return the factor on the peak rates: warm-up to 1, then linear decay, or constant 1."""
     steps = settings.steps
     warmup = settings.warmup
-    if warmup >= steps:  # as --help says
+    if warmup >= steps:  # so that a short run also reaches its peak rates
         warmup = steps // 10
     rise = min(1.0, (step + 1) / max(1, warmup))
     if settings.schedule == "constant":
@@ -295,9 +295,9 @@ def choose_compile(
     if settings.compile != "auto":
         choice, reason = settings.compile, f"compile is {settings.compile}"
     elif device.type != "cuda":
-        choice, reason = "off", "--compile auto does so only on CUDA"
+        choice, reason = "off", "--compile auto compiles only on CUDA"
     elif shard:
-        choice, reason = "off", "--compile auto does not do so with --shard"
+        choice, reason = "off", "--compile auto does not compile with --shard"
     elif settings.steps * len(base.blocks) < COMPILE_FROM:
         choice, reason = "off", f"{size} are fewer than {COMPILE_FROM:,}, too few to gain from it"
     else:
@@ -341,8 +341,8 @@ def train_step(
     entropy = 0.0
     for rows, micro_batch in batch.split(settings.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, settings.seed, step, rows)
-        # The router reads a copy of the batch on the device. base.loss takes the batch on the CPU:
-        # it finds the label positions there, and does not wait for the forward pass on a GPU.
+        # `routed` copies the batch to the device. base.loss takes it on the CPU, where it finds the
+        # label positions without waiting for the forward pass on a GPU.
         with routed(base, adapters, micro_batch, noise=noise) as routing:
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
@@ -451,11 +451,11 @@ def train(
         base.compile_blocks()
     if launch.shard:
         runtime.shard(base, base.blocks, device)
-    # Only after sharding: `shard` splits every frozen weight, and adapters must stay whole.
+    # After sharding, because `shard` would also split adapters that are frozen.
     freeze_parts(adapters, settings)
     model = Model(base, adapters, tokenizer)
 
-    # Bind: the settings as they turned out, and the facts that the result depends on.
+    # Bind: the final settings, and the facts that the result depends on.
     settings = replace(settings, compile=compiled, dtype=runtime.dtype_name(device.dtype))
     facts = {
         "base": checkpoint.fingerprint(settings.model),
@@ -466,7 +466,7 @@ def train(
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
     }
-    # A run that has saved its progress resumes. All others begin, even with --resume.
+    # A run without progress.pt begins, even with --resume.
     if launch.out and Path(launch.out, "progress.pt").exists():
         # progress.pt has the weights, so the folder of --start may be gone.
         facts["start"] = read_run(launch.out).facts.get("start")
@@ -483,7 +483,7 @@ def train(
         # Resume or begin.
         optimizer = make_optimizer(adapters, settings)
         progress = run.resume(adapters, optimizer)
-        runtime.broadcast(adapters.state_dict().values())  # all start from the weights of rank 0
+        runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
         if progress is None:
             progress = begin(run, model, held_out, final_scores)
 
@@ -503,13 +503,14 @@ def train(
     return run.path
 
 
-def begin(run: Run, model: Model, held_out: dict[str, list[Example]], scoring: bool) -> Progress:
+def begin(
+    run: Run, model: Model, held_out: dict[str, list[Example]], final_scores: bool
+) -> Progress:
     """Score the model as it starts, and return the progress of a new run."""
     settings = run.settings
     base, adapters, _ = model
-    if scoring and not run.read_scores():  # an interrupted run may have them already
-        # The frozen base, or the base with the skills that --start or `attach_function` loaded.
-        # With B = 0 the skills change nothing.
+    if final_scores and not run.read_scores():  # an interrupted run may have them already
+        # With B = 0 this is the frozen base. --start or `attach_function` may have loaded skills.
         is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
         name = "frozen base" if is_base else "start"
         run.add_scores(name, score_held_out(model, held_out, settings, name))
@@ -524,7 +525,7 @@ def fit(
     progress: Progress,
     train_set: Examples,
     dev: Sequence[Example],
-    verbose: bool,
+    final_scores: bool,
 ) -> bool:
     """Train to the last step. Return False if a signal arrived before the end.
 
@@ -547,7 +548,7 @@ def fit(
             tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
             record["tokens_per_s"] = round(tokens / step_seconds[-1])
             run.log(step=step, **record)  # counted from 0; messages count from 1
-            if verbose:  # a study decides itself what it shows
+            if final_scores:  # a study decides itself what it shows
                 shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
                 bar.set_postfix(shown, refresh=False)
 
@@ -560,7 +561,7 @@ def fit(
             require_finite(step, norm_of_the_weights=get_total_norm(trained).item())
             if evaluating:
                 message = evaluate(run, model, progress, dev, step)
-                if verbose:
+                if final_scores:
                     program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
                 step_seconds.clear()
             progress.next_step = step + 1
@@ -719,7 +720,7 @@ def print_router(report: dict[str, float], K: int) -> None:
 
 
 def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
-    """Return the words of a command line that give these settings, without those of a default."""
+    """Return the flags that give these settings. Defaults are left out."""
     unread = unread_settings(settings)
     words = []
     for field in fields(settings):

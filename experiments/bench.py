@@ -186,15 +186,6 @@ def table(what: str, values: Times, pairs: Sequence[tuple[str, str]], unit: str 
 # ----------------------------------------------------------------------------- adapters of peft
 
 
-def adapter_weights(model: nn.Module) -> int:
-    """Return the number of weights in A and B, of our adapters or of peft's."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        if re.search(r"(skill|lora)_[AB]\b", name):
-            count += parameter.numel()
-    return count
-
-
 def add_peft(
     name: str, model: nn.Module, skills: int, wide: bool = True, **options: Any
 ) -> nn.Module:
@@ -455,6 +446,8 @@ def peak_memory(make_step: Callable[[], Step], batch: data.Batch, device: torch.
 
     On the CPU it is the resident set of the process, on CUDA what torch counts.
     """
+    if device.type == "cuda":
+        runtime.pick_device(device.index)  # in this new process: it switches off cuDNN's attention
     step = make_step()
     for parameter in step.model.parameters():
         parameter.sum()  # reads weights that still lie in a mapped file

@@ -5,16 +5,16 @@
     python -m experiments.compare --methods orchmoe,lora,FILE.py:Class    # and a method of your own
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
-Every method gets the same total size, steps and order of the data; only C-Poly stands at its own
-size. Tuning chooses the rate of the skills and their scale on dev, or what --axes names, with the
-same number of trials for each method. Trials have seed 0. What is compared are other runs, with
-seeds 1 to --seeds, since the best of several trials looks better than it is.
+Every method gets the same total size, steps and order of the data; except C-Poly, whose size is its
+own. Tuning chooses the rate of the skills and their scale, or what --axes names, by the dev
+loss, with the same number of trials for each method. Trials have seed 0. The runs that are compared
+are new ones with seeds 1 to --seeds, since the best of several trials looks better than it is.
 
 The rule of the verdict was written down before any run. The first method is compared with each
 other one by the loss on seen rows, which are held out from the training data, and on unseen rows,
 which are test tasks or --test. The difference is *better* if its whole 95 % interval is below zero,
-*worse* if it is above, and else *undecided*. Use the first method where it is better, and the other
-one elsewhere. An undecided difference comes with an estimate of what would decide it. See tables.py
+*worse* if it is above, and else *undecided*. Use the first method where it is better, and otherwise
+the other one. An undecided difference comes with an estimate of what would decide it. See tables.py
 for what an interval covers. Nothing is chosen by seen or unseen results.
 
 Writes cells (see experiments/compare/study.py) and results.md, or ablations.md, into the folder of
@@ -40,8 +40,8 @@ from baselines import METHODS, OWN_METHODS, load_method
 from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
-    Progress,
     Study,
+    StudyProgress,
     Variant,
     duration,
     facts_of,
@@ -86,7 +86,7 @@ ABLATIONS = {
     "S = 8": Variant({"skills": 8}),
     "factors mixed": Variant({"mixing": "factors"}),
 }
-DEFAULTS = {"out": "results/compare"}  # all others are those of train.py
+DEFAULTS = {"out": "results/compare"}  # the other defaults are those of train.py and StudyConfig
 TIMED_STEPS = 5
 
 
@@ -104,16 +104,31 @@ class CompareConfig:
         require_choices("--rows", self.rows, ABLATIONS)
 
 
-def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
-    """Return a row of ABLATIONS for these settings. With another S, R follows: S R stays.
+def chosen_ablations(names: Sequence[str], num_tasks: int) -> list[str]:
+    """Return "default", then these ablations, or all if there are no names.
 
-    Raise UserError if it is not possible.
+    num_tasks: that of the training data; 0 if a row names no task.
     """
-    row = ABLATIONS[name]._replace(like="orchmoe")  # its tuned values
+    told = "told the true task"
+    if told in names and num_tasks == 0:
+        raise UserError(f"--rows {told}: the rows of --data name no task; leave it out")
+    chosen = ["default"]
+    for name in names or ABLATIONS:
+        if name not in chosen and (name != told or num_tasks > 0):
+            chosen.append(name)
+    return chosen
+
+
+def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
+    """Return a row of ABLATIONS for these settings. With another S it has another R: S R stays.
+
+    Raise UserError if these settings do not allow the row.
+    """
+    row = ABLATIONS[name]._replace(like="orchmoe")  # with the tuned values of "orchmoe"
     needs_w = row.w or row.replaced_router or "mixing" in row.settings
     if needs_w and adapter.router != "sample":
         raise UserError(
-            f"--rows {name}: --router {adapter.router} has no w of a sample; leave one out"
+            f"--rows {name}: --router {adapter.router} has no w of a sample; leave out one of them"
         )
     if "skills" not in row.settings:
         return row
@@ -167,7 +182,7 @@ def print_plan(
         made = len(list(study.results.glob(f"tune/{file_name(name)}_[0-9]*.json")))
         if made > trials:
             raise UserError(
-                f"--trials {trials}: {study.results} has {made} trials of {name}; give at least so "
+                f"--trials {trials}: {study.results} has {made} trials of {name}; give at least as "
                 "many, or another --out"
             )
         left += trials - made
@@ -176,7 +191,7 @@ def print_plan(
             left += not (study.results / stage / f"{file_name(name)}-s{seed}.json").exists()
     if left == 0:
         return
-    study.progress = Progress(left)
+    study.progress = StudyProgress(left)
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))
     step = seconds_of_a_step(study.cell("", name, rows[name], {}), study.device, sets["train"])
@@ -195,6 +210,7 @@ def seconds_of_a_step(cell: Cell, device: runtime.Device, train_set: data.Exampl
     base.checkpoint_blocks = settings.checkpoint_blocks
     attach_function = attach_with(cell.row.replaced_router)
     adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks), attach_function)
+    train.freeze_parts(adapters, settings)
     optimizer = train.make_optimizer(adapters, settings)
     batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []
@@ -233,7 +249,7 @@ def make_cells(
 ) -> dict[str, list[dict[str, Any]]]:
     """Make the cells that are missing. Return the content of all cells of each row.
 
-    scored_once: rows with one seed alone.
+    scored_once: rows that have seed 1 alone.
     """
     cells = study.cells(stage, rows, {}, seeds_of(study))
     cells += study.cells(stage, scored_once, {}, [1])
@@ -244,8 +260,8 @@ def make_cells(
     return results
 
 
-def require_own(tables: Path, cells: Path) -> None:
-    """Raise UserError if the file of the tables exists before any cell: then it is another's."""
+def refuse_foreign_tables(tables: Path, cells: Path) -> None:
+    """Raise UserError if the file of the tables exists without any cell: it is not the study's."""
     if not cells.exists():
         program.require_new([tables], "give another --out or --results")
 
@@ -253,7 +269,7 @@ def require_own(tables: Path, cells: Path) -> None:
 def compare(study: Study, rows: dict[str, Variant]) -> None:
     """Compare methods. Write results.md and print it. The last lines are the verdicts."""
     require_possible(study, rows)
-    require_own(study.results / "results.md", study.results / "methods")
+    refuse_foreign_tables(study.results / "results.md", study.results / "methods")
     tuned = rows if study.config.tune else {}
     print_plan(study, rows, "methods", tuned)
     reports = study.tune(tuned)
@@ -273,7 +289,7 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
 
 
 def print_next_commands(cells: Sequence[Cell]) -> None:
-    """Print how to use the run of a method that has the lowest dev loss, and how to repeat it."""
+    """Print the commands that use and repeat the run with the lowest dev loss."""
     best = min(cells, key=lambda cell: cell.result()["dev_loss"])
     settings = best.settings
     run = ["--run", str(best.folder)]
@@ -286,8 +302,8 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
     else:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
     commands = [ask]
-    has_w = settings.router == "sample" and settings.mixing == "outputs"
-    if settings.method == "lora" or (settings.method == "orchmoe" and has_w):
+    can_export = settings.router == "sample" and settings.mixing == "outputs"
+    if settings.method == "lora" or (settings.method == "orchmoe" and can_export):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
     commands.append(["python", "train.py", *train.flags_of(settings)])
@@ -301,14 +317,10 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
     settings = study.settings
     _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
-    chosen = ["default", *(name for name in names or ABLATIONS if name != "default")]
-    if num_tasks == 0:
-        if "told the true task" in names:
-            raise UserError("--rows told the true task: the rows of --data name no task")
-        chosen.remove("told the true task")
+    chosen = chosen_ablations(names, num_tasks)
     rows = {name: ablation(name, settings) for name in chosen}
     require_possible(study, rows)
-    require_own(study.results / "ablations.md", study.results / "ablations")
+    refuse_foreign_tables(study.results / "ablations.md", study.results / "ablations")
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
     print_plan(study, rows, "ablations", tuned)

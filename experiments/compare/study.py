@@ -1,7 +1,7 @@
 """The framework of all studies: rows of settings -> cells -> tables.
 
 A Variant says what one row of a table changes in the settings of train.py. A Cell is one run of it,
-or another scoring of a run: one JSON file with its settings and scores. A Study tunes rows and
+or another scoring of a run: a JSON file with settings and scores. A Study tunes rows and
 makes the cells of rows x seeds. It goes on after any interruption: finished cells are not made
 again, unfinished runs resume, and a cell of other settings is refused.
 
@@ -60,7 +60,7 @@ from tasks import DataConfig
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "start", "extra_rank")
-# A cell that scores "replicate" answers so many instances of each task, with so many tokens.
+# A cell that scores "replicate" answers the first ANSWERED instances of each task.
 ANSWERED = 5
 ANSWER_TOKENS = 32
 
@@ -70,7 +70,9 @@ class Variant(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = ""  # what replaces the learnt router or mixing, see routers.attach_with
+    replaced_router: str = (
+        ""  # name of a replacement of the router or mixing, see routers.attach_with
+    )
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     trains: bool = True  # otherwise the row is the frozen base, which is only scored
@@ -82,7 +84,7 @@ class StudyConfig:
 
     out: str = "results"  # folder of the runs
     results: str = ""  # folder of the finished cells (default: --out)
-    seeds: int = 3  # runs of each row that are compared, with seeds 1 to N (start, order, noise)
+    seeds: int = 3  # compared runs of each row, with seeds 1 to N
     tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
     trials: int = 6  # runs of seed 0 that tune each row
     axes: tuple[str, ...] = ("lr_skills", "alpha")  # what is tuned, where a row has it
@@ -98,7 +100,7 @@ class StudyConfig:
 def read_study(
     doc: str, *own: type, defaults: dict[str, Any], fixed: Sequence[str] = FIXED
 ) -> tuple[dict[str, Any], StudyConfig, train.Settings]:
-    """Return the flags of a study's program, with what they say for all studies.
+    """Return the given flags, and the StudyConfig and the Settings that they describe.
 
     own: dataclasses of further flags of this program.
     """
@@ -115,7 +117,7 @@ def read_study(
 
 
 def all_flags_but(choices: Sequence[str]) -> list[str]:
-    """Return the flags that a study with a plan sets itself: all but the choices."""
+    """Return the flags that a planned study sets itself: all except the choices."""
     names = []
     for cls in (*SETTINGS, StudyConfig):
         names += [field.name for field in fields(cls) if field.name not in choices]
@@ -156,7 +158,7 @@ def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
     """Return settings with other values. Raise UserError for a field that does not exist."""
     unknown = values.keys() - vars(settings).keys()
     if unknown:
-        raise UserError(f"{min(unknown)}: no field of the settings")
+        raise UserError(f"{min(unknown)}: there is no such setting")
     return program.from_flags(train.Settings, vars(settings) | values)
 
 
@@ -176,7 +178,7 @@ class Cell(NamedTuple):
 
     @property
     def is_trial(self) -> bool:
-        """Whether a search makes it, to choose the values of a row."""
+        """Return whether a search makes it, to choose the values of a row."""
         return self.scores in ("dev", "dev tasks")
 
     def result(self) -> dict[str, Any]:
@@ -441,7 +443,7 @@ GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
 def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
-    """Set the threads of this worker, load methods, and end it when its parent is killed."""
+    """Prepare a worker: set its threads, load own methods, and end it when its parent is killed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells there is nothing to save
     for method in own_methods:
         load_method(method)
@@ -502,7 +504,7 @@ def _pass_on_signals(stopped: threading.Event) -> Iterator[None]:
 
 
 def share_cores(jobs: int, device: runtime.Device) -> int:
-    """Give this process its share of the cores. Return how many cells are made at a time.
+    """Set the threads of one cell. Return how many cells are made at a time.
 
     jobs: as in StudyConfig. A single cell gets no more threads than one of several, since its
     numbers must be the same.
@@ -516,10 +518,10 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
     return jobs
 
 
-class Progress:
+class StudyProgress:
     """Tells how far a study is: a line for each finished run, and one in each minute.
 
-    expected: how many runs are left when the study begins; 0 if nobody knows.
+    expected: how many runs are left when the study begins; 0 if it is unknown.
     """
 
     def __init__(self, expected: int = 0):
@@ -576,7 +578,7 @@ def reached(cell: Cell) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that a person would use."""
+    """Return a time in seconds, minutes or hours, as a person would say it."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -588,16 +590,16 @@ def run_cells(
     queues: Sequence[Iterable[Cell]],
     jobs: int,
     device: runtime.Device,
-    progress: Progress | None = None,
+    progress: StudyProgress | None = None,
 ) -> None:
-    """Make all cells that are not finished, `jobs` at a time, see StudyConfig.
+    """Make all cells that are not finished, `jobs` at a time.
 
-    The cells of one queue are made one after the other. The next one is asked for when the one
-    before it is finished. Exit with code 130 if a signal stopped a cell. Raise UserError if a cell
-    other than a trial diverged, when all others are made.
+    The cells of one queue are made one after the other. The next one is taken when the one before
+    it is finished. Exit with code 130 if a signal stopped a cell. Raise UserError if a cell other
+    than a trial diverged, after all others are made.
     """
     jobs = share_cores(jobs, device)
-    progress = progress or Progress()
+    progress = progress or StudyProgress()
     stopped = threading.Event()
     diverged = []
 
@@ -661,7 +663,7 @@ def run_cells(
         raise SystemExit(130)
     if diverged:
         raise UserError(
-            f"{min(diverged)}: the run diverged; it has no scores; give a lower --lr-skills and "
+            f"{min(diverged)}: the run diverged and has no scores; give a lower --lr-skills and "
             "another --out"
         )
 
@@ -676,7 +678,7 @@ def file_name(row: str) -> str:
 
 @functools.cache
 def kind_of_cpu() -> str:
-    """Return what tells kinds of CPU apart, on which the numbers of a cell may differ a little."""
+    """Return the kind of CPU. The numbers of a cell may differ a little from kind to kind."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor()
@@ -717,7 +719,7 @@ class Study:
         self.equal = equal
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
-        self.progress = Progress()
+        self.progress = StudyProgress()
 
     def cell(
         self, file: str, name: str, row: Variant, values: dict[str, Any], scores: str = "answers"

@@ -27,7 +27,7 @@ from tasks import NO_TASK
 METRICS = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 SETS = ("seen", "unseen")
 LEAST_GROUPS = 6
-# What would decide is looked for up to so many seeds, and so many times the units.
+# `what_would_decide` tries up to MOST_SEEDS seeds, and MOST_TIMES times the units.
 MOST_SEEDS = 100
 MOST_TIMES = 100
 SMALLEST = 1e-20  # a variance below it is a rounding error
@@ -52,7 +52,7 @@ class PromptScores(NamedTuple):
 
 
 def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> PromptScores:
-    """Return the scores of cells that are one for each seed. which: "seen" or "unseen"."""
+    """Return the scores of a row from its cells, one for each seed. which: "seen" or "unseen"."""
     columns = [cell[which]["prompts"] for cell in cells]
     names = task_names(columns[0])
     sizes = columns[0]["tokens" if metric == "loss" else "rows"]
@@ -196,14 +196,14 @@ def half_width(squares: Squares, units: int, seeds: int, freedom: int) -> float:
         # This may be smaller than the variance of one effect alone; then it is that one.
         variance = max(of_units + of_seeds - rest, of_units, of_seeds)
         # Degrees of freedom by Satterthwaite (1946), and at least those of the smallest part. The
-        # mean square of two or three seeds is often small by chance, so it gets more weight here.
+        # mean square of two or three seeds is often small by chance, so it is raised here.
         of_seeds *= max(1, 4 / seeds)
         largest = max(of_units + of_seeds - rest, of_units, of_seeds)
         parts = of_units**2 / freedom + of_seeds**2 / (seeds - 1) + rest**2 / of_rest
-        freedom = max(largest**2 / max(parts, SMALLEST), min(freedom, seeds - 1))
+        freedom = max(largest**2 / max(parts, SMALLEST**2), min(freedom, seeds - 1))
     else:
         variance = of_units
-    if freedom < 1 or variance < SMALLEST:  # one unit, or equal values, say nothing
+    if freedom < 1 or variance < SMALLEST:  # one unit, or equal values, give no interval
         return np.nan
     return t_quantile(freedom) * (variance / (units * seeds)) ** 0.5
 
@@ -331,7 +331,7 @@ def verdicts(
         lines.append(" ".join(part for part in line if part))
     kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
     if not chosen:
-        lines.append("\nGive more --seeds: another seed may turn the difference around.")
+        lines.append("\nGive more --seeds: another seed may reverse the difference.")
     elif set(chosen.values()) == {name}:
         lines.append(f"\nUse {name}.")
     elif set(chosen.values()) == {other}:

@@ -144,7 +144,9 @@ def add_task(
     head = os.path.commonprefix([prompt for _, prompt in texts.values()])
     head = head[: head.rfind("\n") + 1]
     for row in shown:
-        other = (row + len(examples) // 2) % len(examples)  # far away: most likely of another task
+        other = (row + len(examples) // 2) % len(
+            examples
+        )  # half of the set away, most likely of another task
         other_task = name_of(examples[other])
         other_input = ""
         if not other_task:
@@ -154,7 +156,7 @@ def add_task(
                 "task": len(explored["tasks"]),
                 "row": row,
                 "input": texts[row][0],
-                "tail": texts[row][1][len(head) :],  # the prompt behind the head of its task
+                "tail": texts[row][1][len(head) :],  # the prompt without the head of its task
                 "references": examples[row].references,
                 "w": rounded(w[row]),
                 "other_w": rounded(w[other]),
@@ -168,7 +170,7 @@ def add_task(
             "kind": kind,
             "count": len(rows),
             "w": rounded(w[rows].mean(dim=0)),
-            "head": head,  # what the prompts of its shown samples begin with
+            "head": head,  # the common beginning of the prompts that are shown
         }
     )
 
@@ -355,7 +357,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, "application/json", program.to_json(answered))
 
     def is_refused(self) -> bool:
-        """Refuse a request that this page did not make, or that is too large."""
+        """Refuse a request that this page did not make, or that is too large. Return whether."""
         host = self.headers.get("Host", "")
         is_post = self.command == "POST"
         origin = self.headers.get("Origin", "" if is_post else f"http://{host}")
@@ -364,7 +366,7 @@ class Handler(BaseHTTPRequestHandler):
         if host not in self.server.hosts or origin != f"http://{host}":
             self.send_error_text(403, f"not from the page; open http://{self.server.hosts[0]}")
         elif self.path not in paths:
-            self.send_error_text(404, "there is nothing but the page at /")
+            self.send_error_text(404, "there is no such page; open /")
         elif not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST_REQUEST:
             self.send_error_text(413, f"more than {LARGEST_REQUEST:,} bytes; give a shorter prompt")
         else:
@@ -400,7 +402,9 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
         prompt = request["prompt"]
-        references = [*request["references"]]
+        references = request["references"]
+        if not isinstance(references, list):
+            raise ValueError("references: give a list")
         w = request["w"]
         program.require_text("prompt", prompt)
         for reference in references:
