@@ -102,11 +102,18 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished_decoder(tmp_path_factory):
-    """Return a folder with `run`, the same over the random decoder `llama`."""
-    folder = links(tmp_path_factory.mktemp("decoder"))
+def decoder_dir(tmp_path_factory):
+    """Return a folder with a random decoder and its tokenizer."""
     sizes = {"vocab_size": 400, "max_position_embeddings": 2048}
-    write_decoder(folder / "llama", write_pieces, sentences(500), std=0.6, **sizes)
+    folder = tmp_path_factory.mktemp("llama")
+    return write_decoder(folder, write_pieces, sentences(500), std=0.6, **sizes)
+
+
+@pytest.fixture(scope="session")
+def finished_decoder(decoder_dir, tmp_path_factory):
+    """Return a folder with `run`, the same over that decoder, `llama`."""
+    folder = links(tmp_path_factory.mktemp("decoder"))
+    (folder / "llama").symlink_to(decoder_dir)
     # Its tokens are shorter, and so its prompts are longer.
     whole = ("--max-source-length", 512)
     run("train.py", *SHORT, *whole, "--model", "llama", "--out", "run", cwd=folder)

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,6 @@ from random_t5 import init_weights
 from support import runtime
 from support.program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config
-from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,11 +51,6 @@ RESUME = "train.py --resume --device cpu --out".split()
 
 
 # ------------------------------------------------------------------------------------- the programs
-
-
-def environment(**more):
-    """Return the environment of a process. Without a GPU two runs are equal bit for bit."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
 
 
 def run(program, *arguments, cwd, code=0):
@@ -100,7 +93,7 @@ def run_shell(words, cwd, **variables):
     return subprocess.run(
         words,
         cwd=cwd,
-        env=environment(**variables),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=600,
@@ -268,19 +261,6 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="ignore")
 
 
-def count_encodes(monkeypatch):
-    """Return a list that grows by one with each call of Tokenizer.encode."""
-    calls = []
-    original = Tokenizer.encode
-
-    def encode(*args):
-        calls.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(Tokenizer, "encode", encode)
-    return calls
-
-
 def write_words(folder, corpus, *, post=None, **settings):
     """Train a byte-level BPE on the lines of `corpus`, write it into `folder` and return that."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -349,19 +329,6 @@ def write_pieces(folder, corpus):
 
 # Metadata that transformers asks for.
 PT = {"format": "pt"}
-
-
-def safetensors_bytes(header, data=b""):
-    """Return a safetensors file with this header, given as an object or as bytes."""
-    raw = header
-    if not isinstance(header, bytes):
-        raw = json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
-def safetensors_entry(dtype="F32", shape=(2,), offsets=(0, 8)):
-    """Return the entry of one tensor in the header."""
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def weights_of(folder):

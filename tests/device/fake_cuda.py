@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from baselines import attach_method, without_adapters
+from baselines import attach_method
 from device.library import build
 from experiments.computed import MODELS
 from helpers import PYTHONPATH
@@ -183,16 +183,12 @@ def pretend_to_have_an_h100() -> None:
 # -------------------------------------------------------------------------------------- the blocks
 
 
-def meta_base(
-    shape: Config, method: str, targets: tuple[str, ...], mixing: str = "outputs"
-) -> tuple[Backbone, Adapters]:
-    """Return a base of this shape on the meta device, and its adapters. method: "" for none."""
+def meta_base(shape: Config) -> tuple[Backbone, Adapters]:
+    """Return a base of this shape on the meta device, and adapters of all its Linears."""
     base = checkpoint.on_meta(shape).train()
     with torch.device("meta"):
-        if not method:
-            return base, without_adapters(base)
-        config = OrchMoEConfig(targets=targets, mixing=mixing, alpha=3.0)
-        return base, attach_method(method, base, config)
+        config = OrchMoEConfig(targets=("all",), alpha=3.0)
+        return base, attach_method("orchmoe", base, config)
 
 
 def record_inputs(

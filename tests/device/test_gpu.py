@@ -27,14 +27,9 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
 CUDA = pytest.param("cuda", marks=GPU)
 CASES = [("cpu", torch.float32, "plain")]
-IS_OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-NO_BFLOAT16 = pytest.mark.skipif(IS_OLD, reason="this GPU cannot compile bfloat16")
 for dtype in CLOSE:
     for mode in ("plain", "checkpointed", "compiled"):
-        marks = GPU
-        if (dtype, mode) == (torch.bfloat16, "compiled"):
-            marks = [*GPU, NO_BFLOAT16]
-        CASES.append(pytest.param("cuda", dtype, mode, marks=marks))
+        CASES.append(pytest.param("cuda", dtype, mode, marks=GPU))
 
 
 def assert_close(found, expected, dtype):

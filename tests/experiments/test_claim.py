@@ -37,6 +37,14 @@ def small(monkeypatch, tmp_path):
     return [*flags, "--results", "kept", "--out", "out"]
 
 
+@pytest.fixture
+def tuned(small, tmp_path):
+    """Return the same flags, of a study that has its values."""
+    values = {name: {"chosen": {"alpha": 1.0}, "trials": [1, 2]} for name in claim.COMPARED}
+    program.write_json(tmp_path / "kept/values.json", values)
+    return small
+
+
 def stage(name, flags, tmp_path, code=0):
     return run("experiments/claim.py", *flags, "--stage", name, cwd=tmp_path, code=code)
 
@@ -168,22 +176,18 @@ def test_a_cell_that_diverged_leaves_no_verdict_of_its_family(cells):
     assert out.count("Better than all 3: yes.") == 1
 
 
-def test_a_draw_that_was_begun_on_another_cpu_is_left_out(small, tmp_path, monkeypatch):
-    values = {name: {"chosen": {"alpha": 1.0}, "trials": [1, 2]} for name in claim.COMPARED}
-    program.write_json(tmp_path / "kept/values.json", values)
+def test_a_draw_that_was_begun_on_another_cpu_is_left_out(tuned, tmp_path, monkeypatch):
     cell = made_up("orchmoe", 200, 1.0)
     cell["settings"]["cpu"] = "another"
     program.write_json(tmp_path / "kept/second/orchmoe-s200.json", cell)
     made = []
     monkeypatch.setattr(claim.Study, "run", lambda study, cells: made.extend(cells))
-    out = stage("second", small, tmp_path)
+    out = stage("second", tuned, tmp_path)
     assert "draw 200 is left out: it was begun on another" in out
     assert {cell.settings.seed for cell in made} == {201}
 
 
-def test_cells_that_differ_when_they_are_made_twice_stop_the_study(small, tmp_path, monkeypatch):
-    values = {name: {"chosen": {"alpha": 1.0}, "trials": [1, 2]} for name in claim.COMPARED}
-    program.write_json(tmp_path / "kept/values.json", values)
+def test_cells_that_differ_when_they_are_made_twice_stop_the_study(tuned, tmp_path, monkeypatch):
     losses = iter((1.0, 1.001))  # of the cell, and of the same one once more
 
     def make(_study, cells):
@@ -192,5 +196,5 @@ def test_cells_that_differ_when_they_are_made_twice_stop_the_study(small, tmp_pa
 
     monkeypatch.setattr(claim.Study, "run", make)
     for _ in range(2):  # also when the stage is run again
-        error = stage("first", small, tmp_path, code=2)
+        error = stage("first", tuned, tmp_path, code=2)
         assert "repeated/orchmoe-s200.json: its seen is not that of" in error

@@ -36,7 +36,7 @@ S, R, T = 3, 2, 5
 
 
 @pytest.mark.parametrize("method, heads", [("poly", 1), ("mhr", 4)])
-def test_output_and_gradients_equal_peft(method, heads):
+def test_output_equals_that_of_peft(method, heads):
     def model():
         return nn.Sequential(OrderedDict(q=nn.Linear(32, 24, bias=False)))
 
@@ -63,15 +63,8 @@ def test_output_and_gradients_equal_peft(method, heads):
         for ours, theirs, arrange in parameters:
             ours.copy_(arrange(nn.init.normal_(theirs, std=0.5)))
 
-    weights = torch.linspace(-1, 1, 4 * 6 * 24).view(4, 6, 24)
     with adapters.routed(task_ids=task_ids):
-        y = base(x)
-        (y * weights).sum().backward()
-    expected = twin(x, task_ids=task_ids)
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs, arrange in parameters:
-        torch.testing.assert_close(ours.grad, arrange(theirs.grad), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(base(x), twin(x, task_ids=task_ids), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- a run with peft

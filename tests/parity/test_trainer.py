@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from helpers import (
-    PYTHONPATH,
     ROOT,
     check_equal,
     interrupted,
     run,
-    run_shell,
     seeded_generator,
     stir,
+    torchrun,
     write_rows,
 )
 
@@ -742,9 +741,7 @@ def train_in_a_process(folder):
 def test_two_processes_agree_with_one(tmp_path):
     """To a tolerance of float32: sums in another order, enlarged by three steps of Adam."""
     one = train_in_a_process(tmp_path / "one")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run_shell([*words, __file__, str(tmp_path / "two")], tmp_path, PYTHONPATH=PYTHONPATH)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(2, __file__, tmp_path / "two", cwd=tmp_path)
     assert "DistributedDataParallel in 2 processes" in done.stdout
     found = torch.load(tmp_path / "two" / "checkpoint-3" / ADAPTER_FILE)["state"]
     torch.testing.assert_close(found, state_of(one), **CLOSE)

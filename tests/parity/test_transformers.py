@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 import checkpoint
 import tokenizer
-from checkpoint import fingerprint, load, mapped, read_safetensors, save
+from checkpoint import fingerprint, load, save
 from helpers import (
-    PT,
     T5_CONFIGS,
     TOKENIZER_TEXTS,
     both_t5,
@@ -32,7 +31,6 @@ from helpers import (
 from llama import LlamaConfig
 from model import IGNORED
 from t5 import T5
-from tasks import read_splits, read_task, render_prompt
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,19 +121,6 @@ def test_t5_folders_of_transformers_load(kind, stored, tmp_path):
     assert fingerprint(tmp_path) == whole
 
 
-@both_t5
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_transformers_reads_what_save_writes(kind, dtype, tmp_path):
-    t5 = random_t5(T5_CONFIGS[kind]).to(dtype)
-    theirs = as_transformers(t5, tmp_path)
-    assert torch.equal(theirs.shared.weight, t5.embedding.weight.float())
-    _, metadata = read_safetensors(tmp_path / "model.safetensors")
-    assert metadata == PT  # transformers 4 asks for it
-    again = mapped(tmp_path)
-    assert again.config == t5.config
-    check_equal(again.state_dict(), t5.state_dict())
-
-
 # -------------------------------------------------------------------------- Llama and its relatives
 
 
@@ -169,24 +154,6 @@ def test_llama_folders_go_to_transformers_and_back_bit_for_bit(llama_pair, tmp_p
     back = load(tmp_path)
     assert back.config == own.config
     check_equal(back.state_dict(), own.state_dict())
-
-
-@pytest.mark.slow
-def test_smollm2_answers_real_prompts_as_in_transformers(smollm2_dir, sni_dir):
-    own, words = load(smollm2_dir), tokenizer.load(smollm2_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
-    sources = []
-    for name in read_splits(sni_dir)["test"][:5]:
-        task = read_task(sni_dir / "tasks" / f"{name}.json")
-        prompt = render_prompt(task, task["instances"][0], words, max_source_length=400)
-        sources.append(torch.tensor(source_of(words, prompt)))
-        assert sources[-1].tolist() == theirs(prompt.removesuffix(" "))["input_ids"]
-    rows = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=-1)
-    got = own.generate(rows.clamp(min=0), rows >= 0, max_new_tokens=20).tolist()
-    for ids, tokens in zip(sources, got, strict=True):
-        whole = model.generate(ids[None], max_new_tokens=20, do_sample=False)[0]
-        assert tokens[: len(whole) - len(ids)] == whole[len(ids) :].tolist()
 
 
 # --------------------------------------------------------------------------------------- tokenizers

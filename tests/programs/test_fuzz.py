@@ -21,8 +21,6 @@ from helpers import (
     LLAMA_SIZES,
     ROOT,
     Bytes,
-    safetensors_bytes,
-    safetensors_entry,
     task_json,
     write_words,
 )
@@ -30,7 +28,7 @@ from support import program
 from tasks import read_task, render_prompt
 
 pytest.importorskip("hypothesis")
-from hypothesis import example, given  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("little_memory")
@@ -133,28 +131,6 @@ def test_tasks(folder, content):
         for instance in task["instances"]:
             assert instance["output"]
             render_prompt(task, instance, Bytes()).encode()
-
-
-SMALL = safetensors_bytes(
-    {
-        "a": safetensors_entry("F32", [2], [0, 8]),
-        "b": safetensors_entry("I8", [2, 2], [8, 12]),
-        "__metadata__": {"x": "y"},
-    },
-    bytes(range(12)),
-)
-
-
-@given(damaged(SMALL))
-@example(safetensors_bytes({"x\ny" * 999: safetensors_entry(offsets=[8, 0])}))
-def test_safetensors(folder, content):
-    found = read(checkpoint.read_safetensors, folder / "a.safetensors", content, SMALL)
-    if found is not None:
-        tensors, metadata = found
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(content)
-        for tensor in tensors.values():
-            assert tensor.clone().shape == tensor.shape  # every value can be read
-        assert all(isinstance(value, str) for value in metadata.values())
 
 
 buffer = io.BytesIO()

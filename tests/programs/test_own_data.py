@@ -4,10 +4,8 @@ import json
 import shutil
 from unittest import mock
 
-import numpy as np
 import pytest
 
-import data
 import eval as evaluation
 import run_folder
 import train
@@ -18,6 +16,7 @@ from helpers import (
     ROOT,
     change_config,
     ids_of_question,
+    own_rows,
     run,
     sentences,
     task_json,
@@ -35,10 +34,6 @@ from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
 BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
-
-
-def prompts(count=300, **more):
-    return [{"prompt": f"Name {i}:", "completion": f" {i}.", **more} for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +141,15 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     request = {"prompt": shown, "references": scored.references, "w": None}
     with mock.patch.object(evaluation, "predict", return_value=["a text"]) as predict:
         reply = explorer.reply(loaded, json.dumps(request).encode())
-    (example,) = predict.call_args.args[2]
+        (example,) = predict.call_args.args[2]
+        request["prompt"] = shown.rstrip("\n")
+        without_line = explorer.reply(loaded, json.dumps(request).encode())
     assert example.source_ids.tolist() == source
     assert [ids.tolist() for ids in example.target_ids] == [target]
     assert reply["warning"] == ""
+    # A decoder reads the empty line after an instruction.
+    warns = "does not end in an empty line" in without_line["warning"]
+    assert warns == (tokenizer.one_row and "instruction" in row)
 
     # A server, which takes the same prompt, and instructions if the rows are some.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
@@ -159,17 +159,14 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     assert server.instructions == {"SNI": None}.get(name, "instruction" in row)
 
 
-WARNING = "rows of run are whole prompts, and an instruction ends in an empty line; give --prompt"
-
-
 @pytest.mark.parametrize("kind, warns", [("words", True), ("t5", False)])
 def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
     kind, warns, base_of, tmp_path, monkeypatch
 ):
     """T5 reads both alike. Not all rows of this file are instructions."""
     monkeypatch.chdir(tmp_path)
-    asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(400)]
-    write_rows(tmp_path / "both.jsonl", asked + prompts())
+    asked = [{"instruction": f"Ask {i}.", "output": f"{i}"} for i in range(400)]
+    write_rows(tmp_path / "both.jsonl", asked + own_rows(300))
     flags = {"data": "both.jsonl", "model": str(base_of(kind)), "steps": 1}
     launch = train.LaunchConfig(out="run")
     train.train(train.Settings(**flags), CPU, launch, final_scores=False)
@@ -178,24 +175,20 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
     def ids_of(text):
         return next(tokenizer.sources([text], spaced=False))
 
-    for words, text, is_warned in (
+    questions = (
         (("--ask", "Say it."), "Say it.\n\n", warns),
         (("--ask", "Say it.", "--input", "now"), "Say it.\n\nnow\n\n", False),
         (("--prompt", "Say it."), "Say it.", False),
-    ):
-        with mock.patch.object(program, "print_line") as print_line:
+    )
+    for words, text, is_warned in questions:
+        with mock.patch.object(program, "warn") as warn:
             assert ids_of_question(*words, cwd=tmp_path) == ids_of(text)
-        said = [call.args[0] for call in print_line.call_args_list]
-        assert any(WARNING in line for line in said) == is_warned
+        assert warn.called == is_warned
 
     # The same in a server.
     run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
     arguments = ["--served", "served", "--base", base_of(kind)]
-    for words, text, is_warned in (
-        (("--ask", "Say it."), "Say it.\n\n", warns),
-        (("--ask", "Say it.", "--input", "now"), "Say it.\n\nnow\n\n", False),
-        (("--prompt", "Say it."), "Say it.", False),
-    ):
+    for words, text, is_warned in questions:
         with (
             mock.patch.object(serve, "PeftModel") as model,
             mock.patch.object(program, "warn") as warn,
@@ -206,28 +199,6 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
         assert warn.called == is_warned
 
 
-def test_the_explorer_says_that_a_typed_instruction_lacks_its_empty_line(
-    base_of, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(100)]
-    for name, lines in (("asked", rows), ("both", rows + prompts(100))):
-        write_rows(tmp_path / f"{name}.jsonl", lines)
-        flags = {"data": f"{name}.jsonl", "model": str(base_of("words")), "steps": 1}
-        launch = train.LaunchConfig(out=name)
-        train.train(train.Settings(**flags), CPU, launch, final_scores=False)
-        loaded = explorer.load(name)
-        for prompt in ("Say it.", "Say it.\n\n"):
-            request = {"prompt": prompt, "references": [], "w": None}
-            with mock.patch.object(evaluation, "predict", return_value=["a"]) as predict:
-                reply = explorer.reply(loaded, json.dumps(request).encode())
-            (example,) = predict.call_args.args[2]
-            expected = next(loaded.tokenizer.sources([prompt], spaced=False))
-            assert example.source_ids.tolist() == expected
-            warns = "does not end in an empty line" in reply["warning"]
-            assert warns == (name == "asked" and prompt == "Say it.")
-
-
 # --------------------------------------------------------------------- what a run has been bound to
 
 
@@ -235,7 +206,7 @@ def test_the_explorer_says_that_a_typed_instruction_lacks_its_empty_line(
 def own(tmp_path_factory):
     """Return a folder with a run of T5 on rows of JSONL. Tests copy what they change."""
     folder = tmp_path_factory.mktemp("own")
-    write_rows(folder / "own.jsonl", [row | {"task": "t"} for row in prompts()])
+    write_rows(folder / "own.jsonl", own_rows(300, task="t"))
     tests = [{"prompt": f"Tell {i}", "completion": f"{i}"} for i in range(3)]
     write_rows(folder / "test.jsonl", tests)
     arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--max-source-length", "99"]
@@ -266,7 +237,7 @@ def programs(folder):
 
 def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     """The run has trained on rows that are now in dev and seen."""
-    write_rows(changed / "own.jsonl", [row | {"task": "t"} for row in prompts(100)])
+    write_rows(changed / "own.jsonl", own_rows(100, task="t"))
     *refused, ask, new_rows = programs("t5")
     for line in refused:
         error = run(*line, cwd=changed, code=2)
@@ -284,7 +255,7 @@ def test_only_unseen_rows_need_the_file_of_test(changed):
 
 
 def test_without_new_rows_the_seen_ones_are_scored(tmp_path):
-    write_rows(tmp_path / "own.jsonl", [row | {"task": "t"} for row in prompts()])
+    write_rows(tmp_path / "own.jsonl", own_rows(300, task="t"))
     run("train.py", "--data", "own.jsonl", "--out", "t5", *BRIEF, cwd=tmp_path)
     output = run("eval.py", "--run", "t5", "--limit", "3", "--device", "cpu", cwd=tmp_path)
     assert "own.jsonl: there is no --test, so the set seen is scored\n" in output
@@ -303,7 +274,7 @@ def test_changed_files_are_named_with_what_helps(changed):
     write_rows(changed / "test.jsonl", other)
     error = run(*evaluate, cwd=changed, code=2)
     assert "t5: test_tasks changed since the run began, from '" in error
-    assert "restore it (--model, --data, --test and --method name where it is now)" in error
+    assert "restore it (if it moved, give --model, --data, --test or --method)" in error
     error = run(*evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
     assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
 
@@ -311,24 +282,12 @@ def test_changed_files_are_named_with_what_helps(changed):
 # ------------------------------------------------------------------------------------------ scores
 
 
-def test_scores_name_their_rules():
-    answers = [["+", "plus"], ["-"], ["да"], ["a"], [" "]]
-    examples = []
-    for references in answers:
-        empty = np.array([], np.int32)
-        examples.append(data.Example("", "-", "-", empty, [empty], references))
-    predictions = ["-", "+", "да", "b", ""]
-    for path, rules, right in (("sni", "official", 80), ("own.jsonl", "unicode", 40)):
-        scores = evaluation.score(examples, predictions, DataConfig(data=path).metric_rules)
-        assert (scores["metric_rules"], scores["overall"]["exact_match"]) == (rules, right)
-
-
 # ------------------------------------------------------------------------------- tasks, and --start
 
 
 def test_start_with_other_data_drops_the_test_rows_and_names_what_it_keeps(own):
     arguments = ["--start", "t5", *BRIEF, "--out", "new", "--data", "new.jsonl"]
-    write_rows(own / "new.jsonl", prompts())
+    write_rows(own / "new.jsonl", own_rows(300))
     output = run("train.py", *arguments, cwd=own)
     assert "data settings kept from t5: max_source_length 99\n" in output
     assert read_json(own / "new/config.json")["settings"]["test"] == ""

@@ -37,7 +37,6 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig, attach
 from run_folder import load, read_run
-from support.program import read_json
 from tasks import DataConfig
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
@@ -147,13 +146,10 @@ def test_hydra_lora_is_its_equation_written_out(small_t5):
     with adapters.routed():
         for linear in adapters.linears.values():
             assert linear.skill_A.shape == (1, 2, 32) and len(linear.skill_B) == 3
-            expected = torch.empty(4, 7, linear.out_features, dtype=torch.float64)
-            for b in range(4):
-                for token in range(7):
-                    c = (linear.skill_W_task @ x[b, token]).softmax(-1)
-                    B = sum(c[s] * linear.skill_B[s] for s in range(3))  # (R,O)
-                    h = linear.skill_A[0] @ x[b, token]
-                    expected[b, token] = linear.weight @ x[b, token] + 5.0 / 2 * h @ B
+            c = (x @ linear.skill_W_task.T).softmax(-1)  # (B,L,S)
+            h = x @ linear.skill_A[0].T  # (B,L,R)
+            mixed = torch.einsum("bls,blr,sro->blo", c, h, linear.skill_B)
+            expected = x @ linear.weight.T + 5.0 / 2 * mixed
             torch.testing.assert_close(linear(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -232,32 +228,10 @@ def test_a_parameter_without_a_gradient_in_one_process_gets_that_of_the_other(ho
     flags = (*SHORT, "--method", "own.py:ByTask", "--lr-skills", 2e-4)
     run("train.py", *flags, "--out", "one", cwd=home)
     torchrun(2, ROOT / "train.py", *flags, "--out", "two", cwd=home)
-    for row, expected in zip(records(home / "two"), records(home / "one"), strict=True):
-        for key in ("loss", "dev_loss"):
-            assert row.get(key) == pytest.approx(expected.get(key), abs=1e-6)
     state, expected = state_of(home / "two"), state_of(home / "one")
     for name in [f"rows.{task}" for task in range(4)]:
         torch.testing.assert_close(state[name], expected[name], atol=1e-3, rtol=0)
         assert (expected[name] - 1).abs().max() > 1e-2
-
-
-@pytest.mark.slow
-def test_a_comparison_has_a_row_for_it(home):
-    flags = (
-        "--device cpu --max-tasks 2 --eval-instances 4 --steps 2 --eval-every 2 --batch-size 2 "
-        "--seeds 1 --train-instances 8 --trials 2 --jobs 2 --max-source-length 64 --out out "
-        "--axes lr_skills,alpha,lr_token_router"
-    ).split()
-    output = run("experiments/compare/compare.py", *flags, "--methods", f"lora,{HYDRA}", cwd=home)
-    assert re.search(
-        r"\| HydraLoRA \| 2 \| lr_skills \S+, alpha \S+, lr_token_router \S+ \|", output
-    )
-    cells = {}
-    for name in ("lora", "HydraLoRA"):
-        cells[name] = read_json(home / f"out/methods/{name}-s1.json")
-    sizes = [sum(cell["parameters"].values()) for cell in cells.values()]
-    assert max(sizes) <= 1.03 * min(sizes)
-    assert cells["HydraLoRA"]["settings"]["method_file"].startswith("HydraLoRA of ")
 
 
 # --------------------------------------------------------------------- what a constructor may draw
@@ -348,7 +322,7 @@ def test_a_changed_file_is_refused(own, home):
     for words in (("train.py", "--resume", "--out", "own"), ("eval.py", "--run", "own")):
         said = run(*words, *method, cwd=home, code=2)
         assert "own: method changed since the run began, from 'ByTask of" in said
-        assert "--method name where it is now" in said and said.count("\n") == 1
+        assert "--data, --test or --method)" in said and said.count("\n") == 1
 
 
 def test_code_is_never_taken_from_a_saved_run(own, home):
@@ -387,19 +361,6 @@ def test_linears_must_not_share_a_parameter():
     base[1].skill_A = base[0].skill_A
     with pytest.raises(ValueError, match="two Linears train the same parameter"):
         adapters.parameter_groups()
-
-
-def test_only_a_method_that_does_not_mix_by_sample_adapts_the_head(small_t5, monkeypatch):
-    """The head reads the tokens of all samples as one list."""
-    load_method(HYDRA)
-    HydraLoRA = baselines.OWN_METHODS["HydraLoRA"]
-    config = OrchMoEConfig(targets=("q", "head"))
-    message = "targets: head reads .* no method can mix skills by sample.*Method.mixes_by_sample"
-    with pytest.raises(ValueError, match=message):
-        attach_method("HydraLoRA", small_t5, config)
-
-    monkeypatch.setattr(HydraLoRA, "mixes_by_sample", False)
-    assert "head" in attach_method("HydraLoRA", small_t5, config).linears
 
 
 def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):

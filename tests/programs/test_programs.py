@@ -22,16 +22,15 @@ import data
 import eval as evaluation
 import run_folder
 import train
-from baselines import attach_method
 from helpers import (
     CPU,
     RESUME,
     ROOT,
     SHORT,
     change_config,
-    check_equal,
     interrupted,
     links,
+    own_rows,
     records,
     run,
     task_json,
@@ -39,7 +38,6 @@ from helpers import (
     write_rows,
     write_task,
 )
-from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import read_json
 from tasks import DataConfig, read_splits
@@ -78,27 +76,26 @@ def test_a_method_trains_and_is_scored(home, method):
 
 
 def test_own_rows_train_and_their_scores_name_the_rules(home):
-    rows = [{"prompt": f"Write {i}.", "completion": f"{i}"} for i in range(9)]
-    write_rows(home / "other.jsonl", rows)
+    write_rows(home / "other.jsonl", own_rows(9))
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --device cpu --out run"
     output = run("train.py", *own.split(), cwd=home)
     assert "rows: 158 train, 8 dev, 8 seen, 8 unseen; run has all scores" in output
     assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
+    assert read_json(home / "run/scores.json")["orchmoe"]["seen"]["metric_rules"] == "unicode"
 
 
 def test_table_has_each_score_under_its_heading(capsys):
-    old = {"overall": {"exact_match": 1.0, "rougeL": 2.0}}  # of a run without the loss
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
     unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
-    all_scores = {"lora": {"seen": old}, "orchmoe": {"seen": seen, "unseen": unseen}}
+    all_scores = {"lora": {"seen": seen}, "orchmoe": {"seen": seen, "unseen": unseen}}
     sizes = {"train": 9, "seen": 40, "unseen": 100}
     train.print_table(all_scores, run_folder.Path("run"), sizes, "official")
     output = capsys.readouterr().out
     names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
     assert f"| model | seen {names} match |\n| --- | --- |" in output
     assert "| orchmoe | 5.000 | 2.00 | 1.00 | - | 4.00 | 3.00 |\n" in output
-    assert "| lora | - | 2.00 | 1.00 | - | - | - |\n" in output
+    assert "| lora | 5.000 | 2.00 | 1.00 | - | - | - |\n" in output
     assert "rows: 9 train, 40 seen, 100 unseen; run has all scores\n" in output
     assert "seen has few rows (40): one answer is 2.5 points of exact match\n" in output
     assert "unseen has few rows" not in output
@@ -181,25 +178,6 @@ def test_stop_signals_are_noted_and_their_handlers_are_restored():
             with pytest.raises(KeyboardInterrupt) if second else contextlib.nullcontext():
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(kind) == handler
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda B: B.data.fill_(math.inf), "the loss is nan"),
-        (lambda B: B.register_hook(lambda gradient: 1e30 * gradient), "the gradient norm is inf"),
-    ],
-)
-def test_step_that_is_not_finite_changes_no_weight(small_t5, inputs, damage, words):
-    adapters = attach_method("lora", small_t5, OrchMoEConfig())
-    optimizer = train.make_optimizer(adapters, train.TrainConfig())
-    damage(adapters.linears["decoder.blocks.1.attention.v"].skill_B)
-    before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
-    batch = data.Batch(*inputs, torch.zeros(4, dtype=torch.int64), ["a", "b", "c", "d"])
-    message = f"^step 8 on a, b, c, d: {words}; what was saved is intact"
-    with pytest.raises(ValueError, match=message):
-        train.train_step(small_t5, adapters, optimizer, batch, 7, train.TrainConfig())
-    check_equal(adapters.state_dict(), before)
 
 
 def test_step_that_breaks_the_weights_is_not_saved(home, monkeypatch):
@@ -290,10 +268,6 @@ def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     assert "these are not the task files of the run" in capsys.readouterr().err
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
-
-    rows = DataConfig(data=str(ROOT / "sni/own.jsonl"))
-    evaluation.choose_rows(config, rows, saved, tokenizer)
-    assert "own.jsonl: these are not the task files of the run" in capsys.readouterr().err
 
 
 def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
@@ -431,16 +405,10 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
 
 
 def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
-    base = checkpoint.load(ROOT / "tiny")
-    adapters = attach_method("orchmoe", base, OrchMoEConfig(abstract_tasks=2, router_norm="none"))
-    adapters.router.W_task.data.zero_()
-    adapters.router.bias.data = torch.tensor([-0.25, 1.5])
-    tokenizer = load_tokenizer(ROOT / "tiny")
-    config = evaluation.EvalConfig(
-        model="tiny", ask="Write a word.", input="lion", max_new_tokens=1
-    )
-    monkeypatch.setattr(base, "generate", lambda *_inputs, **_options: torch.tensor([[1]]))  # EOS
-    model = run_folder.Model(base, adapters, tokenizer)
+    monkeypatch.setattr(evaluation, "predict", lambda *_inputs, **_options: [""])
+    monkeypatch.setattr(evaluation, "router_weights", lambda *_: torch.tensor([[-0.25, 1.5]]))
+    config = evaluation.EvalConfig(model="tiny", ask="Write a word.", input="lion")
+    model = run_folder.Model(None, None, load_tokenizer(ROOT / "tiny"))
     evaluation.answer(model, config, DataConfig(), run=None)
     assert capsys.readouterr().out.splitlines() == [
         "answer: (empty)",

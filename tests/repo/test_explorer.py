@@ -174,21 +174,14 @@ def serving(loaded):
         thread.join()
 
 
-@contextmanager
-def serving_stirred(run_dir):
-    """Yield a server of a run whose answers depend on w."""
-    loaded = explorer.load(run_dir)
+@pytest.fixture(scope="module")
+def server(finished):
+    """Return a server of a T5 whose answers depend on w."""
+    loaded = explorer.load(finished / "run")
     stir(loaded.adapters, seeded_generator())
     for linear in loaded.adapters.linears.values():
         linear.skill_B.data *= 10
     with serving(loaded) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def server(finished):
-    """Return a server of a T5."""
-    with serving_stirred(finished / "run") as server:
         yield server
 
 
@@ -211,16 +204,13 @@ QUESTION = {"prompt": "Definition: Say yes.", "references": ["yes"], "w": None}
 def test_the_server_answers_with_the_given_w(server):
     own = json.loads(request(server, body=QUESTION)[1])
     assert sum(own["w"]) == pytest.approx(1, abs=1e-3)
-    again = json.loads(request(server, body=QUESTION | {"w": own["w"]})[1])
-    assert again["result"][0] == own["result"][0]
+    # The answer is right if it is any of the references.
+    answer = own["result"][0]
+    asked = QUESTION | {"w": own["w"], "references": ["yes", answer]}
+    again = json.loads(request(server, body=asked)[1])
+    assert (again["result"][0], again["result"][2]) == (answer, True)
     off = json.loads(request(server, body=QUESTION | {"w": [0.0] * 8})[1])
     assert off["result"][1] != pytest.approx(own["result"][1], abs=1e-3)
-
-
-def test_an_answer_is_right_if_it_is_any_of_the_references(server):
-    text, loss, _ = json.loads(request(server, body=QUESTION)[1])["result"]
-    asked = QUESTION | {"references": ["yes", text]}
-    assert json.loads(request(server, body=asked)[1])["result"] == [text, loss, True]
 
 
 def test_texts_that_are_too_long_lose_their_ends(server):
@@ -255,6 +245,7 @@ WRONG = [
     ({"prompt": 3}, "request: "),
     ({"prompt": " \n"}, "prompt: it is empty"),
     ({"references": [3]}, "request: "),
+    ({"references": "yes"}, "request: .*give a list"),
     ({"w": [1.0]}, "w: .*give 8 finite numbers"),
     ({"w": [float("nan")] * 8}, "w: .*give 8 finite numbers"),
     ({"w": [10**400] + [0] * 7}, "w: .*give 8 finite numbers"),
@@ -343,19 +334,14 @@ def test_the_server_has_what_the_annotated_page_leads_to(server):
     assert request(server, body=QUESTION, path="/evidence.md")[0] == 404
 
 
-def open_page(browser, explored, folder):
-    """Show the page of these numbers, without a server."""
-    path = folder / "page.html"
-    path.write_text(explorer.page(explored), encoding="utf-8")
-    browser.get(path.as_uri())
-
-
 def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     nasty = "<!-- <script></script><b>"
     explored["samples"][0]["input"] = nasty
     assert "<!--" not in explorer.section(explored)
-    open_page(browser, explored, tmp_path)
+    path = tmp_path / "page.html"  # without a server
+    path.write_text(explorer.page(explored), encoding="utf-8")
+    browser.get(path.as_uri())
     assert browser.find_element("id", "input").text == nasty
 
 
@@ -414,8 +400,8 @@ def rows_of(count, instructions, **more):
 
 
 @pytest.fixture(scope="module")
-def own_run(tmp_path_factory):
-    """Return a run of rows that name no task, and of --test, where some rows name one."""
+def own_server(tmp_path_factory):
+    """Return a server of rows that name no task, and of --test, where some rows name one."""
     home = links(tmp_path_factory.mktemp("own"))
     write_rows(home / "own.jsonl", rows_of(100, ["Say plus.", "Add <one>."]))
     unseen = rows_of(6, ["Say minus."]) + rows_of(4, ["Say minus twice."], task="task_a")
@@ -423,12 +409,7 @@ def own_run(tmp_path_factory):
     flags = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
     files = ("--data", "own.jsonl", "--test", "unseen.jsonl", "--out", "run")
     run("train.py", *flags, *files, cwd=home)
-    return home / "run"
-
-
-@pytest.fixture(scope="module")
-def own_server(own_run):
-    with serving(explorer.load(own_run)) as server:
+    with serving(explorer.load(home / "run")) as server:
         yield server
 
 

@@ -67,14 +67,6 @@ def test_neither_junk_in_the_padding_nor_its_side_matters(llama_pair, llama_batc
         assert torch.equal(own.generate(other_ids, other_mask, max_new_tokens=5), tokens)
 
 
-def test_loss_of_each_row_is_that_of_the_row_alone(llama_pair, llama_batch):
-    own = llama_pair[1]
-    found = own.loss(*llama_batch, per_row=True)
-    for i in range(len(found)):
-        ids, mask, labels = (field[i : i + 1] for field in llama_batch)
-        torch.testing.assert_close(found[i], own.loss(ids, mask, labels), rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (9, 3, 50), (4, 1, 256), (4, 2, 257)])
 def test_attention_of_short_rows_in_bfloat16_equals_that_of_torch(heads, groups, length):
     torch.manual_seed(0)

@@ -310,6 +310,8 @@ def test_a_method_is_undone_after_an_error_inside(method):
     assert_same(base, before)
     with pytest.raises(RuntimeError, match="outside"):
         base(X)
+    with pytest.raises(RuntimeError, match="inside"):
+        adapters.routing()
     assert torch.equal(routed(base), expected)
 
 

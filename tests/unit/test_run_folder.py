@@ -117,12 +117,8 @@ def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path, monkey
     assert saved.run_id == Run("run", SETTINGS, FACTS).run_id
 
 
-@pytest.mark.parametrize("is_link", [False, True])
-def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(run, tmp_path, is_link):
-    if is_link:
-        run.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
-    else:
-        run.adapter_path.write_text("an adapter")
+def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(run, tmp_path):
+    run.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
     with pytest.raises(UserError, match=f"^{run.adapter_path}: exists"):
         run.bind()
 
@@ -138,22 +134,15 @@ def test_bind_refuses_another_fact_and_changes_nothing(run, tmp_path, name):
 
 
 # Other paths, another start (whose adapter is a fact) and compiled blocks leave the run the same.
-SAME_RUN = {"model": "m", "data": "d", "test": "t", "start": "s", "compile": "on"}
+SAME_RUN = {"model", "data", "test", "start", "compile"}
 
 
-@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-def test_the_id_of_a_run_depends_on_every_setting_but_paths(run, field):
-    value = getattr(SETTINGS, field.name)
-    others = {"router": "token", "router_norm": "none", "router_init": "normal"}
-    others |= {"mixing": "factors", "alpha": 2.0, "targets": ("v",), "train_instances": 5}
-    others |= {"schedule": "constant", "dtype": "bfloat16", "splits": "x", "method": "poly"}
-    other = SAME_RUN.get(field.name, others.get(field.name))
-    if other is None:
-        other = value / 2 if isinstance(value, float) else value + 1
-    if isinstance(value, bool):
-        other = not value
-    changed = Run(run.path, replace(SETTINGS, **{field.name: other}), FACTS)
-    assert (changed.run_id == run.run_id) == (field.name in SAME_RUN)
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_the_id_of_a_run_depends_on_every_setting_but_paths(run, name):
+    settings = replace(SETTINGS)
+    vars(settings)[name] = "another value"  # of whatever type
+    changed = Run(run.path, settings, FACTS)
+    assert (changed.run_id == run.run_id) == (name in SAME_RUN)
 
 
 def test_the_id_of_a_run_depends_on_every_fact(run):
@@ -178,12 +167,6 @@ def test_resume_cuts_the_log_to_where_it_was_saved(run, trained, capsys):
     run.resume(*trained(seed=2))
     assert not run.log_path.exists()
     assert "metrics.jsonl: lines are missing that were there" in capsys.readouterr().err
-
-
-def test_a_run_that_has_not_saved_begins_with_an_empty_log(run, trained):
-    run.log(step=0, loss=3.0)
-    assert run.resume(*trained(seed=1)) is None
-    assert run.log_path.read_bytes() == b""
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -220,13 +203,9 @@ def test_resume_restores_weights_moments_and_progress(run, trained):
 
 
 DAMAGES = {  # changes of progress.pt that keep it a file of tensors
-    "a list": lambda state: [state],
     "no id": lambda state: {"progress": state["progress"]},
     "the id of another run": lambda state: state | {"run_id": "0" * 16},
-    "no progress": lambda state: state | {"progress": None},
     "unknown progress": lambda state: state | {"progress": {"step": 1}},
-    "weights as a list": lambda state: state | {"adapters": []},
-    "no groups": lambda state: state | {"optimizer": {"state": {}}},
 }
 
 

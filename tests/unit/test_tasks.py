@@ -214,7 +214,6 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
         "output": "b",
     },
     "prompt and instruction: give one": {"prompt": "a", "instruction": "c", "output": "b"},
-    "output and response: give one": {"prompt": "a", "output": "b", "response": "c"},
     "prompt is empty": {"prompt": " ", "completion": "b"},
     "completion is empty": {"prompt": "a", "completion": []},
 }
@@ -306,14 +305,6 @@ def test_training_rows_are_the_first_of_each_task(tmp_path):
     assert sorted(part["train"]) == sorted(expected)
 
 
-def test_test_rows_are_all_rows_of_their_file(tmp_path):
-    path = write_rows(tmp_path / "own.jsonl", own_rows(50))
-    other = write_rows(tmp_path / "other.jsonl", own_rows(7))
-    config = DataConfig(data=str(path), test=str(other), train_instances=1)
-    rows, _ = jsonl_rows(find_files(config), config.train_limit)
-    assert [row.position for row in rows if row.set == "test"] == list(range(7))
-
-
 # ------------------------------------------------------------------------------------------- prompt
 
 
@@ -344,20 +335,12 @@ def test_prompt_takes_examples_while_the_whole_fits():
 # -------------------------------------------------------------------------------------- rows of SNI
 
 
-def test_rows_that_lose_their_ends_are_marked(repository):
-    config = DataConfig(data=str(repository), max_source_length=120, num_pos=0)
-    for row in sni_rows(find_files(config), Bytes(), config):
-        assert row.is_cut == (len(row.prompt.encode()) >= 120)
-
-
 def test_a_question_has_no_examples_and_always_its_instruction():
     config = DataConfig(data="sni", definition=False)
     row = row_of_question("Sort them.", "b a", Bytes(), config)
     assert row.prompt == (
         "Definition: Sort them.\n\nNow complete the following example -\nInput: b a.\nOutput: "
     )
-    row = row_of_question("Sort them.", "b a", Bytes(), DataConfig(data="own.jsonl"))
-    assert row.prompt == "Sort them.\n\nb a\n\n"
 
 
 def test_a_share_of_the_training_prompts_has_no_examples():

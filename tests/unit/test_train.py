@@ -26,9 +26,6 @@ from helpers import (
     records,
     rows_of,
     run,
-    sentences,
-    write_decoder,
-    write_pieces,
 )
 from orchmoe import Method, OrchMoEConfig
 from support import program
@@ -73,15 +70,15 @@ RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4}
 
 
 @pytest.mark.parametrize(
-    "method, router, kinds",
+    "router, kinds",
     [
-        ("orchmoe", "sample", ["skills", "router", "allocation"]),
-        ("orchmoe", "token", ["skills", "token_router", "allocation"]),
+        ("sample", ["skills", "router", "allocation"]),
+        ("token", ["skills", "token_router", "allocation"]),
     ],
 )
-def test_each_kind_of_parameter_has_its_own_rate(small_t5, method, router, kinds):
+def test_each_kind_of_parameter_has_its_own_rate(small_t5, router, kinds):
     config = train.TrainConfig(**{f"lr_{kind}": rate for kind, rate in RATES.items()})
-    adapters = attach_method(method, small_t5, OrchMoEConfig(router=router))
+    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(router=router))
     optimizer = train.make_optimizer(adapters, config)
     found = {group["max_lr"]: group["params"] for group in optimizer.param_groups}
     parameters = adapters.parameter_groups()
@@ -120,10 +117,9 @@ def test_epochs_become_steps():
         train.read_settings({"epochs": 1, "steps": 3}, train.LaunchConfig())
 
 
-def test_settings_for_a_decoder_are_recommended_unless_one_is_given(tmp_path, capsys):
-    write_decoder(tmp_path / "llama", write_pieces, sentences(50))
+def test_settings_for_a_decoder_are_recommended_unless_one_is_given(decoder_dir, capsys):
     train.recommend({"seed": 1}, train.Settings())
-    of_llama = train.Settings(model=str(tmp_path / "llama"))
+    of_llama = train.Settings(model=str(decoder_dir))
     for given in ("batch_size", "start"):
         train.recommend({given: 8}, of_llama)
     assert capsys.readouterr().out == ""
@@ -150,6 +146,24 @@ def test_gradient_is_clipped_to_the_largest_norm(take_step, largest, monkeypatch
 # --------------------------------------------------------------------------------------- one step
 
 
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda B: B.data.fill_(math.inf), "the loss is nan"),
+        (lambda B: B.register_hook(lambda gradient: 1e30 * gradient), "the gradient norm is inf"),
+    ],
+)
+def test_step_that_is_not_finite_changes_no_weight(small_t5, batch, damage, words):
+    adapters = attach_method("lora", small_t5, OrchMoEConfig())
+    optimizer = train.make_optimizer(adapters, DEFAULTS)
+    damage(adapters.linears["decoder.blocks.1.attention.v"].skill_B)
+    before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    message = f"^step 8 on a, b, c, d: {words}; what was saved is intact"
+    with pytest.raises(ValueError, match=message):
+        train.train_step(small_t5, adapters, optimizer, batch, 7, DEFAULTS)
+    check_equal(adapters.state_dict(), before)
+
+
 def test_routing_noise_of_a_row_is_its_own(small_t5):
     noise = train.routing_noise(adapted(small_t5, gumbel=True), 0, 0, range(400))
     assert len(noise.flatten(1)[:, 0].unique()) == 400
@@ -173,34 +187,26 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
     adapters = adapted(small_t5).double()
     expected_w = adapters.route(small_t5.embed(batch.input_ids), batch.attention_mask).w.float()
     assert record["entropy"] == pytest.approx(evaluation.mean_entropy(expected_w), rel=1e-6)
+    losses = evaluation.measure(small_t5, adapters, examples)
+    assert evaluation.mean_loss(losses) == pytest.approx(record["loss"], rel=1e-6)
     for batch_size in (1, 3, 4):
-        losses = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size)
         w = evaluation.router_weights(small_t5, adapters, examples, batch_size)
-        assert evaluation.mean_loss(losses) == pytest.approx(record["loss"], rel=1e-6)
         torch.testing.assert_close(w, expected_w)
 
 
-def test_losses_of_rows_are_those_of_the_rows_alone(small_t5, examples):
+@pytest.mark.parametrize("w", [None, torch.eye(8)[:4].double()], ids=["router", "given"])
+def test_losses_of_rows_are_those_of_the_rows_alone(small_t5, examples, w):
     """A loss is the sum over the tokens of the first reference, in batches of any size."""
     adapters = adapted(small_t5).double()
     for batch_size in (1, 3, 4):
-        losses = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size)
-        for example, loss in zip(examples, losses, strict=True):
+        losses = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size, w=w)
+        for row, example in enumerate(examples):
             batch = data.collate([example])
-            with evaluation.routed(small_t5, adapters, batch):
+            of_row = None if w is None else w[row]
+            with evaluation.routed(small_t5, adapters, batch, w=of_row):
                 alone = small_t5.loss(batch.input_ids, batch.attention_mask, batch.labels)
-            assert loss.tokens == len(example.target_ids[0])
-            assert loss.nats == pytest.approx(alone.item(), rel=1e-9)
-
-
-def test_losses_of_rows_with_a_given_w_are_those_of_the_rows_alone(small_t5, examples):
-    """Batches have rows of similar length, in another order than the examples."""
-    adapters = adapted(small_t5).double()
-    w = torch.eye(adapters.config.abstract_tasks)[: len(examples)].double()
-    together = evaluation.measure(small_t5, adapters, examples, batch_size=2, w=w)
-    for row, example in enumerate(examples):
-        [alone] = evaluation.measure(small_t5, adapters, [example], w=w[row : row + 1])
-        assert together[row].nats == pytest.approx(alone.nats, rel=1e-9)
+            assert losses[row].tokens == len(example.target_ids[0])
+            assert losses[row].nats == pytest.approx(alone.item(), rel=1e-9)
 
 
 def test_loss_is_a_mean_over_tokens_then_over_tasks_and_prompts_without_a_task():
