@@ -174,12 +174,10 @@ class Run:
                     f"{value!r:.60}; {remedy}"
                 )
 
-    def require_own(self, path: Path, run_id: Any) -> None:
-        """Raise UserError if the file belongs to another run."""
+    def require_own(self, run_id: Any) -> None:
+        """Raise ValueError if a file with this run_id belongs to another run."""
         if run_id != self.run_id:
-            raise UserError(
-                f"{path}: belongs to another run, with other settings, base or data; {TRAIN_AGAIN}"
-            )
+            raise ValueError("belongs to another run, with other settings, base or data")
 
     # ----------------------------------------------------------------------- while the run trains
 
@@ -211,7 +209,8 @@ class Run:
         if self.config_path.exists():
             saved = read_run(self.path)
             saved.require_same(**self.facts)
-            self.require_own(self.config_path, saved.run_id)
+            with program.reading(self.config_path, TRAIN_AGAIN):
+                self.require_own(saved.run_id)
         elif program.rank() == 0:  # on other ranks: rank 0 may already have written files
             self.require_new()
         settings = asdict(self.settings)
@@ -256,9 +255,7 @@ class Run:
         if self.progress_path.exists():
             state = checkpoint.read_torch(self.progress_path)
             with program.reading(self.progress_path, TRAIN_AGAIN):
-                run_id = state["run_id"]
-            self.require_own(self.progress_path, run_id)
-            with program.reading(self.progress_path, TRAIN_AGAIN):
+                self.require_own(state["run_id"])
                 adapters.load_state_dict(state["adapters"])
                 optimizer.load_state_dict(state["optimizer"])
                 progress = Progress(**state["progress"])
@@ -304,8 +301,7 @@ class Run:
         path = program.require_path(self.adapter_path, "restore it, or start a new run")
         state, metadata = checkpoint.read_safetensors(path)
         with program.reading(path, TRAIN_AGAIN):
-            run_id = json.loads(metadata["adapter"])["run_id"]
-        self.require_own(path, run_id)
+            self.require_own(json.loads(metadata["adapter"])["run_id"])
         return state
 
     def load_best(self, adapters: Adapters) -> None:
@@ -430,11 +426,10 @@ def load(
     if run is None:
         adapters = without_adapters(base)
     else:
-        state = run.read_best()  # first: a damaged file must fail before adapters take memory
+        run.read_best()  # a damaged file must fail before adapters take memory
         adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
         run.require_same(method=kind_of(adapters))
-        with program.reading(run.adapter_path, TRAIN_AGAIN):
-            adapters.load_state_dict(state)
+        run.load_best(adapters)
     if shard:
         runtime.shard(base, base.blocks, device)
     return Model(base, adapters.eval(), tokenizer)
