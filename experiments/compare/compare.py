@@ -146,8 +146,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
 def require_possible(study: Study, rows: dict[str, Variant]) -> None:
     """Raise UserError if a method cannot be attached, such as one that needs the task of a row."""
     for name, row in rows.items():
-        cell = study.cell("", name, row, {})
-        settings = cell.settings
+        settings = study.settings_of(name, row, {})
         _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
         base = checkpoint.on_meta(checkpoint.read_config(settings.model))
         run_folder.attach_adapters(settings, base, num_tasks, attach_with(row.replaced_router))
@@ -194,7 +193,8 @@ def print_plan(
     study.progress = StudyProgress(left)
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))
-    step = seconds_of_a_step(study.cell("", name, rows[name], {}), study.device, sets["train"])
+    of_first = study.settings_of(name, rows[name], {})
+    step = seconds_of_a_step(of_first, rows[name], study.device, sets["train"])
     minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
     program.print_line(
         f"{left} runs of about {duration(60 * minutes)} on an otherwise idle machine ({step:.2g} s "
@@ -203,12 +203,13 @@ def print_plan(
     )
 
 
-def seconds_of_a_step(cell: Cell, device: runtime.Device, train_set: data.Examples) -> float:
-    """Return the seconds that a training step of a cell takes, from its first steps."""
-    settings = cell.settings
+def seconds_of_a_step(
+    settings: train.Settings, row: Variant, device: runtime.Device, train_set: data.Examples
+) -> float:
+    """Return the seconds that a training step of a row takes, from its first steps."""
     base = checkpoint.mapped(settings.model).to(device.torch_device, device.dtype)
     base.checkpoint_blocks = settings.checkpoint_blocks
-    attach_function = attach_with(cell.row.replaced_router)
+    attach_function = attach_with(row.replaced_router)
     adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks), attach_function)
     train.freeze_parts(adapters, settings)
     optimizer = train.make_optimizer(adapters, settings)
@@ -325,7 +326,7 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
     print_plan(study, rows, "ablations", tuned)
     reports = study.tune(tuned)
-    tuned_settings = study.cell("", "orchmoe", Variant(), {}).settings  # with the tuned alpha
+    tuned_settings = study.settings_of("orchmoe", Variant(), {})  # with the tuned alpha
     rows = {name: ablation(name, tuned_settings) for name in chosen}
     results = make_cells(study, rows, "ablations", {})
     metric = metrics.RULES[settings.metric_rules].description

@@ -721,16 +721,13 @@ class Study:
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
         self.progress = StudyProgress()
 
-    def cell(
-        self, file: str, name: str, row: Variant, values: dict[str, Any], scores: str = "answers"
-    ) -> Cell:
-        """Return the cell of a row. file: its name below the folder of results.
+    def settings_of(self, name: str, row: Variant, values: dict[str, Any]) -> train.Settings:
+        """Return the settings of a row, with its extra rank and its tuned values.
 
         values: settings of all rows of this stage. The row's own settings override them.
         """
         settings = changed(self.settings, values)
-        model = settings.model
-        facts, num_tasks = facts_of(settings.part(DataConfig), model)
+        _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
         like = row.like or name
         size = {}
         if like in self.equal:
@@ -740,10 +737,20 @@ class Study:
                 of_row = changed(settings, equal.settings | {"alpha": None})
                 rows.append((other, of_row.method, of_row.part(OrchMoEConfig)))
             with program.checking_settings():
-                ranks = equal_ranks(tuple(rows), checkpoint.read_config(model), num_tasks)
+                config = checkpoint.read_config(settings.model)
+                ranks = equal_ranks(tuple(rows), config, num_tasks)
             size["extra_rank"] = ranks[like]
-        settings = changed(settings, size | self.best.get(like, {}) | values | row.settings)
+        return changed(settings, size | self.best.get(like, {}) | values | row.settings)
 
+    def cell(
+        self, file: str, name: str, row: Variant, values: dict[str, Any], scores: str = "answers"
+    ) -> Cell:
+        """Return the cell of a row. file: its name below the folder of results.
+
+        values: see `settings_of`.
+        """
+        settings = self.settings_of(name, row, values)
+        facts, _ = facts_of(settings.part(DataConfig), settings.model)
         method = settings.method
         of_method = {}
         if method in OWN_METHODS:
@@ -770,7 +777,7 @@ class Study:
         seeds: Iterable[int],
         scores: str = "answers",
     ) -> list[Cell]:
-        """Return the cells of all rows with all seeds. For values see `cell`."""
+        """Return the cells of all rows with all seeds. For values see `settings_of`."""
         cells = []
         for seed in seeds:
             for name, row in rows.items():
@@ -794,7 +801,7 @@ class Study:
         """
         searches = {}
         for name, row in rows.items():
-            settings = self.cell("", name, row, {}).settings
+            settings = self.settings_of(name, row, {})
             read = settings_of_method(settings.method, settings.router)
             known = dict(vars(settings))
             if known["alpha"] is None:

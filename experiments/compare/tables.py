@@ -95,6 +95,7 @@ class Paired(NamedTuple):
     freedom: int  # degrees of freedom of the units
     over: str  # what the units are, such as "12 tasks"
     limits: str  # what the interval does not cover, as sentences
+    units: str  # "tasks" or "prompts"
 
 
 def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) -> Paired:
@@ -113,23 +114,23 @@ def paired(one: Sequence[dict], other: Sequence[dict], which: str, metric: str) 
 
     names = set(task_names(one[0][which]["prompts"]))
     limits = []
-    over = counted(G, "task")
+    over, units = counted(G, "task"), "tasks"
     if names == {NO_TASK}:
-        over = counted(G, "prompt")
+        over, units = counted(G, "prompt"), "prompts"
     elif NO_TASK in names:
         over = f"{G} tasks and prompts"
     if NO_TASK in names:
         limits.append("It speaks of prompts like these only.")
     values, freedom = means, G - 1
     if G < LEAST_GROUPS and G < U:
-        over = f"{U} prompts of {over}"
+        over, units = f"{U} prompts of {over}", "prompts"
         limits = ["It speaks of these tasks only."]
         values, freedom = within_groups(difference, means)
     if seeds == 1:
         limits.append("It does not cover what another seed would change.")
     else:
         over += f" and {seeds} seeds"
-    return Paired(values, freedom, over, " ".join(limits))
+    return Paired(values, freedom, over, " ".join(limits), units)
 
 
 def counted(count: int, name: str) -> str:
@@ -274,7 +275,7 @@ def what_would_decide(differences: Paired) -> str:
 
     The parts of its variance are estimated from these values.
     """
-    values, freedom, over, _ = differences
+    values, freedom = differences.values, differences.freedom
     U, seeds = values.shape
     squares = mean_squares(values)
     mean = abs(values.mean())
@@ -298,8 +299,7 @@ def what_would_decide(differences: Paired) -> str:
     more_units = range(U + 1, MOST_TIMES * U + 1)
     enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
     if enough < len(more_units):
-        name = over.split()[1]  # of the units: "28 tasks and 3 seeds"
-        ways.append(f"{more_units[enough] / U:.2g} times the {name}")
+        ways.append(f"{more_units[enough] / U:.2g} times the {differences.units}")
     if ways:
         way = " or ".join(ways)
         return f"If it stays as large as it is, a new comparison with about {way} would decide it."
@@ -392,6 +392,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     scores = []
     differences = []
     routers = []
+    intervals = 0
     for name, cells in rows.items():
         sizes = cells[0].get("parameters")
         losses = [cell["dev_loss"] for cell in cells if "dev_loss" in cell]
@@ -407,7 +408,9 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
             digits = 3 if measure == "loss" else 2  # nats, per cent
             scores[-1].append(mean_and_sd(mean_scores(cells, which, measure), digits))
             found = paired(first, cells, which, measure)
-            differences[-1].append(signed(interval(found.values, found.freedom), digits))
+            difference = interval(found.values, found.freedom)
+            differences[-1].append(signed(difference, digits))
+            intervals += name != reference and not np.isnan(difference[1])
 
         numbers = [name]
         for key in ROUTER:
@@ -432,7 +435,8 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         f"Loss: nats per target token. ROUGE-L and exact match: per cent, by {metric}.",
         "Scores are means within a task, then over tasks; where rows name no task, each different "
         "prompt counts as one. The dev loss is the mean over all tokens.",
-        f"Differences have 95 % intervals over {' and '.join(over)}; {chance(parts)}.",
+        f"Differences have 95 % intervals over {' and '.join(over)}; of the {intervals} here about "
+        f"{intervals / 20:.0f} would exclude zero if nothing differed.",
     ]
     if len(first) > 1:
         notes.append("In brackets the sd over seeds.")
@@ -450,9 +454,3 @@ def mean_and_sd(values: Sequence[float], digits: int) -> str:
     if len(values) > 1:
         text += f" ({np.std(values, ddof=1):.{digits}f})"
     return text
-
-
-def chance(parts: Iterable[str]) -> str:
-    """Return how many of the intervals in these tables would exclude zero by chance alone."""
-    count = sum(part.count("[") for part in parts)
-    return f"of the {count} here about {count / 20:.0f} would exclude zero if nothing differed"

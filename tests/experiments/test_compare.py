@@ -649,13 +649,12 @@ def test_the_frozen_base_is_none_of_the_runs_that_are_counted(tmp_path, capsys):
     assert last.endswith("c.json, 1 s, 2 of 3 runs, about 1 s left")
 
 
-def test_a_timed_step_saves_memory_as_training_does(tmp_path, monkeypatch):
+def test_a_timed_step_saves_memory_as_training_does(monkeypatch):
     found = []
     monkeypatch.setattr(train, "train_step", lambda base, *_: found.append(base.checkpoint_blocks))
     settings = train.Settings(checkpoint_blocks=True, max_tasks=2, train_instances=4)
     sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
-    cell = cell_of(tmp_path, "a", settings=settings)
-    compare.seconds_of_a_step(cell, CPU, sets["train"])
+    compare.seconds_of_a_step(settings, Variant(), CPU, sets["train"])
     assert found and all(found)
 
 

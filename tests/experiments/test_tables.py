@@ -250,17 +250,17 @@ def test_what_would_decide_by_hand():
     signs = np.resize([1.0, -1.0], 50)
     # Prompts differ with a variance of 50 / 49: 1.973 (50 / 49 / 177) ** 0.5 is 0.15.
     values = np.repeat(0.15 + signs[:, None], 2, axis=1)
-    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "")
+    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
     assert "about 3.5 times the prompts would decide" in tables.what_would_decide(found)
     # Seeds differ with a variance of 0.02: 2.571 (0.02 / 6) ** 0.5 is 0.148.
     values = np.repeat(np.array([[0.05, 0.25]]), 50, axis=0)
-    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "")
+    found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
     assert "about 6 seeds would decide" in tables.what_would_decide(found)
 
 
 def test_what_would_decide_says_if_nothing_would():
     close = np.array([[1.0, -1.0], [-1.0, 1.001], [0.5, -0.5]])
-    found = tables.Paired(close, 2, "3 prompts and 2 seeds", "")
+    found = tables.Paired(close, 2, "3 prompts and 2 seeds", "", "prompts")
     assert "too small for 100 seeds or 100 times the rows" in tables.what_would_decide(found)
 
 
