@@ -142,15 +142,14 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(tmp_path, tiny
         row["task"] = f"t{i % 3}"
     path = write_rows(tmp_path / "own.jsonl", rows)
     others = [{"prompt": f"Tell {i}.", "completion": "x", "task": f"t{i}"} for i in range(5)]
-    config = DataConfig(
-        data=str(path), test=str(write_rows(tmp_path / "other.jsonl", others + rows[3:5]))
-    )
-    expected = [0, 1, 2, -1, -1, 0, 1]  # of t0 to t4, and of two training rows
+    others += [*rows[3:5], {"prompt": "Tell.", "completion": "x"}]
+    config = DataConfig(data=str(path), test=str(write_rows(tmp_path / "other.jsonl", others)))
+    expected = [0, 1, 2, -1, -1, 0, 1, -1]  # of t0 to t4, of two training rows, and of no task
     examples = load_sets(config, tiny_words)["test"]
     assert [example.task_index for example in examples] == expected
     warnings = capsys.readouterr().err.splitlines()
-    assert "other.jsonl: 2 of 7 test rows have the tokens of training or dev rows" in warnings[0]
-    assert "other.jsonl: 5 of 7 test rows belong to training tasks" in warnings[1]
+    assert "other.jsonl: 2 of 8 test rows have the tokens of training or dev rows" in warnings[0]
+    assert "other.jsonl: 5 of 8 test rows belong to training tasks" in warnings[1]
     assert len(warnings) == 2
 
 
