@@ -77,5 +77,7 @@ def test_the_pages_have_the_table_of_the_real_run():
         page = (ROOT / name).read_text(encoding="utf-8")
         for model in real.MODELS:
             assert f" | {' | '.join(real.cells_of(overall, model))} |" in page
-        for which in real.SETS:
-            assert real.difference(of_tasks, which, "loss") in " ".join(page.split())
+        for lora in real.LORAS:
+            for which in real.T:
+                words = real.difference(of_tasks, lora, which, "loss")
+                assert words in " ".join(page.split())

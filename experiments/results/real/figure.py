@@ -1,4 +1,4 @@
-"""Draw losses.png: the loss of both runs on training batches and on dev.
+"""Draw losses.png: the loss of the three runs on training batches and on dev.
 
 pip install matplotlib
 python experiments/results/real/figure.py
@@ -16,7 +16,11 @@ STEPS = 40  # of which the mean training loss is drawn
 with open(FOLDER / "losses.csv", encoding="utf-8") as file:
     rows = list(csv.DictReader(file))
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-LINES = {"OrchMoE": ("orchmoe", "tab:blue", "o-"), "LoRA": ("lora", "tab:orange", "s--")}
+LINES = {
+    "OrchMoE": ("orchmoe", "tab:blue", "o-"),
+    "LoRA, alpha 1": ("lora", "tab:orange", "s--"),
+    "LoRA, alpha 4": ("lora_alpha_4", "tab:green", "^:"),
+}
 for name, (method, color, line) in LINES.items():
     middles = []
     means = []
