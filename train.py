@@ -279,6 +279,9 @@ def give_initial_values(
     return {"adapter": start.adapter_digest(), "same_rows": same_rows}
 
 
+# ---------------------------------------------------------------------------------- compilation
+
+
 def choose_compile(
     settings: TrainConfig, base: Backbone, device: torch.device, shard: bool
 ) -> Literal["on", "off"]:
@@ -411,7 +414,229 @@ def require_finite(step: int, ids: Sequence[str] = (), **values: float) -> None:
             )
 
 
+# --------------------------------------------------------------------------- scores and reports
+
+
+def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[Example]]:
+    """Return the sets "dev", "seen" and, if there are test tasks, "unseen".
+
+    "seen" holds new instances of the training tasks, "unseen" instances of the test tasks. Each is
+    cut to `limit` examples, evenly spaced (0: all).
+    """
+    held_out = {}
+    for name, set_name in (("dev", "dev"), ("seen", "seen"), ("unseen", "test")):
+        if set_name in sets:
+            held_out[name] = data.subsample(sets[set_name], limit)
+    return held_out
+
+
+def score_held_out(
+    model: Model, held_out: dict[str, list[Example]], settings: Settings, name: str
+) -> dict[str, dict]:
+    """Return the scores of the model on seen and unseen tasks."""
+    scores = {}
+    for set_name, examples in held_out.items():
+        if set_name == "dev":  # it chooses the best weights, and is not reported
+            continue
+        program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
+        _, scores[set_name] = score_rows(
+            model,
+            examples,
+            settings.metric_rules,
+            batch_size=settings.eval_batch_size,
+            max_new_tokens=settings.max_new_tokens,
+        )
+    return scores
+
+
+# The metrics in the table, and their headings.
+TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
+
+
+def print_table(
+    all_scores: dict[str, dict], run_dir: Path, sizes: dict[str, int], metric_rules: str
+) -> None:
+    """Print the scores as a table in Markdown, with a line for each model, see `add_scores`.
+
+    sizes: how many examples of each set were used.
+    """
+    headings = ["model"]
+    for set_name in ("seen", "unseen"):
+        headings += [f"{set_name} {metric}" for metric in TABLE.values()]
+    program.print_line(f"| {' | '.join(headings)} |")
+    program.print_line("| --- " * len(headings) + "|")
+    for name, scores in all_scores.items():
+        cells = [name]
+        for set_name in ("seen", "unseen"):
+            overall = scores.get(set_name, {}).get("overall", {})
+            for metric in TABLE:
+                value = overall.get(metric)
+                digits = 3 if metric == "loss" else 2
+                cells.append("-" if value is None else f"{value:.{digits}f}")
+        program.print_line(f"| {' | '.join(cells)} |")
+
+    program.print_line(f"{LOSS_NOTE} (the dev loss above is the mean over tokens)")
+    rules = metrics.RULES[metric_rules].description
+    program.print_line(f"ROUGE-L and exact match in per cent, by {rules}")
+    counts = ", ".join(f"{size} {set_name}" for set_name, size in sizes.items())
+    program.print_line(f"rows: {counts}; {run_dir} has all scores")
+    for set_name in ("seen", "unseen"):
+        print_if_few(set_name, sizes.get(set_name, 0))
+
+
+def report(
+    run: Run,
+    model: Model,
+    progress: Progress,
+    train_set: Examples,
+    held_out: dict[str, list[Example]],
+) -> None:
+    """Score the weights that were best on dev on seen and unseen tasks, and print the table."""
+    base, adapters, _ = model
+    settings = run.settings
+    run.load_best(adapters)
+    scores = score_held_out(model, held_out, settings, settings.method)
+    all_scores = run.add_scores(settings.method, scores)
+    sizes = {"train": len(train_set)}
+    sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
+    print_table(all_scores, run.path, sizes, settings.metric_rules)
+    start = run.facts["start"]
+    if start is not None and not start["same_rows"]:
+        program.print_line(
+            "rows in this table may have trained the run in --start, which had other data"
+        )
+    if progress.initial_w is not None:
+        w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
+        print_router(router_report(w, progress.initial_w), w.shape[1])
+
+
+# ---------------------------------------------------------------------------- the training loop
+
+
+def training_batch(train_set: Examples, batch_order: data.BatchOrder, step: int) -> Batch:
+    """Return the batch of a step. It depends only on the data, batch size, seed and step."""
+    rows = batch_order.at(step)
+    return data.collate([train_set[row] for row in rows], seed=batch_order.seed, step=step)
+
+
+def print_router(report: dict[str, float], K: int) -> None:
+    """Print in words how the router spreads the samples of dev over the abstract tasks."""
+    used = report["used"]
+    text = f"router: {used} of {K} abstract tasks have more than 40 % of an equal share on dev"
+    if not math.isnan(report["entropy"]):  # each w is a distribution
+        # A uniform w over n abstract tasks has the entropy ln(n).
+        spread = math.exp(report["entropy"])
+        text += f"; a sample is spread over about {spread:.1f} of them"
+    program.print_line(text)
+
+
+def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:
+    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print."""
+    base, adapters, _ = model
+    settings = run.settings
+    loss = mean_loss(measure(base, adapters, dev, batch_size=settings.eval_batch_size))
+    require_finite(step, dev_loss=loss)
+    record = {"dev_loss": loss}
+    if progress.initial_w is not None:
+        w = router_weights(base, adapters, dev, settings.eval_batch_size)
+        record["router"] = router_report(w, progress.initial_w)
+    run.log(step=step, **record)
+    message = f"step {step + 1} of {settings.steps}: dev loss {loss:.4g}"
+    if loss < progress.best_loss:
+        progress.best_loss = loss
+        run.save_best(adapters)
+        message += ", best so far"
+    return message
+
+
+def fit(
+    run: Run,
+    model: Model,
+    optimizer: Optimizer,
+    progress: Progress,
+    train_set: Examples,
+    dev: Sequence[Example],
+    final_scores: bool,
+) -> bool:
+    """Train to the last step. Return False if a signal arrived before the end.
+
+    Keep the weights that are best on dev, and save after each evaluation and before stopping.
+    """
+    base, adapters, _ = model
+    settings = run.settings
+    batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
+    first_step = progress.next_step
+    steps = range(first_step, settings.steps)
+    bar = program.progress(steps, "train", total=settings.steps, initial=first_step, unit="step")
+    step_seconds = []  # of each step since the last evaluation
+    with program.stop_signals() as stop_requested:
+        for step in bar:
+            # One step on a batch that depends only on the data, batch size, seed and step.
+            started = time.monotonic()
+            batch = training_batch(train_set, batch_order, step)
+            record = train_step(base, adapters, optimizer, batch, step, settings)
+            step_seconds.append(time.monotonic() - started)
+            tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
+            record["tokens_per_s"] = round(tokens / step_seconds[-1])
+            run.log(step=step, **record)  # counted from 0; messages count from 1
+            if final_scores:  # a study decides itself what it shows
+                shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
+                bar.set_postfix(shown, refresh=False)
+
+            # The last step is always followed by an evaluation.
+            evaluating = step + 1 == settings.steps or (step + 1) % settings.eval_every == 0
+            stopping = runtime.any_rank(stop_requested())  # all processes stop together
+            if not (evaluating or stopping):
+                continue
+            trained = sum(adapters.parameter_groups().values(), [])
+            require_finite(step, norm_of_the_weights=get_total_norm(trained).item())
+            if evaluating:
+                message = evaluate(run, model, progress, dev, step)
+                if final_scores:
+                    program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
+                step_seconds.clear()
+            progress.next_step = step + 1
+            run.save_progress(progress, adapters, optimizer)
+            if stopping:
+                break
+        # Ask again: a signal may have come during the last evaluation. Then a resumed run goes on
+        # with the final scores.
+        return not runtime.any_rank(stop_requested())
+
+
 # -------------------------------------------------------------------------------- the whole run
+
+
+def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
+    """Print what trains, on how many examples, and where the results will be."""
+    label = run.settings.method
+    if label == "lora":
+        # With --extra-rank some Linears may have one rank more than others.
+        ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
+        label = f"lora of rank {' to '.join(map(str, ranks))}"
+    counts = count_parameters(adapters)
+    skills, routing = counts["skills"], counts["routing"]
+    parameters = f"{skills + routing:,} parameters"
+    if routing > 0:
+        parameters += f" ({skills:,} in skills, {routing:,} in routing)"
+    program.print_line(
+        f"{label}: trains {parameters} on {len(train_set):,} examples; run folder {run.path}"
+    )
+
+
+def begin(
+    run: Run, model: Model, held_out: dict[str, list[Example]], final_scores: bool
+) -> Progress:
+    """Score the model as it starts, and return the progress of a new run."""
+    settings = run.settings
+    base, adapters, _ = model
+    if final_scores and not run.read_scores():  # an interrupted run may have them already
+        # With B = 0 this is the frozen base. --start or `attach_function` may have loaded skills.
+        is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
+        name = "frozen base" if is_base else "start"
+        run.add_scores(name, score_held_out(model, held_out, settings, name))
+    initial_w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
+    return Progress(initial_w=initial_w)
 
 
 def train(
@@ -503,220 +728,7 @@ def train(
     return run.path
 
 
-def begin(
-    run: Run, model: Model, held_out: dict[str, list[Example]], final_scores: bool
-) -> Progress:
-    """Score the model as it starts, and return the progress of a new run."""
-    settings = run.settings
-    base, adapters, _ = model
-    if final_scores and not run.read_scores():  # an interrupted run may have them already
-        # With B = 0 this is the frozen base. --start or `attach_function` may have loaded skills.
-        is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
-        name = "frozen base" if is_base else "start"
-        run.add_scores(name, score_held_out(model, held_out, settings, name))
-    initial_w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
-    return Progress(initial_w=initial_w)
-
-
-def fit(
-    run: Run,
-    model: Model,
-    optimizer: Optimizer,
-    progress: Progress,
-    train_set: Examples,
-    dev: Sequence[Example],
-    final_scores: bool,
-) -> bool:
-    """Train to the last step. Return False if a signal arrived before the end.
-
-    Keep the weights that are best on dev, and save after each evaluation and before stopping.
-    """
-    base, adapters, _ = model
-    settings = run.settings
-    batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
-    first_step = progress.next_step
-    steps = range(first_step, settings.steps)
-    bar = program.progress(steps, "train", total=settings.steps, initial=first_step, unit="step")
-    step_seconds = []  # of each step since the last evaluation
-    with program.stop_signals() as stop_requested:
-        for step in bar:
-            # One step on a batch that depends only on the data, batch size, seed and step.
-            started = time.monotonic()
-            batch = training_batch(train_set, batch_order, step)
-            record = train_step(base, adapters, optimizer, batch, step, settings)
-            step_seconds.append(time.monotonic() - started)
-            tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
-            record["tokens_per_s"] = round(tokens / step_seconds[-1])
-            run.log(step=step, **record)  # counted from 0; messages count from 1
-            if final_scores:  # a study decides itself what it shows
-                shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
-                bar.set_postfix(shown, refresh=False)
-
-            # The last step is always followed by an evaluation.
-            evaluating = step + 1 == settings.steps or (step + 1) % settings.eval_every == 0
-            stopping = runtime.any_rank(stop_requested())  # all processes stop together
-            if not (evaluating or stopping):
-                continue
-            trained = sum(adapters.parameter_groups().values(), [])
-            require_finite(step, norm_of_the_weights=get_total_norm(trained).item())
-            if evaluating:
-                message = evaluate(run, model, progress, dev, step)
-                if final_scores:
-                    program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
-                step_seconds.clear()
-            progress.next_step = step + 1
-            run.save_progress(progress, adapters, optimizer)
-            if stopping:
-                break
-        # Ask again: a signal may have come during the last evaluation. Then a resumed run goes on
-        # with the final scores.
-        return not runtime.any_rank(stop_requested())
-
-
-def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:
-    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print."""
-    base, adapters, _ = model
-    settings = run.settings
-    loss = mean_loss(measure(base, adapters, dev, batch_size=settings.eval_batch_size))
-    require_finite(step, dev_loss=loss)
-    record = {"dev_loss": loss}
-    if progress.initial_w is not None:
-        w = router_weights(base, adapters, dev, settings.eval_batch_size)
-        record["router"] = router_report(w, progress.initial_w)
-    run.log(step=step, **record)
-    message = f"step {step + 1} of {settings.steps}: dev loss {loss:.4g}"
-    if loss < progress.best_loss:
-        progress.best_loss = loss
-        run.save_best(adapters)
-        message += ", best so far"
-    return message
-
-
-def report(
-    run: Run,
-    model: Model,
-    progress: Progress,
-    train_set: Examples,
-    held_out: dict[str, list[Example]],
-) -> None:
-    """Score the weights that were best on dev on seen and unseen tasks, and print the table."""
-    base, adapters, _ = model
-    settings = run.settings
-    run.load_best(adapters)
-    scores = score_held_out(model, held_out, settings, settings.method)
-    all_scores = run.add_scores(settings.method, scores)
-    sizes = {"train": len(train_set)}
-    sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
-    print_table(all_scores, run.path, sizes, settings.metric_rules)
-    start = run.facts["start"]
-    if start is not None and not start["same_rows"]:
-        program.print_line(
-            "rows in this table may have trained the run in --start, which had other data"
-        )
-    if progress.initial_w is not None:
-        w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
-        print_router(router_report(w, progress.initial_w), w.shape[1])
-
-
-def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[Example]]:
-    """Return the sets "dev", "seen" and, if there are test tasks, "unseen".
-
-    "seen" holds new instances of the training tasks, "unseen" instances of the test tasks. Each is
-    cut to `limit` examples, evenly spaced (0: all).
-    """
-    held_out = {}
-    for name, set_name in (("dev", "dev"), ("seen", "seen"), ("unseen", "test")):
-        if set_name in sets:
-            held_out[name] = data.subsample(sets[set_name], limit)
-    return held_out
-
-
-def training_batch(train_set: Examples, batch_order: data.BatchOrder, step: int) -> Batch:
-    """Return the batch of a step. It depends only on the data, batch size, seed and step."""
-    rows = batch_order.at(step)
-    return data.collate([train_set[row] for row in rows], seed=batch_order.seed, step=step)
-
-
-def score_held_out(
-    model: Model, held_out: dict[str, list[Example]], settings: Settings, name: str
-) -> dict[str, dict]:
-    """Return the scores of the model on seen and unseen tasks."""
-    scores = {}
-    for set_name, examples in held_out.items():
-        if set_name == "dev":  # it chooses the best weights, and is not reported
-            continue
-        program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
-        _, scores[set_name] = score_rows(
-            model,
-            examples,
-            settings.metric_rules,
-            batch_size=settings.eval_batch_size,
-            max_new_tokens=settings.max_new_tokens,
-        )
-    return scores
-
-
-def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
-    """Print what trains, on how many examples, and where the results will be."""
-    label = run.settings.method
-    if label == "lora":
-        # With --extra-rank some Linears may have one rank more than others.
-        ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
-        label = f"lora of rank {' to '.join(map(str, ranks))}"
-    counts = count_parameters(adapters)
-    skills, routing = counts["skills"], counts["routing"]
-    parameters = f"{skills + routing:,} parameters"
-    if routing > 0:
-        parameters += f" ({skills:,} in skills, {routing:,} in routing)"
-    program.print_line(
-        f"{label}: trains {parameters} on {len(train_set):,} examples; run folder {run.path}"
-    )
-
-
-# The metrics in the table, and their headings.
-TABLE = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
-
-
-def print_table(
-    all_scores: dict[str, dict], run_dir: Path, sizes: dict[str, int], metric_rules: str
-) -> None:
-    """Print the scores as a table in Markdown, with a line for each model, see `add_scores`.
-
-    sizes: how many examples of each set were used.
-    """
-    headings = ["model"]
-    for set_name in ("seen", "unseen"):
-        headings += [f"{set_name} {metric}" for metric in TABLE.values()]
-    program.print_line(f"| {' | '.join(headings)} |")
-    program.print_line("| --- " * len(headings) + "|")
-    for name, scores in all_scores.items():
-        cells = [name]
-        for set_name in ("seen", "unseen"):
-            overall = scores.get(set_name, {}).get("overall", {})
-            for metric in TABLE:
-                value = overall.get(metric)
-                digits = 3 if metric == "loss" else 2
-                cells.append("-" if value is None else f"{value:.{digits}f}")
-        program.print_line(f"| {' | '.join(cells)} |")
-
-    program.print_line(f"{LOSS_NOTE} (the dev loss above is the mean over tokens)")
-    rules = metrics.RULES[metric_rules].description
-    program.print_line(f"ROUGE-L and exact match in per cent, by {rules}")
-    counts = ", ".join(f"{size} {set_name}" for set_name, size in sizes.items())
-    program.print_line(f"rows: {counts}; {run_dir} has all scores")
-    for set_name in ("seen", "unseen"):
-        print_if_few(set_name, sizes.get(set_name, 0))
-
-
-def print_router(report: dict[str, float], K: int) -> None:
-    """Print in words how the router spreads the samples of dev over the abstract tasks."""
-    used = report["used"]
-    text = f"router: {used} of {K} abstract tasks have more than 40 % of an equal share on dev"
-    if not math.isnan(report["entropy"]):  # each w is a distribution
-        # A uniform w over n abstract tasks has the entropy ln(n).
-        spread = math.exp(report["entropy"])
-        text += f"; a sample is spread over about {spread:.1f} of them"
-    program.print_line(text)
+# ---------------------------------------------------------------------------------- the program
 
 
 def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
