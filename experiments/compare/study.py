@@ -324,39 +324,32 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     require_promised(cell, digests_of(sets))
     held_out = train.held_out_sets(sets, settings.eval_instances)
     options = {"batch_size": settings.eval_batch_size}
-    if cell.scores == "dev tasks":
+    if cell.scores == "dev tasks":  # a trial of a planned study
         losses = finite_losses(base, adapters, sets["dev"], "dev", **options)
         of_tasks = evaluation.losses_by_task(sets["dev"], losses).values()
         result["dev_loss"] = fmean(fmean(of_task) for of_task in of_tasks)
         return result
-    dev = held_out.pop("dev")
-    if cell.scores == "replicate":
-        held_out = {"seen": sets["seen"]}  # all seen instances
     rules = settings.metric_rules
+    if cell.scores == "replicate":  # a cell of a planned study
+        seen = sets["seen"]  # all seen instances
+        losses = finite_losses(base, adapters, seen, "seen", **options)
+        tasks = {}
+        for task, of_task in evaluation.losses_by_task(seen, losses).items():
+            tasks[task] = {"loss": fmean(of_task)}
+        answered = first_of_each_task(seen, ANSWERED)
+        options["max_new_tokens"] = ANSWER_TOKENS
+        predictions = evaluation.predict(base, adapters, answered, tokenizer, **options)
+        answers = evaluation.score(answered, predictions, rules)
+        return result | {"seen": {"tasks": tasks}, "answers": answers}
+    dev = held_out.pop("dev")
     for which, examples in held_out.items():
-        w = replaced_w(cell.row.w, settings, base, adapters, dev, examples)
-        losses = finite_losses(base, adapters, examples, which, w=w, **options)
-        if cell.scores == "replicate":
-            tasks = {}
-            for task, of_task in evaluation.losses_by_task(examples, losses).items():
-                tasks[task] = {"loss": fmean(of_task)}
-            result[which] = {"tasks": tasks}
-            answered = first_of_each_task(examples, ANSWERED)
-            predictions = evaluation.predict(
-                base, adapters, answered, tokenizer, max_new_tokens=ANSWER_TOKENS, **options
-            )
-            result["answers"] = evaluation.score(answered, predictions, rules)
-        else:
-            predictions = evaluation.predict(
-                base,
-                adapters,
-                examples,
-                tokenizer,
-                max_new_tokens=settings.max_new_tokens,
-                w=w,
-                **options,
-            )
-            result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
+        options["w"] = replaced_w(cell.row.w, settings, base, adapters, dev, examples)
+        losses = finite_losses(base, adapters, examples, which, **options)
+        length = settings.max_new_tokens
+        predictions = evaluation.predict(
+            base, adapters, examples, tokenizer, max_new_tokens=length, **options
+        )
+        result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
     return result
 
 
