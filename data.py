@@ -99,9 +99,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             prompts.append(row.prompt)
             references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(
-            references, spaced=spaced
-        )  # an iterator over those of the chunk
+        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over all of them
 
         fields = []
         for row, source in zip(chunk, sources, strict=True):

@@ -529,7 +529,7 @@ def keep_showing(bar: tqdm) -> None:
 
 
 def print_progress(text: str) -> None:
-    """Print a line about a long computation, unless a terminal shows its bar."""
+    """Print a line about a long computation, unless a terminal shows a bar of it."""
     on_terminal = sys.stderr.isatty() and sys.stdout.isatty()
     if not in_worker() and not on_terminal:
         print_line(text)

@@ -5,9 +5,9 @@
     python -m experiments.compare --methods orchmoe,lora,FILE.py:Class    # and a method of your own
     python -m experiments.compare --ablations                # OrchMoE with one change at a time
 
-Every method gets the same total size, steps and order of the data; except C-Poly, whose size is its
-own. Tuning chooses the rate of the skills and their scale, or what --axes names, by the dev
-loss, with the same number of trials for each method. Trials have seed 0. The runs that are compared
+Every method gets the same steps, order of the data and total size. Only C-Poly has a size of its
+own. Tuning chooses the rate of the skills and their scale, or what --axes names, by the dev loss,
+with the same number of trials for each method. Trials have seed 0. The runs that are compared
 are new ones with seeds 1 to --seeds, since the best of several trials looks better than it is.
 
 The rule of the verdict was written down before any run. The first method is compared with each
