@@ -426,10 +426,11 @@ def load(
     if run is None:
         adapters = without_adapters(base)
     else:
-        run.read_best()  # a damaged file must fail before adapters take memory
+        state = run.read_best()  # first: a damaged file must fail before adapters take memory
         adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
         run.require_same(method=kind_of(adapters))
-        run.load_best(adapters)
+        with program.reading(run.adapter_path, TRAIN_AGAIN):
+            adapters.load_state_dict(state)
     if shard:
         runtime.shard(base, base.blocks, device)
     return Model(base, adapters.eval(), tokenizer)

@@ -402,9 +402,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
         prompt = request["prompt"]
-        references = request["references"]
-        if not isinstance(references, list):
-            raise ValueError("references: give a list")
+        references = [*request["references"]]
         w = request["w"]
         program.require_text("prompt", prompt)
         for reference in references:
