@@ -252,7 +252,7 @@ def give_initial_values(
 ) -> dict[str, Any] | None:
     """Load the adapters of the run in --start, or fit the router to training examples.
 
-    facts: those of the new run.
+    facts: those of the new run. Raise UserError if nothing could train.
 
     Return two facts about the run in --start, None without one. "adapter" is a hash of the loaded
     adapters. "same_rows" says whether that run, and any run that it started from, had the same

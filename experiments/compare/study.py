@@ -70,9 +70,7 @@ class Variant(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = (
-        ""  # name of a replacement of the router or mixing, see routers.attach_with
-    )
+    replaced_router: str = ""  # what replaces the router or mixing, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     trains: bool = True  # otherwise the row is the frozen base, which is only scored
