@@ -18,6 +18,7 @@ from helpers import (
     T5_CONFIGS,
     check_equal,
     random_t5,
+    small_model,
     t5_batch,
     weights_of,
 )
@@ -107,6 +108,24 @@ def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
     with pytest.raises(ValueError, match="^hf_config: the backbone was not loaded"):
         save(base, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, eos, expected",
+    [("qwen2", [7, 5], (7, 5)), ("qwen2", 7, (7,)), ("qwen2", None, (3,)), ("v1.0", [1], (1,))],
+)
+def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp_path):
+    save(small_model(kind), tmp_path)
+    before = fingerprint(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": eos}))
+    loaded = load(tmp_path)
+    assert loaded.config.eos_ids == expected
+
+    path.unlink()
+    assert fingerprint(tmp_path) == before
+    save(loaded, tmp_path)
+    assert load(tmp_path).config == loaded.config
 
 
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])

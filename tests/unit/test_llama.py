@@ -288,5 +288,5 @@ def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="it has 98 tokens, the model 97; the tokenizer in"):
         evaluation.require_fit(base, words, [], max_new_tokens=0)
     words = SimpleNamespace(eos_ids=(2, 7), size=97)
-    with pytest.raises(ValueError, match=r"eos_token_id: config.json says \(3,\)"):
+    with pytest.raises(ValueError, match=r"eos_token_id: \(3,\) in generation_config"):
         evaluation.require_fit(base, words, [], max_new_tokens=0)
