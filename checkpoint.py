@@ -83,8 +83,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors, _ = read_safetensors(path)
         return tensors
 
+    content = read_torch(path)
     with program.reading(path):
-        return {**read_torch(path)}  # TypeError unless it is a dict
+        return {**content}  # TypeError unless it is a dict
 
 
 def read_folder(folder: str | Path) -> dict[str, Tensor]:

@@ -165,6 +165,14 @@ def test_read_tensors_needs_names(tmp_path):
     check_refused(checkpoint.read_tensors, path)
 
 
+def test_a_damaged_torch_file_is_named_once(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")  # git left the weights out
+    with pytest.raises(ValueError, match="refused, it is damaged") as refusal:
+        checkpoint.read_tensors(path)
+    assert str(refusal.value).count(path.name) == 1
+
+
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):
     shard_of = {"x": "b.safetensors", "y": "c.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
