@@ -53,6 +53,21 @@ def test_cached_logits_equal_the_teacher_forced_ones(llama_pair, llama_batch):
         newest = targets[:, t]
 
 
+def test_cached_logits_under_autocast_are_near_those_in_float32():
+    own = small_model("qwen2")
+    batch = random_batch(10, 97)
+
+    def logits_of_two_steps():
+        newest, state = own.start(batch.input_ids, batch.attention_mask, 2)
+        with torch.no_grad():
+            return torch.stack([own.step(newest, state), own.step(newest + 1, state)])
+
+    expected = logits_of_two_steps()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_of_two_steps()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_neither_junk_in_the_padding_nor_its_side_matters(llama_pair, llama_batch):
     own = llama_pair[1]
     ids, mask, labels = llama_batch
