@@ -454,8 +454,10 @@ def _parse_row(fields, number, position):
 
     for name in (source_field, *input_fields):
         require_text(name, given[name])
-    task = given.get("task", NO_TASK)
+    task = given.get("task", "")
     require_text("task", task)
+    if task == "":  # as in a table with an empty cell
+        task = NO_TASK
     row_id = str(given.get("id", number))
     require_text("id", row_id)
     prompt = given[source_field]
@@ -481,8 +483,9 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
-    instruction, `task` and `id`. A null counts as absent. Raise UserError with the number of a bad
-    line. A line is also bad if a text in one of these fields would have no effect.
+    instruction, `task` and `id`. A null counts as absent, and so does an empty input or task. Raise
+    UserError with the number of a bad line. A line is also bad if a text in one of these fields
+    would have no effect.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):

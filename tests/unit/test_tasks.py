@@ -156,7 +156,7 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
         b'"task": "t", "id": 7, "input": ""}',
         b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null, "prompt": null}',
-        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
+        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c", "task": ""},
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
         {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
