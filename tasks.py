@@ -43,7 +43,6 @@ NO_TASK = "-"  # the task of a row without one
 SOURCE_FIELDS = ("prompt", "instruction")
 INPUT_FIELDS = ("input", "context")
 REFERENCE_FIELDS = ("completion", "output", "response")
-ROW_FIELDS = {*SOURCE_FIELDS, *INPUT_FIELDS, *REFERENCE_FIELDS, "task", "id"}
 
 
 @dataclass(frozen=True)
@@ -412,10 +411,7 @@ def _only_field(fields, names):
     found = [name for name in names if name in fields]
     if not found:
         problem = f"there is no {' or '.join(names)}"
-        others = [f"{name!r:.20}" for name in fields if name not in ROW_FIELDS]
-        if others:
-            problem += f", but {' and '.join(others[:3])}; name them prompt and completion"
-        raise ValueError(problem)
+        raise ValueError(f"{problem} among the fields {list(fields)!r:.80}")
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]}: give one of them")
     return found[0]
