@@ -248,7 +248,8 @@ def answer(model, tokenizer, prompts, max_new_tokens):
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # the base may bring another one
+            num_beams=1,  # the base may bring another number, and another penalty
+            repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )
     prompt_length = batch["input_ids"].shape[1]

@@ -83,7 +83,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     monkeypatch.setitem(sys.modules, "peft", None)
     with mock.patch("urllib.request.urlopen") as urlopen:
         urlopen.return_value.__enter__.return_value.read.return_value = b'{"content": "red"}'
-        said = serve("--server", "http://host", "--prompt", prompts[0], cwd=home)
+        said = serve("--server", "http://host/", "--prompt", prompts[0], cwd=home)
     assert said == f"{prompts[0]} -> red\n"
     url, content = urlopen.call_args.args
     request = json.loads(content)
