@@ -110,10 +110,12 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
         whole_state[prefix + name] = tensor
     base.load_state_dict(whole_state, strict=False, assign=True)
 
-    table = base.get_input_embeddings()
-    embedding = next(name for name, module in base.named_modules() if module is table)
+    # A tied table has several names, and the files have one of them.
+    table = base.get_input_embeddings().weight
+    named = base.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if parameter is table]
     facts = {
-        "embedding": f"{embedding}.weight",
+        "embedding": next(name for name in names if name in tensors),
         "max_new_tokens": saved.get("max_new_tokens", 127),  # finetune_7b.py saves it
         "prompt": None,
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers import (
     ROOT,
@@ -518,6 +519,17 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
         lines.append(f"{prompt} -> {answer}\n")
     assert answers == "".join(lines)
     assert len({line.partition("->")[2] for line in lines}) > 1
+
+
+def test_the_table_of_a_t5_has_the_name_that_its_file_gives_it(tmp_path):
+    model = make_t5()
+    model.save_pretrained(tmp_path / "base")
+    weights = checkpoint.read_folder(tmp_path / "base")
+    weights["decoder.embed_tokens.weight"] = weights.pop("shared.weight").clone()
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    make_trainer(tmp_path / "run", adapted(model)).save_model()
+    _, facts = attach_saved(tmp_path / "run" / ADAPTER_FILE, tmp_path / "base")
+    assert facts["embedding"] == "decoder.embed_tokens.weight"
 
 
 def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
