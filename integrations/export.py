@@ -16,6 +16,7 @@ Letters: K abstract tasks, S skills, R rank of a skill, D width of the embedding
 Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,6 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
     program.require_path(model, program.DOWNLOAD)
     with program.reading(model, "name a folder that transformers loads"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-        for name, value in config.to_dict().items():
-            if name.endswith("layers") and type(value) is int and value > checkpoint.LARGEST_DEPTH:
-                raise ValueError(f"{name}: {value:.3g} is above {checkpoint.LARGEST_DEPTH}")
         model_class = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             model_class = transformers.AutoModelForSeq2SeqLM
@@ -158,7 +156,7 @@ def mean_routing(
 ) -> Tensor:
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
-        raise UserError("--mean: the run has no router; give --w")
+        raise UserError(f"--mean: {adapters.unfoldable()}")
     data_config = replace(run.settings.part(DataConfig), test="")  # dev does not need that file
     if config.data:
         data_config = replace(data_config, data=config.data)
@@ -212,7 +210,7 @@ def save_router(
 
 
 def export(config: ExportConfig, device: runtime.Device) -> None:
-    """Write the LoRAs that the config asks for, and the router."""
+    """Write the LoRAs that the config asks for, and the router. All appear at once, or nothing."""
     out = Path(config.out)
     program.require_new([out], "name a new folder by --out")
 
@@ -252,14 +250,19 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
 
     ranks = VLLM_RANKS if config.pad_rank else ()
     base_name = str(Path(base_folder).resolve())
-    for name, w in routings.items():
-        rank = save_peft(adapters, w, out / name, base_name, ranks=ranks)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        incomplete = Path(temporary) / out.name
+        for name, w in routings.items():
+            rank = save_peft(adapters, w, incomplete / name, base_name, ranks=ranks)
+        if adapters.router is not None:
+            save_router(adapters.router, facts, base_folder, incomplete)
+        incomplete.rename(out)
+
     program.print_line(
         f"written to {out}: LoRAs of rank {rank} for {base_name}: {', '.join(routings)}"
     )
-
     if adapters.router is not None:
-        save_router(adapters.router, facts, base_folder, out)
         program.print_line(f"written to {out}: router.safetensors and router.json")
 
 
