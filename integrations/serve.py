@@ -117,7 +117,10 @@ class HubTokenizer:
 
 
 class PeftModel:
-    """The base with one LoRA in peft, whose B is mixed anew for each prompt."""
+    """The base with one LoRA in peft, whose B is mixed anew for each prompt.
+
+    Threads must take turns, since `answer` changes the model.
+    """
 
     def __init__(self, base, loras):
         loaded = [load_peft(folder) for folder in loras]

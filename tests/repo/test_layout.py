@@ -155,6 +155,7 @@ FOREIGN = set(
     --nproc-per-node --nnodes --node-rank --master-addr --master-port --outtype --outfile --lora
     convert_lora_to_gguf.py convert_hf_to_gguf.py --lora-init-without-apply --enable-lora
     make_rows.py --max-lora-rank --lora-modules load_best_model_at_end neftune_noise_alpha
+    save_pretrained
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

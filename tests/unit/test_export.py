@@ -177,7 +177,7 @@ def test_run_of_another_method_is_refused_by_its_method(method, flags, reason, c
     "options, change, message",
     [
         ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
-        ({}, {"base": None}, "it has no 'base'.*; train it again"),
+        ({}, {"base": None}, "it has no 'base'.*; integrations/trainer.py did not write it"),
         ({}, {"base": "0" * 16}, "it was trained on other weights; base must be the base"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
         (
