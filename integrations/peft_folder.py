@@ -94,7 +94,9 @@ def save_peft(
     """
     linears = linears_by_hf_name(adapters)
 
-    reason = adapters.unfoldable()
+    reason = ""
+    if any(linear.skill_W_task is not None for linear in linears.values()):
+        reason = "with a token router every token has its own w"
     mixes = {linear.skill_mix for linear in linears.values()}
     if not mixes <= {orchmoe.mix_skills, kernels.mix_skills}:
         reason = "skills that mix their factors are no LoRA of rank S R"

@@ -5,11 +5,13 @@ parity/test_peft.py compares the logits of exported folders with those of peft.
 
 import json
 import re
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import data
 import eval as evaluation
@@ -24,6 +26,8 @@ from helpers import (
     interrupted,
     load_adapted,
     run,
+    seeded_generator,
+    stir,
 )
 from integrations import export
 from integrations.peft_folder import load_peft, save_peft, set_skills
@@ -59,6 +63,23 @@ def test_save_peft_refuses_what_no_lora_computes(method, mixing, w, ranks, reaso
     with pytest.raises(ValueError, match=f"not written: .*{reason}"):
         save_peft(adapters, w, tmp_path / "out", "base", ranks=ranks)
     assert not (tmp_path / "out").exists()
+
+
+class OwnLinear(nn.Linear):
+    """A Linear whose forward is its own, as that of a quantised one."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_save_peft_takes_linears_that_cannot_be_folded(tmp_path):
+    for linear in (nn.Linear, OwnLinear):
+        base = nn.Sequential(OrderedDict(q=linear(6, 5)))
+        adapters = attach(base, OrchMoEConfig(targets=("q",)), generator=seeded_generator())
+        stir(adapters, seeded_generator(1))
+        save_peft(adapters, torch.eye(8)[0], tmp_path / linear.__name__, "base")
+    assert adapters.unfoldable()
+    check_equal(factors_in(tmp_path / "OwnLinear"), factors_in(tmp_path / "Linear"))
 
 
 # ------------------------------------------------------------------------------------ the program
