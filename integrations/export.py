@@ -112,8 +112,11 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
     table = base.get_input_embeddings().weight
     named = base.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if parameter is table]
+    names_in_files = [name for name in names if name in tensors]
+    if not names_in_files:
+        raise UserError(f"{model}: its files have no tensor {' or '.join(names)}")
     facts = {
-        "embedding": next(name for name in names if name in tensors),
+        "embedding": names_in_files[0],
         "max_new_tokens": saved.get("max_new_tokens", 127),  # finetune_7b.py saves it
         "prompt": None,
     }

@@ -107,7 +107,9 @@ class HubTokenizer:
         with program.reading(base, "pip install transformers protobuf sentencepiece"):
             import transformers
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                base, trust_remote_code=False
+            )
 
     def encode(self, prompt):
         return self.tokenizer(prompt).input_ids
@@ -135,7 +137,7 @@ class PeftModel:
             import transformers
 
         with program.reading(base, "name the folder of the base"):
-            config = transformers.AutoConfig.from_pretrained(base)
+            config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
             model_class = transformers.AutoModelForCausalLM
             if config.is_encoder_decoder:
                 model_class = transformers.AutoModelForSeq2SeqLM
