@@ -560,7 +560,7 @@ class SkillLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: int):
         """Copy and pickle through the base class: pickle cannot find a class made at run time."""
-        return _new_skill_linear, (self.skill_base,), self.__dict__
+        return _new_skill_linear, (self.skill_base,), self.__getstate__()
 
 
 @functools.cache  # one class per base class; otherwise torch.compile would compile each Linear anew
@@ -992,7 +992,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         # weights.
         if self._state not in ("", "removed"):
             raise RuntimeError(f"{self._state}(): leave it before the model is copied or pickled")
-        return self.__dict__
+        return super().__getstate__()
 
 
 def embedding_width(module: nn.Module) -> int:

@@ -225,6 +225,15 @@ def test_a_deepcopy_shares_nothing_with_its_original(copied, kind):
     assert not isinstance(twin.q, SkillLinear) and isinstance(base.q, SkillLinear)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_compiled_linear_is_not_compiled(copied):
+    """torch leaves the compiled call, which is that of the original, out of every copy."""
+    base = net()
+    attached(base)
+    base.q.compile(backend="eager")
+    torch.testing.assert_close(routed(copied(base)), routed(base), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_change_of_dtype_leaves_the_adapters_in_float32(router, dtype):
