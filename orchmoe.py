@@ -1025,6 +1025,7 @@ def attach(
     share them evenly. Raise ValueError, with the module unchanged, if a target does not exist or
     cannot have skills.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: its names stay
     linears = target_linears(module, config.targets)
     N = len(linears)
     S, R = method.skill_shape(config, num_tasks)

@@ -365,6 +365,18 @@ def test_detach_restores_the_module(kind):
     assert torch.equal(routed(base), adapted)
 
 
+def test_a_compiled_model_has_the_names_of_its_original():
+    base, twin = net().eval(), net().eval()
+    compiled = torch.compile(base, backend="eager")
+    adapters = attached(compiled)
+    assert adapters.state_dict().keys() == attached(twin).state_dict().keys()
+    expected = routed(compiled, w=W)
+    torch.testing.assert_close(expected, routed(twin, w=W), **CLOSE)
+    adapters.merge(W)
+    torch.testing.assert_close(compiled(X), expected, **CLOSE)
+    assert base.state_dict().keys() == net().state_dict().keys()
+
+
 @pytest.mark.parametrize("method", ["detach", "merge"])
 def test_modules_added_after_attach_are_left_unchanged(method):
     base = net()
