@@ -674,7 +674,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
                 setattr(linear, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the method has: route, Z, config, noise_shape, allocation_weights."""
+        """Return what the method has: route, Z, noise_shape, allocation_weights."""
         if name == "method":
             return super().__getattr__(name)  # where torch keeps submodules
         return getattr(self.method, name)
@@ -1045,9 +1045,8 @@ def attach(
         num_tasks=num_tasks,
         generator=generator,
     )
-    if not hasattr(built, "config"):
-        built.config = config
     adapters = Adapters(module, linears, skills, built)
+    adapters.config = config
     module.skill_adapters = adapters.train(module.training)
     return adapters
 
