@@ -864,8 +864,9 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         """Return the state of the method, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
-        themselves put the skills in.
+        themselves put the skills in. Raise RuntimeError after merge and detach.
         """
+        self._require_skills()
         if destination is not None:
             return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         state = self.method.state_dict(prefix=prefix, keep_vars=keep_vars)
@@ -899,8 +900,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     def _open(self, verb: str) -> Iterator[None]:
         """Mark `verb` as open. Raise RuntimeError if one is already, or after merge and detach."""
         with self._lock:
-            if self._state == "removed":
-                raise RuntimeError("the skills are merged or detached: call the model as it is")
+            self._require_skills()
             if self._state:
                 raise RuntimeError(
                     f"{verb}(): {self._state}() is active; leave it first. Threads must take turns"
@@ -911,6 +911,12 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         finally:
             if self._state == verb:  # and not "removed"
                 self._state = ""
+
+    def _require_skills(self) -> None:
+        if self._state == "removed":
+            raise RuntimeError(
+                "the skills are merged or detached: save them before, and call the model as it is"
+            )
 
     def _route(
         self, embeddings: Tensor | None = None, mask: Tensor | None = None, **options: Any

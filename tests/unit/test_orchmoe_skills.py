@@ -349,6 +349,8 @@ def test_merge_folds_for_good():
     for method in ("routed", "disabled", "folded", "merge", "detach"):
         with pytest.raises(RuntimeError, match="merged or detached"):
             enter(adapters, method, **arguments(method))
+    with pytest.raises(RuntimeError, match="merged or detached"):
+        adapters.state_dict()  # it would lack the skills
 
 
 @every_kind
