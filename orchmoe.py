@@ -1046,7 +1046,8 @@ def attach(
     share them evenly. Raise ValueError, with the module unchanged, if a target does not exist or
     cannot have skills.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: its names stay
+    # The wrapper that torch.compile returns would give all names a prefix.
+    module = getattr(module, "_orig_mod", module)
     linears = target_linears(module, config.targets)
     N = len(linears)
     S, R = method.skill_shape(config, num_tasks)
