@@ -2,8 +2,8 @@
 
 A frozen model gets LoRA "skills" in its Linears. A Task Router reads the source sample and
 estimates which abstract tasks it belongs to. An allocation matrix in each Linear turns that into
-weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). For each line below,
-docs/paper.md names the source: the abstract, summaries of the paper, or our choice.
+weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). docs/paper.md
+gives a grade to each line below: stated, secondary, inferred or chosen.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
     X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise

@@ -1,7 +1,8 @@
 """The method in eighty lines: the equations of OrchMoE as code, without any of the plumbing.
 
 `python -m examples.minimal` trains the bundled T5 and prints the losses of `python train.py`.
-Letters: B batch, L length, D width, N adapted Linears, S skills of rank R, K abstract tasks.
+Letters: B batch, L length, D width, N adapted Linears, S skills of rank R, K abstract tasks, M
+prompts.
 """
 
 import math
@@ -48,7 +49,8 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     W_task = centres * scale_for_entropy(x_hat @ centres.T, math.log(K) / 3)
     b = torch.zeros(K)
 
-    def add_skills(linear, inputs, y):  # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1
+    # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1; each step below sets c (N,B,S).
+    def add_skills(linear, inputs, y):
         x = inputs[0]
         n = linears.index(linear)
         for s in range(S):
