@@ -409,6 +409,12 @@ def test_cached_replaces_a_damaged_file(cache):
     assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
 
 
+def test_cached_makes_its_result_anew_when_the_code_has_changed(cache, monkeypatch):
+    cached(["x"], [], lambda: [1])
+    monkeypatch.setattr(data, "CODE", "another version")
+    assert cached(["x"], [], lambda: [2]) == [2]
+
+
 def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
     config, tokenizer, cache, monkeypatch
 ):
