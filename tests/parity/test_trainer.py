@@ -305,6 +305,21 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     check_equal(torch.load(tmp_path / "again" / ADAPTER_FILE)["state"], state_of(whole))
 
 
+def test_a_save_that_fails_leaves_the_adapters_that_were_saved(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    before = (tmp_path / ADAPTER_FILE).read_bytes()
+
+    def save_half(saved, file):
+        file.write(before[:99])
+        raise OSError(28, "disk full")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_model()
+    assert (tmp_path / ADAPTER_FILE).read_bytes() == before
+
+
 def fine_tuned(model):
     """Return the model with one weight changed, in a Linear without adapters."""
     model.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] += 1
