@@ -279,9 +279,6 @@ def test_changed_files_are_named_with_what_helps(changed):
     assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
 
 
-# ------------------------------------------------------------------------------------------ scores
-
-
 # ------------------------------------------------------------------------------- tasks, and --start
 
 
