@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
 import data
 import eval as evaluation
 import run_folder
@@ -23,8 +24,9 @@ from helpers import (
     factors_in,
     load_adapted,
     run,
+    seeded_generator,
 )
-from integrations import export
+from integrations import export, serve
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from integrations.trainer import base_fingerprint, base_weights
 from orchmoe import OrchMoEConfig, TaskRouter, attach
@@ -98,15 +100,17 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     torch.testing.assert_close(mean[key], expected)
 
 
-def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
-    router = TaskRouter(4, OrchMoEConfig(router_attention=False, router_norm="none"))
-    export.save_router(router, {"embedding": "table"}, ROOT / "tiny", tmp_path)
-    assert json.loads((tmp_path / "router.json").read_text()) == {
-        "attention": False,
-        "norm": "none",
-        "base": "e327b758178279c3",
-        "embedding": "table",
-    }
+@pytest.mark.parametrize("options", [{}, {"router_attention": False}, {"router_norm": "none"}])
+def test_a_server_computes_the_w_of_a_router_with_any_settings(options, tmp_path):
+    config = OrchMoEConfig(abstract_tasks=3, **options)
+    router = TaskRouter(160, config, seeded_generator())
+    facts = {"loras": list("abc"), "embedding": "shared.weight"}
+    facts |= {"max_new_tokens": 9, "prompt": None}
+    export.save_router(router, facts, ROOT / "tiny", tmp_path)
+    ids = torch.arange(5, 12)
+    w = serve.Router(tmp_path, ROOT / "tiny")(ids)
+    base = checkpoint.load(ROOT / "tiny")
+    torch.testing.assert_close(w, router(base.embed(ids[None]))[0])
 
 
 def test_program_takes_given_weights(finished, tmp_path):
