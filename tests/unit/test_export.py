@@ -99,6 +99,11 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
         expected += w_k * factors_in(served / name)[key]
     torch.testing.assert_close(mean[key], expected)
 
+    # A server cuts prompts as the run did.
+    rule = json.loads((served / "router.json").read_text())["prompt"]
+    texts = serve.RunTokenizer(ROOT / "tiny", rule)
+    assert len(texts.encode("word " * 99)) == config.max_source_length == 64
+
 
 @pytest.mark.parametrize("options", [{}, {"router_attention": False}, {"router_norm": "none"}])
 def test_a_server_computes_the_w_of_a_router_with_any_settings(options, tmp_path):
