@@ -315,14 +315,6 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
     assert "the question: 1 rows have characters that the tokenizer does not know" in error
 
 
-def test_question_that_is_cut_is_reported(tokenizer, capsys):
-    question(tokenizer, "word")
-    assert not capsys.readouterr().err
-    question(tokenizer, "word " * 300, max_source_length=45)
-    error = capsys.readouterr().err
-    assert "--max-source-length 45: 1 sources are too long and lose their ends" in error
-
-
 # -------------------------------------------------------------------------------------------- cache
 
 
