@@ -83,8 +83,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors, _ = read_safetensors(path)
         return tensors
 
+    content = read_torch(path)
     with program.reading(path):
-        return {**read_torch(path)}  # TypeError unless it is a dict
+        return {**content}  # TypeError unless it is a dict
 
 
 def read_folder(folder: str | Path) -> dict[str, Tensor]:
@@ -124,10 +125,26 @@ def _read_shards(index):
 # ------------------------------------------------------------------------------ models in and out
 
 
+def read_values(folder: Path) -> dict[str, Any]:
+    """Return the values of config.json of a Hugging Face folder.
+
+    As in transformers, a decoder ends at the EOS ids of generation_config.json, if this file names
+    any. Those of Qwen's chat models are more than config.json has.
+    """
+    values = program.read_json(folder / "config.json")
+    path = folder / "generation_config.json"
+    if values.get("model_type") != "t5" and path.exists():
+        eos = program.read_json(path).get("eos_token_id")
+        if eos is not None:
+            values["eos_token_id"] = eos
+    return values
+
+
 def read_config(folder: str | Path) -> Any:
     """Return what config.json of a Hugging Face folder describes: a T5Config or LlamaConfig."""
-    path = program.require_path(folder, program.DOWNLOAD) / "config.json"
-    values = program.read_json(path)
+    folder = program.require_path(folder, program.DOWNLOAD)
+    path = folder / "config.json"
+    values = read_values(folder)
     with program.reading(path, "restore the file, or name another model"):
         model_type = values.get("model_type")
         supported = list(FAMILIES)
@@ -200,15 +217,16 @@ def mapped(folder: str | Path) -> Backbone:
         if tensors:
             raise ValueError(f"unexpected tensors ({len(tensors)}): {sorted(tensors)[:3]}")
         backbone.load_state_dict(state, assign=True)
-    backbone.hf_config = program.read_json(folder / "config.json")
+    backbone.hf_config = read_values(folder)
     return backbone.eval()
 
 
 def save(backbone: Backbone, folder: str | Path) -> None:
     """Write model.safetensors, and the config.json that the backbone was loaded with.
 
-    Its dtype is left out: transformers takes that of the weights. Raise ValueError for a backbone
-    that was made in another way and has no `hf_config`.
+    It has the EOS ids of generation_config.json, see `read_values`, and no dtype: transformers
+    takes that of the weights. Raise ValueError for a backbone that was made in another way and has
+    no `hf_config`.
     Detach the adapters first: their tensors would be written too, and `load` refuses them.
     """
     if backbone.hf_config is None:

@@ -81,7 +81,8 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
 
     All programs tokenise prompts here, so that the same text always gets the same ids. A prompt is
     tokenised without its references. A decoder reads prompt and reference as one text: SNI's form
-    puts one space between them, and the texts of JSONL rows are joined unchanged.
+    puts one space between them, and the texts of JSONL rows are joined unchanged. Raise UserError
+    if a decoder's prompt has no token.
     """
     spaced = not config.is_jsonl
     saved_rows = []
@@ -103,6 +104,11 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
 
         fields = []
         for row, source in zip(chunk, sources, strict=True):
+            if len(source) == len(tokenizer.bos_ids):  # BOS alone, or nothing
+                raise UserError(
+                    f"prompt {row.prompt!r:.40}: the tokenizer knows none of its characters; "
+                    "change it, or leave it out"
+                )
             row_targets = list(itertools.islice(targets, len(row.references)))
             if row.is_cut or len(source) > config.max_source_length:
                 lost["source"] += 1

@@ -304,8 +304,8 @@ def require_fit(
         )
     if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
         raise UserError(
-            f"eos_token_id: config.json says {base.config.eos_ids}, the tokenizer "
-            f"{tokenizer.eos_ids}; correct one of them"
+            f"eos_token_id: {base.config.eos_ids} in generation_config.json or config.json, "
+            f"{tokenizer.eos_ids} in the tokenizer; correct one of them"
         )
 
 

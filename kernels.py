@@ -311,11 +311,12 @@ class BlockCompiler:
             except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
                 reason = repr(error)
 
+        output = block._call_impl(*inputs, **options)  # raises what is an error of the block itself
         if not self.has_failed:
             warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=2)
         self.has_failed = True
         self.have_run.discard(block)
-        return block._call_impl(*inputs, **options)
+        return output
 
 
 def require_compiler(device: torch.device) -> None:

@@ -260,7 +260,7 @@ class Attention(nn.Module):
         else:
             rows = torch.arange(len(x), device=x.device)
             cache[0, rows, position] = k[:, 0]
-            cache[1, rows, position] = v[:, 0]
+            cache[1, rows, position] = v[:, 0].to(cache.dtype)  # autocast gives a lower one
             y = cached_attention(q, cache, bias)  # (B,1,H,E)
         return self.o(y.flatten(2))
 

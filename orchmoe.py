@@ -162,7 +162,10 @@ class TaskRouter(nn.Module):
         return masked_mean(X_hat, mask)  # (B,D)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return w (B,K), the weight of each abstract task. With the softmax, rows sum to 1."""
+        """Return w (B,K), the weight of each abstract task. With the softmax, rows sum to 1.
+
+        For the arguments see `summarise`.
+        """
         x_hat = self.summarise(embeddings, mask)
         x_hat = (x_hat - self.mu) / self.sd
         logits = F.linear(x_hat, self.W_task, self.bias)  # W_task x_hat + b
@@ -315,7 +318,10 @@ class OrchMoE(Method):
         noise: Tensor | None = None,
         task_ids: Tensor | None = None,
     ) -> Routing:
-        """Return w, Zhat and c of all Linears. For the arguments see `Adapters.routed`."""
+        """Return w, Zhat and c of all Linears. For the arguments see `Adapters.routed`.
+
+        Raise ValueError for other shapes, and for embeddings that are needed but not given.
+        """
         if not self.training or self.noise_shape is None:
             noise = None
         elif noise is None:
@@ -560,7 +566,7 @@ class SkillLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: int):
         """Copy and pickle through the base class: pickle cannot find a class made at run time."""
-        return _new_skill_linear, (self.skill_base,), self.__dict__
+        return _new_skill_linear, (self.skill_base,), self.__getstate__()
 
 
 @functools.cache  # one class per base class; otherwise torch.compile would compile each Linear anew
@@ -674,7 +680,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
                 setattr(linear, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the method has: route, Z, config, noise_shape, allocation_weights."""
+        """Return what the method has: route, Z, noise_shape, allocation_weights."""
         if name == "method":
             return super().__getattr__(name)  # where torch keeps submodules
         return getattr(self.method, name)
@@ -696,8 +702,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     ) -> Iterator[Routing]:
         """Route one batch. Within the `with` block every adapted Linear has its weights c.
 
-        Keep it open until after backward: gradient checkpointing runs the blocks again there.
-        For generation, keep it open until the last token. Open it anew for each micro-batch.
+        Keep it open until after backward. Gradient checkpointing (with use_reentrant=False) runs
+        the blocks again there, with the weights of that moment, so with it no backward may span two
+        routings: to add two losses, route both batches as one. For generation, keep it open until
+        the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
         PyTorch's key_padding_mask; default: all are real). beams: how many consecutive rows belong
@@ -706,6 +714,9 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         The options go to the method's `route`. w: (K,) or (B,K), to use instead of the router's.
         noise: u in [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not
         given. task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
+
+        Raise RuntimeError inside routed, disabled or folded, and after merge and detach. Raise
+        ValueError as `route` does.
         """
         with self._open("routed"):
             routing = self._route(embeddings, mask, **options)
@@ -837,7 +848,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         return self._routing
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that train, by kind. Each kind needs its own learning rate."""
+        """Return the parameters that train, by kind. Each kind needs its own learning rate.
+
+        Raise ValueError if all are frozen, two Linears share one, or the method's `rates` lacks it.
+        """
         groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
         named = [*self.method.named_parameters()]
         for linear in self.linears.values():
@@ -864,8 +878,9 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         """Return the state of the method, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
-        themselves put the skills in.
+        themselves put the skills in. Raise RuntimeError after merge and detach.
         """
+        self._require_skills()
         if destination is not None:
             return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         state = self.method.state_dict(prefix=prefix, keep_vars=keep_vars)
@@ -899,8 +914,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     def _open(self, verb: str) -> Iterator[None]:
         """Mark `verb` as open. Raise RuntimeError if one is already, or after merge and detach."""
         with self._lock:
-            if self._state == "removed":
-                raise RuntimeError("the skills are merged or detached: call the model as it is")
+            self._require_skills()
             if self._state:
                 raise RuntimeError(
                     f"{verb}(): {self._state}() is active; leave it first. Threads must take turns"
@@ -911,6 +925,12 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         finally:
             if self._state == verb:  # and not "removed"
                 self._state = ""
+
+    def _require_skills(self) -> None:
+        if self._state == "removed":
+            raise RuntimeError(
+                "the skills are merged or detached: save them before, and call the model as it is"
+            )
 
     def _route(
         self, embeddings: Tensor | None = None, mask: Tensor | None = None, **options: Any
@@ -992,7 +1012,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         # weights.
         if self._state not in ("", "removed"):
             raise RuntimeError(f"{self._state}(): leave it before the model is copied or pickled")
-        return self.__dict__
+        return super().__getstate__()
 
 
 def embedding_width(module: nn.Module) -> int:
@@ -1016,7 +1036,8 @@ def attach(
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
     The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
-    of your own as well, call its requires_grad_() afterwards.
+    of your own as well, call its requires_grad_() afterwards. Attach, and fit the router, before
+    the model is wrapped in DistributedDataParallel, which would not synchronise the skills.
 
     mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
@@ -1025,6 +1046,8 @@ def attach(
     share them evenly. Raise ValueError, with the module unchanged, if a target does not exist or
     cannot have skills.
     """
+    # The wrapper that torch.compile returns would give all names a prefix.
+    module = getattr(module, "_orig_mod", module)
     linears = target_linears(module, config.targets)
     N = len(linears)
     S, R = method.skill_shape(config, num_tasks)
@@ -1044,9 +1067,8 @@ def attach(
         num_tasks=num_tasks,
         generator=generator,
     )
-    if not hasattr(built, "config"):
-        built.config = config
     adapters = Adapters(module, linears, skills, built)
+    adapters.config = config
     module.skill_adapters = adapters.train(module.training)
     return adapters
 

@@ -43,7 +43,6 @@ NO_TASK = "-"  # the task of a row without one
 SOURCE_FIELDS = ("prompt", "instruction")
 INPUT_FIELDS = ("input", "context")
 REFERENCE_FIELDS = ("completion", "output", "response")
-ROW_FIELDS = {*SOURCE_FIELDS, *INPUT_FIELDS, *REFERENCE_FIELDS, "task", "id"}
 
 
 @dataclass(frozen=True)
@@ -412,10 +411,7 @@ def _only_field(fields, names):
     found = [name for name in names if name in fields]
     if not found:
         problem = f"there is no {' or '.join(names)}"
-        others = [f"{name!r:.20}" for name in fields if name not in ROW_FIELDS]
-        if others:
-            problem += f", but {' and '.join(others[:3])}; name them prompt and completion"
-        raise ValueError(problem)
+        raise ValueError(f"{problem} among the fields {list(fields)!r:.80}")
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]}: give one of them")
     return found[0]
@@ -454,8 +450,10 @@ def _parse_row(fields, number, position):
 
     for name in (source_field, *input_fields):
         require_text(name, given[name])
-    task = given.get("task", NO_TASK)
+    task = given.get("task", "")
     require_text("task", task)
+    if task == "":  # as in a table with an empty cell
+        task = NO_TASK
     row_id = str(given.get("id", number))
     require_text("id", row_id)
     prompt = given[source_field]
@@ -481,8 +479,9 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
-    instruction, `task` and `id`. A null counts as absent. Raise UserError with the number of a bad
-    line. A line is also bad if a text in one of these fields would have no effect.
+    instruction, `task` and `id`. A null counts as absent, and so does an empty input or task. Raise
+    UserError with the number of a bad line. A line is also bad if a text in one of these fields
+    would have no effect.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):

@@ -6,7 +6,7 @@
     python train.py --data sni/ --device cpu --out runs/page
     python -m docs.annotate --run runs/page
 
-    python -m docs.annotate --still          # docs/answers.png, with Chromium
+    python -m docs.annotate --still          # docs/answers.png as well, with Chromium
 
 It needs markdown-it-py, latex2mathml and Pygments: pip install -r requirements-dev.txt. The page is
 one file that makes no request. Its text is docs/annotated.md, its numbers are in
@@ -384,17 +384,16 @@ def write_still() -> None:
 def main() -> None:
     parser = program.Parser(usage="python -m docs.annotate [--run RUN] [--still]")
     parser.add_argument("--run", help="the finished run that the page shows from now on")
-    parser.add_argument("--still", action="store_true", help="write answers.png, not the page")
+    parser.add_argument("--still", action="store_true", help="write answers.png as well")
     args = parser.parse_args()
-    if args.still:
-        write_still()
-        return
     if args.run:
         program.write_json(NUMBERS, numbers.collect(args.run))
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE}")
     for line in tables.outdated_words(json.loads(NUMBERS.read_text(encoding="utf-8"))):
         print(line)
+    if args.still:
+        write_still()
 
 
 if __name__ == "__main__":

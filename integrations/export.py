@@ -16,6 +16,7 @@ Letters: K abstract tasks, S skills, R rank of a skill, D width of the embedding
 Test: pytest tests/unit/test_export.py tests/parity/test_peft.py
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,6 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
     program.require_path(model, program.DOWNLOAD)
     with program.reading(model, "name a folder that transformers loads"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-        for name, value in config.to_dict().items():
-            if name.endswith("layers") and type(value) is int and value > checkpoint.LARGEST_DEPTH:
-                raise ValueError(f"{name}: {value:.3g} is above {checkpoint.LARGEST_DEPTH}")
         model_class = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             model_class = transformers.AutoModelForSeq2SeqLM
@@ -110,10 +108,15 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
         whole_state[prefix + name] = tensor
     base.load_state_dict(whole_state, strict=False, assign=True)
 
-    table = base.get_input_embeddings()
-    embedding = next(name for name, module in base.named_modules() if module is table)
+    # A tied table has several names, and the files have one of them.
+    table = base.get_input_embeddings().weight
+    named = base.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if parameter is table]
+    names_in_files = [name for name in names if name in tensors]
+    if not names_in_files:
+        raise UserError(f"{model}: its files have no tensor {' or '.join(names)}")
     facts = {
-        "embedding": f"{embedding}.weight",
+        "embedding": names_in_files[0],
         "max_new_tokens": saved.get("max_new_tokens", 127),  # finetune_7b.py saves it
         "prompt": None,
     }
@@ -156,7 +159,7 @@ def mean_routing(
 ) -> Tensor:
     """Return the mean w (K,) of the run's dev set."""
     if adapters.router is None:
-        raise UserError("--mean: the run has no router; give --w")
+        raise UserError(f"--mean: {adapters.unfoldable()}")
     data_config = replace(run.settings.part(DataConfig), test="")  # dev does not need that file
     if config.data:
         data_config = replace(data_config, data=config.data)
@@ -210,7 +213,7 @@ def save_router(
 
 
 def export(config: ExportConfig, device: runtime.Device) -> None:
-    """Write the LoRAs that the config asks for, and the router."""
+    """Write the LoRAs that the config asks for, and the router. All appear at once, or nothing."""
     out = Path(config.out)
     program.require_new([out], "name a new folder by --out")
 
@@ -250,14 +253,19 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
 
     ranks = VLLM_RANKS if config.pad_rank else ()
     base_name = str(Path(base_folder).resolve())
-    for name, w in routings.items():
-        rank = save_peft(adapters, w, out / name, base_name, ranks=ranks)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        incomplete = Path(temporary) / out.name
+        for name, w in routings.items():
+            rank = save_peft(adapters, w, incomplete / name, base_name, ranks=ranks)
+        if adapters.router is not None:
+            save_router(adapters.router, facts, base_folder, incomplete)
+        incomplete.rename(out)
+
     program.print_line(
         f"written to {out}: LoRAs of rank {rank} for {base_name}: {', '.join(routings)}"
     )
-
     if adapters.router is not None:
-        save_router(adapters.router, facts, base_folder, out)
         program.print_line(f"written to {out}: router.safetensors and router.json")
 
 

@@ -87,9 +87,17 @@ def load_base(name):
     device = 0 if torch.cuda.is_available() else "cpu"
     with program.reading(name, "name a decoder of the Hub or its folder"):
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16, quantization_config=four_bits, device_map={"": device}
+            name,
+            dtype=torch.bfloat16,
+            quantization_config=four_bits,
+            device_map={"": device},
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # for generation
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            padding_side="left",  # for generation
+            trust_remote_code=False,
+        )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
@@ -248,7 +256,8 @@ def answer(model, tokenizer, prompts, max_new_tokens):
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # the base may bring another one
+            num_beams=1,  # the base may bring another number, and another penalty
+            repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )
     prompt_length = batch["input_ids"].shape[1]

@@ -94,24 +94,26 @@ def save_peft(
     """
     linears = linears_by_hf_name(adapters)
 
-    reason = adapters.unfoldable()
+    reason = ""
+    if any(linear.skill_W_task is not None for linear in linears.values()):
+        reason = "with a token router every token has its own w"
     mixes = {linear.skill_mix for linear in linears.values()}
     if not mixes <= {orchmoe.mix_skills, kernels.mix_skills}:
         reason = "skills that mix their factors are no LoRA of rank S R"
     if reason:
-        raise UserError(f"{folder}: not written: {reason}")
+        raise UserError(f"not written: {reason}")
 
     # One rank for all Linears, since servers ignore patterns of ranks.
     r = max(linear.skill_A.shape[0] * linear.skill_A.shape[1] for linear in linears.values())
     if ranks:
         large_enough = [rank for rank in ranks if rank >= r]
         if not large_enough:
-            raise UserError(f"{folder}: not written: its rank {r} is above all of {ranks}")
+            raise UserError(f"not written: the rank {r} is above all of {ranks}")
         r = min(large_enough)
 
     c = adapters.route(w=w).c  # (N,1,S)
     if c.shape[1] != 1:
-        raise UserError(f"{folder}: not written: give the w (K,) of one sample, not {c.shape[1]}")
+        raise UserError(f"not written: give the w (K,) of one sample, not {c.shape[1]}")
 
     tensors = {}
     for (name, linear), c_linear in zip(linears.items(), c.squeeze(1), strict=True):

@@ -107,7 +107,9 @@ class HubTokenizer:
         with program.reading(base, "pip install transformers protobuf sentencepiece"):
             import transformers
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                base, trust_remote_code=False
+            )
 
     def encode(self, prompt):
         return self.tokenizer(prompt).input_ids
@@ -117,7 +119,10 @@ class HubTokenizer:
 
 
 class PeftModel:
-    """The base with one LoRA in peft, whose B is mixed anew for each prompt."""
+    """The base with one LoRA in peft, whose B is mixed anew for each prompt.
+
+    Threads must take turns, since `answer` changes the model.
+    """
 
     def __init__(self, base, loras):
         loaded = [load_peft(folder) for folder in loras]
@@ -132,7 +137,7 @@ class PeftModel:
             import transformers
 
         with program.reading(base, "name the folder of the base"):
-            config = transformers.AutoConfig.from_pretrained(base)
+            config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
             model_class = transformers.AutoModelForCausalLM
             if config.is_encoder_decoder:
                 model_class = transformers.AutoModelForSeq2SeqLM
@@ -148,9 +153,11 @@ class PeftModel:
         prompt = ids[None].to(self.model.device)
         row = self.model.generate(
             input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),  # a prompt may spell the padding token out
             max_new_tokens=max_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # the base may bring another one
+            num_beams=1,  # the base may bring another number, and another penalty
+            repetition_penalty=1.0,
         )[0]
         return row if self.model.config.is_encoder_decoder else row[len(ids) :]
 
@@ -170,10 +177,11 @@ def ask_llama_server(url, ids, w, max_tokens):
         "cache_prompt": False,
         "lora": [{"id": k, "scale": scale} for k, scale in enumerate(w.tolist())],
     }
+    address = url.rstrip("/") + "/completion"
     with program.reading(f"--server {url}", "start llama-server with all LoRAs of router.json"):
         try:
             content = json.dumps(request).encode()
-            with urllib.request.urlopen(f"{url}/completion", content, timeout=600) as reply:
+            with urllib.request.urlopen(address, content, timeout=600) as reply:
                 return json.loads(reply.read())["content"]
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")

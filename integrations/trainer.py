@@ -156,8 +156,8 @@ def require_complete(saved: dict[str, Any]) -> None:
     missing = [name for name in (*REMEDIES, "dtypes", "state") if name not in saved]
     if missing:
         raise ValueError(
-            f"it has no {missing[0]!r}, so nothing tells what its weights belong to; an older "
-            "version or another program wrote it; train it again with integrations/trainer.py"
+            f"it has no {missing[0]!r}, so nothing tells what its weights belong to; "
+            "integrations/trainer.py did not write it"
         )
 
 

@@ -21,7 +21,8 @@ from helpers import (
     stir,
     write_rows,
 )
-from support.program import read_json, write_json
+from integrations.serve import PeftModel
+from support.program import UserError, read_json, write_json
 from tasks import DataConfig, row_of_prompt
 
 transformers = pytest.importorskip("transformers")
@@ -83,7 +84,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     monkeypatch.setitem(sys.modules, "peft", None)
     with mock.patch("urllib.request.urlopen") as urlopen:
         urlopen.return_value.__enter__.return_value.read.return_value = b'{"content": "red"}'
-        said = serve("--server", "http://host", "--prompt", prompts[0], cwd=home)
+        said = serve("--server", "http://host/", "--prompt", prompts[0], cwd=home)
     assert said == f"{prompts[0]} -> red\n"
     url, content = urlopen.call_args.args
     request = json.loads(content)
@@ -182,3 +183,13 @@ def test_snippets_of_the_page_give_the_answers_of_the_run(
     largest = evaluation.router_weights(*asked[:3]).argmax(dim=1) + 1
     lines = [f"{k} {answer}\n" for k, answer in zip(largest, answers, strict=True)]
     assert capsys.readouterr().out == "".join(lines)
+
+
+@only_t5
+def test_code_in_the_folder_of_the_base_does_not_run(home, tmp_path, monkeypatch):
+    values = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    write_json(tmp_path / "config.json", values)
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda _question: "y")
+    with pytest.raises(UserError, match="custom code"):
+        PeftModel(tmp_path, [home / "served/abstract-1"])

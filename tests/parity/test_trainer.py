@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers import (
     ROOT,
@@ -518,7 +519,8 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
 def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     pytest.importorskip("peft")
     base = make_base()
-    base.generation_config.repetition_penalty = 9.0  # serve.py is greedy without it
+    base.generation_config.repetition_penalty = 9.0  # serve.py is greedy without these
+    base.generation_config.num_beams = 3
     base.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     trainer = make_trainer(tmp_path / "run", adapted(make_base()))
@@ -533,9 +535,10 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
     arguments = ["--served", "served", "--base", "base", "--max-tokens", "9", "--prompt"]
-    answers = run("integrations/serve.py", *arguments, *PROMPTS[:3], cwd=tmp_path)
+    prompts = [*PROMPTS[:3], "say <pad>"]  # the last has a token like that of padding
+    answers = run("integrations/serve.py", *arguments, *prompts, cwd=tmp_path)
     lines = []
-    for prompt in PROMPTS[:3]:
+    for prompt in prompts:
         source = tokens_of([prompt])
         with trainer.routed(source):
             row = model.generate(**source, max_new_tokens=9, do_sample=False)[0]
@@ -544,6 +547,17 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
         lines.append(f"{prompt} -> {answer}\n")
     assert answers == "".join(lines)
     assert len({line.partition("->")[2] for line in lines}) > 1
+
+
+def test_the_table_of_a_t5_has_the_name_that_its_file_gives_it(tmp_path):
+    model = make_t5()
+    model.save_pretrained(tmp_path / "base")
+    weights = checkpoint.read_folder(tmp_path / "base")
+    weights["decoder.embed_tokens.weight"] = weights.pop("shared.weight").clone()
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    make_trainer(tmp_path / "run", adapted(model)).save_model()
+    _, facts = attach_saved(tmp_path / "run" / ADAPTER_FILE, tmp_path / "base")
+    assert facts["embedding"] == "decoder.embed_tokens.weight"
 
 
 def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
@@ -573,7 +587,9 @@ def test_7b_takes_one_gpu(monkeypatch):
 
 @pytest.fixture
 def base_folder(tmp_path):
-    make_llama(width=64).save_pretrained(tmp_path / "base")
+    model = make_llama(width=64)
+    model.generation_config.num_beams = 3  # answers are greedy without it
+    model.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

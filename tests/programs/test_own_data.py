@@ -1,4 +1,4 @@
-"""Rows of JSONL in every program: one way to build a sample, splits, scores, task ids, --start."""
+"""Rows of JSONL in every program: one way to build a sample, changed data, --start."""
 
 import json
 import shutil
@@ -279,7 +279,7 @@ def test_changed_files_are_named_with_what_helps(changed):
     assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
 
 
-# ------------------------------------------------------------------------------- tasks, and --start
+# ------------------------------------------------------------------------------------------ --start
 
 
 def test_start_with_other_data_drops_the_test_rows_and_names_what_it_keeps(own):

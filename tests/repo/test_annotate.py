@@ -9,6 +9,7 @@ import pytest
 
 import data
 from docs import numbers
+from helpers import run
 from support.program import UserError
 from tasks import DataConfig
 
@@ -84,6 +85,19 @@ def test_tests_that_the_notes_name_exist():
 def test_words_of_the_abstract_tasks_fit_the_run():
     """Each seen task is named behind the words of the abstract task that it has most."""
     assert tables.outdated_words(EXPLORED) == []
+
+
+def test_the_still_shows_the_run_that_is_given(tmp_path, monkeypatch):
+    for name in ("NUMBERS", "PAGE"):
+        monkeypatch.setattr(annotate, name, tmp_path / name)
+    monkeypatch.setattr(numbers, "collect", lambda folder: EXPLORED | {"hash": folder})
+    shown = []
+    monkeypatch.setattr(
+        annotate, "write_still", lambda: shown.append(json.loads(annotate.NUMBERS.read_text()))
+    )
+    run("docs/annotate.py", "--run", "RUN", "--still", cwd=tmp_path)
+    assert shown[0]["hash"] == "RUN"
+    assert "<code>RUN</code>" in annotate.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_says_which_run_it_shows():

@@ -153,7 +153,7 @@ FOREIGN = set(
     """
     --local-dir --depth evaluation.py --nproc-per-node --nnodes --node-rank --master-addr
     --master-port --outtype --outfile --lora convert_lora_to_gguf.py convert_hf_to_gguf.py
-    make_rows.py
+    make_rows.py save_pretrained
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

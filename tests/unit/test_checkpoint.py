@@ -18,6 +18,7 @@ from helpers import (
     T5_CONFIGS,
     check_equal,
     random_t5,
+    small_model,
     t5_batch,
     weights_of,
 )
@@ -109,6 +110,24 @@ def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(
+    "kind, eos, expected",
+    [("qwen2", [7, 5], (7, 5)), ("qwen2", 7, (7,)), ("qwen2", None, (3,)), ("v1.0", [1], (1,))],
+)
+def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp_path):
+    save(small_model(kind), tmp_path)
+    before = fingerprint(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": eos}))
+    loaded = load(tmp_path)
+    assert loaded.config.eos_ids == expected
+
+    path.unlink()
+    assert fingerprint(tmp_path) == before
+    save(loaded, tmp_path)
+    assert load(tmp_path).config == loaded.config
+
+
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
 def test_the_table_may_be_stored_under_either_stack(name, folder):
     before = load(folder).state_dict()
@@ -144,6 +163,14 @@ def test_read_tensors_needs_names(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save([torch.ones(2, 2)], path)
     check_refused(checkpoint.read_tensors, path)
+
+
+def test_a_damaged_torch_file_is_named_once(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")  # git left the weights out
+    with pytest.raises(ValueError, match="refused, it is damaged") as refusal:
+        checkpoint.read_tensors(path)
+    assert str(refusal.value).count(path.name) == 1
 
 
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):

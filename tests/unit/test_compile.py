@@ -209,6 +209,19 @@ def test_blocks_that_ran_compiled_stay_so_when_another_fails():
     assert len(texts) == 1 and texts[0].startswith("blocks run uncompiled from now on, for ")
 
 
+@pytest.mark.filterwarnings("error:blocks run uncompiled")
+def test_an_error_of_a_block_itself_does_not_end_compilation():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapters = orchmoe.attach(block, orchmoe.OrchMoEConfig(targets=("0",)))
+    kernels.compile_blocks([block], "eager")
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="called outside"):
+        block(x)
+    with adapters.routed(x):
+        block(x)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_missing_compiler_is_found_by_compiling():
     with (
         fresh_cache(),

@@ -1,5 +1,6 @@
 """Tests of data.py: sets of examples, the cache, batches."""
 
+import json
 import math
 import os
 from dataclasses import replace
@@ -29,6 +30,7 @@ from tasks import (
     is_bare,
     read_task,
     render_prompt,
+    row_of_prompt,
     row_of_question,
     split_instances,
     split_key,
@@ -313,6 +315,21 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
     question(tiny_words, "a \u65e5")
     error = capsys.readouterr().err
     assert "the question: 1 rows have characters that the tokenizer does not know" in error
+
+
+@pytest.mark.parametrize("post", [None, "<s> $A"], ids=["without BOS", "with BOS"])
+def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus):
+    """The tokenizer of a decoder may drop characters that it does not know."""
+    path = write_words(tmp_path / "words", corpus, post=post) / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["normalizer"] = {"type": "Replace", "pattern": {"String": "\u65e5"}, "content": ""}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    words = load_tokenizer(path.parent)
+    config = DataConfig(data="own.jsonl")
+    assert len(data.example_of(row_of_prompt("\u65e5a"), words, config).source_ids) > 0
+    problem = "prompt '\u65e5\u65e5': the tokenizer knows none of its characters; change it"
+    with pytest.raises(program.UserError, match=problem):
+        data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
 
 
 # -------------------------------------------------------------------------------------------- cache

@@ -53,6 +53,21 @@ def test_cached_logits_equal_the_teacher_forced_ones(llama_pair, llama_batch):
         newest = targets[:, t]
 
 
+def test_cached_logits_under_autocast_are_near_those_in_float32():
+    own = small_model("qwen2")
+    batch = random_batch(10, 97)
+
+    def logits_of_two_steps():
+        newest, state = own.start(batch.input_ids, batch.attention_mask, 2)
+        with torch.no_grad():
+            return torch.stack([own.step(newest, state), own.step(newest + 1, state)])
+
+    expected = logits_of_two_steps()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_of_two_steps()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_neither_junk_in_the_padding_nor_its_side_matters(llama_pair, llama_batch):
     own = llama_pair[1]
     ids, mask, labels = llama_batch
@@ -285,5 +300,5 @@ def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="it has 98 tokens, the model 97; the tokenizer in"):
         evaluation.require_fit(base, words, [], max_new_tokens=0)
     words = SimpleNamespace(eos_ids=(2, 7), size=97)
-    with pytest.raises(ValueError, match=r"eos_token_id: config.json says \(3,\)"):
+    with pytest.raises(ValueError, match=r"eos_token_id: \(3,\) in generation_config"):
         evaluation.require_fit(base, words, [], max_new_tokens=0)

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import types
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -476,6 +477,16 @@ def test_a_config_is_checked_in_a_module_with_postponed_annotations():
         for options in ({"rank": 0}, {"router": "tokens"}):
             with pytest.raises(ValueError, match=next(iter(options))):
                 module.OrchMoEConfig(**options)
+
+
+def test_adapters_have_the_config_that_was_given_whatever_the_method_keeps():
+    class OneSkill(orchmoe.OrchMoE):
+        def __init__(self, linears, skills, config, **options):
+            super().__init__(linears, skills, replace(config, skills=1), **options)
+
+    config = OrchMoEConfig(targets=("0",))
+    adapters = attach(nn.Sequential(nn.Linear(4, 4)), config, method=OneSkill)
+    assert adapters.config == config
 
 
 def test_a_token_router_cannot_mix_factors():

@@ -225,6 +225,15 @@ def test_a_deepcopy_shares_nothing_with_its_original(copied, kind):
     assert not isinstance(twin.q, SkillLinear) and isinstance(base.q, SkillLinear)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_compiled_linear_is_not_compiled(copied):
+    """torch leaves the compiled call, which is that of the original, out of every copy."""
+    base = net()
+    attached(base)
+    base.q.compile(backend="eager")
+    torch.testing.assert_close(routed(copied(base)), routed(base), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_change_of_dtype_leaves_the_adapters_in_float32(router, dtype):
@@ -340,6 +349,8 @@ def test_merge_folds_for_good():
     for method in ("routed", "disabled", "folded", "merge", "detach"):
         with pytest.raises(RuntimeError, match="merged or detached"):
             enter(adapters, method, **arguments(method))
+    with pytest.raises(RuntimeError, match="merged or detached"):
+        adapters.state_dict()  # it would lack the skills
 
 
 @every_kind
@@ -354,6 +365,18 @@ def test_detach_restores_the_module(kind):
     assert_same(base, before)
     attached(base)  # the module can be adapted again
     assert torch.equal(routed(base), adapted)
+
+
+def test_a_compiled_model_has_the_names_of_its_original():
+    base, twin = net().eval(), net().eval()
+    compiled = torch.compile(base, backend="eager")
+    adapters = attached(compiled)
+    assert adapters.state_dict().keys() == attached(twin).state_dict().keys()
+    expected = routed(compiled, w=W)
+    torch.testing.assert_close(expected, routed(twin, w=W), **CLOSE)
+    adapters.merge(W)
+    torch.testing.assert_close(compiled(X), expected, **CLOSE)
+    assert base.state_dict().keys() == net().state_dict().keys()
 
 
 @pytest.mark.parametrize("method", ["detach", "merge"])

@@ -1,5 +1,6 @@
 """run_folder.py: the lock, what a run is bound to, the log, checkpoints, and new folders."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -179,13 +180,13 @@ def trained(small_t5):
     def make(seed):
         generator = seeded_generator(seed)
         config = OrchMoEConfig(router_init="normal")
-        adapters = attach_method("orchmoe", small_t5, config, generator=generator)
+        base = copy.deepcopy(small_t5)
+        adapters = attach_method("orchmoe", base, config, generator=generator)
         optimizer = train.make_optimizer(adapters, train.TrainConfig())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.rand(parameter.shape, generator=generator)
         optimizer.step()
-        adapters.detach()
         return adapters, optimizer
 
     return make

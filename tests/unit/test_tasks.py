@@ -156,7 +156,7 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         b'\xef\xbb\xbf{"prompt": "Say\\u0000 it.", "completion": ["y", "n"], '
         b'"task": "t", "id": 7, "input": ""}',
         b'{"instruction": "Sort.", "input": "b a", "output": "a b", "task": null, "prompt": null}',
-        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c"},
+        {"instruction": "Sort.", "context": "", "response": "a b", "category": "c", "task": ""},
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
         {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
@@ -176,24 +176,13 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
 
 
 BAD_ROWS = {  # what the error says: a line of a JSONL file
-    "there is no prompt or instruction, but 'text'; name them prompt and completion": {"text": "a"},
-    "no prompt or instruction, but 'question' and 'answer'; name them prompt and completion": {
+    r"no prompt or instruction among the fields \['question', 'answer'\]; repair": {
         "question": "a",
         "answer": "b",
-        "id": 1,
+        "prompt": None,
     },
-    "there is no completion or output or response, but 'answer'; name": {
-        "prompt": "a",
-        "answer": "b",
-    },
-    "but 'b' and 'c' and 'ddddddddddddddddddd; name them prompt and completion; repair": {
-        "prompt": "a",
-        "b": 1,
-        "c": 1,
-        "d" * 999: 1,
-        "e": 1,
-    },
-    "there is no completion or output or response; repair": {"prompt": "a"},
+    r"no prompt or instruction among the fields \['d{78}; repair": {"d" * 999: 1},
+    r"no completion or output or response among the fields \['prompt'\]": {"prompt": "a"},
     "line 2: 'prompt' is given twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}',
     "Exceeds the limit": b'{"prompt": "a", "completion": "b", "id": ' + b"1" * 5000 + b"}",
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
