@@ -56,7 +56,7 @@ RESUME = "train.py --resume --device cpu --out".split()
 def run(program, *arguments, cwd, code=0):
     """Run a program in this process, which saves the imports. It must end with `code`.
 
-    Return its stdout or, for another code than 0, its stderr.
+    Return its stdout or, if it was refused (code 2), its stderr.
     """
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     warn.cache_clear()
@@ -76,7 +76,7 @@ def run(program, *arguments, cwd, code=0):
     finally:
         os.chdir(previous_folder)
     assert end.value.code == code, output.getvalue() + errors.getvalue()
-    return (output if code == 0 else errors).getvalue()
+    return (errors if code == 2 else output).getvalue()
 
 
 def torchrun(processes, *arguments, cwd, code=0):
@@ -524,10 +524,10 @@ def adapted(base, method="orchmoe", **options):
     return adapters
 
 
-def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", attach=attach_method, **options):
+def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", **options):
     """Return the base in `folder` and its adapters, which change the outputs a little."""
     base = checkpoint.load(folder, dtype=torch.float32)
-    adapters = attach(method, base, config, generator=seeded_generator(), **options).eval()
+    adapters = attach_method(method, base, config, generator=seeded_generator(), **options).eval()
     stir(adapters, seeded_generator(1))
     for linear in adapters.linears.values():
         linear.skill_B.data *= 0.1

@@ -29,6 +29,7 @@ def rows(text, *kinds):
         for kind in kinds:
             if what.startswith(kind):
                 found |= {(kind, *pair) for pair in re.findall(LINE, lines)}
+    assert found, text  # otherwise no table would equal no table
     return found
 
 

@@ -1,10 +1,12 @@
 """The counts of experiments/computed.py: by hand, and beside the memory that was measured."""
 
+import re
+
 import pytest
 import torch
 
 from experiments import computed
-from helpers import LLAMA_FAMILIES, T5_CONFIGS, random_batch, small_model
+from helpers import LLAMA_FAMILIES, ROOT, T5_CONFIGS, random_batch, small_model
 
 
 def test_counts_of_known_operations():
@@ -36,3 +38,14 @@ def test_peak_memory_is_the_measured_one(blocks, measured):
     shape = computed.MODELS["T5-base"]
     counter, before = computed.count_step(shape, "orchmoe", blocks, rows=1, dtype=torch.float32)
     assert counter.peak - before == pytest.approx(measured, rel=0.08)
+
+
+def test_the_page_on_data_has_the_numbers_of_the_table():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    table = (ROOT / "experiments/results/computed.md").read_text(encoding="utf-8")
+    row = r"^\| (.+) \| orchmoe \| (?:no|yes) \| (\S+) \| \S+ \| (\S+) \|"
+    rows = re.findall(row, table, re.MULTILINE)
+    assert len(rows) == 2 * len(computed.MODELS)
+    for plain, checkpointed in zip(rows[::2], rows[1::2], strict=True):
+        name, flop, peak = plain
+        assert f"| {name} | {peak} | {checkpointed[2]} | {flop} | {checkpointed[1]} |" in page

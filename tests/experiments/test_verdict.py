@@ -125,8 +125,10 @@ def decoder(decoder_dir, tmp_path_factory):
 
 def test_a_comparison_of_rows_with_tasks(decoder):
     """In the folder of a finished comparison, other settings are refused."""
-    command = [*COMMAND, "--data", "own.jsonl", "--test", "new.jsonl", "--model", "llama"]
+    epoch = "--no-tune --epochs 1 --train-instances 5 --max-source-length 128 --out out".split()
+    command = [*FLAGS, *epoch, "--data", "own.jsonl", "--test", "new.jsonl", "--model", "llama"]
     out = compare(decoder, *command)
+    assert "\n4 steps of 4 are 1 epoch of 15 rows\n" in out
     cells = [read_cells(decoder, name) for name in ("orchmoe", "lora")]
     lines = dict(re.findall(r"- (seen|unseen): (.*): \*\*", out))
     for which in ("seen", "unseen"):

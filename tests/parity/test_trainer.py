@@ -306,6 +306,34 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     check_equal(torch.load(tmp_path / "again" / ADAPTER_FILE)["state"], state_of(whole))
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    """The one with the highest loss counts as the best, since training lowers the loss."""
+    each_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    each_step |= {"eval_steps": 1, "max_steps": 3}
+    options = {"load_best_model_at_end": True, "greater_is_better": True}
+    trainer = make_trainer(tmp_path, **each_step, **options)
+    trainer.train()
+    best = torch.load(tmp_path / "checkpoint-1" / ADAPTER_FILE)["state"]
+    last = torch.load(tmp_path / "checkpoint-3" / ADAPTER_FILE)["state"]
+    check_equal(state_of(trainer), best)
+    assert not torch.equal(best["Z"], last["Z"])
+
+
+def test_a_save_that_fails_leaves_the_adapters_that_were_saved(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    before = (tmp_path / ADAPTER_FILE).read_bytes()
+
+    def save_half(saved, file):
+        file.write(before[:99])
+        raise OSError(28, "disk full")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_model()
+    assert (tmp_path / ADAPTER_FILE).read_bytes() == before
+
+
 def fine_tuned(model):
     """Return the model with one weight changed, in a Linear without adapters."""
     model.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] += 1

@@ -1,4 +1,4 @@
-"""What people read: equations, drawing, table of memory and progress bars."""
+"""What people read: equations, drawing, tables of memory and of settings, rows to try."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,12 @@ import torch
 
 import data
 import t5
+import train
 from baselines import attach_method, count_parameters
 from experiments.computed import t5_config
 from helpers import ROOT
 from orchmoe import OrchMoEConfig, attach
+from support.program import flag
 from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
@@ -104,6 +106,28 @@ def test_page_on_data_has_the_computed_memory():
         cells = [f"{number:,}" for number in (size, *trained)]
         cells += [format_bytes(number) for number in memory]
         assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+def test_pages_have_the_settings_of_the_programs():
+    """The bundled T5 has the default settings. train.py prints those for a decoder."""
+    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    default, decoder = train.Settings(), train.Settings(**train.DECODER_SETTINGS)
+    for base, row in (("the bundled T5, 2.7 M", default), ("decoder, 0.1 to 1 B", decoder)):
+        (cells,) = re.findall(rf"^\| {base} \| .*? \| (.*)$", page, re.MULTILINE)
+        sizes, *rates, length, _ = cells.split(" | ")
+        assert sizes == f"{row.abstract_tasks}, {row.skills}, {row.rank}"
+        expected = [row.lr_skills, row.lr_router, row.lr_allocation, row.lr_token_router]
+        assert [float(rate) for rate in rates] == expected
+        duration = f"{row.epochs} epoch" if row.epochs else row.steps
+        assert length == f"{row.batch_size}, {duration}"
+
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for name in ("num_pos", "bare_share", "max_source_length", "max_target_length", "eval_every"):
+        assert re.search(rf"`{flag(name)}` {getattr(default, name)}\b", page)
+    assert f"`--train-instances` {default.train_limit})" in page
 
 
 # -------------------------------------------------------------------------------------- rows to try

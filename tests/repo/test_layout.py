@@ -151,11 +151,9 @@ def test_top_level_has_few_files():
 # Flags, files and settings of other projects, and of readers, that the pages name.
 FOREIGN = set(
     """
-    --help --local-dir --depth --prediction --reference --hypothesis-profile evaluation.py
-    --nproc-per-node --nnodes --node-rank --master-addr --master-port --outtype --outfile --lora
-    convert_lora_to_gguf.py convert_hf_to_gguf.py --lora-init-without-apply --enable-lora
-    make_rows.py --max-lora-rank --lora-modules load_best_model_at_end neftune_noise_alpha
-    save_pretrained
+    --local-dir --depth evaluation.py --nproc-per-node --nnodes --node-rank --master-addr
+    --master-port --outtype --outfile --lora convert_lora_to_gguf.py convert_hf_to_gguf.py
+    make_rows.py save_pretrained
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

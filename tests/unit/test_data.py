@@ -332,14 +332,6 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
 
 
-def test_question_that_is_cut_is_reported(tokenizer, capsys):
-    question(tokenizer, "word")
-    assert not capsys.readouterr().err
-    question(tokenizer, "word " * 300, max_source_length=45)
-    error = capsys.readouterr().err
-    assert "--max-source-length 45: 1 sources are too long and lose their ends" in error
-
-
 # -------------------------------------------------------------------------------------------- cache
 
 
@@ -424,6 +416,12 @@ def test_cached_replaces_a_damaged_file(cache):
     (path,) = cache.iterdir()
     path.write_bytes(b"")
     assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
+
+
+def test_cached_makes_its_result_anew_when_the_code_has_changed(cache, monkeypatch):
+    cached(["x"], [], lambda: [1])
+    monkeypatch.setattr(data, "CODE", "another version")
+    assert cached(["x"], [], lambda: [2]) == [2]
 
 
 def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(

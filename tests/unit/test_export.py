@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import checkpoint
 import data
 import eval as evaluation
 import run_folder
@@ -29,7 +30,7 @@ from helpers import (
     seeded_generator,
     stir,
 )
-from integrations import export
+from integrations import export, serve
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from integrations.trainer import base_fingerprint, base_weights
 from orchmoe import OrchMoEConfig, TaskRouter, attach
@@ -120,6 +121,11 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
         expected += w_k * factors_in(served / name)[key]
     torch.testing.assert_close(mean[key], expected)
 
+    # A server cuts prompts as the run did.
+    rule = json.loads((served / "router.json").read_text())["prompt"]
+    texts = serve.RunTokenizer(ROOT / "tiny", rule)
+    assert len(texts.encode("word " * 99)) == config.max_source_length == 64
+
 
 @pytest.mark.parametrize("name, number", [("save_peft", 3), ("save_router", 1)])
 def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(name, number, copied):
@@ -139,15 +145,17 @@ def test_mean_with_a_token_router_is_refused_with_its_reason():
         export.mean_routing(config, None, None, adapters, None)
 
 
-def test_save_router_names_a_missing_attention_and_softmax(tmp_path):
-    router = TaskRouter(4, OrchMoEConfig(router_attention=False, router_norm="none"))
-    export.save_router(router, {"embedding": "table"}, ROOT / "tiny", tmp_path)
-    assert json.loads((tmp_path / "router.json").read_text()) == {
-        "attention": False,
-        "norm": "none",
-        "base": "e327b758178279c3",
-        "embedding": "table",
-    }
+@pytest.mark.parametrize("options", [{}, {"router_attention": False}, {"router_norm": "none"}])
+def test_a_server_computes_the_w_of_a_router_with_any_settings(options, tmp_path):
+    config = OrchMoEConfig(abstract_tasks=3, **options)
+    router = TaskRouter(160, config, seeded_generator())
+    facts = {"loras": list("abc"), "embedding": "shared.weight"}
+    facts |= {"max_new_tokens": 9, "prompt": None}
+    export.save_router(router, facts, ROOT / "tiny", tmp_path)
+    ids = torch.arange(5, 12)
+    w = serve.Router(tmp_path, ROOT / "tiny")(ids)
+    base = checkpoint.load(ROOT / "tiny")
+    torch.testing.assert_close(w, router(base.embed(ids[None]))[0])
 
 
 def test_program_takes_given_weights(finished, tmp_path):

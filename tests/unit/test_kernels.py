@@ -152,8 +152,10 @@ def test_backward_keeps_two_hidden_matrices_beside_x(mix, shape):
         mix(*given)
     for tensor in (*given[:4], *given[5:]):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
+    hidden = 2 * B * L * S * R
     c = given[3].numel() * R  # the weight of each skill, once for each rank
-    assert sum(kept.values()) <= 8 * (2 * B * L * S * R + c)
+    # Fewer bytes would mean that backward keeps tensors in a way that is not counted here.
+    assert 8 * hidden <= sum(kept.values()) <= 8 * (hidden + c)
 
 
 @both

@@ -207,11 +207,8 @@ SHORT += "--steps 2 --batch-size 4 --eval-every 1 --max-source-length 384 --out 
 SHORT += ["--data", ROOT / "sni"]
 
 
-SIZES = {"vocab_size": 512, "max_position_embeddings": 512}
-
-
 def test_examples_beyond_the_model_are_refused(tmp_path, corpus):
-    sizes = SIZES | {"max_position_embeddings": 300}
+    sizes = {"vocab_size": 512, "max_position_embeddings": 300}
     write_decoder(tmp_path / "model", write_words, corpus, **sizes)
     message = "but the model has 300 positions"
     assert message in run("train.py", *SHORT, cwd=tmp_path, code=2)

@@ -408,6 +408,16 @@ def test_a_method_inside_another_is_refused_and_changes_nothing(outer, inner):
         assert torch.equal(base(X), output)
 
 
+@pytest.mark.parametrize("method", ["routed", "disabled", "folded"])
+@torch.no_grad()
+def test_a_model_is_not_copied_inside_a_method(method):
+    base = net().eval()
+    with getattr(attached(base), method)(**arguments(method)):
+        message = rf"^{method}\(\): leave it before the model is copied"
+        with pytest.raises(RuntimeError, match=message):
+            copy.deepcopy(base)
+
+
 def test_of_two_threads_the_second_is_refused(monkeypatch):
     base = net()
     adapters = attached(base)

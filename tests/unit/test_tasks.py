@@ -332,6 +332,22 @@ def test_a_question_has_no_examples_and_always_its_instruction():
     )
 
 
+def test_instances_with_equal_inputs_and_outputs_are_in_one_set(repository):
+    rows = [{"input": f"{i}", "output": output} for i in range(30) for output in "aab"]
+    write_task(repository, "task3_c", task_json(Instances=rows))
+    write_lists(repository, ["task3_c"], [])
+    config = DataConfig(data=str(repository))
+    found = {"train": set(), "dev": set(), "seen": set()}
+    for row in sni_rows(find_files(config), Bytes(), config):
+        found[row.set].add((rows[row.position]["input"], *row.references))
+    assert {name: len(contents) for name, contents in found.items()} == {
+        "train": 36,
+        "dev": 12,
+        "seen": 12,
+    }
+    assert len(set.union(*found.values())) == 60
+
+
 def test_a_share_of_the_training_prompts_has_no_examples():
     def with_examples(share):
         config = DataConfig(data=str(ROOT / "sni"), bare_share=share, max_tasks=4)
