@@ -29,7 +29,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -642,7 +642,7 @@ def run_cells(
 
             futures = [waiting.submit(finish, queue, run) for queue in queues]
             try:
-                for future in futures:
+                for future in as_completed(futures):  # the first one that fails ends the others
                     future.result()
             except BaseException:
                 stopped.set()  # no further cells

@@ -460,12 +460,13 @@ def fail_or_wait(cell, device):
     raise UserError("c failed")
 
 
-def test_a_cell_that_fails_stops_the_others(tmp_path, forked, monkeypatch):
+@pytest.mark.parametrize("names", ["cd", "dc"])
+def test_a_cell_that_fails_stops_the_others(tmp_path, names, forked, monkeypatch):
     monkeypatch.setattr(study, "run_cell", fail_or_wait)
-    queues = [[cell_of(tmp_path, name)] for name in "cd"]
+    cells = {name: cell_of(tmp_path, name) for name in names}
     with pytest.raises(ValueError, match="c failed"):
-        study.run_cells(queues, 2, CPU)
-    assert queues[1][0].path.exists()
+        study.run_cells([[cell] for cell in cells.values()], 2, CPU)
+    assert cells["d"].path.exists()
 
 
 def run_until_signal(cell, device):
