@@ -243,6 +243,7 @@ def train_and_score(
 
     For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
     """
+    gc.collect()  # frees the base of the cell before: a base and its adapters refer to each other
     result = {}
     if cell.row.trains:
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
@@ -309,7 +310,7 @@ def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict
     """
     settings = cell.settings
     result = {}
-    gc.collect()  # frees the base that trained: it and its adapters refer to each other
+    gc.collect()  # frees the base that trained
     if cell.row.trains:
         base, adapters, tokenizer = run_folder.load(
             device, run_dir=cell.folder, attach_function=attach_function

@@ -5,6 +5,7 @@ router.
 """
 
 import copy
+import gc
 import json
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ import re
 import shlex
 import signal
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -237,6 +239,21 @@ def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "require_promised", lambda *_: None)
     monkeypatch.setattr(run_folder, "read_run", lambda _: SimpleNamespace(facts=cell.facts))
     assert study.train_and_score(cell, CPU, None)["dev_loss"] == 1
+
+
+def test_a_cell_begins_without_the_base_of_the_cell_before(tmp_path, small_t5, monkeypatch):
+    """Memory may not hold two bases."""
+    earlier = copy.deepcopy(small_t5)
+    attach_method("lora", earlier, OrchMoEConfig())
+    earlier = weakref.ref(earlier)
+    found = []
+    monkeypatch.setattr(train, "train", lambda *_, **__: found.append(earlier()))
+    gc.disable()  # so that it does not run by chance
+    try:
+        study.train_and_score(cell_of(tmp_path, "a"), CPU, None)
+    finally:
+        gc.enable()
+    assert found == [None]
 
 
 def test_rows_with_one_prompt_are_one_entry_of_a_cell():
