@@ -22,6 +22,7 @@ Writes cells (see experiments/compare/study.py) and results.md, or ablations.md,
 Test: pytest tests/experiments/test_compare.py
 """
 
+import gc
 import math
 import shlex
 import time
@@ -45,7 +46,6 @@ from experiments.compare.study import (
     Variant,
     duration,
     facts_of,
-    file_name,
     pick_device,
     read_study,
     refuse_unread,
@@ -153,11 +153,12 @@ def require_possible(study: Study, rows: dict[str, Variant]) -> None:
 
 
 def print_plan(
-    study: Study, rows: dict[str, Variant], stage: str, tuned: dict[str, Variant]
+    study: Study, rows: dict[str, Variant], cells: Sequence[Cell], tuned: dict[str, Variant]
 ) -> None:
     """Print how many rows each set has, which runs are left, and how long they may take.
 
-    rows: those that run with each seed. tuned: those that are tuned before.
+    rows: those that run with each seed. cells: theirs, and others that are only scored. tuned: rows
+    that are tuned before. Raise UserError if a cell is there that will not fit.
     """
     settings = study.settings
     sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
@@ -175,31 +176,36 @@ def print_plan(
     parts.append(f"{', '.join(rows)} with {words}")
     program.print_line(f"plan: {'; '.join(parts)}")
 
-    left = 0
-    for name in tuned:
-        # The digit keeps trials of HydraLoRA apart from those of HydraLoRA_v2.
-        made = len(list(study.results.glob(f"tune/{file_name(name)}_[0-9]*.json")))
-        if made > trials:
+    trials_left = {name: search.count_missing() for name, search in study.searches(tuned).items()}
+    others = 0
+    for cell in cells:
+        is_made = cell.path.exists()
+        has_begun = is_made or (cell.folder / "config.json").exists()
+        row = cell.row.like or cell.name  # whose tuned values the cell has
+        if row not in tuned:
+            cell.require_same()
+        elif has_begun and trials_left[row] > 0:
             raise UserError(
-                f"--trials {trials}: {study.results} has {made} trials of {name}; give at least as "
-                "many, or another --out"
+                f"{cell.path}: begun before all {trials} trials of {row} were made, which choose "
+                f"its values; give another --out, or delete it and {cell.folder}"
             )
-        left += trials - made
-    for name in rows:
-        for seed in seeds_of(study):
-            left += not (study.results / stage / f"{file_name(name)}-s{seed}.json").exists()
+        if cell.row.trains and not is_made:
+            others += 1
+    study.progress = StudyProgress(trials_left, others)
+    left = study.progress.expected
     if left == 0:
         return
-    study.progress = StudyProgress(left)
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))
     of_first = study.settings_of(name, rows[name], {})
     step = seconds_of_a_step(of_first, rows[name], study.device, sets["train"])
+    gc.collect()  # frees the base: it and its adapters refer to each other
     minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
+    in_all = study.progress.rounds(jobs) * minutes
     program.print_line(
         f"{left} runs of about {duration(60 * minutes)} on an otherwise idle machine ({step:.2g} s "
-        f"a step), {duration(60 * math.ceil(left / jobs) * minutes)} with {jobs} at a time; if it "
-        f"is interrupted, the same command goes on in {study.config.out}"
+        f"a step), {duration(60 * in_all)} with {jobs} at a time; if it is interrupted, the same "
+        f"command goes on in {study.config.out}"
     )
 
 
@@ -245,15 +251,14 @@ def seeds_of(study: Study) -> range:
     return range(1, study.config.seeds + 1)
 
 
-def make_cells(
-    study: Study, rows: dict[str, Variant], stage: str, scored_once: dict[str, Variant]
-) -> dict[str, list[dict[str, Any]]]:
-    """Make the cells that are missing. Return the content of all cells of each row.
+def cells_of_methods(study: Study, rows: dict[str, Variant]) -> list[Cell]:
+    """Return the cells of these rows with each seed, and the one of the frozen base."""
+    cells = study.cells("methods", rows, {}, seeds_of(study))
+    return cells + study.cells("methods", {"frozen base": Variant(trains=False)}, {}, [1])
 
-    scored_once: rows that have seed 1 alone.
-    """
-    cells = study.cells(stage, rows, {}, seeds_of(study))
-    cells += study.cells(stage, scored_once, {}, [1])
+
+def make_cells(study: Study, cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
+    """Make the cells that are missing. Return the content of all cells of each row."""
     study.run(cells)
     results = {}
     for cell in cells:
@@ -272,9 +277,9 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
     require_possible(study, rows)
     refuse_foreign_tables(study.results / "results.md", study.results / "methods")
     tuned = rows if study.config.tune else {}
-    print_plan(study, rows, "methods", tuned)
+    print_plan(study, rows, cells_of_methods(study, rows), tuned)
     reports = study.tune(tuned)
-    results = make_cells(study, rows, "methods", {"frozen base": Variant(trains=False)})
+    results = make_cells(study, cells_of_methods(study, rows))
 
     first, *others = rows
     metric = metrics.RULES[study.settings.metric_rules].description
@@ -324,11 +329,11 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     refuse_foreign_tables(study.results / "ablations.md", study.results / "ablations")
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
-    print_plan(study, rows, "ablations", tuned)
+    print_plan(study, rows, study.cells("ablations", rows, {}, seeds_of(study)), tuned)
     reports = study.tune(tuned)
     tuned_settings = study.settings_of("orchmoe", Variant(), {})  # with the tuned alpha
     rows = {name: ablation(name, tuned_settings) for name in chosen}
-    results = make_cells(study, rows, "ablations", {})
+    results = make_cells(study, study.cells("ablations", rows, {}, seeds_of(study)))
     metric = metrics.RULES[settings.metric_rules].description
     publish(markdown(results, reports, metric), study.results / "ablations.md")
 

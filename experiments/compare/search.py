@@ -54,6 +54,17 @@ class Search:
             yield cell
             self.losses[point] = loss_of_trial(cell)
 
+    def count_missing(self) -> int:
+        """Return how many trials are left to make.
+
+        Raise UserError if one was made with other settings.
+        """
+        for cell in self:
+            cell.require_same()
+            if not cell.path.exists():
+                return self.trials - len(self.losses)
+        return 0
+
     def best(self) -> Point:
         return min(self.losses, key=self.losses.get)
 

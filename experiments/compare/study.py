@@ -28,6 +28,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -513,13 +514,25 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
 class StudyProgress:
     """Tells how far a study is: a line for each finished run, and one in each minute.
 
-    expected: how many runs are left when the study begins; 0 if it is unknown.
+    trials: how many trials of each row are left when the study begins. others: how many other runs.
+    Without them nothing is said about what is left.
     """
 
-    def __init__(self, expected: int = 0):
-        self.expected = expected
+    def __init__(self, trials: dict[str, int] | None = None, others: int = 0):
+        self.trials = Counter(trials)
+        self.others = others
+        self.expected = self.trials.total() + others
         self.seconds: list[float] = []  # of each finished run
         self.running: dict[Path, Cell] = {}
+
+    def rounds(self, jobs: int) -> int:
+        """Return how many runs follow one another if `jobs` are made at a time.
+
+        The trials of a row are made one after the other, and all trials before other runs.
+        """
+        longest = max(self.trials.values(), default=0)
+        of_trials = max(longest, math.ceil(self.trials.total() / jobs))
+        return of_trials + math.ceil(self.others / jobs)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -545,15 +558,18 @@ class StudyProgress:
         result = cell.result()
         if cell.row.trains:  # otherwise it is the frozen base, which is no run
             self.seconds.append(result["seconds"])
+            if cell.is_trial:
+                self.trials[cell.name] -= 1
+            else:
+                self.others -= 1
         parts = [str(cell.path), duration(result["seconds"])]
         if "diverged" in result:
             parts.append("diverged")
         elif "dev_loss" in result and cell.scores != "replicate":
             parts.append(f"dev loss {result['dev_loss']:.4f}")
-        left = self.expected - len(self.seconds)
-        if cell.row.trains and left > 0:
+        if cell.row.trains and len(self.seconds) < self.expected:
             parts.append(f"{len(self.seconds)} of {self.expected} runs")
-            parts.append(f"about {duration(left * fmean(self.seconds) / jobs)} left")
+            parts.append(f"about {duration(self.rounds(jobs) * fmean(self.seconds))} left")
         program.print_line(", ".join(parts))
 
 
@@ -785,12 +801,8 @@ class Study:
             queues.setdefault(cell.folder, []).append(cell)
         run_cells(list(queues.values()), self.config.jobs, self.device, self.progress)
 
-    def tune(self, rows: dict[str, Variant]) -> dict[str, dict]:
-        """Find the values of each row that are best on dev, with seed 0, for all later cells.
-
-        Return the reports of the searches. Warn of a best value that is on the edge of what was
-        tried.
-        """
+    def searches(self, rows: dict[str, Variant]) -> dict[str, Search]:
+        """Return the search of each row."""
         searches = {}
         for name, row in rows.items():
             settings = self.settings_of(name, row, {})
@@ -804,6 +816,15 @@ class Study:
                 raise UserError(f"--axes {axes}: {name} has none of these; add lr_skills")
             trial = functools.partial(self.trial, name, row)
             searches[name] = Search(start, self.config.trials, trial)
+        return searches
+
+    def tune(self, rows: dict[str, Variant]) -> dict[str, dict]:
+        """Find the values of each row that are best on dev, with seed 0, for all later cells.
+
+        Return the reports of the searches. Warn of a best value that is on the edge of what was
+        tried.
+        """
+        searches = self.searches(rows)
         run_cells(list(searches.values()), self.config.jobs, self.device, self.progress)
 
         reports = {name: search.report() for name, search in searches.items()}

@@ -633,13 +633,29 @@ def test_a_cell_of_data_that_changed_is_not_saved(tmp_path, trains):
     assert not cell.path.exists()
 
 
-def test_fewer_trials_than_were_made_are_refused(small, home):
-    trial = next(small.glob("tune/orchmoe_*.json"))
-    of_another_method = small / f"tune/orchmoe_v2_{trial.name.partition('_')[2]}"
-    of_another_method.write_bytes(trial.read_bytes())
-    error = run(home, *METHODS, "--trials", "1", code=2)
-    of_another_method.unlink()
-    assert "--trials 1: out has 2 trials of orchmoe; give at least as many" in error
+def test_runs_that_begin_before_their_trials_are_refused_at_once(small, home):
+    """Their values may not be the best ones. After the trials it would be too late to say so."""
+    trials = sorted(small.glob("tune/*"))
+    error = run(home, *METHODS, "--trials", "3", code=2)
+    assert "orchmoe-s1.json: begun before all 3 trials of orchmoe were made" in error
+    assert error.count("\n") == 1
+    assert sorted(small.glob("tune/*")) == trials
+
+
+def test_a_search_counts_the_trials_that_it_will_make(tmp_path):
+    def cell(values):
+        return cell_of(tmp_path, f"lora_{values['lr_skills']:g}")
+
+    search = Search({"lr_skills": 1e-2}, 3, cell)
+    assert search.count_missing() == 3
+    for name, loss in (("lora_0.01", 1.0), ("lora_0.5", 0.0)):  # the second is of another start
+        made = cell_of(tmp_path, name)
+        settings = {"row": name, **made.made_with()}
+        program.write_json(made.path, {"dev_loss": loss, "settings": settings})
+    assert search.count_missing() == 2
+    assert Search({"lr_skills": 1e-2}, 1, cell).count_missing() == 0
+    assert Search({"lr_skills": 0.5}, 1, cell).count_missing() == 0
+    assert Search({"lr_skills": 0.1}, 2, cell).count_missing() == 2
 
 
 def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
@@ -655,10 +671,23 @@ def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
     assert study.reached(frozen) == "b: being scored"
 
 
+def test_the_time_that_is_left_knows_what_runs_at_a_time():
+    """The trials of a method are made one after the other, and before the runs that it compares."""
+    progress = study.StudyProgress({"orchmoe": 6, "lora": 6}, 6)
+    assert [progress.rounds(jobs) for jobs in (1, 2, 8)] == [18, 9, 7]
+    progress = study.StudyProgress({"orchmoe": 1, "lora": 0}, 5)
+    assert [progress.rounds(jobs) for jobs in (1, 2, 8)] == [6, 4, 2]
+    assert study.StudyProgress(others=3).rounds(2) == 2
+
+
 def test_the_frozen_base_is_none_of_the_runs_that_are_counted(tmp_path, capsys):
-    progress = study.StudyProgress(expected=3)
-    for name, trains in (("a", True), ("b", False), ("c", True)):
-        cell = cell_of(tmp_path, name, row=Variant(trains=trains))
+    progress = study.StudyProgress({"a": 1}, 2)
+    for name, trains, scores in (
+        ("a", True, "dev"),
+        ("b", False, "answers"),
+        ("c", True, "answers"),
+    ):
+        cell = cell_of(tmp_path, name, row=Variant(trains=trains), scores=scores)
         program.write_json(cell.path, {"seconds": 1})
         progress.finished(cell, 1)
     first, frozen, last = capsys.readouterr().out.splitlines()
