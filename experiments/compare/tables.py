@@ -13,6 +13,7 @@ Letters: G groups, U units of an interval.  Test: pytest tests/experiments/test_
 """
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -296,7 +297,7 @@ def what_would_decide(differences: Paired) -> str:
     enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))
     if enough < len(more_seeds):
         ways.append(f"{more_seeds[enough]} seeds")
-    more_units = range(U + 1, MOST_TIMES * U + 1)
+    more_units = range(U + math.ceil(U / 10), MOST_TIMES * U + 1)
     enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
     if enough < len(more_units):
         ways.append(f"{more_units[enough] / U:.2g} times the {differences.units}")
@@ -329,7 +330,6 @@ def verdicts(
         if decision == "undecided" and not np.isnan(difference[1]):
             line.append(what_would_decide(differences))
         lines.append(" ".join(part for part in line if part))
-    kinds = {"seen": "inputs like those that train", "unseen": "new tasks"}
     if not chosen:
         lines.append("\nGive more --seeds: another seed may reverse the difference.")
     elif set(chosen.values()) == {name}:
@@ -337,8 +337,10 @@ def verdicts(
     elif set(chosen.values()) == {other}:
         lines.append(f"\nUse {other}, since {name} was not shown to be better.")
     else:
-        uses = [f"{row} for {kinds[which]}" for which, row in chosen.items()]
-        lines.append(f"\nUse {' and '.join(uses)}.")
+        seen, unseen = chosen.values()
+        lines.append(
+            f"\nUse {seen} for inputs like the seen rows and {unseen} for the unseen ones."
+        )
     return "\n".join(lines), chosen
 
 

@@ -228,7 +228,8 @@ def test_the_verdict_names_a_method_for_each_set():
             of_seen["unseen"] = second["seen"]
     text, chosen = tables.verdicts("orchmoe", one, "lora", other)
     assert chosen == {"seen": "orchmoe", "unseen": "lora"}
-    assert text.endswith("Use orchmoe for inputs like those that train and lora for new tasks.")
+    # The unseen rows may be of new tasks or, with --test, of any kind.
+    assert text.endswith("Use orchmoe for inputs like the seen rows and lora for the unseen ones.")
 
 
 @pytest.mark.parametrize("values", [[1.0, 3.0], [-1.0, -1.2, -0.9]])
@@ -252,6 +253,9 @@ def test_what_would_decide_by_hand():
     values = np.repeat(0.15 + signs[:, None], 2, axis=1)
     found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
     assert "about 3.5 times the prompts would decide" in tables.what_would_decide(found)
+    # 2.009 (50 / 49 / 50) ** 0.5 is 0.287, and a single further prompt would be enough.
+    found = found._replace(values=values + 0.286 - 0.15)
+    assert "about 1.1 times the prompts would decide" in tables.what_would_decide(found)
     # Seeds differ with a variance of 0.02: 2.571 (0.02 / 6) ** 0.5 is 0.148.
     values = np.repeat(np.array([[0.05, 0.25]]), 50, axis=0)
     found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
