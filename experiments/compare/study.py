@@ -242,8 +242,15 @@ def train_and_score(
 ) -> dict[str, Any] | None:
     """Return the results of a cell, None if a signal stopped it.
 
-    For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite.
+    For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite,
+    and UserError if the data or the file of an own method changed since the study began.
     """
+    method = OWN_METHODS.get(cell.settings.method)
+    if method is not None and method.kind != cell.facts["method_file"]:
+        raise UserError(
+            f"{method.source}: the file changed while cells were made; restore it, or start again "
+            "in another --out"
+        )
     gc.collect()  # frees the base of the cell before: a base and its adapters refer to each other
     result = {}
     if cell.row.trains:

@@ -633,6 +633,18 @@ def test_a_cell_of_data_that_changed_is_not_saved(tmp_path, trains):
     assert not cell.path.exists()
 
 
+def test_a_cell_of_a_method_whose_file_changed_is_not_made(tmp_path, monkeypatch):
+    """Workers start again for each stage, and read the file then."""
+    edited = SimpleNamespace(kind="Mine of 2", source="mine.py:Mine")
+    monkeypatch.setitem(study.OWN_METHODS, "Mine", edited)
+    monkeypatch.setattr(train, "train", lambda *_, **__: None)
+    settings = train.Settings(method="Mine")
+    cell = cell_of(tmp_path, "a", settings=settings, facts={"method_file": "Mine of 1"})
+    with pytest.raises(UserError, match="mine.py:Mine: the file changed while cells were made"):
+        study.run_cell(cell, CPU)
+    assert study.run_cell(cell._replace(facts={"method_file": "Mine of 2"}), CPU) is False
+
+
 def test_runs_that_begin_before_their_trials_are_refused_at_once(small, home):
     """Their values may not be the best ones. After the trials it would be too late to say so."""
     trials = sorted(small.glob("tune/*"))
