@@ -161,18 +161,19 @@
     }
   }
 
-  // Ask the model, one question after the other. A question of an older view is dropped.
+  // Ask the model, one question after the other. A question of an older view, or of weights that
+  // have moved since, is dropped.
   let last = Promise.resolve();
   function ask(name, before) {
     const asked = view;
     const weights = view.settings[name];
     last = last.then(async () => {
-      const isOutdated = name === "now" && weights !== asked.settings.now;
-      if (asked !== view || isOutdated) return;
+      if (asked !== view || weights !== asked.settings[name]) return;
       element("status").textContent = "The model answers …";
       const reply = await send(asked.question, name === "own" ? null : weights);
       if (asked !== view) return;
       element("status").textContent = "";
+      if (weights !== asked.settings[name]) return; // they moved while the model answered
       if (reply.error) {
         const isRestored = name === "own" && before;
         if (isRestored) view = before;

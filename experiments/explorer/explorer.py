@@ -144,9 +144,8 @@ def add_task(
     head = os.path.commonprefix([prompt for _, prompt in texts.values()])
     head = head[: head.rfind("\n") + 1]
     for row in shown:
-        other = (row + len(examples) // 2) % len(
-            examples
-        )  # half of the set away, most likely of another task
+        # Half of the set away, so most likely of another task.
+        other = (row + len(examples) // 2) % len(examples)
         other_task = name_of(examples[other])
         other_input = ""
         if not other_task:

@@ -309,6 +309,28 @@ def test_a_typed_prompt_gets_an_answer_that_changes_with_w(served):
     assert float(text(served, "#value1")) == pytest.approx(0.9, abs=0.01)
 
 
+def test_an_answer_with_a_w_that_has_moved_on_is_not_shown(served):
+    asked = []
+    may_answer = [threading.Event(), threading.Event()]
+
+    def reply(_, body):
+        w = json.loads(body)["w"]
+        asked.append(w)
+        may_answer[len(asked) - 1].wait(30)
+        return {"w": w, "result": [f"{w[0]:.1f}", None, None], "warning": ""}
+
+    with mock.patch.object(explorer, "reply", reply):
+        slide(served, 0, 0.9)
+        wait(served, lambda: len(asked) == 1)
+        slide(served, 0, 0.2)  # while the model answers
+        may_answer[0].set()
+        wait(served, lambda: len(asked) == 2)
+        assert answered(served, "now") == ["asking …"]
+        may_answer[1].set()
+        wait_for_answer(served, "now")
+    assert answered(served, "now")[0] == "0.2"
+
+
 def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
     assert text(served, "#verdict").startswith("With the router")
     type_prompt(served, "Say yes.")
