@@ -127,7 +127,7 @@ def require_choices(flag: str, given: Sequence[str], choices: Iterable[str]) -> 
     """Raise UserError unless each given name is one of the choices and given once."""
     for name in given:
         if name not in choices or given.count(name) > 1:
-            raise UserError(f"{flag} {name}: choose, once each, of {', '.join(choices) or 'none'}")
+            raise UserError(f"{flag} {name}: choose, once each, of {', '.join(choices)}")
 
 
 def refuse_unread(

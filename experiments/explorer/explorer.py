@@ -117,8 +117,6 @@ def collect(loaded: Loaded) -> dict[str, Any]:
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):
             add_task(explored, loaded, kind, rows, w)
-    if not explored["samples"]:
-        raise UserError(f"{loaded.run.path}: its data have no seen and no unseen samples")
     return explored
 
 
