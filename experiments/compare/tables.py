@@ -300,7 +300,7 @@ def what_would_decide(differences: Paired) -> str:
     more_units = range(U + math.ceil(U / 10), MOST_TIMES * U + 1)
     enough = bisect_left(more_units, True, key=lambda number: is_decided(number, seeds))
     if enough < len(more_units):
-        ways.append(f"{more_units[enough] / U:.2g} times the {differences.units}")
+        ways.append(f"{more_units[enough] / U:.1f} times the {differences.units}")
     if ways:
         way = " or ".join(ways)
         return f"If it stays as large as it is, a new comparison with about {way} would decide it."

@@ -254,8 +254,10 @@ def test_what_would_decide_by_hand():
     found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
     assert "about 3.5 times the prompts would decide" in tables.what_would_decide(found)
     # 2.009 (50 / 49 / 50) ** 0.5 is 0.287, and a single further prompt would be enough.
-    found = found._replace(values=values + 0.286 - 0.15)
-    assert "about 1.1 times the prompts would decide" in tables.what_would_decide(found)
+    # 1.960 (50 / 49 / 4988) ** 0.5 is 0.02804.
+    for mean, times in ((0.286, "1.1"), (0.02804, "99.8")):
+        found = found._replace(values=values + mean - 0.15)
+        assert f"about {times} times the prompts would decide" in tables.what_would_decide(found)
     # Seeds differ with a variance of 0.02: 2.571 (0.02 / 6) ** 0.5 is 0.148.
     values = np.repeat(np.array([[0.05, 0.25]]), 50, axis=0)
     found = tables.Paired(values, 49, "50 prompts and 2 seeds", "", "prompts")
