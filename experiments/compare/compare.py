@@ -42,6 +42,7 @@ from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
     Study,
+    StudyConfig,
     StudyProgress,
     Variant,
     duration,
@@ -291,14 +292,20 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
         winners |= dict.fromkeys(chosen.values())
     publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")
     for name in winners:
-        print_next_commands(study.cells("methods", {name: rows[name]}, {}, seeds_of(study)))
+        cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
+        print_next_commands(cells, study.config)
 
 
-def print_next_commands(cells: Sequence[Cell]) -> None:
-    """Print the commands that use and repeat the run with the lowest dev loss."""
+def print_next_commands(cells: Sequence[Cell], config: StudyConfig) -> None:
+    """Print the commands that use and repeat the run with the lowest dev loss, on its device."""
     best = min(cells, key=lambda cell: cell.result()["dev_loss"])
     settings = best.settings
     run = ["--run", str(best.folder)]
+    launch = []
+    if config.gpu is not None:
+        launch += program.flag_words("gpu", config.gpu)
+    if config.device:
+        launch += program.flag_words("device", config.device)
 
     ask = ["python", "eval.py", *run]
     if settings.method in OWN_METHODS:
@@ -307,12 +314,12 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
         ask += ["--ask", "YOUR INSTRUCTION", "--input", "YOUR INPUT"]
     else:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
-    commands = [ask]
+    commands = [ask + launch]
     can_export = settings.router == "sample" and settings.mixing == "outputs"
     if settings.method == "lora" or (settings.method == "orchmoe" and can_export):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
-    commands.append(["python", "train.py", *train.flags_of(settings)])
+    commands.append(["python", "train.py", *train.flags_of(settings), *launch])
 
     program.print_line(f"the best run of {best.name} on dev, to use it and to make it again:")
     for command in commands:

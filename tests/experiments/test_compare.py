@@ -728,17 +728,20 @@ def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
     "changes, is_exported",
     [({}, True), ({"router": "token"}, False), ({"mixing": "factors"}, False)],
 )
-def test_the_commands_are_those_of_the_best_run_and_export_only_what_can_be_exported(
+def test_the_commands_are_those_of_the_best_run_on_its_device_and_export_what_can_be_exported(
     tmp_path, changes, is_exported, monkeypatch, capsys
 ):
     cells = [cell_of(tmp_path, name, settings=train.Settings(**changes)) for name in "abc"]
     for cell, loss in zip(cells, (2.0, 1.0, 3.0), strict=True):
         program.write_json(cell.path, {"dev_loss": loss})
     monkeypatch.setattr(run_folder, "read_run", lambda folder: SimpleNamespace(facts={}))
-    compare.print_next_commands(cells)
-    output = capsys.readouterr().out
-    assert output.startswith("the best run of b on dev, ")
-    assert ("integrations.export" in output) == is_exported
+    compare.print_next_commands(cells, StudyConfig(gpu=3))
+    first, eval_command, *export, train_command = capsys.readouterr().out.splitlines()
+    assert first.startswith("the best run of b on dev, ")
+    assert bool(export) == is_exported
+    assert eval_command.endswith(" --gpu 3") and train_command.endswith(" --gpu 3")
+    compare.print_next_commands(cells, StudyConfig(device="cpu"))
+    assert capsys.readouterr().out.count(" --device cpu\n") == 2
 
 
 REFUSED = {
