@@ -14,8 +14,9 @@ The rule of the verdict was written down before any run. The first method is com
 other one by the loss on seen rows, which are held out from the training data, and on unseen rows,
 which are test tasks or --test. The difference is *better* if its whole 95 % interval is below zero,
 *worse* if it is above, and else *undecided*. Use the first method where it is better, and otherwise
-the other one. An undecided difference comes with an estimate of what would decide it. See tables.py
-for what an interval covers. Nothing is chosen by seen or unseen results.
+the other one. A LoRA comes last in whatever order the methods are given. An undecided difference
+comes with an estimate of what would decide it. See tables.py for what an interval covers. Nothing
+is chosen by seen or unseen results.
 
 Writes cells (see experiments/compare/study.py) and results.md, or ablations.md, into the folder of
 --results, or else --out. An interrupted comparison goes on when the same command is given again.
@@ -369,6 +370,9 @@ def main() -> None:
         return
     names = [load_method(text) for text in config.methods]
     require_choices("--methods", names, METHODS | OWN_METHODS)
+    if "lora" in names:  # the simplest method comes last: it is used unless another one is better
+        names.remove("lora")
+        names.append("lora")
     rows = {name: Variant({"method": name}) for name in names}
     refuse_unread(flags, study_config, settings, rows.values())
     equal = {name: row for name, row in rows.items() if name not in OWN_SIZE}

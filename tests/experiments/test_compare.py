@@ -717,6 +717,14 @@ def test_a_timed_step_saves_memory_as_training_does(monkeypatch):
     assert found and all(found)
 
 
+def test_a_lora_is_compared_last(home, monkeypatch):
+    """Otherwise an undecided comparison would recommend the other method."""
+    compared = []
+    monkeypatch.setattr(compare, "compare", lambda _study, rows: compared.extend(rows))
+    run(home, "--methods", "lora,poly,orchmoe", "--device", "cpu")
+    assert compared == ["poly", "orchmoe", "lora"]
+
+
 def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
     (home / "notes/results.md").parent.mkdir()
     (home / "notes/results.md").write_text("my own notes")
