@@ -330,7 +330,7 @@ class EvalConfig:
     max_new_tokens: int = 0  # longest answer (0: 127, or more if the run trained on longer targets)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
-    dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
+    dtype: runtime.DtypeChoice = "auto"  # dtype of the base (auto: that of the run, or the faster)
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
@@ -526,7 +526,10 @@ def main() -> None:
 
     # Where to compute.
     base_folder = config.model or run.settings.model
-    device = runtime.pick_device(config.gpu, config.device, config.dtype, base=base_folder)
+    dtype = config.dtype
+    if run and dtype == "auto":  # otherwise its scores could differ from those of train.py
+        dtype = run.settings.dtype
+    device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
 
     with runtime.distributed(device.torch_device):

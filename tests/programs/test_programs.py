@@ -197,6 +197,9 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
     assert ", float32, torch" in run(*RESUME_RUN, cwd=copied.parent)
+    assert ", float32, torch" in run(*EVALUATE, cwd=copied.parent)
+    chosen = ["--dtype", "bfloat16", "--overwrite"]
+    assert ", bfloat16, torch" in run(*EVALUATE, *chosen, cwd=copied.parent)
 
 
 # ----------------------------------------------------------------------- what a run is bound to
