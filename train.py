@@ -531,7 +531,10 @@ def print_router(report: dict[str, float], K: int) -> None:
 
 
 def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:
-    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print."""
+    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print.
+
+    step: the last step that was made, -1 before the first one.
+    """
     base, adapters, _ = model
     settings = run.settings
     loss = mean_loss(measure(base, adapters, dev, batch_size=settings.eval_batch_size))
@@ -625,18 +628,31 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
 
 
 def begin(
-    run: Run, model: Model, held_out: dict[str, list[Example]], final_scores: bool
+    run: Run,
+    model: Model,
+    optimizer: Optimizer,
+    held_out: dict[str, list[Example]],
+    final_scores: bool,
 ) -> Progress:
-    """Score the model as it starts, and return the progress of a new run."""
+    """Score the model as it starts, and return the progress of a new run.
+
+    Skills that --start or `attach_function` has loaded stay the best until a step is better on dev.
+    """
     settings = run.settings
     base, adapters, _ = model
+    # With B = 0 this is the frozen base.
+    is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
     if final_scores and not run.read_scores():  # an interrupted run may have them already
-        # With B = 0 this is the frozen base. --start or `attach_function` may have loaded skills.
-        is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
         name = "frozen base" if is_base else "start"
         run.add_scores(name, score_held_out(model, held_out, settings, name))
-    initial_w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
-    return Progress(initial_w=initial_w)
+    dev = held_out["dev"]
+    progress = Progress(initial_w=router_weights(base, adapters, dev, settings.eval_batch_size))
+    if not is_base:
+        message = evaluate(run, model, progress, dev, step=-1)
+        if final_scores:
+            program.print_progress(message)
+        run.save_progress(progress, adapters, optimizer)
+    return progress
 
 
 def train(
@@ -710,7 +726,7 @@ def train(
         progress = run.resume(adapters, optimizer)
         runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
         if progress is None:
-            progress = begin(run, model, held_out, final_scores)
+            progress = begin(run, model, optimizer, held_out, final_scores)
 
         finished = fit(run, model, optimizer, progress, train_set, held_out["dev"], final_scores)
         if not finished:
