@@ -271,6 +271,7 @@ def give_initial_values(
         return None
     start = read_run(settings.start)
     start.require_same(**{name: facts[name] for name in ("base", "tokenizer", "method")})
+    start.warn_if_unfinished()
     start.load_best(adapters)
     same_rows = start.facts.get("train_tasks") == facts["train_tasks"]
     earlier = start.facts.get("start")

@@ -162,7 +162,8 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 def test_resumed_run_needs_its_adapter(copied):
     (copied / "adapter.safetensors").unlink()
     error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert "run/adapter.safetensors: does not exist; restore it, or start a new run" in error
+    missing = "run/adapter.safetensors: does not exist; restore it, resume the run if it was never "
+    assert f"{missing}evaluated, or start a new run" in error
 
 
 CONFIGS = [  # changed settings, file that the message names, words of the message

@@ -152,6 +152,26 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         assert row | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
 
 
+def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
+    monkeypatch.setattr(evaluation, "predict", lambda *inputs, **_: ["a"] * len(inputs[2]))
+    with interrupted(train, "train_step", 6):
+        run("train.py", *SHORT, "--out", "run", cwd=home, code=130)
+    on = ["train.py", "--start", "run", *BRIEF, "--out"]
+    told = mock.call(
+        "run: this run has saved 6 of its 8 steps, so its weights are only the best so far; "
+        "train.py --resume goes on"
+    )
+    with mock.patch.object(program, "warn") as warn:
+        run(*EVALUATE, cwd=home)
+        run(*on, "on", cwd=home)
+        assert warn.mock_calls.count(told) == 2
+    run(*RESUME_RUN, cwd=home)
+    with mock.patch.object(program, "warn") as warn:
+        run(*EVALUATE, "--overwrite", cwd=home)
+        run(*on, "again", cwd=home)
+        assert "has saved" not in str(warn.mock_calls)
+
+
 @pytest.mark.parametrize("bar", [True, False])
 @pytest.mark.parametrize("redirected", [True, False])
 def test_line_of_progress_is_printed_unless_a_bar_is_on_the_same_terminal(
