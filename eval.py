@@ -417,7 +417,7 @@ def choose_rows(
             run.require_same(held_out=examples.facts["held_out"])
         if not names_other_files:
             run.require_same(**{list_name: digest})
-        elif digest != run.facts[list_name]:
+        elif run.facts[list_name] not in ("", digest):  # "": the run had no test rows
             is_test_file = is_test and data_config.is_jsonl
             path = data_config.test if is_test_file else data_config.data
             program.warn(f"{path}: these are not the task files of the run")

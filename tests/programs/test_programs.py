@@ -306,6 +306,16 @@ def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(cop
     assert "other: 3 of 3 test rows belong to training tasks" in capsys.readouterr().err
 
 
+def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, capsys):
+    facts = {"tasks": ["a"], "train_tasks": "digest", "test_tasks": ""}
+    saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
+    test = write_rows(tmp_path / "new.jsonl", own_rows(3))
+    data_config = dataclasses.replace(saved.settings.part(DataConfig), test=str(test))
+    config = evaluation.EvalConfig(run="run", split="test")
+    examples, _ = evaluation.choose_rows(config, data_config, saved, load_tokenizer(ROOT / "tiny"))
+    assert len(examples) == 3 and not capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- evaluation
 
 
