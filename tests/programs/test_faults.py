@@ -201,7 +201,9 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
 
 
 def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
-    run("train.py", "--start", "run", *BRIEF, "next", cwd=copied.parent)
+    start = ["train.py", "--start", "run", *BRIEF, "next"]
+    with interrupted(train, "train_step", 1, KeyboardInterrupt):  # as a kill
+        run(*start, cwd=copied.parent, code=130)
     shutil.rmtree(copied)
     output = run(*RESUME, "next", cwd=copied.parent)
     assert "| start |" in output and "| orchmoe |" in output
