@@ -2,7 +2,8 @@
 
 This file imports no other file of the project.
 
-Test: pytest tests/programs/test_programs.py tests/programs/test_faults.py
+Test: pytest tests/unit/test_program.py tests/programs/test_programs.py
+    tests/programs/test_faults.py
 """
 
 import argparse
