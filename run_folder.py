@@ -294,16 +294,14 @@ class Run:
 
     def warn_if_unfinished(self) -> None:
         """Warn if progress.pt says that steps are missing. Without the file this is not known."""
-        if not self.progress_path.exists():
-            return
-        state = checkpoint.read_torch(self.progress_path)
-        with program.reading(self.progress_path, "restore or remove the file"):
-            done = state["progress"]["next_step"]
-        if done < self.settings.steps:
-            program.warn(
-                f"{self.path}: this run has saved {done} of its {self.settings.steps} steps, so "
-                "its weights are only the best so far; train.py --resume goes on"
-            )
+        if self.progress_path.exists():
+            steps = self.settings.steps
+            done = checkpoint.read_torch(self.progress_path)["progress"]["next_step"]
+            if done < steps:
+                program.warn(
+                    f"{self.path}: this run has saved {done} of its {steps} steps, so its weights "
+                    "are only the best so far; train.py --resume goes on"
+                )
 
     def read_best(self) -> dict[str, Tensor]:
         """Return the state of the adapter that was best on dev.
