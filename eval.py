@@ -418,8 +418,7 @@ def choose_rows(
         if not names_other_files:
             run.require_same(**{list_name: digest})
         elif run.facts[list_name] not in ("", digest):  # "": the run had no test rows
-            is_test_file = is_test and data_config.is_jsonl
-            path = data_config.test if is_test_file else data_config.data
+            path = data_config.test or data_config.data
             program.warn(f"{path}: these are not the task files of the run")
         examples = data.with_task_index(examples, run.facts["tasks"])
         if is_test:
