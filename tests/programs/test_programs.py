@@ -429,6 +429,7 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)
     tokenizer = load_tokenizer(ROOT / "tiny")
+    program.warn.cache_clear()
     examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
     assert len(examples) == 2
     assert "these are not the task files of the run" in capsys.readouterr().err
