@@ -43,11 +43,11 @@ from eval import (
     router_weights,
     score_rows,
 )
-from llama import LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import (
     PATHS,
+    RATES,
     Model,
     Progress,
     Run,
@@ -70,14 +70,8 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
-# The settings that docs/use.md recommends for a decoder of 0.1 to 1 B, unless they are defaults.
-DECODER_SETTINGS = {
-    "abstract_tasks": 24,
-    "rank": 1,
-    "lr_allocation": 0.1,
-    "batch_size": 8,
-    "epochs": 1,
-}
+# Who gives one of these has chosen settings for the base.
+CHOSEN = {"start", "steps", "epochs", "batch_size", "abstract_tasks", "rank", *RATES}
 
 
 @dataclass(frozen=True)
@@ -173,20 +167,14 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
     return f"{text} of {len(train_set):,} rows"
 
 
-def recommend(flags: dict[str, Any], settings: Settings) -> None:
-    """Print which settings docs/use.md recommends for a decoder, unless one of them was given."""
-    is_decoder = isinstance(checkpoint.read_config(settings.model), LlamaConfig)
-    if not is_decoder or flags.keys() & {"start", "steps", *DECODER_SETTINGS}:
-        return
-    unread = unread_settings(settings)
-    words = []
-    for name, value in DECODER_SETTINGS.items():
-        if name not in unread:
-            words += program.flag_words(name, value)
-    program.print_line(
-        "the default settings are for the bundled T5; docs/use.md recommends, for a decoder of "
-        f"0.1 to 1 B, {' '.join(words)}"
-    )
+def recommend(flags: dict[str, Any], model: str) -> None:
+    """Print where settings for another base than the bundled one are, unless some were given."""
+    is_bundled = Path(model).resolve() == Path(TrainConfig.model)
+    if not is_bundled and not flags.keys() & CHOSEN:
+        program.print_line(
+            "the default settings are for the bundled T5; docs/use.md has a table of recommended "
+            "settings for larger bases"
+        )
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -793,7 +781,7 @@ def main() -> int:
     device = runtime.pick_device(launch.gpu, launch.device, settings.dtype, base=settings.model)
     program.print_line(device.description)
     if not launch.resume:
-        recommend(flags, settings)
+        recommend(flags, settings.model)
     with runtime.distributed(device.torch_device):
         run_dir = train(settings, device, launch)
     if run_dir is None:
