@@ -539,16 +539,7 @@ def main() -> None:
 
         # Choose the rows, score them, and write the results.
         examples, digest = choose_rows(config, data_config, run, model.tokenizer)
-        config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        program.print_progress(f"scoring {len(examples)} rows")
-        predictions, scores = score_rows(
-            model,
-            examples,
-            rules,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
         scored = {
             "scored": config.run or config.model,
             "split": config.split,
@@ -559,7 +550,17 @@ def main() -> None:
             "digest": digest,
             "instances": len(examples),
         }
-        write_results(config, examples, predictions, scores, scored)
+        with program.locked_folder(config.out_dir, "wait, or choose another --out"):
+            require_new_results(config)  # another process may have written while the model loaded
+            program.print_progress(f"scoring {len(examples)} rows")
+            predictions, scores = score_rows(
+                model,
+                examples,
+                rules,
+                batch_size=config.batch_size,
+                max_new_tokens=config.max_new_tokens,
+            )
+            write_results(config, examples, predictions, scores, scored)
 
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])

@@ -191,14 +191,12 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Make the folder and lock it. Remove what killed processes left incomplete.
 
-        Raise UserError if another process has locked it. Rank 0 holds the lock for all processes.
+        Raise UserError if another process has locked it.
         """
-        if program.rank() != 0:
-            yield
-            return
         with program.locked_folder(self.path, "wait, or change --out"):
-            for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # see program.atomic_write
-                incomplete.unlink()
+            if program.rank() == 0:
+                for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # see program.atomic_write
+                    incomplete.unlink()
             yield
 
     def bind(self) -> None:

@@ -97,11 +97,14 @@ def require_path(path: str | Path, remedy: str) -> Path:
 
 @contextmanager
 def locked_folder(folder: Path, remedy: str) -> Iterator[None]:
-    """Make the folder and lock it by the file `.lock`.
+    """Make the folder and lock it by the file `.lock`. Rank 0 holds the lock for all processes.
 
     Raise UserError with the remedy if another process has locked it. The system frees the lock when
     the process ends, even if it is killed.
     """
+    if rank() != 0:
+        yield
+        return
     try:
         import fcntl
     except ImportError:

@@ -384,6 +384,35 @@ def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch
         assert "run: has a config.json, as a run or a model has; choose another --out" in error
 
 
+def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monkeypatch):
+    load = run_folder.load
+    calls = []
+
+    def second(words):
+        if not calls:  # during the first evaluation
+            calls.append(words)
+            error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+            assert f"run/eval-seen-2: {words}" in error
+
+    def predict(*inputs, **_):
+        second("another process is writing here; wait, or choose another --out")
+        return ["the first"] * len(inputs[2])
+
+    def load_slowly(*inputs, **options):
+        """Return the model when another evaluation has just been finished."""
+        with mock.patch.object(run_folder, "load", load):
+            run(*EVALUATE, "--overwrite", cwd=copied.parent)
+        return load(*inputs, **options)
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    run(*EVALUATE, cwd=copied.parent)
+    assert calls
+    monkeypatch.setattr(run_folder, "load", load_slowly)
+    shutil.rmtree(copied / "eval-seen-2")
+    error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+    assert "predictions.jsonl: exists, and nothing is overwritten" in error
+
+
 def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
     run(*EVALUATE, cwd=copied.parent)
     folder = copied / "eval-seen-2"
