@@ -70,7 +70,7 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
-# Who gives one of these has chosen settings for the base.
+# A user who gives one of these flags has chosen settings for the base.
 CHOSEN = {"start", "steps", "epochs", "batch_size", "abstract_tasks", "rank", *RATES}
 
 
@@ -634,10 +634,10 @@ def begin(
     if final_scores and not run.read_scores():  # an interrupted run may have them already
         name = "frozen base" if is_base else "start"
         run.add_scores(name, score_held_out(model, held_out, settings, name))
-    dev = held_out["dev"]
-    progress = Progress(initial_w=router_weights(base, adapters, dev, settings.eval_batch_size))
+    initial_w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
+    progress = Progress(initial_w=initial_w)
     if not is_base:
-        message = evaluate(run, model, progress, dev, step=-1)
+        message = evaluate(run, model, progress, held_out["dev"], step=-1)
         if final_scores:
             program.print_progress(message)
         run.save_progress(progress, adapters, optimizer)
