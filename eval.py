@@ -330,7 +330,7 @@ class EvalConfig:
     max_new_tokens: int = 0  # longest answer (0: 127, or more if the run trained on longer targets)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
-    dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
+    dtype: runtime.DtypeChoice = "auto"  # dtype of the base (auto: that of the run, or the faster)
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
@@ -417,9 +417,8 @@ def choose_rows(
             run.require_same(held_out=examples.facts["held_out"])
         if not names_other_files:
             run.require_same(**{list_name: digest})
-        elif digest != run.facts[list_name]:
-            is_test_file = is_test and data_config.is_jsonl
-            path = data_config.test if is_test_file else data_config.data
+        elif run.facts[list_name] not in ("", digest):  # "": the run had no test rows
+            path = data_config.test or data_config.data
             program.warn(f"{path}: these are not the task files of the run")
         examples = data.with_task_index(examples, run.facts["tasks"])
         if is_test:
@@ -526,7 +525,10 @@ def main() -> None:
 
     # Where to compute.
     base_folder = config.model or run.settings.model
-    device = runtime.pick_device(config.gpu, config.device, config.dtype, base=base_folder)
+    dtype = config.dtype
+    if run and dtype == "auto":  # otherwise its scores could differ from those of train.py
+        dtype = run.settings.dtype
+    device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
 
     with runtime.distributed(device.torch_device):
@@ -537,16 +539,7 @@ def main() -> None:
 
         # Choose the rows, score them, and write the results.
         examples, digest = choose_rows(config, data_config, run, model.tokenizer)
-        config.out_dir.mkdir(parents=True, exist_ok=True)  # fail before generating, not after it
         rules = data_config.metric_rules
-        program.print_progress(f"scoring {len(examples)} rows")
-        predictions, scores = score_rows(
-            model,
-            examples,
-            rules,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
         scored = {
             "scored": config.run or config.model,
             "split": config.split,
@@ -557,7 +550,17 @@ def main() -> None:
             "digest": digest,
             "instances": len(examples),
         }
-        write_results(config, examples, predictions, scores, scored)
+        with program.locked_folder(config.out_dir, "wait, or choose another --out"):
+            require_new_results(config)  # another process may have written while the model loaded
+            program.print_progress(f"scoring {len(examples)} rows")
+            predictions, scores = score_rows(
+                model,
+                examples,
+                rules,
+                batch_size=config.batch_size,
+                max_new_tokens=config.max_new_tokens,
+            )
+            write_results(config, examples, predictions, scores, scored)
 
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
         tasks = len(scores["tasks"])

@@ -191,14 +191,12 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Make the folder and lock it. Remove what killed processes left incomplete.
 
-        Raise UserError if another process has locked it. Rank 0 holds the lock for all processes.
+        Raise UserError if another process has locked it.
         """
-        if program.rank() != 0:
-            yield
-            return
         with program.locked_folder(self.path, "wait, or change --out"):
-            for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # see program.atomic_write
-                incomplete.unlink()
+            if program.rank() == 0:
+                for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # see program.atomic_write
+                    incomplete.unlink()
             yield
 
     def bind(self) -> None:
@@ -292,13 +290,25 @@ class Run:
 
     # -------------------------------------------------------------------------------- its results
 
+    def warn_if_unfinished(self) -> None:
+        """Warn if progress.pt says that steps are missing. Without the file this is not known."""
+        if self.progress_path.exists():
+            steps = self.settings.steps
+            done = checkpoint.read_torch(self.progress_path)["progress"]["next_step"]
+            if done < steps:
+                program.warn(
+                    f"{self.path}: this run has saved {done} of its {steps} steps, so its weights "
+                    "are only the best so far; train.py --resume goes on"
+                )
+
     def read_best(self) -> dict[str, Tensor]:
         """Return the state of the adapter that was best on dev.
 
         Raise UserError if it is missing, or belongs to another run.
         """
         runtime.barrier()  # rank 0 may still be writing
-        path = program.require_path(self.adapter_path, "restore it, or start a new run")
+        remedy = "restore it, resume the run if it was never evaluated, or start a new run"
+        path = program.require_path(self.adapter_path, remedy)
         state, metadata = checkpoint.read_safetensors(path)
         with program.reading(path, TRAIN_AGAIN):
             self.require_own(json.loads(metadata["adapter"])["run_id"])
@@ -312,8 +322,7 @@ class Run:
 
     def adapter_digest(self) -> str:
         """Return 16 hex digits that identify the adapter that was best on dev."""
-        path = program.require_path(self.adapter_path, "name a run that has saved an adapter")
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()[:16]
 
     def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
         """Add the scores of the model `name` to scores.json. Return the scores of all models."""
@@ -426,6 +435,7 @@ def load(
     if run is None:
         adapters = without_adapters(base)
     else:
+        run.warn_if_unfinished()
         state = run.read_best()  # first: a damaged file must fail before adapters take memory
         adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
         run.require_same(method=kind_of(adapters))

@@ -43,11 +43,11 @@ from eval import (
     router_weights,
     score_rows,
 )
-from llama import LlamaConfig
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from run_folder import (
     PATHS,
+    RATES,
     Model,
     Progress,
     Run,
@@ -70,14 +70,8 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # Compiling takes about a minute. For each block and step it saves 0.4 to 0.5 ms if q and v are
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
-# The settings that docs/use.md recommends for a decoder of 0.1 to 1 B, unless they are defaults.
-DECODER_SETTINGS = {
-    "abstract_tasks": 24,
-    "rank": 1,
-    "lr_allocation": 0.1,
-    "batch_size": 8,
-    "epochs": 1,
-}
+# A user who gives one of these flags has chosen settings for the base.
+CHOSEN = {"start", "steps", "epochs", "batch_size", "abstract_tasks", "rank", *RATES}
 
 
 @dataclass(frozen=True)
@@ -173,20 +167,14 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
     return f"{text} of {len(train_set):,} rows"
 
 
-def recommend(flags: dict[str, Any], settings: Settings) -> None:
-    """Print which settings docs/use.md recommends for a decoder, unless one of them was given."""
-    is_decoder = isinstance(checkpoint.read_config(settings.model), LlamaConfig)
-    if not is_decoder or flags.keys() & {"start", "steps", *DECODER_SETTINGS}:
-        return
-    unread = unread_settings(settings)
-    words = []
-    for name, value in DECODER_SETTINGS.items():
-        if name not in unread:
-            words += program.flag_words(name, value)
-    program.print_line(
-        "the default settings are for the bundled T5; docs/use.md recommends, for a decoder of "
-        f"0.1 to 1 B, {' '.join(words)}"
-    )
+def recommend(flags: dict[str, Any], model: str) -> None:
+    """Print where settings for another base than the bundled one are, unless some were given."""
+    is_bundled = Path(model).resolve() == Path(TrainConfig.model)
+    if not is_bundled and not flags.keys() & CHOSEN:
+        program.print_line(
+            "the default settings are for the bundled T5; docs/use.md has a table of recommended "
+            "settings for larger bases"
+        )
 
 
 # ---------------------------------------------------------------------------------- optimizer
@@ -271,6 +259,7 @@ def give_initial_values(
         return None
     start = read_run(settings.start)
     start.require_same(**{name: facts[name] for name in ("base", "tokenizer", "method")})
+    start.warn_if_unfinished()
     start.load_best(adapters)
     same_rows = start.facts.get("train_tasks") == facts["train_tasks"]
     earlier = start.facts.get("start")
@@ -531,7 +520,10 @@ def print_router(report: dict[str, float], K: int) -> None:
 
 
 def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:
-    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print."""
+    """Measure the loss on dev, and keep the weights if it is the lowest. Return what to print.
+
+    step: the last step that was made, -1 before the first one.
+    """
     base, adapters, _ = model
     settings = run.settings
     loss = mean_loss(measure(base, adapters, dev, batch_size=settings.eval_batch_size))
@@ -625,18 +617,31 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
 
 
 def begin(
-    run: Run, model: Model, held_out: dict[str, list[Example]], final_scores: bool
+    run: Run,
+    model: Model,
+    optimizer: Optimizer,
+    held_out: dict[str, list[Example]],
+    final_scores: bool,
 ) -> Progress:
-    """Score the model as it starts, and return the progress of a new run."""
+    """Score the model as it starts, and return the progress of a new run.
+
+    Skills that --start or `attach_function` has loaded stay the best until a step is better on dev.
+    """
     settings = run.settings
     base, adapters, _ = model
+    # With B = 0 this is the frozen base.
+    is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
     if final_scores and not run.read_scores():  # an interrupted run may have them already
-        # With B = 0 this is the frozen base. --start or `attach_function` may have loaded skills.
-        is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
         name = "frozen base" if is_base else "start"
         run.add_scores(name, score_held_out(model, held_out, settings, name))
     initial_w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
-    return Progress(initial_w=initial_w)
+    progress = Progress(initial_w=initial_w)
+    if not is_base:
+        message = evaluate(run, model, progress, held_out["dev"], step=-1)
+        if final_scores:
+            program.print_progress(message)
+        run.save_progress(progress, adapters, optimizer)
+    return progress
 
 
 def train(
@@ -710,7 +715,7 @@ def train(
         progress = run.resume(adapters, optimizer)
         runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
         if progress is None:
-            progress = begin(run, model, held_out, final_scores)
+            progress = begin(run, model, optimizer, held_out, final_scores)
 
         finished = fit(run, model, optimizer, progress, train_set, held_out["dev"], final_scores)
         if not finished:
@@ -776,7 +781,7 @@ def main() -> int:
     device = runtime.pick_device(launch.gpu, launch.device, settings.dtype, base=settings.model)
     program.print_line(device.description)
     if not launch.resume:
-        recommend(flags, settings)
+        recommend(flags, settings.model)
     with runtime.distributed(device.torch_device):
         run_dir = train(settings, device, launch)
     if run_dir is None:

@@ -2,7 +2,8 @@
 
 This file imports no other file of the project.
 
-Test: pytest tests/programs/test_programs.py tests/programs/test_faults.py
+Test: pytest tests/unit/test_program.py tests/programs/test_programs.py
+    tests/programs/test_faults.py
 """
 
 import argparse
@@ -96,11 +97,14 @@ def require_path(path: str | Path, remedy: str) -> Path:
 
 @contextmanager
 def locked_folder(folder: Path, remedy: str) -> Iterator[None]:
-    """Make the folder and lock it by the file `.lock`.
+    """Make the folder and lock it by the file `.lock`. Rank 0 holds the lock for all processes.
 
     Raise UserError with the remedy if another process has locked it. The system frees the lock when
     the process ends, even if it is killed.
     """
+    if rank() != 0:
+        yield
+        return
     try:
         import fcntl
     except ImportError:

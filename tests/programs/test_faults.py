@@ -162,7 +162,8 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 def test_resumed_run_needs_its_adapter(copied):
     (copied / "adapter.safetensors").unlink()
     error = run(*RESUME, "run", cwd=copied.parent, code=2)
-    assert "run/adapter.safetensors: does not exist; restore it, or start a new run" in error
+    missing = "run/adapter.safetensors: does not exist; restore it, resume the run if it was never "
+    assert f"{missing}evaluated, or start a new run" in error
 
 
 CONFIGS = [  # changed settings, file that the message names, words of the message
@@ -200,7 +201,9 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
 
 
 def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
-    run("train.py", "--start", "run", *BRIEF, "next", cwd=copied.parent)
+    start = ["train.py", "--start", "run", *BRIEF, "next"]
+    with interrupted(train, "train_step", 1, KeyboardInterrupt):  # as a kill
+        run(*start, cwd=copied.parent, code=130)
     shutil.rmtree(copied)
     output = run(*RESUME, "next", cwd=copied.parent)
     assert "| start |" in output and "| orchmoe |" in output

@@ -157,6 +157,26 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         assert row | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
 
 
+def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
+    monkeypatch.setattr(evaluation, "predict", lambda *inputs, **_: ["a"] * len(inputs[2]))
+    with interrupted(train, "train_step", 6):
+        run("train.py", *SHORT, "--out", "run", cwd=home, code=130)
+    on = ["train.py", "--start", "run", *BRIEF, "--out"]
+    told = mock.call(
+        "run: this run has saved 6 of its 8 steps, so its weights are only the best so far; "
+        "train.py --resume goes on"
+    )
+    with mock.patch.object(program, "warn") as warn:
+        run(*EVALUATE, cwd=home)
+        run(*on, "on", cwd=home)
+        assert warn.mock_calls.count(told) == 2
+    run(*RESUME_RUN, cwd=home)
+    with mock.patch.object(program, "warn") as warn:
+        run(*EVALUATE, "--overwrite", cwd=home)
+        run(*on, "again", cwd=home)
+        assert "has saved" not in str(warn.mock_calls)
+
+
 @pytest.mark.parametrize("bar", [True, False])
 @pytest.mark.parametrize("redirected", [True, False])
 def test_line_of_progress_is_printed_unless_a_bar_is_on_the_same_terminal(
@@ -212,6 +232,9 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
     assert ", float32, torch" in run(*RESUME_RUN, cwd=copied.parent)
+    assert ", float32, torch" in run(*EVALUATE, cwd=copied.parent)
+    chosen = ["--dtype", "bfloat16", "--overwrite"]
+    assert ", bfloat16, torch" in run(*EVALUATE, *chosen, cwd=copied.parent)
 
 
 # ----------------------------------------------------------------------- what a run is bound to
@@ -276,6 +299,16 @@ def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(cop
     examples, _ = evaluation.choose_rows(config, other_data, saved, load_tokenizer(ROOT / "tiny"))
     assert [example.task_index for example in examples] == [0, 0, 0]
     assert "other: 3 of 3 test rows belong to training tasks" in capsys.readouterr().err
+
+
+def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, capsys):
+    facts = {"tasks": ["a"], "train_tasks": "digest", "test_tasks": ""}
+    saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
+    test = write_rows(tmp_path / "new.jsonl", own_rows(3))
+    data_config = dataclasses.replace(saved.settings.part(DataConfig), test=str(test))
+    config = evaluation.EvalConfig(run="run", split="test")
+    examples, _ = evaluation.choose_rows(config, data_config, saved, load_tokenizer(ROOT / "tiny"))
+    assert len(examples) == 3 and not capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -346,6 +379,35 @@ def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch
         assert "run: has a config.json, as a run or a model has; choose another --out" in error
 
 
+def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monkeypatch):
+    load = run_folder.load
+    calls = []
+
+    def second(words):
+        if not calls:  # during the first evaluation
+            calls.append(words)
+            error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+            assert f"run/eval-seen-2: {words}" in error
+
+    def predict(*inputs, **_):
+        second("another process is writing here; wait, or choose another --out")
+        return ["the first"] * len(inputs[2])
+
+    def load_slowly(*inputs, **options):
+        """Return the model when another evaluation has just been finished."""
+        with mock.patch.object(run_folder, "load", load):
+            run(*EVALUATE, "--overwrite", cwd=copied.parent)
+        return load(*inputs, **options)
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    run(*EVALUATE, cwd=copied.parent)
+    assert calls
+    monkeypatch.setattr(run_folder, "load", load_slowly)
+    shutil.rmtree(copied / "eval-seen-2")
+    error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+    assert "predictions.jsonl: exists, and nothing is overwritten" in error
+
+
 def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
     run(*EVALUATE, cwd=copied.parent)
     folder = copied / "eval-seen-2"
@@ -391,6 +453,7 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)
     tokenizer = load_tokenizer(ROOT / "tiny")
+    program.warn.cache_clear()
     examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
     assert len(examples) == 2
     assert "these are not the task files of the run" in capsys.readouterr().err

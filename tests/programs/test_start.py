@@ -9,7 +9,16 @@ import torch
 
 import checkpoint
 import train
-from helpers import RESUME, ROOT, change_config, interrupted, run, trace, write_lists
+from helpers import (
+    RESUME,
+    ROOT,
+    change_config,
+    check_equal,
+    interrupted,
+    run,
+    trace,
+    write_lists,
+)
 from support.program import read_json
 
 SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
@@ -60,7 +69,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
     assert f": trains {count:,} parameters" in output
 
     before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
-    after, _ = checkpoint.read_safetensors(home / part / "adapter.safetensors")
+    after = checkpoint.read_torch(home / part / "progress.pt")["adapters"]
     changed = set()
     for name, tensor in before.items():
         if not torch.equal(tensor, after[name]):
@@ -68,6 +77,17 @@ def test_only_the_parts_with_a_rate_change(part, home):
     assert changed == expected
     evaluate = ["eval.py", "--run", part, "--split", "dev", "--limit", "2", "--device", "cpu"]
     assert "1 dev tasks" in run(*evaluate, cwd=home)
+
+
+def test_a_start_that_training_only_harms_stays_the_result(home):
+    harm = ["--start", "run", "--data", "data", "--lr-skills", "1", *SIZES, "--out", "harmed"]
+    output = run("train.py", *harm, cwd=home)
+    assert re.findall(r"\nstep (\d) of 4: dev loss \S+, best so far\n", output) == ["0"]
+    before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
+    after, _ = checkpoint.read_safetensors(home / "harmed/adapter.safetensors")
+    check_equal(after, before)
+    scores = read_json(home / "harmed/scores.json")
+    assert scores["orchmoe"] == scores["start"]
 
 
 def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_factory):
@@ -147,14 +167,16 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
         A, B = lora.factors[theirs]
         assert torch.equal(after[f"{ours}.skill_A"][s], A)
         assert torch.equal(after[f"{ours}.skill_B"][s], B.T)
-    assert after["Z"].abs().max() > 0.01  # it started at 0
+    last = checkpoint.read_torch(home / "runs/loras/progress.pt")["adapters"]
+    assert last["Z"].abs().max() > 0.01  # it started at 0
+    assert torch.equal(last[f"{ours}.skill_A"], after[f"{ours}.skill_A"])
     evaluate = "eval.py --run runs/loras --split dev --limit 2 --device cpu"
     run(*evaluate.split(), cwd=home)
 
 
 def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     shutil.copytree(home / "run", tmp_path / "run")
-    with interrupted(train, "train_step", 1, KeyboardInterrupt):
+    with interrupted(train, "evaluate", 1, KeyboardInterrupt):
         arguments = ["--start", tmp_path / "run", "--data", "data", *SIZES, "--out", "bound"]
         run("train.py", *arguments, cwd=home, code=130)
     state, metadata = checkpoint.read_safetensors(home / "run/adapter.safetensors")
