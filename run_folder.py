@@ -294,7 +294,9 @@ class Run:
         """Warn if progress.pt says that steps are missing. Without the file this is not known."""
         if self.progress_path.exists():
             steps = self.settings.steps
-            done = checkpoint.read_torch(self.progress_path)["progress"]["next_step"]
+            state = checkpoint.read_torch(self.progress_path)
+            with program.reading(self.progress_path, TRAIN_AGAIN):
+                done = state["progress"]["next_step"]
             if done < steps:
                 program.warn(
                     f"{self.path}: this run has saved {done} of its {steps} steps, so its weights "

@@ -599,6 +599,30 @@ def fit(
 # -------------------------------------------------------------------------------- the whole run
 
 
+def build(
+    settings: Settings,
+    device: runtime.Device,
+    num_tasks: int,
+    attach_function: Callable[..., Adapters],
+    shard: bool = False,
+) -> tuple[Backbone, Adapters]:
+    """Return the frozen base and its adapters, as they are before the router is fitted.
+
+    num_tasks: number of training tasks. shard: split the base over the processes of torchrun. Raise
+    UserError if the adapters do not fit, or if nothing would train.
+    """
+    base = checkpoint.mapped(settings.model)  # its weights are views of the files
+    base.checkpoint_blocks = settings.checkpoint_blocks
+    if not shard:  # runtime.shard moves one block at a time
+        base.to(device.torch_device, device.dtype)
+    adapters = attach_adapters(settings, base, num_tasks, attach_function)
+    if shard:
+        runtime.shard(base, base.blocks, device)
+    # After sharding, because `shard` would also split adapters that are frozen.
+    freeze_parts(adapters, settings)
+    return base, adapters
+
+
 def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
     """Print what trains, on how many examples, and where the results will be."""
     label = run.settings.method
@@ -668,21 +692,13 @@ def train(
     train_set = sets["train"]
     settings = with_steps(settings, train_set)
     held_out = held_out_sets(sets, settings.eval_instances)
-    base = checkpoint.mapped(settings.model)  # its weights are views of the files
-    base.checkpoint_blocks = settings.checkpoint_blocks
-    if not launch.shard:  # runtime.shard moves one block at a time
-        base.to(device.torch_device, device.dtype)
+    base, adapters = build(settings, device, len(train_set.tasks), attach_function, launch.shard)
     require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
     for examples in held_out.values():
         require_fit(base, tokenizer, examples, settings.max_new_tokens)
-    adapters = attach_adapters(settings, base, len(train_set.tasks), attach_function)
     compiled = choose_compile(settings, base, device.torch_device, launch.shard)
     if compiled == "on":
         base.compile_blocks()
-    if launch.shard:
-        runtime.shard(base, base.blocks, device)
-    # After sharding, because `shard` would also split adapters that are frozen.
-    freeze_parts(adapters, settings)
     model = Model(base, adapters, tokenizer)
 
     # Bind: the final settings, and the facts that the result depends on.
@@ -760,12 +776,12 @@ def print_next_commands(run_dir: Path, settings: Settings) -> None:
         method = OWN_METHODS[method].source
         look += ["--method", method]
 
-    other = "orchmoe" if method == "lora" else "lora"
-    compare = ["python", "-m", "experiments.compare", "--methods", f"{method},{other}"]
+    rival = "orchmoe" if method == "lora" else method
+    compare = ["python", "-m", "experiments.compare", "--methods", f"{rival},lora"]
     compare += flags_of(settings, ("method", "seed", "start", "extra_rank"))  # compare sets these
     program.print_line("next:")
     program.print_line(f"  {shlex.join(look)}  # see what it learnt")
-    program.print_line(f"  {shlex.join(compare)}  # is it better than {other}?")
+    program.print_line(f"  {shlex.join(compare)}  # is {rival} better than lora?")
 
 
 def main() -> int:

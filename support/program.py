@@ -7,7 +7,6 @@ Test: pytest tests/unit/test_program.py tests/programs/test_programs.py
 """
 
 import argparse
-import codecs
 import dataclasses
 import functools
 import inspect
@@ -173,31 +172,18 @@ def read_json(path: str | Path) -> dict:
         return value
 
 
-def _object_of(pairs):
-    """Return a JSON object as a dict. Raise ValueError if a name is given twice."""
-    values = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"{name!r:.40} is given twice")
-        values[name] = value
-    return values
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
     """Yield each object of a JSONL file: the words "path, line N", the number N, and the object.
 
-    Raise UserError with the number of a line that is no JSON object, or has a name twice. Empty
-    lines are skipped.
+    Raise UserError with the number of a line that is no JSON object. Empty lines are skipped.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
             location = f"{path}, line {number}"
-            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in line[:2]:
-                raise UserError(f"{path}: it is in UTF-16; save it as UTF-8")
             with reading(location, "repair the line"):
-                row = json.loads(line, object_pairs_hook=_object_of)
+                row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
             yield location, number, row

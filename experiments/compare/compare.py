@@ -215,11 +215,8 @@ def seconds_of_a_step(
     settings: train.Settings, row: Variant, device: runtime.Device, train_set: data.Examples
 ) -> float:
     """Return the seconds that a training step of a row takes, from its first steps."""
-    base = checkpoint.mapped(settings.model).to(device.torch_device, device.dtype)
-    base.checkpoint_blocks = settings.checkpoint_blocks
     attach_function = attach_with(row.replaced_router)
-    adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks), attach_function)
-    train.freeze_parts(adapters, settings)
+    base, adapters = train.build(settings, device, len(train_set.tasks), attach_function)
     optimizer = train.make_optimizer(adapters, settings)
     batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []
@@ -357,7 +354,7 @@ def main() -> None:
     if settings.epochs:
         unread["steps"] = "with --epochs"
     program.refuse_unread(flags, unread)
-    train.recommend(flags, settings)
+    train.recommend(flags, settings.model)
     if settings.epochs:
         sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
         settings = train.with_steps(settings, data.require_set(sets, "train", settings))

@@ -282,7 +282,7 @@ NEXT = [  # settings, and the words of the two commands
     (
         {"method": "lora", "model": "base"},
         ["python", "eval.py", "--run", "a run", "--split", "train"],
-        ["--methods", "lora,orchmoe", "--model", "base"],
+        ["--methods", "orchmoe,lora", "--model", "base"],
     ),
     (
         {"method": "Mine"},
