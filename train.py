@@ -278,11 +278,6 @@ def choose_compile(
 
     Raise UserError if --compile on is not possible.
     """
-    if settings.compile == "on" and shard:  # FSDP2 puts hooks into the blocks
-        raise UserError(
-            "--shard and --compile: give one of the two (a resumed run may need --compile off)"
-        )
-
     size = f"{settings.steps} steps x {len(base.blocks)} blocks"
     if settings.compile != "auto":
         choice, reason = settings.compile, f"compile is {settings.compile}"
@@ -792,6 +787,10 @@ def main() -> int:
         flags["method"] = load_method(flags["method"])
     launch = program.from_flags(LaunchConfig, flags)
     settings = read_settings(flags, launch)
+    if launch.shard and settings.compile == "on":  # FSDP2 puts hooks into the blocks
+        raise UserError(
+            "--shard and --compile: give one of the two (a resumed run may need --compile off)"
+        )
 
     # Where to compute. A resumed run keeps its dtype on another machine.
     device = runtime.pick_device(launch.gpu, launch.device, settings.dtype, base=settings.model)
