@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -264,11 +265,19 @@ class RoutedTraining:
 
         args.weight_decay applies to the skills alone. It would pull the allocation towards equal
         weights, and the router towards one w for all samples.
-        Raise ValueError if a parameter of the base requires a gradient.
+        Warn if the router was not fitted. Raise ValueError if a parameter of the base requires a
+        gradient.
         """
         if self.optimizer is not None:
             return self.optimizer
 
+        router = self.model.skill_adapters.router
+        if router is not None and not router.mu.any():
+            warnings.warn(
+                "the router was not fitted, so w is nearly equal for all samples; "
+                "call fit_router() before train()",
+                stacklevel=2,
+            )
         found = getattr(self, "optimizer_cls_and_kwargs", None)  # what the caller gave
         if found is None:
             found = self.get_optimizer_cls_and_kwargs(self.args, self.model)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,17 @@ def test_training_lowers_the_loss_and_leaves_the_base(make, make_base, tmp_path)
         assert tensor.dtype == torch.float32, name
         is_fixed = name in ("router.mu", "router.sd")
         assert torch.equal(tensor, start[name]) == is_fixed, name
+
+
+def test_a_router_that_was_not_fitted_is_named_before_it_trains(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="call fit_router"):
+        trainer.create_optimizer()
+    trainer.optimizer = None
+    trainer.fit_router()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.create_optimizer()
 
 
 def test_create_optimizer_gives_each_kind_of_parameter_its_rate(tmp_path):
