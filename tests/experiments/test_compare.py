@@ -494,20 +494,14 @@ def run_until_signal(cell, device):
     return False
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_save_their_cells_when_only_the_parent_gets_a_signal(
-    tmp_path, kind, forked, monkeypatch
-):
+def test_workers_save_their_cells_when_the_parent_is_killed(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(study, "run_cell", run_until_signal)
     # A forked worker keeps the first one from noticing the end of the parent until it ends, too.
     monkeypatch.setattr(study, "GRACE", 2)
     cells = [cell_of(tmp_path, name) for name in "cd"]
-    code = stop_when_running(cells, 2, forked, os.kill, kind)
-    assert code == (130 if kind == signal.SIGTERM else -kind)
+    kind = signal.SIGKILL
+    assert stop_when_running(cells, 2, forked, os.kill, kind) == -kind
     wait_for(lambda: all(cell.path.exists() for cell in cells))
-
-
-STOPPED = "stopped; run the same command to continue\n"
 
 
 def run_in_own_group(cells, jobs):
@@ -532,18 +526,6 @@ def sleep(cell, device):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("make", [run_until_signal, sleep], ids=["training", "scoring"])
-def test_after_ctrl_c_only_the_parent_speaks(tmp_path, jobs, make, forked, monkeypatch, capfd):
-    """Ctrl-C reaches all processes of a terminal."""
-    monkeypatch.setattr(study, "run_cell", make)
-    cells = [cell_of(tmp_path, name) for name in "cd"]
-    assert stop_when_running(cells, jobs, forked, os.killpg, signal.SIGINT) == 130
-    assert capfd.readouterr() == (STOPPED, "")
-    if make is run_until_signal:
-        assert all(cell.path.exists() for cell in cells[:jobs])
-
-
 def never_notice_signals(cell, device):
     """Make no cell, as a worker that is still starting."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -551,14 +533,30 @@ def never_notice_signals(cell, device):
     sleep(cell, device)
 
 
-@pytest.mark.parametrize(
-    "send, kind", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"]
-)
-def test_a_signal_while_workers_start_is_no_error(tmp_path, send, kind, forked, monkeypatch, capfd):
-    monkeypatch.setattr(study, "_in_worker", never_notice_signals)
+SIGTERM = (os.kill, signal.SIGTERM)  # to the parent
+CTRL_C = (os.killpg, signal.SIGINT)  # to all processes of a terminal
+STOPS = {  # what a cell does, how many at a time, and the signal
+    "training": (run_until_signal, 1, *CTRL_C),
+    "two that train": (run_until_signal, 2, *CTRL_C),
+    "two that train, SIGTERM": (run_until_signal, 2, *SIGTERM),
+    "scoring": (sleep, 1, *CTRL_C),
+    "two that score": (sleep, 2, *CTRL_C),
+    "workers that start": (never_notice_signals, 2, *CTRL_C),
+    "workers that start, SIGTERM": (never_notice_signals, 2, *SIGTERM),
+}
+
+
+@pytest.mark.parametrize("make, jobs, send, kind", STOPS.values(), ids=STOPS)
+def test_after_a_signal_what_trains_is_saved_and_only_the_parent_speaks(
+    make, jobs, send, kind, tmp_path, forked, monkeypatch, capfd
+):
+    never_starts = make is never_notice_signals
+    monkeypatch.setattr(study, "_in_worker" if never_starts else "run_cell", make)
     cells = [cell_of(tmp_path, name) for name in "cd"]
-    assert stop_when_running(cells, 2, forked, send, kind) == 130
-    assert capfd.readouterr() == (STOPPED, "")
+    assert stop_when_running(cells, jobs, forked, send, kind) == 130
+    assert capfd.readouterr() == ("stopped; run the same command to continue\n", "")
+    saved = [cell.path.exists() for cell in cells[:jobs]]
+    assert saved == [make is run_until_signal] * jobs
 
 
 def end(cell, device):
@@ -679,31 +677,6 @@ def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
     assert study.reached(cell) == "a: being scored"
     frozen = cell_of(tmp_path, "b")._replace(row=study.Variant(trains=False))
     assert study.reached(frozen) == "b: being scored"
-
-
-def test_the_time_that_is_left_knows_what_runs_at_a_time():
-    """The trials of a method are made one after the other, and before the runs that it compares."""
-    progress = study.StudyProgress({"orchmoe": 6, "lora": 6}, 6)
-    assert [progress.rounds(jobs) for jobs in (1, 2, 8)] == [18, 9, 7]
-    progress = study.StudyProgress({"orchmoe": 1, "lora": 0}, 5)
-    assert [progress.rounds(jobs) for jobs in (1, 2, 8)] == [6, 4, 2]
-    assert study.StudyProgress(others=3).rounds(2) == 2
-
-
-def test_the_frozen_base_is_none_of_the_runs_that_are_counted(tmp_path, capsys):
-    progress = study.StudyProgress({"a": 1}, 2)
-    for name, trains, scores in (
-        ("a", True, "dev"),
-        ("b", False, "answers"),
-        ("c", True, "answers"),
-    ):
-        cell = cell_of(tmp_path, name, row=Variant(trains=trains), scores=scores)
-        program.write_json(cell.path, {"seconds": 1})
-        progress.finished(cell, 1)
-    first, frozen, last = capsys.readouterr().out.splitlines()
-    assert first.endswith("a.json, 1 s, 1 of 3 runs, about 2 s left")
-    assert frozen.endswith("b.json, 1 s")
-    assert last.endswith("c.json, 1 s, 2 of 3 runs, about 1 s left")
 
 
 def test_a_lora_is_compared_last(home, monkeypatch):
