@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,19 @@ def links(folder):
     for name in ("sni", "tiny"):
         (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+# ---------------------------------------------------------------------------------------- the pages
+
+
+def text_of(path):
+    """Return the text of a file, whose path may begin at the root of this repository."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def snippets(text, about=""):
+    """Return the Python code blocks of a page that contain `about`."""
+    return [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if about in code]
 
 
 # ------------------------------------------------------------------------------------ files of data
