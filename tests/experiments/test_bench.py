@@ -10,7 +10,7 @@ import torch
 
 import orchmoe
 from experiments import bench
-from helpers import LLAMA_SIZES, ROOT, run
+from helpers import LLAMA_SIZES, ROOT, run, text_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -34,7 +34,7 @@ def rows(text, *kinds):
 
 
 NARROW = bench.Setup(True, "sni/", "", torch.device("cpu"), torch.float32, shape=bench.NARROW_LLAMA)
-PAGE = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+PAGE = text_of("docs/speed.md")
 
 
 def printed(*flags, code=0):
