@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import computed
-from helpers import LLAMA_FAMILIES, ROOT, T5_CONFIGS, random_batch, small_model
+from helpers import LLAMA_FAMILIES, T5_CONFIGS, random_batch, small_model, text_of
 
 
 def test_counts_of_known_operations():
@@ -41,8 +41,8 @@ def test_peak_memory_is_the_measured_one(blocks, measured):
 
 
 def test_the_page_on_data_has_the_numbers_of_the_table():
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    table = (ROOT / "experiments/results/computed.md").read_text(encoding="utf-8")
+    page = text_of("docs/data.md")
+    table = text_of("experiments/results/computed.md")
     row = r"^\| (.+) \| orchmoe \| (?:no|yes) \| (\S+) \| \S+ \| (\S+) \|"
     rows = re.findall(row, table, re.MULTILINE)
     assert len(rows) == 2 * len(computed.MODELS)
