@@ -7,7 +7,7 @@ import pytest
 
 from experiments.results.real import recompute as real
 from experiments.results.replication import recompute
-from helpers import ROOT
+from helpers import ROOT, text_of
 
 FOLDER = ROOT / "experiments/results/replication"
 TABLES = {"cells": FOLDER / "tables.md", "tuned/cells": FOLDER / "tuned/tables.md"}
@@ -15,7 +15,7 @@ TABLES = {"cells": FOLDER / "tables.md", "tuned/cells": FOLDER / "tuned/tables.m
 
 @pytest.mark.parametrize("folder", TABLES)
 def test_the_tables_have_the_numbers_of_the_cells(folder):
-    published = TABLES[folder].read_text(encoding="utf-8")
+    published = text_of(TABLES[folder])
     lines = recompute.planned_lines(recompute.read_cells(folder), recompute.PAIRS[folder])
     assert lines
     for line in lines:
@@ -27,9 +27,9 @@ def test_the_tables_have_the_numbers_of_the_cells(folder):
 @pytest.fixture
 def pages():
     """Return the text of README, and that of the first screen of the evidence."""
-    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    evidence = text_of("docs/evidence.md")
     first_screen = evidence.partition("**What to use**")[0]
-    return (ROOT / "README.md").read_text(encoding="utf-8"), first_screen
+    return text_of("README.md"), first_screen
 
 
 def in_words(change):
@@ -74,7 +74,7 @@ def test_the_pages_have_the_table_of_the_real_run():
             mean = statistics.fmean(of_tasks[model, which, score])
             assert overall[model, which, score] == pytest.approx(mean, abs=1e-4)
     for name in ("README.md", "experiments/results/real/README.md"):
-        page = (ROOT / name).read_text(encoding="utf-8")
+        page = text_of(name)
         for model in real.MODELS:
             assert f" | {' | '.join(real.cells_of(overall, model))} |" in page
         for lora in real.LORAS:
