@@ -8,7 +8,7 @@ import pytest
 
 from experiments.compare import tables
 from experiments.results.compare import recompute
-from helpers import ROOT
+from helpers import ROOT, text_of
 from support.program import UserError
 from tasks import NO_TASK
 
@@ -100,25 +100,25 @@ ALL_METRICS = {"loss": 3, "rougeL": 2, "exact_match": 2}
 
 @pytest.mark.parametrize("row", ["moe-lora", "poly", "mhr", "HydraLoRA", "lora"])
 def test_the_pages_have_the_differences_of_the_miniature(compared, row):
-    page = (COMPARE / "README.md").read_text(encoding="utf-8")
+    page = text_of(COMPARE / "README.md")
     found = compared("orchmoe", row, ALL_METRICS)
     assert f"| {row} | {' | '.join(found)} |" in page
     cells = recompute.read_cells()
     assert found[0] == recompute.difference(cells, "orchmoe", row, "seen")
     assert found[3] == recompute.difference(cells, "orchmoe", row, "unseen")
-    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").split("\n## ")[0]
+    evidence = text_of("docs/evidence.md").split("\n## ")[0]
     assert f"| {found[0]} | {found[3]} |" in evidence
 
 
 @pytest.mark.parametrize("row", ["moe-lora", "poly", "mhr"])
 def test_the_page_of_the_miniature_has_the_differences_from_the_lora(compared, row):
-    page = (COMPARE / "README.md").read_text(encoding="utf-8")
+    page = text_of(COMPARE / "README.md")
     assert f"| {row} | {' | '.join(compared(row, 'lora', {'loss': 3}))} |" in page
 
 
 def test_readme_has_the_difference_from_the_lora(compared):
     (seen, _) = compared("orchmoe", "lora", {"loss": 3})
-    assert seen in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert seen in " ".join(text_of("README.md").split())
 
 
 # ------------------------------------------------------------------------------------- from cells
