@@ -5,7 +5,6 @@ none of our code in its forward.
 """
 
 import functools
-import re
 import shutil
 from typing import NamedTuple
 
@@ -15,7 +14,16 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import kernels
-from helpers import ROOT, check_equal, hf_llama, seeded_generator, stir, write_words
+from helpers import (
+    ROOT,
+    check_equal,
+    hf_llama,
+    seeded_generator,
+    snippets,
+    stir,
+    text_of,
+    write_words,
+)
 from orchmoe import OrchMoEConfig, attach
 
 transformers = pytest.importorskip("transformers")
@@ -167,13 +175,12 @@ def test_blocks_with_a_cache_run_uncompiled_with_one_warning(fresh_dynamo):
 
 # ---------------------------------------------------------------------------- snippets of the pages
 
-PAGES = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/use.md"))
+PAGES = text_of("README.md") + text_of("docs/use.md")
 
 
 def printed(about):
     """Return the one snippet that contains `about`."""
-    snippets = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
-    [snippet] = [snippet for snippet in snippets if about in snippet]
+    [snippet] = snippets(PAGES, about)
     return snippet
 
 
