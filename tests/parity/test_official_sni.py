@@ -6,12 +6,12 @@ import json
 import pytest
 
 import metrics
-from helpers import Bytes
+from helpers import Bytes, text_of
 from tasks import read_task, render_prompt
 
 
 def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
-    lines = (golden_dir / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = text_of(golden_dir / "prompts.jsonl").splitlines()
     assert len(lines) == 240
     read = functools.cache(read_task)  # a whole file takes seconds to read
     for line in lines:
@@ -30,7 +30,7 @@ def test_prompts_equal_the_official_ones(sni_dir, golden_dir):
 
 
 def test_scores_equal_the_official_ones(golden_dir):
-    lines = (golden_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = text_of(golden_dir / "metrics.jsonl").splitlines()
     assert len(lines) == 311
     for line in lines:
         row = json.loads(line)
