@@ -13,14 +13,7 @@ import eval as evaluation
 import run_folder
 import train
 from experiments.explorer import explorer
-from helpers import (
-    CPU,
-    ROOT,
-    run,
-    seeded_generator,
-    stir,
-    write_rows,
-)
+from helpers import CPU, ROOT, run, seeded_generator, snippets, stir, text_of, write_rows
 from integrations.serve import PeftModel
 from support.program import UserError, read_json, write_json
 from tasks import DataConfig, row_of_prompt
@@ -162,9 +155,7 @@ def test_snippets_of_the_page_give_the_answers_of_the_run(
     run_folder.read_run("run").save_best(adapters)
     run("integrations/export.py", "--run", "run", "--mean", "--out", "served", cwd=tmp_path)
     config = run_folder.read_run("run").settings.part(DataConfig)
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    with_mean, routed = [snippet for snippet in snippets if "served" in snippet]
+    with_mean, routed = snippets(text_of("docs/data.md"), "served")
 
     def examples_of(prompts):
         return [data.example_of(row_of_prompt(text), tokenizer, config) for text in prompts]
