@@ -7,7 +7,6 @@ This file is also the program that torchrun starts in the test of two processes.
 import json
 import math
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import (
-    ROOT,
     check_equal,
     interrupted,
     run,
     seeded_generator,
+    snippets,
     stir,
+    text_of,
     torchrun,
     write_rows,
 )
@@ -762,10 +762,9 @@ def test_snippets_of_the_page_run_as_printed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", shorter)
 
-    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
-    section = re.search(r"\n## transformers' Trainer.*?\n## ", page, re.DOTALL)[0]
+    section = text_of("docs/use.md").partition("\n## transformers' Trainer")[2].split("\n## ")[0]
     names = {}
-    for snippet in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+    for snippet in snippets(section):
         exec(snippet, names)
     names["trainer"].train()
     for folder in ("run", "sft"):
