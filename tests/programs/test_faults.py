@@ -20,7 +20,7 @@ import torch
 import checkpoint
 import run_folder
 import train
-from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run
+from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run, text_of
 from integrations.peft_folder import load_peft
 from run_folder import Run
 from support import program
@@ -151,7 +151,7 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
     own_file = "exec(code, vars(module))"  # of --method FILE.py:Class
     for path in ROOT.rglob("*.py"):
         if not {"tests", "site-packages"} & set(path.relative_to(ROOT).parts):
-            source = path.read_text(encoding="utf-8").replace(own_file, "")
+            source = text_of(path).replace(own_file, "")
             assert source.count("torch.load(") == source.count("weights_only=True"), path
             assert not re.search(called, source), path
 
