@@ -31,7 +31,9 @@ from helpers import (
     records,
     run,
     seeded_generator,
+    snippets,
     stir,
+    text_of,
     torchrun,
     trace,
 )
@@ -154,10 +156,9 @@ def test_hydra_lora_is_its_equation_written_out(small_t5):
 
 
 def test_the_tutorial_is_the_file_of_the_example():
-    text = (ROOT / "docs/use.md").read_text(encoding="utf-8")
-    section = text[text.index("## A method of your own") :].split("\n## ")[0]
-    file = (ROOT / "examples/hydra_lora.py").read_text(encoding="utf-8")
-    pieces = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    section = text_of("docs/use.md").partition("## A method of your own")[2].split("\n## ")[0]
+    file = text_of("examples/hydra_lora.py")
+    pieces = snippets(section)
     assert len(pieces) >= 4
     code = file[file.index("import torch\n") :]
     assert re.sub(r"\s+", "", "".join(pieces)) == re.sub(r"\s+", "", code)
