@@ -34,6 +34,7 @@ from helpers import (
     records,
     run,
     task_json,
+    text_of,
     write_lists,
     write_rows,
     write_task,
@@ -479,7 +480,7 @@ def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(c
 
 @pytest.mark.slow
 def test_first_row_of_the_table_of_the_readmes_commands(home):
-    page = (ROOT / "experiments/results/README.md").read_text(encoding="utf-8")
+    page = text_of("experiments/results/README.md")
     row = re.search(r"^\| frozen base \| 0 \|(.*)\|$", page, re.MULTILINE)[1]  # 0 weights train
     cells = [float(cell) for cell in row.split("|")]
     losses = []
