@@ -16,6 +16,8 @@ from helpers import (
     check_equal,
     interrupted,
     run,
+    snippets,
+    text_of,
     trace,
     write_lists,
 )
@@ -140,8 +142,7 @@ def test_a_start_on_other_data_names_the_settings_that_have_an_effect_there(home
 
 
 def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monkeypatch):
-    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
-    [snippet] = re.findall(r"```python\n([^`]*set_skills[^`]*)```", page)
+    [snippet] = snippets(text_of("docs/use.md"), "set_skills")
     monkeypatch.chdir(home)
     (home / "tiny").symlink_to(ROOT / "tiny")
     for name, number in (("lora-a", 1), ("lora-b", 2)):
