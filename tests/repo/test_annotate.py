@@ -9,7 +9,7 @@ import pytest
 
 import data
 from docs import numbers
-from helpers import run
+from helpers import run, text_of
 from support.program import UserError
 from tasks import DataConfig
 
@@ -18,11 +18,11 @@ for package in ("markdown_it", "latex2mathml", "pygments"):
 annotate = importlib.import_module("docs.annotate")
 tables = importlib.import_module("docs.tables")
 
-SOURCE = annotate.SOURCE.read_text(encoding="utf-8")
-PAGE = annotate.PAGE.read_text(encoding="utf-8")
-EXPLORED = json.loads(annotate.NUMBERS.read_text(encoding="utf-8"))
+SOURCE = text_of(annotate.SOURCE)
+PAGE = text_of(annotate.PAGE)
+EXPLORED = json.loads(text_of(annotate.NUMBERS))
 TASKS = EXPLORED["tasks"]
-TEXT = annotate.TEXT.read_text(encoding="utf-8")
+TEXT = text_of(annotate.TEXT)
 SECTIONS = annotate.read_sections()
 BLOCKS = {block.piece: block for section in SECTIONS for block in section.blocks}
 PIECES = {piece.name: piece for piece in annotate.find_pieces(SOURCE)}
@@ -97,7 +97,7 @@ def test_the_still_shows_the_run_that_is_given(tmp_path, monkeypatch):
     )
     run("docs/annotate.py", "--run", "RUN", "--still", cwd=tmp_path)
     assert shown[0]["hash"] == "RUN"
-    assert "<code>RUN</code>" in annotate.PAGE.read_text(encoding="utf-8")
+    assert "<code>RUN</code>" in text_of(annotate.PAGE)
 
 
 def test_the_page_says_which_run_it_shows():
