@@ -10,7 +10,7 @@ import t5
 import train
 from baselines import attach_method, count_parameters
 from experiments.computed import t5_config
-from helpers import ROOT
+from helpers import ROOT, snippets, text_of
 from orchmoe import OrchMoEConfig, attach
 from support.program import flag
 from tasks import DataConfig
@@ -34,11 +34,11 @@ EQUATIONS = (
 def test_equations_of_the_readme_link_to_their_lines():
     """If this fails, give the links the numbers that are expected."""
     expected = []
-    lines = (ROOT / "orchmoe.py").read_text(encoding="utf-8").splitlines()
+    lines = text_of("orchmoe.py").splitlines()
     for start in EQUATIONS:
         numbers = [n for n, line in enumerate(lines, 1) if line.strip().startswith(start)]
         expected.append(numbers[0])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = text_of("README.md")
     assert [int(number) for number in re.findall(r"\(orchmoe\.py#L(\d+)\)", readme)] == expected
 
 
@@ -56,7 +56,7 @@ def test_matrices_of_the_drawing_have_the_shapes_of_the_code():
 
     A = linear.skill_A
     B = linear.skill_B
-    drawing = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
+    drawing = text_of("docs/architecture.svg")
     assert f"A is kept as ({shape(A, ',')}), B as ({shape(B, ',')})" in drawing
     # As they multiply a column.
     assert f"A: {shape(A.flatten(0, 1))}<" in drawing
@@ -87,7 +87,7 @@ def size_of(module):
 
 
 def test_page_on_data_has_the_computed_memory():
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    page = text_of("docs/data.md")
     for name, config in SIZES.items():
         with torch.device("meta"):
             base = t5.T5(config)
@@ -112,7 +112,7 @@ def test_page_on_data_has_the_computed_memory():
 
 
 def test_pages_have_the_settings_of_the_programs():
-    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    page = text_of("docs/use.md")
     default = train.Settings()
     (cells,) = re.findall(r"^\| the bundled T5, 2.7 M \| .*? \| (.*)$", page, re.MULTILINE)
     sizes, *rates, length, _ = cells.split(" | ")
@@ -122,7 +122,7 @@ def test_pages_have_the_settings_of_the_programs():
     assert [float(rate) for rate in rates] == expected
     assert length == f"{default.batch_size}, {default.steps}"
 
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    page = text_of("docs/data.md")
     for name in ("num_pos", "bare_share", "max_source_length", "max_target_length", "eval_every"):
         assert re.search(rf"`{flag(name)}` {getattr(default, name)}\b", page)
     assert f"`--train-instances` {default.train_limit})" in page
@@ -133,8 +133,8 @@ def test_pages_have_the_settings_of_the_programs():
 
 def test_rows_of_the_page_have_the_sets_that_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n([^`]*rows\.jsonl[^`]*)```", page)
+    page = text_of("docs/data.md")
+    [snippet] = snippets(page, "rows.jsonl")
     exec(snippet, {})
     lines = Path("rows.jsonl").read_text().splitlines()
     assert all(lines[i] in page for i in (0, 1, 200))
