@@ -13,12 +13,12 @@ import kernels
 import orchmoe
 import tasks
 import tokenizer
-from helpers import ROOT, random_batch
+from helpers import ROOT, random_batch, text_of
 
 
 def blocks_of(path):
     """Return the indented blocks in the docstring of a module, without their indentation."""
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(ast.parse(text_of(path))) or ""
     blocks = re.findall(r"(?<=\n\n)(?:    .*\n)+", f"{docstring}\n")
     return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks]
 
