@@ -13,15 +13,7 @@ import torch
 
 import eval as evaluation
 from experiments.explorer import explorer
-from helpers import (
-    ROOT,
-    interrupted,
-    links,
-    run,
-    seeded_generator,
-    stir,
-    write_rows,
-)
+from helpers import ROOT, interrupted, links, run, seeded_generator, stir, text_of, write_rows
 from support.program import UserError
 
 PROGRAM = "experiments/explorer/explorer.py"
@@ -112,7 +104,7 @@ def choose_sample(browser, number):
 
 
 def test_a_pressed_row_shows_its_answer_w_and_c(annotated):
-    explored = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    explored = json.loads(text_of(NUMBERS))
     sample = explored["samples"][100]
     choose_sample(annotated, 100)
     assert text(annotated, "#input") == sample["input"].strip()
