@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, text_of
 
 FILES = sorted(ROOT.glob("*.py"))
 SUPPORT = sorted(ROOT.glob("support/*.py"))
@@ -42,7 +42,7 @@ OPTIONAL = {"tokenizer": {"tokenizers"}}  # inside functions
 
 
 def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(text_of(path))
 
 
 def imported(nodes: Iterable[ast.AST]) -> set[str]:
@@ -135,9 +135,9 @@ def test_files_behind_train_stay_small():
     for path in sorted(FILES, key=lambda path: LEVEL[path.stem], reverse=True):
         if path.stem in behind:
             behind |= imported(ast.walk(parse(path)))
-            total += count_tokens(path.read_text(encoding="utf-8"))
+            total += count_tokens(text_of(path))
     for path in SUPPORT:
-        total += count_tokens(path.read_text(encoding="utf-8"))
+        total += count_tokens(text_of(path))
     assert {"llama", "orchmoe", "run_folder"} <= behind
     assert total <= 40_600
 
@@ -161,8 +161,8 @@ RESULTS = list(ROOT.glob("experiments/results/**/*.md"))
 CODE = [*FILES, *SUPPORT]
 for pattern in ("experiments/**/*.py", "integrations/*.py", "*/make*"):
     CODE += ROOT.glob(pattern)
-SOURCES = "".join(path.read_text(encoding="utf-8") for path in CODE)
-TEST_SOURCES = "".join(path.read_text(encoding="utf-8") for path in TESTS)
+SOURCES = "".join(text_of(path) for path in CODE)
+TEST_SOURCES = "".join(text_of(path) for path in TESTS)
 
 
 NAMES = {}
@@ -173,10 +173,10 @@ for path in FILES:
 def anchors(page: Path) -> list[str]:
     """Return the names by which links reach the headings of a page, or the lines of a program."""
     if page.suffix == ".py":
-        return [f"L{n + 1}" for n in range(len(page.read_text(encoding="utf-8").splitlines()))]
+        return [f"L{n + 1}" for n in range(len(text_of(page).splitlines()))]
     if page.suffix == ".html":
-        return re.findall(r' id="([^"]+)"', page.read_text(encoding="utf-8"))
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        return re.findall(r' id="([^"]+)"', text_of(page))
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     if page.name == "annotated.md":
         return re.findall(r"\{#([\w-]+)\}$", "\n".join(headings), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
@@ -188,7 +188,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES + RESULTS, ids=name_of)
 def test_links_lead_to_what_exists(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     for target, _, heading in re.findall(r"\]\((?!http)([^)#]*)(#?)([^)]*)\)", text):
         linked = page.parent / target if target else page
         assert linked.exists(), target
@@ -197,7 +197,7 @@ def test_links_lead_to_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_name_what_exists(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     for name in re.findall(r"(?:`|python )(\w+\.py)\b", text):
         exists = (page.parent / name).exists() or (ROOT / name).exists()
         assert exists or name in FOREIGN, name
