@@ -8,7 +8,7 @@ import shlex
 import sys
 from unittest import mock
 
-from helpers import ROOT
+from helpers import ROOT, text_of
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
@@ -39,7 +39,7 @@ def test_commands_of_the_pages_are_accepted():
     parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES + SHORT_PROGRAMS}
     count = 0
     for path in (ROOT / "README.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
-        text = path.read_text(encoding="utf-8").replace("\\\n", "")
+        text = text_of(path).replace("\\\n", "")
         for program, words in COMMAND.findall(text):
             if program in parsers:
                 arguments = shlex.split(words.replace("SEED", "0"), comments=True)
