@@ -1,6 +1,5 @@
 """Tests of support/program.py: what a long computation shows. Others are where it is used."""
 
-import io
 import multiprocessing
 import sys
 import time
@@ -22,32 +21,6 @@ def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys)
     for _ in program.progress(range(6), "short"):
         pass
     assert capsys.readouterr().err == ""
-
-
-def test_the_minute_begins_at_the_last_line_and_not_at_the_bar(monkeypatch, capsys):
-    monkeypatch.setattr(program, "BETWEEN_LINES", 2.5)
-    monkeypatch.setattr(program, "last_line", time.monotonic() - 1)
-    with program.progress(None, "answers", total=60):
-        time.sleep(1.3)
-        assert capsys.readouterr().err == ""
-        time.sleep(1)
-    assert capsys.readouterr().err.startswith("answers: 0 of 60 after 00:0")
-
-
-class Terminal(io.StringIO):
-    encoding = "ascii"
-
-    def isatty(self):
-        return True
-
-
-def test_a_bar_shows_a_long_step_and_is_wiped(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with program.progress(None, "answers", total=60):
-        time.sleep(1.4)
-    _, shown, wiped, end = terminal.getvalue().split("\r")
-    assert shown.startswith("answers:   0%|") and wiped.isspace() and end == ""
 
 
 @pytest.mark.parametrize("parent, shown", [(None, True), ("a parent", False)])
