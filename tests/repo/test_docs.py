@@ -1,4 +1,4 @@
-"""What people read: equations, drawing, tables of memory and of settings, rows to try."""
+"""What people read: equations, tables of memory and of settings, rows to try."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ import train
 from baselines import attach_method, count_parameters
 from experiments.computed import t5_config
 from helpers import ROOT, snippets, text_of
-from orchmoe import OrchMoEConfig, attach
+from orchmoe import OrchMoEConfig
 from support.program import flag
 from tasks import DataConfig
 from tokenizer import load as load_tokenizer
@@ -42,26 +42,7 @@ def test_equations_of_the_readme_link_to_their_lines():
     assert [int(number) for number in re.findall(r"\(orchmoe\.py#L(\d+)\)", readme)] == expected
 
 
-# ------------------------------------------------------------------------------- drawing and table
-
-
-def test_matrices_of_the_drawing_have_the_shapes_of_the_code():
-    base = torch.nn.Sequential(torch.nn.Linear(3, 5))
-    config = OrchMoEConfig(targets=("0",), skills=7, rank=11)
-    linear = attach(base, config).linears["0"]
-    letters = {3: "D", 5: "O", 7: "S", 11: "R", 7 * 11: "S R"}
-
-    def shape(tensor, sign=" × "):
-        return sign.join(letters[size] for size in tensor.shape)
-
-    A = linear.skill_A
-    B = linear.skill_B
-    drawing = text_of("docs/architecture.svg")
-    assert f"A is kept as ({shape(A, ',')}), B as ({shape(B, ',')})" in drawing
-    # As they multiply a column.
-    assert f"A: {shape(A.flatten(0, 1))}<" in drawing
-    assert f"B: {shape(B.flatten(0, 1).T)}<" in drawing
-    assert f"the frozen weight, {shape(linear.weight)}<" in drawing
+# ---------------------------------------------------------------------------------- table of memory
 
 
 SIZES = {
