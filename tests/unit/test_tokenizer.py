@@ -3,13 +3,13 @@
 parity/test_transformers.py compares ids and texts with those of transformers.
 """
 
-import json
 import sys
 
 import pytest
 
 import tokenizer
 from helpers import PROMPT, ROOT, source_of, target_of, write_pieces, write_words
+from support.program import read_json, write_json
 
 
 def write_words_with_bos(folder, corpus):
@@ -39,9 +39,9 @@ def load_changed(folder):
     path = folder / "tokenizer.json"
 
     def load(change):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         change(values)
-        path.write_text(json.dumps(values), encoding="utf-8")
+        write_json(path, values)
         return tokenizer.load(folder)
 
     return load
@@ -63,19 +63,19 @@ def test_space_before_an_answer_is_there_once(words):
 def write_old_pieces(folder, corpus):
     """Write pieces with the normalizers of Llama 2's first tokenizer.json."""
     path = write_pieces(folder, corpus) / "tokenizer.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     steps = [{"type": "Prepend", "prepend": "\u2581"}, replace]
-    values |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
-    path.write_text(json.dumps(values), encoding="utf-8")
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    write_json(path, values | {"normalizer": normalizer, "pre_tokenizer": None})
     return folder
 
 
 def write_words_with_space(folder, corpus):
     path = write_words(folder, corpus) / "tokenizer.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     values["pre_tokenizer"]["add_prefix_space"] = True
-    path.write_text(json.dumps(values), encoding="utf-8")
+    write_json(path, values)
     return folder
 
 
