@@ -101,9 +101,14 @@ def run_shell(words, cwd, **variables):
     )
 
 
+def spied(owner, name):
+    """Return a context in which `owner.name` is a mock that calls it and records its arguments."""
+    return mock.patch.object(owner, name, wraps=getattr(owner, name))
+
+
 def ids_of_question(*words, cwd):
     """Ask the run `run` with these flags of eval.py. Return the ids of the source."""
-    with mock.patch.object(evaluation, "routed", wraps=evaluation.routed) as routed:
+    with spied(evaluation, "routed") as routed:
         short = ["--device", "cpu", "--max-new-tokens", "1"]
         run("eval.py", "--run", "run", *short, *words, cwd=cwd)
     return routed.call_args.args[2].input_ids[0].tolist()
