@@ -29,6 +29,7 @@ from helpers import (
     random_batch,
     run,
     small_model,
+    spied,
     trace,
 )
 from model import aligned
@@ -126,22 +127,15 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
     flags["method"] = method if method in METHODS | OWN_METHODS else "orchmoe"
     settings = train.Settings(**flags)
     dtype = getattr(torch, settings.dtype.replace("auto", "float32"))
-    train_step = train.train_step
-    seen = []
-
-    def recorded_step(base, *rest):
-        seen.append(base.device)
-        return train_step(base, *rest)
-
-    monkeypatch.setattr(train, "train_step", recorded_step)
     losses = []
     for device in (CPU, second):
         out = tmp_path / device.type
         launch = train.LaunchConfig(out=str(out))
         picked = runtime.Device(device, dtype, "")
-        train.train(settings, picked, launch, final_scores=False)
+        with spied(train, "train_step") as train_step:
+            train.train(settings, picked, launch, final_scores=False)
+        assert [call.args[0].device for call in train_step.call_args_list] == [device] * 2
         losses.append(trace(out))
-    assert seen == [CPU, CPU, second, second]
     rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*losses, rtol=rtol, atol=1e-5)
     run("eval.py", "--run", out, *ANSWER, cwd=tmp_path)
@@ -236,30 +230,27 @@ def test_verbs_of_the_adapters_are_those_of_the_cpu(name, second):
 
 
 @pytest.mark.parametrize("name", ["v1.1", "llama3"])
-def test_a_mask_is_one_that_fused_attention_takes(name, second, monkeypatch):
+def test_a_mask_is_one_that_fused_attention_takes(name, second):
     """On CUDA torch takes a slow form, or copies the mask in every block, for other strides."""
-    attention = F.scaled_dot_product_attention
-    strides = []
-
-    def recorded(q, k, v, attn_mask=None, **options):
-        if attn_mask is not None:
-            strides.append(attn_mask.stride())
-            assert attn_mask.dtype == q.dtype
-        return attention(q, k, v, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     base = small_model(name).to(second)
     ids, mask, labels = (tensor.to(second) for tensor in random_batch(10, 37))
-    for is_training in (True, False):
-        base.train(is_training)
-        base.loss(ids, mask, labels)
-    with torch.no_grad():
-        newest, state = base.start(ids, mask, 5)
-        for rows in ([0, 1, 2], [1, 2], [1]):
-            rows = torch.tensor(rows, device=second)
-            base.step(newest, state)
-            state.keep(rows)
-            newest = newest[rows]
+    with spied(F, "scaled_dot_product_attention") as attention:
+        for is_training in (True, False):
+            base.train(is_training)
+            base.loss(ids, mask, labels)
+        with torch.no_grad():
+            newest, state = base.start(ids, mask, 5)
+            for rows in ([0, 1, 2], [1, 2], [1]):
+                rows = torch.tensor(rows, device=second)
+                base.step(newest, state)
+                state.keep(rows)
+                newest = newest[rows]
+    strides = []
+    for call in attention.call_args_list:
+        attn_mask = call.kwargs.get("attn_mask")
+        if attn_mask is not None:
+            strides.append(attn_mask.stride())
+            assert attn_mask.dtype == call.args[0].dtype
     # Of two blocks or more in three steps. A decoder-only model has masks only in steps.
     assert len(strides) >= 6
     for stride in strides:
@@ -285,22 +276,16 @@ def test_the_bias_of_the_encoder_exists_once_while_its_blocks_run(second, monkey
     assert alive == [None]
 
 
-def test_attention_in_float32_gets_as_many_heads_of_keys_as_of_queries(second, monkeypatch):
+def test_attention_in_float32_gets_as_many_heads_of_keys_as_of_queries(second):
     """Otherwise no fused attention of CUDA would take them."""
-    attention = F.scaled_dot_product_attention
-    heads = []
-
-    def recorded(*tensors, **options):
-        heads.append([tensor.shape[1] for tensor in tensors])
-        return attention(*tensors, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     base = small_model("llama3")
     batch = random_batch(10, 37)
-    expected = base.loss(*batch)
-    found = base.to(second).loss(*batch)
+    with spied(F, "scaled_dot_product_attention") as attention:
+        expected = base.loss(*batch)
+        found = base.to(second).loss(*batch)
+        base.bfloat16().loss(*batch)
     torch.testing.assert_close(found.cpu(), expected)
-    base.bfloat16().loss(*batch)
+    heads = [[tensor.shape[1] for tensor in call.args] for call in attention.call_args_list]
     blocks = len(base.blocks)
     grouped, repeated = [4, 2, 2], [4, 4, 4]  # 4 heads of queries, 2 of keys and values
     assert heads == [grouped] * blocks + [repeated] * blocks + [grouped] * blocks
