@@ -3,7 +3,6 @@
 parity/test_transformers.py compares folders with those of transformers.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from helpers import (
     t5_batch,
     weights_of,
 )
+from support.program import read_json, write_json
 
 
 def change_config(folder: Path, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_json(path, read_json(path) | changes)
 
 
 def write_weights(folder: Path, weights: dict):
@@ -96,10 +96,10 @@ def test_training_of_a_loaded_base_leaves_the_file_alone(folder):
 
 def test_a_saved_base_has_the_config_that_it_was_loaded_with(folder, tmp_path):
     change_config(folder, task_specific_params={"a": 1}, dtype="float16")
-    before = json.loads((folder / "config.json").read_text())
+    before = read_json(folder / "config.json")
     save(load(folder), tmp_path / "saved")
     del before["dtype"]  # transformers takes that of the weights
-    assert json.loads((tmp_path / "saved/config.json").read_text()) == before
+    assert read_json(tmp_path / "saved/config.json") == before
 
 
 def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
@@ -118,7 +118,7 @@ def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp
     save(small_model(kind), tmp_path)
     before = fingerprint(tmp_path)
     path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": eos}))
+    write_json(path, {"eos_token_id": eos})
     loaded = load(tmp_path)
     assert loaded.config.eos_ids == expected
 
@@ -175,7 +175,7 @@ def test_a_damaged_torch_file_is_named_once(tmp_path):
 
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):
     shard_of = {"x": "b.safetensors", "y": "c.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": shard_of})
     for number, shard in enumerate("abc"):
         tensors = {name: torch.full((2,), number) for name in "xy"}
         write_safetensors(tmp_path / f"{shard}.safetensors", tensors, PT)
@@ -191,7 +191,7 @@ INDICES += [{"weight_map": {"x": name}} for name in NAMES]
 @pytest.mark.parametrize("index", INDICES)
 def test_read_folder_refuses_an_index(index, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps(index))
+    write_json(path, index)
     check_refused(lambda _: read_folder(tmp_path), path)
 
 
