@@ -13,7 +13,17 @@ import torch
 
 import eval as evaluation
 from experiments.explorer import explorer
-from helpers import ROOT, interrupted, links, run, seeded_generator, stir, text_of, write_rows
+from helpers import (
+    ROOT,
+    interrupted,
+    links,
+    run,
+    seeded_generator,
+    spied,
+    stir,
+    text_of,
+    write_rows,
+)
 from support.program import UserError
 
 PROGRAM = "experiments/explorer/explorer.py"
@@ -55,13 +65,13 @@ def text(browser, selector):
     return browser.find_element("css selector", selector).text
 
 
-def slide(browser, k, value):
-    """Move a slider, as a hand does."""
-    script = """const slider = document.getElementById("w" + arguments[0]);
-        slider.value = arguments[1];
-        slider.dispatchEvent(new Event("input"));
-        slider.dispatchEvent(new Event("change"));"""
-    browser.execute_script(script, k, value)
+def enter(browser, name, value):
+    """Give a slider, a list or a field this value, as a hand does."""
+    script = """const part = document.getElementById(arguments[0]);
+        part.value = arguments[1];
+        part.dispatchEvent(new Event("input"));
+        part.dispatchEvent(new Event("change"));"""
+    browser.execute_script(script, name, value)
 
 
 def skills(browser):
@@ -96,17 +106,10 @@ return cut;
 # ------------------------------------------------------------------------------- the annotated page
 
 
-def choose_sample(browser, number):
-    script = """const list = document.getElementById("sample");
-        list.value = arguments[0];
-        list.dispatchEvent(new Event("change"));"""
-    browser.execute_script(script, number)
-
-
 def test_a_pressed_row_shows_its_answer_w_and_c(annotated):
     explored = json.loads(text_of(NUMBERS))
     sample = explored["samples"][100]
-    choose_sample(annotated, 100)
+    enter(annotated, "sample", 100)
     assert text(annotated, "#input") == sample["input"].strip()
     current = "#answer-rows .current"
     assert sample["results"][0][0] in text(annotated, current)
@@ -193,22 +196,25 @@ def request(server, method="POST", path="/", body=None, **headers):
 QUESTION = {"prompt": "Definition: Say yes.", "references": ["yes"], "w": None}
 
 
+def reply_to(server, **question):
+    """Return the reply to QUESTION with these fields changed."""
+    return json.loads(request(server, body=QUESTION | question)[1])
+
+
 def test_the_server_answers_with_the_given_w(server):
-    own = json.loads(request(server, body=QUESTION)[1])
+    own = reply_to(server)
     assert sum(own["w"]) == pytest.approx(1, abs=1e-3)
     # The answer is right if it is any of the references.
     answer = own["result"][0]
-    asked = QUESTION | {"w": own["w"], "references": ["yes", answer]}
-    again = json.loads(request(server, body=asked)[1])
+    again = reply_to(server, w=own["w"], references=["yes", answer])
     assert (again["result"][0], again["result"][2]) == (answer, True)
-    off = json.loads(request(server, body=QUESTION | {"w": [0.0] * 8})[1])
+    off = reply_to(server, w=[0.0] * 8)
     assert off["result"][1] != pytest.approx(own["result"][1], abs=1e-3)
 
 
 def test_texts_that_are_too_long_lose_their_ends(server):
     """As in training and in eval.py."""
-    long = QUESTION | {"prompt": "a b " * 2000, "references": ["a b " * 2000]}
-    found = json.loads(request(server, body=long)[1])
+    found = reply_to(server, prompt="a b " * 2000, references=["a b " * 2000])
     assert found["result"][1] > 0
     for name in ("prompt", "right answer"):
         assert f"The {name} is too long and loses its end." in found["warning"]
@@ -281,20 +287,19 @@ def served(server, browser):
 
 
 def type_prompt(browser, prompt, reference=""):
-    for name, value in (("prompt", prompt), ("reference", reference)):
-        script = "document.getElementById(arguments[0]).value = arguments[1]"
-        browser.execute_script(script, name, value)
+    enter(browser, "prompt", prompt)
+    enter(browser, "reference", reference)
     click(browser, "#ask")
 
 
 def test_a_typed_prompt_gets_an_answer_that_changes_with_w(served):
-    with mock.patch.object(explorer, "reply", wraps=explorer.reply) as reply:
+    with spied(explorer, "reply") as reply:
         type_prompt(served, "<!-- <script> Say yes.", " yes\n")
         wait(served, lambda: text(served, "#references") == "yes")
         wait_for_answer(served, "own")
     assert json.loads(reply.call_args_list[0].args[1])["references"] == [" yes\n"]
     click(served, "#keep")
-    slide(served, 1, 0.9)
+    enter(served, "w1", 0.9)
     wait_for_answer(served, "now")
     kept, now = (answered(served, name)[1] for name in ("kept", "now"))
     assert float(now) != pytest.approx(float(kept), abs=1e-2)
@@ -312,9 +317,9 @@ def test_an_answer_with_a_w_that_has_moved_on_is_not_shown(served):
         return {"w": w, "result": [f"{w[0]:.1f}", None, None], "warning": ""}
 
     with mock.patch.object(explorer, "reply", reply):
-        slide(served, 0, 0.9)
+        enter(served, "w0", 0.9)
         wait(served, lambda: len(asked) == 1)
-        slide(served, 0, 0.2)  # while the model answers
+        enter(served, "w0", 0.2)  # while the model answers
         may_answer[0].set()
         wait(served, lambda: len(asked) == 2)
         assert answered(served, "now") == ["asking …"]
@@ -449,7 +454,7 @@ def test_all_rows_can_be_chosen_and_show_their_instructions(own_server):
 def test_nothing_is_claimed_about_tasks_that_rows_do_not_name(own_page):
     count = len(own_page.find_elements("css selector", "#sample option")) - 1  # "your own prompt"
     for number in (0, count - 5):
-        choose_sample(own_page, number)
+        enter(own_page, "sample", number)
         about = text(own_page, "#about")
         assert about.startswith(("A row that did not train.", "A row of the test file."))
         assert "task" not in about
@@ -457,7 +462,7 @@ def test_nothing_is_claimed_about_tasks_that_rows_do_not_name(own_page):
         assert re.match("another row: (Say|Add) ", own_page.execute_script(script))
     page = own_page.find_element("tag name", "main").get_attribute("textContent")
     assert "most in -" not in page and "-: " not in page
-    choose_sample(own_page, count - 1)
+    enter(own_page, "sample", count - 1)
     assert text(own_page, "#sample option:checked").startswith("task a: Say minus twice. / ")
 
 
