@@ -19,6 +19,7 @@ from helpers import (
     own_rows,
     run,
     sentences,
+    spied,
     task_json,
     write_decoder,
     write_lists,
@@ -99,7 +100,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
 
     # Training.
     launch = train.LaunchConfig(out="run")
-    with mock.patch.object(train, "train_step", wraps=train.train_step) as step:
+    with spied(train, "train_step") as step:
         train.train(train.Settings(**flags), CPU, launch, final_scores=False)
     batch = step.call_args.args[3]
     source = batch.input_ids[0][batch.attention_mask[0]].tolist()
