@@ -17,6 +17,7 @@ from helpers import (
     ROOT,
     make_example,
     own_rows,
+    spied,
     task_json,
     write_lists,
     write_rows,
@@ -330,7 +331,7 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus):
 
 
 def test_second_load_does_not_tokenise(config, tokenizer, cache):
-    with mock.patch.object(data, "tokenise", wraps=data.tokenise) as tokenise:
+    with spied(data, "tokenise") as tokenise:
         first = load_sets(config, tokenizer)
         assert repr(load_sets(config, tokenizer)) == repr(first)
     tokenise.assert_called_once()
