@@ -19,7 +19,7 @@ from torch import nn
 
 import kernels
 import orchmoe
-from helpers import seeded_generator, stir, teacher_forced
+from helpers import seeded_generator, spied, stir, teacher_forced
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
@@ -507,7 +507,7 @@ def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
 
 def test_a_method_that_gets_embeddings_also_gets_a_mask():
     adapters, x = small(), random(3, 5, 16)
-    with mock.patch.object(adapters.method, "route", wraps=adapters.method.route) as route:
+    with spied(adapters.method, "route") as route:
         with adapters.routed(x):
             adapters.module(x)
     _, mask = route.call_args.args
