@@ -2,8 +2,8 @@
 
 A training step computes the numbers of the CPU in float64, few graphs serve all batches, attention
 is fused, and the host waits for the GPU a few times in a step. `pytest -m gpu -rP` prints which
-attention runs. All tests but the one of the waits also run on a CPU, so that a renamed function is
-noticed without a GPU.
+attention runs. The first test and that of attention also run on a CPU, so that a renamed function
+is noticed without a GPU.
 """
 
 import contextlib
@@ -78,17 +78,16 @@ def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, route
         assert_close(found, wanted, dtype)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+@pytest.mark.parametrize("device", [CUDA])
 def test_few_graphs_serve_all_batches(small_t5, device):
-    """One batch has a single row."""
+    """One batch has a single row. test_compile.py tests more on a CPU."""
     adapted(small_t5, targets=("all",))
     base, adapters = moved(small_t5.train(), device, torch.float32)
     torch._dynamo.reset()
     counters.clear()
-    base.compile_blocks("inductor" if device == "cuda" else "eager")
+    base.compile_blocks()
     rng = np.random.default_rng(0)
-    others = 15 if device == "cuda" else 2
-    for rows, source, target in [(1, 40, 8), *rng.integers(2, 64, (others, 3)).tolist()]:
+    for rows, source, target in [(1, 40, 8), *rng.integers(2, 64, (15, 3)).tolist()]:
         step(base, adapters, random_batch(2, 37, [source] * rows, [target] * rows))
     assert 0 < counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
