@@ -3,7 +3,6 @@
 parity/test_peft.py compares the logits of exported folders with those of peft.
 """
 
-import json
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -34,7 +33,7 @@ from integrations import export, serve
 from integrations.peft_folder import load_peft, save_peft, set_skills
 from integrations.trainer import base_fingerprint, base_weights
 from orchmoe import OrchMoEConfig, TaskRouter, attach
-from support.program import UserError
+from support.program import UserError, read_json, write_json
 from tasks import DataConfig
 
 K = EXPORT_CONFIG.abstract_tasks
@@ -42,7 +41,7 @@ EXPORT = "integrations/export.py"
 
 
 def config_of(lora):
-    return json.loads((lora / "adapter_config.json").read_text())
+    return read_json(lora / "adapter_config.json")
 
 
 # ------------------------------------------------------------------------------- folders for peft
@@ -122,7 +121,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     torch.testing.assert_close(mean[key], expected)
 
     # A server cuts prompts as the run did.
-    rule = json.loads((served / "router.json").read_text())["prompt"]
+    rule = read_json(served / "router.json")["prompt"]
     texts = serve.RunTokenizer(ROOT / "tiny", rule)
     assert len(texts.encode("word " * 99)) == config.max_source_length == 64
 
@@ -264,7 +263,7 @@ A = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     ],
 )
 def test_load_peft_refuses_what_is_no_plain_lora(config, tensors, lora):
-    (lora / "adapter_config.json").write_text(json.dumps(config_of(lora) | config))
+    write_json(lora / "adapter_config.json", config_of(lora) | config)
     save_file(factors_in(lora) | tensors, lora / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"^{lora}/adapter_.*: ") as refusal:
         load_peft(lora)
