@@ -4,7 +4,6 @@ TRL's SFTTrainer, on a tiny random Llama and T5 on the CPU.
 This file is also the program that torchrun starts in the test of two processes.
 """
 
-import json
 import math
 import os
 import sys
@@ -44,7 +43,7 @@ from integrations.trainer import (  # noqa: E402
     prompt_mask,
 )
 from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
-from support.program import UserError, locked_folder  # noqa: E402
+from support.program import UserError, locked_folder, read_json  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -542,7 +541,7 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     trainer.save_model()
     arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
     run("integrations/export.py", *arguments, cwd=tmp_path)
-    lora = json.loads((tmp_path / "served/abstract-4/adapter_config.json").read_text())
+    lora = read_json(tmp_path / "served/abstract-4/adapter_config.json")
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
