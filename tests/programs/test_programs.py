@@ -561,7 +561,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --data loop.jsonl": "loop.jsonl: Too many levels of symbolic links",
     f"{ASK} --data nothing.jsonl": "nothing.jsonl: does not exist; give --data DIR or FILE.jsonl",
     f"{TINY} --data small --split dev": "small: 0 rows in the set dev, 1 needed; add",
-    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: 0 rows in the set test, 1 needed;",
+    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
+    "give --test OTHER.jsonl, or --split seen",
     # Values.
     "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
