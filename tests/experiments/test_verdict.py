@@ -1,14 +1,19 @@
 """The comparison on rows of JSONL, from start to verdict.
 
 The numbers of the verdict are computed again from the cells, by code that shares nothing with
-experiments/compare/tables.py. test_tables.py tests the intervals of few tasks.
+experiments/compare/tables.py: that of experiments/results/compare/recompute.py, and for few tasks
+that below.
 """
 
+import json
 import re
+from collections import defaultdict
+from statistics import fmean
+
+import pytest
 
 from experiments.results.compare import recompute
 from helpers import links, run, write_rows
-from support.program import read_json
 
 FLAGS = (
     "--device cpu --methods orchmoe,lora --seeds 2 --jobs 1 --eval-every 2 --batch-size 4".split()
@@ -20,21 +25,50 @@ def compare(home, *arguments, code=0):
     return run("experiments/compare/compare.py", *arguments, cwd=home, code=code)
 
 
-def read_cells(home, name):
-    return [read_json(home / f"out/methods/{name}-s{seed}.json") for seed in (1, 2)]
+def read_cells(home, name, seeds=2):
+    paths = [home / f"out/methods/{name}-s{seed}.json" for seed in range(1, seeds + 1)]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 # ------------------------------------------------------------------------- the independent numbers
 
 
-def expected_line(first, second):
-    """Return "mean [low, high]" of the loss of two rows on the seen prompts, which name no task."""
-    of_seeds = []
-    for one, other in zip(first, second, strict=True):
-        one, other = one["seen"]["prompts"], other["seen"]["prompts"]
-        columns = (one["loss"], other["loss"], one["tokens"])
-        of_seeds.append([(a - b) / tokens for a, b, tokens in zip(*columns, strict=True)])
-    mean, half = recompute.interval(list(zip(*of_seeds, strict=True)))
+def expected_line(first, second, which):
+    """Return "mean [low, high]" of the loss of two rows with two cells each."""
+    seeds = range(2)
+    prompts = [[cell[which]["prompts"] for cell in cells] for cells in (first, second)]
+    tasks = [prompts[0][0]["tasks"][number] for number in prompts[0][0]["task"]]
+    tokens = prompts[0][0]["tokens"]
+    members = defaultdict(list)
+    for u, task in enumerate(tasks):
+        members[u if task == "-" else task].append(u)
+
+    def difference(u, s):
+        return prompts[0][s]["loss"][u] - prompts[1][s]["loss"][u]
+
+    means = {}
+    for group, rows in members.items():
+        total = sum(tokens[u] for u in rows)
+        means[group] = [sum(difference(u, s) for u in rows) / total for s in seeds]
+
+    if len(members) >= 6:
+        mean, half = recompute.interval(list(means.values()))
+    else:  # the variance of each task's ratio, summed over the tasks
+        by_seed = [fmean(values[s] for values in means.values()) for s in seeds]
+        mean = fmean(by_seed)
+        of_mean, of_rest = 0.0, 0.0
+        for group, rows in members.items():
+            total = sum(tokens[u] for u in rows)
+            factor = len(rows) / (len(rows) - 1) / (total * len(members)) ** 2
+            for u in rows:
+                left = [difference(u, s) - tokens[u] * means[group][s] for s in seeds]
+                of_mean += factor * fmean(left) ** 2
+                of_rest += factor * sum((value - fmean(left)) ** 2 for value in left)
+        units, freedom = len(tasks), len(tasks) - len(members)
+        of_seeds = units * sum((value - mean) ** 2 for value in by_seed)
+        half = recompute.half_width(
+            2 * units * of_mean, of_seeds, units * of_rest, units, len(seeds), freedom
+        )
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
@@ -59,7 +93,7 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     assert "punctuation counts" in out
 
     line = re.search(r"- seen: (.*): \*\*(\w+)\*\*\. (.*)", out)
-    assert line.group(1) == expected_line(orchmoe, lora)
+    assert line.group(1) == expected_line(orchmoe, lora, "seen")
     low, high = map(float, re.findall(r"[-+][\d.]+", line.group(1))[1:])
     assert line.group(2) == ("better" if high < 0 else "worse" if low > 0 else "undecided")
     assert line.group(3).startswith(f"Over {prompts} prompts and 2 seeds. It speaks of prompts")
@@ -73,24 +107,36 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
 TASKS = ("count", "reverse", "name")
 
 
-def test_a_comparison_of_rows_with_tasks(decoder_dir, tmp_path):
-    """Three tasks train, and another one is tested. Then other settings are refused."""
+@pytest.fixture(scope="module")
+def decoder(decoder_dir, tmp_path_factory):
+    """Return a folder with rows of three tasks, rows of another task, and a random decoder."""
+    home = links(tmp_path_factory.mktemp("verdict"))
+    (home / "llama").symlink_to(decoder_dir)
     rows = []
     for number in range(300):
         task = TASKS[number % 3]
         answer = " ".join(["one", "two", "three"][: 1 + number % 2 + number % 3])
         rows.append({"instruction": f"{task} {number}", "output": answer, "task": task})
-    write_rows(tmp_path / "own.jsonl", rows)
+    write_rows(home / "own.jsonl", rows)
     new = [{"instruction": f"add {i}", "output": f"{i}", "task": "add"} for i in range(12)]
-    write_rows(tmp_path / "new.jsonl", new)
+    write_rows(home / "new.jsonl", new)
+    return home
+
+
+def test_a_comparison_of_rows_with_tasks(decoder):
+    """In the folder of a finished comparison, other settings are refused."""
     epoch = "--no-tune --epochs 1 --train-instances 5 --max-source-length 128 --out out".split()
-    command = [*FLAGS, *epoch, "--data", "own.jsonl", "--test", "new.jsonl", "--model", decoder_dir]
-    out = compare(tmp_path, *command)
+    command = [*FLAGS, *epoch, "--data", "own.jsonl", "--test", "new.jsonl", "--model", "llama"]
+    out = compare(decoder, *command)
     assert "\n4 steps of 4 are 1 epoch of 15 rows\n" in out
+    cells = [read_cells(decoder, name) for name in ("orchmoe", "lora")]
+    lines = dict(re.findall(r"- (seen|unseen): (.*): \*\*", out))
+    for which in ("seen", "unseen"):
+        assert lines[which] == expected_line(*cells, which)
     assert "prompts of 3 tasks and 2 seeds. It speaks of these tasks only." in out
     assert "12 prompts of 1 task and 2 seeds. It speaks of these tasks only." in out
 
-    error = compare(tmp_path, *command, "--lr-skills", "0.02", code=2)
+    error = compare(decoder, *command, "--lr-skills", "0.02", code=2)
     assert "orchmoe-s1.json: made with lr_skills 0.01, not 0.02; name another folder" in error
     assert error.count("\n") == 1
 
