@@ -39,13 +39,6 @@ from support.program import UserError
 # ------------------------------------------------------------------------------- the methods
 
 
-def refuse_w(method: Method, w: Tensor | None) -> None:
-    """Raise ValueError if w is given to a method without abstract tasks."""
-    if w is not None:
-        name = type(method).__name__
-        raise ValueError(f"w: {name} has no weights of abstract tasks; leave it out")
-
-
 class LoRA(Method):
     """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
 
@@ -66,8 +59,7 @@ class LoRA(Method):
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
         return 1, config.skills * config.rank
 
-    def route(self, *_inputs: Any, w: Tensor | None = None, **_options: Any) -> Routing:
-        refuse_w(self, w)
+    def route(self, *_inputs: Any, **_options: Any) -> Routing:
         return Routing(c=self.c, shared=True)
 
 
@@ -99,8 +91,7 @@ class MoELoRA(Method):
         identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
         self.register_buffer("identity", identity, persistent=False)
 
-    def route(self, *_inputs: Any, w: Tensor | None = None, **_options: Any) -> Routing:
-        refuse_w(self, w)
+    def route(self, *_inputs: Any, **_options: Any) -> Routing:
         return Routing(Zhat=self.identity, shared=True)
 
 
@@ -156,17 +147,15 @@ class Poly(Method):
     def route(
         self,
         *_inputs: Any,
-        w: Tensor | None = None,
+        task_ids: Tensor,
         noise: Tensor | None = None,
-        task_ids: Tensor | None = None,
+        **_options: Any,
     ) -> Routing:
         """Return c (N,B,S), or (N,B,H,S) with heads.
 
-        noise: u (B,N,H,S) in [0,1), in training; drawn here if None.
+        task_ids: (B,), the training task of each sample, or -1. noise: u (B,N,H,S) in [0,1), in
+        training; drawn here if None.
         """
-        refuse_w(self, w)
-        if task_ids is None:
-            raise ValueError("task_ids: give the task of each sample, or -1 for an unseen task")
         Z = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
         if self.training:
             if noise is None:
@@ -226,7 +215,7 @@ class CPoly(Poly):
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
         return config.skills - 1 + num_tasks, config.rank
 
-    def route(self, *inputs: Any, task_ids: Tensor | None = None, **options: Any) -> Routing:
+    def route(self, *inputs: Any, task_ids: Tensor, **options: Any) -> Routing:
         """Return c (N,B,S-1+T). noise: u (B,N,1,S-1) in [0,1), in training; drawn if None."""
         common = super().route(*inputs, task_ids=task_ids, **options).c  # (N,B,S-1)
         is_seen = (task_ids >= 0).unsqueeze(-1)  # (B,1)

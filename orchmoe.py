@@ -242,8 +242,7 @@ class Method(nn.Module):
     def route(self, *inputs: Tensor, **options: Any) -> Routing:
         """Return the weights of a batch. For the arguments see `Adapters.routed`.
 
-        Raise ValueError if w is given and the method has no abstract tasks, or if it needs task
-        ids and gets none.
+        A method without abstract tasks does not read w.
         """
         raise NotImplementedError
 

@@ -138,16 +138,6 @@ def test_lora_adapts_the_head(small_t5):
     assert "head" in attach_method("lora", small_t5, HEADS).linears
 
 
-@pytest.mark.parametrize("name", ["lora", "moe-lora", *BY_TASK_ID])
-def test_route_refuses_weights_of_abstract_tasks(small_t5, name):
-    adapters = attached(name, small_t5)
-    with pytest.raises(ValueError, match="w: .* has no weights of abstract tasks; leave it out"):
-        adapters.route(task_ids=TASK_IDS, w=torch.ones(4))
-    if name in BY_TASK_ID:
-        with pytest.raises(ValueError, match="task_ids: give the task"):
-            adapters.route()
-
-
 # ------------------------------------------------------------------------------ settings and sizes
 
 ROUTERS = {"orchmoe": ("sample", "token")}
