@@ -56,8 +56,7 @@ class Tokens(NamedTuple):
         category, id, position and references.
     ids: int32, the tokens of all rows. For each row they are its source, then its targets.
     lengths: int32, the number of tokens of each source and target, in the order of `ids`.
-    tasks: the names of the tasks of "train", sorted; empty if a row of train, dev or seen names
-        none.
+    tasks: the names of the tasks of "train", sorted; empty if one of its rows names none.
     lost: the number of cut sources ("source"), of cut targets ("target"), and of rows with unknown
         characters ("characters").
     """
@@ -87,7 +86,6 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     spaced = not config.is_jsonl
     saved_rows = []
     tasks = set()
-    all_named = True
     ids = array("i")
     lengths = array("i")
     lost = Counter(source=0, target=0, characters=0)
@@ -126,15 +124,13 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             fields.append([row.set, row.task, row.category, row.id, row.position, row.references])
             if row.set == "train":
                 tasks.add(row.task)
-            if row.set in ("train", "dev", "seen") and row.task == NO_TASK:
-                all_named = False
         saved_rows.append(json.dumps(fields))
 
     return Tokens(
         rows=saved_rows,
         ids=torch.from_numpy(np.array(ids, np.int32)),
         lengths=torch.from_numpy(np.array(lengths, np.int32)),
-        tasks=sorted(tasks) if all_named else [],
+        tasks=[] if NO_TASK in tasks else sorted(tasks),
         lost=dict(lost),
     )
 
@@ -227,8 +223,7 @@ class Examples(list[Example]):
 
 
 def examples_by_set(tokens: Tokens) -> dict[str, list[Example]]:
-    """Return {name of a set: its examples}."""
-    task_index = {task: i for i, task in enumerate(tokens.tasks)}
+    """Return {name of a set: its examples}, without indices of their tasks."""
     examples = {}
     ends = np.cumsum(tokens.lengths.numpy())
     pieces = iter(np.split(tokens.ids.numpy(), ends[:-1]))  # the sources and targets, in order
@@ -243,7 +238,6 @@ def examples_by_set(tokens: Tokens) -> dict[str, list[Example]]:
                 source_ids=source_ids,
                 target_ids=target_ids,
                 references=references,
-                task_index=task_index.get(task, -1),
                 position=position,
             )
             examples.setdefault(set_name, []).append(example)
@@ -370,7 +364,8 @@ def load_sets(
     sets = {}
     for set_name, of_set in examples.items():
         list_name = "test" if set_name == "test" else "train"
-        sets[set_name] = Examples(of_set, tokens.tasks, digests[list_name], saved["facts"])
+        indexed = with_task_index(of_set, tokens.tasks)
+        sets[set_name] = Examples(indexed, tokens.tasks, digests[list_name], saved["facts"])
     warn_of_known(sets.get("test", ()), config)
     return sets
 
