@@ -151,31 +151,22 @@ def read_task(path: str | os.PathLike) -> dict:
     with program.reading(path, "repair it or take the task off the list"):
         category = _first(task.get("Categories")) or "Unknown"
         definition = _first(task["Definition"])
-        require_text("Categories", category)
-        require_text("Definition", definition)
-
+        texts = [category, definition]
         positive = list(task.get("Positive Examples", []))
         negative = list(task.get("Negative Examples", []))
-        for kind, examples in (("Positive", positive), ("Negative", negative)):
-            for number, example in enumerate(examples):
-                location = f"{kind} Examples[{number}]"
-                require_text(f"{location}: input", example["input"])
-                require_text(f"{location}: output", example["output"])
-                require_text(f"{location}: explanation", example.get("explanation", ""))
+        for example in positive + negative:
+            texts += [example["input"], example["output"], example.get("explanation", "")]
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            location = f"Instances[{number}]"
-            instance_id = row.get("id")
-            if instance_id is None:
-                instance_id = f"{path.stem}-{number}"
-            instance_id = str(instance_id)
-            require_text(f"{location}: id", instance_id)
-            require_text(f"{location}: input", row["input"])
-            references = _references(f"{location}: output", row["output"])
+            instance_id = str(row.get("id", f"{path.stem}-{number}"))
+            references = _references("output", row["output"])
+            texts += [instance_id, row["input"]]
             instances.append({"id": instance_id, "input": row["input"], "output": references})
         if not instances:
             raise ValueError("Instances is empty")
+        for text in texts:
+            require_text("each text", text)
 
     return {
         "name": path.stem,
