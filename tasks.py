@@ -39,10 +39,8 @@ from support.program import UserError, require_text
 # Fields of DataConfig that only choose files. data.load_sets keys its cache by the paths instead.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 NO_TASK = "-"  # the task of a row without one
-# Names of the fields of a JSONL row, by what they hold.
-SOURCE_FIELDS = ("prompt", "instruction")
-INPUT_FIELDS = ("input", "context")
-REFERENCE_FIELDS = ("completion", "output", "response")
+# Other names that fields of a JSONL row may have, as in Dolly.
+OTHER_NAMES = {"context": "input", "completion": "output", "response": "output"}
 
 
 @dataclass(frozen=True)
@@ -397,17 +395,6 @@ def sni_rows(files: dict[str, list[Path]], tokenizer: Any, config: DataConfig) -
 # ------------------------------------------------------------------------------------ rows of JSONL
 
 
-def _only_field(fields, names):
-    """Return which of these names is a field of a row. Raise ValueError unless just one is."""
-    found = [name for name in names if name in fields]
-    if not found:
-        problem = f"there is no {' or '.join(names)}"
-        raise ValueError(f"{problem} among the fields {list(fields)!r:.80}")
-    if len(found) > 1:
-        raise ValueError(f"{found[0]} and {found[1]}: give one of them")
-    return found[0]
-
-
 def _is_chat(fields):
     """Return whether a row has a list of chat messages, in one of the usual fields."""
     names = ("messages", "conversations", "prompt")
@@ -428,32 +415,35 @@ def instruction_prompt(instruction: str, text: str) -> str:
 
 def _parse_row(fields, number, position):
     """Return the Row of line `number`. It belongs to no set yet."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    source_field = _only_field(given, SOURCE_FIELDS)
-    reference_field = _only_field(given, REFERENCE_FIELDS)
-    input_fields = [name for name in INPUT_FIELDS if given.get(name, "") != ""]
-    if source_field == "prompt" and input_fields:
-        raise ValueError(
-            f"prompt and {input_fields[0]}: write the whole prompt, or use instruction"
-        )
-    if len(input_fields) > 1:
-        raise ValueError("input and context: give one of them")
+    given = {}
+    for name, value in fields.items():
+        if value is None:
+            continue
+        field = OTHER_NAMES.get(name, name)
+        if field in given:
+            raise ValueError(f"{name}: the row has this field by another name, too; give one")
+        given[field] = value
 
-    for name in (source_field, *input_fields):
-        require_text(name, given[name])
-    task = given.get("task", "")
-    require_text("task", task)
-    if task == "":  # as in a table with an empty cell
-        task = NO_TASK
+    prompt = given.get("prompt", "")
+    instruction = given.get("instruction", "")
+    text = given.get("input", "")
+    task = given.get("task") or NO_TASK  # a table may have an empty cell
     row_id = str(given.get("id", number))
+    require_text("prompt", prompt)
+    require_text("instruction", instruction)
+    require_text("input", text)
+    require_text("task", task)
     require_text("id", row_id)
-    prompt = given[source_field]
-    if not prompt.strip():
-        raise ValueError(f"{source_field} is empty")
 
-    if source_field == "instruction":
-        text = given[input_fields[0]] if input_fields else ""
-        prompt = instruction_prompt(prompt, text)
+    if prompt and (instruction or text):
+        raise ValueError("prompt: it is the whole prompt; leave out instruction and input")
+    if instruction.strip():
+        prompt = instruction_prompt(instruction, text)
+    if not prompt.strip() or "output" not in given:
+        raise ValueError(
+            "give a prompt or an instruction that is not blank, and a completion or an output; the "
+            f"fields are {list(fields)!r:.80}"
+        )
     return Row(
         set="",
         task=task,
@@ -461,7 +451,7 @@ def _parse_row(fields, number, position):
         id=row_id,
         position=position,
         prompt=prompt,
-        references=_references(reference_field, given[reference_field]),
+        references=_references("output", given["output"]),
     )
 
 
@@ -471,8 +461,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
     instruction, `task` and `id`. A null counts as absent, and so does an empty input or task. Raise
-    UserError with the number of a bad line. A line is also bad if a text in one of these fields
-    would have no effect.
+    UserError with the number of a bad line. A line is also bad if one of these fields would have no
+    effect.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):

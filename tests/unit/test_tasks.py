@@ -159,7 +159,7 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         {"instruction": "Sort.", "context": "", "response": "a b", "category": "c", "task": ""},
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
-        {"instruction": "Sort.", "input": "", "context": "b a", "output": "a b", "messages": None},
+        {"instruction": "Sort.", "input": None, "context": "b a", "output": "a b"},
         {"prompt": "Sort.\n", "completion": "a"},
     ]
     rows = read_rows(write_rows(tmp_path / "own.jsonl", lines))
@@ -176,13 +176,13 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
 
 
 BAD_ROWS = {  # what the error says: a line of a JSONL file
-    r"no prompt or instruction among the fields \['question', 'answer'\]; repair": {
+    r"and a completion or an output; the fields are \['question', 'answer', 'prompt'\]; repair": {
         "question": "a",
         "answer": "b",
         "prompt": None,
     },
-    r"no prompt or instruction among the fields \['d{78}; repair": {"d" * 999: 1},
-    r"no completion or output or response among the fields \['prompt'\]": {"prompt": "a"},
+    r"the fields are \['d{78}; repair": {"d" * 999: 1},
+    r"the fields are \['prompt'\]": {"prompt": "a"},
     "Exceeds the limit": b'{"prompt": "a", "completion": "b", "id": ' + b"1" * 5000 + b"}",
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
     "not a JSON object": 3,
@@ -192,18 +192,18 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "it has chat messages, whose": {"prompt": [{"role": "user"}], "completion": "b"},
     "prompt must be a string, not 3; repair the line": {"prompt": 3, "completion": "b"},
     "task must be a string, not 3": {"prompt": "a", "completion": "b", "task": 3},
-    "completion must be a string, not 3": {"prompt": "a", "completion": ["b", 3]},
-    r"context must be a string, not \[\]": {"instruction": "a", "context": [], "output": "b"},
-    "prompt and input: write the whole": {"prompt": "a", "input": "c", "output": "b"},
-    "input and context: give one": {
+    "output must be a string, not 3": {"prompt": "a", "completion": ["b", 3]},
+    r"input must be a string, not \[\]": {"instruction": "a", "context": [], "output": "b"},
+    "prompt: it is the whole prompt": {"prompt": "a", "input": "c", "output": "b"},
+    "context: the row has this field by another name, too": {
         "instruction": "a",
         "input": "c",
         "context": "d",
         "output": "b",
     },
-    "prompt and instruction: give one": {"prompt": "a", "instruction": "c", "output": "b"},
-    "prompt is empty": {"prompt": " ", "completion": "b"},
-    "completion is empty": {"prompt": "a", "completion": []},
+    "leave out instruction and input": {"prompt": "a", "instruction": "c", "output": "b"},
+    "give a prompt or an instruction that is not blank": {"prompt": " ", "completion": "b"},
+    "output is empty": {"prompt": "a", "completion": []},
 }
 
 
