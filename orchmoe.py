@@ -129,14 +129,13 @@ class TaskRouter(nn.Module):
     def summarise(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return x_hat (B,D), one vector per sample, before it is standardised.
 
-        embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens.
-        Raise ValueError for other shapes.
+        embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens, booleans or
+        integers. Raise ValueError for others.
         """
         D = len(self.mu)
         shape = embeddings.shape
         if mask is None:
             mask = torch.ones(shape[:2], dtype=torch.bool, device=embeddings.device)
-        mask = torch.as_tensor(mask)
         if shape[2:] != (D,) or shape[:2] != mask.shape:
             raise ValueError(
                 f"embeddings: expected (B,L,D) with D = {D}, and a mask (B,L), got {tuple(shape)} "
@@ -144,7 +143,8 @@ class TaskRouter(nn.Module):
                 "for another D"
             )
         if mask.is_floating_point():
-            require_zeros_and_ones(mask)
+            # One that is added to attention scores has 0 at real tokens.
+            raise ValueError("mask: give booleans or integers, true at real tokens")
         mask = mask.bool()
         X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
         # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
@@ -198,14 +198,6 @@ class TaskRouter(nn.Module):
         else:
             scale = 1 / K / logits.std().clamp(min=1e-6)
         self.W_task.copy_(scale * centres)
-
-
-def require_zeros_and_ones(mask: Tensor) -> None:
-    """Raise ValueError if a mask has other values, as masks that are added to scores have."""
-    if torch.compiler.is_compiling():
-        return  # compiled code cannot look at values
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask: give 1 at real tokens and 0 at padding, and no other values")
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

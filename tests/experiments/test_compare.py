@@ -101,7 +101,7 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
     rng = torch.Generator().manual_seed(0)
     similar = torch.randn(1, 9, 32, generator=rng)
     embeddings = similar + 0.1 * torch.randn(400, 9, 32, generator=rng)
-    mask = torch.ones(400, 9)
+    mask = torch.ones(400, 9, dtype=torch.bool)
     mask[::2, 6:] = 0
     w = router(embeddings, mask)
     alone = router(embeddings[2:3, :6], mask[2:3, :6])

@@ -107,7 +107,7 @@ def test_w_is_the_formula_in_numpy(options):
     assert expected.std(0).min() > 0.02
     torch.testing.assert_close(router(embeddings, mask).detach(), expected, **EXACT)
     # Without a mask there is no padding.
-    assert torch.equal(router(embeddings), router(embeddings, torch.ones(6, 11)))
+    assert torch.equal(router(embeddings), router(embeddings, torch.ones(6, 11).bool()))
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -122,13 +122,13 @@ def test_a_source_of_only_padding_has_zero_x_hat(attention):
     assert embeddings.grad.isfinite().all()
 
 
-def test_a_float_mask_holds_zeros_and_ones():
+def test_a_float_mask_is_refused():
     """0 and -inf, as some models add them to attention scores, would be read the other way."""
     router, x = TaskRouter(16, OrchMoEConfig()), torch.randn(2, 3, 16)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert torch.equal(router(x, mask.float()), router(x, mask.bool()))
-    with pytest.raises(ValueError, match="mask: give 1 at real tokens and 0 at padding"):
-        router(x, mask.float().log())
+    assert torch.equal(router(x, mask), router(x, mask.bool()))
+    with pytest.raises(ValueError, match="mask: give booleans or integers, true at real tokens"):
+        router(x, mask.log())
 
 
 def test_junk_in_the_padding_changes_nothing():
@@ -500,9 +500,8 @@ def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
         shape = re.escape(str(tuple(source.shape)))
         with pytest.raises(ValueError, match=f"embeddings: .* got {shape} and .*; embed"):
             adapters.route(source)
-    for mask in (torch.ones(4, 1), [[1] * 9]):
-        with pytest.raises(ValueError, match=r"a mask \(B,L\), got \(4, 9, 16\) and \("):
-            adapters.route(x, mask)
+    with pytest.raises(ValueError, match=r"a mask \(B,L\), got \(4, 9, 16\) and \(4, 1\)"):
+        adapters.route(x, torch.ones(4, 1))
 
 
 def test_a_method_that_gets_embeddings_also_gets_a_mask():
