@@ -710,7 +710,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         ValueError as `route` does.
         """
         with self._open("routed"):
-            routing = self._route(embeddings, mask, **options)
+            routing = self.method.route(embeddings, mask, **options)
             if routing.c is None:
                 parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
             else:
@@ -923,14 +923,6 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
                 "the skills are merged or detached: save them before, and call the model as it is"
             )
 
-    def _route(
-        self, embeddings: Tensor | None = None, mask: Tensor | None = None, **options: Any
-    ) -> Routing:
-        """Return the method's routing. A method that gets embeddings also gets a mask."""
-        if embeddings is not None and mask is None:
-            mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return self.method.route(embeddings, mask, **options)
-
     @contextmanager
     def _base_classes(self) -> Iterator[None]:
         """Inside, the Linears have their original classes, so they compute without skills."""
@@ -951,7 +943,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         reason = self.unfoldable()
         if reason:
             raise ValueError(f"{self._state}(): {reason}")
-        c = self._route(w=w, **options).c  # (N,1,S)
+        c = self.method.route(w=w, **options).c  # (N,1,S)
         if c.shape[1] != 1:
             raise ValueError(f"{self._state}(): give one sample or one w (K,), not {c.shape[1]}")
 

@@ -504,15 +504,6 @@ def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
         adapters.route(x, torch.ones(4, 1))
 
 
-def test_a_method_that_gets_embeddings_also_gets_a_mask():
-    adapters, x = small(), random(3, 5, 16)
-    with spied(adapters.method, "route") as route:
-        with adapters.routed(x):
-            adapters.module(x)
-    _, mask = route.call_args.args
-    assert mask.shape == (3, 5) and mask.all()
-
-
 # -------------------------------------------------------------------------------------------- state
 
 
