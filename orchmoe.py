@@ -474,7 +474,6 @@ class SkillLinear(nn.Linear):
     skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
     skill_shared: bool  # set by `routed`: all samples share these weights
     skill_beams: int  # set by `routed`: how many rows of x belong to one sample
-    skill_recorded: bool  # set by `routed`: it was opened inside what an export records
     skill_visited: bool  # whether it was called
 
     def skill_parameters(self) -> dict[str, nn.Parameter]:
@@ -518,20 +517,14 @@ class SkillLinear(nn.Linear):
                 "a Linear with skills was called outside `with adapters.routed(...)`"
             )
 
-        if not self.skill_shared:
-            if is_recording() and not self.skill_recorded:
-                raise RuntimeError(
-                    "the exported program would route every input as this batch; open `routed` "
-                    "inside the forward that you export"
+        if not self.skill_shared and len(weights) != len(x):
+            beams = self.skill_beams
+            if len(weights) * beams != len(x):
+                raise ValueError(
+                    f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
+                    "were routed; route the same batch, or give routed(..., beams=)"
                 )
-            if len(weights) != len(x):
-                beams = self.skill_beams
-                if len(weights) * beams != len(x):
-                    raise ValueError(
-                        f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
-                        "were routed; route the same batch, or give routed(..., beams=)"
-                    )
-                weights = weights.repeat_interleave(beams, dim=0)
+            weights = weights.repeat_interleave(beams, dim=0)
 
         # Without a token router, or with a w from the caller, these are c already.
         if self.skill_W_task is None or weights.dim() == 2:
@@ -592,12 +585,6 @@ def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     return after
 
 
-def is_recording() -> bool:
-    """Return whether torch.export or torch.jit.trace records this call as a program."""
-    # Not is_exporting(): torch.compile of torch 2.10 takes that for true.
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
-
-
 def new_skills(
     linear: nn.Linear,
     num_skills: int,
@@ -633,7 +620,6 @@ def new_skills(
         "skill_weights": None,
         "skill_shared": False,
         "skill_beams": 1,
-        "skill_recorded": False,
         "skill_visited": False,
     }
 
@@ -717,11 +703,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
                 parts = routing.c.unbind(0)
             try:
                 self._routing = routing
-                same = {
-                    "skill_shared": routing.shared,
-                    "skill_beams": beams,
-                    "skill_recorded": is_recording(),
-                }
+                same = {"skill_shared": routing.shared, "skill_beams": beams}
                 for linear, part in zip(self.linears.values(), parts, strict=True):
                     # Faster than `linear.skill_weights = part`, a call of nn.Module.__setattr__.
                     vars(linear).update(same, skill_weights=part)

@@ -375,42 +375,6 @@ def test_a_w_of_another_shape_is_refused(shape):
         small().route(w=torch.rand(shape))
 
 
-class RoutedInside(nn.Module):
-    """The forward opens `routed` by itself, so an exported program routes each input."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with self.model.skill_adapters.routed(x):
-            return self.model(x)
-
-
-def exported(model, x):
-    return torch.export.export(model, (x,), strict=False).module()
-
-
-def traced(model, x):
-    return torch.jit.trace(model, (x,), check_trace=False)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch warns of its own functions
-@pytest.mark.parametrize("record", [exported, traced])
-def test_an_exported_program_does_not_keep_the_routing_of_a_batch(record):
-    adapters = small().eval()
-    model = adapters.module.eval().requires_grad_(False)
-    x = random(4, 5, 16)
-    other = x.flip(0)
-    with adapters.routed(other):
-        expected = model(other)
-    with pytest.raises(RuntimeError, match="open `routed` inside the forward"), adapters.routed(x):
-        record(model, x)
-    torch.testing.assert_close(record(RoutedInside(model), x)(other), expected, **EXACT)
-    with adapters.routed(w=torch.rand(5)):  # all inputs have the same weights
-        torch.testing.assert_close(record(model, x)(other), model(other), **EXACT)
-
-
 def test_with_beams_no_sample_can_be_dropped():
     """test_copypaste.py tests beam search."""
     adapters = small()
