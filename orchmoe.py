@@ -808,10 +808,6 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         if self._state in ("folded", "disabled") or self.routing().shared:
             return  # no weights are stored for single samples
         for linear in self.linears.values():
-            if linear.skill_beams > 1:
-                raise ValueError(
-                    "keep: it counts samples, but with beams a sample has several rows"
-                )
             linear.skill_weights = linear.skill_weights[positions]
 
     def routing(self) -> Routing:
@@ -1067,12 +1063,6 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
                 raise ValueError(
                     f"targets: {path}: its {type(owner).__name__} reads the weight without calling "
                     "the Linear, which bypasses the skills; choose other Linears"
-                )
-            siblings = owner._modules.values()
-            if not all(getattr(sibling, "batch_first", True) for sibling in siblings):
-                raise ValueError(
-                    f"targets: {path}: its {type(owner).__name__} is not batch-first, and skills "
-                    "would take positions for samples; make it with batch_first=True"
                 )
             found[path] = child
 

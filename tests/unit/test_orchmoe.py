@@ -375,14 +375,6 @@ def test_a_w_of_another_shape_is_refused(shape):
         small().route(w=torch.rand(shape))
 
 
-def test_with_beams_no_sample_can_be_dropped():
-    """test_copypaste.py tests beam search."""
-    adapters = small()
-    with adapters.routed(random(4, 5, 16), beams=3):
-        with pytest.raises(ValueError, match="beams"):
-            adapters.keep(torch.tensor([0]))
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("called, trains, message", [(0, True, "2 of 2"), (1, False, "1 of 2")])
 def test_linears_that_are_never_called_are_reported_once(called, trains, message):

@@ -542,7 +542,6 @@ def with_skills():
         (nn.Identity, ("all",), "no Linear has the name .*; the model has none"),
         (lambda: nn.MultiheadAttention(4, 2), ("out_proj",), "0.out_proj: .* bypass"),
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
-        (lambda: nn.TransformerDecoderLayer(4, 2), ("linear1",), "0.linear1: .*batch_first=True"),
         (with_skills, ("head",), r"0.q has skills already; detach\(\) them first"),
     ],
 )
