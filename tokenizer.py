@@ -20,7 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from support.program import DOWNLOAD, UserError, atomic_write, read_json, reading, require_path
+from support.program import DOWNLOAD, UserError, read_json, reading, require_path
 
 REMEDY = "download it again"
 
@@ -64,7 +64,6 @@ class Tokenizer:
     def __init__(self, path: Path):
         self.path = path
         content = path.read_bytes()
-        self._files = {path.name: content}  # what `save` writes
         self._setup(content)
         options = f"{self.bos_ids}{self.eos_ids}{self.target_prefix}"
         self.fingerprint = hashlib.sha256(content + options.encode()).hexdigest()
@@ -95,12 +94,6 @@ class Tokenizer:
         """
         known = [i for i in map(int, ids) if 0 <= i < self.size]
         return self._decode(known).strip()
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Copy the files of the tokenizer into a folder."""
-        for name, content in self._files.items():
-            with atomic_write(Path(folder) / name) as file:
-                file.write(content)
 
 
 class T5Tokenizer(Tokenizer):
@@ -185,7 +178,6 @@ class JsonTokenizer(Tokenizer):
         path = self.path.with_name("tokenizer_config.json")
         if not path.is_file():
             return None
-        self._files[path.name] = path.read_bytes()
         eos = read_json(path).get("eos_token")
         if isinstance(eos, dict):  # an AddedToken of transformers
             eos = eos.get("content")

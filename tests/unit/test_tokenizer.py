@@ -147,12 +147,6 @@ def test_truncation_and_padding_of_a_file_are_off(folder):
     assert tokenizer.load(folder).encode(PROMPT) == plain
 
 
-def test_tokenizers_go_to_other_folders(words, t5_words, tmp_path):
-    for each in (words, t5_words):
-        each.save(tmp_path / each.path.stem)
-        assert tokenizer.load(tmp_path / each.path.stem).fingerprint == each.fingerprint
-
-
 def test_fingerprint_depends_on_eos(folder):
     before = tokenizer.load(folder).fingerprint
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
