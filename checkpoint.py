@@ -171,9 +171,8 @@ def hf_name(module: nn.Module, name: str) -> str:
     For a submodule give its name with a dot behind it. A Backbone has rename rules; the names of
     any other module stay as they are.
     """
-    if isinstance(module, Backbone):
-        for pattern, replacement in module.renames:
-            name = re.sub(pattern, replacement, name)
+    for pattern, replacement in getattr(module, "renames", ()):
+        name = re.sub(pattern, replacement, name)
     return name
 
 

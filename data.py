@@ -14,6 +14,7 @@ Letters: B batch, L source length, Lt target length.
 Test: pytest tests/unit/test_data.py
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -464,16 +465,12 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self.epoch = -1  # the epoch of self.epoch_batches; -1: none yet
-        self.epoch_batches: list[np.ndarray] = []
+        self.latest_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)
 
     def at(self, step: int) -> np.ndarray:
         """Return the indices of the examples in the batch of a step. Steps count from 0."""
         epoch, number = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch_batches = self.of_epoch(epoch)
-            self.epoch = epoch
-        return self.epoch_batches[number]
+        return self.latest_epoch(epoch)[number]
 
     def of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the indices of each batch of an epoch, in the order of the steps.
