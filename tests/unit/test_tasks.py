@@ -217,14 +217,6 @@ def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, proble
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_a_file_in_utf_16_is_refused(tmp_path, encoding):
-    path = tmp_path / "own.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding=encoding)
-    with pytest.raises(program.UserError, match="own.jsonl, line 1: UnicodeDecodeError: 'utf-16"):
-        read_rows(path)
-
-
 @pytest.mark.parametrize("name", ["own.csv", "own.json", "own"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("prompt,completion\n")
