@@ -19,7 +19,7 @@ from torch import nn
 
 import kernels
 import orchmoe
-from helpers import seeded_generator, spied, stir, teacher_forced
+from helpers import seeded_generator, stir, teacher_forced
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
