@@ -131,18 +131,11 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
             f"--start {flags['start']}: --method {start.method} cannot continue on other tasks; "
             "start from a run of orchmoe, lora or moe-lora"
         )
-    data_values = asdict(start.part(DataConfig))
+    values = {name: getattr(start, name) for name in ("model", "method", "extra_rank")}
+    values |= asdict(start.part(OrchMoEConfig)) | asdict(start.part(DataConfig))
     if "data" in flags:
-        data_values["test"] = ""  # the test file of that run belongs to its own data
-        kept = []  # settings that differ from their defaults
-        without_effect = DataConfig(data=flags["data"]).idle  # what the new kind of data ignores
-        for name in sorted(data_values.keys() - flags.keys() - {"data"} - without_effect):
-            if data_values[name] != getattr(DataConfig, name):
-                kept.append(f"{name} {data_values[name]}")
-        if kept:
-            program.print_line(f"data settings kept from {flags['start']}: {', '.join(kept)}")
-    of_run = {name: getattr(start, name) for name in ("model", "method", "extra_rank")}
-    return {**of_run, **data_values, **asdict(start.part(OrchMoEConfig))}
+        values["test"] = ""  # the test file of that run belongs to its own data
+    return values
 
 
 def steps_of_epoch(settings: Settings, train_set: Examples) -> int:

@@ -283,14 +283,12 @@ def test_changed_files_are_named_with_what_helps(changed):
 # ------------------------------------------------------------------------------------------ --start
 
 
-def test_start_with_other_data_drops_the_test_rows_and_names_what_it_keeps(own):
-    arguments = ["--start", "t5", *BRIEF, "--out", "new", "--data", "new.jsonl"]
-    write_rows(own / "new.jsonl", own_rows(300))
-    output = run("train.py", *arguments, cwd=own)
-    assert "data settings kept from t5: max_source_length 99\n" in output
-    assert read_json(own / "new/config.json")["settings"]["test"] == ""
-
-    same = train.read_settings({"start": str(own / "t5")}, train.LaunchConfig())
-    assert same.test == str(own / "test.jsonl")
-    replaced = {"start": str(own / "t5"), "data": "new.jsonl", "test": "b.jsonl"}
+def test_start_with_other_data_drops_the_test_rows(own):
+    start = {"start": str(own / "t5")}
+    same = train.read_settings(start, train.LaunchConfig())
+    assert (same.test, same.max_source_length) == (str(own / "test.jsonl"), 99)
+    other = start | {"data": "new.jsonl"}
+    settings = train.read_settings(other, train.LaunchConfig())
+    assert (settings.test, settings.max_source_length) == ("", 99)
+    replaced = other | {"test": "b.jsonl"}
     assert train.read_settings(replaced, train.LaunchConfig()).test == "b.jsonl"

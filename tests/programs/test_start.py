@@ -129,15 +129,6 @@ def test_the_table_says_if_its_rows_may_have_trained_the_start(home):
     assert not start_from("same", out="still")
 
 
-def test_a_start_on_other_data_names_the_settings_that_have_an_effect_there(home, capsys):
-    (home / "bare").mkdir()
-    shutil.copy(home / "run/config.json", home / "bare")
-    change_config(home / "bare", "settings", num_pos=0)
-    for path, is_named in (("data", True), ("own.jsonl", False)):
-        train.read_settings({"start": str(home / "bare"), "data": path}, train.LaunchConfig())
-        assert ("num_pos 0" in capsys.readouterr().out) == is_named
-
-
 # ------------------------------------------------------------------------- existing LoRAs as skills
 
 
