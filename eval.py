@@ -36,6 +36,7 @@ from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_questi
 from tokenizer import Tokenizer
 
 LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
+START_NOTE = "may have trained the run in --start, or one before it, if their data differ"
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -423,9 +424,8 @@ def choose_rows(
         examples = data.with_task_index(examples, run.facts["tasks"])
         if is_test:
             data.warn_of_known(examples, data_config)
-        start = run.facts.get("start")
-        if start is not None and not start["same_rows"]:
-            program.print_line("these rows may have trained the run in --start: it had other data")
+        if run.settings.start:
+            program.print_line(f"these rows {START_NOTE}")
     return data.subsample(examples, config.limit), digest
 
 

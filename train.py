@@ -33,6 +33,7 @@ from baselines import OWN_METHODS, attach_method, count_parameters, load_method
 from data import Batch, Example, Examples
 from eval import (
     LOSS_NOTE,
+    START_NOTE,
     mean_entropy,
     mean_loss,
     measure,
@@ -101,6 +102,11 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         unread = dict.fromkeys(fixed, "with --start")
         values = of_start | flags
     settings = program.from_flags(Settings, values)
+    if not (settings.start or settings.lr_skills):
+        raise UserError(
+            "--lr-skills 0: the skills start with B = 0, so that nothing can train; give another "
+            "rate, or --start"
+        )
     if launch.out:
         Run(launch.out, settings, {}).require_new()
     program.refuse_unread(flags, unread_settings(settings) | unread)
@@ -174,17 +180,10 @@ def recommend(flags: dict[str, Any], model: str) -> None:
 
 
 def freeze_parts(adapters: Adapters, settings: TrainConfig) -> None:
-    """Freeze the parameters whose learning rate is 0. Raise UserError if none is left to train."""
-    rates = {}
+    """Freeze the parameters whose learning rate is 0."""
     for kind, parameters in adapters.parameter_groups().items():
-        if not parameters:
-            continue
-        rate = getattr(settings, f"lr_{kind}")
-        rates[program.flag(f"lr_{kind}")] = rate
         for parameter in parameters:
-            parameter.requires_grad_(rate > 0)
-    if not any(rates.values()):
-        raise UserError(f"{', '.join(rates)}: 0, so that nothing trains; give another rate")
+            parameter.requires_grad_(getattr(settings, f"lr_{kind}") > 0)
 
 
 def make_optimizer(adapters: Adapters, settings: TrainConfig) -> Optimizer:
@@ -230,23 +229,13 @@ def fit_router(
 
 def give_initial_values(
     model: Model, facts: dict[str, Any], train_set: Examples, settings: Settings
-) -> dict[str, Any] | None:
+) -> str | None:
     """Load the adapters of the run in --start, or fit the router to training examples.
 
-    facts: those of the new run. Raise UserError if nothing could train.
-
-    Return two facts about the run in --start, None without one. "adapter" is a hash of the loaded
-    adapters. "same_rows" says whether that run, and any run that it started from, had the same
-    data. If so, both have the same sets, and the earlier one did not train on dev, seen or unseen.
+    facts: those of the new run. Return a hash of the loaded adapters, None without --start.
     """
     base, adapters, _ = model
     if not settings.start:
-        linears = adapters.linears.values()
-        if settings.lr_skills == 0 and not any(linear.skill_B.any() for linear in linears):
-            raise UserError(
-                "--lr-skills 0: the skills start with B = 0, so that nothing can train; give "
-                "another rate, or --start"
-            )
         if adapters.router is not None:
             fit_router(base, adapters, train_set, settings)
         return None
@@ -254,11 +243,7 @@ def give_initial_values(
     start.require_same(**{name: facts[name] for name in ("base", "tokenizer", "method")})
     start.warn_if_unfinished()
     start.load_best(adapters)
-    same_rows = start.facts.get("train_tasks") == facts["train_tasks"]
-    earlier = start.facts.get("start")
-    if earlier is not None:
-        same_rows = same_rows and earlier["same_rows"]
-    return {"adapter": start.adapter_digest(), "same_rows": same_rows}
+    return start.adapter_digest()
 
 
 # ---------------------------------------------------------------------------------- compilation
@@ -477,11 +462,8 @@ def report(
     sizes = {"train": len(train_set)}
     sizes |= {set_name: len(examples) for set_name, examples in held_out.items()}
     print_table(all_scores, run.path, sizes, settings.metric_rules)
-    start = run.facts["start"]
-    if start is not None and not start["same_rows"]:
-        program.print_line(
-            "rows in this table may have trained the run in --start, which had other data"
-        )
+    if settings.start:
+        program.print_line(f"rows in this table {START_NOTE}")
     if progress.initial_w is not None:
         w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
         print_router(router_report(w, progress.initial_w), w.shape[1])
@@ -597,7 +579,7 @@ def build(
     """Return the frozen base and its adapters, as they are before the router is fitted.
 
     num_tasks: number of training tasks. shard: split the base over the processes of torchrun. Raise
-    UserError if the adapters do not fit, or if nothing would train.
+    UserError if the adapters do not fit.
     """
     base = checkpoint.mapped(settings.model)  # its weights are views of the files
     base.checkpoint_blocks = settings.checkpoint_blocks

@@ -587,7 +587,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: has no effect with --method lora; leave it",
     "train.py --lr-token-router 3": "--lr-token-router: has no effect with --method",
-    "train.py --method lora --lr-skills 0": "--lr-skills: 0, so that nothing trains",
     "train.py --lr-skills 0": "--lr-skills 0: the skills start with B = 0, so that nothing can",
     f"{TINY} --input word": "--input: has no effect without --ask",
     f"{TINY} --split seen --test x": "--test: has no effect with --split seen",
