@@ -552,7 +552,7 @@ def main() -> None:
         }
         with program.locked_folder(config.out_dir, "wait, or choose another --out"):
             require_new_results(config)  # another process may have written while the model loaded
-            program.print_progress(f"scoring {len(examples)} rows")
+            program.print_line(f"scoring {len(examples)} rows")
             predictions, scores = score_rows(
                 model,
                 examples,

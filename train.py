@@ -400,7 +400,7 @@ def score_held_out(
     for set_name, examples in held_out.items():
         if set_name == "dev":  # it chooses the best weights, and is not reported
             continue
-        program.print_progress(f"scoring {name} on {len(examples)} {set_name} rows")
+        program.print_line(f"scoring {name} on {len(examples)} {set_name} rows")
         _, scores[set_name] = score_rows(
             model,
             examples,
@@ -555,7 +555,7 @@ def fit(
             if evaluating:
                 message = evaluate(run, model, progress, dev, step)
                 if final_scores:
-                    program.print_progress(f"{message}; {fmean(step_seconds):.2g} s a step")
+                    program.print_line(f"{message}; {fmean(step_seconds):.2g} s a step")
                 step_seconds.clear()
             progress.next_step = step + 1
             run.save_progress(progress, adapters, optimizer)
@@ -633,7 +633,7 @@ def begin(
     if not is_base:
         message = evaluate(run, model, progress, held_out["dev"], step=-1)
         if final_scores:
-            program.print_progress(message)
+            program.print_line(message)
         run.save_progress(progress, adapters, optimizer)
     return progress
 

@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 import typing
 import warnings
@@ -453,15 +452,10 @@ def user_message(error: Exception) -> str | None:
     return " ".join(text.split())
 
 
-last_line = time.monotonic()  # when this process began, or printed its last line
-
-
 def print_line(text: str, file: Any = None) -> None:
     """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
-    global last_line
     if rank() != 0:
         return
-    last_line = time.monotonic()
     file = file or sys.stdout
     try:
         with tqdm.external_write_mode(file=file):
@@ -477,16 +471,11 @@ def warn(text: str) -> None:
     print_line(f"warning: {text}", sys.stderr)
 
 
-def in_worker() -> bool:
-    """Return whether another process of the project started this one, to work in parallel."""
-    return multiprocessing.parent_process() is not None
-
-
 class LineStream:
-    """The stream of a bar without a terminal. It prints a line if none came for a minute."""
+    """The stream of a bar without a terminal. It prints each state of the bar as a line."""
 
     def write(self, text: str) -> None:
-        if text.strip() and time.monotonic() - last_line >= BETWEEN_LINES:
+        if text.strip():
             print_line(text.strip(), sys.stderr)
 
     def flush(self) -> None:
@@ -499,30 +488,11 @@ def progress(iterable: Iterable | None, description: str, **options: Any) -> tqd
         options |= {"dynamic_ncols": True}
     else:
         form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left{postfix}"
-        options |= {"file": LineStream(), "bar_format": form}
-    is_silent = in_worker() or rank() != 0
-    bar = tqdm(iterable, description, leave=False, delay=1, disable=is_silent, **options)
-    if not is_silent:
-        threading.Thread(target=keep_showing, args=(bar,), daemon=True).start()
-    return bar
-
-
-def keep_showing(bar: tqdm) -> None:
-    """Show a bar each second until it is closed, also while one of its steps takes long."""
-    while True:
-        time.sleep(1)
-        with bar.get_lock():
-            if bar.disable:  # it is closed
-                return
-            bar.delay = 0  # otherwise `close` leaves a bar that no step has updated
-            bar.refresh()
-
-
-def print_progress(text: str) -> None:
-    """Print a line about a long computation, unless a terminal shows a bar of it."""
-    on_terminal = sys.stderr.isatty() and sys.stdout.isatty()
-    if not in_worker() and not on_terminal:
-        print_line(text)
+        options |= {"file": LineStream(), "bar_format": form, "position": 0}
+        options |= {"mininterval": BETWEEN_LINES, "maxinterval": BETWEEN_LINES}
+    in_worker = multiprocessing.parent_process() is not None  # another process shows the progress
+    is_silent = in_worker or rank() != 0
+    return tqdm(iterable, description, leave=False, delay=1, disable=is_silent, **options)
 
 
 # ---------------------------------------------------------------------------------------- signals

@@ -178,20 +178,6 @@ def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
         assert "has saved" not in str(warn.mock_calls)
 
 
-@pytest.mark.parametrize("bar", [True, False])
-@pytest.mark.parametrize("redirected", [True, False])
-def test_line_of_progress_is_printed_unless_a_bar_is_on_the_same_terminal(
-    bar, redirected, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: bar)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: not redirected)
-    program.print_progress("half of it")
-    assert ("half of it" in capsys.readouterr().out) == (redirected or not bar)
-    monkeypatch.setattr(program, "in_worker", lambda: True)
-    program.print_progress("half of it")
-    assert not capsys.readouterr().out
-
-
 def test_stop_signals_are_noted_and_their_handlers_are_restored():
     for kind in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(kind)

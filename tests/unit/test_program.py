@@ -11,8 +11,9 @@ from support import program
 
 def test_a_long_computation_prints_lines_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(program, "BETWEEN_LINES", 0.4)
-    for _ in program.progress(range(20), "train"):
-        time.sleep(0.15)
+    with program.progress(None, "bars within one another", total=1):
+        for _ in program.progress(range(20), "train"):
+            time.sleep(0.15)
     lines = capsys.readouterr().err.splitlines()
     assert 3 <= len(lines) <= 7
     assert all(line.startswith("train: ") and " of 20 after 00:0" in line for line in lines)
