@@ -130,6 +130,7 @@ class Progress:
     next_step: int = 0  # counted from 0
     best_loss: float = math.inf  # the lowest dev loss so far
     initial_w: Tensor | None = None  # w (M,K) of the M dev examples before training
+    best_router: dict[str, float] | None = None  # eval.router_report of the weights with that loss
 
 
 class Run:

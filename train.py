@@ -454,9 +454,8 @@ def report(
     held_out: dict[str, list[Example]],
 ) -> None:
     """Score the weights that were best on dev on seen and unseen tasks, and print the table."""
-    base, adapters, _ = model
     settings = run.settings
-    run.load_best(adapters)
+    run.load_best(model.adapters)
     scores = score_held_out(model, held_out, settings, settings.method)
     all_scores = run.add_scores(settings.method, scores)
     sizes = {"train": len(train_set)}
@@ -464,9 +463,8 @@ def report(
     print_table(all_scores, run.path, sizes, settings.metric_rules)
     if settings.start:
         program.print_line(f"rows in this table {START_NOTE}")
-    if progress.initial_w is not None:
-        w = router_weights(base, adapters, held_out["dev"], settings.eval_batch_size)
-        print_router(router_report(w, progress.initial_w), w.shape[1])
+    if progress.best_router is not None:
+        print_router(progress.best_router, K=progress.initial_w.shape[1])
 
 
 # ---------------------------------------------------------------------------- the training loop
@@ -506,6 +504,7 @@ def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example],
     message = f"step {step + 1} of {settings.steps}: dev loss {loss:.4g}"
     if loss < progress.best_loss:
         progress.best_loss = loss
+        progress.best_router = record.get("router")
         run.save_best(adapters)
         message += ", best so far"
     return message
