@@ -26,6 +26,7 @@ from torch import Tensor
 import data
 import metrics
 import run_folder
+from baselines import load_method
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
@@ -507,7 +508,7 @@ def main() -> None:
     config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_run(config.run) if config.run else None
     if config.method:
-        run_folder.load_own_method(run, config.method)
+        load_method(config.method)  # the run names its class, and has a hash of the file
     saved = vars(run.settings.part(DataConfig)) if run else {}
     if "data" in flags:
         program.require_path(flags["data"], "give --data DIR or FILE.jsonl")
