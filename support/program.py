@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 import warnings
@@ -134,7 +135,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes, and threads of one process, may write the same file.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         with naming_write_errors(path), open(temporary, "wb") as file:
             yield file

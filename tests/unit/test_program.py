@@ -1,8 +1,11 @@
-"""Tests of support/program.py: what a long computation shows. Others are where it is used."""
+"""Tests of support/program.py: files, and what a long computation shows. Others are
+where it is used."""
 
 import multiprocessing
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -32,3 +35,19 @@ def test_a_bar_is_shown_on_a_terminal_and_not_by_a_worker(parent, shown, monkeyp
     assert bar.disable != shown
     assert not shown or bar.delay == 1  # short loops have no bar
     bar.close()
+
+
+def test_threads_write_one_file_at_the_same_time(tmp_path):
+    path = tmp_path / "file"
+    both_write = threading.Barrier(2, timeout=60)
+
+    def write(content):
+        with program.atomic_write(path) as file:
+            both_write.wait()
+            file.write(content)
+
+    contents = [b"one" * 10000, b"other" * 10000]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, contents))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
