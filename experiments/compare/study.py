@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -154,11 +154,9 @@ def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device
 
 
 def changed(settings: train.Settings, values: dict[str, Any]) -> train.Settings:
-    """Return settings with other values. Raise UserError for a field that does not exist."""
-    unknown = values.keys() - vars(settings).keys()
-    if unknown:
-        raise UserError(f"{min(unknown)}: there is no such setting")
-    return program.from_flags(train.Settings, vars(settings) | values)
+    """Return settings with other values. Raise UserError if they do not fit."""
+    with program.checking_settings():
+        return replace(settings, **values)
 
 
 # ----------------------------------------------------------------------------------------- cells
