@@ -138,8 +138,7 @@ def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
     skills = row.settings["skills"]
     if total % skills:
         raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}; leave it out")
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    return row._replace(settings={"skills": skills, "rank": total // skills, "alpha": alpha})
+    return row._replace(settings={"skills": skills, "rank": total // skills})
 
 
 # ------------------------------------------------------------------------------ before it trains
@@ -328,16 +327,13 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
     settings = study.settings
     _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
-    chosen = chosen_ablations(names, num_tasks)
-    rows = {name: ablation(name, settings) for name in chosen}
+    rows = {name: ablation(name, settings) for name in chosen_ablations(names, num_tasks)}
     require_possible(study, rows)
     refuse_foreign_tables(study.results / "ablations.md", study.results / "ablations")
 
     tuned = {"orchmoe": Variant()} if study.config.tune else {}
     print_plan(study, rows, study.cells("ablations", rows, {}, seeds_of(study)), tuned)
     reports = study.tune(tuned)
-    tuned_settings = study.settings_of("orchmoe", Variant(), {})  # with the tuned alpha
-    rows = {name: ablation(name, tuned_settings) for name in chosen}
     results = make_cells(study, study.cells("ablations", rows, {}, seeds_of(study)))
     metric = metrics.RULES[settings.metric_rules].description
     publish(markdown(results, reports, metric), study.results / "ablations.md")

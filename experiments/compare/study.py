@@ -726,6 +726,9 @@ class Study:
         config: StudyConfig,
         equal: dict[str, Variant],
     ):
+        if settings.alpha is None:
+            # This is what None means. A number can be tuned, and holds for rows of another rank.
+            settings = changed(settings, {"alpha": float(settings.rank)})
         self.settings = settings
         self.device = device
         self.config = config
@@ -812,10 +815,7 @@ class Study:
         for name, row in rows.items():
             settings = self.settings_of(name, row, {})
             read = settings_of_method(settings.method, settings.router)
-            known = dict(vars(settings))
-            if known["alpha"] is None:
-                known["alpha"] = float(settings.rank)  # which is what None means
-            start = {axis: known[axis] for axis in self.config.axes if axis in read}
+            start = {axis: getattr(settings, axis) for axis in self.config.axes if axis in read}
             if not start:
                 axes = ",".join(self.config.axes)
                 raise UserError(f"--axes {axes}: {name} has none of these; add lr_skills")

@@ -57,9 +57,10 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
         adapters.detach()
         return adapter.skills * adapter.rank, scales
 
-    for default in (OrchMoEConfig(), OrchMoEConfig(rank=4, alpha=8.0)):
+    for given in ({}, {"rank": 4, "alpha": 8.0}):
+        default = study.Study(train.Settings(**given), CPU, StudyConfig(), {}).settings
         row = compare.ablation(name, default)
-        settings = study.changed(train.Settings(**vars(default)), row.settings)
+        settings = study.changed(default, row.settings)
         assert size_and_scales(settings) == size_and_scales(default)
     differences = [row.replaced_router, row.w, *compare.ABLATIONS[name].settings]
     assert len(list(filter(None, differences))) == (name != "default")
