@@ -29,7 +29,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
@@ -217,7 +217,6 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     scores "answers" has the losses and the scores of the answers on seen and unseen instances.
     """
     started = time.monotonic()
-    attach_function = attach_with(cell.row.replaced_router)
     about = {
         "settings": {"row": cell.name, **cell.made_with()},
         "tree": tree(),
@@ -225,7 +224,7 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
         "threads": torch.get_num_threads(),  # in bfloat16 the numbers depend on it
     }
     try:
-        result = train_and_score(cell, device, attach_function)
+        result = train_and_score(cell, device)
     except train.DivergedError as error:
         result = {"dev_loss": None, "diverged": str(error)}
     if result is None:
@@ -235,13 +234,11 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
     return True
 
 
-def train_and_score(
-    cell: Cell, device: runtime.Device, attach_function: Callable
-) -> dict[str, Any] | None:
+def train_and_score(cell: Cell, device: runtime.Device) -> dict[str, Any] | None:
     """Return the results of a cell, None if a signal stopped it.
 
-    For the arguments see `score`. Raise DivergedError if a loss, gradient or weight is not finite,
-    and UserError if the data or the file of an own method changed since the study began.
+    Raise DivergedError if a loss, gradient or weight is not finite, and UserError if the data or
+    the file of an own method changed since the study began.
     """
     method = OWN_METHODS.get(cell.settings.method)
     if method is not None and method.kind != cell.facts["method_file"]:
@@ -255,6 +252,7 @@ def train_and_score(
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if steps_done(cell.folder) < cell.settings.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
+            attach_function = attach_with(cell.row.replaced_router)
             options = {"final_scores": False, "attach_function": attach_function}
             if not train.train(cell.settings, device, launch, **options):
                 return None
@@ -266,7 +264,7 @@ def train_and_score(
             result["dev_loss"] = best["dev_loss"]
             result["router"] = best.get("router")
     if cell.scores != "dev":
-        result |= score(cell, device, attach_function)
+        result |= score(cell, device)
     return result
 
 
@@ -308,16 +306,16 @@ def tree() -> str:
     return f"{commit}-dirty" if commit and is_dirty else commit
 
 
-def score(cell: Cell, device: runtime.Device, attach_function: Callable) -> dict[str, Any]:
+def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
     """Return the scores of a cell, see `run_cell`, and its number of parameters.
 
-    attach_function: a function like baselines.attach_method. Raise DivergedError if a loss is not
-    finite.
+    Raise DivergedError if a loss is not finite.
     """
     settings = cell.settings
     result = {}
     gc.collect()  # frees the base that trained
     if cell.row.trains:
+        attach_function = attach_with(cell.row.replaced_router)
         base, adapters, tokenizer = run_folder.load(
             device, run_dir=cell.folder, attach_function=attach_function
         )

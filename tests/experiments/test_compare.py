@@ -237,7 +237,7 @@ def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
     (cell.folder / "metrics.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(study, "require_promised", lambda *_: None)
     monkeypatch.setattr(run_folder, "read_run", lambda _: SimpleNamespace(facts=cell.facts))
-    assert study.train_and_score(cell, CPU, None)["dev_loss"] == 1
+    assert study.train_and_score(cell, CPU)["dev_loss"] == 1
 
 
 def test_a_cell_begins_without_the_base_of_the_cell_before(tmp_path, small_t5, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_cell_begins_without_the_base_of_the_cell_before(tmp_path, small_t5, m
     monkeypatch.setattr(train, "train", lambda *_, **__: found.append(earlier()))
     gc.disable()  # so that it does not run by chance
     try:
-        study.train_and_score(cell_of(tmp_path, "a"), CPU, None)
+        study.train_and_score(cell_of(tmp_path, "a"), CPU)
     finally:
         gc.enable()
     assert found == [None]
