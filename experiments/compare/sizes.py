@@ -4,6 +4,7 @@ Test: pytest tests/unit/test_baselines.py tests/experiments/test_compare.py
 """
 
 import functools
+from bisect import bisect_right
 from typing import Any
 
 from torch import nn
@@ -27,21 +28,14 @@ def total(method: str, module: nn.Module, config: OrchMoEConfig, **options: int)
 def rank_for_total(target: int, *method: Any, **options: int) -> int:
     """Return the extra_rank of a method that brings its total nearest to `target`."""
 
-    def distance(extra_rank):
-        return total(*method, extra_rank=extra_rank, **options) - target
+    def size(extra_rank):
+        return total(*method, extra_rank=extra_rank, **options)
 
-    low = 0
-    high = 1
-    while distance(high) <= 0:
-        low = high
-        high = 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if distance(middle) <= 0:
-            low = middle
-        else:
-            high = middle
-    return low if abs(distance(low)) <= abs(distance(high)) else high
+    too_large = 1
+    while size(too_large) <= target:
+        too_large *= 2
+    higher = bisect_right(range(too_large), target, key=size)  # the lowest that is too large
+    return min(higher - 1, higher, key=lambda extra_rank: abs(size(extra_rank) - target))
 
 
 @functools.cache
