@@ -64,9 +64,7 @@ def read_prompts(cells: Sequence[dict[str, Any]], which: str, metric: str) -> Pr
     groups = []
     for i, name in enumerate(names):
         key = i if name == NO_TASK else name  # a prompt without a task is a group of its own
-        if key not in number_of:
-            number_of[key] = len(number_of)
-        groups.append(number_of[key])
+        groups.append(number_of.setdefault(key, len(number_of)))
     sums = np.stack([column[metric] for column in columns], axis=1)
     return PromptScores(np.array(groups), np.array(sizes, float), sums)
 
