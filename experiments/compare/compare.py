@@ -38,7 +38,7 @@ import metrics
 import run_folder
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, OWN_METHODS, load_method
+from baselines import METHODS, OWN_METHODS, attach_method, load_method
 from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
@@ -197,9 +197,8 @@ def print_plan(
     if left == 0:
         return
     jobs = share_cores(study.config.jobs, study.device)
-    name = next(iter(rows))
-    of_first = study.settings_of(name, rows[name], {})
-    step = seconds_of_a_step(of_first, rows[name], study.device, sets["train"])
+    name = next(iter(rows))  # the first row, in which nothing replaces the router
+    step = seconds_of_a_step(study.settings_of(name, rows[name], {}), study.device, sets["train"])
     gc.collect()  # frees the base: it and its adapters refer to each other
     minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
     in_all = study.progress.rounds(jobs) * minutes
@@ -211,11 +210,10 @@ def print_plan(
 
 
 def seconds_of_a_step(
-    settings: train.Settings, row: Variant, device: runtime.Device, train_set: data.Examples
+    settings: train.Settings, device: runtime.Device, train_set: data.Examples
 ) -> float:
-    """Return the seconds that a training step of a row takes, from its first steps."""
-    attach_function = attach_with(row.replaced_router)
-    base, adapters = train.build(settings, device, len(train_set.tasks), attach_function)
+    """Return the seconds that a training step takes, from the first steps."""
+    base, adapters = train.build(settings, device, len(train_set.tasks), attach_method)
     optimizer = train.make_optimizer(adapters, settings)
     batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []
