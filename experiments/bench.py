@@ -282,17 +282,11 @@ LINEAR_PAIRS = (
 )
 
 
-def linear_cases(setup: Setup) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Return the shapes (B, L, D, O) and dtypes in which one Linear is measured."""
-    shapes = [setup.choose((2, 16, 64, 96), (8, 256, 1024, 2816))]
-    dtypes = [torch.float32, torch.bfloat16]
+def bench_linear(setup: Setup) -> Iterator[str]:
+    shapes = [setup.choose((2, 16, 64, 96), (8, 256, 1024, 2816))]  # (B,L,D,O)
     if setup.device.type == "cuda" and not setup.quick:
         shapes.append((8, 512, 4096, 10240))  # T5-XXL
-    return list(itertools.product(shapes, dtypes))
-
-
-def bench_linear(setup: Setup) -> Iterator[str]:
-    for shape, dtype in linear_cases(setup):
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         contestants = linear_contestants(shape, setup.device, dtype)
         times = interleave(setup, contestants, setup.choose(3, 21))
         B, L, D, O = shape  # noqa: E741
@@ -318,14 +312,6 @@ def our_base(setup: Setup) -> Backbone:
     return base.to(setup.device, setup.dtype)
 
 
-def hf_values(config: Any) -> dict[str, Any]:
-    """Return the values of the config.json of a base in SHAPES."""
-    values = asdict(config)
-    values["tie_word_embeddings"] = config.tied_head
-    values["eos_token_id"] = list(config.eos_ids)
-    return values
-
-
 def their_base(setup: Setup) -> nn.Module:
     """Return the same base in the class of transformers."""
     import transformers
@@ -337,7 +323,9 @@ def their_base(setup: Setup) -> nn.Module:
         return cls.from_pretrained(setup.model, dtype=setup.dtype).to(setup.device)
     with tempfile.TemporaryDirectory() as folder:
         base = our_base(setup)
-        base.hf_config = hf_values(base.config)
+        base.hf_config = asdict(base.config)
+        base.hf_config["tie_word_embeddings"] = base.config.tied_head
+        base.hf_config["eos_token_id"] = list(base.config.eos_ids)
         checkpoint.save(base, folder)
         if setup.is_decoder:
             cls, options = transformers.LlamaForCausalLM, {}
@@ -741,13 +729,6 @@ def machine(setup: Setup) -> str:
     )
 
 
-def release_memory() -> None:
-    """Free the models of a part. Base and adapters refer to each other, so this takes a search."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def main() -> None:
     config = program.from_flags(BenchConfig, program.read_flags(__doc__, BenchConfig))
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
@@ -767,7 +748,10 @@ def main() -> None:
     for part in config.only or parts:
         for text in parts[part](setup):
             program.print_line(text)
-        release_memory()
+        # Free the models. A base and its adapters refer to each other, so this takes a search.
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
