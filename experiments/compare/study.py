@@ -764,20 +764,18 @@ class Study:
         values: see `settings_of`.
         """
         settings = self.settings_of(name, row, values)
-        facts, _ = facts_of(settings.part(DataConfig), settings.model)
-        method = settings.method
-        of_method = {}
-        if method in OWN_METHODS:
-            of_method["method_file"] = OWN_METHODS[method].kind
-        of_device = {"computed": f"{self.device.torch_device.type}, {self.device.dtype}"}
+        of_data, _ = facts_of(settings.part(DataConfig), settings.model)
+        facts = of_data | {"computed": f"{self.device.torch_device.type}, {self.device.dtype}"}
         if self.device.torch_device.type == "cpu":
-            of_device["cpu"] = kind_of_cpu()
+            facts["cpu"] = kind_of_cpu()
+        if settings.method in OWN_METHODS:
+            facts["method_file"] = OWN_METHODS[settings.method].kind
         run = row.run.format(seed=settings.seed)
         return Cell(
             name=name,
             row=row,
             settings=settings,
-            facts=facts | of_device | of_method,
+            facts=facts,
             path=self.results / f"{file}.json",
             folder=Path(self.config.out, run or file),
             scores=scores,
