@@ -250,7 +250,7 @@ def train_and_score(cell: Cell, device: runtime.Device) -> dict[str, Any] | None
     result = {}
     if cell.row.trains:
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
-        if steps_done(cell.folder) < cell.settings.steps:
+        if read_progress(cell.folder).get("next_step", 0) < cell.settings.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             attach_function = attach_with(cell.row.replaced_router)
             options = {"final_scores": False, "attach_function": attach_function}
@@ -258,11 +258,9 @@ def train_and_score(cell: Cell, device: runtime.Device) -> dict[str, Any] | None
                 return None
         require_promised(cell, run_folder.read_run(cell.folder).facts)
         if not cell.row.w:
-            log = program.read_jsonl(cell.folder / "metrics.jsonl")
-            on_dev = [record for _, _, record in log if "dev_loss" in record]
-            best = min(on_dev, key=lambda record: record["dev_loss"])
-            result["dev_loss"] = best["dev_loss"]
-            result["router"] = best.get("router")
+            progress = read_progress(cell.folder)
+            result["dev_loss"] = progress["best_loss"]
+            result["router"] = progress["best_router"]
     if cell.scores != "dev":
         result |= score(cell, device)
     return result
@@ -287,9 +285,10 @@ def digests_of(sets: dict[str, data.Examples]) -> dict[str, str]:
     return {f"{part}_tasks": sets[part].digest for part in ("train", "test") if part in sets}
 
 
-def steps_done(folder: Path) -> int:
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Return the fields of run_folder.Progress that a run has saved, {} if it has saved none."""
     path = folder / "progress.pt"
-    return checkpoint.read_torch(path)["progress"]["next_step"] if path.exists() else 0
+    return checkpoint.read_torch(path)["progress"] if path.exists() else {}
 
 
 def tree() -> str:

@@ -6,7 +6,6 @@ router.
 
 import copy
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -229,15 +228,17 @@ def test_cell_require_same(tmp_path):
         cell.require_same()
 
 
-def test_a_cell_has_the_best_dev_loss_of_its_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "steps_done", lambda _: train.TrainConfig().steps)
-    cell = cell_of(tmp_path, "a", scores="dev")
-    cell.folder.mkdir()
-    lines = [json.dumps({"step": step, "dev_loss": loss}) for step, loss in enumerate((3, 1, 2))]
-    (cell.folder / "metrics.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(study, "require_promised", lambda *_: None)
-    monkeypatch.setattr(run_folder, "read_run", lambda _: SimpleNamespace(facts=cell.facts))
-    assert study.train_and_score(cell, CPU)["dev_loss"] == 1
+def test_a_cell_has_the_best_dev_loss_of_its_run_and_what_its_router_did_then(tmp_path):
+    settings = train.Settings(**FEW | {"steps": 2, "eval_every": 1})
+    facts, _ = study.facts_of(settings.part(DataConfig), settings.model)
+    cell = cell_of(tmp_path, "a", settings=settings, facts=facts, scores="dev")
+    assert study.run_cell(cell, CPU)
+    log = program.read_jsonl(cell.folder / "metrics.jsonl")
+    evaluations = [record for _, _, record in log if "dev_loss" in record]
+    best = min(evaluations, key=lambda record: record["dev_loss"])
+    assert best is not evaluations[-1]
+    result = cell.result()
+    assert (result["dev_loss"], result["router"]) == (best["dev_loss"], best["router"])
 
 
 def test_a_cell_begins_without_the_base_of_the_cell_before(tmp_path, small_t5, monkeypatch):
@@ -721,7 +722,6 @@ REFUSED = {
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--methods lora,nope": "--methods nope: choose, once each, of orchmoe, lora",
     "--ablations --methods lora": "--methods: has no effect with --ablations",
-    "--ablations --rows ,": "--rows: empty; give a value, or leave it out",
     "--rows default": "--rows: has no effect without --ablations",
     "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
     "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
