@@ -111,13 +111,12 @@ def chosen_ablations(names: Sequence[str], num_tasks: int) -> list[str]:
 
     num_tasks: that of the training data; 0 if a row names no task.
     """
+    chosen = list(dict.fromkeys(["default", *(names or ABLATIONS)]))  # each once
     told = "told the true task"
-    if told in names and num_tasks == 0:
-        raise UserError(f"--rows {told}: the rows of --data name no task; leave it out")
-    chosen = ["default"]
-    for name in names or ABLATIONS:
-        if name not in chosen and (name != told or num_tasks > 0):
-            chosen.append(name)
+    if told in chosen and num_tasks == 0:
+        if names:
+            raise UserError(f"--rows {told}: the rows of --data name no task; leave it out")
+        chosen.remove(told)
     return chosen
 
 
