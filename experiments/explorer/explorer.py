@@ -197,24 +197,23 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
 def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
     """Choose the sample with which the page opens: the one whose loss rises most with w = 1/K.
 
-    At most TRIED seen samples are tried, or unseen ones if there are no seen ones. "chosen" has the
-    kind of these samples, and how many were tried.
+    At most TRIED seen samples are tried. "chosen" has the kind of these samples, and how many were
+    tried.
     """
-    kind = next(iter(explored["mean_w"]))
     numbers = []
     for number, sample in enumerate(explored["samples"]):
-        if explored["tasks"][sample["task"]]["kind"] == kind:
+        if explored["tasks"][sample["task"]]["kind"] == "seen":
             numbers.append(number)
     numbers = data.subsample(numbers, TRIED)
     samples = [explored["samples"][number] for number in numbers]
-    examples = [loaded.sets[kind][sample["row"]] for sample in samples]
+    examples = [loaded.sets["seen"][sample["row"]] for sample in samples]
     own = torch.tensor([sample["w"] for sample in samples])  # (M,K)
     losses = []
     for w in (own, torch.full_like(own, 1 / own.shape[1])):
         found = evaluation.measure(loaded.base, loaded.adapters, examples, w=w)
         losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
     explored["first"] = numbers[int((losses[1] - losses[0]).argmax())]
-    explored["chosen"] = {"kind": kind, "tried": len(numbers)}
+    explored["chosen"] = {"kind": "seen", "tried": len(numbers)}
 
 
 def predict(loaded: Loaded, examples: Sequence[Example], w: Tensor) -> list[str]:
