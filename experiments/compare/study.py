@@ -579,8 +579,8 @@ def reached(cell: Cell) -> str:
     """Return which step the run of a cell has reached."""
     steps = cell.settings.steps
     log = cell.folder / "metrics.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    complete = [line for line in lines if line.endswith(b"\n")]
+    content = log.read_bytes() if log.exists() else b""
+    *complete, _ = content.split(b"\n")  # the run may be writing the last line
     step = json.loads(complete[-1])["step"] + 1 if complete else 0
     if step == steps or not cell.row.trains:
         return f"{cell.path.stem}: being scored"
