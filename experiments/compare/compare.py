@@ -245,45 +245,47 @@ def seeds_of(study: Study) -> range:
     return range(1, study.config.seeds + 1)
 
 
-def cells_of_methods(study: Study, rows: dict[str, Variant]) -> list[Cell]:
-    """Return the cells of these rows with each seed, and the one of the frozen base."""
-    cells = study.cells("methods", rows, {}, seeds_of(study))
-    return cells + study.cells("methods", {"frozen base": Variant(trains=False)}, {}, [1])
+def carry_out(
+    study: Study, stage: str, rows: dict[str, Variant], tuned: dict[str, Variant], path: Path
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Tune, and make the cells of these rows with each seed, after checks and a plan.
 
+    tuned: rows that are tuned before, unless --no-tune is given. path: the file that will have the
+    tables. Return the content of the cells of each row, and the tables. Raise UserError if a row is
+    not possible, or if the file is not of this study.
+    """
+    if not study.config.tune:
+        tuned = {}
+    trained = {name: row for name, row in rows.items() if row.trains}
+    require_possible(study, trained)
+    if not (study.results / stage).exists():
+        program.require_new([path], "give another --out or --results")
+    print_plan(study, trained, study.cells(stage, rows, {}, seeds_of(study)), tuned)
+    reports = study.tune(tuned)
 
-def make_cells(study: Study, cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
-    """Make the cells that are missing. Return the content of all cells of each row."""
+    cells = study.cells(stage, rows, {}, seeds_of(study))  # with the tuned values
     study.run(cells)
     results = {}
     for cell in cells:
         results.setdefault(cell.name, []).append(cell.result())
-    return results
-
-
-def refuse_foreign_tables(tables: Path, cells: Path) -> None:
-    """Raise UserError if the file of the tables exists without any cell: it is not the study's."""
-    if not cells.exists():
-        program.require_new([tables], "give another --out or --results")
+    metric = metrics.RULES[study.settings.metric_rules].description
+    return results, markdown(results, reports, metric)
 
 
 def compare(study: Study, rows: dict[str, Variant]) -> None:
     """Compare methods. Write results.md and print it. The last lines are the verdicts."""
-    require_possible(study, rows)
-    refuse_foreign_tables(study.results / "results.md", study.results / "methods")
-    tuned = rows if study.config.tune else {}
-    print_plan(study, rows, cells_of_methods(study, rows), tuned)
-    reports = study.tune(tuned)
-    results = make_cells(study, cells_of_methods(study, rows))
+    path = study.results / "results.md"
+    with_base = rows | {"frozen base": Variant(trains=False)}
+    results, tables = carry_out(study, "methods", with_base, tuned=rows, path=path)
 
     first, *others = rows
-    metric = metrics.RULES[study.settings.metric_rules].description
-    parts = [markdown(results, reports, metric)]
+    parts = [tables]
     winners = {}  # in the order of the verdicts
     for other in others:
         text, chosen = verdicts(first, results[first], other, results[other])
         parts.append(text)
         winners |= dict.fromkeys(chosen.values())
-    publish("\n\n".join(part.strip() for part in parts) + "\n", study.results / "results.md")
+    publish("\n\n".join(part.strip() for part in parts) + "\n", path)
     for name in winners:
         cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
         print_next_commands(cells, study.config)
@@ -324,15 +326,9 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     settings = study.settings
     _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
     rows = {name: ablation(name, settings) for name in chosen_ablations(names, num_tasks)}
-    require_possible(study, rows)
-    refuse_foreign_tables(study.results / "ablations.md", study.results / "ablations")
-
-    tuned = {"orchmoe": Variant()} if study.config.tune else {}
-    print_plan(study, rows, study.cells("ablations", rows, {}, seeds_of(study)), tuned)
-    reports = study.tune(tuned)
-    results = make_cells(study, study.cells("ablations", rows, {}, seeds_of(study)))
-    metric = metrics.RULES[settings.metric_rules].description
-    publish(markdown(results, reports, metric), study.results / "ablations.md")
+    path = study.results / "ablations.md"
+    _, tables = carry_out(study, "ablations", rows, tuned={"orchmoe": Variant()}, path=path)
+    publish(tables, path)
 
 
 def main() -> None:

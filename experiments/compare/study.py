@@ -788,10 +788,15 @@ class Study:
         seeds: Iterable[int],
         scores: str = "answers",
     ) -> list[Cell]:
-        """Return the cells of all rows with all seeds. For values see `settings_of`."""
+        """Return the cells of all rows with all seeds. For values see `settings_of`.
+
+        A row that does not train has one cell, since it is the same with each seed.
+        """
         cells = []
-        for seed in seeds:
+        for number, seed in enumerate(seeds):
             for name, row in rows.items():
+                if number > 0 and not row.trains:
+                    continue
                 file = f"{stage}/{file_name(name)}-s{seed}"
                 cells.append(self.cell(file, name, row, values | {"seed": seed}, scores))
         return cells
