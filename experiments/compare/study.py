@@ -514,7 +514,7 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
 
 
 class StudyProgress:
-    """Tells how far a study is: a line for each finished run, and one in each minute.
+    """Tells how far a study is: a line for each finished run and, of workers, one in each minute.
 
     trials: how many trials of each row are left when the study begins. others: how many other runs.
     Without them nothing is said about what is left.
@@ -630,13 +630,12 @@ def run_cells(
             if not cell.is_trial and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
-    if jobs == 1 or len(queues) < 2:
-        with progress.watch():
-            try:
-                for queue in queues:
-                    finish(queue, run_cell)
-            except KeyboardInterrupt:  # outside of training, which ends its step and saves
-                stopped.set()
+    if jobs == 1 or len(queues) < 2:  # here the bars of training and scoring show how far they are
+        try:
+            for queue in queues:
+                finish(queue, run_cell)
+        except KeyboardInterrupt:  # outside of training, which ends its step and saves
+            stopped.set()
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
         started_with = (torch.get_num_threads(), [method.source for method in OWN_METHODS.values()])
