@@ -229,9 +229,8 @@ def test_cell_require_same(tmp_path):
 
 
 def test_a_cell_has_the_best_dev_loss_of_its_run_and_what_its_router_did_then(tmp_path):
-    settings = train.Settings(**FEW | {"steps": 2, "eval_every": 1})
-    facts, _ = study.facts_of(settings.part(DataConfig), settings.model)
-    cell = cell_of(tmp_path, "a", settings=settings, facts=facts, scores="dev")
+    frozen = base_cell(tmp_path, FEW | {"steps": 2, "eval_every": 1})
+    cell = frozen._replace(row=Variant(), scores="dev")
     assert study.run_cell(cell, CPU)
     log = program.read_jsonl(cell.folder / "metrics.jsonl")
     evaluations = [record for _, _, record in log if "dev_loss" in record]
