@@ -324,7 +324,6 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
 
     sets = data.load_sets(settings.part(DataConfig), tokenizer)
     require_promised(cell, digests_of(sets))
-    held_out = train.held_out_sets(sets, settings.eval_instances)
     options = {"batch_size": settings.eval_batch_size}
     if cell.scores == "dev tasks":  # a trial of a planned study
         losses = finite_losses(base, adapters, sets["dev"], "dev", **options)
@@ -343,6 +342,7 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
         predictions = evaluation.predict(base, adapters, answered, tokenizer, **options)
         answers = evaluation.score(answered, predictions, rules)
         return result | {"seen": {"tasks": tasks}, "answers": answers}
+    held_out = train.held_out_sets(sets, settings.eval_instances)
     dev = held_out.pop("dev")
     for which, examples in held_out.items():
         options["w"] = replaced_w(cell.row.w, settings, base, adapters, dev, examples)
