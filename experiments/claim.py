@@ -475,7 +475,7 @@ def text_of_tables(results: Path, cells: dict[str, dict]) -> str:
         if stage == "second":
             parts.append(lead_table(complete["first"], rows))
         parts += [sizes_table(rows), losses_table(rows)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def join_cells(results: Path, cells: dict[str, dict]) -> None:

@@ -285,7 +285,7 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
         text, chosen = verdicts(first, results[first], other, results[other])
         parts.append(text)
         winners |= dict.fromkeys(chosen.values())
-    publish("\n\n".join(part.strip() for part in parts) + "\n", path)
+    publish("\n\n".join(parts), path)
     for name in winners:
         cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
         print_next_commands(cells, study.config)

@@ -357,7 +357,7 @@ def publish(text: str, path: Path) -> None:
     """Print the tables and write them to a file."""
     program.print_line(text)
     with program.atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(f"{text}\n".encode())
 
 
 def signed(difference: Difference, digits: int = 3) -> str:
@@ -445,7 +445,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         parts.append(
             "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."
         )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part)
 
 
 def mean_and_sd(values: Sequence[float], digits: int) -> str:
