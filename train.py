@@ -102,11 +102,6 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         unread = dict.fromkeys(fixed, "with --start")
         values = of_start | flags
     settings = program.from_flags(Settings, values)
-    if not (settings.start or settings.lr_skills):
-        raise UserError(
-            "--lr-skills 0: the skills start with B = 0, so that nothing can train; give another "
-            "rate, or --start"
-        )
     if launch.out:
         Run(launch.out, settings, {}).require_new()
     program.refuse_unread(flags, unread_settings(settings) | unread)
@@ -180,10 +175,23 @@ def recommend(flags: dict[str, Any], model: str) -> None:
 
 
 def freeze_parts(adapters: Adapters, settings: TrainConfig) -> None:
-    """Freeze the parameters whose learning rate is 0."""
-    for kind, parameters in adapters.parameter_groups().items():
+    """Freeze the parameters whose learning rate is 0. Raise UserError if nothing can train."""
+    groups = adapters.parameter_groups()
+    for kind, parameters in groups.items():
         for parameter in parameters:
             parameter.requires_grad_(getattr(settings, f"lr_{kind}") > 0)
+    linears = adapters.linears.values()
+    starts_as_base = not (settings.start or any(linear.skill_B.any() for linear in linears))
+    if settings.lr_skills == 0 and starts_as_base:
+        raise UserError(
+            "--lr-skills 0: the skills start with B = 0, so that nothing can train; give another "
+            "rate, or --start"
+        )
+    if not any(parameter.requires_grad for parameter in sum(groups.values(), [])):
+        raise UserError(
+            f"--method {settings.method}: each of its learning rates is 0, so that nothing trains; "
+            "give another one"
+        )
 
 
 def make_optimizer(adapters: Adapters, settings: TrainConfig) -> Optimizer:
@@ -578,7 +586,7 @@ def build(
     """Return the frozen base and its adapters, as they are before the router is fitted.
 
     num_tasks: number of training tasks. shard: split the base over the processes of torchrun. Raise
-    UserError if the adapters do not fit.
+    UserError if the adapters do not fit, or if nothing can train.
     """
     base = checkpoint.mapped(settings.model)  # its weights are views of the files
     base.checkpoint_blocks = settings.checkpoint_blocks

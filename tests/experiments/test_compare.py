@@ -729,6 +729,7 @@ REFUSED = {
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",
     "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect with what",
     "--methods lora,poly --gumbel": "--gumbel: has no effect with what is compared",
+    "--methods moe-lora,orchmoe --no-tune --steps 1 --lr-skills 0": "--lr-skills 0: the skills",
 }
 
 

@@ -83,6 +83,13 @@ def test_only_the_parts_with_a_rate_change(part, home):
     assert "1 dev tasks" in output and "\nthese rows may have trained the run in" in output
 
 
+def test_a_start_without_any_rate_is_refused_before_it_has_a_folder(home):
+    rates = [*ROUTER_ONLY, "--lr-router", "0"]
+    error = run("train.py", "--start", "run", *rates, *SIZES, "--out", "still", cwd=home, code=2)
+    assert error.startswith("train.py: error: --method orchmoe: each of its learning rates is 0")
+    assert error.count("\n") == 1 and not (home / "still").exists()
+
+
 def test_a_start_that_training_only_harms_stays_the_result(home):
     harm = ["--start", "run", "--data", "data", "--lr-skills", "1", *SIZES, "--out", "harmed"]
     output = run("train.py", *harm, cwd=home)
