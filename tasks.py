@@ -157,7 +157,10 @@ def read_task(path: str | os.PathLike) -> dict:
 
         instances = []
         for number, row in enumerate(task["Instances"]):
-            instance_id = str(row.get("id", f"{path.stem}-{number}"))
+            instance_id = row.get("id")
+            if instance_id is None:
+                instance_id = f"{path.stem}-{number}"
+            instance_id = str(instance_id)
             references = _references("output", row["output"])
             texts += [instance_id, row["input"]]
             instances.append({"id": instance_id, "input": row["input"], "output": references})

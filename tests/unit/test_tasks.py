@@ -37,7 +37,7 @@ def test_read_task_accepts_older_and_odd_forms(tmp_path):
         Instances=[
             {"input": "", "output": blank},
             {"id": 7, "input": "a", "output": ["b", "c"]},
-            {"input": "a", "output": "b"},
+            {"id": None, "input": "a", "output": "b"},
         ],
         **{"Positive Examples": examples, "Negative Examples": []},
     )
