@@ -430,22 +430,24 @@ def _parse_row(fields, number, position):
     prompt = given.get("prompt", "")
     instruction = given.get("instruction", "")
     text = given.get("input", "")
-    task = given.get("task") or NO_TASK  # a table may have an empty cell
+    task = given.get("task", "")
     row_id = str(given.get("id", number))
     require_text("prompt", prompt)
     require_text("instruction", instruction)
     require_text("input", text)
     require_text("task", task)
     require_text("id", row_id)
+    if task == "":  # a table may have an empty cell
+        task = NO_TASK
 
     if prompt and (instruction or text):
-        raise ValueError("prompt: it is the whole prompt; leave out instruction and input")
+        raise ValueError("prompt: it is the whole prompt; leave out instruction, input and context")
     if instruction.strip():
         prompt = instruction_prompt(instruction, text)
     if not prompt.strip() or "output" not in given:
         raise ValueError(
-            "give a prompt or an instruction that is not blank, and a completion or an output; the "
-            f"fields are {list(fields)!r:.80}"
+            "give a prompt or an instruction that is not blank, and a completion or an output that "
+            f"is not null; the fields are {list(fields)!r:.80}"
         )
     return Row(
         set="",
@@ -454,7 +456,7 @@ def _parse_row(fields, number, position):
         id=row_id,
         position=position,
         prompt=prompt,
-        references=_references("output", given["output"]),
+        references=_references("the answer", given["output"]),
     )
 
 

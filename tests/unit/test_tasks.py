@@ -176,7 +176,7 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
 
 
 BAD_ROWS = {  # what the error says: a line of a JSONL file
-    r"and a completion or an output; the fields are \['question', 'answer', 'prompt'\]; repair": {
+    r"that is not null; the fields are \['question', 'answer', 'prompt'\]; repair": {
         "question": "a",
         "answer": "b",
         "prompt": None,
@@ -192,7 +192,8 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "it has chat messages, whose": {"prompt": [{"role": "user"}], "completion": "b"},
     "prompt must be a string, not 3; repair the line": {"prompt": 3, "completion": "b"},
     "task must be a string, not 3": {"prompt": "a", "completion": "b", "task": 3},
-    "output must be a string, not 3": {"prompt": "a", "completion": ["b", 3]},
+    "task must be a string, not 0": {"prompt": "a", "completion": "b", "task": 0},
+    "the answer must be a string, not 3": {"prompt": "a", "completion": ["b", 3]},
     r"input must be a string, not \[\]": {"instruction": "a", "context": [], "output": "b"},
     "prompt: it is the whole prompt": {"prompt": "a", "input": "c", "output": "b"},
     "context: the row has this field by another name, too": {
@@ -201,9 +202,10 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
         "context": "d",
         "output": "b",
     },
-    "leave out instruction and input": {"prompt": "a", "instruction": "c", "output": "b"},
+    "leave out instruction, input and": {"prompt": "a", "context": "c", "output": "b"},
+    "prompt: it is the whole": {"prompt": "a", "instruction": "c", "output": "b"},
     "give a prompt or an instruction that is not blank": {"prompt": " ", "completion": "b"},
-    "output is empty": {"prompt": "a", "completion": []},
+    "the answer is empty": {"prompt": "a", "completion": []},
 }
 
 
