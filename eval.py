@@ -26,7 +26,6 @@ from torch import Tensor
 import data
 import metrics
 import run_folder
-from baselines import load_method
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, Routing
@@ -508,7 +507,7 @@ def main() -> None:
     config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_run(config.run) if config.run else None
     if config.method:
-        load_method(config.method)  # the run names its class, and has a hash of the file
+        run_folder.load_own_method(run, config.method)
     saved = vars(run.settings.part(DataConfig)) if run else {}
     if "data" in flags:
         program.require_path(flags["data"], "give --data DIR or FILE.jsonl")

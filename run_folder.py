@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
-from baselines import attach_method, settings_of_method, without_adapters
+from baselines import attach_method, load_method, settings_of_method, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
@@ -378,6 +378,17 @@ def read_run(run_dir: str | Path) -> Run:
         if not isinstance(facts, dict):
             raise ValueError("facts: expected an object")
         return Run(run_dir, settings, facts)
+
+
+def load_own_method(run: Run | None, text: str) -> None:
+    """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method.
+
+    The file may have moved: settings.method is the name of the class, and the facts have a hash of
+    the file.
+    """
+    name = load_method(text)
+    if run is None or run.settings.method != name:
+        raise UserError(f"--method {text}: this is not the method of the run; leave it out")
 
 
 def attach_adapters(

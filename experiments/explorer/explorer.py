@@ -33,7 +33,6 @@ import eval as evaluation
 import metrics
 import run_folder
 import tasks
-from baselines import load_method
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, OrchMoE
@@ -461,7 +460,7 @@ def main() -> None:
     config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
     program.print_line(f"loading {config.run}")
     if config.method:
-        load_method(config.method)
+        run_folder.load_own_method(run_folder.read_run(config.run), config.method)
     loaded = load(config.run, model=config.model, moved_data=config.data)
     try:
         server = Server(loaded, config.port)

@@ -343,7 +343,8 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("eval.py --run own --method {hydra}", "for a method of your own give its file, --method"),
+        ("eval.py --run own --method {hydra}", "this is not the method of the run; leave it out"),
+        ("eval.py --model tiny --method {hydra}", "this is not the method of the run"),
         ("train.py --resume --out own --method {hydra}", "the run in own has 'ByTask'"),
         ("train.py --start own --method {own}", "cannot continue on other tasks"),
         ("integrations/export.py --run own --out out", "no LoRAs with fixed weights"),
