@@ -82,7 +82,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     All programs tokenise prompts here, so that the same text always gets the same ids. A prompt is
     tokenised without its references. A decoder reads prompt and reference as one text: SNI's form
     puts one space between them, and the texts of JSONL rows are joined unchanged. Raise UserError
-    if a decoder's prompt has no token.
+    if no character of a prompt has a token.
     """
     spaced = not config.is_jsonl
     saved_rows = []
@@ -90,6 +90,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     ids = array("i")
     lengths = array("i")
     lost = Counter(source=0, target=0, characters=0)
+    [without_text] = tokenizer.sources([""])  # BOS, or the EOS of T5, or nothing
 
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, 1000)):  # the tokenizer takes many texts at once
@@ -101,9 +102,9 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
         sources = tokenizer.sources(prompts, spaced=spaced)
         targets = tokenizer.targets(references, spaced=spaced)  # an iterator over all of them
 
-        fields = []
+        rows_of_chunk = []
         for row, source in zip(chunk, sources, strict=True):
-            if len(source) == len(tokenizer.bos_ids):  # BOS alone, or nothing
+            if source == without_text:
                 raise UserError(
                     f"prompt {row.prompt!r:.40}: the tokenizer knows none of its characters; "
                     "change it, or leave it out"
@@ -122,10 +123,11 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             for piece in pieces:
                 ids.extend(piece)
                 lengths.append(len(piece))
-            fields.append([row.set, row.task, row.category, row.id, row.position, row.references])
+            values = [row.set, row.task, row.category, row.id, row.position, row.references]
+            rows_of_chunk.append(values)
             if row.set == "train":
                 tasks.add(row.task)
-        saved_rows.append(json.dumps(fields))
+        saved_rows.append(json.dumps(rows_of_chunk))
 
     return Tokens(
         rows=saved_rows,
@@ -465,6 +467,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
+        # Keeps the batches of one epoch.
         self.latest_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)
 
     def at(self, step: int) -> np.ndarray:

@@ -313,8 +313,8 @@ def test_rows_and_questions_with_unknown_characters_are_reported(
 
 
 @pytest.mark.parametrize("post", [None, "<s> $A"], ids=["without BOS", "with BOS"])
-def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus):
-    """The tokenizer of a decoder may drop characters that it does not know."""
+def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus, tiny_words):
+    """The tokenizer of a decoder may drop characters that it does not know, as T5's drops some."""
     path = write_words(tmp_path / "words", corpus, post=post) / "tokenizer.json"
     drops = {"type": "Replace", "pattern": {"String": "\u65e5"}, "content": ""}
     program.write_json(path, program.read_json(path) | {"normalizer": drops})
@@ -324,6 +324,8 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus):
     problem = "prompt '\u65e5\u65e5': the tokenizer knows none of its characters; change it"
     with pytest.raises(program.UserError, match=problem):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
+    with pytest.raises(program.UserError, match="the tokenizer knows none of its characters"):
+        data.example_of(row_of_prompt("\u200b"), tiny_words, config)
 
 
 # -------------------------------------------------------------------------------------------- cache
