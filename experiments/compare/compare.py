@@ -65,7 +65,7 @@ from tasks import DataConfig
 BUILT_IN = tuple(METHODS)
 
 DEFAULT_RUN = "ablations/default-s{seed}"
-# Each row has one difference from the default. S R and the scale alpha / (S R) stay the same.
+# Each row has one difference from the default. S R and alpha stay the same.
 ABLATIONS = {
     "default": Variant(),
     "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
@@ -156,8 +156,9 @@ def print_plan(
 ) -> None:
     """Print how many rows each set has, which runs are left, and how long they may take.
 
-    rows: those that run with each seed. cells: theirs, and others that are only scored. tuned: rows
-    that are tuned before. Raise UserError if a cell is there that will not fit.
+    rows: those that train. cells: all cells of the stage, also that of the frozen base. tuned: rows
+    that are tuned before. Raise UserError if a cell that exists has other settings, or was begun
+    before its row was tuned.
     """
     settings = study.settings
     sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
@@ -180,13 +181,13 @@ def print_plan(
     for cell in cells:
         is_made = cell.path.exists()
         has_begun = is_made or (cell.folder / "config.json").exists()
-        row = cell.row.like or cell.name  # whose tuned values the cell has
-        if row not in tuned:
+        tuned_like = cell.row.like or cell.name  # the row whose tuned values the cell has
+        if tuned_like not in tuned:
             cell.require_same()
-        elif has_begun and trials_left[row] > 0:
+        elif has_begun and trials_left[tuned_like] > 0:
             raise UserError(
-                f"{cell.path}: begun before all {trials} trials of {row} were made, which choose "
-                f"its values; give another --out, or delete it and {cell.folder}"
+                f"{cell.path}: begun before all {trials} trials of {tuned_like} were made, which "
+                f"choose its values; give another --out, or delete it and {cell.folder}"
             )
         if cell.row.trains and not is_made:
             others += 1
@@ -198,12 +199,12 @@ def print_plan(
     name = next(iter(rows))  # the first row, in which nothing replaces the router
     step = seconds_of_a_step(study.settings_of(name, rows[name], {}), study.device, sets["train"])
     gc.collect()  # frees the base: it and its adapters refer to each other
-    minutes = math.ceil(seconds_of_a_run(step, settings, held_out) / 60)
-    in_all = study.progress.rounds(jobs) * minutes
+    of_a_run = seconds_of_a_run(step, settings, held_out)
+    in_all = study.progress.rounds(jobs) * of_a_run
     program.print_line(
-        f"{left} runs of about {duration(60 * minutes)} on an otherwise idle machine ({step:.2g} s "
-        f"a step), {duration(60 * in_all)} with {jobs} at a time; if it is interrupted, the same "
-        f"command goes on in {study.config.out}"
+        f"{left} runs of about {duration(of_a_run)} on an otherwise idle machine ({step:.2g} s a "
+        f"step), {duration(in_all)} with {jobs} at a time; if it is interrupted, the same command "
+        f"goes on in {study.config.out}"
     )
 
 
@@ -213,6 +214,8 @@ def seconds_of_a_step(
     """Return the seconds that a training step takes, from the first steps."""
     base, adapters = train.build(settings, device, len(train_set.tasks), attach_method)
     optimizer = train.make_optimizer(adapters, settings)
+    for group in optimizer.param_groups:
+        group["max_lr"] = 0.0  # so that these steps cannot diverge, whatever the rates are
     batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
     started = []
     for step in range(TIMED_STEPS):
@@ -252,15 +255,15 @@ def carry_out(
 
     tuned: rows that are tuned before, unless --no-tune is given. path: the file that will have the
     tables. Return the content of the cells of each row, and the tables. Raise UserError if a row is
-    not possible, or if the file is not of this study.
+    not possible, or if the file is there before any cell.
     """
     if not study.config.tune:
         tuned = {}
-    trained = {name: row for name, row in rows.items() if row.trains}
-    require_possible(study, trained)
-    if not (study.results / stage).exists():
+    to_train = {name: row for name, row in rows.items() if row.trains}
+    require_possible(study, to_train)
+    if not (study.results / stage).exists():  # without cells, such a file is not of this study
         program.require_new([path], "give another --out or --results")
-    print_plan(study, trained, study.cells(stage, rows, {}, seeds_of(study)), tuned)
+    print_plan(study, to_train, study.cells(stage, rows, {}, seeds_of(study)), tuned)
     reports = study.tune(tuned)
 
     cells = study.cells(stage, rows, {}, seeds_of(study))  # with the tuned values
@@ -273,20 +276,20 @@ def carry_out(
 
 
 def compare(study: Study, rows: dict[str, Variant]) -> None:
-    """Compare methods. Write results.md and print it. The last lines are the verdicts."""
+    """Compare methods. Write results.md, print it, and print commands for what the verdicts say."""
     path = study.results / "results.md"
     with_base = rows | {"frozen base": Variant(trains=False)}
     results, tables = carry_out(study, "methods", with_base, tuned=rows, path=path)
 
     first, *others = rows
     parts = [tables]
-    winners = {}  # in the order of the verdicts
+    winners = []  # in the order of the verdicts
     for other in others:
         text, chosen = verdicts(first, results[first], other, results[other])
         parts.append(text)
-        winners |= dict.fromkeys(chosen.values())
+        winners += chosen.values()
     publish("\n\n".join(parts), path)
-    for name in winners:
+    for name in dict.fromkeys(winners):  # each once
         cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
         print_next_commands(cells, study.config)
 
@@ -348,6 +351,7 @@ def main() -> None:
         settings = train.with_steps(settings, data.require_set(sets, "train", settings))
 
     if config.ablations:
+        # A setting may be given if one of the two routers reads it.
         either_router = [Variant(), Variant({"router": "token", "mixing": "outputs"})]
         refuse_unread(flags, study_config, settings, either_router)
         study = Study(settings, pick_device(study_config, settings), study_config, equal={})

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import eval as evaluation
 import run_folder
 import train
@@ -34,6 +35,7 @@ from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import UserError, read_json
 from tasks import DataConfig
+from tokenizer import load as load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +323,13 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a.json: the run diverged and has no scores"):
         study.run_cells([cells], 1, CPU)
     assert cells[1].path.exists()  # the others are made all the same
+
+
+def test_steps_are_timed_whatever_the_rates_are():
+    """A rate at which training diverges ends a trial, and not the whole comparison."""
+    settings = train.Settings(**FEW | {"lr_skills": 1e15, "warmup": 0})
+    sets = data.load_sets(settings.part(DataConfig), load_tokenizer(settings.model))
+    assert compare.seconds_of_a_step(settings, CPU, sets["train"]) > 0
 
 
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
