@@ -42,8 +42,8 @@ from support.program import UserError
 class LoRA(Method):
     """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
 
-    It has the initial values and the scale of OrchMoE's skills. With c = 1/S, OrchMoE computes the
-    same as this LoRA.
+    It starts as OrchMoE's skills do. Its scale is 1/S of theirs, so that OrchMoE with c = 1/S
+    computes the same.
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 

@@ -303,7 +303,7 @@ def require_fit(
             f"tokenizer: it has {tokenizer.size} tokens, the model {base.config.vocab_size}; "
             "the tokenizer in the folder belongs to another model"
         )
-    if not set(tokenizer.eos_ids) & set(base.config.eos_ids):
+    if set(tokenizer.eos_ids).isdisjoint(base.config.eos_ids):
         raise UserError(
             f"eos_token_id: {base.config.eos_ids} in generation_config.json or config.json, "
             f"{tokenizer.eos_ids} in the tokenizer; correct one of them"
@@ -401,7 +401,8 @@ def choose_rows(
 ) -> tuple[list[Example], str]:
     """Return the examples to score and the digest of their task files.
 
-    Raise UserError if files of the run have changed. If flags name other files, only warn.
+    Raise UserError if files of the run have changed. If flags name other files, only warn, unless
+    rows of JSONL may have changed their set.
     """
     is_test = config.split == "test"
     # No other split needs the file of --test, which may be gone.
@@ -439,9 +440,9 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
         unread["test"] = f"with --split {config.split}"
     if config.ask or config.prompt:
         # Of the data settings only those that build the prompt of a question have an effect.
-        names = {"split", "out", "overwrite", "limit", "batch_size", *vars(data_config)}
-        names -= {"data", "max_source_length", "max_target_length"}
-        unread |= dict.fromkeys(names, "with a question")
+        read = {"data", "max_source_length", "max_target_length"}
+        of_scores = {"split", "out", "overwrite", "limit", "batch_size"}
+        unread |= dict.fromkeys(of_scores | vars(data_config).keys() - read, "with a question")
     else:
         unread["input"] = "without --ask"
     program.refuse_unread(flags, unread)

@@ -313,7 +313,7 @@ class BlockCompiler:
 
         output = block._call_impl(*inputs, **options)  # raises what is an error of the block itself
         if not self.has_failed:
-            warnings.warn(f"blocks run uncompiled from now on, for {reason:.300}", stacklevel=2)
+            warnings.warn(f"blocks run uncompiled from now on: {reason:.300}", stacklevel=2)
         self.has_failed = True
         self.have_run.discard(block)
         return output

@@ -132,7 +132,10 @@ def read_rope(values: dict) -> dict:
 
 
 def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
-    """Return cos(p f_i) and sin(p f_i) for `rotate`, (2,...,1,E), given positions p (...)."""
+    """Return cos(p f_i) and sin(p f_i) for `rotate`, (2,...,1,E), given positions p (...).
+
+    Both stand twice along E. The first of the sines are negative, as `rotate` needs them.
+    """
     i = torch.arange(config.head_dim // 2, device=positions.device)
     f = 1 / config.rope_theta ** (2 * i / config.head_dim)  # (E/2); float32, as in pretraining
     if config.factor != 1:

@@ -5,9 +5,9 @@ gives per cent. RULES says how a text is read, and scores name their rules:
 
 - "official": the numbers equal those of the script of Super-NaturalInstructions, which uses the
   package rouge_score with NLTK's Porter stemmer. Data in SNI's form have these rules.
-- "unicode": punctuation counts, words may be of any script, and texts are compared in their NFKC
-  forms ("x2" for "x²"), which are all that the tokenizer of T5 can write. Rows of JSONL have these
-  rules.
+- "unicode": punctuation counts in exact match, words may be of any script, and texts are compared
+  in their NFKC forms ("x2" for "x²"), which are all that the tokenizer of T5 can write. Rows of
+  JSONL have these rules.
 
 This file is faster than that script: it finds the longest common subsequence with bit operations,
 and it stems each word once.
@@ -90,7 +90,7 @@ RULES = {
         _official_words,
     ),
     "unicode": Rules(
-        "the rules for rows of JSONL (punctuation counts; words are of any script)",
+        "the rules for rows of JSONL (punctuation counts in exact match; words are of any script)",
         _unicode_form,
         _unicode_words,
     ),

@@ -219,10 +219,10 @@ class Method(nn.Module):
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # {name of a parameter: whose learning rate it has}: skills, router, token_router, allocation.
+    # The learning rate of each parameter: that of skills, router, token_router or allocation.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    # Whether samples differ in their weights. If not, the skills can also be in the output head.
+    # Whether a Linear must know to which sample a token belongs. The output head does not know it.
     mixes_by_sample = True
     kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
 
@@ -819,7 +819,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that train, by kind. Each kind needs its own learning rate.
 
-        Raise ValueError if all are frozen, two Linears share one, or the method's `rates` lacks it.
+        Raise ValueError if all are frozen, two Linears share one, or one has no rate.
         """
         groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
         named = [*self.method.named_parameters()]
@@ -1004,8 +1004,8 @@ def attach(
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
     is not that of the first Embedding. num_tasks: how many training tasks there are, for methods
     that read task ids. extra_rank: how many ranks the Linears get in addition, all together; they
-    share them evenly. Raise ValueError, with the module unchanged, if a target does not exist or
-    cannot have skills.
+    share them evenly, and each skill of a Linear gets its share. Raise ValueError, with the module
+    unchanged, if a target does not exist or cannot have skills.
     """
     # The wrapper that torch.compile returns would give all names a prefix.
     module = getattr(module, "_orig_mod", module)

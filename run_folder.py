@@ -55,7 +55,7 @@ class TrainConfig:
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation
-    warmup: int = 50  # steps of linear warm-up; a tenth of --steps if there are not more steps
+    warmup: int = 50  # steps of linear warm-up; a tenth of --steps if --steps is not larger
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: fall to 0, or stay
     eval_every: int = 100  # steps between evaluations on dev; each also saves progress.pt
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)

@@ -12,7 +12,7 @@ reads the prompt as its source, and learns one reference as its target.
 A row belongs to one set:
     train  trains the weights
     dev    chooses the weights: its loss decides which step is kept
-    seen   is only scored: rows of the training tasks that are in neither train nor dev
+    seen   is only scored: held-out rows of the training tasks
     test   is only scored: rows of other tasks, or of the file in --test
 
 The flag --split names a set. The flag --splits names a folder with two lists of tasks:
@@ -318,7 +318,7 @@ def render_prompt(
     prompt = head + tail
     ids = tokenizer.encode(prompt)
     if len(ids) > max_source_length:
-        # The ids of the text that is left get an EOS, so data.tokenise cuts once more.
+        # The text that is left will get an EOS again, so data.tokenise may cut one token more.
         # A character of several tokens may be cut in two. Its first part decodes to U+FFFD.
         prompt = tokenizer.decode(ids[:max_source_length]).rstrip("\ufffd")
     return prompt
@@ -465,9 +465,9 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
-    instruction, `task` and `id`. A null counts as absent, and so does an empty input or task. Raise
+    instruction, `task` and `id`. A null counts as absent, and so does an empty task. Raise
     UserError with the number of a bad line. A line is also bad if one of these fields would have no
-    effect.
+    effect, or stands there by two names.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):
@@ -502,8 +502,8 @@ def split_prompts(prompts: Iterable[str]) -> tuple[tuple[int, int], tuple[int, i
     seen: the next ones with hash % 100 < 6, or the next clamp(n / 5, 8, 100) if these are more.
 
     So rows with equal prompts are in one set, whatever the order of the lines is. Above n = 2,500
-    the shares of the hash exceed the bounds on average, and above some 4,000 always. Then a row
-    stays in its set whatever lines are added.
+    the shares of the hash exceed the bounds on average, and above some 4,000 practically always.
+    Then a row stays in its set whatever lines are added.
     """
     keys = sorted({split_key(prompt) for prompt in prompts})
     least_dev = min(50, max(8, len(keys) // 10))

@@ -113,7 +113,8 @@ class T5Tokenizer(Tokenizer):
         self.size = self.num_pieces + 100
 
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
-        return self.targets(texts)  # a source of T5 is encoded like a target, with EOS
+        for ids in self._encode(texts):
+            yield [*ids, *self.eos_ids]  # a source of T5 has EOS, as a target has
 
     def _encode(self, texts, inside=False):
         return self.sp.encode(texts)

@@ -164,7 +164,7 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
 def recommend(flags: dict[str, Any], model: str) -> None:
     """Print where settings for another base than the bundled one are, unless some were given."""
     is_bundled = Path(model).resolve() == Path(TrainConfig.model)
-    if not is_bundled and not flags.keys() & CHOSEN:
+    if not is_bundled and CHOSEN.isdisjoint(flags):
         program.print_line(
             "the default settings are for the bundled T5; docs/use.md has a table of recommended "
             "settings for larger bases"
@@ -323,7 +323,7 @@ def train_step(
             micro_loss = micro_loss / batch.target_tokens
             micro_loss.backward()
         loss += micro_loss.item()
-        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)  # 0 for a dummy row
+        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)  # a dummy row adds 0
 
     parameters = []
     for group in optimizer.param_groups:
@@ -540,7 +540,6 @@ def fit(
     step_seconds = []  # of each step since the last evaluation
     with program.stop_signals() as stop_requested:
         for step in bar:
-            # One step on a batch that depends only on the data, batch size, seed and step.
             started = time.monotonic()
             batch = training_batch(train_set, batch_order, step)
             record = train_step(base, adapters, optimizer, batch, step, settings)
@@ -655,7 +654,7 @@ def train(
 ) -> Path | None:
     """Train from the start, or from progress.pt in launch.out.
 
-    Return the path of the run folder, or None if a signal stopped the run before its end.
+    Return the path of the run folder, or None if a signal stopped the run before its final scores.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
     a table. Without it there are no lines of progress, either.

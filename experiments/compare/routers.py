@@ -1,4 +1,4 @@
-"""What studies change in a method: the router, and the ranks.
+"""What studies put in place of a method's router.
 
 `attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
 it as `attach_function`:
@@ -10,7 +10,7 @@ it as `attach_function`:
 A run says which kind of method and router it has. So eval.py and integrations/export.py, which know
 only the learnt router, refuse a run in which something was replaced.
 
-Letters: B batch, L length, D width, K abstract tasks, T training tasks.
+Letters: B batch, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -26,7 +26,7 @@ from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, 
 
 
 class RandomRouter(TaskRouter):
-    """A router whose w is fixed for each sample and unrelated to its content."""
+    """A router whose w is fixed for each sample, but as good as random: nothing is learnt."""
 
     def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
         super().__init__(width, config)

@@ -89,9 +89,9 @@ class Search:
         def cost(point):
             moves = [abs(i - j) for i, j in zip(point, best, strict=True)]
             tried = 0
-            for axis, move in enumerate(moves):
+            for number, move in enumerate(moves):
                 if move:
-                    tried += sum(other[axis] == point[axis] for other in self.losses)
+                    tried += sum(other[number] == point[number] for other in self.losses)
             return sum(moves), tried, [-move for move in moves], point
 
         for reach in itertools.count(1):

@@ -9,7 +9,7 @@ again, unfinished runs resume, and a cell of other settings is refused.
     controls = {"K = 1": Variant({"abstract_tasks": 1}, like="orchmoe")}
     study = Study(settings, device, StudyConfig(), equal=rows)
     study.tune(rows)
-    study.run(study.cells("methods", rows | controls, {"steps": 300}, seeds=range(3)))
+    study.run(study.cells("methods", rows | controls, {}, seeds=range(1, 4)))  # seed 0 tunes
 
 compare.py, beside this file, is a study, and so is experiments/claim.py.
 Test: pytest tests/experiments/test_compare.py
@@ -71,10 +71,10 @@ class Variant(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = ""  # what replaces the router or mixing, see routers.attach_with
+    replaced_router: str = ""  # what replaces the router, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
-    trains: bool = True  # otherwise the row is the frozen base, which is only scored
+    trains: bool = True  # whether it has adapters; otherwise the row is the frozen base
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StudyConfig:
     out: str = "results"  # folder of the runs
     results: str = ""  # folder of the finished cells (default: --out)
     seeds: int = 3  # compared runs of each row, with seeds 1 to N
-    tune: bool = True  # choose the rates of each row on dev; otherwise they are as given
+    tune: bool = True  # choose the values of --axes for each row on dev; otherwise as given
     trials: int = 6  # runs of seed 0 that tune each row
     axes: tuple[str, ...] = ("lr_skills", "alpha")  # what is tuned, where a row has it
     jobs: int = 0  # cells at a time (default: one on a GPU; on the CPU one per core, at most 8)
@@ -138,7 +138,7 @@ def refuse_unread(
 ) -> None:
     """Raise UserError for a given setting, or an axis to tune, that no variant reads."""
     unread = {name: "with what is compared" for name in vars(settings)}
-    for variant in variants:
+    for variant in variants:  # what remains is read by none of them
         of_variant = unread_settings(changed(settings, variant.settings))
         unread = {name: why for name, why in unread.items() if name in of_variant}
     program.refuse_unread(flags, unread)
@@ -209,12 +209,17 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
 
 
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
-    """Train and score a cell. An interrupted run resumes. Return False if a signal stopped it.
+    """Train and score a cell, and write its file. Return False if a signal stopped it.
 
-    The dev loss weighs all target tokens alike. In a cell that scores "dev tasks" it is that of all
-    dev instances, the mean within a task, then over tasks. A cell that scores "replicate" also has
-    the losses on all seen instances, and the scores of short answers to some of them. One that
-    scores "answers" has the losses and the scores of the answers on seen and unseen instances.
+    An interrupted run resumes. What a cell has depends on its `scores`:
+
+    dev         the lowest dev loss of the run, in which all target tokens weigh the same
+    dev tasks   the loss on all dev instances, the mean within a task, then over tasks
+    replicate   the dev loss, the losses on all seen instances, and the scores of short answers to
+                some of them
+    answers     the dev loss, and the losses and the scores of answers on seen and unseen instances
+
+    A cell that diverged has "diverged" and no dev loss.
     """
     started = time.monotonic()
     about = {
@@ -509,7 +514,8 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
         cores = len(os.sched_getaffinity(0))
     if jobs == 0:
         jobs = 1 if device.torch_device.type == "cuda" else min(cores, 8)
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // jobs)))
+    share = max(1, cores // jobs)
+    torch.set_num_threads(min(share, torch.get_num_threads()))  # OMP_NUM_THREADS may say fewer
     return jobs
 
 
@@ -556,7 +562,7 @@ class StudyProgress:
             thread.join()
 
     def finished(self, cell: Cell, jobs: int) -> None:
-        """Print that a cell is finished, with its dev loss unless nobody may look at it yet."""
+        """Print that a cell is finished. The dev losses of a planned study are not shown."""
         result = cell.result()
         if cell.row.trains:  # otherwise it is the frozen base, which is no run
             self.seconds.append(result["seconds"])
@@ -626,7 +632,7 @@ def run_cells(
                     stopped.set()
                     return
                 progress.finished(cell, jobs)
-            # A search goes on with other values. Any other cell has no scores for a table.
+            # A search tries other values. Any other cell would have no scores in its table.
             if not cell.is_trial and "diverged" in cell.result():
                 diverged.append(str(cell.path))
 
@@ -643,7 +649,7 @@ def run_cells(
             _pass_on_signals(stopped),
             progress.watch(),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
-            # Each thread starts a worker and waits for it.
+            # Each thread starts a worker, which also blocks SIGINT then, and waits for it.
             ThreadPoolExecutor(jobs, initializer=_block_sigint) as waiting,
         ):
 
@@ -743,14 +749,14 @@ class Study:
         like = row.like or name
         size = {}
         if like in self.equal:
-            rows = []
-            for other, equal in self.equal.items():
+            equal_rows = []
+            for equal_name, equal_row in self.equal.items():
                 # alpha does not change the size. Without it equal_ranks can use its cache.
-                of_row = changed(settings, equal.settings | {"alpha": None})
-                rows.append((other, of_row.method, of_row.part(OrchMoEConfig)))
+                of_row = changed(settings, equal_row.settings | {"alpha": None})
+                equal_rows.append((equal_name, of_row.method, of_row.part(OrchMoEConfig)))
             with program.checking_settings():
                 config = checkpoint.read_config(settings.model)
-                ranks = equal_ranks(tuple(rows), config, num_tasks)
+                ranks = equal_ranks(tuple(equal_rows), config, num_tasks)
             size["extra_rank"] = ranks[like]
         return changed(settings, size | self.best.get(like, {}) | values | row.settings)
 
@@ -844,7 +850,7 @@ class Study:
             self.best[name] = report["best"]
         return reports
 
-    def trial(self, name: str, row: Variant, trial: dict[str, float], scores: str = "dev") -> Cell:
-        """Return the cell of a trial. trial: value of each axis."""
-        tag = "_".join([file_name(name), *(f"{value:g}" for value in trial.values())])
-        return self.cell(f"tune/{tag}", name, row, trial, scores)
+    def trial(self, name: str, row: Variant, values: dict[str, float], scores: str = "dev") -> Cell:
+        """Return the cell of a trial. values: that of each axis."""
+        tag = "_".join([file_name(name), *(f"{value:g}" for value in values.values())])
+        return self.cell(f"tune/{tag}", name, row, values, scores)

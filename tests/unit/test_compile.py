@@ -172,7 +172,7 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     base = base_in_training()
     with (
         torch._dynamo.config.patch(recompile_limit=1),
-        pytest.warns(UserWarning, match="^blocks run uncompiled from now on, for .*$") as seen,
+        pytest.warns(UserWarning, match="^blocks run uncompiled from now on: .*$") as seen,
     ):
         check(base, backend, [(4, 9, 6), (1, 5, 3)], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
@@ -206,7 +206,7 @@ def test_blocks_that_ran_compiled_stay_so_when_another_fails():
                 y = checkpoint(block, y, use_reentrant=False)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
         texts += [str(warning.message) for warning in seen]
-    assert len(texts) == 1 and texts[0].startswith("blocks run uncompiled from now on, for ")
+    assert len(texts) == 1 and texts[0].startswith("blocks run uncompiled from now on: ")
 
 
 @pytest.mark.filterwarnings("error:blocks run uncompiled")
