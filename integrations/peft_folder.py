@@ -171,7 +171,7 @@ def load_peft(folder: str | Path) -> Lora:
 
 
 def require_plain(values: dict[str, Any]) -> None:
-    """Raise UserError if an adapter_config.json describes more than a plain LoRA."""
+    """Raise ValueError if an adapter_config.json describes more than a plain LoRA."""
     allowed = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
     for field in {"peft_type", *values} - {*HARMLESS}:
         value = values.get(field)
@@ -184,7 +184,7 @@ def pair_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A (r,D) and scale * B (O,r) by the name of their Linear.
 
-    Raise an error for a tensor that is no such factor, and for a factor without its partner.
+    Raise UserError for a tensor that is no such factor, KeyError for one without its partner.
     """
     names = set()
     for key, tensor in tensors.items():
@@ -218,7 +218,9 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     left out in silence would compute as the base.
     """
     linears = linears_by_hf_name(adapters)
-    expected = {name: tuple(linear.weight.shape) for name, linear in linears.items()}  # (O,D)
+    expected = {}  # (O,D) of each Linear; the weight of a quantised one has another shape
+    for name, linear in linears.items():
+        expected[name] = (linear.out_features, linear.in_features)
     for lora in loras:
         found = {name: (len(B), A.shape[1]) for name, (A, B) in lora.factors.items()}
         differing = sorted(found.items() ^ expected.items())

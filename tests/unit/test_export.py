@@ -286,3 +286,12 @@ def test_set_skills_refuses_loras_that_do_not_fit(options, loras, message, lora)
         set_skills(adapters, loras * [load_peft(lora)])
     # Nothing is frozen.
     assert len(adapters.parameter_groups()["skills"]) == 2 * len(adapters.linears)
+
+
+def test_loras_become_skills_of_linears_whose_weights_are_packed(lora):
+    """As those of bitsandbytes are, in another shape than (O,D)."""
+    _, adapters = load_adapted(ROOT / "tiny", OrchMoEConfig(skills=1, rank=8))
+    for linear in adapters.linears.values():
+        linear.weight = torch.nn.Parameter(linear.weight.reshape(-1, 1), requires_grad=False)
+    set_skills(adapters, [load_peft(lora)])
+    assert not any(linear.skill_A.requires_grad for linear in adapters.linears.values())
