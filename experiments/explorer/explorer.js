@@ -448,6 +448,7 @@
       slider.addEventListener("input", () => {
         view.w = moved(view.w, k, Number(slider.value));
         view.isMoved = true;
+        delete view.results.now; // it is the answer before this move
         draw();
       });
       slider.addEventListener("change", askCurrent);

@@ -324,6 +324,9 @@ def test_an_answer_with_a_w_that_has_moved_on_is_not_shown(served):
         may_answer[1].set()
         wait_for_answer(served, "now")
     assert answered(served, "now")[0] == "0.2"
+    assert text(served, "#shown").endswith(" The answer: 0.2")
+    served.execute_script("document.getElementById('w0').dispatchEvent(new Event('input'))")
+    assert "The answer" not in text(served, "#shown")
 
 
 def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
