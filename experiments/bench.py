@@ -567,6 +567,7 @@ def bench_generate(setup: Setup) -> Iterator[str]:
     sets = data.load_sets(options, tokenizer, only_test=True)
     examples = data.require_set(sets, "test", options)
     examples = data.subsample(examples, count)
+    count = len(examples)  # there may be fewer
     texts = {}
 
     def ours():

@@ -443,7 +443,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     parts.append(" ".join(notes))
     if "c-poly" in rows:
         parts.append(
-            "* c-poly stands at equal S R, not at equal total: its skills grow with the tasks."
+            "c-poly* stands at equal S R, not at equal total: its skills grow with the tasks."
         )
     return "\n\n".join(part for part in parts if part)
 

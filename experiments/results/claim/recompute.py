@@ -48,6 +48,8 @@ def p_value(values):
     return 1 - mass(angle, freedom) / mass(math.pi / 2, freedom)
 
 
+if not (FOLDER / "cells.jsonl").exists():
+    raise SystemExit(f"{FOLDER}: no cells.jsonl; it is made when all cells of a family are there")
 cells = {}  # (stage, row): the cells in the order of the draws
 for line in (FOLDER / "cells.jsonl").read_text(encoding="utf-8").splitlines():
     cell = json.loads(line)
