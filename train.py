@@ -174,15 +174,18 @@ def recommend(flags: dict[str, Any], model: str) -> None:
 # ---------------------------------------------------------------------------------- optimizer
 
 
+def computes_as_base(adapters: Adapters) -> bool:
+    """Return whether all B are 0, so that the adapted model computes what its base does."""
+    return not any(linear.skill_B.any() for linear in adapters.linears.values())
+
+
 def freeze_parts(adapters: Adapters, settings: TrainConfig) -> None:
     """Freeze the parameters whose learning rate is 0. Raise UserError if nothing can train."""
     groups = adapters.parameter_groups()
     for kind, parameters in groups.items():
         for parameter in parameters:
             parameter.requires_grad_(getattr(settings, f"lr_{kind}") > 0)
-    linears = adapters.linears.values()
-    starts_as_base = not (settings.start or any(linear.skill_B.any() for linear in linears))
-    if settings.lr_skills == 0 and starts_as_base:
+    if settings.lr_skills == 0 and not settings.start and computes_as_base(adapters):
         raise UserError(
             "--lr-skills 0: the skills start with B = 0, so that nothing can train; give another "
             "rate, or --start"
@@ -629,8 +632,7 @@ def begin(
     """
     settings = run.settings
     base, adapters, _ = model
-    # With B = 0 this is the frozen base.
-    is_base = not any(linear.skill_B.any() for linear in adapters.linears.values())
+    is_base = computes_as_base(adapters)
     if final_scores and not run.read_scores():  # an interrupted run may have them already
         name = "frozen base" if is_base else "start"
         run.add_scores(name, score_held_out(model, held_out, settings, name))

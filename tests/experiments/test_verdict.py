@@ -82,7 +82,8 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     prompts = len(orchmoe[0]["seen"]["prompts"]["task"])
     assert re.search(rf"rows of data: \d+ train, \d+ dev, {prompts} seen\n", out)
     assert "plan: orchmoe, lora with seeds 1 to 2\n" in out
-    estimate = r"\n4 runs of about (\d+) s on an otherwise .* a step\), (\d+) s with"
+    estimate = r"\n4 runs of about (\d+) s on an otherwise idle machine "
+    estimate += r"\(\d\S* s a step\), (\d+) s with 1 at a time"
     of_a_run, in_all = map(int, re.search(estimate, out).groups())
     assert abs(in_all - 4 * of_a_run) <= 2  # both are rounded
     left = re.findall(r"methods/\S+\.json, \d+ s, .*, (\d) of 4 runs, about \d+ s left", out)
