@@ -13,8 +13,9 @@
   const ORDER = ["own", "mean", "uniform", "other", "off"];
   for (let k = 1; k <= K; k++) ORDER.push(String(k));
 
-  // What the page shows: {question, names, settings, results, warning, w, isMoved}. The question has
-  // the prompt that the model was asked, its references, and the number of its sample, or -1.
+  // What the page shows: {question, names, settings, results, asking, warning, w, isMoved}. The
+  // question has the prompt that the model was asked, its references, and the number of its sample,
+  // or -1. `asking` has the weights whose answer is on its way.
   let view;
 
   // ------------------------------------------------------------------------------ the arithmetic
@@ -112,6 +113,7 @@
       names: namesOf(kind, sample.other_task ? words(sample.other_task) : shortened(sample.other_input, 40)),
       settings,
       results,
+      asking: new Set(),
       warning: "",
       w: sample.w.slice(),
       isMoved: false,
@@ -127,6 +129,7 @@
       names: namesOf(kind, ""),
       settings,
       results: {},
+      asking: new Set(),
       warning: "",
       w: settings.uniform.slice(), // until the router has answered
       isMoved: false,
@@ -167,10 +170,15 @@
   function ask(name, before) {
     const asked = view;
     const weights = view.settings[name];
+    asked.asking.add(weights);
     last = last.then(async () => {
-      if (asked !== view || weights !== asked.settings[name]) return;
+      if (asked !== view || weights !== asked.settings[name]) {
+        asked.asking.delete(weights);
+        return;
+      }
       element("status").textContent = "The model answers …";
       const reply = await send(asked.question, name === "own" ? null : weights);
+      asked.asking.delete(weights);
       if (asked !== view) return;
       element("status").textContent = "";
       if (weights !== asked.settings[name]) return; // they moved while the model answered
@@ -217,7 +225,7 @@
     if (!view.settings[name]) return;
     view.w = view.settings[name].slice();
     view.isMoved = true;
-    askCurrent();
+    if (data.live && !view.results[name]) ask(name);
     draw();
   }
 
@@ -322,7 +330,8 @@
       if (name === focused) button.focus({ preventScroll: true });
       const result = view.results[name];
       if (!result) {
-        cell(row, isCurrent ? "asking …" : "press the row to ask", "text small").colSpan = 3;
+        const isAsked = view.asking.has(view.settings[name]);
+        cell(row, isAsked ? "asking …" : "press the row to ask", "text small").colSpan = 3;
         continue;
       }
       const [text, loss, right] = result;

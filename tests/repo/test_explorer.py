@@ -329,6 +329,32 @@ def test_an_answer_with_a_w_that_has_moved_on_is_not_shown(served):
     assert "The answer" not in text(served, "#shown")
 
 
+def test_a_pressed_row_gets_an_answer_although_the_router_gives_the_same_w(served):
+    only_third = [float(k == 2) for k in range(8)]
+
+    def reply(_, body):
+        w = json.loads(body)["w"] or only_third
+        return {"w": w, "result": ["yes", None, None], "warning": ""}
+
+    with mock.patch.object(explorer, "reply", reply):
+        type_prompt(served, "Say yes.")
+        wait_for_answer(served, "own")
+        click(served, '[data-row="3"]')
+        wait_for_answer(served, "3")
+
+
+def test_a_row_whose_question_failed_can_be_pressed_again(served):
+    def refuse(*_):
+        raise UserError("w: it is refused")
+
+    with mock.patch.object(explorer, "reply", refuse):
+        click(served, '[data-row="3"]')
+        wait(served, lambda: "it is refused" in text(served, "#status"))
+    assert answered(served, "3") == ["press the row to ask"]
+    click(served, '[data-row="3"]')
+    wait_for_answer(served, "3")
+
+
 def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
     assert text(served, "#verdict").startswith("With the router")
     type_prompt(served, "Say yes.")
