@@ -361,8 +361,8 @@ def attach_method(
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
     method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id.
-    extra_rank: as in orchmoe.attach. Raise ValueError for an unknown name, a missing T, or targets
-    that the method cannot adapt.
+    extra_rank: as in orchmoe.attach. Raise ValueError, with the module unchanged, for a missing T,
+    or targets that the method cannot adapt.
     """
     method = method_class(method)
     head = getattr(module, "head", None)
@@ -381,9 +381,13 @@ def attach_method(
         extra_rank=extra_rank,
         generator=generator,
     )
-    adapters.parameter_groups()  # ValueError if a parameter has no learning rate
-    if method in OWN_METHODS.values():
-        require_routing(adapters)
+    try:
+        adapters.parameter_groups()  # ValueError if a parameter has no learning rate
+        if method in OWN_METHODS.values():
+            require_routing(adapters)
+    except Exception:  # also a bug in a method of one's own
+        adapters.detach()
+        raise
     return adapters
 
 

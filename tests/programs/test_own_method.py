@@ -311,6 +311,17 @@ def test_a_bug_in_the_file_keeps_its_traceback(home):
     assert (str(error.traceback[-1].path), error.traceback[-1].lineno) == (str(path), 2)  # from 0
 
 
+@pytest.mark.parametrize("line", ["return None", "return Routing(c=self.table[1:, task_ids])"])
+def test_a_method_that_fails_leaves_the_module_unchanged(line, small_t5, home):
+    path = home / "own.py"
+    path.write_text(OWN.replace("return Routing(c=logits.softmax(-1))", line))
+    method = load_method(f"{path}:ByTask")
+    with pytest.raises((ValueError, AttributeError)):
+        attach_method(method, small_t5, OrchMoEConfig(), num_tasks=1)
+    assert all(parameter.requires_grad for parameter in small_t5.parameters())
+    attach_method("orchmoe", small_t5, OrchMoEConfig())
+
+
 def test_the_name_of_a_built_in_method_is_refused(home):
     (home / "own.py").write_text(OWN.replace("ByTask", "lora"))
     said = run("train.py", *BRIEF, "--method", "own.py:lora", cwd=home, code=2)
