@@ -33,7 +33,7 @@ class LlamaConfig(Config):
     max_position_embeddings: int  # tokens of the longest row; for Mistral 0.1, of its window
     num_key_value_heads: int
     head_dim: int
-    eos_ids: tuple  # generation ends at any of them
+    eos_ids: tuple[int, ...]  # generation ends at any of them
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     factor: float = 1.0  # 1: no scaling of positions

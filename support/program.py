@@ -352,7 +352,8 @@ def _has_type(value, hint):
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        item_type = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(type(item) is item_type for item in value)
     allowed = typing.get_args(hint) or (hint,)
     if type(value) is int and float in allowed:
         return True

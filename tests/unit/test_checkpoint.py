@@ -21,7 +21,7 @@ from helpers import (
     t5_batch,
     weights_of,
 )
-from support.program import read_json, write_json
+from support.program import UserError, read_json, write_json
 
 
 def change_config(folder: Path, **changes):
@@ -126,6 +126,14 @@ def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp
     assert fingerprint(tmp_path) == before
     save(loaded, tmp_path)
     assert load(tmp_path).config == loaded.config
+
+
+@pytest.mark.parametrize("eos", ["7", [7, None], True])
+def test_eos_ids_that_are_no_integers_are_refused(eos, tmp_path):
+    save(small_model("qwen2"), tmp_path)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": eos})
+    with pytest.raises(UserError, match="config.json: eos_ids: .* has the wrong type"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
