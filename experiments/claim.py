@@ -289,10 +289,15 @@ def require_repeatable(study: Study) -> None:
         folder=Path(study.config.out, "repeated", original.path.stem),
     )
     study.run([cell for cell in (original, repetition) if not cell.path.exists()])
-    one, other = original.result(), repetition.result()
+    require_same_scores(original.result(), repetition.path)
+
+
+def require_same_scores(cell: dict[str, Any], repetition: Path) -> None:
+    """Raise UserError unless the repetition of the first cell has the same scores."""
+    other = program.read_json(repetition)
     for part in ("dev_loss", "seen", "answers"):
-        if one[part] != other[part]:
-            raise UserError(f"{repetition.path}: its {part} is not that of {original.path}")
+        if cell.get(part) != other.get(part):  # a cell that diverged has no scores
+            raise UserError(f"{repetition}: its {part} is not that of the first cell")
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -309,14 +314,20 @@ def rows_of(cells: dict[str, dict], stage: str) -> tuple[dict[str, list[dict]], 
     return rows, missing
 
 
-def require_fitting(cells: dict[str, dict]) -> None:
-    """Raise UserError if two cells cannot be subtracted.
+def require_fitting(cells: dict[str, dict], trials: dict[str, dict]) -> None:
+    """Raise UserError if two cells cannot be subtracted, or two trials cannot be compared.
 
     All must be of one clean commit, one torch and one base. Those of a draw must also be of one
-    kind of CPU and of the same tasks.
+    kind of CPU and of the same tasks. So must be the trials of the families, and those of each
+    further row.
     """
+    groups = {name: f"draw {cell['settings']['seed']}" for name, cell in cells.items()}
+    for name, trial in trials.items():
+        row = trial["settings"]["row"]
+        groups[name] = "the families' trials" if row in COMPARED else f"the trials of {row}"
+
     expected = {}
-    for name, cell in cells.items():
+    for name, cell in (trials | cells).items():
         tree = cell["tree"]
         if not tree or tree.endswith("-dirty"):
             raise UserError(f"{name}: made by the tree {tree!r}, which is no commit")
@@ -324,12 +335,12 @@ def require_fitting(cells: dict[str, dict]) -> None:
         facts = {fact: cell[fact] for fact in ("tree", "torch", "threads")}
         facts |= {fact: settings[fact] for fact in ("base", "tokenizer")}
         for fact in ("cpu", "computed", "train_tasks"):
-            facts[f"{fact} of draw {settings['seed']}"] = settings[fact]
+            facts[f"{fact} of {groups[name]}"] = settings[fact]
         for fact, value in facts.items():
             if fact not in expected:
                 expected[fact] = value
             elif expected[fact] != value:
-                raise UserError(f"{name}: {fact} is {value}, and {expected[fact]} in other cells")
+                raise UserError(f"{name}: {fact} is {value}, and {expected[fact]} in others")
 
 
 def means(cells: Sequence[dict], outcome: str) -> np.ndarray:
@@ -363,6 +374,10 @@ def difference_row(name: str, values: np.ndarray, outcome: str) -> list[Any]:
 HEAD = ["difference", "outcome", "mean and 95 % interval", "sd over draws", "below zero"]
 
 
+def in_digits(p_value: float) -> str:
+    return "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
 def family_table(rows: dict[str, list[dict]]) -> str:
     """Return OrchMoE minus each other row, with the verdicts of Hochberg's correction."""
     others = [row for row in rows if row != "orchmoe"]
@@ -381,7 +396,7 @@ def family_table(rows: dict[str, list[dict]]) -> str:
         verdicts.add(verdict)
         for outcome in OUTCOMES:
             line = difference_row(f"orchmoe - {other}", differences[other, outcome], outcome)
-            decision = [f"{p_value:.4f}", verdict] if outcome == "loss" else ["-", "-"]
+            decision = [in_digits(p_value), verdict] if outcome == "loss" else ["-", "-"]
             lines.append(line + decision)
     answer = "yes" if verdicts == {"better"} else "not shown"
     return f"{table([*HEAD, 'p', 'verdict'], lines)}\n\nBetter than all {len(others)}: {answer}."
@@ -411,7 +426,7 @@ def lead_table(with_60: dict[str, list[dict]], with_15: dict[str, list[dict]]) -
     if min(lower_ends) > 0 and not behind:
         answer = "yes"
     elif min(lower_ends) > 0:
-        answer = f"no, but it is less behind {' and '.join(behind)} with them"
+        answer = f"no: with fewer examples it is still behind {' and '.join(behind)}, but by less"
     return f"{table(HEAD, lines)}\n\nNeeds fewer examples than all {len(others)}: {answer}."
 
 
@@ -445,14 +460,19 @@ def values_table(reports: dict[str, dict]) -> str:
     lines = []
     for name, report in reports.items():
         line = [name, len(report["trials"]), words(report["best"]), f"{report['dev_loss']:.4f}"]
-        line.append(", ".join(report["edges"]) or "none")
         means_of = []
         for point in report["all_seeds"]:
             loss = point["dev_loss"]  # null if a run diverged
             means_of.append(f"{words(point)}: {'diverged' if loss is None else f'{loss:.4f}'}")
-        lines.append([*line, "; ".join(means_of), words(report["chosen"])])
-    head = ["row", "trials", "best with seed 0", "dev loss", "on an edge"]
-    return table([*head, "means of all seeds", "chosen"], lines)
+        edges = []
+        for axis, value in report["chosen"].items():
+            tried = [trial[axis] for trial in report["trials"]]
+            if value in (min(tried), max(tried)):
+                edges.append(axis)
+        edges = ", ".join(edges) or "none"
+        lines.append([*line, "; ".join(means_of), words(report["chosen"]), edges])
+    head = ["row", "trials", "best with seed 0", "dev loss"]
+    return table([*head, "means of all seeds", "chosen", "chosen at an edge"], lines)
 
 
 def text_of_tables(results: Path, cells: dict[str, dict]) -> str:
@@ -461,30 +481,37 @@ def text_of_tables(results: Path, cells: dict[str, dict]) -> str:
     path = results / "values.json"
     if path.exists():
         parts += ["## Tuning", values_table(program.read_json(path))]
-    complete = {}
+    sound = {}  # of each complete stage: the rows none of whose cells diverged
     for stage in ROWS:
         parts.append(f"## {TITLES[stage]}, {EXAMPLES[stage]} examples of each task")
         rows, missing = rows_of(cells, stage)
         if missing:
             parts.append(f"Not complete: cells that are missing: {missing}.")
             continue
-        if stage != "first" and "first" not in complete:
-            parts.append("Not shown without the first family.")
-            continue
+        sound[stage] = {}
         diverged = []
-        for row in rows:
-            if any("diverged" in cell for cell in rows[row]):
+        for row, of_row in rows.items():
+            if any("diverged" in cell for cell in of_row):
                 diverged.append(row)
+            else:
+                sound[stage][row] = of_row
         if diverged:
-            parts.append(f"No verdict, since cells of {', '.join(diverged)} diverged.")
-            continue
-        complete[stage] = rows
+            parts.append(f"Cells of {', '.join(diverged)} diverged.")
+
+        rows = sound[stage]
+        first = sound.get("first", {})
         if stage == "further":
-            parts.append(further_table(complete["first"]["orchmoe"], rows))
+            if "orchmoe" not in first:
+                parts.append("Not shown without OrchMoE's cells of the first family.")
+                continue
+            parts.append(further_table(first["orchmoe"], rows))
         else:
+            if diverged:
+                parts.append("So this family has no verdict.")
+                continue
             parts.append(family_table(rows))
-        if stage == "second":
-            parts.append(lead_table(complete["first"], rows))
+        if stage == "second" and first.keys() == COMPARED.keys():
+            parts.append(lead_table(first, rows))
         parts += [sizes_table(rows), losses_table(rows)]
     return "\n\n".join(parts)
 
@@ -512,7 +539,12 @@ def join_cells(results: Path, cells: dict[str, dict]) -> None:
 def write_tables(results: Path) -> None:
     """Write tables.md, and join the cells of complete families."""
     cells = read_cells(results)
-    require_fitting(cells)
+    trials = {f"tune/{path.stem}": program.read_json(path) for path in results.glob("tune/*.json")}
+    require_fitting(cells, trials)
+    _, missing = rows_of(cells, "first")
+    if not missing:
+        name = cell_name("first", "orchmoe", FIRST_SEED)
+        require_same_scores(cells[name], results / "repeated" / f"{Path(name).name}.json")
     publish(text_of_tables(results, cells), results / "tables.md")
     join_cells(results, cells)
 

@@ -86,11 +86,12 @@ def test_the_study_ends_in_its_tables_and_a_second_computation_agrees(small, tmp
     script.write_bytes((claim.RESULTS / "recompute.py").read_bytes())
     second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     lines = second.stdout.splitlines()
-    families = 2 * (3 * 3 + 3)  # differences and verdicts
-    expected = families + 3 * 3 + 4 * 3  # the leads, and the further rows
-    assert len(lines) == expected
+    families = 2 * (3 * 3 + 3 + 1)  # differences, verdicts and the answer
+    leads = 3 * 3 + 1
+    assert len(lines) == families + leads + 4 * 3  # and the further rows
     for line in lines:
-        assert f"| {line.partition(': ')[2]} |" in out
+        shown = line.partition(": ")[2]
+        assert (shown if "answer" in line else f"| {shown} |") in out
 
 
 def made_up(row, seed, loss):
@@ -120,7 +121,10 @@ def write_cells(folder, orchmoe):
             extra = 0.0 if row == "orchmoe" else more
             for seed in claim.draws():
                 loss = level[row] + extra + random.normal(0, 0.02)
-                program.write_json(folder / name / f"{row}-s{seed}.json", made_up(row, seed, loss))
+                cell = made_up(row, seed, loss)
+                program.write_json(folder / name / f"{row}-s{seed}.json", cell)
+                if (name, row, seed) == ("first", "orchmoe", 200):
+                    program.write_json(folder / "repeated" / f"{row}-s{seed}.json", cell)
 
 
 @pytest.fixture
@@ -148,7 +152,9 @@ def test_a_family_is_decided_by_all_its_cells(cells):
 def test_a_method_that_is_behind_does_not_need_fewer_examples(tmp_path):
     write_cells(tmp_path / "kept", orchmoe=1.35)
     out = tables(tmp_path / "kept")
-    assert "than all 3: no, but it is less behind moe-lora and poly with them." in out
+    assert (
+        "all 3: no: with fewer examples it is still behind moe-lora and poly, but by less." in out
+    )
 
 
 def test_nothing_of_a_family_is_shown_before_all_its_cells_are_there(cells):
@@ -183,11 +189,54 @@ def test_a_tree_with_changes_is_no_commit(cells):
     assert "made by the tree 'abc-dirty', which is no commit" in tables(cells, code=2)
 
 
-def test_a_cell_that_diverged_leaves_no_verdict_of_its_family(cells):
-    change(cells / "second/poly-s207.json", "diverged", "step 3")
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_trials_that_cannot_be_compared_are_refused(cells, name):
+    for row in ("poly", "mhr", "lora"):
+        program.write_json(cells / f"tune/{row}_1.json", made_up(row, 0, 1.0))
+    tables(cells)
+    change(cells / "tune/mhr_1.json", name, "another")
+    assert re.search(f"tune/(mhr|poly)_1: {name}.* (is|and) another", tables(cells, code=2))
+
+
+def test_the_trials_of_a_further_row_may_be_of_another_kind_of_cpu(cells):
+    for row, cpu in (("poly", "one"), ("lora", "another"), ("lora_2", "another")):
+        path = cells / f"tune/{row}.json"
+        program.write_json(path, made_up(row.partition("_")[0], 0, 1.0))
+        change(path, "cpu", cpu)
+    tables(cells)
+
+
+@pytest.mark.parametrize("family", ["first", "second"])
+def test_a_cell_that_diverged_leaves_no_verdict_of_its_family(family, cells):
+    change(cells / family / "poly-s207.json", "diverged", "step 3")
     out = tables(cells)
-    assert "No verdict, since cells of poly diverged." in out
-    assert out.count("Better than all 3: yes.") == 1
+    assert "Cells of poly diverged.\n\nSo this family has no verdict." in out
+    assert out.count("Better than all 3: yes.") == 1 and "lead over" not in out
+
+
+def test_a_further_row_that_diverged_leaves_the_others(cells):
+    for row in claim.ROWS["further"]:
+        for seed in claim.draws():
+            path = cells / "further" / f"{claim.file_name(row)}-s{seed}.json"
+            program.write_json(path, made_up(row, seed, 1.0 + seed % 2))
+    change(cells / "further/lora-s203.json", "diverged", "step 3")
+    out = tables(cells)
+    assert "Cells of lora diverged." in out
+    assert "orchmoe - HydraLoRA |" in out and "orchmoe - lora |" not in out
+
+
+def test_tables_need_the_repetition_of_the_first_cell(cells):
+    change(cells / "repeated/orchmoe-s200.json", "answers", {})
+    assert "repeated/orchmoe-s200.json: its answers is not that of" in tables(cells, code=2)
+    (cells / "repeated/orchmoe-s200.json").unlink()
+    assert "repeated/orchmoe-s200.json: " in tables(cells, code=2)
+
+
+def test_a_chosen_value_at_an_edge_is_named():
+    trials = [{"alpha": alpha, "lr_skills": 0.1 * i} for i, alpha in enumerate((1.0, 2.0, 4.0))]
+    report = {"best": trials[1], "dev_loss": 1.0, "trials": trials, "all_seeds": []}
+    out = claim.values_table({"poly": report | {"chosen": {"alpha": 4.0, "lr_skills": 0.1}}})
+    assert out.endswith("| alpha 4, lr_skills 0.1 | alpha |")
 
 
 def test_a_draw_that_was_begun_on_another_cpu_is_left_out(tuned, tmp_path, monkeypatch):

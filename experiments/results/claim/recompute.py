@@ -48,13 +48,26 @@ def p_value(values):
     return 1 - mass(angle, freedom) / mass(math.pi / 2, freedom)
 
 
-if not (FOLDER / "cells.jsonl").exists():
-    raise SystemExit(f"{FOLDER}: no cells.jsonl; it is made when all cells of a family are there")
-cells = {}  # (stage, row): the cells in the order of the draws
-for line in (FOLDER / "cells.jsonl").read_text(encoding="utf-8").splitlines():
-    cell = json.loads(line)
-    stage, _, name = cell["name"].partition("/")
-    cells.setdefault((stage, name.rpartition("-s")[0]), []).append(cell)
+def read_cells():
+    """Return the cells of each (stage, row) in the order of the draws."""
+    path = FOLDER / "cells.jsonl"
+    if not path.exists():
+        raise SystemExit(f"{path}: not there; it is made when all cells of a family are there")
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cell = json.loads(line)
+        if "diverged" in cell:
+            raise SystemExit(f"{path}: {cell['name']} diverged; this program needs all scores")
+        stage, _, name = cell["name"].partition("/")
+        found.setdefault((stage, name.rpartition("-s")[0]), []).append(cell)
+    if ("first", "orchmoe") not in found:
+        raise SystemExit(f"{path}: the cells of the first family are not there")
+    for of_row in found.values():
+        of_row.sort(key=lambda cell: cell["settings"]["seed"])
+    return found
+
+
+cells = read_cells()
 T = t_quantile(len(cells["first", "orchmoe"]) - 1)
 
 
@@ -66,14 +79,19 @@ def means(stage, row, part="seen", score="loss"):
     return found
 
 
-def show(name, values, digits):
+def interval(values):
+    """Return the mean, and the ends of its 95 % interval by Student's t."""
     mean = statistics.fmean(values)
-    if statistics.stdev(values) < 1e-10:
-        print(f"{name}: {mean:+.{digits}f} (no interval)")
-        return
     half = T * statistics.stdev(values) / math.sqrt(len(values))
-    low, high = mean - half, mean + half
-    print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+    return mean, mean - half, mean + half
+
+
+def show(name, values, digits):
+    mean, low, high = interval(values)
+    if high - low < 1e-10:
+        print(f"{name}: {mean:+.{digits}f} (no interval)")
+    else:
+        print(f"{name}: {mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
 def differences_from(stage, other, part="seen", score="loss"):
@@ -100,16 +118,26 @@ def show_verdicts(stage):
         if largest < 0.05 / tests:
             limit = largest
             break
+    verdicts = []
     for other, p in p_values.items():
         mean = statistics.fmean(differences_from(stage, other))
         verdict = "better" if mean < 0 else "worse"
         if p > limit:
             verdict = "undecided"
-        print(f"{stage}, orchmoe - {other}, p and verdict: {p:.4f} | {verdict}")
+        verdicts.append(verdict)
+        digits = "<0.0001" if p < 1e-4 else f"{p:.4f}"
+        print(f"{stage}, orchmoe - {other}, p and verdict: {digits} | {verdict}")
+    answer = "yes" if set(verdicts) == {"better"} else "not shown"
+    print(f"{stage}, answer: Better than all {len(COMPARED)}: {answer}.")
 
 
 def show_leads():
-    """Show OrchMoE's lead with more and with fewer examples, and how much they differ."""
+    """Show OrchMoE's lead with more and with fewer examples, and how much they differ.
+
+    In the end answer whether OrchMoE needs fewer examples.
+    """
+    grows = []  # whether the lead is surely larger with fewer examples
+    behind = []  # the methods that are better than OrchMoE with fewer examples
     for other in COMPARED:
         more = [-value for value in differences_from("first", other)]
         fewer = [-value for value in differences_from("second", other)]
@@ -117,6 +145,16 @@ def show_leads():
         show(f"lead over {other}, more examples", more, 4)
         show(f"lead over {other}, fewer examples", fewer, 4)
         show(f"lead over {other}, fewer - more examples", change, 4)
+        _, low, _ = interval(change)
+        grows.append(low > 0)
+        if statistics.fmean(fewer) < 0:
+            behind.append(other)
+    answer = "not shown"
+    if all(grows) and behind:
+        answer = f"no: with fewer examples it is still behind {' and '.join(behind)}, but by less"
+    elif all(grows):
+        answer = "yes"
+    print(f"second, answer: Needs fewer examples than all {len(COMPARED)}: {answer}.")
 
 
 show_differences("first", COMPARED)
