@@ -82,7 +82,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
     All programs tokenise prompts here, so that the same text always gets the same ids. A prompt is
     tokenised without its references. A decoder reads prompt and reference as one text: SNI's form
     puts one space between them, and the texts of JSONL rows are joined unchanged. Raise UserError
-    if no character of a prompt has a token.
+    for a prompt without any token, such as a zero-width space.
     """
     spaced = not config.is_jsonl
     saved_rows = []
@@ -105,8 +105,13 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
         rows_of_chunk = []
         for row, source in zip(chunk, sources, strict=True):
             if source == without_text:
+                origin = f"{config.data}, row {row.id}"
+                if row.set == "test":
+                    origin = f"{config.test}, row {row.id}"
+                elif row.set == "question":
+                    origin = "the question"
                 raise UserError(
-                    f"prompt {row.prompt!r:.40}: the tokenizer knows none of its characters; "
+                    f"{origin}: the tokenizer has no tokens for the prompt {row.prompt!r:.40}; "
                     "change it, or leave it out"
                 )
             row_targets = list(itertools.islice(targets, len(row.references)))
@@ -386,7 +391,7 @@ def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Exa
     if config.is_jsonl and name == "test":
         remedy = "give --test OTHER.jsonl, or --split seen"
     elif config.is_jsonl:
-        remedy = "add rows with other prompts; 40 different prompts are enough"
+        remedy = "add other prompts; 40 are enough, if their tokens differ after cutting"
     elif name == "test":
         remedy = "add task files of test_tasks.txt, or give --split seen"
     else:

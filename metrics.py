@@ -66,7 +66,9 @@ def _unicode_words(text):
     """Return the runs of letters and digits, with their marks. A CJK character is a word."""
     spaced = []
     for character in _plain(text):
-        category = unicodedata.category(character)[0]  # L letter, N number, M mark of a letter
+        category = unicodedata.category(character)[0]  # L letter, N number, M mark
+        if category == "M" and (not spaced or spaced[-1].endswith(" ")):
+            continue  # a mark of no letter, such as that of an emoji
         if category not in "LNM":
             character = " "
         elif _CJK.match(character):

@@ -79,7 +79,7 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
     def __post_init__(self) -> None:
         # Each part checks its own fields. Python calls only the first __post_init__.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
-            part.__post_init__(self)
+            self.part(part)
 
     def part(self, cls: type) -> Any:
         """Return those of the settings that are fields of the dataclass `cls`."""

@@ -145,9 +145,9 @@ class JsonTokenizer(Tokenizer):
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True  # one that a text spells out is text
 
-            eos_id = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
+            eos_id = self._tokenizer.token_to_id(eos)
             if eos_id is None:
-                raise ValueError("lacks the eos_token that tokenizer_config.json names")
+                raise ValueError(f"lacks the eos_token {eos!r:.40} of tokenizer_config.json")
             self.eos_ids = (eos_id,)
 
             # What the template of the file adds before a text is BOS. The setting add_bos_token has
@@ -175,13 +175,14 @@ class JsonTokenizer(Tokenizer):
                 self.target_prefix = " "  # since it adds none, a spaced target begins with its own
 
     def _read_eos(self):
-        """Return the EOS token that tokenizer_config.json names, None without this file."""
+        """Return the EOS token that tokenizer_config.json names."""
         path = self.path.with_name("tokenizer_config.json")
-        if not path.is_file():
-            return None
         eos = read_json(path).get("eos_token")
-        if isinstance(eos, dict):  # an AddedToken of transformers
-            eos = eos.get("content")
+        with reading(path, REMEDY):
+            if isinstance(eos, dict):  # an AddedToken of transformers
+                eos = eos.get("content")
+            if not isinstance(eos, str):
+                raise ValueError("names no eos_token")
         return eos
 
     def _encode(self, texts, inside=False):

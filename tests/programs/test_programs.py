@@ -554,7 +554,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
     "train.py --gpu -1": "--gpu -1: there are ",
     "train.py --max-tasks 1 --train-instances 5": "5 different training sources are too few",
-    "train.py --steps 0": "--steps 0: give 1 or more",
+    "train.py --steps -1": "--steps -1: give 1 or more",
     "train.py --train-instances -1": "--train-instances -1: give 0 or more",
     "train.py --max-source-length 1": "--max-source-length 1: give 2 or more",
     "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",

@@ -108,7 +108,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(tmp_path, t
     # Prompts that are cut to the same tokens count, too.
     long = [row | {"prompt": "word " * 40 + row["prompt"]} for row in rows]
     cut = DataConfig(data=str(write_rows(tmp_path / "long.jsonl", long)), max_source_length=20)
-    refused = "long.jsonl: 0 rows in the set dev, 5 needed; add rows with other prompts"
+    refused = "long.jsonl: 0 rows in the set dev, 5 needed; add other prompts"
     with pytest.raises(program.UserError, match=refused):
         data.require_set(load_sets(cut, tiny_words), "dev", cut)
 
@@ -321,11 +321,12 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus, tiny_words)
     words = load_tokenizer(path.parent)
     config = DataConfig(data="own.jsonl")
     assert len(data.example_of(row_of_prompt("\u65e5a"), words, config).source_ids) > 0
-    problem = "prompt '\u65e5\u65e5': the tokenizer knows none of its characters; change it"
+    problem = "the question: the tokenizer has no tokens for the prompt '\u65e5\u65e5'; change it"
     with pytest.raises(program.UserError, match=problem):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
-    with pytest.raises(program.UserError, match="the tokenizer knows none of its characters"):
-        data.example_of(row_of_prompt("\u200b"), tiny_words, config)
+    row = row_of_prompt("\u200b")._replace(set="dev", id="7")
+    with pytest.raises(program.UserError, match="own.jsonl, row 7: the tokenizer has no tokens"):
+        data.example_of(row, tiny_words, config)
 
 
 # -------------------------------------------------------------------------------------------- cache

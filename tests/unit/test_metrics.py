@@ -66,6 +66,9 @@ def test_words_of_rows_may_be_of_any_script():
         assert 0 < metrics.rouge_1(prediction, [reference], "unicode") < 1
     assert metrics.rouge_l("日語本", ["日本語"], "unicode") == pytest.approx(2 / 3)
     assert metrics.rouge_l("हिन्दू", ["हिन्दी"], "unicode") == 0  # a vowel sign belongs to its word
+    for one, other in (("\u2600\ufe0f", "\u2764\ufe0f"), ("葛\U000e0100", "城")):  # their marks
+        assert metrics.rouge_l(one, [other], "unicode") == 0
+    assert metrics.rouge_l("葛\U000e0100", ["葛"], "unicode") == 1
     assert metrics.rouge_1("running", ["runs"], "unicode") == 1
     assert metrics.rouge_1("éditions", ["édition"], "unicode") == 0  # no stem
 

@@ -167,7 +167,8 @@ def refused(folder, expected):
     "name, content, expected",
     [
         ("tokenizer_config.json", b"[]", "config.json: not a JSON object"),
-        ("tokenizer_config.json", b'{"eos_token": 7}', "lacks the eos_token"),
+        ("tokenizer_config.json", b'{"eos_token": 7}', "config.json: names no eos_token"),
+        ("tokenizer_config.json", b'{"eos_token": "end"}', "lacks the eos_token 'end' of"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "tokenizer.json"),
         ("tokenizer.json", b"{}", "tokenizer.json"),
         ("tokenizer.json", b"[" * 200, "tokenizer.json"),
@@ -176,6 +177,12 @@ def refused(folder, expected):
 def test_bad_file_is_refused(folder, name, content, expected):
     (folder / name).write_bytes(content)
     refused(folder, expected)
+
+
+def test_a_missing_tokenizer_config_is_named(folder):
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(OSError, match="tokenizer_config.json"):
+        tokenizer.load(folder)
 
 
 def test_pieces_of_another_kind_are_refused(tmp_path):
