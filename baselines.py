@@ -369,7 +369,7 @@ def attach_method(
     if method.mixes_by_sample and head in target_linears(module, config.targets).values():
         raise ValueError(
             "targets: head reads the tokens of all samples as one list, so that no method can mix "
-            f"skills by sample there, as {method.__name__} does; leave it out (for a method of "
+            f"skills by sample there, as {method.__name__} may do; leave it out (for a method of "
             "your own see Method.mixes_by_sample)"
         )
     adapters = attach(

@@ -70,8 +70,8 @@ class _LinearWithSkills(torch.autograd.Function):
     ) -> Tensor:
         """Return y (M,O).
 
-        The caller makes (B,L,O) of it: if this returned a view, autograd would forbid the model to
-        change it in place.
+        The caller makes (B,L,O) of it: autograd forbids in-place changes of a view that a Function
+        returns.
         x (B,L,D); A (S,R,D); B (S,R,O); c (B or 1,S) or (B or 1,L,S), in any dtype; weight (O,D)
         and bias (O), in x's dtype.
         """

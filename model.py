@@ -25,7 +25,7 @@ class Config:
     """Base of the frozen dataclass that describes a model of one family.
 
     Its fields are named as in Hugging Face's config.json. Raise ValueError if a number is out of
-    range: numbers must be above 0 and below 2^63, token ids at least 0 and below vocab_size.
+    range: numbers must be above 0 and below 2^63, a `..._token_id` at least 0 and below vocab_size.
     """
 
     # The values that these entries of a config.json may have, if they are there. Other values
@@ -225,8 +225,8 @@ class Backbone(nn.Module):
         """Return the greedy continuation of sources (B,Ls): only the new tokens (B,n).
 
         A row ends at its first EOS and is padded after it; n <= max_new_tokens. Rows that have
-        ended leave the batch: on_keep(staying) gets the indices of the others (B',) in the
-        batch as it is then.
+        ended leave the batch: on_keep(staying) gets the indices (B',) of the rows that stay,
+        counted in the current batch.
 
         agree: for processes that share the weights, since all must take the same number of steps.
         It is called after each step, with True if this process has rows that go on, and returns

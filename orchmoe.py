@@ -34,7 +34,7 @@ model: how the router starts, skills in a Linear, the adapters, and `attach`.
 Python 3.10 and torch 2.7, or later. MIT licence, copyright 2026 the authors of
 the repository "OrchMoE, a reference implementation", of which this file is a part.
 
-Test: pytest tests/unit/test_orchmoe.py
+Test: pytest tests/unit/test_orchmoe.py tests/unit/test_orchmoe_skills.py
 """
 
 import functools
@@ -62,7 +62,7 @@ class OrchMoEConfig:
     abstract_tasks: int = 8  # K, number of abstract tasks of the router
     skills: int = 4  # S, number of LoRA skills in each adapted Linear
     rank: int = 2  # R, rank of one skill
-    alpha: float | None = None  # scale of the skills is alpha / rank (default: alpha = rank)
+    alpha: float | None = None  # scale of the skills is alpha / their rank (default: rank)
     targets: tuple[str, ...] = ("q", "v")  # names of Linears; all: every one but the output head
     router: Literal["sample", "token"] = "sample"  # what w depends on
     router_attention: bool = True  # self-attention over the sample before its mean
@@ -177,9 +177,9 @@ class TaskRouter(nn.Module):
     def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
-        Each row of W_task becomes a centre of a spherical k-means. One factor scales all rows: with
-        the softmax it gives w a mean entropy of ln(K) / 3 (one-hot w: 0; uniform w: ln(K)), without
-        the softmax it gives w the standard deviation 1/K.
+        Each row of W_task becomes a centre of a spherical k-means, and all rows are multiplied by
+        one factor. With the softmax, this factor makes the mean entropy of w ln(K) / 3 (0: one-hot;
+        ln(K): uniform). Without it, the factor makes the standard deviation of w 1/K.
         """
         K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -726,8 +726,8 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
 
         embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
         padding. With router_init "normal" it only sets mu and sd. It does nothing without a sample
-        router. Raise ValueError for fewer than max(2, K) different sources, whose k-means would
-        leave abstract tasks empty.
+        router. Raise ValueError for fewer than max(2, K) different sources: k-means would leave
+        abstract tasks empty.
         """
         if self.router is None:
             return
@@ -784,7 +784,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             self._remove_skills()
 
     def detach(self) -> None:
-        """Remove the skills. Restore the classes of the Linears and the base's requires_grad."""
+        """Remove the skills. Restore the classes of the Linears and the base's requires_grad.
+
+        A weight that was parametrised after `attach` stays frozen.
+        """
         with self._open("detach"):
             self._remove_skills()
 
@@ -1003,9 +1006,9 @@ def attach(
     mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
     is not that of the first Embedding. num_tasks: how many training tasks there are, for methods
-    that read task ids. extra_rank: how many ranks the Linears get in addition, all together; they
-    share them evenly, and each skill of a Linear gets its share. Raise ValueError, with the module
-    unchanged, if a target does not exist or cannot have skills.
+    that read task ids. extra_rank: this many ranks are divided evenly among the Linears. If a
+    Linear gets e of them, each of its skills has rank R + e, and the scale alpha / (R + e). Raise
+    ValueError, with the module unchanged, if a target does not exist or cannot have skills.
     """
     # The wrapper that torch.compile returns would give all names a prefix.
     module = getattr(module, "_orig_mod", module)
@@ -1059,6 +1062,11 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
             is_wanted = name in targets or ("all" in targets and child not in heads)
             if not is_wanted or child in found.values():  # one in two places is adapted once
                 continue
+            if "forward" in vars(child):
+                raise ValueError(
+                    f"targets: {path}: its forward was replaced, as accelerate does for a base on "
+                    "several devices, and would bypass the skills; put the base on one device"
+                )
             if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
                 raise ValueError(
                     f"targets: {path}: its {type(owner).__name__} reads the weight without calling "

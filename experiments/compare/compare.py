@@ -38,7 +38,7 @@ import metrics
 import run_folder
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, OWN_METHODS, attach_method, load_method
+from baselines import METHODS, OWN_METHODS, Poly, attach_method, load_method, method_class
 from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
@@ -65,14 +65,16 @@ from tasks import DataConfig
 BUILT_IN = tuple(METHODS)
 
 DEFAULT_RUN = "ablations/default-s{seed}"
-# Each row has one difference from the default. S R and alpha stay the same.
+# Each row has one difference from the default, except that the one that is told the true task has
+# an abstract task for each of the T tasks. S R and alpha stay the same.
+TOLD_THE_TASK = "told the true task (K = T)"
 ABLATIONS = {
     "default": Variant(),
     "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
     "w of another sample": Variant(w="other", run=DEFAULT_RUN),
     "router: token": Variant({"router": "token"}),
     "router: random": Variant(replaced_router="random"),
-    "told the true task": Variant(replaced_router="task"),
+    TOLD_THE_TASK: Variant(replaced_router="task"),
     "router start: normal": Variant({"router_init": "normal"}),
     "attention off": Variant({"router_attention": False}),
     "w without softmax": Variant({"router_norm": "none"}),
@@ -111,11 +113,10 @@ def chosen_ablations(names: Sequence[str], num_tasks: int) -> list[str]:
     num_tasks: that of the training data; 0 if a row names no task.
     """
     chosen = list(dict.fromkeys(["default", *(names or ABLATIONS)]))  # each once
-    told = "told the true task"
-    if told in chosen and num_tasks == 0:
+    if TOLD_THE_TASK in chosen and num_tasks == 0:
         if names:
-            raise UserError(f"--rows {told}: the rows of --data name no task; leave it out")
-        chosen.remove(told)
+            raise UserError(f"--rows {TOLD_THE_TASK}: no row of --data names a task; leave it out")
+        chosen.remove(TOLD_THE_TASK)
     return chosen
 
 
@@ -288,8 +289,14 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
         text, chosen = verdicts(first, results[first], other, results[other])
         parts.append(text)
         winners += chosen.values()
+    told = [name for name in rows if issubclass(method_class(name), Poly)]
+    if told:
+        parts.append(
+            f"{' and '.join(told)}: told the task of each seen row. Questions and unseen rows get "
+            "the mean over the tasks."
+        )
     publish("\n\n".join(parts), path)
-    for name in dict.fromkeys(winners):  # each once
+    for name in dict.fromkeys(filter(None, winners)):  # each once
         cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
         print_next_commands(cells, study.config)
 

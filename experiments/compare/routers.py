@@ -14,6 +14,7 @@ Letters: B batch, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from baselines import Poly, attach_method
-from orchmoe import Adapters, Linears, OrchMoE, OrchMoEConfig, Routing, Skills, TaskRouter
+from orchmoe import (
+    Adapters,
+    Linears,
+    OrchMoE,
+    OrchMoEConfig,
+    Routing,
+    Skills,
+    TaskRouter,
+    scale_for_entropy,
+)
+
+
+def make_buffers(router: TaskRouter) -> None:
+    """Turn the weights of a router into buffers, which do not train and are not counted."""
+    for name in ("W_task", "bias"):
+        value = getattr(router, name).detach()
+        delattr(router, name)
+        router.register_buffer(name, value)
 
 
 class RandomRouter(TaskRouter):
@@ -33,6 +51,10 @@ class RandomRouter(TaskRouter):
         # So large that similar samples get unrelated w.
         directions = 1e3 * torch.randn(self.W_task.shape, generator=generator)  # (K,D)
         self.register_buffer("directions", directions, persistent=False)
+        K = config.abstract_tasks
+        phases = 2 * math.pi * torch.rand(1000, K, generator=generator)
+        self.scale = scale_for_entropy(phases.sin(), math.log(K) / 3)
+        make_buffers(self)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return w (B,K). Its entropy is about ln(K) / 3, as that of a learnt router at its start.
@@ -41,7 +63,7 @@ class RandomRouter(TaskRouter):
         """
         x_hat = self.summarise(embeddings, mask)  # (B,D)
         phases = x_hat @ self.directions.T  # (B,K)
-        return (8.5 * phases.sin()).softmax(dim=-1)
+        return (self.scale * phases.sin()).softmax(dim=-1)
 
 
 class RandomRouting(OrchMoE):
@@ -70,6 +92,7 @@ class Oracle(OrchMoE):
     ):
         config = replace(config, abstract_tasks=num_tasks)
         super().__init__(linears, skills, config, **options)
+        self.router = None
         K = num_tasks
         w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
         self.register_buffer("given_w", w.to(self.Z.device), persistent=False)
@@ -93,7 +116,6 @@ class ClusterPoly(Poly):
     The K clusters are those of the k-means from which OrchMoE's router starts. They do not train.
     """
 
-    settings = Poly.settings | {"abstract_tasks"}
     kind = "Poly of clusters"
 
     def __init__(
@@ -108,12 +130,8 @@ class ClusterPoly(Poly):
     ):
         K = config.abstract_tasks
         super().__init__(linears, skills, config, num_tasks=K, **options)
-        self.config = config
         self.router = TaskRouter(width, config).to(self.Z)
-        for name in ("W_task", "bias"):  # buffers, which do not train, in place of parameters
-            value = getattr(self.router, name).detach()
-            delattr(self.router, name)
-            self.router.register_buffer(name, value)
+        make_buffers(self.router)
 
     def route(
         self,
@@ -138,7 +156,7 @@ def attach_with(name: str) -> Callable[..., Adapters]:
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
-        changed = REPLACED.get(name, method)
+        changed = REPLACED[name] if name else method
         return attach_method(changed, module, config, **options)
 
     return attach

@@ -12,6 +12,7 @@ from torch import nn
 import checkpoint
 from baselines import attach_method, count_parameters
 from orchmoe import OrchMoEConfig
+from support.program import UserError
 
 
 def total(method: str, module: nn.Module, config: OrchMoEConfig, **options: int) -> int:
@@ -25,12 +26,22 @@ def total(method: str, module: nn.Module, config: OrchMoEConfig, **options: int)
     return sum(counts.values())
 
 
-def rank_for_total(target: int, *method: Any, **options: int) -> int:
-    """Return the extra_rank of a method that brings its total nearest to `target`."""
+def rank_for_total(
+    target: int, method: str, module: nn.Module, config: OrchMoEConfig, **options: int
+) -> int:
+    """Return the extra_rank of a method that brings its total nearest to `target`.
+
+    Raise UserError if extra ranks do not change its size. For the other arguments see `total`.
+    """
 
     def size(extra_rank):
-        return total(*method, extra_rank=extra_rank, **options)
+        return total(method, module, config, extra_rank=extra_rank, **options)
 
+    if size(2**12) == size(0):  # so many that each Linear gets some
+        raise UserError(
+            f"--methods {method}: its size does not depend on its rank, so that it cannot get the "
+            "size of the others; leave it out"
+        )
     too_large = 1
     while size(too_large) <= target:
         too_large *= 2

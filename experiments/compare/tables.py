@@ -289,7 +289,7 @@ def what_would_decide(differences: Paired) -> str:
         )
         return half_width(expected, units, seeds, freedom + units - U) <= mean
 
-    # Nearly all numbers above one that decides do so, too, and bisection finds about the first.
+    # If a number decides, nearly all larger ones do, too. So bisection finds about the smallest.
     ways = []
     more_seeds = range(seeds + 1, MOST_SEEDS + 1)
     enough = bisect_left(more_seeds, True, key=lambda number: is_decided(U, number))
@@ -310,7 +310,8 @@ def verdicts(
 ) -> tuple[str, dict[str, str]]:
     """Return the differences in loss of two rows on each set, and what to do, as a list.
 
-    Also return which row to use on each set. This is empty with one seed.
+    Also return which row to use on each set, "" for either. With one seed there are no sets. A LoRA
+    is the simplest method, so it is used unless the other one is better.
     """
     lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
     chosen = {}
@@ -322,7 +323,8 @@ def verdicts(
         decision = "one seed: no verdict"
         if len(cells) > 1:
             decision = verdict(difference)
-            chosen[which] = name if decision == "better" else other
+            undecided = "lora" if other == "lora" else ""
+            chosen[which] = {"better": name, "worse": other}.get(decision, undecided)
         line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
         line.append(differences.limits)
         if decision == "undecided" and not np.isnan(difference[1]):
@@ -330,12 +332,14 @@ def verdicts(
         lines.append(" ".join(part for part in line if part))
     if not chosen:
         lines.append("\nGive more --seeds: another seed may reverse the difference.")
+    elif set(chosen.values()) == {""}:
+        lines.append("\nNeither was shown to be better.")
     elif set(chosen.values()) == {name}:
         lines.append(f"\nUse {name}.")
     elif set(chosen.values()) == {other}:
         lines.append(f"\nUse {other}, since {name} was not shown to be better.")
     else:
-        seen, unseen = chosen.values()
+        seen, unseen = (use or "either" for use in chosen.values())
         lines.append(
             f"\nUse {seen} for inputs like the seen rows and {unseen} for the unseen ones."
         )

@@ -25,13 +25,13 @@ import eval as evaluation
 import run_folder
 import train
 from baselines import attach_method
-from experiments.compare import compare, routers, study, tables
+from experiments.compare import compare, routers, sizes, study, tables
 from experiments.compare.search import Search
 from experiments.compare.study import Cell, StudyConfig, Variant
 from experiments.explorer import explorer
 from helpers import CPU, ROOT, links, make_example
 from helpers import run as run_program
-from orchmoe import OrchMoEConfig
+from orchmoe import OrchMoE, OrchMoEConfig
 from support import program, runtime
 from support.program import UserError, read_json
 from tasks import DataConfig
@@ -90,15 +90,16 @@ FEW |= {"max_source_length": 64, "abstract_tasks": 2, "dtype": "float32"}
 def test_ablations_of_data_that_name_no_task():
     every = compare.chosen_ablations([], 5)
     assert every == list(compare.ABLATIONS)
-    every.remove("told the true task")
+    every.remove(compare.TOLD_THE_TASK)
     assert compare.chosen_ablations([], 0) == every
     assert compare.chosen_ablations(["K = 4", "default"], 0) == ["default", "K = 4"]
-    with pytest.raises(ValueError, match="--rows told the true task: the rows of --data name no"):
-        compare.chosen_ablations(["told the true task"], 0)
+    with pytest.raises(ValueError, match=r"--rows told the true task \(K = T\): no row of"):
+        compare.chosen_ablations([compare.TOLD_THE_TASK], 0)
 
 
-def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start():
-    config = OrchMoEConfig()
+@pytest.mark.parametrize("K", [8, 24])
+def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start(K):
+    config = OrchMoEConfig(abstract_tasks=K)
     router = routers.RandomRouter(32, config)
     rng = torch.Generator().manual_seed(0)
     similar = torch.randn(1, 9, 32, generator=rng)
@@ -135,6 +136,26 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
     assert torch.equal(torch.stack(known), torch.eye(28))
 
 
+@pytest.mark.parametrize("name", ["random", "task", "cluster"])
+def test_weights_that_are_not_read_are_not_counted(name, small_t5):
+    method = "poly" if name == "cluster" else "orchmoe"
+    adapters = routers.attach_with(name)(method, small_t5, OrchMoEConfig(), num_tasks=28)
+    assert [*dict(adapters.method.named_parameters())] == ["Z"]
+
+
+def test_a_method_of_a_fixed_size_cannot_get_the_size_of_the_others(small_t5):
+    class Fixed(OrchMoE):
+        def __init__(self, linears, skills, config, **options):
+            super().__init__(linears, skills, config, **options)
+            for attributes in skills:
+                A, B = attributes["skill_A"].detach(), attributes["skill_B"].detach()
+                attributes["skill_A"] = torch.nn.Parameter(A[:, :1].clone())
+                attributes["skill_B"] = torch.nn.Parameter(B[:, :1].clone())
+
+    with pytest.raises(UserError, match="its size does not depend on its rank"):
+        sizes.rank_for_total(10**5, Fixed, small_t5, OrchMoEConfig(), num_tasks=3)
+
+
 def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
     """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
     attach_function = routers.attach_with("task")
@@ -167,6 +188,7 @@ def test_compare_from_start_to_table(small):
     cells = {path.stem: read_json(path) for path in small.glob("methods/*.json")}
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
+    assert "\n\nc-poly: told the task of each seen row." in text
     of_skills = r"lr_skills \S+, alpha \S+"
     for name in ("orchmoe", "lora", "c-poly"):
         # Equal effort, over the rates and the scale that the method has.

@@ -202,6 +202,14 @@ def test_the_verdict_follows_the_rule(mean, decision, use):
     assert chosen == {"seen": "orchmoe" if decision == "better" else "lora"}
 
 
+def test_of_two_methods_that_are_no_lora_neither_is_simpler():
+    one, other = cells_of([2.0, 2.0])
+    text, chosen = tables.verdicts("orchmoe", one, "poly", other)
+    assert text.endswith("\nNeither was shown to be better.") and chosen == {"seen": ""}
+    text, chosen = tables.verdicts("orchmoe", cells_of([3.0, 2.0])[0], "poly", other)
+    assert text.endswith("\nUse poly, since orchmoe was not shown to be better.")
+
+
 def test_one_prompt_gives_no_verdict():
     one = [cell([NO_TASK], [loss]) for loss in (1.0, 1.01, 1.02)]
     other = [cell([NO_TASK], [2.0])] * 3

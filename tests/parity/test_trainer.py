@@ -809,3 +809,12 @@ if __name__ == "__main__":
     # Threads of a process group that still lives when Python ends may abort the process.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def test_a_base_on_several_devices_is_refused():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_llama()
+    linear = model.model.layers[1].self_attn.q_proj
+    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))  # as device_map="auto" does
+    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj: its forward was replaced"):
+        attach(model, OrchMoEConfig(targets=("q_proj",)))

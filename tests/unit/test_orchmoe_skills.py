@@ -509,6 +509,13 @@ def with_skills():
     return base
 
 
+def with_own_forward():
+    """As accelerate replaces it."""
+    base = net()
+    base.q.forward = base.q.forward
+    return base
+
+
 @pytest.mark.parametrize(
     "make, targets, message",
     [
@@ -518,6 +525,7 @@ def with_skills():
         (lambda: nn.MultiheadAttention(4, 2), ("out_proj",), "0.out_proj: .* bypass"),
         (lambda: nn.TransformerEncoderLayer(4, 2), ("linear1",), "0.linear1: .* bypass"),
         (with_skills, ("head",), r"0.q has skills already; detach\(\) them first"),
+        (with_own_forward, ("q",), "0.q: its forward was replaced, .* would bypass the skills"),
     ],
 )
 def test_attach_refuses_what_it_cannot_adapt(make, targets, message):
