@@ -263,7 +263,7 @@ def load_method(text: str) -> str:
 
     source = program.require_path(path, "give --method FILE.py:Class").read_bytes()
     digest = hashlib.sha256(source).hexdigest()[:16]
-    module = types.ModuleType(f"method_{digest}")
+    module = types.ModuleType(f"{program.OWN_METHOD}{digest}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # where torch.compile looks for it
     with program.reading(path, "correct the file"):

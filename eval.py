@@ -1,4 +1,4 @@
-"""Score a run or a bare model with the official metric of Super-NaturalInstructions.
+"""Score a run or a bare model by exact match and ROUGE, for SNI by its official rules.
 
 Writes predictions.jsonl, which the official scoring script can read too, and scores.json. With
 --ask or --prompt it prints one answer instead, and the router's weight of each abstract task. A run
@@ -36,7 +36,7 @@ from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_questi
 from tokenizer import Tokenizer
 
 LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
-START_NOTE = "may have trained the run in --start, or one before it, if their data differ"
+START_NOTE = "may have trained the run in --start, or a run before it, if that run had other data"
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -242,7 +242,7 @@ def mean_entropy(w: Tensor | None) -> float:
     return torch.where(is_distribution, entropy, math.nan).item()
 
 
-def router_report(w: Tensor, initial_w: Tensor | None = None) -> dict[str, float]:
+def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
     """Return how w (M,K) of M examples is spread over the abstract tasks.
 
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
@@ -250,7 +250,7 @@ def router_report(w: Tensor, initial_w: Tensor | None = None) -> dict[str, float
     largest: the largest of the mean weights of the abstract tasks.
     used: the number of abstract tasks whose mean weight is above 40 % of an equal share, 1/K.
     distance: mean KL(w || initial_w) in nats, where initial_w (M,K) is the router's w before
-    training. It is left out without initial_w, or if the rows of w are not distributions.
+    training. It is left out if the rows of w are not distributions.
 
     Warn if w is nearly uniform, or has collapsed to one abstract task.
     """
@@ -263,7 +263,7 @@ def router_report(w: Tensor, initial_w: Tensor | None = None) -> dict[str, float
         "largest": mean_w.max().item(),
         "used": int((mean_w > 0.4 / K).sum()),
     }
-    if initial_w is not None and not math.isnan(entropy):
+    if not math.isnan(entropy):
         log_ratio = w.clamp(min=1e-12).log() - initial_w.clamp(min=1e-12).log()
         report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
 
@@ -564,8 +564,8 @@ def main() -> None:
             write_results(config, examples, predictions, scores, scored)
 
         overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
-        tasks = len(scores["tasks"])
-        program.print_line(f"{len(examples)} instances of {tasks} {config.split} tasks: {overall}")
+        of_tasks = "" if NO_TASK in scores["tasks"] else f" of {len(scores['tasks'])} tasks"
+        program.print_line(f"{len(examples)} {config.split} instances{of_tasks}: {overall}")
         program.print_line(LOSS_NOTE)
         description = metrics.RULES[rules].description
         program.print_line(f"ROUGE and exact match in per cent, by {description}")

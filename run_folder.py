@@ -110,7 +110,7 @@ TRAIN_AGAIN = "restore the file, or train again"  # the remedy for a damaged fil
 # The remedy for a changed fact. That for "held_out" is another one.
 RESTORE = "restore it (if it moved, give --model, --data, --test or --method), or start a new run"
 RESTORE_HELD_OUT = (
-    "rows that are held out now may have trained; restore --data, score new rows with eval.py "
+    "rows that would now be held out may have trained; restore --data, score new rows with eval.py "
     "--test FILE --split test, or start a new run"
 )
 

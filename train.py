@@ -72,7 +72,7 @@ LARGEST_NORM = 1.0  # gradients are clipped to this norm
 # adapted, and 1 ms if all Linears are. These savings are computed, not measured; see docs/speed.md.
 COMPILE_FROM = 150_000  # steps times blocks from which --compile auto compiles
 # A user who gives one of these flags has chosen settings for the base.
-CHOSEN = {"start", "steps", "epochs", "batch_size", "abstract_tasks", "rank", *RATES}
+CHOSEN = {"steps", "epochs", "batch_size", "abstract_tasks", "rank", *RATES}
 
 
 @dataclass(frozen=True)

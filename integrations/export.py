@@ -212,7 +212,7 @@ def save_router(
     program.write_json(folder / "router.json", settings | facts)
 
 
-def export(config: ExportConfig, device: runtime.Device) -> None:
+def export(config: ExportConfig) -> None:
     """Write the LoRAs that the config asks for, and the router. All appear at once, or nothing."""
     out = Path(config.out)
     program.require_new([out], "name a new folder by --out")
@@ -231,6 +231,8 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
             )
         if method == "lora" and (config.mean or config.w):
             raise UserError(f"{config.run}: --method lora has no routing; leave out --mean and --w")
+        # In the dtype of the run, in which its router read the embeddings.
+        device = runtime.pick_device(device="cpu", dtype=run.settings.dtype)
         base, adapters, tokenizer = run_folder.load(device, run_dir=config.run, model=config.model)
         base_folder = config.model or run.settings.model
         tensors = checkpoint.read_folder(base_folder)
@@ -270,8 +272,7 @@ def export(config: ExportConfig, device: runtime.Device) -> None:
 
 
 def main() -> None:
-    config = program.from_flags(ExportConfig, program.read_flags(__doc__, ExportConfig))
-    export(config, runtime.pick_device(device="cpu", dtype="float32"))
+    export(program.from_flags(ExportConfig, program.read_flags(__doc__, ExportConfig)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Test: pytest tests/parity/test_serve.py tests/parity/test_trainer.py
 """
 
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -52,6 +53,9 @@ class Router:
             self.max_new_tokens = facts["max_new_tokens"]
             if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
                 raise ValueError(f"max_new_tokens: {self.max_new_tokens!r:.40} is no positive int")
+            for name in facts["loras"]:
+                if not re.fullmatch(r"\w[\w.-]*", name):  # a path could lead out of the folder
+                    raise ValueError(f"loras: {name!r:.60} is not a plain folder name")
             self.loras = [served / name for name in facts["loras"]]
             settings = {
                 "abstract_tasks": len(self.loras),

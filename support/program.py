@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
 ROOT = Path(__file__).resolve().parents[1]
+OWN_METHOD = "method_"  # how the name of a module begins that is the file of a method
 BETWEEN_LINES = 60  # seconds between the lines of a long computation without a terminal
 # What helps if the folder of a model does not exist.
 DOWNLOAD = (
@@ -51,11 +53,15 @@ class UserError(ValueError):
 def checking_settings() -> Iterator[None]:
     """Turn a ValueError inside the block into a UserError.
 
-    For the places where a config is made from flags, or adapters are attached as flags say.
+    For the places where a config is made from flags, or adapters are attached as flags say. A
+    ValueError that a line in the file of a method raises is a bug, and keeps its traceback.
     """
     try:
         yield
     except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].startswith(OWN_METHOD):
+            raise
         raise UserError(str(error)) from error
 
 

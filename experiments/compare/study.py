@@ -562,7 +562,7 @@ class StudyProgress:
             thread.join()
 
     def finished(self, cell: Cell, jobs: int) -> None:
-        """Print that a cell is finished. The dev losses of a planned study are not shown."""
+        """Print that a cell is finished. In a planned study only trials show their dev losses."""
         result = cell.result()
         if cell.row.trains:  # otherwise it is the frozen base, which is no run
             self.seconds.append(result["seconds"])

@@ -120,6 +120,7 @@ def damage(served):
     facts = read_json(path)
     for change, message in (
         ({"loras": 3}, "served/router.json: TypeError"),
+        ({"loras": ["../a"]}, "served/router.json: loras: '../a' is not a plain folder name; "),
         ({"max_new_tokens": -3}, "served/router.json: max_new_tokens: -3 is no positive int; "),
         ({"embedding": "none"}, "served/router.json: KeyError: 'none'; export it again"),
     ):

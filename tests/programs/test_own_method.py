@@ -39,6 +39,7 @@ from helpers import (
 )
 from orchmoe import OrchMoEConfig, attach
 from run_folder import load, read_run
+from support.program import UserError
 from tasks import DataConfig
 
 HYDRA = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
@@ -189,7 +190,7 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
     baselines.OWN_METHODS.clear()
     evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
     assert "--method FILE.py:" in run(*evaluate, cwd=home, code=2)
-    assert "4 instances" in run(*evaluate, *moved, cwd=home)
+    assert "4 seen instances" in run(*evaluate, *moved, cwd=home)
 
     if name == "Gated":
         assert not any("router" in row for row in records(home / "own"))  # no w was returned
@@ -309,6 +310,20 @@ def test_a_bug_in_the_file_keeps_its_traceback(home):
     with pytest.raises(NameError) as error:
         load_method(f"{path}:ByTask")
     assert (str(error.traceback[-1].path), error.traceback[-1].lineno) == (str(path), 2)  # from 0
+
+
+@pytest.mark.parametrize("line", ["N, B, S = mask.shape", "raise ValueError('no')"])
+def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(line, home):
+    source = OWN.replace("logits = self.table[:, task_ids]", f"{line}\n        logits = 0")
+    (home / "own.py").write_text(source)
+    place = source.splitlines().index(f"        {line}")  # from 0
+    compare = "experiments/compare/compare.py --no-tune --jobs 1 --methods lora,own.py:ByTask"
+    for words in (["train.py", "--method", "own.py:ByTask"], compare.split()):
+        with pytest.raises(ValueError) as error:
+            run(*words, *BRIEF, cwd=home)
+        assert not isinstance(error.value, UserError)
+        last = error.traceback[-1]
+        assert (str(last.path), last.lineno) == ("own.py", place)
 
 
 @pytest.mark.parametrize("line", ["return None", "return Routing(c=self.table[1:, task_ids])"])

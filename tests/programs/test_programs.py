@@ -338,7 +338,7 @@ def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, mon
     write_task(tmp_path, "task2_b", task_json(2))
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     evaluate = ["eval.py", "--model", ROOT / "tiny", "--data", ".", "--device", "cpu"]
-    assert "2 instances of 1 test tasks" in run(*evaluate, cwd=tmp_path)
+    assert "2 test instances of 1 tasks" in run(*evaluate, cwd=tmp_path)
     assert "task1_a.json: JSONDecodeError" in run(*evaluate, "--split", "dev", cwd=tmp_path, code=2)
 
 
@@ -488,7 +488,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
     tasks = program.read_json(home / "run/config.json")["facts"]["tasks"]
     assert len(tasks) == len(read_splits(sni_dir)["train"])
-    assert "2 instances of 2 test tasks" in run(*EVALUATE, "--split", "test", cwd=home)
+    assert "2 test instances of 2 tasks" in run(*EVALUATE, "--split", "test", cwd=home)
 
 
 # ---------------------------------------------------------------------------- how a program ends

@@ -80,7 +80,10 @@ def test_only_the_parts_with_a_rate_change(part, home):
     assert changed == expected
     evaluate = ["eval.py", "--run", part, "--split", "dev", "--limit", "2", "--device", "cpu"]
     output = run(*evaluate, cwd=home)
-    assert "1 dev tasks" in output and "\nthese rows may have trained the run in" in output
+    assert (
+        "2 dev instances of 1 tasks" in output
+        and "\nthese rows may have trained the run in" in output
+    )
 
 
 def test_a_start_without_any_rate_is_refused_before_it_has_a_folder(home):
