@@ -246,7 +246,6 @@ def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
     """Return how w (M,K) of M examples is spread over the abstract tasks.
 
     entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
-    normalised_entropy: entropy / ln(K), so that 1 is uniform; 0 if K is 1.
     largest: the largest of the mean weights of the abstract tasks.
     used: the number of abstract tasks whose mean weight is above 40 % of an equal share, 1/K.
     distance: mean KL(w || initial_w) in nats, where initial_w (M,K) is the router's w before
@@ -259,7 +258,6 @@ def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
     entropy = mean_entropy(w)
     report = {
         "entropy": entropy,
-        "normalised_entropy": entropy / math.log(K) if K > 1 else 0.0,
         "largest": mean_w.max().item(),
         "used": int((mean_w > 0.4 / K).sum()),
     }
@@ -268,7 +266,7 @@ def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
         report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
 
     if K > 1 and not math.isnan(entropy):
-        if report["normalised_entropy"] > 0.98:
+        if entropy > 0.98 * math.log(K):
             program.warn(
                 "the router is uniform: every sample has nearly the same w; train with another "
                 "--router-init or --lr-router"

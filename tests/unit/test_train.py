@@ -245,17 +245,17 @@ REPORTS = {  # w of four samples, fields of the report, a word of the warning
     "sharp": (torch.eye(2)[[0, 0, 1, 1]], {"entropy": 0, "largest": 0.5, "used": 2}, ""),
     "half": (
         torch.tensor([[0.5, 0.5, 0, 0]] * 4),
-        {"used": 2, "normalised_entropy": 0.5, "distance": math.log(2)},
+        {"used": 2, "entropy": math.log(2), "distance": math.log(2)},
         "",
     ),
-    "uniform": (torch.full((4, 4), 1 / 4), {"normalised_entropy": 1, "distance": 0}, "uniform"),
+    "uniform": (torch.full((4, 4), 1 / 4), {"entropy": math.log(4), "distance": 0}, "uniform"),
     "collapsed": (
         torch.tensor([[0.9, 0.1], [1, 0], [1, 0], [1, 0]]),
         {"largest": 0.975, "used": 1},
         "collapsed",
     ),
-    "many": (torch.eye(24), {"used": 24, "normalised_entropy": 0}, ""),
-    "one": (torch.ones(4, 1), {"normalised_entropy": 0}, ""),
+    "many": (torch.eye(24), {"used": 24, "entropy": 0}, ""),
+    "one": (torch.ones(4, 1), {"entropy": 0}, ""),
     "no distributions": (2 * torch.eye(8)[[3, 3, 3, 3]], {"entropy": math.nan}, ""),
 }
 
