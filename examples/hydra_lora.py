@@ -17,7 +17,7 @@ from torch import nn
 from orchmoe import Method, Routing
 
 
-def mix_heads(x, A, B, c, scale, weight=None, bias=None):
+def mix_shared_A(x, A, B, c, scale, weight=None, bias=None):
     """Return weight x + bias + scale * sum_s c_s B_s A x: x (B,L,D), c (B,L,S) -> (B,L,O)."""
     h = F.linear(x, A[0].to(x.dtype))  # (B,L,R)
     hc = (scale * c).to(x.dtype)[..., None] * h[..., None, :]  # (B,L,S,R)
@@ -38,7 +38,7 @@ class HydraLoRA(Method):
             W_task = torch.empty(S, A.shape[-1]).normal_(0, 0.02, generator=generator)
             attributes["skill_A"] = nn.Parameter(A[:1].clone())  # one A for all B
             attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
-            attributes["skill_mix"] = mix_heads
+            attributes["skill_mix"] = mix_shared_A
         identity = torch.eye(S).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
         self.register_buffer("identity", identity, persistent=False)
 
