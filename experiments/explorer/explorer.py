@@ -5,8 +5,8 @@
 The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
 page shows the weights c of the skills, the answer and, with a reference, the loss. It tries some
 samples, opens with the one whose loss rises most with equal weights, and says so. It is served on
-127.0.0.1 alone until Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup, style and script are in
-explorer.html, explorer.css and explorer.js.
+127.0.0.1 alone until Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
+style and script are in explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
 Test: pytest tests/repo/test_explorer.py
