@@ -18,8 +18,8 @@ E: the embeddings of the source. B batch, L length, D input width (in the router
 O output width, K abstract tasks, S skills, R rank, N adapted Linears. A is stored as (S,R,D), and
 B as (S,R,O): each B_s is transposed.
 
-The first half of the file implements the paper's equations. The second half puts them into a
-model: how the router starts, skills in a Linear, the adapters, and `attach`.
+The first half of the file implements these equations, our reconstruction of the paper. The second
+half puts them into a model: how the router starts, skills in a Linear, the adapters, and `attach`.
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
     rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}
@@ -95,8 +95,8 @@ class OrchMoEConfig:
 class Routing(NamedTuple):
     """The result of routing one batch.
 
-    Each Linear gets its part of c. If c is None, it gets its part of Zhat, and computes c for each
-    token by itself. No Linear reads w. The Linears are dimension 1 of Zhat, and dimension 0 of c.
+    With a sample router, Linear n gets c[n], (B,S). With a token router c is None, and the Linear
+    gets Zhat[:, n], (1,K,S) or (B,K,S), and computes c for each token by itself. No Linear reads w.
     """
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
@@ -121,7 +121,7 @@ class TaskRouter(nn.Module):
         self.W_task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
         self.bias = nn.Parameter(torch.zeros(K))
         if config.router_norm == "none":
-            nn.init.constant_(self.bias, 1 / K)  # without the softmax, w starts near 1/K
+            nn.init.constant_(self.bias, 1 / K)  # without the softmax, w is 1/K where x_hat = 0
         # Mean and standard deviation of x_hat over training sources. `fit` sets them.
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
@@ -177,9 +177,9 @@ class TaskRouter(nn.Module):
     def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
         """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
 
-        Each row of W_task becomes a centre of a spherical k-means, and all rows are multiplied by
-        one factor. With the softmax, this factor makes the mean entropy of w ln(K) / 3 (0: one-hot;
-        ln(K): uniform). Without it, the factor makes the standard deviation of w 1/K.
+        Each row of W_task becomes a centre of a spherical k-means, times one factor for all rows.
+        So the largest w is that of the source's cluster. With the softmax, the factor makes the
+        mean entropy of w ln(K) / 3 (0: one-hot; ln(K): uniform); without it, the sd of w is 1/K.
         """
         K = self.config.abstract_tasks
         self.mu.copy_(x_hat.mean(dim=0))
@@ -357,8 +357,8 @@ def mix_skills(
 ) -> Tensor:
     """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
 
-    The outputs of the skills are mixed, not A and B: our reading of the paper's Eq. 3, see
-    docs/paper.md. The skills are laid side by side as one LoRA of rank S R, so that there is no
+    The outputs of the skills are mixed, not A and B: our reading of Eq. 3 as a summary quotes it,
+    see docs/paper.md. The skills are laid side by side as one LoRA of rank S R, so that there is no
     loop over them.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
@@ -373,7 +373,7 @@ def mix_skills(
     c = (scale * c).to(x)
     c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): each rank gets the c of its skill
 
-    h = F.linear(x, A)  # (B,L,S R): all A_s x
+    h = F.linear(x, A)  # (B,L,S R): all A_s x, one skill after the other
     mixed = (h * c) @ B  # (B,L,O)
     if weight is None:
         return mixed
@@ -391,7 +391,7 @@ def mix_factors(
 ) -> Tensor:
     """Return scale * (sum_s c_s B_s) (sum_s c_s A_s) x: as mix_skills, but factors are mixed.
 
-    This is the other reading of the paper, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
+    This is another reading of Eq. 3, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
     """
     c = c.to(x)
     A_mix = torch.einsum("bs,srd->brd", c, A.to(x.dtype))  # (B,R,D): sum_s c_s A_s

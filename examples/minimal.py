@@ -49,7 +49,7 @@ def train(steps=600, warmup=50, K=8, S=4, R=2):
     W_task = centres * scale_for_entropy(x_hat @ centres.T, math.log(K) / 3)
     b = torch.zeros(K)
 
-    # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1; each step below sets c (N,B,S).
+    # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1. Each step below sets c (N,B,S) first.
     def add_skills(linear, inputs, y):
         x = inputs[0]
         n = linears.index(linear)
