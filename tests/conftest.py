@@ -209,6 +209,12 @@ def tokenizer(model_dir):
     return load_tokenizer(model_dir)
 
 
+@pytest.fixture(scope="session")
+def tiny_words():
+    """Return the tokenizer of the bundled base."""
+    return load_tokenizer(ROOT / "tiny")
+
+
 @pytest.fixture(scope="module")
 def corpus():
     """Return lines of text to train tokenizers on."""

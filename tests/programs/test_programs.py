@@ -42,7 +42,6 @@ from helpers import (
 from support import program, runtime
 from support.program import read_json
 from tasks import DataConfig, read_splits
-from tokenizer import load as load_tokenizer
 
 RESUME_RUN = [*RESUME, "run"]
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
@@ -259,23 +258,24 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     run(*EVALUATE, "--overwrite", cwd=cwd)  # the resumed run has noted the new places
 
 
-def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
+def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, tiny_words, capsys):
     saved = run_folder.read_run(copied)
     own_data = saved.settings.part(DataConfig)
-    tokenizer = load_tokenizer(ROOT / "tiny")
     config = evaluation.EvalConfig(run="run", split="seen")
     program.warn.cache_clear()
-    evaluation.choose_rows(config, own_data, saved, tokenizer)
+    evaluation.choose_rows(config, own_data, saved, tiny_words)
     assert not capsys.readouterr().err
 
     other_data = dataclasses.replace(own_data, max_tasks=6)
-    examples, _ = evaluation.choose_rows(config, other_data, saved, tokenizer)
+    examples, _ = evaluation.choose_rows(config, other_data, saved, tiny_words)
     assert "these are not the task files of the run" in capsys.readouterr().err
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
 
-def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
+def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(
+    copied, tiny_words, capsys
+):
     saved = run_folder.read_run(copied)
     folder = copied.parent / "other"
     name = saved.facts["tasks"][0]
@@ -283,18 +283,18 @@ def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(cop
     write_task(folder, name, task_json(3))
     other_data = dataclasses.replace(saved.settings.part(DataConfig), data=str(folder))
     config = evaluation.EvalConfig(run="run", split="test")
-    examples, _ = evaluation.choose_rows(config, other_data, saved, load_tokenizer(ROOT / "tiny"))
+    examples, _ = evaluation.choose_rows(config, other_data, saved, tiny_words)
     assert [example.task_index for example in examples] == [0, 0, 0]
     assert "other: 3 of 3 test rows belong to training tasks" in capsys.readouterr().err
 
 
-def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, capsys):
+def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, tiny_words, capsys):
     facts = {"tasks": ["a"], "train_tasks": "digest", "test_tasks": ""}
     saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
     test = write_rows(tmp_path / "new.jsonl", own_rows(3))
     data_config = dataclasses.replace(saved.settings.part(DataConfig), test=str(test))
     config = evaluation.EvalConfig(run="run", split="test")
-    examples, _ = evaluation.choose_rows(config, data_config, saved, load_tokenizer(ROOT / "tiny"))
+    examples, _ = evaluation.choose_rows(config, data_config, saved, tiny_words)
     assert len(examples) == 3 and not capsys.readouterr().err
 
 
@@ -430,7 +430,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[1:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
-def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
+def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(tiny_words, capsys):
     """Other data have no ends of sets, and --ask may take the prompt of other data."""
     saved = run_folder.Run(
         "run",
@@ -439,9 +439,8 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     )
     data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
     config = evaluation.EvalConfig(run="run", split="seen", limit=2)
-    tokenizer = load_tokenizer(ROOT / "tiny")
     program.warn.cache_clear()
-    examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
+    examples, _ = evaluation.choose_rows(config, data_config, saved, tiny_words)
     assert len(examples) == 2
     assert "these are not the task files of the run" in capsys.readouterr().err
 
@@ -449,11 +448,13 @@ def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     evaluation.refuse_idle_flags({"data": "sni"}, config, data_config)
 
 
-def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(capsys, monkeypatch):
+def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(
+    tiny_words, capsys, monkeypatch
+):
     monkeypatch.setattr(evaluation, "predict", lambda *_inputs, **_options: [""])
     monkeypatch.setattr(evaluation, "router_weights", lambda *_: torch.tensor([[-0.25, 1.5]]))
     config = evaluation.EvalConfig(model="tiny", ask="Write a word.", input="lion")
-    model = run_folder.Model(None, None, load_tokenizer(ROOT / "tiny"))
+    model = run_folder.Model(None, None, tiny_words)
     evaluation.answer(model, config, DataConfig(), run=None)
     assert capsys.readouterr().out.splitlines() == [
         "answer: (empty)",

@@ -4,7 +4,6 @@ parity/test_transformers.py compares folders with those of transformers.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +23,16 @@ from helpers import (
 from support.program import UserError, read_json, write_json
 
 
-def change_config(folder: Path, **changes):
+def change_config(folder, **changes):
     path = folder / "config.json"
     write_json(path, read_json(path) | changes)
 
 
-def write_weights(folder: Path, weights: dict):
+def write_weights(folder, weights):
     write_safetensors(folder / "model.safetensors", weights, PT)
 
 
-def check_refused(read, path: Path, words: str = ""):
+def check_refused(read, path, words=""):
     """Reading must raise a short error of one line that names the path first."""
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*: .*{words}") as refusal:
         read(path)
@@ -43,7 +42,7 @@ def check_refused(read, path: Path, words: str = ""):
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     """Return the folder of a T5 whose head is the embedding table."""
     save(random_t5(T5_CONFIGS["v1.0"]), tmp_path)
     return tmp_path
@@ -116,14 +115,12 @@ def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
 )
 def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp_path):
     save(small_model(kind), tmp_path)
-    before = fingerprint(tmp_path)
     path = tmp_path / "generation_config.json"
     write_json(path, {"eos_token_id": eos})
     loaded = load(tmp_path)
     assert loaded.config.eos_ids == expected
 
     path.unlink()
-    assert fingerprint(tmp_path) == before
     save(loaded, tmp_path)
     assert load(tmp_path).config == loaded.config
 
@@ -205,13 +202,12 @@ def test_read_folder_refuses_an_index(index, tmp_path):
 
 WI = "decoder.block.0.layer.2.DenseReluDense.wi.weight"
 JUNK = {f"junk{i}": torch.ones(2) for i in range(5)}
-EMPTY = {f"empty{i}": torch.ones(0) for i in range(5)}
 DO_NOT_FIT = [  # changes of config.json and of the tensors
     ({}, {"shared.weight": None}, "missing tensor 'shared.weight'"),
     ({}, JUNK, r"unexpected tensors \(5\): \['junk0', 'junk1', 'junk2'\]"),
     ({}, {WI: torch.ones(48, 31)}, r"wi.* shape torch.Size\(\[48, 31\]\)"),
     ({}, {WI: torch.ones(48, 32).long()}, "copying the parameter named .*wi"),
-    ({"num_layers": 10**9}, EMPTY, "blocks are more than 1000"),
+    ({"num_layers": 10**9}, {}, "blocks are more than 1000"),
     ({"d_model": 2**62, "d_ff": 2**62}, {}, ""),  # more bytes than 64 bits count
 ]
 

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import fresh_cache
@@ -87,9 +88,8 @@ CASES = [  # family, method, router, checkpointed, backend
     ("v1.1", "orchmoe", "sample", True, "eager"),  # dynamo alone, in a quarter of the time
     ("qwen3", "orchmoe", "token", True, "eager"),
     ("v1.1", HYDRA_LORA, "sample", True, "eager"),
+    pytest.param("v1.1", "lora", "sample", False, "inductor", marks=pytest.mark.slow),
 ]
-SLOW_CASE = ("v1.1", "lora", "sample", False, "inductor")
-CASES.append(pytest.param(*SLOW_CASE, marks=pytest.mark.slow))
 
 
 @pytest.mark.filterwarnings("error:blocks run uncompiled")
@@ -159,12 +159,13 @@ def fails(graph, inputs):
     raise NotImplementedError("no such kernel")
 
 
+def boxed(graph, inputs):
+    return make_boxed_func(graph)
+
+
 def fails_backward(graph, inputs):
-    compilers = {
-        "fw_compiler": lambda graph, _: make_boxed_func(graph),
-        "bw_compiler": fails,
-    }
-    return torch._dynamo.backends.common.aot_autograd(**compilers)(graph, inputs)
+    compile_graph = aot_autograd(fw_compiler=boxed, bw_compiler=fails)
+    return compile_graph(graph, inputs)
 
 
 @pytest.mark.parametrize("backend, checkpointed", [("eager", True), (fails_backward, False)])
@@ -186,9 +187,9 @@ def test_blocks_that_ran_compiled_stay_so_when_another_fails():
         graphs.append(graph)
         if len(graphs) == 2:
             fails(graph, inputs)
-        compilers = dict.fromkeys(("fw_compiler", "bw_compiler"), lambda g, _: make_boxed_func(g))
-        compilers["partition_fn"] = min_cut_rematerialization_partition  # as in inductor
-        return torch._dynamo.backends.common.aot_autograd(**compilers)(graph, inputs)
+        partition = min_cut_rematerialization_partition  # as in inductor
+        compile_graph = aot_autograd(fw_compiler=boxed, bw_compiler=boxed, partition_fn=partition)
+        return compile_graph(graph, inputs)
 
     blocks = []
     for activation in (torch.nn.GELU, torch.nn.GELU, torch.nn.Tanh, torch.nn.Tanh):

@@ -20,7 +20,7 @@ import eval as evaluation
 from helpers import (
     LLAMA3_ROPE,
     LLAMA_SIZES,
-    ROOT,
+    SHORT,
     adapted,
     hf_llama,
     make_example,
@@ -202,16 +202,13 @@ def test_from_hf_refuses_another_computation_by_field_and_value(change, message)
 
 # ------------------------------------------------------------------------------------- the programs
 
-SHORT = "--model model --device cpu --max-tasks 2 --train-instances 8 --eval-instances 4".split()
-SHORT += "--steps 2 --batch-size 4 --eval-every 1 --max-source-length 384 --out run".split()
-SHORT += ["--data", ROOT / "sni"]
-
 
 def test_examples_beyond_the_model_are_refused(tmp_path, corpus):
     sizes = {"vocab_size": 512, "max_position_embeddings": 300}
     write_decoder(tmp_path / "model", write_words, corpus, **sizes)
     message = "but the model has 300 positions"
-    assert message in run("train.py", *SHORT, cwd=tmp_path, code=2)
+    long = "--model model --max-source-length 384 --out run".split()
+    assert message in run("train.py", *SHORT, *long, cwd=tmp_path, code=2)
     assert not (tmp_path / "run").exists()
     ask = [*"--model model --device cpu --ask Go. --input".split(), "x" * 600]
     assert message in run("eval.py", *ask, cwd=tmp_path, code=2)
@@ -260,16 +257,11 @@ CPUS = [
 def test_pick_device_uses_bfloat16_on_a_cpu_that_gains_from_it(
     tmp_path, monkeypatch, size, native, expected
 ):
-    def picked(**options):
-        return runtime.pick_device(device="cpu", base=tmp_path, **options).dtype
-
     for name in NATIVE:
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name in native, raising=False)
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.truncate(int(size))
-    assert picked() == expected
-    assert picked(dtype="float32") == torch.float32
-    assert picked(dtype="bfloat16") == torch.bfloat16
+    assert runtime.pick_device(device="cpu", base=tmp_path).dtype == expected
 
 
 def test_rows_that_need_more_positions_than_there_are_are_refused():
@@ -278,7 +270,6 @@ def test_rows_that_need_more_positions_than_there_are_are_refused():
     fits = random_batch(10, 97, (40, 60), (25, 3))  # 65 tokens, the last of which is not read
     base.loss(*fits)
     base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=5)
-    base.hidden(fits.input_ids)
     example = make_example("", [9] * 60, [[9] * 5])
     words = SimpleNamespace(eos_ids=base.config.eos_ids, size=9)
     evaluation.require_fit(base, words, [example], max_new_tokens=5)

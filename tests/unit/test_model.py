@@ -93,7 +93,6 @@ def test_a_row_without_any_real_token_gives_no_nan(dtype):
     assert loss.dtype == torch.float32
     assert all(weight.grad.isfinite().all() for weight in t5.parameters())
     assert t5.loss(input_ids, mask, torch.full_like(labels, IGNORED)) == 0
-    t5.generate(input_ids[2:3], mask[2:3], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("length", [7, 8, 9])

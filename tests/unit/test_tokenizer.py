@@ -22,11 +22,6 @@ def words(request, tmp_path_factory, corpus):
     return tokenizer.load(request.param(tmp_path_factory.mktemp("model"), corpus))
 
 
-@pytest.fixture(scope="module")
-def t5_words():
-    return tokenizer.load(ROOT / "tiny")
-
-
 @pytest.fixture
 def folder(tmp_path, corpus):
     """Return a folder with a tokenizer.json without BOS."""
@@ -101,10 +96,10 @@ def test_texts_are_joined_as_they_stand(write, tmp_path, corpus):
         assert target[-1:] == list(each.eos_ids)
 
 
-def test_special_tokens_in_a_text_are_text(words, t5_words):
+def test_special_tokens_in_a_text_are_text(words, tiny_words):
     text = "a </s> <s> <unk> <pad> <extra_id_0> b"
     assert words.decode(words.encode(text)) == text
-    for each in (words, t5_words):
+    for each in (words, tiny_words):
         special = {*each.eos_ids, *each.bos_ids}
         assert not special & set(each.encode(text)[1:-1])
 
