@@ -155,6 +155,7 @@ def test_a_config_has_the_defaults_of_transformers(tied, tmp_path):
 
 REFUSED = [
     ("model_type", ["t5"]),
+    ("model_type", "\ud800"),
     ("feed_forward_proj", "gated-silu"),
     ("d_model", 0),
     ("d_model", 32.0),
@@ -172,5 +173,6 @@ REFUSED = [
 def test_read_config_refuses(field, value, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(t5_values(T5_CONFIGS["v1.0"]) | {field: value}))
-    with pytest.raises(ValueError, match=f"^{path}: .*{field}.*$"):
+    with pytest.raises(ValueError, match=f"^{path}: .*{field}.*$") as refused:
         checkpoint.read_config(tmp_path)
+    assert str(refused.value).isprintable()

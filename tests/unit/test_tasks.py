@@ -66,6 +66,10 @@ def instance(**row):
 
 BAD_TASKS = {  # what the error says: content of a task file
     "Expecting property name": b"{",
+    "RecursionError": b"[" * 100_000,
+    "UnicodeDecodeError": b'{"a": "\xff"}',
+    "Exceeds the limit": b"9" * 10_000,
+    "not a JSON object": b"[]",
     ": each text must be a string, not 3;": task_json(Definition=[3]),
     "Instances is empty": task_json(Instances=[]),
     "KeyError: 'output'": instance(),
