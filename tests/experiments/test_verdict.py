@@ -141,12 +141,3 @@ def test_a_comparison_of_rows_with_tasks(decoder):
     error = compare(decoder, *command, "--lr-skills", "0.02", code=2)
     assert "orchmoe-s1.json: made with lr_skills 0.01, not 0.02; name another folder" in error
     assert error.count("\n") == 1
-
-
-def test_a_method_that_needs_tasks_is_refused_before_anything_trains(tmp_path):
-    home = links(tmp_path)
-    flags = [*COMMAND, "--methods", "lora,c-poly", "--data", "sni/own.jsonl"]
-    error = compare(home, *flags, code=2)
-    assert "routes by task id: every JSONL row needs a `task` (in Python: num_tasks=)" in error
-    assert error.count("\n") == 1
-    assert not (home / "out").exists()
