@@ -156,21 +156,12 @@ def inputs():
 
 
 @pytest.fixture(params=LLAMA_FAMILIES, scope="module")
-def llama_folder(request, tmp_path_factory):
-    """Return a model folder in shards, as transformers writes it."""
-    path = tmp_path_factory.mktemp(request.param)
-    hf_llama(request.param).save_pretrained(path, max_shard_size="20KB")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama_pair(llama_folder):
-    """Return the model in `llama_folder` in the class of transformers, and in ours."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        llama_folder, attn_implementation="eager"
-    )
-    return model.eval(), checkpoint.load(llama_folder)
+def llama_pair(request, tmp_path_factory):
+    """Return a model in the class of transformers and, from a folder in shards, in ours."""
+    model = hf_llama(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return model, checkpoint.load(folder)
 
 
 @pytest.fixture

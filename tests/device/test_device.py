@@ -33,7 +33,7 @@ from helpers import (
     trace,
 )
 from model import aligned
-from support import program, runtime
+from support import runtime
 
 # --------------------------------------------------------------------------------------- the device
 
@@ -88,6 +88,7 @@ def test_tensors_of_two_devices_are_refused(second):
 
 SMALL = {"max_tasks": 2, "train_instances": 5, "eval_instances": 3, "max_source_length": 64}
 SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 2, "warmup": 1}
+SMALL_FLAGS = train.flags_of(train.Settings(**SMALL))
 ANSWER = ["--split", "seen", "--limit", "2", "--max-new-tokens", "3"]
 ON_CPU = ["--device", "cpu"]
 QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
@@ -102,19 +103,11 @@ CASES = {
 }
 
 
-def words(flags):
-    """Return the command line of these flags."""
-    line = []
-    for name, value in flags.items():
-        line += [program.flag(name), str(value)]
-    return line
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Return a folder with `run`, trained on the second device."""
     folder = links(tmp_path_factory.mktemp("second"))
-    output = run("train.py", *words(SMALL), "--out", "run", cwd=folder)
+    output = run("train.py", *SMALL_FLAGS, "--out", "run", cwd=folder)
     assert "| orchmoe |" in output
     return folder
 
@@ -145,7 +138,7 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
 def test_a_run_resumes_on_the_other_device(first, then, home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score_held_out", lambda *_: {})
     with interrupted(train, "train_step", 1):
-        run("train.py", *words(SMALL), "--out", "run", *first, cwd=tmp_path, code=130)
+        run("train.py", *SMALL_FLAGS, "--out", "run", *first, cwd=tmp_path, code=130)
     run("train.py", "--resume", "--out", "run", *then, cwd=tmp_path)
     found, expected = trace(tmp_path / "run"), trace(home / "run")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -738,7 +738,7 @@ REFUSED = {
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",
     "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect with what",
-    "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has none",
+    "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has",
     "--methods lora,c-poly --data sni/own.jsonl": "--method: CPoly routes by task id: every JSONL",
     "--methods lora,poly --gumbel": "--gumbel: has no effect with what is compared",
     "--methods moe-lora,orchmoe --no-tune --steps 1 --lr-skills 0": "--lr-skills 0: the skills",

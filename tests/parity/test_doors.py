@@ -17,6 +17,7 @@ from support.program import UserError, read_json, write_json
 
 DOORS = {
     "train": "train.py --resume --out run --device cpu",
+    "start": "train.py --start run --out again --device cpu --steps 1 --eval-instances 2",
     "eval": "eval.py --run run --split dev --limit 2 --device cpu --out scores",
     "ask": "eval.py --run run --ask Say --input it --device cpu",
     "explorer": "",
@@ -91,7 +92,7 @@ CHANGES = {  # what is changed, which doors must not open then, and what they sa
     "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks changed"),
     "method": (
         change_method,
-        ("train", "eval", "ask", "explorer", "export", "mean"),
+        ("train", "start", "eval", "ask", "explorer", "export", "mean"),
         "method changed|belongs to another run|--method moe-lora",
     ),
 }

@@ -224,22 +224,21 @@ def changed(own, tmp_path):
     return folder
 
 
-def programs(folder):
-    """Return command lines that load the run in a folder."""
-    return (
-        [*RESUME, folder],
-        ["eval.py", "--run", folder, "--split", "seen", "--device", "cpu"],
-        ["experiments/explorer/explorer.py", "--run", folder],
-        ["integrations/export.py", "--run", folder, "--mean", "--out", "served"],
-        ["eval.py", "--run", folder, "--ask", "Name 3:", "--device", "cpu"],
-        ["eval.py", "--run", folder, "--split", "test", "--limit", "1", "--device", "cpu"],
-    )
+# Command lines that load the run.
+PROGRAMS = (
+    [*RESUME, "t5"],
+    ["eval.py", "--run", "t5", "--split", "seen", "--device", "cpu"],
+    ["experiments/explorer/explorer.py", "--run", "t5"],
+    ["integrations/export.py", "--run", "t5", "--mean", "--out", "served"],
+    ["eval.py", "--run", "t5", "--ask", "Name 3:", "--device", "cpu"],
+    ["eval.py", "--run", "t5", "--split", "test", "--limit", "1", "--device", "cpu"],
+)
 
 
 def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     """The run has trained on rows that are now in dev and seen."""
     write_rows(changed / "own.jsonl", own_rows(100, task="t"))
-    *refused, ask, new_rows = programs("t5")
+    *refused, ask, new_rows = PROGRAMS
     for line in refused:
         error = run(*line, cwd=changed, code=2)
         assert error.count("\n") == 1 and "t5: held_out changed since" in error
@@ -250,7 +249,7 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
 
 def test_only_unseen_rows_need_the_file_of_test(changed):
     (changed / "test.jsonl").unlink()
-    _, seen, _, export, *_ = programs("t5")
+    _, seen, _, export, *_ = PROGRAMS
     assert "t5/eval-seen-2/scores.json" in run(*seen, "--limit", "2", cwd=changed)
     assert "abstract-8, mean" in run(*export, cwd=changed)
 

@@ -223,20 +223,7 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     assert ", bfloat16, torch" in run(*EVALUATE, *chosen, cwd=copied.parent)
 
 
-# ----------------------------------------------------------------------- what a run is bound to
-
-
-def test_run_is_bound_to_the_contents_of_its_base(copied, tmp_path):
-    """parity/test_doors.py has what else a run is bound to, and more programs."""
-    shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
-    change_config(copied, "settings", model=str(tmp_path / "tiny"))
-    base = checkpoint.load(tmp_path / "tiny")
-    base.embedding.weight.data[0] += 1
-    checkpoint.save(base, tmp_path / "tiny")
-    start = ["train.py", *SHORT, "--start", "run", "--out", "on"]
-    for line in (EVALUATE, RESUME_RUN, start):
-        error = run(*line, cwd=tmp_path, code=2)
-        assert "run: base changed since the run began" in error
+# ------------------------------------------------- what a run is bound to, see parity/test_doors.py
 
 
 def test_a_finished_run_without_its_progress_is_not_trained_again(copied):

@@ -86,13 +86,6 @@ def test_only_the_parts_with_a_rate_change(part, home):
     )
 
 
-def test_a_start_without_any_rate_is_refused_before_it_has_a_folder(home):
-    rates = [*ROUTER_ONLY, "--lr-router", "0"]
-    error = run("train.py", "--start", "run", *rates, *SIZES, "--out", "still", cwd=home, code=2)
-    assert error.startswith("train.py: error: --method orchmoe: each of its learning rates is 0")
-    assert error.count("\n") == 1 and not (home / "still").exists()
-
-
 def test_a_start_that_training_only_harms_stays_the_result(home):
     harm = ["--start", "run", "--data", "data", "--lr-skills", "1", *SIZES, "--out", "harmed"]
     output = run("train.py", *harm, cwd=home)
@@ -150,15 +143,11 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     after, metadata = checkpoint.read_safetensors(home / "runs/loras/adapter.safetensors")
     config = json.loads(metadata["adapter"])["config"]
     assert config["skills"] == 2 and config["rank"] == 8
-    ours = "encoder.blocks.0.attention.q"
-    theirs = "encoder.block.0.layer.0.SelfAttention.q"
-    for s, lora in enumerate(names["loras"]):
-        A, B = lora.factors[theirs]
-        assert torch.equal(after[f"{ours}.skill_A"][s], A)
-        assert torch.equal(after[f"{ours}.skill_B"][s], B.T)
+    A, _ = names["loras"][1].factors["encoder.block.0.layer.0.SelfAttention.q"]
     last = checkpoint.read_torch(home / "runs/loras/progress.pt")["adapters"]
     assert last["Z"].abs().max() > 0.01  # it started at 0
-    assert torch.equal(last[f"{ours}.skill_A"], after[f"{ours}.skill_A"])
+    for state in (last, after):
+        assert torch.equal(state["encoder.blocks.0.attention.q.skill_A"][1], A)
     evaluate = "eval.py --run runs/loras --split dev --limit 2 --device cpu"
     run(*evaluate.split(), cwd=home)
 
@@ -180,6 +169,7 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
 MISTAKES = {  # flags -> beginning of the message
     "--start run --rank 4": "--rank: has no effect with --start",
     "--start run --method lora": "--method: has no effect with --start",
+    "--start run --lr-skills 0 --lr-allocation 0 --lr-router 0": "--method orchmoe: each of its",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
     "--resume --out run --start other": "--start other: the run in run has ''",
     "--resume --out run --test x.jsonl": "--test x.jsonl: the run in run has ''",

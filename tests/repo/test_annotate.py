@@ -71,14 +71,6 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
         annotate.note_lines(PIECES[name], BLOCKS[name].notes, changed)
 
 
-def test_tests_that_the_notes_name_exist():
-    tests = "".join(path.read_text() for path in annotate.DOCS.parent.glob("tests/*/test_*.py"))
-    named = re.findall(r"^- \*\*tested\*\* by `(\w+)`$", TEXT, re.MULTILINE)
-    assert named
-    for name in named:
-        assert f"def {name}(" in tests, name
-
-
 # ------------------------------------------------------------------------------------------ the run
 
 

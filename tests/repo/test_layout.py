@@ -206,7 +206,7 @@ def test_pages_name_what_exists(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
     for owner, name in re.findall(r"`([A-Z]\w+)\.([a-z]\w+)`", text):
         assert hasattr(NAMES[owner], name), f"{owner}.{name}"
-    for name in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text):
+    for name in re.findall(r"`([a-z]+(?:_[A-Za-z]+)+)`", text):
         sources = TEST_SOURCES if name.startswith("test_") else SOURCES
         assert re.search(rf"\b{name}\b", sources) or name in FOREIGN, name
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", text)) - FOREIGN:
