@@ -42,6 +42,7 @@ from helpers import (
 from support import program, runtime
 from support.program import read_json
 from tasks import DataConfig, read_splits
+from tokenizer import load as load_tokenizer
 
 RESUME_RUN = [*RESUME, "run"]
 BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
@@ -245,44 +246,42 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     run(*EVALUATE, "--overwrite", cwd=cwd)  # the resumed run has noted the new places
 
 
-def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, tiny_words, capsys):
-    saved = run_folder.read_run(copied)
-    own_data = saved.settings.part(DataConfig)
-    config = evaluation.EvalConfig(run="run", split="seen")
+def choose_rows(saved, capsys, split="seen", limit=0, **changes):
+    """Return the rows that eval.py chooses from changed data, and what it says."""
     program.warn.cache_clear()
-    evaluation.choose_rows(config, own_data, saved, tiny_words)
-    assert not capsys.readouterr().err
+    config = evaluation.EvalConfig(run="run", split=split, limit=limit)
+    data_config = dataclasses.replace(saved.settings.part(DataConfig), **changes)
+    tokenizer = load_tokenizer(ROOT / "tiny")
+    examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
+    return examples, capsys.readouterr().err
 
-    other_data = dataclasses.replace(own_data, max_tasks=6)
-    examples, _ = evaluation.choose_rows(config, other_data, saved, tiny_words)
-    assert "these are not the task files of the run" in capsys.readouterr().err
+
+def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
+    saved = run_folder.read_run(copied)
+    assert choose_rows(saved, capsys)[1] == ""
+    examples, said = choose_rows(saved, capsys, max_tasks=6)
+    assert "these are not the task files of the run" in said
     # The run has four tasks. The other two have no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
 
-def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(
-    copied, tiny_words, capsys
-):
+def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
     saved = run_folder.read_run(copied)
     folder = copied.parent / "other"
     name = saved.facts["tasks"][0]
     write_lists(folder, [], [name])
     write_task(folder, name, task_json(3))
-    other_data = dataclasses.replace(saved.settings.part(DataConfig), data=str(folder))
-    config = evaluation.EvalConfig(run="run", split="test")
-    examples, _ = evaluation.choose_rows(config, other_data, saved, tiny_words)
+    examples, said = choose_rows(saved, capsys, "test", data=str(folder))
     assert [example.task_index for example in examples] == [0, 0, 0]
-    assert "other: 3 of 3 test rows belong to training tasks" in capsys.readouterr().err
+    assert "other: 3 of 3 test rows belong to training tasks" in said
 
 
-def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, tiny_words, capsys):
+def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, capsys):
     facts = {"tasks": ["a"], "train_tasks": "digest", "test_tasks": ""}
     saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
     test = write_rows(tmp_path / "new.jsonl", own_rows(3))
-    data_config = dataclasses.replace(saved.settings.part(DataConfig), test=str(test))
-    config = evaluation.EvalConfig(run="run", split="test")
-    examples, _ = evaluation.choose_rows(config, data_config, saved, tiny_words)
-    assert len(examples) == 3 and not capsys.readouterr().err
+    examples, said = choose_rows(saved, capsys, "test", test=str(test))
+    assert len(examples) == 3 and not said
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -417,22 +416,15 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[1:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
-def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(tiny_words, capsys):
+def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
     """Other data have no ends of sets, and --ask may take the prompt of other data."""
-    saved = run_folder.Run(
-        "run",
-        run_folder.Settings(data=str(ROOT / "sni/own.jsonl")),
-        {"tasks": ["a"], "train_tasks": "digest", "held_out": [[3, 0], [17, 0]]},
-    )
-    data_config = DataConfig(data=str(ROOT / "sni"), max_tasks=1)
-    config = evaluation.EvalConfig(run="run", split="seen", limit=2)
-    program.warn.cache_clear()
-    examples, _ = evaluation.choose_rows(config, data_config, saved, tiny_words)
-    assert len(examples) == 2
-    assert "these are not the task files of the run" in capsys.readouterr().err
+    facts = {"tasks": ["a"], "train_tasks": "digest", "held_out": [[3, 0], [17, 0]]}
+    saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
+    examples, said = choose_rows(saved, capsys, limit=2, data=str(ROOT / "sni"), max_tasks=1)
+    assert len(examples) == 2 and "these are not the task files of the run" in said
 
     config = evaluation.EvalConfig(run="run", ask="Go.", input="word")
-    evaluation.refuse_idle_flags({"data": "sni"}, config, data_config)
+    evaluation.refuse_idle_flags({"data": "sni"}, config, DataConfig(data="sni"))
 
 
 def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(

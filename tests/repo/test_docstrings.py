@@ -2,11 +2,7 @@
 
 import ast
 import re
-import shlex
 from unittest import mock
-
-import pytest
-from test_options import parser_of
 
 import data
 import kernels
@@ -24,16 +20,7 @@ def blocks_of(path):
 
 
 BLOCKS = [(path.stem, block) for path in sorted(ROOT.glob("*.py")) for block in blocks_of(path)]
-COMMANDS = [(name, block) for name, block in BLOCKS if block.startswith("python ")]
 CODE = {name: block for name, block in BLOCKS if name in ("data", "kernels", "orchmoe")}
-
-
-@pytest.mark.parametrize("program, block", COMMANDS)
-def test_commands_have_flags_that_exist(program, block):
-    for line in block.splitlines():
-        words = shlex.split(line, comments=True)
-        assert words[:2] == ["python", f"{program}.py"]
-        parser_of(program).parse_args(words[2:])  # ValueError for a wrong flag or value
 
 
 def test_example_of_data_gives_a_batch(monkeypatch):

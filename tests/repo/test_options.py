@@ -35,17 +35,20 @@ def parser_of(program):
     return parse.call_args.args[0]
 
 
-def test_commands_of_the_pages_are_accepted():
+def test_commands_of_pages_and_docstrings_are_accepted():
     parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES + SHORT_PROGRAMS}
     count = 0
-    for path in (ROOT / "README.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
+    paths = [ROOT / "README.md", ROOT / "SECURITY.md"]
+    for pattern in ("docs/*.md", "*.py", "integrations/*.py"):
+        paths += ROOT.glob(pattern)
+    for path in paths:
         text = text_of(path).replace("\\\n", "")
         for program, words in COMMAND.findall(text):
             if program in parsers:
                 arguments = shlex.split(words.replace("SEED", "0"), comments=True)
                 parsers[program].parse_args(arguments)  # ValueError for a wrong flag or value
                 count += 1
-    assert count > 15
+    assert count > 25
 
 
 def test_help_describes_every_flag():
