@@ -97,7 +97,7 @@ def home(tmp_path):
 def finished(tmp_path_factory):
     """Return a folder with `run`, a finished run of OrchMoE. Tests must not change it."""
     folder = links(tmp_path_factory.mktemp("finished"))
-    run("train.py", *SHORT, "--out", "run", cwd=folder)
+    run(f"train.py {SHORT} --out run", cwd=folder)
     return folder
 
 
@@ -115,8 +115,7 @@ def finished_decoder(decoder_dir, tmp_path_factory):
     folder = links(tmp_path_factory.mktemp("decoder"))
     (folder / "llama").symlink_to(decoder_dir)
     # Its tokens are shorter, and so its prompts are longer.
-    whole = ("--max-source-length", 512)
-    run("train.py", *SHORT, *whole, "--model", "llama", "--out", "run", cwd=folder)
+    run(f"train.py {SHORT} --max-source-length 512 --model llama --out run", cwd=folder)
     return folder
 
 

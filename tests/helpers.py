@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,24 +45,27 @@ CPU = runtime.Device(torch.device("cpu"), torch.float32, "")
 PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 
 # Flags of a short training run.
-SHORT = "--device cpu --max-tasks 4 --max-source-length 64 --eval-instances 8 --steps 8".split()
-SHORT += "--eval-every 4 --batch-size 4 --warmup 2".split()
+SHORT = (
+    "--device cpu --max-tasks 4 --max-source-length 64 --eval-instances 8 --steps 8 "
+    "--eval-every 4 --batch-size 4 --warmup 2"
+)
 
 # What resumes a run, before the name of its folder.
-RESUME = "train.py --resume --device cpu --out".split()
+RESUME = "train.py --resume --device cpu --out"
 
 
 # ------------------------------------------------------------------------------------- the programs
 
 
-def run(program, *arguments, cwd, code=0):
+def run(line, *more, cwd, code=0):
     """Run a program in this process, which saves the imports. It must end with `code`.
 
+    line: the command line, as in a shell. more: further words of it, such as paths.
     Return its stdout or, if it was refused (code 2), its stderr.
     """
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    words = [*shlex.split(line), *map(str, more)]
+    module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
     warn.cache_clear()
-    words = [program, *map(str, arguments)]
     output = io.StringIO()
     errors = io.StringIO()
     previous_folder = os.getcwd()
@@ -109,8 +113,7 @@ def spied(owner, name):
 def ids_of_question(*words, cwd):
     """Ask the run `run` with these flags of eval.py. Return the ids of the source."""
     with spied(evaluation, "routed") as routed:
-        short = ["--device", "cpu", "--max-new-tokens", "1"]
-        run("eval.py", "--run", "run", *short, *words, cwd=cwd)
+        run("eval.py --run run --device cpu --max-new-tokens 1", *words, cwd=cwd)
     return routed.call_args.args[2].input_ids[0].tolist()
 
 

@@ -89,9 +89,9 @@ def test_tensors_of_two_devices_are_refused(second):
 SMALL = {"max_tasks": 2, "train_instances": 5, "eval_instances": 3, "max_source_length": 64}
 SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 2, "warmup": 1}
 SMALL_FLAGS = train.flags_of(train.Settings(**SMALL))
-ANSWER = ["--split", "seen", "--limit", "2", "--max-new-tokens", "3"]
-ON_CPU = ["--device", "cpu"]
-QUESTION = ["--ask", "Write the first word.", "--input", "lion, June, wolf"]
+ANSWER = "--split seen --limit 2 --max-new-tokens 3"
+ON_CPU = "--device cpu"
+QUESTION = "--ask 'Write the first word.' --input 'lion, June, wolf'"
 CASES = {
     "orchmoe": {"accumulate": 2, "gumbel": True},
     "moe-lora": {"checkpoint_blocks": True},
@@ -107,7 +107,7 @@ CASES = {
 def home(tmp_path_factory):
     """Return a folder with `run`, trained on the second device."""
     folder = links(tmp_path_factory.mktemp("second"))
-    output = run("train.py", *SMALL_FLAGS, "--out", "run", cwd=folder)
+    output = run("train.py --out run", *SMALL_FLAGS, cwd=folder)
     assert "| orchmoe |" in output
     return folder
 
@@ -131,29 +131,29 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
         losses.append(trace(out))
     rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*losses, rtol=rtol, atol=1e-5)
-    run("eval.py", "--run", out, *ANSWER, cwd=tmp_path)
+    run(f"eval.py {ANSWER} --run", out, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("first, then", [([], ON_CPU), (ON_CPU, [])])
+@pytest.mark.parametrize("first, then", [("", ON_CPU), (ON_CPU, "")])
 def test_a_run_resumes_on_the_other_device(first, then, home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score_held_out", lambda *_: {})
     with interrupted(train, "train_step", 1):
-        run("train.py", *SMALL_FLAGS, "--out", "run", *first, cwd=tmp_path, code=130)
-    run("train.py", "--resume", "--out", "run", *then, cwd=tmp_path)
+        run(f"train.py --out run {first}", *SMALL_FLAGS, cwd=tmp_path, code=130)
+    run(f"train.py --resume --out run {then}", cwd=tmp_path)
     found, expected = trace(tmp_path / "run"), trace(home / "run")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [["--run", "run"], ["--model", "tiny"]], ids=["run", "bare"])
+@pytest.mark.parametrize("model", ["--run run", "--model tiny"])
 def test_answers_are_those_of_the_cpu(model, second, home):
     base, _, _ = run_folder.load(runtime.pick_device(), model=home / "tiny")
     assert base.device == second
     answers = []
-    for device in ([], ON_CPU):
-        output = run("eval.py", *model, *QUESTION, *device, cwd=home)
+    for device in ("", ON_CPU):
+        output = run(f"eval.py {model} {QUESTION} {device}", cwd=home)
         answers.append(output.splitlines()[1:])  # the first line names the device
     assert answers[0] == answers[1]
-    run("eval.py", *model, *ANSWER, cwd=home)
+    run(f"eval.py {model} {ANSWER}", cwd=home)
 
 
 # --------------------------------------------------------------------------------------- the models

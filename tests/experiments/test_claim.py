@@ -46,7 +46,7 @@ def tuned(small, tmp_path):
 
 
 def stage(name, flags, tmp_path, code=0):
-    return run("experiments/claim.py", *flags, "--stage", name, cwd=tmp_path, code=code)
+    return run(f"experiments/claim.py --stage {name}", *flags, cwd=tmp_path, code=code)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def cells(tmp_path):
 
 
 def tables(cells, code=0):
-    return run("experiments/claim.py", "--results", cells, cwd=cells.parent, code=code)
+    return run("experiments/claim.py --results", cells, cwd=cells.parent, code=code)
 
 
 def test_a_family_is_decided_by_all_its_cells(cells):

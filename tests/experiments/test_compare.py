@@ -43,8 +43,8 @@ def home(tmp_path_factory):
     return links(tmp_path_factory.mktemp("compare"))
 
 
-def run(home, *arguments, code=0):
-    return run_program("experiments/compare/compare.py", *arguments, cwd=home, code=code)
+def run(home, flags, *more, code=0):
+    return run_program(f"experiments/compare/compare.py {flags}", *more, cwd=home, code=code)
 
 
 # -------------------------------------------------------------------------------------- ablations
@@ -172,14 +172,14 @@ def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
 SMALL = (
     "--device cpu --max-tasks 3 --eval-instances 6 --steps 2 --eval-every 2 --batch-size 2 "
     "--seeds 1 --train-instances 8 --trials 2 --jobs 1 --max-source-length 64 --out out"
-).split()
-METHODS = [*SMALL, "--methods", "orchmoe,lora,c-poly"]
+)
+METHODS = f"{SMALL} --methods orchmoe,lora,c-poly"
 
 
 @pytest.fixture(scope="module")
 def small(home):
     """Return the folder of a finished comparison of three methods."""
-    run(home, *METHODS)
+    run(home, METHODS)
     return home / "out"
 
 
@@ -208,7 +208,7 @@ def test_compare_remakes_only_lost_cells(small, home):
     lost = small / "methods/lora-s1.json"
     saved = read_json(lost)
     lost.unlink()  # as if it had been stopped before the end
-    out = run(home, *METHODS)
+    out = run(home, METHODS)
     assert (small / "results.md").read_text().strip() in out
     assert "one seed: no verdict" in out
     # The run was finished, so it is scored, and not trained again.
@@ -393,7 +393,7 @@ def test_controls_of_the_router(small, home, monkeypatch):
 
     monkeypatch.setattr(routers.RandomRouter, "forward", watched)
     rows = "w replaced by its mean,w of another sample,K = 1,router: random"
-    out = run(home, *SMALL, "--ablations", "--rows", rows)
+    out = run(home, f"{SMALL} --ablations --rows", rows)
     assert "| w replaced by its mean |" in out
     # The run of the default is also that of the rows that change its w.
     runs = {path.parent.name for path in small.glob("ablations/*/metrics.jsonl")}
@@ -410,7 +410,7 @@ def test_controls_of_the_router(small, home, monkeypatch):
 
 
 def test_ablations_whose_routers_give_no_distribution_of_samples(small, home):
-    out = run(home, *SMALL, "--ablations", "--rows", "router: token,w without softmax")
+    out = run(home, f"{SMALL} --ablations --rows", "router: token,w without softmax")
     assert "| router: token |" in out and "| w without softmax |" in out
     cell = read_json(small / "ablations/w_without_softmax-s1.json")
     assert "distance" not in cell["router"]  # its w are no distributions
@@ -597,21 +597,18 @@ def test_all_programs_open_the_runs_of_a_comparison(home):
     """The methods get extra ranks, so that all have one size."""
     hydra = f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
     methods = f"orchmoe,lora,moe-lora,poly,mhr,{hydra}"
-    untuned = " ".join(SMALL).replace("--trials 2", "--no-tune").split()
-    flags = [*untuned, "--seeds", "2", "--methods", methods, "--out", "all"]
-    out = run(home, *flags)
+    untuned = SMALL.replace("--trials 2", "--no-tune")
+    out = run(home, f"{untuned} --seeds 2 --out all --methods", methods)
     names = ["orchmoe", "lora", "moe-lora", "poly", "mhr", "HydraLoRA"]
     sizes = []
     for name in names:
         folder = f"all/methods/{name}-s1"
         sizes.append(sum(read_json(home / f"{folder}.json")["parameters"].values()))
-        opened = ["--run", folder, "--device", "cpu"]
-        question = ["--ask", "Find it.", "--input", "a, b", "--max-new-tokens", "2"]
+        question = "--ask 'Find it.' --input 'a, b' --max-new-tokens 2"
         own = ["--method", hydra] if name == "HydraLoRA" else []
-        run_program("eval.py", *opened, *own, *question, cwd=home)
+        run_program(f"eval.py --run {folder} --device cpu {question}", *own, cwd=home)
         if name in ("orchmoe", "lora"):
-            served = ["--run", folder, "--out", f"served-{name}"]
-            run_program("integrations/export.py", *served, cwd=home)
+            run_program(f"integrations/export.py --run {folder} --out served-{name}", cwd=home)
     assert max(sizes) <= 1.03 * min(sizes)
     explorer.load(home / "all/methods/orchmoe-s1")
 
@@ -619,8 +616,8 @@ def test_all_programs_open_the_runs_of_a_comparison(home):
     lines = out[out.rindex("the best run of ") :].splitlines()
     assert lines[1].startswith("  python eval.py --run all/methods/lora-s")
     assert lines[2].startswith("  python -m integrations.export --run all/methods/lora-s")
-    repeat = shlex.split(lines[3])[2:]
-    run_program("train.py", *repeat, "--out", "again", "--device", "cpu", cwd=home)
+    repeat = lines[3].partition("python ")[2]
+    run_program(f"{repeat} --out again --device cpu", cwd=home)
     best = home / shlex.split(lines[1])[3]
     adapters = [folder / "adapter.safetensors" for folder in (home / "again", best)]
     one, other = (checkpoint.read_safetensors(path)[0] for path in adapters)
@@ -655,7 +652,7 @@ def test_a_cell_of_a_method_whose_file_changed_is_not_made(tmp_path, monkeypatch
 def test_runs_that_begin_before_their_trials_are_refused_at_once(small, home):
     """Their values may not be the best ones. After the trials it would be too late to say so."""
     trials = sorted(small.glob("tune/*"))
-    error = run(home, *METHODS, "--trials", "3", code=2)
+    error = run(home, f"{METHODS} --trials 3", code=2)
     assert "orchmoe-s1.json: begun before all 3 trials of orchmoe were made" in error
     assert error.count("\n") == 1
     assert sorted(small.glob("tune/*")) == trials
@@ -694,14 +691,14 @@ def test_a_lora_is_compared_last(home, monkeypatch):
     """Otherwise an undecided comparison would recommend the other method."""
     compared = []
     monkeypatch.setattr(compare, "compare", lambda _study, rows: compared.extend(rows))
-    run(home, "--methods", "lora,poly,orchmoe", "--device", "cpu")
+    run(home, "--methods lora,poly,orchmoe --device cpu")
     assert compared == ["poly", "orchmoe", "lora"]
 
 
 def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
     (home / "notes/results.md").parent.mkdir()
     (home / "notes/results.md").write_text("my own notes")
-    error = run(home, *METHODS, "--out", "notes", code=2)
+    error = run(home, f"{METHODS} --out notes", code=2)
     assert "notes/results.md: exists, and nothing is overwritten; give another --out" in error
 
 
@@ -750,6 +747,6 @@ def test_compare_refuses_a_wrong_command_line_before_anything_trains(
     home, flags, words, monkeypatch
 ):
     monkeypatch.setattr(train, "train", None)
-    error = run(home, *flags.split(), code=2)
+    error = run(home, flags, code=2)
     assert error.startswith(f"compare.py: error: {words}")
     assert error.count("\n") == 1

@@ -15,7 +15,7 @@ PUBLISHED = {"copy-demo": 28.54, "copy-input": 14.20}  # ROUGE-L of all 119 test
 
 def scores(kind, data, cwd):
     """Return the number of tasks, ROUGE-L and exact match that the program prints."""
-    output = run("experiments/heuristics.py", kind, "--data", data, cwd=cwd)
+    output = run(f"experiments/heuristics.py {kind} --data", data, cwd=cwd)
     numbers = r" of (\d+) tasks: exact_match (\S+), rouge1 \S+, rougeL (\S+)\n"
     tasks, exact_match, rouge_l = map(float, re.search(numbers, output).groups())
     return tasks, rouge_l, exact_match

@@ -15,14 +15,10 @@ import pytest
 from experiments.results.compare import recompute
 from helpers import links, run, write_rows
 
-FLAGS = (
-    "--device cpu --methods orchmoe,lora --seeds 2 --jobs 1 --eval-every 2 --batch-size 4".split()
+COMPARE = (
+    "experiments/compare/compare.py --device cpu --methods orchmoe,lora --seeds 2 --jobs 1 "
+    "--eval-every 2 --batch-size 4 --no-tune --max-source-length 128 --out out"
 )
-COMMAND = [*FLAGS, *"--no-tune --steps 4 --max-source-length 128 --out out".split()]
-
-
-def compare(home, *arguments, code=0):
-    return run("experiments/compare/compare.py", *arguments, cwd=home, code=code)
 
 
 def read_cells(home, name, seeds=2):
@@ -77,7 +73,7 @@ def expected_line(first, second, which):
 
 def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     home = links(tmp_path)
-    out = compare(home, *COMMAND, "--data", "sni/own.jsonl")
+    out = run(f"{COMPARE} --steps 4 --data sni/own.jsonl", cwd=home)
     orchmoe, lora = read_cells(home, "orchmoe"), read_cells(home, "lora")
     prompts = len(orchmoe[0]["seen"]["prompts"]["task"])
     assert re.search(rf"rows of data: \d+ train, \d+ dev, {prompts} seen\n", out)
@@ -126,9 +122,8 @@ def decoder(decoder_dir, tmp_path_factory):
 
 
 def test_a_comparison_of_rows_with_tasks(decoder):
-    epoch = "--no-tune --epochs 1 --train-instances 5 --max-source-length 128 --out out".split()
-    command = [*FLAGS, *epoch, "--data", "own.jsonl", "--test", "new.jsonl", "--model", "llama"]
-    out = compare(decoder, *command)
+    files = "--data own.jsonl --test new.jsonl --model llama"
+    out = run(f"{COMPARE} --epochs 1 --train-instances 5 {files}", cwd=decoder)
     assert "\n4 steps of 4 are 1 epoch of 15 rows\n" in out
     cells = [read_cells(decoder, name) for name in ("orchmoe", "lora")]
     lines = dict(re.findall(r"- (seen|unseen): (.*): \*\*", out))

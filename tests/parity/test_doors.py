@@ -36,7 +36,7 @@ def whole(finished, tmp_path_factory):
     shutil.copytree(ROOT / "tiny", folder / "base")
     shutil.copytree(ROOT / "sni", folder / "data")
     shutil.copytree(finished / "run", folder / "run")
-    run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
+    run("integrations/export.py --run run --out served", cwd=folder)
     return folder
 
 
@@ -53,7 +53,7 @@ def home(whole, tmp_path, monkeypatch):
 def enter(door, code):
     """Use the run in the working folder. Return what is said, or else the refusal."""
     if door != "explorer":
-        return run(*DOORS[door].split(), cwd=".", code=code)
+        return run(DOORS[door], cwd=".", code=code)
     if code == 0:
         return str(explorer.load("run"))
     with pytest.raises(UserError) as refusal:

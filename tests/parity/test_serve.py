@@ -35,7 +35,7 @@ def home(request, finished, tmp_path_factory):
     _, adapters, _ = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
     run_folder.read_run(folder / "run").save_best(adapters)
-    run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
+    run("integrations/export.py --run run --out served", cwd=folder)
     return folder
 
 
@@ -46,9 +46,9 @@ def copy(home, tmp_path):
     return tmp_path / "home"
 
 
-def serve(*arguments, cwd, code=0):
-    words = ["--served", "served", "--base", "base", *arguments]
-    return run("integrations/serve.py", *words, cwd=cwd, code=code)
+def serve(flags, *more, cwd, code=0):
+    command = f"integrations/serve.py --served served --base base {flags}"
+    return run(command, *more, cwd=cwd, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_answers_are_those_of_eval_without_the_tokenizer_of_transformers(home, a
     prompts, answers, *_ = asked
     expected = [f"{prompt} -> {answer}\n" for prompt, answer in zip(prompts, answers, strict=True)]
     with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", side_effect=ImportError):
-        said = serve("--max-tokens", 9, "--prompt", *prompts, cwd=home)
+        said = serve("--max-tokens 9 --prompt", *prompts, cwd=home)
     assert said == "".join(expected)
 
 
@@ -77,7 +77,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     monkeypatch.setitem(sys.modules, "peft", None)
     with mock.patch("urllib.request.urlopen") as urlopen:
         urlopen.return_value.__enter__.return_value.read.return_value = b'{"content": "red"}'
-        said = serve("--server", "http://host/", "--prompt", prompts[0], cwd=home)
+        said = serve("--server http://host/ --prompt", prompts[0], cwd=home)
     assert said == f"{prompts[0]} -> red\n"
     url, content = urlopen.call_args.args
     request = json.loads(content)
@@ -85,7 +85,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     assert request["prompt"] == ids[0] and not request["cache_prompt"]
     assert request["n_predict"] == 127, "as long as the longest target of the run"
     assert [lora["scale"] for lora in request["lora"]] == pytest.approx(w[0].tolist(), rel=1e-4)
-    assert "pip install transformers peft" in serve("--prompt", "a", cwd=home, code=2)
+    assert "pip install transformers peft" in serve("--prompt a", cwd=home, code=2)
 
 
 def assert_one_line(said, message):
@@ -111,7 +111,7 @@ MISTAKES = {  # flags -> what is said
 def test_a_mistake_is_one_line(flags, message, home):
     if "--ask" not in flags and "--prompt" not in flags:
         flags = "--prompt a " + flags
-    assert_one_line(serve(*flags.split(" "), cwd=home, code=2), message)
+    assert_one_line(serve(flags, cwd=home, code=2), message)
 
 
 def damage(served):
@@ -138,7 +138,7 @@ def damage(served):
 @only_t5
 def test_a_damaged_export_is_one_line(copy):
     for message in damage(copy / "served"):
-        assert_one_line(serve("--prompt", "a", cwd=copy, code=2), message)
+        assert_one_line(serve("--prompt a", cwd=copy, code=2), message)
 
 
 def test_snippets_of_the_page_give_the_answers_of_the_run(
@@ -154,7 +154,7 @@ def test_snippets_of_the_page_give_the_answers_of_the_run(
     base, adapters, tokenizer = run_folder.load(CPU, run_dir="run")
     stir(adapters, seeded_generator())
     run_folder.read_run("run").save_best(adapters)
-    run("integrations/export.py", "--run", "run", "--mean", "--out", "served", cwd=tmp_path)
+    run("integrations/export.py --run run --mean --out served", cwd=tmp_path)
     config = run_folder.read_run("run").settings.part(DataConfig)
     with_mean, routed = snippets(text_of("docs/data.md"), "served")
 

@@ -539,15 +539,15 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     model = trainer.model.eval()
     stir(model.skill_adapters, seeded_generator(3))
     trainer.save_model()
-    arguments = ["--adapter", "run/adapter.pt", "--model", "base", "--out", "served"]
-    run("integrations/export.py", *arguments, cwd=tmp_path)
+    export = "integrations/export.py --adapter run/adapter.pt --model base --out served"
+    run(export, cwd=tmp_path)
     lora = read_json(tmp_path / "served/abstract-4/adapter_config.json")
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
-    arguments = ["--served", "served", "--base", "base", "--max-tokens", "9", "--prompt"]
+    serve = "integrations/serve.py --served served --base base --max-tokens 9 --prompt"
     prompts = [*PROMPTS[:3], "say <pad>"]  # the last has a token like that of padding
-    answers = run("integrations/serve.py", *arguments, *prompts, cwd=tmp_path)
+    answers = run(serve, *prompts, cwd=tmp_path)
     lines = []
     for prompt in prompts:
         source = tokens_of([prompt])
@@ -636,8 +636,8 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     torch.save(found | {"max_new_tokens": 9}, tmp_path / "run" / ADAPTER_FILE)
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
     answers = finetune_7b.answer(trained, tokenizer, prompts, 9)
-    arguments = ["--model", base_folder, "--out", "run", "--prompt", *prompts]
-    said = run("integrations/finetune_7b.py", *arguments, cwd=tmp_path)
+    ask = ("integrations/finetune_7b.py --out run --model", base_folder, "--prompt", *prompts)
+    said = run(*ask, cwd=tmp_path)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
     assert said == "".join(lines)
 
@@ -649,16 +649,16 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     assert finetune_7b.answer(plain, tokenizer, prompts, 64) == alone
 
     # The adapters belong to the files of the base, also where they were trained over 4 bits.
-    arguments = ["--adapter", "run/adapter.pt", "--out", "served", "--model"]
-    run("integrations/export.py", *arguments, base_folder, cwd=tmp_path)
+    export = "integrations/export.py --adapter run/adapter.pt --out served --model"
+    run(export, base_folder, cwd=tmp_path)
     fine_tuned(make_llama(width=64)).save_pretrained(base_folder)
-    error = run_7b("--model", base_folder, "--out", "run", "--prompt", "a", cwd=tmp_path, code=2)
+    error = run_7b("--out run --prompt a --model", base_folder, cwd=tmp_path, code=2)
     assert "run/adapter.pt: base changed, from " in error
 
 
-def run_7b(*arguments, cwd, code=0):
+def run_7b(flags, *more, cwd, code=0):
     """Run the program for 7B. Return its stdout or the last line of its stderr."""
-    said = run("integrations/finetune_7b.py", *arguments, cwd=cwd, code=code)
+    said = run(f"integrations/finetune_7b.py {flags}", *more, cwd=cwd, code=code)
     return said.splitlines()[-1]
 
 
@@ -667,8 +667,8 @@ def test_program_for_7b_learns_from_one_step(base_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     more = {"messages": [], "images": [], "input_ids": [1], "text": "x"}  # TRL would read these
     write_rows(tmp_path / "data.jsonl", [row | more for row in TEXT[:16]])
-    arguments = ["--data", "data.jsonl", "--out", "out", "--model", base_folder]
-    assert run_7b(*arguments, cwd=tmp_path) == "written: out/adapter.pt"
+    said = run_7b("--data data.jsonl --out out --model", base_folder, cwd=tmp_path)
+    assert said == "written: out/adapter.pt"
     state = torch.load(tmp_path / "out/adapter.pt")["state"]
     assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
 
@@ -737,7 +737,7 @@ def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
     saved |= {"dtypes": {}, "state": {}, "rows": "0"}
     torch.save(saved, tmp_path / "rows/checkpoint-2/adapter.pt")
     with locked_folder(tmp_path / "locked", "wait"):
-        said = run_7b("--model", "base", *flags.split(), cwd=tmp_path, code=2)
+        said = run_7b(f"--model base {flags}", cwd=tmp_path, code=2)
     assert said.startswith(f"finetune_7b.py: error: {message}")
     assert not (tmp_path / "new").exists()
 

@@ -25,8 +25,6 @@ from integrations.peft_folder import load_peft
 from run_folder import Run
 from support import program
 
-BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--batch-size", "2", "--out"]
-
 
 @contextlib.contextmanager
 def refusal(path, words=None):
@@ -52,19 +50,19 @@ def largest_file(size):
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_and_the_run_can_resume(home):
-    start = ["train.py", *SHORT, "--eval-every", "2", "--eval-instances", "4", "--out", "run"]
+    start = f"train.py {SHORT} --eval-every 2 --eval-instances 4 --out run"
     with interrupted(train, "train_step", 7):
-        run(*start, cwd=home, code=130)
+        run(start, cwd=home, code=130)
     folder = home / "run"
     before = (folder / "progress.pt").read_bytes()
     for name in ("metrics.jsonl", "adapter.safetensors", "progress.pt"):
         size = (folder / name).stat().st_size
         with largest_file(size - 1):
-            error = run(*RESUME, "run", cwd=home, code=2)
+            error = run(f"{RESUME} run", cwd=home, code=2)
         assert f"run/{name}: File too large; not written" in error
         assert (folder / "progress.pt").read_bytes() == before
         assert not list(folder.rglob("*.tmp"))
-    run(*RESUME, "run", cwd=home)
+    run(f"{RESUME} run", cwd=home)
 
 
 # --------------------------------------------------------------------------------- hostile files
@@ -128,7 +126,7 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 
 def test_resumed_run_needs_its_adapter(copied):
     (copied / "adapter.safetensors").unlink()
-    error = run(*RESUME, "run", cwd=copied.parent, code=2)
+    error = run(f"{RESUME} run", cwd=copied.parent, code=2)
     missing = "run/adapter.safetensors: does not exist; restore it, resume the run if it was never "
     assert f"{missing}evaluated, or start a new run" in error
 
@@ -161,18 +159,19 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
         return lock(self)
 
     monkeypatch.setattr(Run, "lock", wait_and_lock)
-    error = run("train.py", *SHORT, "--seed", 1, "--out", "run", cwd=home, code=2)
+    error = run(f"train.py {SHORT} --seed 1 --out run", cwd=home, code=2)
     assert error.startswith("train.py: error: run/config.json: belongs to another run, with oth")
     for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 
 
 def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
-    start = ["train.py", "--start", "run", *BRIEF, "next"]
+    sizes = "--max-tasks 2 --eval-instances 2 --batch-size 2"
+    start = f"train.py --start run {SHORT} {sizes} --out next"
     with interrupted(train, "train_step", 1, KeyboardInterrupt):  # as a kill
-        run(*start, cwd=copied.parent, code=130)
+        run(start, cwd=copied.parent, code=130)
     shutil.rmtree(copied)
-    output = run(*RESUME, "next", cwd=copied.parent)
+    output = run(f"{RESUME} next", cwd=copied.parent)
     assert "| start |" in output and "| orchmoe |" in output
 
 

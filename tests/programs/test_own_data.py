@@ -34,7 +34,7 @@ from support.program import read_json
 from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
-BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
+BRIEF = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     assert warns == (tokenizer.one_row and "instruction" in row)
 
     # A server, which takes the same prompt, and instructions if the rows are some.
-    run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
+    run("integrations/export.py --run run --out served", cwd=tmp_path)
     rule = read_json("served/router.json")["prompt"]
     server = serve.RunTokenizer(base_of(kind), rule)
     assert server.encode(whole) == source
@@ -187,15 +187,15 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
         assert warn.called == is_warned
 
     # The same in a server.
-    run("integrations/export.py", "--run", "run", "--out", "served", cwd=tmp_path)
-    arguments = ["--served", "served", "--base", base_of(kind)]
+    run("integrations/export.py --run run --out served", cwd=tmp_path)
+    serve_it = ("integrations/serve.py --served served --base", base_of(kind))
     for words, text, is_warned in questions:
         with (
             mock.patch.object(serve, "PeftModel") as model,
             mock.patch.object(program, "warn") as warn,
         ):
             model.return_value.answer.return_value = []
-            assert run("integrations/serve.py", *arguments, *words, cwd=tmp_path)
+            assert run(*serve_it, *words, cwd=tmp_path)
         assert model.return_value.answer.call_args.args[0].tolist() == ids_of(text)
         assert warn.called == is_warned
 
@@ -210,8 +210,8 @@ def own(tmp_path_factory):
     write_rows(folder / "own.jsonl", own_rows(300, task="t"))
     tests = [{"prompt": f"Tell {i}", "completion": f"{i}"} for i in range(3)]
     write_rows(folder / "test.jsonl", tests)
-    arguments = ["--data", "own.jsonl", "--test", "test.jsonl", "--max-source-length", "99"]
-    run("train.py", *arguments, "--out", "t5", *BRIEF, cwd=folder)
+    files = "--data own.jsonl --test test.jsonl"
+    run(f"train.py {files} --max-source-length 99 --out t5 {BRIEF}", cwd=folder)
     return folder
 
 
@@ -226,12 +226,12 @@ def changed(own, tmp_path):
 
 # Command lines that load the run.
 PROGRAMS = (
-    [*RESUME, "t5"],
-    ["eval.py", "--run", "t5", "--split", "seen", "--device", "cpu"],
-    ["experiments/explorer/explorer.py", "--run", "t5"],
-    ["integrations/export.py", "--run", "t5", "--mean", "--out", "served"],
-    ["eval.py", "--run", "t5", "--ask", "Name 3:", "--device", "cpu"],
-    ["eval.py", "--run", "t5", "--split", "test", "--limit", "1", "--device", "cpu"],
+    f"{RESUME} t5",
+    "eval.py --run t5 --split seen --device cpu",
+    "experiments/explorer/explorer.py --run t5",
+    "integrations/export.py --run t5 --mean --out served",
+    "eval.py --run t5 --ask 'Name 3:' --device cpu",
+    "eval.py --run t5 --split test --limit 1 --device cpu",
 )
 
 
@@ -240,42 +240,42 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     write_rows(changed / "own.jsonl", own_rows(100, task="t"))
     *refused, ask, new_rows = PROGRAMS
     for line in refused:
-        error = run(*line, cwd=changed, code=2)
+        error = run(line, cwd=changed, code=2)
         assert error.count("\n") == 1 and "t5: held_out changed since" in error
         assert "rows that would now be held out may have trained; restore --data" in error
-    run(*ask, cwd=changed)
-    run(*new_rows, cwd=changed)
+    run(ask, cwd=changed)
+    run(new_rows, cwd=changed)
 
 
 def test_only_unseen_rows_need_the_file_of_test(changed):
     (changed / "test.jsonl").unlink()
     _, seen, _, export, *_ = PROGRAMS
-    assert "t5/eval-seen-2/scores.json" in run(*seen, "--limit", "2", cwd=changed)
-    assert "abstract-8, mean" in run(*export, cwd=changed)
+    assert "t5/eval-seen-2/scores.json" in run(f"{seen} --limit 2", cwd=changed)
+    assert "abstract-8, mean" in run(export, cwd=changed)
 
 
 def test_without_new_rows_the_seen_ones_are_scored(tmp_path):
     write_rows(tmp_path / "own.jsonl", own_rows(300))
-    run("train.py", "--data", "own.jsonl", "--out", "t5", *BRIEF, cwd=tmp_path)
-    output = run("eval.py", "--run", "t5", "--limit", "3", "--device", "cpu", cwd=tmp_path)
+    run(f"train.py --data own.jsonl --out t5 {BRIEF}", cwd=tmp_path)
+    output = run("eval.py --run t5 --limit 3 --device cpu", cwd=tmp_path)
     assert "own.jsonl: there is no --test, so the set seen is scored\n" in output
     assert "3 seen instances: " in output  # the rows name no task
     assert (tmp_path / "t5/eval-seen-3/scores.json").exists()
 
 
 def test_changed_files_are_named_with_what_helps(changed):
-    evaluate = ["eval.py", "--run", "t5", "--device", "cpu"]
+    evaluate = "eval.py --run t5 --device cpu"
     other = [{"prompt": "Other", "completion": "x"}]
     write_rows(changed / "other.jsonl", other)
     with mock.patch.object(program, "warn") as warn:
-        run(*evaluate, "--test", "other.jsonl", "--out", "out", cwd=changed)
+        run(f"{evaluate} --test other.jsonl --out out", cwd=changed)
     warn.assert_called_once_with("other.jsonl: these are not the task files of the run")
 
     write_rows(changed / "test.jsonl", other)
-    error = run(*evaluate, cwd=changed, code=2)
+    error = run(evaluate, cwd=changed, code=2)
     assert "t5: test_tasks changed since the run began, from '" in error
     assert "restore it (if it moved, give --model, --data, --test or --method)" in error
-    error = run(*evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
+    error = run(evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
     assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
 
 

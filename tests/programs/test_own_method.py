@@ -99,8 +99,10 @@ class Gated(Method):
 '''
 
 
-BRIEF = "--device cpu --max-tasks 2 --max-source-length 64 --eval-instances 2 --steps 4".split()
-BRIEF += "--eval-every 2 --batch-size 4 --warmup 1".split()
+BRIEF = (
+    "--device cpu --max-tasks 2 --max-source-length 64 --eval-instances 2 --steps 4 "
+    "--eval-every 2 --batch-size 4 --warmup 1"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +124,7 @@ def whole(tmp_path_factory):
     """Return a run of ByTask. Tests must not change it."""
     folder = links(tmp_path_factory.mktemp("own"))
     (folder / "own.py").write_text(OWN)
-    run("train.py", *BRIEF, "--method", "own.py:ByTask", "--out", "own", cwd=folder)
+    run(f"train.py {BRIEF} --method own.py:ByTask --out own", cwd=folder)
     return folder / "own"
 
 
@@ -171,33 +173,33 @@ def test_the_tutorial_is_the_file_of_the_example():
 @pytest.mark.parametrize("name, source", [("ByTask", OWN), ("Gated", GATED)])
 def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
     (home / "own.py").write_text(source)
-    train_it = ("train.py", *BRIEF, "--method", f"own.py:{name}", "--out")
-    run(*train_it, "whole", cwd=home)
+    train_it = f"train.py {BRIEF} --method own.py:{name} --out"
+    run(f"{train_it} whole", cwd=home)
     with interrupted(train, "train_step", 4, KeyboardInterrupt):
-        run(*train_it, "own", cwd=home, code=130)
+        run(f"{train_it} own", cwd=home, code=130)
     baselines.OWN_METHODS.clear()
-    resume = (*RESUME, "own")
-    said = run(*resume, cwd=home, code=2)
+    resume = f"{RESUME} own"
+    said = run(resume, cwd=home, code=2)
     assert "for a method of your own give its file, --method FILE.py:" in said
     (home / "own.py").rename(home / "elsewhere.py")
-    moved = ("--method", f"elsewhere.py:{name}")
-    run(*resume, *moved, cwd=home)
+    moved = f"--method elsewhere.py:{name}"
+    run(f"{resume} {moved}", cwd=home)
     assert trace(home / "own") == trace(home / "whole")
     state = state_of(home / "own")
     check_equal(state, state_of(home / "whole"))
     assert state["table"].any()
 
     baselines.OWN_METHODS.clear()
-    evaluate = ("eval.py", "--run", "own", "--device", "cpu", "--split", "seen", "--limit", "4")
-    assert "--method FILE.py:" in run(*evaluate, cwd=home, code=2)
-    assert "4 seen instances" in run(*evaluate, *moved, cwd=home)
+    evaluate = "eval.py --run own --device cpu --split seen --limit 4"
+    assert "--method FILE.py:" in run(evaluate, cwd=home, code=2)
+    assert "4 seen instances" in run(f"{evaluate} {moved}", cwd=home)
 
     if name == "Gated":
         assert not any("router" in row for row in records(home / "own"))  # no w was returned
         assert state["norm.num_batches_tracked"] > 0 and torch.equal(state["table"], state["again"])
         assert state["used"].tolist() == [True, False] and state["mask"][1] == -torch.inf
-        explore = ("experiments/explorer/explorer.py", "--run", "own", *moved)
-        assert "own: has no sample router" in run(*explore, cwd=home, code=2)  # that of OrchMoE
+        explore = f"experiments/explorer/explorer.py --run own {moved}"
+        assert "own: has no sample router" in run(explore, cwd=home, code=2)  # that of OrchMoE
 
 
 BY_TASK = '''
@@ -227,9 +229,9 @@ class ByTask(Method):
 def test_a_parameter_without_a_gradient_in_one_process_gets_that_of_the_other(home):
     (home / "own.py").write_text(BY_TASK)
     # The skills take small steps, because Adam turns rounding of tiny gradients into steps.
-    flags = (*SHORT, "--method", "own.py:ByTask", "--lr-skills", 2e-4)
-    run("train.py", *flags, "--out", "one", cwd=home)
-    torchrun(2, ROOT / "train.py", *flags, "--out", "two", cwd=home)
+    flags = f"{SHORT} --method own.py:ByTask --lr-skills 2e-4"
+    run(f"train.py {flags} --out one", cwd=home)
+    torchrun(2, ROOT / "train.py", *flags.split(), "--out", "two", cwd=home)
     state, expected = state_of(home / "two"), state_of(home / "one")
     for name in [f"rows.{task}" for task in range(4)]:
         torch.testing.assert_close(state[name], expected[name], atol=1e-3, rtol=0)
@@ -246,7 +248,7 @@ DRAWS = OWN.replace(
 
 def test_what_the_constructor_draws_with_generator_is_the_same_when_loaded(home):
     (home / "own.py").write_text(DRAWS)
-    run("train.py", *BRIEF, "--method", "own.py:ByTask", "--out", "own", cwd=home)
+    run(f"train.py {BRIEF} --method own.py:ByTask --out own", cwd=home)
     losses = [row["dev_loss"] for row in records(home / "own") if "dev_loss" in row]
     base, adapters, tokenizer = load(CPU, run_dir=home / "own")
     config = read_run(home / "own").settings.part(DataConfig)
@@ -298,8 +300,7 @@ def test_a_file_that_is_no_method_is_refused_in_one_line(source, message, home):
         (home / "own.py").unlink()
     else:
         (home / "own.py").write_text(source)
-    flags = (*BRIEF, "--method", "own.py:ByTask", "--out", "run")
-    said = run("train.py", *flags, cwd=home, code=2)
+    said = run(f"train.py {BRIEF} --method own.py:ByTask --out run", cwd=home, code=2)
     assert re.match(f"train.py: error: {message}", said) and said.count("\n") == 1, said
     assert not (home / "run").exists()
 
@@ -318,9 +319,9 @@ def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(home):
     (home / "own.py").write_text(source)
     place = source.splitlines().index(f"        {line}")  # from 0
     compare = "experiments/compare/compare.py --no-tune --jobs 1 --methods lora,own.py:ByTask"
-    for words in (["train.py", "--method", "own.py:ByTask"], compare.split()):
+    for command in ("train.py --method own.py:ByTask", compare):
         with pytest.raises(ValueError) as error:
-            run(*words, *BRIEF, cwd=home)
+            run(f"{command} {BRIEF}", cwd=home)
         assert not isinstance(error.value, UserError)
         last = error.traceback[-1]
         assert (str(last.path), last.lineno) == ("own.py", place)
@@ -339,15 +340,14 @@ def test_a_method_that_fails_leaves_the_module_unchanged(line, small_t5, home):
 
 def test_the_name_of_a_built_in_method_is_refused(home):
     (home / "own.py").write_text(OWN.replace("ByTask", "lora"))
-    said = run("train.py", *BRIEF, "--method", "own.py:lora", cwd=home, code=2)
+    said = run(f"train.py {BRIEF} --method own.py:lora", cwd=home, code=2)
     assert "own.py:lora: a built-in method has this name; rename the class" in said
 
 
 def test_a_changed_file_is_refused(own, home):
     (home / "own.py").write_text(OWN + "# one more line\n")
-    method = ("--method", "own.py:ByTask", "--device", "cpu")
-    for words in (("train.py", "--resume", "--out", "own"), ("eval.py", "--run", "own")):
-        said = run(*words, *method, cwd=home, code=2)
+    for command in ("train.py --resume --out own", "eval.py --run own"):
+        said = run(f"{command} --method own.py:ByTask --device cpu", cwd=home, code=2)
         assert "own: method changed since the run began, from 'ByTask of" in said
         assert "--data, --test or --method)" in said and said.count("\n") == 1
 
@@ -356,18 +356,18 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
     """config.json is not trusted: even if it names a file, the file is not run."""
     (home / "evil.py").write_text("raise SystemExit('this ran')")
     change_config(own, "settings", method=f"{home / 'evil.py'}:ByTask")
-    for words in (
-        (*RESUME, "own"),
-        ("train.py", "--start", "own", "--device", "cpu"),
-        ("eval.py", "--run", "own", "--device", "cpu"),
-        ("integrations/export.py", "--run", "own", "--out", "served"),
+    for command in (
+        f"{RESUME} own",
+        "train.py --start own --device cpu",
+        "eval.py --run own --device cpu",
+        "integrations/export.py --run own --out served",
     ):
-        said = run(*words, cwd=home, code=2)
+        said = run(command, cwd=home, code=2)
         assert "evil.py:ByTask" in said or "own/adapter.safetensors: belongs to another" in said
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "command, message",
     [
         ("eval.py --run own --method {hydra}", "this is not the method of the run; leave it out"),
         ("eval.py --model tiny --method {hydra}", "this is not the method of the run"),
@@ -376,9 +376,8 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
         ("integrations/export.py --run own --out out", "no LoRAs with fixed weights"),
     ],
 )
-def test_a_program_that_cannot_use_it_says_so(words, message, own, home):
-    program_name, *flags = words.format(hydra=HYDRA, own="own.py:ByTask").split()
-    said = run(program_name, *flags, cwd=home, code=2)
+def test_a_program_that_cannot_use_it_says_so(command, message, own, home):
+    said = run(command.format(hydra=HYDRA, own="own.py:ByTask"), cwd=home, code=2)
     assert message in said and said.count("\n") == 1
 
 
@@ -394,15 +393,15 @@ def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
     (home / "own.py").write_text(
         "from orchmoe import OrchMoE\n\n\nclass Mine(OrchMoE):\n    pass\n"
     )
-    method = ("--method", "own.py:Mine")
-    run("train.py", *BRIEF, *method, "--out", "run", cwd=home)
+    method = "--method own.py:Mine"
+    run(f"train.py {BRIEF} {method} --out run", cwd=home)
     baselines.OWN_METHODS.clear()
-    explore = ("experiments/explorer/explorer.py", "--run", "run")
-    assert "--method FILE.py:Mine" in run(*explore, cwd=home, code=2)
+    explore = "experiments/explorer/explorer.py --run run"
+    assert "--method FILE.py:Mine" in run(explore, cwd=home, code=2)
 
     def occupied(loaded, port):
         assert type(loaded.adapters.method).__name__ == "Mine"
         raise OSError(98, "in use")
 
     monkeypatch.setattr(explorer, "Server", occupied)
-    assert "--port 8000: in use" in run(*explore, *method, cwd=home, code=2)
+    assert "--port 8000: in use" in run(f"{explore} {method}", cwd=home, code=2)

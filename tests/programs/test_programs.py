@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -44,9 +43,9 @@ from support.program import read_json
 from tasks import DataConfig, read_splits
 from tokenizer import load as load_tokenizer
 
-RESUME_RUN = [*RESUME, "run"]
-BRIEF = [*SHORT, "--max-tasks", "2", "--eval-instances", "2", "--steps", "3"]
-EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--device", "cpu"]
+RESUME_RUN = f"{RESUME} run"
+BRIEF = f"{SHORT} --max-tasks 2 --eval-instances 2 --steps 3"
+EVALUATE = "eval.py --run run --split seen --limit 2 --device cpu"
 
 # ------------------------------------------------------------------------------------ a whole run
 
@@ -54,9 +53,8 @@ EVALUATE = ["eval.py", "--run", "run", "--split", "seen", "--limit", "2", "--dev
 @pytest.mark.parametrize("method", ["orchmoe", "lora", "poly"])
 def test_a_method_trains_and_is_scored(home, method):
     """test_device.py trains moe-lora and c-poly. MHR is Poly in each of its heads."""
-    arguments = [*SHORT, "--batch-size", "8", "--eval-instances", "4", "--lr-skills", "0.01"]
-    arguments += ["--data", "sni/", "--method", method, "--out", "run"]
-    output = run("train.py", *arguments, cwd=home)
+    sizes = f"{SHORT} --batch-size 8 --eval-instances 4 --lr-skills 0.01"
+    output = run(f"train.py {sizes} --data sni/ --method {method} --out run", cwd=home)
     assert f"| {method} |" in output
     assert ("\nrouter: " in output) == (method == "orchmoe")
     assert ("\nlora of rank 8: trains 51,200 parameters on " in output) == (method == "lora")
@@ -70,7 +68,7 @@ def test_a_method_trains_and_is_scored(home, method):
     first, second = [row["dev_loss"] for row in rows if "dev_loss" in row]
     assert second < first
 
-    run("eval.py", "--run", "run", "--limit", "4", "--device", "cpu", cwd=home)
+    run("eval.py --run run --limit 4 --device cpu", cwd=home)
     scores = read_json(home / "run/scores.json")
     again = read_json(home / "run/eval-test-4/scores.json")
     assert scores[method]["unseen"]["overall"] == again["overall"]
@@ -81,7 +79,7 @@ def test_own_rows_train_and_their_scores_name_the_rules(home):
     write_rows(home / "other.jsonl", own_rows(9))
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --gpu 0"
-    output = run("train.py", *own.split(), cwd=home)
+    output = run(f"train.py {own}", cwd=home)
     assert output.startswith("device: cpu, ") != torch.cuda.is_available()
     assert "rows: 158 train, 8 dev, 8 seen, 8 unseen; runs/orchmoe-1 has all scores" in output
     assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
@@ -113,14 +111,14 @@ def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(capsys):
 # ---------------------------------------------------------------------- interruptions and resuming
 
 
-NOISY = [*SHORT, "--gumbel", "--eval-instances", "2"]
+NOISY = f"{SHORT} --gumbel --eval-instances 2"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return a run with noise that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    run("train.py", *NOISY, "--out", "run", cwd=folder)
+    run(f"train.py {NOISY} --out run", cwd=folder)
     return folder / "run"
 
 
@@ -136,18 +134,18 @@ def whole(tmp_path_factory):
 def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, error, step):
     """Log and files equal those of an uninterrupted run. Only the times in the log may differ."""
     with interrupted(module, name, number, error):
-        output = run("train.py", *NOISY, "--out", "run", cwd=home, code=130)
+        output = run(f"train.py {NOISY} --out run", cwd=home, code=130)
     resumed = home / "run"
-    resume = ["--resume", "--out", "run"]
+    resume = "--resume --out run"
     if step == 0:
         assert len(records(resumed)) == 2  # these steps are run again
         assert not (resumed / "progress.pt").exists()
     else:
         assert checkpoint.read_torch(resumed / "progress.pt")["progress"]["next_step"] == step
-        resume = shlex.split(re.search("\nstopped; resume with (.*), on the same", output)[1])
+        resume = re.search("\nstopped; resume with (.*), on the same", output)[1]
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
-    run("train.py", *resume, "--device", "cpu", cwd=home)
+    run(f"train.py {resume} --device cpu", cwd=home)
     for name in ("adapter.safetensors", "scores.json", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     progress, expected = (checkpoint.read_torch(at / "progress.pt") for at in (resumed, whole))
@@ -161,20 +159,20 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
 def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *inputs, **_: ["a"] * len(inputs[2]))
     with interrupted(train, "train_step", 6):
-        run("train.py", *SHORT, "--out", "run", cwd=home, code=130)
-    on = ["train.py", "--start", "run", *BRIEF, "--out"]
+        run(f"train.py {SHORT} --out run", cwd=home, code=130)
+    on = f"train.py --start run {BRIEF} --out"
     told = mock.call(
         "run: this run has saved 6 of its 8 steps, so its weights are only the best so far; "
         "train.py --resume goes on"
     )
     with mock.patch.object(program, "warn") as warn:
-        run(*EVALUATE, cwd=home)
-        run(*on, "on", cwd=home)
+        run(EVALUATE, cwd=home)
+        run(f"{on} on", cwd=home)
         assert warn.mock_calls.count(told) == 2
-    run(*RESUME_RUN, cwd=home)
+    run(RESUME_RUN, cwd=home)
     with mock.patch.object(program, "warn") as warn:
-        run(*EVALUATE, "--overwrite", cwd=home)
-        run(*on, "again", cwd=home)
+        run(f"{EVALUATE} --overwrite", cwd=home)
+        run(f"{on} again", cwd=home)
         assert "has saved" not in str(warn.mock_calls)
 
 
@@ -208,7 +206,7 @@ def test_weights_that_are_not_finite_or_give_no_loss_are_not_saved(
     name, broken, what, home, monkeypatch
 ):
     monkeypatch.setattr(train, name, broken)
-    error = run("train.py", *SHORT, "--eval-every", "1", "--out", "run", cwd=home, code=2)
+    error = run(f"train.py {SHORT} --eval-every 1 --out run", cwd=home, code=2)
     assert error.count("\n") == 1
     assert f"error: step 1: the {what}; what was saved" in error
     names = {path.name for path in (home / "run").iterdir()}
@@ -218,10 +216,10 @@ def test_weights_that_are_not_finite_or_give_no_loss_are_not_saved(
 def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
-    assert ", float32, torch" in run(*RESUME_RUN, cwd=copied.parent)
-    assert ", float32, torch" in run(*EVALUATE, cwd=copied.parent)
-    chosen = ["--dtype", "bfloat16", "--overwrite"]
-    assert ", bfloat16, torch" in run(*EVALUATE, *chosen, cwd=copied.parent)
+    assert ", float32, torch" in run(RESUME_RUN, cwd=copied.parent)
+    assert ", float32, torch" in run(EVALUATE, cwd=copied.parent)
+    chosen = f"{EVALUATE} --dtype bfloat16 --overwrite"
+    assert ", bfloat16, torch" in run(chosen, cwd=copied.parent)
 
 
 # ------------------------------------------------- what a run is bound to, see parity/test_doors.py
@@ -230,7 +228,7 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
 def test_a_finished_run_without_its_progress_is_not_trained_again(copied):
     (copied / "progress.pt").unlink()
     best = (copied / "adapter.safetensors").read_bytes()
-    error = run(*RESUME_RUN, cwd=copied.parent, code=2)
+    error = run(RESUME_RUN, cwd=copied.parent, code=2)
     assert "progress.pt: missing, but the run is finished" in error
     assert (copied / "adapter.safetensors").read_bytes() == best
 
@@ -240,10 +238,10 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     change_config(copied, "settings", model="gone")
     change_config(copied, "settings", data="gone")
     moved = ["--model", ROOT / "tiny", "--data", ROOT / "sni"]
-    assert "gone: does not exist" in run(*EVALUATE, cwd=cwd, code=2)
-    run(*EVALUATE, *moved, cwd=cwd)
-    run(*RESUME_RUN, *moved, cwd=cwd)
-    run(*EVALUATE, "--overwrite", cwd=cwd)  # the resumed run has noted the new places
+    assert "gone: does not exist" in run(EVALUATE, cwd=cwd, code=2)
+    run(EVALUATE, *moved, cwd=cwd)
+    run(RESUME_RUN, *moved, cwd=cwd)
+    run(f"{EVALUATE} --overwrite", cwd=cwd)  # the resumed run has noted the new places
 
 
 def choose_rows(saved, capsys, split="seen", limit=0, **changes):
@@ -295,8 +293,8 @@ def test_answers_may_be_as_long_as_the_targets_that_trained(home, monkeypatch):
         return [""] * len(examples)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    run("train.py", *BRIEF, "--max-target-length", 200, "--out", "run", cwd=home)
-    run("eval.py", "--run", "run", "--limit", "2", "--device", "cpu", cwd=home)
+    run(f"train.py {BRIEF} --max-target-length 200 --out run", cwd=home)
+    run("eval.py --run run --limit 2 --device cpu", cwd=home)
     assert set(lengths) == {199}
     assert DataConfig(max_target_length=64).max_new_tokens == 127  # the official number
 
@@ -307,8 +305,8 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
         return [f"prediction for {example.task} {example.id}" for example in examples]
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    arguments = ["--model", "tiny", "--limit", "4", "--batch-size", "3", "--max-new-tokens", "5"]
-    run("eval.py", *arguments, "--device", "cpu", "--out", "out", cwd=home)
+    options = "--limit 4 --batch-size 3 --max-new-tokens 5"
+    run(f"eval.py --model tiny {options} --device cpu --out out", cwd=home)
     lines = (home / "out/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 4
     for line in lines:
@@ -323,7 +321,7 @@ def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, mon
     write_task(tmp_path, "task1_a", b"{")
     write_task(tmp_path, "task2_b", task_json(2))
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
-    evaluate = ["eval.py", "--model", ROOT / "tiny", "--data", ".", "--device", "cpu"]
+    evaluate = ["eval.py --data . --device cpu --model", ROOT / "tiny"]
     assert "2 test instances of 1 tasks" in run(*evaluate, cwd=tmp_path)
     assert "task1_a.json: JSONDecodeError" in run(*evaluate, "--split", "dev", cwd=tmp_path, code=2)
 
@@ -331,24 +329,24 @@ def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, mon
 def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     cwd = links(copied.parent)
-    tiny = ["eval.py", "--model", "tiny", "--split", "dev", "--limit", "2", "--device", "cpu"]
-    run(*tiny, "--out", "kept", cwd=cwd)
+    tiny = "eval.py --model tiny --split dev --limit 2 --device cpu --out"
+    run(f"{tiny} kept", cwd=cwd)
     paths = [cwd / "kept/predictions.jsonl", cwd / "kept/scores.json"]
     before = [path.read_bytes() for path in paths]
     refused = "exists, and nothing is overwritten; add --overwrite, or choose another --out"
     with mock.patch.object(runtime, "pick_device", None):  # it is refused before anything is loaded
-        assert f"kept/predictions.jsonl: {refused}" in run(*tiny, "--out", "kept", cwd=cwd, code=2)
+        assert f"kept/predictions.jsonl: {refused}" in run(f"{tiny} kept", cwd=cwd, code=2)
         paths[0].rename(cwd / "moved")
-        assert f"kept/scores.json: {refused}" in run(*tiny, "--out", "kept", cwd=cwd, code=2)
+        assert f"kept/scores.json: {refused}" in run(f"{tiny} kept", cwd=cwd, code=2)
         (cwd / "moved").rename(paths[0])
     assert [path.read_bytes() for path in paths] == before
 
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["c", "d"])
-    run(*tiny, "--out", "kept", "--overwrite", cwd=cwd)
+    run(f"{tiny} kept --overwrite", cwd=cwd)
     assert '"prediction": "c"' in paths[0].read_text()
     (copied / "scores.json").unlink()  # as before the end of the run
-    for flag in ([], ["--overwrite"]):
-        error = run(*tiny, "--out", "run", *flag, cwd=cwd, code=2)
+    for flag in ("", "--overwrite"):
+        error = run(f"{tiny} run {flag}", cwd=cwd, code=2)
         assert "run: has a config.json, as a run or a model has; choose another --out" in error
 
 
@@ -359,7 +357,7 @@ def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monk
     def second(words):
         if not calls:  # during the first evaluation
             calls.append(words)
-            error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+            error = run(f"{EVALUATE} --num-pos 0", cwd=copied.parent, code=2)
             assert f"run/eval-seen-2: {words}" in error
 
     def predict(*inputs, **_):
@@ -369,25 +367,25 @@ def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monk
     def load_slowly(*inputs, **options):
         """Return the model when another evaluation has just been finished."""
         with mock.patch.object(run_folder, "load", load):
-            run(*EVALUATE, "--overwrite", cwd=copied.parent)
+            run(f"{EVALUATE} --overwrite", cwd=copied.parent)
         return load(*inputs, **options)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    run(*EVALUATE, cwd=copied.parent)
+    run(EVALUATE, cwd=copied.parent)
     assert calls
     monkeypatch.setattr(run_folder, "load", load_slowly)
     shutil.rmtree(copied / "eval-seen-2")
-    error = run(*EVALUATE, "--num-pos", 0, cwd=copied.parent, code=2)
+    error = run(f"{EVALUATE} --num-pos 0", cwd=copied.parent, code=2)
     assert "predictions.jsonl: exists, and nothing is overwritten" in error
 
 
 def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
-    run(*EVALUATE, cwd=copied.parent)
+    run(EVALUATE, cwd=copied.parent)
     folder = copied / "eval-seen-2"
     with interrupted(program, "write_json", 1, KeyboardInterrupt):
-        run(*EVALUATE, "--overwrite", cwd=copied.parent, code=130)
+        run(f"{EVALUATE} --overwrite", cwd=copied.parent, code=130)
     assert (folder / "predictions.jsonl").exists() and not (folder / "scores.json").exists()
-    run(*EVALUATE, "--overwrite", cwd=copied.parent)
+    run(f"{EVALUATE} --overwrite", cwd=copied.parent)
     assert "overall" in read_json(folder / "scores.json")
 
 
@@ -406,12 +404,13 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
         f"answer: {tokenizer.decode(tokens)}",
         f"router: abstract task {', '.join(shares)} (numbered from 1)",
     ]
-    question = ["--ask", "Write the first word of the list.", "--input", "lion, June, wolf"]
-    ask = ["eval.py", "--device", "cpu", *question]
-    assert run(*ask, "--run", "run", cwd=finished).splitlines()[1:] == expected
+    ask = (
+        "eval.py --device cpu --ask 'Write the first word of the list.' --input 'lion, June, wolf'"
+    )
+    assert run(f"{ask} --run run", cwd=finished).splitlines()[1:] == expected
 
     # A bare model has no router.
-    output = run(*ask, "--model", "tiny", "--max-new-tokens", "1", cwd=finished)
+    output = run(f"{ask} --model tiny --max-new-tokens 1", cwd=finished)
     tokens = checkpoint.load(ROOT / "tiny").generate(ids, torch.ones_like(ids), max_new_tokens=1)
     assert output.splitlines()[1:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
@@ -452,8 +451,7 @@ def test_first_row_of_the_table_of_the_readmes_commands(home):
     losses = []
     found = []
     for split in ("seen", "test"):
-        arguments = ["--model", "tiny", "--split", split, "--device", "cpu", "--out", split]
-        run("eval.py", *arguments, cwd=home)
+        run(f"eval.py --model tiny --split {split} --device cpu --out {split}", cwd=home)
         overall = read_json(home / split / "scores.json")["overall"]
         losses.append(overall["loss"])
         found += [overall["rougeL"], overall["exact_match"]]
@@ -465,10 +463,10 @@ def test_first_row_of_the_table_of_the_readmes_commands(home):
 def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 2 --batch-size 4 --eval-instances 4 --device cpu --out run"
-    run("train.py", "--data", sni_dir, *sizes.split(), cwd=home)
+    run(f"train.py {sizes} --data", sni_dir, cwd=home)
     tasks = program.read_json(home / "run/config.json")["facts"]["tasks"]
     assert len(tasks) == len(read_splits(sni_dir)["train"])
-    assert "2 test instances of 2 tasks" in run(*EVALUATE, "--split", "test", cwd=home)
+    assert "2 test instances of 2 tasks" in run(f"{EVALUATE} --split test", cwd=home)
 
 
 # ---------------------------------------------------------------------------- how a program ends
@@ -496,7 +494,7 @@ def test_bug_keeps_its_traceback(home, monkeypatch):
         _first, _second = (1, 2, 3)
 
     monkeypatch.setattr(data, "collate", unpack)
-    monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF])
+    monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF.split()])
     monkeypatch.chdir(home)
     with pytest.raises(ValueError, match="^too many values to unpack"):
         program.run_program(train.main)
@@ -585,7 +583,7 @@ def test_mistake_prints_one_line_and_leaves_no_file(mistaken, monkeypatch, line,
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
     monkeypatch.setattr(evaluation, "predict", None)
     before = sorted(mistaken.rglob("*"))
-    error = run(*shlex.split(line), cwd=mistaken, code=2)
+    error = run(line, cwd=mistaken, code=2)
     assert error.partition(": error: ")[2].startswith(words)
     assert error.count("\n") == 1
     assert sorted(mistaken.rglob("*")) == before

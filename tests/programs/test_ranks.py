@@ -149,17 +149,19 @@ def test_the_trace_is_that_of_one_process(processes, tmp_path):
         torch.testing.assert_close(state, expected_state, atol=1e-7, rtol=0)
 
 
-SHORT = "--max-tasks 6 --max-source-length 64 --batch-size 8 --eval-instances 6".split()
-SHORT += "--eval-every 4 --steps 12 --device cpu".split()
+SHORT = (
+    "--max-tasks 6 --max-source-length 64 --batch-size 8 --eval-instances 6 "
+    "--eval-every 4 --steps 12 --device cpu"
+)
 # Small steps, because Adam turns the rounding of tiny gradients into steps.
-SMALL_STEPS = "--warmup 10 --lr-skills 2e-3 --lr-router 2e-4 --lr-allocation 2e-3".split()
+SMALL_STEPS = "--warmup 10 --lr-skills 2e-3 --lr-router 2e-4 --lr-allocation 2e-3"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Return the folder of a run of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run("train.py", *SHORT, *SMALL_STEPS, "--out", "run", cwd=folder)
+    run(f"train.py {SHORT} {SMALL_STEPS} --out run", cwd=folder)
     return folder / "run"
 
 
@@ -185,14 +187,14 @@ def assert_same_run(folder, expected):
 
 @pytest.mark.slow
 def test_programs_give_the_same_run_and_scores(alone, tmp_path):
-    flags = [*SHORT, *SMALL_STEPS, "--shard", "--accumulate", 2, "--out", "run"]
-    torchrun(2, ROOT / "train.py", *flags, cwd=tmp_path)
+    flags = f"{SHORT} {SMALL_STEPS} --shard --accumulate 2 --out run"
+    torchrun(2, ROOT / "train.py", *flags.split(), cwd=tmp_path)
     assert_same_run(tmp_path / "run", alone)
 
-    flags = "--run run --split seen --limit 7 --batch-size 2 --device cpu --out".split()
-    done = torchrun(2, ROOT / "eval.py", *flags, "two", "--shard", cwd=tmp_path)
+    flags = "--run run --split seen --limit 7 --batch-size 2 --device cpu --out"
+    done = torchrun(2, ROOT / "eval.py", *flags.split(), "two", "--shard", cwd=tmp_path)
     assert done.stdout.count("7 instances") == 1  # only rank 0 prints
-    run("eval.py", *flags, "one", cwd=tmp_path)
+    run(f"eval.py {flags} one", cwd=tmp_path)
     predictions = (tmp_path / "two/predictions.jsonl").read_bytes()
     assert predictions == (tmp_path / "one/predictions.jsonl").read_bytes()
 
@@ -231,8 +233,8 @@ def test_an_error_of_one_process_is_printed_after_a_moment(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_adapters_that_do_not_train_are_not_sharded(finished, tmp_path):
-    flags = [*SHORT, "--steps", 4, "--start", finished / "run"]
-    flags += ["--lr-skills", 0, "--lr-allocation", 0, "--out"]
+    flags = f"{SHORT} --steps 4 --lr-skills 0 --lr-allocation 0".split()
+    flags += ["--start", finished / "run", "--out"]
     torchrun(2, ROOT / "train.py", *flags, "two", "--shard", cwd=tmp_path)
     run("train.py", *flags, "one", cwd=tmp_path)
     assert_same_adapter(tmp_path / "two", tmp_path / "one", atol=1e-5)
@@ -240,10 +242,10 @@ def test_adapters_that_do_not_train_are_not_sharded(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_lost_a_process_ends_and_resumes_with_another_number(alone, tmp_path):
-    flags = [*SHORT, *SMALL_STEPS, "--out", "run"]
-    done = torchrun(2, __file__, "dying", *flags, cwd=tmp_path, code=1)
+    flags = f"{SHORT} {SMALL_STEPS} --out run"
+    done = torchrun(2, __file__, "dying", *flags.split(), cwd=tmp_path, code=1)
     assert "Signal 9" in done.stderr
-    torchrun(3, ROOT / "train.py", *RESUME[1:], "run", "--shard", cwd=tmp_path)
+    torchrun(3, ROOT / "train.py", *RESUME.split()[1:], "run", "--shard", cwd=tmp_path)
     assert_same_run(tmp_path / "run", alone)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import ROOT, SHORT, run, run_shell, trace
 
-OPTIONS = [*SHORT, "--steps", "24", "--gumbel"]
-RESUME = ["--resume", "--device", "cpu"]
+OPTIONS = f"{SHORT} --steps 24 --gumbel"
+RESUME = "--resume --device cpu"
 
 # Runs train.py and kills itself after some milliseconds of processor time, or when it reaches a
 # stage of a save for the n-th time. The stages are: half of some bytes is written, before fsync,
@@ -68,7 +68,7 @@ COUNTS = {"moment": 5000, "write": 1500, "sync": 6, "name": 6, "named": 6}  # at
 
 def soak(home, kills, rng):
     """Kill runs in all stages in turn. Each run that ends must equal the undisturbed one."""
-    run("train.py", *OPTIONS, "--out", "whole", cwd=home)
+    run(f"train.py {OPTIONS} --out whole", cwd=home)
     number = 0
     killed = 0
     while True:
@@ -78,7 +78,7 @@ def soak(home, kills, rng):
         if killed == kills:
             count = 10**9  # the last run ends
         arguments = RESUME if (folder / "config.json").exists() else OPTIONS
-        words = [sys.executable, "-c", DYING, str(ROOT), stage, str(count), *arguments]
+        words = [sys.executable, "-c", DYING, str(ROOT), stage, str(count), *arguments.split()]
         done = run_shell([*words, "--out", folder.name], home)
         if done.returncode < 0:  # a signal
             killed += 1

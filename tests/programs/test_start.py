@@ -23,8 +23,10 @@ from helpers import (
 )
 from support.program import read_json
 
-SIZES = "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu".split()
-SIZES += "--steps 4 --eval-every 4 --batch-size 4 --warmup 0".split()
+SIZES = (
+    "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu "
+    "--steps 4 --eval-every 4 --batch-size 4 --warmup 0"
+)
 UNFIT = [
     ("started", {"start": "/else"}),
     ("poly", {"method": "poly"}),
@@ -40,7 +42,7 @@ def home(finished, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("start")
     (folder / "run").symlink_to(finished / "run")
-    run("integrations/export.py", "--run", "run", "--out", "served", cwd=folder)
+    run("integrations/export.py --run run --out served", cwd=folder)
     unseen = (ROOT / "sni/splits/default/test_tasks.txt").read_text().split()[0]
     write_lists(folder / "data", [unseen], [])
     (folder / "data/tasks").symlink_to(ROOT / "sni/tasks")
@@ -54,20 +56,19 @@ def home(finished, tmp_path_factory):
 # ------------------------------------------------------------------------------------------ --start
 
 # Rates of zero: how many parameters train, and which change.
-ROUTER_ONLY = ["--lr-skills", "0", "--lr-allocation", "0"]
-ALLOCATION_ONLY = ["--lr-skills", "0", "--lr-router", "0"]
+ROUTER_ONLY = "--lr-skills 0 --lr-allocation 0"
+ALLOCATION_ONLY = "--lr-skills 0 --lr-router 0"
 PARTS = {
     "router": (ROUTER_ONLY, 8 * 160 + 8, {"router.bias", "router.W_task"}),
     "allocation": (ALLOCATION_ONLY, 20 * 8 * 4, {"Z"}),
-    "all": ([], 53128, {"router.bias", "router.W_task", "Z", "skills"}),
+    "all": ("", 53128, {"router.bias", "router.W_task", "Z", "skills"}),
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_only_the_parts_with_a_rate_change(part, home):
     rates, count, expected = PARTS[part]
-    arguments = ["--start", "run", *rates, "--data", "data", *SIZES, "--out", part]
-    output = run("train.py", *arguments, cwd=home)
+    output = run(f"train.py --start run {rates} --data data {SIZES} --out {part}", cwd=home)
     assert f": trains {count:,} parameters" in output
     assert "\nrows in this table may have trained the run in --start" in output
 
@@ -78,8 +79,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
         if not torch.equal(tensor, after[name]):
             changed.add("skills" if "skill_" in name else name)
     assert changed == expected
-    evaluate = ["eval.py", "--run", part, "--split", "dev", "--limit", "2", "--device", "cpu"]
-    output = run(*evaluate, cwd=home)
+    output = run(f"eval.py --run {part} --split dev --limit 2 --device cpu", cwd=home)
     assert (
         "2 dev instances of 1 tasks" in output
         and "\nthese rows may have trained the run in" in output
@@ -87,8 +87,8 @@ def test_only_the_parts_with_a_rate_change(part, home):
 
 
 def test_a_start_that_training_only_harms_stays_the_result(home):
-    harm = ["--start", "run", "--data", "data", "--lr-skills", "1", *SIZES, "--out", "harmed"]
-    output = run("train.py", *harm, cwd=home)
+    harm = f"--lr-skills 1 {SIZES} --out harmed"
+    output = run(f"train.py --start run --data data {harm}", cwd=home)
     assert re.findall(r"\nstep (\d) of 4: dev loss \S+, best so far\n", output) == ["0"]
     before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     after, _ = checkpoint.read_safetensors(home / "harmed/adapter.safetensors")
@@ -98,23 +98,22 @@ def test_a_start_that_training_only_harms_stays_the_result(home):
 
 
 def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_factory):
-    arguments = ["train.py", "--start", "run", *ALLOCATION_ONLY, *SIZES, "--out"]
-    run(*arguments, "whole", cwd=home)
+    start_it = f"train.py --start run {ALLOCATION_ONLY} {SIZES} --out"
+    run(f"{start_it} whole", cwd=home)
     start = read_json(home / "whole/scores.json")["start"]
     assert start == read_json(home / "run/scores.json")["orchmoe"]
 
     with interrupted(train, "train_step", 3):
-        run(*arguments, "on", cwd=home, code=130)
+        run(f"{start_it} on", cwd=home, code=130)
     (home / "on/scores.json").unlink()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    resume = [*RESUME, home / "on"]
     # With a checkpoint, the weights are no longer those of the start and are not scored as such.
-    assert "| start |" not in run(*resume, cwd=elsewhere)
+    assert "| start |" not in run(RESUME, home / "on", cwd=elsewhere)
     assert trace(home / "on") == trace(home / "whole")
 
     for name in ("progress.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
         (home / "on" / name).unlink()
-    run(*resume, cwd=elsewhere)
+    run(RESUME, home / "on", cwd=elsewhere)
     for name in ("adapter.safetensors", "scores.json"):
         assert (home / "on" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
@@ -148,19 +147,18 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     assert last["Z"].abs().max() > 0.01  # it started at 0
     for state in (last, after):
         assert torch.equal(state["encoder.blocks.0.attention.q.skill_A"][1], A)
-    evaluate = "eval.py --run runs/loras --split dev --limit 2 --device cpu"
-    run(*evaluate.split(), cwd=home)
+    run("eval.py --run runs/loras --split dev --limit 2 --device cpu", cwd=home)
 
 
 def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     shutil.copytree(home / "run", tmp_path / "run")
     with interrupted(train, "evaluate", 1, KeyboardInterrupt):
-        arguments = ["--start", tmp_path / "run", "--data", "data", *SIZES, "--out", "bound"]
-        run("train.py", *arguments, cwd=home, code=130)
+        start_it = f"train.py --data data {SIZES} --out bound --start"
+        run(start_it, tmp_path / "run", cwd=home, code=130)
     state, metadata = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     changed = {name: tensor + 1 for name, tensor in state.items()}
     checkpoint.write_safetensors(tmp_path / "run/adapter.safetensors", changed, metadata)
-    error = run(*RESUME, "bound", cwd=home, code=2)
+    error = run(f"{RESUME} bound", cwd=home, code=2)
     assert "bound: start changed since the run began" in error
 
 
@@ -180,8 +178,7 @@ MISTAKES = {  # flags -> beginning of the message
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_folder(flags, beginning, home, monkeypatch):
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
-    arguments = ["--data", "data", "--out", "refused", *flags.split()]
-    error = run("train.py", *arguments, cwd=home, code=2)
+    error = run(f"train.py --data data --out refused {flags}", cwd=home, code=2)
     assert error.startswith(f"train.py: error: {beginning}")
     assert error.count("\n") == 1
     assert not (home / "refused").exists()

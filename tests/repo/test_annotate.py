@@ -87,7 +87,7 @@ def test_the_still_shows_the_run_that_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(
         annotate, "write_still", lambda: shown.append(json.loads(annotate.NUMBERS.read_text()))
     )
-    run("docs/annotate.py", "--run", "RUN", "--still", cwd=tmp_path)
+    run("docs/annotate.py --run RUN --still", cwd=tmp_path)
     assert shown[0]["hash"] == "RUN"
     assert "<code>RUN</code>" in text_of(annotate.PAGE)
 

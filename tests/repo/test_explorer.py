@@ -392,8 +392,8 @@ def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, t
 
 def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     with interrupted(explorer.Server, "serve_forever", 1, error=KeyboardInterrupt):
-        run(PROGRAM, "--run", "run", "--port", 0, cwd=finished, code=130)
-    error = run(PROGRAM, "--run", "run", "--port", 70000, cwd=finished, code=2)
+        run(f"{PROGRAM} --run run --port 0", cwd=finished, code=130)
+    error = run(f"{PROGRAM} --run run --port 70000", cwd=finished, code=2)
     assert "--port 70000" in error
     assert "give --run" in run(PROGRAM, cwd=finished, code=2)
 
@@ -451,9 +451,8 @@ def own_server(tmp_path_factory):
     write_rows(home / "own.jsonl", rows_of(100, ["Say plus.", "Add <one>."]))
     unseen = rows_of(6, ["Say minus."]) + rows_of(4, ["Say minus twice."], task="task_a")
     write_rows(home / "unseen.jsonl", unseen)
-    flags = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2".split()
-    files = ("--data", "own.jsonl", "--test", "unseen.jsonl", "--out", "run")
-    run("train.py", *flags, *files, cwd=home)
+    flags = "--device cpu --steps 1 --eval-every 1 --batch-size 4 --eval-instances 2"
+    run(f"train.py {flags} --data own.jsonl --test unseen.jsonl --out run", cwd=home)
     with serving(explorer.load(home / "run")) as server:
         yield server
 

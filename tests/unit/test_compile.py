@@ -269,7 +269,7 @@ def test_without_a_compiler_auto_warns(small_t5, monkeypatch, capsys):
 
 def test_without_a_compiler_on_is_an_error_before_anything_is_scored(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
-    error = run("train.py", *SHORT, "--compile", "--out", "run", cwd=tmp_path, code=2)
+    error = run(f"train.py {SHORT} --compile --out run", cwd=tmp_path, code=2)
     assert error == (
         "train.py: error: --compile on: torch cannot compile here (No working C++ compiler); "
         "install gcc, or give --compile off\n"
@@ -290,8 +290,8 @@ def test_a_run_with_compiled_blocks_is_the_same_run(tmp_path, monkeypatch):
     eager = functools.partialmethod(Backbone.compile_blocks, "eager")
     monkeypatch.setattr(Backbone, "compile_blocks", eager)
 
-    def losses(name, *flags):
-        run("train.py", *SHORT, "--steps", "4", *flags, "--out", name, cwd=tmp_path)
+    def losses(name, flags=""):
+        run(f"train.py {SHORT} --steps 4 {flags} --out {name}", cwd=tmp_path)
         return [row[1] for row in trace(tmp_path / name)]
 
     assert losses("compiled", "--compile") == pytest.approx(losses("plain"), rel=1e-6)

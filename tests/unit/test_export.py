@@ -94,7 +94,7 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
     change_config(copied, "settings", data="moved")
     monkeypatch.setattr(export, "VLLM_RANKS", (1, 12, 16))  # the rank of the run is 8
     arguments = ("--mean", "--data", ROOT / "sni", "--pad-rank")
-    run(EXPORT, "--run", "run", "--out", "served", *arguments, cwd=copied.parent)
+    run(f"{EXPORT} --run run --out served", *arguments, cwd=copied.parent)
     served = copied.parent / "served"
     names = [f"abstract-{k}" for k in range(1, 9)]
     written = sorted(path.name for path in served.iterdir())
@@ -126,12 +126,12 @@ def test_program_writes_the_abstract_tasks_their_mean_and_the_router(copied, mon
 
 
 def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(copied):
-    flags = ("--run", "run", "--out", "new/served")
+    command = f"{EXPORT} --run run --out new/served"
     new = copied.parent / "new"
     with interrupted(export, "save_router", 1, KeyboardInterrupt):  # after all LoRAs
-        run(EXPORT, *flags, cwd=copied.parent, code=130)
+        run(command, cwd=copied.parent, code=130)
     assert not list(new.iterdir())
-    run(EXPORT, *flags, cwd=copied.parent)
+    run(command, cwd=copied.parent)
     assert (new / "served").stat().st_mode == new.stat().st_mode  # a server may read it
 
 
@@ -157,8 +157,8 @@ def test_a_server_computes_the_w_of_a_router_with_any_settings(options, tmp_path
 
 def test_program_takes_given_weights(finished, tmp_path):
     w = torch.tensor([-1.0, 2, 0, 0, 0, 0, 0, 0.5])
-    given = "--w=" + ",".join(map(str, w.tolist()))
-    run(EXPORT, "--run", "run", "--out", tmp_path / "out", given, cwd=finished)
+    given = ",".join(map(str, w.tolist()))
+    run(f"{EXPORT} --run run --w={given} --out", tmp_path / "out", cwd=finished)
     _, adapters, _ = run_folder.load(CPU, run_dir=finished / "run")
     save_peft(adapters, w, tmp_path / "expected", "base")
     check_equal(factors_in(tmp_path / "out/w"), factors_in(tmp_path / "expected"))
@@ -186,14 +186,14 @@ MISTAKES = {  # flags -> beginning of the message
 def test_mistake_prints_one_line(flags, beginning, copied):
     (copied.parent / "empty").mkdir()
     (copied.parent / "link").symlink_to("nowhere")
-    said = run(EXPORT, *flags.split(), cwd=copied.parent, code=2)
+    said = run(f"{EXPORT} {flags}", cwd=copied.parent, code=2)
     assert said.startswith(f"export.py: error: {beginning}") and said.count("\n") == 1
 
 
 def test_a_w_for_a_run_of_lora_is_refused(copied):
     """parity/test_doors.py exports a run of a method whose weights are not fixed."""
     change_config(copied, "settings", method="lora")
-    said = run(EXPORT, *GIVEN.split(), "--w", "1", cwd=copied.parent, code=2)
+    said = run(f"{EXPORT} {GIVEN} --w 1", cwd=copied.parent, code=2)
     assert "run: --method lora has no routing" in said
 
 
@@ -221,8 +221,7 @@ def test_adapter_that_does_not_fit_is_refused(options, change, message, tmp_path
     saved |= change
     saved = {name: value for name, value in saved.items() if value is not None}
     torch.save(saved, tmp_path / "adapter.pt")
-    arguments = ("--adapter", "adapter.pt", "--model", "base", "--out", "served")
-    said = run(EXPORT, *arguments, cwd=tmp_path, code=2)
+    said = run(f"{EXPORT} --adapter adapter.pt --model base --out served", cwd=tmp_path, code=2)
     assert re.match(f"export.py: error: (adapter.pt: .*)?{message}", said), said
     assert said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.pt", "base"]
