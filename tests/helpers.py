@@ -84,10 +84,11 @@ def run(line, *more, cwd, code=0):
     return (errors if code == 2 else output).getvalue()
 
 
-def torchrun(processes, *arguments, cwd, code=0):
+def torchrun(processes, program, flags, *more, cwd, code=0):
     """Run several processes of a program, which must end with `code`. Return what has ended."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = [sys.executable, *launcher, "--", *arguments]  # without "--" it takes --run of eval.py
+    launcher += ["--", program]  # without "--" it takes --run of eval.py
+    words = [sys.executable, *launcher, *shlex.split(flags), *more]
     done = run_shell([str(word) for word in words], cwd, PYTHONPATH=PYTHONPATH)
     assert done.returncode == code, done.stderr
     return done

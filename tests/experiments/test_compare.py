@@ -726,7 +726,6 @@ REFUSED = {
     "--method lora": "--method: the study sets this itself; leave it out",
     "--methods lora,lora": "--methods lora: choose, once each, of orchmoe, lora",
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
-    "--methods lora,nope": "--methods nope: choose, once each, of orchmoe, lora",
     "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--rows default": "--rows: has no effect without --ablations",
     "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
@@ -738,7 +737,7 @@ REFUSED = {
     "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has",
     "--methods lora,c-poly --data sni/own.jsonl": "--method: CPoly routes by task id: every JSONL",
     "--methods lora,poly --gumbel": "--gumbel: has no effect with what is compared",
-    "--methods moe-lora,orchmoe --no-tune --steps 1 --lr-skills 0": "--lr-skills 0: the skills",
+    "--methods moe-lora,orchmoe --no-tune --data sni/own.jsonl --lr-skills 0": "--lr-skills 0: the",
 }
 
 

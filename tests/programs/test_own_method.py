@@ -231,7 +231,7 @@ def test_a_parameter_without_a_gradient_in_one_process_gets_that_of_the_other(ho
     # The skills take small steps, because Adam turns rounding of tiny gradients into steps.
     flags = f"{SHORT} --method own.py:ByTask --lr-skills 2e-4"
     run(f"train.py {flags} --out one", cwd=home)
-    torchrun(2, ROOT / "train.py", *flags.split(), "--out", "two", cwd=home)
+    torchrun(2, ROOT / "train.py", f"{flags} --out two", cwd=home)
     state, expected = state_of(home / "two"), state_of(home / "one")
     for name in [f"rows.{task}" for task in range(4)]:
         torch.testing.assert_close(state[name], expected[name], atol=1e-3, rtol=0)

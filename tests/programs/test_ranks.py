@@ -24,7 +24,7 @@ import data
 import t5
 import train
 from baselines import attach_method
-from helpers import RESUME, ROOT, SMALL_T5, interrupted, records, run, t5_values, torchrun
+from helpers import ROOT, SMALL_T5, interrupted, records, run, t5_values, torchrun
 from orchmoe import OrchMoEConfig
 from random_t5 import init_weights
 from support import program, runtime
@@ -188,11 +188,11 @@ def assert_same_run(folder, expected):
 @pytest.mark.slow
 def test_programs_give_the_same_run_and_scores(alone, tmp_path):
     flags = f"{SHORT} {SMALL_STEPS} --shard --accumulate 2 --out run"
-    torchrun(2, ROOT / "train.py", *flags.split(), cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", flags, cwd=tmp_path)
     assert_same_run(tmp_path / "run", alone)
 
     flags = "--run run --split seen --limit 7 --batch-size 2 --device cpu --out"
-    done = torchrun(2, ROOT / "eval.py", *flags.split(), "two", "--shard", cwd=tmp_path)
+    done = torchrun(2, ROOT / "eval.py", f"{flags} two --shard", cwd=tmp_path)
     assert done.stdout.count("7 instances") == 1  # only rank 0 prints
     run(f"eval.py {flags} one", cwd=tmp_path)
     predictions = (tmp_path / "two/predictions.jsonl").read_bytes()
@@ -202,8 +202,8 @@ def test_programs_give_the_same_run_and_scores(alone, tmp_path):
 @pytest.mark.slow
 def test_a_refusal_of_all_processes_is_printed_once(tmp_path):
     (tmp_path / "predictions.jsonl").touch()
-    flags = ["--model", ROOT / "tiny", "--split", "seen", "--device", "cpu", "--out", tmp_path]
-    done = torchrun(2, ROOT / "eval.py", *flags, cwd=tmp_path, code=1)
+    flags = "--split seen --device cpu --out . --model"
+    done = torchrun(2, ROOT / "eval.py", flags, ROOT / "tiny", cwd=tmp_path, code=1)
     assert done.stderr.count("exists, and nothing is overwritten") == 1
 
 
@@ -233,19 +233,18 @@ def test_an_error_of_one_process_is_printed_after_a_moment(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_adapters_that_do_not_train_are_not_sharded(finished, tmp_path):
-    flags = f"{SHORT} --steps 4 --lr-skills 0 --lr-allocation 0".split()
-    flags += ["--start", finished / "run", "--out"]
-    torchrun(2, ROOT / "train.py", *flags, "two", "--shard", cwd=tmp_path)
-    run("train.py", *flags, "one", cwd=tmp_path)
+    flags = f"{SHORT} --steps 4 --lr-skills 0 --lr-allocation 0 --start"
+    torchrun(2, ROOT / "train.py", f"--shard --out two {flags}", finished / "run", cwd=tmp_path)
+    run(f"train.py --out one {flags}", finished / "run", cwd=tmp_path)
     assert_same_adapter(tmp_path / "two", tmp_path / "one", atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_run_that_lost_a_process_ends_and_resumes_with_another_number(alone, tmp_path):
     flags = f"{SHORT} {SMALL_STEPS} --out run"
-    done = torchrun(2, __file__, "dying", *flags.split(), cwd=tmp_path, code=1)
+    done = torchrun(2, __file__, f"dying {flags}", cwd=tmp_path, code=1)
     assert "Signal 9" in done.stderr
-    torchrun(3, ROOT / "train.py", *RESUME.split()[1:], "run", "--shard", cwd=tmp_path)
+    torchrun(3, ROOT / "train.py", "--resume --device cpu --out run --shard", cwd=tmp_path)
     assert_same_run(tmp_path / "run", alone)
 
 
