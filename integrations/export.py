@@ -37,8 +37,6 @@ from support.program import UserError
 from tasks import DataConfig
 from tokenizer import Tokenizer
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM has kernels for these
-
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -49,7 +47,6 @@ class ExportConfig:
     model: str = ""  # folder of the adapter's base, or where the run's base is now
     data: str = ""  # where the run's data is now, if it has moved; for --mean
     out: str = ""  # folder to write; each LoRA gets a folder inside
-    pad_rank: bool = False  # fill ranks up with zeros to the next rank that vLLM supports
     mean: bool = False  # add a LoRA for the mean w of the run's dev set
     w: tuple[str, ...] = ()  # add a LoRA for these K weights; if the first is negative: --w=-1,2
 
@@ -253,13 +250,12 @@ def export(config: ExportConfig) -> None:
     if config.mean:
         routings["mean"] = mean_routing(config, run, base, adapters, tokenizer)
 
-    ranks = VLLM_RANKS if config.pad_rank else ()
     base_name = str(Path(base_folder).resolve())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         incomplete = Path(temporary) / out.name
         for name, w in routings.items():
-            rank = save_peft(adapters, w, incomplete / name, base_name, ranks=ranks)
+            rank = save_peft(adapters, w, incomplete / name, base_name)
         if adapters.router is not None:
             save_router(adapters.router, facts, base_folder, incomplete)
         incomplete.rename(out)

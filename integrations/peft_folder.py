@@ -80,17 +80,13 @@ def save_peft(
     w: Tensor | None,
     folder: str | Path,
     base: str,
-    *,
-    ranks: Sequence[int] = (),
 ) -> int:
     """Write the skills under one routing as a LoRA in PEFT's form, and return its rank r.
 
     w: (K,), the weights of the abstract tasks; None for a method without a router.
     base: the name by which a server knows the base.
-    ranks: r is S R or, if `ranks` are given, the smallest of them that is at least S R; the
-        factors are filled up with zeros.
 
-    Raise UserError if no LoRA equals this routing, or if all `ranks` are below S R.
+    Raise UserError if no LoRA equals this routing.
     """
     linears = linears_by_hf_name(adapters)
 
@@ -105,11 +101,6 @@ def save_peft(
 
     # One rank for all Linears, since servers ignore patterns of ranks.
     r = max(linear.skill_A.shape[0] * linear.skill_A.shape[1] for linear in linears.values())
-    if ranks:
-        large_enough = [rank for rank in ranks if rank >= r]
-        if not large_enough:
-            raise UserError(f"not written: the rank {r} is above all of {ranks}")
-        r = min(large_enough)
 
     c = adapters.route(w=w).c  # (N,1,S)
     if c.shape[1] != 1:
