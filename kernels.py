@@ -317,8 +317,3 @@ class BlockCompiler:
         self.has_failed = True
         self.have_run.discard(block)
         return output
-
-
-def require_compiler(device: torch.device) -> None:
-    """Compile a small function, which takes seconds. Raise RuntimeError if torch cannot do it."""
-    torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))

@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 
 import checkpoint
 import data
-import kernels
 import metrics
 from baselines import OWN_METHODS, attach_method, count_parameters, load_method
 from data import Batch, Example, Examples
@@ -263,10 +262,7 @@ def give_initial_values(
 def choose_compile(
     settings: TrainConfig, base: Backbone, device: torch.device, shard: bool
 ) -> Literal["on", "off"]:
-    """Return whether to compile the blocks, and print why.
-
-    Raise UserError if --compile on is not possible.
-    """
+    """Return whether to compile the blocks, and print why."""
     size = f"{settings.steps} steps x {len(base.blocks)} blocks"
     if settings.compile != "auto":
         choice, reason = settings.compile, f"compile is {settings.compile}"
@@ -279,17 +275,6 @@ def choose_compile(
     else:
         choice, reason = "on", f"{size} are at least {COMPILE_FROM:,}"
 
-    if choice == "on":
-        try:
-            kernels.require_compiler(device)
-        except RuntimeError as error:
-            if settings.compile == "on":
-                raise UserError(
-                    f"--compile on: torch cannot compile here ({error!s:.100}); install gcc, or "
-                    "give --compile off"
-                ) from None
-            choice, reason = "off", "torch cannot compile here"
-            program.warn(f"{reason}: {error!s:.100}")
     verb = "are" if choice == "on" else "are not"
     program.print_line(f"blocks {verb} compiled: {reason}")
     return choice

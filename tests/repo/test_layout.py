@@ -152,8 +152,8 @@ def test_top_level_has_few_files():
 FOREIGN = set(
     """
     --local-dir --depth evaluation.py --nproc-per-node --nnodes --node-rank --master-addr
-    --master-port --max-lora-rank --shutdown-timeout --outtype --outfile --lora convert_lora_to_gguf.py
-    convert_hf_to_gguf.py make_rows.py save_pretrained
+    --master-port --max-lora-rank --shutdown-timeout --outtype --outfile --lora
+    convert_lora_to_gguf.py convert_hf_to_gguf.py make_rows.py save_pretrained
     """.split()
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]

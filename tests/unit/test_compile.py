@@ -223,13 +223,16 @@ def test_an_error_of_a_block_itself_does_not_end_compilation():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_missing_compiler_is_found_by_compiling():
+def test_training_goes_on_without_a_compiler():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    kernels.compile_blocks([block])
+    x = torch.randn(2, 3, 4, requires_grad=True)
     with (
         fresh_cache(),
         torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}),
-        pytest.raises(RuntimeError, match=r"No working C\+\+ compiler"),
+        pytest.warns(UserWarning, match=r"uncompiled from now on: .*No working C\+\+ compiler"),
     ):
-        kernels.require_compiler(torch.device("cpu"))
+        block(x).sum().backward()
 
 
 # ------------------------------------------------------------------- the choice of train.py
@@ -246,35 +249,11 @@ CHOICES = [  # --compile, device, steps, --shard, and what the line says
 
 
 @pytest.mark.parametrize("asked, device, steps, shard, line", CHOICES)
-def test_what_is_compiled_and_why(asked, device, steps, shard, line, small_t5, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "require_compiler", lambda device: None)
+def test_what_is_compiled_and_why(asked, device, steps, shard, line, small_t5, capsys):
     config = train.TrainConfig(compile=asked, steps=steps)
     choice = train.choose_compile(config, small_t5, device, shard)
     assert capsys.readouterr().out.startswith(f"blocks are {line}")
     assert choice == ("off" if line.startswith("not ") else "on")
-
-
-def find_no_compiler(device):
-    raise RuntimeError("No working C++ compiler")
-
-
-def test_without_a_compiler_auto_warns(small_t5, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
-    config = train.TrainConfig(steps=37_500)
-    assert train.choose_compile(config, small_t5, CUDA, False) == "off"
-    lines = capsys.readouterr()
-    assert lines.out == "blocks are not compiled: torch cannot compile here\n"
-    assert lines.err == "warning: torch cannot compile here: No working C++ compiler\n"
-
-
-def test_without_a_compiler_on_is_an_error_before_anything_is_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "require_compiler", find_no_compiler)
-    error = run(f"train.py {SHORT} --compile --out run", cwd=tmp_path, code=2)
-    assert error == (
-        "train.py: error: --compile on: torch cannot compile here (No working C++ compiler); "
-        "install gcc, or give --compile off\n"
-    )
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_choice_is_saved_and_only_a_flag_changes_it(copied):
