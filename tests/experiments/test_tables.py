@@ -116,9 +116,10 @@ def test_the_page_of_the_miniature_has_the_differences_from_the_lora(compared, r
     assert f"| {row} | {' | '.join(compared(row, 'lora', {'loss': 3}))} |" in page
 
 
-def test_readme_has_the_difference_from_the_lora(compared):
-    (seen, _) = compared("orchmoe", "lora", {"loss": 3})
-    assert seen in " ".join(text_of("README.md").split())
+def test_the_evidence_has_the_differences_of_the_cells(compared):
+    for other in ("moe-lora", "HydraLoRA", "lora", "poly", "mhr"):
+        seen, unseen = compared("orchmoe", other, {"loss": 3})
+        assert f"| {seen} | {unseen} |" in text_of("docs/evidence.md")
 
 
 # ------------------------------------------------------------------------------------- from cells
