@@ -87,7 +87,7 @@ FEW = {"max_tasks": 2, "eval_instances": 2, "train_instances": 8, "steps": 1, "b
 FEW |= {"max_source_length": 64, "abstract_tasks": 2, "dtype": "float32"}
 
 
-def test_ablations_of_data_that_name_no_task():
+def test_without_task_names_the_oracle_is_left_out():
     every = compare.chosen_ablations([], 5)
     assert every == list(compare.ABLATIONS)
     every.remove(compare.TOLD_THE_TASK)
@@ -183,7 +183,7 @@ def small(home):
     return home / "out"
 
 
-def test_compare_from_start_to_table(small):
+def test_each_method_gets_its_best_trial_and_another_seed(small):
     cells = {path.stem: read_json(path) for path in small.glob("methods/*.json")}
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
@@ -229,7 +229,7 @@ def base_cell(folder, values):
     return cell_of(folder, "a", row=Variant(trains=False), settings=settings, facts=facts)
 
 
-def test_cell_require_same(tmp_path):
+def test_a_cell_is_bound_to_its_settings_data_and_base(tmp_path):
     """A cell is bound to its settings, data and base."""
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
@@ -383,7 +383,7 @@ def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
         study.Study(train.Settings(), CPU, StudyConfig(jobs=1), {}).run(cells)
 
 
-def test_controls_of_the_router(small, home, monkeypatch):
+def test_rows_that_change_w_score_the_run_of_the_default(small, home, monkeypatch):
     trained = []
     forward = routers.RandomRouter.forward
 
@@ -409,7 +409,7 @@ def test_controls_of_the_router(small, home, monkeypatch):
     assert len(losses) == 3
 
 
-def test_ablations_whose_routers_give_no_distribution_of_samples(small, home):
+def test_a_w_that_is_no_distribution_has_no_distance(small, home):
     out = run(home, f"{SMALL} --ablations --rows", "router: token,w without softmax")
     assert "| router: token |" in out and "| w without softmax |" in out
     cell = read_json(small / "ablations/w_without_softmax-s1.json")

@@ -37,7 +37,7 @@ def test_search_edges_names_an_axis_without_a_neighbour():
     assert "| lora | 6 | lr_skills 0.01, alpha 0.04 | 9.0000 | alpha |" in text
 
 
-def test_search_values():
+def test_steps_are_sqrt_10_in_rates_and_2_in_alpha():
     search = Search({"lr_skills": 1e-2, "alpha": 2.0}, trials=1, cell_of=None)
     assert search.values((1, -1)) == {"lr_skills": 0.0316, "alpha": 1.0}
     assert search.values((-2, 2)) == {"lr_skills": 0.001, "alpha": 8.0}

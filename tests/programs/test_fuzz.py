@@ -124,7 +124,7 @@ TASK = program.to_json(task_json(3))
 
 
 @given(damaged_or_changed(TASK))
-def test_tasks(folder, content):
+def test_damaged_tasks_are_read_or_refused_in_one_line(folder, content):
     task = read(read_task, folder / "task1_a.json", content, TASK)
     if task is not None:
         assert task["instances"]
@@ -141,7 +141,7 @@ CHECKPOINT = buffer.getvalue()
 
 
 @given(damaged(CHECKPOINT))
-def test_checkpoints(folder, content):
+def test_damaged_checkpoints_are_read_or_refused_in_one_line(folder, content):
     read(checkpoint.read_torch, folder / "progress.pt", content, CHECKPOINT)
 
 
@@ -158,7 +158,7 @@ MISTRAL_CONFIG = program.to_json(
 
 @pytest.mark.parametrize("whole", [T5_CONFIG, MISTRAL_CONFIG], ids=["t5", "mistral"])
 @given(st.data())
-def test_model_configs(folder, whole, drawn):
+def test_damaged_model_configs_are_read_or_refused_in_one_line(folder, whole, drawn):
     """A config that is accepted is compared with the weights."""
     model = folder / "model"
     if not model.exists():
@@ -188,7 +188,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", tokenizer.KINDS)
 @given(st.data())
-def test_tokenizers(folder, tokenizer_folder, name, drawn):
+def test_damaged_tokenizers_are_read_or_refused_in_one_line(folder, tokenizer_folder, name, drawn):
     whole = (tokenizer_folder / name).read_bytes()
     contents = damaged_or_changed(whole) if name == "tokenizer.json" else damaged(whole)
     (folder / name).write_bytes(drawn.draw(contents))
@@ -206,7 +206,7 @@ def test_tokenizers(folder, tokenizer_folder, name, drawn):
 
 
 @given(st.text(), st.text())
-def test_metrics(one, other):
+def test_a_score_is_between_0_and_1_and_a_text_matches_itself(one, other):
     for rules in metrics.RULES:
         for metric in metrics.METRICS.values():
             assert 0 <= metric(one, [other], rules) <= 1

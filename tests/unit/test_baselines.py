@@ -120,7 +120,7 @@ CANNOT_ATTACH = [
 
 
 @pytest.mark.parametrize("name, config, options, message", CANNOT_ATTACH)
-def test_attach_method_refuses(small_t5, name, config, options, message):
+def test_a_method_that_cannot_be_attached_is_refused(small_t5, name, config, options, message):
     with pytest.raises(ValueError, match=message):
         attach_method(name, small_t5, config, **options)
 

@@ -164,7 +164,7 @@ def test_safetensors_are_preferred_to_torch_files(folder):
 # -------------------------------------------------------------------------------------- refusals
 
 
-def test_read_tensors_needs_names(tmp_path):
+def test_a_torch_file_without_names_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save([torch.ones(2, 2)], path)
     check_refused(checkpoint.read_tensors, path)
@@ -194,7 +194,7 @@ INDICES += [{"weight_map": {"x": name}} for name in NAMES]
 
 
 @pytest.mark.parametrize("index", INDICES)
-def test_read_folder_refuses_an_index(index, tmp_path):
+def test_an_index_that_is_damaged_or_leads_out_of_its_folder_is_refused(index, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     write_json(path, index)
     check_refused(lambda _: read_folder(tmp_path), path)

@@ -249,7 +249,9 @@ CHOICES = [  # --compile, device, steps, --shard, and what the line says
 
 
 @pytest.mark.parametrize("asked, device, steps, shard, line", CHOICES)
-def test_what_is_compiled_and_why(asked, device, steps, shard, line, small_t5, capsys):
+def test_auto_compiles_long_runs_on_cuda_alone_and_says_why(
+    asked, device, steps, shard, line, small_t5, capsys
+):
     config = train.TrainConfig(compile=asked, steps=steps)
     choice = train.choose_compile(config, small_t5, device, shard)
     assert capsys.readouterr().out.startswith(f"blocks are {line}")

@@ -170,7 +170,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("field, value", REFUSED)
-def test_read_config_refuses(field, value, tmp_path):
+def test_a_config_with_an_impossible_field_is_refused_by_its_name(field, value, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(t5_values(T5_CONFIGS["v1.0"]) | {field: value}))
     with pytest.raises(ValueError, match=f"^{path}: .*{field}.*$") as refused:

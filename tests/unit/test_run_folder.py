@@ -269,6 +269,6 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("values, unread, read", UNREAD.values(), ids=UNREAD)
-def test_unread_settings(values, unread, read):
+def test_settings_that_the_method_or_the_data_do_not_read_are_known(values, unread, read):
     found = unread_settings(Settings(**values)).keys()
     assert unread <= found and not read & found

@@ -242,7 +242,7 @@ REPORTS = {  # w of four samples, fields of the report, a word of the warning
 
 
 @pytest.mark.parametrize("w, expected, warning", REPORTS.values(), ids=REPORTS)
-def test_router_report(w, expected, warning, capsys):
+def test_the_router_report_warns_of_uniform_and_collapsed_routing(w, expected, warning, capsys):
     """The distance is that from uniform w."""
     program.warn.cache_clear()
     report = evaluation.router_report(w, torch.full_like(w, 1 / w.shape[1]))
