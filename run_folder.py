@@ -266,8 +266,6 @@ class Run:
                 f"{self.progress_path}: missing, but the run is finished; put it back, or give "
                 "another --out to train again"
             )
-        if self.log_size() < log_size:
-            program.warn(f"{self.log_path}: lines are missing that were there at the last save")
         if self.log_size() > log_size and program.rank() == 0:
             os.truncate(self.log_path, log_size)  # later steps are run again
         return progress
