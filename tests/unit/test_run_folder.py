@@ -153,7 +153,7 @@ def test_the_id_of_a_run_depends_on_every_fact(run):
 # ------------------------------------------------------------------------------------------ the log
 
 
-def test_resume_cuts_the_log_to_where_it_was_saved(run, trained, capsys):
+def test_resume_cuts_the_log_to_where_it_was_saved(run, trained):
     run.log(step=0, loss=3.0, entropy=math.nan)
     run.save_progress(Progress(1), *trained(seed=1))
     run.log(step=1, loss=2.0)
@@ -162,9 +162,8 @@ def test_resume_cuts_the_log_to_where_it_was_saved(run, trained, capsys):
     run.resume(*trained(seed=2))
     assert records(run.path) == [{"step": 0, "loss": 3.0, "entropy": None}]  # JSON has no NaN
 
-    assert not capsys.readouterr().err
     run.log_path.unlink()
-    run.resume(*trained(seed=2))
+    run.resume(*trained(seed=2))  # the lines are lost, and the run goes on
     assert not run.log_path.exists()
 
 
