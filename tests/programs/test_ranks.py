@@ -193,7 +193,7 @@ def test_programs_give_the_same_run_and_scores(alone, tmp_path):
 
     flags = "--run run --split seen --limit 7 --batch-size 2 --device cpu --out"
     done = torchrun(2, ROOT / "eval.py", f"{flags} two --shard", cwd=tmp_path)
-    assert done.stdout.count("7 instances") == 1  # only rank 0 prints
+    assert done.stdout.count("7 seen instances") == 1  # only rank 0 prints
     run(f"eval.py {flags} one", cwd=tmp_path)
     predictions = (tmp_path / "two/predictions.jsonl").read_bytes()
     assert predictions == (tmp_path / "one/predictions.jsonl").read_bytes()
