@@ -215,7 +215,7 @@ def test_resume_refuses_a_damaged_or_foreign_file(run, trained, damage):
         run.resume(*trained(seed=2))
 
 
-def test_the_best_adapter_says_what_it_is_and_comes_back(run, trained):
+def test_the_best_adapter_says_what_it_is_and_belongs_to_its_run(run, trained):
     adapters, _ = trained(seed=1)
     run.save_best(adapters)
     _, metadata = checkpoint.read_safetensors(run.adapter_path)
@@ -226,6 +226,9 @@ def test_the_best_adapter_says_what_it_is_and_comes_back(run, trained):
     run.load_best(loaded)
     check_equal(loaded.state_dict(), adapters.state_dict())
 
+    other = Run(run.path, replace(SETTINGS, alpha=7.0), FACTS)
+    with pytest.raises(UserError, match=f"^{run.adapter_path}: belongs to another run, with oth"):
+        other.read_best()
     checkpoint.write_safetensors(run.adapter_path, {}, PT)
     with pytest.raises(UserError, match=f"^{run.adapter_path}: KeyError: 'adapter'; restore the"):
         run.read_best()
