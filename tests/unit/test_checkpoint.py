@@ -125,11 +125,11 @@ def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp
     assert load(tmp_path).config == loaded.config
 
 
-@pytest.mark.parametrize("eos", ["7", [7, None], True, [], -1, [7, 2**70]])
-def test_eos_ids_that_are_no_token_ids_are_refused(eos, tmp_path):
+@pytest.mark.parametrize("eos", ["7", [7, None], True])
+def test_eos_ids_that_are_no_integers_are_refused(eos, tmp_path):
     save(small_model("qwen2"), tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": eos})
-    with pytest.raises(UserError, match="eos_token_id, there or in generation_config.json: .*"):
+    with pytest.raises(UserError, match="config.json: eos_ids: .* has the wrong type"):
         load(tmp_path)
 
 
