@@ -67,7 +67,8 @@ class MoELoRA(Method):
     """Experts mixed for each token: y = W0 x + scale * sum_s c_s B_s A_s x, c = softmax(W_task x).
 
     W_task (S,D) of each Linear starts at N(0, 0.02²). There is no bias and no balance loss. The
-    softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I.
+    softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I, without
+    its bias.
     Source: MoLoRA, Zadouri et al. 2023, arXiv 2309.05444, whose experts are LoRA or (IA)^3.
     """
 
@@ -101,6 +102,7 @@ class Poly(Method):
         c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
 
     In training Z (N,T,H,S) gets logistic noise, so that sigmoid(Z) is a relaxed Bernoulli variable.
+    (A published setting of MHR's authors has no noise.)
     A sample of an unseen task gets the mean of c over the training tasks.
     Source: Polytropon, Ponti et al. 2023, arXiv 2202.13914.
 
@@ -176,7 +178,7 @@ class Poly(Method):
 class MHR(Poly):
     """Poly with a mixture for each of H heads: parts of a Linear's input and output.
 
-    Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
+    H is our choice. Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
     """
 
     heads = 4

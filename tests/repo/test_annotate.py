@@ -119,7 +119,7 @@ def test_what_the_texts_claim_about_the_run_holds():
         assert tables.gap(seen, other) > tables.gap(unseen, other)
         for kind in (seen, unseen):
             assert tables.gap(kind, other) < tables.gap(kind, "off") / 2
-    assert "Another w costs more on seen tasks than on unseen ones." in text
+    assert "Replacing w raises the loss more on seen tasks than on unseen ones." in text
     assert "model keeps most of its gain over the frozen base" in text
 
 
