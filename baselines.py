@@ -111,7 +111,6 @@ class Poly(Method):
     """
 
     rates = Method.rates | {"Z": "allocation"}
-    kind = "Poly"  # also of MHR, which differs only in H
     heads = 1  # H
     private = 0  # how many of the S skills each task has for itself
 
@@ -128,8 +127,8 @@ class Poly(Method):
         super().__init__()
         if num_tasks < 1:
             raise ValueError(
-                f"--method: {type(self).__name__} routes by task id: every JSONL row needs a "
-                "`task` (in Python: num_tasks=)"
+                f"{type(self).__name__} routes by task id: every JSONL row needs a `task`; give "
+                "it, or choose another method (in Python: num_tasks=)"
             )
         for path, linear in linears.items():
             for name in ("in_features", "out_features"):
@@ -198,7 +197,6 @@ class CPoly(Poly):
 
     rates = Poly.rates | {"Z_private": "allocation"}
     private = 1
-    kind = "CPoly with mixed factors"
 
     def __init__(
         self,
@@ -341,7 +339,7 @@ def method_class(method: str | type[Method]) -> type[Method]:
     if method not in known:
         raise UserError(
             f"--method {method}: choose one of {', '.join(METHODS)}; for a method of your own give "
-            f"its file, --method FILE.py:{method}"
+            "its file and its class, --method FILE.py:Class"
         )
     return known[method]
 
@@ -402,10 +400,10 @@ def count_parameters(adapters: Adapters) -> dict[str, int]:
     return counts
 
 
-# Settings that OrchMoE reads with one of its two routers alone.
-READ_WITH_ROUTER = {
-    "sample": {"lr_router", "router_attention", "router_init", "mixing"},
-    "token": {"lr_token_router"},
+# Settings that OrchMoE does not read with this router.
+UNREAD_WITH_ROUTER = {
+    "sample": {"lr_token_router"},
+    "token": {"lr_router", "router_attention", "router_init", "mixing"},
 }
 
 
@@ -418,6 +416,5 @@ def settings_of_method(method: str | type[Method], router: str) -> set[str]:
     method = method_class(method)
     read = method.settings | {f"lr_{kind}" for kind in method.rates.values()}
     if issubclass(method, OrchMoE):
-        other = "token" if router == "sample" else "sample"
-        read -= READ_WITH_ROUTER[other]
+        read -= UNREAD_WITH_ROUTER[router]
     return read

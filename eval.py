@@ -36,7 +36,10 @@ from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_questi
 from tokenizer import Tokenizer
 
 LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
-START_NOTE = "may have trained the run in --start, or a run before it, if that run had other data"
+START_NOTE = (
+    "may be training rows of the run in --start, or of a run that it started from, if that had "
+    "other data"
+)
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -431,6 +434,8 @@ def choose_rows(
 def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: DataConfig) -> None:
     """Raise UserError for a given flag that would have no effect."""
     unread = dict.fromkeys(data_config.idle, f"with --data {data_config.data}")
+    if not config.run:
+        unread["method"] = "without --run"
     if config.split != "train":
         names = ("train_instances", "bare_share")
         unread |= dict.fromkeys(names, f"with --split {config.split}")
@@ -505,7 +510,7 @@ def main() -> None:
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
     run = run_folder.read_run(config.run) if config.run else None
-    if config.method:
+    if run and config.method:
         run_folder.load_own_method(run, config.method)
     saved = vars(run.settings.part(DataConfig)) if run else {}
     if "data" in flags:

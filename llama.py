@@ -48,6 +48,7 @@ class LlamaConfig(Config):
         "rope_type": ("default", "llama3"),
         "partial_rotary_factor": (1,),
         "mlp_bias": (False,),
+        "is_causal": (True,),
         "use_sliding_window": (False,),
         "layer_types": ("full_attention",),
         "num_experts": (),
@@ -99,15 +100,15 @@ def read_rope(values: dict) -> dict:
     """Return the rope settings among the values of a config.json, by the names of LlamaConfig.
 
     transformers 4 writes rope_theta beside all other values and the rest to `rope_scaling`;
-    transformers 5 writes everything to `rope_parameters`. If both are there rope_scaling wins.
+    transformers 5 writes everything to `rope_parameters`, and does not read it if both are there.
     """
     rope = {"rope_type": "default"}
-    for name in ("rope_parameters", "rope_scaling"):
-        for key, value in (values.get(name) or {}).items():
-            if key == "type":  # in old files
-                key = "rope_type"
-            if value is not None:
-                rope[key] = value
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    for key, value in given.items():
+        if key == "type":  # in old files
+            key = "rope_type"
+        if value is not None:
+            rope[key] = value
 
     scaling = {name: rope.pop(name, None) for name in LLAMA3}
     if rope["rope_type"] == "llama3":
@@ -163,21 +164,23 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.addcmul(x * cos, other, sin)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, large_scores: bool = False) -> Tensor:
     """Return the output of attention (B,H,L,E) where a query sees no later positions than its own.
 
     q (B,H,L,E); k and v (B,G,L,E). H / G neighbouring heads of q share one head of k and v.
+    large_scores: scores may be in the hundreds, where bfloat16 would round them to whole numbers.
     """
     H, L, E = q.shape[1:]
     if q.device.type != "cpu" and q.dtype == torch.float32 and k.shape[1] < H:
         # In float32 no fused attention of CUDA shares heads, and torch would store (B,H,L,L).
         k = k.repeat_interleave(H // k.shape[1], dim=1)
         v = v.repeat_interleave(H // v.shape[1], dim=1)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or L > 256:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or L > 256 or large_scores:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    # The same, written out: for short rows in bfloat16 on a CPU, torch's function takes twice as
-    # long, mostly in its backward. Heads of q that share a head of k are put below one another.
+    # The same, written out, but with scores in bfloat16: for short rows on a CPU, torch's function
+    # takes twice as long, mostly in its backward. Heads of q that share a head of k are put below
+    # one another.
     future = q.new_full((L, L), -torch.inf).triu(1).repeat(H // k.shape[1], 1)  # (HL/G,L)
     q = (q * E**-0.5).reshape(-1, len(future), E)  # (BG,HL/G,E)
     scores = torch.baddbmm(future, q, k.flatten(0, 1).mT)  # (BG,HL/G,L)
@@ -230,6 +233,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(D, G * E, bias=bias)
         self.v = nn.Linear(D, G * E, bias=bias)
         self.o = nn.Linear(H * E, D, bias=config.attention_bias)
+        self.large_scores = bias  # the biases of Qwen2 make scores of hundreds
 
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
@@ -258,8 +262,8 @@ class Attention(nn.Module):
                 cache[0, :, :L] = k
                 cache[1, :, :L] = v
             # Padding comes after the real tokens of a row, so the causal mask hides it from them.
-            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            y = y.transpose(1, 2)  # (B,L,H,E)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            y = causal_attention(q, k, v, self.large_scores).transpose(1, 2)  # (B,L,H,E)
         else:
             rows = torch.arange(len(x), device=x.device)
             cache[0, rows, position] = k[:, 0]

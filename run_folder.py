@@ -51,7 +51,7 @@ class TrainConfig:
     epochs: int = 0  # passes over the training rows, in place of --steps
     batch_size: int = 16  # examples per optimiser step; evaluation takes four times as many
     accumulate: int = 1  # micro-batches per optimiser step
-    lr_skills: float = 1e-2  # peak learning rate of A and B; with a rate of 0 a part does not train
+    lr_skills: float = 1e-2  # peak learning rate of A and B; a rate of 0 freezes its parameters
     lr_router: float = 1e-3  # peak learning rate of the sample router
     lr_token_router: float = 1e-2  # peak learning rate of token routers, also in moe-lora
     lr_allocation: float = 1e-2  # peak learning rate of the allocation
@@ -107,11 +107,11 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------- the run
 
 TRAIN_AGAIN = "restore the file, or train again"  # the remedy for a damaged file
-# The remedy for a changed fact. That for "held_out" is another one.
+# The remedy for a changed fact; "held_out" has its own.
 RESTORE = "restore it (if it moved, give --model, --data, --test or --method), or start a new run"
 RESTORE_HELD_OUT = (
-    "rows that would now be held out may have trained; restore --data, score new rows with eval.py "
-    "--test FILE --split test, or start a new run"
+    "rows that are held out now may have been training rows; restore --data, score new rows with "
+    "eval.py --test FILE --split test, or start a new run"
 )
 
 
@@ -378,14 +378,14 @@ def read_run(run_dir: str | Path) -> Run:
         return Run(run_dir, settings, facts)
 
 
-def load_own_method(run: Run | None, text: str) -> None:
+def load_own_method(run: Run, text: str) -> None:
     """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method.
 
     The file may have moved: settings.method is the name of the class, and the facts have a hash of
     the file.
     """
     name = load_method(text)
-    if run is None or run.settings.method != name:
+    if run.settings.method != name:
         raise UserError(f"--method {text}: this is not the method of the run; leave it out")
 
 
@@ -425,7 +425,8 @@ def load(
     """
     run = read_run(run_dir) if run_dir else None
     if run is not None and not model:
-        model = run.settings.model
+        remedy = "it is the base of the run; if it has moved, give --model"
+        model = program.require_path(run.settings.model, remedy)
 
     tokenizer = load_tokenizer(model)
     base = checkpoint.mapped(model)
@@ -437,11 +438,10 @@ def load(
         adapters = without_adapters(base)
     else:
         run.warn_if_unfinished()
-        state = run.read_best()  # first: a damaged file must fail before adapters take memory
+        run.read_best()  # a damaged file must fail before adapters take memory
         adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
         run.require_same(method=kind_of(adapters))
-        with program.reading(run.adapter_path, TRAIN_AGAIN):
-            adapters.load_state_dict(state)
+        run.load_best(adapters)
     if shard:
         runtime.shard(base, base.blocks, device)
     return Model(base, adapters.eval(), tokenizer)

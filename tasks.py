@@ -64,8 +64,6 @@ class DataConfig:
         program.require_least(self, max_source_length=2, max_target_length=2)
         if not 0 <= self.bare_share <= 1:
             raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
-        if self.train_instances is not None and self.train_instances < 0:
-            raise UserError(f"--train-instances {self.train_instances}: give 0 or more")
 
     @property
     def is_jsonl(self) -> bool:
@@ -466,8 +464,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     A line is an object with `prompt` or `instruction`, and with `completion`, `output` or
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
     instruction, `task` and `id`. A null counts as absent, and so does an empty task. Raise
-    UserError with the number of a bad line. A line is also bad if one of these fields would have no
-    effect, or stands there by two names.
+    UserError with the number of a bad line. A line is also refused if one of these fields would be
+    ignored, or is given under two names.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):

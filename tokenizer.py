@@ -1,10 +1,12 @@
 """Tokenizers of Hugging Face model folders: ids and texts are those of transformers.
 
 T5 has a SentencePiece model (spiece.model). Decoder-only models have a tokenizer.json, which needs
-the package `tokenizers`. Four things differ from transformers:
+the package `tokenizers`. Five things differ from transformers:
 
 - A special token that a text spells out, such as "</s>", is encoded as ordinary text.
-- Decoded texts have no outer white space.
+- Decoded texts have no outer white space. Those of T5 have no spaces before punctuation either, as
+  by default in transformers 4.
+- A T5 to which tokens were added is refused: its spiece.model lacks them.
 - `encode` always adds EOS.
 - A text that starts with a space gets the ids of SentencePiece. transformers 5 gives it other ids
   for some of Llama 2's tokenizer.json files.
@@ -111,6 +113,21 @@ class T5Tokenizer(Tokenizer):
                 self.sp.id_to_piece(i)  # fails for damaged text
         self.unknown_id = self.sp.unk_id()
         self.size = self.num_pieces + 100
+        self._refuse_added_tokens()
+
+    def _refuse_added_tokens(self):
+        """Raise UserError if other files of the folder have tokens that spiece.model lacks."""
+        for name in ("added_tokens.json", "tokenizer.json"):
+            path = self.path.with_name(name)
+            if not path.is_file():
+                continue
+            content = read_json(path)
+            with reading(path, "tokens that were added to those of T5 are not supported"):
+                ids = content.values()
+                if name == "tokenizer.json":
+                    ids = [token["id"] for token in content.get("added_tokens", [])]
+                if max(ids, default=0) >= self.size:
+                    raise ValueError(f"has a token {max(ids)}")
 
     def sources(self, texts: list[str], *, spaced: bool = True) -> Iterator[list[int]]:
         for ids in self._encode(texts):

@@ -112,10 +112,17 @@ def settings_to_resume(flags: dict[str, Any], run_dir: str) -> Settings:
     if not run_dir:
         raise UserError("--resume: give the folder of the run with --out")
     saved = vars(read_run(run_dir).settings)
+    if "epochs" in flags:
+        raise UserError(
+            f"--epochs: the run in {run_dir} has {saved['steps']} steps already; leave it out"
+        )
     for name in sorted(flags.keys() & saved.keys()):
+        value = flags[name]
+        if name == "start":
+            value = str(Path(value).absolute())  # as a run saves it
         # Paths may change, but not be added. Another machine may have no compiler.
         may_change = name == "compile" or (name in PATHS and saved[name])
-        if flags[name] != saved[name] and not may_change:
+        if value != saved[name] and not may_change:
             raise UserError(
                 f"{program.flag(name)} {flags[name]}: the run in {run_dir} has {saved[name]!r}; "
                 "leave it out"

@@ -135,20 +135,19 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
 
 
 def first_sample(explored: dict[str, Any]) -> int:
-    """Return the number of the sample with which the page opens: one where routing matters.
+    """Return the number of the seen sample with which the page opens: one where routing matters.
 
-    Of the seen samples that are right with their own w, and wrong with the mean w and with w = 1/K,
-    it is the one whose loss rises most with w = 1/K. If there is none, it is that of all samples.
+    Samples that are right with their own w, and wrong with the mean w and with w = 1/K, come before
+    all others. Among equals, it is the one whose loss rises most with w = 1/K.
     """
 
     def gain(number: int) -> tuple[bool, float]:
         sample = explored["samples"][number]
         own, mean, uniform = sample["results"][:3]
-        is_seen = explored["tasks"][sample["task"]]["kind"] == "seen"
-        matters = is_seen and own[2] and not mean[2] and not uniform[2]
+        matters = own[2] and not mean[2] and not uniform[2]
         return matters, uniform[1] - own[1]
 
-    return max(range(len(explored["samples"])), key=gain)
+    return max(explorer.seen_numbers(explored), key=gain)
 
 
 @torch.no_grad()

@@ -289,19 +289,20 @@ def main():
     parser.add_argument("--model", required=True, help="name on the Hub, or folder, of the base")
     parser.add_argument("--out", type=Path, required=True, help="folder of the training")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--data", help="JSONL file to train on")
+    action.add_argument("--data", type=Path, help="JSONL file to train on")
     action.add_argument("--prompt", nargs="+", metavar="PROMPT", help="whole prompts to answer")
     parser.add_argument("--resume", action="store_true", help="continue a stopped training")
     args = parser.parse_args()
 
     if args.resume and not (args.data and last_checkpoint(args.out)):
-        raise UserError(f"--resume: needs --data, and a checkpoint in {args.out}; leave it out")
+        raise UserError(
+            f"--resume: needs --data, and a checkpoint in {args.out}; train without it, into a new "
+            "--out"
+        )
     if args.prompt:
         return ask(args)
 
     # All mistakes that can be found before the base is loaded.
-    if not args.resume:
-        require_new_run(args.out)
     rows = read_rows(args.data)
     with program.locked_folder(args.out, "wait, or change --out"):
         checkpoint = None
@@ -310,7 +311,7 @@ def main():
             facts = {"method": OrchMoE.__name__, "config": vars(ADAPTERS), "rows": digest(rows)}
             read_saved(checkpoint / ADAPTER_FILE, **facts)
         else:
-            require_new_run(args.out)  # another process may have written here meanwhile
+            require_new_run(args.out)
 
         model, tokenizer = load_base(args.model)
         if not fine_tune(model, tokenizer, rows, args.out, checkpoint):

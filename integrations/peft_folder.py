@@ -30,8 +30,8 @@ from support.program import UserError
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Fields of adapter_config.json that do not make an adapter more than W + scale B A in some Linears.
-# All others must be empty.
+# Fields of adapter_config.json that may have any value in a plain LoRA, whose Linears compute
+# W + scale B A. All others must be empty, with the exceptions in `require_plain`.
 HARMLESS = (
     "task_type",
     "auto_mapping",

@@ -67,9 +67,9 @@ def holds_several_samples(position_ids: Tensor, attention_mask: Tensor | None = 
 def fingerprint(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype] | None = None) -> str:
     """Return 16 hex digits that tell these weights from others.
 
-    Shapes and up to 1,024 evenly spaced values of each tensor count. With `dtypes`, one for each
-    tensor, the values are cast to them. Names do not count, since a tied weight has one name or
-    several.
+    They cover the shape and up to 1,024 evenly spaced values of each tensor. With `dtypes`, one for
+    each tensor, the values are cast to them. Names are left out, since a tied weight has one name
+    or several.
     """
     if dtypes is None:
         tensors = list(tensors)
@@ -336,7 +336,10 @@ class RoutedTraining:
         state = self.model.skill_adapters.state_dict()
         for name, tensor in state.items():
             if not tensor.isfinite().all():
-                raise FloatingPointError(f"{name} is not finite; lower the learning rates")
+                raise FloatingPointError(
+                    f"{name} is not finite; train into a new folder with lower learning rates (a "
+                    "resumed training keeps its own)"
+                )
         saved = {**self.bound_to(), "dtypes": self.base_dtypes, "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
         with open(incomplete, "wb") as file:  # an error of the file says what is wrong

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 # The repository. Its sni/ and tiny/ are the default data and the default base.
 ROOT = Path(__file__).resolve().parents[1]
-OWN_METHOD = "method_"  # how the name of a module begins that is the file of a method
+OWN_METHOD = "method_"  # prefix of the module name under which the file of a method is loaded
 BETWEEN_LINES = 60  # seconds between the lines of a long computation without a terminal
 # What helps if the folder of a model does not exist.
 DOWNLOAD = (
@@ -54,13 +54,13 @@ def checking_settings() -> Iterator[None]:
     """Turn a ValueError inside the block into a UserError.
 
     For the places where a config is made from flags, or adapters are attached as flags say. A
-    ValueError that a line in the file of a method raises is a bug, and keeps its traceback.
+    ValueError of torch, or of a line in the file of a method, is a bug, and keeps its traceback.
     """
     try:
         yield
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].startswith(OWN_METHOD):
+        if frame.f_globals["__name__"].startswith((OWN_METHOD, "torch.")):
             raise
         raise UserError(str(error)) from error
 
@@ -301,8 +301,6 @@ def _argparse_options(hint):
     if typing.get_origin(hint) is typing.Literal:
         # The empty choice means that the flag is not given.
         choices = [choice for choice in typing.get_args(hint) if choice]
-        if "on" in choices:  # without a value the flag means on
-            return {"choices": choices, "nargs": "?", "const": "on"}
         return {"choices": choices}
     if typing.get_origin(hint) is tuple:
         return {"type": _split_names, "metavar": "A,B,.."}
@@ -371,10 +369,9 @@ def require_least(config: Any, **least: int) -> None:
 
     The smallest allowed value is 0, unless `least` gives another one for that field.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if hint not in (int, float):
+    for name, value in vars(config).items():
+        if type(value) not in (int, float):
             continue
-        value = getattr(config, name)
         smallest = least.get(name, 0)
         if not smallest <= value < 2**53:
             raise UserError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")

@@ -171,9 +171,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     """Split the frozen weights of `root` over all processes with FSDP2.
 
     The weights of a block are gathered only while it computes: in its forward and in the methods
-    that its attribute `fsdp_methods` names. If the weights are views of mapped files, a process
-    holds its share while it loads, and either up to three whole blocks or the root's own weights.
-    Trained parameters stay whole.
+    that its attribute `fsdp_methods` names. While it loads weights that are views of mapped files,
+    a process holds its share and, in addition, at most three whole blocks or the root's own
+    weights. Trained parameters stay whole.
     """
     # Imported here because it takes half a second, and only this function needs it.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -107,36 +107,40 @@ class CompareConfig:
         require_choices("--rows", self.rows, ABLATIONS)
 
 
-def chosen_ablations(names: Sequence[str], num_tasks: int) -> list[str]:
-    """Return "default", then these ablations, or all if there are no names.
+def ablations(names: Sequence[str], adapter: OrchMoEConfig, num_tasks: int) -> dict[str, Variant]:
+    """Return "default", then these rows of ABLATIONS, or without names all that are possible.
 
-    num_tasks: that of the training data; 0 if a row names no task.
+    num_tasks: that of the training data; 0 if a row names no task. Raise UserError if a name is not
+    possible.
     """
-    chosen = list(dict.fromkeys(["default", *(names or ABLATIONS)]))  # each once
-    if TOLD_THE_TASK in chosen and num_tasks == 0:
-        if names:
-            raise UserError(f"--rows {TOLD_THE_TASK}: no row of --data names a task; leave it out")
-        chosen.remove(TOLD_THE_TASK)
-    return chosen
+    rows = {}
+    for name in ["default", *(names or ABLATIONS)]:
+        try:
+            rows[name] = ablation(name, adapter, num_tasks)
+        except UserError as error:
+            if names:
+                raise
+            program.warn(f"left out: {error}")
+    return rows
 
 
-def ablation(name: str, adapter: OrchMoEConfig) -> Variant:
+def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
     """Return a row of ABLATIONS for these settings. With another S it has another R: S R stays.
 
     Raise UserError if these settings do not allow the row.
     """
     row = ABLATIONS[name]._replace(like="orchmoe")  # with the tuned values of "orchmoe"
+    if name == TOLD_THE_TASK and num_tasks == 0:
+        raise UserError(f"--rows {name}: no row of --data names a task")
     needs_w = row.w or row.replaced_router or "mixing" in row.settings
     if needs_w and adapter.router != "sample":
-        raise UserError(
-            f"--rows {name}: --router {adapter.router} has no w of a sample; leave out one of them"
-        )
+        raise UserError(f"--rows {name}: --router {adapter.router} has no w of a sample")
     if "skills" not in row.settings:
         return row
     total = adapter.skills * adapter.rank
     skills = row.settings["skills"]
     if total % skills:
-        raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}; leave it out")
+        raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}")
     return row._replace(settings={"skills": skills, "rank": total // skills})
 
 
@@ -335,7 +339,7 @@ def compare_ablations(study: Study, names: Sequence[str]) -> None:
     """Compare OrchMoE with one change at a time, at its tuned values. Write ablations.md."""
     settings = study.settings
     _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
-    rows = {name: ablation(name, settings) for name in chosen_ablations(names, num_tasks)}
+    rows = ablations(names, settings, num_tasks)
     path = study.results / "ablations.md"
     _, tables = carry_out(study, "ablations", rows, tuned={"orchmoe": Variant()}, path=path)
     publish(tables, path)

@@ -116,8 +116,6 @@ class ClusterPoly(Poly):
     The K clusters are those of the k-means from which OrchMoE's router starts. They do not train.
     """
 
-    kind = "Poly of clusters"
-
     def __init__(
         self,
         linears: Linears,

@@ -137,7 +137,7 @@ def refuse_unread(
     variants: Iterable[Variant],
 ) -> None:
     """Raise UserError for a given setting, or an axis to tune, that no variant reads."""
-    unread = {name: "with what is compared" for name in vars(settings)}
+    unread = {name: "in this comparison" for name in vars(settings)}
     for variant in variants:  # what remains is read by none of them
         of_variant = unread_settings(changed(settings, variant.settings))
         unread = {name: why for name, why in unread.items() if name in of_variant}
@@ -520,10 +520,10 @@ def share_cores(jobs: int, device: runtime.Device) -> int:
 
 
 class StudyProgress:
-    """Tells how far a study is: a line for each finished run and, of workers, one in each minute.
+    """Prints how far a study is: a line for each finished run and, with workers, one each minute.
 
     trials: how many trials of each row are left when the study begins. others: how many other runs.
-    Without them nothing is said about what is left.
+    Without these counts it does not print how many runs are left.
     """
 
     def __init__(self, trials: dict[str, int] | None = None, others: int = 0):
@@ -649,7 +649,8 @@ def run_cells(
             _pass_on_signals(stopped),
             progress.watch(),
             ProcessPoolExecutor(jobs, spawn, _start_worker, started_with) as workers,
-            # Each thread starts a worker, which also blocks SIGINT then, and waits for it.
+            # Each thread blocks SIGINT, submits cells, and waits for them. The workers that it
+            # starts inherit the blocked signal.
             ThreadPoolExecutor(jobs, initializer=_block_sigint) as waiting,
         ):
 

@@ -13,7 +13,7 @@
   const ORDER = ["own", "mean", "uniform", "other", "off"];
   for (let k = 1; k <= K; k++) ORDER.push(String(k));
 
-  // What the page shows: {question, names, settings, results, asking, warning, w, isMoved}. The
+  // What the page shows: {question, names, settings, results, asking, w, isMoved}. The
   // question has the prompt that the model was asked, its references, and the number of its sample,
   // or -1. `asking` has the weights whose answer is on its way.
   let view;
@@ -98,48 +98,36 @@
     return settings;
   }
 
+  // A view of a question without answers.
+  function newView(question, kind, other) {
+    const settings = commonSettings();
+    settings.mean = data.mean_w[kind];
+    const w = settings.uniform.slice(); // until the router has answered
+    return { question, names: namesOf(kind, other), settings, results: {}, asking: new Set(), w, isMoved: false };
+  }
+
   function viewOfSample(index) {
     const sample = data.samples[index];
-    const kind = data.tasks[sample.task].kind;
-    const settings = commonSettings();
-    settings.own = sample.w;
-    settings.mean = data.mean_w[kind];
-    settings.other = sample.other_w;
-    const results = {};
-    (sample.results || []).forEach((result, i) => (results[ORDER[i]] = result));
-    const prompt = data.tasks[sample.task].head + sample.tail;
-    return {
-      question: { prompt, references: sample.references, sample: index },
-      names: namesOf(kind, sample.other_task ? words(sample.other_task) : shortened(sample.other_input, 40)),
-      settings,
-      results,
-      asking: new Set(),
-      warning: "",
-      w: sample.w.slice(),
-      isMoved: false,
-    };
+    const task = data.tasks[sample.task];
+    const question = { prompt: task.head + sample.tail, references: sample.references, sample: index };
+    const other = sample.other_task ? words(sample.other_task) : shortened(sample.other_input, 40);
+    const made = newView(question, task.kind, other);
+    made.settings.own = sample.w;
+    made.settings.other = sample.other_w;
+    made.w = sample.w.slice();
+    (sample.results || []).forEach((result, i) => (made.results[ORDER[i]] = result));
+    return made;
   }
 
   function viewOfTyped(prompt, reference) {
-    const settings = commonSettings();
-    const kind = data.mean_w.seen ? "seen" : "unseen";
-    settings.mean = data.mean_w[kind];
-    return {
-      question: { prompt, references: reference ? [reference] : [], sample: -1 },
-      names: namesOf(kind, ""),
-      settings,
-      results: {},
-      asking: new Set(),
-      warning: "",
-      w: settings.uniform.slice(), // until the router has answered
-      isMoved: false,
-    };
+    const question = { prompt, references: reference ? [reference] : [], sample: -1 };
+    return newView(question, data.mean_w.seen ? "seen" : "unseen", "");
   }
 
-  // The name under which the weights of the sliders are known, or "".
+  // The name under which the weights of the sliders are known, or else "now".
   function nameOfCurrent() {
-    const known = [...ORDER, "kept", "now"].filter((name) => view.settings[name]);
-    return known.find((name) => sameWeights(view.settings[name], view.w)) || "";
+    const known = [...ORDER, "kept"].filter((name) => view.settings[name]);
+    return known.find((name) => sameWeights(view.settings[name], view.w)) || "now";
   }
 
   // Send one question. Return {result, w} or {error}.
@@ -170,6 +158,7 @@
   function ask(name, before) {
     const asked = view;
     const weights = view.settings[name];
+    if (asked.asking.has(weights)) return;
     asked.asking.add(weights);
     last = last.then(async () => {
       if (asked !== view || weights !== asked.settings[name]) {
@@ -189,8 +178,7 @@
         element("status").textContent = "Refused: " + reply.error.replace(/\.?$/, ".") + kept;
       } else {
         asked.results[name] = reply.result;
-        asked.warning = reply.warning;
-        element("status").textContent = asked.warning;
+        element("status").textContent = reply.warning;
         if (name === "own") {
           asked.settings.own = reply.w;
           if (!asked.isMoved) asked.w = reply.w.slice();
@@ -232,9 +220,8 @@
   // On the served page, ask for the answer with the weights of the sliders.
   function askCurrent() {
     if (!data.live) return;
-    let name = nameOfCurrent();
-    if (!name || name === "now") {
-      name = "now";
+    const name = nameOfCurrent();
+    if (name === "now") {
       view.settings.now = view.w.slice();
       delete view.results.now;
     }
@@ -276,7 +263,7 @@
     let about = "A new sample of a training task. ";
     if (task.kind === "unseen") about = "A sample of a task that was not trained on. ";
     if (data.is_jsonl) about = task.kind === "seen" ? "A row that did not train. " : "A row of the test file. ";
-    if (data.chosen && sample === data.first) about += reasonOfFirst();
+    if (data.tried && sample === data.first) about += reasonOfFirst();
     if (other === task) {
       about += "The other " + sampleWord + " below is of the same task.";
     } else if (task.name && other && largest(other.w) === largest(task.w)) {
@@ -288,8 +275,7 @@
 
   // Say why the page opens with its first sample.
   function reasonOfFirst() {
-    const { kind, tried } = data.chosen;
-    const many = tried + " " + kind + " " + sampleWord + (tried > 1 ? "s" : "");
+    const many = data.tried + " seen " + sampleWord + (data.tried > 1 ? "s" : "");
     return "Of the " + many + " that were tried, its loss rises most with 1/" + K + " each. ";
   }
 
@@ -301,9 +287,8 @@
       element("value" + k).textContent = value.toFixed(2);
       element("value" + k).className = change(value, own[k]).trim();
     });
-    const name = current ? view.names[current] : view.names.now;
-    const result = view.results[current || "now"];
-    element("shown").textContent = "Shown row: " + name + ".";
+    const result = view.results[current];
+    element("shown").textContent = "Shown row: " + view.names[current] + ".";
     if (result && data.live) element("shown").textContent += " The answer: " + (result[0] || "(empty)");
   }
 
@@ -311,13 +296,13 @@
     const body = element("answer-rows");
     const focused = document.activeElement && document.activeElement.dataset.row;
     body.textContent = "";
-    const rows = current && current !== "now" ? [] : ["now"];
+    const rows = current === "now" ? ["now"] : [];
     if (view.settings.kept) rows.push("kept");
     rows.push(...ORDER.filter((name) => name === "own" || view.settings[name]));
     for (const name of rows) {
       const row = body.insertRow();
       row.dataset.name = name;
-      const isCurrent = name === (current || "now");
+      const isCurrent = name === current;
       if (isCurrent) row.className = "current";
       const head = row.appendChild(document.createElement("th"));
       head.scope = "row";
@@ -524,10 +509,8 @@
     });
     element("keep").hidden = false;
     element("keep").addEventListener("click", () => {
-      const name = nameOfCurrent() || "now";
+      view.results.kept = view.results[nameOfCurrent()];
       view.settings.kept = view.w.slice();
-      delete view.results.kept;
-      if (view.results[name]) view.results.kept = view.results[name];
       draw();
     });
   }

@@ -192,18 +192,22 @@ def texts_of(loaded: Loaded, kind: str, example: Example) -> tuple[str, str]:
     return task["instances"][example.position]["input"], row.prompt
 
 
-@torch.no_grad()
-def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
-    """Choose the sample with which the page opens: the one whose loss rises most with w = 1/K.
-
-    At most TRIED seen samples are tried. "chosen" has the kind of these samples, and how many were
-    tried.
-    """
+def seen_numbers(explored: dict[str, Any]) -> list[int]:
+    """Return the numbers of the samples of seen tasks."""
     numbers = []
     for number, sample in enumerate(explored["samples"]):
         if explored["tasks"][sample["task"]]["kind"] == "seen":
             numbers.append(number)
-    numbers = data.subsample(numbers, TRIED)
+    return numbers
+
+
+@torch.no_grad()
+def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
+    """Choose the sample with which the page opens: the one whose loss rises most with w = 1/K.
+
+    At most TRIED seen samples are tried. "tried" says how many.
+    """
+    numbers = data.subsample(seen_numbers(explored), TRIED)
     samples = [explored["samples"][number] for number in numbers]
     examples = [loaded.sets["seen"][sample["row"]] for sample in samples]
     own = torch.tensor([sample["w"] for sample in samples])  # (M,K)
@@ -212,7 +216,7 @@ def choose_first(explored: dict[str, Any], loaded: Loaded) -> None:
         found = evaluation.measure(loaded.base, loaded.adapters, examples, w=w)
         losses.append(torch.tensor([loss.nats / loss.tokens for loss in found]))
     explored["first"] = numbers[int((losses[1] - losses[0]).argmax())]
-    explored["chosen"] = {"kind": "seen", "tried": len(numbers)}
+    explored["tried"] = len(numbers)
 
 
 def predict(loaded: Loaded, examples: Sequence[Example], w: Tensor) -> list[str]:
@@ -360,7 +364,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "" if is_post else "0")
         paths = ["/"] if is_post else list(self.server.pages)
         if host not in self.server.hosts or origin != f"http://{host}":
-            self.send_error_text(403, f"not from the page; open http://{self.server.hosts[0]}")
+            address = f"http://{self.server.hosts[0]}"
+            text = f"not from the page; open {address}; through ssh, forward the same port"
+            self.send_error_text(403, text)
         elif self.path not in paths:
             self.send_error_text(404, "there is no such page; open /")
         elif not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST_REQUEST:

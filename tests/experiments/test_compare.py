@@ -60,7 +60,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
 
     for given in ({}, {"rank": 4, "alpha": 8.0}):
         default = study.Study(train.Settings(**given), CPU, StudyConfig(), {}).settings
-        row = compare.ablation(name, default)
+        row = compare.ablation(name, default, num_tasks=5)
         settings = study.changed(default, row.settings)
         assert size_and_scales(settings) == size_and_scales(default)
     differences = [row.replaced_router, row.w, *compare.ABLATIONS[name].settings]
@@ -77,7 +77,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
 )
 def test_ablation_that_is_not_possible_is_refused(name, given, words):
     with pytest.raises(ValueError, match=f"--rows {name}: {words}"):
-        compare.ablation(name, OrchMoEConfig(**given))
+        compare.ablation(name, OrchMoEConfig(**given), num_tasks=5)
 
 
 # ---------------------------------------------------------------------------------------- routers
@@ -87,14 +87,18 @@ FEW = {"max_tasks": 2, "eval_instances": 2, "train_instances": 8, "steps": 1, "b
 FEW |= {"max_source_length": 64, "abstract_tasks": 2, "dtype": "float32"}
 
 
-def test_without_task_names_the_oracle_is_left_out():
-    every = compare.chosen_ablations([], 5)
-    assert every == list(compare.ABLATIONS)
+def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(capsys):
+    every = list(compare.ABLATIONS)
+    assert list(compare.ablations([], OrchMoEConfig(), 5)) == every
+    assert capsys.readouterr().err == ""
     every.remove(compare.TOLD_THE_TASK)
-    assert compare.chosen_ablations([], 0) == every
-    assert compare.chosen_ablations(["K = 4", "default"], 0) == ["default", "K = 4"]
+    every.remove("S = 8")
+    assert list(compare.ablations([], OrchMoEConfig(skills=4, rank=1), 0)) == every
+    warned = capsys.readouterr().err
+    assert "left out: --rows S = 8: S R = 4 is no multiple of 8" in warned
+    assert list(compare.ablations(["K = 4", "default"], OrchMoEConfig(), 0)) == ["default", "K = 4"]
     with pytest.raises(ValueError, match=r"--rows told the true task \(K = T\): no row of"):
-        compare.chosen_ablations([compare.TOLD_THE_TASK], 0)
+        compare.ablations([compare.TOLD_THE_TASK], OrchMoEConfig(), 0)
 
 
 @pytest.mark.parametrize("K", [8, 24])
@@ -728,15 +732,15 @@ REFUSED = {
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--rows default": "--rows: has no effect without --ablations",
-    "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with what is compared",
+    "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect in this comparison",
     "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",
-    "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect with what",
+    "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect in this",
     "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has",
-    "--methods lora,c-poly --data sni/own.jsonl": "--method: CPoly routes by task id: every JSONL",
-    "--methods lora,poly --gumbel": "--gumbel: has no effect with what is compared",
+    "--methods lora,c-poly --data sni/own.jsonl": "CPoly routes by task id: every JSONL",
+    "--methods lora,poly --gumbel": "--gumbel: has no effect in this comparison",
     "--methods moe-lora,orchmoe --no-tune --data sni/own.jsonl --lr-skills 0": "--lr-skills 0: the",
 }
 

@@ -681,7 +681,7 @@ def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
     rows += [{"prompt": "a", "completion": " b" * 1100}] * 2
     model, tokenizer = finetune_7b.load_base(base_folder)
-    with pytest.raises(UserError, match="is not finite; lower the learning rates"):
+    with pytest.raises(UserError, match="is not finite; train into a new folder"):
         finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / "run", learning_rate=math.inf)
     said = capsys.readouterr().err
     assert "1 of 19 rows are left out" in said

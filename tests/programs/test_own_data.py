@@ -242,7 +242,7 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     for line in refused:
         error = run(line, cwd=changed, code=2)
         assert error.count("\n") == 1 and "t5: held_out changed since" in error
-        assert "rows that would now be held out may have trained; restore --data" in error
+        assert "rows that are held out now may have been training rows; restore --data" in error
     run(ask, cwd=changed)
     run(new_rows, cwd=changed)
 

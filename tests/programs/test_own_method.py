@@ -180,7 +180,7 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
     baselines.OWN_METHODS.clear()
     resume = f"{RESUME} own"
     said = run(resume, cwd=home, code=2)
-    assert "for a method of your own give its file, --method FILE.py:" in said
+    assert "for a method of your own give its file and its class, --method" in said
     (home / "own.py").rename(home / "elsewhere.py")
     moved = f"--method elsewhere.py:{name}"
     run(f"{resume} {moved}", cwd=home)
@@ -313,8 +313,9 @@ def test_a_bug_in_the_file_keeps_its_traceback(home):
     assert (str(error.traceback[-1].path), error.traceback[-1].lineno) == (str(path), 2)  # from 0
 
 
-def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(home):
-    line = "N, B, S = mask.shape"
+@pytest.mark.parametrize("line", ["N, B, S = mask.shape", "nn.init.xavier_uniform_(mask[0])"])
+def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(line, home):
+    """The second line fails inside torch."""
     source = OWN.replace("logits = self.table[:, task_ids]", f"{line}\n        logits = 0")
     (home / "own.py").write_text(source)
     place = source.splitlines().index(f"        {line}")  # from 0
@@ -323,8 +324,7 @@ def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(home):
         with pytest.raises(ValueError) as error:
             run(f"{command} {BRIEF}", cwd=home)
         assert not isinstance(error.value, UserError)
-        last = error.traceback[-1]
-        assert (str(last.path), last.lineno) == ("own.py", place)
+        assert ("own.py", place) in [(str(entry.path), entry.lineno) for entry in error.traceback]
 
 
 @pytest.mark.parametrize("line", ["return None", "return Routing(c=self.table[1:, task_ids])"])
@@ -370,7 +370,7 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
     "command, message",
     [
         ("eval.py --run own --method {hydra}", "this is not the method of the run; leave it out"),
-        ("eval.py --model tiny --method {hydra}", "this is not the method of the run"),
+        ("eval.py --model tiny --method {hydra}", "has no effect without --run"),
         ("train.py --resume --out own --method {hydra}", "the run in own has 'ByTask'"),
         ("train.py --start own --method {own}", "cannot continue on other tasks"),
         ("integrations/export.py --run own --out out", "no LoRAs with fixed weights"),
@@ -397,7 +397,7 @@ def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
     run(f"train.py {BRIEF} {method} --out run", cwd=home)
     baselines.OWN_METHODS.clear()
     explore = "experiments/explorer/explorer.py --run run"
-    assert "--method FILE.py:Mine" in run(explore, cwd=home, code=2)
+    assert "--method Mine: choose one of" in run(explore, cwd=home, code=2)
 
     def occupied(loaded, port):
         assert type(loaded.adapters.method).__name__ == "Mine"

@@ -536,7 +536,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --batch-size 0": "--batch-size 0: give 1 or more",
     # Flags that do not fit together.
     "train.py --shard": "--shard: splits the base over processes; start it with torchrun",
-    "train.py --shard --compile": "--shard and --compile: give one of the two",
+    "train.py --shard --compile on": "--shard and --compile: give one of the two",
     "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
@@ -551,7 +551,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --input word": "--input: has no effect without --ask",
     f"{TINY} --split seen --test x": "--test: has no effect with --split seen",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with --data",
-    "train.py --data sni/own.jsonl --method poly": "--method: Poly routes by task id: every",
+    "train.py --data sni/own.jsonl --method poly": "Poly routes by task id: every",
     f"{ASK} --split seen": "--split: has no effect with a question",
     f"{ASK} --num-pos 1": "--num-pos: has no effect with a question",
     f"{ASK} --overwrite": "--overwrite: has no effect with a question",

@@ -70,7 +70,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
     rates, count, expected = PARTS[part]
     output = run(f"train.py --start run {rates} --data data {SIZES} --out {part}", cwd=home)
     assert f": trains {count:,} parameters" in output
-    assert "\nrows in this table may have trained the run in --start" in output
+    assert "\nrows in this table may be training rows of the run in --start" in output
 
     before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     after = checkpoint.read_torch(home / part / "progress.pt")["adapters"]
@@ -82,7 +82,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
     output = run(f"eval.py --run {part} --split dev --limit 2 --device cpu", cwd=home)
     assert (
         "2 dev instances of 1 tasks" in output
-        and "\nthese rows may have trained the run in" in output
+        and "\nthese rows may be training rows of the run in" in output
     )
 
 
@@ -110,6 +110,8 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
     # With a checkpoint, the weights are no longer those of the start and are not scored as such.
     assert "| start |" not in run(RESUME, home / "on", cwd=elsewhere)
     assert trace(home / "on") == trace(home / "whole")
+    again = f"{RESUME} on --start run"  # as it began, with a path from here
+    assert "resume" not in run(again, cwd=home)
 
     for name in ("progress.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
         (home / "on" / name).unlink()
@@ -170,6 +172,7 @@ MISTAKES = {  # flags -> beginning of the message
     "--start run --lr-skills 0 --lr-allocation 0 --lr-router 0": "--method orchmoe: each of its",
     "--start poly": "--start poly: --method poly cannot continue on other tasks; start from a run",
     "--resume --out run --start other": "--start other: the run in run has ''",
+    "--resume --out run --epochs 1": "--epochs: the run in run has",
     "--resume --out run --test x.jsonl": "--test x.jsonl: the run in run has ''",
     "--resume --out started --start run": "--start run: the run in started has '/else",
 }

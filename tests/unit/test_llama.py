@@ -31,7 +31,7 @@ from helpers import (
     write_decoder,
     write_words,
 )
-from llama import LlamaConfig, causal_attention
+from llama import Attention, LlamaConfig, causal_attention, rotation
 from support import runtime
 
 
@@ -82,19 +82,42 @@ def test_neither_junk_in_the_padding_nor_its_side_matters(llama_pair, llama_batc
         assert torch.equal(own.generate(other_ids, other_mask, max_new_tokens=5), tokens)
 
 
-@pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (9, 3, 50), (4, 1, 256), (4, 2, 257)])
-def test_attention_of_short_rows_in_bfloat16_equals_that_of_torch(heads, groups, length):
+@pytest.mark.parametrize(
+    "heads, groups, length, large",
+    [
+        (4, 4, 7, False),
+        (9, 3, 50, False),
+        (4, 1, 256, False),
+        (4, 2, 257, False),
+        (4, 2, 50, True),  # scores of hundreds, as the biases of Qwen2 make them
+    ],
+)
+def test_attention_of_short_rows_in_bfloat16_equals_that_of_torch(heads, groups, length, large):
     torch.manual_seed(0)
     half = [torch.randn(2, n, length, 16).bfloat16() for n in (heads, groups, groups)]
+    if large:
+        half[0] *= 90
     options = {"is_causal": True, "enable_gqa": True}
     attention = functools.partial(F.scaled_dot_product_attention, **options)
-    y, backward = torch.func.vjp(causal_attention, *half)
+    own_attention = functools.partial(causal_attention, large_scores=large)
+    y, backward = torch.func.vjp(own_attention, *half)
     y_exact, backward_exact = torch.func.vjp(attention, *(x.double() for x in half))
     dy = torch.randn_like(y)
     exact = (y_exact, *backward_exact(dy.double()))
     for found, expected in zip((y, *backward(dy)), exact, strict=True):
         assert found.dtype == torch.bfloat16
         assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_qwen2_does_not_round_its_scores():
+    torch.manual_seed(0)
+    config = LlamaConfig.from_hf(VALUES | {"model_type": "qwen2"})
+    attention = Attention(config).bfloat16()
+    x = torch.randn(2, 9, config.hidden_size).bfloat16()
+    turn = rotation(config, torch.arange(9)).bfloat16()
+    y = attention(x, turn)
+    attention.large_scores = False
+    assert not torch.equal(attention(x, turn), y)
 
 
 # ----------------------------------------------------------------------------------------- adapters
@@ -162,11 +185,9 @@ ACCEPTED = [
     # rope_theta in each of its places
     (THETA, "rope_theta", 500),
     ({"rope_scaling": THETA | {"type": "default"}}, "rope_theta", 500),
-    (
-        {"rope_parameters": THETA, "rope_scaling": LLAMA3_ROPE | {"rope_theta": None}},
-        "rope_theta",
-        500,
-    ),
+    ({"rope_parameters": THETA}, "rope_theta", 500),
+    ({"rope_parameters": THETA, "rope_scaling": LLAMA3_ROPE | {"rope_theta": 9}}, "rope_theta", 9),
+    ({"rope_parameters": THETA, "rope_scaling": {"type": "default"}}, "rope_theta", 10_000),
     # what may be left out
     ({}, "num_key_value_heads", 4),
     ({}, "head_dim", 8),
@@ -188,6 +209,7 @@ REFUSED = [
     ({"rope_parameters": {"full_attention": THETA}}, "full_attention"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"use_sliding_window": True}, "use_sliding_window True"),
+    ({"is_causal": False}, "is_causal False"),
     ({"num_experts": 8}, "num_experts 8"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),

@@ -3,6 +3,7 @@
 parity/test_transformers.py compares ids and texts with those of transformers.
 """
 
+import shutil
 import sys
 
 import pytest
@@ -186,6 +187,20 @@ def test_pieces_of_another_kind_are_refused(tmp_path):
     for damaged in (b"not a model", content.replace(b"\xe2\x96\x81", b"\xe2\x96\xff")):
         (tmp_path / "spiece.model").write_bytes(damaged)
         refused(tmp_path, "spiece.model: .*; download it again")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"<extra_id_0>": 997, "{": 998}),
+        ("tokenizer.json", {"added_tokens": [{"id": 997}, {"id": 998}]}),
+    ],
+)
+def test_a_t5_with_added_tokens_is_refused(tmp_path, name, content):
+    shutil.copy(ROOT / "tiny/spiece.model", tmp_path)
+    assert tokenizer.load(tmp_path).size == 998
+    write_json(tmp_path / name, content)
+    refused(tmp_path, f"{name}: has a token 998; tokens that were added to those of T5 are not")
 
 
 def test_word_tokenizer_of_another_kind_is_refused(folder, corpus, load_changed, monkeypatch):
