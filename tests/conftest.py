@@ -87,6 +87,12 @@ golden_dir = folder_of("SNI_GOLDEN")  # prompts.jsonl and metrics.jsonl, made wi
 # ---------------------------------------------------------------------------------- the programs
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Let each test begin in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def home(tmp_path):
     """Return an empty folder with the bundled data and base."""
@@ -120,10 +126,9 @@ def finished_decoder(decoder_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(finished, tmp_path, monkeypatch):
+def copied(finished, tmp_path):
     """Return a copy of that run, which tests may change. Its parent is the working folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 

@@ -57,7 +57,7 @@ RESUME = "train.py --resume --device cpu --out"
 # ------------------------------------------------------------------------------------- the programs
 
 
-def run(line, *more, cwd, code=0):
+def run(line, *more, cwd=".", code=0):
     """Run a program in this process, which saves the imports. It must end with `code`.
 
     line: the command line, as in a shell. more: further words of it, such as paths.
@@ -84,21 +84,38 @@ def run(line, *more, cwd, code=0):
     return (errors if code == 2 else output).getvalue()
 
 
-def torchrun(processes, program, flags, *more, cwd, code=0):
+@contextlib.contextmanager
+def refusal(words, kind=ValueError):
+    """Require an error of this kind, in one line that `words` matches."""
+    with pytest.raises(kind, match=words) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+
+
+def refused(expected, line, *more, cwd="."):
+    """Run a program that must refuse its command line, in one line with `expected`. Return it.
+
+    Packages may have printed lines before.
+    """
+    *_, said = run(line, *more, cwd=cwd, code=2).splitlines()
+    assert ": error: " in said and expected in said, said
+    return said
+
+
+def torchrun(processes, program, flags, *more, code=0):
     """Run several processes of a program, which must end with `code`. Return what has ended."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     launcher += ["--", program]  # without "--" it takes --run of eval.py
     words = [sys.executable, *launcher, *shlex.split(flags), *more]
-    done = run_shell([str(word) for word in words], cwd, PYTHONPATH=PYTHONPATH)
+    done = run_shell([str(word) for word in words], PYTHONPATH=PYTHONPATH)
     assert done.returncode == code, done.stderr
     return done
 
 
-def run_shell(words, cwd, **variables):
+def run_shell(words, **variables):
     """Start a command in another process, and wait for its end."""
     return subprocess.run(
         words,
-        cwd=cwd,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
@@ -111,10 +128,10 @@ def spied(owner, name):
     return mock.patch.object(owner, name, wraps=getattr(owner, name))
 
 
-def ids_of_question(*words, cwd):
+def ids_of_question(*words):
     """Ask the run `run` with these flags of eval.py. Return the ids of the source."""
     with spied(evaluation, "routed") as routed:
-        run("eval.py --run run --device cpu --max-new-tokens 1", *words, cwd=cwd)
+        run("eval.py --run run --device cpu --max-new-tokens 1", *words)
     return routed.call_args.args[2].input_ids[0].tolist()
 
 

@@ -131,15 +131,15 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
         losses.append(trace(out))
     rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*losses, rtol=rtol, atol=1e-5)
-    run(f"eval.py {ANSWER} --run", out, cwd=tmp_path)
+    run(f"eval.py {ANSWER} --run", out)
 
 
 @pytest.mark.parametrize("first, then", [("", ON_CPU), (ON_CPU, "")])
 def test_a_run_resumes_on_the_other_device(first, then, home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "score_held_out", lambda *_: {})
     with interrupted(train, "train_step", 1):
-        run(f"train.py --out run {first}", *SMALL_FLAGS, cwd=tmp_path, code=130)
-    run(f"train.py --resume --out run {then}", cwd=tmp_path)
+        run(f"train.py --out run {first}", *SMALL_FLAGS, code=130)
+    run(f"train.py --resume --out run {then}")
     found, expected = trace(tmp_path / "run"), trace(home / "run")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 

@@ -33,7 +33,9 @@ def rows(text, *kinds):
     return found
 
 
-NARROW = bench.Setup(True, "sni/", "", torch.device("cpu"), torch.float32, shape=bench.NARROW_LLAMA)
+NARROW = bench.Setup(
+    True, str(ROOT / "sni"), "", torch.device("cpu"), torch.float32, shape=bench.NARROW_LLAMA
+)
 PAGE = text_of("docs/speed.md")
 
 

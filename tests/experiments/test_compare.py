@@ -29,7 +29,7 @@ from experiments.compare import compare, routers, sizes, study, tables
 from experiments.compare.search import Search
 from experiments.compare.study import Cell, StudyConfig, Variant
 from experiments.explorer import explorer
-from helpers import CPU, ROOT, links, make_example
+from helpers import CPU, ROOT, links, make_example, refusal, refused
 from helpers import run as run_program
 from orchmoe import OrchMoE, OrchMoEConfig
 from support import program, runtime
@@ -43,8 +43,11 @@ def home(tmp_path_factory):
     return links(tmp_path_factory.mktemp("compare"))
 
 
-def run(home, flags, *more, code=0):
-    return run_program(f"experiments/compare/compare.py {flags}", *more, cwd=home, code=code)
+COMPARE = "experiments/compare/compare.py"
+
+
+def run(home, flags, *more):
+    return run_program(f"{COMPARE} {flags}", *more, cwd=home)
 
 
 # -------------------------------------------------------------------------------------- ablations
@@ -76,7 +79,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
     ],
 )
 def test_ablation_that_is_not_possible_is_refused(name, given, words):
-    with pytest.raises(ValueError, match=f"--rows {name}: {words}"):
+    with refusal(f"--rows {name}: {words}"):
         compare.ablation(name, OrchMoEConfig(**given), num_tasks=5)
 
 
@@ -97,7 +100,7 @@ def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(caps
     warned = capsys.readouterr().err
     assert "left out: --rows S = 8: S R = 4 is no multiple of 8" in warned
     assert list(compare.ablations(["K = 4", "default"], OrchMoEConfig(), 0)) == ["default", "K = 4"]
-    with pytest.raises(ValueError, match=r"--rows told the true task \(K = T\): no row of"):
+    with refusal(r"--rows told the true task \(K = T\): no row of"):
         compare.ablations([compare.TOLD_THE_TASK], OrchMoEConfig(), 0)
 
 
@@ -155,7 +158,7 @@ def test_a_method_of_a_fixed_size_cannot_get_the_size_of_the_others(small_t5):
                 for name in ("skill_A", "skill_B"):
                     attributes[name] = torch.nn.Parameter(attributes[name].detach()[:, :1])
 
-    with pytest.raises(UserError, match="its size does not depend on its rank"):
+    with refusal("its size does not depend on its rank", UserError):
         sizes.rank_for_total(10**5, Fixed, small_t5, OrchMoEConfig(), num_tasks=3)
 
 
@@ -166,7 +169,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
     options = {"attach_function": attach_function, "final_scores": False}
     run = train.train(train.Settings(**FEW), CPU, launch, **options)
     run_folder.load(CPU, run_dir=run, attach_function=attach_function)
-    with pytest.raises(UserError, match="method changed since the run began"):
+    with refusal("method changed since the run began", UserError):
         run_folder.load(CPU, run_dir=run)
 
 
@@ -242,12 +245,12 @@ def test_a_cell_is_bound_to_its_settings_data_and_base(tmp_path):
     settings = study.changed(cell.settings, {"gumbel": True})
     facts = cell.facts | {"train_tasks": "other"}
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
-        with pytest.raises(ValueError, match="lora.json: made with .*; name another folder"):
+        with refusal("lora.json: made with .*; name another folder"):
             other.require_same()
     cell.path.unlink()
     cell.folder.mkdir()
     (cell.folder / "config.json").touch()  # a run that nobody knows
-    with pytest.raises(ValueError, match="lora/cell.json: made with abstract_tasks None, not 8"):
+    with refusal("lora/cell.json: made with abstract_tasks None, not 8"):
         cell.require_same()
 
 
@@ -341,7 +344,7 @@ def test_run_cells_records_a_trial_that_diverges(tmp_path, monkeypatch):
     assert list(search) == [trial]
     assert search.losses == {(0,): math.inf}
     cells = [cell_of(tmp_path, name, scores="answers") for name in "ab"]
-    with pytest.raises(ValueError, match="a.json: the run diverged and has no scores"):
+    with refusal("a.json: the run diverged and has no scores"):
         study.run_cells([cells], 1, CPU)
     assert cells[1].path.exists()  # the others are made all the same
 
@@ -370,7 +373,7 @@ def test_tune_refuses_rates_that_diverge_and_warns_of_an_edge(tmp_path, monkeypa
     monkeypatch.setattr(study, "run_cells", search)
     of_lora = study.Study(train.Settings(), CPU, StudyConfig(out=str(tmp_path)), {})
     rows = {"lora": Variant({"method": "lora"})}
-    with pytest.raises(ValueError, match="lora: all trials diverged"):
+    with refusal("lora: all trials diverged"):
         of_lora.tune(rows)
     losses |= {(0, 0): 2.0, (1, 0): 1.0, (-1, 0): 3.0, (2, 0): 4.0}
     program.warn.cache_clear()
@@ -383,7 +386,7 @@ def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda cell, _: pytest.fail(cell.name))
     cells = [cell_of(tmp_path, name) for name in "ab"]
     program.write_json(cells[1].path, {"settings": {"row": "other"}})
-    with pytest.raises(ValueError, match="b.json: made with row other"):
+    with refusal("b.json: made with row other"):
         study.Study(train.Settings(), CPU, StudyConfig(jobs=1), {}).run(cells)
 
 
@@ -411,13 +414,6 @@ def test_rows_that_change_w_score_the_run_of_the_default(small, home, monkeypatc
         losses.add(*tables.mean_scores([result], "seen", "loss"))
         assert ("dev_loss" in result) == ("router" in result) == (name == "default")
     assert len(losses) == 3
-
-
-def test_a_w_that_is_no_distribution_has_no_distance(small, home):
-    out = run(home, f"{SMALL} --ablations --rows", "router: token,w without softmax")
-    assert "| router: token |" in out and "| w without softmax |" in out
-    cell = read_json(small / "ablations/w_without_softmax-s1.json")
-    assert "distance" not in cell["router"]  # its w are no distributions
 
 
 def test_replaced_w_is_the_mean_of_dev(monkeypatch):
@@ -494,7 +490,7 @@ def fail_or_wait(cell, device):
 def test_a_cell_that_fails_stops_the_others(tmp_path, names, forked, monkeypatch):
     monkeypatch.setattr(study, "run_cell", fail_or_wait)
     cells = {name: cell_of(tmp_path, name) for name in names}
-    with pytest.raises(ValueError, match="c failed"):
+    with refusal("c failed"):
         study.run_cells([[cell] for cell in cells.values()], 2, CPU)
     assert cells["d"].path.exists()
 
@@ -581,7 +577,7 @@ def end(cell, device):
 def test_a_worker_that_is_killed_gives_one_line(tmp_path, forked, monkeypatch):
     cells = [cell_of(tmp_path, name) for name in "cd"]
     monkeypatch.setattr(study, "run_cell", end)
-    with pytest.raises(program.UserError, match="a process was killed .* with fewer --jobs"):
+    with refusal("a process was killed .* with fewer --jobs", program.UserError):
         study.run_cells([[cell] for cell in cells], 2, CPU)
 
 
@@ -636,7 +632,7 @@ def test_a_cell_of_data_that_changed_is_not_saved(tmp_path, trains):
     facts = {"train_tasks": "another", "test_tasks": "another"}
     scores = "dev" if trains else "answers"
     cell = cell_of(tmp_path, "a", row=row, settings=settings, facts=facts, scores=scores)
-    with pytest.raises(UserError, match="the train rows changed while cells were made; .*a.json"):
+    with refusal("the train rows changed while cells were made; .*a.json", UserError):
         study.run_cell(cell, CPU)
     assert not cell.path.exists()
 
@@ -648,7 +644,7 @@ def test_a_cell_of_a_method_whose_file_changed_is_not_made(tmp_path, monkeypatch
     monkeypatch.setattr(train, "train", lambda *_, **__: None)
     settings = train.Settings(method="Mine")
     cell = cell_of(tmp_path, "a", settings=settings, facts={"method_file": "Mine of 1"})
-    with pytest.raises(UserError, match="mine.py:Mine: the file changed while cells were made"):
+    with refusal("mine.py:Mine: the file changed while cells were made", UserError):
         study.run_cell(cell, CPU)
     assert study.run_cell(cell._replace(facts={"method_file": "Mine of 2"}), CPU) is False
 
@@ -656,9 +652,8 @@ def test_a_cell_of_a_method_whose_file_changed_is_not_made(tmp_path, monkeypatch
 def test_runs_that_begin_before_their_trials_are_refused_at_once(small, home):
     """Their values may not be the best ones. After the trials it would be too late to say so."""
     trials = sorted(small.glob("tune/*"))
-    error = run(home, f"{METHODS} --trials 3", code=2)
-    assert "orchmoe-s1.json: begun before all 3 trials of orchmoe were made" in error
-    assert error.count("\n") == 1
+    message = "orchmoe-s1.json: begun before all 3 trials of orchmoe were made"
+    refused(message, f"{COMPARE} {METHODS} --trials 3", cwd=home)
     assert sorted(small.glob("tune/*")) == trials
 
 
@@ -674,8 +669,6 @@ def test_a_search_counts_the_trials_that_it_will_make(tmp_path):
         program.write_json(made.path, {"dev_loss": loss, "settings": settings})
     assert search.count_missing() == 2
     assert Search({"lr_skills": 1e-2}, 1, cell).count_missing() == 0
-    assert Search({"lr_skills": 0.5}, 1, cell).count_missing() == 0
-    assert Search({"lr_skills": 0.1}, 2, cell).count_missing() == 2
 
 
 def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
@@ -702,8 +695,8 @@ def test_a_lora_is_compared_last(home, monkeypatch):
 def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
     (home / "notes/results.md").parent.mkdir()
     (home / "notes/results.md").write_text("my own notes")
-    error = run(home, f"{METHODS} --out notes", code=2)
-    assert "notes/results.md: exists, and nothing is overwritten; give another --out" in error
+    message = "notes/results.md: exists, and nothing is overwritten; give another --out"
+    refused(message, f"{COMPARE} {METHODS} --out notes", cwd=home)
 
 
 @pytest.mark.parametrize(
@@ -750,6 +743,4 @@ def test_compare_refuses_a_wrong_command_line_before_anything_trains(
     home, flags, words, monkeypatch
 ):
     monkeypatch.setattr(train, "train", None)
-    error = run(home, flags, code=2)
-    assert error.startswith(f"compare.py: error: {words}")
-    assert error.count("\n") == 1
+    refused(f"compare.py: error: {words}", f"{COMPARE} {flags}", cwd=home)

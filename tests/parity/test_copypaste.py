@@ -192,8 +192,7 @@ def run_printed(about):
     return names
 
 
-def test_snippet_of_a_sequential_saves_what_can_be_loaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_snippet_of_a_sequential_saves_what_can_be_loaded():
     names = run_printed("torch.nn.Sequential")
     trained = names["adapters"]
     exec(printed("torch.save"), names)
@@ -217,10 +216,9 @@ def check_second_backward(names):
         exec(printed("no gradient"), names)
 
 
-def test_snippet_of_t5_trains_and_generates(tmp_path, monkeypatch):
+def test_snippet_of_t5_trains_and_generates(tmp_path):
     """The name that the Hub would resolve is a local folder."""
     shutil.copytree(ROOT / "tiny", tmp_path / "google" / "flan-t5-base")
-    monkeypatch.chdir(tmp_path)
     names = run_printed("T5ForConditionalGeneration")
     with pytest.raises(AssertionError, match="^skills: no gradient"):
         exec(printed("no gradient"), names)
@@ -239,7 +237,6 @@ def test_snippets_of_a_llama_train_compile_and_generate(tmp_path, monkeypatch, f
     base.resize_token_embeddings(500)
     base.save_pretrained(folder)
     write_words(folder, ["Hot is not cold"])
-    monkeypatch.chdir(tmp_path)
     names = run_printed("LlamaForCausalLM")
 
     # The snippet that compiles continues this one. `eager` compiles no kernels, which takes long.

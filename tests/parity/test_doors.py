@@ -53,7 +53,7 @@ def home(whole, tmp_path, monkeypatch):
 def enter(door, code):
     """Use the run in the working folder. Return what is said, or else the refusal."""
     if door != "explorer":
-        return run(DOORS[door], cwd=".", code=code)
+        return run(DOORS[door], code=code)
     if code == 0:
         return str(explorer.load("run"))
     with pytest.raises(UserError) as refusal:

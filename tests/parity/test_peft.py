@@ -143,7 +143,7 @@ def test_the_lora_of_the_comparisons_is_that_of_peft(
     numbers |= {"max-source-length": length, "eval-instances": 4}
     flags = [f"--{flag}={value}" for flag, value in numbers.items()]
     flags += ["--method=lora", "--device=cpu", "--dtype=float32", f"--model={folder}", "--out=run"]
-    run("train.py", *flags, cwd=home)
+    run("train.py", *flags)
     found = [record["loss"] for record in records(home / "run") if "loss" in record]
 
     expected = losses_with_peft(folder, steps, warmup, batch_size, max_source_length=length)

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from helpers import (
     check_equal,
     interrupted,
+    refusal,
+    refused,
     run,
     seeded_generator,
     snippets,
@@ -367,7 +369,7 @@ def fine_tuned(model):
 )
 def test_checkpoint_that_belongs_to_something_else_is_refused(other, message, tmp_path):
     make_trainer(tmp_path, adapted(make_llama())).save_model()
-    with pytest.raises(ValueError, match=f"^{tmp_path}/adapter.pt: {message}"):
+    with refusal(f"^{tmp_path}/adapter.pt: {message}"):
         make_trainer(tmp_path, other())._load_from_checkpoint(tmp_path)
 
 
@@ -488,7 +490,7 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore")  # TRL advises another attention for packed rows
 @pytest.mark.parametrize("make, options, message", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_routed_is_refused(make, options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with refusal(message):
         make(tmp_path, **options).train()
 
 
@@ -540,14 +542,14 @@ def test_exported_adapter_answers_as_the_trained_model(make_base, tmp_path):
     stir(model.skill_adapters, seeded_generator(3))
     trainer.save_model()
     export = "integrations/export.py --adapter run/adapter.pt --model base --out served"
-    run(export, cwd=tmp_path)
+    run(export)
     lora = read_json(tmp_path / "served/abstract-4/adapter_config.json")
     has_encoder = model.config.is_encoder_decoder
     assert lora["task_type"] == ("SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM")
 
     serve = "integrations/serve.py --served served --base base --max-tokens 9 --prompt"
     prompts = [*PROMPTS[:3], "say <pad>"]  # the last has a token like that of padding
-    answers = run(serve, *prompts, cwd=tmp_path)
+    answers = run(serve, *prompts)
     lines = []
     for prompt in prompts:
         source = tokens_of([prompt])
@@ -583,7 +585,7 @@ def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
     make_trainer(tmp_path / "run", adapted(base)).save_model()
     path = tmp_path / "run" / ADAPTER_FILE
     attach_saved(path, tmp_path / "base")
-    with pytest.raises(UserError, match="it was trained on other weights"):
+    with refusal("it was trained on other weights", UserError):
         attach_saved(path, tmp_path / "other")
 
 
@@ -592,7 +594,7 @@ def test_a_base_some_of_whose_weights_stay_in_float32_is_known(tmp_path):
 
 def test_7b_takes_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: set it to the number of one GPU"):
+    with refusal("^CUDA_VISIBLE_DEVICES: set it to the number of one GPU", UserError):
         finetune_7b.load_base("base")
 
 
@@ -637,7 +639,7 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
     prompts = [PROMPTS[0], "Please " + PROMPTS[11]]
     answers = finetune_7b.answer(trained, tokenizer, prompts, 9)
     ask = ("integrations/finetune_7b.py --out run --model", base_folder, "--prompt", *prompts)
-    said = run(*ask, cwd=tmp_path)
+    said = run(*ask)
     lines = [f"{prompt} -> {reply}\n" for prompt, reply in zip(prompts, answers, strict=True)]
     assert said == "".join(lines)
 
@@ -650,16 +652,13 @@ def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
 
     # The adapters belong to the files of the base, also where they were trained over 4 bits.
     export = "integrations/export.py --adapter run/adapter.pt --out served --model"
-    run(export, base_folder, cwd=tmp_path)
+    run(export, base_folder)
     fine_tuned(make_llama(width=64)).save_pretrained(base_folder)
-    error = run_7b("--out run --prompt a --model", base_folder, cwd=tmp_path, code=2)
-    assert "run/adapter.pt: base changed, from " in error
+    message = "run/adapter.pt: base changed, from "
+    refused(message, f"{PROGRAM_7B} --out run --prompt a --model", base_folder)
 
 
-def run_7b(flags, *more, cwd, code=0):
-    """Run the program for 7B. Return its stdout or the last line of its stderr."""
-    said = run(f"integrations/finetune_7b.py {flags}", *more, cwd=cwd, code=code)
-    return said.splitlines()[-1]
+PROGRAM_7B = "integrations/finetune_7b.py"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -667,8 +666,8 @@ def test_program_for_7b_learns_from_one_step(base_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     more = {"messages": [], "images": [], "input_ids": [1], "text": "x"}  # TRL would read these
     write_rows(tmp_path / "data.jsonl", [row | more for row in TEXT[:16]])
-    said = run_7b("--data data.jsonl --out out --model", base_folder, cwd=tmp_path)
-    assert said == "written: out/adapter.pt"
+    said = run(f"{PROGRAM_7B} --data data.jsonl --out out --model", base_folder)
+    assert said.endswith("written: out/adapter.pt\n")
     state = torch.load(tmp_path / "out/adapter.pt")["state"]
     assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
 
@@ -681,7 +680,7 @@ def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
     rows += [{"prompt": "a", "completion": " b" * 1100}] * 2
     model, tokenizer = finetune_7b.load_base(base_folder)
-    with pytest.raises(UserError, match="is not finite; train into a new folder"):
+    with refusal("is not finite; train into a new folder", UserError):
         finetune_7b.fine_tune(model, tokenizer, rows, tmp_path / "run", learning_rate=math.inf)
     said = capsys.readouterr().err
     assert "1 of 19 rows are left out" in said
@@ -700,7 +699,7 @@ BAD_ROWS = [
 def test_a_bad_row_is_named(row, message, tmp_path):
     """test_data.py tests lines that are no rows."""
     write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + [b"", row])
-    with pytest.raises(UserError, match=f"a.jsonl, line 10: {message}.*; repair the line"):
+    with refusal(f"a.jsonl, line 10: {message}.*; repair the line", UserError):
         finetune_7b.read_rows(tmp_path / "a.jsonl")
 
 
@@ -737,8 +736,7 @@ def test_mistakes_are_found_before_a_7b_is_loaded(flags, message, tmp_path):
     saved |= {"dtypes": {}, "state": {}, "rows": "0"}
     torch.save(saved, tmp_path / "rows/checkpoint-2/adapter.pt")
     with locked_folder(tmp_path / "locked", "wait"):
-        said = run_7b(f"--model base {flags}", cwd=tmp_path, code=2)
-    assert said.startswith(f"finetune_7b.py: error: {message}")
+        refused(f"finetune_7b.py: error: {message}", f"{PROGRAM_7B} --model base {flags}")
     assert not (tmp_path / "new").exists()
 
 
@@ -751,7 +749,6 @@ def test_snippets_of_the_page_run_as_printed(tmp_path, monkeypatch):
     make_llama().save_pretrained(name)
     TOKENIZER.save_pretrained(name)
     datasets.Dataset.from_list(TEXT).to_json(tmp_path / "train.jsonl")
-    monkeypatch.chdir(tmp_path)
     original = transformers.TrainingArguments.__post_init__
 
     def shorter(args):
@@ -795,7 +792,7 @@ def train_in_a_process(folder):
 def test_two_processes_agree_with_one(tmp_path):
     """To a tolerance of float32: sums in another order, enlarged by three steps of Adam."""
     one = train_in_a_process(tmp_path / "one")
-    done = torchrun(2, __file__, "two", cwd=tmp_path)
+    done = torchrun(2, __file__, "two")
     assert "DistributedDataParallel in 2 processes" in done.stdout
     found = torch.load(tmp_path / "two" / "checkpoint-3" / ADAPTER_FILE)["state"]
     torch.testing.assert_close(found, state_of(one), **CLOSE)
@@ -816,5 +813,5 @@ def test_a_base_on_several_devices_is_refused():
     model = make_llama()
     linear = model.model.layers[1].self_attn.q_proj
     hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))  # as device_map="auto" does
-    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj: its forward was replaced"):
+    with refusal("layers.1.self_attn.q_proj: its forward was replaced"):
         attach(model, OrchMoEConfig(targets=("q_proj",)))

@@ -5,7 +5,6 @@ Bad input is refused in one line, and the last good state stays.
 
 import contextlib
 import io
-import json
 import os
 import pickle
 import re
@@ -20,20 +19,20 @@ import torch
 import checkpoint
 import run_folder
 import train
-from helpers import CPU, RESUME, ROOT, SHORT, change_config, interrupted, run, text_of
-from integrations.peft_folder import load_peft
+from helpers import (
+    CPU,
+    RESUME,
+    ROOT,
+    SHORT,
+    change_config,
+    interrupted,
+    refusal,
+    refused,
+    run,
+    text_of,
+)
 from run_folder import Run
 from support import program
-
-
-@contextlib.contextmanager
-def refusal(path, words=None):
-    """Require a ValueError whose message is one printable line that begins with the path."""
-    with pytest.raises(ValueError, match=words) as refused:
-        yield
-    message = str(refused.value)
-    assert message.startswith(f"{path}: ") and message.isprintable(), message
-
 
 # ------------------------------------------------------------------------------------- full disk
 
@@ -52,33 +51,19 @@ def largest_file(size):
 def test_a_failed_write_leaves_the_last_checkpoint_and_the_run_can_resume(home):
     start = f"train.py {SHORT} --eval-every 2 --eval-instances 4 --out run"
     with interrupted(train, "train_step", 7):
-        run(start, cwd=home, code=130)
+        run(start, code=130)
     folder = home / "run"
     before = (folder / "progress.pt").read_bytes()
     for name in ("metrics.jsonl", "adapter.safetensors", "progress.pt"):
         size = (folder / name).stat().st_size
         with largest_file(size - 1):
-            error = run(f"{RESUME} run", cwd=home, code=2)
-        assert f"run/{name}: File too large; not written" in error
+            refused(f"run/{name}: File too large; not written", f"{RESUME} run")
         assert (folder / "progress.pt").read_bytes() == before
         assert not list(folder.rglob("*.tmp"))
-    run(f"{RESUME} run", cwd=home)
+    run(f"{RESUME} run")
 
 
 # --------------------------------------------------------------------------------- hostile files
-
-
-def of_folder(read):
-    """Return a reader of a file that gives `read` its folder."""
-    return lambda path: read(path.parent)
-
-
-READERS = {
-    "pytorch_model.bin": of_folder(checkpoint.read_folder),
-    "progress.pt": checkpoint.read_torch,
-    "adapter_model.bin": of_folder(load_peft),
-}
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "base"}
 
 
 class Bomb:
@@ -96,16 +81,14 @@ def save_legacy(value, file):
 
 
 @pytest.mark.parametrize("save", [pickle.dump, torch.save, save_legacy])
-@pytest.mark.parametrize("name", READERS)
-def test_no_file_can_run_code(tmp_path, save, name):
+def test_no_file_can_run_code(tmp_path, save):
     """The next test shows that no other file is unpickled."""
     bomb = {"step": 1, "weights": Bomb(tmp_path / "exploded")}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
-    path = tmp_path / name
+    path = tmp_path / "progress.pt"
     with open(path, "wb") as file:
         save(bomb, file)
-    with refusal(path, "refused, it is damaged"):
-        READERS[name](path)
+    with refusal(f"^{path}: refused, it is damaged"):
+        checkpoint.read_torch(path)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(pickle.dumps(bomb))
     assert (tmp_path / "exploded").exists()  # so the bomb works
@@ -126,16 +109,14 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 
 def test_resumed_run_needs_its_adapter(copied):
     (copied / "adapter.safetensors").unlink()
-    error = run(f"{RESUME} run", cwd=copied.parent, code=2)
     missing = "run/adapter.safetensors: does not exist; restore it, resume the run if it was never "
-    assert f"{missing}evaluated, or start a new run" in error
+    refused(f"{missing}evaluated, or start a new run", f"{RESUME} run")
 
 
 CONFIGS = [  # changed settings, file that the message names, words of the message
     ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "belongs to"),  # a terabyte
     ({"alpha": 10**400}, "config.json", "alpha"),
     ({"skills": True}, "config.json", "skills: True"),
-    ({"targets": ["z"]}, "adapter.safetensors", "belongs to"),
     ({"seed": "0"}, "config.json", "seed"),
     ({"lr_router": 10**400}, "config.json", "lr_router|lr-router"),
     ({"stepz": 8}, "config.json", "no field 'stepz'"),
@@ -147,7 +128,7 @@ CONFIGS = [  # changed settings, file that the message names, words of the messa
 @pytest.mark.parametrize("change, file, words", CONFIGS, ids=str)
 def test_a_run_with_a_bad_setting_is_refused(copied, change, file, words):
     change_config(copied, "settings", **change)
-    with refusal(copied / file, words):
+    with refusal(f"^{copied / file}: .*({words})"):
         run_folder.load(CPU, run_dir=copied)
 
 
@@ -159,8 +140,8 @@ def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, h
         return lock(self)
 
     monkeypatch.setattr(Run, "lock", wait_and_lock)
-    error = run(f"train.py {SHORT} --seed 1 --out run", cwd=home, code=2)
-    assert error.startswith("train.py: error: run/config.json: belongs to another run, with oth")
+    message = "train.py: error: run/config.json: belongs to another run, with oth"
+    refused(message, f"train.py {SHORT} --seed 1 --out run")
     for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
 
@@ -169,9 +150,9 @@ def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
     sizes = "--max-tasks 2 --eval-instances 2 --batch-size 2"
     start = f"train.py --start run {SHORT} {sizes} --out next"
     with interrupted(train, "train_step", 1, KeyboardInterrupt):  # as a kill
-        run(start, cwd=copied.parent, code=130)
+        run(start, code=130)
     shutil.rmtree(copied)
-    output = run(f"{RESUME} next", cwd=copied.parent)
+    output = run(f"{RESUME} next")
     assert "| start |" in output and "| orchmoe |" in output
 
 

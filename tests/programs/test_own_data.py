@@ -17,6 +17,7 @@ from helpers import (
     change_config,
     ids_of_question,
     own_rows,
+    refused,
     run,
     sentences,
     spied,
@@ -84,8 +85,7 @@ KINDS_AND_FORMS += [("t5", "SNI"), ("t5", "prompt"), ("pieces", "instruction and
 
 
 @pytest.mark.parametrize("kind, name", KINDS_AND_FORMS)
-def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     fields, prompt, answer = FORMS[name]
     rows = [{field: text.format(i) for field, text in fields.items()} for i in range(400)]
     flags = {"data": "own.jsonl", "train_instances": 16}
@@ -132,8 +132,8 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
         question = ["--ask", row.get("instruction", "Say it.")]
         if "input" in row or "context" in row:
             question += ["--input", row.get("input") or row.get("context")]
-        assert ids_of_question(*question, cwd=tmp_path) == source
-    assert ids_of_question("--prompt", whole, cwd=tmp_path) == source
+        assert ids_of_question(*question) == source
+    assert ids_of_question("--prompt", whole) == source
 
     # The explorer, which shows this prompt and takes it back.
     loaded = explorer.load("run")
@@ -153,7 +153,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
     assert warns == (tokenizer.one_row and "instruction" in row)
 
     # A server, which takes the same prompt, and instructions if the rows are some.
-    run("integrations/export.py --run run --out served", cwd=tmp_path)
+    run("integrations/export.py --run run --out served")
     rule = read_json("served/router.json")["prompt"]
     server = serve.RunTokenizer(base_of(kind), rule)
     assert server.encode(whole) == source
@@ -162,10 +162,9 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path, 
 
 @pytest.mark.parametrize("kind, warns", [("words", True), ("t5", False)])
 def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
-    kind, warns, base_of, tmp_path, monkeypatch
+    kind, warns, base_of, tmp_path
 ):
     """T5 reads both alike. Not all rows of this file are instructions."""
-    monkeypatch.chdir(tmp_path)
     asked = [{"instruction": f"Ask {i}.", "output": f"{i}"} for i in range(400)]
     write_rows(tmp_path / "both.jsonl", asked + own_rows(300))
     flags = {"data": "both.jsonl", "model": str(base_of(kind)), "steps": 1}
@@ -183,11 +182,11 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
     )
     for words, text, is_warned in questions:
         with mock.patch.object(program, "warn") as warn:
-            assert ids_of_question(*words, cwd=tmp_path) == ids_of(text)
+            assert ids_of_question(*words) == ids_of(text)
         assert warn.called == is_warned
 
     # The same in a server.
-    run("integrations/export.py --run run --out served", cwd=tmp_path)
+    run("integrations/export.py --run run --out served")
     serve_it = ("integrations/serve.py --served served --base", base_of(kind))
     for words, text, is_warned in questions:
         with (
@@ -195,7 +194,7 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
             mock.patch.object(program, "warn") as warn,
         ):
             model.return_value.answer.return_value = []
-            assert run(*serve_it, *words, cwd=tmp_path)
+            assert run(*serve_it, *words)
         assert model.return_value.answer.call_args.args[0].tolist() == ids_of(text)
         assert warn.called == is_warned
 
@@ -218,7 +217,7 @@ def own(tmp_path_factory):
 @pytest.fixture
 def changed(own, tmp_path):
     """Return a copy of that folder, whose run has the data of the copy."""
-    folder = shutil.copytree(own, tmp_path / "own")
+    folder = shutil.copytree(own, tmp_path, dirs_exist_ok=True)
     paths = {"data": str(folder / "own.jsonl"), "test": str(folder / "test.jsonl")}
     change_config(folder / "t5", "settings", **paths)
     return folder
@@ -238,26 +237,25 @@ PROGRAMS = (
 def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
     """The run has trained on rows that are now in dev and seen."""
     write_rows(changed / "own.jsonl", own_rows(100, task="t"))
-    *refused, ask, new_rows = PROGRAMS
-    for line in refused:
-        error = run(line, cwd=changed, code=2)
-        assert error.count("\n") == 1 and "t5: held_out changed since" in error
+    *need_the_rows, ask, new_rows = PROGRAMS
+    for line in need_the_rows:
+        error = refused("t5: held_out changed since", line)
         assert "rows that are held out now may have been training rows; restore --data" in error
-    run(ask, cwd=changed)
-    run(new_rows, cwd=changed)
+    run(ask)
+    run(new_rows)
 
 
 def test_only_unseen_rows_need_the_file_of_test(changed):
     (changed / "test.jsonl").unlink()
     _, seen, _, export, *_ = PROGRAMS
-    assert "t5/eval-seen-2/scores.json" in run(f"{seen} --limit 2", cwd=changed)
-    assert "abstract-8, mean" in run(export, cwd=changed)
+    assert "t5/eval-seen-2/scores.json" in run(f"{seen} --limit 2")
+    assert "abstract-8, mean" in run(export)
 
 
 def test_without_new_rows_the_seen_ones_are_scored(tmp_path):
     write_rows(tmp_path / "own.jsonl", own_rows(300))
-    run(f"train.py --data own.jsonl --out t5 {BRIEF}", cwd=tmp_path)
-    output = run("eval.py --run t5 --limit 3 --device cpu", cwd=tmp_path)
+    run(f"train.py --data own.jsonl --out t5 {BRIEF}")
+    output = run("eval.py --run t5 --limit 3 --device cpu")
     assert "own.jsonl: there is no --test, so the set seen is scored\n" in output
     assert "3 seen instances: " in output  # the rows name no task
     assert (tmp_path / "t5/eval-seen-3/scores.json").exists()
@@ -268,15 +266,14 @@ def test_changed_files_are_named_with_what_helps(changed):
     other = [{"prompt": "Other", "completion": "x"}]
     write_rows(changed / "other.jsonl", other)
     with mock.patch.object(program, "warn") as warn:
-        run(f"{evaluate} --test other.jsonl --out out", cwd=changed)
+        run(f"{evaluate} --test other.jsonl --out out")
     warn.assert_called_once_with("other.jsonl: these are not the task files of the run")
 
     write_rows(changed / "test.jsonl", other)
-    error = run(evaluate, cwd=changed, code=2)
-    assert "t5: test_tasks changed since the run began, from '" in error
+    error = refused("t5: test_tasks changed since the run began, from '", evaluate)
     assert "restore it (if it moved, give --model, --data, --test or --method)" in error
-    error = run(evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"), cwd=changed, code=2)
-    assert error == "eval.py: error: --ask is not valid Unicode (lone surrogate)\n"
+    unicode = "eval.py: error: --ask is not valid Unicode (lone surrogate)"
+    refused(unicode, evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"))
 
 
 # ------------------------------------------------------------------------------------------ --start

@@ -31,6 +31,8 @@ from helpers import (
     links,
     own_rows,
     records,
+    refusal,
+    refused,
     run,
     task_json,
     text_of,
@@ -54,7 +56,7 @@ EVALUATE = "eval.py --run run --split seen --limit 2 --device cpu"
 def test_a_method_trains_and_is_scored(home, method):
     """test_device.py trains moe-lora and c-poly. MHR is Poly in each of its heads."""
     sizes = f"{SHORT} --batch-size 8 --eval-instances 4 --lr-skills 0.01"
-    output = run(f"train.py {sizes} --data sni/ --method {method} --out run", cwd=home)
+    output = run(f"train.py {sizes} --data sni/ --method {method} --out run")
     assert f"| {method} |" in output
     assert ("\nrouter: " in output) == (method == "orchmoe")
     assert ("\nlora of rank 8: trains 51,200 parameters on " in output) == (method == "lora")
@@ -68,7 +70,7 @@ def test_a_method_trains_and_is_scored(home, method):
     first, second = [row["dev_loss"] for row in rows if "dev_loss" in row]
     assert second < first
 
-    run("eval.py --run run --limit 4 --device cpu", cwd=home)
+    run("eval.py --run run --limit 4 --device cpu")
     scores = read_json(home / "run/scores.json")
     again = read_json(home / "run/eval-test-4/scores.json")
     assert scores[method]["unseen"]["overall"] == again["overall"]
@@ -79,7 +81,7 @@ def test_own_rows_train_and_their_scores_name_the_rules(home):
     write_rows(home / "other.jsonl", own_rows(9))
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --gpu 0"
-    output = run(f"train.py {own}", cwd=home)
+    output = run(f"train.py {own}")
     assert output.startswith("device: cpu, ") != torch.cuda.is_available()
     assert "rows: 158 train, 8 dev, 8 seen, 8 unseen; runs/orchmoe-1 has all scores" in output
     assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
@@ -134,7 +136,7 @@ def whole(tmp_path_factory):
 def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, error, step):
     """Log and files equal those of an uninterrupted run. Only the times in the log may differ."""
     with interrupted(module, name, number, error):
-        output = run(f"train.py {NOISY} --out run", cwd=home, code=130)
+        output = run(f"train.py {NOISY} --out run", code=130)
     resumed = home / "run"
     resume = "--resume --out run"
     if step == 0:
@@ -145,7 +147,7 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         resume = re.search("\nstopped; resume with (.*), on the same", output)[1]
     assert read_json(resumed / "scores.json").keys() == {"frozen base"}
 
-    run(f"train.py {resume} --device cpu", cwd=home)
+    run(f"train.py {resume} --device cpu")
     for name in ("adapter.safetensors", "scores.json", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     progress, expected = (checkpoint.read_torch(at / "progress.pt") for at in (resumed, whole))
@@ -159,20 +161,20 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
 def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *inputs, **_: ["a"] * len(inputs[2]))
     with interrupted(train, "train_step", 6):
-        run(f"train.py {SHORT} --out run", cwd=home, code=130)
+        run(f"train.py {SHORT} --out run", code=130)
     on = f"train.py --start run {BRIEF} --out"
     told = mock.call(
         "run: this run has saved 6 of its 8 steps, so its weights are only the best so far; "
         "train.py --resume goes on"
     )
     with mock.patch.object(program, "warn") as warn:
-        run(EVALUATE, cwd=home)
-        run(f"{on} on", cwd=home)
+        run(EVALUATE)
+        run(f"{on} on")
         assert warn.mock_calls.count(told) == 2
-    run(RESUME_RUN, cwd=home)
+    run(RESUME_RUN)
     with mock.patch.object(program, "warn") as warn:
-        run(f"{EVALUATE} --overwrite", cwd=home)
-        run(f"{on} again", cwd=home)
+        run(f"{EVALUATE} --overwrite")
+        run(f"{on} again")
         assert "has saved" not in str(warn.mock_calls)
 
 
@@ -206,9 +208,8 @@ def test_weights_that_are_not_finite_or_give_no_loss_are_not_saved(
     name, broken, what, home, monkeypatch
 ):
     monkeypatch.setattr(train, name, broken)
-    error = run(f"train.py {SHORT} --eval-every 1 --out run", cwd=home, code=2)
-    assert error.count("\n") == 1
-    assert f"error: step 1: the {what}; what was saved" in error
+    message = f"error: step 1: the {what}; what was saved"
+    refused(message, f"train.py {SHORT} --eval-every 1 --out run")
     names = {path.name for path in (home / "run").iterdir()}
     assert not names & {"progress.pt", "adapter.safetensors"}
 
@@ -216,10 +217,10 @@ def test_weights_that_are_not_finite_or_give_no_loss_are_not_saved(
 def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
-    assert ", float32, torch" in run(RESUME_RUN, cwd=copied.parent)
-    assert ", float32, torch" in run(EVALUATE, cwd=copied.parent)
+    assert ", float32, torch" in run(RESUME_RUN)
+    assert ", float32, torch" in run(EVALUATE)
     chosen = f"{EVALUATE} --dtype bfloat16 --overwrite"
-    assert ", bfloat16, torch" in run(chosen, cwd=copied.parent)
+    assert ", bfloat16, torch" in run(chosen)
 
 
 # ------------------------------------------------- what a run is bound to, see parity/test_doors.py
@@ -228,20 +229,18 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
 def test_a_finished_run_without_its_progress_is_not_trained_again(copied):
     (copied / "progress.pt").unlink()
     best = (copied / "adapter.safetensors").read_bytes()
-    error = run(RESUME_RUN, cwd=copied.parent, code=2)
-    assert "progress.pt: missing, but the run is finished" in error
+    refused("progress.pt: missing, but the run is finished", RESUME_RUN)
     assert (copied / "adapter.safetensors").read_bytes() == best
 
 
 def test_moved_base_and_data_are_given_with_flags(copied):
-    cwd = copied.parent
     change_config(copied, "settings", model="gone")
     change_config(copied, "settings", data="gone")
     moved = ["--model", ROOT / "tiny", "--data", ROOT / "sni"]
-    assert "gone: does not exist" in run(EVALUATE, cwd=cwd, code=2)
-    run(EVALUATE, *moved, cwd=cwd)
-    run(RESUME_RUN, *moved, cwd=cwd)
-    run(f"{EVALUATE} --overwrite", cwd=cwd)  # the resumed run has noted the new places
+    refused("gone: does not exist", EVALUATE)
+    run(EVALUATE, *moved)
+    run(RESUME_RUN, *moved)
+    run(f"{EVALUATE} --overwrite")  # the resumed run has noted the new places
 
 
 def choose_rows(saved, capsys, split="seen", limit=0, **changes):
@@ -293,8 +292,8 @@ def test_answers_may_be_as_long_as_the_targets_that_trained(home, monkeypatch):
         return [""] * len(examples)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    run(f"train.py {BRIEF} --max-target-length 200 --out run", cwd=home)
-    run("eval.py --run run --limit 2 --device cpu", cwd=home)
+    run(f"train.py {BRIEF} --max-target-length 200 --out run")
+    run("eval.py --run run --limit 2 --device cpu")
     assert set(lengths) == {199}
     assert DataConfig(max_target_length=64).max_new_tokens == 127  # the official number
 
@@ -306,7 +305,7 @@ def test_evaluation_passes_its_options_and_names_its_instances(home, monkeypatch
 
     monkeypatch.setattr(evaluation, "predict", predict)
     options = "--limit 4 --batch-size 3 --max-new-tokens 5"
-    run(f"eval.py --model tiny {options} --device cpu --out out", cwd=home)
+    run(f"eval.py --model tiny {options} --device cpu --out out")
     lines = (home / "out/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 4
     for line in lines:
@@ -322,32 +321,32 @@ def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, mon
     write_task(tmp_path, "task2_b", task_json(2))
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     evaluate = ["eval.py --data . --device cpu --model", ROOT / "tiny"]
-    assert "2 test instances of 1 tasks" in run(*evaluate, cwd=tmp_path)
-    assert "task1_a.json: JSONDecodeError" in run(*evaluate, "--split", "dev", cwd=tmp_path, code=2)
+    assert "2 test instances of 1 tasks" in run(*evaluate)
+    refused("task1_a.json: JSONDecodeError", *evaluate, "--split", "dev")
 
 
 def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     cwd = links(copied.parent)
     tiny = "eval.py --model tiny --split dev --limit 2 --device cpu --out"
-    run(f"{tiny} kept", cwd=cwd)
+    run(f"{tiny} kept")
     paths = [cwd / "kept/predictions.jsonl", cwd / "kept/scores.json"]
     before = [path.read_bytes() for path in paths]
-    refused = "exists, and nothing is overwritten; add --overwrite, or choose another --out"
+    exists = "exists, and nothing is overwritten; add --overwrite, or choose another --out"
     with mock.patch.object(runtime, "pick_device", None):  # it is refused before anything is loaded
-        assert f"kept/predictions.jsonl: {refused}" in run(f"{tiny} kept", cwd=cwd, code=2)
+        refused(f"kept/predictions.jsonl: {exists}", f"{tiny} kept")
         paths[0].rename(cwd / "moved")
-        assert f"kept/scores.json: {refused}" in run(f"{tiny} kept", cwd=cwd, code=2)
+        refused(f"kept/scores.json: {exists}", f"{tiny} kept")
         (cwd / "moved").rename(paths[0])
     assert [path.read_bytes() for path in paths] == before
 
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["c", "d"])
-    run(f"{tiny} kept --overwrite", cwd=cwd)
+    run(f"{tiny} kept --overwrite")
     assert '"prediction": "c"' in paths[0].read_text()
     (copied / "scores.json").unlink()  # as before the end of the run
     for flag in ("", "--overwrite"):
-        error = run(f"{tiny} run {flag}", cwd=cwd, code=2)
-        assert "run: has a config.json, as a run or a model has; choose another --out" in error
+        message = "run: has a config.json, as a run or a model has; choose another --out"
+        refused(message, f"{tiny} run {flag}")
 
 
 def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monkeypatch):
@@ -357,8 +356,7 @@ def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monk
     def second(words):
         if not calls:  # during the first evaluation
             calls.append(words)
-            error = run(f"{EVALUATE} --num-pos 0", cwd=copied.parent, code=2)
-            assert f"run/eval-seen-2: {words}" in error
+            refused(f"run/eval-seen-2: {words}", f"{EVALUATE} --num-pos 0")
 
     def predict(*inputs, **_):
         second("another process is writing here; wait, or choose another --out")
@@ -367,25 +365,24 @@ def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monk
     def load_slowly(*inputs, **options):
         """Return the model when another evaluation has just been finished."""
         with mock.patch.object(run_folder, "load", load):
-            run(f"{EVALUATE} --overwrite", cwd=copied.parent)
+            run(f"{EVALUATE} --overwrite")
         return load(*inputs, **options)
 
     monkeypatch.setattr(evaluation, "predict", predict)
-    run(EVALUATE, cwd=copied.parent)
+    run(EVALUATE)
     assert calls
     monkeypatch.setattr(run_folder, "load", load_slowly)
     shutil.rmtree(copied / "eval-seen-2")
-    error = run(f"{EVALUATE} --num-pos 0", cwd=copied.parent, code=2)
-    assert "predictions.jsonl: exists, and nothing is overwritten" in error
+    refused("predictions.jsonl: exists, and nothing is overwritten", f"{EVALUATE} --num-pos 0")
 
 
 def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
-    run(EVALUATE, cwd=copied.parent)
+    run(EVALUATE)
     folder = copied / "eval-seen-2"
     with interrupted(program, "write_json", 1, KeyboardInterrupt):
-        run(f"{EVALUATE} --overwrite", cwd=copied.parent, code=130)
+        run(f"{EVALUATE} --overwrite", code=130)
     assert (folder / "predictions.jsonl").exists() and not (folder / "scores.json").exists()
-    run(f"{EVALUATE} --overwrite", cwd=copied.parent)
+    run(f"{EVALUATE} --overwrite")
     assert "overall" in read_json(folder / "scores.json")
 
 
@@ -450,7 +447,7 @@ def test_first_row_of_the_table_of_the_readmes_commands(home):
     losses = []
     found = []
     for split in ("seen", "test"):
-        run(f"eval.py --model tiny --split {split} --device cpu --out {split}", cwd=home)
+        run(f"eval.py --model tiny --split {split} --device cpu --out {split}")
         overall = read_json(home / split / "scores.json")["overall"]
         losses.append(overall["loss"])
         found += [overall["rougeL"], overall["exact_match"]]
@@ -462,10 +459,10 @@ def test_first_row_of_the_table_of_the_readmes_commands(home):
 def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     """Use all training tasks and the default sizes of prompts."""
     sizes = "--steps 2 --batch-size 4 --eval-instances 4 --device cpu --out run"
-    run(f"train.py {sizes} --data", sni_dir, cwd=home)
+    run(f"train.py {sizes} --data", sni_dir)
     tasks = program.read_json(home / "run/config.json")["facts"]["tasks"]
     assert len(tasks) == len(read_splits(sni_dir)["train"])
-    assert "2 test instances of 2 tasks" in run(f"{EVALUATE} --split test", cwd=home)
+    assert "2 test instances of 2 tasks" in run(f"{EVALUATE} --split test")
 
 
 # ---------------------------------------------------------------------------- how a program ends
@@ -481,9 +478,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
 )
 def test_lack_of_memory_prints_one_line(error, monkeypatch):
     monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
-    message = run("train.py", cwd=".", code=2)
-    assert message.startswith("train.py: error: out of memory (")
-    assert message.count("\n") == 1
+    refused("train.py: error: out of memory (", "train.py")
 
 
 def test_bug_keeps_its_traceback(home, monkeypatch):
@@ -494,8 +489,7 @@ def test_bug_keeps_its_traceback(home, monkeypatch):
 
     monkeypatch.setattr(data, "collate", unpack)
     monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF.split()])
-    monkeypatch.chdir(home)
-    with pytest.raises(ValueError, match="^too many values to unpack"):
+    with refusal("^too many values to unpack"):
         program.run_program(train.main)
 
 
@@ -579,7 +573,5 @@ def test_mistake_prints_one_line_and_leaves_no_file(mistaken, monkeypatch, line,
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
     monkeypatch.setattr(evaluation, "predict", None)
     before = sorted(mistaken.rglob("*"))
-    error = run(line, cwd=mistaken, code=2)
-    assert error.partition(": error: ")[2].startswith(words)
-    assert error.count("\n") == 1
+    refused(f": error: {words}", line, cwd=mistaken)
     assert sorted(mistaken.rglob("*")) == before

@@ -68,7 +68,7 @@ COUNTS = {"moment": 5000, "write": 1500, "sync": 6, "name": 6, "named": 6}  # at
 
 def soak(home, kills, rng):
     """Kill runs in all stages in turn. Each run that ends must equal the undisturbed one."""
-    run(f"train.py {OPTIONS} --out whole", cwd=home)
+    run(f"train.py {OPTIONS} --out whole")
     number = 0
     killed = 0
     while True:
@@ -79,7 +79,7 @@ def soak(home, kills, rng):
             count = 10**9  # the last run ends
         arguments = RESUME if (folder / "config.json").exists() else OPTIONS
         words = [sys.executable, "-c", DYING, str(ROOT), stage, str(count), *arguments.split()]
-        done = run_shell([*words, "--out", folder.name], home)
+        done = run_shell([*words, "--out", folder.name])
         if done.returncode < 0:  # a signal
             killed += 1
             continue

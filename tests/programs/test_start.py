@@ -15,6 +15,7 @@ from helpers import (
     change_config,
     check_equal,
     interrupted,
+    refused,
     run,
     snippets,
     text_of,
@@ -53,7 +54,12 @@ def home(finished, tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------------------ --start
+@pytest.fixture(autouse=True)
+def inside(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+# -- --start
 
 # Rates of zero: how many parameters train, and which change.
 ROUTER_ONLY = "--lr-skills 0 --lr-allocation 0"
@@ -68,7 +74,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_only_the_parts_with_a_rate_change(part, home):
     rates, count, expected = PARTS[part]
-    output = run(f"train.py --start run {rates} --data data {SIZES} --out {part}", cwd=home)
+    output = run(f"train.py --start run {rates} --data data {SIZES} --out {part}")
     assert f": trains {count:,} parameters" in output
     assert "\nrows in this table may be training rows of the run in --start" in output
 
@@ -79,7 +85,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
         if not torch.equal(tensor, after[name]):
             changed.add("skills" if "skill_" in name else name)
     assert changed == expected
-    output = run(f"eval.py --run {part} --split dev --limit 2 --device cpu", cwd=home)
+    output = run(f"eval.py --run {part} --split dev --limit 2 --device cpu")
     assert (
         "2 dev instances of 1 tasks" in output
         and "\nthese rows may be training rows of the run in" in output
@@ -88,7 +94,7 @@ def test_only_the_parts_with_a_rate_change(part, home):
 
 def test_a_start_that_training_only_harms_stays_the_result(home):
     harm = f"--lr-skills 1 {SIZES} --out harmed"
-    output = run(f"train.py --start run --data data {harm}", cwd=home)
+    output = run(f"train.py --start run --data data {harm}")
     assert re.findall(r"\nstep (\d) of 4: dev loss \S+, best so far\n", output) == ["0"]
     before, _ = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     after, _ = checkpoint.read_safetensors(home / "harmed/adapter.safetensors")
@@ -99,19 +105,19 @@ def test_a_start_that_training_only_harms_stays_the_result(home):
 
 def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_factory):
     start_it = f"train.py --start run {ALLOCATION_ONLY} {SIZES} --out"
-    run(f"{start_it} whole", cwd=home)
+    run(f"{start_it} whole")
     start = read_json(home / "whole/scores.json")["start"]
     assert start == read_json(home / "run/scores.json")["orchmoe"]
 
     with interrupted(train, "train_step", 3):
-        run(f"{start_it} on", cwd=home, code=130)
+        run(f"{start_it} on", code=130)
     (home / "on/scores.json").unlink()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     # With a checkpoint, the weights are no longer those of the start and are not scored as such.
     assert "| start |" not in run(RESUME, home / "on", cwd=elsewhere)
     assert trace(home / "on") == trace(home / "whole")
     again = f"{RESUME} on --start run"  # as it began, with a path from here
-    assert "resume" not in run(again, cwd=home)
+    assert "resume" not in run(again)
 
     for name in ("progress.pt", "adapter.safetensors", "metrics.jsonl", "scores.json"):
         (home / "on" / name).unlink()
@@ -125,7 +131,6 @@ def test_interrupted_start_resumes_bit_for_bit_from_any_folder(home, tmp_path_fa
 
 def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monkeypatch):
     [snippet] = snippets(text_of("docs/use.md"), "set_skills")
-    monkeypatch.chdir(home)
     (home / "tiny").symlink_to(ROOT / "tiny")
     for name, number in (("lora-a", 1), ("lora-b", 2)):
         (home / name).symlink_to(f"served/abstract-{number}")
@@ -149,19 +154,18 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     assert last["Z"].abs().max() > 0.01  # it started at 0
     for state in (last, after):
         assert torch.equal(state["encoder.blocks.0.attention.q.skill_A"][1], A)
-    run("eval.py --run runs/loras --split dev --limit 2 --device cpu", cwd=home)
+    run("eval.py --run runs/loras --split dev --limit 2 --device cpu")
 
 
 def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     shutil.copytree(home / "run", tmp_path / "run")
     with interrupted(train, "evaluate", 1, KeyboardInterrupt):
         start_it = f"train.py --data data {SIZES} --out bound --start"
-        run(start_it, tmp_path / "run", cwd=home, code=130)
+        run(start_it, tmp_path / "run", code=130)
     state, metadata = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     changed = {name: tensor + 1 for name, tensor in state.items()}
     checkpoint.write_safetensors(tmp_path / "run/adapter.safetensors", changed, metadata)
-    error = run(f"{RESUME} bound", cwd=home, code=2)
-    assert "bound: start changed since the run began" in error
+    refused("bound: start changed since the run began", f"{RESUME} bound")
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -181,7 +185,5 @@ MISTAKES = {  # flags -> beginning of the message
 @pytest.mark.parametrize("flags, beginning", MISTAKES.items(), ids=MISTAKES)
 def test_mistake_prints_one_line_and_leaves_no_folder(flags, beginning, home, monkeypatch):
     monkeypatch.setattr(train, "train_step", None)  # mistakes must be found before training
-    error = run(f"train.py --data data --out refused {flags}", cwd=home, code=2)
-    assert error.startswith(f"train.py: error: {beginning}")
-    assert error.count("\n") == 1
+    refused(f"train.py: error: {beginning}", f"train.py --data data --out refused {flags}")
     assert not (home / "refused").exists()

@@ -112,8 +112,7 @@ def test_pages_have_the_settings_of_the_programs():
 # -------------------------------------------------------------------------------------- rows to try
 
 
-def test_rows_of_the_page_have_the_sets_that_it_shows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_rows_of_the_page_have_the_sets_that_it_shows():
     page = text_of("docs/data.md")
     [snippet] = snippets(page, "rows.jsonl")
     exec(snippet, {})

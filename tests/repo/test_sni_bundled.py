@@ -1,6 +1,6 @@
 """Tests of the program that makes the bundled miniature of Super-NaturalInstructions."""
 
-from helpers import run
+from helpers import refused
 from sni import make_sni
 
 
@@ -22,5 +22,4 @@ def test_differences_name_files_that_are_not_what_the_script_writes(tmp_path, mo
 def test_programs_that_make_data_and_base_overwrite_nothing(tmp_path):
     (tmp_path / "tasks").mkdir()
     for program in ("sni/make_sni.py", "experiments/smollm2.py"):
-        error = run(f"{program} --out .", cwd=tmp_path, code=2)
-        assert "nothing is overwritten" in error
+        refused("nothing is overwritten", f"{program} --out .")

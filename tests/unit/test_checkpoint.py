@@ -16,6 +16,7 @@ from helpers import (
     T5_CONFIGS,
     check_equal,
     random_t5,
+    refusal,
     small_model,
     t5_batch,
     weights_of,
@@ -34,11 +35,8 @@ def write_weights(folder, weights):
 
 def check_refused(read, path, words=""):
     """Reading must raise a short error of one line that names the path first."""
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*: .*{words}") as refusal:
+    with refusal(f"^{re.escape(str(path))}.*: .*{words}"):
         read(path)
-    message = str(refusal.value)
-    assert "\n" not in message
-    assert len(message) < len(str(path)) + 300
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_loaded_weights_have_one_dtype_whatever_those_of_the_file(dtype, folder)
 
 
 def test_load_refuses_a_t5_in_float16(folder):
-    with pytest.raises(ValueError, match="a T5 overflows in float16; use bfloat16 or"):
+    with refusal("a T5 overflows in float16; use bfloat16 or"):
         load(folder, dtype=torch.float16)
 
 
@@ -104,7 +102,7 @@ def test_a_saved_base_has_the_config_that_it_was_loaded_with(folder, tmp_path):
 def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
     base = load(folder)
     base.hf_config = None
-    with pytest.raises(ValueError, match="^hf_config: the backbone was not loaded"):
+    with refusal("^hf_config: the backbone was not loaded"):
         save(base, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -129,7 +127,7 @@ def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp
 def test_eos_ids_that_are_no_integers_are_refused(eos, tmp_path):
     save(small_model("qwen2"), tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": eos})
-    with pytest.raises(UserError, match="config.json: eos_ids: .* has the wrong type"):
+    with refusal("config.json: eos_ids: .* has the wrong type", UserError):
         load(tmp_path)
 
 
@@ -173,9 +171,9 @@ def test_a_torch_file_without_names_is_refused(tmp_path):
 def test_a_damaged_torch_file_is_named_once(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")  # git left the weights out
-    with pytest.raises(ValueError, match="refused, it is damaged") as refusal:
+    with refusal("refused, it is damaged") as caught:
         checkpoint.read_tensors(path)
-    assert str(refusal.value).count(path.name) == 1
+    assert str(caught.value).count(path.name) == 1
 
 
 def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):

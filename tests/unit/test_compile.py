@@ -272,7 +272,7 @@ def test_a_run_with_compiled_blocks_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Backbone, "compile_blocks", eager)
 
     def losses(name, flags=""):
-        run(f"train.py {SHORT} --steps 4 {flags} --out {name}", cwd=tmp_path)
+        run(f"train.py {SHORT} --steps 4 {flags} --out {name}")
         return [row[1] for row in trace(tmp_path / name)]
 
     assert losses("compiled", "--compile on") == pytest.approx(losses("plain"), rel=1e-6)

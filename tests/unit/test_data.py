@@ -16,6 +16,7 @@ from data import BatchOrder, cached, collate, load_sets
 from helpers import (
     make_example,
     own_rows,
+    refusal,
     spied,
     task_json,
     write_lists,
@@ -23,7 +24,7 @@ from helpers import (
     write_task,
     write_words,
 )
-from support import program
+from support import program, runtime
 from tasks import (
     DataConfig,
     Row,
@@ -107,7 +108,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(own, tiny_w
     long = [row | {"prompt": "word " * 40 + row["prompt"]} for row in rows]
     cut = own(long, max_source_length=20)
     refused = "own.jsonl: 0 rows in the set dev, 5 needed; add other prompts"
-    with pytest.raises(program.UserError, match=refused):
+    with refusal(refused, program.UserError):
         data.require_set(load_sets(cut, tiny_words), "dev", cut)
 
 
@@ -147,7 +148,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(own, tiny_word
 
 def test_test_rows_that_are_the_training_rows_are_refused(own, tiny_words):
     config = own(own_rows(300), own_rows(300))
-    with pytest.raises(program.UserError, match="--test .*other.jsonl: has the rows of --data"):
+    with refusal("--test .*other.jsonl: has the rows of --data", program.UserError):
         load_sets(config, tiny_words)
 
 
@@ -160,7 +161,7 @@ def test_test_rows_need_no_training_rows(own, tiny_words, capsys):
     sets = load_sets(config, tiny_words)
     assert len(sets["test"]) == 1
     assert not capsys.readouterr().err
-    with pytest.raises(program.UserError, match="own.jsonl: does not exist; give the data with"):
+    with refusal("own.jsonl: does not exist; give the data with", program.UserError):
         data.require_set(sets, "train", config)
 
 
@@ -170,9 +171,9 @@ def test_a_missing_or_small_set_is_refused(own, tmp_path, name, least):
     config = own([])
     assert data.require_set({name: rows}, name, config) == rows
     problem = f"own.jsonl: {least - 1} rows in the set {name}, {least} needed; "
-    with pytest.raises(program.UserError, match=problem):
+    with refusal(problem, program.UserError):
         data.require_set({name: rows[1:]}, name, config)
-    with pytest.raises(program.UserError, match=f"0 rows in the set {name}, 1 .*_tasks.txt"):
+    with refusal(f"0 rows in the set {name}, 1 .*_tasks.txt", program.UserError):
         data.require_set({}, name, DataConfig(data=str(tmp_path)))
 
 
@@ -302,10 +303,10 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, corpus, tiny_words)
     config = DataConfig(data="own.jsonl")
     assert len(data.example_of(row_of_prompt("\u65e5a"), words, config).source_ids) > 0
     problem = "the question: the tokenizer has no tokens for the prompt '\u65e5\u65e5'; change it"
-    with pytest.raises(program.UserError, match=problem):
+    with refusal(problem, program.UserError):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
     row = row_of_prompt("\u200b")._replace(set="dev", id="7")
-    with pytest.raises(program.UserError, match="own.jsonl, row 7: the tokenizer has no tokens"):
+    with refusal("own.jsonl, row 7: the tokenizer has no tokens", program.UserError):
         data.example_of(row, tiny_words, config)
 
 
@@ -441,6 +442,12 @@ def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
         batches = [BatchOrder(LENGTHS[:count], 8, 5).at(first + step) for step in range(steps)]
         assert sorted(np.concatenate(batches)) == list(range(count))
         assert sorted(map(len, batches))[1:] == [8] * (steps - 1)
+
+
+def test_the_order_of_the_data_and_the_numbers_of_a_seed_never_change():
+    """A run that is resumed years later must go on with its own batches and noise."""
+    assert runtime.generator(0, 1).initial_seed() == 6312281913021032635
+    assert BatchOrder(np.arange(100), 8, 0).at(0).tolist() == [*range(16, 24)]
 
 
 def test_batches_depend_only_on_lengths_seed_and_step():

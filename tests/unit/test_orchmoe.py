@@ -19,7 +19,7 @@ from torch import nn
 
 import kernels
 import orchmoe
-from helpers import seeded_generator, stir, teacher_forced
+from helpers import refusal, seeded_generator, stir, teacher_forced
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
@@ -127,7 +127,7 @@ def test_a_float_mask_is_refused():
     router, x = TaskRouter(16, OrchMoEConfig()), torch.randn(2, 3, 16)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert torch.equal(router(x, mask), router(x, mask.bool()))
-    with pytest.raises(ValueError, match="mask: give booleans or integers, true at real tokens"):
+    with refusal("mask: give booleans or integers, true at real tokens"):
         router(x, mask.log())
 
 
@@ -262,18 +262,6 @@ def test_one_hot_w_is_poly_with_mixed_outputs(small_t5, router):
     assert_linears(attached(small_t5, router=router), poly, w=F.one_hot(task, 5))
 
 
-def test_the_order_of_the_skills_changes_nothing(small_t5, inputs):
-    adapters = attached(small_t5)
-    before = logits(small_t5, inputs)
-    order = [2, 0, 1]
-    with torch.no_grad():
-        adapters.Z.copy_(adapters.Z[..., order])
-        for linear in adapters.linears.values():
-            linear.skill_A.copy_(linear.skill_A[order])
-            linear.skill_B.copy_(linear.skill_B[order])
-    torch.testing.assert_close(logits(small_t5, inputs), before, **EXACT)
-
-
 # -------------------------------------------------------------------------------------- invariances
 
 
@@ -361,7 +349,7 @@ def test_c_goes_to_the_device_of_its_linear(mix):
 def test_rows_of_another_batch_are_refused():
     adapters, x = small(), random(4, 5, 16)
     message = "the batch has 4 rows, but 1 samples of 1 beams were routed"
-    with pytest.raises(ValueError, match=message), adapters.routed(x[:1]):
+    with refusal(message), adapters.routed(x[:1]):
         adapters.module(x)
 
 
@@ -369,7 +357,7 @@ def test_rows_of_another_batch_are_refused():
 def test_a_w_of_another_shape_is_refused(shape):
     """(10,) could be taken for two samples, and (1,2,5) too."""
     message = re.escape(f"w: expected (K,) or (B,K) with K = 5, got {shape}")
-    with pytest.raises(ValueError, match=message):
+    with refusal(message):
         small().route(w=torch.rand(shape))
 
 
@@ -417,7 +405,7 @@ def test_the_width_can_be_given():
 )
 def test_a_config_with_an_impossible_value_is_refused(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=re.escape(f"{name}: {value!r}")):
+    with refusal(re.escape(f"{name}: {value!r}")):
         OrchMoEConfig(**options)
 
 
@@ -428,7 +416,7 @@ def test_a_config_is_checked_in_a_module_with_postponed_annotations():
     module = types.ModuleType("postponed")
     with mock.patch.dict(sys.modules, postponed=module):
         exec(source, vars(module))
-        with pytest.raises(ValueError, match="rank: 0"):
+        with refusal("rank: 0"):
             module.OrchMoEConfig(rank=0)
 
 
@@ -443,7 +431,7 @@ def test_adapters_have_the_config_that_was_given_whatever_the_method_keeps():
 
 
 def test_a_token_router_cannot_mix_factors():
-    with pytest.raises(ValueError, match="mixing: .* token router"):
+    with refusal("mixing: .* token router"):
         OrchMoEConfig(router="token", mixing="factors")
 
 
@@ -451,9 +439,9 @@ def test_a_source_or_a_mask_of_another_shape_is_refused_with_the_given_shape():
     adapters, x = small(), random(4, 9, 16)
     for source in (torch.ones(4, 9), x[0], x[..., :15]):
         shape = re.escape(str(tuple(source.shape)))
-        with pytest.raises(ValueError, match=f"embeddings: .* got {shape} and .*; embed"):
+        with refusal(f"embeddings: .* got {shape} and .*; embed"):
             adapters.route(source)
-    with pytest.raises(ValueError, match=r"a mask \(B,L\), got \(4, 9, 16\) and \(4, 1\)"):
+    with refusal(r"a mask \(B,L\), got \(4, 9, 16\) and \(4, 1\)"):
         adapters.route(x, torch.ones(4, 1))
 
 
@@ -474,7 +462,7 @@ def test_a_state_that_does_not_fit_changes_nothing(change, strict, message):
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
     changed = {name: tensor + 1 for name, tensor in before.items()} | change
     given = {name: tensor for name, tensor in changed.items() if tensor is not None}
-    with pytest.raises(ValueError, match=message):
+    with refusal(message):
         adapters.load_state_dict(given, strict=strict)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
 
@@ -540,7 +528,7 @@ def test_a_feature_that_was_nearly_constant_does_not_decide():
 def test_too_few_sources_are_refused(options, least):
     adapters, x = small(**options), random(least, 7, 16)
     message = f"^{least - 1} different training sources .* at least {least}"
-    with pytest.raises(ValueError, match=message):
+    with refusal(message):
         adapters.fit_router([x[1:]] * 9)
     assert not adapters.router.mu.any()  # as before
     adapters.fit_router([x])

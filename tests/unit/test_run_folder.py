@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import train
 from baselines import attach_method
-from helpers import PT, check_equal, records, seeded_generator
+from helpers import PT, check_equal, records, refusal, seeded_generator
 from orchmoe import OrchMoEConfig
 from run_folder import Progress, Run, Settings, new_folder, read_run, unread_settings
 from support import program
@@ -55,7 +55,7 @@ def test_lock_refuses_a_second_process_until_the_first_is_killed(run):
     first = context.Process(target=hold, args=(run, held))
     first.start()
     assert held.wait(60)
-    with pytest.raises(ValueError, match=f"^{run.path}: another process"), run.lock():
+    with refusal(f"^{run.path}: another process"), run.lock():
         pass
     first.kill()
     first.join()
@@ -84,7 +84,7 @@ def test_file_system_without_locks_gives_a_warning(run, monkeypatch, capsys):
 
 def test_a_system_without_locks_is_refused(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.raises(UserError, match="on Windows use WSL"), run.lock():
+    with refusal("on Windows use WSL", UserError), run.lock():
         pass
 
 
@@ -106,8 +106,7 @@ def test_new_folder_below_a_dangling_link_is_an_error(tmp_path):
 # --------------------------------------------------------------------------------- what binds a run
 
 
-def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path):
     # The same base and data may have been somewhere else.
     Run("run", replace(SETTINGS, model="elsewhere"), FACTS).bind()
     Run("run", SETTINGS, FACTS).bind()
@@ -119,7 +118,7 @@ def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path, monkey
 
 def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(run, tmp_path):
     run.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
-    with pytest.raises(UserError, match=f"^{run.adapter_path}: exists"):
+    with refusal(f"^{run.adapter_path}: exists", UserError):
         run.bind()
 
 
@@ -128,7 +127,7 @@ def test_bind_refuses_another_fact_and_changes_nothing(run, tmp_path, name):
     run.bind()
     before = run.config_path.read_bytes()
     other = Run(tmp_path, SETTINGS, FACTS | {name: "x"})
-    with pytest.raises(ValueError, match=f"^{tmp_path}: {name} changed since the run began, from"):
+    with refusal(f"^{tmp_path}: {name} changed since the run began, from"):
         other.bind()
     assert run.config_path.read_bytes() == before
 
@@ -211,7 +210,7 @@ DAMAGES = {  # changes of progress.pt that keep it a file of tensors
 def test_resume_refuses_a_damaged_or_foreign_file(run, trained, damage):
     run.save_progress(Progress(7), *trained(seed=1))
     torch.save(damage(torch.load(run.progress_path)), run.progress_path)
-    with pytest.raises(ValueError, match=f"^{run.progress_path}: .*restore the file, or train"):
+    with refusal(f"^{run.progress_path}: .*restore the file, or train"):
         run.resume(*trained(seed=2))
 
 
@@ -227,10 +226,10 @@ def test_the_best_adapter_says_what_it_is_and_belongs_to_its_run(run, trained):
     check_equal(loaded.state_dict(), adapters.state_dict())
 
     other = Run(run.path, replace(SETTINGS, alpha=7.0), FACTS)
-    with pytest.raises(UserError, match=f"^{run.adapter_path}: belongs to another run, with oth"):
+    with refusal(f"^{run.adapter_path}: belongs to another run, with oth", UserError):
         other.read_best()
     checkpoint.write_safetensors(run.adapter_path, {}, PT)
-    with pytest.raises(UserError, match=f"^{run.adapter_path}: KeyError: 'adapter'; restore the"):
+    with refusal(f"^{run.adapter_path}: KeyError: 'adapter'; restore the", UserError):
         run.read_best()
 
 
@@ -257,7 +256,7 @@ def test_config_without_a_part_or_a_setting_of_today_is_refused(copied, part):
     else:
         del values[part]
     program.write_json(path, values)
-    with pytest.raises(UserError, match=f"^{path}: .*; name the folder of a run"):
+    with refusal(f"^{path}: .*; name the folder of a run", UserError):
         read_run(copied)
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers import ROOT, Bytes, own_rows, task_json, write_lists, write_rows, write_task
+from helpers import ROOT, Bytes, own_rows, refusal, task_json, write_lists, write_rows, write_task
 from support import program
 from tasks import (
     NO_TASK,
@@ -23,6 +23,7 @@ from tasks import (
     row_of_question,
     sni_rows,
     split_instances,
+    split_key,
 )
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -86,10 +87,8 @@ BAD_TASKS = {  # what the error says: content of a task file
 @pytest.mark.parametrize("problem, content", BAD_TASKS.items(), ids=BAD_TASKS)
 def test_read_task_refuses_a_bad_file_in_one_line_that_names_it(tmp_path, problem, content):
     path = write_task(tmp_path, "task1_x", content)
-    with pytest.raises(ValueError, match=problem) as caught:
+    with refusal(f"^{path}.*{problem}"):
         read_task(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
 
 
 def test_read_splits_skips_missing_tasks_with_one_warning(repository, capsys):
@@ -115,14 +114,14 @@ def test_read_splits_skips_missing_tasks_with_one_warning(repository, capsys):
 )
 def test_read_splits_refuses_bad_lists(repository, train, problem):
     write_lists(repository, train, ["task9_t"])
-    with pytest.raises(ValueError, match=problem):
+    with refusal(problem):
         read_splits(repository)
 
 
 def test_read_splits_needs_a_plain_folder(repository):
-    with pytest.raises(ValueError, match="--splits: .* plain name"):
+    with refusal("--splits: .* plain name"):
         read_splits(repository, "../splits/default")
-    with pytest.raises(ValueError, match="train_tasks.txt.*git clone"):
+    with refusal("train_tasks.txt.*git clone"):
         read_splits(repository, "other")
 
 
@@ -134,8 +133,9 @@ def test_split_instances_gives_disjoint_sets_and_the_start_of_a_larger_train(n):
     assert split_instances(range(n), "task1_a", 10) == (train[:10], dev, seen)
 
 
-def test_split_instances_never_changes():
+def test_the_sets_of_instances_and_prompts_never_change():
     """A run that is evaluated, or resumed, years later must find its own sets."""
+    assert split_key("Say 1.") == (7, 18308017611245504807)
     sets = split_instances(range(12), "task1_a", 5)
     assert sets == ([6, 7, 8, 9, 2], [5, 4], [1, 10])
     assert sets != split_instances(range(12), "task1_b", 5)
@@ -220,16 +220,14 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
 def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, problem, row):
     good = {"prompt": "a", "completion": "b"}
     path = write_rows(tmp_path / "own.jsonl", [good, row, good])
-    with pytest.raises(program.UserError, match=problem) as caught:
+    with refusal(f"^{path}, line 2: .*{problem}", program.UserError):
         read_rows(path)
-    assert str(caught.value).startswith(f"{path}, line 2: ")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["own.csv", "own.json", "own"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("prompt,completion\n")
-    with pytest.raises(program.UserError, match=f"{name}: not .jsonl; write one JSON object per"):
+    with refusal(f"{name}: not .jsonl; write one JSON object per", program.UserError):
         find_files(DataConfig(data=str(tmp_path / name)))
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import tokenizer
-from helpers import PROMPT, ROOT, source_of, target_of, write_pieces, write_words
+from helpers import PROMPT, ROOT, refusal, source_of, target_of, write_pieces, write_words
 from support.program import read_json, write_json
 
 
@@ -153,10 +153,8 @@ def test_fingerprint_depends_on_eos(folder):
 
 
 def refused(folder, expected):
-    with pytest.raises(ValueError, match=expected) as caught:
+    with refusal(f"{folder}.*{expected}"):
         tokenizer.load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +202,12 @@ def test_a_t5_with_added_tokens_is_refused(tmp_path, name, content):
 
 
 def test_word_tokenizer_of_another_kind_is_refused(folder, corpus, load_changed, monkeypatch):
-    with pytest.raises(ValueError, match="tokenizer.json"):  # the package panics
+    with refusal("tokenizer.json"):  # the package panics
         load_changed(lambda values: values["model"].update(continuing_subword_prefix="long"))
 
     unknown = {"unk_token": "<unk>", "vocab": {"a": 0}, "merges": []}
     write_words(folder, corpus)
-    with pytest.raises(ValueError, match="tokenizer.json: .*<unk>"):  # only a text shows it
+    with refusal("tokenizer.json: .*<unk>"):  # only a text shows it
         load_changed(lambda values: values["model"].update(unknown)).encode("b")
 
     write_words(folder, corpus, post="$A </s>")
