@@ -590,7 +590,7 @@ def wait_for(condition):
     raise TimeoutError
 
 
-# --------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------- a comparison as a whole
 
 
 def test_all_programs_open_the_runs_of_a_comparison(home):

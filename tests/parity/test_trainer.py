@@ -695,9 +695,18 @@ BAD_ROWS = [
 ]
 
 
+def test_a_base_on_several_devices_is_refused():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_llama()
+    linear = model.model.layers[1].self_attn.q_proj
+    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))  # as device_map="auto" does
+    with refusal("layers.1.self_attn.q_proj: its forward was replaced"):
+        attach(model, OrchMoEConfig(targets=("q_proj",)))
+
+
 @pytest.mark.parametrize("row, message", BAD_ROWS)
 def test_a_bad_row_is_named(row, message, tmp_path):
-    """test_data.py tests lines that are no rows."""
+    """test_tasks.py tests lines that are no rows."""
     write_rows(tmp_path / "a.jsonl", [GOOD] * 8 + [b"", row])
     with refusal(f"a.jsonl, line 10: {message}.*; repair the line", UserError):
         finetune_7b.read_rows(tmp_path / "a.jsonl")
@@ -806,12 +815,3 @@ if __name__ == "__main__":
     # Threads of a process group that still lives when Python ends may abort the process.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def test_a_base_on_several_devices_is_refused():
-    hooks = pytest.importorskip("accelerate.hooks")
-    model = make_llama()
-    linear = model.model.layers[1].self_attn.q_proj
-    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))  # as device_map="auto" does
-    with refusal("layers.1.self_attn.q_proj: its forward was replaced"):
-        attach(model, OrchMoEConfig(targets=("q_proj",)))

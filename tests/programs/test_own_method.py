@@ -29,7 +29,6 @@ from helpers import (
     interrupted,
     links,
     records,
-    refusal,
     refused,
     run,
     snippets,
@@ -37,7 +36,7 @@ from helpers import (
     torchrun,
     trace,
 )
-from orchmoe import OrchMoEConfig, attach
+from orchmoe import OrchMoEConfig
 from run_folder import load, read_run
 from support.program import UserError
 from tasks import DataConfig
@@ -361,14 +360,6 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
 )
 def test_a_program_that_cannot_use_it_says_so(command, message, own, home):
     refused(message, command.format(hydra=HYDRA, own="own.py:ByTask"))
-
-
-def test_linears_must_not_share_a_parameter():
-    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    adapters = attach(base, OrchMoEConfig(targets=("0", "1")))
-    base[1].skill_A = base[0].skill_A
-    with refusal("two Linears train the same parameter"):
-        adapters.parameter_groups()
 
 
 def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):

@@ -220,7 +220,7 @@ def test_texts_that_are_too_long_lose_their_ends(server):
         assert f"The {name} is too long and loses its end." in found["warning"]
 
 
-def test_the_server_refuses_others(server):
+def test_the_server_refuses_other_hosts_paths_and_sizes(server):
     assert request(server, "GET")[0] == 200
     for code, changes in [
         (403, {"Host": "example.org"}),

@@ -112,6 +112,7 @@ def test_a_base_without_a_config_cannot_be_saved(folder, tmp_path):
     [("qwen2", [7, 5], (7, 5)), ("qwen2", 7, (7,)), ("qwen2", None, (3,)), ("v1.0", [1], (1,))],
 )
 def test_a_decoder_has_the_eos_ids_of_generation_config(kind, eos, expected, tmp_path):
+    """A T5 does not read that file."""
     save(small_model(kind), tmp_path)
     path = tmp_path / "generation_config.json"
     write_json(path, {"eos_token_id": eos})

@@ -527,3 +527,11 @@ def test_adapters_that_were_frozen_after_attach_are_refused():
     base.requires_grad_(False)
     with refusal("all parameters of the adapters are frozen; attach them"):
         adapters.parameter_groups()
+
+
+def test_linears_must_not_share_a_parameter():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapters = attach(base, OrchMoEConfig(targets=("0", "1")))
+    base[1].skill_A = base[0].skill_A
+    with refusal("two Linears train the same parameter"):
+        adapters.parameter_groups()

@@ -1,5 +1,7 @@
-"""Tests of support/program.py: files, and what a long computation shows. Others are
-where it is used."""
+"""Tests of support/program.py: files, and what a long computation shows.
+
+programs/test_programs.py and programs/test_faults.py have others.
+"""
 
 import multiprocessing
 import sys
