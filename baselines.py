@@ -89,6 +89,7 @@ class MoELoRA(Method):
             A = attributes["skill_A"]
             W_task = torch.empty(len(A), A.shape[-1]).normal_(0, 0.02, generator=generator)
             attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
+        A = skills[0]["skill_A"]
         identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
         self.register_buffer("identity", identity, persistent=False)
 
@@ -243,7 +244,8 @@ METHODS = {
 
 # --------------------------------------------------------------------------- a method from a file
 
-OWN_METHODS: dict[str, type[Method]] = {}  # those that `load_method` has loaded, by class name
+# Those that `load_method` has loaded, by class name. `source` of each is the text of its flag.
+OWN_METHODS: dict[str, type[Method]] = {}
 
 
 def load_method(text: str) -> str:
@@ -273,7 +275,7 @@ def load_method(text: str) -> str:
     is_method = isinstance(method, type) and issubclass(method, Method)
     if not is_method or method in (Method, *METHODS.values()):  # imported ones are not its own
         raise UserError(
-            f"{path}: has no class {name} that is an orchmoe.Method of its own; correct the file"
+            f"{path}: defines no class {name} that is an orchmoe.Method; correct one of the two"
         )
     if name in METHODS:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
@@ -285,7 +287,7 @@ def load_method(text: str) -> str:
 
 @torch.no_grad()
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError if `route` gives weights of a wrong shape, or calls different ones `shared`.
+    """Raise ValueError if `route` gives a wrong shape, or is wrong about `shared`.
 
     A mistake in either could go unnoticed and make the results wrong. Two samples show it.
     """
@@ -316,10 +318,11 @@ def require_routing(adapters: Adapters) -> None:
     B = 1 if both.shared else 2
     shape = weights(both).shape
     if (*shape[:2], shape[-1]) != (N, B, S):
+        found = both.Zhat if both.c is None else both.c
         raise ValueError(
             f"{name}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "
-            f"with shared={both.shared}, got {tuple(shape)}; weights that all samples share have "
-            "B = 1 and need shared=True"
+            f"with shared={both.shared}, got {tuple(found.shape)}; weights that all samples share "
+            "have B = 1 and need shared=True"
         )
     if both.shared and not torch.equal(weights(both), weights(second)):
         raise ValueError(
@@ -360,9 +363,9 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    method: a name in METHODS, or a class. num_tasks: T, for methods that route by task id.
-    extra_rank: as in orchmoe.attach. Raise ValueError, with the module unchanged, for a missing T,
-    or targets that the method cannot adapt.
+    method: a name in METHODS or OWN_METHODS, or a class. num_tasks: T, for methods that route by
+    task id. extra_rank: as in orchmoe.attach. Raise ValueError, with the module unchanged, for a
+    missing T, or targets that the method cannot adapt.
     """
     method = method_class(method)
     head = getattr(module, "head", None)
@@ -407,14 +410,14 @@ UNREAD_WITH_ROUTER = {
 }
 
 
-def settings_of_method(method: str | type[Method], router: str) -> set[str]:
+def settings_of_method(method: str, router: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
     These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router and
     lr_allocation. `router` matters only to OrchMoE.
     """
-    method = method_class(method)
-    read = method.settings | {f"lr_{kind}" for kind in method.rates.values()}
-    if issubclass(method, OrchMoE):
+    cls = method_class(method)
+    read = cls.settings | {f"lr_{kind}" for kind in cls.rates.values()}
+    if issubclass(cls, OrchMoE):
         read -= UNREAD_WITH_ROUTER[router]
     return read

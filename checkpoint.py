@@ -2,8 +2,9 @@
 
 A Hugging Face folder holds config.json and the weights: a safetensors file or a torch file, whole
 or in shards. Each family (t5.py, llama.py) brings its config and a table of rename rules. Loading
-checks that every tensor of the files has a place in the model, that every place has a tensor, and
-that all shapes are equal. A damaged or foreign file raises one UserError that names the file.
+checks that every tensor of the files has a place in the model (or is one that the family does not
+use), that every place has a tensor, and that all shapes are equal. A damaged or foreign file raises
+one UserError that names the file.
 
 Test: pytest tests/unit/test_checkpoint.py
 """

@@ -423,7 +423,7 @@ class Batch(NamedTuple):
         }
         return self._replace(**moved)
 
-    def split(self, parts: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[range, "Batch"]]:
+    def split(self, parts: int, rank: int, ranks: int) -> Iterator[tuple[range, "Batch"]]:
         """Cut the batch into at most `parts` pieces. Yield the share of one process in each piece.
 
         Each piece has ceil(B / parts) rows; the last may have fewer. Process `rank` gets every

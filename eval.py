@@ -442,10 +442,10 @@ def refuse_idle_flags(flags: dict[str, Any], config: EvalConfig, data_config: Da
     if config.split != "test":
         unread["test"] = f"with --split {config.split}"
     if config.ask or config.prompt:
-        # Of the data settings only those that build the prompt of a question have an effect.
+        # Of the data settings only those that shape a question or its answer have an effect.
         read = {"data", "max_source_length", "max_target_length"}
         of_scores = {"split", "out", "overwrite", "limit", "batch_size"}
-        unread |= dict.fromkeys(of_scores | vars(data_config).keys() - read, "with a question")
+        unread |= dict.fromkeys(of_scores | (vars(data_config).keys() - read), "with a question")
     else:
         unread["input"] = "without --ask"
     program.refuse_unread(flags, unread)

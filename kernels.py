@@ -228,7 +228,7 @@ def mix_heads(
 
 # `compile_blocks` hands every call of a block to one BlockCompiler. A call runs compiled if
 #   1. `compiles_well` says that its inputs are worth a graph,
-#   2. no block of this model has failed to compile so far, and
+#   2. no block of this model has failed to compile so far, or this one has run compiled, and
 #   3. torch can compile it. If not, all blocks that have not run compiled stay uncompiled.
 # Otherwise the block runs as it is. `BlockCompiler.call` is these three steps.
 
@@ -293,7 +293,7 @@ class BlockCompiler:
 
     def call(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
         """Return the output of a block, compiled if that is possible."""
-        # 1. Is this call worth a graph?  2. Has no block failed?
+        # 1. Is this call worth a graph?  2. Has no block failed, or did this one run compiled?
         values = [*inputs, *options.values()]
         may_compile = not self.has_failed or block in self.have_run
         if not (may_compile and compiles_well(values)):
@@ -313,7 +313,7 @@ class BlockCompiler:
 
         output = block._call_impl(*inputs, **options)  # raises what is an error of the block itself
         if not self.has_failed:
-            warnings.warn(f"blocks run uncompiled from now on: {reason:.300}", stacklevel=2)
+            warnings.warn(f"no further blocks are compiled: {reason:.300}", stacklevel=2)
         self.has_failed = True
         self.have_run.discard(block)
         return output

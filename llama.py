@@ -88,7 +88,8 @@ class LlamaConfig(Config):
         known["eos_ids"] = tuple(eos)
 
         # A token of Mistral 0.1 sees a window of the last positions. We accept only rows that are
-        # no longer than the window, so that it makes no difference. null means no window.
+        # no longer than the window, so that it makes no difference. null means no window; if it is
+        # missing, transformers takes 4096.
         window = values.get("sliding_window", 4096)
         if known["model_type"] == "mistral" and window is not None:
             longest = min(window, known["max_position_embeddings"])
@@ -100,7 +101,7 @@ def read_rope(values: dict) -> dict:
     """Return the rope settings among the values of a config.json, by the names of LlamaConfig.
 
     transformers 4 writes rope_theta beside all other values and the rest to `rope_scaling`;
-    transformers 5 writes everything to `rope_parameters`, and does not read it if both are there.
+    transformers 5 writes everything to `rope_parameters`. If a file has both, rope_scaling counts.
     """
     rope = {"rope_type": "default"}
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -233,7 +234,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(D, G * E, bias=bias)
         self.v = nn.Linear(D, G * E, bias=bias)
         self.o = nn.Linear(H * E, D, bias=config.attention_bias)
-        self.large_scores = bias  # the biases of Qwen2 make scores of hundreds
+        self.large_scores = bias  # as the biases of Qwen2 make them
 
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
@@ -267,7 +268,8 @@ class Attention(nn.Module):
         else:
             rows = torch.arange(len(x), device=x.device)
             cache[0, rows, position] = k[:, 0]
-            cache[1, rows, position] = v[:, 0].to(cache.dtype)  # autocast gives a lower one
+            # Under autocast v has a lower dtype than the cache. `rotate` has raised that of k.
+            cache[1, rows, position] = v[:, 0].to(cache.dtype)
             y = cached_attention(q, cache, bias)  # (B,1,H,E)
         return self.o(y.flatten(2))
 
@@ -406,7 +408,7 @@ class Llama(Backbone):
 
     def step(self, newest: Tensor, state: State) -> Tensor:
         columns = int(state.position.max()) + 1  # no row has read anything beyond
-        caches = [cache[:, :, :columns] for cache in state.caches]
+        caches = [cache[:, :, :columns] for cache in state.caches]  # views, which blocks write to
         hidden = self.hidden(newest[:, None], caches, state.position)  # (B,1,D)
         state.position = state.position + 1
         return self.logits(hidden[:, 0])

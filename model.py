@@ -65,7 +65,7 @@ class Config:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on `device`. The host does not wait for what a GPU computes.
+    """Return the tensor on `device`. The host does not wait for what a GPU computes.
 
     That is safe: a copy from pageable memory returns only after CUDA has read the source.
     """
@@ -94,8 +94,8 @@ class Backbone(nn.Module):
     `pad_token_id`, which `generate` writes after the end of a row.
     """
 
-    # Methods besides forward that compute with weights. A sharded model gathers its weights when
-    # one of them is called. None of them calls another.
+    # The methods that compute with weights. A sharded model gathers its weights when one of them is
+    # called, as FSDP2 does for forward alone. None of them calls another.
     fsdp_methods = ("embed", "loss", "generate")
 
     # Config.from_hf(values of a config.json) returns a config.
@@ -252,7 +252,8 @@ class Backbone(nn.Module):
                 break
 
             if all_ended:
-                # Other processes go on. One dummy row runs with them; its tokens are discarded.
+                # Other processes go on. From now on the batch is one dummy row, whose tokens are
+                # discarded.
                 staying = staying.new_zeros(1)
             if len(staying) < len(alive):
                 alive = alive[staying]

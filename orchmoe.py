@@ -130,7 +130,7 @@ class TaskRouter(nn.Module):
         """Return x_hat (B,D), one vector per sample, before it is standardised.
 
         embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens, booleans or
-        integers. Raise ValueError for others.
+        integers. Raise ValueError for another shape, or a mask of floats.
         """
         D = len(self.mu)
         shape = embeddings.shape
@@ -219,10 +219,12 @@ class Method(nn.Module):
     """
 
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # The learning rate of each parameter: that of skills, router, token_router or allocation.
+    # The group of each parameter, by the first part of its name: skills, router, token_router or
+    # allocation. Each group has its own learning rate.
     rates = {"skill_A": "skills", "skill_B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    # Whether a Linear must know to which sample a token belongs. The output head does not know it.
+    # Whether a Linear must know to which sample a token belongs. The output head does not know it:
+    # it gets the tokens of all samples as one list.
     mixes_by_sample = True
     kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
 
@@ -311,7 +313,7 @@ class OrchMoE(Method):
     ) -> Routing:
         """Return w, Zhat and c of all Linears. For the arguments see `Adapters.routed`.
 
-        Raise ValueError for other shapes, and for embeddings that are needed but not given.
+        Raise ValueError for a w or embeddings of a wrong shape, or if embeddings are missing.
         """
         if not self.training or self.noise_shape is None:
             noise = None
@@ -565,7 +567,8 @@ def class_without_skills(cls: type) -> type:
     """Return the class that a Linear of class `cls` has without its skills.
 
     It is the class that the Linear had before `attach`. If torch has derived another class since
-    then, as parametrize does, the same is derived from that.
+    then, as parametrize does, the same is derived from that: ParametrizedSkillLinear becomes
+    ParametrizedLinear.
     """
     if cls is class_with_skills(cls.skill_base):
         return cls.skill_base
@@ -679,10 +682,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     ) -> Iterator[Routing]:
         """Route one batch. Within the `with` block every adapted Linear has its weights c.
 
-        Keep it open until after backward. Gradient checkpointing (with use_reentrant=False) runs
-        the blocks again there, with the weights of that moment, so with it no backward may span two
-        routings: to add two losses, route both batches as one. For generation, keep it open until
-        the last token. Open it anew for each micro-batch.
+        Keep it open until after backward. With gradient checkpointing (use_reentrant=False)
+        backward runs the blocks again, with the weights that are routed then. So one backward must
+        not span two routings: to add two losses, route both batches as one. For generation, keep it
+        open until the last token. Open it anew for each micro-batch.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
         PyTorch's key_padding_mask; default: all are real). beams: how many consecutive rows belong

@@ -210,7 +210,7 @@ class Run:
             saved.require_same(**self.facts)
             with program.reading(self.config_path, TRAIN_AGAIN):
                 self.require_own(saved.run_id)
-        elif program.rank() == 0:  # on other ranks: rank 0 may already have written files
+        elif program.rank() == 0:  # another rank might find what rank 0 has just written
             self.require_new()
         settings = asdict(self.settings)
         for name in PATHS | {"start"}:
@@ -386,7 +386,7 @@ def load_own_method(run: Run, text: str) -> None:
     """
     name = load_method(text)
     if run.settings.method != name:
-        raise UserError(f"--method {text}: this is not the method of the run; leave it out")
+        raise UserError(f"--method {text}: the method of the run is {run.settings.method}")
 
 
 def attach_adapters(

@@ -651,7 +651,7 @@ def train(
     Return the path of the run folder, or None if a signal stopped the run before its final scores.
 
     final_scores: score the frozen base and the trained model on seen and unseen tasks, and print
-    a table. Without it there are no lines of progress, either.
+    a table. Without it no dev losses are printed, either.
     attach_function: a function like baselines.attach_method, for studies that change the routing.
     """
     # Build: the data, the frozen base, and its adapters.

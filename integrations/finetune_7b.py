@@ -46,7 +46,8 @@ try:
     )
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
-    print(f"finetune_7b.py: error: {error}; pip install transformers trl datasets", file=sys.stderr)
+    packages = "transformers trl datasets bitsandbytes"
+    print(f"finetune_7b.py: error: {error}; pip install {packages}", file=sys.stderr)
     sys.exit(2)
 
 # "all": every Linear but the output head.

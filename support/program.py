@@ -76,7 +76,7 @@ def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None
     damaged file.
 
     Readers of damaged or foreign files fail in many ways: KeyError, TypeError, errors of other
-    packages. This is the one place that catches them all. An OSError that names its file is
+    packages. Here all are caught. An OSError that names its file is
     passed on unchanged.
     """
     try:
@@ -425,7 +425,7 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
         if message is None:
             raise
         # Usually all ranks fail alike, and rank 0 prints for all. The others wait, so torchrun ends
-        # them before they print.
+        # them before they print. Before the processes have joined, one of each node prints.
         if dist.is_initialized() and rank() > 0:
             time.sleep(5)
         if local_rank() == 0 or dist.is_initialized():

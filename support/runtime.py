@@ -211,4 +211,4 @@ def generator(*seed: int) -> torch.Generator:
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
         mixed = mixed ^ (mixed >> 31)
-    return torch.Generator().manual_seed(mixed >> 1)
+    return torch.Generator().manual_seed(mixed >> 1)  # a seed of 63 bits

@@ -131,7 +131,7 @@ def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
     """
     row = ABLATIONS[name]._replace(like="orchmoe")  # with the tuned values of "orchmoe"
     if name == TOLD_THE_TASK and num_tasks == 0:
-        raise UserError(f"--rows {name}: no row of --data names a task")
+        raise UserError(f"--rows {name}: a row of --data names no task")
     needs_w = row.w or row.replaced_router or "mixing" in row.settings
     if needs_w and adapter.router != "sample":
         raise UserError(f"--rows {name}: --router {adapter.router} has no w of a sample")
@@ -191,8 +191,8 @@ def print_plan(
             cell.require_same()
         elif has_begun and trials_left[tuned_like] > 0:
             raise UserError(
-                f"{cell.path}: begun before all {trials} trials of {tuned_like} were made, which "
-                f"choose its values; give another --out, or delete it and {cell.folder}"
+                f"{cell.path}: begun before the {trials} trials of {tuned_like}, which choose its "
+                f"values, were made; give another --out, or delete it and {cell.folder}"
             )
         if cell.row.trains and not is_made:
             others += 1

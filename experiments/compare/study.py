@@ -203,8 +203,8 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         if saved.get(name) != value:
             raise UserError(
-                f"{path}: made with {name} {saved.get(name)}, not {value}; name another folder "
-                "with --out or --results, or delete it"
+                f"{path}: made with {name} {saved.get(name)}, not {value}; give another --out "
+                "(and --results, if given)"
             )
 
 
@@ -845,8 +845,8 @@ class Study:
             for axis in report["edges"]:
                 best = f"the best {axis}, {report['best'][axis]:g}"
                 program.warn(
-                    f"{name}: {best}, is on the edge of what was tried; more --trials, or a start "
-                    f"there by {program.flag(axis)}, may find a better one, in another --out"
+                    f"{name}: {best}, is on the edge of what was tried; in another --out, more "
+                    f"--trials or a start there by {program.flag(axis)} may find a better one"
                 )
             self.best[name] = report["best"]
         return reports

@@ -297,7 +297,10 @@ class Server(ThreadingHTTPServer):
     """Answer on 127.0.0.1. Each connection has a thread; the model answers one at a time."""
 
     def __init__(self, loaded: Loaded, port: int):
-        super().__init__(("127.0.0.1", port), Handler)
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}; give another one") from None
         self.loaded = loaded
         self.lock = threading.Lock()  # whoever holds it may use the model
         explored = collect(loaded)
@@ -468,10 +471,6 @@ def main() -> None:
     if config.method:
         run_folder.load_own_method(run_folder.read_run(config.run), config.method)
     loaded = load(config.run, model=config.model, moved_data=config.data)
-    try:
-        server = Server(loaded, config.port)
-    except OSError as error:
-        raise UserError(f"--port {config.port}: {error.strerror}; give another one") from None
-    with server:
+    with Server(loaded, config.port) as server:
         program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
         server.serve_forever()

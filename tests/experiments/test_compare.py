@@ -100,7 +100,7 @@ def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(caps
     warned = capsys.readouterr().err
     assert "left out: --rows S = 8: S R = 4 is no multiple of 8" in warned
     assert list(compare.ablations(["K = 4", "default"], OrchMoEConfig(), 0)) == ["default", "K = 4"]
-    with refusal(r"--rows told the true task \(K = T\): no row of"):
+    with refusal(r"--rows told the true task \(K = T\): a row of"):
         compare.ablations([compare.TOLD_THE_TASK], OrchMoEConfig(), 0)
 
 
@@ -245,7 +245,7 @@ def test_a_cell_is_bound_to_its_settings_data_and_base(tmp_path):
     settings = study.changed(cell.settings, {"gumbel": True})
     facts = cell.facts | {"train_tasks": "other"}
     for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
-        with refusal("lora.json: made with .*; name another folder"):
+        with refusal("lora.json: made with .*; give another --out"):
             other.require_same()
     cell.path.unlink()
     cell.folder.mkdir()
@@ -379,7 +379,7 @@ def test_tune_refuses_rates_that_diverge_and_warns_of_an_edge(tmp_path, monkeypa
     program.warn.cache_clear()
     of_lora.tune(rows)
     [warning] = capsys.readouterr().err.splitlines()
-    assert "lora: the best alpha, 2, is on the edge of what was tried; more --trials" in warning
+    assert "lora: the best alpha, 2, is on the edge of what was tried; in another --out" in warning
 
 
 def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
@@ -652,7 +652,7 @@ def test_a_cell_of_a_method_whose_file_changed_is_not_made(tmp_path, monkeypatch
 def test_runs_that_begin_before_their_trials_are_refused_at_once(small, home):
     """Their values may not be the best ones. After the trials it would be too late to say so."""
     trials = sorted(small.glob("tune/*"))
-    message = "orchmoe-s1.json: begun before all 3 trials of orchmoe were made"
+    message = "orchmoe-s1.json: begun before the 3 trials of orchmoe, which choose its"
     refused(message, f"{COMPARE} {METHODS} --trials 3", cwd=home)
     assert sorted(small.glob("tune/*")) == trials
 

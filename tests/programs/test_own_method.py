@@ -244,10 +244,10 @@ WITHOUT_RATE = OWN.replace('    rates = Method.rates | {"table": "allocation"}\n
 BAD_FILES = {
     "a file that does not exist": (None, "own.py: does not exist; give --method FILE.py:Class"),
     "no Python": ("def", "own.py: SyntaxError: .*; correct the file"),
-    "no such class": ("", "own.py: has no class ByTask that is an orchmoe.Method"),
+    "no such class": ("", "own.py: defines no class ByTask that is an orchmoe.Method"),
     "a built-in class": (
         "from orchmoe import OrchMoE as ByTask",
-        "own.py: has no class ByTask that is an orchmoe.Method of its own",
+        "own.py: defines no class ByTask that is an orchmoe.Method",
     ),
     "no rate": (
         WITHOUT_RATE,
@@ -351,7 +351,7 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("eval.py --run own --method {hydra}", "this is not the method of the run; leave it out"),
+        ("eval.py --run own --method {hydra}", "the method of the run is ByTask"),
         ("eval.py --model tiny --method {hydra}", "has no effect without --run"),
         ("train.py --resume --out own --method {hydra}", "the run in own has 'ByTask'"),
         ("train.py --start own --method {own}", "cannot continue on other tasks"),
@@ -372,9 +372,9 @@ def test_the_explorer_loads_a_method_with_a_router(home, monkeypatch):
     explore = "experiments/explorer/explorer.py --run run"
     refused("--method Mine: choose one of", explore)
 
-    def occupied(loaded, port):
+    def checked(loaded, port):
         assert type(loaded.adapters.method).__name__ == "Mine"
-        raise OSError(98, "in use")
+        raise UserError("it is loaded")
 
-    monkeypatch.setattr(explorer, "Server", occupied)
-    refused("--port 8000: in use", f"{explore} {method}")
+    monkeypatch.setattr(explorer, "Server", checked)
+    refused("it is loaded", f"{explore} {method}")

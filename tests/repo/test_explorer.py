@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import threading
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -396,6 +397,10 @@ def test_ctrl_c_ends_the_server_and_bad_flags_are_one_line(finished):
     with interrupted(explorer.Server, "serve_forever", 1, error=KeyboardInterrupt):
         run(f"{PROGRAM} --run run --port 0", cwd=finished, code=130)
     refused("--port 70000", f"{PROGRAM} --run run --port 70000", cwd=finished)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        taken = f"--port {port}: Address already in use; give another one"
+        refused(taken, f"{PROGRAM} --run run --port {port}", cwd=finished)
     refused("give --run", PROGRAM)
 
 

@@ -173,7 +173,7 @@ def test_training_goes_on_uncompiled_with_one_warning(backend, checkpointed):
     base = base_in_training()
     with (
         torch._dynamo.config.patch(recompile_limit=1),
-        pytest.warns(UserWarning, match="^blocks run uncompiled from now on: .*$") as seen,
+        pytest.warns(UserWarning, match="^no further blocks are compiled: .*$") as seen,
     ):
         check(base, backend, [(4, 9, 6), (1, 5, 3)], checkpointed)
     assert len({str(warning.message) for warning in seen}) == 1
@@ -207,7 +207,7 @@ def test_blocks_that_ran_compiled_stay_so_when_another_fails():
                 y = checkpoint(block, y, use_reentrant=False)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
         texts += [str(warning.message) for warning in seen]
-    assert len(texts) == 1 and texts[0].startswith("blocks run uncompiled from now on: ")
+    assert len(texts) == 1 and texts[0].startswith("no further blocks are compiled: ")
 
 
 @pytest.mark.filterwarnings("error:blocks run uncompiled")
@@ -230,7 +230,9 @@ def test_training_goes_on_without_a_compiler():
     with (
         fresh_cache(),
         torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}),
-        pytest.warns(UserWarning, match=r"uncompiled from now on: .*No working C\+\+ compiler"),
+        pytest.warns(
+            UserWarning, match=r"no further blocks are compiled: .*No working C\+\+ compiler"
+        ),
     ):
         block(x).sum().backward()
 
