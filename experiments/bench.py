@@ -735,6 +735,8 @@ def main() -> None:
     device, dtype, _ = runtime.pick_device(config.gpu, "cpu" if config.gpu is None else "")
     parts = PARTS | GPU_PARTS if device.type == "cuda" else PARTS
     for part in config.only:
+        if part in GPU_PARTS and part not in parts:
+            raise UserError(f"--only {part}: it needs a GPU")
         if part not in parts:
             raise UserError(f"--only {part}: choose from {', '.join(parts)}")
     for package in PACKAGES:

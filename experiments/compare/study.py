@@ -143,7 +143,9 @@ def refuse_unread(
         unread = {name: why for name, why in unread.items() if name in of_variant}
     program.refuse_unread(flags, unread)
     if "axes" in flags:
-        program.refuse_unread(config.axes, unread)
+        for name in config.axes:
+            if name in unread:
+                raise UserError(f"--axes {name}: has no effect {unread[name]}; leave it out")
 
 
 def pick_device(config: StudyConfig, settings: train.Settings) -> runtime.Device:

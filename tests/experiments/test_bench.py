@@ -151,5 +151,6 @@ def test_cudnn_is_used_in_every_other_step_and_as_before_afterwards(of, changes,
 
 def test_bench_refuses_unknown_parts_and_needs_peft(monkeypatch):
     assert "--only kernel: choose from linear, step, " in printed("--only kernel", code=2)
+    assert "--only large: it needs a GPU" in printed("--only large", code=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "transformers is not installed; pip install" in printed(code=2)

@@ -730,7 +730,7 @@ REFUSED = {
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",
-    "--methods lora,poly --axes alpha,lr_router": "--lr-router: has no effect in this",
+    "--methods lora,poly --axes alpha,lr_router": "--axes lr_router: has no effect in this",
     "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has",
     "--methods lora,c-poly --data sni/own.jsonl": "CPoly routes by task id: every JSONL",
     "--methods lora,poly --gumbel": "--gumbel: has no effect in this comparison",
