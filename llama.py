@@ -165,7 +165,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.addcmul(x * cos, other, sin)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, large_scores: bool = False) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, large_scores: bool) -> Tensor:
     """Return the output of attention (B,H,L,E) where a query sees no later positions than its own.
 
     q (B,H,L,E); k and v (B,G,L,E). H / G neighbouring heads of q share one head of k and v.

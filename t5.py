@@ -42,7 +42,7 @@ class T5Config(Config):
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-    only = {"feed_forward_proj": ("relu", "gated-gelu"), "dense_act_fn": ("relu", "gelu_new")}
+    only = {"feed_forward_proj": ("relu", "gated-gelu")}
 
     def __post_init__(self):
         super().__post_init__()

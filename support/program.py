@@ -76,8 +76,7 @@ def reading(path: str | Path, remedy: str = "restore the file") -> Iterator[None
     damaged file.
 
     Readers of damaged or foreign files fail in many ways: KeyError, TypeError, errors of other
-    packages. Here all are caught. An OSError that names its file is
-    passed on unchanged.
+    packages. All are caught here. An OSError that names its file is passed on unchanged.
     """
     try:
         yield

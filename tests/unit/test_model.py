@@ -158,7 +158,6 @@ REFUSED = [
     ("model_type", ["t5"]),
     ("model_type", "\ud800"),
     ("feed_forward_proj", "gated-silu"),
-    ("dense_act_fn", "silu"),
     ("d_model", 0),
     ("d_model", 32.0),
     ("d_model", 10**30),
