@@ -447,7 +447,8 @@ def test_an_epoch_has_each_example_once_in_full_batches_but_one(count):
 def test_the_order_of_the_data_and_the_numbers_of_a_seed_never_change():
     """A run that is resumed years later must go on with its own batches and noise."""
     assert runtime.generator(0, 1).initial_seed() == 6312281913021032635
-    assert BatchOrder(np.arange(100), 8, 0).at(0).tolist() == [*range(16, 24)]
+    first_batch = BatchOrder(np.arange(1000) % 7, 8, 0).at(0)
+    assert first_batch.tolist() == [51, 856, 135, 492, 772, 352, 695, 751]
 
 
 def test_batches_depend_only_on_lengths_seed_and_step():
