@@ -29,7 +29,7 @@ import data
 import eval as evaluation
 import run_folder
 from integrations.peft_folder import save_peft
-from integrations.trainer import fingerprint, require_complete, require_same
+from integrations.trainer import fingerprint, read_adapter, require_same
 from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, TaskRouter, attach
 from support import program, runtime
@@ -72,9 +72,9 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
     They are attached to transformers' model of the folder `model`, because the file has its names.
     Its weights have no values (they are on the meta device) and so take no memory.
     """
-    saved = checkpoint.read_torch(program.require_path(path, "name an adapter.pt"))
+    program.require_path(path, "name an adapter.pt")
     with program.reading(path, "name an adapter.pt of integrations/trainer.py"):
-        require_complete(saved)
+        saved = read_adapter(path)
         require_same(saved, {"method": OrchMoE.__name__})
         adapter_config = program.from_json(OrchMoEConfig, saved["config"])
         state = {name: tensor.float() for name, tensor in saved["state"].items()}

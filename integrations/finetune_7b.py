@@ -304,8 +304,6 @@ def main():
         return ask(args)
 
     # All mistakes that can be found before the base is loaded.
-    if not args.resume:
-        require_new_run(args.out)
     rows = read_rows(args.data)
     with program.locked_folder(args.out, "wait, or change --out"):
         checkpoint = None
@@ -314,7 +312,7 @@ def main():
             facts = {"method": OrchMoE.__name__, "config": vars(ADAPTERS), "rows": digest(rows)}
             read_saved(checkpoint / ADAPTER_FILE, **facts)
         else:
-            require_new_run(args.out)  # another process may have written here meanwhile
+            require_new_run(args.out)
 
         model, tokenizer = load_base(args.model)
         if not fine_tune(model, tokenizer, rows, args.out, checkpoint):

@@ -148,18 +148,13 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its message advises to run what is in the file
         raise ValueError("damaged, or more than plain tensors") from None
-    require_complete(saved)
-    return saved
-
-
-def require_complete(saved: dict[str, Any]) -> None:
-    """Raise ValueError if the content of an adapter.pt does not say what it belongs to."""
     missing = [name for name in (*REMEDIES, "dtypes", "state") if name not in saved]
     if missing:
         raise ValueError(
             f"it has no {missing[0]!r}, so nothing tells what its weights belong to; "
             "integrations/trainer.py did not write it"
         )
+    return saved
 
 
 def require_same(saved: dict[str, Any], found: dict[str, Any]) -> None:

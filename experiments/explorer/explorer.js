@@ -134,10 +134,6 @@
   async function send(question, w) {
     const { prompt, references } = question;
     const body = JSON.stringify({ prompt, references, w: w || null });
-    const size = new TextEncoder().encode(body).length;
-    if (size > data.largest_request) {
-      return { error: "The prompt is too long: " + size + " bytes; give at most " + data.largest_request + "." };
-    }
     let response, text;
     try {
       response = await fetch("/", { method: "POST", body });

@@ -16,7 +16,6 @@ import functools
 import html
 import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -44,8 +43,6 @@ from tokenizer import Tokenizer
 SHOWN = 3  # samples of each task in SNI's form that can be chosen
 SHOWN_ROWS = 1000  # of each task of a JSONL file, and of rows that name no task
 TRIED = 100  # samples among which the page looks for one where routing matters
-LARGEST_REQUEST = 100_000  # bytes
-DOCS = program.ROOT / "docs"
 
 # The examples of a task are together.
 read_task = functools.lru_cache(1)(tasks.read_task)
@@ -109,11 +106,6 @@ def collect(loaded: Loaded) -> dict[str, Any]:
         examples = loaded.sets.get(kind, [])
         if examples:
             w = evaluation.router_weights(loaded.base, loaded.adapters, examples)  # (M,K)
-            if w is None:
-                raise UserError(
-                    f"{loaded.run.path}: its method returns no w of each sample, so "
-                    "there are no weights of abstract tasks to show"
-                )
             explored["mean_w"][kind] = rounded(w.mean(dim=0))
         for rows in rows_by_task(examples):
             add_task(explored, loaded, kind, rows, w)
@@ -285,7 +277,7 @@ def page(explored: dict[str, Any]) -> str:
         f"<p>The run <b>{run}</b> answers here. Its router gives each prompt weights w on abstract "
         "tasks, and these decide how much each skill (a small LoRA) adds.<br>Choose a sample or "
         "type a prompt, then move a slider or press a row: the model answers with that w. "
-        '<a href="/annotated.html">The annotated page</a> explains the words.</p>\n'
+        "docs/annotated.html explains the words.</p>\n"
         f"{section(explored)}</main></body></html>\n"
     )
 
@@ -307,19 +299,10 @@ class Server(ThreadingHTTPServer):
         choose_first(explored, loaded)
         explored |= {
             "live": True,
-            "largest_request": LARGEST_REQUEST,
             "is_jsonl": loaded.data_config.is_jsonl,
             "metric_rules": loaded.data_config.metric_rules,
         }
-        # What GET answers at each path: the type, and the content.
-        self.pages = {"/": ("text/html", page(explored).encode())}
-        # The annotated page has links to these.
-        for path in DOCS.glob("*.md"):
-            self.pages[f"/{path.name}"] = ("text/plain", path.read_bytes())
-        example = DOCS.parent / "examples/minimal.py"
-        self.pages["/examples/minimal.py"] = ("text/plain", example.read_bytes())
-        annotated = (DOCS / "annotated.html").read_bytes()
-        self.pages["/annotated.html"] = ("text/html", annotated)
+        self.page = page(explored).encode()
         # What a browser sends as Host.
         self.hosts = [f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"]
 
@@ -330,9 +313,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, and GET /annotated.html the one that explains it.
-
-    POST / takes and returns JSON, see `reply`.
+    """GET / is the page. POST / takes and returns JSON, see `reply`.
 
     Another site that is open in the same browser cannot use the server: its requests have another
     Origin or, if its name leads here, another Host.
@@ -344,8 +325,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.is_refused():
             return
-        kind, content = self.server.pages[self.path]
-        self.send(200, f"{kind}; charset=utf-8", content)
+        self.send(200, "text/html; charset=utf-8", self.server.page)
 
     def do_POST(self) -> None:
         if self.is_refused():
@@ -360,20 +340,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, "application/json", program.to_json(answered))
 
     def is_refused(self) -> bool:
-        """Refuse a request that this page did not make, or that is too large. Return whether."""
+        """Refuse a request that this page did not make. Return whether it is refused."""
         host = self.headers.get("Host", "")
         is_post = self.command == "POST"
         origin = self.headers.get("Origin", "" if is_post else f"http://{host}")
-        length = self.headers.get("Content-Length", "" if is_post else "0")
-        paths = ["/"] if is_post else list(self.server.pages)
         if host not in self.server.hosts or origin != f"http://{host}":
             address = f"http://{self.server.hosts[0]}"
             text = f"not from the page; open {address}; through ssh, forward the same port"
             self.send_error_text(403, text)
-        elif self.path not in paths:
+        elif self.path != "/":
             self.send_error_text(404, "there is no such page; open /")
-        elif not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST_REQUEST:
-            self.send_error_text(413, f"more than {LARGEST_REQUEST:,} bytes; give a shorter prompt")
         else:
             return False
         return True
@@ -402,25 +378,13 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     An answer is right if it is one of the references; the loss is that of the first. A w of null
     means the router's. The warning is empty, or it says that a text has characters that the
-    tokenizer loses. Raise UserError for a request of another form, and for an empty prompt.
+    tokenizer loses. Raise UserError for a body that is no such JSON, and for an empty prompt.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)
         prompt = request["prompt"]
-        references = [*request["references"]]
+        references = request["references"]
         w = request["w"]
-        program.require_text("prompt", prompt)
-        for reference in references:
-            program.require_text("reference", reference)
-    if w is not None:
-        K = loaded.adapters.config.abstract_tasks
-        with program.reading("w", f"give {K} finite numbers"):
-            w = torch.tensor([float(value) for value in w])
-            if len(w) != K:
-                raise ValueError(f"{len(w)} numbers")
-            if not w.isfinite().all():
-                raise ValueError("a number is not finite")
-
     if not prompt.strip():
         raise UserError("prompt: it is empty; write one")
     row = tasks.row_of_prompt(prompt, references or [""])
@@ -429,6 +393,8 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
     example = example._replace(references=references)
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
+    else:
+        w = torch.tensor(w)
     warnings = []
     for kind, name in (("source", "prompt"), ("target", "right answer")):
         if tokens.lost[kind]:

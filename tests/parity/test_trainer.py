@@ -715,9 +715,9 @@ def test_a_bad_row_is_named(row, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--data a.jsonl --out old", "old/adapter.pt: exists"),
-        ("--data a.jsonl --out stopped", "stopped/checkpoint-2: exists"),
-        ("--data a.jsonl --out written", "written/README.md: exists"),
+        ("--data b.jsonl --out old", "old/adapter.pt: exists"),
+        ("--data b.jsonl --out stopped", "stopped/checkpoint-2: exists"),
+        ("--data b.jsonl --out written", "written/README.md: exists"),
         ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
         ("--prompt a --out old --resume", "--resume: needs --data"),
         ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),

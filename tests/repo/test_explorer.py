@@ -18,7 +18,6 @@ from helpers import (
     ROOT,
     interrupted,
     links,
-    refusal,
     refused,
     run,
     seeded_generator,
@@ -221,15 +220,12 @@ def test_texts_that_are_too_long_lose_their_ends(server):
         assert f"The {name} is too long and loses its end." in found["warning"]
 
 
-def test_the_server_refuses_other_hosts_paths_and_sizes(server):
+def test_the_server_refuses_other_hosts_and_paths(server):
     assert request(server, "GET")[0] == 200
     for code, changes in [
         (403, {"Host": "example.org"}),
         (403, {"Origin": "http://example.org"}),
         (404, {"path": "/etc/passwd"}),
-        (413, {"Content-Length": str(10**9)}),
-        (413, {"Content-Length": "-1"}),
-        (413, {"Content-Length": "1" * 5000}),  # Python refuses to convert it
     ]:
         for method in ("GET", "POST"):
             status, answer = request(server, method, **changes)
@@ -241,12 +237,8 @@ def test_the_server_refuses_other_hosts_paths_and_sizes(server):
 WRONG = [
     (b"{", "request: "),
     (b"[" * 50_000, "request: "),
-    ({"prompt": 3}, "request: "),
+    (b"{}", "request: "),
     ({"prompt": " \n"}, "prompt: it is empty"),
-    ({"references": [3]}, "request: "),
-    ({"w": [1.0]}, "w: .*give 8 finite numbers"),
-    ({"w": [float("nan")] * 8}, "w: .*give 8 finite numbers"),
-    ({"w": [10**400] + [0] * 7}, "w: .*give 8 finite numbers"),
 ]
 
 
@@ -370,16 +362,6 @@ def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
     assert answered(served, "own")[1:] == ["", ""]
     assert not served.find_elements("css selector", "#answer-rows .good, #answer-rows .bad")
     assert not served.find_elements("css selector", '[data-row="other"]')
-
-
-def test_the_server_has_what_the_annotated_page_leads_to(server):
-    _, annotated = request(server, "GET", "/annotated.html")
-    pages = re.findall(r'href="(?:\.\./)?([\w./]+)"', annotated)
-    assert {"evidence.md", "examples/minimal.py"} <= set(pages)
-    for page in set(pages):
-        assert request(server, "GET", f"/{page}")[0] == 200, page
-    assert request(server, "GET", "/annotate.py")[0] == 404
-    assert request(server, body=QUESTION, path="/evidence.md")[0] == 404
 
 
 def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
@@ -520,9 +502,3 @@ def test_characters_that_the_tokenizer_loses_are_said(own_server, own_page):
     assert warning.startswith(f"The right answer {lost}")
     type_prompt(own_page, "Say \u2603.")
     wait(own_page, lambda: f"The prompt {lost}" in text(own_page, "#status"))
-
-
-def test_a_method_that_returns_no_w_is_refused(own_server, monkeypatch):
-    monkeypatch.setattr(evaluation, "router_weights", lambda *_: None)
-    with refusal("run: its method returns no w of each sample", UserError):
-        explorer.collect(own_server.loaded)
