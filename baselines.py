@@ -131,13 +131,6 @@ class Poly(Method):
                 f"{type(self).__name__} routes by task id: every JSONL row needs a `task`; give "
                 "it, or choose another method (in Python: num_tasks=)"
             )
-        for path, linear in linears.items():
-            for name in ("in_features", "out_features"):
-                if getattr(linear, name) % self.heads:
-                    raise ValueError(
-                        f"targets: {path}: its {name}, {getattr(linear, name)}, cannot be split "
-                        f"into {self.heads} heads"
-                    )
         for attributes in skills:
             attributes["skill_mix"] = mix_factors if self.heads == 1 else kernels.mix_heads
         S = config.skills - self.private
@@ -287,9 +280,9 @@ def load_method(text: str) -> str:
 
 @torch.no_grad()
 def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError if `route` gives a wrong shape, or is wrong about `shared`.
+    """Raise ValueError if `route` gives a wrong shape, or weights that depend on other samples.
 
-    A mistake in either could go unnoticed and make the results wrong. Two samples show it.
+    Either could go unnoticed and make the results wrong. Two samples show it.
     """
     linear = next(iter(adapters.linears.values()))
     A = linear.skill_A
@@ -324,10 +317,10 @@ def require_routing(adapters: Adapters) -> None:
             f"with shared={both.shared}, got {tuple(found.shape)}; weights that all samples share "
             "have B = 1 and need shared=True"
         )
-    if both.shared and not torch.equal(weights(both), weights(second)):
+    if not torch.allclose(weights(both)[:, -1], weights(second)[:, -1], rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"{name}: with shared=True all samples must have the same weights, but two batches got "
-            "different ones"
+            f"{name}: the weights of a sample depend on the other samples of its batch; give it "
+            "the same weights in any batch"
         )
 
 

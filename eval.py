@@ -233,16 +233,13 @@ def print_if_few(name: str, count: int) -> None:
         )
 
 
-def mean_entropy(w: Tensor | None) -> float:
+def mean_entropy(w: Tensor) -> float:
     """Return the mean entropy in nats of the rows of w (M,K), NaN if they are not distributions."""
-    if w is None:
-        return math.nan
-    w = w.detach()
     sums = w.sum(dim=-1)
     is_distribution = (w >= 0).all() & torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()
-    entropy = torch.special.entr(w).sum(dim=-1).mean()
-    # The rows are no distributions with --router-norm none. Only .item() waits for a GPU.
-    return torch.where(is_distribution, entropy, math.nan).item()
+    if not is_distribution:  # with --router-norm none
+        return math.nan
+    return torch.special.entr(w).sum(dim=-1).mean().item()
 
 
 def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:

@@ -33,7 +33,6 @@ from data import Batch, Example, Examples
 from eval import (
     LOSS_NOTE,
     START_NOTE,
-    mean_entropy,
     mean_loss,
     measure,
     print_if_few,
@@ -298,7 +297,7 @@ def train_step(
     step: int,
     settings: TrainConfig,
 ) -> dict[str, float]:
-    """Run one optimiser step. Return loss, gradient norm, routing entropy and target tokens.
+    """Run one optimiser step. Return loss, gradient norm and target tokens.
 
     The loss is summed over the target tokens and divided by their number in the whole step. So it
     does not depend on how the step is cut into micro-batches and processes.
@@ -306,19 +305,17 @@ def train_step(
     base.train()
     optimizer.zero_grad()
     loss = 0.0
-    entropy = 0.0
     for rows, micro_batch in batch.split(settings.accumulate, program.rank(), program.world_size()):
         noise = routing_noise(adapters, settings.seed, step, rows)
         # `routed` copies the batch to the device. base.loss takes it on the CPU, where it finds the
         # label positions without waiting for the forward pass on a GPU.
-        with routed(base, adapters, micro_batch, noise=noise) as routing:
+        with routed(base, adapters, micro_batch, noise=noise):
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
             )
             micro_loss = micro_loss / batch.target_tokens
             micro_loss.backward()
         loss += micro_loss.item()
-        entropy += mean_entropy(routing.w) * len(rows) / len(batch.ids)  # a dummy row adds 0
 
     parameters = []
     for group in optimizer.param_groups:
@@ -327,7 +324,7 @@ def train_step(
         if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
-    loss, entropy = runtime.sum_over_ranks(gradients, loss, entropy)  # the gradients in place
+    [loss] = runtime.sum_over_ranks(gradients, loss)  # the gradients in place
 
     norm = get_total_norm(gradients)
     norm_value = norm.item()
@@ -339,7 +336,6 @@ def train_step(
     return {
         "loss": loss,
         "norm": norm_value,
-        "entropy": entropy,
         "target_tokens": batch.target_tokens,
     }
 
@@ -551,8 +547,6 @@ def fit(
             stopping = runtime.any_rank(stop_requested())  # all processes stop together
             if not (evaluating or stopping):
                 continue
-            trained = sum(adapters.parameter_groups().values(), [])
-            require_finite(step, norm_of_the_weights=get_total_norm(trained).item())
             if evaluating:
                 message = evaluate(run, model, progress, dev, step)
                 if final_scores:
@@ -656,7 +650,9 @@ def train(
     """
     # Build: the data, the frozen base, and its adapters.
     tokenizer = load_tokenizer(settings.model)
-    sets = data.load_sets(settings.part(DataConfig), tokenizer)
+    data_config = settings.part(DataConfig)
+    sets = data.load_sets(data_config, tokenizer)
+    data.warn_of_known(sets.get("test", ()), data_config)
     for name in ("train", "dev", "seen"):
         data.require_set(sets, name, settings)
     train_set = sets["train"]

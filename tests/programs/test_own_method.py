@@ -270,7 +270,13 @@ BAD_FILES = {
             "c=logits.softmax(-1)",
             "c=embeddings[:1, 0, :4].expand(20, 1, 4), shared=True",
         ),
-        "ByTask.route: with shared=True all samples must have the same weights, but two batches",
+        "ByTask.route: the weights of a sample depend on the other samples of its batch",
+    ),
+    "the mean of the batch": (
+        OWN.replace(
+            "c=logits.softmax(-1)", "c=embeddings.mean((0, 1))[:4].expand(20, len(mask), 4)"
+        ),
+        "ByTask.route: the weights of a sample depend on the other samples of its batch",
     ),
 }
 

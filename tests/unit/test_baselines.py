@@ -128,15 +128,6 @@ def test_a_method_that_cannot_be_attached_is_refused(small_t5, name, config, opt
         attach_method(name, small_t5, config, **options)
 
 
-@pytest.mark.parametrize("inputs, outputs", [(6, 8), (8, 6)])
-def test_a_linear_that_the_heads_do_not_divide_is_refused(inputs, outputs):
-    base = nn.Sequential(nn.Linear(inputs, outputs))
-    config = OrchMoEConfig(targets=("0",))
-    with refusal("0: its .*_features, 6, cannot be split into 4 heads"):
-        attach_method("mhr", base, config, num_tasks=T)
-    attach_method("poly", base, config, num_tasks=T)
-
-
 def test_lora_adapts_the_head(small_t5):
     assert "head" in attach_method("lora", small_t5, HEADS).linears
 

@@ -138,8 +138,10 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(own, tiny_word
     others = [{"prompt": f"Tell {i}.", "completion": "x", "task": f"t{i}"} for i in range(5)]
     others += [*rows[3:5], {"prompt": "Tell.", "completion": "x"}]
     expected = [0, 1, 2, -1, -1, 0, 1, -1]  # of t0 to t4, of two training rows, and of no task
-    examples = load_sets(own(rows, others), tiny_words)["test"]
+    config = own(rows, others)
+    examples = load_sets(config, tiny_words)["test"]
     assert [example.task_index for example in examples] == expected
+    data.warn_of_known(examples, config)
     warnings = capsys.readouterr().err.splitlines()
     assert "other.jsonl: 2 of 8 test rows have the tokens of training or dev rows" in warnings[0]
     assert "other.jsonl: 5 of 8 test rows belong to training tasks" in warnings[1]

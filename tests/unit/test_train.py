@@ -151,7 +151,7 @@ def test_routing_noise_of_a_row_is_its_own(small_t5):
 
 @pytest.mark.parametrize("options", [{}, {"gumbel": True}])
 def test_micro_batches_add_up_to_the_whole_step(take_step, options):
-    """Loss, norm and entropy are those of all rows. Noise belongs to a row, not to its part."""
+    """Loss and norm are those of all rows. Noise belongs to a row, not to its part."""
     whole, _ = take_step(**options)
     parts, _ = take_step(config=train.TrainConfig(accumulate=3), **options)
     assert whole == pytest.approx(parts, rel=1e-6)
@@ -166,7 +166,6 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
     record, _ = take_step()
     adapters = adapted(small_t5).double()
     expected_w = adapters.route(small_t5.embed(batch.input_ids), batch.attention_mask).w.float()
-    assert record["entropy"] == pytest.approx(evaluation.mean_entropy(expected_w), rel=1e-6)
     losses = evaluation.measure(small_t5, adapters, examples)
     assert evaluation.mean_loss(losses) == pytest.approx(record["loss"], rel=1e-6)
     for batch_size in (1, 3, 4):
