@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import checkpoint
 from random_t5 import init_weights
 from support import program
 from t5 import T5
+from tasks import DataConfig
 from tokenizer import load as load_tokenizer
 
 pytest.register_assert_rewrite("helpers")  # so that its assertions show their values
@@ -60,6 +63,12 @@ except ImportError:
 # refused command line takes, so each class is read once in a session.
 program.inspect = types.SimpleNamespace(getsource=functools.cache(inspect.getsource))
 
+
+def pytest_collection_finish():
+    """Spare the programs' searches for garbage what the session has imported."""
+    gc.freeze()
+
+
 # One token cache for the whole session.
 CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = CACHE.name
@@ -99,6 +108,13 @@ def home(tmp_path):
     return links(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def short_answers():
+    """Let answers have at most 8 tokens. Use it in modules that take no `finished`."""
+    with mock.patch.object(DataConfig, "max_new_tokens", 8):
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Return a folder with `run`, a finished run of OrchMoE. Tests must not change it."""
@@ -112,17 +128,7 @@ def decoder_dir(tmp_path_factory):
     """Return a folder with a random decoder and its tokenizer."""
     sizes = {"vocab_size": 400, "max_position_embeddings": 2048}
     folder = tmp_path_factory.mktemp("llama")
-    return write_decoder(folder, write_pieces, sentences(500), std=0.6, **sizes)
-
-
-@pytest.fixture(scope="session")
-def finished_decoder(decoder_dir, tmp_path_factory):
-    """Return a folder with `run`, the same over that decoder, `llama`."""
-    folder = links(tmp_path_factory.mktemp("decoder"))
-    (folder / "llama").symlink_to(decoder_dir)
-    # Its tokens are shorter, and so its prompts are longer.
-    run(f"train.py {SHORT} --max-source-length 512 --model llama --out run", cwd=folder)
-    return folder
+    return write_decoder(folder, write_pieces, std=0.6, **sizes)
 
 
 @pytest.fixture
@@ -151,6 +157,14 @@ def small_t5():
     base = T5(SMALL_T5)
     init_weights(base, 0)
     return base.double().eval()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -208,15 +222,6 @@ def tokenizer(model_dir):
 def tiny_words():
     """Return the tokenizer of the bundled base."""
     return load_tokenizer(ROOT / "tiny")
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    """Return lines of text to train tokenizers on."""
-    task = program.read_json(next((ROOT / "sni/tasks").glob("*.json")))
-    lines = [task["Definition"][0], "Output: 12 345", "Hello, world"]
-    lines += [instance["input"] for instance in task["Instances"]]
-    return "\n".join(lines).splitlines()
 
 
 @pytest.fixture

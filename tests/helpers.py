@@ -210,6 +210,9 @@ def sentences(count, seed=0):
     ]
 
 
+CORPUS = [*sentences(500), "Definition: Input: Output: 0 1 2 3 4 5 6 7 8 9", "Hello, world"]
+
+
 def task_json(n=10, **changes):
     """Return a task file with `n` instances, and some fields of it changed."""
     example = {"input": "river", "output": "stone", "explanation": "So it is."}
@@ -301,7 +304,7 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="ignore")
 
 
-def write_words(folder, corpus, *, post=None, **settings):
+def write_words(folder, corpus=CORPUS, *, post=None, **settings):
     """Train a byte-level BPE on the lines of `corpus`, write it into `folder` and return that."""
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -344,12 +347,12 @@ def train_pieces(prefix, lines, **options):
     )
 
 
-def write_pieces(folder, corpus):
-    """Train Llama 2's kind of pieces on `corpus`. Write their tokenizer.json into `folder`."""
+def write_pieces(folder):
+    """Train Llama 2's kind of pieces on CORPUS. Write their tokenizer.json into `folder`."""
     transformers = pytest.importorskip("transformers")
     train_pieces(
         folder / "tokenizer",
-        corpus,
+        CORPUS,
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
@@ -376,11 +379,14 @@ def weights_of(folder):
     return {name: tensor.clone() for name, tensor in checkpoint.read_folder(folder).items()}
 
 
+def state_of(run_dir):
+    """Return the tensors of a run's adapter."""
+    return checkpoint.read_safetensors(run_dir / "adapter.safetensors")[0]
+
+
 def check_equal(found, expected):
-    """Require the same names, dtypes and values."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    """Require the same structure, dtypes and values."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------- T5
@@ -522,9 +528,9 @@ def small_model(name):
     return random_llama(model_type=kind, **changes)
 
 
-def write_decoder(folder, write, corpus, *, std=0.3, **sizes):
-    """Write a random Llama and the tokenizer that `write` makes of `corpus`. Return the folder."""
-    write(folder, corpus)
+def write_decoder(folder, write, *, std=0.3, **sizes):
+    """Write a random Llama, and a tokenizer by `write`, into the folder. Return the folder."""
+    write(folder)
     eos_id = load_tokenizer(folder).eos_ids[0]
     values = {"model_type": "llama", "eos_token_id": eos_id, **sizes}
     checkpoint.save(random_llama(std=std, **values), folder)

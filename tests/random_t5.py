@@ -15,8 +15,6 @@ def init_weights(base: T5, seed: int) -> T5:
         "q": (config.d_model * config.d_kv) ** -0.5,  # in place of 1/sqrt(E) on the scores
         "o": (config.num_heads * config.d_kv) ** -0.5,
         "wo": config.d_ff**-0.5,
-        # Logits start with unit variance, whether the decoder's output or the head scales them.
-        "head": 1.0 if config.scale_decoder_outputs else config.d_model**-0.5,
     }
     for name, weight in base.named_parameters():
         owner = name.split(".")[-2]

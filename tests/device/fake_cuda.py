@@ -29,7 +29,6 @@ from model import Backbone, Config
 from orchmoe import Adapters, OrchMoEConfig
 
 BLOCKS = {  # model, and which of its blocks it is
-    "T5-base encoder": ("T5-base", 0),
     "T5-base decoder": ("T5-base", 1),
     "Llama-3.2-1B": ("Llama-3.2-1B", 0),
 }

@@ -17,16 +17,10 @@ from tasks import NO_TASK
 # (groups, prompts of each group, seeds), whether rows name tasks, and sds of the effects of a task,
 # of a prompt, of a seed, and of what is left. With one seed there is no effect of the seed.
 DESIGNS = {
-    "12 tasks, 3 seeds": ((12, 4, 3), True, (1, 1, 0.5, 1)),
     "12 tasks, 5 seeds": ((12, 4, 5), True, (0, 1, 1, 1)),
     "6 tasks, 2 seeds": ((6, 8, 2), True, (1, 1, 0.3, 1)),
-    "28 tasks, 2 seeds": ((28, 4, 2), True, (1, 1, 0.3, 1)),
-    "28 tasks, 1 seed": ((28, 4, 1), True, (1, 1, 0, 1)),
-    "16 prompts, 3 seeds": ((16, 1, 3), False, (1, 0, 0.3, 1)),
     "16 prompts, 2 seeds": ((16, 1, 2), False, (1, 0, 1, 1)),
-    "100 prompts, 2 seeds": ((100, 1, 2), False, (1, 0, 0.2, 1)),
     "8 prompts, 1 seed": ((8, 1, 1), False, (1, 0, 0, 1)),
-    "3 tasks, 3 seeds": ((3, 12, 3), True, (2, 1, 0.3, 1)),
     "3 tasks, 2 seeds": ((3, 30, 2), True, (2, 1, 0.3, 1)),
     "1 task, 3 seeds": ((1, 40, 3), True, (2, 1, 0.1, 1)),
     "5 tasks, 1 seed": ((5, 8, 1), True, (2, 1, 0, 1)),
@@ -114,12 +108,6 @@ def test_the_pages_have_the_differences_of_the_miniature(compared, row):
 def test_the_page_of_the_miniature_has_the_differences_from_the_lora(compared, row):
     page = text_of(COMPARE / "README.md")
     assert f"| {row} | {' | '.join(compared(row, 'lora', {'loss': 3}))} |" in page
-
-
-def test_the_evidence_has_the_differences_of_the_cells(compared):
-    for other in ("moe-lora", "HydraLoRA", "lora", "poly", "mhr"):
-        seen, unseen = compared("orchmoe", other, {"loss": 3})
-        assert f"| {seen} | {unseen} |" in text_of("docs/evidence.md")
 
 
 # ------------------------------------------------------------------------------------- from cells

@@ -15,6 +15,8 @@ import pytest
 from experiments.results.compare import recompute
 from helpers import links, run, write_rows
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 COMPARE = (
     "experiments/compare/compare.py --device cpu --methods orchmoe,lora --seeds 2 --jobs 1 "
     "--eval-every 2 --batch-size 4 --no-tune --max-source-length 128 --out out"

@@ -44,8 +44,8 @@ def whole(finished, tmp_path_factory):
 def home(whole, tmp_path, monkeypatch):
     """Return a copy of that folder, whose run has the base and the data of the copy."""
     folder = shutil.copytree(whole, tmp_path / "home")
-    change_config(folder / "run", "settings", model=str(folder / "base"))
-    change_config(folder / "run", "settings", data=str(folder / "data"))
+    paths = {"model": str(folder / "base"), "data": str(folder / "data")}
+    change_config(folder / "run", "settings", **paths)
     monkeypatch.chdir(folder)
     return folder
 
@@ -86,7 +86,7 @@ def change_method(home, _other):
 
 
 CHANGES = {  # what is changed, which doors must not open then, and what they say
-    "nothing": (None, (), ""),
+    "nothing": (None, (), "."),
     "base": (change_base, DOORS, "base changed|not the base"),
     "tokenizer": (change_tokenizer, DOORS, "tokenizer changed|the tokenizer in base is another"),
     "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks changed"),
@@ -102,9 +102,7 @@ CHANGES = {  # what is changed, which doors must not open then, and what they sa
 def test_all_doors_are_bound_to_the_same(change, closed, message, home, model_dir):
     if change:
         change(home, model_dir)
-    for door in DOORS:
+    for door in closed or DOORS:
         shutil.rmtree("again", ignore_errors=True)
-        said = enter(door, 2 if door in closed else 0)
-        assert said
-        if door in closed:
-            assert re.search(message, said), f"{door}: {said}"
+        said = enter(door, 2 if closed else 0)
+        assert re.search(message, said), f"{door}: {said}"

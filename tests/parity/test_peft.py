@@ -1,12 +1,10 @@
 """Compare methods and exported folders with peft."""
 
 from collections import OrderedDict
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import data
@@ -17,7 +15,6 @@ from helpers import (
     hf_llama,
     load_adapted,
     records,
-    rows_of,
     run,
     seeded_generator,
 )
@@ -70,27 +67,15 @@ def test_output_equals_that_of_peft(method, heads):
 # ---------------------------------------------------------------------------------- a run with peft
 
 
-def arguments_of(batch, has_encoder):
+def arguments_of(batch, base):
     """Return the arguments of transformers' forward for a batch of ours."""
-    if has_encoder:
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "labels": batch.labels,
-        }
-    ids = []
-    labels = []
-    for source, target in rows_of((batch.input_ids, batch.attention_mask, batch.labels)):
-        row = torch.cat((source, target), dim=1)[0]
-        ids.append(row)
-        labels.append(row.clone())
-        labels[-1][: source.shape[1]] = -100
-    pad = partial(pad_sequence, batch_first=True)
-    mask = pad([torch.ones_like(row) for row in ids])
+    if hasattr(base, "pack"):  # test_transformers.py tests the loss of packed rows
+        ids, labels = base.pack(batch.input_ids, batch.attention_mask, batch.labels)
+        return {"input_ids": ids, "labels": labels}
     return {
-        "input_ids": pad(ids),
-        "attention_mask": mask,
-        "labels": pad(labels, padding_value=-100),
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
     }
 
 
@@ -119,7 +104,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
     for step in range(steps):
         rows = [examples[row] for row in batch_order.at(step)]
         batch = data.collate(rows, seed=0, step=step)
-        loss = model(**arguments_of(batch, model.config.is_encoder_decoder)).loss
+        loss = model(**arguments_of(batch, ours.module)).loss
         yield loss.item()
         optimizer.zero_grad()
         loss.backward()

@@ -36,13 +36,14 @@ only_t5 = pytest.mark.parametrize("home", ["t5"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["t5", "decoder"])
-def home(request, finished, tmp_path_factory):
+def home(request, tmp_path_factory):
     """Return a folder with `base`, `run`, whose answers depend on the routing, and `served`."""
-    source = finished if request.param == "t5" else request.getfixturevalue("finished_decoder")
-    base = ROOT / "tiny" if request.param == "t5" else source / "llama"
+    base = ROOT / "tiny" if request.param == "t5" else request.getfixturevalue("decoder_dir")
     folder = tmp_path_factory.mktemp("serve")
     (folder / "base").symlink_to(base)
-    shutil.copytree(source / "run", folder / "run")
+    sizes = {"max_tasks": 4, "max_source_length": 512, "eval_instances": 2, "steps": 1}
+    launch = train.LaunchConfig(out=str(folder / "run"))
+    train.train(train.Settings(model=str(base), **sizes), CPU, launch, final_scores=False)
     _, adapters, _ = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
     run_folder.read_run(folder / "run").save_best(adapters)

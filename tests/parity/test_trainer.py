@@ -505,7 +505,7 @@ def test_training_without_a_router_of_samples_takes_any_text(tmp_path):
 # ---- generation ----
 
 
-@pytest.mark.parametrize("place", ["args", "predict", "generation_config"])
+@pytest.mark.parametrize("place", ["args", "generation_config"])
 def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     model = adapted(make_t5())
     stir(model.skill_adapters, seeded_generator(3))
@@ -516,8 +516,7 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
     trainer.fit_router()
     if place == "generation_config":
         model.generation_config.num_beams = 3
-    of_predict = {"num_beams": 3} if place == "predict" else {}
-    found = trainer.predict(PAIRS[:4], **of_predict).predictions
+    found = trainer.predict(PAIRS[:4]).predictions
     source = tokens_of(PROMPTS[:4])
     with trainer.routed(source, beams=3):
         expected = model.generate(**source, num_beams=3, max_length=9)

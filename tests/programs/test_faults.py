@@ -49,8 +49,8 @@ def largest_file(size):
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_and_the_run_can_resume(home):
-    start = f"train.py {SHORT} --eval-every 2 --eval-instances 4 --out run"
-    with interrupted(train, "train_step", 7):
+    start = f"train.py {SHORT} --steps 12 --eval-every 2 --eval-instances 4 --out run"
+    with interrupted(train, "train_step", 11):
         run(start, code=130)
     folder = home / "run"
     before = (folder / "progress.pt").read_bytes()
@@ -76,11 +76,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def save_legacy(value, file):
-    torch.save(value, file, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("save", [pickle.dump, torch.save, save_legacy])
+@pytest.mark.parametrize("save", [pickle.dump, torch.save])
 def test_no_file_can_run_code(tmp_path, save):
     """The next test shows that no other file is unpickled."""
     bomb = {"step": 1, "weights": Bomb(tmp_path / "exploded")}
@@ -117,7 +113,6 @@ CONFIGS = [  # changed settings, file that the message names, words of the messa
     ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "belongs to"),  # a terabyte
     ({"alpha": 10**400}, "config.json", "alpha"),
     ({"skills": True}, "config.json", "skills: True"),
-    ({"seed": "0"}, "config.json", "seed"),
     ({"lr_router": 10**400}, "config.json", "lr_router|lr-router"),
     ({"stepz": 8}, "config.json", "no field 'stepz'"),
     ({"schedule": "cosine"}, "config.json", "schedule"),

@@ -19,7 +19,6 @@ from helpers import (
     own_rows,
     refused,
     run,
-    sentences,
     spied,
     task_json,
     write_decoder,
@@ -46,13 +45,12 @@ def base_of(tmp_path_factory):
     """
     made = {"t5": ROOT / "tiny"}
     writers = {"words": write_words, "pieces": write_pieces}
-    corpus = [*sentences(400), "Definition: Write 0 1 2 3 4 5 6 7 8 9. Input: Output: Now complete"]
     sizes = {"vocab_size": 600, "max_position_embeddings": 512}
 
     def base_of(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            made[kind] = write_decoder(folder, writers[kind], corpus, **sizes)
+            made[kind] = write_decoder(folder, writers[kind], **sizes)
         return made[kind]
 
     return base_of

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import baselines
-import checkpoint
 import data
 import train
 from baselines import attach_method, load_method
@@ -32,6 +31,7 @@ from helpers import (
     refused,
     run,
     snippets,
+    state_of,
     text_of,
     torchrun,
     trace,
@@ -131,10 +131,6 @@ def whole(tmp_path_factory):
 def own(whole, home):
     """Return a copy of that run, in the folder of the test."""
     return shutil.copytree(whole, home / "own")
-
-
-def state_of(folder):
-    return checkpoint.read_safetensors(folder / "adapter.safetensors")[0]
 
 
 # ------------------------------------------------------------------------------------ the example
@@ -315,12 +311,11 @@ def test_a_bug_in_a_method_keeps_its_traceback_in_every_program(line, home):
         assert ("own.py", place) in lines
 
 
-@pytest.mark.parametrize("line", ["return None", "return Routing(c=self.table[1:, task_ids])"])
-def test_a_method_that_fails_leaves_the_module_unchanged(line, small_t5, home):
+def test_a_method_that_fails_leaves_the_module_unchanged(small_t5, home):
     path = home / "own.py"
-    path.write_text(OWN.replace("return Routing(c=logits.softmax(-1))", line))
+    path.write_text(OWN.replace("return Routing(c=logits.softmax(-1))", "return None"))
     method = load_method(f"{path}:ByTask")
-    with pytest.raises((ValueError, AttributeError)):
+    with pytest.raises(AttributeError):
         attach_method(method, small_t5, OrchMoEConfig(), num_tasks=1)
     assert all(parameter.requires_grad for parameter in small_t5.parameters())
     attach_method("orchmoe", small_t5, OrchMoEConfig())

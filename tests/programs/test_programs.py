@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import signal
-import sys
 from unittest import mock
 
 import pytest
@@ -27,6 +26,7 @@ from helpers import (
     ROOT,
     SHORT,
     change_config,
+    check_equal,
     interrupted,
     links,
     own_rows,
@@ -150,10 +150,8 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
     run(f"train.py {resume} --device cpu")
     for name in ("adapter.safetensors", "scores.json", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
-    progress, expected = (checkpoint.read_torch(at / "progress.pt") for at in (resumed, whole))
-    progress["log_size"] = expected["log_size"]  # it depends on the digits of the times
-    assert progress.pop("run_id") == expected.pop("run_id")
-    torch.testing.assert_close(progress, expected, rtol=0, atol=0)
+    for part in ("progress", "adapters", "optimizer"):
+        check_equal(*(checkpoint.read_torch(at / "progress.pt")[part] for at in (resumed, whole)))
     for row, expected in zip(records(resumed), records(whole), strict=True):
         assert row | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
 
@@ -242,9 +240,9 @@ def choose_rows(saved, capsys, split="seen", limit=0, **changes):
 def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
     saved = run_folder.read_run(copied)
     assert choose_rows(saved, capsys)[1] == ""
-    examples, said = choose_rows(saved, capsys, max_tasks=6)
+    examples, said = choose_rows(saved, capsys, max_tasks=5, train_instances=1)
     assert "these are not the task files of the run" in said
-    # The run has four tasks. The other two have no id.
+    # The run has four tasks. The other one has no id.
     assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
 
 
@@ -469,14 +467,9 @@ def test_lack_of_memory_prints_one_line(error, monkeypatch):
 
 def test_bug_keeps_its_traceback(home, monkeypatch):
     """A ValueError of Python is a bug, wherever it is raised. It is no mistake of the user."""
-
-    def unpack(*args, **options):
-        _first, _second = (1, 2, 3)
-
-    monkeypatch.setattr(data, "collate", unpack)
-    monkeypatch.setattr(sys, "argv", ["train.py", *BRIEF.split()])
-    with refusal("^too many values to unpack"):
-        program.run_program(train.main)
+    monkeypatch.setattr(data, "collate", lambda *_, **__: int("a bug"))
+    with refusal("^invalid literal for int"):
+        run(f"train.py {BRIEF}")
 
 
 # --------------------------------------------------------------------------------------- mistakes
@@ -489,7 +482,7 @@ ASK = f"{TINY} --ask Go --input word"
 MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: "
     # Files and folders.
     "train.py --model google/flan-t5-base": "google/flan-t5-base: does not exist; name a local",
-    "train.py --out file": "file: File exists",
+    "train.py --method lora --out file": "file: File exists",
     "train.py --resume": "--resume: give the folder of the run with --out",
     "eval.py --run nowhere": "nowhere/config.json: does not exist; name the folder of a run",
     f"{TINY} --limit 1 --out file": "file: File exists",
@@ -501,7 +494,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
-    "train.py --data loop.jsonl": "loop.jsonl: Too many levels of symbolic links",
     f"{ASK} --data nothing.jsonl": "nothing.jsonl: does not exist; give --data DIR or FILE.jsonl",
     f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
     "give --test OTHER.jsonl, or --split seen",
@@ -548,7 +540,6 @@ def mistaken(tmp_path_factory):
         write_task(folder / name, "task1_a", task)
         write_task(folder / name, "task2_b", task)
     (folder / "no.jsonl").touch()
-    (folder / "loop.jsonl").symlink_to("loop.jsonl")
     (folder / "empty").mkdir()
     (folder / "empty/config.json").write_text("{}")
     return folder

@@ -27,6 +27,7 @@ from helpers import (
     write_rows,
 )
 from support.program import UserError
+from tasks import DataConfig
 
 PROGRAM = "experiments/explorer/explorer.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -176,7 +177,7 @@ def server(finished):
     stir(loaded.adapters, seeded_generator())
     for linear in loaded.adapters.linears.values():
         linear.skill_B.data *= 10
-    with serving(loaded) as server:
+    with mock.patch.object(DataConfig, "max_new_tokens", 8), serving(loaded) as server:
         yield server
 
 
@@ -255,7 +256,7 @@ def test_a_wrong_request_gets_one_line(wrong, message, server, capsys):
 def wait(browser, condition):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 60).until(lambda _: condition())
+    return WebDriverWait(browser, 60, 0.05).until(lambda _: condition())
 
 
 def answered(browser, name):

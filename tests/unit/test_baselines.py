@@ -14,7 +14,7 @@ import orchmoe
 import train
 from baselines import METHODS, attach_method, load_method, settings_of_method
 from experiments.compare.sizes import total
-from helpers import ROOT, refusal, seeded_generator, stir
+from helpers import ROOT, check_equal, refusal, seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
 
 S, R, T, D = 3, 2, 5, 32
@@ -168,7 +168,7 @@ def test_extra_ranks_change_the_ranks_alone(small_t5):
         scales = [linear.skill_scale for linear in adapters.linears.values()]
         found.append((scales, adapters.state_dict()))
         adapters.detach()
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    check_equal(*found)
 
 
 @pytest.mark.parametrize("extra", [0, 7])

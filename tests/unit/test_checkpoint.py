@@ -200,12 +200,10 @@ def test_an_index_that_is_damaged_or_leads_out_of_its_folder_is_refused(index, t
 
 
 WI = "decoder.block.0.layer.2.DenseReluDense.wi.weight"
-JUNK = {f"junk{i}": torch.ones(2) for i in range(5)}
 DO_NOT_FIT = [  # changes of config.json and of the tensors
-    ({}, {"shared.weight": None}, "missing tensor 'shared.weight'"),
-    ({}, JUNK, r"unexpected tensors \(5\): \['junk0', 'junk1', 'junk2'\]"),
+    ({"num_layers": 3}, {}, "missing tensor 'encoder.block.2"),
+    ({}, {"junk": torch.ones(2)}, r"unexpected tensors \(1\): \['junk'\]"),
     ({}, {WI: torch.ones(48, 31)}, r"wi.* shape torch.Size\(\[48, 31\]\)"),
-    ({}, {WI: torch.ones(48, 32).long()}, "copying the parameter named .*wi"),
     ({"num_layers": 10**9}, {}, "blocks are more than 1000"),
     ({"d_model": 2**62, "d_ff": 2**62}, {}, ""),  # more bytes than 64 bits count
 ]
@@ -214,20 +212,13 @@ DO_NOT_FIT = [  # changes of config.json and of the tensors
 @pytest.mark.parametrize("config, tensors, words", DO_NOT_FIT)
 def test_load_refuses_weights_that_do_not_fit(config, tensors, words, folder):
     change_config(folder, **config)
-    weights = {}
-    for name, tensor in (weights_of(folder) | tensors).items():
-        if tensor is not None:
-            weights[name] = tensor
-    write_weights(folder, weights)
+    write_weights(folder, weights_of(folder) | tensors)
     check_refused(load, folder, words)
 
 
-def test_load_refuses_a_folder_without_weights_or_config(folder):
+def test_load_refuses_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     check_refused(load, folder, "no weights")
-    (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        load(folder)
 
 
 # ----------------------------------------------------------------------------------- fingerprint

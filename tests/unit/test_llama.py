@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2, Qwen3. On random models of all of them: rows depend neither on one another
-nor on their padding; the cache changes nothing; adapters work, and their router reads the prompt
-alone; configs that describe another computation are refused.
+nor on their padding; the cache changes nothing; adapters work; configs that describe another
+computation are refused.
 
 parity/test_transformers.py compares loss, greedy tokens and folders with those of transformers.
 """
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import data
 import eval as evaluation
 from helpers import (
     LLAMA3_ROPE,
@@ -124,20 +123,6 @@ def test_qwen2_does_not_round_its_scores():
 # ----------------------------------------------------------------------------------------- adapters
 
 
-def test_the_router_reads_only_the_prompt(llama_pair, llama_batch):
-    ids, mask, labels = llama_batch
-    own = copy.deepcopy(llama_pair[1])
-    adapters = adapted(own)
-
-    def w(source, target):
-        batch = data.Batch(source, mask, target, torch.full((4,), -1), list("abcd"))
-        with torch.no_grad(), evaluation.routed(own, adapters, batch) as routing:
-            return routing.w
-
-    assert torch.equal(w(ids, labels), w(ids, labels + 1))
-    assert not torch.allclose(w(ids, labels), w(ids + 1, labels))
-
-
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_adapted_samples_do_not_depend_on_one_another(llama_pair, llama_batch, router):
     own = copy.deepcopy(llama_pair[1])
@@ -226,9 +211,9 @@ def test_from_hf_refuses_another_computation_by_field_and_value(change, message)
 # ------------------------------------------------------------------------------------- the programs
 
 
-def test_examples_beyond_the_model_are_refused(tmp_path, corpus):
+def test_examples_beyond_the_model_are_refused(tmp_path):
     sizes = {"vocab_size": 512, "max_position_embeddings": 300}
-    write_decoder(tmp_path / "model", write_words, corpus, **sizes)
+    write_decoder(tmp_path / "model", write_words, **sizes)
     message = "but the model has 300 positions"
     long = "--model model --max-source-length 384 --out run"
     refused(message, f"train.py {SHORT} {long}")

@@ -23,7 +23,7 @@ def test_texts_without_a_token_match_but_do_not_overlap():
     assert metrics.rouge_l("?!", ["?!"]) == metrics.rouge_1("", [""]) == 0
 
 
-COIN_FLIPS = [("-", "+"), ("<", ">"), ("", "+"), ("5", "-5"), ("314", "3.14"), ("C", "C++")]
+COIN_FLIPS = [("", "+"), ("314", "3.14")]
 
 
 @pytest.mark.parametrize("prediction, reference", COIN_FLIPS)

@@ -19,7 +19,7 @@ from torch import nn
 
 import kernels
 import orchmoe
-from helpers import refusal, seeded_generator, stir, teacher_forced
+from helpers import check_equal, refusal, seeded_generator, stir, teacher_forced
 from orchmoe import OrchMoEConfig, TaskRouter, attach
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
@@ -47,16 +47,16 @@ def random(*shape):
     return torch.randn(shape, dtype=torch.float64, generator=seeded_generator(4))
 
 
-def routed(base, inputs, **options):
+def routed(base, inputs):
     """Return the context in which the batch is routed by its own embeddings."""
     embeddings = base.embed(inputs.input_ids)
-    return base.skill_adapters.routed(embeddings, inputs.attention_mask, **options)
+    return base.skill_adapters.routed(embeddings, inputs.attention_mask)
 
 
-def logits(base, inputs, **options):
+def logits(base, inputs):
     """Return teacher-forced logits (B,Lt,V) of the routed batch."""
     decoder_ids = inputs.labels.clamp(min=0)
-    with routed(base, inputs, **options):
+    with routed(base, inputs):
         return teacher_forced(base, inputs.input_ids, inputs.attention_mask, decoder_ids)
 
 
@@ -110,9 +110,8 @@ def test_w_is_the_formula_in_numpy(options):
     assert torch.equal(router(embeddings), router(embeddings, torch.ones(6, 11).bool()))
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_a_source_of_only_padding_has_zero_x_hat(attention):
-    router = TaskRouter(16, OrchMoEConfig(router_attention=attention))
+def test_a_source_of_only_padding_has_zero_x_hat():
+    router = TaskRouter(16, OrchMoEConfig())
     embeddings = torch.randn(3, 5, 16, requires_grad=True)
     mask = torch.tensor([[1], [0], [1]]).expand(3, 5)
     assert not router.summarise(embeddings, mask)[1].any()
@@ -189,11 +188,10 @@ def test_every_slice_of_A_starts_as_a_lora_of_its_rank():
     assert 0.95 * bound < largest.min() and largest.max() <= bound
 
 
-@pytest.mark.parametrize("std", [0.0, 3.0])
-def test_Z_starts_with_the_given_standard_deviation(std):
-    config = OrchMoEConfig(targets=("0",), abstract_tasks=64, skills=32, allocation_std=std)
+def test_Z_starts_with_the_given_standard_deviation():
+    config = OrchMoEConfig(targets=("0",), abstract_tasks=64, skills=32, allocation_std=1.5)
     Z = attach(nn.Sequential(nn.Linear(4, 4)), config).Z
-    assert Z.std().item() == pytest.approx(std, rel=0.1)
+    assert Z.std().item() == pytest.approx(1.5, rel=0.1)
 
 
 @pytest.mark.parametrize("norm", ["softmax", "none"])
@@ -464,7 +462,7 @@ def test_a_state_that_does_not_fit_changes_nothing(change, strict, message):
     given = {name: tensor for name, tensor in changed.items() if tensor is not None}
     with refusal(message):
         adapters.load_state_dict(given, strict=strict)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state_dict().items())
+    check_equal(adapters.state_dict(), before)
 
 
 def test_with_strict_false_names_may_differ():

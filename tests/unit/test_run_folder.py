@@ -136,12 +136,14 @@ def test_bind_refuses_another_fact_and_changes_nothing(run, tmp_path, name):
 SAME_RUN = {"model", "data", "test", "start", "compile"}
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
-def test_the_id_of_a_run_depends_on_every_setting_but_paths(run, name):
-    settings = replace(SETTINGS)
-    vars(settings)[name] = "another value"  # of whatever type
-    changed = Run(run.path, settings, FACTS)
-    assert (changed.run_id == run.run_id) == (name in SAME_RUN)
+def test_the_id_of_a_run_depends_on_every_setting_but_paths(run):
+    same = set()
+    for field in fields(Settings):
+        settings = replace(SETTINGS)
+        vars(settings)[field.name] = "another value"  # of whatever type
+        if Run(run.path, settings, FACTS).run_id == run.run_id:
+            same.add(field.name)
+    assert same == SAME_RUN
 
 
 def test_the_id_of_a_run_depends_on_every_fact(run):
@@ -196,7 +198,7 @@ def test_resume_restores_weights_moments_and_progress(run, trained):
     found = run.resume(loaded, its_optimizer)
     states = [loaded.state_dict(), its_optimizer.state_dict()]
     expected = [vars(saved), adapters.state_dict(), optimizer.state_dict()]
-    torch.testing.assert_close([vars(found), *states], expected, rtol=0, atol=0)
+    check_equal([vars(found), *states], expected)
 
 
 DAMAGES = {  # changes of progress.pt that keep it a file of tensors
