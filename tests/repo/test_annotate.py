@@ -9,7 +9,7 @@ import pytest
 
 import data
 from docs import numbers
-from helpers import refusal, run, text_of
+from helpers import refusal, text_of
 from support.program import UserError
 from tasks import DataConfig
 
@@ -77,19 +77,6 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
 def test_words_of_the_abstract_tasks_fit_the_run():
     """Each seen task is named behind the words of the abstract task that it has most."""
     assert tables.outdated_words(EXPLORED) == []
-
-
-def test_the_still_shows_the_run_that_is_given(tmp_path, monkeypatch):
-    for name in ("NUMBERS", "PAGE"):
-        monkeypatch.setattr(annotate, name, tmp_path / name)
-    monkeypatch.setattr(numbers, "collect", lambda folder: EXPLORED | {"hash": folder})
-    shown = []
-    monkeypatch.setattr(
-        annotate, "write_still", lambda: shown.append(json.loads(annotate.NUMBERS.read_text()))
-    )
-    run("docs/annotate.py --run RUN --still")
-    assert shown[0]["hash"] == "RUN"
-    assert "<code>RUN</code>" in text_of(annotate.PAGE)
 
 
 def test_what_the_texts_claim_about_the_run_holds():
