@@ -324,7 +324,7 @@ def train_step(
         if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
-    [loss] = runtime.sum_over_ranks(gradients, loss)  # the gradients in place
+    loss = runtime.sum_over_ranks(gradients, loss)  # and the gradients in place
 
     norm = get_total_norm(gradients)
     norm_value = norm.item()

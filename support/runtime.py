@@ -125,7 +125,7 @@ def distributed(device: torch.device) -> Iterator[None]:
 
 def any_rank(value: bool) -> bool:
     """Return whether `value` is true in any process. Waits for all processes."""
-    return sum_over_ranks([], value)[0] > 0
+    return sum_over_ranks([], value) > 0
 
 
 def barrier() -> None:
@@ -133,23 +133,23 @@ def barrier() -> None:
     any_rank(False)
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
-    """Replace each tensor by its sum over all processes, in place. Return the sums of the numbers.
+def sum_over_ranks(tensors: Sequence[Tensor], number: float) -> float:
+    """Replace each tensor by its sum over all processes, in place. Return the sum of the number.
 
-    The tensors must have one dtype and device. The numbers are sent in that dtype, from that
-    device, in the same message.
+    The tensors must have one dtype and device. The number is sent in that dtype, from that device,
+    in the same message.
     """
     if not dist.is_initialized():
-        return list(numbers)
+        return number
     if tensors:
-        numbers_tensor = tensors[0].new_tensor(numbers)
+        number_tensor = tensors[0].new_tensor([number])
     else:
-        numbers_tensor = torch.tensor(numbers, dtype=torch.float64)
-    parts = [*tensors, numbers_tensor]
+        number_tensor = torch.tensor([number], dtype=torch.float64)
+    parts = [*tensors, number_tensor]
     flat = parameters_to_vector(parts)
     dist.all_reduce(flat)
     vector_to_parameters(flat, parts)
-    return numbers_tensor.tolist()
+    return number_tensor.item()
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
