@@ -171,8 +171,8 @@ class Run:
             if value != saved:
                 remedy = RESTORE_HELD_OUT if name == "held_out" else RESTORE
                 raise UserError(
-                    f"{self.path}: {name} changed since the run began, from {saved!r:.60} to "
-                    f"{value!r:.60}; {remedy}"
+                    f"{self.path}: {name} is {value!r:.60}, but the run began with {saved!r:.60}; "
+                    f"{remedy}"
                 )
 
     def require_own(self, run_id: Any) -> None:

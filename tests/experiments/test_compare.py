@@ -170,7 +170,7 @@ def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
     options = {"attach_function": attach_function, "final_scores": False}
     run = train.train(train.Settings(**FEW), CPU, launch, **options)
     run_folder.load(CPU, run_dir=run, attach_function=attach_function)
-    with refusal("method changed since the run began", UserError):
+    with refusal("method is .*, but the run began with", UserError):
         run_folder.load(CPU, run_dir=run)
 
 

@@ -87,13 +87,13 @@ def change_method(home, _other):
 
 CHANGES = {  # what is changed, which doors must not open then, and what they say
     "nothing": (None, (), "."),
-    "base": (change_base, DOORS, "base changed|not the base"),
-    "tokenizer": (change_tokenizer, DOORS, "tokenizer changed|the tokenizer in base is another"),
-    "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks changed"),
+    "base": (change_base, DOORS, "base is .* began with|not the base"),
+    "tokenizer": (change_tokenizer, DOORS, "tokenizer is .* with|the tokenizer in base is another"),
+    "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks is .* began with"),
     "method": (
         change_method,
         ("train", "start", "eval", "ask", "explorer", "export", "mean"),
-        "method changed|belongs to another run|--method moe-lora",
+        "method is .* began with|belongs to another run|--method moe-lora",
     ),
 }
 

@@ -330,7 +330,7 @@ def test_the_name_of_a_built_in_method_is_refused(home):
 def test_a_changed_file_is_refused(own, home):
     (home / "own.py").write_text(OWN + "# one more line\n")
     for command in ("train.py --resume --out own", "eval.py --run own"):
-        message = "own: method changed since the run began, from 'ByTask of"
+        message = "own: method is 'ByTask of"
         said = refused(message, f"{command} --method own.py:ByTask --device cpu")
         assert "--data, --test or --method)" in said
 

@@ -159,7 +159,7 @@ def test_start_is_bound_to_the_contents_of_its_run(home, tmp_path):
     state, metadata = checkpoint.read_safetensors(home / "run/adapter.safetensors")
     changed = {name: tensor + 1 for name, tensor in state.items()}
     checkpoint.write_safetensors(tmp_path / "run/adapter.safetensors", changed, metadata)
-    refused("bound: start changed since the run began", f"{RESUME} bound")
+    refused("bound: start is '", f"{RESUME} bound")
 
 
 # ----------------------------------------------------------------------------------------- mistakes
