@@ -355,7 +355,7 @@ def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int])
 
 
 class DivergedError(UserError):
-    """A loss, a gradient or a weight is not a finite number."""
+    """A loss or the norm of a gradient is not a finite number."""
 
 
 def require_finite(step: int, ids: Sequence[str] = (), **values: float) -> None:

@@ -97,9 +97,10 @@ golden_dir = folder_of("SNI_GOLDEN")  # prompts.jsonl and metrics.jsonl, made wi
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Let each test begin in an empty folder."""
+def fresh_start(tmp_path, monkeypatch):
+    """Let each test begin in an empty folder, and draw the same numbers whatever ran before it."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

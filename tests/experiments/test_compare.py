@@ -108,8 +108,8 @@ def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(caps
 @pytest.mark.parametrize("K", [8, 24])
 def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start(K):
     config = OrchMoEConfig(abstract_tasks=K)
-    router = routers.RandomRouter(32, config)
     rng = torch.Generator().manual_seed(0)
+    router = routers.RandomRouter(32, config, rng)
     similar = torch.randn(1, 9, 32, generator=rng)
     embeddings = similar + 0.1 * torch.randn(400, 9, 32, generator=rng)
     mask = torch.ones(400, 9, dtype=torch.bool)
