@@ -1,5 +1,6 @@
 """The study of the paper's claim: what it makes, what it keeps secret, and what its tables say."""
 
+import math
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 from experiments import claim
 from experiments.compare.study import kind_of_cpu
-from helpers import ROOT, run
+from experiments.compare.tables import interval, signed
+from helpers import ROOT, run, text_of
 from support import program
 from tasks import read_splits
 
@@ -49,6 +51,16 @@ def stage(name, flags, tmp_path, code=0):
     return run(f"experiments/claim.py --stage {name}", *flags, cwd=tmp_path, code=code)
 
 
+def lines_in_tables(script, tables):
+    """Return the lines that recompute.py prints. Each is in the tables."""
+    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    lines = second.stdout.splitlines()
+    for line in lines:
+        shown = line.partition(": ")[2]
+        assert (shown if "answer" in line else f"| {shown} |") in tables
+    return lines
+
+
 @pytest.mark.slow
 def test_the_study_ends_in_its_tables_and_a_second_computation_agrees(small, tmp_path):
     kept = tmp_path / "kept"
@@ -84,14 +96,10 @@ def test_the_study_ends_in_its_tables_and_a_second_computation_agrees(small, tmp
     assert stage("tables", small, tmp_path) == out  # from the joined file
     script = kept / "recompute.py"
     script.write_bytes((claim.RESULTS / "recompute.py").read_bytes())
-    second = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    lines = second.stdout.splitlines()
+    lines = lines_in_tables(script, out)
     families = 2 * (3 * 3 + 3 + 1)  # differences, verdicts and the answer
     leads = 3 * 3 + 1
     assert len(lines) == families + leads + 4 * 3  # and the further rows
-    for line in lines:
-        shown = line.partition(": ")[2]
-        assert (shown if "answer" in line else f"| {shown} |") in out
 
 
 def made_up(row, seed, loss):
@@ -261,3 +269,25 @@ def test_cells_that_differ_when_they_are_made_twice_stop_the_study(tuned, tmp_pa
     for _ in range(2):  # also when the stage is run again
         error = stage("first", tuned, tmp_path, code=2)
         assert "repeated/orchmoe-s200.json: its seen is not that of" in error
+
+
+# ---------------------------------------------------------------------------- the published study
+
+
+def test_a_second_computation_agrees_with_the_published_tables():
+    assert lines_in_tables(claim.RESULTS / "recompute.py", text_of(claim.RESULTS / "tables.md"))
+
+
+@pytest.mark.parametrize(
+    "other, name", [("moe-lora", "MoE-LoRA"), ("poly", "Poly"), ("mhr", "MHR")]
+)
+def test_the_pages_have_the_differences(other, name):
+    rows, _ = claim.rows_of(claim.read_cells(claim.RESULTS), "first")
+    values = claim.means(rows["orchmoe"], "loss") - claim.means(rows[other], "loss")
+    nats = signed(interval(values))
+    perplexity = signed([100 * math.expm1(end) for end in interval(values)], 1)
+    mean, ends = perplexity.split(" ", maxsplit=1)
+    line = f"{nats} | {mean} % {ends} | {(values < 0).sum()} of {len(values)} draws |"
+    [row] = re.findall(rf"^\| {name} \|.*", text_of("docs/evidence.md"), re.MULTILINE)
+    assert line in row
+    assert nats in " ".join(text_of("README.md").split())

@@ -93,15 +93,13 @@ ALL_METRICS = {"loss": 3, "rougeL": 2, "exact_match": 2}
 
 
 @pytest.mark.parametrize("row", ["moe-lora", "poly", "mhr", "HydraLoRA", "lora"])
-def test_the_pages_have_the_differences_of_the_miniature(compared, row):
+def test_the_page_has_the_differences_of_the_miniature(compared, row):
     page = text_of(COMPARE / "README.md")
     found = compared("orchmoe", row, ALL_METRICS)
     assert f"| {row} | {' | '.join(found)} |" in page
     cells = recompute.read_cells()
     assert found[0] == recompute.difference(cells, "orchmoe", row, "seen")
     assert found[3] == recompute.difference(cells, "orchmoe", row, "unseen")
-    evidence = text_of("docs/evidence.md").split("\n## ")[0]
-    assert f"| {found[0]} | {found[3]} |" in evidence
 
 
 @pytest.mark.parametrize("row", ["moe-lora", "poly", "mhr"])
