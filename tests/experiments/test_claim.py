@@ -291,3 +291,14 @@ def test_the_pages_have_the_differences(other, name):
     [row] = re.findall(rf"^\| {name} \|.*", text_of("docs/evidence.md"), re.MULTILINE)
     assert line in row
     assert nats in " ".join(text_of("README.md").split())
+
+
+def test_the_evidence_has_what_was_not_planned():
+    rows, _ = claim.rows_of(claim.read_cells(claim.RESULTS), "first")
+    differences = []  # (draws, tasks)
+    for orchmoe, mhr in zip(rows["orchmoe"], rows["mhr"], strict=True):
+        of_orchmoe, of_mhr = (cell["seen"]["tasks"] for cell in (orchmoe, mhr))
+        differences.append([of_orchmoe[task]["loss"] - of_mhr[task]["loss"] for task in of_mhr])
+    median = signed(interval(np.median(differences, axis=1, keepdims=True)))
+    assert np.mean(np.array(differences) < 0) == 0.5
+    assert median in " ".join(text_of("docs/evidence.md").split())
