@@ -157,11 +157,16 @@ def show_leads():
     print(f"second, answer: Needs fewer examples than all {len(COMPARED)}: {answer}.")
 
 
-show_differences("first", COMPARED)
-show_verdicts("first")
-if ("second", "orchmoe") in cells:
-    show_differences("second", COMPARED)
-    show_verdicts("second")
-    show_leads()
-if ("further", "lora") in cells:
-    show_differences("further", FURTHER)
+def main():
+    show_differences("first", COMPARED)
+    show_verdicts("first")
+    if ("second", "orchmoe") in cells:
+        show_differences("second", COMPARED)
+        show_verdicts("second")
+        show_leads()
+    if ("further", "lora") in cells:
+        show_differences("further", FURTHER)
+
+
+if __name__ == "__main__":
+    main()
