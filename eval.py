@@ -292,9 +292,8 @@ def require_fit(
         longest = max(longest, length - 1)  # the last token is only predicted
     if base.longest is not None and longest > base.longest:
         raise UserError(
-            f"--max-source-length: an example and its answer need up to {longest} positions, but "
-            f"the model has {base.longest} positions; lower it, or --max-target-length "
-            "(in eval.py: --max-new-tokens)"
+            f"--max-source-length: an example and an answer need up to {longest} positions, but "
+            f"the model has {base.longest} positions; lower it"
         )
     if tokenizer.size > base.config.vocab_size:
         raise UserError(
@@ -415,11 +414,12 @@ def choose_rows(
         )
         if data_config.is_jsonl and not is_test and "held_out" in run.facts:
             run.require_same(held_out=examples.facts["held_out"])
-        if not names_other_files:
-            run.require_same(**{list_name: digest})
-        elif run.facts[list_name] not in ("", digest):  # "": the run had no test rows
+        differ = run.facts[list_name] not in ("", digest)  # "": the run had no test rows
+        if differ and names_other_files:
             path = data_config.test or data_config.data
             program.warn(f"{path}: these are not the task files of the run")
+        elif differ:
+            run.require_same(**{list_name: digest})
         examples = data.with_task_index(examples, run.facts["tasks"])
         if is_test:
             data.warn_of_known(examples, data_config)
@@ -532,7 +532,7 @@ def main() -> None:
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
 
-    with runtime.distributed(device.torch_device):
+    with runtime.distributed(device.torch_device, config.shard):
         model = run_folder.load(device, run_dir=config.run, model=config.model, shard=config.shard)
         if is_question:
             answer(model, config, data_config, run)

@@ -105,12 +105,15 @@ def _cpu_gains_from_bfloat16(base):
 
 
 @contextmanager
-def distributed(device: torch.device) -> Iterator[None]:
+def distributed(device: torch.device, shard: bool = False) -> Iterator[None]:
     """Join the processes of torchrun: NCCL between GPUs, gloo on the CPU.
 
-    A process that fails prints its own message, and torchrun ends the others.
+    A process that fails prints its own message, and torchrun ends the others. Raise UserError if
+    the base is to be sharded, but torchrun did not start this process.
     """
     if not dist.is_torchelastic_launched():
+        if shard:
+            raise UserError("--shard: splits the base over processes; start it with torchrun")
         yield
         return
     if device.type == "cuda":
@@ -179,9 +182,6 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
-    if not dist.is_initialized():
-        raise UserError("--shard: splits the base over processes; start it with torchrun")
-
     mesh = dist.init_device_mesh(device.torch_device.type, (program.world_size(),))
     inner_first = [*blocks, root]  # the root takes what the blocks leave
     for module in program.progress(inner_first, "sharding", unit="block"):
