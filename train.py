@@ -60,7 +60,7 @@ from run_folder import (
 )
 from support import program, runtime
 from support.program import UserError
-from tasks import DataConfig
+from tasks import FILE_FIELDS, DataConfig
 from tokenizer import load as load_tokenizer
 
 # ---------------------------------------------------------------------------------- settings
@@ -139,8 +139,9 @@ def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
         )
     values = {name: getattr(start, name) for name in ("model", "method", "extra_rank")}
     values |= asdict(start.part(OrchMoEConfig)) | asdict(start.part(DataConfig))
-    if "data" in flags:
-        values["test"] = ""  # the test file of that run belongs to its own data
+    if "data" in flags:  # what else chooses rows belongs to the data of that run
+        for name in FILE_FIELDS | {"train_instances"}:
+            del values[name]
     return values
 
 
@@ -297,7 +298,7 @@ def train_step(
     step: int,
     settings: TrainConfig,
 ) -> dict[str, float]:
-    """Run one optimiser step. Return loss, gradient norm and target tokens.
+    """Run one optimiser step. Return loss and gradient norm.
 
     The loss is summed over the target tokens and divided by their number in the whole step. So it
     does not depend on how the step is cut into micro-batches and processes.
@@ -333,11 +334,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * learning_rate_factor(step, settings)
     optimizer.step()
-    return {
-        "loss": loss,
-        "norm": norm_value,
-        "target_tokens": batch.target_tokens,
-    }
+    return {"loss": loss, "norm": norm_value}
 
 
 def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int]) -> Tensor | None:
@@ -535,9 +532,9 @@ def fit(
             batch = training_batch(train_set, batch_order, step)
             record = train_step(base, adapters, optimizer, batch, step, settings)
             step_seconds.append(time.monotonic() - started)
-            tokens = batch.input_ids.numel() + batch.labels.numel()  # with padding
-            record["tokens_per_s"] = round(tokens / step_seconds[-1])
-            run.log(step=step, **record)  # counted from 0; messages count from 1
+            run.log(
+                step=step, **record, seconds=step_seconds[-1]
+            )  # counted from 0; messages count from 1
             if final_scores:  # a study decides itself what it shows
                 shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
                 bar.set_postfix(shown, refresh=False)
@@ -673,8 +670,8 @@ def train(
         "base": checkpoint.fingerprint(settings.model),
         "tokenizer": tokenizer.fingerprint,
         "method": kind_of(adapters),
-        "tasks": list(train_set.tasks),
         **train_set.facts,
+        "tasks": list(train_set.tasks),
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
     }
@@ -719,7 +716,7 @@ def train(
 
 
 def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
-    """Return the flags that give these settings. Defaults are left out."""
+    """Return the flags that give these settings. Defaults, and what has no effect, are left out."""
     unread = unread_settings(settings)
     words = []
     for field in fields(settings):
@@ -768,7 +765,7 @@ def main() -> int:
     program.print_line(device.description)
     if not launch.resume:
         recommend(flags, settings.model)
-    with runtime.distributed(device.torch_device):
+    with runtime.distributed(device.torch_device, launch.shard):
         run_dir = train(settings, device, launch)
     if run_dir is None:
         return 130  # stopped by a signal

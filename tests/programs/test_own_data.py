@@ -233,8 +233,8 @@ PROGRAMS = (
 
 
 def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
-    """The run has trained on rows that are now in dev and seen."""
-    write_rows(changed / "own.jsonl", own_rows(100, task="t"))
+    """The run has trained on rows that are now in dev and seen. Their task has a new name, too."""
+    write_rows(changed / "own.jsonl", own_rows(100, task="new"))
     *need_the_rows, ask, new_rows = PROGRAMS
     for line in need_the_rows:
         error = refused("t5: held_out is [[", line)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from helpers import (
     trace,
     write_lists,
 )
+from run_folder import read_run
 from support.program import read_json
+from tasks import DataConfig
 
 SIZES = (
     "--train-instances 16 --max-source-length 64 --eval-instances 8 --device cpu "
@@ -85,6 +88,17 @@ def test_only_the_parts_with_a_rate_change(part, home):
     assert (
         "2 dev instances of 1 tasks" in output
         and "\nthese rows may be training rows of the run in" in output
+    )
+
+
+def test_limits_of_the_rows_belong_to_the_data_of_the_start(home):
+    started = read_run("run").settings
+    assert started.max_tasks == 4
+    same = train.read_settings({"start": "run"}, train.LaunchConfig())
+    assert same.part(DataConfig) == started.part(DataConfig)
+    other = train.read_settings({"start": "run", "data": "data"}, train.LaunchConfig())
+    assert other.part(DataConfig) == replace(
+        DataConfig(data="data"), max_source_length=started.max_source_length
     )
 
 

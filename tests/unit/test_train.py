@@ -155,7 +155,6 @@ def test_micro_batches_add_up_to_the_whole_step(take_step, options):
     whole, _ = take_step(**options)
     parts, _ = take_step(config=train.TrainConfig(accumulate=3), **options)
     assert whole == pytest.approx(parts, rel=1e-6)
-    assert whole["target_tokens"] == 17
     if options:  # noise depends on the step and the seed
         seed_1 = train.TrainConfig(seed=1)
         for other, _ in (take_step(), take_step(1, **options), take_step(0, seed_1, **options)):
