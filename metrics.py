@@ -29,7 +29,7 @@ _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Kana and Chinese characters: these scripts put no spaces between words.
 _CJK = re.compile(
     "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U00020000-\U0003ffff]"
+    "\U00020000-\U0003ffff]"
 )
 _porter = lru_cache(maxsize=2**20)(PorterStemmer().stem)  # the same words occur again and again
 

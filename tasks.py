@@ -1,7 +1,7 @@
 """The text of the data: tasks, prompts, and the rows of each set.
 
 `sni_rows` reads a folder in the form of Super-NaturalInstructions (SNI): task files, and lists of
-tasks. `jsonl_rows` reads a JSONL file. Both return Rows, and data.py turns rows into tokens.
+tasks. `jsonl_rows` reads a JSONL file. Both make Rows, and data.py turns rows into tokens.
 
 SNI is arXiv 2204.07705, github.com/allenai/natural-instructions. With --bare-share 0 all prompts
 equal those of the official code. By default half of the training prompts have no examples.
@@ -64,6 +64,10 @@ class DataConfig:
         program.require_least(self, max_source_length=2, max_target_length=2)
         if not 0 <= self.bare_share <= 1:
             raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
+        if Path(self.data).is_file() and not self.is_jsonl:
+            raise UserError(
+                f"{self.data}: not .jsonl; write one JSON object per line into a .jsonl"
+            )
 
     @property
     def is_jsonl(self) -> bool:
@@ -184,7 +188,7 @@ def _require_plain_name(name, origin):
 
 
 def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, list[str]]:
-    """Return the task names on both lists in splits/<splits>/ as {"train": [...], "test": [...]}.
+    """Return the task names of the lists in splits/<splits>/ as {"train": [...], "test": [...]}.
 
     The names have the order of the lists. Tasks without a file in tasks/ are left out with a
     warning. Raise UserError if a list is missing, or if a task with a file is on both lists.
@@ -575,8 +579,6 @@ def find_files(config: DataConfig) -> dict[str, list[Path]]:
             files["test"].append(Path(config.test))
         return files
 
-    if path.is_file():
-        raise UserError(f"{config.data}: not .jsonl; write one JSON object per line into a .jsonl")
     for list_name, tasks in read_splits(path, config.splits).items():
         if config.max_tasks > 0:
             tasks = tasks[: config.max_tasks]

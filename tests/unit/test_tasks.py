@@ -228,7 +228,7 @@ def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, proble
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("prompt,completion\n")
     with refusal(f"{name}: not .jsonl; write one JSON object per", program.UserError):
-        find_files(DataConfig(data=str(tmp_path / name)))
+        DataConfig(data=str(tmp_path / name))
 
 
 def prompts_by_set(tmp_path, rows, train_limit=None):
