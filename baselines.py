@@ -171,7 +171,8 @@ class Poly(Method):
 class MHR(Poly):
     """Poly with a mixture for each of H heads: parts of a Linear's input and output.
 
-    H is our choice. Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
+    H is our choice, and must divide both widths.
+    Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
     """
 
     heads = 4
@@ -310,7 +311,7 @@ def require_routing(adapters: Adapters) -> None:
     N, S = len(adapters.linears), len(linear.skill_B)
     B = 1 if both.shared else 2
     shape = weights(both).shape
-    if (*shape[:2], shape[-1]) != (N, B, S):
+    if (*shape[:-1][:2], shape[-1]) != (N, B, S):
         found = both.Zhat if both.c is None else both.c
         raise ValueError(
             f"{name}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "

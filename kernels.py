@@ -236,9 +236,10 @@ def mix_heads(
 def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
 
-    The first input of a block must be x (B,L,D). Evaluation and generation stay uncompiled. If
-    torch cannot compile a block, training goes on uncompiled after one warning. Copies of the model
-    are not compiled. Settings of torch change only while a compiled block runs.
+    The first input of a block must be x (B,L,D). No other input may have three dimensions, of which
+    the second is 1. Evaluation and generation stay uncompiled. If torch cannot compile a block,
+    training goes on uncompiled after one warning. Copies of the model are not compiled. Settings of
+    torch change only while a compiled block runs.
     """
     compiler = BlockCompiler(backend)
     for block in blocks:

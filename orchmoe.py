@@ -95,8 +95,8 @@ class OrchMoEConfig:
 class Routing(NamedTuple):
     """The result of routing one batch.
 
-    With a sample router, Linear n gets c[n], (B,S). With a token router c is None, and the Linear
-    gets Zhat[:, n], (1,K,S) or (B,K,S), and computes c for each token by itself. No Linear reads w.
+    With a sample router, or a w from the caller, Linear n gets c[n], (B,S). Else c is None, and the
+    Linear gets Zhat[:, n], (1,K,S) or (B,K,S), and computes c for each token by itself.
     """
 
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
@@ -524,7 +524,8 @@ class SkillLinear(nn.Linear):
             if len(weights) * beams != len(x):
                 raise ValueError(
                     f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
-                    "were routed; route the same batch, or give routed(..., beams=)"
+                    "were routed; route the same batch, or give routed(..., beams=); a Linear that "
+                    "gets the tokens of all samples as one list cannot have skills"
                 )
             weights = weights.repeat_interleave(beams, dim=0)
 
@@ -800,13 +801,12 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             return "training draws noise; call .eval() first"
         for name, linear in self.linears.items():
             if linear.skill_W_task is not None:
-                return (
-                    "with a token router every token has its own w, so one weight cannot hold them"
-                )
+                return "with a token router every token has its own w, so nothing is folded"
             # A weight that was pruned or parametrised after `attach` is not a Parameter any more.
             weight = linear._parameters.get("weight")
             if not linear.skill_base_is_plain or type(weight) is not nn.Parameter:
-                return f"{name}: {linear.skill_base.__name__} computes more than a plain product"
+                kind = linear.skill_base.__name__
+                return f"{name}: this {kind} or its weight computes more than a plain product"
         return ""
 
     def keep(self, positions: Tensor) -> None:
@@ -849,7 +849,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             raise ValueError("two Linears train the same parameter; give each its own")
         return groups
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
+    def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
         """Return the state of the method, and each skill under its Linear's name.
 
         torch passes a destination when it collects the state of the whole model. Then the Linears
@@ -1003,8 +1003,9 @@ def attach(
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
     The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
-    of your own as well, call its requires_grad_() afterwards. Attach, and fit the router, before
-    the model is wrapped in DistributedDataParallel, which would not synchronise the skills.
+    of your own as well, call its requires_grad_() afterwards, and give it to the optimizer. (In an
+    nn.Sequential, model[-1] is then the Adapters.) Attach, and fit the router, before the model is
+    wrapped in DistributedDataParallel, which would not synchronise the skills.
 
     mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it

@@ -12,7 +12,13 @@ from torch import nn
 import kernels
 import orchmoe
 import train
-from baselines import METHODS, attach_method, load_method, settings_of_method
+from baselines import (
+    METHODS,
+    attach_method,
+    load_method,
+    require_routing,
+    settings_of_method,
+)
 from experiments.compare.sizes import total
 from helpers import ROOT, check_equal, refusal, seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
@@ -184,3 +190,19 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
         more = (n + 1) * extra // len(linears) - n * extra // len(linears)
         expected += skills * (rank + more) * (D + linear.out_features) + routing
     assert found == expected
+
+
+def test_a_c_without_an_axis_of_linears_is_refused_whatever_its_size():
+    """Here N = B = S, so that c (B,S) has the first two and the last size of c (N,B,S)."""
+
+    class Flat(orchmoe.Method):
+        def __init__(self, *inputs, **options):
+            super().__init__()
+
+        def route(self, *inputs, **options):
+            return orchmoe.Routing(c=torch.ones(2, 2))
+
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapters = orchmoe.attach(base, OrchMoEConfig(skills=2, targets=("0", "1")), method=Flat)
+    with refusal(r"Flat.route: expected c \(N,B,S\) = \(2,2,2\), .* got \(2, 2\)"):
+        require_routing(adapters)

@@ -423,8 +423,8 @@ NOISE = r"training draws noise; call .eval\(\)"
         ("plain", {}, {"embeddings": X[:2]}, ONE_SAMPLE),
         ("plain", {}, {"w": torch.ones(2, 5)}, ONE_SAMPLE),
         ("plain", {"gumbel": True}, {"w": W}, NOISE),
-        ("own forward", {}, {"w": W}, "q: Squared computes more than a plain product"),
-        ("pruned", {}, {"w": W}, "q: Linear computes more"),
+        ("own forward", {}, {"w": W}, "q: this Squared or its weight computes more than a plain"),
+        ("pruned", {}, {"w": W}, "q: this Linear or its weight computes more"),
     ],
 )
 def test_a_routing_that_no_single_weight_has_is_refused(method, kind, options, routing, message):
@@ -437,14 +437,17 @@ def test_a_routing_that_no_single_weight_has_is_refused(method, kind, options, r
     enter(adapters, "disabled")  # the refused method is no longer active
 
 
+NOT_PLAIN = "q: this Linear or its weight computes more than a plain product"
+
+
 def test_a_weight_that_is_an_integer_or_pruned_after_attach_is_not_plain():
     base = net()
     base.q.weight = nn.Parameter(base.q.weight.to(torch.int8), requires_grad=False)
-    assert attached(base).unfoldable() == "q: Linear computes more than a plain product"
+    assert attached(base).unfoldable() == NOT_PLAIN
     base = net()
     adapters = attached(base)
     prune.l1_unstructured(base.q, "weight", 0.5)
-    assert adapters.unfoldable() == "q: Linear computes more than a plain product"
+    assert adapters.unfoldable() == NOT_PLAIN
 
 
 def test_attach_is_refused_where_the_linears_have_their_own_class():
