@@ -130,7 +130,10 @@ def require_base(saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     weights = [tensors[name] for name in names]
     dtypes = [getattr(torch, saved["dtypes"][name]) for name in names]
     if saved["base"] not in (fingerprint(tensors.values()), fingerprint(weights, dtypes)):
-        raise ValueError("it was trained on other weights")
+        raise ValueError(
+            "it was trained on other weights (or transformers changes those of the files, as in an "
+            "MoE)"
+        )
 
 
 # ------------------------------------------------------------------------------------- the program

@@ -116,7 +116,9 @@ class HubTokenizer:
             )
 
     def encode(self, prompt):
-        return self.tokenizer(prompt).input_ids
+        bos = self.tokenizer.bos_token
+        has_bos = bool(bos) and prompt.startswith(bos)  # a chat template has written it
+        return self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)

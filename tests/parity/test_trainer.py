@@ -36,6 +36,7 @@ import checkpoint  # noqa: E402
 from baselines import LoRA  # noqa: E402
 from integrations import finetune_7b  # noqa: E402
 from integrations.export import attach_saved  # noqa: E402
+from integrations.serve import HubTokenizer  # noqa: E402
 from integrations.trainer import (  # noqa: E402
     ADAPTER_FILE,
     RoutedTraining,
@@ -525,6 +526,21 @@ def test_beams_of_seq2seq_trainer_are_those_of_generate(place, tmp_path):
 
 
 # ---- integrations/export.py and integrations/serve.py ----
+
+
+def test_a_prompt_that_spells_its_bos_out_gets_no_second_one(tmp_path):
+    """A chat template of Llama or Mistral begins with it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<end>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", bos)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    served = HubTokenizer(tmp_path)
+    assert served.encode("ab") == served.encode("<end>ab") == [bos, *TOKENIZER("ab").input_ids]
 
 
 @pytest.mark.parametrize("make_base", [make_llama, make_t5])

@@ -199,7 +199,7 @@ def test_a_w_for_a_run_of_lora_is_refused(copied):
     [
         ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
         ({}, {"base": None}, "it has no 'base'.*; integrations/trainer.py did not write it"),
-        ({}, {"base": "0" * 16}, "it was trained on other weights; base must be the base"),
+        ({}, {"base": "0" * 16}, ".*as in an MoE.; base must be the base"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
     ],
 )
