@@ -13,10 +13,10 @@ are new ones with seeds 1 to --seeds, since the best of several trials looks bet
 The rule of the verdict was written down before any run. The first method is compared with each
 other one by the loss on seen rows, which are held out from the training data, and on unseen rows,
 which are test tasks or --test. The difference is *better* if its whole 95 % interval is below zero,
-*worse* if it is above, and else *undecided*. Use the first method where it is better, and otherwise
-the other one. A LoRA comes last in whatever order the methods are given. An undecided difference
-comes with an estimate of what would decide it. See tables.py for what an interval covers. Nothing
-is chosen by seen or unseen results.
+*worse* if it is above, and else *undecided*. Use the better method, and a LoRA if the comparison
+with it is undecided. A LoRA comes last in whatever order the methods are given. An undecided
+difference comes with an estimate of what would decide it. See tables.py for what an interval
+covers. Nothing is chosen by seen or unseen results.
 
 Writes cells (see experiments/compare/study.py) and results.md, or ablations.md, into the folder of
 --results, or else --out. An interrupted comparison goes on when the same command is given again.

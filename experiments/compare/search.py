@@ -11,7 +11,7 @@ from typing import Any
 from support import program
 from support.program import UserError
 
-# What can be tuned, in the order of a search: learning rates, and the scale of the skills.
+# What can be tuned: learning rates, and the scale of the skills.
 AXES = ("lr_skills", "alpha", "lr_router", "lr_token_router", "lr_allocation")
 
 Point = tuple[int, ...]  # steps from the start along each axis

@@ -434,7 +434,10 @@ def replaced_w(
         return w.mean(dim=0).expand(len(examples), -1)
     if kind == "other":
         w = evaluation.router_weights(base, adapters, examples, config.eval_batch_size)
-        return w[torch.randperm(len(w), generator=runtime.generator(config.seed))]
+        order = torch.randperm(len(w), generator=runtime.generator(config.seed))
+        other = torch.empty_like(w)
+        other[order] = w[order.roll(1)]  # no example keeps its own
+        return other
     return None
 
 

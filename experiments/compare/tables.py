@@ -440,7 +440,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         "Scores are means within a task, then over tasks; where rows name no task, each different "
         "prompt counts as one. The dev loss is the mean over all tokens.",
         f"Differences have 95 % intervals over {' and '.join(over)}; of the {intervals} here about "
-        f"{intervals / 20:.0f} would exclude zero if nothing differed.",
+        f"{intervals / 20:.1f} would exclude zero if nothing differed.",
     ]
     if len(first) > 1:
         notes.append("In brackets the sd over seeds.")

@@ -257,8 +257,8 @@
     const other = data.tasks.find((each) => each.name && each.name === shown.other_task && each.kind === task.kind);
     element("input").textContent = shown.input;
     let about = "A new sample of a training task. ";
-    if (task.kind === "unseen") about = "A sample of a task that was not trained on. ";
-    if (data.is_jsonl) about = task.kind === "seen" ? "A row that did not train. " : "A row of the test file. ";
+    if (task.kind === "unseen") about = "A sample of a task that this run did not train on. ";
+    if (data.is_jsonl) about = task.kind === "seen" ? "A row that did not train in this run. " : "A row of the test file. ";
     if (data.tried && sample === data.first) about += reasonOfFirst();
     if (other === task) {
       about += "The other " + sampleWord + " below is of the same task.";
@@ -407,7 +407,7 @@
     const count = data.tasks.reduce((sum, task) => sum + (task.kind === kind ? task.count : 0), 0);
     const shown = data.samples.filter((sample) => data.tasks[sample.task].kind === kind).length;
     const some = shown < count ? ", " + shown + " of " + count : "";
-    return (kind === "seen" ? "seen: rows that did not train" : "unseen: rows of the test file") + some;
+    return (kind === "seen" ? "seen: rows that did not train in this run" : "unseen: rows of the test file") + some;
   }
 
   // Say in which prompts or tasks an abstract task is strongest.

@@ -281,7 +281,7 @@ def test_markdown_pairs_tasks_and_seeds():
     assert f"| orchmoe | - | - | {(14 / 6 + 15 / 6) / 2:.3f} ({sd:.3f}) | 100.00 (0.00) |" in text
     differences = np.array([[-4.0, -3.0], [1.0, 1.0], *[[0.0, 0.0]] * 4])
     assert f"| lora | {tables.signed(tables.interval(differences))} | +0.00 (no interval) |" in text
-    assert "of the 1 here about 0 would exclude zero" in text
+    assert "of the 1 here about 0.1 would exclude zero" in text
     assert "over 6 tasks and 2 seeds (seen)" in text and "per cent, by official rules." in text
 
 

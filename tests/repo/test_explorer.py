@@ -471,7 +471,9 @@ def test_nothing_is_claimed_about_tasks_that_rows_do_not_name(own_page):
     for number in (0, count - 5):
         enter(own_page, "sample", number)
         about = text(own_page, "#about")
-        assert about.startswith(("A row that did not train.", "A row of the test file."))
+        assert about.startswith(
+            ("A row that did not train in this run.", "A row of the test file.")
+        )
         assert "task" not in about
         script = "return document.querySelector('[data-row=other]').textContent"
         assert re.match("another row: (Say|Add) ", own_page.execute_script(script))
