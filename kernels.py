@@ -174,7 +174,8 @@ def mix_skills(
 ) -> Tensor:
     """Return weight x + bias + scale * sum_s c_s B_s A_s x: the outputs of the skills are mixed.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype.
+    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), (1,S) or (B,L,S) -> (B,L,O) in x's dtype,
+    or that of autocast.
     Without `weight` (O,D) the result is only the sum over the skills. weight and bias are frozen
     and get no gradient. Backward keeps x and 2 M S R numbers; there is no second derivative.
     """

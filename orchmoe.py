@@ -364,7 +364,7 @@ def mix_skills(
     loop over them.
 
     x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
-    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x.
+    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x, or of autocast.
     """
     S, R, D = A.shape
     A = A.reshape(S * R, D).to(x.dtype)

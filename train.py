@@ -442,6 +442,17 @@ def print_table(
         print_if_few(set_name, sizes.get(set_name, 0))
 
 
+def print_router(report: dict[str, float], K: int) -> None:
+    """Print in words how the router spreads the samples of dev over the abstract tasks."""
+    used = report["used"]
+    text = f"router: {used} of {K} abstract tasks have more than 40 % of an equal share on dev"
+    if not math.isnan(report["entropy"]):  # each w is a distribution
+        # A uniform w over n abstract tasks has the entropy ln(n).
+        spread = math.exp(report["entropy"])
+        text += f"; a sample is spread over about {spread:.1f} of them"
+    program.print_line(text)
+
+
 def report(
     run: Run,
     model: Model,
@@ -470,17 +481,6 @@ def training_batch(train_set: Examples, batch_order: data.BatchOrder, step: int)
     """Return the batch of a step. It depends only on the data, batch size, seed and step."""
     rows = batch_order.at(step)
     return data.collate([train_set[row] for row in rows], seed=batch_order.seed, step=step)
-
-
-def print_router(report: dict[str, float], K: int) -> None:
-    """Print in words how the router spreads the samples of dev over the abstract tasks."""
-    used = report["used"]
-    text = f"router: {used} of {K} abstract tasks have more than 40 % of an equal share on dev"
-    if not math.isnan(report["entropy"]):  # each w is a distribution
-        # A uniform w over n abstract tasks has the entropy ln(n).
-        spread = math.exp(report["entropy"])
-        text += f"; a sample is spread over about {spread:.1f} of them"
-    program.print_line(text)
 
 
 def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:

@@ -138,7 +138,7 @@ class PeftModel:
                 B = torch.stack([lora.factors[name][1] for lora in loaded])
                 self.factors[f"base_model.model.{name}.lora_B.weight"] = B
 
-        with program.reading("--base", "pip install transformers peft"):
+        with program.reading("peft", "pip install transformers peft"):
             import peft
             import transformers
 
