@@ -133,7 +133,7 @@ def tensors_in_files(model: nn.Module) -> Iterator[Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.exists() and not paths[0].exists():
         shards = json.loads(index.read_text())["weight_map"].values()
-        paths = [folder / shard for shard in sorted(set(shards))]
+        paths = [folder / Path(shard).name for shard in sorted(set(shards))]
     if not all(path.exists() for path in paths):
         return
     for path in paths:
