@@ -169,7 +169,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, large_scores: bool) -> Ten
     """Return the output of attention (B,H,L,E) where a query sees no later positions than its own.
 
     q (B,H,L,E); k and v (B,G,L,E). H / G neighbouring heads of q share one head of k and v.
-    large_scores: scores may be in the hundreds, where bfloat16 would round them to whole numbers.
+    large_scores: scores may be in the tens or hundreds, where bfloat16 rounds them too much.
     """
     H, L, E = q.shape[1:]
     if q.device.type != "cpu" and q.dtype == torch.float32 and k.shape[1] < H:
@@ -234,7 +234,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(D, G * E, bias=bias)
         self.v = nn.Linear(D, G * E, bias=bias)
         self.o = nn.Linear(H * E, D, bias=config.attention_bias)
-        self.large_scores = bias  # as the biases of Qwen2 make them
+        # The biases of Qwen2, and the weights of Qwen3's norms, make them large.
+        self.large_scores = bias or config.model_type == "qwen3"
 
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()

@@ -173,7 +173,9 @@ class JsonTokenizer(Tokenizer):
             full = self._tokenizer.encode("a")
             start = len(full.ids) - len(plain.ids)
             if full.ids[start:] != plain.ids:
-                raise ValueError("ends prompts with EOS as T5 does, but there is no spiece.model")
+                raise ValueError(
+                    "ends prompts with EOS; a T5 needs its spiece.model, a decoder another template"
+                )
             self.bos_ids = tuple(full.ids[:start])
 
             self._tokenizer.add_special_tokens([eos])  # so that EOS is never decoded as text

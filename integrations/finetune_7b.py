@@ -206,6 +206,8 @@ def fine_tune(model, tokenizer, rows, out, checkpoint=None, **options):
         if whole > args.max_length:
             too_long += 1
     left_out = len(rows) - len(trainer.train_dataset)
+    if left_out == len(rows):
+        raise UserError(f"{left_out} rows: each prompt alone has {args.max_length} tokens or more")
     if left_out:
         program.warn(
             f"{left_out} of {len(rows)} rows are left out, since their prompts alone have "
@@ -295,7 +297,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="continue a stopped training")
     args = parser.parse_args()
 
-    if args.resume and not (args.data and last_checkpoint(args.out)):
+    checkpoint = last_checkpoint(args.out) if args.resume else None
+    if args.resume and not (args.data and checkpoint):
         raise UserError(
             f"--resume: needs --data, and a checkpoint in {args.out}; train without it, into a new "
             "--out"
@@ -306,9 +309,7 @@ def main():
     # All mistakes that can be found before the base is loaded.
     rows = read_rows(args.data)
     with program.locked_folder(args.out, "wait, or change --out"):
-        checkpoint = None
         if args.resume:
-            checkpoint = last_checkpoint(args.out)
             facts = {"method": OrchMoE.__name__, "config": vars(ADAPTERS), "rows": digest(rows)}
             read_saved(checkpoint / ADAPTER_FILE, **facts)
         else:

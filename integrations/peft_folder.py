@@ -96,6 +96,8 @@ def save_peft(
     mixes = {linear.skill_mix for linear in linears.values()}
     if not mixes <= {orchmoe.mix_skills, kernels.mix_skills}:
         reason = "skills that mix their factors are no LoRA of rank S R"
+    if adapters.training and adapters.noise_shape:
+        reason = "training draws noise; call .eval() first"
     if reason:
         raise UserError(f"not written: {reason}")
 
@@ -156,7 +158,7 @@ def load_peft(folder: str | Path) -> Lora:
     if not path.exists():
         path = folder / "adapter_model.bin"
     tensors = checkpoint.read_tensors(path)
-    with program.reading(path):
+    with program.reading(path, "name the folder of a plain LoRA"):
         factors = pair_factors(tensors, r, scale)
     return Lora(factors=factors, rank=r, folder=str(folder))
 

@@ -21,7 +21,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,10 @@ def fingerprint(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype] | None 
     each tensor, the values are cast to them. Names are left out, since a tied weight has one name
     or several.
     """
-    if dtypes is None:
-        tensors = list(tensors)
-        dtypes = [tensor.dtype for tensor in tensors]
     digests = set()
-    for tensor, dtype in zip(tensors, dtypes, strict=True):
+    for tensor, dtype in zip_longest(tensors, dtypes or ()):
         stride = max(1, math.ceil(tensor.numel() / 1024))
-        sample = tensor.detach().flatten()[::stride].cpu().contiguous().to(dtype)
+        sample = tensor.detach().flatten()[::stride].cpu().contiguous().to(dtype or tensor.dtype)
         content = f"{list(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
         digests.add(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
@@ -98,16 +95,21 @@ def base_fingerprint(model: nn.Module) -> str:
     A quantised base has that of the files that it was loaded from, because each device may pack
     weights in its own way. If the files are not found, its weights count as they are in memory.
     """
-    weights = []
-    is_quantised = False
-    for tensor in base_weights(model).values():
-        is_of_torchao = hasattr(tensor, "__tensor_flatten__")
-        if is_of_torchao or not tensor.is_floating_point():
-            is_quantised = True
-        weights.append(tensor.dequantize() if is_of_torchao else tensor)
-    if is_quantised:
-        weights = list(tensors_in_files(model)) or weights
-    return fingerprint(weights)
+    weights = base_weights(model).values()
+    if any(is_of_torchao(tensor) or not tensor.is_floating_point() for tensor in weights):
+        in_files = tensors_in_files(model)
+        first = next(in_files, None)
+        if first is not None:
+            return fingerprint(chain([first], in_files))
+    # One after the other, since all of them together may not fit into memory.
+    return fingerprint(
+        tensor.dequantize() if is_of_torchao(tensor) else tensor for tensor in weights
+    )
+
+
+def is_of_torchao(tensor: Tensor) -> bool:
+    """Return whether torchao has quantised the tensor, or torch has wrapped it in another way."""
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def tensors_in_files(model: nn.Module) -> Iterator[Tensor]:
@@ -146,7 +148,7 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     """Return what is in an adapter.pt. Raise ValueError if it is not one of this version."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its message advises to run what is in the file
+    except (pickle.UnpicklingError, EOFError, RuntimeError):  # some advise to run what is in it
         raise ValueError("damaged, or more than plain tensors") from None
     missing = [name for name in (*REMEDIES, "dtypes", "state") if name not in saved]
     if missing:

@@ -702,6 +702,10 @@ def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     assert "2 of 19 rows have more than 1024 tokens and lose the end" in said
     assert not list((tmp_path / "run").rglob("adapter.pt"))
 
+    model, tokenizer = finetune_7b.load_base(base_folder)
+    with refusal("2 rows: each prompt alone has 1024 tokens or more", UserError):
+        finetune_7b.fine_tune(model, tokenizer, [rows[16]] * 2, tmp_path / "long")
+
 
 GOOD = {"prompt": "Hot is not", "completion": " cold"}
 BAD_ROWS = [
@@ -742,6 +746,7 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ),
         ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
         ("--prompt a --out new", "new/adapter.pt: does not exist; finish the training first"),
+        ("--prompt a --out old", "old/adapter.pt: damaged"),
         ("--prompt \udcff --out old", "--prompt: prompt is not valid Unicode"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),

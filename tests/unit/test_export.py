@@ -50,16 +50,18 @@ def config_of(lora):
 
 
 @pytest.mark.parametrize(
-    "method, mixing, w, reason",
+    "method, changes, w, reason",
     [
-        ("moe-lora", "outputs", torch.eye(K)[0], "token router"),
-        ("orchmoe", "factors", torch.eye(K)[0], "skills that mix their factors are no LoRA"),
-        ("orchmoe", "outputs", torch.eye(K)[:2], "one sample, not 2"),
+        ("moe-lora", {}, torch.eye(K)[0], "token router"),
+        ("orchmoe", {"mixing": "factors"}, torch.eye(K)[0], "skills that mix their factors are no"),
+        ("orchmoe", {"gumbel": True}, torch.eye(K)[0], "training draws noise"),
+        ("orchmoe", {}, torch.eye(K)[:2], "one sample, not 2"),
     ],
 )
-def test_save_peft_refuses_what_no_lora_computes(method, mixing, w, reason, tmp_path):
-    config = replace(EXPORT_CONFIG, mixing=mixing)
+def test_save_peft_refuses_what_no_lora_computes(method, changes, w, reason, tmp_path):
+    config = replace(EXPORT_CONFIG, **changes)
     _, adapters = load_adapted(ROOT / "tiny", config, method)
+    adapters.train()
     with refusal(f"not written: .*{reason}"):
         save_peft(adapters, w, tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

@@ -109,9 +109,9 @@ def test_attention_of_short_rows_in_bfloat16_equals_that_of_torch(heads, groups,
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-def test_qwen2_does_not_round_its_scores():
-    torch.manual_seed(0)
-    config = LlamaConfig.from_hf(VALUES | {"model_type": "qwen2"})
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_qwen_does_not_round_its_scores(model_type):
+    config = LlamaConfig.from_hf(VALUES | {"model_type": model_type})
     attention = Attention(config).bfloat16()
     x = torch.randn(2, 9, config.hidden_size).bfloat16()
     turn = rotation(config, torch.arange(9)).bfloat16()

@@ -204,6 +204,6 @@ def test_word_tokenizer_of_another_kind_is_refused(folder, load_changed, monkeyp
         load_changed(lambda values: values["model"].update(unknown)).encode("b")
 
     write_words(folder, post="$A </s>")
-    refused(folder, "ends prompts with EOS as T5 does")
+    refused(folder, "ends prompts with EOS; a T5 needs its spiece.model")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refused(folder, "pip install tokenizers")
