@@ -532,9 +532,8 @@ def fit(
             batch = training_batch(train_set, batch_order, step)
             record = train_step(base, adapters, optimizer, batch, step, settings)
             step_seconds.append(time.monotonic() - started)
-            run.log(
-                step=step, **record, seconds=step_seconds[-1]
-            )  # counted from 0; messages count from 1
+            # Steps count from 0 here, and from 1 in messages.
+            run.log(step=step, **record, seconds=step_seconds[-1])
             if final_scores:  # a study decides itself what it shows
                 shown = {"loss": record["loss"], "best dev loss": progress.best_loss}
                 bar.set_postfix(shown, refresh=False)

@@ -21,7 +21,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,14 @@ def fingerprint(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype] | None 
     each tensor, the values are cast to them. Names are left out, since a tied weight has one name
     or several.
     """
+    if dtypes is None:
+        pairs = ((tensor, tensor.dtype) for tensor in tensors)
+    else:
+        pairs = zip(tensors, dtypes, strict=True)
     digests = set()
-    for tensor, dtype in zip_longest(tensors, dtypes or ()):
+    for tensor, dtype in pairs:
         stride = max(1, math.ceil(tensor.numel() / 1024))
-        sample = tensor.detach().flatten()[::stride].cpu().contiguous().to(dtype or tensor.dtype)
+        sample = tensor.detach().flatten()[::stride].cpu().contiguous().to(dtype)
         content = f"{list(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes()
         digests.add(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
