@@ -269,7 +269,8 @@ def load_method(text: str) -> str:
     is_method = isinstance(method, type) and issubclass(method, Method)
     if not is_method or method in (Method, *METHODS.values()):  # imported ones are not its own
         raise UserError(
-            f"{path}: defines no class {name} that is an orchmoe.Method; correct one of the two"
+            f"{path}: defines no class {name} that is an orchmoe.Method; correct the file, or the "
+            "name behind the colon"
         )
     if name in METHODS:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
@@ -311,7 +312,7 @@ def require_routing(adapters: Adapters) -> None:
     N, S = len(adapters.linears), len(linear.skill_B)
     B = 1 if both.shared else 2
     shape = weights(both).shape
-    if (*shape[:-1][:2], shape[-1]) != (N, B, S):
+    if len(shape) < 3 or (shape[0], shape[1], shape[-1]) != (N, B, S):
         found = both.Zhat if both.c is None else both.c
         raise ValueError(
             f"{name}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "

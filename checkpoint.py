@@ -86,7 +86,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     content = read_torch(path)
     with program.reading(path):
-        return {**content}  # TypeError unless it is a dict
+        if not isinstance(content, dict):
+            raise ValueError("holds no tensors with names")
+        return content
 
 
 def read_folder(folder: str | Path) -> dict[str, Tensor]:

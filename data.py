@@ -107,9 +107,9 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig) -> T
             if source == without_text:
                 origin = f"{config.data}, row {row.id}"
                 if row.set == "test":
-                    origin = f"{config.test}, row {row.id}"
+                    origin = f"{config.test or config.data}, row {row.id}"
                 elif row.set == "question":
-                    origin = "the question"
+                    origin = "the prompt"
                 raise UserError(
                     f"{origin}: the tokenizer has no tokens for the prompt {row.prompt!r:.40}; "
                     "change it, or leave it out"
@@ -167,7 +167,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, those older than 30 days are removed.
     """
-    # A link has the content of its target, but is named after its own task.
+    # The name counts, too: a file may be a link to another one, and its name is that of its task.
     names = [[file.name, os.path.realpath(file)] for file in files]
     full_key = json.dumps([CODE, key, names])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
@@ -255,7 +255,11 @@ def examples_by_set(tokens: Tokens) -> dict[str, list[Example]]:
 def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """Return the example of one row, such as a question. Warn if a part of it is lost."""
     tokens = tokenise([row], tokenizer, config)
-    warn_of_lost(tokens.lost, config, "the question")
+    if tokens.lost["source"]:
+        limit = config.max_source_length
+        program.warn(f"--max-source-length {limit}: the prompt is too long and loses its end")
+    if tokens.lost["characters"]:
+        program.warn(f"the prompt has {UNKNOWN_CHARACTERS}")
     return examples_by_set(tokens)[row.set][0]
 
 
@@ -362,9 +366,7 @@ def load_sets(
     origin = f"{config.data} and {config.test}" if config.test else config.data
     warn_of_lost(tokens.lost, config, origin)
     if config.is_jsonl and digests["test"] == digests["train"]:
-        raise UserError(
-            f"--test {config.test}: has the rows of --data; give rows that do not train"
-        )
+        raise UserError(f"--test {config.test}: is a copy of --data; give rows that do not train")
 
     examples = examples_by_set(tokens)
     if config.is_jsonl:

@@ -37,8 +37,8 @@ from tokenizer import Tokenizer
 
 LOSS_NOTE = "loss: nats per target token, the mean over tasks; lower is better"
 START_NOTE = (
-    "may be training rows of the run in --start, or of a run that it started from, if that had "
-    "other data"
+    "may be training rows of the run in --start, or of a run that it started from, if that "
+    "run had other data"
 )
 
 # --------------------------------------------------------------------------- one pass over a set
@@ -339,8 +339,8 @@ class EvalConfig:
             require_text(program.flag(name), getattr(self, name))
         if self.prompt and (self.ask or self.input):
             raise UserError("--prompt: it is a whole prompt; leave out --ask and --input")
-        if self.prompt and not self.prompt.strip():
-            raise UserError("--prompt: it is empty")
+        if self.prompt:
+            program.require_prompt("--prompt", self.prompt)
 
     @property
     def out_dir(self) -> Path:

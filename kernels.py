@@ -4,8 +4,8 @@
 same signature. It treats a frozen Linear and its skills as one function with its own backward.
 `mix_heads` mixes the factors of the skills in each of several heads (MHR).
 `compile_blocks` compiles the blocks of a model for training, with the skills in their graphs.
-Where Hugging Face's package `kernels` is installed, copy this file under another name, or
-transformers imports it in place of the package and fails.
+Where Hugging Face's package `kernels` is installed, give your copy of this file another name.
+Otherwise transformers imports it in place of the package, and fails.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
     kernels.compile_blocks(model.blocks)
@@ -39,9 +39,9 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return y + scale * a b (M,Q), for a (M,P) and b (P,Q). It may overwrite y (M,Q)."""
     if torch.compiler.is_compiling():
-        # In compiled code an addition in place would first copy y, and this one becomes a part of
-        # another kernel. It is not torch.add(y, a @ b, alpha=scale), whose alpha Inductor of torch
-        # 2.13 drops.
+        # In compiled code an addition in place would first copy y. The compiler makes this one a
+        # part of another kernel. It is not torch.add(y, a @ b, alpha=scale), whose alpha Inductor
+        # of torch 2.13 drops.
         return y + scale * (a @ b)
     return y.addmm_(a, b, alpha=scale)
 
@@ -237,10 +237,10 @@ def mix_heads(
 def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile the blocks of a model for training, each as one graph. Call it after `attach`.
 
-    The first input of a block must be x (B,L,D). No other input may have three dimensions, of which
-    the second is 1. Evaluation and generation stay uncompiled. If torch cannot compile a block,
-    training goes on uncompiled after one warning. Copies of the model are not compiled. Settings of
-    torch change only while a compiled block runs.
+    The first input of a block must be x (B,L,D). A call runs uncompiled if another input has three
+    dimensions, of which the second is 1. Evaluation and generation stay uncompiled. If torch cannot
+    compile a block, training goes on uncompiled after one warning. Copies of the model are not
+    compiled. Settings of torch change only while a compiled block runs.
     """
     compiler = BlockCompiler(backend)
     for block in blocks:
@@ -280,7 +280,7 @@ class BlockCompiler:
             fullgraph=True,
             backend=backend,
         )
-        # Settings of torch for the compiled calls, which keep those of other code as they are.
+        # Settings of torch that hold only during compiled calls. Other code keeps its own.
         # Two sizes that are equal in one batch must not be taken for the same size.
         self.different_sizes = torch.fx.experimental._config.patch(use_duck_shape=False)
         # A float, such as the scale, is a constant. As an input it would be computed on the CPU.

@@ -136,7 +136,7 @@ def read_rope(values: dict) -> dict:
 def rotation(config: LlamaConfig, positions: Tensor) -> Tensor:
     """Return cos(p f_i) and sin(p f_i) for `rotate`, (2,...,1,E), given positions p (...).
 
-    Both stand twice along E. The first of the sines are negative, as `rotate` needs them.
+    Each value stands twice along E. The first half of the sines is negated, as `rotate` needs.
     """
     i = torch.arange(config.head_dim // 2, device=positions.device)
     f = 1 / config.rope_theta ** (2 * i / config.head_dim)  # (E/2); float32, as in pretraining

@@ -95,7 +95,7 @@ class Backbone(nn.Module):
     """
 
     # The methods that compute with weights. A sharded model gathers its weights when one of them is
-    # called, as FSDP2 does for forward alone. None of them calls another.
+    # called, as FSDP2 by itself does only for forward. None of them calls another.
     fsdp_methods = ("embed", "loss", "generate")
 
     # Config.from_hf(values of a config.json) returns a config.

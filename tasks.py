@@ -294,8 +294,8 @@ def render_prompt(
     tail = "Now complete the following example -\n"
     tail += _line("Input", instance["input"]) + "\nOutput: "
 
-    # The official code checks the length of another text than the prompt: there it joins examples
-    # of one kind with a space. `checked_head` is `head` with these spaces.
+    # The official code measures a text that differs from the prompt: in it, examples of one kind
+    # are joined with a space. `checked_head` is `head` with these spaces.
     checked_head = head
     for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
         examples = task.get(kind.lower(), [])

@@ -180,6 +180,8 @@ class JsonTokenizer(Tokenizer):
 
             self._tokenizer.add_special_tokens([eos])  # so that EOS is never decoded as text
             self.size = 1 + max(self._tokenizer.get_vocab().values())
+            if max(self.bos_ids, default=0) >= self.size:
+                raise ValueError("its template adds a token that is not in the vocabulary")
 
             # Some tokenizers put a space before every text. `_inside` is the same without it.
             adds_space = "".join(plain.tokens).startswith(("▁", "Ġ"))

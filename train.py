@@ -168,7 +168,7 @@ def length_of_training(settings: Settings, train_set: Examples) -> str:
 
 
 def recommend(flags: dict[str, Any], model: str) -> None:
-    """Print where settings for another base than the bundled one are, unless some were given."""
+    """Print where settings for another base than the bundled one are, unless the user gave some."""
     is_bundled = Path(model).resolve() == Path(TrainConfig.model)
     if not is_bundled and CHOSEN.isdisjoint(flags):
         program.print_line(
@@ -199,7 +199,7 @@ def freeze_parts(adapters: Adapters, settings: TrainConfig) -> None:
     if not any(parameter.requires_grad for parameter in sum(groups.values(), [])):
         raise UserError(
             f"--method {settings.method}: each of its learning rates is 0, so that nothing trains; "
-            "give another one"
+            "give at least one above 0"
         )
 
 
@@ -670,9 +670,9 @@ def train(
         "tokenizer": tokenizer.fingerprint,
         "method": kind_of(adapters),
         **train_set.facts,
-        "tasks": list(train_set.tasks),
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
+        "tasks": list(train_set.tasks),  # last, since a message shows only the beginning
     }
     # A run without progress.pt begins, even with --resume.
     if launch.out and Path(launch.out, "progress.pt").exists():
@@ -698,7 +698,7 @@ def train(
         finished = fit(run, model, optimizer, progress, train_set, held_out["dev"], final_scores)
         if not finished:
             if final_scores:  # a study resumes its runs itself
-                words = ["--resume", "--out", str(run.path)]
+                words = ["--resume", "--out", str(run.path), *device_flags(launch)]
                 if settings.method in OWN_METHODS:  # its file is loaded by the flag alone
                     words += ["--method", OWN_METHODS[settings.method].source]
                 program.print_line(
@@ -728,12 +728,18 @@ def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
     return words
 
 
-def print_next_commands(run_dir: Path, settings: Settings) -> None:
+def device_flags(config: Any) -> list[str]:
+    """Return --gpu and --device of a config as they were given."""
+    gpu = [] if config.gpu is None else ["--gpu", str(config.gpu)]
+    return gpu + (["--device", config.device] if config.device else [])
+
+
+def print_next_commands(run_dir: Path, settings: Settings, launch: LaunchConfig) -> None:
     """Print two commands that a user may want after a run."""
     method = settings.method
-    look = ["python", "eval.py", "--run", str(run_dir), "--split", "train"]
+    look = ["python", "eval.py", "--run", str(run_dir), "--split", "train", *device_flags(launch)]
     if method == "orchmoe" and settings.router == "sample":
-        look = ["python", "-m", "experiments.explorer", "--run", str(run_dir)]
+        look = ["python", "-m", "experiments.explorer", "--run", str(run_dir)]  # on the CPU
     elif method in OWN_METHODS:
         method = OWN_METHODS[method].source
         look += ["--method", method]
@@ -741,6 +747,7 @@ def print_next_commands(run_dir: Path, settings: Settings) -> None:
     rival = "orchmoe" if method == "lora" else method
     compare = ["python", "-m", "experiments.compare", "--methods", f"{rival},lora"]
     compare += flags_of(settings, ("method", "seed", "start", "extra_rank"))  # compare sets these
+    compare += device_flags(launch)
     program.print_line("next:")
     program.print_line(f"  {shlex.join(look)}  # see what it learnt")
     program.print_line(f"  {shlex.join(compare)}  # is {rival} better than lora?")
@@ -768,7 +775,7 @@ def main() -> int:
         run_dir = train(settings, device, launch)
     if run_dir is None:
         return 130  # stopped by a signal
-    print_next_commands(run_dir, settings)
+    print_next_commands(run_dir, settings, launch)
     return 0
 
 

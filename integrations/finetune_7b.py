@@ -103,17 +103,10 @@ def load_base(name):
     return model, tokenizer
 
 
-def require_prompt(prompt):
-    """Raise ValueError unless the prompt is a text that is not empty."""
-    program.require_text("prompt", prompt)
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-
-
 def read_row(row):
     """Return {"prompt", "completion"} of a row of the data, without any other fields."""
     row = {name: row.get(name) for name in ("prompt", "completion")}
-    require_prompt(row["prompt"])
+    program.require_prompt("prompt", row["prompt"])
     program.require_text("completion", row["completion"])
     return row
 
@@ -259,7 +252,7 @@ def answer(model, tokenizer, prompts, max_new_tokens):
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=1,  # the base may bring another number, and another penalty
+            num_beams=1,  # generation_config.json of the base may set others
             repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -277,7 +270,7 @@ def ask(args):
     """Print the answers to the prompts."""
     with program.reading("--prompt", "give whole prompts"):
         for prompt in args.prompt:
-            require_prompt(prompt)
+            program.require_prompt("prompt", prompt)
     adapter_path = program.require_path(args.out / ADAPTER_FILE, "finish the training first")
     read_saved(adapter_path, method=OrchMoE.__name__)
     model, tokenizer = load_base(args.model)

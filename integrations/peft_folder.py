@@ -164,7 +164,7 @@ def load_peft(folder: str | Path) -> Lora:
 def require_plain(values: dict[str, Any]) -> None:
     """Raise ValueError if an adapter_config.json describes more than a plain LoRA."""
     allowed = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
-    for field in {"peft_type", *values} - {*HARMLESS}:
+    for field in sorted({"peft_type", *values} - {*HARMLESS}):
         value = values.get(field)
         if value not in allowed.get(field, (None, False, {}, [])):
             raise ValueError(f"{field} {value!r:.60} makes it more than a plain LoRA")

@@ -45,7 +45,7 @@ class Router:
         program.require_path(base, program.DOWNLOAD)
         facts = program.read_json(path)
         state, _ = checkpoint.read_safetensors(served / "router.safetensors")
-        tensors = checkpoint.read_folder(base)  # not in memory
+        tensors = checkpoint.read_folder(base)  # mapped: what is not used is not read
         with program.reading(path, "export it again, or give the folder of its base"):
             if facts["base"] != fingerprint(tensors.values()):
                 raise ValueError(f"{base} is not the base of these LoRAs")
@@ -89,13 +89,8 @@ class RunTokenizer:
             self.config = program.from_json(DataConfig, vars(DataConfig()) | rule["dataset"])
 
     def encode(self, prompt):
-        tokens = data.tokenise([row_of_prompt(prompt)], self.tokenizer, self.config)
-        if tokens.lost["source"]:
-            program.warn(
-                f"a prompt has more than {self.config.max_source_length} tokens and loses its end, "
-                "as in training"
-            )
-        [[example]] = data.examples_by_set(tokens).values()
+        """Return the ids of a prompt, cut as in training."""
+        example = data.example_of(row_of_prompt(prompt), self.tokenizer, self.config)
         return example.source_ids.tolist()
 
     def decode(self, ids):
@@ -108,7 +103,10 @@ class HubTokenizer:
     instructions = None
 
     def __init__(self, base):
-        with program.reading(base, "pip install transformers protobuf sentencepiece"):
+        with program.reading(
+            base,
+            "if no tokenizer is missing there: pip install transformers protobuf sentencepiece",
+        ):
             import transformers
 
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -162,7 +160,7 @@ class PeftModel:
             attention_mask=torch.ones_like(prompt),  # a prompt may spell the padding token out
             max_new_tokens=max_tokens,
             do_sample=False,
-            num_beams=1,  # the base may bring another number, and another penalty
+            num_beams=1,  # generation_config.json of the base may set others
             repetition_penalty=1.0,
         )[0]
         return row if self.model.config.is_encoder_decoder else row[len(ids) :]
@@ -209,15 +207,11 @@ def main():
         parser.error(f"--max-tokens {args.max_tokens}: give 1 or more")
     if args.prompt and args.input:
         parser.error("--input: a whole prompt has no other input; leave it out")
+    questions = args.ask or args.prompt
     with program.checking_settings():
         program.require_text("--input", args.input)
-    flag = "--ask" if args.ask else "--prompt"
-    questions = args.ask or args.prompt
-    for question in questions:
-        with program.checking_settings():
-            program.require_text(flag, question)
-        if not question.strip():
-            parser.error(f"{flag}: a text is empty")
+        for question in questions:
+            program.require_prompt("--ask" if args.ask else "--prompt", question)
 
     router = Router(args.served, args.base)
     if router.prompt_rule:

@@ -152,7 +152,7 @@ def read_adapter(path: str | Path) -> dict[str, Any]:
     """Return what is in an adapter.pt. Raise ValueError if it is not one of this version."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError):  # some advise to run what is in it
+    except (pickle.UnpicklingError, EOFError, RuntimeError):  # some advise a load that runs code
         raise ValueError("damaged, or more than plain tensors") from None
     missing = [name for name in (*REMEDIES, "dtypes", "state") if name not in saved]
     if missing:
@@ -226,7 +226,7 @@ class RoutedTraining:
             return mask  # the input_ids are the source; the answer is in the labels alone
 
         is_packed = any(getattr(self.args, name, False) for name in PACKING_SETTINGS)
-        is_flattened = "cu_seq_lens_q" in inputs  # a collator that flattens gives this or positions
+        is_flattened = "cu_seq_lens_q" in inputs  # a flattening collator gives this or positions
         positions = inputs.get("position_ids")
         if positions is not None and positions.dim() == 2:
             is_flattened = is_flattened or holds_several_samples(positions, mask)
@@ -343,7 +343,7 @@ class RoutedTraining:
                 )
         saved = {**self.bound_to(), "dtypes": self.base_dtypes, "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
-        with open(incomplete, "wb") as file:  # an error of the file says what is wrong
+        with open(incomplete, "wb") as file:  # a failure here names the file
             torch.save(saved, file)
             file.flush()
             os.fsync(file.fileno())

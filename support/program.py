@@ -53,14 +53,14 @@ class UserError(ValueError):
 def checking_settings() -> Iterator[None]:
     """Turn a ValueError inside the block into a UserError.
 
-    For the places where a config is made from flags, or adapters are attached as flags say. A
+    Use it where a config is made from flags, and where adapters are attached as flags say. A
     ValueError of torch, or of a line in the file of a method, is a bug, and keeps its traceback.
     """
     try:
         yield
     except ValueError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].startswith((OWN_METHOD, "torch.")):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if frames[-1].f_globals["__name__"].startswith((OWN_METHOD, "torch.")):
             raise
         raise UserError(str(error)) from error
 
@@ -207,6 +207,13 @@ def require_text(name: str, value: Any) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} is not valid Unicode (lone surrogate)") from None
+
+
+def require_prompt(name: str, value: Any) -> None:
+    """Raise ValueError unless the value is a text, as above, that is not blank."""
+    require_text(name, value)
+    if not value.strip():
+        raise ValueError(f"{name}: it is empty")
 
 
 def to_json(value: Any, **options: Any) -> bytes:

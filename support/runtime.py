@@ -49,13 +49,15 @@ def pick_device(
 
     own_gpu = gpu or 0
     last_gpu = own_gpu  # of all processes on this node
+    who = f"--gpu {own_gpu}"
     remedy = ""
     if program.world_size() > 1:
         own_gpu = program.local_rank()
         last_gpu = program.torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
-        remedy = "; start as many processes per node as there are GPUs, or give --device cpu"
+        who = f"{last_gpu + 1} processes on this node"
+        remedy = "; start as many as there are GPUs, or give --device cpu"
     if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
-        raise UserError(f"--gpu {last_gpu}: there are {gpus} GPUs, numbered from 0{remedy}")
+        raise UserError(f"{who}: there are {gpus} GPUs, numbered from 0{remedy}")
 
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)

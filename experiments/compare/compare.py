@@ -34,11 +34,20 @@ from typing import Any
 
 import checkpoint
 import data
+import eval as evaluation
 import metrics
 import run_folder
 import tokenizer as tokenizers
 import train
-from baselines import METHODS, OWN_METHODS, Poly, attach_method, load_method, method_class
+from baselines import (
+    METHODS,
+    OWN_METHODS,
+    Poly,
+    attach_method,
+    load_method,
+    method_class,
+    settings_of_method,
+)
 from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
@@ -135,6 +144,10 @@ def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
     needs_w = row.w or row.replaced_router or "mixing" in row.settings
     if needs_w and adapter.router != "sample":
         raise UserError(f"--rows {name}: --router {adapter.router} has no w of a sample")
+    read = settings_of_method("orchmoe", row.settings.get("router", adapter.router))
+    given = {field: getattr(adapter, field) for field in row.settings if field in read}
+    if row.settings and all(row.settings[field] == value for field, value in given.items()):
+        raise UserError(f"--rows {name}: changes nothing in this study")
     if "skills" not in row.settings:
         return row
     total = adapter.skills * adapter.rank
@@ -194,7 +207,7 @@ def print_plan(
                 f"{cell.path}: begun before the {trials} trials of {tuned_like}, which choose its "
                 f"values, were made; give another --out, or delete it and {cell.folder}"
             )
-        if cell.row.trains and not is_made:
+        if cell.row.is_run and not is_made:
             others += 1
     study.progress = StudyProgress(trials_left, others)
     left = study.progress.expected
@@ -218,6 +231,8 @@ def seconds_of_a_step(
 ) -> float:
     """Return the seconds that a training step takes, from the first steps."""
     base, adapters = train.build(settings, device, len(train_set.tasks), attach_method)
+    words = tokenizers.load(settings.model)
+    evaluation.require_fit(base, words, train_set, max_new_tokens=0)  # as train.train does
     optimizer = train.make_optimizer(adapters, settings)
     for group in optimizer.param_groups:
         group["max_lr"] = 0.0  # so that these steps cannot diverge, whatever the rates are
@@ -310,11 +325,7 @@ def print_next_commands(cells: Sequence[Cell], config: StudyConfig) -> None:
     best = min(cells, key=lambda cell: cell.result()["dev_loss"])
     settings = best.settings
     run = ["--run", str(best.folder)]
-    launch = []
-    if config.gpu is not None:
-        launch += program.flag_words("gpu", config.gpu)
-    if config.device:
-        launch += program.flag_words("device", config.device)
+    launch = train.device_flags(config)
 
     ask = ["python", "eval.py", *run]
     if settings.method in OWN_METHODS:

@@ -76,6 +76,11 @@ class Variant(NamedTuple):
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     trains: bool = True  # whether it has adapters; otherwise the row is the frozen base
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a cell of it makes a run. Others score the base, or the run of another cell."""
+        return self.trains and not self.w
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -447,8 +452,8 @@ def replaced_w(
 GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
-def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
-    """Prepare a worker: set its threads, load own methods, and end it when its parent is killed."""
+def _start_worker(threads: int, own_methods: Sequence[str], device: torch.device) -> None:
+    """Prepare a worker: its threads, own methods and GPU, and its end when its parent is killed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells there is nothing to save
     for method in own_methods:
         load_method(method)
@@ -461,6 +466,8 @@ def _start_worker(threads: int, own_methods: Sequence[str]) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if device.type == "cuda":
+        runtime.pick_device(device.index)  # it also changes settings of torch
 
 
 def _in_worker(cell: Cell, device: runtime.Device) -> bool:
@@ -569,7 +576,7 @@ class StudyProgress:
     def finished(self, cell: Cell, jobs: int) -> None:
         """Print that a cell is finished. In a planned study only trials show their dev losses."""
         result = cell.result()
-        if cell.row.trains:  # otherwise it is the frozen base, which is no run
+        if cell.row.is_run:
             self.seconds.append(result["seconds"])
             if cell.is_trial:
                 self.trials[cell.name] -= 1
@@ -580,7 +587,7 @@ class StudyProgress:
             parts.append("diverged")
         elif "dev_loss" in result and cell.scores != "replicate":
             parts.append(f"dev loss {result['dev_loss']:.4f}")
-        if cell.row.trains and len(self.seconds) < self.expected:
+        if cell.row.is_run and len(self.seconds) < self.expected:
             parts.append(f"{len(self.seconds)} of {self.expected} runs")
             parts.append(f"about {duration(self.rounds(jobs) * fmean(self.seconds))} left")
         program.print_line(", ".join(parts))
@@ -649,7 +656,8 @@ def run_cells(
             stopped.set()
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's locks
-        started_with = (torch.get_num_threads(), [method.source for method in OWN_METHODS.values()])
+        own_methods = [method.source for method in OWN_METHODS.values()]
+        started_with = (torch.get_num_threads(), own_methods, device.torch_device)
         with (
             _pass_on_signals(stopped),
             progress.watch(),

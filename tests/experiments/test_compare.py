@@ -15,6 +15,7 @@ import signal
 import time
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(caps
     for name in ("w replaced by its mean", "factors mixed"):
         with refusal(f"--rows {name}: --router token has no w"):
             compare.ablations([name], OrchMoEConfig(router="token"), 5)
+    given = [("K = 4", {"abstract_tasks": 4}), ("S = 1", {"skills": 1}), ("router: token", {})]
+    given += [("attention off", {}), ("router start: normal", {})]
+    for name, options in given:
+        config = OrchMoEConfig(**{"router": "sample" if options else "token"} | options)
+        with refusal(f"--rows {name}: changes nothing in this study"):
+            compare.ablations([name], config, 5)
 
 
 @pytest.mark.parametrize("K", [8, 24])
@@ -240,14 +247,13 @@ def base_cell(folder, values):
 
 
 def test_a_cell_is_bound_to_its_settings_data_and_base(tmp_path):
-    """A cell is bound to its settings, data and base."""
     cell = cell_of(tmp_path, "lora", facts={"base": "one", "train_tasks": "two"})
     cell.require_same()  # there is no file
     program.write_json(cell.path, {"settings": {"row": "lora", **cell.made_with()}})
     cell.require_same()
-    settings = study.changed(cell.settings, {"gumbel": True})
-    facts = cell.facts | {"train_tasks": "other"}
-    for other in (cell._replace(facts=facts), cell._replace(settings=settings)):
+    others = [cell._replace(settings=study.changed(cell.settings, {"gumbel": True}))]
+    others += [cell._replace(facts=cell.facts | {name: "other"}) for name in cell.facts]
+    for other in others:
         with refusal("lora.json: made with .*; give another --out"):
             other.require_same()
     cell.path.unlink()
@@ -401,8 +407,8 @@ def test_rows_that_change_w_score_the_run_of_the_default(small, home, monkeypatc
     assert len(losses) == 3
 
 
-def test_replaced_w_is_the_mean_of_dev(monkeypatch):
-    """Nothing is learnt from what is scored."""
+def test_replaced_w_is_the_mean_of_dev_or_that_of_another_sample(monkeypatch):
+    """The mean is that of dev, so that nothing is learnt from what is scored."""
     w = {"dev": torch.eye(2), "seen": torch.eye(4)}
     monkeypatch.setattr(study.evaluation, "router_weights", lambda _, __, which, ___: w[which])
 
@@ -471,13 +477,23 @@ def fail_or_wait(cell, device):
     raise UserError("c failed")
 
 
-@pytest.mark.parametrize("names", ["cd", "dc"])
-def test_a_cell_that_fails_stops_the_others(tmp_path, names, forked, monkeypatch):
+def test_a_cell_that_fails_stops_the_others(tmp_path, forked, monkeypatch):
+    """The one that fails is not the one that began first."""
     monkeypatch.setattr(study, "run_cell", fail_or_wait)
-    cells = {name: cell_of(tmp_path, name) for name in names}
+    cells = {name: cell_of(tmp_path, name) for name in "dc"}
     with refusal("c failed"):
         study.run_cells([[cell] for cell in cells.values()], 2, CPU)
     assert cells["d"].path.exists()
+
+
+@pytest.mark.parametrize("device, picked", [("cuda:1", [mock.call(1)]), ("cpu", [])])
+def test_a_worker_makes_the_settings_of_its_gpu(device, picked, monkeypatch):
+    """pick_device changes torch in the process that calls it."""
+    monkeypatch.setattr(runtime, "pick_device", mock.Mock())
+    monkeypatch.setattr(study.threading, "Thread", mock.Mock())
+    monkeypatch.setattr(study.signal, "signal", mock.Mock())
+    study._start_worker(torch.get_num_threads(), [], torch.device(device))
+    assert runtime.pick_device.mock_calls == picked
 
 
 def run_until_signal(cell, device):
@@ -492,7 +508,8 @@ def run_until_signal(cell, device):
 
 def test_workers_save_their_cells_when_the_parent_is_killed(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(study, "run_cell", run_until_signal)
-    # A forked worker keeps the first one from noticing the end of the parent until it ends, too.
+    # A worker is forked with the pipes of those before it, which see the end of the parent only
+    # when this worker has ended, too.
     monkeypatch.setattr(study, "GRACE", 2)
     cells = [cell_of(tmp_path, name) for name in "cd"]
     kind = signal.SIGKILL
@@ -645,7 +662,7 @@ def test_a_search_counts_the_trials_that_it_will_make(tmp_path):
 
     search = Search({"lr_skills": 1e-2}, 3, cell)
     assert search.count_missing() == 3
-    for name, loss in (("lora_0.01", 1.0), ("lora_0.5", 0.0)):  # the second is of another start
+    for name, loss in (("lora_0.01", 1.0), ("lora_0.5", 0.0)):  # no trial of this search has 0.5
         made = cell_of(tmp_path, name)
         settings = {"row": name, **made.made_with()}
         program.write_json(made.path, {"dev_loss": loss, "settings": settings})
@@ -653,7 +670,7 @@ def test_a_search_counts_the_trials_that_it_will_make(tmp_path):
     assert Search({"lr_skills": 1e-2}, 1, cell).count_missing() == 0
 
 
-def test_a_minute_of_silence_ends_with_the_step_that_is_reached(tmp_path):
+def test_the_step_that_a_run_has_reached_is_read_from_its_log(tmp_path):
     cell = cell_of(tmp_path, "a")
     assert study.reached(cell) == "a: step 0 of 600"
     cell.folder.mkdir()
@@ -705,7 +722,6 @@ REFUSED = {
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--rows default": "--rows: has no effect without --ablations",
-    "--data sni/own.jsonl --num-pos 1": "--num-pos: has no effect in this comparison",
     "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",

@@ -153,8 +153,8 @@ def test_rows_with_other_prompts_are_not_compared():
     for other in (cell(["a", "a"], [1.0, 1.0]), cell(["a", "b"], [1.0, 1.0], tokens=[1, 2])):
         with pytest.raises(UserError, match="the cells of two rows have different seen rows"):
             tables.paired([one], [other], "seen", "loss")
-        with pytest.raises(UserError, match="the cells of a row have different seen rows"):
-            tables.paired([one, cell(["a"], [1.0])], [one], "seen", "loss")
+    with pytest.raises(UserError, match="the cells of a row have different seen rows"):
+        tables.paired([one, cell(["a"], [1.0])], [one], "seen", "loss")
 
 
 # ---------------------------------------------------------------------------------------- verdicts
@@ -174,7 +174,7 @@ def cells_of(means, seeds=3, sd=0.1, U=20):
     "mean, decision, use",
     [
         (1, "better", "orchmoe."),
-        (3, "worse", "lora, since orchmoe was not shown to be better."),
+        (3, "worse", "lora."),
         (2, "undecided", "lora, since orchmoe was not shown to be better."),
     ],
 )
@@ -194,7 +194,7 @@ def test_of_two_methods_that_are_no_lora_neither_is_simpler():
     text, chosen = tables.verdicts("orchmoe", one, "poly", other)
     assert text.endswith("\nNeither was shown to be better.") and chosen == {"seen": ""}
     text, chosen = tables.verdicts("orchmoe", cells_of([3.0, 2.0])[0], "poly", other)
-    assert text.endswith("\nUse poly, since orchmoe was not shown to be better.")
+    assert text.endswith("\nUse poly.")
 
 
 def test_one_prompt_gives_no_verdict():

@@ -1,8 +1,8 @@
 """The comparison on rows of JSONL, from start to verdict.
 
 The numbers of the verdict are computed again from the cells, by code that shares nothing with
-experiments/compare/tables.py: that of experiments/results/compare/recompute.py, and for few tasks
-that below.
+experiments/compare/tables.py. It is the code of experiments/results/compare/recompute.py; if there
+are few tasks, it is in this file.
 """
 
 import json
@@ -98,7 +98,7 @@ def test_a_comparison_of_bundled_rows_ends_in_a_verdict(tmp_path):
     assert line.group(2) == ("better" if high < 0 else "worse" if low > 0 else "undecided")
     assert line.group(3).startswith(f"Over {prompts} prompts and 2 seeds. It speaks of prompts")
     results = (home / "out/results.md").read_text()
-    assert results.rstrip().endswith(("not shown to be better.", "Use orchmoe."))
+    assert results.rstrip().endswith(("not shown to be better.", "Use orchmoe.", "Use lora."))
     assert results in out
     use = "orchmoe" if line.group(2) == "better" else "lora"
     assert f"the best run of {use} on dev, to use it and to make it again:" in out

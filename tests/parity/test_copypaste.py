@@ -109,10 +109,9 @@ def assert_close(found, expected):
 def test_all_leaves_the_output_head_as_it_is():
     """test_llama.py attaches to a base that is not wrapped."""
     base = llama().base
-    adapters = attach(nn.Sequential(base), OrchMoEConfig(targets=("all",)))
+    attach(nn.Sequential(base), OrchMoEConfig(targets=("all",)))
     without = [name for name, m in base.named_modules() if type(m) is nn.Linear]
     assert without == ["lm_head"]
-    assert base.lm_head not in adapters.linears.values()
 
 
 # ------------------------------------------------------------------------------- samples of a batch

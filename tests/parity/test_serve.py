@@ -101,7 +101,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
 MISTAKES = {  # flags -> what is said
     "--served nope": "nope/router.json: does not exist; name a folder that",
     "--base nope": "nope: does not exist; name a local folder",
-    "--ask=": "--ask: a text is empty",
+    "--ask=": "--ask: it is empty",
     "--prompt \udcff": "--prompt is not valid Unicode",
     "--ask a": "--ask: only a run on rows of JSONL has instructions; give --prompt",
     "--prompt a --input b": "--input: a whole prompt has no other input; leave it out",

@@ -197,7 +197,7 @@ def make_trainer(folder, model=None, rows=TOKENS, **options):
     return trainer(model, args, collator, train_dataset=rows, eval_dataset=rows)
 
 
-# For comparing two ways to one result: rounding changes Adam's steps by a share of the rate.
+# A small rate, because Adam turns differences of rounding into a share of the rate.
 SMALL_RATE = 3e-3
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # of two orders of summation in float32
 
@@ -233,7 +233,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(make, make_base, tmp_path)
         assert torch.equal(tensor, start[name]) == is_fixed, name
 
 
-def test_a_router_that_was_not_fitted_is_named_before_it_trains(tmp_path):
+def test_a_router_that_was_not_fitted_gives_a_warning_before_it_trains(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.warns(UserWarning, match="call fit_router"):
         trainer.create_optimizer()
@@ -321,7 +321,7 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    """The one with the highest loss counts as the best, since training lowers the loss."""
+    """With greater_is_better the first checkpoint is the best, so that the last one is not."""
     each_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
     each_step |= {"eval_steps": 1, "max_steps": 3}
     options = {"load_best_model_at_end": True, "greater_is_better": True}
@@ -452,7 +452,7 @@ def test_prompt_mask_ends_where_the_first_answer_starts():
 
 
 def test_every_method_gets_the_mask_of_the_prompt(tmp_path):
-    """One of a user may have a router of its own kind."""
+    """A method of a user's own may have another kind of router."""
     trainer = make_trainer(tmp_path, adapted(make_llama(), LoRA))
     batch = next(iter(trainer.get_train_dataloader()))
     expected = prompt_mask(batch["labels"], batch["attention_mask"])
@@ -615,6 +615,7 @@ def test_7b_takes_one_gpu(monkeypatch):
 
 @pytest.fixture
 def base_folder(tmp_path):
+    pytest.importorskip("bitsandbytes")
     model = make_llama(width=64)
     model.generation_config.num_beams = 3  # answers are greedy without it
     model.save_pretrained(tmp_path / "base")
@@ -624,8 +625,7 @@ def base_folder(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_program_for_7b_trains_stops_resumes_and_answers(base_folder, tmp_path):
-    """SIGTERM saves the step in which it arrives. test_resumed_run_... is exact."""
-    pytest.importorskip("bitsandbytes")
+    """SIGTERM saves the step in which it arrives."""
     write_rows(tmp_path / "data.jsonl", TEXT)
     options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"warmup_steps": 0, "learning_rate": 0.03}
@@ -678,7 +678,6 @@ PROGRAM_7B = "integrations/finetune_7b.py"
 
 @pytest.mark.filterwarnings("ignore")
 def test_program_for_7b_learns_from_one_step(base_folder, tmp_path):
-    pytest.importorskip("bitsandbytes")
     more = {"messages": [], "images": [], "input_ids": [1], "text": "x"}  # TRL would read these
     write_rows(tmp_path / "data.jsonl", [row | more for row in TEXT[:16]])
     said = run(f"{PROGRAM_7B} --data data.jsonl --out out --model", base_folder)
@@ -691,7 +690,6 @@ def test_program_for_7b_learns_from_one_step(base_folder, tmp_path):
 def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
     base_folder, tmp_path, capsys
 ):
-    pytest.importorskip("bitsandbytes")
     rows = [*TEXT[:16], {"prompt": "a " * 1100, "completion": "b"}]
     rows += [{"prompt": "a", "completion": " b" * 1100}] * 2
     model, tokenizer = finetune_7b.load_base(base_folder)
@@ -710,7 +708,7 @@ def test_rows_that_are_too_long_are_counted_and_infinite_weights_are_not_saved(
 GOOD = {"prompt": "Hot is not", "completion": " cold"}
 BAD_ROWS = [
     ({"prompt": "Hot is not"}, "completion must be a string, not None"),
-    ({"prompt": "", "completion": "cold"}, "the prompt is empty"),
+    ({"prompt": "", "completion": "cold"}, "prompt: it is empty"),
 ]
 
 
@@ -819,7 +817,7 @@ def train_in_a_process(folder):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """To a tolerance of float32: sums in another order, enlarged by three steps of Adam."""
+    """Two processes sum in another order, and three steps of Adam enlarge the difference."""
     one = train_in_a_process(tmp_path / "one")
     done = torchrun(2, __file__, "two")
     assert "DistributedDataParallel in 2 processes" in done.stdout

@@ -151,7 +151,7 @@ def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
     assert "| start |" in output and "| orchmoe |" in output
 
 
-# --------------------------------------------------------------------------------- unusual starts
+# ----------------------------------------------------------------------------- an unusual stdout
 
 
 def test_a_stdout_of_few_letters_does_no_harm(monkeypatch):

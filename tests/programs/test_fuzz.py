@@ -9,6 +9,7 @@ tries 50 inputs. By hand it tries 10,000 with at most 5 seconds for each:
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,13 +190,15 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", tokenizer.KINDS)
 @given(st.data())
 def test_damaged_tokenizers_are_read_or_refused_in_one_line(folder, tokenizer_folder, name, drawn):
+    folder = folder / Path(name).stem  # of this kind alone
+    folder.mkdir(exist_ok=True)
     whole = (tokenizer_folder / name).read_bytes()
     contents = damaged_or_changed(whole) if name == "tokenizer.json" else damaged(whole)
     (folder / name).write_bytes(drawn.draw(contents))
     settings = folder / "tokenizer_config.json"
     settings.write_bytes(drawn.draw(damaged_or_changed(TOKENIZER_SETTINGS)))
     with refusing(folder):
-        found = tokenizer.load(folder / name)
+        found = tokenizer.load(folder)
         ids = found.encode("ab ba the dog </s>")  # some damage shows only here
         assert ids[-1] == found.eos_ids[0]
         assert all(0 <= i < found.size for i in ids)

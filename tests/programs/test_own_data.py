@@ -270,8 +270,6 @@ def test_changed_files_are_named_with_what_helps(changed):
     write_rows(changed / "test.jsonl", other)
     error = refused("t5: test_tasks is '", evaluate)
     assert "restore it (if it moved, give --model, --data, --test or --method)" in error
-    unicode = "eval.py: error: --ask is not valid Unicode (lone surrogate)"
-    refused(unicode, evaluate, "--ask", b"a\xff".decode(errors="surrogateescape"))
 
 
 # ------------------------------------------------------------------------------------------ --start

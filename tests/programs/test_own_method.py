@@ -359,7 +359,7 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
         ("integrations/export.py --run own --out out", "no LoRAs with fixed weights"),
     ],
 )
-def test_a_program_that_cannot_use_it_says_so(command, message, own, home):
+def test_a_program_that_cannot_use_a_method_of_ones_own_says_so(command, message, own, home):
     refused(message, command.format(hydra=HYDRA, own="own.py:ByTask"))
 
 

@@ -54,7 +54,7 @@ EVALUATE = "eval.py --run run --split seen --limit 2 --device cpu"
 
 @pytest.mark.parametrize("method", ["orchmoe", "lora", "poly"])
 def test_a_method_trains_and_is_scored(home, method):
-    """test_device.py trains moe-lora and c-poly. MHR is Poly in each of its heads."""
+    """test_device.py trains the other methods."""
     sizes = f"{SHORT} --batch-size 8 --eval-instances 4 --lr-skills 0.01"
     output = run(f"train.py {sizes} --data sni/ --method {method} --out run")
     assert f"| {method} |" in output
@@ -77,7 +77,7 @@ def test_a_method_trains_and_is_scored(home, method):
 
 
 def test_own_rows_train_and_their_scores_name_the_rules(home):
-    """README's commands give no --out, and --gpu 0 also where there is no GPU."""
+    """README's commands give no --out. They give --gpu 0, which works without a GPU, too."""
     write_rows(home / "other.jsonl", own_rows(9))
     own = "--data sni/own.jsonl --test other.jsonl --eval-instances 8 --steps 4 --eval-every 2"
     own += " --batch-size 8 --warmup 2 --gpu 0"
@@ -339,16 +339,14 @@ def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch
 
 def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monkeypatch):
     load = run_folder.load
-    calls = []
-
-    def second(words):
-        if not calls:  # during the first evaluation
-            calls.append(words)
-            refused(f"run/eval-seen-2: {words}", f"{EVALUATE} --num-pos 0")
 
     def predict(*inputs, **_):
-        second("another process is writing here; wait, or choose another --out")
-        return ["the first"] * len(inputs[2])
+        """Return answers when a second evaluation has been refused."""
+        predict_alone = mock.Mock(return_value=["the first"] * len(inputs[2]))
+        monkeypatch.setattr(evaluation, "predict", predict_alone)
+        words = "run/eval-seen-2: another process is writing here; wait, or choose another --out"
+        refused(words, f"{EVALUATE} --num-pos 0")
+        return predict_alone()
 
     def load_slowly(*inputs, **options):
         """Return the model when another evaluation has just been finished."""
@@ -358,7 +356,7 @@ def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monk
 
     monkeypatch.setattr(evaluation, "predict", predict)
     run(EVALUATE)
-    assert calls
+    evaluation.predict.assert_called_once_with()
     monkeypatch.setattr(run_folder, "load", load_slowly)
     shutil.rmtree(copied / "eval-seen-2")
     refused("predictions.jsonl: exists, and nothing is overwritten", f"{EVALUATE} --num-pos 0")
@@ -400,7 +398,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
 
 
 def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
-    """Other data have no ends of sets, and --ask may take the prompt of other data."""
+    """A folder has no `held_out` to compare with rows. `--ask --data DIR` asks in DIR's form."""
     facts = {"tasks": ["a"], "train_tasks": "digest", "held_out": [[3, 0], [17, 0]]}
     saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
     examples, said = choose_rows(saved, capsys, limit=2, data=str(ROOT / "sni"), max_tasks=1)
@@ -493,7 +491,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
     "train.py --targets ,": "--targets: empty; give a value, or leave it out",
-    "eval.py --run empty": "empty/config.json: KeyError: 'settings'; name the folder of a run",
     "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
@@ -518,7 +515,8 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
     f"{TINY} --prompt ' '": "--prompt: it is empty",
-    f"{ASK} --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
+    f"{TINY} --ask a\udcff --input word": "--ask is not valid Unicode (lone surrogate)",
+    f"{TINY} --ask Go --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
     f"{TINY} --prompt Go --input word": "--prompt: it is a whole prompt; leave out",
     # Flags that have no effect.
     "train.py --method lora --gumbel": "--gumbel: has no effect with --method lora; leave it",

@@ -74,7 +74,7 @@ def test_a_note_about_a_line_that_is_gone_is_refused():
 
 
 def test_words_of_the_abstract_tasks_fit_the_run():
-    """Each seen task is named behind the words of the abstract task that it has most."""
+    """WORDS names each seen task under its largest abstract task."""
     assert tables.outdated_words(EXPLORED) == []
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from unittest import mock
 
 import data
@@ -12,15 +13,27 @@ import tokenizer
 from helpers import ROOT, random_batch, text_of
 
 
-def blocks_of(path):
-    """Return the indented blocks in the docstring of a module, without their indentation."""
+def is_python(text):
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def example_of(path):
+    """Return the indented block of Python in the docstring of a module, or None."""
     docstring = ast.get_docstring(ast.parse(text_of(path))) or ""
     blocks = re.findall(r"(?<=\n\n)(?:    .*\n)+", f"{docstring}\n")
-    return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks]
+    return next(filter(is_python, map(textwrap.dedent, blocks)), None)
 
 
-BLOCKS = [(path.stem, block) for path in sorted(ROOT.glob("*.py")) for block in blocks_of(path)]
-CODE = {name: block for name, block in BLOCKS if name in ("data", "kernels", "orchmoe")}
+EXAMPLES = {path.stem: example_of(path) for path in ROOT.glob("*.py")}
+CODE = {name: example for name, example in EXAMPLES.items() if example}
+
+
+def test_each_example_has_a_test():
+    assert sorted(CODE) == ["data", "kernels", "orchmoe"]
 
 
 def test_example_of_data_gives_a_batch(monkeypatch):

@@ -260,7 +260,7 @@ def wait(browser, condition):
 
 
 def answered(browser, name):
-    """Return the cells of a row: answer, loss, difference. There is one before the answer."""
+    """Return the cells of a row: answer, loss, difference. Before the answer there is one cell."""
     script = """const cells = document.querySelectorAll(arguments[0]);
         return [...cells].map((cell) => cell.textContent);"""
     return browser.execute_script(script, f'#answer-rows [data-name="{name}"] td')
@@ -365,7 +365,7 @@ def test_a_typed_prompt_has_no_task_no_reference_and_no_verdict(served):
     assert not served.find_elements("css selector", '[data-row="other"]')
 
 
-def test_an_answer_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
+def test_an_input_that_looks_like_html_leaves_the_page_whole(server, browser, tmp_path):
     explored = explorer.collect(server.loaded)
     nasty = "<!-- <script></script><b>"
     explored["samples"][0]["input"] = nasty

@@ -1,4 +1,4 @@
-"""The shape of the project: imports point down, code is small and plain, pages are correct."""
+"""The shape of the project: imports point down, code is small, pages are correct."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Tests of the program that makes the bundled miniature of Super-NaturalInstructions."""
+"""The programs that make the bundled miniature of SNI, and the base SmolLM2."""
 
 from helpers import refused
 from sni import make_sni

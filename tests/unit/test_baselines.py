@@ -28,8 +28,6 @@ CONFIG = OrchMoEConfig(skills=S, rank=R, abstract_tasks=4, alpha=5.0)
 TASK_IDS = torch.tensor([4, 0, -1, 2])
 BY_TASK_ID = ("poly", "mhr", "c-poly")
 HYDRA = load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA")
-# Most tests call only one of the adapted Linears.
-pytestmark = pytest.mark.filterwarnings("ignore:.*adapted Linears were not called")
 
 
 def attached(name, base):
@@ -70,6 +68,7 @@ def expected_weights(name, adapters, linear, x):
     return torch.cat([common[:, 0], private], 1)  # (B,S-1+T)
 
 
+@pytest.mark.filterwarnings("ignore:.*adapted Linears were not called")
 @pytest.mark.parametrize("name", ["lora", "moe-lora", HYDRA, *BY_TASK_ID])
 def test_a_linear_is_the_equation_of_its_method(small_t5, name):
     """The weights are those of the papers. test_kernels.py tests the functions that mix."""

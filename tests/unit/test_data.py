@@ -118,13 +118,13 @@ def test_seen_and_test_rows_with_the_tokens_of_dev_rows_are_found(own, tiny_word
     rows = own_rows(5000)  # so many that a prompt has its set by itself
     of_dev = next(row for row in rows if split_key(row["prompt"]) < (2, 0))
     ends = (" " * i for i in range(1, 999))
-    copy = next(end for end in ends if split_key(of_dev["prompt"] + end)[0] in range(2, 6))
+    end_for_seen = next(end for end in ends if split_key(of_dev["prompt"] + end)[0] in range(2, 6))
     others = [of_dev, {"prompt": "Tell.", "completion": "x"}]
     whole = load_sets(own(rows, others), tiny_words)
     warning = "other.jsonl: 1 of 2 test rows have the tokens of training or dev rows, so they are"
     assert warning in capsys.readouterr().err
 
-    rows.append(of_dev | {"prompt": of_dev["prompt"] + copy})
+    rows.append(of_dev | {"prompt": of_dev["prompt"] + end_for_seen})
     sets = load_sets(own(rows, others), tiny_words)
     assert [len(examples) for examples in sets.values()] == [len(e) for e in whole.values()]
     count = len(sets["seen"]) + 1
@@ -151,7 +151,7 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(own, tiny_word
 
 def test_test_rows_that_are_the_training_rows_are_refused(own, tiny_words):
     config = own(own_rows(300), own_rows(300))
-    with refusal("--test .*other.jsonl: has the rows of --data", program.UserError):
+    with refusal("--test .*other.jsonl: is a copy of --data", program.UserError):
         load_sets(config, tiny_words)
 
 
@@ -266,7 +266,7 @@ def test_texts_that_lose_their_ends_are_counted(config, repository, tokenizer, c
 
 
 def test_rows_at_exactly_the_limit_are_not_cut(tiny_words):
-    """The count has a source or a target of one token more, and none of the limit."""
+    """A text of exactly the limit does not count as cut. One with one token more does."""
     row = Row("train", "t", "t", "1", 0, "Say it.", ["a b", "a"])
     whole = data.example_of(row, tiny_words, DataConfig())
     source, target = len(whole.source_ids), len(whole.target_ids[0])
@@ -293,7 +293,7 @@ def test_rows_and_questions_with_unknown_characters_are_reported(own, tiny_words
     assert not capsys.readouterr().err
     question(tiny_words, "a \u65e5")
     error = capsys.readouterr().err
-    assert "the question: 1 rows have characters that the tokenizer does not know" in error
+    assert "the prompt has characters that the tokenizer does not know" in error
 
 
 @pytest.mark.parametrize("post", [None, "<s> $A"], ids=["without BOS", "with BOS"])
@@ -305,7 +305,7 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, tiny_words):
     words = load_tokenizer(path.parent)
     config = DataConfig(data="own.jsonl")
     assert len(data.example_of(row_of_prompt("\u65e5a"), words, config).source_ids) > 0
-    problem = "the question: the tokenizer has no tokens for the prompt '\u65e5\u65e5'; change it"
+    problem = "the prompt: the tokenizer has no tokens for the prompt '\u65e5\u65e5'; change it"
     with refusal(problem, program.UserError):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
     row = row_of_prompt("\u200b")._replace(set="dev", id="7")
@@ -359,7 +359,7 @@ def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, to
 
 
 def test_a_task_file_of_another_name_is_another_task(config, repository, tokenizer):
-    """Its name decides which rows train, so no run may take the sets for its own."""
+    """The name decides which rows train. So after a renaming the digest must differ."""
     before = load_sets(config, tokenizer)
     (repository / "tasks/task3_c.json").rename(repository / "tasks/task3_x.json")
     write_lists(repository, ["task3_x", "task1_a", "task2_b"], ["task9_t"])

@@ -189,7 +189,7 @@ def test_mistake_prints_one_line(flags, beginning, copied):
 
 
 def test_a_w_for_a_run_of_lora_is_refused(copied):
-    """parity/test_doors.py exports a run of a method whose weights are not fixed."""
+    """programs/test_own_method.py exports a run of a method whose weights are not fixed."""
     change_config(copied, "settings", method="lora")
     refused("run: --method lora has no routing", f"{EXPORT} {GIVEN} --w 1")
 

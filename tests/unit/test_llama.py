@@ -220,33 +220,35 @@ def test_examples_beyond_the_model_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
     ask = "eval.py --model model --device cpu --ask Go. --input"
     refused(message, ask, "x" * 600)
+    compare = "experiments/compare/compare.py --methods orchmoe,lora --device cpu"
+    refused(message, f"{compare} --model model --max-source-length 384")
 
 
 GPUS = [
-    ("H100", (9, 0), torch.bfloat16),
-    ("Tesla T4 (it emulates bfloat16)", (7, 5), torch.float32),
+    ("H100", "", (9, 0), torch.bfloat16),
+    ("Tesla T4", " (it emulates bfloat16)", (7, 5), torch.float32),
 ]
 
 
-@pytest.mark.parametrize("name, capability, expected", GPUS)
+@pytest.mark.parametrize("name, note, capability, expected", GPUS)
 def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
-    name, capability, expected, monkeypatch
+    name, note, capability, expected, monkeypatch
 ):
     current = []  # devices that became torch's current one
     functions = {
         "is_available": lambda: True,
         "device_count": lambda: 2,
-        "get_device_name": lambda device: name.partition(" (")[0],
+        "get_device_name": lambda device: name,
         "get_device_capability": lambda device: capability,
         "set_device": current.append,
     }
-    for function in functions:
-        monkeypatch.setattr(torch.cuda, function, functions[function])
+    for function, value in functions.items():
+        monkeypatch.setattr(torch.cuda, function, value)
     torch.backends.cuda.enable_cudnn_sdp(True)
 
     device, dtype, description = runtime.pick_device(1)
     assert (device, dtype) == (torch.device("cuda", 1), expected)
-    assert description.startswith(f"device: {name}, {runtime.dtype_name(expected)}, ")
+    assert description.startswith(f"device: {name}{note}, {runtime.dtype_name(expected)}, ")
     assert current == [device]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for each shape
     assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16

@@ -23,10 +23,10 @@ def test_texts_without_a_token_match_but_do_not_overlap():
     assert metrics.rouge_l("?!", ["?!"]) == metrics.rouge_1("", [""]) == 0
 
 
-COIN_FLIPS = [("", "+"), ("314", "3.14")]
+ONLY_PUNCTUATION_DIFFERS = [("", "+"), ("314", "3.14")]
 
 
-@pytest.mark.parametrize("prediction, reference", COIN_FLIPS)
+@pytest.mark.parametrize("prediction, reference", ONLY_PUNCTUATION_DIFFERS)
 def test_punctuation_tells_answers_of_rows_apart(prediction, reference):
     assert metrics.exact_match(prediction, [reference]) == 1
     assert metrics.exact_match(prediction, [reference], "unicode") == 0
@@ -66,7 +66,7 @@ def test_words_of_rows_may_be_of_any_script():
         assert 0 < metrics.rouge_1(prediction, [reference], "unicode") < 1
     assert metrics.rouge_l("日語本", ["日本語"], "unicode") == pytest.approx(2 / 3)
     assert metrics.rouge_l("हिन्दू", ["हिन्दी"], "unicode") == 0  # a vowel sign belongs to its word
-    for one, other in (("\u2600\ufe0f", "\u2764\ufe0f"), ("葛\U000e0100", "城")):  # their marks
+    for one, other in (("\u2600\ufe0f", "\u2764\ufe0f"), ("葛\U000e0100", "城")):  # marks
         assert metrics.rouge_l(one, [other], "unicode") == 0
     assert metrics.rouge_l("葛\U000e0100", ["葛"], "unicode") == 1
     assert metrics.rouge_1("running", ["runs"], "unicode") == 1

@@ -2,7 +2,7 @@
 weights of a tiny size, on the CPU.
 
 parity/test_transformers.py compares loss and gradients with those of transformers, and
-parity/test_serve.py answers.
+parity/test_serve.py compares answers.
 """
 
 import json
@@ -98,7 +98,7 @@ def test_a_row_without_any_real_token_gives_no_nan(dtype):
 
 
 def test_rows_of_a_bias_are_aligned_only_on_a_gpu():
-    """Where L is a multiple of 8, too, the rows are longer than L: all L have the same graph.
+    """Rows are padded even if L is a multiple of 8, so that one graph serves every L.
 
     test_device.py tests other L.
     """
@@ -107,7 +107,7 @@ def test_rows_of_a_bias_are_aligned_only_on_a_gpu():
     assert aligned(bias.to("meta")).stride(2) == 16
 
 
-@pytest.mark.parametrize("name", ["v1.1", "llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["v1.1", "llama3"])
 def test_gradient_checkpointing_changes_nothing_but_memory(name):
     def step(checkpointed):
         """Return all gradients, and how many numbers backward needs."""

@@ -3,6 +3,8 @@
 B and Z are random here. With their initial values, the outputs would not depend on the router.
 """
 
+import __future__
+
 import inspect
 import math
 import re
@@ -122,7 +124,10 @@ def test_a_source_of_only_padding_has_zero_x_hat():
 
 
 def test_a_float_mask_is_refused():
-    """0 and -inf, as some models add them to attention scores, would be read the other way."""
+    """Some models add a mask of 0 (real) and -inf (padding) to their attention scores.
+
+    Read as booleans, it would say the opposite.
+    """
     router, x = TaskRouter(16, OrchMoEConfig()), torch.randn(2, 3, 16)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert torch.equal(router(x, mask), router(x, mask.bool()))
@@ -408,12 +413,11 @@ def test_a_config_with_an_impossible_value_is_refused(options):
 
 
 def test_a_config_is_checked_in_a_module_with_postponed_annotations():
-    source = inspect.getsource(orchmoe).replace(
-        "import functools\n", "from __future__ import annotations\nimport functools\n", 1
-    )
+    flag = __future__.annotations.compiler_flag
+    code = compile(inspect.getsource(orchmoe), "postponed", "exec", flags=flag)
     module = types.ModuleType("postponed")
     with mock.patch.dict(sys.modules, postponed=module):
-        exec(source, vars(module))
+        exec(code, vars(module))
         with refusal("rank: 0"):
             module.OrchMoEConfig(rank=0)
 

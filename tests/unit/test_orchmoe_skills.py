@@ -1,6 +1,6 @@
 """Test skills in Linears of all kinds, and routed, disabled, folded, merge and detach.
 
-Each of these methods must undo itself, and must be refused where it makes no sense.
+What they change comes back in the end, and each is refused where it makes no sense.
 """
 
 import contextlib
@@ -170,7 +170,7 @@ COPIES += [(pickled, "plain"), (pickled, "own forward")]
 
 
 @pytest.mark.parametrize("copied, kind", COPIES)
-def test_a_deepcopy_shares_nothing_with_its_original(copied, kind):
+def test_a_copy_shares_nothing_with_its_original(copied, kind):
     base = net(kind)
     attached(base)
     expected = routed(base)

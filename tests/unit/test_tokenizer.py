@@ -172,7 +172,7 @@ def test_bad_file_is_refused(folder, name, content, expected):
     refused(folder, expected)
 
 
-def test_pieces_of_another_kind_are_refused(tmp_path):
+def test_missing_or_damaged_pieces_are_refused(tmp_path):
     refused(tmp_path, "no spiece.model or")
     content = (ROOT / "tiny/spiece.model").read_bytes()
     for damaged in (b"not a model", content.replace(b"\xe2\x96\x81", b"\xe2\x96\xff")):
@@ -194,7 +194,7 @@ def test_a_t5_with_added_tokens_is_refused(tmp_path, name, content):
     refused(tmp_path, f"{name}: has a token 998; tokens that were added to those of T5 are not")
 
 
-def test_word_tokenizer_of_another_kind_is_refused(folder, load_changed, monkeypatch):
+def test_word_tokenizer_of_another_kind_is_refused(folder, load_changed):
     with refusal("tokenizer.json"):  # the package panics
         load_changed(lambda values: values["model"].update(continuing_subword_prefix="long"))
 
@@ -205,5 +205,8 @@ def test_word_tokenizer_of_another_kind_is_refused(folder, load_changed, monkeyp
 
     write_words(folder, post="$A </s>")
     refused(folder, "ends prompts with EOS; a T5 needs its spiece.model")
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refused(folder, "pip install tokenizers")

@@ -262,12 +262,18 @@ NEXT = [  # settings, and the words of the two commands
     ),
     (
         {"method": "lora", "model": "base"},
-        ["python", "eval.py", "--run", "a run", "--split", "train"],
+        ["python", "eval.py", "--run", "a run", *"--split train --gpu 3".split()],
         ["--methods", "orchmoe,lora", "--model", "base"],
     ),
     (
         {"method": "Mine"},
-        "python eval.py --run".split() + ["a run", "--split", "train", "--method", "my.py:Mine"],
+        [
+            "python",
+            "eval.py",
+            "--run",
+            "a run",
+            *"--split train --gpu 3 --method my.py:Mine".split(),
+        ],
         ["--methods", "my.py:Mine,lora"],
     ),
 ]
@@ -277,11 +283,12 @@ NEXT = [  # settings, and the words of the two commands
 def test_next_commands_have_the_settings_of_the_run(values, look, compared, monkeypatch, capsys):
     own = type("Mine", (Method,), {"source": "my.py:Mine"})
     monkeypatch.setitem(train.OWN_METHODS, "Mine", own)
-    train.print_next_commands(Path("a run"), train.Settings(**values))
+    launch = train.LaunchConfig(gpu=3)
+    train.print_next_commands(Path("a run"), train.Settings(**values), launch)
     title, first, second = capsys.readouterr().out.splitlines()
     assert title == "next:"
     assert shlex.split(first, comments=True) == look
-    assert shlex.split(second, comments=True)[3:] == compared
+    assert shlex.split(second, comments=True)[3:] == [*compared, "--gpu", "3"]
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -299,13 +306,17 @@ def first_step(tmp_path):
             pytest.raises(KeyboardInterrupt),
         ):
             train.train(settings, device, launch, final_scores=False)
-        assert not list(tmp_path.rglob("scores.json"))
         return train_step.call_args.args[:2]
 
     return begin
 
 
-def test_only_the_frozen_base_is_in_bfloat16(first_step):
+def test_without_final_scores_nothing_is_scored(first_step, tmp_path):
+    first_step(method="lora")
+    assert not list(tmp_path.rglob("scores.json"))
+
+
+def test_the_frozen_base_alone_is_in_bfloat16_and_blocks_are_checkpointed(first_step):
     bfloat16 = CPU._replace(dtype=torch.bfloat16)
     base, adapters = first_step(bfloat16, method="lora", checkpoint_blocks=True)
     assert base.embedding.weight.dtype == torch.bfloat16
@@ -324,7 +335,7 @@ def test_router_start_ignores_the_padding_of_its_sources(small_t5, examples):
 
 
 def test_router_start_reads_evenly_spaced_examples(small_t5):
-    """The second half of the examples is half of those that are read."""
+    """Half of the examples that are read come from the second half of the set."""
     examples = [make_example(str(i), [5 + 3 * (i >= 2500)], [[7]]) for i in range(5000)]
     adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(abstract_tasks=2)).double()
     train.fit_router(small_t5, adapters, examples, DEFAULTS)
