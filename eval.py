@@ -8,7 +8,8 @@ is scored with its own data settings, unless flags override them.
     python eval.py --run runs/orchmoe-1 --ask "Find the vehicle." --input "apple, bus, shirt"
     python eval.py --model tiny/ --split seen --limit 100 --device cpu
 
-Letters: M examples, K abstract tasks.  Test: pytest tests/programs/test_programs.py
+Letters: M examples, K abstract tasks.
+Test: pytest tests/unit/test_eval.py tests/programs/test_programs.py
 """
 
 import math

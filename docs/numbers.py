@@ -32,6 +32,11 @@ LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks 
 LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q", LINEAR)
 
 
+def of_kind(explored: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Return the seen or the unseen tasks."""
+    return [task for task in explored["tasks"] if task["kind"] == kind]
+
+
 def collect(run: str | Path) -> dict[str, Any]:
     """Return all numbers of the page, as plain JSON values."""
     loaded = explorer.load(run)
@@ -71,7 +76,7 @@ def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
         report = evaluation.router_report(w, start_w)
         explored["distance"][kind] = round(report["distance"], 6)
-        tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+        tasks = of_kind(explored, kind)
         for task, rows in zip(tasks, rows_by_task(loaded.sets[kind]), strict=True):
             task["start_w"] = rounded(start_w[rows].mean(dim=0))
 
@@ -115,7 +120,7 @@ def add_results(explored: dict[str, Any], loaded: Loaded, kind: str) -> None:
                 explorer.answer(loaded, examples[row], given[row]) for given in settings.values()
             ]
 
-    tasks = [task for task in explored["tasks"] if task["kind"] == kind]
+    tasks = of_kind(explored, kind)
     for task, rows in zip(tasks, rows_by_task(examples), strict=True):
         part = [examples[row] for row in rows]
         for name in COMPARED:

@@ -12,6 +12,7 @@ from typing import Any
 
 from docs import numbers
 from docs.markup import inline, markdown, stacked, table
+from docs.numbers import of_kind
 
 LITTLE = 0.05  # nats; a smaller difference of losses counts as none
 MOST = 3  # tasks that are shown because routing helps them most, and as many that it harms most
@@ -66,11 +67,6 @@ def spoken(name: str) -> str:
 def largest(w: list[float]) -> int:
     """Return the abstract task with the largest weight, counted from 0."""
     return w.index(max(w))
-
-
-def of_kind(explored: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Return the seen or the unseen tasks."""
-    return [task for task in explored["tasks"] if task["kind"] == kind]
 
 
 def heat_map(first: str, rows: list[tuple[str, list[float]]]) -> str:

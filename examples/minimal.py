@@ -1,6 +1,8 @@
 """The method in eighty lines: the equations of OrchMoE as code, without any of the plumbing.
 
-`python -m examples.minimal` trains the bundled T5 and prints the losses of `python train.py`.
+`python -m examples.minimal` trains the bundled T5 on the CPU, and prints the losses that
+`python train.py --device cpu` has.
+
 Letters: B batch, L length, D width, N adapted Linears, S skills of rank R, K abstract tasks, M
 prompts.
 """

@@ -1,6 +1,6 @@
 """What the programs need from the machine: device and dtype, processes, sharding, seeds.
 
-Test: pytest tests/programs/test_programs.py tests/programs/test_ranks.py
+Test: pytest tests/unit/test_runtime.py tests/programs/test_ranks.py
 """
 
 from collections.abc import Iterable, Iterator, Sequence

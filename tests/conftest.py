@@ -30,7 +30,9 @@ from helpers import (  # noqa: E402
     SMALL_T5,
     hf_llama,
     links,
+    make_example,
     random_batch,
+    rows_of,
     run,
     sentences,
     task_json,
@@ -172,6 +174,15 @@ def fresh_dynamo():
 def inputs():
     """Return a batch for `small_t5`."""
     return random_batch(2, 60)
+
+
+@pytest.fixture
+def examples(inputs):
+    """Return the rows of `inputs` as examples."""
+    found = []
+    for source, target in rows_of(inputs):
+        found.append(make_example("", source[0].tolist(), target.tolist()))
+    return found
 
 
 @pytest.fixture(params=LLAMA_FAMILIES, scope="module")

@@ -5,7 +5,8 @@
 The page shows w of a sample of the run's data, or of a prompt that you type. Sliders move w; the
 page shows the weights c of the skills, the answer and, with a reference, the loss. It tries some
 samples, opens with the one whose loss rises most with equal weights, and says so. It is served on
-127.0.0.1 alone until Ctrl-C. docs/annotated.html holds the same page with stored answers. Markup,
+127.0.0.1 alone until Ctrl-C. It computes in float32 on the CPU, also for a run in bfloat16, whose
+answers by eval.py may differ. docs/annotated.html holds the same page with stored answers. Markup,
 style and script are in explorer.html, explorer.css and explorer.js.
 
 Letters: M samples, K abstract tasks, S skills, N adapted Linears.
@@ -378,7 +379,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     An answer is right if it is one of the references; the loss is that of the first. A w of null
     means the router's. The warning is empty, or it says that a text has characters that the
-    tokenizer loses. Raise UserError for a body that is no such JSON, and for an empty prompt.
+    tokenizer loses. Raise UserError for an empty prompt.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)

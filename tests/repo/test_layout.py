@@ -36,6 +36,7 @@ LEVEL = {
     "integrations": 5,
     "train": 6,
     "experiments": 7,
+    "docs": 8,
 }
 PACKAGES = {"torch", "safetensors", "numpy", "sentencepiece", "tqdm", "nltk"}
 OPTIONAL = {"tokenizer": {"tokenizers"}}  # inside functions
@@ -123,7 +124,7 @@ def test_files_behind_train_stay_small():
     for path in SUPPORT:
         total += count_tokens(text_of(path))
     assert {"llama", "orchmoe", "run_folder"} <= behind
-    assert total <= 39_800
+    assert total <= 40_000
 
 
 def test_top_level_has_few_files():

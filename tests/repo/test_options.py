@@ -12,11 +12,12 @@ from helpers import ROOT, text_of
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "compare", "computed", "explorer")
+NAMES = ("bench", "claim", "compare", "computed", "explorer")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 SHORT_PROGRAMS = ("integrations.serve", "experiments.smollm2")
 COMMAND = re.compile(
-    r"^ *(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$", re.MULTILINE
+    r"^ *(?:OMP_NUM_THREADS=1 )?(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$",
+    re.MULTILINE,
 )
 
 
@@ -39,13 +40,15 @@ def test_commands_of_pages_and_docstrings_are_accepted():
     parsers = {program: parser_of(program) for program in PROGRAMS + STUDIES + SHORT_PROGRAMS}
     count = 0
     paths = [ROOT / "README.md", ROOT / "SECURITY.md"]
-    for pattern in ("docs/*.md", "*.py", "integrations/*.py"):
-        paths += ROOT.glob(pattern)
+    patterns = ("docs/*.md", "*.py", "integrations/*.py", "experiments/**/*.py", "examples/*.py")
+    paths += [path for pattern in patterns for path in ROOT.glob(pattern)]
     for path in paths:
-        text = text_of(path).replace("\\\n", "")
+        text = re.sub(r"\\+\n", "", text_of(path))  # a docstring has two backslashes
         for program, words in COMMAND.findall(text):
             if program in parsers:
-                arguments = shlex.split(words.replace("SEED", "0"), comments=True)
+                arguments = shlex.split(
+                    words.partition(" > ")[0].replace("SEED", "0"), comments=True
+                )
                 parsers[program].parse_args(arguments)  # ValueError for a wrong flag or value
                 count += 1
     assert count > 25

@@ -8,21 +8,18 @@ parity/test_transformers.py compares loss, greedy tokens and folders with those 
 import copy
 import functools
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoint
-import eval as evaluation
 from helpers import (
     LLAMA3_ROPE,
     LLAMA_SIZES,
     SHORT,
     adapted,
     hf_llama,
-    make_example,
     random_batch,
     refusal,
     refused,
@@ -32,14 +29,6 @@ from helpers import (
     write_words,
 )
 from llama import Attention, LlamaConfig, causal_attention, rotation
-from support import runtime
-
-
-def test_predictions_end_before_any_eos():
-    base = SimpleNamespace(config=SimpleNamespace(eos_ids=(3, 5)))
-    words = SimpleNamespace(decode=lambda ids: [i for i in ids if i >= 0])
-    tokens = torch.tensor([[7, 5, 8, 3], [3, 3, 3, 3], [7, 8, 9, 6]])
-    assert evaluation.decoded(tokens, base, words) == [[7], [], [7, 8, 9, 6]]
 
 
 def test_cached_logits_equal_the_teacher_forced_ones(llama_pair, llama_batch):
@@ -224,80 +213,14 @@ def test_examples_beyond_the_model_are_refused(tmp_path):
     refused(message, f"{compare} --model model --max-source-length 384")
 
 
-GPUS = [
-    ("H100", "", (9, 0), torch.bfloat16),
-    ("Tesla T4", " (it emulates bfloat16)", (7, 5), torch.float32),
-]
-
-
-@pytest.mark.parametrize("name, note, capability, expected", GPUS)
-def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
-    name, note, capability, expected, monkeypatch
-):
-    current = []  # devices that became torch's current one
-    functions = {
-        "is_available": lambda: True,
-        "device_count": lambda: 2,
-        "get_device_name": lambda device: name,
-        "get_device_capability": lambda device: capability,
-        "set_device": current.append,
-    }
-    for function, value in functions.items():
-        monkeypatch.setattr(torch.cuda, function, value)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-
-    device, dtype, description = runtime.pick_device(1)
-    assert (device, dtype) == (torch.device("cuda", 1), expected)
-    assert description.startswith(f"device: {name}{note}, {runtime.dtype_name(expected)}, ")
-    assert current == [device]
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for each shape
-    assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16
-
-
-NATIVE = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-CPUS = [
-    (5e7, NATIVE[:1], torch.bfloat16),
-    (5e7, NATIVE[1:], torch.bfloat16),
-    (3e7, NATIVE, torch.float32),
-    (5e7, (), torch.float32),
-]
-
-
-@pytest.mark.parametrize("size, native, expected", CPUS)
-def test_pick_device_uses_bfloat16_on_a_cpu_that_gains_from_it(
-    tmp_path, monkeypatch, size, native, expected
-):
-    for name in NATIVE:
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in native, raising=False)
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.truncate(int(size))
-    assert runtime.pick_device(device="cpu", base=tmp_path).dtype == expected
-
-
 def test_rows_that_need_more_positions_than_there_are_are_refused():
     """A row counts as it is packed, without the padding between its source and its target."""
     base = small_model("llama2")  # of 64 positions
     fits = random_batch(10, 97, (40, 60), (25, 3))  # 65 tokens, the last of which is not read
     base.loss(*fits)
     base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=5)
-    example = make_example("", [9] * 60, [[9] * 5])
-    words = SimpleNamespace(eos_ids=base.config.eos_ids, size=9)
-    evaluation.require_fit(base, words, [example], max_new_tokens=5)
-
     message = "a row needs 65 positions, but the model has 64"
     with refusal(message):
         base.loss(*random_batch(10, 97, (40, 60), (26, 3)))
     with refusal(message):
         base.generate(fits.input_ids, fits.attention_mask, max_new_tokens=6)
-    with refusal("65 positions, but the model has 64"):
-        evaluation.require_fit(base, words, [example], max_new_tokens=6)
-
-
-def test_a_tokenizer_of_another_model_is_refused():
-    base = small_model("llama2")  # of 97 tokens, with EOS 3
-    words = SimpleNamespace(eos_ids=(3,), size=98)
-    with refusal("it has 98 tokens, the model 97; the tokenizer in"):
-        evaluation.require_fit(base, words, [], max_new_tokens=0)
-    words = SimpleNamespace(eos_ids=(2, 7), size=97)
-    with refusal(r"eos_token_id: \(3,\) in generation_config"):
-        evaluation.require_fit(base, words, [], max_new_tokens=0)

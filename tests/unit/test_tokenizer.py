@@ -203,6 +203,13 @@ def test_word_tokenizer_of_another_kind_is_refused(folder, load_changed):
     with refusal("tokenizer.json: .*<unk>"):  # only a text shows it
         load_changed(lambda values: values["model"].update(unknown)).encode("b")
 
+    def add_unknown_bos(values):
+        values["post_processor"]["special_tokens"]["<s>"]["ids"] = [999]
+
+    write_words(folder, post="<s> $A")
+    with refusal("its template adds a token that is not in the vocabulary"):
+        load_changed(add_unknown_bos)
+
     write_words(folder, post="$A </s>")
     refused(folder, "ends prompts with EOS; a T5 needs its spiece.model")
 

@@ -17,10 +17,8 @@ import data
 import eval as evaluation
 import train
 from baselines import attach_method
-from helpers import CPU, adapted, check_equal, make_example, refusal, rows_of
+from helpers import CPU, adapted, check_equal, make_example, refusal
 from orchmoe import Method, OrchMoEConfig
-from support import program
-from tasks import NO_TASK
 
 DEFAULTS = train.TrainConfig()
 
@@ -28,15 +26,6 @@ DEFAULTS = train.TrainConfig()
 @pytest.fixture
 def batch(inputs):
     return data.Batch(*inputs, torch.arange(4), list("abcd"))
-
-
-@pytest.fixture
-def examples(inputs):
-    """Return the rows of the batch as examples."""
-    found = []
-    for source, target in rows_of(inputs):
-        found.append(make_example("", source[0].tolist(), target.tolist()))
-    return found
 
 
 @pytest.fixture
@@ -172,37 +161,6 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
         torch.testing.assert_close(w, expected_w)
 
 
-@pytest.mark.parametrize("w", [None, torch.eye(8)[:4].double()], ids=["router", "given"])
-def test_losses_of_rows_are_those_of_the_rows_alone(small_t5, examples, w):
-    """A loss is the sum over the tokens of the first reference, in batches of any size."""
-    adapters = adapted(small_t5).double()
-    for batch_size in (1, 3, 4):
-        losses = evaluation.measure(small_t5, adapters, examples, batch_size=batch_size, w=w)
-        for row, example in enumerate(examples):
-            batch = data.collate([example])
-            of_row = None if w is None else w[row]
-            with evaluation.routed(small_t5, adapters, batch, w=of_row):
-                alone = small_t5.loss(batch.input_ids, batch.attention_mask, batch.labels)
-            assert losses[row].tokens == len(example.target_ids[0])
-            assert losses[row].nats == pytest.approx(alone.item(), rel=1e-9)
-
-
-def test_loss_is_a_mean_over_tokens_then_over_tasks_and_prompts_without_a_task():
-    """Two rows of a task, two rows with one prompt without a task, and another such row."""
-    rows = [("a", 5), ("a", 6), (NO_TASK, 7), (NO_TASK, 7), (NO_TASK, 8)]
-    examples = [
-        make_example(str(i), [prompt], [[1]])._replace(task=task)
-        for i, (task, prompt) in enumerate(rows)
-    ]
-    losses = [(2.0, 1), (4.0, 5), (9.0, 3), (1.0, 1), (0.5, 1)]
-    losses = [evaluation.RowLoss(*loss) for loss in losses]
-    assert evaluation.losses_by_task(examples, losses) == {"a": [1.0], NO_TASK: [2.5, 0.5]}
-    scores = evaluation.score(examples, [""] * 5, "official", losses)
-    assert scores["tasks"]["a"]["loss"] == 1.0
-    assert scores["tasks"][NO_TASK]["loss"] == 1.5
-    assert scores["overall"]["loss"] == pytest.approx(4 / 3)
-
-
 def test_training_batch_depends_on_seed_and_step():
     """Both change the order, and which references of an example are its targets."""
     examples = [make_example(f"e{i}", [5], [[7], [8], [9]]) for i in range(8)]
@@ -217,39 +175,6 @@ def test_training_batch_depends_on_seed_and_step():
     for other_ids, other_targets in (ids_and_targets(0, 1), ids_and_targets(1, 0)):
         assert other_ids != ids
         assert other_targets != targets
-
-
-# ----------------------------------------------------------------------------- report on the router
-
-REPORTS = {  # w of four samples, fields of the report, a word of the warning
-    "half": (
-        torch.tensor([[0.5, 0.5, 0, 0]] * 4),
-        {"used": 2, "entropy": math.log(2), "distance": math.log(2)},
-        "",
-    ),
-    "uniform": (torch.full((4, 4), 1 / 4), {"entropy": math.log(4), "distance": 0}, "uniform"),
-    "collapsed": (
-        torch.tensor([[0.9, 0.1], [1, 0], [1, 0], [1, 0]]),
-        {"largest": 0.975, "used": 1},
-        "collapsed",
-    ),
-    "many": (torch.eye(24), {"used": 24, "entropy": 0}, ""),
-    "one": (torch.ones(4, 1), {"entropy": 0}, ""),
-    "no distributions": (2 * torch.eye(8)[[3, 3, 3, 3]], {"entropy": math.nan}, ""),
-}
-
-
-@pytest.mark.parametrize("w, expected, warning", REPORTS.values(), ids=REPORTS)
-def test_the_router_report_warns_of_uniform_and_collapsed_routing(w, expected, warning, capsys):
-    """The distance is that from uniform w."""
-    program.warn.cache_clear()
-    report = evaluation.router_report(w, torch.full_like(w, 1 / w.shape[1]))
-    found = {name: report[name] for name in expected}
-    assert found == pytest.approx(expected, nan_ok=True, abs=1e-6)
-    assert ("distance" in report) != math.isnan(report["entropy"])  # both are of distributions
-    said = capsys.readouterr().err
-    assert warning in said
-    assert bool(warning) == bool(said)
 
 
 # ------------------------------------------------------------------------------ the next commands
