@@ -60,9 +60,10 @@ def row_of(name):
     """Return the stage of a line of recompute.py, and the beginning of its row in the tables."""
     if name.startswith("lead over"):
         return "second", f"| {name} | loss |"
-    stage, pair, outcome = name.split(", ")
-    words = {"rougeL": "ROUGE-L", "exact_match": "exact match"}.get(outcome, "loss")
-    return stage, f"| {pair} | {words} |"
+    stage, pair, outcome = name.replace("_", " ").replace("rougeL", "ROUGE-L").split(", ")
+    if outcome == "p and verdict":
+        outcome = "loss"
+    return stage, f"| {pair} | {outcome} |"
 
 
 def lines_in_tables(script, tables):
