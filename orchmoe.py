@@ -77,7 +77,7 @@ class OrchMoEConfig:
             value = getattr(self, name)
             choices = get_args(hint)
             if hint is int and not (isinstance(value, int) and 1 <= value <= 2**20):
-                raise ValueError(f"{name}: {value!r} must be a Python int from 1 to 2^20")
+                raise ValueError(f"{name}: {value!r} must be a whole number (int) from 1 to 2^20")
             if get_origin(hint) is Literal and value not in choices:
                 raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
         if self.alpha is not None and not 0 < self.alpha < 1e6:
@@ -1003,9 +1003,10 @@ def attach(
     """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
 
     The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
-    of your own as well, call its requires_grad_() afterwards, and give it to the optimizer. (In an
-    nn.Sequential, model[-1] is then the Adapters.) Attach, and fit the router, before the model is
-    wrapped in DistributedDataParallel, which would not synchronise the skills.
+    of your own as well, call its requires_grad_() afterwards, and give it to the optimizer. In an
+    nn.Sequential, model[-1] is then the Adapters, and no longer your head. Attach, and fit the
+    router, before the model is wrapped in DistributedDataParallel, which would not synchronise the
+    skills.
 
     mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
