@@ -167,7 +167,7 @@ def cached(key: list, files: Sequence[Path], make: Callable[[], Any]) -> Any:
     Results are kept in $XDG_CACHE_HOME/orchmoe or ~/.cache/orchmoe, one file for each key. Whenever
     one is written, those older than 30 days are removed.
     """
-    # The name counts, too: a file may be a link to another one, and its name is that of its task.
+    # The name counts, too: two names may be links to one file, but each names its own task.
     names = [[file.name, os.path.realpath(file)] for file in files]
     full_key = json.dumps([CODE, key, names])
     name = hashlib.sha256(full_key.encode()).hexdigest()[:32]
@@ -256,10 +256,9 @@ def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
     """Return the example of one row, such as a question. Warn if a part of it is lost."""
     tokens = tokenise([row], tokenizer, config)
     if tokens.lost["source"]:
-        limit = config.max_source_length
-        program.warn(f"--max-source-length {limit}: the prompt is too long and loses its end")
+        program.warn(f"a prompt has more than {config.max_source_length} tokens and loses its end")
     if tokens.lost["characters"]:
-        program.warn(f"the prompt has {UNKNOWN_CHARACTERS}")
+        program.warn(f"a prompt has {UNKNOWN_CHARACTERS}")
     return examples_by_set(tokens)[row.set][0]
 
 

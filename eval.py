@@ -336,7 +336,7 @@ class EvalConfig:
         program.require_least(self, batch_size=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
-        for name in ("ask", "input", "prompt"):
+        for name in ("ask", "input"):
             require_text(program.flag(name), getattr(self, name))
         if self.prompt and (self.ask or self.input):
             raise UserError("--prompt: it is a whole prompt; leave out --ask and --input")

@@ -388,6 +388,16 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[Examp
     return held_out
 
 
+def require_all_fit(
+    model: Model, train_set: Examples, held_out: dict[str, list[Example]], max_new_tokens: int
+) -> None:
+    """Raise UserError if the tokenizer is of another base, or an example is too long for it."""
+    base, _, tokenizer = model
+    require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
+    for examples in held_out.values():
+        require_fit(base, tokenizer, examples, max_new_tokens)
+
+
 def score_held_out(
     model: Model, held_out: dict[str, list[Example]], settings: Settings, name: str
 ) -> dict[str, dict]:
@@ -655,13 +665,11 @@ def train(
     settings = with_steps(settings, train_set)
     held_out = held_out_sets(sets, settings.eval_instances)
     base, adapters = build(settings, device, len(train_set.tasks), attach_function, launch.shard)
-    require_fit(base, tokenizer, train_set, max_new_tokens=0)  # training generates nothing
-    for examples in held_out.values():
-        require_fit(base, tokenizer, examples, settings.max_new_tokens)
+    model = Model(base, adapters, tokenizer)
+    require_all_fit(model, train_set, held_out, settings.max_new_tokens)
     compiled = choose_compile(settings, base, device.torch_device, launch.shard)
     if compiled == "on":
         base.compile_blocks()
-    model = Model(base, adapters, tokenizer)
 
     # Bind: the final settings, and the facts that the result depends on.
     settings = replace(settings, compile=compiled, dtype=runtime.dtype_name(device.dtype))
@@ -672,7 +680,9 @@ def train(
         **train_set.facts,
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
-        "tasks": list(train_set.tasks),  # last, since a message shows only the beginning
+        "tasks": list(
+            train_set.tasks
+        ),  # last: a message shows the beginning of the first difference
     }
     # A run without progress.pt begins, even with --resume.
     if launch.out and Path(launch.out, "progress.pt").exists():
@@ -730,8 +740,12 @@ def flags_of(settings: Settings, left_out: Sequence[str] = ()) -> list[str]:
 
 def device_flags(config: Any) -> list[str]:
     """Return --gpu and --device of a config as they were given."""
-    gpu = [] if config.gpu is None else ["--gpu", str(config.gpu)]
-    return gpu + (["--device", config.device] if config.device else [])
+    words = []
+    if config.gpu is not None:
+        words += program.flag_words("gpu", config.gpu)
+    if config.device:
+        words += program.flag_words("device", config.device)
+    return words
 
 
 def print_next_commands(run_dir: Path, settings: Settings, launch: LaunchConfig) -> None:

@@ -268,9 +268,9 @@ def require_new_run(out):
 
 def ask(args):
     """Print the answers to the prompts."""
-    with program.reading("--prompt", "give whole prompts"):
+    with program.checking_settings():
         for prompt in args.prompt:
-            program.require_prompt("prompt", prompt)
+            program.require_prompt("--prompt", prompt)
     adapter_path = program.require_path(args.out / ADAPTER_FILE, "finish the training first")
     read_saved(adapter_path, method=OrchMoE.__name__)
     model, tokenizer = load_base(args.model)

@@ -105,7 +105,7 @@ class HubTokenizer:
     def __init__(self, base):
         with program.reading(
             base,
-            "if no tokenizer is missing there: pip install transformers protobuf sentencepiece",
+            "if it has a tokenizer, pip install transformers protobuf sentencepiece",
         ):
             import transformers
 

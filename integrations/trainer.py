@@ -343,7 +343,7 @@ class RoutedTraining:
                 )
         saved = {**self.bound_to(), "dtypes": self.base_dtypes, "state": state}
         incomplete = folder / f".{ADAPTER_FILE}.tmp"  # a killed process leaves no half adapter.pt
-        with open(incomplete, "wb") as file:  # a failure here names the file
+        with open(incomplete, "wb") as file:
             torch.save(saved, file)
             file.flush()
             os.fsync(file.fileno())

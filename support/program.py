@@ -210,7 +210,7 @@ def require_text(name: str, value: Any) -> None:
 
 
 def require_prompt(name: str, value: Any) -> None:
-    """Raise ValueError unless the value is a text, as above, that is not blank."""
+    """Raise ValueError unless the value is a text (see `require_text`) that is not blank."""
     require_text(name, value)
     if not value.strip():
         raise ValueError(f"{name}: it is empty")

@@ -49,15 +49,14 @@ def pick_device(
 
     own_gpu = gpu or 0
     last_gpu = own_gpu  # of all processes on this node
-    who = f"--gpu {own_gpu}"
-    remedy = ""
+    problem = f"--gpu {own_gpu}: there are {gpus} GPUs, numbered from 0"
     if program.world_size() > 1:
         own_gpu = program.local_rank()
         last_gpu = program.torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
-        who = f"{last_gpu + 1} processes on this node"
-        remedy = "; start as many as there are GPUs, or give --device cpu"
+        problem = f"{last_gpu + 1} processes on this node, but {gpus} GPUs; start as many as there "
+        problem += "are GPUs, or give --device cpu"
     if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
-        raise UserError(f"{who}: there are {gpus} GPUs, numbered from 0{remedy}")
+        raise UserError(problem)
 
     if use_gpu:
         chosen = torch.device("cuda", own_gpu)

@@ -34,7 +34,6 @@ from typing import Any
 
 import checkpoint
 import data
-import eval as evaluation
 import metrics
 import run_folder
 import tokenizer as tokenizers
@@ -145,8 +144,9 @@ def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
     if needs_w and adapter.router != "sample":
         raise UserError(f"--rows {name}: --router {adapter.router} has no w of a sample")
     read = settings_of_method("orchmoe", row.settings.get("router", adapter.router))
-    given = {field: getattr(adapter, field) for field in row.settings if field in read}
-    if row.settings and all(row.settings[field] == value for field, value in given.items()):
+    # What the row changes: not what the study has anyway, and not what its router does not read.
+    fields = [field for field, value in row.settings.items() if getattr(adapter, field) != value]
+    if row.settings and read.isdisjoint(fields):
         raise UserError(f"--rows {name}: changes nothing in this study")
     if "skills" not in row.settings:
         return row
@@ -215,7 +215,8 @@ def print_plan(
         return
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))  # the first row, in which nothing replaces the router
-    step = seconds_of_a_step(study.settings_of(name, rows[name], {}), study.device, sets["train"])
+    of_row = study.settings_of(name, rows[name], {})
+    step = seconds_of_a_step(of_row, study.device, sets["train"], held_out)
     gc.collect()  # frees the base: it and its adapters refer to each other
     of_a_run = seconds_of_a_run(step, settings, held_out)
     in_all = study.progress.rounds(jobs) * of_a_run
@@ -227,12 +228,18 @@ def print_plan(
 
 
 def seconds_of_a_step(
-    settings: train.Settings, device: runtime.Device, train_set: data.Examples
+    settings: train.Settings,
+    device: runtime.Device,
+    train_set: data.Examples,
+    held_out: dict[str, list[data.Example]],
 ) -> float:
-    """Return the seconds that a training step takes, from the first steps."""
+    """Return the seconds that a training step takes, from the first steps.
+
+    Raise UserError if an example does not fit the base, before any run meets it.
+    """
     base, adapters = train.build(settings, device, len(train_set.tasks), attach_method)
-    words = tokenizers.load(settings.model)
-    evaluation.require_fit(base, words, train_set, max_new_tokens=0)  # as train.train does
+    model = run_folder.Model(base, adapters, tokenizers.load(settings.model))
+    train.require_all_fit(model, train_set, held_out, settings.max_new_tokens)
     optimizer = train.make_optimizer(adapters, settings)
     for group in optimizer.param_groups:
         group["max_lr"] = 0.0  # so that these steps cannot diverge, whatever the rates are

@@ -453,7 +453,7 @@ GRACE = 60  # seconds that a worker has to save its run when its parent is gone
 
 
 def _start_worker(threads: int, own_methods: Sequence[str], device: torch.device) -> None:
-    """Prepare a worker: its threads, own methods and GPU, and its end when its parent is killed."""
+    """Prepare a worker: set its threads and GPU, load own methods, end it with its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two cells there is nothing to save
     for method in own_methods:
         load_method(method)
@@ -467,7 +467,7 @@ def _start_worker(threads: int, own_methods: Sequence[str], device: torch.device
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if device.type == "cuda":
-        runtime.pick_device(device.index)  # it also changes settings of torch
+        runtime.pick_device(device.index)  # makes it current, and changes settings of torch
 
 
 def _in_worker(cell: Cell, device: runtime.Device) -> bool:

@@ -379,7 +379,7 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
 
     An answer is right if it is one of the references; the loss is that of the first. A w of null
     means the router's. The warning is empty, or it says that a text has characters that the
-    tokenizer loses. Raise UserError for an empty prompt.
+    tokenizer loses. Raise UserError for a prompt that is empty or has no tokens.
     """
     with program.reading("request", "send what the page sends"):
         request = json.loads(body)

@@ -344,7 +344,8 @@ def test_steps_are_timed_whatever_the_rates_are():
     """A rate at which training diverges ends a trial, and not the whole comparison."""
     settings = train.Settings(**FEW | {"lr_skills": 1e15, "warmup": 0})
     sets = data.load_sets(settings.part(DataConfig), load_tokenizer(settings.model))
-    assert compare.seconds_of_a_step(settings, CPU, sets["train"]) > 0
+    held_out = train.held_out_sets(sets, settings.eval_instances)
+    assert compare.seconds_of_a_step(settings, CPU, sets["train"], held_out) > 0
 
 
 def test_a_cell_with_a_loss_that_is_not_finite_has_diverged(tmp_path, monkeypatch):
@@ -393,6 +394,7 @@ def test_rows_that_change_w_score_the_run_of_the_default(small, home, monkeypatc
     rows = "w replaced by its mean,w of another sample,K = 1,router: random"
     out = run(home, f"{SMALL} --ablations --rows", rows)
     assert "| w replaced by its mean |" in out
+    assert "\n3 runs of about " in out
     # The run of the default is also that of the rows that change its w.
     runs = {path.parent.name for path in small.glob("ablations/*/metrics.jsonl")}
     assert runs == {"default-s1", "K___1-s1", "router__random-s1"}
@@ -487,7 +489,7 @@ def test_a_cell_that_fails_stops_the_others(tmp_path, forked, monkeypatch):
 
 
 @pytest.mark.parametrize("device, picked", [("cuda:1", [mock.call(1)]), ("cpu", [])])
-def test_a_worker_makes_the_settings_of_its_gpu(device, picked, monkeypatch):
+def test_a_worker_applies_the_settings_of_its_gpu(device, picked, monkeypatch):
     """pick_device changes torch in the process that calls it."""
     monkeypatch.setattr(runtime, "pick_device", mock.Mock())
     monkeypatch.setattr(study.threading, "Thread", mock.Mock())

@@ -745,7 +745,7 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--data b.jsonl --out locked", "locked: another process is writing here; wait, or"),
         ("--prompt a --out new", "new/adapter.pt: does not exist; finish the training first"),
         ("--prompt a --out old", "old/adapter.pt: damaged"),
-        ("--prompt \udcff --out old", "--prompt: prompt is not valid Unicode"),
+        ("--prompt \udcff --out old", "--prompt is not valid Unicode"),
         ("--data a.jsonl --out new", "a.jsonl: 7 rows are too few"),
         ("--data b.jsonl --out a.jsonl/new", "a.jsonl/new: Not a directory"),
     ],

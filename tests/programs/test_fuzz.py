@@ -185,7 +185,7 @@ def tokenizer_folder(tmp_path_factory):
     """Return a folder with a tokenizer of each kind."""
     path = tmp_path_factory.mktemp("tokenizer")
     write_words(path, ["ab ba the dog"], post="<s> $A")
-    # Without rules of normalisation the file is small, and hypothesis remembers all that it draws.
+    # Without rules of normalisation the file is small. hypothesis remembers each content it draws.
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     rules = {"normalization_rule_name": "identity", "hard_vocab_limit": False}
     train_pieces(path / "spiece", sentences(200), vocab_size=60, **ids, **rules)

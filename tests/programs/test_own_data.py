@@ -272,7 +272,8 @@ def test_changed_files_are_named_with_what_helps(changed):
     assert "restore it (if it moved, give --model, --data, --test or --method)" in error
 
 
-def test_of_changed_tasks_the_digest_is_named_since_long_lists_begin_alike(changed):
+def test_changed_tasks_are_reported_by_their_digest(changed):
+    """Long lists of tasks may begin alike, and a message shows only the beginning."""
     write_rows(changed / "own.jsonl", own_rows(300, task="new"))
     refused("t5: train_tasks is '", f"{RESUME} t5")
 

@@ -290,7 +290,7 @@ def test_rank_0_refuses_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with refusal("2 processes on this node: there are 1 GPUs, .*start as many as"):
+    with refusal("2 processes on this node, but 1 GPUs; start as many as"):
         runtime.pick_device()
     with refusal("--gpu: torchrun gives each process its own"):
         runtime.pick_device(gpu=0)

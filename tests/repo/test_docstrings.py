@@ -21,19 +21,19 @@ def is_python(text):
     return True
 
 
-def example_of(path):
-    """Return the indented block of Python in the docstring of a module, or None."""
+def examples_of(path):
+    """Return the indented blocks of Python in the docstring of a module."""
     docstring = ast.get_docstring(ast.parse(text_of(path))) or ""
     blocks = re.findall(r"(?<=\n\n)(?:    .*\n)+", f"{docstring}\n")
-    return next(filter(is_python, map(textwrap.dedent, blocks)), None)
+    return filter(is_python, map(textwrap.dedent, blocks))
 
 
-EXAMPLES = {path.stem: example_of(path) for path in ROOT.glob("*.py")}
-CODE = {name: example for name, example in EXAMPLES.items() if example}
+EXAMPLES = [(path.stem, text) for path in sorted(ROOT.glob("*.py")) for text in examples_of(path)]
+CODE = dict(EXAMPLES)
 
 
 def test_each_example_has_a_test():
-    assert sorted(CODE) == ["data", "kernels", "orchmoe"]
+    assert [name for name, _ in EXAMPLES] == ["data", "kernels", "orchmoe"]
 
 
 def test_example_of_data_gives_a_batch(monkeypatch):

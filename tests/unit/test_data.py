@@ -293,7 +293,10 @@ def test_rows_and_questions_with_unknown_characters_are_reported(own, tiny_words
     assert not capsys.readouterr().err
     question(tiny_words, "a \u65e5")
     error = capsys.readouterr().err
-    assert "the prompt has characters that the tokenizer does not know" in error
+    assert "a prompt has characters that the tokenizer does not know" in error
+    data.example_of(row_of_prompt("a " * 9), tiny_words, DataConfig(max_source_length=8))
+    error = capsys.readouterr().err
+    assert "a prompt has more than 8 tokens and loses its end" in error
 
 
 @pytest.mark.parametrize("post", [None, "<s> $A"], ids=["without BOS", "with BOS"])
