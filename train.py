@@ -680,9 +680,8 @@ def train(
         **train_set.facts,
         "train_tasks": train_set.digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
-        "tasks": list(
-            train_set.tasks
-        ),  # last: a message shows the beginning of the first difference
+        # Last: if other facts differ, too, a message names them and not the beginning of this list.
+        "tasks": list(train_set.tasks),
     }
     # A run without progress.pt begins, even with --resume.
     if launch.out and Path(launch.out, "progress.pt").exists():

@@ -103,10 +103,8 @@ class HubTokenizer:
     instructions = None
 
     def __init__(self, base):
-        with program.reading(
-            base,
-            "if it has a tokenizer, pip install transformers protobuf sentencepiece",
-        ):
+        remedy = "if it has a tokenizer, pip install transformers protobuf sentencepiece"
+        with program.reading(base, remedy):
             import transformers
 
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
