@@ -54,6 +54,7 @@ def line(stage, other):
         f"{lower} of {len(differences)}",
         written(of_draws(differences, statistics.median)),
         written(of_draws(without_extremes)),
+        f"{statistics.fmean(sorted(values)[1:]):+.3f}",
         f"{largest_p:.4f}" if largest_p >= 1e-4 else "<0.0001",
         f"{len(hard)} tasks, {100 * share:.0f} %",
         written(of_draws(easy)),
