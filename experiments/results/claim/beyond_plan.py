@@ -35,6 +35,10 @@ def written(values):
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(values))
 
 
+def in_digits(p):
+    return f"{p:.4f}" if p >= 1e-4 else "<0.0001"
+
+
 def line(stage, other):
     """Return a line of the table: what OrchMoE minus this method consists of."""
     rows = [losses(stage, row) for row in ("orchmoe", *COMPARED)]
@@ -48,14 +52,15 @@ def line(stage, other):
     easy = {key: value for key, value in differences.items() if key not in hard}
     share = 1 - sum(easy.values()) / sum(differences.values())
     values = of_draws(differences)
+    without_largest = sorted(values)[1:]  # OrchMoE's largest lead is the lowest difference
     largest_p = max(p_value(values[:draw] + values[draw + 1 :]) for draw in range(len(values)))
     parts = [
         f"{stage}, {other}",
         f"{lower} of {len(differences)}",
         written(of_draws(differences, statistics.median)),
         written(of_draws(without_extremes)),
-        f"{statistics.fmean(sorted(values)[1:]):+.3f}",
-        f"{largest_p:.4f}" if largest_p >= 1e-4 else "<0.0001",
+        f"{statistics.fmean(without_largest):+.3f}, p {in_digits(p_value(without_largest))}",
+        in_digits(largest_p),
         f"{len(hard)} tasks, {100 * share:.0f} %",
         written(of_draws(easy)),
     ]
