@@ -740,5 +740,5 @@ REFUSED = {
 def test_compare_refuses_a_wrong_command_line_before_anything_trains(
     home, flags, words, monkeypatch
 ):
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(study, "run_cells", None)
     refused(f"compare.py: error: {words}", f"{COMPARE} {flags}", cwd=home)
