@@ -36,6 +36,7 @@ def written(values):
 
 
 def in_digits(p):
+    """Return a p value as the table shows it."""
     return f"{p:.4f}" if p >= 1e-4 else "<0.0001"
 
 
