@@ -103,8 +103,8 @@ class Poly(Method):
         c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
 
     In training Z (N,T,H,S) gets logistic noise, so that sigmoid(Z) is a relaxed Bernoulli variable.
-    (A published setting of MHR's authors has no noise.)
-    A sample of an unseen task gets the mean of c over the training tasks.
+    Without it (`noisy`) training computes c as evaluation does. A sample of an unseen task gets the
+    mean of c over the training tasks.
     Source: Polytropon, Ponti et al. 2023, arXiv 2202.13914.
 
     The paper then learns allocations for new tasks. We do not, because our comparisons do not train
@@ -113,6 +113,7 @@ class Poly(Method):
 
     rates = Method.rates | {"Z": "allocation"}
     heads = 1  # H
+    noisy = True  # whether Z gets noise in training
     private = 0  # how many of the S skills each task has for itself
 
     def __init__(
@@ -133,8 +134,12 @@ class Poly(Method):
             )
         for attributes in skills:
             attributes["skill_mix"] = mix_factors if self.heads == 1 else kernels.mix_heads
+            # A head reads D/H inputs, so its part of A starts within sqrt(H/D), as in peft. With
+            # one head nothing changes.
+            attributes["skill_A"].data *= self.heads**0.5
         S = config.skills - self.private
-        self.noise_shape = (len(linears), self.heads, S)
+        if self.noisy:
+            self.noise_shape = (len(linears), self.heads, S)
         shape = (len(linears), num_tasks, self.heads, S)  # (N,T,H,S)
         Z = torch.empty(shape).uniform_(-1e-3, 1e-3, generator=generator)
         self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))
@@ -149,10 +154,10 @@ class Poly(Method):
         """Return c (N,B,S), or (N,B,H,S) with heads.
 
         task_ids: (B,), the training task of each sample, or -1. noise: u (B,N,H,S) in [0,1), in
-        training; drawn here if None.
+        training; drawn here if None. Without `noisy` it is not read.
         """
         Z = self.Z[:, task_ids.clamp(min=0)]  # (N,B,H,S)
-        if self.training:
+        if self.training and self.noisy:
             if noise is None:
                 noise = torch.rand(len(task_ids), *self.noise_shape)
             u = noise.transpose(0, 1).to(Z, non_blocking=True).clamp(1e-6, 1 - 1e-6)
@@ -171,7 +176,9 @@ class Poly(Method):
 class MHR(Poly):
     """Poly with a mixture for each of H heads: parts of a Linear's input and output.
 
-    H is our choice, and must divide both widths.
+    H is our choice, and must divide both widths. A starts as in peft: uniform within 1/sqrt(D/H).
+    So does the noise follow peft, which always trains with it. The authors have published settings
+    with noise and without it.
     Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
     """
 

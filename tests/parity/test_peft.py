@@ -64,6 +64,27 @@ def test_output_equals_that_of_peft(method, heads):
         torch.testing.assert_close(base(x), twin(x, task_ids=task_ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method, heads", [("poly", 1), ("mhr", 4)])
+def test_A_starts_within_the_bounds_of_peft(method, heads):
+    """Each head of peft draws its part of A as a matrix of its own, with fewer inputs."""
+
+    def model():
+        return nn.Sequential(OrderedDict(q=nn.Linear(512, 24, bias=False)))
+
+    settings = peft.PolyConfig(r=8, n_tasks=T, n_skills=S, n_splits=heads, target_modules=["q"])
+    twin = peft.get_peft_model(model(), settings).base_model.model.q.poly_lora_A["default"]
+    bound = twin.abs().max().item()
+    assert bound == pytest.approx((heads / 512) ** 0.5, rel=0.01)
+
+    base = model()
+    attach_method(method, base, OrchMoEConfig(skills=S, rank=8, targets=("q",)), num_tasks=T)
+    A = base.q.skill_A.detach().unflatten(-1, (heads, -1))  # (S,R,H,D/H)
+    for head in range(heads):
+        of_head = A[:, :, head]
+        assert of_head.abs().max().item() == pytest.approx(bound, rel=0.02)
+        assert of_head.std().item() == pytest.approx(twin[head].std().item(), rel=0.05)
+
+
 # ---------------------------------------------------------------------------------- a run with peft
 
 

@@ -14,6 +14,7 @@ import orchmoe
 import train
 from baselines import (
     METHODS,
+    MHR,
     attach_method,
     load_method,
     require_routing,
@@ -103,6 +104,16 @@ def test_noise_relaxes_the_rows_in_training_only(small_t5, name):
     if name == "c-poly":
         found = found[..., : S - 1]  # the common skills
     torch.testing.assert_close(found, normalised(z))
+
+
+def test_without_noise_training_routes_as_evaluation_does(small_t5):
+    class QuietMHR(MHR):
+        noisy = False
+
+    adapters = attached(QuietMHR, small_t5)
+    in_evaluation = adapters.eval().route(task_ids=TASK_IDS).c
+    assert torch.equal(adapters.train().route(task_ids=TASK_IDS).c, in_evaluation)
+    assert adapters.noise_shape is None
 
 
 def test_the_routings_start_as_stated(small_t5):
