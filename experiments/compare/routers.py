@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines import Poly, attach_method
+from baselines import MHR, Poly, attach_method
 from orchmoe import (
     Adapters,
     Linears,
@@ -144,13 +144,24 @@ class ClusterPoly(Poly):
         return super().route(task_ids=cluster, **options)
 
 
-REPLACED = {"random": RandomRouting, "task": Oracle, "cluster": ClusterPoly}
+class QuietMHR(MHR):
+    """MHR that trains without noise, which is one of its authors' settings."""
+
+    noisy = False
+
+
+REPLACED = {
+    "random": RandomRouting,
+    "task": Oracle,
+    "cluster": ClusterPoly,
+    "no noise": QuietMHR,
+}
 
 
 def attach_with(name: str) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly.
+    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly. no noise: see QuietMHR.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
