@@ -1,6 +1,8 @@
 """The study of the reasons: what it makes, what it keeps secret, and what its tables say."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,10 +156,11 @@ def test_the_further_seeds_of_a_search_choose_between_its_best_points():
 
 
 def made_up(row, seed, loss):
-    """Return a finished cell with three tasks."""
+    """Return a finished cell with three tasks, whose mean loss is `loss`."""
     tasks = {}
-    for task, i in (("a", -1), ("b", 0), ("c", 1)):
-        tasks[task] = {"loss": loss + i, "rougeL": 10 * loss, "exact_match": loss}
+    for task, factor in (("a", 0.5), ("b", 1.0), ("c", 1.5)):
+        of_task = factor * loss
+        tasks[task] = {"loss": of_task, "rougeL": 10 * of_task, "exact_match": of_task}
     settings = {"row": row, "seed": seed, "cpu": kind_of_cpu(), "computed": "x"}
     settings |= {"base": "b", "tokenizer": "t", "train_tasks": str(seed), "test_tasks": "all"}
     return {
@@ -208,6 +211,20 @@ def test_the_primary_differences_have_verdicts(cells):
         means[name] = float(cells_of_line[3].split()[0])
     assert means["outputs minus factors"] == pytest.approx(-0.075, abs=0.01)  # of -0.1 and -0.05
     assert means["the first of these minus the second"] == pytest.approx(-0.05, abs=0.01)
+
+
+def test_a_second_computation_agrees(cells):
+    """Each line that recompute.py prints is the beginning of a line of the tables."""
+    out = tables(cells)
+    script = cells / "recompute.py"
+    script.write_bytes((why.RESULTS / "recompute.py").read_bytes())
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 3 + 3 + 3 + 6 + 24
+    for line in lines:
+        difference, _, decision = line.partition("]")
+        [found] = [row for row in out.splitlines() if row.startswith(f"| {difference}]")]
+        assert found.endswith(f"{decision} |")
 
 
 def test_new_tasks_have_an_interval_over_draws_and_one_over_tasks(cells):
