@@ -11,6 +11,7 @@ import pytest
 from experiments import claim
 from experiments.compare.study import kind_of_cpu
 from experiments.compare.tables import interval, signed
+from experiments.results.replication import recompute as replication
 from helpers import ROOT, run, text_of
 from support import program
 from tasks import read_splits
@@ -50,9 +51,10 @@ def stage(name, flags, tmp_path, code=0):
     return run(f"experiments/claim.py --stage {name}", *flags, cwd=tmp_path, code=code)
 
 
-def lines_of(script):
+def lines_of(script, *arguments):
     """Return the lines that a program prints."""
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
@@ -305,10 +307,10 @@ NAMES = {"moe-lora": "MoE-LoRA", "poly": "Poly", "mhr": "MHR"}
 PAGES = ("README.md", "docs/evidence.md")
 
 
-def published(stage, other):
-    """Return OrchMoE's loss minus that of another method (draws,), in nats."""
+def published(stage, other, outcome="loss"):
+    """Return OrchMoE's score minus that of another method (draws, 1)."""
     rows, _ = claim.rows_of(claim.read_cells(claim.RESULTS), stage)
-    return claim.means(rows["orchmoe"], "loss") - claim.means(rows[other], "loss")
+    return claim.means(rows["orchmoe"], outcome) - claim.means(rows[other], outcome)
 
 
 @pytest.mark.parametrize("other", NAMES)
@@ -336,13 +338,59 @@ def test_the_evidence_has_the_leads_and_the_p_values():
     assert f"The lead over MHR is least sure: p = {of_mhr:.3f}" in evidence
 
 
-def test_the_pages_have_what_was_not_planned():
+@pytest.fixture(scope="module")
+def beyond_plan():
+    """Return the lines about what was not planned, as cells of a table."""
+    return [line.strip("| ").split(" | ") for line in lines_of(claim.RESULTS / "beyond_plan.py")]
+
+
+def test_the_page_of_the_claim_has_what_was_not_planned():
+    page = text_of(claim.RESULTS / "README.md").splitlines()
     lines = lines_of(claim.RESULTS / "beyond_plan.py")
-    assert len(lines) == 12
+    assert len(lines) == 8 + 8 + 6 + 7 + 6 + 4  # and four lines are empty
     for line in lines:
-        assert line in text_of(claim.RESULTS / "README.md")
-    [of_mhr] = [line for line in lines if "| first, mhr" in line]
-    _, _, median, _, _, largest_p, *_ = of_mhr.split(" | ")
+        assert line in page
+
+
+def test_the_page_of_the_claim_has_the_kinds_of_answers(sni_dir):
+    shown = lines_of(claim.RESULTS / "beyond_plan.py", sni_dir)[-6:]
+    assert "\n".join(shown) in text_of(claim.RESULTS / "README.md")
+
+
+def test_the_evidence_has_how_much_single_draws_count(beyond_plan):
+    [of_mhr] = [line for line in beyond_plan if line[0] == "first, mhr" and len(line) == 5]
+    _, _, median, _, largest_p = of_mhr
     evidence = " ".join(text_of("docs/evidence.md").split())
     assert median in evidence
     assert f"up to {float(largest_p):.3f} without one of the draws" in evidence
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_have_the_differences_from_a_lora(beyond_plan, page):
+    text = " ".join(text_of(page).split())
+    shown = {line[0]: line[1] for line in beyond_plan if len(line) == 4}
+    for name in NAMES:
+        assert f"{NAMES[name]} {shown[name]}" in text
+    weights = replication.read_cells("tuned/cells")["tuned lora"][100]["parameters"]
+    assert f"({weights['skills']:,} weights)" in text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_say_which_way_the_answers_lean(page):
+    rouge, of_mhr = (published("first", other, "ROUGE-L") for other in ("moe-lora", "mhr"))
+    words = f"MoE-LoRA {signed(interval(rouge), 2)} and "
+    words += f"{published('first', 'moe-lora', 'exact match').mean():+.2f}, MHR "
+    words += f"{of_mhr.mean():+.2f} and {published('first', 'mhr', 'exact match').mean():+.2f}"
+    assert words in " ".join(text_of(page).split())
+
+
+def test_the_evidence_has_how_blunt_the_answers_are(beyond_plan):
+    [[line]] = [line for line in beyond_plan if "exact match with 60" in line[0]]
+    change = line.partition(": ")[2]
+    assert f"exact match by {change}" in " ".join(text_of("docs/evidence.md").split())
+
+
+def test_no_trial_of_a_further_row_is_published():
+    trials = [path.name for path in (claim.RESULTS / "tune").iterdir()]
+    assert {name.partition("_")[0] for name in trials} == claim.COMPARED.keys()
+    assert program.read_json(claim.RESULTS / "values.json").keys() == claim.COMPARED.keys()
