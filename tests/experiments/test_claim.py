@@ -322,7 +322,7 @@ def test_the_pages_have_the_differences(other):
     assert nats[0] in " ".join(text_of("README.md").split())
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, "docs/paper.md"))
 def test_the_pages_have_the_range_of_the_perplexity(page):
     changes = [-100 * math.expm1(published("first", other).mean()) for other in NAMES]
     assert f"{min(changes):.1f} to {max(changes):.1f} %" in " ".join(text_of(page).split())
