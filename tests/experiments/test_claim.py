@@ -10,15 +10,24 @@ import numpy as np
 import pytest
 
 from experiments.compare.tables import interval, signed, t_p_value
+from experiments.results.replication import recompute as replication
 from helpers import ROOT, text_of
 from support import program
 
 RESULTS = ROOT / "experiments/results/claim"
+METHODS = {"orchmoe", "moe-lora", "poly", "mhr"}
+# The part of a cell and its name there.
+OUTCOMES = {
+    "loss": ("seen", "loss"),
+    "ROUGE-L": ("answers", "rougeL"),
+    "exact match": ("answers", "exact_match"),
+}
 
 
-def lines_of(script):
+def lines_of(script, *arguments):
     """Return the lines that a program prints."""
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
@@ -56,27 +65,28 @@ NAMES = {"moe-lora": "MoE-LoRA", "poly": "Poly", "mhr": "MHR"}
 PAGES = ("README.md", "docs/evidence.md")
 
 
-def published(stage, other):
-    """Return OrchMoE's loss minus that of another method (draws,), in nats."""
-    losses = {"orchmoe": [], other: []}
+def published(stage, other, outcome="loss"):
+    """Return OrchMoE's score minus that of another method (draws, 1)."""
+    part, score = OUTCOMES[outcome]
+    means = {"orchmoe": [], other: []}
     for _, _, cell in program.read_jsonl(RESULTS / "cells.jsonl"):
         of_stage, _, name = cell["name"].partition("/")
         row = name.rpartition("-s")[0]
-        if of_stage == stage and row in losses:
-            losses[row].append(fmean(task["loss"] for task in cell["seen"]["tasks"].values()))
-    return np.array(losses["orchmoe"]) - np.array(losses[other])
+        if of_stage == stage and row in means:
+            means[row].append([fmean(task[score] for task in cell[part]["tasks"].values())])
+    return np.array(means["orchmoe"]) - np.array(means[other])
 
 
 @pytest.mark.parametrize("other", NAMES)
 def test_the_pages_have_the_differences(other):
     first, second = published("first", other), published("second", other)
-    nats = [signed(interval(values[:, None])) for values in (first, second, first - second)]
+    nats = [signed(interval(values)) for values in (first, second, first - second)]
     [row] = re.findall(rf"^\| {NAMES[other]} \|.*", text_of("docs/evidence.md"), re.MULTILINE)
     assert [cell for cell in row.strip(" |").split(" | ") if "[" in cell] == nats
     assert nats[0] in " ".join(text_of("README.md").split())
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, "docs/paper.md"))
 def test_the_pages_have_the_range_of_the_perplexity(page):
     changes = [-100 * math.expm1(published("first", other).mean()) for other in NAMES]
     assert f"{min(changes):.1f} to {max(changes):.1f} %" in " ".join(text_of(page).split())
@@ -92,13 +102,59 @@ def test_the_evidence_has_the_leads_and_the_p_values():
     assert f"The lead over MHR is least sure: p = {of_mhr:.3f}" in evidence
 
 
-def test_the_pages_have_what_was_not_planned():
+@pytest.fixture(scope="module")
+def beyond_plan():
+    """Return the lines about what was not planned, as cells of a table."""
+    return [line.strip("| ").split(" | ") for line in lines_of(RESULTS / "beyond_plan.py")]
+
+
+def test_the_page_of_the_claim_has_what_was_not_planned():
+    page = text_of(RESULTS / "README.md").splitlines()
     lines = lines_of(RESULTS / "beyond_plan.py")
-    assert len(lines) == 12
+    assert len(lines) == 8 + 8 + 6 + 7 + 6 + 4  # and four lines are empty
     for line in lines:
-        assert line in text_of(RESULTS / "README.md")
-    [of_mhr] = [line for line in lines if "| first, mhr" in line]
-    _, _, median, _, _, largest_p, *_ = of_mhr.split(" | ")
+        assert line in page
+
+
+def test_the_page_of_the_claim_has_the_kinds_of_answers(sni_dir):
+    shown = lines_of(RESULTS / "beyond_plan.py", sni_dir)[-6:]
+    assert "\n".join(shown) in text_of(RESULTS / "README.md")
+
+
+def test_the_evidence_has_how_much_single_draws_count(beyond_plan):
+    [of_mhr] = [line for line in beyond_plan if line[0] == "first, mhr" and len(line) == 5]
+    _, _, median, _, largest_p = of_mhr
     evidence = " ".join(text_of("docs/evidence.md").split())
     assert median in evidence
     assert f"up to {float(largest_p):.3f} without one of the draws" in evidence
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_have_the_differences_from_a_lora(beyond_plan, page):
+    text = " ".join(text_of(page).split())
+    shown = {line[0]: line[1] for line in beyond_plan if len(line) == 4}
+    for name in NAMES:
+        assert f"{NAMES[name]} {shown[name]}" in text
+    weights = replication.read_cells("tuned/cells")["tuned lora"][100]["parameters"]
+    assert f"({weights['skills']:,} weights)" in text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_say_which_way_the_answers_lean(page):
+    rouge, of_mhr = (published("first", other, "ROUGE-L") for other in ("moe-lora", "mhr"))
+    words = f"MoE-LoRA {signed(interval(rouge), 2)} and "
+    words += f"{published('first', 'moe-lora', 'exact match').mean():+.2f}, MHR "
+    words += f"{of_mhr.mean():+.2f} and {published('first', 'mhr', 'exact match').mean():+.2f}"
+    assert words in " ".join(text_of(page).split())
+
+
+def test_the_evidence_has_how_blunt_the_answers_are(beyond_plan):
+    [[line]] = [line for line in beyond_plan if "exact match with 60" in line[0]]
+    change = line.partition(": ")[2]
+    assert f"exact match by {change}" in " ".join(text_of("docs/evidence.md").split())
+
+
+def test_no_trial_of_a_further_row_is_published():
+    trials = [path.name for path in (RESULTS / "tune").iterdir()]
+    assert {name.partition("_")[0] for name in trials} == METHODS
+    assert program.read_json(RESULTS / "values.json").keys() == METHODS
