@@ -243,7 +243,7 @@ def load_sets(
     outputs, and prompts of JSONL may have equal tokens, for example after cutting. A set may be
     missing or empty, so take it with `require_set`. Raise UserError for bad files.
 
-    only_test: read no training tasks of a folder, because tokenising all of them takes minutes.
+    only_test: read no training tasks of a folder, because tokenising all of them takes long.
     """
     files = find_files(config)
     if only_test and not config.is_jsonl:
@@ -325,6 +325,12 @@ class Batch(NamedTuple):
         return shares(self.examples, size, rank, ranks)
 
 
+def _draw(example, seed, step):
+    """Return the example with one of its targets, which a hash chooses."""
+    number = hash_of(f"{seed}/{step}/{example.task}/{example.id}") % len(example.target_ids)
+    return example._replace(target_ids=[example.target_ids[number]])
+
+
 def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0) -> Batch:
     """Return a padded batch with one reference for each example.
 
@@ -332,7 +338,7 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
     the reference.
     """
     if seed is not None:
-        examples = [_draw(example, f"{seed}/{step}") for example in examples]
+        examples = [_draw(example, seed, step) for example in examples]
     sources = [torch.from_numpy(example.source_ids).long() for example in examples]
     masks = [torch.ones_like(source, dtype=torch.bool) for source in sources]
     targets = [torch.from_numpy(example.target_ids[0]).long() for example in examples]
@@ -343,12 +349,6 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
         task_ids=torch.tensor([example.task_index for example in examples]),
         examples=list(examples),
     )
-
-
-def _draw(example, key):
-    """Return the example with one of its references, which a hash chooses."""
-    number = hash_of(f"{key}/{example.task}/{example.id}") % len(example.target_ids)
-    return example._replace(target_ids=[example.target_ids[number]])
 
 
 def shares(
