@@ -182,24 +182,14 @@ def hf_name(module: nn.Module, name: str) -> str:
 def load(
     folder: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Backbone:
     """Return the model in a Hugging Face folder, in eval mode.
 
-    On the CPU, weights that have this dtype already stay mapped. Raise UserError for a T5 in
-    float16, in which its activations overflow.
-    """
-    backbone = mapped(folder)
-    if isinstance(backbone, T5) and dtype == torch.float16:
-        raise UserError(f"{folder}: a T5 overflows in float16; use bfloat16 or float32")
-    return backbone.to(device, dtype)
-
-
-def mapped(folder: str | Path) -> Backbone:
-    """Return the model in a Hugging Face folder with its weights as views of the files.
-
-    The weights have the dtypes of the files, and no value is read before it is used.
+    dtype: that of all weights, None for those of the files. On the CPU, weights that have their
+    dtype already are views of the files: beside the sample for the fingerprint, no value is read
+    before it is used. Raise UserError for a T5 in float16, in which its activations overflow.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -219,8 +209,11 @@ def mapped(folder: str | Path) -> Backbone:
         if tensors:
             raise ValueError(f"unexpected tensors ({len(tensors)}): {sorted(tensors)[:3]}")
         backbone.load_state_dict(state, assign=True)
+    if isinstance(backbone, T5) and dtype == torch.float16:
+        raise UserError(f"{folder}: a T5 overflows in float16; use bfloat16 or float32")
     backbone.hf_config = read_values(folder)
-    return backbone.eval()
+    backbone.fingerprint = fingerprint(backbone)
+    return backbone.to(device=device, dtype=dtype).eval()
 
 
 def save(backbone: Backbone, folder: str | Path) -> None:
@@ -244,22 +237,16 @@ def save(backbone: Backbone, folder: str | Path) -> None:
     program.write_json(folder / "config.json", values)
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(backbone: Backbone) -> str:
     """Return 16 hex digits that tell one base from another, in whatever files it is stored.
 
     They cover the config and, of each tensor, name, dtype, shape and up to 1,024 evenly spaced
     values. They detect mistakes, not malice.
     """
-    backbone = mapped(folder)
     digest = hashlib.sha256(json.dumps(asdict(backbone.config), sort_keys=True).encode())
     for name, weight in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(sampled(weight))
+        stride = math.ceil(weight.numel() / 1024)
+        sample = weight.flatten()[::stride].contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def sampled(weight: Tensor) -> bytes:
-    """Return up to 1,024 evenly spaced values of a tensor as bytes."""
-    stride = math.ceil(weight.numel() / 1024)
-    sample = weight.flatten()[::stride].contiguous()
-    return sample.view(torch.uint8).numpy().tobytes()

@@ -89,9 +89,22 @@ def aligned(bias: Tensor) -> Tensor:
 class Backbone(nn.Module):
     """Base of all families.
 
-    A family defines the names that are annotated below and the methods that raise
-    NotImplementedError. Its config has `num_blocks`, `vocab_size`, `tied_head`, `eos_ids` and
-    `pad_token_id`, which `generate` writes after the end of a row.
+    A family defines the names that are annotated below, and three methods:
+
+    loss(input_ids, attention_mask, labels, *, per_row=False): return the SUM of the cross-entropy
+        over all labels other than -100 or, if per_row, the sum of each row (B,). The caller
+        divides by the number of target tokens of its whole step.
+        input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
+        Give them on the CPU: to find the positions of labels on a GPU, the host would have to wait
+        for it. Evaluation gives them on the GPU, since it waits for each loss anyway.
+    start(input_ids, attention_mask, max_new_tokens): read the sources (B,Ls). Return the tokens
+        (B,) that the first step reads, and the state. The state holds caches and masks. Its method
+        keep(rows) keeps only the rows of the current batch with these indices (B').
+    step(newest, state): read one more token of each row (B,) into the state. Return the next
+        logits (B,V).
+
+    Its config has `num_blocks`, `vocab_size`, `tied_head`, `eos_ids` and `pad_token_id`, which
+    `generate` writes after the end of a row.
     """
 
     # The methods that compute with weights. A sharded model gathers its weights when one of them is
@@ -117,6 +130,8 @@ class Backbone(nn.Module):
         self.config = config
         # The values of the config.json that it was loaded from, which checkpoint.save writes.
         self.hf_config: dict | None = None
+        # That of the files which it was loaded from, see checkpoint.fingerprint.
+        self.fingerprint: str | None = None
         # In training, keep only the inputs of each block and run it again in the backward pass.
         self.checkpoint_blocks = False
 
@@ -159,37 +174,10 @@ class Backbone(nn.Module):
             return F.linear(hidden, self.embedding.weight)
         return self.head(hidden)
 
-    def loss(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, per_row: bool = False
-    ) -> Tensor:
-        """Return the SUM of the cross-entropy over all labels other than -100.
-
-        per_row: return the sum of each row (B,) instead.
-        input_ids (B,Ls): sources; attention_mask (B,Ls): true or 1 at real tokens; labels (B,Lt).
-        Give them on the CPU: to find the positions of labels on a GPU, the host would have to wait
-        for it. Evaluation gives them on the GPU, since it waits for each loss anyway.
-        The caller divides by the number of target tokens of its whole step.
-        """
-        raise NotImplementedError
-
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
-    ) -> tuple[Tensor, Any]:
-        """Read the sources (B,Ls). Return the tokens (B,) that the first step reads, and the state.
-
-        The state holds caches and masks. Its method keep(rows) keeps only the rows of the current
-        batch with these indices (B',).
-        """
-        raise NotImplementedError
-
-    def step(self, newest: Tensor, state: Any) -> Tensor:
-        """Read one more token of each row (B,) into the state. Return the next logits (B,V)."""
-        raise NotImplementedError
-
     def cross_entropy(self, hidden: Tensor, labels: Tensor, per_row: bool = False) -> Tensor:
         """Return the sum over labels (B,L) other than -100, given hidden states (B,L,D).
 
-        For per_row, and why the labels may be on the CPU, see `loss`.
+        For per_row, and why the labels may be on the CPU, see `loss` above.
         """
         B, L = labels.shape
         # Select before the head: the logits of all positions would be the largest tensor there is.

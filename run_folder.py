@@ -429,9 +429,9 @@ def load(
         model = program.require_path(run.settings.model, remedy)
 
     tokenizer = load_tokenizer(model)
-    base = checkpoint.mapped(model)
+    base = checkpoint.load(model, dtype=None)
     if run is not None:
-        run.require_same(tokenizer=tokenizer.fingerprint, base=checkpoint.fingerprint(model))
+        run.require_same(tokenizer=tokenizer.fingerprint, base=base.fingerprint)
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
     if run is None:

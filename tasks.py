@@ -29,18 +29,21 @@ import string
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from support import program
 from support.program import UserError, require_text
 
-# Fields of DataConfig that only choose files. data.load_sets keys its cache by the paths instead.
+# Fields of DataConfig that only choose files.
 FILE_FIELDS = {"data", "test", "splits", "max_tasks"}
 NO_TASK = "-"  # the task of a row without one
+PROMPT_END = "\nOutput: "  # of every complete prompt in SNI's form
 # Other names that fields of a JSONL row may have, as in Dolly.
 OTHER_NAMES = {"context": "input", "completion": "output", "response": "output"}
+# Fields of Alpaca files that are parts of the prompt there. Without them it has another meaning.
+REFUSED_FIELDS = ("system", "history")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,9 @@ class DataConfig:
     @property
     def train_limit(self) -> int | None:
         """Return the most training instances of each task, None for all."""
-        if self.train_instances is None:
-            return None if self.is_jsonl else 100
-        if self.train_instances == 0:
-            return None
-        return self.train_instances
+        if self.train_instances is None and not self.is_jsonl:
+            return 100
+        return self.train_instances or None
 
     @property
     def max_new_tokens(self) -> int:
@@ -115,6 +116,7 @@ class Row(NamedTuple):
     prompt: str
     references: list[str]  # the right answers
     is_cut: bool = False  # whether the prompt has lost its end, see render_prompt
+    input: str | None = None  # that of the instance, in SNI's form
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -149,36 +151,33 @@ def read_task(path: str | os.PathLike) -> dict:
     path = Path(path)
     task = program.read_json(path)
     with program.reading(path, "repair it or take the task off the list"):
-        category = _first(task.get("Categories")) or "Unknown"
-        definition = _first(task["Definition"])
-        texts = [category, definition]
-        positive = list(task.get("Positive Examples", []))
-        negative = list(task.get("Negative Examples", []))
-        for example in positive + negative:
+        read = {
+            "name": path.stem,
+            "category": _first(task.get("Categories")) or "Unknown",
+            "definition": _first(task["Definition"]),
+            "positive": list(task.get("Positive Examples", [])),
+            "negative": list(task.get("Negative Examples", [])),
+            "instances": [],
+        }
+        texts = [read["category"], read["definition"]]
+        for example in read["positive"] + read["negative"]:
             texts += [example["input"], example["output"], example.get("explanation", "")]
-
-        instances = []
         for number, row in enumerate(task["Instances"]):
             instance_id = row.get("id")
             if instance_id is None:
                 instance_id = f"{path.stem}-{number}"
-            instance_id = str(instance_id)
-            references = _references("output", row["output"])
-            texts += [instance_id, row["input"]]
-            instances.append({"id": instance_id, "input": row["input"], "output": references})
-        if not instances:
+            instance = {
+                "id": str(instance_id),
+                "input": row["input"],
+                "output": _references("output", row["output"]),
+            }
+            texts += [instance["id"], instance["input"]]
+            read["instances"].append(instance)
+        if not read["instances"]:
             raise ValueError("Instances is empty")
         for text in texts:
             require_text("each text", text)
-
-    return {
-        "name": path.stem,
-        "category": category,
-        "definition": definition,
-        "positive": positive,
-        "negative": negative,
-        "instances": instances,
-    }
+        return read
 
 
 def _require_plain_name(name, origin):
@@ -195,10 +194,11 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
     """
     root = Path(root)
     _require_plain_name(splits, "--splits")
+    folder = root / "splits" / splits
     found = {"train": [], "test": []}
     missing = []
     for list_name in found:
-        path = root / "splits" / splits / f"{list_name}_tasks.txt"
+        path = folder / f"{list_name}_tasks.txt"
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; --data takes FILE.jsonl, or a folder with splits/ and "
@@ -207,7 +207,7 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
         lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         names = [line.strip() for line in lines if line.strip()]
         for name in dict.fromkeys(names):  # each name once, in order
-            _require_plain_name(name, str(path))
+            _require_plain_name(name, path)
             if (root / "tasks" / f"{name}.json").is_file():
                 found[list_name].append(name)
             else:
@@ -215,7 +215,6 @@ def read_splits(root: str | os.PathLike, splits: str = "default") -> dict[str, l
 
     both = set(found["train"]) & set(found["test"])
     if both:
-        folder = root / "splits" / splits
         raise UserError(f"{folder}: {min(both)} is on both lists; take it off one of them")
     if missing:
         problem = f"{len(missing)} tasks of splits/{splits} are missing, such as {missing[0]}"
@@ -288,18 +287,18 @@ def render_prompt(
     a whole, because the token counts of parts do not add up. A prompt that is too long even without
     examples is cut at its end.
     """
-    head = ""  # the prompt before `tail`: definition and examples
+    head = ""  # the prompt before `tail`: the definition, then examples
     if definition:
         head = _line("Definition", task["definition"]) + "\n\n"
     tail = "Now complete the following example -\n"
-    tail += _line("Input", instance["input"]) + "\nOutput: "
+    tail += _line("Input", instance["input"]) + PROMPT_END
 
-    # The official code measures a text that differs from the prompt: in it, examples of one kind
-    # are joined with a space. `checked_head` is `head` with these spaces.
-    checked_head = head
+    # The official code measures another text than the prompt: `measured` is `head` with a space
+    # between the examples of one kind.
+    measured = head
     for kind, limit in (("Positive", num_pos), ("Negative", num_neg)):
         examples = task.get(kind.lower(), [])
-        fitting = []
+        separator = ""
         for number, example in enumerate(examples[:limit], start=1):
             lines = [  # the spaces at the start are official, too
                 f" {kind} Example {number} -",
@@ -310,12 +309,11 @@ def render_prompt(
                 lines.append(_line(" Explanation", example["explanation"]))
             example_text = "\n".join(lines) + "\n\n"
             # There is no space before the example that is tried. This is official, too.
-            attempt = checked_head + " ".join(fitting) + example_text + tail
-            if len(tokenizer.encode(attempt)) > max_source_length:
+            if len(tokenizer.encode(measured + example_text + tail)) > max_source_length:
                 break
-            fitting.append(example_text)
-        head += "".join(fitting)
-        checked_head += " ".join(fitting)
+            head += example_text
+            measured += separator + example_text
+            separator = " "
 
     prompt = head + tail
     ids = tokenizer.encode(prompt)
@@ -372,7 +370,8 @@ def sni_row(set_name: str, task: dict, position: int, tokenizer: Any, config: Da
         position=position,
         prompt=prompt,
         references=instance["output"],
-        is_cut=not prompt.endswith("Output: "),  # every complete prompt ends like this
+        is_cut=not prompt.endswith(PROMPT_END),
+        input=instance["input"],
     )
 
 
@@ -424,23 +423,21 @@ def _parse_row(fields, number, position):
     for name, value in fields.items():
         if value is None:
             continue
+        if name in REFUSED_FIELDS and value:
+            raise ValueError(f"{name}: it is not read; write it into the prompt or instruction")
         field = OTHER_NAMES.get(name, name)
         if field in given:
             raise ValueError(f"{name}: the row has this field by another name, too; give one")
         given[field] = value
 
-    prompt = given.get("prompt", "")
-    instruction = given.get("instruction", "")
-    text = given.get("input", "")
-    task = given.get("task", "")
-    row_id = str(given.get("id", number))
-    require_text("prompt", prompt)
-    require_text("instruction", instruction)
-    require_text("input", text)
-    require_text("task", task)
-    require_text("id", row_id)
-    if task == "":  # a table may have an empty cell
-        task = NO_TASK
+    texts = {name: given.get(name, "") for name in ("prompt", "instruction", "input", "task")}
+    texts["id"] = str(given.get("id", number))
+    for name, value in texts.items():
+        require_text(name, value)
+    prompt = texts["prompt"]
+    instruction = texts["instruction"]
+    text = texts["input"]
+    task = texts["task"] or NO_TASK  # a table may have an empty cell
 
     if prompt and (instruction or text):
         raise ValueError("prompt: it is the whole prompt; leave out instruction, input and context")
@@ -455,7 +452,7 @@ def _parse_row(fields, number, position):
         set="",
         task=task,
         category=task,
-        id=row_id,
+        id=texts["id"],
         position=position,
         prompt=prompt,
         references=_references("the answer", given["output"]),
@@ -469,7 +466,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     `response`: one reference, or a list of references. Optional are `input` or `context` beside an
     instruction, `task` and `id`. A null counts as absent, and so does an empty task. Raise
     UserError with the number of a bad line. A line is also refused if one of these fields would be
-    ignored, or is given under two names.
+    ignored, or is given under two names, or if it has a field of REFUSED_FIELDS. Other fields are
+    not read.
     """
     rows = []
     for location, number, fields in program.read_jsonl(path):
@@ -608,11 +606,11 @@ def row_of_question(instruction: str, text: str, tokenizer: Any, config: DataCon
         raise UserError('give both --ask "instruction" and --input "text"')
     if config.is_jsonl:
         return row_of_prompt(instruction_prompt(instruction, text))
-    task = {
-        "name": "question",
-        "category": "question",
-        "definition": instruction,
-        "instances": [{"id": "question", "input": text, "output": [""]}],
-    }
-    # The instruction is the definition, which a run with --no-definition would leave out.
-    return sni_row("question", task, 0, tokenizer, replace(config, definition=True))
+    # The instruction is the definition, also for a run with --no-definition.
+    prompt = render_prompt(
+        {"definition": instruction},
+        {"input": text},
+        tokenizer,
+        max_source_length=config.max_source_length,
+    )
+    return row_of_prompt(prompt)._replace(is_cut=not prompt.endswith(PROMPT_END))

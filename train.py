@@ -582,7 +582,7 @@ def build(
     num_tasks: number of training tasks. shard: split the base over the processes of torchrun. Raise
     UserError if the adapters do not fit, or if nothing can train.
     """
-    base = checkpoint.mapped(settings.model)  # its weights are views of the files
+    base = checkpoint.load(settings.model, dtype=None)  # its weights are views of the files
     base.checkpoint_blocks = settings.checkpoint_blocks
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
@@ -674,7 +674,7 @@ def train(
     # Bind: the final settings, and the facts that the result depends on.
     settings = replace(settings, compile=compiled, dtype=runtime.dtype_name(device.dtype))
     facts = {
-        "base": checkpoint.fingerprint(settings.model),
+        "base": base.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "method": kind_of(adapters),
         **train_set.facts,

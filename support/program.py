@@ -172,10 +172,20 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 def read_json(path: str | Path) -> dict:
     """Return the JSON object in `path`. Raise UserError if it holds none."""
     with reading(path), open(path, encoding="utf-8-sig") as file:
-        value = json.load(file)
+        value = json.load(file, object_pairs_hook=_each_key_once)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
+
+
+def _each_key_once(pairs):
+    """Return the pairs of a JSON object as a dict. Raise ValueError if a key occurs twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object gives the key {twice!r:.60} twice")
+    return values
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
@@ -189,7 +199,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, int, dict]]:
                 continue
             location = f"{path}, line {number}"
             with reading(location, "repair the line"):
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
             yield location, number, row

@@ -7,7 +7,6 @@ import inspect
 import os
 import resource
 import shutil
-import tempfile
 import types
 from pathlib import Path
 from unittest import mock
@@ -28,11 +27,10 @@ from helpers import (  # noqa: E402
     ROOT,
     SHORT,
     SMALL_T5,
+    examples_of,
     hf_llama,
     links,
-    make_example,
     random_batch,
-    rows_of,
     run,
     sentences,
     task_json,
@@ -70,10 +68,6 @@ def pytest_collection_finish():
     """Spare the programs' searches for garbage what the session has imported."""
     gc.freeze()
 
-
-# One token cache for the whole session.
-CACHE = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 # ------------------------------------------------------------------------------------- real data
 
@@ -179,10 +173,7 @@ def inputs():
 @pytest.fixture
 def examples(inputs):
     """Return the rows of `inputs` as examples."""
-    found = []
-    for source, target in rows_of(inputs):
-        found.append(make_example("", source[0].tolist(), target.tolist()))
-    return found
+    return examples_of(inputs)
 
 
 @pytest.fixture(params=LLAMA_FAMILIES, scope="module")

@@ -450,6 +450,14 @@ def random_batch(low, high, lengths=(9, 4, 7, 2), target_lengths=(6, 3, 6, 2), s
     return Inputs(input_ids, mask, labels.masked_fill(~label_mask, IGNORED))
 
 
+def examples_of(inputs):
+    """Return the rows of a batch of `random_batch` as examples of three tasks."""
+    found = []
+    for i, (source, target) in enumerate(rows_of(inputs)):
+        found.append(make_example("abcd"[i], source[0].tolist(), target.tolist(), index=i % 3))
+    return found
+
+
 def t5_batch(lengths=(9, 14, 5, 1), target=7):
     """Return a batch for T5_CONFIGS. Each target is one token shorter than that before it."""
     target_lengths = range(target, target - len(lengths), -1)

@@ -728,7 +728,8 @@ def facts_of(config: DataConfig, model: str) -> tuple[dict[str, str], int]:
     """Return fingerprints of base, tokenizer and tasks, and the number of training tasks."""
     tokenizer = tokenizers.load(model)
     sets = data.load_sets(config, tokenizer)
-    facts = {"base": checkpoint.fingerprint(model), "tokenizer": tokenizer.fingerprint}
+    base = checkpoint.load(model, dtype=None)
+    facts = {"base": base.fingerprint, "tokenizer": tokenizer.fingerprint}
     return facts | digests_of(sets), len(data.require_set(sets, "train", config).tasks)
 
 

@@ -389,8 +389,8 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
     if not prompt.strip():
         raise UserError("prompt: it is empty; write one")
     row = tasks.row_of_prompt(prompt, references or [""])
-    tokens = data.tokenise([row], loaded.tokenizer, loaded.data_config)
-    [[example]] = data.examples_by_set(tokens).values()
+    sets, lost = data.tokenise([row], loaded.tokenizer, loaded.data_config)
+    [example] = sets[row.set]
     example = example._replace(references=references)
     if w is None:
         w = evaluation.router_weights(loaded.base, loaded.adapters, [example])[0]
@@ -398,9 +398,9 @@ def reply(loaded: Loaded, body: bytes) -> dict[str, Any]:
         w = torch.tensor(w)
     warnings = []
     for kind, name in (("source", "prompt"), ("target", "right answer")):
-        if tokens.lost[kind]:
+        if lost[kind]:
             warnings.append(f"The {name} is too long and loses its end.")
-    if tokens.lost["characters"]:
+    if lost["characters"]:
         name = "prompt"
         if loaded.tokenizer.unknown_id not in example.source_ids:
             name = "right answer"

@@ -24,6 +24,7 @@ from device.library import build
 from helpers import (
     ROOT,
     adapted,
+    examples_of,
     interrupted,
     links,
     random_batch,
@@ -322,7 +323,7 @@ def test_a_step_waits_once_for_each_micro_batch_and_once_more(name, method, seco
     base.to(second)
     config = train.TrainConfig(accumulate=2)
     optimizer = train.make_optimizer(adapters, config)
-    batch = data.Batch(*random_batch(10, 37), torch.arange(4) % 3, list("abcd"))
+    batch = data.collate(examples_of(random_batch(10, 37)))
     with torch.autograd.set_multithreading_enabled(False), Waits() as waits:
         train.train_step(base, adapters, optimizer, batch, 0, config)
     assert waits.count == config.accumulate + 1  # the losses, and the norm of the gradient

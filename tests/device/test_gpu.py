@@ -20,7 +20,7 @@ import data
 import train
 from checkpoint import FAMILY_OF_CONFIG
 from device.fake_cuda import ONE_BLOCK
-from helpers import adapted, random_batch, small_model
+from helpers import adapted, examples_of, random_batch, small_model
 from support import runtime
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
@@ -132,7 +132,7 @@ def test_a_step_waits_at_most_twice_for_each_micro_batch_and_once_more(name, mic
     base, adapters = moved(base.train(), device, torch.float32)
     config = train.TrainConfig(accumulate=micro_batches)
     optimizer = train.make_optimizer(adapters, config)
-    batch = data.Batch(*random_batch(10, 37), torch.zeros(4, dtype=torch.long), list("abcd"))
+    batch = data.collate(examples_of(random_batch(10, 37)))
     train.train_step(base, adapters, optimizer, batch, 0, config)
     with recorded_waits() as found:
         train.train_step(base, adapters, optimizer, batch, 0, config)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import tokenizer
-from checkpoint import fingerprint, load, save
+from checkpoint import load, save
 from helpers import (
     T5_CONFIGS,
     TOKENIZER_TEXTS,
@@ -94,7 +94,7 @@ def test_t5_folders_of_transformers_load(kind, stored, tmp_path):
     size = "20KB" if stored == "sharded" else "1GB"
     as_transformers(t5, tmp_path / "ours").save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (stored == "sharded")
-    whole = fingerprint(tmp_path)
+    whole = checkpoint.load(tmp_path).fingerprint
     if stored == "sharded bin":
         rewrite_as_bin(tmp_path, "shard.bin", legacy=False)
         shard_of = dict.fromkeys(checkpoint.read_torch(tmp_path / "shard.bin"), "shard.bin")
@@ -106,7 +106,7 @@ def test_t5_folders_of_transformers_load(kind, stored, tmp_path):
     loaded = load(tmp_path)
     assert loaded.config == t5.config and not loaded.training
     check_equal(loaded.state_dict(), t5.state_dict())
-    assert fingerprint(tmp_path) == whole
+    assert checkpoint.load(tmp_path).fingerprint == whole
 
 
 # -------------------------------------------------------------------------- Llama and its relatives

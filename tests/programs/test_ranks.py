@@ -104,7 +104,7 @@ def loading(folder):
             sizes.append(resident_bytes())
 
     threading.Thread(target=watch).start()
-    base = checkpoint.mapped(folder)
+    base = checkpoint.load(folder, dtype=None)
     whole = sum(4 * weight.numel() for weight in base.parameters())
     attach_method("orchmoe", base, OrchMoEConfig(), generator=runtime.generator(0))
     runtime.shard(base, base.blocks, device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import fingerprint, load, read_folder, save, write_safetensors
+from checkpoint import load, read_folder, save, write_safetensors
 from helpers import (
     PT,
     ROOT,
@@ -231,21 +231,21 @@ def test_load_refuses_a_folder_without_weights(folder):
 
 
 def test_fingerprint_of_the_bundled_base_stays():
-    assert fingerprint(ROOT / "tiny") == "3e15fe89e93a5f49"  # runs are bound to it
+    assert load(ROOT / "tiny").fingerprint == "3e15fe89e93a5f49"  # runs are bound to it
 
 
 def test_fingerprint_depends_on_config_and_weights_and_reads_little(folder):
-    first = fingerprint(folder)
+    first = load(folder).fingerprint
     weights = weights_of(folder)
     weights["decoder.final_layer_norm.weight"][0] += 1e-3
     write_weights(folder, weights)
-    second = fingerprint(folder)
+    second = load(folder).fingerprint
 
     # Every second of the 37 x 32 values is read. These fields change nothing here.
     weights["shared.weight"].view(-1)[1] += 1
     write_weights(folder, weights)
     change_config(folder, use_cache=False, dropout_rate=0.5)
-    assert fingerprint(folder) == second
+    assert load(folder).fingerprint == second
 
     change_config(folder, layer_norm_epsilon=1e-5)
-    assert len({first, second, fingerprint(folder)}) == 3
+    assert len({first, second, load(folder).fingerprint}) == 3

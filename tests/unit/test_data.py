@@ -1,24 +1,23 @@
-"""Tests of data.py: sets of examples, the cache, batches."""
+"""Tests of data.py: tokens, sets of examples, batches."""
 
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import product
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import BatchOrder, cached, collate, load_sets
+from data import BatchOrder, collate, load_sets
 from helpers import (
     check_equal,
     make_example,
     own_rows,
     refusal,
-    spied,
     task_json,
     write_lists,
     write_rows,
@@ -41,15 +40,8 @@ from tokenizer import load as load_tokenizer
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Return the folder of an empty token cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "orchmoe"
-
-
-@pytest.fixture
-def config(repository, cache):
-    """Return the settings for `repository`, with a token cache of their own."""
+def config(repository):
+    """Return the settings for `repository`."""
     return DataConfig(data=str(repository))
 
 
@@ -92,8 +84,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(own, tiny_w
     ends = ["", "\n", " ", "\n\n"]  # SentencePiece drops them
     copies = [row | {"prompt": row["prompt"] + end} for row in rows[:100] for end in ends]
     config = own(copies + rows[100:])
-    for _ in range(2):  # made, and from the cache
-        sets = load_sets(config, tiny_words)
+    sets = load_sets(config, tiny_words)
     train, dev, seen = [
         {tuple(e.source_ids) for e in sets[name]} for name in ("train", "dev", "seen")
     ]
@@ -159,7 +150,6 @@ def test_test_rows_need_no_training_rows(own, tiny_words, capsys):
     """The training rows may be few or missing if only the test rows are scored."""
     config = own(own_rows(3), [{"prompt": "Tell.", "completion": "x"}])
     assert len(load_sets(config, tiny_words)["test"]) == 1
-    load_sets(DataConfig(data=config.test), tiny_words)  # the cache tells the two uses apart
     os.remove(config.data)
     sets = load_sets(config, tiny_words)
     assert len(sets["test"]) == 1
@@ -206,6 +196,39 @@ def test_load_sets_gives_what_the_files_say(config, repository, tokenizer):
     assert sets["dev"].source_lengths.tolist() == [len(e.source_ids) for e in sets["dev"]]
     assert [e.id for e in sets["test"]] == [f"id-{i}" for i in range(100)]
     assert {e.task_index for e in sets["test"]} == {-1}
+
+
+def test_rows_with_an_input_of_an_earlier_set_are_left_out(config, repository, tiny_words, capsys):
+    """An input may have several outputs, each in an instance of its own. Half of the training
+    prompts have no examples, so their tokens are not those of the held-out prompts.
+    """
+    instances = [{"input": f"{i % 40} words", "output": f"{i}"} for i in range(100)]
+    write_task(repository, "task3_c", task_json(Instances=instances))
+    write_lists(repository, ["task3_c"], [])
+    sets = {}
+    for name, positions in zip(
+        ("train", "dev", "seen"), split_instances(range(100), "task3_c", 100), strict=True
+    ):
+        sets[name] = [instances[i]["input"] for i in positions]
+    train, dev, seen = sets.values()
+    expected = {
+        "train": train,  # its own copies stay
+        "dev": [text for text in dev if text not in train],
+        "seen": [text for text in seen if text not in train + dev],
+    }
+    found = load_sets(config, tiny_words)
+    assert {name: [row.input for row in rows] for name, rows in found.items()} == expected
+    of_dev, of_seen = capsys.readouterr().err.splitlines()
+    left_out = 20 - len(expected["dev"])
+    assert f"sni: {left_out} of 20 dev rows have the inputs of training rows and are left" in of_dev
+    assert " of 20 seen rows have the inputs of training or dev rows and are left out" in of_seen
+
+    # Equal inputs of different tasks are different questions.
+    for name in ("task1_a", "task3_c"):
+        write_task(repository, name, task_json(Instances=instances[:40]))
+    write_lists(repository, ["task3_c", "task1_a"], [])
+    load_sets(config, tiny_words)
+    assert not capsys.readouterr().err
 
 
 def test_subsample_is_spread_evenly_over_the_set():
@@ -256,13 +279,11 @@ def test_texts_that_lose_their_ends_are_counted(config, repository, tokenizer, c
     rows[0]["output"] = ["a", "a " * 200]
     write_task(repository, "task3_c", task_json(Instances=rows))
     short = replace(config, max_source_length=250, max_target_length=100)
-    for _ in range(2):  # made, and from the cache
-        program.warn.cache_clear()  # a program prints a warning once
-        load_sets(short, tokenizer)
-        lines = capsys.readouterr().err.splitlines()
-        sources, targets = [line for line in lines if "lose their ends" in line]
-        assert sources.endswith("length 250: 3 sources are too long and lose their ends")
-        assert targets.endswith("length 100: 1 targets are too long and lose their ends")
+    load_sets(short, tokenizer)
+    lines = capsys.readouterr().err.splitlines()
+    sources, targets = [line for line in lines if "lose their ends" in line]
+    assert sources.endswith("length 250: 3 sources are too long and lose their ends")
+    assert targets.endswith("length 100: 1 targets are too long and lose their ends")
 
 
 def test_rows_at_exactly_the_limit_are_not_cut(tiny_words):
@@ -275,13 +296,13 @@ def test_rows_at_exactly_the_limit_are_not_cut(tiny_words):
             config = DataConfig(
                 data=path, max_source_length=source - less, max_target_length=target - less
             )
-            tokens = data.tokenise([row], tiny_words, config)
-            assert tokens.lost == {"source": less, "target": less, "characters": 0}
-            [[example]] = data.examples_by_set(tokens).values()
+            sets, lost = data.tokenise([row], tiny_words, config)
+            assert lost == Counter(source=less, target=less)
+            [example] = sets["train"]
             assert np.array_equal(example.source_ids, whole.source_ids) == (not less)
 
 
-def test_rows_and_questions_with_unknown_characters_are_reported(own, tiny_words, cache, capsys):
+def test_rows_and_questions_with_unknown_characters_are_reported(own, tiny_words, capsys):
     rows = own_rows(60)
     rows[3]["prompt"] = rows[5]["completion"] = "\u65e5\u672c"
     config = own(rows, rows[3:4])
@@ -316,37 +337,7 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, tiny_words):
         data.example_of(row, tiny_words, config)
 
 
-# -------------------------------------------------------------------------------------------- cache
-
-
-def test_second_load_does_not_tokenise(config, tokenizer):
-    with spied(data, "tokenise") as tokenise:
-        first = load_sets(config, tokenizer)
-        assert repr(load_sets(config, tokenizer)) == repr(first)
-    tokenise.assert_called_once()
-
-
-def test_cache_tells_options_and_tokenizers_apart(config, tokenizer, tiny_words):
-    def loaded(config, tokenizer):
-        """Return a set as text, which can be compared."""
-        return repr(load_sets(config, tokenizer)["train"])
-
-    found = [loaded(config, tokenizer), loaded(config, tiny_words)]
-    for change in (
-        dict(num_pos=1),
-        dict(num_neg=1),
-        dict(definition=False),
-        dict(explanation=True),
-        dict(max_tasks=1),
-        dict(max_source_length=50),
-        dict(max_target_length=2),
-        dict(train_instances=5),
-    ):
-        found.append(loaded(replace(config, **change), tokenizer))
-        assert len(set(found)) == len(found), change
-
-
-def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, tokenizer, cache):
+def test_a_changed_file_changes_the_digest(config, repository, tokenizer):
     before = load_sets(config, tokenizer)
     assert before["train"].digest == before["dev"].digest != before["test"].digest
     path = repository / "tasks/task3_c.json"
@@ -356,7 +347,6 @@ def test_changed_file_is_read_anew_and_changes_the_digest(config, repository, to
     assert repr(after["train"]) != repr(before["train"])
     assert after["train"].digest != before["train"].digest
     assert after["test"].digest == before["test"].digest
-    assert len(list(cache.iterdir())) == 1  # the old file was replaced
     path.write_bytes(whole)
     assert load_sets(config, tokenizer)["train"].digest == before["train"].digest
 
@@ -371,19 +361,6 @@ def test_a_task_file_of_another_name_is_another_task(config, repository, tokeniz
     assert after["test"].digest == before["test"].digest
 
 
-def test_links_to_one_file_have_the_names_of_their_own(config, repository, tokenizer, tmp_path):
-    """The tokens of one folder are not taken from the cache for the other."""
-    links = tmp_path / "links"
-    write_lists(links, ["task4_c"], ["task9_t"])
-    (links / "tasks").mkdir()
-    for name, target in (("task4_c", "task3_c"), ("task9_t", "task9_t")):
-        (links / f"tasks/{name}.json").symlink_to(repository / f"tasks/{target}.json")
-    write_lists(repository, ["task3_c"], ["task9_t"])
-    for folder, name in ((repository, "task3_c"), (links, "task4_c")):
-        sets = load_sets(replace(config, data=str(folder)), tokenizer)
-        assert sets["train"].tasks == [name]
-
-
 def test_only_tasks_of_training_rows_are_training_tasks(own, tiny_words):
     rows = own_rows(60)
     for i, row in enumerate(rows):
@@ -391,49 +368,6 @@ def test_only_tasks_of_training_rows_are_training_tasks(own, tiny_words):
     sets = load_sets(own(rows), tiny_words)
     assert sets["train"].tasks == sorted(example.task for example in sets["train"])
     assert {example.task_index for example in sets["seen"]} == {-1}
-
-
-def test_cached_replaces_a_damaged_file(cache):
-    assert cached(["x"], [], lambda: [1]) == cached(["x"], [], None) == [1]
-    (path,) = cache.iterdir()
-    path.write_bytes(b"")
-    assert cached(["x"], [], lambda: [2]) == cached(["x"], [], None) == [2]
-
-
-def test_cached_makes_its_result_anew_when_the_code_has_changed(cache, monkeypatch):
-    cached(["x"], [], lambda: [1])
-    monkeypatch.setattr(data, "CODE", "another version")
-    assert cached(["x"], [], lambda: [2]) == [2]
-
-
-def test_cached_removes_old_files_and_depends_on_the_tokenizers_package(
-    config, tokenizer, cache, monkeypatch
-):
-    load_sets(config, tokenizer)
-    (old,) = cache.iterdir()
-    not_ours = cache / "results.jsonl"  # the folder may also be a clone of this repository
-    not_ours.touch()
-    for path in (old, not_ours):
-        os.utime(path, (0, 0))
-    monkeypatch.setattr(tokenizer, "version", "0.0.0")
-    load_sets(config, tokenizer)
-    (new,) = set(cache.iterdir()) - {not_ours}
-    assert new.name != old.name and not_ours.exists()
-
-
-def test_cached_does_not_warn_if_a_file_of_another_process_goes(cache, capsys):
-    cache.mkdir()
-    (cache / ".other.tokens.7.tmp").symlink_to("gone")  # is listed, and has no stat
-    (cache / "other.tokens").symlink_to("gone")
-    assert cached(["x"], [], lambda: [1]) == cached(["x"], [], None) == [1]
-    assert not capsys.readouterr().err
-
-
-def test_cached_goes_on_with_a_warning_if_it_cannot_write(cache, capsys):
-    with mock.patch.object(os, "fsync", side_effect=OSError(28, "disk full")):
-        assert cached(["x"], [], lambda: [1]) == [1]
-    assert "orchmoe: cannot save tokens (disk full" in capsys.readouterr().err
-    assert list(cache.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------ batches

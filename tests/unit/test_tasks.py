@@ -71,6 +71,7 @@ BAD_TASKS = {  # what the error says: content of a task file
     "UnicodeDecodeError": b'{"a": "\xff"}',
     "Exceeds the limit": b"9" * 10_000,
     "not a JSON object": b"[]",
+    "an object gives the key 'Definition' twice": b'{"Definition": ["a"], "Definition": ["b"]}',
     ": each text must be a string, not 3;": task_json(Definition=[3]),
     "Instances is empty": task_json(Instances=[]),
     "KeyError: 'output'": instance(),
@@ -164,7 +165,7 @@ def test_read_rows_takes_the_usual_fields(tmp_path):
         b" \r",
         b'{"instruction": "Sort.", "input": null, "output": "", "task": "t", "id": null}',
         {"instruction": "Sort.", "input": None, "context": "b a", "output": "a b"},
-        {"prompt": "Sort.\n", "completion": "a"},
+        {"prompt": "Sort.\n", "completion": "a", "system": "", "history": []},
     ]
     rows = read_rows(write_rows(tmp_path / "own.jsonl", lines))
     found = [(row.id, row.task, row.prompt, row.references) for row in rows]
@@ -190,6 +191,9 @@ BAD_ROWS = {  # what the error says: a line of a JSONL file
     "Exceeds the limit": b'{"prompt": "a", "completion": "b", "id": ' + b"1" * 5000 + b"}",
     "JSONDecodeError: Invalid control": b'{"prompt": "a\0"}',
     "not a JSON object": 3,
+    "an object gives the key 'prompt' twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+    "system: it is not read; write it into": {"system": "Be brief.", "prompt": "a", "output": "b"},
+    "history: it is not read": {"instruction": "a", "output": "b", "history": [["c", "d"]]},
     "UnicodeDecodeError: 'utf-8'": '{"prompt": "a"}'.encode("utf-16"),
     "messages, .* SFTTrainer, see docs/use.md, or write each": {"messages": []},
     "chat messages, whose template": {"conversations": [{"from": "human"}]},

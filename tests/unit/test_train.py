@@ -24,8 +24,8 @@ DEFAULTS = train.TrainConfig()
 
 
 @pytest.fixture
-def batch(inputs):
-    return data.Batch(*inputs, torch.arange(4), list("abcd"))
+def batch(examples):
+    return data.collate(examples)
 
 
 @pytest.fixture
