@@ -73,7 +73,7 @@ class OrchMoEConfig:
             raise ValueError(
                 f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e6"
             )
-        if isinstance(self.targets, str):  # its letters would be taken for names
+        if isinstance(self.targets, str) or not self.targets:  # a text would be read as letters
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
 
 

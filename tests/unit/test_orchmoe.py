@@ -384,6 +384,7 @@ def test_the_width_can_be_given():
         {"alpha": 1e6},
         {"allocation_std": -1.0},
         {"allocation_std": 1e6},
+        {"targets": ()},
         {"targets": "q"},
     ],
 )
