@@ -172,7 +172,7 @@ def tune(study: Study, variants: dict[str, Variant], trials: int, more: int) -> 
     searches = {}
     for name, variant in variants.items():
         method = changed(settings, variant.settings).method
-        read = settings_of_method(method, "sample")
+        read = settings_of_method(method)
         start = {axis: value for axis, value in START.items() if axis in read}
         make_trial = functools.partial(tuning.trial, name, variant, scores="dev tasks")
         searches[name] = Search(start, trials, make_trial)
