@@ -701,6 +701,7 @@ def attach(
     linears = target_linears(module, config.targets)
     width = width or embedding_width(module)
     adapters = method(module, linears, config, width=width, **options)
+    adapters.parameter_groups()  # ValueError if a parameter has no learning rate
 
     # All that can fail is done. Remember for `detach` what trained, then freeze the base.
     parameters = module.named_parameters(remove_duplicate=False)
